@@ -1,0 +1,454 @@
+"""The typed, frozen configuration of an experiment: one YAML file, and `section.key=value` overrides.
+
+Reading is strict and complete: unknown keys, keys given twice, values of a wrong type or out of range are all reported
+at once, each with its line, before anything is loaded. A config never changes after loading.
+
+One file can describe several training runs that share everything up to the shards: `runs` maps a run's name to the
+keys in which it differs, and `run` says which of them this process trains.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dskd.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The section as plain JSON-like data."""
+        return self.model_dump(mode="json")
+
+
+class TeacherRecipe(Section):
+    """A small Llama-architecture teacher, trained from scratch on the corpus, for use where no model can be had."""
+
+    vocab_size: int = Field(4096, ge=300, description="tokens of the byte-pair encoding trained on the corpus")
+    num_layers: int = Field(8, ge=2, description="decoder layers")
+    hidden_size: int = Field(256, ge=16, description="width of the hidden states (D)")
+    num_heads: int = Field(4, ge=1, description="attention heads; must divide hidden_size")
+    train_tokens: int = Field(1_000_000, ge=1000, description="token budget of the training")
+    batch_size: int = Field(16, ge=1, description="sequences a step")
+    learning_rate: float = Field(0.02, gt=0, description="Muon's, for the weight matrices of the layers")
+    embedding_learning_rate: float = Field(0.003, gt=0, description="AdamW's, for embeddings, head and norms")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "TeacherRecipe":
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_heads ({self.num_heads}) times an even number"
+            )
+        return self
+
+
+class TeacherConfig(Section):
+    """The frozen decoder that is distilled; either `path` or `train_from_scratch`."""
+
+    path: str | None = Field(None, description="Hugging Face folder or model name of the teacher")
+    revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless you trust it")
+    offload: Literal["none", "cpu"] = Field("cpu", description="where ZeRO-3 keeps this rank's share of the teacher")
+    train_from_scratch: TeacherRecipe | None = Field(None, description="make a small teacher from the corpus instead")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TeacherConfig":
+        if (self.path is None) == (self.train_from_scratch is None):
+            raise ValueError("give either path (a model) or train_from_scratch (a recipe), and not both")
+        return self
+
+
+class CorpusConfig(Section):
+    """The text that senses are gathered from and students are trained on."""
+
+    source: Literal["wordnet", "files"] = Field("wordnet", description="WordNet's glosses and examples, or own files")
+    train: tuple[str, ...] = Field((), description="with source: files. Paths, folders or globs of .txt and .jsonl")
+    validation: tuple[str, ...] = Field((), description="held-out files; empty: a share of the training documents")
+    text_field: str = Field("text", min_length=1, description="the key of the text in JSON lines")
+    validation_share: float = Field(0.05, gt=0, lt=0.5, description="documents held out, by hash of their identity")
+    sequence_length: int = Field(128, ge=8, description="tokens a training sequence (T)")
+    max_sequences: int | None = Field(None, ge=1, description="stop after so many training sequences")
+    max_validation_sequences: int | None = Field(None, ge=1, description="stop after so many held-out sequences")
+
+    @model_validator(mode="after")
+    def _files_are_named(self) -> "CorpusConfig":
+        if self.source == "files" and not self.train:
+            raise ValueError("source: files needs corpus.train, a list of paths or globs")
+        if self.source == "wordnet" and (self.train or self.validation):
+            raise ValueError("corpus.train and corpus.validation need source: files")
+        return self
+
+
+class WordNetConfig(Section):
+    """Where WordNet is, when it should not be looked for."""
+
+    path: str | None = Field(None, description="folder with WordNet's dictionary files (data.noun, index.noun, …)")
+
+
+class LexiconConfig(Section):
+    """Synonyms and antonyms (method, section 1)."""
+
+    wordnet: bool = Field(True, description="lemma synonyms within a synset, and direct antonyms")
+    tsv: tuple[str, ...] = Field((), description="own lists: head<TAB>synonym|antonym<TAB>tail, one pair a line")
+
+    @model_validator(mode="after")
+    def _some_source(self) -> "LexiconConfig":
+        if not self.wordnet and not self.tsv:
+            raise ValueError("no source of relations: set wordnet: true, or tsv to a list of files")
+        return self
+
+
+class SensesConfig(Section):
+    """The sense dictionary (method, section 2)."""
+
+    key: Literal["predicted", "target"] = Field(
+        "predicted", description="file a state under the token the teacher predicts (the paper), or the actual next one"
+    )
+    k: int = Field(10, ge=1, description="senses a token at most")
+    max_states: int = Field(100, ge=1, description="states kept a token, drawn at random")
+    batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
+    restarts: int = Field(1, ge=1, description="k-means runs a token; the best is kept")
+    max_iterations: int = Field(50, ge=1, description="Lloyd iterations a k-means run at most")
+
+
+class AnnotationConfig(Section):
+    """The streaming shards (method, section 3)."""
+
+    kappa: int = Field(5, ge=1, description="rows of the sense dictionary a position is pulled to, or pushed from")
+    batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
+    shard_size_mb: int = Field(64, ge=1, description="size of a shard before compression")
+
+
+class StudentConfig(Section):
+    """How the student is cut from the teacher, and which of its parameters are trained."""
+
+    layers: int | tuple[int, ...] = Field(16, description="how many of the teacher's layers to keep, or their indices")
+    spacing: Literal["first", "even"] = Field("first", description="which layers, when `layers` is a number")
+    train_layers: int | tuple[int, ...] = Field(2, description="train the last so many layers, or these indices")
+    train_embeddings: bool = Field(False, description="train the input embeddings (and a head that is tied to them)")
+    train_final_norm: bool = Field(False, description="train the norm before the head")
+    train_lm_head: bool = Field(False, description="train the output head")
+
+
+class LossConfig(Section):
+    """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (method, section 4)."""
+
+    ce_weight: float = Field(1.0, ge=0, description="cross-entropy with the actual next token")
+    kd_weight: float = Field(0.7, ge=0, description="alpha: KL from the teacher's to the student's distribution")
+    temperature: float = Field(2.0, gt=0, description="T, of both distributions in the KL term")
+    sense_weight: float = Field(1.0, ge=0, description="lambda: the sense loss; 0 is plain distillation")
+    margin: float = Field(1.0, ge=0, description="m: antonym rows farther than this (|h-s|²/D) are left alone")
+    relative_margin: float | None = Field(
+        None, ge=0, description="instead of margin: so many times the teacher's own mean distance to antonym rows"
+    )
+    antonym_weight: float = Field(1.0, ge=0, description="w_n: the push from antonyms beside the pull to synonyms")
+    relation_share: float = Field(0.4, ge=0, le=1, description="share of a sequence's lexical positions in each step")
+    min_relations: int = Field(25, ge=0, description="but at least so many of them, or all")
+    hidden_weight: float = Field(0.0, ge=0, description="mean squared distance to the teacher's state: an ablation")
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "LossConfig":
+        if not any((self.ce_weight, self.kd_weight, self.sense_weight, self.hidden_weight)):
+            raise ValueError("every weight is 0: there is nothing to minimise")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True when a term of the loss reads the teacher's hidden states."""
+        return self.kd_weight > 0 or self.hidden_weight > 0
+
+
+class TrainConfig(Section):
+    """Optimisation and checkpoints."""
+
+    learning_rate: float = Field(5e-5, gt=0, description="AdamW's peak")
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW's")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up; then a cosine to 0")
+    epochs: float = Field(2.0, gt=0, description="passes over the shards, when `steps` is not given")
+    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    global_batch_size: int = Field(16, ge=1, description="sequences an optimizer step, over all ranks")
+    micro_batch_size: int = Field(4, ge=1, description="sequences a rank runs at once; the rest is accumulated")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one is always written at the end")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    num_workers: int = Field(2, ge=0, description="loader processes a rank")
+    loss_chunk_size: int = Field(1024, ge=1, description="positions whose logits exist at one time")
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    collective_timeout_s: int = Field(1800, ge=10, description="a rank that waits longer gives up, non-zero")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="track runs at all")
+    uri: str | None = Field(None, description="tracking URI; by default sqlite in the work directory")
+    experiment: str = Field("dskd", min_length=1, description="experiment that the runs belong to")
+    log_every: int = Field(1, ge=1, description="steps between logged metrics")
+
+
+class EvaluationConfig(Section):
+    """Measures on held-out text."""
+
+    batch_size: int = Field(16, ge=1, description="sequences in one forward pass")
+
+
+class PipelineConfig(Section):
+    """How `launcher/pipeline.py` starts the stages that run on several ranks."""
+
+    launcher_args: tuple[str, ...] = Field((), description='arguments of `deepspeed`, for example ["--num_gpus", "2"]')
+
+
+class Config(Section):
+    """The whole experiment. Paths that are not absolute start at the current directory."""
+
+    workdir: str = Field(min_length=1, description="folder for every artifact of this experiment")
+    run: str = Field("dskd", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the training run: a key of `runs`")
+    runs: dict[str, dict[str, Any]] = Field({}, description="named runs, each with the keys in which it differs")
+    seed: int = Field(0, ge=0, description="of every random choice")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    teacher: TeacherConfig
+    corpus: CorpusConfig = CorpusConfig()  # type: ignore[call-arg]
+    wordnet: WordNetConfig = WordNetConfig()  # type: ignore[call-arg]
+    lexicon: LexiconConfig = LexiconConfig()  # type: ignore[call-arg]
+    senses: SensesConfig = SensesConfig()  # type: ignore[call-arg]
+    annotation: AnnotationConfig = AnnotationConfig()  # type: ignore[call-arg]
+    student: StudentConfig = StudentConfig()  # type: ignore[call-arg]
+    loss: LossConfig = LossConfig()  # type: ignore[call-arg]
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
+    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    pipeline: PipelineConfig = PipelineConfig()  # type: ignore[call-arg]
+
+    @property
+    def run_names(self) -> tuple[str, ...]:
+        """The runs this file describes, in its order."""
+        return tuple(self.runs) or (self.run,)
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the work directory."""
+        return Path(self.workdir).joinpath(*parts)
+
+
+# Runs share every artifact up to the shards, so they may differ only in what comes after.
+KEYS_A_RUN_MAY_CHANGE = ("loss", "train", "seed")
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, lays the chosen run's keys and then `section.key=value` overrides over it.
+
+    Raises:
+        UserError: with every problem found, each with its file and line or the override it came from.
+    """
+    path = Path(path)
+    data, lines = _read_yaml(path)
+    problems: list[str] = []
+    overridden: dict[str, str] = {}
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            problems.append(f"{override!r}: an override is section.key=value, for example loss.sense_weight=0")
+            continue
+        try:
+            _set_dotted(changes, key, yaml.load(text, Loader=_StrictLoader))
+        except (yaml.YAMLError, UserError) as problem:
+            problems.append(f"{override!r}: the value is not YAML ({problem})")
+            continue
+        overridden[key] = override
+    merged = _merge(data, changes)
+    merged, run_problems = _apply_run(merged, changes)
+    problems += [f"{_place(path, lines, overridden, key)}{message}" for key, message in run_problems]
+    try:
+        config = Config.model_validate_json(json.dumps(merged, default=str))
+    except ValidationError as error:
+        problems += [
+            f"{_place(path, lines, overridden, key)}{message}" for key, message in _explain(error.errors(), merged)
+        ]
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise UserError(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return config
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, value in `one`, value in `other`) wherever two JSON-like configs differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
+    elif one != other:
+        yield prefix, one, other
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML as people mean it: 5e-5 is a number, and a key given twice is a mistake."""
+
+
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise UserError(f"line {line}: {key!r} is given twice (first on line {seen[key]}); keep one of them")
+        seen[key] = key_node.start_mark.line + 1
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_FLOAT = yaml.SafeLoader.yaml_implicit_resolvers
+_StrictLoader.yaml_implicit_resolvers = {key: list(value) for key, value in _FLOAT.items()}
+
+
+def _add_scientific_floats() -> None:
+    import re
+
+    pattern = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
+    _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789"))
+
+
+_add_scientific_floats()
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such config file; the shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the config file cannot be read ({error})") from None
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+        node = yaml.compose(text, Loader=_StrictLoader)
+    except UserError as problem:
+        raise UserError(f"{path}: {problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: this is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', found {type(data).__name__}")
+    return data, dict(_lines_of(node, ""))
+
+
+def _lines_of(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
+            yield key, key_node.start_mark.line + 1
+            yield from _lines_of(value_node, key)
+
+
+def _set_dotted(target: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{dotted} is set after a key that it is part of")
+        target = child
+    target[last] = value
+
+
+def _merge(base: Any, changes: Any) -> Any:
+    """`changes` over `base`; mappings are merged key by key, anything else is replaced."""
+    if isinstance(base, dict) and isinstance(changes, dict):
+        return {
+            key: _merge(base[key], changes[key]) if key in base and key in changes else changes.get(key, base.get(key))
+            for key in [*base, *(k for k in changes if k not in base)]
+        }
+    return changes
+
+
+def _apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Puts the chosen run's keys over the file's, and the command line's over those."""
+    runs, run = merged.get("runs"), merged.get("run", "dskd")
+    if not runs:
+        return merged, []
+    if not isinstance(runs, dict) or not all(isinstance(run_keys, dict) for run_keys in runs.values()):
+        return merged, [("runs", "expected a mapping from a run's name to the keys in which it differs, like kd: {}")]
+    problems = []
+    for name, keys in runs.items():
+        for key in keys:
+            if key not in KEYS_A_RUN_MAY_CHANGE:
+                allowed = ", ".join(KEYS_A_RUN_MAY_CHANGE)
+                problems.append((f"runs.{name}.{key}", f"a run may differ in {allowed}; the rest is shared"))
+        if name != run and not problems:
+            problems += [
+                (f"runs.{name}.{key}", message)
+                for key, message in _check(_merge({k: v for k, v in merged.items() if k != "runs"}, keys))
+                if key.split(".")[0] in keys and key not in dict(_check(merged))
+            ]
+    if run not in runs:
+        problems.append(("run", f"{run!r} is none of the runs of this file: {', '.join(runs)}"))
+        return merged, problems
+    return _merge(_merge(merged, runs[run]), overrides), problems
+
+
+def _check(data: dict[str, Any]) -> list[tuple[str, str]]:
+    try:
+        Config.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        return _explain(error.errors(), data)
+    return []
+
+
+def _explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]]:
+    """(dotted key, message) of each of pydantic's errors, in words that say what to do."""
+    explained: dict[str, str] = {}
+    for error in errors:
+        # A union's members each report; the part of the location that names the member is no key of the file.
+        location = [str(part) for part in error["loc"]]
+        keys: list[str] = []
+        here: Any = data
+        for part in location:
+            if isinstance(here, dict) and part in here:
+                here = here[part]
+            elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+                here = here[int(part)]
+            elif error["type"] != "missing" or part != location[-1]:
+                continue
+            keys.append(part)
+        key = ".".join(keys)
+        if error["type"] == "extra_forbidden":
+            message = f"unknown key{_suggestion(location)}"
+        elif error["type"] == "missing":
+            message = "is missing and has no default"
+        elif error["type"] == "value_error":
+            message = str(error["ctx"]["error"])
+        else:
+            found = json.dumps(error["input"], default=str)
+            message = f"{error['msg'][0].lower()}{error['msg'][1:]}, found {found}"
+        explained[key] = f"{explained[key]}; or {message}" if key in explained else message
+    return list(explained.items())
+
+
+def _suggestion(location: list[str]) -> str:
+    model: Any = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if model is None:
+            return ""
+    near = difflib.get_close_matches(location[-1], model.model_fields, n=1)
+    parent = "".join(f"{part}." for part in location[:-1])
+    return f"; did you mean {parent}{near[0]}?" if near else f"; known here: {', '.join(model.model_fields)}"
+
+
+def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: str) -> str:
+    """Where `key` was given: the override, the line of the file, or the line of the section it belongs to."""
+    shown = f"{key}: " if key else ""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        given = [text for name, text in overridden.items() if name == prefix or name.startswith(f"{prefix}.")]
+        if given and length == len(parts):
+            return f"override {given[0]!r}: {shown}"
+        if prefix in lines:
+            return f"{path}:{lines[prefix]}: {shown}"
+    return f"{path}: {shown}"

@@ -1,0 +1,56 @@
+"""What a person at the terminal sees: stage headings, progress bars with rates, plain lines; from rank 0 only."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from dskd.distributed import is_main_process
+
+T = TypeVar("T")
+
+
+def say(message: str) -> None:
+    """Prints one line on rank 0, clear of any progress bar that is being drawn."""
+    if is_main_process():
+        tqdm.write(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """Prints a line that a person should notice, on whichever rank meets it."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def progress(items: Iterable[T], *, total: int, label: str, unit: str) -> Iterator[T]:
+    """Yields `items` under a progress bar that shows the rate in `unit` per second; silent on other ranks than 0."""
+    yield from tqdm(items, total=total, desc=f"  {label}", unit=f" {unit}", **_bar_options())
+
+
+def progress_bar(*, total: int, label: str, unit: str, initial: int = 0) -> tqdm:
+    """A bar to be moved by hand with `.update(n)`, for work that does not come one item at a time."""
+    return tqdm(total=total, initial=initial, desc=f"  {label}", unit=f" {unit}", unit_scale=True, **_bar_options())
+
+
+def _bar_options() -> dict:
+    # In a file or a batch job's log a bar would be one endless line: there it is drawn every 30 seconds.
+    interactive = sys.stderr.isatty()
+    return {
+        "disable": not is_main_process(),
+        "file": sys.stderr,
+        "dynamic_ncols": interactive,
+        "mininterval": 0.5 if interactive else 30.0,
+        "smoothing": 0.1,
+    }
+
+
+@contextmanager
+def stage(name: str, *, reads: Sequence[Path | str], writes: Path | str) -> Iterator[None]:
+    """Announces a stage with what it reads and writes, and says at its end how long it took."""
+    say(f"== {name}\n  reads  {', '.join(str(source) for source in reads)}\n  writes {writes}")
+    started = time.perf_counter()
+    yield
+    say(f"  done in {time.perf_counter() - started:.1f} s")

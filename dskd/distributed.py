@@ -1,0 +1,138 @@
+"""Ranks, reductions and seeds; the only reader of the launcher's environment variables.
+
+Everything here also works in a plain process that no launcher started: then there is one rank, and collectives are
+the identity.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dskd.errors import UserError
+
+DEFAULT_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all ranks."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that prints, tracks and publishes artifacts."""
+        return self.rank == 0
+
+
+def current_rank() -> int:
+    """The rank the launcher gave this process; 0 when nothing launched it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """True on rank 0, also before the process group exists."""
+    return current_rank() == 0
+
+
+def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
+    """Joins the process group that the launcher's variables describe (one rank when there are none).
+
+    A collective that waits longer than `timeout_s` raises on every rank: a lost peer ends the job, it does not hang it.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    # deepspeed's launcher says LOCAL_SIZE, mosaicml-streaming reads LOCAL_WORLD_SIZE: without it every rank would
+    # believe that it leads its node, and the second one dies on the first one's shared memory.
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        import deepspeed
+        import deepspeed.ops
+
+        # The shared-memory op of CPU ranks is compiled at first use and needs a C++ compiler; gloo needs neither.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    return World(current_rank(), dist.get_world_size(), local_rank, device)
+
+
+def shutdown() -> None:
+    """Leaves the process group, so that the process ends without a complaint from the backend."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum of `values` over all ranks, in place; every rank must call it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Waits until every rank has come here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's `value` on every rank. JSON, so that nothing is unpickled between machines."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return json.loads(json.dumps(value))
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([payload.numel()], device=device)
+    dist.broadcast(size, src=0)
+    if not is_main_process():
+        payload = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(payload, src=0)
+    return json.loads(bytes(payload.tolist()))
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """Runs `function` on rank 0 and gives every rank its JSON-like result, or raises its UserError on every rank.
+
+    Every rank must call it, outside any other collective. While rank 0 works the others wait, within the time-out.
+    """
+    result: Any = None
+    error: str | None = None
+    if is_main_process():
+        try:
+            result = function()
+        except UserError as problem:
+            error = str(problem)
+    reply = broadcast_json({"result": result, "error": error})
+    if reply["error"] is not None:
+        raise UserError(reply["error"])
+    return reply["result"]
+
+
+def derived_seed(seed: int, *parts: int | str) -> int:
+    """A 63-bit seed that depends on `seed` and every part, and on nothing else: not on ranks, order or process."""
+    text = ":".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

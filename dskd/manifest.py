@@ -1,0 +1,289 @@
+"""Provenance of every artifact: what it is, what it was made from, and whether it is complete.
+
+An artifact is a folder with a `manifest.json`. It is built under a temporary name beside its place and renamed when it
+is whole, so a folder with the right name is always complete. A stage reads the manifests of its inputs and refuses what
+does not fit, naming both sides; the pipeline compares manifests to skip what is up to date.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dskd.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+
+# Raised by one when the format of a kind changes: artifacts of another version are rebuilt, or refused where they are
+# only read.
+SCHEMA_VERSIONS = {
+    "teacher": 1,
+    "corpus": 1,
+    "lexicon": 1,
+    "senses": 1,
+    "shards": 1,
+    "student": 1,
+    "checkpoint": 1,
+    "export": 1,
+    "evaluation": 1,
+}
+_PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the content of an artifact. Two equal recipes make the same artifact."""
+
+    kind: str
+    inputs: Mapping[str, str] = field(default_factory=dict)  # name of an input -> its digest
+    config: Mapping[str, Any] = field(default_factory=dict)  # the part of the configuration the stage reads
+    teacher: str | None = None  # digest of the teacher whose states or weights are in it
+    tokenizer: str | None = None  # digest of the tokenizer whose ids are in it
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds. `facts` are what the stage measured while building, for people and later stages."""
+
+    kind: str
+    schema_version: int
+    inputs: dict[str, str]
+    config: dict[str, Any]
+    teacher: str | None
+    tokenizer: str | None
+    files: dict[str, dict[str, Any]]  # relative path -> {"sha256", "size_bytes"}
+    facts: dict[str, Any]
+    packages: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Identity by content: equal for two artifacts of one kind with the same files."""
+        content = {name: entry["sha256"] for name, entry in self.files.items()}
+        return digest_of_json([self.kind, self.schema_version, content])
+
+
+@contextmanager
+def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
+    """Yields a :class:`Building` whose folder becomes `path` when the block ends well; otherwise nothing is published.
+
+    What an earlier, interrupted build left in the temporary folder is removed first. Single-process stages use this;
+    stages of several ranks call :meth:`Building.publish` on rank 0 themselves.
+    """
+    building = Building(path, recipe)
+    shutil.rmtree(building.folder, ignore_errors=True)
+    make_folder(building.folder)
+    try:
+        yield building
+    except BaseException:
+        shutil.rmtree(building.folder, ignore_errors=True)
+        raise
+    building.publish()
+
+
+@dataclass
+class Building:
+    """An artifact that is not whole yet. Files go into `folder`; `facts` go into the manifest."""
+
+    path: Path
+    recipe: Recipe
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder, beside the artifact's place so that renaming stays within one file system."""
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    def publish(self) -> Manifest:
+        """Writes the manifest and puts the folder in its place, replacing an older artifact."""
+        manifest = Manifest(
+            kind=self.recipe.kind,
+            schema_version=SCHEMA_VERSIONS[self.recipe.kind],
+            inputs=dict(self.recipe.inputs),
+            config=_as_json(self.recipe.config),
+            teacher=self.recipe.teacher,
+            tokenizer=self.recipe.tokenizer,
+            files=hash_files(self.folder),
+            facts=_as_json(self.facts),
+            packages=package_versions(),
+        )
+        write_json(self.folder / MANIFEST_NAME, asdict(manifest))
+        replace_folder(self.folder, self.path)
+        return manifest
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Moves `new` to `place`. A crash in between leaves the old folder, the new one or none, never a mixture."""
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(path: Path, kind: str, *, made_by: str) -> Manifest:
+    """The manifest of the artifact at `path`.
+
+    Args:
+        path: the artifact's folder.
+        kind: what it must be.
+        made_by: the command that makes it, for the error message.
+
+    Raises:
+        UserError: when it is missing, not readable, of another kind or version, or its files' sizes do not fit.
+    """
+    manifest = _load_manifest(path)
+    if manifest is None:
+        raise UserError(f"{path}: there is no {kind} here; make it with `{made_by}`")
+    if manifest.kind != kind:
+        raise UserError(f"{path}: expected a {kind}, found a {manifest.kind}; name the right folder")
+    if manifest.schema_version != SCHEMA_VERSIONS[kind]:
+        raise UserError(
+            f"{path}: this {kind} has format {manifest.schema_version}, this version of dskd reads "
+            f"{SCHEMA_VERSIONS[kind]}; make it anew with `{made_by}`"
+        )
+    for name, entry in manifest.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["size_bytes"]:
+            found = "it is missing" if size is None else f"it has {size} bytes"
+            raise UserError(
+                f"{file}: the manifest says {entry['size_bytes']} bytes, but {found}; the {kind} was damaged after it "
+                f"was made. Remove {path} and make it anew with `{made_by}`"
+            )
+    return manifest
+
+
+def is_current(path: Path, recipe: Recipe) -> bool:
+    """True when the artifact at `path` is whole and was made by this very recipe."""
+    manifest = _load_manifest(path)
+    return (
+        manifest is not None
+        and manifest.kind == recipe.kind
+        and manifest.schema_version == SCHEMA_VERSIONS[recipe.kind]
+        and manifest.inputs == dict(recipe.inputs)
+        and manifest.config == _as_json(recipe.config)
+        and manifest.teacher == recipe.teacher
+        and manifest.tokenizer == recipe.tokenizer
+        and all(
+            (path / name).is_file() and (path / name).stat().st_size == entry["size_bytes"]
+            for name, entry in manifest.files.items()
+        )
+    )
+
+
+def verify_files(path: Path, manifest: Manifest, *, made_by: str) -> None:
+    """Compares the content of every file with the manifest. Reads everything: for artifacts that fit that.
+
+    Raises:
+        UserError: naming the first file that was changed after the artifact was made.
+    """
+    found = hash_files(path, only=manifest.files)
+    for name, entry in manifest.files.items():
+        if found[name]["sha256"] != entry["sha256"]:
+            raise UserError(
+                f"{path / name}: the content is not what the manifest says (sha256 {found[name]['sha256'][:12]}…, "
+                f"expected {entry['sha256'][:12]}…); remove {path} and make it anew with `{made_by}`"
+            )
+
+
+def require_same(what: str, *, expected: str | None, found: str | None, between: str, remedy: str) -> None:
+    """Refuses two artifacts that were not made from the same thing.
+
+    Raises:
+        UserError: naming both sides when `expected` and `found` differ.
+    """
+    if expected != found:
+        raise UserError(f"{between}: made with different {what} ({_short(expected)} and {_short(found)}); {remedy}")
+
+
+def hash_files(folder: Path, only: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """sha256 and size of every file under `folder` but its manifest, in the order of their names."""
+    names = (
+        sorted(only)
+        if only is not None
+        else sorted(
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME
+        )
+    )
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashlib releases the interpreter's lock
+        digests = pool.map(lambda name: sha256_of_file(folder / name), names)
+    return {
+        name: {"sha256": digest, "size_bytes": (folder / name).stat().st_size}
+        for name, digest in zip(names, digests, strict=True)
+    }
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_of_json(value: Any) -> str:
+    """Hex digest of a JSON-like value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(_as_json(value), sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder and its parents.
+
+    Raises:
+        UserError: when that is not allowed, with what to change.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write there ({error.strerror}); set workdir to a folder you may write"
+        ) from None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a stage computes."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _load_manifest(path: Path) -> Manifest | None:
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        return None
+    try:
+        return Manifest(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: this is not a manifest ({error}); remove {path} and make it anew") from None
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:12]}…" if digest else "none"
