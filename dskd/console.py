@@ -25,12 +25,12 @@ def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def progress(items: Iterable[T], *, total: int, label: str, unit: str) -> Iterator[T]:
+def progress(items: Iterable[T], *, total: int | None, label: str, unit: str) -> Iterator[T]:
     """Yields `items` under a progress bar that shows the rate in `unit` per second; silent on other ranks than 0."""
     yield from tqdm(items, total=total, desc=f"  {label}", unit=f" {unit}", **_bar_options())
 
 
-def progress_bar(*, total: int, label: str, unit: str, initial: int = 0) -> tqdm:
+def progress_bar(*, total: int | None, label: str, unit: str, initial: int = 0) -> tqdm:
     """A bar to be moved by hand with `.update(n)`, for work that does not come one item at a time."""
     return tqdm(total=total, initial=initial, desc=f"  {label}", unit=f" {unit}", unit_scale=True, **_bar_options())
 

@@ -5,7 +5,6 @@ the identity.
 """
 
 import datetime
-import hashlib
 import json
 import os
 import socket
@@ -59,6 +58,9 @@ def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Each rank would take all cores, and the ranks of a node would fight for them.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -98,7 +100,7 @@ def broadcast_json(value: Any) -> Any:
     """Rank 0's `value` on every rank. JSON, so that nothing is unpickled between machines."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return json.loads(json.dumps(value))
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    device = _communication_device()
     payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     size = torch.tensor([payload.numel()], device=device)
     dist.broadcast(size, src=0)
@@ -106,6 +108,20 @@ def broadcast_json(value: Any) -> Any:
         payload = torch.empty(int(size), dtype=torch.uint8, device=device)
     dist.broadcast(payload, src=0)
     return json.loads(bytes(payload.tolist()))
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's JSON-like `value`, on every rank, in the order of ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    device = _communication_device()
+    payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([payload.numel()], device=device))
+    longest = max(int(size) for size in sizes)
+    parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(parts, torch.nn.functional.pad(payload, (0, longest - payload.numel())))
+    return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
 
 def on_main(function: Callable[[], Any]) -> Any:
@@ -122,14 +138,12 @@ def on_main(function: Callable[[], Any]) -> Any:
             error = str(problem)
     reply = broadcast_json({"result": result, "error": error})
     if reply["error"] is not None:
-        raise UserError(reply["error"])
+        raise UserError(reply["error"], known_to_all_ranks=True)
     return reply["result"]
 
 
-def derived_seed(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed that depends on `seed` and every part, and on nothing else: not on ranks, order or process."""
-    text = ":".join(str(part) for part in (seed, *parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+def _communication_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _free_port() -> int:

@@ -8,3 +8,16 @@ class UserError(Exception):
 
     Programs print it without a traceback and exit with :data:`USER_ERROR_EXIT_CODE`. Schedulers must not retry it.
     """
+
+    def __init__(self, message: str, *, known_to_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        # Raised by every rank for the same reason: rank 0 says it for all.
+        self.known_to_all_ranks = known_to_all_ranks
+
+
+def listed(headline: str, problems: list[str], limit: int = 20) -> str:
+    """`headline` and the problems under it, a line each; of very many only the first, and how many more."""
+    lines = [f"  {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  … and {len(problems) - limit:,} more")
+    return "\n".join([f"{headline}:", *lines])

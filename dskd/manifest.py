@@ -26,6 +26,7 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSIONS = {
     "teacher": 1,
     "corpus": 1,
+    "sequences": 1,
     "lexicon": 1,
     "senses": 1,
     "shards": 1,
@@ -77,8 +78,7 @@ def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
     stages of several ranks call :meth:`Building.publish` on rank 0 themselves.
     """
     building = Building(path, recipe)
-    shutil.rmtree(building.folder, ignore_errors=True)
-    make_folder(building.folder)
+    building.clear()
     try:
         yield building
     except BaseException:
@@ -99,6 +99,11 @@ class Building:
     def folder(self) -> Path:
         """The temporary folder, beside the artifact's place so that renaming stays within one file system."""
         return self.path.with_name(f".{self.path.name}.partial")
+
+    def clear(self) -> None:
+        """Makes `folder` anew and empty, whatever an earlier, interrupted build left there."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        make_folder(self.folder)
 
     def publish(self) -> Manifest:
         """Writes the manifest and puts the folder in its place, replacing an older artifact."""

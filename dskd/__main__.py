@@ -1,0 +1,83 @@
+"""The `dskd` command: everything that needs no launcher."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from dskd.config import Config
+from dskd.config_file import load_config
+from dskd.program import add_config_arguments, run
+
+DESCRIPTION = """
+Decoder-based sense knowledge distillation. These verbs run in one process; the stages that run on several ranks are
+started with DeepSpeed's launcher: `deepspeed launcher/{build_senses,annotate,train,evaluate}.py --config FILE`, or all
+in order with `python launcher/pipeline.py --config FILE`.
+"""
+
+
+def _lexicon(config: Config) -> None:
+    from dskd.lexicon import build_lexicon
+
+    build_lexicon(config)
+
+
+def _student(config: Config) -> None:
+    from dskd.student import build_student
+
+    build_student(config)
+
+
+def _export(config: Config) -> None:
+    from dskd.export import build_export
+
+    build_export(config)
+
+
+def _compare(config: Config) -> None:
+    from dskd.compare import compare
+
+    print(compare(config))
+
+
+_VERBS: dict[str, tuple[Callable[[Config], None], str]] = {
+    "lexicon": (_lexicon, "read synonyms and antonyms, and write WORKDIR/lexicon/relations.parquet"),
+    "student": (_student, "cut the student from the teacher's safetensors, and write WORKDIR/student"),
+    "export": (_export, "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run"),
+    "compare": (_compare, "print runs and their measures side by side, and draw the loss curves"),
+}
+
+
+def _explain_config() -> None:
+    from dskd.config_file import describe
+
+    print(describe())
+
+
+def _find_wordnet(path: str | None) -> None:
+    from dskd.wordnet import open_wordnet
+
+    print(f"WordNet: {open_wordnet(path).folder}")
+
+
+def main() -> int:
+    """Parses the verb and runs it."""
+    parser = argparse.ArgumentParser(
+        prog="dskd", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (_, text) in _VERBS.items():
+        add_config_arguments(verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."))
+    verbs.add_parser("config", help="explain every key of a configuration file, with its default")
+    wordnet = verbs.add_parser("wordnet", help="find WordNet, and say where it is")
+    wordnet.add_argument("--path", help="a folder with WordNet's dictionary files, instead of looking for one")
+    given = parser.parse_args()
+    if given.verb == "config":
+        return run(_explain_config)
+    if given.verb == "wordnet":
+        return run(lambda: _find_wordnet(given.path))
+    action, _ = _VERBS[given.verb]
+    return run(lambda: action(load_config(given.config, given.overrides)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

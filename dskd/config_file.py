@@ -1,0 +1,247 @@
+"""Reading a configuration: one YAML file, and `section.key=value` overrides.
+
+Reading is strict and complete: unknown keys, keys given twice, values of a wrong type or out of range are all reported
+at once, each with its line, before anything is loaded. A config never changes after loading.
+"""
+
+import difflib
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dskd.config import Config, Section
+from dskd.errors import UserError, listed
+
+# Runs share every artifact up to the shards, so they may differ only in what comes after.
+KEYS_A_RUN_MAY_CHANGE = ("loss", "train", "seed")
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, lays the chosen run's keys and then `section.key=value` overrides over it.
+
+    Raises:
+        UserError: with every problem found, each with its file and line or the override it came from.
+    """
+    path = Path(path)
+    data, lines = _read_yaml(path)
+    problems: list[str] = []
+    overridden: dict[str, str] = {}
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            problems.append(f"{override!r}: an override is section.key=value, for example loss.sense_weight=0")
+            continue
+        try:
+            _set_dotted(changes, key, yaml.load(text, Loader=_StrictLoader))
+        except (yaml.YAMLError, UserError) as problem:
+            problems.append(f"{override!r}: the value is not YAML ({problem})")
+            continue
+        overridden[key] = override
+    merged = _merge(data, changes)
+    merged, run_problems = _apply_run(merged, changes)
+    problems += [f"{_place(path, lines, overridden, key)}{message}" for key, message in run_problems]
+    try:
+        config = Config.model_validate_json(json.dumps(merged, default=str))
+    except ValidationError as error:
+        problems += [
+            f"{_place(path, lines, overridden, key)}{message}" for key, message in _explain(error.errors(), merged)
+        ]
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise UserError(listed(f"{count} in the configuration", problems))
+    return config
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, value in `one`, value in `other`) wherever two JSON-like configs differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
+    elif one != other:
+        yield prefix, one, other
+
+
+def describe() -> str:
+    """Every key of a configuration with its type, default and meaning, section by section."""
+    return "\n".join(_described(Config, ""))
+
+
+def _described(model: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        sections = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((s for s in sections if isinstance(s, type) and issubclass(s, Section)), None)
+        key = f"{prefix}{name}"
+        if section is not None:
+            yield f"\n{key}: {(section.__doc__ or '').splitlines()[0]}"
+            yield from _described(section, f"{key}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.get_default(), default=list)
+        text = f"{field.description or ''} [{default}]"
+        yield textwrap.fill(text, 118, initial_indent=f"  {key:<38} ", subsequent_indent=" " * 41)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML as people mean it: 5e-5 is a number, and a key given twice is a mistake."""
+
+
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise UserError(f"line {line}: {key!r} is given twice (first on line {seen[key]}); keep one of them")
+        seen[key] = key_node.start_mark.line + 1
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+# A copy, so that the loader of every other user of PyYAML stays as it is. YAML 1.1 wants a dot in 5e-5.
+_StrictLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such config file; the shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the config file cannot be read ({error})") from None
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+        node = yaml.compose(text, Loader=_StrictLoader)
+    except UserError as problem:
+        raise UserError(f"{path}: {problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: this is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', found {type(data).__name__}")
+    return data, dict(_lines_of(node, ""))
+
+
+def _lines_of(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
+            yield key, key_node.start_mark.line + 1
+            yield from _lines_of(value_node, key)
+
+
+def _set_dotted(target: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{dotted} is set after a key that it is part of")
+        target = child
+    target[last] = value
+
+
+def _merge(base: Any, changes: Any) -> Any:
+    """`changes` over `base`; mappings are merged key by key, anything else is replaced."""
+    if isinstance(base, dict) and isinstance(changes, dict):
+        return {
+            key: _merge(base[key], changes[key]) if key in base and key in changes else changes.get(key, base.get(key))
+            for key in [*base, *(k for k in changes if k not in base)]
+        }
+    return changes
+
+
+def _apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Puts the chosen run's keys over the file's, and the command line's over those."""
+    runs, run = merged.get("runs"), merged.get("run", "dskd")
+    if not runs:
+        return merged, []
+    if not isinstance(runs, dict) or not all(isinstance(run_keys, dict) for run_keys in runs.values()):
+        return merged, [("runs", "expected a mapping from a run's name to the keys in which it differs, like kd: {}")]
+    problems = []
+    for name, keys in runs.items():
+        for key in keys:
+            if key not in KEYS_A_RUN_MAY_CHANGE:
+                allowed = ", ".join(KEYS_A_RUN_MAY_CHANGE)
+                problems.append((f"runs.{name}.{key}", f"a run may differ in {allowed}; the rest is shared"))
+        if name != run and not problems:
+            problems += [
+                (f"runs.{name}.{key}", message)
+                for key, message in _check(_merge({k: v for k, v in merged.items() if k != "runs"}, keys))
+                if key.split(".")[0] in keys and key not in dict(_check(merged))
+            ]
+    if run not in runs:
+        problems.append(("run", f"{run!r} is none of the runs of this file: {', '.join(runs)}"))
+        return merged, problems
+    return _merge(_merge(merged, runs[run]), overrides), problems
+
+
+def _check(data: dict[str, Any]) -> list[tuple[str, str]]:
+    try:
+        Config.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        return _explain(error.errors(), data)
+    return []
+
+
+def _explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]]:
+    """(dotted key, message) of each of pydantic's errors, in words that say what to do."""
+    explained: dict[str, str] = {}
+    for error in errors:
+        # A union's members each report; the part of the location that names the member is no key of the file.
+        location = [str(part) for part in error["loc"]]
+        keys: list[str] = []
+        here: Any = data
+        for part in location:
+            if isinstance(here, dict) and part in here:
+                here = here[part]
+            elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+                here = here[int(part)]
+            elif error["type"] != "missing" or part != location[-1]:
+                continue
+            keys.append(part)
+        key = ".".join(keys)
+        if error["type"] == "extra_forbidden":
+            message = f"unknown key{_suggestion(location)}"
+        elif error["type"] == "missing":
+            message = "is missing and has no default"
+        elif error["type"] == "value_error":
+            message = str(error["ctx"]["error"])
+        else:
+            found = json.dumps(error["input"], default=str)
+            message = f"{error['msg'][0].lower()}{error['msg'][1:]}, found {found}"
+        explained[key] = f"{explained[key]}; or {message}" if key in explained else message
+    return list(explained.items())
+
+
+def _suggestion(location: list[str]) -> str:
+    model: Any = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if model is None:
+            return ""
+    near = difflib.get_close_matches(location[-1], model.model_fields, n=1)
+    parent = "".join(f"{part}." for part in location[:-1])
+    return f"; did you mean {parent}{near[0]}?" if near else f"; known here: {', '.join(model.model_fields)}"
+
+
+def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: str) -> str:
+    """Where `key` was given: the override, the line of the file, or the line of the section it belongs to."""
+    shown = f"{key}: " if key else ""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        given = [text for name, text in overridden.items() if name == prefix or name.startswith(f"{prefix}.")]
+        if given and length == len(parts):
+            return f"override {given[0]!r}: {shown}"
+        if prefix in lines:
+            return f"{path}:{lines[prefix]}: {shown}"
+    return f"{path}: {shown}"

@@ -1,0 +1,245 @@
+"""Evaluation on held-out text: what a model says next, how far it agrees with the teacher, and where its states lie.
+
+| measure | definition, over target positions of the validation shards |
+|---|---|
+| perplexity | exp of the mean cross-entropy |
+| accuracy | share at which the most probable token is the actual next one |
+| agreement | share at which the most probable token is the teacher's |
+| lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
+| sense_alignment | share at which the state is nearer to some row of P_i than to every row of N_i, where both exist |
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dskd import export, shards
+from dskd.config import Config
+from dskd.console import progress_bar, say, stage
+from dskd.distributed import World, on_main, sum_over_ranks
+from dskd.manifest import Manifest, Recipe, build_artifact, is_current, write_json
+from dskd.model_folder import ModelFolder, find_teacher
+from dskd.models import FrozenModel, load_frozen
+from dskd.senses.dictionary import load_dictionary, map_vectors
+from dskd.student import find_student
+from dskd.tracking import log_final_metrics
+
+FOLDER, FILE = "evaluation", "measures.json"
+MADE_BY = "deepspeed launcher/evaluate.py --config FILE"
+MEASURES = ("perplexity", "accuracy", "agreement", "lexical_perplexity", "sense_alignment")
+TEACHER, CUT_STUDENT = "teacher", "student"
+_SUMS = ("nll", "correct", "agree", "lexical_nll", "aligned", "tokens", "lexical_tokens", "alignable")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be evaluated."""
+
+    name: str
+    folder: ModelFolder
+    mlflow_run_id: str | None = None
+
+
+def candidates(config: Config) -> list[Candidate]:
+    """Teacher, cut student, and the exports of the config's runs as far as they exist."""
+    found = [Candidate(TEACHER, find_teacher(config)), Candidate(CUT_STUDENT, find_student(config))]
+    for run in config.run_names:
+        if config.path(export.FOLDER, run).is_dir():
+            folder, facts = export.find_export(config, run)
+            found.append(Candidate(run, folder, facts["mlflow_run_id"]))
+    return found
+
+
+def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe:
+    """What decides the measures of a model. The batch size does not."""
+    _, senses = load_dictionary(config)
+    validation = shards.load_manifest(config, "validation")
+    return Recipe(
+        "evaluation",
+        {"model": candidate.folder.digest, "shards": validation.digest, "senses": senses.digest},
+        {"precision": config.precision},
+        teacher.digest,
+        teacher.tokenizer_digest,
+    )
+
+
+def stale_candidates(config: Config) -> list[Candidate]:
+    """Those whose measures are missing or of another model or text."""
+    teacher = find_teacher(config)
+    return [
+        candidate
+        for candidate in candidates(config)
+        if not is_current(config.path(FOLDER, candidate.name), recipe(config, candidate, teacher))
+    ]
+
+
+def evaluate(config: Config, world: World, *, force: bool = False) -> None:
+    """Measures every model whose measures are not up to date, and writes `WORKDIR/evaluation/NAME`."""
+    teacher = find_teacher(config)
+    dictionary, senses = load_dictionary(config)
+    validation = shards.load_manifest(config, "validation")
+    on_main(
+        lambda: shards.require_fitting(
+            config,
+            "validation",
+            validation,
+            senses=senses.digest,
+            teacher=teacher.digest,
+            tokenizer=teacher.tokenizer_digest,
+        )
+    )
+    stale = candidates(config) if force else stale_candidates(config)
+    names = on_main(lambda: [candidate.name for candidate in stale])
+    if not names:
+        return
+    # The teacher goes first: its predictions are what the others are compared with.
+    stale = [candidate for candidate in stale if candidate.name in names]
+    predictions: list[torch.Tensor] = []
+    if TEACHER not in names:
+        model = load_frozen(teacher, config, world)
+        measure(model, config, validation, dictionary.path, predictions, world, label="teacher's predictions")
+        model.close()
+    for candidate in stale:
+        target = config.path(FOLDER, candidate.name)
+        sources = [candidate.folder.path, config.path(shards.FOLDER, "validation")]
+        with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
+            model = load_frozen(candidate.folder, config, world)
+            measures = measure(model, config, validation, dictionary.path, predictions, world, label="evaluating")
+            model.close()
+            wanted = recipe(config, candidate, teacher)
+            on_main(functools.partial(_publish, config, candidate, wanted, measures))
+
+
+def measure(
+    model: FrozenModel,
+    config: Config,
+    validation: Manifest,
+    vectors_path: Path,
+    predictions: list[torch.Tensor],
+    world: World,
+    *,
+    label: str,
+) -> dict[str, float]:
+    """The measures of a model, over all ranks.
+
+    `predictions` holds the teacher's predicted tokens by batch. When it is empty, `model` is the teacher and fills it.
+    """
+    is_teacher = not predictions
+    vectors = map_vectors(vectors_path)
+    sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+    samples = validation.facts["samples"]
+    with progress_bar(total=samples, label=label, unit="sequences") as bar:
+        for number, batch in enumerate(_batches(config, validation, vectors, world)):
+            hidden = model.hidden_states(batch["input_ids"].to(world.device))
+            mask = batch["loss_mask"].to(world.device)
+            states, labels = hidden[mask], batch["labels"].to(world.device)[mask]
+            nll, predicted = _next_token(states, labels, model.head_weight, config.train.loss_chunk_size)
+            if is_teacher:
+                predictions.append(predicted)
+            lexical = batch["lexical"].to(world.device)[mask]
+            aligned, alignable = _alignment(hidden.flatten(0, 1), batch, world.device)
+            parts = (
+                nll.sum(),
+                (predicted == labels).sum(),
+                (predicted == predictions[number]).sum(),
+                nll[lexical].sum(),
+                aligned,
+                len(labels),
+                lexical.sum(),
+                alignable,
+            )
+            sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
+            bar.update(min(len(mask) * world.world_size, bar.total - bar.n))
+    total = dict(zip(_SUMS, sum_over_ranks(sums.to(world.device)).tolist(), strict=True))
+    measures = {
+        "perplexity": _exp_mean(total["nll"], total["tokens"]),
+        "accuracy": _share(total["correct"], total["tokens"]),
+        "agreement": _share(total["agree"], total["tokens"]),
+        "lexical_perplexity": _exp_mean(total["lexical_nll"], total["lexical_tokens"]),
+        "sense_alignment": _share(total["aligned"], total["alignable"]),
+    }
+    # A measure over no position has no value, and JSON has no NaN.
+    return {name: value for name, value in measures.items() if not math.isnan(value)}
+
+
+def load_measures(config: Config) -> dict[str, dict[str, float]]:
+    """{model: its measures}, of the models evaluated so far, teacher and cut student first."""
+    names = [TEACHER, CUT_STUDENT, *config.run_names]
+    found = {}
+    for name in names:
+        path = config.path(FOLDER, name, FILE)
+        if path.is_file():
+            found[name] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _batches(config: Config, validation: Manifest, vectors: Any, world: World) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields this rank's batches of the validation shards; equally many on every rank, the last may have no targets."""
+    dataset = shards.open_shards(config, "validation", validation, batch_size=1)
+    size = config.evaluation.batch_size
+    starts = range(0, len(dataset), size)
+    for turn in range(-(-len(starts) // world.world_size)):
+        number = turn * world.world_size + world.rank
+        start = starts[number] if number < len(starts) else 0
+        samples = [dataset[index] for index in range(start, min(start + size, validation.facts["samples"]))]
+        batch = shards.collate_tokens(samples)
+        synonyms = torch.stack([torch.from_numpy(sample["synonym_ids"]) for sample in samples])
+        antonyms = torch.stack([torch.from_numpy(sample["antonym_ids"]) for sample in samples])
+        if number >= len(starts):
+            batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+        batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
+        both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
+        batch["aligned_positions"] = both.nonzero().squeeze(-1)
+        near, far = synonyms.flatten(0, 1)[both].numpy(), antonyms.flatten(0, 1)[both].numpy()
+        batch["sense_rows"], (batch["near"], batch["far"]) = shards.gather_rows(vectors, [near, far])
+        yield batch
+
+
+def _next_token(
+    states: torch.Tensor, labels: torch.Tensor, head_weight: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood [n] of the labels and the most probable tokens [n]; logits one chunk at a time."""
+    nll, predicted = [states.new_zeros(0, dtype=torch.float64)], [labels[:0]]
+    for part, wanted in zip(states.split(chunk_size), labels.split(chunk_size), strict=True):
+        if len(part):
+            logits = F.linear(part, head_weight).float()
+            nll.append(F.cross_entropy(logits, wanted, reduction="none").double())
+            predicted.append(logits.argmax(-1))
+    return torch.cat(nll), torch.cat(predicted)
+
+
+def _alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> tuple[int, int]:
+    """At how many positions the nearest row of P_i is nearer than the nearest of N_i, and at how many both exist."""
+    positions = batch["aligned_positions"].to(device)
+    if not len(positions):
+        return 0, 0
+    at, rows = states[positions].float(), batch["sense_rows"].to(device).float()
+    nearest = []
+    for name in ("near", "far"):
+        index = batch[name].to(device)
+        squares = (at.unsqueeze(1) - rows[index.clamp(min=0)]).square().sum(-1)
+        nearest.append(squares.masked_fill(index < 0, torch.inf).min(-1).values)
+    return int((nearest[0] < nearest[1]).sum()), len(positions)
+
+
+def _publish(config: Config, candidate: Candidate, wanted: Recipe, measures: dict[str, float]) -> None:
+    with build_artifact(config.path(FOLDER, candidate.name), wanted) as building:
+        write_json(building.folder / FILE, measures)
+    say("  " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()))
+    if candidate.mlflow_run_id and config.tracking.enabled:
+        log_final_metrics(config, candidate.mlflow_run_id, {f"eval/{name}": v for name, v in measures.items()})
+
+
+def _exp_mean(total: float, count: float) -> float:
+    return math.exp(total / count) if count else math.nan
+
+
+def _share(total: float, count: float) -> float:
+    return total / count if count else math.nan

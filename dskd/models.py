@@ -1,0 +1,317 @@
+"""Teacher and student as DeepSpeed ZeRO-3 engines.
+
+Both are built the same way, at every size: the architecture is constructed under `zero.Init`, so that each rank only
+ever holds its share of a parameter, and the weights are copied from the safetensors one tensor at a time. No rank holds
+a whole model at any moment.
+
+The teacher's forward returns last hidden states, after the final norm; so does the decoder of the student. Logits exist
+only chunk by chunk, in :mod:`dskd.head`. Shapes: B batch, T tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from dskd.config import Config, StudentConfig
+from dskd.distributed import World
+from dskd.errors import UserError, listed
+from dskd.head import DistillationHead
+from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
+from dskd.precision import compute_dtype
+
+
+class Decoder(nn.Module):
+    """A decoder without its head: token ids to last hidden states."""
+
+    def __init__(self, base_model: nn.Module) -> None:
+        super().__init__()
+        self.base = base_model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, T, D] of `input_ids` [B, T], after the final norm."""
+        return self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+class Student(nn.Module):
+    """The decoder that is trained, with the head that holds its output matrix and computes the losses."""
+
+    def __init__(self, decoder: Decoder, head: DistillationHead) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.head = head
+
+    def forward(self, input_ids: torch.Tensor, **loss_inputs: Any) -> Any:
+        """What :meth:`dskd.head.DistillationHead.forward` makes of the last hidden states and `loss_inputs`."""
+        return self.head(self.decoder(input_ids), **loss_inputs)
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A decoder that is only read: its ZeRO-3 engine, and its output matrix, held whole by every rank.
+
+    The output matrix `head_weight` [V, D] is resident because it is read for every chunk of positions; it is 1 GB for
+    Llama-3-8B and 4 GB for a 405B model.
+    """
+
+    engine: Any
+    head_weight: torch.Tensor
+    folder: ModelFolder
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.head_weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.head_weight.shape[0]
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, T, D] of `input_ids` [B, T]. Every rank must call it equally often."""
+        return self.engine(input_ids)
+
+    def close(self) -> None:
+        """Gives the engine's memory back."""
+        self.engine.destroy()
+
+
+def load_frozen(folder: ModelFolder, config: Config, world: World) -> FrozenModel:
+    """Loads a model for reading: sharded over the ranks by ZeRO-3, its shares offloaded as `teacher.offload` says.
+
+    Raises:
+        UserError: when weights are missing, or the model does more than a matrix product behind its last hidden state.
+    """
+    dtype = compute_dtype(config.precision, world.device)
+    settings = _engine_settings(dtype, world, folder.load_config().hidden_size, micro_batch_size=1)
+    if config.teacher.offload == "cpu":
+        pin = world.device.type == "cuda"
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    causal_lm = _build(folder, settings, dtype)
+    reader = TensorReader(folder.path)
+    head_weight = reader.read(output_name(causal_lm, reader)).to(world.device, dtype)
+    decoder = Decoder(causal_lm.base_model).requires_grad_(False).eval()
+    engine, *_ = deepspeed.initialize(model=decoder, config=settings)
+    engine.eval()
+    return FrozenModel(engine, head_weight, folder)
+
+
+def load_student(
+    folder: ModelFolder,
+    config: Config,
+    world: World,
+    *,
+    teacher_head: torch.Tensor | None,
+    margin: float,
+    accumulation_steps: int,
+) -> Any:
+    """The student's ZeRO-3 engine, with AdamW over the parameters that `student.train_*` names.
+
+    Args:
+        folder: the model to start from.
+        config: the experiment.
+        world: the ranks.
+        teacher_head: the teacher's output matrix [V, D], or None when no term of the loss reads its logits.
+        margin: of the sense loss, in units of |h - s|² / D.
+        accumulation_steps: micro-batches a rank runs for an optimizer step.
+
+    Raises:
+        UserError: when weights are missing, or nothing would be trained.
+    """
+    dtype = compute_dtype(config.precision, world.device)
+    train = config.train
+    settings = _engine_settings(
+        dtype, world, folder.load_config().hidden_size, micro_batch_size=train.micro_batch_size
+    ) | {
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": train.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+    }
+    settings["zero_optimization"]["reduce_bucket_size"] = 50_000_000
+    causal_lm = _build(folder, settings, dtype)
+    if train.activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = choose_trained(causal_lm, config.student)
+    head = DistillationHead(
+        causal_lm.get_output_embeddings().weight,
+        teacher_head,
+        config.loss,
+        chunk_size=train.loss_chunk_size,
+        margin=margin,
+        hub_name=output_name(causal_lm, TensorReader(folder.path)),
+    )
+    student = Student(Decoder(causal_lm.base_model), head)
+    # Dropout stays off: the teacher has none, and a run is to be a function of its config, seed and data alone.
+    student.eval()
+    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
+    return engine
+
+
+def choose_trained(causal_lm: Any, student: StudentConfig) -> list[nn.Parameter]:
+    """Sets `requires_grad` as `student.train_*` says.
+
+    Returns:
+        The parameters that are trained, each once.
+
+    Raises:
+        UserError: when a layer index does not exist, or nothing is trained.
+    """
+    count = causal_lm.config.num_hidden_layers
+    wanted = student.train_layers
+    layers = set(range(max(0, count - wanted), count)) if isinstance(wanted, int) else set(wanted)
+    missing = sorted(layers - set(range(count)))
+    if missing:
+        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
+    embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
+    head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
+    trained = []
+    for name, parameter in causal_lm.named_parameters():
+        layer = LAYER_NAME.search(name)
+        if id(parameter) in embeddings or id(parameter) in head:
+            # A head that is tied to the embeddings is trained when either is.
+            chosen = (id(parameter) in embeddings and student.train_embeddings) or (
+                id(parameter) in head and student.train_lm_head
+            )
+        elif layer:
+            chosen = int(layer.group(1)) in layers
+        else:
+            chosen = student.train_final_norm
+        parameter.requires_grad_(chosen)
+        if chosen:
+            trained.append(parameter)
+    if not trained:
+        raise UserError("student: nothing would be trained; set student.train_layers to 1 or more")
+    return trained
+
+
+def copy_weights(model: nn.Module, reader: TensorReader, folder: ModelFolder) -> None:
+    """Copies weights into a model whose parameters are sharded by ZeRO-3, one tensor at a time.
+
+    Raises:
+        UserError: with every weight that is missing or of another shape.
+    """
+    problems = []
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    for name, parameter in model.named_parameters():
+        stored_name = _stored_name(name, reader, model)
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if stored_name is None:
+            problems.append(f"there is no tensor {name}")
+            continue
+        tensor = reader.read(stored_name) if writes else None
+        if tensor is not None and tuple(tensor.shape) != shape:
+            problems.append(f"{stored_name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+            tensor = None
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            if tensor is not None:
+                parameter.data.copy_(tensor)
+    if problems:
+        raise UserError(listed(f"{folder.path}: the weights do not fit the architecture", problems))
+
+
+def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
+    """Elements of ZeRO-3 parameters that this rank holds."""
+    return sum(parameter.ds_tensor.numel() for parameter in parameters)  # type: ignore[attr-defined]
+
+
+def hub_names(student: Student) -> dict[str, str]:
+    """{name of a parameter in the engine: its name in the Hugging Face folder}."""
+    prefix = student.decoder.base.base_model_prefix  # empty when the base model has none
+    names = {}
+    for name, _ in student.named_parameters():
+        if name.startswith("decoder.base."):
+            rest = name.removeprefix("decoder.base.")
+            names[name] = f"{prefix}.{rest}" if prefix else rest
+        else:
+            names[name] = student.head.hub_name
+    return names
+
+
+def _engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": 3,
+            # Norms and biases stay gathered, everything larger is sharded: the rule transformers uses for "auto".
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+            "overlap_comm": world.device.type == "cuda",
+        },
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _build(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A causal LM whose parameters are sharded from birth, with the folder's weights."""
+    from transformers import AutoModelForCausalLM
+
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        try:
+            causal_lm = AutoModelForCausalLM.from_config(
+                folder.load_config(), dtype=dtype, trust_remote_code=folder.trust_remote_code
+            )
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
+    copy_weights(causal_lm, TensorReader(folder.path), folder)
+    _check_head(causal_lm, folder)
+    return causal_lm
+
+
+def output_name(causal_lm: Any, reader: TensorReader) -> str:
+    """The name under which the folder stores the output matrix; that of the embeddings where the two are tied."""
+    weight = causal_lm.get_output_embeddings().weight
+    names = [name for name, parameter in causal_lm.named_parameters(remove_duplicate=False) if parameter is weight]
+    return next(stored for name in names if (stored := _stored_name(name, reader, causal_lm)) is not None)
+
+
+def _stored_name(name: str, reader: TensorReader, model: Any) -> str | None:
+    """The folder's name for the parameter `name`, or None; some folders leave out the base model's prefix."""
+    bare = name.removeprefix(f"{model.base_model_prefix}.")
+    return next((alias for alias in (name, bare) if alias in reader), None)
+
+
+class _GivenStates(nn.Module):
+    """Stands in for a base model and returns the states it was given."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
+
+
+def _check_head(causal_lm: Any, folder: ModelFolder) -> None:
+    """Refuses a model whose logits are more than last hidden state times output matrix.
+
+    Some architectures scale or cap their logits, or add a bias. The model's own forward is run behind states that are
+    made up, and its logits are compared with the plain product.
+    """
+    weight = causal_lm.get_output_embeddings().weight
+    prefix = causal_lm.base_model_prefix
+    base_model = getattr(causal_lm, prefix)
+    with deepspeed.zero.GatheredParameters(list(causal_lm.get_output_embeddings().parameters())), torch.no_grad():
+        states = torch.linspace(-3, 3, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
+        setattr(causal_lm, prefix, _GivenStates(states))
+        try:
+            logits = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long, device=weight.device)).logits
+        finally:
+            setattr(causal_lm, prefix, base_model)
+        plain = F.linear(states, weight)
+        same = torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
+    if not same:
+        raise UserError(
+            f"{folder.path}: {type(causal_lm).__name__} does more than a matrix product to get from its last hidden "
+            "state to its logits (a bias, a scale or a cap); such a model is not supported yet"
+        )

@@ -1,0 +1,203 @@
+"""All stages in order, each skipped when what it would make is there and up to date.
+
+Stages of one process run here; stages of several ranks are started through DeepSpeed's launcher, as a user would start
+them. Whether a stage came to its end is read from its artifact: the launcher's exit code is 0 even when its ranks were
+killed.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dskd import annotate, checkpoint, corpus, evaluate, export, lexicon, pretrain, student, train
+from dskd.compare import compare
+from dskd.config import Config
+from dskd.config_file import load_config
+from dskd.console import say
+from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+from dskd.manifest import Recipe, is_current
+from dskd.model_folder import TEACHER_FOLDER, find_teacher
+from dskd.senses import build as senses
+
+LAUNCHERS = Path(__file__).resolve().parent.parent / "launcher"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline: what it makes, whether that is up to date, and how to make it."""
+
+    name: str
+    is_current: Callable[[], bool]
+    build: Callable[[], None]
+
+
+class StageFailedError(Exception):
+    """A stage of several ranks did not come to its end; it has said why itself."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
+    """Brings every artifact of the config up to date and prints the comparison.
+
+    Raises:
+        UserError: for what the user has to mend.
+        StageFailedError: when ranks failed.
+    """
+    config = load_config(path, overrides)
+    started = time.perf_counter()
+    stages = plan_stages(config, path, overrides)
+    current = []
+    for stage in stages:
+        if stage.is_current():
+            current.append(stage.name)
+            continue
+        if current:
+            say(f"up to date: {', '.join(current)}")
+            current = []
+        stage.build()
+        if not stage.is_current():
+            raise StageFailedError(f"stage {stage.name!r} ended without making what it should", 1)
+    if current:
+        say(f"up to date: {', '.join(current)}")
+    print(f"\n{compare(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
+
+
+def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
+    """The stages in the order of the data flow."""
+
+    def artifact(folder: str, recipe: Callable[[], Recipe]) -> Callable[[], bool]:
+        return lambda: is_current(config.path(folder), recipe())
+
+    def ranks(program: str, *arguments: str) -> Callable[[], None]:
+        return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
+
+    def shards_are_current() -> bool:
+        teacher = find_teacher(config)
+        return all(
+            is_current(config.path("shards", split), annotate.recipe(config, split, teacher)) for split in corpus.SPLITS
+        )
+
+    stages = [
+        Stage(
+            "lexicon", artifact(lexicon.FOLDER, lambda: lexicon.recipe(config)), lambda: lexicon.build_lexicon(config)
+        ),
+        Stage("corpus", artifact(corpus.FOLDER, lambda: corpus.recipe(config)), lambda: corpus.build_corpus(config)),
+    ]
+    if config.teacher.train_from_scratch is not None:
+        stages.append(
+            Stage(
+                "teacher",
+                artifact(TEACHER_FOLDER, lambda: pretrain.recipe(config)),
+                lambda: pretrain.build_teacher(config),
+            )
+        )
+    stages += [
+        Stage(
+            "sequences",
+            artifact(
+                corpus.SEQUENCES_FOLDER, lambda: corpus.sequences_recipe(config, find_teacher(config).tokenizer_digest)
+            ),
+            lambda: _build_sequences(config),
+        ),
+        Stage(
+            "senses",
+            artifact("senses", lambda: senses.recipe(config, find_teacher(config))),
+            ranks("build_senses.py"),
+        ),
+        Stage("shards", shards_are_current, ranks("annotate.py")),
+        Stage(
+            "student",
+            artifact(student.FOLDER, lambda: student.recipe(config, find_teacher(config))),
+            lambda: student.build_student(config),
+        ),
+    ]
+    for name in config.run_names:
+        stages += _run_stages(load_config(path, [*overrides, f"run={name}"]), path, overrides)
+    stages.append(Stage("evaluation", lambda: not evaluate.stale_candidates(config), ranks("evaluate.py")))
+    return stages
+
+
+def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
+    """Starts a program of `launcher/` on all ranks and waits for it.
+
+    Raises:
+        StageFailedError: when it failed.
+    """
+    executable = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if executable is None:
+        raise UserError("there is no `deepspeed` beside this Python; install the package with its dependencies")
+    command = [executable, *_launcher_arguments(config), str(LAUNCHERS / program), *arguments]
+    say(f"$ {' '.join([Path(executable).name, *command[1:]])}")
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DSKD_PROGRESS": "1" if sys.stderr.isatty() else "0",
+    }
+    # A session of its own: a signal to the launcher alone would leave the ranks running.
+    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=sys.stderr)
+    try:
+        exit_code = process.wait()
+    except BaseException:
+        _end(process)
+        raise
+    if exit_code:
+        raise StageFailedError(f"`{program}` failed with exit code {exit_code}", exit_code)
+
+
+def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
+    """Training and export of one run."""
+
+    def build() -> None:
+        wanted = train.recipe(config)
+        newest = checkpoint.latest(config)
+        # Checkpoints of another config are stale artifacts, as everywhere in the pipeline; the tracked run stays.
+        other = newest is not None and bool(checkpoint.changes_since(newest, wanted))
+        flag = "--overwrite" if other else "--resume"
+        launch(config, "train.py", ["--config", str(path), flag, *overrides, f"run={config.run}"])
+
+    def exported() -> bool:
+        newest = checkpoint.latest(config)
+        return newest is not None and is_current(config.path(export.FOLDER, config.run), export.recipe(newest))
+
+    return [
+        Stage(f"train {config.run}", lambda: checkpoint.is_finished(config, train.recipe(config)), build),
+        Stage(f"export {config.run}", exported, lambda: export.build_export(config)),
+    ]
+
+
+def _build_sequences(config: Config) -> None:
+    teacher = find_teacher(config)
+    corpus.build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+
+
+def _launcher_arguments(config: Config) -> Sequence[str]:
+    if config.pipeline.launcher_args is not None:
+        return config.pipeline.launcher_args
+    if torch.cuda.is_available():
+        return ()
+    return ("--num_gpus", str(min(2, os.cpu_count() or 1)))
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the launcher and all of its ranks."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+            process.wait(10)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def exit_code_of(error: StageFailedError) -> int:
+    """A user's mistake in a rank stays one for the caller; any other failure is 1."""
+    return error.exit_code if error.exit_code == USER_ERROR_EXIT_CODE else 1

@@ -1,0 +1,70 @@
+"""What the programs of `launcher/` and the `dskd` command share: arguments, ranks, errors and exit codes.
+
+Exit codes: 0 done; 1 a fault of ours, with a traceback, or a rank that failed; 2 bad input, with a message and no
+traceback (a scheduler must not retry it); 130 interrupted.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from dskd.config import Config
+from dskd.config_file import load_config
+from dskd.console import say
+from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
+from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+
+_OVERRIDES_HELP = (
+    "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
+    "`dskd config` explains every key"
+)
+
+
+def build_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser with the arguments that every program of `launcher/` has."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    # DeepSpeed's launcher passes it; ranks are read from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE`, and overrides."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES_HELP)
+
+
+def run(action: Callable[[], object]) -> int:
+    """Runs a program's work and returns its exit code; a user's mistake is printed without a traceback."""
+    try:
+        action()
+    except UserError as error:
+        if is_main_process() or not error.known_to_all_ranks:
+            rank = "" if is_main_process() else f"[rank {current_rank()}] "
+            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        say("interrupted; what was complete stays, and the same command goes on from there")
+        return 130
+    return 0
+
+
+def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> int:
+    """Like :func:`run` on all ranks: reads the config, joins the ranks and calls `action` with both."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    def joined() -> None:
+        try:
+            config = load_config(given.config, given.overrides)
+        except UserError as error:
+            raise UserError(str(error), known_to_all_ranks=True) from None
+        world = initialize(config.train.collective_timeout_s)
+        action(config, world)
+        shutdown()
+
+    return run(joined)

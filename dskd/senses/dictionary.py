@@ -1,0 +1,138 @@
+"""The sense dictionary's file, `senses/senses.safetensors`, and reading rows of it without loading it.
+
+docs/formats.md describes the tensors. R rows, D hidden, V vocabulary, E entries (V tokens, then spans).
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.manifest import Manifest, read_manifest, require_same
+from dskd.model_folder import open_safetensors
+from dskd.senses.entries import Entries
+
+FOLDER, FILE = "senses", "senses.safetensors"
+MADE_BY = "deepspeed launcher/build_senses.py --config FILE"
+_INDEX_TENSORS = (
+    "counts",
+    "entry_offsets",
+    "span_tokens",
+    "synonym_offsets",
+    "synonym_entries",
+    "antonym_offsets",
+    "antonym_entries",
+)
+
+
+@dataclass(frozen=True)
+class SenseDictionary:
+    """Everything of the dictionary but its vectors, which stay on disk and are read by row."""
+
+    path: Path
+    vocab_size: int
+    hidden_size: int
+    counts: torch.Tensor  # [R] int64, states behind each row
+    entry_offsets: torch.Tensor  # [E+1] int64; rows of entry e are entry_offsets[e]:entry_offsets[e+1]
+    entries: Entries
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.counts)
+
+    def vectors(self) -> torch.Tensor:
+        """All vectors [R, D] bf16. For the annotation, which reads every row again and again."""
+        return open_safetensors(self.path).get_tensor("vectors")
+
+    def has_senses(self) -> torch.Tensor:
+        """[V] bool: tokens with at least one row."""
+        return self.entry_offsets.diff()[: self.vocab_size] > 0
+
+
+def save_dictionary(
+    path: Path, vectors: torch.Tensor, counts: torch.Tensor, entry_offsets: torch.Tensor, entries: Entries
+) -> None:
+    """Writes the file; `vectors` [R, D] bf16, `counts` [R], `entry_offsets` [E+1]."""
+    tensors = {"vectors": vectors.to(torch.bfloat16), "counts": counts, "entry_offsets": entry_offsets}
+    tensors |= {name: getattr(entries, name) for name in _entry_tensors()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
+    """The dictionary of `WORKDIR/senses` and its manifest.
+
+    Raises:
+        UserError: when it is missing, damaged or lacks a tensor.
+    """
+    folder = config.path(FOLDER)
+    manifest = read_manifest(folder, "senses", made_by=MADE_BY)
+    return read_dictionary(folder / FILE), manifest
+
+
+def read_dictionary(path: Path) -> SenseDictionary:
+    """The dictionary in one file.
+
+    Raises:
+        UserError: when it is damaged, lacks a tensor, or its parts do not fit each other.
+    """
+    with open_safetensors(path) as stored:
+        names = set(stored.keys())
+        missing = {"vectors", *_INDEX_TENSORS} - names
+        if missing:
+            raise UserError(f"{path}: not a sense dictionary: it lacks {', '.join(sorted(missing))}")
+        tensors = {name: stored.get_tensor(name) for name in _INDEX_TENSORS}
+        shape = stored.get_slice("vectors").get_shape()
+    entries = Entries(
+        vocab_size=len(tensors["synonym_offsets"]) - 1, **{name: tensors[name] for name in _entry_tensors()}
+    )
+    offsets = tensors["entry_offsets"]
+    if len(offsets) != entries.num_entries + 1 or int(offsets[-1]) != shape[0] or len(tensors["counts"]) != shape[0]:
+        raise UserError(
+            f"{path}: the tensors do not fit each other ({shape[0]} vectors, {len(tensors['counts'])} counts, "
+            f"{len(offsets) - 1} entries that end at row {int(offsets[-1])}); make it anew with `{MADE_BY}`"
+        )
+    return SenseDictionary(path, entries.vocab_size, shape[1], tensors["counts"], offsets, entries)
+
+
+def require_fitting(
+    dictionary: SenseDictionary, manifest: Manifest, *, teacher: str, tokenizer: str, hidden_size: int
+) -> None:
+    """Refuses a dictionary that was made for another teacher.
+
+    Raises:
+        UserError: naming both sides.
+    """
+    remedy = f"make the dictionary anew with `{MADE_BY}`"
+    if dictionary.hidden_size != hidden_size:
+        raise UserError(
+            f"{dictionary.path}: its sense embeddings have {dictionary.hidden_size} dimensions, the model's hidden "
+            f"states {hidden_size}; {remedy}"
+        )
+    between = f"{dictionary.path.parent} and the teacher"
+    require_same("tokenizers", expected=tokenizer, found=manifest.tokenizer, between=between, remedy=remedy)
+    require_same("teachers", expected=teacher, found=manifest.teacher, between=between, remedy=remedy)
+
+
+def map_vectors(path: Path) -> np.memmap:
+    """`vectors` [R, D] as a read-only memory map of the raw 16 bits of each bf16; pages are read when rows are.
+
+    The loader's workers use it: they touch a few thousand rows a batch of a file that may have tens of gigabytes.
+    """
+    with path.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_size))
+    entry = header["vectors"]
+    if entry["dtype"] != "BF16":
+        raise UserError(f"{path}: vectors are {entry['dtype']}, expected BF16; make it anew with `{MADE_BY}`")
+    offset = 8 + header_size + entry["data_offsets"][0]
+    return np.memmap(path, dtype=np.uint16, mode="r", offset=offset, shape=tuple(entry["shape"]))
+
+
+def _entry_tensors() -> list[str]:
+    return [field.name for field in fields(Entries) if field.name != "vocab_size"]

@@ -1,0 +1,104 @@
+"""Words to entries of the sense dictionary: which tokens have relations, and to which tokens and spans.
+
+A head must be one token as " word" and longer than two letters; a neighbour may be a span of one to three tokens
+(method, section 1). Entries 0…V-1 are the tokens, entries from V on are spans of two or three tokens.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dskd.lexicon import Relation
+
+MAX_SPAN_TOKENS = 3
+MIN_HEAD_LETTERS = 3
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The words of the lexicon in terms of tokens. E entries: V tokens, then E-V spans.
+
+    `synonym_entries[synonym_offsets[v]:synonym_offsets[v + 1]]` are the synonyms of token v as entries, ascending;
+    antonyms likewise.
+    """
+
+    vocab_size: int
+    span_tokens: torch.Tensor  # [E-V, 3] int32, padded with -1
+    synonym_offsets: torch.Tensor  # [V+1] int64
+    synonym_entries: torch.Tensor  # int32
+    antonym_offsets: torch.Tensor  # [V+1] int64
+    antonym_entries: torch.Tensor  # int32
+
+    @property
+    def num_entries(self) -> int:
+        """E."""
+        return self.vocab_size + len(self.span_tokens)
+
+
+def build_entries(relations: Iterable[Relation], tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
+    """Tokenizes the words of the relations and drops the pairs that the tokenizer cannot express.
+
+    Returns:
+        The entries, and counts for people: usable pairs, and pairs dropped by reason.
+    """
+    relations = list(relations)
+    words = sorted({word for relation in relations for word in (relation.head, relation.tail)})
+    tokens_of = dict(zip(words, tokenize_words(words, tokenizer), strict=True))
+    counts: Counter[str] = Counter()
+    pairs: dict[str, set[tuple[int, tuple[int, ...]]]] = {"synonym": set(), "antonym": set()}
+    for relation in relations:
+        head, tail = tokens_of[relation.head], tokens_of[relation.tail]
+        if len(head) != 1:
+            counts["head is not one token"] += 1
+        elif len(relation.head) < MIN_HEAD_LETTERS:
+            counts["head is shorter than three letters"] += 1
+        elif not 1 <= len(tail) <= MAX_SPAN_TOKENS:
+            counts["neighbour is longer than three tokens"] += 1
+        elif head != tail:
+            pairs[relation.relation].add((head[0], tail))
+    # Different words can be one to the tokenizer (it may drop case or accents), so rows are kept apart here once more:
+    # a row that a position is pulled to must never be one it is pushed from.
+    pairs["antonym"] -= pairs["synonym"]
+    spans = sorted({tail for kind in pairs.values() for _, tail in kind if len(tail) > 1})
+    entry_of_span = {span: vocab_size + index for index, span in enumerate(spans)}
+    csr = {}
+    for name, kind in pairs.items():
+        edges = sorted((head, entry_of_span.get(tail, tail[0])) for head, tail in kind)
+        csr[name] = _to_csr(edges, vocab_size)
+        counts[f"{name} pairs"] = len(edges)
+        counts[f"tokens with a {name}"] = len({head for head, _ in edges})
+    counts["spans"] = len(spans)
+    padded = [[*span, *[-1] * (MAX_SPAN_TOKENS - len(span))] for span in spans]
+    return Entries(
+        vocab_size=vocab_size,
+        span_tokens=torch.tensor(padded, dtype=torch.int32).reshape(-1, MAX_SPAN_TOKENS),
+        synonym_offsets=csr["synonym"][0],
+        synonym_entries=csr["synonym"][1],
+        antonym_offsets=csr["antonym"][0],
+        antonym_entries=csr["antonym"][1],
+    ), dict(counts)
+
+
+def tokenize_words(words: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
+    """Token ids of each word as it stands inside a text, behind a space: " word".
+
+    The word is tokenized behind another one and that one's tokens are taken off again. Tokenizing " word" by itself
+    would be another thing for tokenizers that mark the beginning of a text with a space of their own.
+    """
+    if not words:
+        return []
+    before = "the"
+    prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
+    batch = tokenizer([f"{before} {word}" for word in words], add_special_tokens=False)["input_ids"]
+    return [tuple(ids[len(prefix) :]) if ids[: len(prefix)] == prefix else () for ids in batch]
+
+
+def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted (token, entry) pairs as offsets [V+1] int64 and entries int32."""
+    heads = torch.tensor([head for head, _ in edges], dtype=torch.int64)
+    offsets = torch.zeros(vocab_size + 1, dtype=torch.int64)
+    offsets[1:] = torch.bincount(heads, minlength=vocab_size).cumsum(0)
+    return offsets, torch.tensor([entry for _, entry in edges], dtype=torch.int32)

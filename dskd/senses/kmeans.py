@@ -1,0 +1,166 @@
+"""K-means of the states of thousands of tokens at once, on whatever device the points are.
+
+Seeding is *greedy* k-means++ (Arthur and Vassilvitskii 2007, section 5): of several candidates for the next centre the
+one is taken that lowers the inertia most. Plain k-means++ was 4 % worse in inertia on real states. Lloyd iterations
+follow; a centre that loses all its points moves to the point that is worst served.
+
+Shapes: G tokens in a group, N points a token (padded), D hidden, K centres.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dskd.random_numbers import uniform
+
+_GROUP_ELEMENTS = 32_000_000  # floats of the points in one group: 128 MB
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Centres of G tokens, the points behind each, and the sum of squared distances to the nearest centre."""
+
+    centers: torch.Tensor  # [G, K, D] float32
+    counts: torch.Tensor  # [G, K] int64
+    inertia: torch.Tensor  # [G] float32
+
+
+def kmeans(
+    points: torch.Tensor,
+    mask: torch.Tensor,
+    num_clusters: int,
+    *,
+    seed: int,
+    keys: torch.Tensor,
+    restarts: int = 1,
+    max_iterations: int = 50,
+) -> Clusters:
+    """Clusters each token's points by themselves.
+
+    Args:
+        points: [G, N, D], of any floating dtype.
+        mask: [G, N] bool, True for real points; each token has more than `num_clusters`.
+        num_clusters: K.
+        seed: of the random choices.
+        keys: [G] int64; a token's result depends on its points, the seed and its key, and not on its group.
+        restarts: runs with different random choices; the one of least inertia is kept.
+        max_iterations: Lloyd iterations a run at most.
+    """
+    points = points.float() * mask.unsqueeze(-1)
+    # Distances come from products, which lose digits where the points are far from the origin.
+    mean = points.sum(1, keepdim=True) / mask.sum(1).clamp(min=1).view(-1, 1, 1)
+    points = (points - mean) * mask.unsqueeze(-1)
+    best: Clusters | None = None
+    for restart in range(restarts):
+        centers = _greedy_seeding(points, mask, num_clusters, seed, keys, restart)
+        found = _lloyd(points, mask, centers, max_iterations)
+        if best is None:
+            best = found
+        else:
+            better = found.inertia < best.inertia
+            best = Clusters(
+                torch.where(better.view(-1, 1, 1), found.centers, best.centers),
+                torch.where(better.view(-1, 1), found.counts, best.counts),
+                torch.where(better, found.inertia, best.inertia),
+            )
+    assert best is not None
+    return Clusters(best.centers + mean, best.counts, best.inertia)
+
+
+def groups(sizes: torch.Tensor, hidden_size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Puts tokens with similarly many points together: (indices into `sizes`, N to pad them to).
+
+    N depends on a token's own size alone, so that arithmetic does not depend on the company it is in.
+    """
+    padded = torch.tensor([_padded(int(size)) for size in sizes], dtype=torch.int64)
+    for width in padded.unique().tolist():
+        indices = (padded == width).nonzero().squeeze(-1)
+        yield from ((part, width) for part in indices.split(max(1, _GROUP_ELEMENTS // (width * hidden_size))))
+
+
+def _padded(size: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96 …: at most half of the work is on padding."""
+    power = 1 << max(4, (size - 1).bit_length())
+    return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
+
+
+def _greedy_seeding(
+    points: torch.Tensor, mask: torch.Tensor, num_clusters: int, seed: int, keys: torch.Tensor, restart: int
+) -> torch.Tensor:
+    """Initial centres [G, K, D]."""
+    group = torch.arange(len(points), device=points.device)
+    trials = torch.arange(2 + int(math.log(num_clusters)), device=points.device)
+    keys = keys.to(points.device)
+    norms = points.square().sum(-1)
+    real = mask.float()
+    first = _draw(real, uniform(seed, keys, restart, 0, 0).unsqueeze(-1)).squeeze(-1)
+    centers = [points[group, first]]
+    closest = _squared_distances(points, norms, centers[0].unsqueeze(1)).squeeze(-1) * real
+    for number in range(1, num_clusters):
+        draws = uniform(seed, keys.unsqueeze(-1), restart, number, trials)
+        candidates = _draw(closest, draws)  # [G, trials]
+        proposed = points[group.unsqueeze(-1), candidates]
+        distances = _squared_distances(points, norms, proposed)  # [G, N, trials]
+        after = torch.minimum(distances, closest.unsqueeze(-1)) * real.unsqueeze(-1)
+        winner = after.sum(1).argmin(-1)
+        centers.append(proposed[group, winner])
+        closest = after[group, :, winner]
+    return torch.stack(centers, dim=1)
+
+
+def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Indices [G, n] with probability proportional to `weights` [G, N], from `uniforms` [G, n]."""
+    cumulative = weights.double().cumsum(-1)
+    wanted = uniforms * cumulative[:, -1:]
+    indices = torch.searchsorted(cumulative, wanted.contiguous(), right=True)
+    # Where all weights are 0 (every point is a centre already) any real point will do: the first.
+    return torch.where(cumulative[:, -1:] > 0, indices.clamp(max=weights.shape[-1] - 1), 0)
+
+
+def _lloyd(points: torch.Tensor, mask: torch.Tensor, centers: torch.Tensor, max_iterations: int) -> Clusters:
+    """Alternates assignment and means until no assignment changes."""
+    norms = points.square().sum(-1)
+    num_clusters = centers.shape[1]
+    centers = centers.clone()
+    previous = torch.full(mask.shape, -1, dtype=torch.int64, device=points.device)
+    active = torch.arange(len(points), device=points.device)
+    for _ in range(max_iterations):
+        distances, labels = _squared_distances(points[active], norms[active], centers[active]).min(-1)
+        moved = ((labels != previous[active]) & mask[active]).any(-1)
+        previous[active] = labels
+        active, labels, distances = active[moved], labels[moved], distances[moved]
+        if not len(active):
+            break
+        members = _one_hot(labels, mask[active], num_clusters)
+        sizes = members.sum(1)
+        means = torch.bmm(members.transpose(1, 2), points[active]) / sizes.clamp(min=1).unsqueeze(-1)
+        centers[active] = _refill(means, sizes, points[active], distances * mask[active])
+    distances, labels = _squared_distances(points, norms, centers).min(-1)
+    counts = _one_hot(labels, mask, num_clusters).sum(1).long()
+    return Clusters(centers, counts, (distances * mask).sum(-1))
+
+
+def _refill(means: torch.Tensor, sizes: torch.Tensor, points: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """Moves the j-th empty centre of a token to the token's j-th worst served point."""
+    empty = sizes == 0
+    if not empty.any():
+        return means
+    worst = distances.topk(min(means.shape[1], distances.shape[1]), dim=-1).indices
+    rank = (empty.cumsum(-1) - 1).clamp(min=0)
+    chosen = worst.gather(1, rank)
+    replacements = points.gather(1, chosen.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+    return torch.where(empty.unsqueeze(-1), replacements, means)
+
+
+def _one_hot(labels: torch.Tensor, mask: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Membership [G, N, K] float32 of labels [G, N]; padding belongs nowhere."""
+    members = torch.zeros(*labels.shape, num_clusters, device=labels.device)
+    return members.scatter_(-1, labels.unsqueeze(-1), mask.float().unsqueeze(-1))
+
+
+def _squared_distances(points: torch.Tensor, norms: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """|x - c|² [G, N, K] of points [G, N, D] with their squared norms [G, N] to centers [G, K, D]."""
+    products = torch.bmm(points, centers.transpose(1, 2))
+    return (norms.unsqueeze(-1) - 2 * products + centers.square().sum(-1).unsqueeze(1)).clamp(min=0)

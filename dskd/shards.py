@@ -1,0 +1,274 @@
+"""The annotated streaming shards: column schema, writing, reading, and collating to batches.
+
+A sample is one sequence with the rows of the sense dictionary for each of its positions (docs/formats.md). The loader's
+workers draw the positions that get a sense term, look up nothing but row numbers, and put the rows a micro-batch needs
+beside its token ids: the training step gathers from those and never sees the dictionary.
+
+Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batch, D hidden.
+"""
+
+import getpass
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from streaming import MDSWriter, StreamingDataset
+from streaming.base.util import clean_stale_shared_memory
+
+from dskd.config import Config, LossConfig
+from dskd.errors import UserError
+from dskd.manifest import Manifest, make_folder, read_manifest, require_same, verify_files, write_json
+from dskd.random_numbers import random_bits
+from dskd.senses.dictionary import map_vectors
+
+FOLDER = "shards"
+MADE_BY = "deepspeed launcher/annotate.py --config FILE"
+COLUMNS = {
+    "input_ids": "ndarray:int32",
+    "loss_mask": "ndarray:uint8",
+    "sense_ids": "ndarray:int32",
+    "synonym_ids": "ndarray:int32",
+    "antonym_ids": "ndarray:int32",
+}
+_COMPRESSION, _HASH = "zstd", "xxh64"
+_RELATION_DRAW, _OWN_DRAW = 0, 1
+
+
+@dataclass(frozen=True)
+class SensePositions:
+    """Which positions get a sense term (method, section 4): a function of seed, epoch and sample, not of the rank."""
+
+    seed: int
+    relation_share: float
+    min_relations: int
+
+    @classmethod
+    def of(cls, loss: LossConfig, seed: int) -> "SensePositions":
+        """The rule of a run."""
+        return cls(seed, loss.relation_share, loss.min_relations)
+
+    def draw(self, sample: Mapping[str, np.ndarray], sample_id: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions for the relation term and for the own term, ascending.
+
+        `relation_share` of the positions whose target has a synonym or antonym, but at least `min_relations` or all of
+        them; and as many of the positions whose target has senses.
+        """
+        counts = sample["loss_mask"].astype(bool)
+        lexical = np.flatnonzero(counts & ((sample["synonym_ids"][:, 0] >= 0) | (sample["antonym_ids"][:, 0] >= 0)))
+        own = np.flatnonzero(counts & (sample["sense_ids"][:, 0] >= 0))
+        wanted = min(len(lexical), max(round(self.relation_share * len(lexical)), self.min_relations))
+        return self._first(lexical, wanted, sample_id, epoch, _RELATION_DRAW), self._first(
+            own, wanted, sample_id, epoch, _OWN_DRAW
+        )
+
+    def _first(self, positions: np.ndarray, wanted: int, sample_id: int, epoch: int, draw: int) -> np.ndarray:
+        priorities = random_bits(self.seed, draw, epoch, sample_id, torch.from_numpy(positions)).numpy()
+        return np.sort(positions[np.argsort(priorities, kind="stable")[:wanted]])
+
+
+class ShardDataset(StreamingDataset):
+    """mosaicml-streaming's dataset, whose samples also say which they are and in which epoch they were read."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # Set before a loader is iterated: its workers are copies of this object.
+        self.current_epoch = 0
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """The columns of a sample, with `sample_id` and `epoch`."""
+        sample = super().get_item(sample_id, retry)
+        return {**sample, "sample_id": sample_id, "epoch": self.current_epoch}
+
+
+class Collator:
+    """Samples to a batch. With a dictionary, the sense rows that the drawn positions point to come with it."""
+
+    def __init__(self, vectors_path: Path | None, positions: SensePositions | None) -> None:
+        self._vectors_path = vectors_path
+        self._positions = positions
+        self._vectors: np.memmap | None = None
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """{input_ids [B, T], labels [B, T], loss_mask [B, T] bool, sample_ids [B]}, and `senses` with a dictionary.
+
+        `senses` holds the tensors that :func:`dskd.losses.sense_sums` takes, with positions into B·T.
+        """
+        # mosaicml-streaming counts samples by the first value of a batch.
+        batch: dict[str, Any] = collate_tokens(samples)
+        if self._vectors_path is not None and self._positions is not None:
+            if self._vectors is None:  # opened in the worker: a map must not be sent to another process
+                self._vectors = map_vectors(self._vectors_path)
+            batch["senses"] = self._collate_senses(samples, self._vectors, self._positions)
+        return batch
+
+    @staticmethod
+    def _collate_senses(
+        samples: Sequence[Mapping[str, Any]], vectors: np.memmap, rule: SensePositions
+    ) -> dict[str, torch.Tensor]:
+        relation_positions, own_positions = [], []
+        chosen: dict[str, list[np.ndarray]] = {"synonym_ids": [], "antonym_ids": [], "sense_ids": []}
+        start = 0
+        for sample in samples:
+            relation, own = rule.draw(sample, sample["sample_id"], sample["epoch"])
+            relation_positions.append(relation + start)
+            own_positions.append(own + start)
+            chosen["synonym_ids"].append(sample["synonym_ids"][relation])
+            chosen["antonym_ids"].append(sample["antonym_ids"][relation])
+            chosen["sense_ids"].append(sample["sense_ids"][own])
+            start += len(sample["input_ids"])
+        rows, (synonym, antonym, own_index) = gather_rows(vectors, [np.concatenate(ids) for ids in chosen.values()])
+        return {
+            "sense_rows": rows,
+            "relation_positions": torch.from_numpy(np.concatenate(relation_positions)),
+            "synonym_index": synonym,
+            "antonym_index": antonym,
+            "own_positions": torch.from_numpy(np.concatenate(own_positions)),
+            "own_index": own_index,
+        }
+
+
+def collate_tokens(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Token ids, labels and masks of samples of one length, as int64 and bool."""
+    input_ids = torch.from_numpy(np.stack([sample["input_ids"] for sample in samples])).long()
+    return {
+        "input_ids": input_ids,
+        "labels": torch.cat([input_ids[:, 1:], torch.zeros_like(input_ids[:, :1])], dim=1),
+        "loss_mask": torch.from_numpy(np.stack([sample["loss_mask"] for sample in samples])).bool(),
+        "sample_ids": torch.tensor([sample["sample_id"] for sample in samples]),
+    }
+
+
+def gather_rows(vectors: np.memmap, row_ids: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Reads each row that is named once.
+
+    Args:
+        vectors: [all rows, D], the raw bits of bf16.
+        row_ids: arrays of row numbers of any shape, padded with -1.
+
+    Returns:
+        The rows [R, D] bf16, and for each array of `row_ids` the indices into them, int64 of the same shape, padded
+        with -1.
+    """
+    flat = np.concatenate([ids.ravel() for ids in row_ids])
+    unique, inverse = np.unique(flat, return_inverse=True)
+    padding = int(len(unique) > 0 and unique[0] < 0)
+    inverse = inverse.reshape(-1) - padding  # row numbers start behind the -1, if there is one
+    rows = np.asarray(vectors[unique[padding:]])
+    pieces = np.split(inverse, np.cumsum([ids.size for ids in row_ids])[:-1])
+    indices = [torch.from_numpy(piece.reshape(ids.shape)) for piece, ids in zip(pieces, row_ids, strict=True)]
+    return torch.from_numpy(rows).view(torch.bfloat16), indices
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_block(folder: Path, samples: Iterator[Mapping[str, np.ndarray]]) -> None:
+    """Writes samples as a folder with exactly one shard; :func:`join_blocks` makes one dataset of many."""
+    with MDSWriter(
+        out=str(folder), columns=COLUMNS, compression=_COMPRESSION, hashes=[_HASH], size_limit=None
+    ) as writer:
+        for sample in samples:
+            writer.write(dict(sample))
+
+
+def join_blocks(folder: Path, blocks: Sequence[Path]) -> int:
+    """Moves the shards of `blocks`, in their order, into `folder`, and writes the index of all of them.
+
+    The result does not depend on which rank wrote which block.
+
+    Returns:
+        The number of samples.
+    """
+    shards = []
+    for number, block in enumerate(blocks):
+        for shard in json.loads((block / "index.json").read_text())["shards"]:
+            for part, suffix in (("raw_data", ".mds"), ("zip_data", f".mds.{_COMPRESSION}")):
+                old = block / shard[part]["basename"]
+                shard[part]["basename"] = f"shard.{number:05d}{suffix}"
+                if old.is_file():
+                    old.rename(folder / shard[part]["basename"])
+            shards.append(shard)
+        (block / "index.json").unlink()
+        block.rmdir()
+    write_json(folder / "index.json", {"shards": shards, "version": 2})
+    return sum(shard["samples"] for shard in shards)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_manifest(config: Config, split: str) -> Manifest:
+    """The manifest of `WORKDIR/shards/SPLIT`.
+
+    Raises:
+        UserError: when the shards are missing or were damaged.
+    """
+    return read_manifest(config.path(FOLDER, split), "shards", made_by=MADE_BY)
+
+
+def require_fitting(
+    config: Config, split: str, manifest: Manifest, *, senses: str, teacher: str, tokenizer: str
+) -> None:
+    """Refuses shards made with another sense dictionary, teacher or tokenizer, or changed since.
+
+    Raises:
+        UserError: naming both sides, or the file that was changed.
+    """
+    folder = config.path(FOLDER, split)
+    remedy = f"make the shards anew with `{MADE_BY}`"
+    for what, expected, found in (
+        ("tokenizers", tokenizer, manifest.tokenizer),
+        ("teachers", teacher, manifest.teacher),
+        ("sense dictionaries", senses, manifest.inputs.get("senses")),
+    ):
+        require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
+    verify_files(folder, manifest, made_by=MADE_BY)
+
+
+def open_shards(config: Config, split: str, manifest: Manifest, **options: Any) -> ShardDataset:
+    """The dataset of a split. Shards are unpacked into a node-local cache; the artifact itself is never written to."""
+    return ShardDataset(
+        remote=str(config.path(FOLDER, split).resolve()),
+        local=str(_cache_folder(config) / f"{split}-{manifest.digest[:16]}"),
+        validate_hash=_HASH,
+        keep_zip=False,
+        **options,
+    )
+
+
+def prepare_node() -> None:
+    """Clears what a crashed run left in shared memory. Call once a process, before the first dataset."""
+    clean_stale_shared_memory()
+
+
+def _cache_folder(config: Config) -> Path:
+    if config.train.shard_cache is not None:
+        folder = Path(config.train.shard_cache)
+    else:
+        folder = Path(tempfile.gettempdir()) / f"dskd-{_user()}"
+    make_folder(folder)
+    folder.chmod(0o700)  # text of the corpus lies in it
+    return folder
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return "user"
+
+
+def require_samples(manifest: Manifest, folder: Path, needed: int, what: str) -> None:
+    """Refuses shards with fewer samples than one global batch.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    samples = manifest.facts["samples"]
+    if samples < needed:
+        raise UserError(f"{folder}: there are {samples} samples, fewer than {what} ({needed}); lower it, or add text")

@@ -1,0 +1,149 @@
+"""One optimizer step: the table of contents of distillation.
+
+Every term is a sum over positions divided, once, by the count over all ranks and accumulation steps:
+docs/invariants.md.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dskd.config import LossConfig
+from dskd.distributed import World, gather_json, sum_over_ranks
+from dskd.errors import UserError
+from dskd.head import TERMS, Normalizers
+from dskd.models import FrozenModel
+
+_LOSS_TERMS = ("ce", "kl", "hidden", "sense")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over all ranks."""
+
+    loss: float  # the weighted sum that was minimised
+    terms: dict[str, float]  # each term by itself, a mean over its positions, without weight
+    tokens: int  # target positions
+    grad_norm: float  # before clipping
+
+
+def train_step(
+    engine: Any,
+    teacher: FrozenModel | None,
+    micro_batches: Sequence[dict[str, Any]],
+    loss: LossConfig,
+    world: World,
+    *,
+    step: int,
+) -> StepResult:
+    """Runs the micro-batches of one optimizer step and updates the student.
+
+    Args:
+        engine: the student's DeepSpeed engine.
+        teacher: the frozen teacher, or None when no term reads its states.
+        micro_batches: this rank's, as many as the engine accumulates.
+        loss: weights and settings of the terms.
+        world: the ranks.
+        step: its number, for messages.
+
+    Raises:
+        UserError: when a term is not finite, naming it and the samples; the student's weights are then untouched.
+    """
+    counts = _count_positions(micro_batches, world)
+    normalizers = _normalizers(counts, world, len(micro_batches))
+    terms = []
+    for number, micro_batch in enumerate(micro_batches):
+        batch = _to_device(micro_batch, world.device)
+        teacher_hidden = teacher.hidden_states(batch["input_ids"]) if teacher is not None else None
+        total, sums = engine(
+            batch["input_ids"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            normalizers=normalizers,
+            teacher_hidden=teacher_hidden,
+            senses=batch.get("senses"),
+        )
+        engine.backward(total)
+        terms.append(sums)
+        if number + 1 < len(micro_batches):
+            engine.step()
+    sums = sum_over_ranks(torch.stack(terms).double().sum(0)).tolist()
+    _require_finite(sums, terms, micro_batches, step)
+    engine.step()
+    grad_norm = float(engine.get_global_grad_norm())
+    if not math.isfinite(grad_norm):
+        raise UserError(
+            f"step {step}: the gradient norm is {grad_norm} although every term of the loss is finite; the run stops "
+            "before a checkpoint is written. Lower train.learning_rate, or use precision: fp32",
+            known_to_all_ranks=True,
+        )
+    return _result(sums, counts, loss, grad_norm)
+
+
+def _count_positions(micro_batches: Sequence[dict[str, Any]], world: World) -> list[int]:
+    """Target positions, sense positions and relation positions of the whole step, over all ranks."""
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in micro_batches:
+        senses = batch.get("senses")
+        relation = 0 if senses is None else len(senses["relation_positions"])
+        own = 0 if senses is None else len(senses["own_positions"])
+        counts += torch.tensor([int(batch["loss_mask"].sum()), relation + own, relation])
+    return sum_over_ranks(counts.to(world.device)).tolist()
+
+
+def _normalizers(counts: list[int], world: World, accumulation_steps: int) -> Normalizers:
+    divided_by_deepspeed = world.world_size * accumulation_steps
+    return Normalizers(tokens=divided_by_deepspeed / max(counts[0], 1), senses=divided_by_deepspeed / max(counts[1], 1))
+
+
+def _result(sums: list[float], counts: list[int], loss: LossConfig, grad_norm: float) -> StepResult:
+    tokens, senses, relations = (max(count, 1) for count in counts)
+    of = dict(zip(TERMS, sums, strict=True))
+    terms = {
+        "ce": of["ce"] / tokens,
+        "kl": of["kl"] / tokens,
+        "hidden": of["hidden"] / tokens,
+        "sense": of["sense"] / senses,
+        "sense_synonym": of["synonym"] / relations,
+        "sense_antonym": of["antonym"] / relations,
+        "sense_own": of["own"] / max(senses - relations, 1),
+        "active_hinges": of["active_hinges"] / max(of["hinges"], 1),
+    }
+    total = (
+        loss.ce_weight * terms["ce"]
+        + loss.kd_weight * loss.temperature**2 * terms["kl"]
+        + loss.sense_weight * terms["sense"]
+        + loss.hidden_weight * terms["hidden"]
+    )
+    return StepResult(total, terms, counts[0], grad_norm)
+
+
+def _require_finite(
+    sums: list[float], terms: Sequence[torch.Tensor], micro_batches: Sequence[dict[str, Any]], step: int
+) -> None:
+    if all(math.isfinite(value) for value in sums):
+        return
+    mine = [
+        (name, batch["sample_ids"].tolist())
+        for values, batch in zip(terms, micro_batches, strict=True)
+        for name, value in zip(TERMS, values.tolist(), strict=True)
+        if name in _LOSS_TERMS and not math.isfinite(value)
+    ]
+    culprits: dict[str, list[int]] = {}
+    for name, samples in (item for rank in gather_json(mine) for item in rank):
+        culprits.setdefault(name, []).extend(samples)
+    named = "; ".join(f"{name} on samples {sorted(samples)}" for name, samples in culprits.items())
+    raise UserError(
+        f"step {step}: the loss is not finite: {named}. The run stops; the last checkpoint is as it was. Look at those "
+        "samples of the training shards, lower train.learning_rate, or use precision: fp32, and go on with --resume",
+        known_to_all_ranks=True,
+    )
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, dict):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    return batch.to(device, non_blocking=True)

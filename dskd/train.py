@@ -1,0 +1,356 @@
+"""Training a student: loads teacher, student and shards, loops over optimizer steps, checkpoints and tracks.
+
+A run is a function of its config, seed and data: any number of ranks sees the same global batches, and a run that was
+stopped and resumed equals one that was not (docs/invariants.md).
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streaming import StreamingDataLoader
+
+from dskd import checkpoint, shards
+from dskd.config import Config
+from dskd.console import progress_bar, say, stage
+from dskd.distributed import World, on_main
+from dskd.errors import UserError
+from dskd.manifest import Manifest, Recipe
+from dskd.model_folder import ModelFolder, find_teacher
+from dskd.models import load_frozen, load_student
+from dskd.precision import compute_dtype
+from dskd.random_numbers import derived_seed
+from dskd.senses.dictionary import load_dictionary, require_fitting
+from dskd.step import StepResult, train_step
+from dskd.student import find_student
+from dskd.tracking import git_commit, start_tracking
+
+# Settings of `train` that change how a run is carried out, and not what comes out.
+_NOT_IN_RECIPE = ("checkpoint_every", "keep_last", "num_workers", "collective_timeout_s", "shard_cache")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps there are, and of what."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int  # micro-batches a rank runs in a step
+    steps_per_epoch: int
+    total_steps: int
+
+    def learning_rate(self, step: int, peak: float, warmup_share: float) -> float:
+        """The rate of step 0, 1, …: a linear rise over the warm-up, then a cosine to 0 (method, section 4)."""
+        warmup = round(warmup_share * self.total_steps)
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, checked to fit together."""
+
+    teacher: ModelFolder
+    student: ModelFolder
+    senses: Manifest
+    shards: Manifest
+    vectors_path: Path
+
+
+def recipe(config: Config) -> Recipe:
+    """What decides the result of a run. The number of ranks does not."""
+    inputs = load_inputs(config)
+    return _recipe(config, inputs)
+
+
+def train(config: Config, world: World, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Trains the run `config.run`.
+
+    Args:
+        config: the experiment, with the run's keys laid over it.
+        world: the ranks.
+        resume: go on from the last checkpoint, if there is one.
+        overwrite: remove the run's checkpoints and begin anew.
+
+    Raises:
+        UserError: when inputs do not fit, or checkpoints exist and neither flag says what to do with them.
+    """
+    with stage(
+        f"train: run {config.run!r}",
+        reads=[config.path("student"), config.path(shards.FOLDER, "train"), config.path("senses")],
+        writes=checkpoint.folder(config),
+    ):
+        inputs = _load_and_verify_inputs(config)
+        wanted = _recipe(config, inputs)
+        schedule = plan_schedule(config, inputs.shards, world.world_size)
+        start = _starting_point(config, wanted, world, resume=resume, overwrite=overwrite)
+        if start is not None and start.step >= schedule.total_steps:
+            say(f"  run {config.run!r} is at its end already: {start.step} of {schedule.total_steps} steps")
+            return
+        _run(config, world, inputs, wanted, schedule, start)
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Finds the inputs of training and refuses what does not fit together.
+
+    Raises:
+        UserError: naming both sides of the first misfit.
+    """
+    teacher, student = find_teacher(config), find_student(config)
+    dictionary, senses = load_dictionary(config)
+    hidden_size = student.load_config().hidden_size
+    require_fitting(
+        dictionary, senses, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest, hidden_size=hidden_size
+    )
+    return Inputs(teacher, student, senses, shards.load_manifest(config, "train"), dictionary.path)
+
+
+def _load_and_verify_inputs(config: Config) -> Inputs:
+    """The inputs, with the content of the shards read and compared on rank 0 alone."""
+    inputs = load_inputs(config)
+    on_main(
+        lambda: shards.require_fitting(
+            config,
+            "train",
+            inputs.shards,
+            senses=inputs.senses.digest,
+            teacher=inputs.teacher.digest,
+            tokenizer=inputs.teacher.tokenizer_digest,
+        )
+    )
+    return inputs
+
+
+def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedule:
+    """Steps and batches of a run.
+
+    Raises:
+        UserError: when the global batch cannot be shared out, or there is less data than one batch.
+    """
+    train = config.train
+    global_batch = train.global_batch_size
+    if global_batch % world_size:
+        raise UserError(
+            f"train.global_batch_size: {global_batch} sequences cannot be shared out over {world_size} ranks; "
+            f"set it to a multiple of {world_size}"
+        )
+    per_rank = global_batch // world_size
+    micro_batch = min(train.micro_batch_size, per_rank)
+    if per_rank % micro_batch:
+        raise UserError(
+            f"train.micro_batch_size: each of {world_size} ranks has {per_rank} sequences a step, which is no multiple "
+            f"of {micro_batch}; set it to a divisor of {per_rank}"
+        )
+    shards.require_samples(
+        manifest, config.path(shards.FOLDER, "train"), global_batch, "train.global_batch_size, one step"
+    )
+    steps_per_epoch = manifest.facts["samples"] // global_batch
+    total = train.steps if train.steps is not None else max(1, round(train.epochs * steps_per_epoch))
+    return Schedule(global_batch, micro_batch, per_rank // micro_batch, steps_per_epoch, total)
+
+
+def micro_batches(
+    config: Config, manifest: Manifest, schedule: Schedule, collate: shards.Collator, start_step: int, pin: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields the micro-batches of this rank for each step from `start_step` on.
+
+    An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; where in it a step begins
+    follows from the step's number. Only `num_canonical_nodes: 1` gives every number of nodes the same global batches.
+    """
+    dataset = shards.open_shards(
+        config,
+        "train",
+        manifest,
+        shuffle=True,
+        shuffle_seed=derived_seed(config.seed, "train", "order") % 2**31,
+        batch_size=schedule.micro_batch_size,
+        epoch_size=schedule.steps_per_epoch * schedule.global_batch_size,
+        num_canonical_nodes=1,
+    )
+    epoch, steps_done = divmod(start_step, schedule.steps_per_epoch)
+    dataset.load_state_dict(
+        {
+            "epoch": epoch,
+            "sample_in_epoch": steps_done * schedule.global_batch_size,
+            "num_canonical_nodes": 1,
+            "shuffle_seed": dataset.shuffle_seed,
+            "initial_physical_nodes": 1,
+        }
+    )
+    while True:
+        dataset.current_epoch = epoch
+        loader = StreamingDataLoader(
+            dataset,
+            batch_size=schedule.micro_batch_size,
+            num_workers=config.train.num_workers,
+            collate_fn=collate,
+            pin_memory=pin,
+            drop_last=True,
+        )
+        step: list[dict[str, Any]] = []
+        for batch in loader:
+            step.append(batch)
+            if len(step) == schedule.accumulation_steps:
+                yield step
+                step = []
+        epoch += 1
+
+
+def _run(
+    config: Config,
+    world: World,
+    inputs: Inputs,
+    wanted: Recipe,
+    schedule: Schedule,
+    start: checkpoint.Checkpoint | None,
+) -> None:
+    loss, train_settings = config.loss, config.train
+    teacher = load_frozen(inputs.teacher, config, world) if loss.needs_teacher else None
+    engine = load_student(
+        inputs.student,
+        config,
+        world,
+        teacher_head=teacher.head_weight if teacher is not None and loss.kd_weight else None,
+        margin=_margin(config, inputs.shards),
+        accumulation_steps=schedule.accumulation_steps,
+    )
+    if start is not None:
+        checkpoint.load(engine, start, world)
+    first_step = start.step if start is not None else 0
+    _say_what_runs(config, world, engine, schedule, first_step)
+    tracker = start_tracking(
+        config,
+        world,
+        tags=_tags(config, inputs, world),
+        resumed_run_id=start.manifest.facts["mlflow_run_id"] if start is not None else None,
+    )
+    tracker.log_metrics(
+        {f"coverage/{name}": share for name, share in inputs.shards.facts["coverage"].items()}, first_step
+    )
+    positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
+    collate = shards.Collator(inputs.vectors_path if loss.sense_weight else None, positions)
+    batches = micro_batches(config, inputs.shards, schedule, collate, first_step, world.device.type == "cuda")
+    status = "FAILED"
+    trained_seconds = 0.0
+    try:
+        with progress_bar(total=schedule.total_steps, label="training", unit="steps", initial=first_step) as bar:
+            for step in range(first_step, schedule.total_steps):
+                started = time.perf_counter()
+                micro_batch_list = next(batches)
+                waited = time.perf_counter() - started
+                rate = schedule.learning_rate(step, train_settings.learning_rate, train_settings.warmup_share)
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = rate
+                result = train_step(engine, teacher, micro_batch_list, loss, world, step=step + 1)
+                elapsed = time.perf_counter() - started
+                trained_seconds += elapsed
+                done = step + 1
+                if done % config.tracking.log_every == 0 or done == schedule.total_steps:
+                    tracker.log_metrics(_metrics(result, config, rate, elapsed, waited), done)
+                bar.set_postfix(loss=f"{result.loss:.4f}", tok_s=f"{result.tokens / elapsed:,.0f}", refresh=False)
+                bar.update(1)
+                if done % train_settings.checkpoint_every == 0 or done == schedule.total_steps:
+                    facts = {
+                        "step": done,
+                        "total_steps": schedule.total_steps,
+                        "world_size": world.world_size,
+                        "mlflow_run_id": tracker.run_id,
+                        "loss": result.loss,
+                        "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),
+                    }
+                    checkpoint.save(engine, config, wanted, facts, world)
+        status = "FINISHED"
+        say(f"  loss {result.loss:.4f}; {trained_seconds / (schedule.total_steps - first_step):.2f} s a step")
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def _starting_point(
+    config: Config, wanted: Recipe, world: World, *, resume: bool, overwrite: bool
+) -> checkpoint.Checkpoint | None:
+    if overwrite:
+        on_main(lambda: checkpoint.remove_all(config))
+        return None
+    newest = checkpoint.latest(config)
+    if newest is None:
+        return None
+    checkpoint.require_same_run(newest, wanted, config)
+    if not resume and not newest.is_final:
+        raise UserError(
+            f"{newest.path}: run {config.run!r} was stopped at step {newest.step} of "
+            f"{newest.manifest.facts['total_steps']}; go on with --resume, or start anew with --overwrite",
+            known_to_all_ranks=True,
+        )
+    return newest
+
+
+def _recipe(config: Config, inputs: Inputs) -> Recipe:
+    train = {key: value for key, value in config.train.as_dict().items() if key not in _NOT_IN_RECIPE}
+    student = {key: value for key, value in config.student.as_dict().items() if key.startswith("train_")}
+    settings = {
+        "loss": config.loss.as_dict(),
+        "train": train,
+        "student": student,
+        "seed": config.seed,
+        "precision": config.precision,
+    }
+    digests = {"student": inputs.student.digest, "shards": inputs.shards.digest, "senses": inputs.senses.digest}
+    return Recipe("checkpoint", digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)
+
+
+def _margin(config: Config, manifest: Manifest) -> float:
+    """The margin in units of |h - s|² / D: the config's, or a multiple of what the teacher itself keeps."""
+    if config.loss.relative_margin is None:
+        return config.loss.margin
+    return config.loss.relative_margin * manifest.facts["teacher_antonym_distance"]
+
+
+def _tags(config: Config, inputs: Inputs, world: World) -> dict[str, str]:
+    tags = {
+        "world_size": str(world.world_size),
+        "device": world.device.type,
+        "dataset": inputs.shards.digest,
+        "sense_dictionary": inputs.senses.digest,
+        "teacher": inputs.teacher.digest,
+        "student": inputs.student.digest,
+    }
+    commit = git_commit()
+    return tags | ({"git_commit": commit} if commit else {})
+
+
+def _metrics(result: StepResult, config: Config, rate: float, elapsed: float, waited: float) -> dict[str, float]:
+    loss = config.loss
+    wanted = {"ce": True, "kl": loss.kd_weight > 0, "hidden": loss.hidden_weight > 0}
+    metrics = {f"train/{name}": result.terms[name] for name, is_used in wanted.items() if is_used}
+    if loss.sense_weight:
+        names = ("sense", "sense_synonym", "sense_antonym", "sense_own", "active_hinges")
+        metrics |= {f"train/{name}": result.terms[name] for name in names}
+    return metrics | {
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        "train/learning_rate": rate,
+        "speed/tokens_per_s": result.tokens / elapsed,
+        "speed/step_s": elapsed,
+        "speed/data_wait_share": waited / elapsed,
+    }
+
+
+def _say_what_runs(config: Config, world: World, engine: Any, schedule: Schedule, first_step: int) -> None:
+    parameters = list(engine.module.parameters())
+    trained = sum(p.ds_numel for p in parameters if p.requires_grad)
+    say(
+        f"  {world.world_size} ranks on {world.device.type}, "
+        f"{str(compute_dtype(config.precision, world.device)).removeprefix('torch.')}; "
+        f"{trained:,} of {sum(p.ds_numel for p in parameters):,} parameters are trained\n"
+        f"  {schedule.total_steps} steps of {schedule.global_batch_size} sequences "
+        f"({schedule.accumulation_steps} × {schedule.micro_batch_size} a rank), "
+        f"{schedule.total_steps / schedule.steps_per_epoch:.2f} epochs"
+        + (f"; from step {first_step}" if first_step else "")
+    )
