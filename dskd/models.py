@@ -254,7 +254,7 @@ def _build(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype) ->
     """A causal LM whose parameters are sharded from birth, with the folder's weights."""
     from transformers import AutoModelForCausalLM
 
-    with deepspeed.zero.Init(config_dict_or_path=settings):
+    with deepspeed.zero.Init(config_dict_or_path=settings), _no_init_weights():
         try:
             causal_lm = AutoModelForCausalLM.from_config(
                 folder.load_config(), dtype=dtype, trust_remote_code=folder.trust_remote_code
@@ -277,6 +277,15 @@ def _stored_name(name: str, reader: TensorReader, model: Any) -> str | None:
     """The folder's name for the parameter `name`, or None; some folders leave out the base model's prefix."""
     bare = name.removeprefix(f"{model.base_model_prefix}.")
     return next((alias for alias in (name, bare) if alias in reader), None)
+
+
+def _no_init_weights() -> Any:
+    """The random initialisation would be overwritten, and indexes parameters of which a rank holds only a share."""
+    try:
+        from transformers.initialization import no_init_weights  # transformers 5
+    except ImportError:
+        from transformers.modeling_utils import no_init_weights
+    return no_init_weights()
 
 
 class _GivenStates(nn.Module):

@@ -144,8 +144,8 @@ def _route(
     device = world.device
     received = _exchange(sent, [1] * world.world_size, [1] * world.world_size, device)
     splits = sent.tolist(), received.tolist()
-    # bf16 travels as raw bits: not every backend knows the type.
-    bits = _exchange(states[order].view(torch.int16), *splits, device)
+    # bf16 travels as bytes: gloo does not know the type.
+    bits = _exchange(states[order].view(torch.uint8), *splits, device)
     return (
         _exchange(tokens[order], *splits, device),
         _exchange(priorities[order], *splits, device),
