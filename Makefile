@@ -1,15 +1,14 @@
-# The README's two commands, and what they need. Everything is installed inside this folder, but for Debian packages.
+# The README's two commands, and what they need. Everything is installed inside this folder, but for Debian packages that
+# are missing; without root those are named, not installed.
 #
 #   make quickstart   the whole pipeline on text and lexical relations from WordNet; no GPU, no model hub
 #   make test         formatter, linter, type checker and test suite
-#   make test-fast    the same without the tests marked slow
+#   make test-fast    the same without the tests that start ranks, servers or the whole pipeline
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/quickstart.yaml
 PY     := $(VENV)/bin/python
-
-export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: quickstart test test-fast check env wordnet clean
 .DELETE_ON_ERROR:
@@ -30,18 +29,32 @@ check: env
 
 env: $(VENV)/.installed
 
-# deepspeed comes as source and looks at the torch it is built for, so torch is installed first and build isolation is off.
+# $(call debian,PACKAGE): installs it where that is possible, or says in one line what to do.
+debian = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		(apt-get install -y -q --no-install-recommends $(1) || (apt-get update -q && \
+		 apt-get install -y -q --no-install-recommends $(1))) >/dev/null; \
+	else echo "make: the Debian package $(1) is missing; install it: sudo apt-get install $(1)" >&2; exit 1; fi
+
+# deepspeed comes as source and looks at the torch it is built for: torch is installed first, and build isolation is off.
 $(VENV)/.installed: pyproject.toml
-	@cluster/setup/system_packages.sh venv $(PYTHON)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "make: needs CPython 3.11 to 3.13; name one with PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call debian,python3-venv); }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(PY) -m pip install "torch>=2.9,<3" torchvision
-	DS_BUILD_OPS=0 $(PY) -m pip install --no-build-isolation -e ".[dev]"
-	touch $@
+	$(PY) -m pip install --quiet "torch>=2.9,<3" torchvision
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
+	@touch $@
 
+# Without root the package is unpacked beside the virtual environment, where dskd looks too.
 wordnet: env
-	@$(PY) -m dskd wordnet --quiet 2>/dev/null || cluster/setup/system_packages.sh wordnet $(VENV)
-	@$(PY) -m dskd wordnet
+	@$(PY) -m dskd wordnet 2>/dev/null || { \
+		if [ "$$(id -u)" = 0 ]; then $(call debian,wordnet-base); \
+		elif cd $(VENV) && apt-get download -q wordnet-base >/dev/null 2>&1; then \
+			dpkg-deb -x wordnet-base_*.deb wordnet-base && mkdir -p share && \
+			cp -r wordnet-base/usr/share/wordnet share/ && cp wordnet-base/usr/share/doc/wordnet-base/copyright share/wordnet/; \
+			rm -rf wordnet-base wordnet-base_*.deb; \
+		fi; cd $(CURDIR) && $(PY) -m dskd wordnet; }
 
 clean:
 	rm -rf $(VENV) work build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -19,6 +19,10 @@ from dskd.errors import UserError
 
 DEFAULT_TIMEOUT_S = 1800
 
+if not torch.cuda.is_available():
+    # What deepspeed finds out by itself, with a warning in every process.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 
 @dataclass(frozen=True)
 class World:
@@ -52,7 +56,7 @@ def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     # deepspeed's launcher says LOCAL_SIZE, mosaicml-streaming reads LOCAL_WORLD_SIZE: without it every rank would
     # believe that it leads its node, and the second one dies on the first one's shared memory.
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
@@ -146,7 +150,8 @@ def _communication_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

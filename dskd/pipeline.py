@@ -6,6 +6,7 @@ killed.
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from dskd.compare import compare
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.console import say
+from dskd.distributed import free_port
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
 from dskd.manifest import Recipe, is_current
 from dskd.model_folder import TEACHER_FOLDER, find_teacher
@@ -137,12 +139,10 @@ def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
     executable = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if executable is None:
         raise UserError("there is no `deepspeed` beside this Python; install the package with its dependencies")
-    command = [executable, *_launcher_arguments(config), str(LAUNCHERS / program), *arguments]
-    say(f"$ {' '.join([Path(executable).name, *command[1:]])}")
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "DSKD_PROGRESS": "1" if sys.stderr.isatty() else "0",
-    }
+    shown = [*_launcher_arguments(config), str(LAUNCHERS / program), *arguments]
+    say(f"$ deepspeed {shlex.join(shown)}")
+    command = [executable, "--quiet", *shown]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     # A session of its own: a signal to the launcher alone would leave the ranks running.
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=sys.stderr)
     try:
@@ -183,9 +183,9 @@ def _build_sequences(config: Config) -> None:
 def _launcher_arguments(config: Config) -> Sequence[str]:
     if config.pipeline.launcher_args is not None:
         return config.pipeline.launcher_args
-    if torch.cuda.is_available():
-        return ()
-    return ("--num_gpus", str(min(2, os.cpu_count() or 1)))
+    # Two pipelines on one machine must not meet at the launcher's default port.
+    port = ("--master_port", str(free_port()))
+    return port if torch.cuda.is_available() else (*port, "--num_gpus", str(min(2, os.cpu_count() or 1)))
 
 
 def _end(process: subprocess.Popen) -> None:

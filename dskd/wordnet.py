@@ -24,7 +24,7 @@ from dskd.manifest import digest_of_json, sha256_of_file
 # The second is where the Makefile unpacks the Debian package for users who may not install it.
 DICTIONARY_FOLDERS = (Path("/usr/share/wordnet"), Path(sys.prefix) / "share" / "wordnet")
 _PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
-_DICTIONARY_FILES = tuple(f"{kind}.{part}" for kind in ("data", "index") for part in _PARTS_OF_SPEECH)
+DICTIONARY_FILES = tuple(f"{kind}.{part}" for kind in ("data", "index") for part in _PARTS_OF_SPEECH)
 
 # The lexicographer files of WordNet 3.0 in the order of their numbers (lexnames(5WN)); nltk reads them from `lexnames`.
 _NOUN_FILES = (
@@ -64,13 +64,13 @@ def open_wordnet(path: str | None = None, *, allow_download: bool = True) -> Wor
         nltk.data.path.append(str(cache))
     if path is not None:
         folder = Path(path).expanduser()
-        missing = [name for name in _DICTIONARY_FILES if not (folder / name).is_file()]
+        missing = [name for name in DICTIONARY_FILES if not (folder / name).is_file()]
         if missing:
             raise UserError(
                 f"wordnet.path: {folder} is not a WordNet dictionary folder: it lacks {', '.join(missing)}; name the "
                 "folder that has data.noun and index.noun, or remove the key to let WordNet be looked for"
             )
-        digest = digest_of_json({name: sha256_of_file(folder / name) for name in _DICTIONARY_FILES})
+        digest = digest_of_json({name: sha256_of_file(folder / name) for name in DICTIONARY_FILES})
         return _open(_completed_copy(folder, cache / "corpora" / f"wordnet-{digest[:12]}"))
     found = _in_nltk_data()
     if found is None and allow_download:
@@ -109,7 +109,7 @@ def _open(folder: Path) -> WordNet:
             f"{folder}: nltk cannot read this WordNet ({type(error).__name__}: {error}); remove the folder, and it is "
             "made or downloaded anew"
         ) from error
-    names = [name for name in _DICTIONARY_FILES if (folder / name).is_file()]
+    names = [name for name in DICTIONARY_FILES if (folder / name).is_file()]
     return WordNet(reader, folder, digest_of_json({name: sha256_of_file(folder / name) for name in names}))
 
 
@@ -119,7 +119,7 @@ def _cache_folder() -> Path:
 
 
 def _is_dictionary(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _DICTIONARY_FILES)
+    return all((folder / name).is_file() for name in DICTIONARY_FILES)
 
 
 def _in_nltk_data() -> Path | None:

@@ -140,8 +140,19 @@ def _merge(config: Config, building: Building, world_size: int, vocab_size: int,
         **_relations_with_senses(entries, entry_offsets),
     )
     building.publish()
-    for name, value in building.facts.items():
-        say(f"  {name.replace('_', ' ')}: {value:,}")
+    say(
+        f"  {building.facts['rows']:,} sense embeddings from {int(counts.sum()):,} states: {len(tokens):,} of "
+        f"{vocab_size:,} tokens and {building.facts['spans_with_senses']:,} of {facts['spans']:,} spans have senses"
+    )
+    for name in ("synonym", "antonym"):
+        usable, all_pairs = building.facts[f"{name}_pairs_with_senses"], facts[f"{name}_pairs"]
+        heads = facts[f"tokens_with_{name}s"]
+        say(f"  {all_pairs:,} {name} pairs of {heads:,} tokens, {usable:,} of them with senses on both sides")
+    unusable = {why: number for why, number in facts.items() if why.startswith(("head", "neighbour"))}
+    say(
+        "  pairs the tokenizer cannot express: "
+        + ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in unusable.items())
+    )
 
 
 def _relations_with_senses(entries: Entries, entry_offsets: torch.Tensor) -> dict[str, int]:

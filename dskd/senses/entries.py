@@ -52,11 +52,11 @@ def build_entries(relations: Iterable[Relation], tokenizer: Any, vocab_size: int
     for relation in relations:
         head, tail = tokens_of[relation.head], tokens_of[relation.tail]
         if len(head) != 1:
-            counts["head is not one token"] += 1
+            counts["head_is_not_one_token"] += 1
         elif len(relation.head) < MIN_HEAD_LETTERS:
-            counts["head is shorter than three letters"] += 1
+            counts["head_is_shorter_than_three_letters"] += 1
         elif not 1 <= len(tail) <= MAX_SPAN_TOKENS:
-            counts["neighbour is longer than three tokens"] += 1
+            counts["neighbour_is_longer_than_three_tokens"] += 1
         elif head != tail:
             pairs[relation.relation].add((head[0], tail))
     # Different words can be one to the tokenizer (it may drop case or accents), so rows are kept apart here once more:
@@ -68,8 +68,8 @@ def build_entries(relations: Iterable[Relation], tokenizer: Any, vocab_size: int
     for name, kind in pairs.items():
         edges = sorted((head, entry_of_span.get(tail, tail[0])) for head, tail in kind)
         csr[name] = _to_csr(edges, vocab_size)
-        counts[f"{name} pairs"] = len(edges)
-        counts[f"tokens with a {name}"] = len({head for head, _ in edges})
+        counts[f"{name}_pairs"] = len(edges)
+        counts[f"tokens_with_{name}s"] = len({head for head, _ in edges})
     counts["spans"] = len(spans)
     padded = [[*span, *[-1] * (MAX_SPAN_TOKENS - len(span))] for span in spans]
     return Entries(

@@ -1,0 +1,161 @@
+"""Shared fixtures: tiny models, and one work directory that the real pipeline made on two ranks."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Ranks of one machine share its cores, and sums in another order differ in their last bits: one thread for everything
+# that is compared bit for bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+TINY = {
+    "run": "dskd",
+    "seed": 3,
+    "precision": "fp32",
+    "teacher": {
+        "train_from_scratch": {
+            "vocab_size": 2048,
+            "num_layers": 4,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "train_tokens": 60_000,
+            "batch_size": 32,
+        }
+    },
+    "corpus": {"source": "wordnet", "sequence_length": 32, "max_sequences": 96, "max_validation_sequences": 18},
+    "senses": {"key": "target", "k": 3, "max_states": 20, "batch_size": 8},
+    "annotation": {"kappa": 2, "batch_size": 8},
+    "student": {"layers": 2, "train_layers": 1},
+    "loss": {"min_relations": 3},
+    "train": {
+        "learning_rate": 1.0e-3,
+        "steps": 6,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "checkpoint_every": 3,
+        "num_workers": 1,
+        "loss_chunk_size": 50,
+        "collective_timeout_s": 120,
+    },
+    "tracking": {"experiment": "tests"},
+    "evaluation": {"batch_size": 4},
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that has ended."""
+
+    exit_code: int
+    output: str
+
+
+def run_program(
+    name: str, config: Path, *arguments: str, ranks: int = 1, timeout_s: int = 240, check: bool = True
+) -> Finished:
+    """Runs a program of `launcher/` on so many ranks, started the way a launcher starts them."""
+    processes = start_ranks(name, config, *arguments, ranks=ranks)
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            end(process)
+    codes = [process.returncode for process in processes]
+    finished = Finished(max(codes, key=abs), "\n".join(outputs))
+    if check:
+        assert codes == [0] * ranks, finished.output
+    return finished
+
+
+def start_ranks(name: str, config: Path, *arguments: str, ranks: int = 1) -> list[subprocess.Popen]:
+    """Starts the ranks and returns at once; each is the leader of a process group."""
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(REPOSITORY / "launcher" / name), "--config", str(config), *arguments],
+                env=environment,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    return processes
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills a process that was started by :func:`start_ranks`, with its children, if it still runs."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_config(path: Path, base: dict, **changes: object) -> Path:
+    """Writes a YAML config: `base` with whole sections or top-level keys replaced."""
+    path.write_text(yaml.safe_dump({**base, **changes}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a work directory that `launcher/pipeline.py` made: WordNet, two ranks, DeepSpeed's launcher."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tsv = folder / "own.tsv"
+    tsv.write_text("# head, relation, tail\nlarge\tsynonym\thuge\nlarge\tantonym\tsmall\n", encoding="utf-8")
+    lexicon = {"wordnet": True, "tsv": [str(tsv)]}
+    config = write_config(folder / "tiny.yaml", TINY, workdir=str(folder / "work"), lexicon=lexicon)
+    command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config)]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
+    assert finished.returncode == 0, finished.stderr[-6000:]
+    (folder / "printed.txt").write_text(finished.stdout, encoding="utf-8")
+    return config
+
+
+@pytest.fixture
+def copy_of_tiny(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a config with a work directory of its own that starts with some of the artifacts of `tiny`."""
+
+    def copy(*artifacts: str, **changes: object) -> Path:
+        base = yaml.safe_load(tiny.read_text(encoding="utf-8"))
+        source, target = Path(base["workdir"]), tmp_path / "work"
+        for artifact in artifacts:
+            shutil.copytree(source / artifact, target / artifact)
+        target.mkdir(exist_ok=True)
+        return write_config(tmp_path / "config.yaml", base, workdir=str(target), **changes)
+
+    return copy
+
+
+BEFORE_TRAINING: Sequence[str] = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")

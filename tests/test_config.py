@@ -1,0 +1,150 @@
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from dskd.config import Config
+from dskd.config_file import describe, differences, load_config
+from dskd.errors import UserError
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+MINIMAL = {"workdir": "w", "teacher": {"path": "a/b"}}
+
+
+def _write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text), encoding="utf-8")
+    return path
+
+
+def _keys(data, prefix=()):
+    for key, value in data.items():
+        yield (*prefix, key)
+        if isinstance(value, dict) and prefix != ("runs",):
+            yield from _keys(value, (*prefix, key))
+
+
+def _renamed(data, path):
+    """A copy with one key misspelt."""
+    head, *rest = path
+    return {
+        (f"{key}x" if key == head and not rest else key): (_renamed(value, rest) if key == head and rest else value)
+        for key, value in data.items()
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_with_each_of_its_runs(path):
+    for run in load_config(path).run_names:
+        assert load_config(path, [f"run={run}"]).run == run
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_typo_in_a_shipped_config_fails_and_is_named(path, tmp_path):
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    keys = [key for key in _keys(data) if not (key[0] == "runs" and len(key) == 2)]
+    assert len(keys) > 20
+    for key in keys:
+        with pytest.raises(UserError) as error:
+            load_config(_write(tmp_path, _renamed(data, key)))
+        assert f"{key[-1]}x" in str(error.value), key
+
+
+def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
+    path = _write(
+        tmp_path,
+        "workdir: w\n"
+        "teacher:\n  path: a/b\n  offlaod: cpu\n"
+        "train:\n  learning_rate: -1\n  steps: many\n"
+        "loss: {margin: 1e-1, sens_weight: 2}\n",
+    )
+    with pytest.raises(UserError) as error:
+        load_config(path, ["train.epochs=0", "nonsense", "senses.k=true"])
+    message = str(error.value)
+    assert "7 problems in the configuration" in message
+    for part in (
+        f"{path}:4: teacher.offlaod: unknown key; did you mean teacher.offload?",
+        f"{path}:6: train.learning_rate:",
+        f"{path}:7: train.steps:",
+        f"{path}:8: loss.sens_weight: unknown key; did you mean loss.sense_weight?",
+        "override 'train.epochs=0'",
+        "'nonsense': an override is section.key=value",
+        "override 'senses.k=true'",
+    ):
+        assert part in message
+
+
+def test_overrides_win_over_runs_and_runs_over_the_file(tmp_path):
+    path = _write(
+        tmp_path,
+        {**MINIMAL, "loss": {"margin": 2.0, "kd_weight": 0.1}, "run": "a", "runs": {"a": {"loss": {"margin": 3.0}}}},
+    )
+    config = load_config(path, ["loss.kd_weight=0.5"])
+    assert (config.loss.margin, config.loss.kd_weight) == (3.0, 0.5)
+    assert load_config(path, ["loss.margin=4"]).loss.margin == 4.0
+
+
+def test_a_run_may_differ_only_in_what_comes_after_the_shards(tmp_path):
+    path = _write(tmp_path, {**MINIMAL, "run": "a", "runs": {"a": {"senses": {"k": 3}}, "b": {"loss": {"margn": 1}}}})
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert "runs.a.senses: a run may differ in loss, train, seed" in str(error.value)
+
+
+def test_a_mistake_in_a_run_that_is_not_chosen_is_found(tmp_path):
+    path = _write(tmp_path, {**MINIMAL, "run": "a", "runs": {"a": {}, "b": {"loss": {"margn": 1}}}})
+    with pytest.raises(UserError, match=r"runs.b.loss.margn"):
+        load_config(path)
+
+
+def test_a_run_that_does_not_exist_is_refused(tmp_path):
+    path = _write(tmp_path, {**MINIMAL, "run": "a", "runs": {"a": {}, "b": {}}})
+    with pytest.raises(UserError, match="'c' is none of the runs of this file: a, b"):
+        load_config(path, ["run=c"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "this is not YAML"),
+        ("- a\n- b\n", "expected sections"),
+        ("workdir: w\nworkdir: v\n", "line 2: 'workdir' is given twice"),
+        ("", "expected sections"),
+    ],
+)
+def test_files_that_are_no_configs(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(_write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="there is no such config file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_scientific_notation_needs_no_dot(tmp_path):
+    assert load_config(_write(tmp_path, "workdir: w\nteacher: {path: a/b}\ntrain: {learning_rate: 5e-5}\n"))
+    assert load_config(_write(tmp_path, MINIMAL), ["train.learning_rate=2e-5"]).train.learning_rate == 2e-5
+
+
+def test_a_config_cannot_be_changed():
+    config = Config(**MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1
+
+
+def test_every_key_is_described():
+    text = describe()
+    for section, field in Config.model_fields.items():
+        assert section in text
+        annotation = field.annotation
+        if hasattr(annotation, "model_fields"):
+            for key, inner in annotation.model_fields.items():
+                assert f"{section}.{key}" in text
+                assert inner.description or hasattr(inner.annotation, "model_fields") or key == "train_from_scratch"
+
+
+def test_differences_are_dotted():
+    assert list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4})) == [
+        ("a.c", 2, 3),
+        ("d", None, 4),
+    ]

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+
+from dskd.errors import UserError
+from dskd.manifest import Recipe, build_artifact, is_current, read_manifest, require_same, verify_files
+
+RECIPE = Recipe("senses", {"corpus": "abc"}, {"k": (1, 2)}, teacher="t", tokenizer="u")
+
+
+def _build(path, content=b"data"):
+    with build_artifact(path, RECIPE) as building:
+        (building.folder / "inner").mkdir()
+        (building.folder / "inner" / "file").write_bytes(content)
+        building.facts["n"] = 3
+
+
+def _read(path):
+    return read_manifest(path, "senses", made_by="make senses")
+
+
+def test_an_artifact_records_what_it_is_made_from(tmp_path):
+    _build(tmp_path / "a")
+    manifest = _read(tmp_path / "a")
+    assert manifest.inputs == {"corpus": "abc"}
+    assert manifest.config == {"k": [1, 2]}
+    assert (manifest.teacher, manifest.tokenizer, manifest.facts) == ("t", "u", {"n": 3})
+    assert list(manifest.files) == ["inner/file"]
+    assert manifest.packages["torch"]
+
+
+def test_an_artifact_is_current_only_for_its_own_recipe(tmp_path):
+    _build(tmp_path / "a")
+    assert is_current(tmp_path / "a", RECIPE)
+    assert not is_current(tmp_path / "a", Recipe("senses", {"corpus": "abd"}, {"k": (1, 2)}, "t", "u"))
+    assert not is_current(tmp_path / "a", Recipe("senses", {"corpus": "abc"}, {"k": (1, 3)}, "t", "u"))
+    assert not is_current(tmp_path / "a", Recipe("senses", {"corpus": "abc"}, {"k": (1, 2)}, "v", "u"))
+    assert not is_current(tmp_path / "b", RECIPE)
+    (tmp_path / "a" / "inner" / "file").unlink()
+    assert not is_current(tmp_path / "a", RECIPE)
+
+
+def test_equal_content_has_equal_digests(tmp_path):
+    for name, content in (("a", b"data"), ("b", b"data"), ("c", b"dath")):
+        _build(tmp_path / name, content)
+    assert _read(tmp_path / "a").digest == _read(tmp_path / "b").digest != _read(tmp_path / "c").digest
+
+
+def test_a_build_that_fails_publishes_nothing_and_keeps_the_old(tmp_path):
+    _build(tmp_path / "a")
+    with pytest.raises(RuntimeError, match="boom"), build_artifact(tmp_path / "a", RECIPE) as building:
+        (building.folder / "file").write_bytes(b"half")
+        raise RuntimeError("boom")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    assert _read(tmp_path / "a").facts == {"n": 3}
+
+
+def test_leftovers_of_a_killed_build_do_not_get_into_the_next(tmp_path):
+    (tmp_path / ".a.partial").mkdir()
+    (tmp_path / ".a.partial" / "leftover").write_bytes(b"x")
+    _build(tmp_path / "a")
+    assert list(_read(tmp_path / "a").files) == ["inner/file"]
+
+
+def test_damage_is_named(tmp_path):
+    _build(tmp_path / "a")
+    file = tmp_path / "a" / "inner" / "file"
+    file.write_bytes(b"dat")
+    with pytest.raises(UserError, match=r"inner/file: the manifest says 4 bytes, but it has 3 bytes"):
+        _read(tmp_path / "a")
+    file.write_bytes(b"dota")
+    manifest = _read(tmp_path / "a")
+    with pytest.raises(UserError, match=r"inner/file: the content is not what the manifest says"):
+        verify_files(tmp_path / "a", manifest, made_by="make senses")
+    file.unlink()
+    with pytest.raises(UserError, match="it is missing"):
+        _read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "shards"}, "expected a senses, found a shards"),
+        ({"schema_version": 99}, "this senses has format 99, this version of dskd reads 1"),
+        ({"kind": None, "extra": 1}, "this is not a manifest"),
+    ],
+)
+def test_other_artifacts_are_refused(tmp_path, change, message):
+    _build(tmp_path / "a")
+    file = tmp_path / "a" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        _read(tmp_path / "a")
+
+
+def test_a_missing_artifact_says_how_to_make_it(tmp_path):
+    with pytest.raises(UserError, match="there is no senses here; make it with `make senses`"):
+        _read(tmp_path / "a")
+
+
+def test_a_misfit_names_both_sides():
+    with pytest.raises(UserError, match=r"a and b: made with different teachers \(one… and two…\); make it anew"):
+        require_same("teachers", expected="one", found="two", between="a and b", remedy="make it anew")

@@ -1,0 +1,169 @@
+"""Models under ZeRO-3 against transformers' own, and how their parameters are shared out over the ranks."""
+
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, free_port
+from tiny_models import ARCHITECTURES, save_model
+from transformers import AutoModelForCausalLM
+
+from dskd.config import Config, StudentConfig
+from dskd.errors import UserError
+
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def world():
+    from dskd.distributed import initialize
+
+    return initialize()
+
+
+def _config(tmp_path, **sections):
+    return Config(workdir=str(tmp_path), teacher={"path": str(tmp_path / "teacher")}, precision="fp32", **sections)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_frozen_engine_computes_what_transformers_does(tmp_path, world, architecture):
+    from dskd.model_folder import find_teacher
+    from dskd.models import load_frozen
+
+    expected = save_model(tmp_path / "teacher", architecture)
+    config = _config(tmp_path)
+    teacher = load_frozen(find_teacher(config), config, world)
+    hidden = teacher.hidden_states(IDS)
+    with torch.no_grad():
+        output = expected(IDS, output_hidden_states=True)
+    torch.testing.assert_close(hidden, output.hidden_states[-1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden @ teacher.head_weight.T, output.logits, rtol=1e-4, atol=1e-4)
+    teacher.close()
+
+
+def test_missing_and_misshapen_weights_are_all_named(tmp_path, world):
+    from safetensors.torch import load_file, save_file
+
+    from dskd.model_folder import find_teacher
+    from dskd.models import load_frozen
+
+    save_model(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = torch.zeros(5)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = _config(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_frozen(find_teacher(config), config, world)
+    assert "there is no tensor model.layers.2.mlp.up_proj.weight" in str(error.value)
+    assert "model.norm.weight has shape [5], config.json asks for [32]" in str(error.value)
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path, world):
+    from transformers import CohereConfig, CohereForCausalLM
+
+    from dskd.model_folder import find_teacher
+    from dskd.models import load_frozen
+
+    save_model(tmp_path / "teacher")
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "teacher" / name).unlink()
+    shape = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = CohereForCausalLM(CohereConfig(**shape, num_attention_heads=4, num_key_value_heads=4, logit_scale=0.25))
+    model.save_pretrained(tmp_path / "teacher")
+    config = _config(tmp_path)
+    with pytest.raises(UserError, match="more than a matrix product"):
+        load_frozen(find_teacher(config), config, world)
+
+
+def _chosen(model, **settings):
+    from dskd.models import choose_trained
+
+    trained = {id(parameter) for parameter in choose_trained(model, StudentConfig(**settings))}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in trained}
+
+
+def test_only_what_the_config_names_is_trained(tmp_path):
+    save_model(tmp_path / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    last_two = _chosen(model, train_layers=2)
+    assert {name.split(".")[2] for name in last_two} == {"2", "3"}
+    assert {name.split(".")[2] for name in _chosen(model, train_layers=(0, 3))} == {"0", "3"}
+    extra = _chosen(model, train_layers=0, train_final_norm=True, train_lm_head=True, train_embeddings=True)
+    assert extra == {"model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"}
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert len(frozen) == 4 * 9
+
+
+def test_a_tied_head_is_trained_with_its_embeddings(tmp_path):
+    save_model(tmp_path / "teacher", "qwen2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    assert _chosen(model, train_layers=0, train_lm_head=True) == {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"train_layers": 0}, "nothing would be trained"), ({"train_layers": (9,)}, "layers 0 to 3")],
+)
+def test_nothing_to_train_is_refused(tmp_path, settings, message):
+    save_model(tmp_path / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match=message):
+        _chosen(model, **settings)
+
+
+TWO_RANKS = """
+import json, sys, torch
+from dskd.config import Config
+from dskd.distributed import initialize, gather_json
+from dskd.model_folder import find_teacher
+from dskd.models import load_frozen, sharded_numel
+world = initialize()
+config = Config(workdir=sys.argv[1], teacher={"path": sys.argv[1] + "/teacher"}, precision="fp32")
+teacher = load_frozen(find_teacher(config), config, world)
+hidden = teacher.hidden_states(torch.arange(24).view(2, 12) + world.rank)
+parameters = list(teacher.engine.module.parameters())
+large = [p for p in parameters if p.ds_numel > 10 * 32]
+mine = {
+    "held": sharded_numel(parameters), "all": sum(p.ds_numel for p in parameters),
+    "gathered": sum(p.numel() for p in large), "devices": sorted({str(p.ds_tensor.device) for p in parameters}),
+    "sum": float(hidden.double().sum()),
+}
+everyone = gather_json(mine)
+if world.is_main:
+    print("RESULT", json.dumps(everyone))
+"""
+
+
+def test_on_two_ranks_each_holds_half_of_the_teacher(tmp_path):
+    import json
+    import os
+    import subprocess
+
+    model = save_model(tmp_path / "teacher")
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(tmp_path)],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output = [process.communicate(timeout=120)[0] for process in processes][0]
+    ranks = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT "))
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if name != "lm_head.weight")
+    for rank in ranks:
+        assert rank["all"] == total
+        assert rank["held"] == pytest.approx(total / 2, rel=0.01)
+        assert rank["gathered"] == 0  # after the forward pass nothing large stays whole
+        assert rank["devices"] == ["cpu"]
+    with torch.no_grad():
+        for rank in range(2):
+            expected = model.model(torch.arange(24).view(2, 12) + rank).last_hidden_state.double().sum()
+            assert ranks[rank]["sum"] == pytest.approx(float(expected), rel=1e-4)

@@ -1,0 +1,91 @@
+"""The whole pipeline, as a user runs it, and what it does again when something changed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from tiny_models import ARCHITECTURES, save_model
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+
+
+def _pipeline(config, *overrides, timeout_s=300):
+    command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config), *overrides]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s)
+
+
+def _stages_run(finished):
+    return re.findall(r"^== (\w+)", finished.stderr, re.MULTILINE)
+
+
+def test_it_ends_with_a_table_a_picture_and_the_way_to_mlflow(tiny):
+    printed = (tiny.parent / "printed.txt").read_text()
+    for model in ("teacher", "cut student, untrained", "dskd"):
+        assert re.search(rf"^{model}  +[\d,.]+  +0\.\d+  +[01]\.\d+  +[\d,.]+  +[01]\.\d+$", printed, re.MULTILINE), (
+            model
+        )
+    assert re.search(r"^status +finished$", printed, re.MULTILINE)
+    picture = Path(re.search(r"^Loss curves: (.+)$", printed, re.MULTILINE).group(1))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "mlflow ui --backend-store-uri sqlite:///" in printed
+
+
+def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends_on_it(copy_of_tiny):
+    artifacts = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
+    config = copy_of_tiny(*artifacts, "checkpoints", "export", "evaluation")
+    again = _pipeline(config, "tracking.enabled=false")
+    assert again.returncode == 0, again.stderr
+    assert _stages_run(again) == []
+    assert "up to date: lexicon, corpus, teacher, sequences, senses, shards, student, train dskd" in again.stderr
+
+    changed = _pipeline(config, "loss.sense_weight=0.5", "tracking.enabled=false")
+    assert changed.returncode == 0, changed.stderr
+    assert _stages_run(changed) == ["train", "export", "evaluate"]
+    assert "up to date: lexicon, corpus, teacher, sequences, senses, shards, student" in changed.stderr
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_decoder_can_be_the_teacher(tmp_path, architecture):
+    """Another teacher, the user's own text and relations: every stage, on one rank, to a model that loads."""
+    words = [f"w{index}" for index in range(100)]
+    save_model(tmp_path / "teacher", architecture, words=words)
+    paragraphs = [" ".join(words[(7 * i + 3 * j) % 100] for j in range(20)) for i in range(150)]
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    pairs = [f"w{i}\tsynonym\tw{i + 1}" for i in range(10, 60, 2)] + [
+        f"w{i}\tantonym\tw{i + 30}" for i in range(10, 60)
+    ]
+    (tmp_path / "own.tsv").write_text("\n".join(pairs), encoding="utf-8")
+    config = {
+        "workdir": str(tmp_path / "work"),
+        "teacher": {"path": str(tmp_path / "teacher")},
+        "corpus": {"source": "files", "train": [str(tmp_path / "text.txt")], "sequence_length": 16},
+        "lexicon": {"wordnet": False, "tsv": [str(tmp_path / "own.tsv")]},
+        "senses": {"k": 3, "key": "predicted"},
+        "annotation": {"kappa": 2},
+        "student": {"layers": 2, "train_layers": 1, "spacing": "even"},
+        "loss": {"relative_margin": 1.0},
+        "train": {"steps": 3, "global_batch_size": 8, "num_workers": 0},
+        "pipeline": {"launcher_args": ["--num_gpus", "1"]},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    finished = _pipeline(path)
+    assert finished.returncode == 0, finished.stderr
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "export" / "dskd")
+    assert type(exported).__name__ == type(ARCHITECTURES[architecture]()).__name__
+    assert exported.config.num_hidden_layers == 2
+    if architecture == "qwen2":
+        assert exported.lm_head.weight is exported.model.embed_tokens.weight
+
+
+def test_a_failing_rank_ends_the_pipeline_with_its_own_message_and_code(copy_of_tiny):
+    config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
+    finished = _pipeline(config, "student.train_layers=0", "tracking.enabled=false")
+    assert finished.returncode == 2
+    assert finished.stderr.count("nothing would be trained") == 1
+    assert "Traceback" not in finished.stderr

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from dskd.random_numbers import derived_seed, random_bits, uniform
+
+MASK = 2**64 - 1
+
+
+def _reference(x: int) -> int:
+    """splitmix64 in Python's unbounded integers."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def test_bits_are_those_of_splitmix64():
+    for seed, first, second in [(0, 0, 0), (7, 123456789, 5), (2**62, 1, 2**40)]:
+        state = seed
+        for coordinate in (first, second):
+            state = _reference(state ^ _reference(coordinate))
+        expected = state & (2**63 - 1)
+        assert int(random_bits(seed, torch.tensor(first), torch.tensor(second))) == expected
+
+
+def test_coordinates_broadcast():
+    grid = random_bits(1, torch.arange(3).unsqueeze(-1), torch.arange(4))
+    assert grid.shape == (3, 4)
+    assert int(grid[2, 1]) == int(random_bits(1, 2, 1))
+
+
+def test_uniform_numbers_are_uniform():
+    numbers = uniform(5, torch.arange(100_000))
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = torch.histc(numbers.float(), bins=10, min=0, max=1)
+    assert (counts - 10_000).abs().max() < 500  # five standard deviations
+
+
+def test_every_coordinate_and_the_seed_matter():
+    seen = {int(random_bits(seed, a, b)) for seed in (0, 1) for a in range(20) for b in range(20)}
+    assert len(seen) == 800
+
+
+@pytest.mark.parametrize("other", [(1, "b"), (2, "a"), (1, "a", 0)])
+def test_derived_seeds_differ(other):
+    assert derived_seed(1, "a") != derived_seed(*other)
+    assert 0 <= derived_seed(1, "a") < 2**63

@@ -1,0 +1,196 @@
+"""The stages of several ranks on the work directory that the pipeline made on two: one rank gives the same."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import run_program
+from safetensors.torch import load_file
+from streaming import StreamingDataset
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dskd.config_file import load_config
+from dskd.manifest import read_manifest
+from dskd.shards import COLUMNS
+
+pytestmark = pytest.mark.slow
+T, KAPPA = 32, 2
+
+
+@pytest.fixture(scope="module")
+def work(tiny):
+    return Path(yaml.safe_load(tiny.read_text())["workdir"])
+
+
+def _samples(folder, cache):
+    dataset = StreamingDataset(remote=str(folder), local=str(cache), batch_size=1, validate_hash="xxh64")
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def test_one_rank_builds_the_same_sense_dictionary_as_two(work, copy_of_tiny):
+    config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences")
+    run_program("build_senses.py", config, "senses.batch_size=5")
+    one = load_file(load_config(config).path("senses", "senses.safetensors"))
+    two = load_file(work / "senses" / "senses.safetensors")
+    assert one.keys() == two.keys()
+    for name in one.keys() - {"vectors", "counts"}:
+        assert torch.equal(one[name], two[name]), name
+    torch.testing.assert_close(one["vectors"].float(), two["vectors"].float(), rtol=2e-2, atol=2e-2)
+    assert (one["counts"] != two["counts"]).float().mean() < 0.01
+
+
+def test_one_rank_writes_the_same_shards_as_two_byte_for_byte(work, copy_of_tiny):
+    config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses")
+    run_program("annotate.py", config)
+    for split in ("train", "validation"):
+        one, two = load_config(config).path("shards", split), work / "shards" / split
+        names = sorted(file.name for file in two.iterdir())
+        assert sorted(file.name for file in one.iterdir()) == names
+        assert len(names) > 10
+        for name in set(names) - {"manifest.json"}:
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_the_sense_dictionary_is_as_documented(work):
+    tensors = load_file(work / "senses" / "senses.safetensors")
+    vocab_size = len(AutoTokenizer.from_pretrained(work / "teacher"))
+    rows, entries = len(tensors["vectors"]), len(tensors["entry_offsets"]) - 1
+    assert tensors["vectors"].dtype == torch.bfloat16
+    assert tensors["vectors"].shape == (rows, 64)
+    assert tensors["counts"].dtype == torch.int64
+    assert tensors["counts"].shape == (rows,)
+    assert tensors["counts"].min() >= 1
+    assert tensors["entry_offsets"].dtype == torch.int64
+    assert tensors["entry_offsets"][-1] == rows
+    assert tensors["span_tokens"].dtype == torch.int32
+    assert tensors["span_tokens"].shape == (entries - vocab_size, 3)
+    for relation in ("synonym", "antonym"):
+        assert tensors[f"{relation}_offsets"].dtype == torch.int64
+        assert tensors[f"{relation}_offsets"].shape == (vocab_size + 1,)
+        assert tensors[f"{relation}_entries"].dtype == torch.int32
+        assert tensors[f"{relation}_entries"].max() < entries
+    assert tensors["entry_offsets"].diff().max() <= 3  # k
+
+
+def test_relations_of_the_users_list_are_in_the_dictionary(work):
+    tensors = load_file(work / "senses" / "senses.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(work / "teacher")
+
+    def token(word):
+        (single,) = tokenizer(f" {word}")["input_ids"]
+        return single
+
+    def neighbours(relation, word):
+        start, stop = tensors[f"{relation}_offsets"][token(word) : token(word) + 2].tolist()
+        return tensors[f"{relation}_entries"][start:stop].tolist()
+
+    assert token("small") in neighbours("antonym", "large")
+    assert token("large") in neighbours("antonym", "small")
+
+
+def test_the_shards_are_as_documented(work, tmp_path):
+    rows = len(load_file(work / "senses" / "senses.safetensors")["vectors"])
+    sequences = load_file(work / "sequences" / "train.safetensors")["input_ids"]
+    samples = _samples(work / "shards" / "train", tmp_path / "cache")
+    assert len(samples) == len(sequences) == 96
+    for sample, ids in zip(samples, sequences, strict=True):
+        assert set(sample) == set(COLUMNS)
+        assert sample["input_ids"].dtype == np.int32
+        assert np.array_equal(sample["input_ids"], ids.numpy())
+        assert sample["loss_mask"].dtype == np.uint8
+        assert sample["loss_mask"].tolist() == [1] * (T - 1) + [0]  # the last position has no target
+        for name in ("sense_ids", "synonym_ids", "antonym_ids"):
+            assert sample[name].dtype == np.int32
+            assert sample[name].shape == (T, KAPPA)
+            assert sample[name].max() < rows
+            assert (sample[name][-1] == -1).all()
+            # Padding stands behind the rows.
+            assert ((sample[name][:, 0] >= 0) | (sample[name][:, 1] < 0)).all()
+        pulled = np.concatenate([sample["sense_ids"], sample["synonym_ids"]], 1)
+        for near, far in zip(pulled, sample["antonym_ids"], strict=True):
+            assert not (set(near) & set(far)) - {-1}
+
+
+def test_annotation_agrees_with_states_that_transformers_computes(work, tmp_path):
+    """O_i recomputed with transformers' own model, and with a loop over positions."""
+    tensors = load_file(work / "senses" / "senses.safetensors")
+    vectors, offsets = tensors["vectors"].double(), tensors["entry_offsets"].tolist()
+    teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=torch.float32)
+    checked = 0
+    for sample in _samples(work / "shards" / "validation", tmp_path / "cache")[:4]:
+        ids = torch.from_numpy(sample["input_ids"]).long()
+        with torch.no_grad():
+            states = teacher.model(ids.unsqueeze(0)).last_hidden_state[0].double()
+        for position in range(T - 1):
+            candidates = range(offsets[ids[position + 1]], offsets[ids[position + 1] + 1])
+            distance = {row: float((vectors[row] - states[position]).square().sum()) for row in candidates}
+            expected = sorted(candidates, key=distance.__getitem__)[:KAPPA]
+            found = [row for row in sample["sense_ids"][position].tolist() if row >= 0]
+            assert [distance[row] for row in found] == pytest.approx([distance[row] for row in expected], rel=1e-3)
+            checked += len(found)
+    assert checked > 100
+
+
+def test_every_artifact_says_what_it_was_made_from(work):
+    digests = {}
+    for folder, kind in [
+        ("corpus", "corpus"),
+        ("lexicon", "lexicon"),
+        ("teacher", "teacher"),
+        ("sequences", "sequences"),
+        ("senses", "senses"),
+        ("shards/train", "shards"),
+        ("shards/validation", "shards"),
+        ("student", "student"),
+        ("export/dskd", "export"),
+        ("evaluation/dskd", "evaluation"),
+    ]:
+        digests[folder] = read_manifest(work / folder, kind, made_by="")
+    assert digests["shards/train"].inputs["senses"] == digests["senses"].digest
+    assert digests["senses"].inputs["lexicon"] == digests["lexicon"].digest
+    assert digests["senses"].teacher == digests["teacher"].digest == digests["student"].teacher
+    assert digests["shards/train"].tokenizer == digests["sequences"].tokenizer
+    assert digests["evaluation/dskd"].inputs["model"] == digests["export/dskd"].digest
+    assert digests["shards/train"].config["kappa"] == KAPPA
+    for path in work.rglob("*"):
+        assert path.suffix not in (".pkl", ".pickle", ".npy"), path
+        assert ".partial" not in path.name, path
+
+
+@pytest.mark.parametrize(("name", "folder"), [("teacher", "teacher"), ("student", "student"), ("dskd", "export/dskd")])
+def test_measures_are_those_of_a_plain_evaluation(work, tmp_path, name, folder):
+    tensors = load_file(work / "senses" / "senses.safetensors")
+    vectors = tensors["vectors"].double()
+    model = AutoModelForCausalLM.from_pretrained(work / folder, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=torch.float32)
+    nll, lexical_nll, correct, agree, aligned = [], [], [], [], []
+    for sample in _samples(work / "shards" / "validation", tmp_path / "cache"):
+        ids = torch.from_numpy(sample["input_ids"]).long()
+        with torch.no_grad():
+            output = model(ids.unsqueeze(0), output_hidden_states=True)
+            expected = teacher(ids.unsqueeze(0)).logits[0, :-1].argmax(-1)
+        logits, states = output.logits[0, :-1], output.hidden_states[-1][0].double()
+        losses = F.cross_entropy(logits, ids[1:], reduction="none")
+        nll += losses.tolist()
+        correct += (logits.argmax(-1) == ids[1:]).tolist()
+        agree += (logits.argmax(-1) == expected).tolist()
+        for position in range(T - 1):
+            near = [row for row in sample["synonym_ids"][position] if row >= 0]
+            far = [row for row in sample["antonym_ids"][position] if row >= 0]
+            if near or far:
+                lexical_nll.append(float(losses[position]))
+            if near and far:
+                to_near, to_far = (min((vectors[r] - states[position]).norm() for r in rows) for rows in (near, far))
+                aligned.append(bool(to_near < to_far))
+    measured = json.loads((work / "evaluation" / name / "measures.json").read_text())
+    assert len(aligned) > 10
+    assert measured["perplexity"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+    assert measured["lexical_perplexity"] == pytest.approx(math.exp(np.mean(lexical_nll)), rel=1e-4)
+    assert measured["accuracy"] == pytest.approx(np.mean(correct), abs=2e-3)
+    assert measured["agreement"] == pytest.approx(np.mean(agree), abs=4e-3)
+    assert measured["sense_alignment"] == pytest.approx(np.mean(aligned), abs=2e-2)

@@ -1,0 +1,175 @@
+"""Training, on real shards and real ranks: against a plain loop, one rank against two, stopped against not stopped."""
+
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import BEFORE_TRAINING, TINY, end, run_program, start_ranks
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from dskd import checkpoint
+from dskd.config_file import load_config
+from dskd.tracking import read_history, read_runs
+
+pytestmark = pytest.mark.slow
+
+
+def _losses(config, name="train/loss"):
+    loaded = load_config(config)
+    (run,) = [run for run in read_runs(loaded) if run.name == loaded.run]
+    return read_history(loaded, run.run_id, name)
+
+
+def _trained(config):
+    newest = checkpoint.latest(load_config(config))
+    return newest.step, load_file(newest.path / checkpoint.TRAINED_FILE)
+
+
+def test_one_rank_equals_two(tiny, copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    run_program("train.py", config)
+    for term in ("loss", "ce", "kl", "sense", "sense_synonym", "sense_antonym", "sense_own", "grad_norm"):
+        one, two = _losses(config, f"train/{term}"), _losses(tiny, f"train/{term}")
+        assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 7))
+        assert [value for _, value in one] == pytest.approx([value for _, value in two], rel=2e-4), term
+    (_, one), (_, two) = _trained(config), _trained(tiny)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=2e-5)
+
+
+def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    base = checkpoint.folder(load_config(config))
+    assert sorted(path.name for path in base.iterdir()) == ["step-00000003", "step-00000006"]
+    shutil.rmtree(base / "step-00000006")
+    run_program("train.py", config, "--resume", ranks=2)
+    assert _losses(config) == _losses(tiny)[3:]
+    (step, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
+    assert step == 6
+    for name, tensor in resumed.items():
+        assert torch.equal(tensor, undisturbed[name]), name
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
+    train = {**TINY["train"], "steps": 40, "checkpoint_every": 4}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=train)
+    loaded = load_config(config)
+    ranks = start_ranks("train.py", config, ranks=2)
+    try:
+        deadline = time.monotonic() + 120
+        while checkpoint.latest(loaded) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        ranks[1].kill()
+        # The other rank must notice: without its peer it can only fail.
+        assert ranks[0].wait(60) != 0
+    finally:
+        for process in ranks:
+            end(process)
+    stopped_at = checkpoint.latest(loaded).step
+    assert 4 <= stopped_at < 40
+    run_program("train.py", config, "--resume", ranks=2)
+    resumed, (_, weights) = _losses(config), _trained(config)
+    assert [step for step, _ in resumed] == list(range(1, 41))
+    assert len(list(checkpoint.folder(loaded).iterdir())) == loaded.train.keep_last
+
+    undisturbed = copy_of_tiny(train=train, run="undisturbed")
+    run_program("train.py", undisturbed, ranks=2)
+    assert resumed == _losses(undisturbed)
+    for name, tensor in _trained(undisturbed)[1].items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"kd_weight": 0.0, "sense_weight": 0.0},
+        {"kd_weight": 0.7, "sense_weight": 0.0, "hidden_weight": 2.0, "temperature": 1.5},
+    ],
+    ids=["plain fine-tuning", "KD and hidden-state distance"],
+)
+def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, loss):
+    """No DeepSpeed, no chunks, no sums: means over whole batches, autograd, torch's AdamW and torch's clipping."""
+    from dskd import shards
+    from dskd.train import micro_batches, plan_schedule
+
+    train = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
+    config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=train)
+    run_program("train.py", config_path)
+    config = load_config(config_path)
+
+    manifest = shards.load_manifest(config, "train")
+    schedule = plan_schedule(config, manifest, 1)
+    steps = micro_batches(config, manifest, schedule, shards.Collator(None, None), 0, pin=False)
+    teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
+    student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
+    parameters = list(student.model.layers[-1].parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
+    expected = []
+    for _ in range(schedule.total_steps):
+        batches = next(steps)
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        output = student(ids, output_hidden_states=True)
+        logits, labels = output.logits[:, :-1], ids[:, 1:]
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        with torch.no_grad():
+            target = teacher(ids, output_hidden_states=True)
+        if loss["kd_weight"]:
+            temperature = loss["temperature"]
+            kl = F.kl_div(
+                (logits / temperature).log_softmax(-1).flatten(0, 1),
+                (target.logits[:, :-1] / temperature).log_softmax(-1).flatten(0, 1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            distance = F.mse_loss(output.hidden_states[-1][:, :-1], target.hidden_states[-1][:, :-1])
+            total = total + loss["kd_weight"] * temperature**2 * kl + loss["hidden_weight"] * distance
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clipping)
+        optimizer.step()
+        decay.step()
+        expected.append(float(total))
+    assert [value for _, value in _losses(config_path)] == pytest.approx(expected, rel=1e-4)
+    _, trained = _trained(config_path)
+    names = {name for name, _ in student.named_parameters() if name.startswith("model.layers.1.")}
+    assert set(trained) == names
+    for name, parameter in student.named_parameters():
+        if name in names:
+            torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny):
+    train = {**TINY["train"], "learning_rate": 1.0e30, "warmup_share": 0.0, "checkpoint_every": 1, "keep_last": 9}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=train)
+    finished = run_program("train.py", config, ranks=2, check=False)
+    assert finished.exit_code == 2, finished.output
+    assert "Traceback" not in finished.output
+    assert finished.output.count("the loss is not finite") == 1  # rank 0 says it for all
+    line = next(line for line in finished.output.splitlines() if "the loss is not finite" in line)
+    assert "error: step 2:" in line
+    assert "ce on samples [" in line
+    assert "--resume" in line
+    newest = checkpoint.latest(load_config(config))
+    assert newest.step == 1
+    (run,) = read_runs(load_config(config))
+    assert run.status == "FAILED"
+
+
+def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    shutil.rmtree(checkpoint.folder(load_config(config)) / "step-00000006")
+    stopped = run_program("train.py", config, check=False)
+    assert stopped.exit_code == 2
+    assert "was stopped at step 3 of 6; go on with --resume, or start anew with --overwrite" in stopped.output
+
+    other = run_program("train.py", config, "--resume", "loss.margin=7", check=False)
+    assert other.exit_code == 2
+    assert "loss.margin: 1.0 then, 7.0 now" in other.output
+
+    ranks = run_program("train.py", config, "--resume", check=False)
+    assert ranks.exit_code == 2
+    assert "written by 2 ranks, and there are 1 now" in ranks.output
