@@ -261,6 +261,7 @@ def _build(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype) ->
             )
         except (ValueError, ImportError) as error:
             raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
+    causal_lm.tie_weights()  # part of the initialisation that was skipped
     copy_weights(causal_lm, TensorReader(folder.path), folder)
     _check_head(causal_lm, folder)
     return causal_lm

@@ -5,10 +5,13 @@ traceback (a scheduler must not retry it); 130 interrupted.
 """
 
 import argparse
+import atexit
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from dskd.config import Config
 from dskd.config_file import load_config
@@ -54,8 +57,8 @@ def run(action: Callable[[], object]) -> int:
     return 0
 
 
-def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> int:
-    """Like :func:`run` on all ranks: reads the config, joins the ranks and calls `action` with both."""
+def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
+    """Like :func:`run` on all ranks: reads the config, joins the ranks and calls `action` with both; then exits."""
     warnings.filterwarnings("ignore", category=FutureWarning)
 
     def joined() -> None:
@@ -67,4 +70,10 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
         action(config, world)
         shutdown()
 
-    return run(joined)
+    exit_code = run(joined)
+    # Threads of gloo can still hold tensors when the interpreter is taken down, and then abort a process that has done
+    # its work (pytorch issue 190489). So the interpreter is not taken down: exit handlers run, and the process ends.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

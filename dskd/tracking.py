@@ -99,8 +99,8 @@ def start_tracking(
     """
     if not config.tracking.enabled or not world.is_main:
         return NoTracker()
-    client = _client(config)
     try:
+        client = _client(config)
         run_id = resumed_run_id if resumed_run_id and _exists(client, resumed_run_id) else None
         if run_id is None:
             experiment_id = _experiment_id(client, config)

@@ -1,7 +1,5 @@
 """Finds the sense rows of every position with the teacher, and writes WORKDIR/shards/{train,validation}."""
 
-import sys
-
 from dskd.annotate import annotate
 from dskd.program import build_parser, run_on_ranks
 
@@ -14,12 +12,12 @@ Any number of ranks writes the same shards. A split that is up to date is skippe
 """
 
 
-def main() -> int:
+def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--force", action="store_true", help="annotate also what is up to date")
     given = parser.parse_intermixed_args()
-    return run_on_ranks(given, lambda config, world: annotate(config, world, force=given.force))
+    run_on_ranks(given, lambda config, world: annotate(config, world, force=given.force))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

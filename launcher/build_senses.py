@@ -1,7 +1,5 @@
 """Gathers the teacher's states over the training text, clusters them, and writes WORKDIR/senses."""
 
-import sys
-
 from dskd.program import build_parser, run_on_ranks
 from dskd.senses.build import build_senses
 
@@ -14,4 +12,4 @@ Any number of ranks gives the same dictionary. `dskd lexicon` and launcher/pipel
 """
 
 if __name__ == "__main__":
-    sys.exit(run_on_ranks(build_parser(__doc__, EPILOG).parse_intermixed_args(), build_senses))
+    run_on_ranks(build_parser(__doc__, EPILOG).parse_intermixed_args(), build_senses)

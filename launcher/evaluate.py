@@ -1,7 +1,5 @@
 """Measures teacher, cut student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME."""
 
-import sys
-
 from dskd.evaluate import evaluate
 from dskd.program import build_parser, run_on_ranks
 
@@ -14,12 +12,12 @@ examples:
 """
 
 
-def main() -> int:
+def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--force", action="store_true", help="evaluate also what is up to date")
     given = parser.parse_intermixed_args()
-    return run_on_ranks(given, lambda config, world: evaluate(config, world, force=given.force))
+    run_on_ranks(given, lambda config, world: evaluate(config, world, force=given.force))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

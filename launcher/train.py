@@ -1,7 +1,5 @@
 """Trains a student from annotated shards, and writes WORKDIR/checkpoints/RUN."""
 
-import sys
-
 from dskd.program import build_parser, run_on_ranks
 from dskd.train import train
 
@@ -16,17 +14,15 @@ launcher/pipeline.py makes everything that training reads.
 """
 
 
-def main() -> int:
+def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="remove the run's checkpoints and start anew")
     given = parser.parse_intermixed_args()
     if given.resume and given.overwrite:
         parser.error("--resume goes on from the checkpoints that --overwrite removes: give one of them")
-    return run_on_ranks(
-        given, lambda config, world: train(config, world, resume=given.resume, overwrite=given.overwrite)
-    )
+    run_on_ranks(given, lambda config, world: train(config, world, resume=given.resume, overwrite=given.overwrite))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -153,7 +153,7 @@ def copy_of_tiny(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
         for artifact in artifacts:
             shutil.copytree(source / artifact, target / artifact)
         target.mkdir(exist_ok=True)
-        return write_config(tmp_path / "config.yaml", base, workdir=str(target), **changes)
+        return write_config(tmp_path / "config.yaml", base, **{"workdir": str(target), **changes})
 
     return copy
 

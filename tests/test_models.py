@@ -155,7 +155,7 @@ def test_on_two_ranks_each_holds_half_of_the_teacher(tmp_path):
         )
         for rank in range(2)
     ]
-    output = [process.communicate(timeout=120)[0] for process in processes][0]
+    output, _ = (process.communicate(timeout=120)[0] for process in processes)
     ranks = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT "))
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if name != "lm_head.weight")
     for rank in ranks:

@@ -115,7 +115,7 @@ def test_a_folder_that_is_no_model_says_all_it_lacks(tmp_path):
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./missing", "not-a-hub-name"])
 def test_a_folder_that_does_not_exist_is_refused_without_asking_the_hub(tmp_path, path):
-    with pytest.raises(UserError, match="teacher.path: there is no folder"):
+    with pytest.raises(UserError, match=r"teacher\.path: there is no folder"):
         find_teacher(Config(workdir=str(tmp_path), teacher={"path": path}))
 
 

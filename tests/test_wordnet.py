@@ -13,8 +13,10 @@ from dskd.wordnet import DICTIONARY_FILES, open_wordnet
 def bare(tmp_path_factory):
     """Only the dictionary files, as Debian's package has them: neither lexnames nor index.sense."""
     folder = tmp_path_factory.mktemp("dict")
-    for name in DICTIONARY_FILES:
-        shutil.copyfile(open_wordnet().folder / name, folder / name)
+    for file in open_wordnet().folder.iterdir():
+        if file.name not in ("lexnames", "index.sense", "LICENSE"):
+            shutil.copyfile(file, folder / file.name)
+    assert {file.name for file in folder.iterdir()} >= set(DICTIONARY_FILES)
     return folder
 
 
