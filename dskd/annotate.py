@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.corpus import SPLITS, Sequences, load_sequences
-from dskd.distributed import World, barrier, on_main, sum_over_ranks
+from dskd.distributed import World, barrier, main_first, on_main, sum_over_ranks
 from dskd.manifest import Building, Recipe, is_current
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
@@ -61,18 +61,13 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
 
 def annotate(config: Config, world: World, *, force: bool = False) -> None:
     """Writes `WORKDIR/shards/train` and `WORKDIR/shards/validation` on all ranks; skips what is up to date."""
-    source = find_teacher(config)
-    dictionary, manifest = load_dictionary(config)
-    require_fitting(
-        dictionary,
-        manifest,
-        teacher=source.digest,
-        tokenizer=source.tokenizer_digest,
-        hidden_size=source.load_config().hidden_size,
-    )
-    wanted = {split: recipe(config, split, source) for split in SPLITS}
-    stale = [split for split in SPLITS if force or not is_current(config.path(FOLDER, split), wanted[split])]
-    if not on_main(lambda: stale):  # rank 0's word counts: all ranks must take the same way
+    source = main_first(lambda: find_teacher(config))
+    dictionary = main_first(lambda: _load_fitting_dictionary(config, source))
+    wanted = main_first(lambda: {split: recipe(config, split, source) for split in SPLITS})
+    # Rank 0's word counts: all ranks must take the same way.
+    stale = on_main(lambda: [s for s in SPLITS if force or not is_current(config.path(FOLDER, s), wanted[s])])
+    if not stale:
+        say(f"up to date: {config.path(FOLDER)}")
         return
     teacher = load_frozen(source, config, world)
     searcher = Searcher(dictionary, config.annotation.kappa, world.device)
@@ -80,6 +75,18 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         sequences, _ = load_sequences(config, split, source.tokenizer_digest)
         _annotate_split(config, split, sequences, teacher, searcher, wanted[split], world)
     teacher.close()
+
+
+def _load_fitting_dictionary(config: Config, teacher: ModelFolder) -> SenseDictionary:
+    dictionary, manifest = load_dictionary(config)
+    require_fitting(
+        dictionary,
+        manifest,
+        teacher=teacher.digest,
+        tokenizer=teacher.tokenizer_digest,
+        hidden_size=teacher.load_config().hidden_size,
+    )
+    return dictionary
 
 
 class Searcher:

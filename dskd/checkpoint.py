@@ -64,6 +64,16 @@ def latest(config: Config) -> Checkpoint | None:
     return None
 
 
+def at_step(config: Config, step: int) -> Checkpoint:
+    """The checkpoint of one step.
+
+    Raises:
+        UserError: when it is missing or damaged.
+    """
+    path = folder(config) / f"step-{step:08d}"
+    return Checkpoint(path, step, read_manifest(path, "checkpoint", made_by=MADE_BY))
+
+
 def is_finished(config: Config, recipe: Recipe) -> bool:
     """True when the run was trained to its end with this very recipe."""
     newest = latest(config)
@@ -104,8 +114,7 @@ def save(engine: Any, config: Config, recipe: Recipe, facts: dict[str, Any], wor
     base = folder(config)
     building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
     on_main(building.clear)
-    with _quiet_recovery_script(base, world):
-        engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
+    engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
     _save_trained(engine, building.folder / TRAINED_FILE, world)
     _save_probe(engine, building.folder / PROBE_FILE, world)
     barrier()
@@ -141,6 +150,9 @@ def remove_all(config: Config) -> None:
 
 
 def _publish(building: Building, keep_last: int) -> None:
+    # DeepSpeed puts scripts beside its files that load them as pickles; ours are read by `dskd export`.
+    for script in building.path.parent.glob("zero_to_*.py"):
+        script.unlink()
     building.publish()
     for _, path in sorted(_steps(building.path.parent))[:-keep_last]:
         shutil.rmtree(path)
@@ -203,11 +215,3 @@ def _classes_in_checkpoints() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [LossScaler, ZeroStageEnum, fragment_address]
-
-
-@contextlib.contextmanager
-def _quiet_recovery_script(base: Path, world: World) -> Iterator[None]:
-    """DeepSpeed puts a script beside its files that loads them as pickles; ours are read by `dskd export`."""
-    yield
-    if world.is_main:
-        (base / "zero_to_fp32.py").unlink(missing_ok=True)

@@ -10,12 +10,14 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dskd.errors import UserError
+
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 1800
 
@@ -144,6 +146,16 @@ def on_main(function: Callable[[], Any]) -> Any:
     if reply["error"] is not None:
         raise UserError(reply["error"], known_to_all_ranks=True)
     return reply["result"]
+
+
+def main_first(function: Callable[[], T]) -> T:
+    """Calls `function` on rank 0, then on the others: for work of which rank 0 leaves the costly part in a cache.
+
+    A UserError of rank 0 is raised on every rank.
+    """
+    mine: list[T] = []
+    on_main(lambda: mine.append(function()))
+    return mine[0] if mine else function()
 
 
 def _communication_device() -> torch.device:

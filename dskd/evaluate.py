@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from dskd import export, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
-from dskd.distributed import World, on_main, sum_over_ranks
+from dskd.distributed import World, main_first, on_main, sum_over_ranks
 from dskd.manifest import Manifest, Recipe, build_artifact, is_current, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
@@ -82,9 +82,9 @@ def stale_candidates(config: Config) -> list[Candidate]:
 
 def evaluate(config: Config, world: World, *, force: bool = False) -> None:
     """Measures every model whose measures are not up to date, and writes `WORKDIR/evaluation/NAME`."""
-    teacher = find_teacher(config)
-    dictionary, senses = load_dictionary(config)
-    validation = shards.load_manifest(config, "validation")
+    teacher = main_first(lambda: find_teacher(config))
+    dictionary, senses = main_first(lambda: load_dictionary(config))
+    validation = main_first(lambda: shards.load_manifest(config, "validation"))
     on_main(
         lambda: shards.require_fitting(
             config,
@@ -95,12 +95,14 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
             tokenizer=teacher.tokenizer_digest,
         )
     )
-    stale = candidates(config) if force else stale_candidates(config)
+    stale = main_first(lambda: candidates(config) if force else stale_candidates(config))
+    # Rank 0's word counts: all ranks must evaluate the same models.
     names = on_main(lambda: [candidate.name for candidate in stale])
     if not names:
+        say(f"up to date: {config.path(FOLDER)}")
         return
     # The teacher goes first: its predictions are what the others are compared with.
-    stale = [candidate for candidate in stale if candidate.name in names]
+    stale = [candidate for candidate in candidates(config) if candidate.name in names]
     predictions: list[torch.Tensor] = []
     if TEACHER not in names:
         model = load_frozen(teacher, config, world)
@@ -183,12 +185,12 @@ def load_measures(config: Config) -> dict[str, dict[str, float]]:
 def _batches(config: Config, validation: Manifest, vectors: Any, world: World) -> Iterator[dict[str, torch.Tensor]]:
     """Yields this rank's batches of the validation shards; equally many on every rank, the last may have no targets."""
     dataset = shards.open_shards(config, "validation", validation, batch_size=1)
-    size = config.evaluation.batch_size
-    starts = range(0, len(dataset), size)
+    size, count = config.evaluation.batch_size, validation.facts["samples"]  # the dataset's length is a rank's share
+    starts = range(0, count, size)
     for turn in range(-(-len(starts) // world.world_size)):
         number = turn * world.world_size + world.rank
         start = starts[number] if number < len(starts) else 0
-        samples = [dataset[index] for index in range(start, min(start + size, validation.facts["samples"]))]
+        samples = [dataset[index] for index in range(start, min(start + size, count))]
         batch = shards.collate_tokens(samples)
         synonyms = torch.stack([torch.from_numpy(sample["synonym_ids"]) for sample in samples])
         antonyms = torch.stack([torch.from_numpy(sample["antonym_ids"]) for sample in samples])

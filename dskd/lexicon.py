@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from dskd.config import Config, LexiconConfig
 from dskd.console import progress, say, stage
 from dskd.errors import UserError, listed
-from dskd.manifest import Manifest, Recipe, build_artifact, read_manifest, sha256_of_file
+from dskd.manifest import Recipe, build_artifact, read_manifest, sha256_of_file
 from dskd.wordnet import WordNet, open_wordnet
 
 FOLDER, FILE = "lexicon", "relations.parquet"
@@ -52,12 +52,11 @@ def build_lexicon(config: Config) -> None:
     target = config.path(FOLDER)
     sources = [*(["WordNet"] if config.lexicon.wordnet else []), *config.lexicon.tsv]
     with stage("lexicon: words to synonyms and antonyms", reads=sources, writes=target / FILE):
-        wanted = recipe(config)
-        relations, dropped = resolve(read_sources(config.lexicon, config.wordnet.path))
-        if not relations:
-            raise UserError(f"the sources of the lexicon ({', '.join(map(str, sources))}) give no pair of words")
-        counts = Counter(relation.relation for relation in relations)
-        with build_artifact(target, wanted) as building:
+        with build_artifact(target, recipe(config)) as building:
+            relations, dropped = resolve(read_sources(config.lexicon, config.wordnet.path))
+            if not relations:
+                raise UserError(f"the sources of the lexicon ({', '.join(map(str, sources))}) give no pair of words")
+            counts = Counter(relation.relation for relation in relations)
             write_relations(building.folder / FILE, relations)
             building.facts.update(pairs=dict(counts), dropped=dict(dropped))
         say(
@@ -145,19 +144,19 @@ def write_relations(path: Path, relations: list[Relation]) -> None:
     pq.write_table(pa.table(columns, schema=SCHEMA), path, compression="zstd")
 
 
-def load_lexicon(config: Config) -> tuple[list[Relation], Manifest]:
-    """The relations of `WORKDIR/lexicon`, and their manifest.
+def load_lexicon(config: Config) -> list[Relation]:
+    """The relations of `WORKDIR/lexicon`.
 
     Raises:
         UserError: when there is no lexicon, or it is not one.
     """
     folder = config.path(FOLDER)
-    manifest = read_manifest(folder, "lexicon", made_by=MADE_BY)
+    read_manifest(folder, "lexicon", made_by=MADE_BY)
     try:
-        rows = pq.read_table(folder / FILE, schema=SCHEMA).to_pylist()
+        columns = pq.read_table(folder / FILE, schema=SCHEMA).to_pydict()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{folder / FILE}: cannot be read ({error}); make it anew with `{MADE_BY}`") from None
-    return [Relation(**row) for row in rows], manifest
+    return [Relation(*row) for row in zip(*(columns[name] for name in SCHEMA.names), strict=True)]
 
 
 def _spelled(lemma: Any) -> str:

@@ -8,6 +8,7 @@ import argparse
 import atexit
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from dskd.console import say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
 
+_RANK_0_SPEAKS_FIRST_S = 4.0
 _OVERRIDES_HELP = (
     "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
     "`dskd config` explains every key"
@@ -47,9 +49,12 @@ def run(action: Callable[[], object]) -> int:
     try:
         action()
     except UserError as error:
-        if is_main_process() or not error.known_to_all_ranks:
-            rank = "" if is_main_process() else f"[rank {current_rank()}] "
-            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not error.known_to_all_ranks:
+            # Most mistakes are met by every rank. Rank 0 speaks first, and the launcher then ends this one.
+            time.sleep(_RANK_0_SPEAKS_FIRST_S)
+            print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         say("interrupted; what was complete stays, and the same command goes on from there")

@@ -7,8 +7,8 @@ beside its token ids: the training step gathers from those and never sees the di
 Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batch, D hidden.
 """
 
-import getpass
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from streaming.base.util import clean_stale_shared_memory
 
 from dskd.config import Config, LossConfig
 from dskd.errors import UserError
-from dskd.manifest import Manifest, make_folder, read_manifest, require_same, verify_files, write_json
+from dskd.manifest import Manifest, read_manifest, require_same, verify_files, write_json
 from dskd.random_numbers import random_bits
 from dskd.senses.dictionary import map_vectors
 
@@ -248,19 +248,12 @@ def prepare_node() -> None:
 
 def _cache_folder(config: Config) -> Path:
     if config.train.shard_cache is not None:
-        folder = Path(config.train.shard_cache)
-    else:
-        folder = Path(tempfile.gettempdir()) / f"dskd-{_user()}"
-    make_folder(folder)
-    folder.chmod(0o700)  # text of the corpus lies in it
+        return Path(config.train.shard_cache)
+    folder = Path(tempfile.gettempdir()) / f"dskd-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)  # text of the corpus lies in it
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder}: belongs to somebody else; set train.shard_cache to a folder of your own")
     return folder
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
-        return "user"
 
 
 def require_samples(manifest: Manifest, folder: Path, needed: int, what: str) -> None:

@@ -6,7 +6,7 @@ stopped and resumed equals one that was not (docs/invariants.md).
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from streaming import StreamingDataLoader
 from dskd import checkpoint, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
-from dskd.distributed import World, on_main
+from dskd.distributed import World, main_first, on_main
 from dskd.errors import UserError
 from dskd.manifest import Manifest, Recipe
 from dskd.model_folder import ModelFolder, find_teacher
@@ -84,10 +84,12 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
         reads=[config.path("student"), config.path(shards.FOLDER, "train"), config.path("senses")],
         writes=checkpoint.folder(config),
     ):
-        inputs = _load_and_verify_inputs(config)
+        inputs = main_first(lambda: load_inputs(config))
+        on_main(lambda: _verify_shards(config, inputs))
         wanted = _recipe(config, inputs)
-        schedule = plan_schedule(config, inputs.shards, world.world_size)
-        start = _starting_point(config, wanted, world, resume=resume, overwrite=overwrite)
+        schedule = main_first(lambda: plan_schedule(config, inputs.shards, world.world_size))
+        step = on_main(lambda: _starting_step(config, wanted, resume=resume, overwrite=overwrite))
+        start = None if step is None else checkpoint.at_step(config, step)
         if start is not None and start.step >= schedule.total_steps:
             say(f"  run {config.run!r} is at its end already: {start.step} of {schedule.total_steps} steps")
             return
@@ -109,20 +111,15 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(teacher, student, senses, shards.load_manifest(config, "train"), dictionary.path)
 
 
-def _load_and_verify_inputs(config: Config) -> Inputs:
-    """The inputs, with the content of the shards read and compared on rank 0 alone."""
-    inputs = load_inputs(config)
-    on_main(
-        lambda: shards.require_fitting(
-            config,
-            "train",
-            inputs.shards,
-            senses=inputs.senses.digest,
-            teacher=inputs.teacher.digest,
-            tokenizer=inputs.teacher.tokenizer_digest,
-        )
+def _verify_shards(config: Config, inputs: Inputs) -> None:
+    shards.require_fitting(
+        config,
+        "train",
+        inputs.shards,
+        senses=inputs.senses.digest,
+        teacher=inputs.teacher.digest,
+        tokenizer=inputs.teacher.tokenizer_digest,
     )
-    return inputs
 
 
 def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedule:
@@ -155,7 +152,7 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
 
 def micro_batches(
     config: Config, manifest: Manifest, schedule: Schedule, collate: shards.Collator, start_step: int, pin: bool
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]], None, None]:
     """Yields the micro-batches of this rank for each step from `start_step` on.
 
     An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; where in it a step begins
@@ -269,14 +266,13 @@ def _run(
         status = "KILLED"
         raise
     finally:
+        batches.close()
         tracker.finish(status)
 
 
-def _starting_point(
-    config: Config, wanted: Recipe, world: World, *, resume: bool, overwrite: bool
-) -> checkpoint.Checkpoint | None:
+def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: bool) -> int | None:
     if overwrite:
-        on_main(lambda: checkpoint.remove_all(config))
+        checkpoint.remove_all(config)
         return None
     newest = checkpoint.latest(config)
     if newest is None:
@@ -285,10 +281,9 @@ def _starting_point(
     if not resume and not newest.is_final:
         raise UserError(
             f"{newest.path}: run {config.run!r} was stopped at step {newest.step} of "
-            f"{newest.manifest.facts['total_steps']}; go on with --resume, or start anew with --overwrite",
-            known_to_all_ranks=True,
+            f"{newest.manifest.facts['total_steps']}; go on with --resume, or start anew with --overwrite"
         )
-    return newest
+    return newest.step
 
 
 def _recipe(config: Config, inputs: Inputs) -> Recipe:

@@ -1,6 +1,7 @@
 """Finds the sense rows of every position with the teacher, and writes WORKDIR/shards/{train,validation}."""
 
-from dskd.annotate import annotate
+from dskd.config import Config
+from dskd.distributed import World
 from dskd.program import build_parser, run_on_ranks
 
 EPILOG = """
@@ -16,7 +17,13 @@ def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--force", action="store_true", help="annotate also what is up to date")
     given = parser.parse_intermixed_args()
-    run_on_ranks(given, lambda config, world: annotate(config, world, force=given.force))
+
+    def work(config: Config, world: World) -> None:
+        from dskd.annotate import annotate  # after the arguments: --help should not wait for DeepSpeed
+
+        annotate(config, world, force=given.force)
+
+    run_on_ranks(given, work)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,31 @@
 """Gathers the teacher's states over the training text, clusters them, and writes WORKDIR/senses."""
 
+from dskd.config import Config
+from dskd.distributed import World
 from dskd.program import build_parser, run_on_ranks
-from dskd.senses.build import build_senses
 
 EPILOG = """
 examples:
   deepspeed launcher/build_senses.py --config configs/quickstart.yaml
   deepspeed --num_gpus 2 launcher/build_senses.py --config configs/quickstart.yaml senses.k=5
 
-Any number of ranks gives the same dictionary. `dskd lexicon` and launcher/pipeline.py make what it reads.
+Any number of ranks gives the same dictionary. `dskd lexicon` and launcher/pipeline.py make what it reads. A dictionary
+that is up to date is left as it is.
 """
 
+
+def main() -> None:
+    parser = build_parser(__doc__, EPILOG)
+    parser.add_argument("--force", action="store_true", help="build also what is up to date")
+    given = parser.parse_intermixed_args()
+
+    def work(config: Config, world: World) -> None:
+        from dskd.senses.build import build_senses  # after the arguments: --help should not wait for DeepSpeed
+
+        build_senses(config, world, force=given.force)
+
+    run_on_ranks(given, work)
+
+
 if __name__ == "__main__":
-    run_on_ranks(build_parser(__doc__, EPILOG).parse_intermixed_args(), build_senses)
+    main()

@@ -1,6 +1,7 @@
 """Measures teacher, cut student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME."""
 
-from dskd.evaluate import evaluate
+from dskd.config import Config
+from dskd.distributed import World
 from dskd.program import build_parser, run_on_ranks
 
 EPILOG = """
@@ -16,7 +17,13 @@ def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--force", action="store_true", help="evaluate also what is up to date")
     given = parser.parse_intermixed_args()
-    run_on_ranks(given, lambda config, world: evaluate(config, world, force=given.force))
+
+    def work(config: Config, world: World) -> None:
+        from dskd.evaluate import evaluate  # after the arguments: --help should not wait for DeepSpeed
+
+        evaluate(config, world, force=given.force)
+
+    run_on_ranks(given, work)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Stages: lexicon, corpus, teacher, sequences, senses, shards, student; training a
 
 import sys
 
-from dskd.pipeline import StageFailedError, exit_code_of, run_pipeline
 from dskd.program import build_parser, run
 
 EPILOG = """
@@ -20,6 +19,8 @@ Start it with plain python: it calls DeepSpeed's launcher itself, with pipeline.
 
 def main() -> int:
     given = build_parser(__doc__, EPILOG).parse_intermixed_args()
+    from dskd.pipeline import StageFailedError, exit_code_of, run_pipeline  # --help should not wait for DeepSpeed
+
     try:
         return run(lambda: run_pipeline(given.config, given.overrides))
     except StageFailedError as failure:

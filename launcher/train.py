@@ -1,7 +1,8 @@
 """Trains a student from annotated shards, and writes WORKDIR/checkpoints/RUN."""
 
+from dskd.config import Config
+from dskd.distributed import World
 from dskd.program import build_parser, run_on_ranks
-from dskd.train import train
 
 EPILOG = """
 examples:
@@ -21,7 +22,13 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     if given.resume and given.overwrite:
         parser.error("--resume goes on from the checkpoints that --overwrite removes: give one of them")
-    run_on_ranks(given, lambda config, world: train(config, world, resume=given.resume, overwrite=given.overwrite))
+
+    def work(config: Config, world: World) -> None:
+        from dskd.train import train  # after the arguments: --help should not wait for DeepSpeed
+
+        train(config, world, resume=given.resume, overwrite=given.overwrite)
+
+    run_on_ranks(given, work)
 
 
 if __name__ == "__main__":

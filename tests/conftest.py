@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from dskd.distributed import World, initialize
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Ranks of one machine share its cores, and sums in another order differ in their last bits: one thread for everything
 # that is compared bit for bit.
@@ -141,6 +143,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert finished.returncode == 0, finished.stderr[-6000:]
     (folder / "printed.txt").write_text(finished.stdout, encoding="utf-8")
     return config
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    """One rank, in the test's own process: for what needs DeepSpeed and no second rank."""
+    return initialize()
 
 
 @pytest.fixture

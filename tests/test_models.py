@@ -14,13 +14,6 @@ from dskd.errors import UserError
 IDS = torch.arange(24).view(2, 12)
 
 
-@pytest.fixture(scope="module")
-def world():
-    from dskd.distributed import initialize
-
-    return initialize()
-
-
 def _config(tmp_path, **sections):
     return Config(workdir=str(tmp_path), teacher={"path": str(tmp_path / "teacher")}, precision="fp32", **sections)
 

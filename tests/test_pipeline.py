@@ -6,10 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import REPOSITORY
 from tiny_models import ARCHITECTURES, save_model
 from transformers import AutoModelForCausalLM
+
+from dskd.annotate import annotate
+from dskd.compare import compare
+from dskd.config import Config
+from dskd.corpus import build_corpus, build_sequences
+from dskd.evaluate import evaluate
+from dskd.export import build_export
+from dskd.lexicon import build_lexicon
+from dskd.model_folder import find_teacher
+from dskd.senses.build import build_senses
+from dskd.student import build_student
+from dskd.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +61,7 @@ def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_any_decoder_can_be_the_teacher(tmp_path, architecture):
+def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture):
     """Another teacher, the user's own text and relations: every stage, on one rank, to a model that loads."""
     words = [f"w{index}" for index in range(100)]
     save_model(tmp_path / "teacher", architecture, words=words)
@@ -60,27 +71,36 @@ def test_any_decoder_can_be_the_teacher(tmp_path, architecture):
         f"w{i}\tantonym\tw{i + 30}" for i in range(10, 60)
     ]
     (tmp_path / "own.tsv").write_text("\n".join(pairs), encoding="utf-8")
-    config = {
-        "workdir": str(tmp_path / "work"),
-        "teacher": {"path": str(tmp_path / "teacher")},
-        "corpus": {"source": "files", "train": [str(tmp_path / "text.txt")], "sequence_length": 16},
-        "lexicon": {"wordnet": False, "tsv": [str(tmp_path / "own.tsv")]},
-        "senses": {"k": 3, "key": "predicted"},
-        "annotation": {"kappa": 2},
-        "student": {"layers": 2, "train_layers": 1, "spacing": "even"},
-        "loss": {"relative_margin": 1.0},
-        "train": {"steps": 3, "global_batch_size": 8, "num_workers": 0},
-        "pipeline": {"launcher_args": ["--num_gpus", "1"]},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    finished = _pipeline(path)
-    assert finished.returncode == 0, finished.stderr
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "export" / "dskd")
+    config = Config(
+        workdir=str(tmp_path / "work"),
+        precision="fp32",
+        teacher={"path": str(tmp_path / "teacher")},
+        corpus={"source": "files", "train": (str(tmp_path / "text.txt"),), "sequence_length": 16},
+        lexicon={"wordnet": False, "tsv": (str(tmp_path / "own.tsv"),)},
+        senses={"k": 3, "key": "predicted"},
+        annotation={"kappa": 2},
+        student={"layers": 2, "train_layers": 1, "spacing": "even"},
+        loss={"relative_margin": 1.0},
+        train={"steps": 3, "global_batch_size": 8, "num_workers": 0},
+    )
+    build_lexicon(config)
+    build_corpus(config)
+    teacher = find_teacher(config)
+    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    build_senses(config, world)
+    annotate(config, world)
+    build_student(config)
+    train(config, world)
+    build_export(config)
+    evaluate(config, world)
+    exported = AutoModelForCausalLM.from_pretrained(config.path("export", "dskd"))
     assert type(exported).__name__ == type(ARCHITECTURES[architecture]()).__name__
     assert exported.config.num_hidden_layers == 2
     if architecture == "qwen2":
         assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    printed = compare(config)
+    for part in ("teacher", "cut student, untrained", "train/sense", "Loss curves"):
+        assert part in printed
 
 
 def test_a_failing_rank_ends_the_pipeline_with_its_own_message_and_code(copy_of_tiny):

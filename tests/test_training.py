@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from dskd import checkpoint
 from dskd.config_file import load_config
+from dskd.errors import UserError
 from dskd.tracking import read_history, read_runs
+from dskd.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -54,8 +56,8 @@ def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
-    train = {**TINY["train"], "steps": 40, "checkpoint_every": 4}
-    config = copy_of_tiny(*BEFORE_TRAINING, train=train)
+    settings = {**TINY["train"], "steps": 40, "checkpoint_every": 4}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
     loaded = load_config(config)
     ranks = start_ranks("train.py", config, ranks=2)
     try:
@@ -75,7 +77,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
     assert [step for step, _ in resumed] == list(range(1, 41))
     assert len(list(checkpoint.folder(loaded).iterdir())) == loaded.train.keep_last
 
-    undisturbed = copy_of_tiny(train=train, run="undisturbed")
+    undisturbed = copy_of_tiny(train=settings, run="undisturbed")
     run_program("train.py", undisturbed, ranks=2)
     assert resumed == _losses(undisturbed)
     for name, tensor in _trained(undisturbed)[1].items():
@@ -95,8 +97,8 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
     from dskd import shards
     from dskd.train import micro_batches, plan_schedule
 
-    train = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
-    config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=train)
+    settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
+    config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
     run_program("train.py", config_path)
     config = load_config(config_path)
 
@@ -143,8 +145,8 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny):
-    train = {**TINY["train"], "learning_rate": 1.0e30, "warmup_share": 0.0, "checkpoint_every": 1, "keep_last": 9}
-    config = copy_of_tiny(*BEFORE_TRAINING, train=train)
+    settings = {**TINY["train"], "learning_rate": 1.0e30, "warmup_share": 0.0, "checkpoint_every": 1, "keep_last": 9}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
     finished = run_program("train.py", config, ranks=2, check=False)
     assert finished.exit_code == 2, finished.output
     assert "Traceback" not in finished.output
@@ -159,17 +161,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     assert run.status == "FAILED"
 
 
-def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny):
-    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    shutil.rmtree(checkpoint.folder(load_config(config)) / "step-00000006")
-    stopped = run_program("train.py", config, check=False)
-    assert stopped.exit_code == 2
-    assert "was stopped at step 3 of 6; go on with --resume, or start anew with --overwrite" in stopped.output
-
-    other = run_program("train.py", config, "--resume", "loss.margin=7", check=False)
-    assert other.exit_code == 2
-    assert "loss.margin: 1.0 then, 7.0 now" in other.output
-
-    ranks = run_program("train.py", config, "--resume", check=False)
-    assert ranks.exit_code == 2
-    assert "written by 2 ranks, and there are 1 now" in ranks.output
+def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, world):
+    path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    config = load_config(path)
+    shutil.rmtree(checkpoint.folder(config) / "step-00000006")
+    with pytest.raises(
+        UserError, match="was stopped at step 3 of 6; go on with --resume, or start anew with --overwrite"
+    ):
+        train(config, world)
+    with pytest.raises(UserError, match=r"loss.margin: 1.0 then, 7.0 now"):
+        train(load_config(path, ["loss.margin=7"]), world, resume=True)
+    with pytest.raises(UserError, match="written by 2 ranks, and there are 1 now"):
+        train(config, world, resume=True)
+    assert [found.name for found in checkpoint.folder(config).iterdir()] == ["step-00000003"]

@@ -7,10 +7,12 @@ from torch.nn import functional as F
 from dskd.config import Config, SensesConfig
 from dskd.console import progress_bar, say, stage
 from dskd.corpus import load_sequences
-from dskd.distributed import World, barrier, on_main
+from dskd.distributed import World, barrier, main_first, on_main
 from dskd.errors import UserError
+from dskd.lexicon import FOLDER as LEXICON_FOLDER
+from dskd.lexicon import MADE_BY as LEXICON_MADE_BY
 from dskd.lexicon import load_lexicon
-from dskd.manifest import Building, Recipe
+from dskd.manifest import Building, Recipe, is_current, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.random_numbers import derived_seed
@@ -23,7 +25,7 @@ from dskd.senses.spans import compose_spans
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     """What decides the content of the dictionary. The batch size does not."""
-    _, lexicon = load_lexicon(config)
+    lexicon = read_manifest(config.path(LEXICON_FOLDER), "lexicon", made_by=LEXICON_MADE_BY)
     _, sequences = load_sequences(config, "train", teacher.tokenizer_digest)
     settings = config.senses.as_dict() | {"seed": config.seed, "precision": config.precision}
     del settings["batch_size"]
@@ -36,18 +38,25 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     )
 
 
-def build_senses(config: Config, world: World) -> None:
-    """Gathers states on all ranks, clusters them where they are owned, and writes the dictionary on rank 0."""
+def build_senses(config: Config, world: World, *, force: bool = False) -> None:
+    """Gathers states on all ranks, clusters them where they are owned, and writes the dictionary on rank 0.
+
+    A dictionary that is up to date is left as it is, but with `force`.
+    """
     target = config.path(FOLDER)
+    source = main_first(lambda: find_teacher(config))
+    wanted = main_first(lambda: recipe(config, source))
+    if not force and on_main(lambda: is_current(target, wanted)):
+        say(f"up to date: {target}")
+        return
     sources = [config.path(name) for name in ("lexicon", "sequences")]
     with stage("senses: teacher states to sense embeddings", reads=sources, writes=target / FILE):
-        on_main(lambda: load_lexicon(config) and None)
-        teacher = load_frozen(find_teacher(config), config, world)
-        sequences, _ = load_sequences(config, "train", teacher.folder.tokenizer_digest)
-        building = Building(target, recipe(config, teacher.folder))
+        teacher = load_frozen(source, config, world)
+        sequences, _ = load_sequences(config, "train", source.tokenizer_digest)
+        building = Building(target, wanted)
         on_main(building.clear)
         states = gather_states(teacher, sequences, config.senses, config.seed, world)
-        vocab_size, tokenizer = teacher.vocab_size, teacher.folder.load_tokenizer()
+        vocab_size, tokenizer = teacher.vocab_size, source.load_tokenizer()
         teacher.close()
 
         tokens, sizes, vectors, counts = cluster(states, config.senses, config.seed, world.device)
@@ -116,7 +125,7 @@ def _merge(config: Config, building: Building, world_size: int, vocab_size: int,
     token_sizes[tokens] = sizes
     token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
 
-    relations, _ = load_lexicon(config)
+    relations = load_lexicon(config)
     entries, facts = build_entries(relations, tokenizer, vocab_size)
     span_vectors, span_counts, span_sizes = compose_spans(
         entries.span_tokens, vectors, counts, token_offsets, config.senses.k
