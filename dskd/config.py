@@ -171,7 +171,9 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one is always written at the end")
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
     num_workers: int = Field(2, ge=0, description="loader processes a rank")
-    shard_cache: str | None = Field(None, description="node-local folder for unpacked shards; default: below /tmp")
+    shard_cache: str | None = Field(
+        None, description="node-local folder for unpacked shards; default: a private one in /tmp"
+    )
     loss_chunk_size: int = Field(1024, ge=1, description="positions whose logits exist at one time")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     collective_timeout_s: int = Field(1800, ge=10, description="a rank that waits longer gives up, non-zero")

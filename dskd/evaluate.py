@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -27,6 +26,7 @@ from dskd.distributed import World, main_first, on_main, sum_over_ranks
 from dskd.manifest import Manifest, Recipe, build_artifact, is_current, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
+from dskd.node_cache import open_node_cache
 from dskd.senses.dictionary import load_dictionary, map_vectors
 from dskd.student import find_student
 from dskd.tracking import log_final_metrics
@@ -103,46 +103,71 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
         return
     # The teacher goes first: its predictions are what the others are compared with.
     stale = [candidate for candidate in candidates(config) if candidate.name in names]
+    text = HeldOutText(config, validation, dictionary.path, world)
     predictions: list[torch.Tensor] = []
     if TEACHER not in names:
         model = load_frozen(teacher, config, world)
-        measure(model, config, validation, dictionary.path, predictions, world, label="teacher's predictions")
+        measure(model, text, predictions, world, label="teacher's predictions")
         model.close()
     for candidate in stale:
         target = config.path(FOLDER, candidate.name)
         sources = [candidate.folder.path, config.path(shards.FOLDER, "validation")]
         with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
             model = load_frozen(candidate.folder, config, world)
-            measures = measure(model, config, validation, dictionary.path, predictions, world, label="evaluating")
+            measures = measure(model, text, predictions, world, label="evaluating")
             model.close()
             wanted = recipe(config, candidate, teacher)
             on_main(functools.partial(_publish, config, candidate, wanted, measures))
 
 
+class HeldOutText:
+    """The validation shards, read in the same batches again and again."""
+
+    def __init__(self, config: Config, validation: Manifest, vectors_path: Path, world: World) -> None:
+        cache = open_node_cache(config.train.shard_cache, world)
+        self._dataset = shards.open_shards(config, "validation", cache, batch_size=1)
+        self._vectors = map_vectors(vectors_path)
+        self._batch_size = config.evaluation.batch_size
+        self._world = world
+        self.num_samples = validation.facts["samples"]  # the dataset's own length is only a rank's share
+        self.logits_chunk = config.train.loss_chunk_size
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields this rank's batches; equally many on every rank, and the last may have no targets."""
+        starts = range(0, self.num_samples, self._batch_size)
+        for turn in range(-(-len(starts) // self._world.world_size)):
+            number = turn * self._world.world_size + self._world.rank
+            start = starts[number] if number < len(starts) else 0
+            stop = min(start + self._batch_size, self.num_samples)
+            samples = [self._dataset[index] for index in range(start, stop)]
+            batch = shards.collate_tokens(samples)
+            synonyms = torch.stack([torch.from_numpy(sample["synonym_ids"]) for sample in samples])
+            antonyms = torch.stack([torch.from_numpy(sample["antonym_ids"]) for sample in samples])
+            if number >= len(starts):
+                batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+            batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
+            both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
+            batch["aligned_positions"] = both.nonzero().squeeze(-1)
+            near, far = synonyms.flatten(0, 1)[both].numpy(), antonyms.flatten(0, 1)[both].numpy()
+            batch["sense_rows"], (batch["near"], batch["far"]) = shards.gather_rows(self._vectors, [near, far])
+            yield batch
+
+
 def measure(
-    model: FrozenModel,
-    config: Config,
-    validation: Manifest,
-    vectors_path: Path,
-    predictions: list[torch.Tensor],
-    world: World,
-    *,
-    label: str,
+    model: FrozenModel, text: HeldOutText, predictions: list[torch.Tensor], world: World, *, label: str
 ) -> dict[str, float]:
     """The measures of a model, over all ranks.
 
     `predictions` holds the teacher's predicted tokens by batch. When it is empty, `model` is the teacher and fills it.
     """
     is_teacher = not predictions
-    vectors = map_vectors(vectors_path)
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-    samples = validation.facts["samples"]
-    with progress_bar(total=samples, label=label, unit="sequences") as bar:
-        for number, batch in enumerate(_batches(config, validation, vectors, world)):
+    with progress_bar(total=text.num_samples, label=label, unit="sequences") as bar:
+        for number, batch in enumerate(text.batches()):
             hidden = model.hidden_states(batch["input_ids"].to(world.device))
             mask = batch["loss_mask"].to(world.device)
             states, labels = hidden[mask], batch["labels"].to(world.device)[mask]
-            nll, predicted = _next_token(states, labels, model.head_weight, config.train.loss_chunk_size)
+            nll, predicted = _next_token(states, labels, model.head_weight, text.logits_chunk)
             if is_teacher:
                 predictions.append(predicted)
             lexical = batch["lexical"].to(world.device)[mask]
@@ -180,28 +205,6 @@ def load_measures(config: Config) -> dict[str, dict[str, float]]:
         if path.is_file():
             found[name] = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def _batches(config: Config, validation: Manifest, vectors: Any, world: World) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields this rank's batches of the validation shards; equally many on every rank, the last may have no targets."""
-    dataset = shards.open_shards(config, "validation", validation, batch_size=1)
-    size, count = config.evaluation.batch_size, validation.facts["samples"]  # the dataset's length is a rank's share
-    starts = range(0, count, size)
-    for turn in range(-(-len(starts) // world.world_size)):
-        number = turn * world.world_size + world.rank
-        start = starts[number] if number < len(starts) else 0
-        samples = [dataset[index] for index in range(start, min(start + size, count))]
-        batch = shards.collate_tokens(samples)
-        synonyms = torch.stack([torch.from_numpy(sample["synonym_ids"]) for sample in samples])
-        antonyms = torch.stack([torch.from_numpy(sample["antonym_ids"]) for sample in samples])
-        if number >= len(starts):
-            batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
-        batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
-        both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
-        batch["aligned_positions"] = both.nonzero().squeeze(-1)
-        near, far = synonyms.flatten(0, 1)[both].numpy(), antonyms.flatten(0, 1)[both].numpy()
-        batch["sense_rows"], (batch["near"], batch["far"]) = shards.gather_rows(vectors, [near, far])
-        yield batch
 
 
 def _next_token(

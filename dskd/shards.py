@@ -8,8 +8,6 @@ Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batc
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from streaming import MDSWriter, StreamingDataset
-from streaming.base.util import clean_stale_shared_memory
 
 from dskd.config import Config, LossConfig
 from dskd.errors import UserError
 from dskd.manifest import Manifest, read_manifest, require_same, verify_files, write_json
+from dskd.node_cache import temporary_files_in
 from dskd.random_numbers import random_bits
 from dskd.senses.dictionary import map_vectors
 
@@ -230,30 +228,16 @@ def require_fitting(
     verify_files(folder, manifest, made_by=MADE_BY)
 
 
-def open_shards(config: Config, split: str, manifest: Manifest, **options: Any) -> ShardDataset:
-    """The dataset of a split. Shards are unpacked into a node-local cache; the artifact itself is never written to."""
-    return ShardDataset(
-        remote=str(config.path(FOLDER, split).resolve()),
-        local=str(_cache_folder(config) / f"{split}-{manifest.digest[:16]}"),
-        validate_hash=_HASH,
-        keep_zip=False,
-        **options,
-    )
-
-
-def prepare_node() -> None:
-    """Clears what a crashed run left in shared memory. Call once a process, before the first dataset."""
-    clean_stale_shared_memory()
-
-
-def _cache_folder(config: Config) -> Path:
-    if config.train.shard_cache is not None:
-        return Path(config.train.shard_cache)
-    folder = Path(tempfile.gettempdir()) / f"dskd-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)  # text of the corpus lies in it
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to somebody else; set train.shard_cache to a folder of your own")
-    return folder
+def open_shards(config: Config, split: str, cache: Path, **options: Any) -> ShardDataset:
+    """The dataset of a split; shards are unpacked into `cache`, and the artifact itself is never written to."""
+    with temporary_files_in(cache):
+        return ShardDataset(
+            remote=str(config.path(FOLDER, split).resolve()),
+            local=str(cache / split),
+            validate_hash=_HASH,
+            keep_zip=False,
+            **options,
+        )
 
 
 def require_samples(manifest: Manifest, folder: Path, needed: int, what: str) -> None:

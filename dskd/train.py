@@ -21,6 +21,7 @@ from dskd.errors import UserError
 from dskd.manifest import Manifest, Recipe
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen, load_student
+from dskd.node_cache import open_node_cache
 from dskd.precision import compute_dtype
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
@@ -151,7 +152,7 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
 
 
 def micro_batches(
-    config: Config, manifest: Manifest, schedule: Schedule, collate: shards.Collator, start_step: int, pin: bool
+    config: Config, schedule: Schedule, collate: shards.Collator, cache: Path, *, start_step: int, pin: bool
 ) -> Generator[list[dict[str, Any]], None, None]:
     """Yields the micro-batches of this rank for each step from `start_step` on.
 
@@ -161,7 +162,7 @@ def micro_batches(
     dataset = shards.open_shards(
         config,
         "train",
-        manifest,
+        cache,
         shuffle=True,
         shuffle_seed=derived_seed(config.seed, "train", "order") % 2**31,
         batch_size=schedule.micro_batch_size,
@@ -230,7 +231,8 @@ def _run(
     )
     positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
     collate = shards.Collator(inputs.vectors_path if loss.sense_weight else None, positions)
-    batches = micro_batches(config, inputs.shards, schedule, collate, first_step, world.device.type == "cuda")
+    cache = open_node_cache(config.train.shard_cache, world)
+    batches = micro_batches(config, schedule, collate, cache, start_step=first_step, pin=world.device.type == "cuda")
     status = "FAILED"
     trained_seconds = 0.0
     try:

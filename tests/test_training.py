@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
     ],
     ids=["plain fine-tuning", "KD and hidden-state distance"],
 )
-def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, loss):
+def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, loss):
     """No DeepSpeed, no chunks, no sums: means over whole batches, autograd, torch's AdamW and torch's clipping."""
     from dskd import shards
     from dskd.train import micro_batches, plan_schedule
@@ -104,7 +104,7 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
 
     manifest = shards.load_manifest(config, "train")
     schedule = plan_schedule(config, manifest, 1)
-    steps = micro_batches(config, manifest, schedule, shards.Collator(None, None), 0, pin=False)
+    steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "cache", start_step=0, pin=False)
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
     parameters = list(student.model.layers[-1].parameters())

@@ -1,0 +1,78 @@
+"""A folder on each node that one job has to itself: unpacked shards, and the lock files of mosaicml-streaming.
+
+Two jobs on one node must not share it (mosaicml-streaming refuses a cache that another job uses, and lock files left in
+/tmp by a killed job would be in the way of every later one). The folder goes when the job ends; what a killed job left is
+removed by the next one, which sees that nobody holds its lock.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dskd.distributed import World, gather_json
+from dskd.errors import UserError
+
+_LOCK_NAME = "owner.lock"
+
+
+def open_node_cache(base: str | None, world: World) -> Path:
+    """Makes the folder on every node and returns it; all ranks of a node get the same. Every rank must call it.
+
+    Args:
+        base: where, as a node-local folder; None is a private folder below the system's temporary one.
+        world: the ranks.
+
+    Raises:
+        UserError: when the place cannot be written to, or belongs to another user.
+    """
+    mine = str(_create(base)) if world.local_rank == 0 else None
+    leader = world.rank - world.local_rank
+    return Path(gather_json(mine)[leader])
+
+
+@contextlib.contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Makes `folder` the place for temporary files, for libraries that have no other way to be told."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def _create(base: str | None) -> Path:
+    parent = Path(base) if base is not None else Path(tempfile.gettempdir()) / f"dskd-{os.getuid()}"
+    try:
+        parent.mkdir(mode=0o700, parents=base is not None, exist_ok=True)
+        if parent.is_symlink() or parent.stat().st_uid != os.getuid():
+            raise UserError(f"{parent}: belongs to somebody else; set train.shard_cache to a folder of your own")
+        _remove_abandoned(parent)
+        folder = Path(tempfile.mkdtemp(prefix="job-", dir=parent))
+    except OSError as error:
+        raise UserError(
+            f"{parent}: cannot write there ({error.strerror}); set train.shard_cache to a node-local folder you may write"
+        ) from None
+    lock = (folder / _LOCK_NAME).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    atexit.register(_release, folder, lock)  # the argument also keeps the file open, and with it the lock
+    return folder
+
+
+def _release(folder: Path, lock: object) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob("job-*"):
+        try:
+            with (folder / _LOCK_NAME).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # its job lives, or has just made the folder, or removes it at this moment
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
