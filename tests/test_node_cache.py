@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_jobs_have_folders_of_their_own_and_take_away_only_what_dead_ones_left(t
     assert live_folder != dead_folder
     os.kill(dead.pid, signal.SIGKILL)
     dead.wait(10)
-    assert os.path.isdir(dead_folder)
+    assert Path(dead_folder).is_dir()
     mine = open_node_cache(str(tmp_path), WORLD)
     assert sorted(map(str, tmp_path.iterdir())) == sorted([live_folder, str(mine)])
     live.communicate(timeout=10)
@@ -43,7 +44,7 @@ def test_jobs_have_folders_of_their_own_and_take_away_only_what_dead_ones_left(t
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="set train.shard_cache"):
+    with pytest.raises(UserError, match=r"set train\.shard_cache"):
         open_node_cache(str(tmp_path), WORLD)
 
 
