@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
-from dskd.corpus import SPLITS, Sequences, load_sequences
+from dskd.corpus import SPLITS
 from dskd.distributed import World, barrier, main_first, on_main, sum_over_ranks
 from dskd.manifest import Building, Recipe, is_current
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
 from dskd.senses.dictionary import FILE, SenseDictionary, load_dictionary, require_fitting
 from dskd.senses.dictionary import FOLDER as SENSES_FOLDER
+from dskd.sequences import Sequences, load_sequences
 from dskd.shards import FOLDER, join_blocks, write_block
 
 _GATHERED_ELEMENTS = 16_000_000  # floats of candidate rows gathered at one time: 64 MB

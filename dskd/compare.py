@@ -40,11 +40,11 @@ def compare(config: Config) -> str:
 
 
 def latest_runs(runs: Sequence[TrackedRun], names: Sequence[str]) -> list[TrackedRun]:
-    """The newest run of each name, in the order of `names`."""
+    """The newest run of each name: first those of `names`, in that order, then any others of the experiment."""
     newest: dict[str, TrackedRun] = {}
     for run in sorted(runs, key=lambda run: run.start_time_s):
         newest[run.name] = run
-    return [newest[name] for name in names if name in newest]
+    return [newest[name] for name in dict.fromkeys([*names, *newest]) if name in newest]
 
 
 def measures_table(measures: Mapping[str, Mapping[str, float]]) -> str:

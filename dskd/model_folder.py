@@ -4,6 +4,7 @@ Nothing here builds a model. A folder is the exchange format between stages: the
 export are such folders, and all of them load with `AutoModelForCausalLM` and nothing of this package.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -154,6 +155,7 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     return dict.fromkeys(open_safetensors(folder / WEIGHTS_FILE).keys(), WEIGHTS_FILE)
 
 
+@functools.cache  # one question to the hub a process
 def _local_or_hub(teacher: TeacherConfig) -> Path:
     assert teacher.path is not None
     folder = Path(teacher.path).expanduser()

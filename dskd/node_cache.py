@@ -1,8 +1,8 @@
 """A folder on each node that one job has to itself: unpacked shards, and the lock files of mosaicml-streaming.
 
-Two jobs on one node must not share it: mosaicml-streaming refuses a cache that another job uses, and lock files that a
-killed job left in /tmp would be in the way of every later one. The folder goes when the job ends; what a killed job left
-is removed by the next one, which sees that nobody holds its lock.
+Two jobs on one node must not share it: mosaicml-streaming refuses a cache that another job uses, and lock files that
+a killed job left in /tmp would be in the way of every later one. The folder goes when the job ends; what a killed job
+left is removed by the next one, which sees that nobody holds its lock.
 """
 
 import atexit
@@ -56,7 +56,7 @@ def _create(base: str | None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="job-", dir=parent))
     except OSError as error:
         raise UserError(
-            f"{parent}: cannot write there ({error.strerror}); set train.shard_cache to a folder of the node you may write"
+            f"{parent}: cannot write there ({error.strerror}); set train.shard_cache to a folder of your own"
         ) from None
     lock = (folder / _LOCK_NAME).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)

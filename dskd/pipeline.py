@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dskd import annotate, checkpoint, corpus, evaluate, export, lexicon, pretrain, student, train
+from dskd import annotate, checkpoint, corpus, evaluate, export, lexicon, pretrain, sequences, student, train
 from dskd.compare import compare
 from dskd.config import Config
 from dskd.config_file import load_config
@@ -56,6 +56,8 @@ def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
         UserError: for what the user has to mend.
         StageFailedError: when ranks failed.
     """
+    # A terminated pipeline takes its ranks with it, as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     config = load_config(path, overrides)
     started = time.perf_counter()
     stages = plan_stages(config, path, overrides)
@@ -107,9 +109,7 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     stages += [
         Stage(
             "sequences",
-            artifact(
-                corpus.SEQUENCES_FOLDER, lambda: corpus.sequences_recipe(config, find_teacher(config).tokenizer_digest)
-            ),
+            artifact(sequences.FOLDER, lambda: sequences.recipe(config, find_teacher(config).tokenizer_digest)),
             lambda: _build_sequences(config),
         ),
         Stage(
@@ -177,7 +177,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
 
 def _build_sequences(config: Config) -> None:
     teacher = find_teacher(config)
-    corpus.build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    sequences.build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
 
 
 def _launcher_arguments(config: Config) -> Sequence[str]:

@@ -15,12 +15,13 @@ from dskd.config import Config, TeacherRecipe
 from dskd.console import progress_bar, say, stage
 from dskd.corpus import FOLDER as CORPUS_FOLDER
 from dskd.corpus import MADE_BY as CORPUS_MADE_BY
-from dskd.corpus import pack, read_texts
+from dskd.corpus import read_texts
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import TEACHER_FOLDER
 from dskd.precision import supports_bf16
 from dskd.random_numbers import derived_seed
+from dskd.sequences import pack
 
 END_OF_TEXT = "<|endoftext|>"
 _WARMUP_SHARE = 0.05

@@ -220,11 +220,13 @@ def _run(
         checkpoint.load(engine, start, world)
     first_step = start.step if start is not None else 0
     _say_what_runs(config, world, engine, schedule, first_step)
-    tracker = start_tracking(
-        config,
-        world,
-        tags=_tags(config, inputs, world),
-        resumed_run_id=start.manifest.facts["mlflow_run_id"] if start is not None else None,
+    tracker = main_first(
+        lambda: start_tracking(
+            config,
+            world,
+            tags=_tags(config, inputs, world),
+            resumed_run_id=start.manifest.facts["mlflow_run_id"] if start is not None else None,
+        )
     )
     tracker.log_metrics(
         {f"coverage/{name}": share for name, share in inputs.shards.facts["coverage"].items()}, first_step

@@ -66,8 +66,9 @@ def test_shards_of_another_tokenizer_are_refused(copy_of_tiny, world):
     path = load_config(config).path("shards", "train", "manifest.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": "f" * 64}))
     _refused(
-        "train.py",
+        train,
         config,
+        world,
         says=["shards/train and what is here now: made with different tokenizers (", "ffffffffffff…"],
     )
 

@@ -6,8 +6,9 @@ import torch
 from tiny_models import word_tokenizer
 
 from dskd.config import Config
-from dskd.corpus import build_corpus, build_sequences, expand, load_sequences, pack, read_file, read_texts
+from dskd.corpus import build_corpus, expand, read_file, read_texts
 from dskd.errors import UserError
+from dskd.sequences import build_sequences, load_sequences, pack
 from dskd.wordnet import open_wordnet
 
 

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from dskd.annotate import annotate
 from dskd.compare import compare
 from dskd.config import Config
-from dskd.corpus import build_corpus, build_sequences
+from dskd.corpus import build_corpus
 from dskd.evaluate import evaluate
 from dskd.export import build_export
 from dskd.lexicon import build_lexicon
 from dskd.model_folder import find_teacher
 from dskd.senses.build import build_senses
+from dskd.sequences import build_sequences
 from dskd.student import build_student
 from dskd.train import train
 

@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from dskd.config import Config, SensesConfig
 from dskd.console import progress_bar, say, stage
-from dskd.corpus import load_sequences
 from dskd.distributed import World, barrier, main_first, on_main
 from dskd.errors import UserError
 from dskd.lexicon import FOLDER as LEXICON_FOLDER
@@ -21,6 +20,7 @@ from dskd.senses.entries import Entries, build_entries
 from dskd.senses.gather import TokenStates, gather_states
 from dskd.senses.kmeans import groups, kmeans
 from dskd.senses.spans import compose_spans
+from dskd.sequences import load_sequences
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:

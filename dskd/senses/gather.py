@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from dskd.config import SensesConfig
 from dskd.console import progress_bar
-from dskd.corpus import Sequences
 from dskd.distributed import World
 from dskd.models import FrozenModel
 from dskd.random_numbers import derived_seed, random_bits
+from dskd.sequences import Sequences
 
 _LOGITS_CHUNK = 1024
 
