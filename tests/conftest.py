@@ -1,5 +1,7 @@
 """Shared fixtures: tiny models, and one work directory that the real pipeline made on two ranks."""
 
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -14,7 +16,10 @@ import pytest
 import torch
 import yaml
 
+from dskd.corpus import read_wordnet_documents
 from dskd.distributed import World, initialize
+from dskd.lexicon import read_wordnet, resolve
+from dskd.wordnet import open_wordnet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Ranks of one machine share its cores, and sums in another order differ in their last bits: one thread for everything
@@ -36,7 +41,7 @@ TINY = {
             "batch_size": 32,
         }
     },
-    "corpus": {"source": "wordnet", "sequence_length": 32, "max_sequences": 96, "max_validation_sequences": 18},
+    "corpus": {"source": "files", "sequence_length": 32, "max_sequences": 96, "max_validation_sequences": 38},
     "senses": {"key": "target", "k": 3, "max_states": 20, "batch_size": 8},
     "annotation": {"kappa": 2, "batch_size": 8},
     "student": {"layers": 2, "train_layers": 1},
@@ -132,12 +137,28 @@ def write_config(path: Path, base: dict, **changes: object) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a work directory that `launcher/pipeline.py` made: WordNet, two ranks, DeepSpeed's launcher."""
+    """The config of a work directory that `launcher/pipeline.py` made on two ranks, with DeepSpeed's launcher.
+
+    Text and relations are a part of WordNet's, written to files: reading all of it in every process would take longer
+    than the rest. `corpus.source: wordnet` and `lexicon.wordnet` have tests of their own.
+    """
     folder = tmp_path_factory.mktemp("tiny")
-    tsv = folder / "own.tsv"
-    tsv.write_text("# head, relation, tail\nlarge\tsynonym\thuge\nlarge\tantonym\tsmall\n", encoding="utf-8")
-    lexicon = {"wordnet": True, "tsv": [str(tsv)]}
-    config = write_config(folder / "tiny.yaml", TINY, workdir=str(folder / "work"), lexicon=lexicon)
+    wordnet = open_wordnet()
+    documents = itertools.islice(read_wordnet_documents(wordnet), 4000)
+    lines = "".join(f"{json.dumps({'text': document.text})}\n" for document in documents)
+    (folder / "text.jsonl").write_text(lines, encoding="utf-8")
+    relations, _ = resolve(read_wordnet(wordnet))
+    short = [r for r in relations if len(r.head) <= 6 and len(r.tail) <= 8]
+    pairs = "".join(f"{r.head}\t{r.relation}\t{r.tail}\n" for r in short)
+    own = "# head, relation, tail\nlarge\tsynonym\tgreat\nlarge\tantonym\tsmall\n"
+    (folder / "own.tsv").write_text(own + pairs, encoding="utf-8")
+    config = write_config(
+        folder / "tiny.yaml",
+        TINY,
+        workdir=str(folder / "work"),
+        corpus={**TINY["corpus"], "train": [str(folder / "text.jsonl")]},
+        lexicon={"wordnet": False, "tsv": [str(folder / "own.tsv")]},
+    )
     command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config)]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
     assert finished.returncode == 0, finished.stderr[-6000:]
