@@ -23,12 +23,13 @@ from tqdm import tqdm
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.corpus import SPLITS
-from dskd.distributed import World, barrier, main_first, on_main, sum_over_ranks
-from dskd.manifest import Building, Recipe, is_current
+from dskd.distributed import World, barrier, is_main_process, main_first, on_main, sum_over_ranks
+from dskd.manifest import Building, Recipe, is_current, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
 from dskd.senses.dictionary import FILE, SenseDictionary, load_dictionary, require_fitting
 from dskd.senses.dictionary import FOLDER as SENSES_FOLDER
+from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.sequences import Sequences, load_sequences
 from dskd.shards import FOLDER, join_blocks, write_block
 
@@ -80,6 +81,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
 
 def _load_fitting_dictionary(config: Config, teacher: ModelFolder) -> SenseDictionary:
     dictionary, manifest = load_dictionary(config)
+    if is_main_process():
+        verify_files(dictionary.path.parent, manifest, made_by=SENSES_MADE_BY)
     require_fitting(
         dictionary,
         manifest,

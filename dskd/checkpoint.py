@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dskd.config import Config
 from dskd.config_file import differences
@@ -110,7 +110,11 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
 
 
 def save(engine: Any, config: Config, recipe: Recipe, facts: dict[str, Any], world: World) -> None:
-    """Writes the checkpoint of `facts["step"]` and removes those that `train.keep_last` lets go. All ranks call it."""
+    """Writes the checkpoint of `facts["step"]`, then removes what it replaces. All ranks call it.
+
+    Raises:
+        UserError: when the student's weights are not finite; nothing is removed then.
+    """
     base = folder(config)
     building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
     on_main(building.clear)
@@ -136,26 +140,41 @@ def load(engine: Any, checkpoint: Checkpoint, world: World) -> None:
             known_to_all_ranks=True,
         )
     with _no_pickles():
-        engine.load_checkpoint(
+        loaded, _ = engine.load_checkpoint(
             str(checkpoint.path.parent),
             tag=checkpoint.path.name,
             load_module_strict=False,
             load_lr_scheduler_states=False,
         )
-
-
-def remove_all(config: Config) -> None:
-    """Removes every checkpoint of the run."""
-    shutil.rmtree(folder(config), ignore_errors=True)
+    if loaded is None:  # DeepSpeed says so with a warning only, and training would begin anew in silence
+        raise UserError(
+            f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before is used"
+        )
 
 
 def _publish(building: Building, keep_last: int) -> None:
     # DeepSpeed puts scripts beside its files that load them as pickles; ours are read by `dskd export`.
     for script in building.path.parent.glob("zero_to_*.py"):
         script.unlink()
+    _require_finite(building)
     building.publish()
-    for _, path in sorted(_steps(building.path.parent))[:-keep_last]:
+    # Only now that there is a new one do older ones go: those of a run that is overwritten, and those beyond keep_last.
+    step = building.facts["step"]
+    steps = sorted(_steps(building.path.parent))
+    others = [path for number, path in steps if number > step or not is_current(path, building.recipe)]
+    kept = [path for _, path in steps if path not in others]
+    for path in [*others, *kept[:-keep_last]]:
         shutil.rmtree(path)
+
+
+def _require_finite(building: Building) -> None:
+    for file in (TRAINED_FILE, PROBE_FILE):
+        for name, tensor in load_file(building.folder / file).items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"step {building.facts['step']}: {name} of the student is not finite; the run stops, and no "
+                    "checkpoint of this step is written. Lower train.learning_rate, or use precision: fp32"
+                )
 
 
 def _steps(base: Path) -> Iterator[tuple[int, Path]]:

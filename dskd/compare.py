@@ -1,6 +1,7 @@
 """Runs side by side: what differs in their configuration, how good and how fast they are, and their curves."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -130,7 +131,9 @@ def how_to_open(config: Config) -> str:
     uri = tracking_uri(config)
     if uri.startswith("http"):
         return f"MLflow: {uri}"
-    return f"MLflow: run `mlflow ui --backend-store-uri {uri}` and open http://127.0.0.1:5000"
+    program = Path(sys.executable).with_name("mlflow")  # the one beside this Python: it need not be on the PATH
+    shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+    return f"MLflow: run `{shown} ui --backend-store-uri {uri}` and open http://127.0.0.1:5000"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

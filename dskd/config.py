@@ -5,15 +5,15 @@ to the shards: `runs` maps a run's name to the keys in which it differs, and `ru
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
     """A part of the configuration: immutable, and closed to keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The section as plain JSON-like data."""
@@ -118,12 +118,18 @@ class AnnotationConfig(Section):
     shard_size_mb: int = Field(64, ge=1, description="size of a shard before compression")
 
 
+Count = Annotated[int, Field(ge=1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
 class StudentConfig(Section):
     """How the student is cut from the teacher, and which of its parameters are trained."""
 
-    layers: int | tuple[int, ...] = Field(16, description="how many of the teacher's layers to keep, or their indices")
+    layers: Count | Layers = Field(16, description="how many of the teacher's layers to keep, or their indices")
     spacing: Literal["first", "even"] = Field("first", description="which layers, when `layers` is a number")
-    train_layers: int | tuple[int, ...] = Field(2, description="train the last so many layers, or these indices")
+    train_layers: Annotated[int, Field(ge=0)] | Layers = Field(
+        2, description="train the last so many layers, or these indices"
+    )
     train_embeddings: bool = Field(False, description="train the input embeddings (and a head that is tied to them)")
     train_final_norm: bool = Field(False, description="train the norm before the head")
     train_lm_head: bool = Field(False, description="train the output head")
@@ -202,13 +208,22 @@ class PipelineConfig(Section):
     )
 
 
+def _not_reserved(name: str) -> str:
+    if name in ("teacher", "student"):
+        raise ValueError(f"{name!r} is what the evaluation calls another model; choose another name for the run")
+    return name
+
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_not_reserved)]
+
+
 class Config(Section):
     """The whole experiment. Paths that are not absolute start at the current directory."""
 
     workdir: str = Field(min_length=1, description="folder for every artifact of this experiment")
-    run: str = Field("dskd", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the training run: a key of `runs`")
-    runs: dict[str, dict[str, Any]] = Field({}, description="named runs, each with the keys in which it differs")
-    seed: int = Field(0, ge=0, description="of every random choice")
+    run: RunName = Field("dskd", description="the training run: a key of `runs`")
+    runs: dict[RunName, dict[str, Any]] = Field({}, description="named runs, each with the keys in which it differs")
+    seed: int = Field(0, ge=0, lt=2**63, description="of every random choice")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
     teacher: TeacherConfig
     corpus: CorpusConfig = CorpusConfig()  # type: ignore[call-arg]
@@ -230,4 +245,4 @@ class Config(Section):
 
     def path(self, *parts: str) -> Path:
         """A path inside the work directory."""
-        return Path(self.workdir).joinpath(*parts)
+        return Path(self.workdir).expanduser().joinpath(*parts)

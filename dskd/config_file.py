@@ -122,8 +122,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         node = yaml.compose(text, Loader=_StrictLoader)
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: this is not YAML: {error}") from None
+    except (yaml.YAMLError, TypeError, RecursionError) as error:  # TypeError: a key that is a list or a mapping
+        raise UserError(f"{path}: this is not YAML that a configuration can be: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', found {type(data).__name__}")
     return data, dict(_lines_of(node, ""))

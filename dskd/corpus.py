@@ -99,8 +99,10 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
     """
     read = _read_jsonl if path.suffix == ".jsonl" else _read_paragraphs
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8-sig") as stream:
             for number, text in read(path, stream, text_field):
+                if "\0" in text or not _is_unicode(text):
+                    raise UserError(f"{path}:{number}: this is not text (a NUL or half a surrogate pair); leave it out")
                 if text.strip():
                     yield Document(f"{path}:{number}", text.strip(), text.strip())
     except UnicodeDecodeError as error:
@@ -143,12 +145,22 @@ def _read_documents(config: Config) -> Iterator[tuple[str, Document]]:
         for document in read_wordnet_documents(open_wordnet(config.wordnet.path)):
             yield _side(document, corpus.validation_share), document
         return
-    for path in expand(corpus.train, "corpus.train"):
-        for document in read_file(path, corpus.text_field):
-            yield "train" if corpus.validation else _side(document, corpus.validation_share), document
+    held_out: set[int] = set()
     for path in expand(corpus.validation, "corpus.validation"):
         for document in read_file(path, corpus.text_field):
+            held_out.add(_hash(document.split_key))
             yield "validation", document
+    dropped = 0
+    for path in expand(corpus.train, "corpus.train"):
+        for document in read_file(path, corpus.text_field):
+            if not corpus.validation:
+                yield _side(document, corpus.validation_share), document
+            elif _hash(document.split_key) in held_out:
+                dropped += 1
+            else:
+                yield "train", document
+    if dropped:
+        say(f"  {dropped:,} training documents are also held out, and were left out of the training")
 
 
 def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpus: CorpusConfig) -> dict[str, int]:
@@ -199,7 +211,7 @@ def _read_jsonl(path: Path, stream: Any, text_field: str) -> Iterator[tuple[int,
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: this line is not JSON ({error})") from None
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
             has = (
@@ -207,6 +219,15 @@ def _read_jsonl(path: Path, stream: Any, text_field: str) -> Iterator[tuple[int,
             )
             raise UserError(f"{path}:{number}: expected an object with a text under {text_field!r}, but {has}")
         yield number, record[text_field]
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON can escape and no encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _side(document: Document, validation_share: float) -> str:

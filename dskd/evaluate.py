@@ -23,7 +23,7 @@ from dskd import export, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main, sum_over_ranks
-from dskd.manifest import Manifest, Recipe, build_artifact, is_current, write_json
+from dskd.manifest import Manifest, Recipe, build_artifact, is_current, require_same, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
 from dskd.node_cache import open_node_cache
@@ -49,11 +49,19 @@ class Candidate:
 
 def candidates(config: Config) -> list[Candidate]:
     """Teacher, cut student, and the exports of the config's runs as far as they exist."""
-    found = [Candidate(TEACHER, find_teacher(config)), Candidate(CUT_STUDENT, find_student(config))]
+    teacher = find_teacher(config)
+    found = [Candidate(TEACHER, teacher), Candidate(CUT_STUDENT, find_student(config))]
     for run in config.run_names:
         if config.path(export.FOLDER, run).is_dir():
-            folder, facts = export.find_export(config, run)
-            found.append(Candidate(run, folder, facts["mlflow_run_id"]))
+            folder, manifest = export.find_export(config, run)
+            require_same(
+                "teachers",
+                expected=teacher.digest,
+                found=manifest.teacher,
+                between=f"{folder.path} and what is here now",
+                remedy=f"train and export it anew, or remove {folder.path}",
+            )
+            found.append(Candidate(run, folder, manifest.facts["mlflow_run_id"]))
     return found
 
 
@@ -141,8 +149,8 @@ class HeldOutText:
             stop = min(start + self._batch_size, self.num_samples)
             samples = [self._dataset[index] for index in range(start, stop)]
             batch = shards.collate_tokens(samples)
-            synonyms = torch.stack([torch.from_numpy(sample["synonym_ids"]) for sample in samples])
-            antonyms = torch.stack([torch.from_numpy(sample["antonym_ids"]) for sample in samples])
+            synonyms = torch.stack([torch.tensor(sample["synonym_ids"]) for sample in samples])
+            antonyms = torch.stack([torch.tensor(sample["antonym_ids"]) for sample in samples])
             if number >= len(starts):
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
@@ -243,7 +251,7 @@ def _publish(config: Config, candidate: Candidate, wanted: Recipe, measures: dic
 
 
 def _exp_mean(total: float, count: float) -> float:
-    return math.exp(total / count) if count else math.nan
+    return math.exp(min(total / count, 700.0)) if count else math.nan
 
 
 def _share(total: float, count: float) -> float:

@@ -6,7 +6,6 @@ published: it is loaded that way, and its logits are compared with those that th
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +14,7 @@ from dskd import checkpoint
 from dskd.config import Config
 from dskd.console import say, stage
 from dskd.errors import UserError
-from dskd.manifest import MANIFEST_NAME, Recipe, build_artifact, read_manifest, verify_files
+from dskd.manifest import MANIFEST_NAME, Manifest, Recipe, build_artifact, read_manifest, verify_files
 from dskd.model_folder import WEIGHTS_INDEX, ModelFolder, TensorReader, load_tokenizer, tokenizer_digest
 from dskd.student import find_student, write_weights
 
@@ -57,8 +56,8 @@ def build_export(config: Config) -> None:
         say(f"  step {found.step}; reloaded, its logits differ from the trained student's by {error:.1e} (relative)")
 
 
-def find_export(config: Config, run: str) -> tuple[ModelFolder, dict[str, Any]]:
-    """The exported model of a run, and the facts of its manifest.
+def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
+    """The exported model of a run, and its manifest.
 
     Raises:
         UserError: when it is missing or damaged.
@@ -66,7 +65,7 @@ def find_export(config: Config, run: str) -> tuple[ModelFolder, dict[str, Any]]:
     folder = config.path(FOLDER, run)
     manifest = read_manifest(folder, "export", made_by=MADE_BY)
     digest = tokenizer_digest(load_tokenizer(folder))
-    return ModelFolder(folder, manifest.digest, digest, config.teacher.trust_remote_code), manifest.facts
+    return ModelFolder(folder, manifest.digest, digest, config.teacher.trust_remote_code), manifest
 
 
 def check(folder: Path, probe: Path, dtype: torch.dtype, trust_remote_code: bool) -> float:

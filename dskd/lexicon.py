@@ -94,7 +94,7 @@ def read_tsv(path: Path) -> Iterator[Relation]:
         UserError: with every line that is not of that form.
     """
     try:
-        lines = _readable(path).read_text(encoding="utf-8").splitlines()
+        lines = _readable(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     problems: list[str] = []
@@ -165,6 +165,7 @@ def _spelled(lemma: Any) -> str:
 
 
 def _readable(path: Path) -> Path:
+    path = path.expanduser()
     if not path.is_file():
         raise UserError(f"lexicon.tsv: there is no file {path}; name one with lines head<TAB>synonym|antonym<TAB>tail")
     return path

@@ -160,7 +160,7 @@ def read_manifest(path: Path, kind: str, *, made_by: str) -> Manifest:
         if size != entry["size_bytes"]:
             found = "it is missing" if size is None else f"it has {size} bytes"
             raise UserError(
-                f"{file}: the manifest says {entry['size_bytes']} bytes, but {found}; the {kind} was damaged after it "
+                f"{file}: the manifest says {entry['size_bytes']} bytes, but {found}; it was damaged after it "
                 f"was made. Remove {path} and make it anew with `{made_by}`"
             )
     return manifest

@@ -148,8 +148,8 @@ def load_student(
         hub_name=output_name(causal_lm, TensorReader(folder.path)),
     )
     student = Student(Decoder(causal_lm.base_model), head)
-    # Dropout stays off: the teacher has none, and a run is to be a function of its config, seed and data alone.
-    student.eval()
+    # Activations are recomputed in training mode only. Dropout was taken out of the architecture in `_build`.
+    student.train()
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
     return engine
@@ -254,10 +254,15 @@ def _build(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype) ->
     """A causal LM whose parameters are sharded from birth, with the folder's weights."""
     from transformers import AutoModelForCausalLM
 
+    model_config = folder.load_config()
+    # No dropout: a run is to be a function of its config, seed and data alone, and the teacher is only read.
+    for name, value in model_config.to_dict().items():
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop")):
+            setattr(model_config, name, 0.0)
     with deepspeed.zero.Init(config_dict_or_path=settings), _no_init_weights():
         try:
             causal_lm = AutoModelForCausalLM.from_config(
-                folder.load_config(), dtype=dtype, trust_remote_code=folder.trust_remote_code
+                model_config, dtype=dtype, trust_remote_code=folder.trust_remote_code
             )
         except (ValueError, ImportError) as error:
             raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None

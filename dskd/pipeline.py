@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 
 from dskd import annotate, checkpoint, corpus, evaluate, export, lexicon, pretrain, sequences, student, train
 from dskd.compare import compare
@@ -25,6 +26,7 @@ from dskd.config_file import load_config
 from dskd.console import say
 from dskd.distributed import free_port
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+from dskd.lock import hold_lock
 from dskd.manifest import Recipe, is_current
 from dskd.model_folder import TEACHER_FOLDER, find_teacher
 from dskd.senses import build as senses
@@ -59,6 +61,7 @@ def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
     # A terminated pipeline takes its ranks with it, as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     config = load_config(path, overrides)
+    hold_lock(config.path(".pipeline.lock"), "runs the pipeline in this work directory")
     started = time.perf_counter()
     stages = plan_stages(config, path, overrides)
     current = []
@@ -125,7 +128,7 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         ),
     ]
     for name in config.run_names:
-        stages += _run_stages(load_config(path, [*overrides, f"run={name}"]), path, overrides)
+        stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
     stages.append(Stage("evaluation", lambda: not evaluate.stale_candidates(config), ranks("evaluate.py")))
     return stages
 
@@ -163,7 +166,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         # Checkpoints of another config are stale artifacts, as everywhere in the pipeline; the tracked run stays.
         other = newest is not None and bool(checkpoint.changes_since(newest, wanted))
         flag = "--overwrite" if other else "--resume"
-        launch(config, "train.py", ["--config", str(path), flag, *overrides, f"run={config.run}"])
+        launch(config, "train.py", ["--config", str(path), flag, *overrides, run_override(config.run)])
 
     def exported() -> bool:
         newest = checkpoint.latest(config)
@@ -175,17 +178,24 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     ]
 
 
+def run_override(name: str) -> str:
+    """The override that chooses a run; quoted where YAML would read the name as a number or a truth value."""
+    return f"run={name}" if yaml.safe_load(name) == name else f'run="{name}"'
+
+
 def _build_sequences(config: Config) -> None:
     teacher = find_teacher(config)
     sequences.build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
 
 
 def _launcher_arguments(config: Config) -> Sequence[str]:
-    if config.pipeline.launcher_args is not None:
-        return config.pipeline.launcher_args
+    given = config.pipeline.launcher_args
+    if given is None:
+        given = () if torch.cuda.is_available() else ("--num_gpus", str(min(2, os.cpu_count() or 1)))
+    if any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in given):
+        return given
     # Two pipelines on one machine must not meet at the launcher's default port.
-    port = ("--master_port", str(free_port()))
-    return port if torch.cuda.is_available() else (*port, "--num_gpus", str(min(2, os.cpu_count() or 1)))
+    return ("--master_port", str(free_port()), *given)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -19,7 +19,7 @@ from dskd.corpus import read_texts
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import TEACHER_FOLDER
-from dskd.precision import supports_bf16
+from dskd.precision import compute_dtype
 from dskd.random_numbers import derived_seed
 from dskd.sequences import pack
 
@@ -34,6 +34,7 @@ def recipe(config: Config) -> Recipe:
     settings = config.teacher.train_from_scratch.as_dict() | {
         "sequence_length": config.corpus.sequence_length,
         "seed": config.seed,
+        "precision": config.precision,
     }
     return Recipe("teacher", {"corpus": documents.digest}, settings)
 
@@ -55,7 +56,7 @@ def build_teacher(config: Config) -> None:
                     f"{config.corpus.sequence_length}: too little to train a teacher on; add text to corpus.train"
                 )
             model = build_llama(settings, len(tokenizer), config.corpus.sequence_length, tokenizer, config.seed)
-            loss = train_model(model, tokens, settings, config.seed)
+            loss = train_model(model, tokens, settings, config.seed, config.precision)
             model.save_pretrained(building.folder, safe_serialization=True)
             building.facts.update(final_loss=loss, parameters=sum(p.numel() for p in model.parameters()))
         say(f"  {sum(p.numel() for p in model.parameters()):,} parameters, training perplexity {math.exp(loss):.1f}")
@@ -100,11 +101,14 @@ def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, 
     )
 
 
-def train_model(model: Any, tokens: torch.Tensor, settings: TeacherRecipe, seed: int) -> float:
+def train_model(model: Any, tokens: torch.Tensor, settings: TeacherRecipe, seed: int, precision: str) -> float:
     """Trains `model` on sequences `tokens` [S, T] for the recipe's token budget.
 
     Returns:
         Mean cross-entropy (nats a token) over the last tenth of the steps.
+
+    Raises:
+        UserError: when the loss is not finite.
     """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
@@ -116,13 +120,14 @@ def train_model(model: Any, tokens: torch.Tensor, settings: TeacherRecipe, seed:
     sequence_length = tokens.shape[1]
     steps = max(1, settings.train_tokens // (settings.batch_size * sequence_length))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_bf16 = compute_dtype(precision, device) == torch.bfloat16
     model.to(device).train()
     batches = _batches(tokens, settings.batch_size, derived_seed(seed, "teacher", "order"))
     losses: list[float] = []
     with progress_bar(total=steps * settings.batch_size * sequence_length, label="training", unit="tokens") as bar:
         for step in range(steps):
             batch = next(batches).to(device).long()
-            with torch.autocast(device.type, torch.bfloat16, enabled=supports_bf16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
                 logits = model(input_ids=batch, use_cache=False).logits
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
             loss.backward()
@@ -133,6 +138,11 @@ def train_model(model: Any, tokens: torch.Tensor, settings: TeacherRecipe, seed:
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise UserError(
+                    f"the teacher's loss is {losses[-1]} at step {step + 1}: the training diverged. Lower "
+                    "teacher.train_from_scratch.learning_rate and embedding_learning_rate"
+                )
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update(batch.numel())
     model.eval().cpu()

@@ -7,6 +7,7 @@ traceback (a scheduler must not retry it); 130 interrupted.
 import argparse
 import atexit
 import os
+import signal
 import sys
 import time
 import warnings
@@ -62,6 +63,10 @@ def run(action: Callable[[], object]) -> int:
     return 0
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
     """Like :func:`run` on all ranks: reads the config, joins the ranks and calls `action` with both; then exits."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -71,6 +76,8 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
             config = load_config(given.config, given.overrides)
         except UserError as error:
             raise UserError(str(error), known_to_all_ranks=True) from None
+        # The launcher ends its ranks with TERM: like an interruption, so that the tracked run is marked as ended.
+        signal.signal(signal.SIGTERM, _interrupt)
         world = initialize(config.train.collective_timeout_s)
         action(config, world)
         shutdown()

@@ -22,10 +22,10 @@ def derived_seed(seed: int, *parts: int | str) -> int:
 
 def random_bits(seed: int, *coordinates: torch.Tensor | int) -> torch.Tensor:
     """63 uniform bits as int64 >= 0, for every element of the broadcast `coordinates` (int64 tensors or integers)."""
-    state = torch.tensor(seed, dtype=torch.int64)
+    device = next((c.device for c in coordinates if isinstance(c, torch.Tensor)), torch.device("cpu"))
+    state = torch.tensor(seed, dtype=torch.int64, device=device)
     for coordinate in coordinates:
-        coordinate = torch.as_tensor(coordinate, dtype=torch.int64)
-        state = _splitmix64(state.to(coordinate.device) ^ _splitmix64(coordinate))
+        state = _splitmix64(state ^ _splitmix64(torch.as_tensor(coordinate, dtype=torch.int64, device=device)))
     return state & (2**63 - 1)
 
 

@@ -161,7 +161,12 @@ def read_runs(config: Config) -> list[TrackedRun]:
 
 def read_history(config: Config, run_id: str, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric of a run, by step."""
-    points = {point.step: point.value for point in _client(config).get_metric_history(run_id, metric)}
+    try:
+        points = {point.step: point.value for point in _client(config).get_metric_history(run_id, metric)}
+    except Exception as error:
+        raise UserError(
+            f"tracking.uri: MLflow at {_without_secrets(tracking_uri(config))} cannot be read ({_first_line(error)})"
+        ) from error
     return sorted(points.items())
 
 

@@ -18,14 +18,17 @@ from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main
 from dskd.errors import UserError
-from dskd.manifest import Manifest, Recipe
+from dskd.lock import hold_lock
+from dskd.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen, load_student
 from dskd.node_cache import open_node_cache
 from dskd.precision import compute_dtype
 from dskd.random_numbers import derived_seed
+from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.senses.dictionary import load_dictionary, require_fitting
 from dskd.step import StepResult, train_step
+from dskd.student import MADE_BY as STUDENT_MADE_BY
 from dskd.student import find_student
 from dskd.tracking import git_commit, start_tracking
 
@@ -75,7 +78,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
         config: the experiment, with the run's keys laid over it.
         world: the ranks.
         resume: go on from the last checkpoint, if there is one.
-        overwrite: remove the run's checkpoints and begin anew.
+        overwrite: begin anew; the run's old checkpoints go when the first new one is whole.
 
     Raises:
         UserError: when inputs do not fit, or checkpoints exist and neither flag says what to do with them.
@@ -86,7 +89,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
         writes=checkpoint.folder(config),
     ):
         inputs = main_first(lambda: load_inputs(config))
-        on_main(lambda: _verify_shards(config, inputs))
+        on_main(lambda: _verify_inputs(config, inputs))
         wanted = _recipe(config, inputs)
         schedule = main_first(lambda: plan_schedule(config, inputs.shards, world.world_size))
         step = on_main(lambda: _starting_step(config, wanted, resume=resume, overwrite=overwrite))
@@ -112,7 +115,11 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(teacher, student, senses, shards.load_manifest(config, "train"), dictionary.path)
 
 
-def _verify_shards(config: Config, inputs: Inputs) -> None:
+def _verify_inputs(config: Config, inputs: Inputs) -> None:
+    """Reads every file of the inputs and compares it with its manifest."""
+    verify_files(inputs.vectors_path.parent, inputs.senses, made_by=SENSES_MADE_BY)
+    student = read_manifest(inputs.student.path, "student", made_by=STUDENT_MADE_BY)
+    verify_files(inputs.student.path, student, made_by=STUDENT_MADE_BY)
     shards.require_fitting(
         config,
         "train",
@@ -220,6 +227,10 @@ def _run(
         checkpoint.load(engine, start, world)
     first_step = start.step if start is not None else 0
     _say_what_runs(config, world, engine, schedule, first_step)
+    positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
+    collate = shards.Collator(inputs.vectors_path if loss.sense_weight else None, positions)
+    cache = open_node_cache(config.train.shard_cache, world)
+    batches = micro_batches(config, schedule, collate, cache, start_step=first_step, pin=world.device.type == "cuda")
     tracker = main_first(
         lambda: start_tracking(
             config,
@@ -231,10 +242,6 @@ def _run(
     tracker.log_metrics(
         {f"coverage/{name}": share for name, share in inputs.shards.facts["coverage"].items()}, first_step
     )
-    positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
-    collate = shards.Collator(inputs.vectors_path if loss.sense_weight else None, positions)
-    cache = open_node_cache(config.train.shard_cache, world)
-    batches = micro_batches(config, schedule, collate, cache, start_step=first_step, pin=world.device.type == "cuda")
     status = "FAILED"
     trained_seconds = 0.0
     try:
@@ -275,9 +282,9 @@ def _run(
 
 
 def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: bool) -> int | None:
+    hold_lock(config.path(checkpoint.FOLDER, f".{config.run}.lock"), f"trains run {config.run!r}")
     if overwrite:
-        checkpoint.remove_all(config)
-        return None
+        return None  # the old checkpoints stay until the first new one is whole
     newest = checkpoint.latest(config)
     if newest is None:
         return None
@@ -345,7 +352,7 @@ def _say_what_runs(config: Config, world: World, engine: Any, schedule: Schedule
     parameters = list(engine.module.parameters())
     trained = sum(p.ds_numel for p in parameters if p.requires_grad)
     say(
-        f"  {world.world_size} ranks on {world.device.type}, "
+        f"  {world.world_size} rank{'s' * (world.world_size > 1)} on {world.device.type}, "
         f"{str(compute_dtype(config.precision, world.device)).removeprefix('torch.')}; "
         f"{trained:,} of {sum(p.ds_numel for p in parameters):,} parameters are trained\n"
         f"  {schedule.total_steps} steps of {schedule.global_batch_size} sequences "

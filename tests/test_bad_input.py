@@ -144,6 +144,22 @@ def test_an_unwritable_work_directory_is_refused_for_an_ordinary_user(copy_of_ti
     assert "set workdir to a folder you may write" in finished.stderr
 
 
+@pytest.mark.parametrize("name", ["student/model.safetensors", "senses/senses.safetensors"])
+def test_a_tampered_input_of_training_is_named(copy_of_tiny, world, name):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    file = load_config(config).path(name)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    _refused(train, config, world, says=[f"{name}: the content is not what the manifest says"])
+
+
+def test_a_work_directory_in_which_nobody_may_write_is_refused(copy_of_tiny):
+    finished = _command("lexicon", "--config", str(copy_of_tiny(workdir="/proc/work")))
+    assert finished.returncode == 2
+    assert "set workdir to a folder you may write" in finished.stderr
+
+
 def test_a_work_directory_that_is_a_file_is_refused(copy_of_tiny, tmp_path):
     (tmp_path / "file").write_text("x")
     config = copy_of_tiny(workdir=str(tmp_path / "file" / "work"))

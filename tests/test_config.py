@@ -96,6 +96,36 @@ def test_a_mistake_in_a_run_that_is_not_chosen_is_found(tmp_path):
         load_config(path)
 
 
+@pytest.mark.parametrize("name", ["../x", "teacher", "student", "a b"])
+def test_names_that_no_run_may_have_are_refused_before_it_is_chosen(tmp_path, name):
+    path = _write(tmp_path, {**MINIMAL, "run": "a", "runs": {"a": {}, name: {}}})
+    with pytest.raises(UserError, match="runs"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", ["1", "on", "null", "plain"])
+def test_names_that_yaml_reads_otherwise_can_be_chosen(tmp_path, name):
+    from dskd.pipeline import run_override
+
+    path = _write(tmp_path, {**MINIMAL, "run": name, "runs": {name: {}}})
+    assert load_config(path, [run_override(name)]).run == name
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.learning_rate=.inf",
+        "student.layers=[]",
+        "student.layers=0",
+        "student.train_layers=-1",
+        "loss.temperature=.nan",
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(tmp_path, override):
+    with pytest.raises(UserError, match="1 problem"):
+        load_config(_write(tmp_path, MINIMAL), [override])
+
+
 def test_a_run_that_does_not_exist_is_refused(tmp_path):
     path = _write(tmp_path, {**MINIMAL, "run": "a", "runs": {"a": {}, "b": {}}})
     with pytest.raises(UserError, match="'c' is none of the runs of this file: a, b"):
@@ -106,6 +136,8 @@ def test_a_run_that_does_not_exist_is_refused(tmp_path):
     ("text", "message"),
     [
         ("a: [", "this is not YAML"),
+        ("? [a, b]\n: 3\n", "this is not YAML that a configuration can be"),
+        ("a: " + "[" * 3000, "this is not YAML"),
         ("- a\n- b\n", "expected sections"),
         ("workdir: w\nworkdir: v\n", "line 2: 'workdir' is given twice"),
         ("", "expected sections"),

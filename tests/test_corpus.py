@@ -46,6 +46,14 @@ def test_held_out_files_are_held_out_whole(tmp_path):
     assert (_texts(config, "train"), _texts(config, "validation")) == (["one", "two"], ["three"])
 
 
+def test_a_training_text_that_is_held_out_is_left_out(tmp_path):
+    (tmp_path / "train.txt").write_text("one\n\ntwo\n\nthree", encoding="utf-8")
+    (tmp_path / "held.txt").write_text("three\n\nfour", encoding="utf-8")
+    config = _config(tmp_path, train=(str(tmp_path / "train.txt"),), validation=(str(tmp_path / "held.txt"),))
+    build_corpus(config)
+    assert (_texts(config, "train"), _texts(config, "validation")) == (["one", "two"], ["three", "four"])
+
+
 def test_paragraphs_and_lines_become_documents_with_their_line_numbers(tmp_path):
     (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n", encoding="utf-8")
     assert [(d.name.rsplit(":", 1)[1], d.text) for d in read_file(tmp_path / "a.txt", "text")] == [
@@ -64,6 +72,8 @@ def test_paragraphs_and_lines_become_documents_with_their_line_numbers(tmp_path)
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: expected an object with a text under 'text'"),
         ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected an object .* it is no object"),
         ("a.txt", b"\xff\xfe\x00", r"a.txt: this is not UTF-8 text"),
+        ("a.txt", b"one\n\n\x00\x00", r"a.txt:3: this is not text"),
+        ("a.jsonl", b'{"text": "\\ud800abc"}\n', r"a.jsonl:1: this is not text"),
     ],
 )
 def test_unreadable_text_is_named(tmp_path, name, content, message):

@@ -43,7 +43,7 @@ def test_the_table_has_the_documented_columns(tmp_path):
 
 def test_tsv_is_read_with_comments_and_empty_lines(tmp_path):
     path = tmp_path / "own.tsv"
-    path.write_text("# a comment\nbig\tsynonym\tvery large\n\nbig\tantonym\tsmall\n", encoding="utf-8")
+    path.write_text("\ufeff# a comment\nbig\tsynonym\tvery large\n\nbig\tantonym\tsmall\n", encoding="utf-8")
     assert _pairs(read_tsv(path)) == {("big", "synonym", "very large"), ("big", "antonym", "small")}
 
 

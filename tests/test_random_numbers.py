@@ -45,3 +45,10 @@ def test_every_coordinate_and_the_seed_matter():
 def test_derived_seeds_differ(other):
     assert derived_seed(1, "a") != derived_seed(*other)
     assert 0 <= derived_seed(1, "a") < 2**63
+
+
+def test_integers_may_stand_before_and_after_tensors():
+    # Everything is computed where the tensors are; on the meta device a mixture of devices would raise.
+    keys = torch.arange(3, device="meta")
+    assert random_bits(1, keys, 0, torch.arange(2, device="meta").unsqueeze(-1)).device.type == "meta"
+    assert random_bits(1, 0, keys, 7).device.type == "meta"

@@ -161,6 +161,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     assert run.status == "FAILED"
 
 
+def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, world, monkeypatch):
+    from transformers import modeling_layers
+
+    calls = []
+    original = modeling_layers.GradientCheckpointingLayer.__call__
+
+    def counted(self, *args, **options):
+        calls.append(self.gradient_checkpointing and self.training)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(modeling_layers.GradientCheckpointingLayer, "__call__", counted)
+    losses = []
+    for run, recompute in (("plain", False), ("recomputed", True)):
+        settings = {**TINY["train"], "activation_checkpointing": recompute, "steps": 2, "num_workers": 0}
+        config = copy_of_tiny(*(BEFORE_TRAINING if run == "plain" else ()), run=run, train=settings)
+        calls.clear()
+        train(load_config(config), world)
+        assert any(calls) == recompute
+        losses.append(_losses(config))
+    assert losses[0] == losses[1]
+
+
+def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_tiny, world):
+    path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    base = checkpoint.folder(load_config(path))
+    with pytest.raises(UserError, match="nothing would be trained"):
+        train(load_config(path, ["student.train_layers=0"]), world, overwrite=True)
+    with pytest.raises(UserError, match="is not finite"):
+        train(load_config(path, ["train.learning_rate=1e38", "train.steps=1"]), world, overwrite=True)
+    assert sorted(found.name for found in base.iterdir()) == ["step-00000003", "step-00000006"]
+    train(load_config(path, ["train.steps=2", "tracking.enabled=false"]), world, overwrite=True)
+    assert sorted(found.name for found in base.iterdir()) == ["step-00000002"]
+
+
 def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, world):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     config = load_config(path)

@@ -50,10 +50,6 @@ class SenseDictionary:
         """All vectors [R, D] bf16. For the annotation, which reads every row again and again."""
         return open_safetensors(self.path).get_tensor("vectors")
 
-    def has_senses(self) -> torch.Tensor:
-        """[V] bool: tokens with at least one row."""
-        return self.entry_offsets.diff()[: self.vocab_size] > 0
-
 
 def save_dictionary(
     path: Path, vectors: torch.Tensor, counts: torch.Tensor, entry_offsets: torch.Tensor, entries: Entries

@@ -1,0 +1,50 @@
+"""A lock file that one process holds while it lives: two of them must not write the same artifacts."""
+
+import atexit
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+from dskd.errors import UserError
+from dskd.manifest import make_folder
+
+_held: dict[Path, Any] = {}
+
+
+def hold_lock(path: Path, what: str) -> None:
+    """Takes the lock at `path` until the process ends, however it ends. Taking it again is nothing.
+
+    Args:
+        path: the lock file; it stays when the lock is gone.
+        what: what the holder does, for the message.
+
+    Raises:
+        UserError: when another process has it.
+    """
+    if path in _held:
+        return
+    make_folder(path.parent)
+    stream = path.open("a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        holder = stream.read().strip() or "unknown"
+        stream.close()
+        raise UserError(
+            f"{path}: another process ({holder}) {what}; wait for it or end it. After a kill of the pipeline or the "
+            "launcher its ranks may still run"
+        ) from None
+    stream.truncate(0)
+    stream.write(f"pid {os.getpid()} on {os.uname().nodename}")
+    stream.flush()
+    _held[path] = stream
+    atexit.register(release_lock, path)
+
+
+def release_lock(path: Path) -> None:
+    """Gives the lock back."""
+    stream = _held.pop(path, None)
+    if stream is not None:
+        stream.close()

@@ -1,0 +1,31 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from dskd.errors import UserError
+from dskd.lock import hold_lock, release_lock
+
+HOLDER = "import sys; from pathlib import Path; from dskd.lock import hold_lock; " + (
+    "hold_lock(Path(sys.argv[1]), 'works'); print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path):
+    path = tmp_path / "folder" / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*\) trains run 'a'"):
+        hold_lock(path, "trains run 'a'")
+    holder.kill()
+    holder.wait(10)
+    hold_lock(path, "trains run 'a'")
+    hold_lock(path, "trains run 'a'")
+    release_lock(path)
