@@ -171,6 +171,7 @@ def _require_finite(building: Building) -> None:
     for file in (TRAINED_FILE, PROBE_FILE):
         for name, tensor in load_file(building.folder / file).items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                shutil.rmtree(building.folder)
                 raise UserError(
                     f"step {building.facts['step']}: {name} of the student is not finite; the run stops, and no "
                     "checkpoint of this step is written. Lower train.learning_rate, or use precision: fp32"

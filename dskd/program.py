@@ -6,6 +6,7 @@ traceback (a scheduler must not retry it); 130 interrupted.
 
 import argparse
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -54,8 +55,9 @@ def run(action: Callable[[], object]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif not error.known_to_all_ranks:
             # Most mistakes are met by every rank. Rank 0 speaks first, and the launcher then ends this one.
-            time.sleep(_RANK_0_SPEAKS_FIRST_S)
-            print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(_RANK_0_SPEAKS_FIRST_S)
+                print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         say("interrupted; what was complete stays, and the same command goes on from there")

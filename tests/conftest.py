@@ -19,6 +19,7 @@ import yaml
 from dskd.corpus import read_wordnet_documents
 from dskd.distributed import World, initialize
 from dskd.lexicon import read_wordnet, resolve
+from dskd.manifest import hash_files
 from dskd.wordnet import open_wordnet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -121,6 +122,13 @@ def end(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         return
     process.wait(10)
+
+
+def update_manifest(folder: Path, **changes: object) -> None:
+    """Makes the manifest of a changed artifact fit its files again, as if it had been made that way."""
+    manifest = folder / "manifest.json"
+    content = {**json.loads(manifest.read_text()), "files": hash_files(folder), **changes}
+    manifest.write_text(json.dumps(content))
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, REPOSITORY, run_program
+from conftest import BEFORE_TRAINING, REPOSITORY, run_program, update_manifest
 from safetensors.torch import load_file, save_file
 
 from dskd.annotate import annotate
@@ -55,9 +55,7 @@ def test_shards_of_another_sense_dictionary_are_refused(copy_of_tiny, world):
     tensors = load_file(path / "senses.safetensors")
     tensors["vectors"] += 1
     save_file(tensors, path / "senses.safetensors")
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["senses.safetensors"]["sha256"] = "0" * 64
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    update_manifest(path)
     _refused(train, config, world, says=["different sense dictionaries (", "launcher/annotate.py"])
 
 
@@ -89,9 +87,7 @@ def test_a_sense_file_of_another_hidden_size_is_refused(copy_of_tiny, world):
     tensors = load_file(path / "senses.safetensors")
     tensors["vectors"] = tensors["vectors"].repeat(1, 2)
     save_file(tensors, path / "senses.safetensors")
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["senses.safetensors"]["size_bytes"] = (path / "senses.safetensors").stat().st_size
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    update_manifest(path)
     _refused(annotate, config, world, says=["128 dimensions, the model's hidden states 64"])
 
 
@@ -195,12 +191,7 @@ def test_a_checkpoint_that_brings_code_is_not_run(copy_of_tiny, tmp_path):
 
     for file in (base / "step-00000003").glob("*.pt"):
         torch.save({"module": Evil()}, file)
-    manifest = base / "step-00000003" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    from dskd.manifest import hash_files
-
-    content["files"] = hash_files(base / "step-00000003")
-    manifest.write_text(json.dumps(content))
+    update_manifest(base / "step-00000003")
     finished = run_program("train.py", config, "--resume", ranks=2, check=False)
     assert finished.exit_code != 0
     assert not marker.exists()

@@ -1,20 +1,22 @@
 """Training, on real shards and real ranks: against a plain loop, one rank against two, stopped against not stopped."""
 
+import re
 import shutil
 import time
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, TINY, end, run_program, start_ranks
-from safetensors.torch import load_file
+from conftest import BEFORE_TRAINING, TINY, end, run_program, start_ranks, update_manifest
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from dskd import checkpoint
+from dskd import checkpoint, shards
 from dskd.config_file import load_config
 from dskd.errors import UserError
+from dskd.manifest import read_manifest
 from dskd.tracking import read_history, read_runs
-from dskd.train import train
+from dskd.train import micro_batches, plan_schedule, train
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +96,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
 )
 def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, loss):
     """No DeepSpeed, no chunks, no sums: means over whole batches, autograd, torch's AdamW and torch's clipping."""
-    from dskd import shards
-    from dskd.train import micro_batches, plan_schedule
-
     settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
     config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
     run_program("train.py", config_path)
@@ -144,20 +143,37 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
             torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny):
-    settings = {**TINY["train"], "learning_rate": 1.0e30, "warmup_share": 0.0, "checkpoint_every": 1, "keep_last": 9}
-    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
-    finished = run_program("train.py", config, ranks=2, check=False)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny, tmp_path):
+    """Sense embeddings that the first step does not touch and the second does are made NaN."""
+    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 1})
+    config = load_config(path)
+    schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
+    steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "a", start_step=0, pin=False)
+    samples = [[int(i) for batch in next(steps) for i in batch["sample_ids"]] for _ in range(2)]
+    steps.close()
+    dataset = shards.open_shards(config, "train", tmp_path / "b", batch_size=1)
+    columns = ("sense_ids", "synonym_ids", "antonym_ids")
+    first, second = ({int(row) for i in ids for name in columns for row in dataset[i][name].ravel()} for ids in samples)
+    file = config.path("senses", "senses.safetensors")
+    tensors = load_file(file)
+    tensors["vectors"][sorted(second - first)] = torch.nan
+    save_file(tensors, file)
+    update_manifest(file.parent)
+    senses = read_manifest(file.parent, "senses", made_by="").digest
+    folder = config.path("shards", "train")
+    update_manifest(folder, inputs={**read_manifest(folder, "shards", made_by="").inputs, "senses": senses})
+
+    finished = run_program("train.py", path, ranks=2, check=False)
     assert finished.exit_code == 2, finished.output
     assert "Traceback" not in finished.output
     assert finished.output.count("the loss is not finite") == 1  # rank 0 says it for all
     line = next(line for line in finished.output.splitlines() if "the loss is not finite" in line)
-    assert "error: step 2:" in line
-    assert "ce on samples [" in line
-    assert "--resume" in line
-    newest = checkpoint.latest(load_config(config))
-    assert newest.step == 1
-    (run,) = read_runs(load_config(config))
+    assert "error: step 2: the loss is not finite: sense on samples [" in line
+    named = {int(number) for number in re.findall(r"\d+", line.split("samples [")[1].split("]")[0])}
+    assert named
+    assert named <= set(samples[1])
+    assert checkpoint.latest(config).step == 1
+    (run,) = read_runs(config)
     assert run.status == "FAILED"
 
 
@@ -189,7 +205,7 @@ def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_
     with pytest.raises(UserError, match="nothing would be trained"):
         train(load_config(path, ["student.train_layers=0"]), world, overwrite=True)
     with pytest.raises(UserError, match="is not finite"):
-        train(load_config(path, ["train.learning_rate=1e38", "train.steps=1"]), world, overwrite=True)
+        train(load_config(path, ["train.learning_rate=1e30", "train.steps=1"]), world, overwrite=True)
     assert sorted(found.name for found in base.iterdir()) == ["step-00000003", "step-00000006"]
     train(load_config(path, ["train.steps=2", "tracking.enabled=false"]), world, overwrite=True)
     assert sorted(found.name for found in base.iterdir()) == ["step-00000002"]
