@@ -27,8 +27,9 @@ def hold_lock(path: Path, what: str) -> None:
     make_folder(path.parent)
     stream = path.open("a+")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Not flock: a forked loader worker would inherit that lock and hold it for seconds after its rank has died.
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         stream.seek(0)
         holder = stream.read().strip() or "unknown"
         stream.close()
