@@ -66,6 +66,8 @@ def run(action: Callable[[], object]) -> int:
 
 
 def _interrupt(*_: object) -> None:
+    # The launcher sends it more than once: a second one must not cut off what the first one set going.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
