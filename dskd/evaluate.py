@@ -133,7 +133,7 @@ class HeldOutText:
 
     def __init__(self, config: Config, validation: Manifest, vectors_path: Path, world: World) -> None:
         cache = open_node_cache(config.train.shard_cache, world)
-        self._dataset = shards.open_shards(config, "validation", cache, batch_size=1)
+        self._dataset = shards.open_shards(config, "validation", cache, world, batch_size=1)
         self._vectors = map_vectors(vectors_path)
         self._batch_size = config.evaluation.batch_size
         self._world = world

@@ -9,15 +9,21 @@ import atexit
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dskd.distributed import World, gather_json
+from streaming.base.constant import BARRIER_FILELOCK
+
+from dskd.distributed import World, barrier, gather_json
 from dskd.errors import UserError
 
 _LOCK_NAME = "owner.lock"
+_SHARED_MEMORY = Path("/dev/shm")
+_PATIENCE_S = 60
 
 
 def open_node_cache(base: str | None, world: World) -> Path:
@@ -36,14 +42,43 @@ def open_node_cache(base: str | None, world: World) -> Path:
 
 
 @contextlib.contextmanager
-def temporary_files_in(folder: Path) -> Iterator[None]:
-    """Makes `folder` the place for temporary files, for libraries that have no other way to be told."""
+def streaming_names(folder: Path, world: World) -> Iterator[None]:
+    """Makes mosaicml-streaming take names of shared memory that nobody has. Every rank opens its dataset in here.
+
+    By itself it takes, for each kind of segment, the first number without one, and of these the highest: where a killed
+    job, or one that goes just now, left some kinds and not others, that number is in use, and the start fails, or
+    silently goes on with the old content. A number with a lock file in the folder of temporary files it passes over, so
+    every number in use gets one, in a folder that is this job's own. Jobs of a node choose one after the other.
+    """
     before = tempfile.tempdir
-    tempfile.tempdir = str(folder)
+    with contextlib.ExitStack() as stack:
+        if world.local_rank == 0 and _SHARED_MEMORY.is_dir():
+            stack.enter_context(_one_job_at_a_time())
+            for segment in _SHARED_MEMORY.iterdir():
+                if match := re.match(r"\d{6}_", segment.name):
+                    (folder / f"{match.group()}{BARRIER_FILELOCK}").touch()
+        barrier()
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+@contextlib.contextmanager
+def _one_job_at_a_time() -> Iterator[None]:
+    folder = os.open(_SHARED_MEMORY, os.O_RDONLY)
     try:
+        deadline = time.monotonic() + _PATIENCE_S  # a job that hangs must not stop the others; a clash is unlikely
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.05)
         yield
     finally:
-        tempfile.tempdir = before
+        os.close(folder)
 
 
 def _create(base: str | None) -> Path:

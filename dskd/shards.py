@@ -18,9 +18,10 @@ import torch
 from streaming import MDSWriter, StreamingDataset
 
 from dskd.config import Config, LossConfig
+from dskd.distributed import World
 from dskd.errors import UserError
 from dskd.manifest import Manifest, read_manifest, require_same, verify_files, write_json
-from dskd.node_cache import temporary_files_in
+from dskd.node_cache import streaming_names
 from dskd.random_numbers import random_bits
 from dskd.senses.dictionary import map_vectors
 
@@ -228,9 +229,12 @@ def require_fitting(
     verify_files(folder, manifest, made_by=MADE_BY)
 
 
-def open_shards(config: Config, split: str, cache: Path, **options: Any) -> ShardDataset:
-    """The dataset of a split; shards are unpacked into `cache`, and the artifact itself is never written to."""
-    with temporary_files_in(cache):
+def open_shards(config: Config, split: str, cache: Path, world: World, **options: Any) -> ShardDataset:
+    """The dataset of a split; shards are unpacked into `cache`, and the artifact itself is never written to.
+
+    Every rank must call it.
+    """
+    with streaming_names(cache, world):
         return ShardDataset(
             remote=str(config.path(FOLDER, split).resolve()),
             local=str(cache / split),

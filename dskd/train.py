@@ -159,7 +159,7 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
 
 
 def micro_batches(
-    config: Config, schedule: Schedule, collate: shards.Collator, cache: Path, *, start_step: int, pin: bool
+    config: Config, schedule: Schedule, collate: shards.Collator, cache: Path, world: World, *, start_step: int
 ) -> Generator[list[dict[str, Any]], None, None]:
     """Yields the micro-batches of this rank for each step from `start_step` on.
 
@@ -170,6 +170,7 @@ def micro_batches(
         config,
         "train",
         cache,
+        world,
         shuffle=True,
         shuffle_seed=derived_seed(config.seed, "train", "order") % 2**31,
         batch_size=schedule.micro_batch_size,
@@ -193,7 +194,7 @@ def micro_batches(
             batch_size=schedule.micro_batch_size,
             num_workers=config.train.num_workers,
             collate_fn=collate,
-            pin_memory=pin,
+            pin_memory=world.device.type == "cuda",
             drop_last=True,
         )
         step: list[dict[str, Any]] = []
@@ -230,7 +231,7 @@ def _run(
     positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
     collate = shards.Collator(inputs.vectors_path if loss.sense_weight else None, positions)
     cache = open_node_cache(config.train.shard_cache, world)
-    batches = micro_batches(config, schedule, collate, cache, start_step=first_step, pin=world.device.type == "cuda")
+    batches = micro_batches(config, schedule, collate, cache, world, start_step=first_step)
     tracker = main_first(
         lambda: start_tracking(
             config,

@@ -28,6 +28,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+ONE_RANK = World(0, 1, 0, torch.device("cpu"))
+
 TINY = {
     "run": "dskd",
     "seed": 3,

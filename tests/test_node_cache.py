@@ -2,17 +2,16 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import REPOSITORY
+from conftest import ONE_RANK, REPOSITORY
+from streaming import MDSWriter, StreamingDataset
 
-from dskd.distributed import World
 from dskd.errors import UserError
-from dskd.node_cache import open_node_cache
+from dskd.node_cache import open_node_cache, streaming_names
 
-WORLD = World(0, 1, 0, torch.device("cpu"))
 JOB = """
 import sys, torch
 from dskd.distributed import World
@@ -35,7 +34,7 @@ def test_jobs_have_folders_of_their_own_and_take_away_only_what_dead_ones_left(t
     os.kill(dead.pid, signal.SIGKILL)
     dead.wait(10)
     assert Path(dead_folder).is_dir()
-    mine = open_node_cache(str(tmp_path), WORLD)
+    mine = open_node_cache(str(tmp_path), ONE_RANK)
     assert sorted(map(str, tmp_path.iterdir())) == sorted([live_folder, str(mine)])
     live.communicate(timeout=10)
     assert [str(path) for path in tmp_path.iterdir()] == [str(mine)]  # a job that ends takes its folder with it
@@ -45,10 +44,32 @@ def test_jobs_have_folders_of_their_own_and_take_away_only_what_dead_ones_left(t
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match=r"set train\.shard_cache"):
-        open_node_cache(str(tmp_path), WORLD)
+        open_node_cache(str(tmp_path), ONE_RANK)
 
 
 def test_a_place_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write there"):
-        open_node_cache(str(tmp_path / "file"), WORLD)
+        open_node_cache(str(tmp_path / "file"), ONE_RANK)
+
+
+def test_no_number_that_anybody_has_in_shared_memory_is_taken(tmp_path):
+    """A killed job leaves some kinds of segments and not others; mosaicml-streaming would take a number in use."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    samples = tmp_path / "samples"
+    with MDSWriter(out=str(samples), columns={"x": "int"}) as writer:
+        writer.write({"x": 7})
+    names = {path.name for path in Path("/dev/shm").glob("0*_*")}
+    highest = max((int(name[:6]) for name in names), default=-1) + 2
+    missing = {f"{highest:06}_locals", *(f"{number:06}_barrier" for number in range(highest))} - names
+    left = [SharedMemory(name, create=True, size=36) for name in missing]
+    try:
+        with streaming_names(folder, ONE_RANK):
+            dataset = StreamingDataset(remote=str(samples), local=str(folder / "a"), batch_size=1)
+        assert dataset[0] == {"x": 7}
+        assert dataset._shm_prefix_int == highest + 1
+    finally:
+        for segment in left:
+            segment.close()
+            segment.unlink()

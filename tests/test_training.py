@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, TINY, end, run_program, start_ranks, update_manifest
+from conftest import BEFORE_TRAINING, ONE_RANK, TINY, end, run_program, start_ranks, update_manifest
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -103,7 +103,7 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
 
     manifest = shards.load_manifest(config, "train")
     schedule = plan_schedule(config, manifest, 1)
-    steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "cache", start_step=0, pin=False)
+    steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "cache", ONE_RANK, start_step=0)
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
     parameters = list(student.model.layers[-1].parameters())
@@ -148,10 +148,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 1})
     config = load_config(path)
     schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
-    steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "a", start_step=0, pin=False)
+    steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "a", ONE_RANK, start_step=0)
     samples = [[int(i) for batch in next(steps) for i in batch["sample_ids"]] for _ in range(2)]
     steps.close()
-    dataset = shards.open_shards(config, "train", tmp_path / "b", batch_size=1)
+    dataset = shards.open_shards(config, "train", tmp_path / "b", ONE_RANK, batch_size=1)
     columns = ("sense_ids", "synonym_ids", "antonym_ids")
     first, second = ({int(row) for i in ids for name in columns for row in dataset[i][name].ravel()} for ids in samples)
     file = config.path("senses", "senses.safetensors")
