@@ -198,7 +198,8 @@ def _annotate_split(
                 write_block(_block_folder(building.folder, block), samples)
         done = sum(turns[world.rank :: world.world_size])
         for _ in range(most - done):
-            teacher.hidden_states(sequences.batch(0, 1).to(world.device))
+            batch = sequences.batch(0, 1)
+            teacher.hidden_states(batch.input_ids, batch.position_ids)
         sums = sum_over_ranks(sums.to(world.device)).cpu()
         barrier()
         on_main(lambda: _publish(building, blocks, sums))
@@ -217,11 +218,9 @@ def _annotate_block(
     """Yields the samples of a block of sequences, and adds its counts to `sums`."""
     for first in range(block.start, block.stop, config.annotation.batch_size):
         stop = min(first + config.annotation.batch_size, block.stop)
-        input_ids = sequences.batch(first, stop)
-        lengths = sequences.lengths[first:stop].long()
-        hidden = teacher.hidden_states(input_ids.to(world.device))
-        # Position i is about target x_{i+1}: the last real position has none.
-        counts = torch.arange(input_ids.shape[1]) < lengths[:, None] - 1
+        batch = sequences.batch(first, stop)
+        input_ids, counts = batch.input_ids, batch.has_target
+        hidden = teacher.hidden_states(input_ids, batch.position_ids)
         targets = input_ids.roll(-1, dims=1)[counts]
         found = searcher.search(hidden[counts.to(world.device)], targets.to(world.device))
         own, synonyms, antonyms, antonym_distance = (tensor.cpu() for tensor in found)
@@ -244,7 +243,7 @@ def _annotate_block(
         columns |= {"input_ids": input_ids.int().numpy(), "loss_mask": counts.to(torch.uint8).numpy()}
         for index in range(stop - first):
             yield {name: column[index] for name, column in columns.items()}
-        bar.update(min(int(lengths.sum()) * world.world_size, bar.total - bar.n))
+        bar.update(min(batch.num_tokens * world.world_size, bar.total - bar.n))
 
 
 def _publish(building: Building, blocks: list[range], sums: torch.Tensor) -> None:

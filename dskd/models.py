@@ -33,9 +33,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.base = base_model
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [B, T, D] of `input_ids` [B, T], after the final norm."""
-        return self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states [B, T, D] of `input_ids` [B, T], after the final norm.
+
+        Where `position_ids` [B, T] start again from 0, attention starts again too.
+        """
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        return self.base(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
 
 
 class Student(nn.Module):
@@ -46,9 +50,9 @@ class Student(nn.Module):
         self.decoder = decoder
         self.head = head
 
-    def forward(self, input_ids: torch.Tensor, **loss_inputs: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **loss_inputs: Any) -> Any:
         """What :meth:`dskd.head.DistillationHead.forward` makes of the last hidden states and `loss_inputs`."""
-        return self.head(self.decoder(input_ids), **loss_inputs)
+        return self.head(self.decoder(input_ids, position_ids), **loss_inputs)
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,15 @@ class FrozenModel:
         return self.head_weight.shape[0]
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [B, T, D] of `input_ids` [B, T]. Every rank must call it equally often."""
-        return self.engine(input_ids)
+    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states [B, T, D] of `input_ids` [B, T], on the engine's device. All ranks must call it equally
+        often.
+
+        Where `position_ids` [B, T] start again from 0, attention starts again too.
+        """
+        device = self.head_weight.device
+        positions = () if position_ids is None else (position_ids.to(device),)
+        return self.engine(input_ids.to(device), *positions)
 
     def close(self) -> None:
         """Gives the engine's memory back."""

@@ -51,6 +51,7 @@ def streaming_names(folder: Path, world: World) -> Iterator[None]:
     every number in use gets one, in a folder that is this job's own. Jobs of a node choose one after the other.
     """
     before = tempfile.tempdir
+    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if world.local_rank == 0 and _SHARED_MEMORY.is_dir():
             stack.enter_context(_one_job_at_a_time())

@@ -5,7 +5,7 @@ reads the held-out part.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,20 @@ from dskd.corpus import FOLDER as CORPUS_FOLDER
 from dskd.manifest import Manifest, Recipe, build_artifact, read_manifest, require_same
 
 FOLDER = "sequences"
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences as the models read them: B sequences of T tokens."""
+
+    input_ids: torch.Tensor  # [B, T] int64
+    position_ids: torch.Tensor | None  # [B, T] int64, from 0 in each document; None where they only count up
+    has_target: torch.Tensor  # [B, T] bool, True where x_{i+1} goes on with the document of x_i
+    num_tokens: int  # real ones
+
+    def without_targets(self) -> "TokenBatch":
+        """The same tokens for a rank that has no work left, and must still take part in a forward pass."""
+        return replace(self, has_target=torch.zeros_like(self.has_target), num_tokens=0)
 
 
 @dataclass(frozen=True)
@@ -42,10 +56,13 @@ class Sequences:
         """Real tokens in all sequences."""
         return int(self.lengths.sum())
 
-    def batch(self, start: int, stop: int) -> torch.Tensor:
-        """`input_ids` [stop - start, T] int64 of the sequences from `start` to `stop`."""
+    def batch(self, start: int, stop: int) -> TokenBatch:
+        """The sequences from `start` to `stop`."""
         with safe_open(self.path, framework="pt") as stored:
-            return stored.get_slice("input_ids")[start:stop].long()
+            input_ids = stored.get_slice("input_ids")[start:stop].long()
+        lengths = self.lengths[start:stop].long()
+        has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
+        return TokenBatch(input_ids, None, has_target, int(lengths.sum()))
 
 
 def recipe(config: Config, tokenizer_digest: str) -> Recipe:

@@ -90,7 +90,7 @@ class Collator:
     def __init__(self, vectors_path: Path | None, positions: SensePositions | None) -> None:
         self._vectors_path = vectors_path
         self._positions = positions
-        self._vectors: np.memmap | None = None
+        self._vectors: np.ndarray | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """{input_ids [B, T], labels [B, T], loss_mask [B, T] bool, sample_ids [B]}, and `senses` with a dictionary.
@@ -107,7 +107,7 @@ class Collator:
 
     @staticmethod
     def _collate_senses(
-        samples: Sequence[Mapping[str, Any]], vectors: np.memmap, rule: SensePositions
+        samples: Sequence[Mapping[str, Any]], vectors: np.ndarray, rule: SensePositions
     ) -> dict[str, torch.Tensor]:
         relation_positions, own_positions = [], []
         chosen: dict[str, list[np.ndarray]] = {"synonym_ids": [], "antonym_ids": [], "sense_ids": []}
@@ -142,7 +142,7 @@ def collate_tokens(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tens
     }
 
 
-def gather_rows(vectors: np.memmap, row_ids: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def gather_rows(vectors: np.ndarray, row_ids: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Reads each row that is named once.
 
     Args:

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from streaming import StreamingDataset
 
 from dskd.corpus import read_wordnet_documents
 from dskd.distributed import World, initialize
 from dskd.lexicon import read_wordnet, resolve
 from dskd.manifest import hash_files
+from dskd.node_cache import streaming_names
 from dskd.wordnet import open_wordnet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -124,6 +126,12 @@ def end(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         return
     process.wait(10)
+
+
+def open_dataset(folder: Path, cache: Path) -> StreamingDataset:
+    """An MDS folder as mosaicml-streaming opens it, with nothing of ours but a free name in shared memory."""
+    with streaming_names(cache, ONE_RANK):
+        return StreamingDataset(remote=str(folder), local=str(cache / "mds"), batch_size=1, validate_hash="xxh64")
 
 
 def update_manifest(folder: Path, **changes: object) -> None:

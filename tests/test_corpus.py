@@ -122,7 +122,7 @@ def test_sequences_of_another_tokenizer_are_refused(tmp_path):
     build_corpus(config)
     build_sequences(config, word_tokenizer(["a", "b"]), "0123456789abcdef")
     sequences, _ = load_sequences(config, "train", "0123456789abcdef")
-    assert sequences.batch(1, 3).shape == (2, 8)
+    assert sequences.batch(1, 3).input_ids.shape == (2, 8)
     with pytest.raises(UserError, match=r"different tokenizers \(fedcba987654… and 0123456789ab…\)"):
         load_sequences(config, "train", "fedcba9876543210")
 

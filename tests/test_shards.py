@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import open_dataset
 from streaming.base.partition import get_partitions
 
 from dskd.random_numbers import random_bits
@@ -101,8 +102,6 @@ def test_a_batch_points_at_the_rows_of_its_samples(tmp_path):
 
 
 def test_blocks_join_to_one_dataset_whoever_wrote_them(tmp_path):
-    from streaming import StreamingDataset
-
     samples = [{name: _sample(index)[name] for name in COLUMNS} for index in range(7)]
     contents = []
     for folder, order in (("one", (0, 1, 2)), ("two", (2, 0, 1))):
@@ -113,9 +112,7 @@ def test_blocks_join_to_one_dataset_whoever_wrote_them(tmp_path):
         assert join_blocks(target, [target / f"block-{number}" for number in range(3)]) == 7
         contents.append({file.name: file.read_bytes() for file in target.iterdir()})
     assert contents[0] == contents[1]
-    dataset = StreamingDataset(
-        remote=str(tmp_path / "one"), local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64"
-    )
+    dataset = open_dataset(tmp_path / "one", tmp_path / "cache")
     assert len(dataset) == 7
     for index, sample in enumerate(samples):
         for name in COLUMNS:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_program
+from conftest import open_dataset, run_program
 from safetensors.torch import load_file
-from streaming import StreamingDataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +27,7 @@ def work(tiny):
 
 
 def _samples(folder, cache):
-    dataset = StreamingDataset(remote=str(folder), local=str(cache), batch_size=1, validate_hash="xxh64")
+    dataset = open_dataset(folder, cache)
     return [dataset[index] for index in range(len(dataset))]
 
 

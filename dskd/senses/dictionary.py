@@ -3,7 +3,6 @@
 docs/formats.md describes the tensors. R rows, D hidden, V vocabulary, E entries (V tokens, then spans).
 """
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dskd.errors import UserError
 from dskd.manifest import Manifest, read_manifest, require_same
 from dskd.model_folder import open_safetensors
 from dskd.senses.entries import Entries
+from dskd.tensor_file import map_tensor
 
 FOLDER, FILE = "senses", "senses.safetensors"
 MADE_BY = "deepspeed launcher/build_senses.py --config FILE"
@@ -115,19 +115,12 @@ def require_fitting(
     require_same("teachers", expected=teacher, found=manifest.teacher, between=between, remedy=remedy)
 
 
-def map_vectors(path: Path) -> np.memmap:
+def map_vectors(path: Path) -> np.ndarray:
     """`vectors` [R, D] as a read-only memory map of the raw 16 bits of each bf16; pages are read when rows are.
 
     The loader's workers use it: they touch a few thousand rows a batch of a file that may have tens of gigabytes.
     """
-    with path.open("rb") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_size))
-    entry = header["vectors"]
-    if entry["dtype"] != "BF16":
-        raise UserError(f"{path}: vectors are {entry['dtype']}, expected BF16; make it anew with `{MADE_BY}`")
-    offset = 8 + header_size + entry["data_offsets"][0]
-    return np.memmap(path, dtype=np.uint16, mode="r", offset=offset, shape=tuple(entry["shape"]))
+    return map_tensor(path, "vectors", "BF16")
 
 
 def _entry_tensors() -> list[str]:

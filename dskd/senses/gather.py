@@ -18,7 +18,7 @@ from dskd.console import progress_bar
 from dskd.distributed import World
 from dskd.models import FrozenModel
 from dskd.random_numbers import derived_seed, random_bits
-from dskd.sequences import Sequences
+from dskd.sequences import Sequences, TokenBatch
 
 _LOGITS_CHUNK = 1024
 
@@ -87,49 +87,38 @@ def gather_states(
     reservoir = Reservoir(teacher.vocab_size, settings.max_states, teacher.hidden_size)
     priority_seed = derived_seed(seed, "senses", "priority")
     with progress_bar(total=sequences.num_tokens, label="gathering states", unit="tokens") as bar:
-        for first, input_ids, lengths in rank_batches(sequences, settings.batch_size, world):
-            hidden = teacher.hidden_states(input_ids.to(world.device))
-            keys, counts = _keys(hidden, input_ids, lengths, teacher, settings.key)
-            sequence, position = counts.nonzero(as_tuple=True)
+        for first, batch in rank_batches(sequences, settings.batch_size, world):
+            hidden = teacher.hidden_states(batch.input_ids, batch.position_ids)
+            sequence, position = batch.has_target.nonzero(as_tuple=True)
             priorities = random_bits(priority_seed, sequence + first, position)
-            states = hidden[counts.to(hidden.device)].to(torch.bfloat16).cpu()
-            reservoir.add(*_route(keys[counts], priorities, states, world))
-            bar.update(min(int(lengths.sum()) * world.world_size, bar.total - bar.n))
+            states = hidden[batch.has_target.to(hidden.device)]
+            if settings.key == "predicted":
+                tokens = predict(states, teacher.head_weight).cpu()
+            else:
+                tokens = batch.input_ids.roll(-1, dims=1)[batch.has_target]
+            reservoir.add(*_route(tokens, priorities, states.to(torch.bfloat16).cpu(), world))
+            bar.update(min(batch.num_tokens * world.world_size, bar.total - bar.n))
     return reservoir.finish()
 
 
-def rank_batches(
-    sequences: Sequences, batch_size: int, world: World
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yields the batches of this rank: (first sequence, input_ids [B, T], lengths [B]).
+def rank_batches(sequences: Sequences, batch_size: int, world: World) -> Iterator[tuple[int, TokenBatch]]:
+    """Yields the batches of this rank, each with the number of its first sequence.
 
     Batches are dealt out in turn. Every rank gets equally many, since a forward pass under ZeRO-3 needs all ranks: one
-    without work left gets a batch whose lengths are 0.
+    without work left gets a batch without targets.
     """
     starts = range(0, len(sequences), batch_size)
     for turn in range(-(-len(starts) // world.world_size)):
         number = turn * world.world_size + world.rank
         first = starts[number] if number < len(starts) else 0
-        stop = min(first + batch_size, len(sequences))
-        lengths = sequences.lengths[first:stop].long()
-        yield first, sequences.batch(first, stop), lengths if number < len(starts) else lengths * 0
+        batch = sequences.batch(first, min(first + batch_size, len(sequences)))
+        yield first, batch if number < len(starts) else batch.without_targets()
 
 
 def predict(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
     """The most probable next token [N] behind each of the states [N, D]; logits exist for one chunk at a time."""
     parts = [F.linear(part, head_weight).argmax(-1) for part in hidden.split(_LOGITS_CHUNK)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=hidden.device)
-
-
-def _keys(
-    hidden: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor, teacher: FrozenModel, key: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token each position's state is kept under [B, T], and which positions count [B, T]."""
-    positions = torch.arange(input_ids.shape[1])
-    if key == "predicted":
-        predicted = predict(hidden.flatten(0, 1), teacher.head_weight).view(input_ids.shape)
-        return predicted.cpu(), positions < lengths[:, None]
-    return input_ids.roll(-1, dims=1), positions < lengths[:, None] - 1
 
 
 def _route(

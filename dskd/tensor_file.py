@@ -1,0 +1,63 @@
+"""safetensors files that are larger than memory: written and read piece by piece, through memory maps."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from dskd.errors import UserError
+
+# The names that safetensors gives to what numpy can hold; bf16, which numpy does not know, as its raw bits.
+_DTYPES = {"BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I64": np.int64, "U8": np.uint8}
+_ALIGNMENT = 8
+
+
+@contextmanager
+def create_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[dict[str, np.ndarray]]:
+    """Creates a file of tensors and yields a writable map of each; what is not written is zero.
+
+    Args:
+        path: the file.
+        tensors: {name: (type as safetensors calls it, shape)}. BF16 is mapped as its raw 16 bits.
+    """
+    header, places, size = {}, {}, 0
+    # The widest types first: then each tensor begins where its type may.
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -np.dtype(_DTYPES[item[1][0]]).itemsize):
+        stop = size + int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [size, stop]}
+        places[name], size = size, stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + size)
+    maps: dict[str, np.ndarray] = {}
+    for name, (dtype, shape) in tensors.items():
+        if 0 in shape:  # an empty file region cannot be mapped
+            maps[name] = np.empty(shape, _DTYPES[dtype])
+        else:
+            maps[name] = np.memmap(path, _DTYPES[dtype], "r+", 8 + len(text) + places[name], shape)
+    yield maps
+    for tensor in maps.values():
+        if isinstance(tensor, np.memmap):
+            tensor.flush()
+
+
+def map_tensor(path: Path, name: str, dtype: str) -> np.ndarray:
+    """A tensor of a safetensors file as a read-only memory map; pages are read when rows are.
+
+    Raises:
+        UserError: when the file holds another type under that name.
+    """
+    with path.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_size))
+    entry = header[name]
+    if entry["dtype"] != dtype:
+        raise UserError(f"{path}: {name} is {entry['dtype']}, expected {dtype}; the file was made by something else")
+    shape = tuple(entry["shape"])
+    if 0 in shape:
+        return np.empty(shape, _DTYPES[dtype])
+    return np.memmap(path, _DTYPES[dtype], "r", 8 + header_size + entry["data_offsets"][0], shape)
