@@ -241,6 +241,7 @@ def _annotate_block(
             dtype=torch.float64,
         )
         columns |= {"input_ids": input_ids.int().numpy(), "loss_mask": counts.to(torch.uint8).numpy()}
+        columns["document_starts"] = batch.starts.numpy()
         for index in range(stop - first):
             yield {name: column[index] for name, column in columns.items()}
         bar.update(min(batch.num_tokens * world.world_size, bar.total - bar.n))

@@ -26,10 +26,10 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSIONS = {
     "teacher": 1,
     "corpus": 1,
-    "sequences": 1,
+    "sequences": 2,
     "lexicon": 1,
     "senses": 1,
-    "shards": 1,
+    "shards": 2,
     "student": 1,
     "checkpoint": 1,
     "export": 1,
