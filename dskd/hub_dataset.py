@@ -44,7 +44,7 @@ def _rows(corpus: CorpusConfig, split: str) -> Iterator[Any]:
     except ImportError:
         raise UserError(
             "corpus.source: huggingface needs the package `datasets`, which is not installed; install it with "
-            "`pip install 'dskd[hub]'`, or save the text as files and set corpus.source: files"
+            "`pip install 'datasets>=4,<6'`, or save the text as files and set corpus.source: files"
         ) from None
     assert corpus.dataset is not None
     folder = _folder(corpus)

@@ -82,5 +82,5 @@ def test_a_file_that_was_cut_is_a_users_error(tmp_path, datasets):
 
 def test_without_the_package_the_way_to_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package `datasets`.*pip install 'dskd\[hub\]'"):
+    with pytest.raises(UserError, match=r"needs the package `datasets`.*pip install 'datasets>=4,<6'"):
         build_corpus(_config(tmp_path))
