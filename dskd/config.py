@@ -100,12 +100,25 @@ class LexiconConfig(Section):
 class SensesConfig(Section):
     """The sense dictionary (method, section 2)."""
 
+    path: str | None = Field(
+        None, description="a finished dictionary to use instead of building one, such as `dskd senses merge` writes"
+    )
     key: Literal["predicted", "target"] = Field(
         "predicted", description="file a state under the token the teacher predicts (the paper), or the actual next one"
     )
     k: int = Field(10, ge=1, description="senses a token at most")
+    states_per_sense: int | None = Field(
+        None, ge=1, description="give a token one sense for so many states, up to k; by default k wherever there are k"
+    )
     max_states: int = Field(100, ge=1, description="states kept a token, drawn at random")
     batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
+    memory_budget: float = Field(
+        4.0, gt=0, description="GB (2^30 bytes) of states a rank holds in memory; beyond them they are spilled to disk"
+    )
+    save_minutes: float = Field(10.0, ge=0, description="minutes between points an interrupted gathering goes on from")
+    keep_states: bool = Field(
+        False, description="keep the sampled states on disk: another k or restarts then need no teacher"
+    )
     restarts: int = Field(1, ge=1, description="k-means runs a token; the best is kept")
     max_iterations: int = Field(50, ge=1, description="Lloyd iterations a k-means run at most")
 

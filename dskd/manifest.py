@@ -20,6 +20,7 @@ from typing import Any
 from dskd.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
+_RECIPE_NAME = ".recipe"  # of a build that can go on after an interruption
 
 # Raised by one when the format of a kind changes: artifacts of another version are rebuilt, or refused where they are
 # only read.
@@ -28,6 +29,7 @@ SCHEMA_VERSIONS = {
     "corpus": 1,
     "sequences": 1,
     "lexicon": 1,
+    "states": 1,
     "senses": 1,
     "shards": 1,
     "student": 1,
@@ -105,8 +107,20 @@ class Building:
         shutil.rmtree(self.folder, ignore_errors=True)
         make_folder(self.folder)
 
+    def resume_or_clear(self) -> None:
+        """Keeps what an interrupted build of the very same recipe left in `folder`; otherwise makes it anew and empty.
+
+        For stages that know which of their files there are whole.
+        """
+        wanted = [asdict(self.recipe), SCHEMA_VERSIONS[self.recipe.kind], package_versions()]
+        recipe_file = self.folder / _RECIPE_NAME
+        if not recipe_file.is_file() or recipe_file.read_text(encoding="utf-8") != digest_of_json(wanted):
+            self.clear()
+            recipe_file.write_text(digest_of_json(wanted), encoding="utf-8")
+
     def publish(self) -> Manifest:
         """Writes the manifest and puts the folder in its place, replacing an older artifact."""
+        (self.folder / _RECIPE_NAME).unlink(missing_ok=True)
         manifest = Manifest(
             kind=self.recipe.kind,
             schema_version=SCHEMA_VERSIONS[self.recipe.kind],

@@ -6,7 +6,7 @@ A head must be one token as " word" and longer than two letters; a neighbour may
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class Entries:
     def num_entries(self) -> int:
         """E."""
         return self.vocab_size + len(self.span_tokens)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor, by its name in the dictionary's file."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "vocab_size"}
 
 
 def build_entries(relations: Iterable[Relation], tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
