@@ -129,6 +129,9 @@ class AnnotationConfig(Section):
     kappa: int = Field(5, ge=1, description="rows of the sense dictionary a position is pulled to, or pushed from")
     batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
     shard_size_mb: int = Field(64, ge=1, description="size of a shard before compression")
+    memory_budget: float = Field(
+        4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; the others are read"
+    )
 
 
 Count = Annotated[int, Field(ge=1)]

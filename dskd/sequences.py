@@ -56,6 +56,16 @@ class Sequences:
         """Real tokens in all sequences."""
         return int(self.lengths.sum())
 
+    def frequencies(self, vocab_size: int) -> torch.Tensor:
+        """How often each token [V] stands in the sequences, by a sample of at most a million tokens."""
+        step = max(1, len(self) * self.sequence_length // 1_000_000)
+        with safe_open(self.path, framework="pt") as stored:
+            input_ids = stored.get_slice("input_ids")
+            counts = torch.zeros(vocab_size, dtype=torch.int64)
+            for first in range(0, len(self), 1000 * step):
+                counts += torch.bincount(input_ids[first : first + 1000].flatten(), minlength=vocab_size)
+        return counts
+
     def batch(self, start: int, stop: int) -> TokenBatch:
         """The sequences from `start` to `stop`."""
         with safe_open(self.path, framework="pt") as stored:
