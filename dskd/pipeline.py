@@ -117,7 +117,10 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         ),
         Stage(
             "senses",
-            artifact("senses", lambda: senses.recipe(config, find_teacher(config))),
+            lambda: (
+                config.senses.path is not None
+                or is_current(config.path("senses"), senses.recipe(config, find_teacher(config)))
+            ),
             ranks("build_senses.py"),
         ),
         Stage("shards", shards_are_current, ranks("annotate.py")),

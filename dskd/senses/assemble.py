@@ -49,7 +49,7 @@ def write_part(
 
 
 def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_size: int, tokenizer: Any) -> None:
-    """Puts the parts together in the order of tokens, adds the spans, removes the parts and publishes the dictionary.
+    """Puts the parts together in the order of tokens, adds the spans, and removes the parts; the facts are complete.
 
     Raises:
         UserError: when no token has a sense.
@@ -103,7 +103,6 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
         **facts,
         **_relations_with_senses(entries, entry_offsets),
     )
-    building.publish()
     _report(building.facts, vocab_size)
 
 

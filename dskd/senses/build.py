@@ -71,8 +71,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         parts = [building.folder / f"part-{rank}.safetensors" for rank in range(world.world_size)]
         vocab_size = source.load_config().vocab_size
         on_main(lambda: assemble(config, building, parts, vocab_size, source.load_tokenizer()))
-        if not config.senses.keep_states:
-            on_main(lambda: shutil.rmtree(states.folder))
+        on_main(lambda: _finish(building, states, keep_states=config.senses.keep_states))
 
 
 def _sampling(config: Config, teacher: ModelFolder) -> Recipe:
@@ -96,6 +95,12 @@ def _prepare(config: Config, building: Building, states: Building, *, force: boo
     if force:
         states.clear()
     states.resume_or_clear()
+
+
+def _finish(building: Building, states: Building, *, keep_states: bool) -> None:
+    building.publish()
+    if not keep_states:
+        shutil.rmtree(states.folder)
 
 
 def _sample(config: Config, source: ModelFolder, sequences: Sequences, folder: Path, world: World) -> list[Path]:
