@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dskd.config import Config
 from dskd.config_file import load_config
+from dskd.inspection.command import add_inspect_parser, run_inspection
 from dskd.program import add_config_arguments, run
 
 MERGE_HELP = "make one sense dictionary of several, built by one teacher on different corpora"
@@ -104,7 +105,12 @@ def main() -> int:
         help="a folder with a senses.safetensors; give this two or more times",
     )
     add_config_arguments(merge)
-    given = parser.parse_args()
+    add_inspect_parser(verbs)
+    given, extra = parser.parse_known_args()
+    if given.verb == "inspect":
+        return run_inspection(given, extra, parser)
+    if extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if given.verb == "config":
         return run(_explain_config)
     if given.verb == "senses":

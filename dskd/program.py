@@ -42,8 +42,13 @@ def build_parser(description: str | None, epilog: str = "") -> argparse.Argument
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config FILE`, and overrides."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
+    add_config_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES_HELP)
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE`."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
 
 
 def run(action: Callable[[], object]) -> int:
