@@ -4,9 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.manifest import Manifest
+from dskd.lexicon import FILE, FOLDER, MADE_BY
+from dskd.manifest import Manifest, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.senses.dictionary import SenseDictionary, load_dictionary, require_fitting
 
@@ -57,6 +61,28 @@ def open_senses(config: Config, teacher: Teacher) -> Senses:
         hidden_size=teacher.hidden_size,
     )
     return Senses(dictionary, manifest)
+
+
+def lexicon_manifest(config: Config) -> Manifest:
+    """The manifest of `WORKDIR/lexicon`.
+
+    Raises:
+        UserError: when there is no lexicon, or it was damaged.
+    """
+    return read_manifest(config.path(FOLDER), "lexicon", made_by=MADE_BY)
+
+
+def read_relations(config: Config, **options: Any) -> pa.Table:
+    """The table of `WORKDIR/lexicon`, or the part of it that `options` of pyarrow's `read_table` ask for.
+
+    Raises:
+        UserError: when it is no table.
+    """
+    path = config.path(FOLDER, FILE)
+    try:
+        return pq.read_table(path, **options)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); make it anew with `{MADE_BY}`") from None
 
 
 def if_there(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.inspection.artifacts import Teacher, if_there, open_senses, open_teacher
+from dskd.inspection.artifacts import Teacher, if_there, lexicon_manifest, open_senses, open_teacher, read_relations
 from dskd.inspection.tokens import whole_words
-from dskd.lexicon import FILE, FOLDER, MADE_BY, RELATIONS, load_lexicon
-from dskd.manifest import Manifest, read_manifest
+from dskd.lexicon import FILE, FOLDER, RELATIONS, load_lexicon
+from dskd.manifest import Manifest
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
 from dskd.text_table import table
 
@@ -42,7 +41,7 @@ class LexiconReport:
     heads: int  # different words
     dropped: dict[str, int]  # why -> pairs
     negation: dict[str, int]  # what the rule of negating affixes did, where it was on
-    malformed: dict[str, tuple[int, str]]  # file -> lines that could not be read, and the first of them
+    malformed: dict[str, tuple[int, tuple[int, ...]]]  # file -> lines left out, and the numbers of the first of them
     coverage: Coverage | None
     notes: list[str] = field(default_factory=list)
 
@@ -53,9 +52,8 @@ def inspect_lexicon(config: Config) -> LexiconReport:
     Raises:
         UserError: when there is no lexicon.
     """
-    folder = config.path(FOLDER)
-    manifest = read_manifest(folder, "lexicon", made_by=MADE_BY)
-    relations = pq.read_table(folder / FILE)
+    manifest = lexicon_manifest(config)
+    relations = read_relations(config)
     by_source: dict[str, dict[str, int]] = {}
     for group in relations.group_by(["source", "relation"]).aggregate([([], "count_all")]).to_pylist():
         by_source.setdefault(group["source"], dict.fromkeys(RELATIONS, 0))[group["relation"]] = group["count_all"]
@@ -64,23 +62,28 @@ def inspect_lexicon(config: Config) -> LexiconReport:
     teacher = if_there(lambda: open_teacher(config), "coverage of the vocabulary", notes)
     malformed = manifest.facts.get("malformed", {})
     return LexiconReport(
-        folder / FILE,
+        config.path(FOLDER, FILE),
         dict(sorted(by_source.items())),
         {relation: pc.sum(pc.equal(distinct["relation"], relation)).as_py() or 0 for relation in RELATIONS},
         pc.count_distinct(relations["head"]).as_py(),
         manifest.facts.get("dropped", {}),
         {name: count for name, count in manifest.facts.get("negation", {}).items() if isinstance(count, int)},
-        {file: (found["lines"], str(next(iter(found["first"]), ""))) for file, found in malformed.items()},
-        None if teacher is None else _coverage(config, teacher, manifest, notes),
+        {file: (found["lines"], tuple(found["first"])) for file, found in malformed.items()},
+        None if teacher is None else _coverage(config, teacher, manifest, len(relations), notes),
         notes,
     )
 
 
 def compute_coverage(
-    words: Mapping[int, str], entries: Entries, facts: Mapping[str, int], *, with_senses: bool
+    words: Mapping[int, str], entries: Entries, facts: Mapping[str, int], pairs: int, *, with_senses: bool
 ) -> Coverage:
-    """Coverage from the whole words of a tokenizer, the entries, and the counts that were made with them."""
+    """Coverage from the whole words of a tokenizer, the entries, the counts made with them, and all directed pairs."""
     heads = {kind: getattr(entries, f"{kind}_offsets").diff() > 0 for kind in RELATIONS}
+    reasons = {why.replace("_", " "): count for why, count in facts.items() if why.startswith(_WHY_UNUSABLE)}
+    usable = {relation: facts[f"{relation}_pairs"] for relation in RELATIONS}
+    alike = pairs - sum(reasons.values()) - sum(usable.values())
+    if alike > 0:
+        reasons["the same pair to the tokenizer, or from another source"] = alike
     heads["either"] = heads["synonym"] | heads["antonym"]
     is_word = heads["either"].new_zeros(entries.vocab_size)
     is_word[list(words)] = True
@@ -89,26 +92,26 @@ def compute_coverage(
         len(words),
         {name: int((is_head & is_word).sum()) for name, is_head in heads.items()},
         int((heads["either"] & ~is_word).sum()),
-        {why.replace("_", " "): count for why, count in facts.items() if why.startswith(_WHY_UNUSABLE)},
-        {relation: facts[f"{relation}_pairs"] for relation in RELATIONS},
+        reasons,
+        usable,
         {relation: facts[f"{relation}_pairs_with_senses"] for relation in RELATIONS} if with_senses else None,
     )
 
 
-def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, notes: list[str]) -> Coverage:
+def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, notes: list[str]) -> Coverage:
     words = whole_words(teacher.tokenizer, teacher.vocab_size)
     try:
         senses = open_senses(config, teacher)
     except UserError:  # it is not needed for this: its part of the lexicon is made on the spot
         senses = None
     if senses is not None and senses.manifest.inputs.get("lexicon") == lexicon.digest:
-        return compute_coverage(words, senses.dictionary.entries, senses.manifest.facts, with_senses=True)
+        return compute_coverage(words, senses.dictionary.entries, senses.manifest.facts, pairs, with_senses=True)
     notes.append(
         "no pairs with senses: there is no sense dictionary of this lexicon and teacher; "
         "make it with `deepspeed launcher/build_senses.py --config FILE`"
     )
     entries, facts = build_entries(load_lexicon(config), teacher.tokenizer, teacher.vocab_size)
-    return compute_coverage(words, entries, facts, with_senses=False)
+    return compute_coverage(words, entries, facts, pairs, with_senses=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -126,10 +129,13 @@ def format_lexicon(report: LexiconReport) -> str:
     if report.dropped:
         lines += ["", _counts("dropped while the lexicon was made", report.dropped)]
     if report.negation:
-        lines += ["", _counts("words with a negating affix", report.negation)]
+        lines += ["", _counts("negating affixes", report.negation, "number")]
     if report.malformed:
-        rows = [[file, f"{count:,}", first] for file, (count, first) in report.malformed.items()]
-        lines += ["", table(["file with lines that could not be read", "lines", "the first of them"], rows)]
+        rows = [
+            [file, f"{count:,}", ", ".join(map(str, first)) + (", …" if count > len(first) else "")]
+            for file, (count, first) in report.malformed.items()
+        ]
+        lines += ["", table(["malformed lines, left out", "number", "at"], rows)]
     if report.coverage is not None:
         lines += ["", *_coverage_lines(report.coverage)]
     lines += ["", *(f"({note})" for note in report.notes)] if report.notes else []
@@ -158,12 +164,12 @@ def _coverage_lines(coverage: Coverage) -> list[str]:
     return [
         table(["vocabulary", "tokens", "share"], vocabulary),
         "",
-        _counts("pairs the tokenizer cannot express", coverage.unusable),
+        _counts("pairs this tokenizer has no use for", coverage.unusable),
         "",
         table(header, pairs),
     ]
 
 
-def _counts(title: str, counts: Mapping[str, int]) -> str:
+def _counts(title: str, counts: Mapping[str, int], unit: str = "pairs") -> str:
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return table([title, "pairs"], [[why.replace("_", " "), f"{count:,}"] for why, count in ordered])
+    return table([title, unit], [[why.replace("_", " "), f"{count:,}"] for why, count in ordered])

@@ -5,16 +5,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.inspection.artifacts import Senses, Teacher, if_there, open_senses, open_teacher
+from dskd.inspection.artifacts import (
+    Senses,
+    Teacher,
+    if_there,
+    lexicon_manifest,
+    open_senses,
+    open_teacher,
+    read_relations,
+)
 from dskd.inspection.contexts import find_contexts, open_training_shards
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_of_tokens, entry_texts, readable, token_texts
-from dskd.lexicon import FILE, FOLDER, MADE_BY, RELATIONS
-from dskd.manifest import read_manifest
+from dskd.lexicon import RELATIONS
 from dskd.senses.dictionary import SenseDictionary
 from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_words
 from dskd.text_table import table
@@ -105,9 +111,8 @@ def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tu
     Raises:
         UserError: when there is no lexicon.
     """
-    folder = config.path(FOLDER)
-    read_manifest(folder, "lexicon", made_by=MADE_BY)
-    relations = pq.read_table(folder / FILE, filters=[("head", "==", word)]).to_pylist()
+    lexicon_manifest(config)
+    relations = read_relations(config, filters=[("head", "==", word)]).to_pylist()
     sources: dict[tuple[str, str], set[str]] = {}
     for relation in relations:
         sources.setdefault((relation["relation"], relation["tail"]), set()).add(relation["source"])
@@ -115,7 +120,7 @@ def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tu
     related = tuple(RelatedWord(relation, tail, tuple(sorted(sources[relation, tail]))) for relation, tail in order)
     if related:
         return related, ()
-    heads = pc.unique(pq.read_table(folder / FILE, columns=["head"])["head"]).to_pylist()
+    heads = pc.unique(read_relations(config, columns=["head"])["head"]).to_pylist()
     return (), near_spellings(word, heads)
 
 
@@ -220,8 +225,7 @@ def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
 
 
 def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> None:
-    lexicon = read_manifest(config.path(FOLDER), "lexicon", made_by=MADE_BY)
-    if senses.manifest.inputs.get("lexicon") not in (None, lexicon.digest):
+    if senses.manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
         notes.append("the lexicon was made anew since the sense dictionary was: the two may differ in their relations")
 
 
