@@ -122,8 +122,8 @@ def _cluster_own(config: Config, runs: list[Path], path: Path, world: World) -> 
 
     def senses() -> Iterator[TokenSenses]:
         with progress_bar(total=len(sampled.tokens), label="k-means", unit="tokens") as bar:
-            # Half of the budget: the clustering has a float copy of a part of them beside it.
-            for states in sampled.ranges(int(settings.memory_budget * 2**30) // 2):
+            # A third of the budget: their senses take as much again, and what is clustered at one time is copied.
+            for states in sampled.ranges(int(settings.memory_budget * 2**30) // 3):
                 yield cluster(states, settings, config.seed, world.device)
                 bar.update(len(states.tokens))
 
