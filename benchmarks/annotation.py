@@ -80,9 +80,8 @@ def main() -> None:
                     seconds[label] += time.perf_counter() - started
         tokens = given.batches * given.batch_size * given.length
         rates = {label: tokens / spent for label, spent in seconds.items()}
-        print(
-            f"{json.dumps(vars(given))}\n{world.device}, {torch.get_num_threads()} threads, {dictionary.num_rows:,} rows"
-        )
+        print(json.dumps(vars(given)))
+        print(f"{world.device}, {torch.get_num_threads()} threads, {dictionary.num_rows:,} rows")
         print(
             f"forward {rates['forward']:,.0f} tokens/s, annotation {rates['annotation']:,.0f} tokens/s: "
             f"{rates['annotation'] / rates['forward']:.3f} of the bare forward pass"
