@@ -8,9 +8,9 @@ from dskd.config import Config, SensesConfig
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, barrier, main_first, on_main
 from dskd.errors import UserError
-from dskd.lexicon import FOLDER as LEXICON_FOLDER
-from dskd.lexicon import MADE_BY as LEXICON_MADE_BY
-from dskd.lexicon import load_lexicon
+from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
+from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
+from dskd.lexicon.relations import load_lexicon
 from dskd.manifest import Building, Recipe, is_current, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
@@ -126,7 +126,7 @@ def _merge(config: Config, building: Building, world_size: int, vocab_size: int,
     token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
 
     relations = load_lexicon(config)
-    entries, facts = build_entries(relations, tokenizer, vocab_size)
+    entries, facts = build_entries(relations, tokenizer, vocab_size, config.senses.surface_forms)
     span_vectors, span_counts, span_sizes = compose_spans(
         entries.span_tokens, vectors, counts, token_offsets, config.senses.k
     )
