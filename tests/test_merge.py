@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from dskd.config_file import load_config
 from dskd.errors import UserError
-from dskd.lexicon import build_lexicon, load_lexicon
+from dskd.lexicon.build import build_lexicon
+from dskd.lexicon.relations import load_lexicon
 from dskd.manifest import Recipe, build_artifact
 from dskd.model_folder import find_teacher
 from dskd.senses.dictionary import FILE, load_dictionary, save_dictionary

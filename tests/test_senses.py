@@ -7,7 +7,7 @@ from tiny_models import word_tokenizer
 
 from dskd.config import SensesConfig
 from dskd.errors import UserError
-from dskd.lexicon import Relation, resolve
+from dskd.lexicon.relations import Relation, resolve
 from dskd.random_numbers import random_bits
 from dskd.senses.cluster import cluster
 from dskd.senses.dictionary import map_vectors, read_dictionary, save_dictionary

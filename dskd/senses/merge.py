@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from dskd.config import Config
 from dskd.console import progress_bar, stage
 from dskd.errors import UserError, listed
-from dskd.lexicon import FOLDER as LEXICON_FOLDER
-from dskd.lexicon import MADE_BY as LEXICON_MADE_BY
+from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
+from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
 from dskd.manifest import Building, Manifest, Recipe, build_artifact, read_manifest, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
