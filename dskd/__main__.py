@@ -27,7 +27,7 @@ in order with `python launcher/pipeline.py --config FILE`.
 
 
 def _lexicon(config: Config) -> None:
-    from dskd.lexicon import build_lexicon
+    from dskd.lexicon.build import build_lexicon
 
     build_lexicon(config)
 

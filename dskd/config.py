@@ -84,16 +84,37 @@ class WordNetConfig(Section):
     path: str | None = Field(None, description="folder with WordNet's dictionary files (data.noun, index.noun, …)")
 
 
+Language = Annotated[str, Field(pattern=r"^[a-z]{3}$")]
+
+
 class LexiconConfig(Section):
     """Synonyms and antonyms (method, section 1)."""
 
     wordnet: bool = Field(True, description="lemma synonyms within a synset, and direct antonyms")
+    indirect_antonyms: bool = Field(
+        False, description="of English adjectives, through the adjectives they are similar to"
+    )
+    languages: Annotated[tuple[Language, ...], Field(min_length=1)] = Field(
+        ("eng",), description="WordNet's, as ISO 639-3 codes; others than eng need Open Multilingual WordNet"
+    )
+    wiktionary: tuple[str, ...] = Field((), description="files of Wiktextract (kaikki.org): .jsonl or .jsonl.gz")
+    wiktionary_language: str = Field("English", min_length=1, description="which entries of them, by their `lang`")
+    dict2vec: tuple[str, ...] = Field((), description="Dict2Vec's pair lists: two synonyms a line")
     tsv: tuple[str, ...] = Field((), description="own lists: head<TAB>synonym|antonym<TAB>tail, one pair a line")
+    morpholex: str | None = Field(
+        None, description="MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
+    )
 
     @model_validator(mode="after")
     def _some_source(self) -> "LexiconConfig":
-        if not self.wordnet and not self.tsv:
-            raise ValueError("no source of relations: set wordnet: true, or tsv to a list of files")
+        if not (self.wordnet or self.wiktionary or self.dict2vec or self.tsv):
+            raise ValueError(
+                "no source of relations: set wordnet: true, or wiktionary, dict2vec or tsv to a list of files"
+            )
+        if not self.wordnet and self.languages != ("eng",):
+            raise ValueError("languages are WordNet's: set wordnet: true, or remove them")
+        if self.indirect_antonyms and not (self.wordnet and "eng" in self.languages):
+            raise ValueError("indirect_antonyms are WordNet's, in English: set wordnet: true and have eng in languages")
         return self
 
 
@@ -121,6 +142,9 @@ class SensesConfig(Section):
     )
     restarts: int = Field(1, ge=1, description="k-means runs a token; the best is kept")
     max_iterations: int = Field(50, ge=1, description="Lloyd iterations a k-means run at most")
+    surface_forms: tuple[Literal["capitalized", "sentence_initial"], ...] = Field(
+        (), description="beside ' word' (the paper) also ' Word', and 'Word' at the beginning of a text, if one token"
+    )
 
 
 class AnnotationConfig(Section):

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dskd.config import Config, CorpusConfig
 from dskd.console import progress, progress_bar, say, stage
 from dskd.errors import UserError, listed
-from dskd.manifest import Recipe, build_artifact, digest_of_json
+from dskd.manifest import Recipe, build_artifact, fingerprint
 from dskd.wordnet import WordNet, open_wordnet
 
 FOLDER = "corpus"
@@ -45,7 +45,7 @@ def recipe(config: Config) -> Recipe:
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     else:
         files = [*expand(corpus.train, "corpus.train"), *expand(corpus.validation, "corpus.validation")]
-        inputs = {str(path): _fingerprint(path) for path in files}
+        inputs = {str(path): fingerprint(path) for path in files}
     keys = ("source", "train", "validation", "text_field", "validation_share")
     return Recipe("corpus", inputs, {key: corpus.as_dict()[key] for key in keys})
 
@@ -236,9 +236,3 @@ def _side(document: Document, validation_share: float) -> str:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _fingerprint(path: Path) -> str:
-    # Large corpora are not read only to find that nothing changed: size and time of change stand for the content.
-    status = path.stat()
-    return digest_of_json([str(path), status.st_size, status.st_mtime_ns])

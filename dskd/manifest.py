@@ -28,7 +28,7 @@ SCHEMA_VERSIONS = {
     "teacher": 1,
     "corpus": 1,
     "sequences": 1,
-    "lexicon": 1,
+    "lexicon": 2,
     "states": 1,
     "senses": 1,
     "shards": 1,
@@ -244,6 +244,12 @@ def sha256_of_file(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Identity of a file too large to be read only to find that nothing changed: its name, size and time of change."""
+    status = path.stat()
+    return digest_of_json([str(path), status.st_size, status.st_mtime_ns])
 
 
 def digest_of_json(value: Any) -> str:

@@ -228,5 +228,5 @@ def _squared_distances(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor
 
 
 def _power_of_two(values: torch.Tensor) -> torch.Tensor:
-    """The next power of two at or above positive integers below 2^24."""
-    return 2 ** values.clamp(min=1).double().log2().ceil().long()
+    """The next power of two at or above integers; 1 for 0. Exact on every device, as a logarithm is not."""
+    return 1 << torch.frexp((values - 1).clamp(min=0).double()).exponent.long()

@@ -14,7 +14,7 @@ from dskd.__main__ import main
 from dskd.config_file import load_config
 from dskd.inspection.lexicon import inspect_lexicon
 from dskd.inspection.word import inspect_word
-from dskd.lexicon import load_lexicon
+from dskd.lexicon.relations import load_lexicon
 from dskd.manifest import hash_files
 from dskd.model_folder import find_teacher
 from dskd.senses.dictionary import load_dictionary

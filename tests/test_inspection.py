@@ -21,7 +21,7 @@ from dskd.inspection.plot import choose_entries, compose_picture, project, token
 from dskd.inspection.senses import per_token
 from dskd.inspection.tokens import entry_of_tokens, entry_texts, readable, token_texts, whole_words
 from dskd.inspection.word import near_spellings, rows_of_entry
-from dskd.lexicon import Relation, resolve
+from dskd.lexicon.relations import Relation, resolve
 from dskd.manifest import hash_files
 from dskd.senses.dictionary import read_dictionary, save_dictionary
 from dskd.senses.entries import build_entries

@@ -7,7 +7,7 @@ from tiny_models import word_tokenizer
 
 from dskd.config import SensesConfig
 from dskd.errors import UserError
-from dskd.lexicon import Relation, resolve
+from dskd.lexicon.relations import Relation, resolve
 from dskd.random_numbers import random_bits
 from dskd.senses.cluster import cluster
 from dskd.senses.dictionary import map_vectors, read_dictionary, save_dictionary
@@ -139,7 +139,7 @@ def test_a_token_with_few_states_keeps_them_as_they_are():
     found = cluster(given, SensesConfig(k=3), 0, torch.device("cpu"))
     assert found.tokens.tolist() == [2, 5]
     assert found.sizes.tolist() == [3, 3]
-    assert torch.equal(found.vectors[:3], states[:3].float())
+    assert torch.equal(found.vectors[:3], states[:3])
     assert found.counts.tolist()[:3] == [1, 1, 1]
     assert int(found.counts[3:].sum()) == 6
 
@@ -149,7 +149,7 @@ def test_a_token_can_have_a_sense_for_so_many_states():
     given = TokenStates(torch.tensor([1, 2, 7]), torch.tensor([0, 3, 11, 36]), states)
     found = cluster(given, SensesConfig(k=4, states_per_sense=5), 0, torch.device("cpu"))
     assert found.sizes.tolist() == [1, 2, 4]  # 3/5 and 8/5 rounded up; 25/5 is more than k
-    torch.testing.assert_close(found.vectors[0], states[:3].float().mean(0))
+    torch.testing.assert_close(found.vectors[0], states[:3].float().mean(0).bfloat16())
     assert [int(part.sum()) for part in found.counts.split(found.sizes.tolist())] == [3, 8, 25]
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.lexicon import FILE, FOLDER, MADE_BY
+from dskd.lexicon.relations import FILE, FOLDER, MADE_BY
 from dskd.manifest import Manifest, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.senses.dictionary import SenseDictionary, load_dictionary, require_fitting

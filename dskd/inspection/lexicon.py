@@ -10,7 +10,7 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher, if_there, lexicon_manifest, open_senses, open_teacher, read_relations
 from dskd.inspection.tokens import whole_words
-from dskd.lexicon import FILE, FOLDER, RELATIONS, load_lexicon
+from dskd.lexicon.relations import FILE, FOLDER, RELATIONS, load_lexicon
 from dskd.manifest import Manifest
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
 from dskd.text_table import table
@@ -25,7 +25,7 @@ class Coverage:
     vocab_size: int
     whole_words: int  # " word" tokens of letters, long enough to be a head
     heads: dict[str, int]  # of those, heads with a synonym, with an antonym, with either
-    other_heads: int  # heads that are no such word: they have a hyphen, an apostrophe or a digit
+    other_heads: int  # heads that are no such word: they have a hyphen or a digit, or begin a text
     unusable: dict[str, int]  # directed pairs that the tokenizer cannot express, by reason
     usable: dict[str, int]  # directed pairs of the sense dictionary, by relation
     with_senses: dict[str, int] | None  # of those, pairs with senses on both sides; None: no sense dictionary
@@ -75,14 +75,16 @@ def inspect_lexicon(config: Config) -> LexiconReport:
 
 
 def compute_coverage(
-    words: Mapping[int, str], entries: Entries, facts: Mapping[str, int], pairs: int, *, with_senses: bool
+    words: Mapping[int, str], entries: Entries, facts: Mapping[str, int], pairs: int | None, *, with_senses: bool
 ) -> Coverage:
-    """Coverage from the whole words of a tokenizer, the entries, the counts made with them, and all directed pairs."""
+    """Coverage from the whole words of a tokenizer, the entries, and the counts that were made with them.
+
+    `pairs` are those of the lexicon; None where a pair of words can be several of tokens, by its surface forms.
+    """
     heads = {kind: getattr(entries, f"{kind}_offsets").diff() > 0 for kind in RELATIONS}
     reasons = {why.replace("_", " "): count for why, count in facts.items() if why.startswith(_WHY_UNUSABLE)}
     usable = {relation: facts[f"{relation}_pairs"] for relation in RELATIONS}
-    alike = pairs - sum(reasons.values()) - sum(usable.values())
-    if alike > 0:
+    if pairs is not None and (alike := pairs - sum(reasons.values()) - sum(usable.values())):
         reasons["the same pair to the tokenizer, or from another source"] = alike
     heads["either"] = heads["synonym"] | heads["antonym"]
     is_word = heads["either"].new_zeros(entries.vocab_size)
@@ -104,14 +106,22 @@ def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, n
         senses = open_senses(config, teacher)
     except UserError:  # it is not needed for this: its part of the lexicon is made on the spot
         senses = None
-    if senses is not None and senses.manifest.inputs.get("lexicon") == lexicon.digest:
-        return compute_coverage(words, senses.dictionary.entries, senses.manifest.facts, pairs, with_senses=True)
+    forms = config.senses.surface_forms
+    pairs_or_none = None if forms else pairs
+    if (
+        senses is not None
+        and senses.manifest.inputs.get("lexicon") == lexicon.digest
+        and tuple(senses.manifest.config.get("surface_forms", ())) == forms
+    ):
+        return compute_coverage(
+            words, senses.dictionary.entries, senses.manifest.facts, pairs_or_none, with_senses=True
+        )
     notes.append(
-        "no pairs with senses: there is no sense dictionary of this lexicon and teacher; "
+        "no pairs with senses: there is no sense dictionary of this lexicon, teacher and senses.surface_forms; "
         "make it with `deepspeed launcher/build_senses.py --config FILE`"
     )
-    entries, facts = build_entries(load_lexicon(config), teacher.tokenizer, teacher.vocab_size)
-    return compute_coverage(words, entries, facts, pairs, with_senses=False)
+    entries, facts = build_entries(load_lexicon(config), teacher.tokenizer, teacher.vocab_size, forms)
+    return compute_coverage(words, entries, facts, pairs_or_none, with_senses=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -153,7 +163,7 @@ def _coverage_lines(coverage: Coverage) -> list[str]:
         row("    with synonyms", coverage.heads["synonym"], words, "words"),
         row("    with antonyms", coverage.heads["antonym"], words, "words"),
         row("    with either", coverage.heads["either"], words, "words"),
-        ["  other heads (with a hyphen, a digit, …)", f"{coverage.other_heads:,}", ""],
+        ["  other heads (with a hyphen, at the start of a text, …)", f"{coverage.other_heads:,}", ""],
     ]
     header, pairs = (
         ["pairs for this tokenizer", "synonym", "antonym"],

@@ -14,7 +14,7 @@ from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
 from dskd.inspection.neighbours import read_rows
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.inspection.word import neighbours_of, rows_of_entry
-from dskd.lexicon import RELATIONS
+from dskd.lexicon.relations import RELATIONS
 from dskd.senses.dictionary import SenseDictionary, map_vectors
 from dskd.senses.entries import tokenize_words
 

@@ -20,9 +20,9 @@ from dskd.inspection.artifacts import (
 from dskd.inspection.contexts import find_contexts, open_training_shards
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_of_tokens, entry_texts, readable, token_texts
-from dskd.lexicon import RELATIONS
+from dskd.lexicon.relations import RELATIONS
 from dskd.senses.dictionary import SenseDictionary
-from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_words
+from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_form, tokenize_words
 from dskd.text_table import table
 
 _NEAR_SPELLINGS = 5
@@ -59,6 +59,7 @@ class WordReport:
     pieces: tuple[str, ...] | None = None  # the tokens, as they read
     tokens: tuple[int, ...] | None = None
     head: str | None = None  # whether it is a usable head, and if not, why
+    forms: tuple[tuple[str, int], ...] = ()  # surface forms in which it is a head too, each with its token
     senses: tuple[WordSense, ...] | None = None
     contexts_are: str = ""  # what the example contexts show
     notes: list[str] = field(default_factory=list)
@@ -102,7 +103,8 @@ def inspect_word(
     found, contexts_are = _senses(config, teacher, senses, tokens, rows, neighbours, contexts, scan, notes)
     related = tuple(_measured(other, ids, dictionary) for other, ids in zip(related, tails, strict=True))
     head = _head(word, tokens, dictionary.entries)
-    return WordReport(word, related, near, pieces, tokens, head, found, contexts_are, notes)
+    forms = _forms(word, senses, teacher)
+    return WordReport(word, related, near, pieces, tokens, head, forms, found, contexts_are, notes)
 
 
 def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tuple[str, ...]]:
@@ -224,6 +226,18 @@ def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
     return f"a usable head: {counts} in the sense dictionary"
 
 
+def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int], ...]:
+    """The surface forms of the dictionary in which the word is a usable head, with the token of each."""
+    if len(word) < MIN_HEAD_LETTERS:
+        return ()
+    found = []
+    for form in senses.manifest.config.get("surface_forms", ()):
+        for (token,) in tokenize_form([word], form, teacher.tokenizer).values():
+            if any(neighbours_of(senses.dictionary.entries, token, kind) for kind in RELATIONS):
+                found.append((form, token))
+    return tuple(found)
+
+
 def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> None:
     if senses.manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
         notes.append("the lexicon was made anew since the sense dictionary was: the two may differ in their relations")
@@ -247,6 +261,7 @@ def format_word(report: WordReport) -> str:
         lines.append(f"  {len(report.tokens)} token{'s' * (len(report.tokens) != 1)}: {shown}")
     if report.head is not None:
         lines.append(f"  {report.head}")
+    lines += [f"  a head too where it is {form.replace('_', ' ')} (token {token})" for form, token in report.forms]
     if not report.related:
         near = f"; near spellings: {', '.join(report.near_spellings)}" if report.near_spellings else ""
         lines.append(f"  not in the lexicon{near}")

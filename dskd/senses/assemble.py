@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dskd.config import Config
 from dskd.console import progress_bar, say
 from dskd.errors import UserError
-from dskd.lexicon import load_lexicon
+from dskd.lexicon.relations import load_lexicon
 from dskd.manifest import Building
 from dskd.senses.cluster import TokenSenses, ranges
 from dskd.senses.dictionary import FILE, tensor_types
@@ -61,7 +61,7 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
     if not token_sizes.any():
         raise UserError("the teacher's states belong to no token at all: the training sequences have no target")
     token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
-    entries, facts = build_entries(load_lexicon(config), tokenizer, vocab_size)
+    entries, facts = build_entries(load_lexicon(config), tokenizer, vocab_size, config.senses.surface_forms)
     sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, config.senses.k)
     entry_offsets = torch.cat([token_offsets, token_offsets[-1] + sizes_of_spans.cumsum(0)])
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, barrier, main_first, on_main
-from dskd.lexicon import FOLDER as LEXICON_FOLDER
-from dskd.lexicon import MADE_BY as LEXICON_MADE_BY
+from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
+from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
 from dskd.lock import hold_lock
 from dskd.manifest import Building, Recipe, is_current, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
@@ -79,7 +79,7 @@ def _sampling(config: Config, teacher: ModelFolder) -> Recipe:
     _, sequences = load_sequences(config, "train", teacher.tokenizer_digest)
     settings = config.senses.as_dict()
     for key in (*_CLUSTERING, *_NOT_IN_RECIPE):
-        settings.pop(key, None)
+        del settings[key]
     return Recipe(
         "states",
         {"sequences": sequences.digest},
@@ -122,8 +122,8 @@ def _cluster_own(config: Config, runs: list[Path], path: Path, world: World) -> 
 
     def senses() -> Iterator[TokenSenses]:
         with progress_bar(total=len(sampled.tokens), label="k-means", unit="tokens") as bar:
-            # Half of the budget: the clustering has a float copy of a part of them beside it.
-            for states in sampled.ranges(int(settings.memory_budget * 2**30) // 2):
+            # A third of the budget: their senses take as much again, and what is clustered at one time is copied.
+            for states in sampled.ranges(int(settings.memory_budget * 2**30) // 3):
                 yield cluster(states, settings, config.seed, world.device)
                 bar.update(len(states.tokens))
 

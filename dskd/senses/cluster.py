@@ -17,7 +17,7 @@ class TokenSenses:
 
     tokens: torch.Tensor  # [m], ascending
     sizes: torch.Tensor  # [m], rows of each
-    vectors: torch.Tensor  # [R, D] float32
+    vectors: torch.Tensor  # [R, D] bf16
     counts: torch.Tensor  # [R] int64, states behind each row
 
 
@@ -50,12 +50,12 @@ def cluster(
     numbers = states.offsets.diff()
     sizes = torch.minimum(senses_per_token(_sum_by_token(weights, states.offsets), settings), numbers)
     offsets = F.pad(sizes.cumsum(0), (1, 0))
-    vectors = torch.empty(int(offsets[-1]), states.states.shape[1])
+    vectors = torch.empty(int(offsets[-1]), states.states.shape[1], dtype=torch.bfloat16)
     counts = torch.empty(int(offsets[-1]), dtype=torch.int64)
 
     few = (numbers == sizes).nonzero().squeeze(-1)
     place, rows = ranges(offsets[few], sizes[few]), ranges(states.offsets[few], sizes[few])
-    vectors[place], counts[place] = states.states[rows].float(), weights[rows]
+    vectors[place], counts[place] = states.states[rows], weights[rows]
 
     many = (numbers > sizes).nonzero().squeeze(-1)
     cluster_seed = derived_seed(seed, "senses", "kmeans")
@@ -74,7 +74,7 @@ def cluster(
             max_iterations=settings.max_iterations,
         )
         place = ranges(offsets[chosen], sizes[chosen])
-        vectors[place] = found.centers.flatten(0, 1).cpu()
+        vectors[place] = found.centers.flatten(0, 1).to(torch.bfloat16).cpu()
         counts[place] = found.counts.flatten().cpu()
     return TokenSenses(states.tokens, sizes, vectors, counts)
 

@@ -15,7 +15,7 @@ import torch
 
 from dskd.random_numbers import uniform
 
-_GROUP_ELEMENTS = {"cpu": 32_000_000, "cuda": 512_000_000}  # floats of the points in one group: 128 MB, 2 GB
+_GROUP_ELEMENTS = {"cpu": 8_000_000, "cuda": 512_000_000}  # floats of the points in one group: 32 MB, 2 GB
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from dskd.config import Config
 from dskd.console import progress_bar, stage
 from dskd.errors import UserError, listed
-from dskd.lexicon import FOLDER as LEXICON_FOLDER
-from dskd.lexicon import MADE_BY as LEXICON_MADE_BY
+from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
+from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
 from dskd.manifest import Building, Manifest, Recipe, build_artifact, read_manifest, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
@@ -86,7 +86,7 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
     numbers = torch.stack([dictionary.entry_offsets[: vocab_size + 1].diff() for dictionary in dictionaries]).sum(0)
     behind = torch.stack([_states_per_token(dictionary) for dictionary in dictionaries]).sum(0)
     sizes = torch.minimum(senses_per_token(behind, config.senses), numbers)
-    rows_at_once = max(1, int(config.senses.memory_budget * 2**30) // 2 // (2 * hidden_size))
+    rows_at_once = max(1, int(config.senses.memory_budget * 2**30) // 3 // (2 * hidden_size))
 
     def senses() -> Iterator[TokenSenses]:
         with progress_bar(total=vocab_size, label="k-means", unit="tokens") as bar:
