@@ -2,6 +2,7 @@
 
 command     the arguments of the verbs
 artifacts   opening what is there, and saying what is not
+entries     entries of the sense dictionary: their tokens, rows and relations
 tokens      tokens and spans as people read them
 neighbours  the entries of the sense dictionary nearest to a row
 contexts    places in the training shards where a row is the nearest sense

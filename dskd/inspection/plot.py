@@ -11,9 +11,9 @@ import numpy as np
 from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
+from dskd.inspection.entries import neighbours_of, rows_of_entry
 from dskd.inspection.neighbours import read_rows
 from dskd.inspection.tokens import entry_texts, readable, token_texts
-from dskd.inspection.word import neighbours_of, rows_of_entry
 from dskd.lexicon.relations import RELATIONS
 from dskd.senses.dictionary import SenseDictionary, map_vectors
 from dskd.senses.entries import tokenize_words

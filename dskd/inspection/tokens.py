@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dskd.inspection.entries import tokens_of_entry
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, tokenize_words
 
 _BEFORE = "the"
@@ -30,25 +31,6 @@ def readable(text: str) -> str:
 def entry_texts(entries: Entries, numbers: Sequence[int], tokenizer: Any) -> list[str]:
     """Entries of the sense dictionary, tokens and spans, as words."""
     return [readable(text) for text in token_texts(tokenizer, [tokens_of_entry(entries, n) for n in numbers])]
-
-
-def tokens_of_entry(entries: Entries, number: int) -> list[int]:
-    """The token ids of an entry: one for a token, two or three for a span."""
-    if number < entries.vocab_size:
-        return [number]
-    return [token for token in entries.span_tokens[number - entries.vocab_size].tolist() if token >= 0]
-
-
-def entry_of_tokens(entries: Entries, tokens: Sequence[int]) -> int | None:
-    """The entry that has just these tokens; None where there is none."""
-    if len(tokens) == 1:
-        return tokens[0]
-    width = entries.span_tokens.shape[1]
-    if not 1 < len(tokens) <= width or not len(entries.span_tokens):
-        return None
-    wanted = entries.span_tokens.new_tensor([*tokens, *[-1] * (width - len(tokens))])
-    found = (entries.span_tokens == wanted).all(-1).nonzero()
-    return entries.vocab_size + int(found[0]) if len(found) else None
 
 
 def whole_words(tokenizer: Any, vocab_size: int) -> dict[int, str]:

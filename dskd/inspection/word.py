@@ -18,8 +18,9 @@ from dskd.inspection.artifacts import (
     read_relations,
 )
 from dskd.inspection.contexts import find_contexts, open_training_shards
+from dskd.inspection.entries import entry_of_tokens, neighbours_of, rows_of_tokens
 from dskd.inspection.neighbours import nearest_entries
-from dskd.inspection.tokens import entry_of_tokens, entry_texts, readable, token_texts
+from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.relations import RELATIONS
 from dskd.senses.dictionary import SenseDictionary
 from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_form, tokenize_words
@@ -133,23 +134,6 @@ def near_spellings(word: str, words: Iterable[str]) -> tuple[str, ...]:
     return tuple(spelled[other] for other in difflib.get_close_matches(word.lower(), spelled, n=_NEAR_SPELLINGS))
 
 
-def rows_of_tokens(dictionary: SenseDictionary, tokens: tuple[int, ...]) -> range:
-    """The rows of the entry with these tokens; empty where there is no such entry, or it has no sense."""
-    entry = entry_of_tokens(dictionary.entries, tokens)
-    return range(0) if entry is None else rows_of_entry(dictionary, entry)
-
-
-def rows_of_entry(dictionary: SenseDictionary, entry: int) -> range:
-    """The rows of an entry."""
-    return range(int(dictionary.entry_offsets[entry]), int(dictionary.entry_offsets[entry + 1]))
-
-
-def neighbours_of(entries: Entries, token: int, relation: str) -> list[int]:
-    """The entries that are synonyms or antonyms of a token."""
-    offsets, tails = getattr(entries, f"{relation}_offsets"), getattr(entries, f"{relation}_entries")
-    return tails[int(offsets[token]) : int(offsets[token + 1])].tolist()
-
-
 def _senses(
     config: Config,
     teacher: Teacher,
@@ -246,7 +230,8 @@ def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> Non
 def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -> str:
     text = f"{word!r} is not in the lexicon"
     if pieces is not None:
-        text += f", and has no senses of its own: the tokenizer makes {len(pieces)} tokens of it ({' | '.join(pieces)})"
+        made = f"{len(pieces)} token{'s' * (len(pieces) != 1)} of it ({' | '.join(pieces)})"
+        text += f", and has no senses of its own: the tokenizer makes {made}"
     return text + (f"; near spellings: {', '.join(near)}" if near else "; no word there is spelled like it")
 
 
