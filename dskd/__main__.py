@@ -3,11 +3,22 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from dskd.config import Config
 from dskd.config_file import load_config
+from dskd.inspection.command import add_inspect_parser, run_inspection
 from dskd.program import add_config_arguments, run
 
+MERGE_HELP = "make one sense dictionary of several, built by one teacher on different corpora"
+MERGE_EPILOG = """
+The config says who the teacher is, where the lexicon lies (for the spans and relations), and how to cluster: senses.k,
+senses.states_per_sense, senses.restarts. Name the result in senses.path, and annotate with it.
+
+example:
+  dskd senses merge --config configs/wiki.yaml --dictionary work/wiki/senses --dictionary work/tasks/senses \\
+      --output work/merged
+"""
 DESCRIPTION = """
 Decoder-based sense knowledge distillation. These verbs run in one process; the stages that run on several ranks are
 started with DeepSpeed's launcher: `deepspeed launcher/{build_senses,annotate,train,evaluate}.py --config FILE`, or all
@@ -16,7 +27,7 @@ in order with `python launcher/pipeline.py --config FILE`.
 
 
 def _lexicon(config: Config) -> None:
-    from dskd.lexicon import build_lexicon
+    from dskd.lexicon.build import build_lexicon
 
     build_lexicon(config)
 
@@ -37,6 +48,12 @@ def _compare(config: Config) -> None:
     from dskd.compare import compare
 
     print(compare(config))
+
+
+def _merge(config: Config, folders: list[Path], output: Path) -> None:
+    from dskd.senses.merge import merge_dictionaries
+
+    merge_dictionaries(config, folders, output)
 
 
 _VERBS: dict[str, tuple[Callable[[Config], None], str]] = {
@@ -70,9 +87,34 @@ def main() -> int:
     verbs.add_parser("config", help="explain every key of a configuration file, with its default")
     wordnet = verbs.add_parser("wordnet", help="find WordNet, and say where it is")
     wordnet.add_argument("--path", help="a folder with WordNet's dictionary files, instead of looking for one")
-    given = parser.parse_args()
+    senses = verbs.add_parser("senses", help="work on finished sense dictionaries: merge")
+    merge = senses.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
+        "merge",
+        help=MERGE_HELP,
+        description=f"{MERGE_HELP[0].upper()}{MERGE_HELP[1:]}.",
+        epilog=MERGE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    merge.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the merged one goes")
+    merge.add_argument(
+        "--dictionary",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FOLDER",
+        help="a folder with a senses.safetensors; give this two or more times",
+    )
+    add_config_arguments(merge)
+    add_inspect_parser(verbs)
+    given, extra = parser.parse_known_args()
+    if given.verb == "inspect":
+        return run_inspection(given, extra, parser)
+    if extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if given.verb == "config":
         return run(_explain_config)
+    if given.verb == "senses":
+        return run(lambda: _merge(load_config(given.config, given.overrides), given.dictionary, given.output))
     if given.verb == "wordnet":
         return run(lambda: _find_wordnet(given.path))
     action, _ = _VERBS[given.verb]

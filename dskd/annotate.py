@@ -6,44 +6,39 @@ With C(e) the rows of entry e, t_i the teacher's state at position i and y_i its
     P_i  the kappa rows nearest to t_i among C(y_i) and the C(e) of all synonyms e of y_i
     N_i  the kappa rows nearest to t_i among the C(e) of all antonyms e of y_i
 
-by L2, ties to the lower row number. P_i and N_i are empty where y_i has neither synonym nor antonym. The result is
-written as streaming shards in blocks of sequences whose size does not depend on the ranks, so that any number of ranks
-writes the same files.
+by L2, ties to the lower row number (:mod:`dskd.sense_search`). P_i and N_i are empty where y_i has neither synonym nor
+antonym. The result is written as streaming shards in blocks of sequences whose size does not depend on the ranks, so
+that any number of ranks writes the same files, and blocks that were written before an interruption are kept.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.corpus import SPLITS
-from dskd.distributed import World, barrier, is_main_process, main_first, on_main, sum_over_ranks
-from dskd.manifest import Building, Recipe, is_current, verify_files
+from dskd.distributed import World, barrier, is_main_process, main_first, on_main
+from dskd.lock import hold_lock
+from dskd.manifest import Building, Recipe, is_current, verify_files, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
-from dskd.senses.dictionary import FILE, SenseDictionary, load_dictionary, require_fitting
-from dskd.senses.dictionary import FOLDER as SENSES_FOLDER
+from dskd.sense_search import Searcher
+from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, require_fitting
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.sequences import Sequences, load_sequences
 from dskd.shards import FOLDER, join_blocks, write_block
 
-_GATHERED_ELEMENTS = 16_000_000  # floats of candidate rows gathered at one time: 64 MB
 _MIN_BLOCKS = 16  # a small corpus is cut into at least so many blocks, so that several ranks have work
-_COUNTS = ("targets", "with_senses", "with_synonyms", "with_antonyms")
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The rows that compete for a token: rows[offsets[v]:offsets[v + 1]], ascending."""
-
-    offsets: torch.Tensor  # [V+1] int64
-    rows: torch.Tensor  # int64
+_COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
+_COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
 
 def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
@@ -51,7 +46,8 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
     _, senses = load_dictionary(config)
     _, sequences = load_sequences(config, split, teacher.tokenizer_digest)
     settings = config.annotation.as_dict() | {"precision": config.precision}
-    del settings["batch_size"]
+    for key in ("batch_size", "memory_budget"):
+        del settings[key]
     return Recipe(
         "shards",
         {"senses": senses.digest, "sequences": sequences.digest},
@@ -71,10 +67,17 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     if not stale:
         say(f"up to date: {config.path(FOLDER)}")
         return
+    on_main(lambda: hold_lock(config.path(f".{FOLDER}.lock"), "annotates"))
     teacher = load_frozen(source, config, world)
-    searcher = Searcher(dictionary, config.annotation.kappa, world.device)
-    for split in stale:
-        sequences, _ = load_sequences(config, split, source.tokenizer_digest)
+    splits = {split: load_sequences(config, split, source.tokenizer_digest)[0] for split in stale}
+    searcher = Searcher(
+        dictionary,
+        config.annotation.kappa,
+        world.device,
+        splits[stale[0]].frequencies(dictionary.vocab_size),
+        int(config.annotation.memory_budget * 2**30),
+    )
+    for split, sequences in splits.items():
         _annotate_split(config, split, sequences, teacher, searcher, wanted[split], world)
     teacher.close()
 
@@ -93,85 +96,6 @@ def _load_fitting_dictionary(config: Config, teacher: ModelFolder) -> SenseDicti
     return dictionary
 
 
-class Searcher:
-    """Finds O_i, P_i and N_i for many positions at once."""
-
-    def __init__(self, dictionary: SenseDictionary, kappa: int, device: torch.device) -> None:
-        self.kappa = kappa
-        self._vectors = dictionary.vectors().to(device)
-        own, related, antonyms = build_candidates(dictionary)
-        self._own, self._related, self._antonyms = (_to(candidates, device) for candidates in (own, related, antonyms))
-        self.has_synonyms = related.offsets.diff() > own.offsets.diff()
-
-    def search(
-        self, states: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """O_i, P_i, N_i [n, kappa] int32 and the mean D(t_i, s) over N_i [n] for teacher states [n, D], targets [n]."""
-        own, _ = nearest_rows(states, targets, self._own, self._vectors, self.kappa)
-        synonyms, _ = nearest_rows(states, targets, self._related, self._vectors, self.kappa)
-        antonyms, distances = nearest_rows(states, targets, self._antonyms, self._vectors, self.kappa)
-        exists = antonyms >= 0
-        mean_distance = distances.where(exists, 0).sum(-1) / exists.sum(-1).clamp(min=1) / states.shape[-1]
-        return own, synonyms, antonyms, mean_distance
-
-
-def build_candidates(dictionary: SenseDictionary) -> tuple[Candidates, Candidates, Candidates]:
-    """The rows that compete for O_i, for P_i and for N_i, by token."""
-    entries, entry_offsets = dictionary.entries, dictionary.entry_offsets
-    tokens = torch.arange(dictionary.vocab_size)
-    synonym_heads = tokens.repeat_interleave(entries.synonym_offsets.diff())
-    antonym_heads = tokens.repeat_interleave(entries.antonym_offsets.diff())
-    lexical = torch.cat([synonym_heads, antonym_heads]).unique()
-    return (
-        _rows_by_token(tokens, tokens, entry_offsets, dictionary.vocab_size),
-        _rows_by_token(
-            torch.cat([lexical, synonym_heads]),
-            torch.cat([lexical, entries.synonym_entries.long()]),
-            entry_offsets,
-            dictionary.vocab_size,
-        ),
-        _rows_by_token(antonym_heads, entries.antonym_entries.long(), entry_offsets, dictionary.vocab_size),
-    )
-
-
-def nearest_rows(
-    states: torch.Tensor, tokens: torch.Tensor, candidates: Candidates, vectors: torch.Tensor, kappa: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kappa candidates of each position's token that are nearest to its state, nearest first.
-
-    Args:
-        states: [n, D].
-        tokens: [n] int64.
-        candidates: the rows that compete, by token.
-        vectors: [R, D].
-        kappa: how many.
-
-    Returns:
-        Row numbers [n, kappa] int32, padded with -1, and their squared distances [n, kappa] float32.
-    """
-    found = torch.full((len(states), kappa), -1, dtype=torch.int32, device=states.device)
-    distances = torch.full((len(states), kappa), torch.inf, device=states.device)
-    starts, sizes = candidates.offsets[tokens], candidates.offsets.diff()[tokens]
-    # Positions with similarly many candidates go together: padding at most doubles the work.
-    widths = torch.where(sizes > 0, 2 ** sizes.clamp(min=1).log2().ceil().long(), 0)
-    for width in widths.unique().tolist():
-        if width == 0:
-            continue
-        members = (widths == width).nonzero().squeeze(-1)
-        for part in members.split(max(1, _GATHERED_ELEMENTS // (width * states.shape[-1]))):
-            place = torch.arange(width, device=states.device)
-            exists = place < sizes[part].unsqueeze(-1)
-            rows = candidates.rows[torch.where(exists, starts[part].unsqueeze(-1) + place, 0)]
-            squares = _squared_distances(states[part].float(), vectors[rows].float())
-            # Rows are ascending, so a stable sort gives ties to the lower one.
-            ordered, order = squares.masked_fill(~exists, torch.inf).sort(dim=-1, stable=True)
-            count = min(kappa, width)
-            nearest = rows.gather(1, order[:, :count]).int()
-            found[part, :count] = torch.where(ordered[:, :count] < torch.inf, nearest, -1)
-            distances[part, :count] = ordered[:, :count]
-    return found, distances
-
-
 def _annotate_split(
     config: Config,
     split: str,
@@ -182,27 +106,44 @@ def _annotate_split(
     world: World,
 ) -> None:
     target = config.path(FOLDER, split)
-    sources = [config.path("sequences"), config.path(SENSES_FOLDER, FILE)]
+    sources = [config.path("sequences"), dictionary_folder(config) / FILE]
     with stage(f"annotate: rows of the sense dictionary for every position ({split})", reads=sources, writes=target):
         building = Building(target, wanted)
-        on_main(building.clear)
+        on_main(building.resume_or_clear)
         blocks = _blocks(len(sequences), sequences.sequence_length, config)
-        mine = blocks[world.rank :: world.world_size]
-        turns = [-(-len(block) // config.annotation.batch_size) for block in blocks]
+        is_done = on_main(lambda: [_block_folder(building.folder, block).is_dir() for block in blocks])
+        left = [block for block, done in zip(blocks, is_done, strict=True) if not done]
+        if len(left) < len(blocks):
+            say(f"  goes on with {len(left)} of {len(blocks)} blocks, the others were written before an interruption")
+        mine = left[world.rank :: world.world_size]
+        turns = [-(-len(block) // config.annotation.batch_size) for block in left]
         # A forward pass under ZeRO-3 needs all ranks: those with less work make up for it at the end.
         most = max(sum(turns[rank :: world.world_size]) for rank in range(world.world_size))
-        sums = torch.zeros(len(_COUNTS) + 1, dtype=torch.float64)
-        with progress_bar(total=sequences.num_tokens, label="annotating", unit="tokens") as bar:
+        tokens_left = sum(int(sequences.lengths[block.start : block.stop].sum()) for block in left)
+        with (
+            progress_bar(
+                total=sequences.num_tokens,
+                initial=sequences.num_tokens - tokens_left,
+                label="annotating",
+                unit="tokens",
+            ) as bar,
+            # The teacher goes on while a block is compressed and written.
+            ThreadPoolExecutor(max_workers=1) as writer,
+        ):
+            written: Future[None] | None = None
             for block in mine:
-                samples = _annotate_block(block, sequences, teacher, searcher, config, world, sums, bar)
-                write_block(_block_folder(building.folder, block), samples)
-        done = sum(turns[world.rank :: world.world_size])
-        for _ in range(most - done):
+                samples, counts = _annotate_block(block, sequences, teacher, searcher, config, world, bar)
+                if written is not None:
+                    written.result()
+                written = writer.submit(_write_block, _block_folder(building.folder, block), samples, counts)
+            if written is not None:
+                written.result()
+        done_turns = sum(turns[world.rank :: world.world_size])
+        for _ in range(most - done_turns):
             batch = sequences.batch(0, 1)
             teacher.hidden_states(batch.input_ids, batch.position_ids)
-        sums = sum_over_ranks(sums.to(world.device)).cpu()
         barrier()
-        on_main(lambda: _publish(building, blocks, sums))
+        on_main(lambda: _publish(building, blocks))
 
 
 def _annotate_block(
@@ -212,60 +153,67 @@ def _annotate_block(
     searcher: Searcher,
     config: Config,
     world: World,
-    sums: torch.Tensor,
     bar: tqdm,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the samples of a block of sequences, and adds its counts to `sums`."""
+) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
+    """The samples of a block of sequences, and its counts."""
+    samples: list[dict[str, np.ndarray]] = []
+    counts = Counter[str]()
     for first in range(block.start, block.stop, config.annotation.batch_size):
-        stop = min(first + config.annotation.batch_size, block.stop)
-        batch = sequences.batch(first, stop)
-        input_ids, counts = batch.input_ids, batch.has_target
-        hidden = teacher.hidden_states(input_ids, batch.position_ids)
-        targets = input_ids.roll(-1, dims=1)[counts]
-        found = searcher.search(hidden[counts.to(world.device)], targets.to(world.device))
-        own, synonyms, antonyms, antonym_distance = (tensor.cpu() for tensor in found)
-        columns = {}
-        for name, rows in (("sense_ids", own), ("synonym_ids", synonyms), ("antonym_ids", antonyms)):
-            column = torch.full((*input_ids.shape, searcher.kappa), -1, dtype=torch.int32)
-            column[counts] = rows
+        batch = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
+        hidden = teacher.hidden_states(batch.input_ids, batch.position_ids)
+        targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
+        found = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
+        columns = {
+            "input_ids": batch.input_ids.int().numpy(),
+            "loss_mask": batch.has_target.to(torch.uint8).numpy(),
+            "document_starts": batch.starts.numpy(),
+        }
+        for name, rows in (("sense_ids", found.own), ("synonym_ids", found.synonyms), ("antonym_ids", found.antonyms)):
+            column = torch.full((*batch.input_ids.shape, searcher.kappa), -1, dtype=torch.int32)
+            column[batch.has_target] = rows.cpu()
             columns[name] = column.numpy()
-        has_antonyms = antonyms[:, 0] >= 0
-        sums += torch.tensor(
-            [
-                len(targets),
-                int((own[:, 0] >= 0).sum()),
-                int(searcher.has_synonyms[targets].sum()),
-                int(has_antonyms.sum()),
-                float(antonym_distance[has_antonyms].double().sum()),
-            ],
-            dtype=torch.float64,
-        )
-        columns |= {"input_ids": input_ids.int().numpy(), "loss_mask": counts.to(torch.uint8).numpy()}
-        columns["document_starts"] = batch.starts.numpy()
-        for index in range(stop - first):
-            yield {name: column[index] for name, column in columns.items()}
+        samples += ({name: column[index] for name, column in columns.items()} for index in range(len(hidden)))
+        counts["targets"] += len(targets)
+        counts["with_senses"] += int((found.own[:, 0] >= 0).sum())
+        counts["with_synonyms"] += int(searcher.has_synonyms[targets].sum())
+        counts["with_antonyms"] += int((found.antonyms[:, 0] >= 0).sum())
+        counts["antonym_distance"] += float(found.antonym_distance.double().sum())  # type: ignore[assignment]
         bar.update(min(batch.num_tokens * world.world_size, bar.total - bar.n))
+    return samples, dict(counts)
 
 
-def _publish(building: Building, blocks: list[range], sums: torch.Tensor) -> None:
-    samples = join_blocks(building.folder, [_block_folder(building.folder, block) for block in blocks])
-    targets, *covered, antonym_distance = sums.tolist()
-    coverage = {name: count / targets for name, count in zip(_COUNTS[1:], covered, strict=True)}
+def _write_block(folder: Path, samples: Sequence[dict[str, np.ndarray]], counts: dict[str, float]) -> None:
+    """Writes a block, which is whole when it has its name."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_block(partial, iter(samples))
+    write_json(partial / _COUNTS_FILE, counts)
+    partial.rename(folder)
+
+
+def _publish(building: Building, blocks: list[range]) -> None:
+    folders = [_block_folder(building.folder, block) for block in blocks]
+    counts = Counter[str]()
+    for folder in folders:
+        counts.update(json.loads((folder / _COUNTS_FILE).read_text(encoding="utf-8")))
+    samples = join_blocks(building.folder, folders)
+    targets = counts["targets"]
+    coverage = {name: counts[name] / max(targets, 1) for name in _COVERAGE}
     building.facts.update(
         samples=samples,
-        targets=int(targets),
+        targets=targets,
         coverage=coverage,
         # The unit of `loss.relative_margin`: mean over positions with antonyms of the mean D(t_i, s) over N_i.
-        teacher_antonym_distance=antonym_distance / max(covered[-1], 1),
+        teacher_antonym_distance=counts["antonym_distance"] / max(counts["with_antonyms"], 1),
     )
     building.publish()
     shares = ", ".join(f"{100 * share:.1f} % {name.replace('_', ' ')}" for name, share in coverage.items())
-    say(f"  {samples:,} samples, {int(targets):,} target positions: {shares}")
+    say(f"  {samples:,} samples, {targets:,} target positions: {shares}")
 
 
 def _blocks(num_sequences: int, sequence_length: int, config: Config) -> list[range]:
     """Ranges of sequences, a shard each, of whole batches where that is possible."""
-    sample_bytes = sequence_length * (4 + 1 + 3 * 4 * config.annotation.kappa)
+    sample_bytes = sequence_length * (4 + 2 + 3 * 4 * config.annotation.kappa)
     by_size = config.annotation.shard_size_mb * 2**20 // sample_bytes
     size = max(1, min(by_size, -(-num_sequences // _MIN_BLOCKS)))
     return [range(start, min(start + size, num_sequences)) for start in range(0, num_sequences, size)]
@@ -273,28 +221,3 @@ def _blocks(num_sequences: int, sequence_length: int, config: Config) -> list[ra
 
 def _block_folder(folder: Path, block: range) -> Path:
     return folder / f"block-{block.start:012d}"
-
-
-def _rows_by_token(
-    heads: torch.Tensor, tails: torch.Tensor, entry_offsets: torch.Tensor, vocab_size: int
-) -> Candidates:
-    """For pairs of a token and an entry, the rows of all its entries by token."""
-    sizes = entry_offsets.diff()[tails]
-    before = sizes.cumsum(0) - sizes
-    rows = torch.arange(int(sizes.sum())) + (entry_offsets[tails] - before).repeat_interleave(sizes)
-    owners = heads.repeat_interleave(sizes)
-    order = rows.argsort(stable=True)
-    order = order[owners[order].argsort(stable=True)]
-    counts = torch.bincount(owners, minlength=vocab_size)
-    return Candidates(F.pad(counts.cumsum(0), (1, 0)), rows[order])
-
-
-def _squared_distances(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """|t - s|² [n, C] of states [n, D] to rows [n, C, D]."""
-    products = torch.bmm(rows, states.unsqueeze(-1)).squeeze(-1)
-    squares = states.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1)
-    return squares.clamp(min=0)
-
-
-def _to(candidates: Candidates, device: torch.device) -> Candidates:
-    return Candidates(candidates.offsets.to(device), candidates.rows.to(device))

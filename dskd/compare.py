@@ -8,6 +8,7 @@ from pathlib import Path
 from dskd import evaluate
 from dskd.config import Config
 from dskd.errors import UserError
+from dskd.text_table import table
 from dskd.tracking import TrackedRun, read_history, read_runs, tracking_uri
 
 PICTURE = "curves.png"
@@ -134,19 +135,6 @@ def how_to_open(config: Config) -> str:
     program = Path(sys.executable).with_name("mlflow")  # the one beside this Python: it need not be on the PATH
     shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
     return f"MLflow: run `{shown} ui --backend-store-uri {uri}` and open http://127.0.0.1:5000"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text columns: the first to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def _measure(name: str, value: float | None) -> str:

@@ -115,30 +115,67 @@ class WordNetConfig(Section):
     path: str | None = Field(None, description="folder with WordNet's dictionary files (data.noun, index.noun, …)")
 
 
+Language = Annotated[str, Field(pattern=r"^[a-z]{3}$")]
+
+
 class LexiconConfig(Section):
     """Synonyms and antonyms (method, section 1)."""
 
     wordnet: bool = Field(True, description="lemma synonyms within a synset, and direct antonyms")
+    indirect_antonyms: bool = Field(
+        False, description="of English adjectives, through the adjectives they are similar to"
+    )
+    languages: Annotated[tuple[Language, ...], Field(min_length=1)] = Field(
+        ("eng",), description="WordNet's, as ISO 639-3 codes; others than eng need Open Multilingual WordNet"
+    )
+    wiktionary: tuple[str, ...] = Field((), description="files of Wiktextract (kaikki.org): .jsonl or .jsonl.gz")
+    wiktionary_language: str = Field("English", min_length=1, description="which entries of them, by their `lang`")
+    dict2vec: tuple[str, ...] = Field((), description="Dict2Vec's pair lists: two synonyms a line")
     tsv: tuple[str, ...] = Field((), description="own lists: head<TAB>synonym|antonym<TAB>tail, one pair a line")
+    morpholex: str | None = Field(
+        None, description="MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
+    )
 
     @model_validator(mode="after")
     def _some_source(self) -> "LexiconConfig":
-        if not self.wordnet and not self.tsv:
-            raise ValueError("no source of relations: set wordnet: true, or tsv to a list of files")
+        if not (self.wordnet or self.wiktionary or self.dict2vec or self.tsv):
+            raise ValueError(
+                "no source of relations: set wordnet: true, or wiktionary, dict2vec or tsv to a list of files"
+            )
+        if not self.wordnet and self.languages != ("eng",):
+            raise ValueError("languages are WordNet's: set wordnet: true, or remove them")
+        if self.indirect_antonyms and not (self.wordnet and "eng" in self.languages):
+            raise ValueError("indirect_antonyms are WordNet's, in English: set wordnet: true and have eng in languages")
         return self
 
 
 class SensesConfig(Section):
     """The sense dictionary (method, section 2)."""
 
+    path: str | None = Field(
+        None, description="a finished dictionary to use instead of building one, such as `dskd senses merge` writes"
+    )
     key: Literal["predicted", "target"] = Field(
         "predicted", description="file a state under the token the teacher predicts (the paper), or the actual next one"
     )
     k: int = Field(10, ge=1, description="senses a token at most")
+    states_per_sense: int | None = Field(
+        None, ge=1, description="give a token one sense for so many states, up to k; by default k wherever there are k"
+    )
     max_states: int = Field(100, ge=1, description="states kept a token, drawn at random")
     batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
+    memory_budget: float = Field(
+        4.0, gt=0, description="GB (2^30 bytes) of states a rank holds in memory; beyond them they are spilled to disk"
+    )
+    save_minutes: float = Field(10.0, ge=0, description="minutes between points an interrupted gathering goes on from")
+    keep_states: bool = Field(
+        False, description="keep the sampled states on disk: another k or restarts then need no teacher"
+    )
     restarts: int = Field(1, ge=1, description="k-means runs a token; the best is kept")
     max_iterations: int = Field(50, ge=1, description="Lloyd iterations a k-means run at most")
+    surface_forms: tuple[Literal["capitalized", "sentence_initial"], ...] = Field(
+        (), description="beside ' word' (the paper) also ' Word', and 'Word' at the beginning of a text, if one token"
+    )
 
 
 class AnnotationConfig(Section):
@@ -147,6 +184,9 @@ class AnnotationConfig(Section):
     kappa: int = Field(5, ge=1, description="rows of the sense dictionary a position is pulled to, or pushed from")
     batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
     shard_size_mb: int = Field(64, ge=1, description="size of a shard before compression")
+    memory_budget: float = Field(
+        4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; the others are read"
+    )
 
 
 Count = Annotated[int, Field(ge=1)]

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd import manifest
 from dskd.errors import UserError, listed
 from dskd.manifest import digest_of_json
 
@@ -64,13 +65,10 @@ def expand(patterns: Sequence[str], key: str, *, workdir: Path) -> list[Path]:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest that changes with the content of what :func:`expand` found, without reading it.
-
-    Large corpora are not read only to find that nothing changed: sizes and times of change stand for the content.
-    """
-    files = sorted(path.parent.iterdir()) if path.name == MDS_INDEX else [path]
-    stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return digest_of_json(stamps if path.name == MDS_INDEX else stamps[0])
+    """Identity of what :func:`expand` found, without reading it; an index stands for the shards beside it."""
+    if path.name != MDS_INDEX:
+        return manifest.fingerprint(path)
+    return digest_of_json([manifest.fingerprint(file) for file in sorted(path.parent.iterdir()) if file.is_file()])
 
 
 def read_file(path: Path, text_field: str) -> Iterator[Document]:

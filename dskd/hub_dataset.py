@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dskd import manifest
 from dskd.config import CorpusConfig
 from dskd.document_files import Document, as_documents, text_of
 from dskd.errors import UserError
@@ -19,7 +20,7 @@ def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(folder): digest_of_json([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])}
+    return {str(folder): digest_of_json([manifest.fingerprint(file) for file in files])}
 
 
 def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:

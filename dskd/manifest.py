@@ -20,6 +20,7 @@ from typing import Any
 from dskd.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
+_RECIPE_NAME = ".recipe"  # of a build that can go on after an interruption
 
 # Raised by one when the format of a kind changes: artifacts of another version are rebuilt, or refused where they are
 # only read.
@@ -27,7 +28,8 @@ SCHEMA_VERSIONS = {
     "teacher": 1,
     "corpus": 1,
     "sequences": 2,
-    "lexicon": 1,
+    "lexicon": 2,
+    "states": 1,
     "senses": 1,
     "shards": 2,
     "student": 1,
@@ -105,8 +107,20 @@ class Building:
         shutil.rmtree(self.folder, ignore_errors=True)
         make_folder(self.folder)
 
+    def resume_or_clear(self) -> None:
+        """Keeps what an interrupted build of the very same recipe left in `folder`; otherwise makes it anew and empty.
+
+        For stages that know which of their files there are whole.
+        """
+        wanted = [asdict(self.recipe), SCHEMA_VERSIONS[self.recipe.kind], package_versions()]
+        recipe_file = self.folder / _RECIPE_NAME
+        if not recipe_file.is_file() or recipe_file.read_text(encoding="utf-8") != digest_of_json(wanted):
+            self.clear()
+            recipe_file.write_text(digest_of_json(wanted), encoding="utf-8")
+
     def publish(self) -> Manifest:
         """Writes the manifest and puts the folder in its place, replacing an older artifact."""
+        (self.folder / _RECIPE_NAME).unlink(missing_ok=True)
         manifest = Manifest(
             kind=self.recipe.kind,
             schema_version=SCHEMA_VERSIONS[self.recipe.kind],
@@ -230,6 +244,12 @@ def sha256_of_file(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Identity of a file too large to be read only to find that nothing changed: its name, size and time of change."""
+    status = path.stat()
+    return digest_of_json([str(path), status.st_size, status.st_mtime_ns])
 
 
 def digest_of_json(value: Any) -> str:

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from dskd import annotate, checkpoint, corpus, evaluate, export, lexicon, pretrain, sequences, student, train
+from dskd import annotate, checkpoint, corpus, evaluate, export, pretrain, sequences, student, train
 from dskd.compare import compare
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.console import say
 from dskd.distributed import free_port
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+from dskd.lexicon import build as lexicon
 from dskd.lock import hold_lock
 from dskd.manifest import Recipe, is_current
 from dskd.model_folder import TEACHER_FOLDER, find_teacher
@@ -117,7 +118,10 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         ),
         Stage(
             "senses",
-            artifact("senses", lambda: senses.recipe(config, find_teacher(config))),
+            lambda: (
+                config.senses.path is not None
+                or is_current(config.path("senses"), senses.recipe(config, find_teacher(config)))
+            ),
             ranks("build_senses.py"),
         ),
         Stage("shards", shards_are_current, ranks("annotate.py")),

@@ -7,6 +7,7 @@ traceback (a scheduler must not retry it); 130 interrupted.
 import argparse
 import atexit
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from dskd.distributed import World, current_rank, initialize, is_main_process, s
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
 
 _RANK_0_SPEAKS_FIRST_S = 4.0
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OVERRIDES_HELP = (
     "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
     "`dskd config` explains every key"
@@ -42,8 +44,13 @@ def build_parser(description: str | None, epilog: str = "") -> argparse.Argument
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config FILE`, and overrides."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
+    add_config_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES_HELP)
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE`."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
 
 
 def run(action: Callable[[], object]) -> int:
@@ -58,6 +65,17 @@ def run(action: Callable[[], object]) -> int:
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(_RANK_0_SPEAKS_FIRST_S)
                 print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT_CODE
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror}{place}; what was complete stays. Free some, or set workdir to another disk, and "
+            "the same command goes on from there",
+            file=sys.stderr,
+            flush=True,
+        )
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         say("interrupted; what was complete stays, and the same command goes on from there")

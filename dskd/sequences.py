@@ -56,6 +56,17 @@ class Sequences:
         """Real tokens in all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
 
+    def frequencies(self, vocab_size: int) -> torch.Tensor:
+        """How often each token [V] stands in the sequences, by a sample of at most a million tokens."""
+        step = max(1, len(self) * self.sequence_length // 1_000_000)
+        input_ids = map_tensor(self.path, "input_ids", "I32")
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for first in range(0, len(self), 1000 * step):
+            is_real = np.arange(self.sequence_length) < self.lengths[first : first + 1000, None]
+            tokens = torch.from_numpy(input_ids[first : first + 1000][is_real])
+            counts += torch.bincount(tokens, minlength=vocab_size)
+        return counts
+
     def batch(self, start: int, stop: int) -> TokenBatch:
         """The sequences from `start` to `stop`."""
         return self.select(slice(start, stop))

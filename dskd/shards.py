@@ -8,6 +8,7 @@ Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batc
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,8 +203,8 @@ def join_blocks(folder: Path, blocks: Sequence[Path]) -> int:
                 if old.is_file():
                     old.rename(folder / shard[part]["basename"])
             shards.append(shard)
-        (block / "index.json").unlink()
-        block.rmdir()
+        # A block that is half removed must not look like one: its name goes first.
+        shutil.rmtree(block.rename(block.with_name(f".{block.name}.partial")))
     write_json(folder / "index.json", {"shards": shards, "version": 2})
     return sum(shard["samples"] for shard in shards)
 

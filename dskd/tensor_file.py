@@ -1,6 +1,7 @@
 """safetensors files that are larger than memory: written and read piece by piece, through memory maps."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ def create_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
     Args:
         path: the file.
         tensors: {name: (type as safetensors calls it, shape)}. BF16 is mapped as its raw 16 bits.
+
+    Raises:
+        OSError: when the disk has no place for them.
     """
     header, places, size = {}, {}, 0
     # The widest types first: then each tensor begins where its type may.
@@ -32,7 +36,8 @@ def create_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + size)
+        stream.flush()
+        _reserve(stream.fileno(), 8 + len(text) + size)
     maps: dict[str, np.ndarray] = {}
     for name, (dtype, shape) in tensors.items():
         if 0 in shape:  # an empty file region cannot be mapped
@@ -43,6 +48,14 @@ def create_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
     for tensor in maps.values():
         if isinstance(tensor, np.memmap):
             tensor.flush()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Gives the file its size, and its place on disk: a full disk is an error here, and a crash in a mapped page."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
 
 
 def map_tensor(path: Path, name: str, dtype: str) -> np.ndarray:

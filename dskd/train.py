@@ -26,7 +26,7 @@ from dskd.node_cache import open_node_cache
 from dskd.precision import compute_dtype
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
-from dskd.senses.dictionary import load_dictionary, require_fitting
+from dskd.senses.dictionary import dictionary_folder, load_dictionary, require_fitting
 from dskd.step import StepResult, train_step
 from dskd.student import MADE_BY as STUDENT_MADE_BY
 from dskd.student import find_student
@@ -85,7 +85,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     """
     with stage(
         f"train: run {config.run!r}",
-        reads=[config.path("student"), config.path(shards.FOLDER, "train"), config.path("senses")],
+        reads=[config.path("student"), config.path(shards.FOLDER, "train"), dictionary_folder(config)],
         writes=checkpoint.folder(config),
     ):
         inputs = main_first(lambda: load_inputs(config))

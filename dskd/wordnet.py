@@ -3,16 +3,22 @@
 Places are tried in a fixed order: the config's `wordnet.path`, nltk's data folders, `nltk.download`, and the dictionary
 files of Debian's `wordnet-base`. Dictionary files alone are not what nltk expects (there is no `lexnames`, and nltk
 refuses folders outside its data path), so they are copied once into a cache folder and completed there.
+
+Other languages come from Open Multilingual WordNet, which gives the synsets of WordNet 3.0 lemmas in them. It is read
+where it lies in nltk's data folders.
 """
 
 import functools
+import hashlib
 import io
 import os
+import re
 import shutil
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +41,11 @@ _VERB_FILES = (
     "body change cognition communication competition consumption contact creation emotion motion perception possession "
     "social stative weather"
 )
+
+# Open Multilingual WordNet as nltk distributes it, the newest first, and the WordNet whose synsets it names.
+OMW_PACKAGES = ("omw-2.0", "omw-1.4")
+OMW_VERSION = "3.0"
+_OMW_SYNSET = re.compile(r"[0-9]{8}-[nvars]")
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,123 @@ def open_wordnet(path: str | None = None, *, allow_download: bool = True) -> Wor
     return _open(found)
 
 
+@dataclass(frozen=True)
+class LanguageFile:
+    """The file of one language of Open Multilingual WordNet: where it is, and its lines."""
+
+    name: str
+    content: bytes
+
+    @property
+    def digest(self) -> str:
+        """Identity by content."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language that was opened: its file, how many lines it has, and (number, what is wrong) of malformed ones."""
+
+    name: str
+    lines: int
+    malformed: tuple[tuple[int, str], ...]
+
+
+def find_language(code: str) -> LanguageFile:
+    """The file of a language (ISO 639-3) of Open Multilingual WordNet, unpacked or zipped, in nltk's data folders.
+
+    Raises:
+        UserError: when there is none, with the languages that are there, or the ways to get them.
+    """
+    import nltk
+
+    there: set[str] = set()
+    for package in OMW_PACKAGES:
+        for base in nltk.data.path:
+            for name, read in _language_files(Path(base) / "corpora", package):
+                found = name.removesuffix(".tab").rsplit("wn-data-", 1)[1]
+                if found == code:
+                    return LanguageFile(name, read())
+                there.add(found)
+    if there:
+        raise UserError(
+            f"lexicon.languages: Open Multilingual WordNet has no {code!r} here; it has {', '.join(sorted(there))} "
+            "(ISO 639-3 codes)"
+        )
+    raise UserError(
+        f"lexicon.languages: {code!r} needs Open Multilingual WordNet, which is in none of nltk's data folders. Three "
+        "ways out:\n"
+        f"  with the internet:  python -m nltk.downloader {OMW_PACKAGES[-1]}\n"
+        f"  from another place: put its folder or zip as corpora/{OMW_PACKAGES[-1]} into a folder of NLTK_DATA\n"
+        "  without it:         lexicon.languages=[eng]"
+    )
+
+
+def open_language(wordnet: WordNet, code: str) -> Language:
+    """Makes `synset.lemma_names(code)` of the reader give the lemmas of another language.
+
+    Lines that are not `synset<TAB>kind<TAB>value` with a synset of WordNet are left out, and named in what is returned.
+
+    Raises:
+        UserError: when the language is not there, its file is not UTF-8, or it names synsets of another WordNet.
+    """
+    version = wordnet.reader.get_version()
+    if version != OMW_VERSION:
+        raise UserError(
+            f"lexicon.languages: Open Multilingual WordNet names synsets of WordNet {OMW_VERSION}, but "
+            f"{wordnet.folder} is WordNet {version}; set wordnet.path to a WordNet {OMW_VERSION}, or "
+            "lexicon.languages=[eng]"
+        )
+    file = find_language(code)
+    try:
+        lines = file.content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name}: this is not UTF-8 text ({error}); fetch it again") from None
+    malformed: list[tuple[int, str]] = []
+    kept: list[str] = []
+    count = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        count += 1
+        problem = _problem_of(line, wordnet)
+        if problem:
+            malformed.append((number, problem))
+        else:
+            kept.append(f"{line}\n")
+    # nltk's own way to bring in a language; what it would skip in silence or fail on has been taken out.
+    wordnet.reader.custom_lemmas(io.StringIO("".join(kept)), code)
+    return Language(file.name, count, tuple(malformed))
+
+
+def _problem_of(line: str, wordnet: WordNet) -> str | None:
+    fields = line.strip().split("\t")
+    if len(fields) < 3:
+        return f"{len(fields)} fields"
+    if not _OMW_SYNSET.fullmatch(fields[0]):
+        return f"{fields[0]!r} names no synset"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nltk warns of what is returned as a problem here
+        synset = wordnet.reader.of2ss(fields[0])
+    return None if synset else f"WordNet {OMW_VERSION} has no synset {fields[0]}"
+
+
+def _language_files(corpora: Path, package: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """(name, how to read it) of the files of a package, unpacked or zipped, in the order of their names."""
+    for path in sorted((corpora / package).glob("*/wn-data-*.tab")):
+        yield str(path), path.read_bytes
+    archive = corpora / f"{package}.zip"
+    if not archive.is_file():
+        return
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for name in sorted(opened.namelist()):
+                if re.fullmatch(r"[^/]+/[^/]+/wn-data-[^/]+\.tab", name):
+                    yield f"{archive}/{name}", functools.partial(opened.read, name)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{archive}: this zip file is damaged ({error}); fetch it again") from None
+
+
 def _open(folder: Path) -> WordNet:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
@@ -101,7 +229,7 @@ def _open(folder: Path) -> WordNet:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "multilingual functions are not available": none is used
+            warnings.simplefilter("ignore", UserWarning)  # "multilingual functions are not available"
             reader = EnglishReader(str(folder), omw_reader=None)
         reader.synset("entity.n.01")
     except Exception as error:  # nltk raises what the damage makes it raise

@@ -20,7 +20,8 @@ from streaming import StreamingDataset
 
 from dskd.corpus import read_wordnet_documents
 from dskd.distributed import World, initialize
-from dskd.lexicon import read_wordnet, resolve
+from dskd.lexicon.relations import resolve
+from dskd.lexicon.wordnet_relations import read_wordnet
 from dskd.manifest import hash_files
 from dskd.node_cache import streaming_names
 from dskd.wordnet import open_wordnet

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dskd.annotate import Searcher
+from dskd.sense_search import Searcher
 from dskd.senses.dictionary import SenseDictionary
 from dskd.senses.entries import Entries
 
@@ -68,13 +68,23 @@ def _oracle(dictionary: SenseDictionary, state: np.ndarray, target: int) -> tupl
     return nearest(rows(target)), nearest(pool), nearest([row for entry in antonyms for row in rows(entry)])
 
 
-def test_every_position_agrees_with_brute_force(dictionary):
+@pytest.mark.parametrize("resident_rows", [10_000, 20, 0])
+def test_every_position_agrees_with_brute_force(dictionary, resident_rows):
+    """Wherever the rows are, and with frequent targets (more than a tile of one) as well as rare ones."""
     generator = torch.Generator().manual_seed(1)
     states, targets = torch.randn(400, D, generator=generator), torch.randint(0, V, (400,), generator=generator)
-    own, synonyms, antonyms, _ = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
+    targets[:100] = targets[0]
+    frequencies = torch.bincount(targets, minlength=V)
+    searcher = Searcher(dictionary, KAPPA, torch.device("cpu"), frequencies, memory_budget=resident_rows * 2 * D)
+    found = searcher.search(states, targets)
     for i in range(400):
         expected = _oracle(dictionary, states[i].double().numpy(), int(targets[i]))
-        assert (own[i].tolist(), synonyms[i].tolist(), antonyms[i].tolist()) == expected
+        assert (found.own[i].tolist(), found.synonyms[i].tolist(), found.antonyms[i].tolist()) == expected
+
+
+def test_a_batch_without_targets_finds_nothing(dictionary):
+    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(torch.empty(0, D), torch.empty(0, dtype=torch.long))
+    assert found.own.shape == found.synonyms.shape == found.antonyms.shape == (0, KAPPA)
 
 
 def test_the_oracle_meets_every_kind_of_position(dictionary):
@@ -87,15 +97,16 @@ def test_the_oracle_meets_every_kind_of_position(dictionary):
 def test_no_row_is_both_pulled_and_pushed(dictionary):
     generator = torch.Generator().manual_seed(2)
     states, targets = torch.randn(200, D, generator=generator), torch.randint(0, V, (200,), generator=generator)
-    own, synonyms, antonyms, _ = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
-    for pulled, also_pulled, pushed in zip(own.tolist(), synonyms.tolist(), antonyms.tolist(), strict=True):
+    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
+    columns = (found.own.tolist(), found.synonyms.tolist(), found.antonyms.tolist())
+    for pulled, also_pulled, pushed in zip(*columns, strict=True):
         assert not ({*pulled, *also_pulled} & set(pushed)) - {-1}
 
 
 def test_the_mean_antonym_distance_is_that_of_the_rows_found(dictionary):
     states, targets = torch.randn(50, D, generator=torch.Generator().manual_seed(3)), torch.arange(50) % V
-    _, _, antonyms, distances = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
+    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
     vectors = dictionary.vectors().float()
-    for state, rows, distance in zip(states, antonyms.tolist(), distances.tolist(), strict=True):
-        found = [float(((vectors[row] - state) ** 2).mean()) for row in rows if row >= 0]
-        assert distance == pytest.approx(sum(found) / max(len(found), 1), rel=1e-4, abs=1e-6)
+    for state, rows, distance in zip(states, found.antonyms.tolist(), found.antonym_distance.tolist(), strict=True):
+        of_rows = [float(((vectors[row] - state) ** 2).mean()) for row in rows if row >= 0]
+        assert distance == pytest.approx(sum(of_rows) / max(len(of_rows), 1), rel=1e-4, abs=1e-6)

@@ -73,10 +73,23 @@ def test_equal_points_leave_no_center_undefined():
 
 def test_groups_hold_every_token_once_and_pad_by_size_alone():
     sizes = torch.tensor([11, 16, 17, 24, 25, 100, 64, 12])
+    numbers = torch.tensor([5, 5, 5, 3, 5, 5, 2, 5])
     seen = {}
-    for indices, width in groups(sizes, hidden_size=4):
+    for indices, width, k in groups(sizes, numbers, 4, torch.device("cpu")):
         for index in indices.tolist():
             assert index not in seen
             seen[index] = width
+            assert k == numbers[index]
             assert sizes[index] <= width < max(2 * int(sizes[index]), 17)
     assert len(seen) == len(sizes)
+
+
+def test_a_weight_is_as_good_as_repeating_the_point():
+    (points,), _ = _clouds([30])
+    weights = torch.randint(1, 5, (30,), generator=torch.Generator().manual_seed(0))
+    repeated = points.repeat_interleave(weights, dim=0)
+    weighted = _fit(points[None], weights[None], 4, restarts=2)
+    plain = _fit(repeated[None], torch.ones(1, len(repeated)), 4, restarts=2)
+    torch.testing.assert_close(weighted.centers, plain.centers)
+    assert torch.equal(weighted.counts, plain.counts)
+    torch.testing.assert_close(weighted.inertia, plain.inertia)

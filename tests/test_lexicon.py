@@ -2,7 +2,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dskd.errors import UserError
-from dskd.lexicon import SCHEMA, Relation, read_tsv, read_wordnet, resolve, write_relations
+from dskd.lexicon.relations import SCHEMA, Relation, resolve, write_relations
+from dskd.lexicon.tsv import read_tsv
+from dskd.lexicon.wordnet_relations import read_wordnet
 from dskd.wordnet import open_wordnet
 
 
@@ -61,7 +63,7 @@ def test_every_bad_line_of_a_tsv_is_named(tmp_path):
 def test_a_binary_tsv_is_refused(tmp_path):
     path = tmp_path / "own.tsv"
     path.write_bytes(b"\x80\x81\xff\x00")
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+    with pytest.raises(UserError, match="is a binary file"):
         list(read_tsv(path))
 
 

@@ -16,7 +16,7 @@ from dskd.config import Config
 from dskd.corpus import build_corpus
 from dskd.evaluate import evaluate
 from dskd.export import build_export
-from dskd.lexicon import build_lexicon
+from dskd.lexicon.build import build_lexicon
 from dskd.model_folder import find_teacher
 from dskd.senses.build import build_senses
 from dskd.sequences import build_sequences

@@ -7,13 +7,13 @@ from tiny_models import word_tokenizer
 
 from dskd.config import SensesConfig
 from dskd.errors import UserError
-from dskd.lexicon import Relation, resolve
+from dskd.lexicon.relations import Relation, resolve
 from dskd.random_numbers import random_bits
-from dskd.senses.build import cluster
+from dskd.senses.cluster import cluster
 from dskd.senses.dictionary import map_vectors, read_dictionary, save_dictionary
 from dskd.senses.entries import build_entries, tokenize_words
-from dskd.senses.gather import Reservoir, TokenStates
-from dskd.senses.spans import compose_spans
+from dskd.senses.reservoir import Reservoir, SampledStates, TokenStates
+from dskd.senses.spans import compose_spans, span_sizes
 
 WORDS = ["big", "large", "huge", "small", "of", "very", "the", "size", "ox"]
 
@@ -66,40 +66,91 @@ def test_words_are_tokenized_as_they_stand_inside_a_text():
     assert tokenize_words(["big"], tokenizer) == [(vocabulary["▁big"],)]
 
 
-def test_the_reservoir_keeps_the_lowest_priorities_in_any_order_of_arrival():
+ROW_BYTES = 2 * 4 + 16  # of a state of 4 dimensions with its token and priority
+
+
+@pytest.mark.parametrize(
+    ("shuffled", "step", "budget_rows", "flush_every", "ranks"),
+    [
+        (False, 50, 10_000, 0, 1),  # everything fits
+        (True, 7, 40, 0, 1),  # spills
+        (True, 33, 25, 60, 1),  # spills less than one offer, and is flushed so often that runs are merged
+        (True, 20, 60, 100, 3),
+    ],
+)
+def test_the_sample_is_that_of_lowest_priority_whatever_the_memory(
+    tmp_path, shuffled, step, budget_rows, flush_every, ranks
+):
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 7, (500,), generator=generator)
-    priorities = random_bits(3, torch.arange(500))
-    states = torch.arange(500.0).unsqueeze(-1).repeat(1, 4)
-
-    def sample(order, step, buffer_states):
-        reservoir = Reservoir(7, 5, 4, buffer_states=buffer_states)
-        for start in range(0, 500, step):
+    tokens = torch.randint(0, 7, (1500,), generator=generator)
+    priorities = random_bits(3, torch.arange(1500))
+    states = torch.randn(1500, 4, generator=generator).bfloat16()
+    order = torch.randperm(1500, generator=generator) if shuffled else torch.arange(1500)
+    reservoirs = [Reservoir(7, 5, 4, budget_rows * ROW_BYTES, tmp_path, f"rank{rank}") for rank in range(ranks)]
+    for number, start in enumerate(range(0, 1500, step)):
+        for rank, reservoir in enumerate(reservoirs):
             part = order[start : start + step]
+            part = part[tokens[part] % ranks == rank]
+            part = part[reservoir.wanted(tokens[part], priorities[part])]
             reservoir.add(tokens[part], priorities[part], states[part])
-        return reservoir.finish()
-
+            if flush_every and number % (flush_every // step or 1) == 0:
+                reservoir.flush()
+                reservoir.remove_obsolete()
+    runs = [tmp_path / run for reservoir in reservoirs for run in reservoir.flush()]
     expected = {
-        token: [i for i in sorted(range(500), key=lambda i: int(priorities[i])) if tokens[i] == token][:5]
+        token: [i for i in sorted(range(1500), key=lambda i: int(priorities[i])) if tokens[i] == token][:5]
         for token in range(7)
     }
-    for order, step, buffer_states in [(torch.arange(500), 50, 10), (torch.randperm(500, generator=generator), 7, 64)]:
-        found = sample(order, step, buffer_states)
-        assert found.tokens.tolist() == list(range(7))
-        for index, token in enumerate(found.tokens.tolist()):
-            rows = found.states[found.offsets[index] : found.offsets[index + 1], 0]
-            assert rows.tolist() == [float(torch.tensor(float(i)).bfloat16()) for i in expected[token]]
+    for readers, budget in ((1, 10**6), (2, 3 * 4 * 2)):
+        found: dict[int, torch.Tensor] = {}
+        for rank in range(readers):
+            for some in SampledStates(runs, 5, (rank, readers)).ranges(budget):
+                for index, token in enumerate(some.tokens.tolist()):
+                    assert token % readers == rank
+                    found[token] = some.states[some.offsets[index] : some.offsets[index + 1]]
+        assert sorted(found) == list(range(7))
+        for token, rows in expected.items():
+            assert torch.equal(found[token], states[rows])
+
+
+def test_a_reservoir_goes_on_from_the_runs_that_were_noted(tmp_path):
+    priorities = random_bits(5, torch.arange(300))
+    tokens, states = torch.arange(300) % 3, torch.randn(300, 4).bfloat16()
+    first = Reservoir(3, 4, 4, 50 * ROW_BYTES, tmp_path, "rank0")
+    first.add(tokens[:150], priorities[:150], states[:150])
+    noted = first.flush()
+    first.add(tokens[150:], priorities[150:], states[150:])  # lost: nobody noted the runs that this made
+    second = Reservoir(3, 4, 4, 50 * ROW_BYTES, tmp_path, "rank0", noted)
+    assert not second.wanted(tokens, priorities).all()  # it knows what it need not be sent
+    second.add(tokens[150:], priorities[150:], states[150:])
+    (found,) = SampledStates([tmp_path / run for run in second.flush()], 4).ranges(10**6)
+    expected = [i for token in range(3) for i in sorted(range(token, 300, 3), key=lambda i: int(priorities[i]))[:4]]
+    assert torch.equal(found.states, states[expected])
+
+
+def test_no_state_at_all_is_no_error_of_the_sample(tmp_path):
+    assert Reservoir(3, 4, 4, 1000, tmp_path, "rank0").flush() == []
+    assert list(SampledStates([], 4).ranges(1000)) == []
 
 
 def test_a_token_with_few_states_keeps_them_as_they_are():
     states = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = TokenStates(torch.tensor([2, 5]), torch.tensor([0, 3, 9]), states)
-    tokens, sizes, vectors, counts = cluster(found, SensesConfig(k=3), 0, torch.device("cpu"))
-    assert tokens.tolist() == [2, 5]
-    assert sizes.tolist() == [3, 3]
-    assert torch.equal(vectors[:3], states[:3].float())
-    assert counts.tolist()[:3] == [1, 1, 1]
-    assert int(counts[3:].sum()) == 6
+    given = TokenStates(torch.tensor([2, 5]), torch.tensor([0, 3, 9]), states)
+    found = cluster(given, SensesConfig(k=3), 0, torch.device("cpu"))
+    assert found.tokens.tolist() == [2, 5]
+    assert found.sizes.tolist() == [3, 3]
+    assert torch.equal(found.vectors[:3], states[:3])
+    assert found.counts.tolist()[:3] == [1, 1, 1]
+    assert int(found.counts[3:].sum()) == 6
+
+
+def test_a_token_can_have_a_sense_for_so_many_states():
+    states = torch.randn(3 + 8 + 25, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    given = TokenStates(torch.tensor([1, 2, 7]), torch.tensor([0, 3, 11, 36]), states)
+    found = cluster(given, SensesConfig(k=4, states_per_sense=5), 0, torch.device("cpu"))
+    assert found.sizes.tolist() == [1, 2, 4]  # 3/5 and 8/5 rounded up; 25/5 is more than k
+    torch.testing.assert_close(found.vectors[0], states[:3].float().mean(0).bfloat16())
+    assert [int(part.sum()) for part in found.counts.split(found.sizes.tolist())] == [3, 8, 25]
 
 
 def test_spans_are_composed_as_in_a_plain_loop():
@@ -108,7 +159,9 @@ def test_spans_are_composed_as_in_a_plain_loop():
     vectors = torch.randn(8, 4, generator=generator)
     counts = torch.arange(1, 9)
     spans = torch.tensor([[0, 2, -1], [2, 3, 0], [0, 1, -1], [1, 0, 2]], dtype=torch.int32)
-    found, behind, sizes = compose_spans(spans, vectors, counts, offsets, k=3)
+    sizes = span_sizes(spans, offsets, 3)
+    pieces = list(compose_spans(spans, lambda rows: vectors[rows], counts, offsets, k=3))
+    found, behind = (torch.cat(parts) for parts in zip(*pieces, strict=True))
 
     expected, expected_behind, expected_sizes = [], [], []
     for span in spans.tolist():

@@ -1,48 +1,56 @@
-"""The stage `launcher/build_senses.py`: lexicon, teacher and text become `WORKDIR/senses`."""
+"""The stage `launcher/build_senses.py`: lexicon, teacher and text become `WORKDIR/senses`.
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
+The sampled states lie in a folder of their own, beside the dictionary's, until the dictionary is whole: a build that
+was interrupted, or is repeated with other clusters and `senses.keep_states`, goes on from them.
+"""
 
-from dskd.config import Config, SensesConfig
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, barrier, main_first, on_main
-from dskd.errors import UserError
-from dskd.lexicon import FOLDER as LEXICON_FOLDER
-from dskd.lexicon import MADE_BY as LEXICON_MADE_BY
-from dskd.lexicon import load_lexicon
+from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
+from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
+from dskd.lock import hold_lock
 from dskd.manifest import Building, Recipe, is_current, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
-from dskd.random_numbers import derived_seed
-from dskd.senses.dictionary import FILE, FOLDER, save_dictionary
-from dskd.senses.entries import Entries, build_entries
-from dskd.senses.gather import TokenStates, gather_states
-from dskd.senses.kmeans import groups, kmeans
-from dskd.senses.spans import compose_spans
-from dskd.sequences import load_sequences
+from dskd.senses.assemble import assemble, write_part
+from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
+from dskd.senses.dictionary import FILE, FOLDER
+from dskd.senses.gather import gather_states, read_progress
+from dskd.senses.reservoir import SampledStates
+from dskd.sequences import Sequences, load_sequences
+
+# What does not change which states are sampled, and what does not change the dictionary either.
+_CLUSTERING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")
+_NOT_IN_RECIPE = ("path", "batch_size", "memory_budget", "save_minutes", "keep_states")
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
-    """What decides the content of the dictionary. The batch size does not."""
+    """What decides the content of the dictionary."""
     lexicon = read_manifest(config.path(LEXICON_FOLDER), "lexicon", made_by=LEXICON_MADE_BY)
-    _, sequences = load_sequences(config, "train", teacher.tokenizer_digest)
-    settings = config.senses.as_dict() | {"seed": config.seed, "precision": config.precision}
-    del settings["batch_size"]
+    sampled = _sampling(config, teacher)
+    settings = {key: value for key, value in config.senses.as_dict().items() if key not in _NOT_IN_RECIPE}
     return Recipe(
         "senses",
-        {"lexicon": lexicon.digest, "sequences": sequences.digest},
-        settings,
-        teacher=teacher.digest,
-        tokenizer=teacher.tokenizer_digest,
+        {"lexicon": lexicon.digest, **sampled.inputs},
+        {**sampled.config, **settings},
+        teacher=sampled.teacher,
+        tokenizer=sampled.tokenizer,
     )
 
 
 def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     """Gathers states on all ranks, clusters them where they are owned, and writes the dictionary on rank 0.
 
-    A dictionary that is up to date is left as it is, but with `force`.
+    A dictionary that is up to date is left as it is, but with `force`; then also the states are gathered anew.
     """
+    if config.senses.path is not None:
+        say(f"senses.path: {config.senses.path} is used, nothing is built")
+        return
     target = config.path(FOLDER)
     source = main_first(lambda: find_teacher(config))
     wanted = main_first(lambda: recipe(config, source))
@@ -51,131 +59,73 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         return
     sources = [config.path(name) for name in ("lexicon", "sequences")]
     with stage("senses: teacher states to sense embeddings", reads=sources, writes=target / FILE):
-        teacher = load_frozen(source, config, world)
         sequences, _ = load_sequences(config, "train", source.tokenizer_digest)
         building = Building(target, wanted)
-        on_main(building.clear)
-        states = gather_states(teacher, sequences, config.senses, config.seed, world)
-        vocab_size, tokenizer = teacher.vocab_size, source.load_tokenizer()
-        teacher.close()
+        states = Building(config.path("states"), main_first(lambda: _sampling(config, source)))
+        on_main(lambda: _prepare(config, building, states, force=force))
+        runs = _sample(config, source, sequences, states.folder, world)
 
-        tokens, sizes, vectors, counts = cluster(states, config.senses, config.seed, world.device)
-        part = {"tokens": tokens, "sizes": sizes, "vectors": vectors.to(torch.bfloat16), "counts": counts}
-        save_file(part, building.folder / f"part-{world.rank}.safetensors")
+        part = building.folder / f"part-{world.rank}.safetensors"
+        _cluster_own(config, runs, part, world)
         barrier()
-        on_main(lambda: _merge(config, building, world.world_size, vocab_size, tokenizer))
+        parts = [building.folder / f"part-{rank}.safetensors" for rank in range(world.world_size)]
+        vocab_size = source.load_config().vocab_size
+        on_main(lambda: assemble(config, building, parts, vocab_size, source.load_tokenizer()))
+        on_main(lambda: _finish(building, states, keep_states=config.senses.keep_states))
 
 
-def cluster(
-    states: TokenStates, settings: SensesConfig, seed: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sense embeddings of every token of `states`: at most k each; a token with at most k states keeps them.
-
-    Returns:
-        Tokens [m], rows of each [m], vectors [R, D] in the order of tokens, and states behind each row [R].
-    """
-    k = settings.k
-    state_counts = states.offsets.diff()
-    sizes = state_counts.clamp(max=k)
-    offsets = F.pad(sizes.cumsum(0), (1, 0))
-    vectors = torch.empty(int(offsets[-1]), states.states.shape[1])
-    counts = torch.ones(int(offsets[-1]), dtype=torch.int64)
-
-    few = (state_counts <= k).nonzero().squeeze(-1)
-    vectors[_ranges(offsets[few], sizes[few])] = states.states[_ranges(states.offsets[few], sizes[few])].float()
-
-    many = (state_counts > k).nonzero().squeeze(-1)
-    cluster_seed = derived_seed(seed, "senses", "kmeans")
-    with progress_bar(total=len(many), label="k-means", unit="words") as bar:
-        for indices, width in groups(state_counts[many], states.states.shape[1]):
-            tokens = many[indices]
-            rows = states.offsets[tokens].unsqueeze(-1) + torch.arange(width)
-            mask = rows < states.offsets[tokens + 1].unsqueeze(-1)
-            points = states.states[torch.where(mask, rows, 0)].to(device)
-            found = kmeans(
-                points,
-                mask.to(device),
-                k,
-                seed=cluster_seed,
-                keys=states.tokens[tokens],
-                restarts=settings.restarts,
-                max_iterations=settings.max_iterations,
-            )
-            place = _ranges(offsets[tokens], sizes[tokens])
-            vectors[place] = found.centers.flatten(0, 1).cpu()
-            counts[place] = found.counts.flatten().cpu()
-            bar.update(len(tokens))
-    return states.tokens, sizes, vectors, counts
-
-
-def _merge(config: Config, building: Building, world_size: int, vocab_size: int, tokenizer: object) -> None:
-    """Puts the ranks' parts together in the order of tokens, adds the spans, and publishes the dictionary."""
-    paths = [building.folder / f"part-{rank}.safetensors" for rank in range(world_size)]
-    parts = [load_file(path) for path in paths]
-    tokens = torch.cat([part["tokens"] for part in parts])
-    sizes = torch.cat([part["sizes"] for part in parts])
-    starts = sizes.cumsum(0) - sizes
-    order = tokens.argsort()
-    rows = _ranges(starts[order], sizes[order])
-    vectors = torch.cat([part["vectors"] for part in parts])[rows]
-    counts = torch.cat([part["counts"] for part in parts])[rows]
-    if not len(vectors):
-        raise UserError("the teacher's states belong to no token at all: the training sequences have no target")
-    token_sizes = torch.zeros(vocab_size, dtype=torch.int64)
-    token_sizes[tokens] = sizes
-    token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
-
-    relations = load_lexicon(config)
-    entries, facts = build_entries(relations, tokenizer, vocab_size)
-    span_vectors, span_counts, span_sizes = compose_spans(
-        entries.span_tokens, vectors, counts, token_offsets, config.senses.k
+def _sampling(config: Config, teacher: ModelFolder) -> Recipe:
+    """What decides which states are sampled."""
+    _, sequences = load_sequences(config, "train", teacher.tokenizer_digest)
+    settings = config.senses.as_dict()
+    for key in (*_CLUSTERING, *_NOT_IN_RECIPE):
+        del settings[key]
+    return Recipe(
+        "states",
+        {"sequences": sequences.digest},
+        settings | {"seed": config.seed, "precision": config.precision},
+        teacher=teacher.digest,
+        tokenizer=teacher.tokenizer_digest,
     )
-    entry_offsets = torch.cat([token_offsets, token_offsets[-1] + span_sizes.cumsum(0)])
-    save_dictionary(
-        building.folder / FILE,
-        torch.cat([vectors, span_vectors.to(torch.bfloat16)]),
-        torch.cat([counts, span_counts]),
-        entry_offsets,
-        entries,
-    )
-    for path in paths:
-        path.unlink()
-    building.facts.update(
-        rows=int(entry_offsets[-1]),
-        tokens_with_senses=len(tokens),
-        spans_with_senses=int((span_sizes > 0).sum()),
-        states=int(counts.sum()),
-        **facts,
-        **_relations_with_senses(entries, entry_offsets),
-    )
+
+
+def _prepare(config: Config, building: Building, states: Building, *, force: bool) -> None:
+    hold_lock(config.path(f".{FOLDER}.lock"), "builds the sense dictionary")
+    building.clear()
+    if force:
+        states.clear()
+    states.resume_or_clear()
+
+
+def _finish(building: Building, states: Building, *, keep_states: bool) -> None:
     building.publish()
-    say(
-        f"  {building.facts['rows']:,} sense embeddings from {int(counts.sum()):,} states: {len(tokens):,} of "
-        f"{vocab_size:,} tokens and {building.facts['spans_with_senses']:,} of {facts['spans']:,} spans have senses"
-    )
-    for name in ("synonym", "antonym"):
-        usable, all_pairs = building.facts[f"{name}_pairs_with_senses"], facts[f"{name}_pairs"]
-        heads = facts[f"tokens_with_{name}s"]
-        say(f"  {all_pairs:,} {name} pairs of {heads:,} tokens, {usable:,} of them with senses on both sides")
-    unusable = {why: number for why, number in facts.items() if why.startswith(("head", "neighbour"))}
-    say(
-        "  pairs the tokenizer cannot express: "
-        + ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in unusable.items())
-    )
+    if not keep_states:
+        shutil.rmtree(states.folder)
 
 
-def _relations_with_senses(entries: Entries, entry_offsets: torch.Tensor) -> dict[str, int]:
-    """How many pairs have senses on both sides, and so can act in training."""
-    has_rows = entry_offsets.diff() > 0
-    facts = {}
-    for relation in ("synonym", "antonym"):
-        offsets, tails = getattr(entries, f"{relation}_offsets"), getattr(entries, f"{relation}_entries")
-        heads = torch.arange(entries.vocab_size).repeat_interleave(offsets.diff())
-        facts[f"{relation}_pairs_with_senses"] = int((has_rows[heads] & has_rows[tails.long()]).sum())
-    return facts
+def _sample(config: Config, source: ModelFolder, sequences: Sequences, folder: Path, world: World) -> list[Path]:
+    """The runs that hold the sample; the teacher is loaded only when they are not complete yet."""
+    progress = read_progress(folder)
+    if progress.sequences_done == len(sequences):
+        say(f"  uses the states in {folder}")
+        return [folder / run for run in progress.runs]
+    teacher = load_frozen(source, config, world)
+    runs = gather_states(teacher, sequences, config.senses, config.seed, world, folder)
+    teacher.close()
+    return runs
 
 
-def _ranges(starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """The integers starts[j] … starts[j] + sizes[j] - 1 for every j, end to end."""
-    before = sizes.cumsum(0) - sizes
-    return torch.arange(int(sizes.sum())) + (starts - before).repeat_interleave(sizes)
+def _cluster_own(config: Config, runs: list[Path], path: Path, world: World) -> None:
+    """Clusters the states of the tokens this rank owns, and writes its part of the dictionary."""
+    settings = config.senses
+    sampled = SampledStates(runs, settings.max_states, share=(world.rank, world.world_size))
+
+    def senses() -> Iterator[TokenSenses]:
+        with progress_bar(total=len(sampled.tokens), label="k-means", unit="tokens") as bar:
+            # A third of the budget: their senses take as much again, and what is clustered at one time is copied.
+            for states in sampled.ranges(int(settings.memory_budget * 2**30) // 3):
+                yield cluster(states, settings, config.seed, world.device)
+                bar.update(len(states.tokens))
+
+    sizes = senses_per_token(sampled.counts, settings)
+    write_part(path, sampled.tokens, sizes, sampled.hidden_size, senses())

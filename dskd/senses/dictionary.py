@@ -3,7 +3,7 @@
 docs/formats.md describes the tensors. R rows, D hidden, V vocabulary, E entries (V tokens, then spans).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,22 +51,39 @@ class SenseDictionary:
         return open_safetensors(self.path).get_tensor("vectors")
 
 
+def tensor_types(entries: Entries, rows: int, hidden_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor: (type as safetensors calls it, shape)} of a dictionary with so many rows."""
+    types: dict[str, tuple[str, tuple[int, ...]]] = {
+        "vectors": ("BF16", (rows, hidden_size)),
+        "counts": ("I64", (rows,)),
+        "entry_offsets": ("I64", (entries.num_entries + 1,)),
+    }
+    for name, tensor in entries.tensors().items():
+        types[name] = ("I64" if tensor.dtype == torch.int64 else "I32", tuple(tensor.shape))
+    return types
+
+
 def save_dictionary(
     path: Path, vectors: torch.Tensor, counts: torch.Tensor, entry_offsets: torch.Tensor, entries: Entries
 ) -> None:
     """Writes the file; `vectors` [R, D] bf16, `counts` [R], `entry_offsets` [E+1]."""
     tensors = {"vectors": vectors.to(torch.bfloat16), "counts": counts, "entry_offsets": entry_offsets}
-    tensors |= {name: getattr(entries, name) for name in _entry_tensors()}
+    tensors |= entries.tensors()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
+def dictionary_folder(config: Config) -> Path:
+    """`senses.path` where it is given, `WORKDIR/senses` otherwise."""
+    return Path(config.senses.path).expanduser() if config.senses.path is not None else config.path(FOLDER)
+
+
 def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
-    """The dictionary of `WORKDIR/senses` and its manifest.
+    """The dictionary of the experiment, and its manifest.
 
     Raises:
         UserError: when it is missing, damaged or lacks a tensor.
     """
-    folder = config.path(FOLDER)
+    folder = dictionary_folder(config)
     manifest = read_manifest(folder, "senses", made_by=MADE_BY)
     return read_dictionary(folder / FILE), manifest
 
@@ -85,7 +102,7 @@ def read_dictionary(path: Path) -> SenseDictionary:
         tensors = {name: stored.get_tensor(name) for name in _INDEX_TENSORS}
         shape = stored.get_slice("vectors").get_shape()
     entries = Entries(
-        vocab_size=len(tensors["synonym_offsets"]) - 1, **{name: tensors[name] for name in _entry_tensors()}
+        vocab_size=len(tensors["synonym_offsets"]) - 1, **{name: tensors[name] for name in _INDEX_TENSORS[2:]}
     )
     offsets = tensors["entry_offsets"]
     if len(offsets) != entries.num_entries + 1 or int(offsets[-1]) != shape[0] or len(tensors["counts"]) != shape[0]:
@@ -121,7 +138,3 @@ def map_vectors(path: Path) -> np.ndarray:
     The loader's workers use it: they touch a few thousand rows a batch of a file that may have tens of gigabytes.
     """
     return map_tensor(path, "vectors", "BF16")
-
-
-def _entry_tensors() -> list[str]:
-    return [field.name for field in fields(Entries) if field.name != "vocab_size"]

@@ -5,13 +5,13 @@ A head must be one token as " word" and longer than two letters; a neighbour may
 """
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from dskd.lexicon import Relation
+from dskd.lexicon.relations import Relation
 
 MAX_SPAN_TOKENS = 3
 MIN_HEAD_LETTERS = 3
@@ -37,28 +37,44 @@ class Entries:
         """E."""
         return self.vocab_size + len(self.span_tokens)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor, by its name in the dictionary's file."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "vocab_size"}
 
-def build_entries(relations: Iterable[Relation], tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
+
+def build_entries(
+    relations: Iterable[Relation], tokenizer: Any, vocab_size: int, surface_forms: Sequence[str] = ()
+) -> tuple[Entries, dict[str, int]]:
     """Tokenizes the words of the relations and drops the pairs that the tokenizer cannot express.
 
+    Beside " word", a word that begins with a small letter has the `surface_forms`: `capitalized`, " Word", and
+    `sentence_initial`, "Word" at the very beginning of a text. A form counts where it is one token: it is then a head
+    with the neighbours of the word, and a neighbour of the word's heads.
+
     Returns:
-        The entries, and counts for people: usable pairs, and pairs dropped by reason.
+        The entries, and counts for people: usable pairs, pairs dropped by reason, and for each form how many tokens are
+        heads and neighbours in it.
     """
     relations = list(relations)
     words = sorted({word for relation in relations for word in (relation.head, relation.tail)})
     tokens_of = dict(zip(words, tokenize_words(words, tokenizer), strict=True))
+    forms_of = {form: tokenize_form(words, form, tokenizer) for form in dict.fromkeys(surface_forms)}
     counts: Counter[str] = Counter()
     pairs: dict[str, set[tuple[int, tuple[int, ...]]]] = {"synonym": set(), "antonym": set()}
     for relation in relations:
-        head, tail = tokens_of[relation.head], tokens_of[relation.tail]
-        if len(head) != 1:
+        heads, tails = [tokens_of[relation.head]], [tokens_of[relation.tail]]
+        heads += [token for of in forms_of.values() if (token := of.get(relation.head))]
+        tails += [token for of in forms_of.values() if (token := of.get(relation.tail))]
+        heads = [head for head in heads if len(head) == 1]
+        tails = [tail for tail in tails if 1 <= len(tail) <= MAX_SPAN_TOKENS]
+        if not heads:
             counts["head_is_not_one_token"] += 1
         elif len(relation.head) < MIN_HEAD_LETTERS:
             counts["head_is_shorter_than_three_letters"] += 1
-        elif not 1 <= len(tail) <= MAX_SPAN_TOKENS:
+        elif not tails:
             counts["neighbour_is_longer_than_three_tokens"] += 1
-        elif head != tail:
-            pairs[relation.relation].add((head[0], tail))
+        else:
+            pairs[relation.relation] |= {(head[0], tail) for head in heads for tail in tails if head != tail}
     # Different words can be one to the tokenizer (it may drop case or accents), so rows are kept apart here once more:
     # a row that a position is pulled to must never be one it is pushed from.
     pairs["antonym"] -= pairs["synonym"]
@@ -71,6 +87,11 @@ def build_entries(relations: Iterable[Relation], tokenizer: Any, vocab_size: int
         counts[f"{name}_pairs"] = len(edges)
         counts[f"tokens_with_{name}s"] = len({head for head, _ in edges})
     counts["spans"] = len(spans)
+    used_heads = {(head,) for kind in pairs.values() for head, _ in kind}
+    used_tails = {tail for kind in pairs.values() for _, tail in kind}
+    for form, tokens in forms_of.items():
+        counts[f"{form}_heads"] = len(used_heads.intersection(tokens.values()))
+        counts[f"{form}_neighbours"] = len(used_tails.intersection(tokens.values()))
     padded = [[*span, *[-1] * (MAX_SPAN_TOKENS - len(span))] for span in spans]
     return Entries(
         vocab_size=vocab_size,
@@ -94,6 +115,20 @@ def tokenize_words(words: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
     prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
     batch = tokenizer([f"{before} {word}" for word in words], add_special_tokens=False)["input_ids"]
     return [tuple(ids[len(prefix) :]) if ids[: len(prefix)] == prefix else () for ids in batch]
+
+
+def tokenize_form(words: list[str], form: str, tokenizer: Any) -> dict[str, tuple[int, ...]]:
+    """The words that are one token in a surface form (see :func:`build_entries`), with that token."""
+    capitalized = {word: upper + word[1:] for word in words if word[0].islower() and len(upper := word[0].upper()) == 1}
+    if not capitalized:
+        return {}
+    texts = list(capitalized.values())
+    if form == "sentence_initial":
+        tokens = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    else:
+        tokens = tokenize_words(texts, tokenizer)
+    unknown = (tokenizer.unk_token_id,)
+    return {word: ids for word, ids in zip(capitalized, tokens, strict=True) if len(ids) == 1 and ids != unknown}
 
 
 def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

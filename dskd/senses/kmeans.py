@@ -15,7 +15,7 @@ import torch
 
 from dskd.random_numbers import uniform
 
-_GROUP_ELEMENTS = 32_000_000  # floats of the points in one group: 128 MB
+_GROUP_ELEMENTS = {"cpu": 8_000_000, "cuda": 512_000_000}  # floats of the points in one group: 32 MB, 2 GB
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Clusters:
 
 def kmeans(
     points: torch.Tensor,
-    mask: torch.Tensor,
+    weights: torch.Tensor,
     num_clusters: int,
     *,
     seed: int,
@@ -41,21 +41,23 @@ def kmeans(
 
     Args:
         points: [G, N, D], of any floating dtype.
-        mask: [G, N] bool, True for real points; each token has more than `num_clusters`.
+        weights: [G, N], how often each point counts, 0 for padding; each token has more than `num_clusters` points.
         num_clusters: K.
         seed: of the random choices.
         keys: [G] int64; a token's result depends on its points, the seed and its key, and not on its group.
         restarts: runs with different random choices; the one of least inertia is kept.
         max_iterations: Lloyd iterations a run at most.
     """
+    weights = weights.float()
+    mask = weights > 0
     points = points.float() * mask.unsqueeze(-1)
     # Distances come from products, which lose digits where the points are far from the origin.
-    mean = points.sum(1, keepdim=True) / mask.sum(1).clamp(min=1).view(-1, 1, 1)
+    mean = (points * weights.unsqueeze(-1)).sum(1, keepdim=True) / weights.sum(1).view(-1, 1, 1)
     points = (points - mean) * mask.unsqueeze(-1)
     best: Clusters | None = None
     for restart in range(restarts):
-        centers = _greedy_seeding(points, mask, num_clusters, seed, keys, restart)
-        found = _lloyd(points, mask, centers, max_iterations)
+        centers = _greedy_seeding(points, weights, num_clusters, seed, keys, restart)
+        found = _lloyd(points, weights, centers, max_iterations)
         if best is None:
             best = found
         else:
@@ -69,15 +71,27 @@ def kmeans(
     return Clusters(best.centers + mean, best.counts, best.inertia)
 
 
-def groups(sizes: torch.Tensor, hidden_size: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """Puts tokens with similarly many points together: (indices into `sizes`, N to pad them to).
+def groups(
+    sizes: torch.Tensor, num_clusters: torch.Tensor, hidden_size: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Puts tokens with similarly many points and equally many clusters together.
 
     N depends on a token's own size alone, so that arithmetic does not depend on the company it is in.
+
+    Args:
+        sizes: points of each token.
+        num_clusters: K of each token.
+        hidden_size: D.
+        device: where the points will be.
+
+    Yields:
+        Indices into `sizes`, N to pad the tokens' points to, and K.
     """
     padded = torch.tensor([_padded(int(size)) for size in sizes], dtype=torch.int64)
-    for width in padded.unique().tolist():
-        indices = (padded == width).nonzero().squeeze(-1)
-        yield from ((part, width) for part in indices.split(max(1, _GROUP_ELEMENTS // (width * hidden_size))))
+    elements = _GROUP_ELEMENTS[device.type]
+    for width, k in torch.stack([padded, num_clusters], dim=1).unique(dim=0).tolist():
+        indices = ((padded == width) & (num_clusters == k)).nonzero().squeeze(-1)
+        yield from ((part, width, k) for part in indices.split(max(1, elements // (width * hidden_size))))
 
 
 def _padded(size: int) -> int:
@@ -87,23 +101,22 @@ def _padded(size: int) -> int:
 
 
 def _greedy_seeding(
-    points: torch.Tensor, mask: torch.Tensor, num_clusters: int, seed: int, keys: torch.Tensor, restart: int
+    points: torch.Tensor, weights: torch.Tensor, num_clusters: int, seed: int, keys: torch.Tensor, restart: int
 ) -> torch.Tensor:
     """Initial centres [G, K, D]."""
     group = torch.arange(len(points), device=points.device)
     trials = torch.arange(2 + int(math.log(num_clusters)), device=points.device)
     keys = keys.to(points.device)
     norms = points.square().sum(-1)
-    real = mask.float()
-    first = _draw(real, uniform(seed, keys, restart, 0, 0).unsqueeze(-1)).squeeze(-1)
+    first = _draw(weights, uniform(seed, keys, restart, 0, 0).unsqueeze(-1)).squeeze(-1)
     centers = [points[group, first]]
-    closest = _squared_distances(points, norms, centers[0].unsqueeze(1)).squeeze(-1) * real
+    closest = _squared_distances(points, norms, centers[0].unsqueeze(1)).squeeze(-1) * weights
     for number in range(1, num_clusters):
         draws = uniform(seed, keys.unsqueeze(-1), restart, number, trials)
         candidates = _draw(closest, draws)  # [G, trials]
         proposed = points[group.unsqueeze(-1), candidates]
         distances = _squared_distances(points, norms, proposed)  # [G, N, trials]
-        after = torch.minimum(distances, closest.unsqueeze(-1)) * real.unsqueeze(-1)
+        after = torch.minimum(distances * weights.unsqueeze(-1), closest.unsqueeze(-1))
         winner = after.sum(1).argmin(-1)
         centers.append(proposed[group, winner])
         closest = after[group, :, winner]
@@ -119,8 +132,9 @@ def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.where(cumulative[:, -1:] > 0, indices.clamp(max=weights.shape[-1] - 1), 0)
 
 
-def _lloyd(points: torch.Tensor, mask: torch.Tensor, centers: torch.Tensor, max_iterations: int) -> Clusters:
+def _lloyd(points: torch.Tensor, weights: torch.Tensor, centers: torch.Tensor, max_iterations: int) -> Clusters:
     """Alternates assignment and means until no assignment changes."""
+    mask = weights > 0
     norms = points.square().sum(-1)
     num_clusters = centers.shape[1]
     centers = centers.clone()
@@ -133,13 +147,13 @@ def _lloyd(points: torch.Tensor, mask: torch.Tensor, centers: torch.Tensor, max_
         active, labels, distances = active[moved], labels[moved], distances[moved]
         if not len(active):
             break
-        members = _one_hot(labels, mask[active], num_clusters)
+        members = _members(labels, weights[active], num_clusters)
         sizes = members.sum(1)
-        means = torch.bmm(members.transpose(1, 2), points[active]) / sizes.clamp(min=1).unsqueeze(-1)
-        centers[active] = _refill(means, sizes, points[active], distances * mask[active])
+        means = torch.bmm(members.transpose(1, 2), points[active]) / sizes.clamp(min=1e-30).unsqueeze(-1)
+        centers[active] = _refill(means, sizes, points[active], distances * weights[active])
     distances, labels = _squared_distances(points, norms, centers).min(-1)
-    counts = _one_hot(labels, mask, num_clusters).sum(1).long()
-    return Clusters(centers, counts, (distances * mask).sum(-1))
+    counts = _members(labels, weights, num_clusters).double().sum(1).round().long()
+    return Clusters(centers, counts, (distances * weights).sum(-1))
 
 
 def _refill(means: torch.Tensor, sizes: torch.Tensor, points: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
@@ -154,10 +168,10 @@ def _refill(means: torch.Tensor, sizes: torch.Tensor, points: torch.Tensor, dist
     return torch.where(empty.unsqueeze(-1), replacements, means)
 
 
-def _one_hot(labels: torch.Tensor, mask: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Membership [G, N, K] float32 of labels [G, N]; padding belongs nowhere."""
+def _members(labels: torch.Tensor, weights: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Membership [G, N, K] float32 of labels [G, N], by weight; padding belongs nowhere."""
     members = torch.zeros(*labels.shape, num_clusters, device=labels.device)
-    return members.scatter_(-1, labels.unsqueeze(-1), mask.float().unsqueeze(-1))
+    return members.scatter_(-1, labels.unsqueeze(-1), weights.unsqueeze(-1))
 
 
 def _squared_distances(points: torch.Tensor, norms: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:

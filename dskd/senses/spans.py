@@ -1,51 +1,64 @@
 """Senses of spans of two and three tokens, composed of their tokens' senses (method, section 2)."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 
-_CHUNK = 4096
+_ELEMENTS = 8_000_000  # floats of the rows of the spans that are composed at one time
 
 
-def compose_spans(
-    span_tokens: torch.Tensor, vectors: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One sense per sense of the first token: each further token adds the sense nearest to the mean of the rows so far.
-
-    A span one of whose tokens has no sense has none either.
+def span_sizes(span_tokens: torch.Tensor, offsets: torch.Tensor, k: int) -> torch.Tensor:
+    """How many senses each span [S, 3] has: as many as its first token, up to k, and none where a token has none.
 
     Args:
         span_tokens: [S, 3], padded with -1.
-        vectors: [R, D], the senses of the tokens.
-        counts: [R], states behind each.
+        offsets: [V+1], rows of token v are offsets[v]:offsets[v+1].
+        k: senses a token has at most.
+    """
+    sizes = offsets.diff()[span_tokens.long().clamp(min=0)]
+    complete = ((sizes > 0) | (span_tokens < 0)).all(-1)
+    return torch.where(complete, sizes[:, 0].clamp(max=k), 0)
+
+
+def compose_spans(
+    span_tokens: torch.Tensor,
+    read_rows: Callable[[torch.Tensor], torch.Tensor],
+    counts: torch.Tensor,
+    offsets: torch.Tensor,
+    k: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One sense per sense of the first token: each further token adds the sense nearest to the mean of the rows so far.
+
+    Args:
+        span_tokens: [S, 3], padded with -1.
+        read_rows: the senses of the tokens, float32 [..., D], for row numbers [...].
+        counts: [R], states behind each row.
         offsets: [V+1], rows of token v are offsets[v]:offsets[v+1].
         k: senses a token has at most.
 
-    Returns:
-        Vectors [R', D] float32, states behind each [R'] (those of all its parts), and rows of each span [S].
+    Yields:
+        Vectors [r, D] float32, and states behind each [r] (those of all its parts), of some spans at a time; together
+        those of all spans in their order, as many as :func:`span_sizes` says.
     """
-    hidden_size = vectors.shape[1]
-    all_vectors, all_counts, all_sizes = [torch.empty(0, hidden_size)], [torch.empty(0, dtype=torch.int64)], []
-    for spans in span_tokens.long().split(_CHUNK):
-        rows, exists = _rows_of(spans[:, 0], offsets, k)
-        complete = exists.any(-1)
-        total = vectors[rows].float()  # [S, k, D], the sum of the rows so far
+    chunk = max(1, _ELEMENTS // (k * read_rows(torch.zeros(1, dtype=torch.int64)).shape[-1]))
+    sizes = span_sizes(span_tokens, offsets, k)
+    for spans, wanted in zip(span_tokens[sizes > 0].long().split(chunk), sizes[sizes > 0].split(chunk), strict=True):
+        rows, _ = _rows_of(spans[:, 0], offsets, k)
+        exists = torch.arange(k) < wanted.unsqueeze(-1)
+        total = read_rows(rows)  # [S, k, D], the sum of the rows so far
         behind = counts[rows]
         parts = torch.ones(len(spans), 1, 1)
         for place in range(1, spans.shape[1]):
             present = spans[:, place] >= 0
             rows, candidates = _rows_of(spans[:, place].clamp(min=0), offsets, k)
-            complete &= candidates.any(-1) | ~present
-            distances = torch.cdist(total / parts, vectors[rows].float(), compute_mode="donot_use_mm_for_euclid_dist")
+            vectors = read_rows(rows)
+            distances = torch.cdist(total / parts, vectors, compute_mode="donot_use_mm_for_euclid_dist")
             nearest = distances.masked_fill(~candidates.unsqueeze(1), torch.inf).argmin(-1)  # [S, k]
-            matched = rows.gather(1, nearest)
-            total = torch.where(present.view(-1, 1, 1), total + vectors[matched].float(), total)
-            behind = torch.where(present.unsqueeze(-1), behind + counts[matched], behind)
+            matched = vectors.gather(1, nearest.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
+            total = torch.where(present.view(-1, 1, 1), total + matched, total)
+            behind = torch.where(present.unsqueeze(-1), behind + counts[rows.gather(1, nearest)], behind)
             parts = parts + present.view(-1, 1, 1)
-        exists &= complete.unsqueeze(-1)
-        all_vectors.append((total / parts)[exists])
-        all_counts.append(behind[exists])
-        all_sizes.append(exists.sum(-1))
-    sizes = torch.cat(all_sizes) if all_sizes else torch.empty(0, dtype=torch.int64)
-    return torch.cat(all_vectors), torch.cat(all_counts), sizes
+        yield (total / parts)[exists], behind[exists]
 
 
 def _rows_of(tokens: torch.Tensor, offsets: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,130 @@
+"""Speed and memory of reading Wiktionary: a synthetic Wiktextract file, read by the real reader.
+
+    python benchmarks/lexicon_memory.py --gigabytes 0.5 1 --relations 100000
+    python benchmarks/lexicon_memory.py --gigabytes 0.5 --relations 400000
+
+Entries have the shape and size of kaikki.org's file of all languages: one in eight is English, and most of a line is
+sounds, forms and translations that the reader does not want. Every file is read twice, in processes of their own: by
+the control, which unpacks the lines and parses the JSON and does nothing else, and by the reader with the table of
+relations behind it. What must hold: memory follows the distinct relations and not the size of the file.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RELATIONS_AN_ENTRY = 16  # more than real entries have, so that small files have many
+ENGLISH_SHARE = 8  # one entry in so many
+
+
+def entries(relations: int, seed: int = 0) -> Iterator[str]:
+    """Lines of a Wiktextract file without end; `relations` distinct pairs come again and again."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 11))) for _ in range(relations // 3)]
+    fillers = [_filler(draw, words) for _ in range(500)]
+    pair = 0
+    for number in itertools.count():
+        filler = fillers[number % len(fillers)]
+        if number % ENGLISH_SHARE:
+            yield f'{{"word": "{words[number % len(words)]}", "lang": "Finnish", "lang_code": "fi", {filler}}}\n'
+            continue
+        places = [(pair + i) % relations for i in range(RELATIONS_AN_ENTRY)]
+        head = words[places[0] // RELATIONS_AN_ENTRY % len(words)]
+        tails = [words[(place * 7919 + 1) % len(words)] for place in places]
+        senses = json.dumps([{"synonyms": [{"word": tail} for tail in tails[1:]], "glosses": ["a gloss"]}])
+        antonyms = json.dumps([{"word": f"not {tails[0]}", "sense": "a gloss"}])
+        yield (
+            f'{{"word": "{head}", "lang": "English", "lang_code": "en", "senses": {senses}, "antonyms": {antonyms}, '
+            f"{filler}}}\n"
+        )
+        pair += RELATIONS_AN_ENTRY
+
+
+def _filler(draw: random.Random, words: list[str]) -> str:
+    """About two kilobytes of what else an entry has."""
+    rest = {
+        "pos": "noun",
+        "etymology_text": " ".join(draw.choices(words, k=40)),
+        "sounds": [{"ipa": f"/{draw.choice(words)}/", "tags": ["UK"]} for _ in range(3)],
+        "forms": [{"form": draw.choice(words), "tags": ["plural", "genitive"]} for _ in range(8)],
+        "translations": [
+            {"lang": "French", "code": "fr", "sense": " ".join(draw.choices(words, k=4)), "word": draw.choice(words)}
+            for _ in range(10)
+        ],
+    }
+    return json.dumps(rest)[1:-1]
+
+
+def write(path: Path, size_bytes: int, relations: int) -> None:
+    written = 0
+    with gzip.open(path, "wt", compresslevel=1, encoding="utf-8") as stream:
+        for line in entries(relations):
+            stream.write(line)
+            written += len(line)
+            if written >= size_bytes:
+                return
+
+
+def read(path: Path, how: str) -> dict[str, float]:
+    """Reads a file in this process; run by a child."""
+    from dskd.lexicon.reading import Report
+    from dskd.lexicon.relations import Pairs
+    from dskd.lexicon.wiktionary import read_wiktionary
+
+    before = _peak_mb()
+    found = 0
+    started = time.perf_counter()
+    if how == "control":
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            for line in stream:
+                json.loads(line)
+        seconds = time.perf_counter() - started
+    else:
+        pairs = Pairs(read_wiktionary(path, "English", Report()))
+        seconds = time.perf_counter() - started  # the control has no table to resolve
+        found = len(pairs.resolved())
+    return {"seconds": seconds, "relations": found, "before_mb": before, "peak_mb": _peak_mb()}
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0], help="sizes of the files, unpacked")
+    parser.add_argument("--relations", type=int, default=200_000, help="distinct pairs of words in each, about")
+    parser.add_argument("--read", nargs=2, metavar=("FILE", "HOW"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.read:
+        print(json.dumps(read(Path(given.read[0]), given.read[1])))
+        return
+    print(f"{'unpacked':>10} {'reader':>8} {'MB/s':>7} {'relations':>10} {'MB at start':>12} {'MB at peak':>11}")
+    with tempfile.TemporaryDirectory() as folder:
+        for gigabytes in given.gigabytes:
+            path = Path(folder) / "wiktionary.jsonl.gz"
+            write(path, int(gigabytes * 1e9), given.relations)
+            for how in ("control", "dskd"):
+                command = [sys.executable, str(Path(__file__).resolve()), "--read", str(path), how]
+                finished = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True)
+                found = json.loads(finished.stdout)
+                speed = gigabytes * 1e3 / found["seconds"]
+                print(
+                    f"{gigabytes:>7.2f} GB {how:>8} {speed:>7.0f} {found['relations']:>10,} "
+                    f"{found['before_mb']:>12.0f} {found['peak_mb']:>11.0f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What the inspections read, as far as it is there; what is not becomes a line that says how to make it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.lexicon.relations import FILE, FOLDER, MADE_BY
+from dskd.manifest import Manifest, read_manifest
+from dskd.model_folder import ModelFolder, find_teacher
+from dskd.senses.dictionary import SenseDictionary, load_dictionary, require_fitting
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher as far as looking needs it: its tokenizer, and the shape of its model."""
+
+    folder: ModelFolder
+    tokenizer: Any
+    vocab_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Senses:
+    """The sense dictionary of the experiment, known to fit the teacher."""
+
+    dictionary: SenseDictionary
+    manifest: Manifest
+
+
+def open_teacher(config: Config) -> Teacher:
+    """The teacher of the experiment.
+
+    Raises:
+        UserError: when it is missing or damaged.
+    """
+    folder = find_teacher(config)
+    model = folder.load_config()
+    return Teacher(folder, folder.load_tokenizer(), model.vocab_size, model.hidden_size)
+
+
+def open_senses(config: Config, teacher: Teacher) -> Senses:
+    """The sense dictionary, checked against the teacher.
+
+    Raises:
+        UserError: when it is missing, damaged, or was made for another teacher.
+    """
+    dictionary, manifest = load_dictionary(config)
+    require_fitting(
+        dictionary,
+        manifest,
+        teacher=teacher.folder.digest,
+        tokenizer=teacher.folder.tokenizer_digest,
+        hidden_size=teacher.hidden_size,
+    )
+    return Senses(dictionary, manifest)
+
+
+def lexicon_manifest(config: Config) -> Manifest:
+    """The manifest of `WORKDIR/lexicon`.
+
+    Raises:
+        UserError: when there is no lexicon, or it was damaged.
+    """
+    return read_manifest(config.path(FOLDER), "lexicon", made_by=MADE_BY)
+
+
+def read_relations(config: Config, **options: Any) -> pa.Table:
+    """The table of `WORKDIR/lexicon`, or the part of it that `options` of pyarrow's `read_table` ask for.
+
+    Raises:
+        UserError: when it is no table.
+    """
+    path = config.path(FOLDER, FILE)
+    try:
+        return pq.read_table(path, **options)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); make it anew with `{MADE_BY}`") from None
+
+
+def if_there(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:
+    """What `open_it` returns; or None, with a line in `notes` that says what is not shown, and why."""
+    try:
+        return open_it()
+    except UserError as error:
+        notes.append(f"no {what}: {error}")
+        return None

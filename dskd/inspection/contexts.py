@@ -1,0 +1,125 @@
+"""Example contexts from the training shards: places whose nearest sense is a given row of the sense dictionary.
+
+The shards are read from their files, unpacked in memory one at a time. mosaicml-streaming's own datasets would unpack
+them into a cache, and take names in shared memory that a training on this machine uses.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming.base.compression import decompress
+from streaming.base.format.mds import MDSReader
+from streaming.base.hashing import get_hash
+
+from dskd.config import Config
+from dskd.console import progress
+from dskd.errors import UserError
+from dskd.manifest import Manifest, require_same
+from dskd.shards import FOLDER, MADE_BY, load_manifest
+
+_TOKENS_BEFORE, _TOKENS_AFTER = 16, 8
+_COUNT_BYTES = 4  # a shard begins with its number of samples; then come the places where they begin and end
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Places found for each of some rows, in the order of the shards, as text with the target between « and »."""
+
+    of_row: dict[int, list[str]]
+    samples_read: int
+    samples: int  # in all shards
+
+
+def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manifest]:
+    """The training shards' folder and manifest.
+
+    Raises:
+        UserError: when there are none, or their row numbers are those of another sense dictionary.
+    """
+    folder = config.path(FOLDER, "train")
+    manifest = load_manifest(config, "train")
+    require_same(
+        "sense dictionaries",
+        expected=senses.digest,
+        found=manifest.inputs.get("senses"),
+        between=f"{folder} and the sense dictionary that is here now",
+        remedy=f"make the shards anew with `{MADE_BY}`",
+    )
+    return folder, manifest
+
+
+def find_contexts(
+    folder: Path, samples: int, rows: range, tokenizer: Any, *, of_synonyms: bool, wanted: int, scan: int
+) -> Contexts:
+    """Up to `wanted` places for each of `rows` among the first `scan` samples; stops when every row has enough.
+
+    Args:
+        folder: the shards.
+        samples: how many there are.
+        rows: rows of the sense dictionary, of one entry.
+        tokenizer: the teacher's.
+        of_synonyms: instead of the places where a row is the first of O_i, the target's own nearest sense, those where
+            it is in P_i: that is what there is of a span, which is never a target itself.
+        wanted: places a row.
+        scan: samples that are read at most.
+    """
+    found: dict[int, list[str]] = {row: [] for row in rows}
+    some = min(scan, samples)
+    read = 0
+    for sample in progress(islice(read_samples(folder), some), total=some, label="finding contexts", unit="samples"):
+        if all(len(places) >= wanted for places in found.values()):
+            break
+        read += 1
+        ids = sample["synonym_ids"] if of_synonyms else sample["sense_ids"][:, :1]
+        for position, rank in np.argwhere((ids >= rows.start) & (ids < rows.stop)).tolist():
+            places = found[int(ids[position, rank])]
+            if len(places) < wanted:
+                places.append(render_context(tokenizer, sample["input_ids"].tolist(), position + 1))
+    return Contexts(found, read, samples)
+
+
+def render_context(tokenizer: Any, input_ids: Sequence[int], target: int) -> str:
+    """A window of text around the token at `target`, which stands between « and ». It ends where a document does."""
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    left, right = target, target + 1
+    while left > max(0, target - _TOKENS_BEFORE) and input_ids[left - 1] not in ends:
+        left -= 1
+    while right < min(len(input_ids), target + 1 + _TOKENS_AFTER) and input_ids[right] not in ends:
+        right += 1
+    before, upto, whole = (
+        tokenizer.decode(list(input_ids[left:stop]), clean_up_tokenization_spaces=False)
+        for stop in (target, target + 1, right)
+    )
+    word = upto[len(before) :]
+    space = word[: len(word) - len(word.lstrip())]
+    text = " ".join(f"{before}{space}«{word.strip()}»{whole[len(upto) :]}".split())
+    cut_left = left > 0 and input_ids[left - 1] not in ends
+    cut_right = right < len(input_ids) and input_ids[right] not in ends
+    return f"{'… ' if cut_left else ''}{text}{' …' if cut_right else ''}"
+
+
+def read_samples(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The samples of a folder of MDS shards, in order. Writes nothing anywhere.
+
+    Raises:
+        UserError: naming a shard that was changed after it was made.
+    """
+    for entry in json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]:
+        shard = MDSReader.from_json(str(folder), None, entry)
+        shard.validate(False)  # refuses columns that would run code
+        stored = shard.zip_data or shard.raw_data
+        path = folder / stored.basename
+        data = path.read_bytes()
+        for algorithm, expected in stored.hashes.items():
+            if get_hash(algorithm, data) != expected:
+                raise UserError(f"{path}: the content is not what index.json says; make it anew with `{MADE_BY}`")
+        if shard.zip_data:
+            data = decompress(shard.compression, data)
+        places = np.frombuffer(data, np.uint32, shard.samples + 1, offset=_COUNT_BYTES).tolist()
+        for begin, end in pairwise(places):
+            yield shard.decode_sample(data[begin:end])

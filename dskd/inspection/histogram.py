@@ -1,0 +1,79 @@
+"""Histograms of counts, as text and as a picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from dskd.manifest import make_folder
+
+_BAR_WIDTH = 40
+_DPI = 150
+_MOST_SINGLE_VALUES = 16
+
+Histogram = list[tuple[str, int]]  # (the values of a bin, how many there are), ascending
+
+
+def log2_histogram(values: torch.Tensor) -> Histogram:
+    """Counts of non-negative integers in the bins 0, 1, 2-3, 4-7, …, up to the last that is not empty."""
+    # frexp's exponent is exact: 0 for 0, and e for 2^(e-1) … 2^e - 1.
+    exponents = torch.frexp(values.double()).exponent
+    bins = []
+    for exponent, count in enumerate(torch.bincount(exponents.long()).tolist()):
+        low, high = (2 ** (exponent - 1), 2**exponent - 1) if exponent else (0, 0)
+        bins.append((f"{low:,}" if low == high else f"{low:,}-{high:,}", count))
+    return bins
+
+
+def histogram(values: torch.Tensor) -> Histogram:
+    """Counts of non-negative integers: value by value where they are few, else in :func:`log2_histogram`'s bins."""
+    if len(values) and int(values.max()) > _MOST_SINGLE_VALUES:
+        return log2_histogram(values)
+    return [(f"{value}", count) for value, count in enumerate(torch.bincount(values).tolist())]
+
+
+def histogram_text(bins: Histogram) -> str:
+    """A line a bin with a bar; the longest bar is the bin with the most."""
+    most = max((count for _, count in bins), default=0)
+    labels = max((len(label) for label, _ in bins), default=0)
+    numbers = max((len(f"{count:,}") for _, count in bins), default=0)
+    return "\n".join(
+        f"  {label:>{labels}}  {count:>{numbers},}  {'█' * _bar(count, most)}".rstrip() for label, count in bins
+    )
+
+
+def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
+    """A panel for each histogram, side by side, in one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(histograms), figsize=(6.4 * len(histograms), 4.2), squeeze=False)
+    for panel, (title, bins) in zip(axes.flat, histograms.items(), strict=True):
+        bars = panel.bar([label for label, _ in bins], [count for _, count in bins], color="#4477aa", width=0.85)
+        panel.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
+        panel.set_title(title)
+        panel.set_ylabel("tokens")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(y=0.1)
+    figure.tight_layout()
+    save_figure(figure, path)
+    plt.close(figure)
+
+
+def save_figure(figure: object, path: Path) -> None:
+    """Writes a figure as PNG under a temporary name beside its place, and renames it.
+
+    Raises:
+        UserError: when the folder cannot be written to.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, dpi=_DPI, format="png")  # type: ignore[attr-defined]
+    temporary.replace(path)
+
+
+def _bar(count: int, most: int) -> int:
+    """Characters of a bar; whatever is not empty has one."""
+    return max(1, round(_BAR_WIDTH * count / most)) if count else 0

@@ -1,0 +1,185 @@
+"""`dskd inspect lexicon`: where the pairs are from, which were dropped, and how much of the vocabulary they cover."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.inspection.artifacts import Teacher, if_there, lexicon_manifest, open_senses, open_teacher, read_relations
+from dskd.inspection.tokens import whole_words
+from dskd.lexicon.relations import FILE, FOLDER, RELATIONS, load_lexicon
+from dskd.manifest import Manifest
+from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
+from dskd.text_table import table
+
+_WHY_UNUSABLE = ("head_", "neighbour_")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The vocabulary in terms of the lexicon, and the lexicon in terms of the vocabulary."""
+
+    vocab_size: int
+    whole_words: int  # " word" tokens of letters, long enough to be a head
+    heads: dict[str, int]  # of those, heads with a synonym, with an antonym, with either
+    other_heads: int  # heads that are no such word: they have a hyphen or a digit, or begin a text
+    unusable: dict[str, int]  # directed pairs that the tokenizer cannot express, by reason
+    usable: dict[str, int]  # directed pairs of the sense dictionary, by relation
+    with_senses: dict[str, int] | None  # of those, pairs with senses on both sides; None: no sense dictionary
+
+
+@dataclass(frozen=True)
+class LexiconReport:
+    """What the lexicon holds. Pairs are directed: both directions of a pair count."""
+
+    path: Path
+    pairs_by_source: dict[str, dict[str, int]]  # source -> relation -> pairs
+    distinct: dict[str, int]  # relation -> pairs, those of several sources once
+    heads: int  # different words
+    dropped: dict[str, int]  # why -> pairs
+    negation: dict[str, int]  # what the rule of negating affixes did, where it was on
+    malformed: dict[str, tuple[int, tuple[int, ...]]]  # file -> lines left out, and the numbers of the first of them
+    coverage: Coverage | None
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect_lexicon(config: Config) -> LexiconReport:
+    """Counts the lexicon; with a teacher also how its tokenizer covers it.
+
+    Raises:
+        UserError: when there is no lexicon.
+    """
+    manifest = lexicon_manifest(config)
+    relations = read_relations(config)
+    by_source: dict[str, dict[str, int]] = {}
+    for group in relations.group_by(["source", "relation"]).aggregate([([], "count_all")]).to_pylist():
+        by_source.setdefault(group["source"], dict.fromkeys(RELATIONS, 0))[group["relation"]] = group["count_all"]
+    distinct = relations.group_by(["head", "tail", "relation"]).aggregate([])
+    notes: list[str] = []
+    teacher = if_there(lambda: open_teacher(config), "coverage of the vocabulary", notes)
+    malformed = manifest.facts.get("malformed", {})
+    return LexiconReport(
+        config.path(FOLDER, FILE),
+        dict(sorted(by_source.items())),
+        {relation: pc.sum(pc.equal(distinct["relation"], relation)).as_py() or 0 for relation in RELATIONS},
+        pc.count_distinct(relations["head"]).as_py(),
+        manifest.facts.get("dropped", {}),
+        {name: count for name, count in manifest.facts.get("negation", {}).items() if isinstance(count, int)},
+        {file: (found["lines"], tuple(found["first"])) for file, found in malformed.items()},
+        None if teacher is None else _coverage(config, teacher, manifest, len(relations), notes),
+        notes,
+    )
+
+
+def compute_coverage(
+    words: Mapping[int, str], entries: Entries, facts: Mapping[str, int], pairs: int | None, *, with_senses: bool
+) -> Coverage:
+    """Coverage from the whole words of a tokenizer, the entries, and the counts that were made with them.
+
+    `pairs` are those of the lexicon; None where a pair of words can be several of tokens, by its surface forms.
+    """
+    heads = {kind: getattr(entries, f"{kind}_offsets").diff() > 0 for kind in RELATIONS}
+    reasons = {why.replace("_", " "): count for why, count in facts.items() if why.startswith(_WHY_UNUSABLE)}
+    usable = {relation: facts[f"{relation}_pairs"] for relation in RELATIONS}
+    if pairs is not None and (alike := pairs - sum(reasons.values()) - sum(usable.values())):
+        reasons["the same pair to the tokenizer, or from another source"] = alike
+    heads["either"] = heads["synonym"] | heads["antonym"]
+    is_word = heads["either"].new_zeros(entries.vocab_size)
+    is_word[list(words)] = True
+    return Coverage(
+        entries.vocab_size,
+        len(words),
+        {name: int((is_head & is_word).sum()) for name, is_head in heads.items()},
+        int((heads["either"] & ~is_word).sum()),
+        reasons,
+        usable,
+        {relation: facts[f"{relation}_pairs_with_senses"] for relation in RELATIONS} if with_senses else None,
+    )
+
+
+def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, notes: list[str]) -> Coverage:
+    words = whole_words(teacher.tokenizer, teacher.vocab_size)
+    try:
+        senses = open_senses(config, teacher)
+    except UserError:  # it is not needed for this: its part of the lexicon is made on the spot
+        senses = None
+    forms = config.senses.surface_forms
+    pairs_or_none = None if forms else pairs
+    if (
+        senses is not None
+        and senses.manifest.inputs.get("lexicon") == lexicon.digest
+        and tuple(senses.manifest.config.get("surface_forms", ())) == forms
+    ):
+        return compute_coverage(
+            words, senses.dictionary.entries, senses.manifest.facts, pairs_or_none, with_senses=True
+        )
+    notes.append(
+        "no pairs with senses: there is no sense dictionary of this lexicon, teacher and senses.surface_forms; "
+        "make it with `deepspeed launcher/build_senses.py --config FILE`"
+    )
+    entries, facts = build_entries(load_lexicon(config), teacher.tokenizer, teacher.vocab_size, forms)
+    return compute_coverage(words, entries, facts, pairs_or_none, with_senses=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def format_lexicon(report: LexiconReport) -> str:
+    """The report as a person reads it."""
+    rows = [[source, *(f"{counts[kind]:,}" for kind in RELATIONS)] for source, counts in report.pairs_by_source.items()]
+    rows.append(["all, each pair once", *(f"{report.distinct[kind]:,}" for kind in RELATIONS)])
+    lines = [
+        f"{report.path}: {report.heads:,} words; both directions of every pair are counted",
+        "",
+        table(["pairs by source", "synonym", "antonym"], rows),
+    ]
+    if report.dropped:
+        lines += ["", _counts("dropped while the lexicon was made", report.dropped)]
+    if report.negation:
+        lines += ["", _counts("negating affixes", report.negation, "number")]
+    if report.malformed:
+        rows = [
+            [file, f"{count:,}", ", ".join(map(str, first)) + (", …" if count > len(first) else "")]
+            for file, (count, first) in report.malformed.items()
+        ]
+        lines += ["", table(["malformed lines, left out", "number", "at"], rows)]
+    if report.coverage is not None:
+        lines += ["", *_coverage_lines(report.coverage)]
+    lines += ["", *(f"({note})" for note in report.notes)] if report.notes else []
+    return "\n".join(lines)
+
+
+def _coverage_lines(coverage: Coverage) -> list[str]:
+    def row(label: str, count: int, of: int, what: str) -> list[str]:
+        return [label, f"{count:,}", f"{100 * count / of:.1f} % of {what}" if of else "-"]
+
+    words = coverage.whole_words
+    vocabulary = [
+        ["tokens of the vocabulary", f"{coverage.vocab_size:,}", ""],
+        row(f"  whole words of {MIN_HEAD_LETTERS} letters or more", words, coverage.vocab_size, "all"),
+        row("    with synonyms", coverage.heads["synonym"], words, "words"),
+        row("    with antonyms", coverage.heads["antonym"], words, "words"),
+        row("    with either", coverage.heads["either"], words, "words"),
+        ["  other heads (with a hyphen, at the start of a text, …)", f"{coverage.other_heads:,}", ""],
+    ]
+    header, pairs = (
+        ["pairs for this tokenizer", "synonym", "antonym"],
+        [["usable", *(f"{coverage.usable[kind]:,}" for kind in RELATIONS)]],
+    )
+    if coverage.with_senses is not None:
+        pairs.append(["  with senses on both sides", *(f"{coverage.with_senses[kind]:,}" for kind in RELATIONS)])
+    return [
+        table(["vocabulary", "tokens", "share"], vocabulary),
+        "",
+        _counts("pairs this tokenizer has no use for", coverage.unusable),
+        "",
+        table(header, pairs),
+    ]
+
+
+def _counts(title: str, counts: Mapping[str, int], unit: str = "pairs") -> str:
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return table([title, unit], [[why.replace("_", " "), f"{count:,}"] for why, count in ordered])

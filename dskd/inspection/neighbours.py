@@ -1,0 +1,63 @@
+"""The entries of the sense dictionary that are nearest to rows of it, by L2, the distance of the method."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dskd.console import progress
+from dskd.senses.dictionary import SenseDictionary, map_vectors
+
+_CHUNK_ELEMENTS = 16_000_000  # numbers of the vectors held at one time: 64 MB as float32
+_CHUNKS_WITHOUT_A_BAR = 8
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An entry and the distance |s - s'| from a row to the nearest of its rows."""
+
+    entry: int
+    distance: float
+
+
+def read_rows(vectors: np.ndarray, rows: range) -> torch.Tensor:
+    """Rows [n, D] float32 of the memory map `vectors` [R, D]."""
+    return torch.from_numpy(np.array(vectors[rows.start : rows.stop])).view(torch.bfloat16).float()
+
+
+def nearest_entries(
+    dictionary: SenseDictionary, rows: range, count: int, *, without: int, chunk_elements: int = _CHUNK_ELEMENTS
+) -> list[list[Neighbour]]:
+    """For each of `rows` the `count` nearest entries, nearest first, ties to the lower entry.
+
+    Every vector is read once, a chunk at a time: the file may be larger than memory.
+
+    Args:
+        dictionary: the senses.
+        rows: the rows that neighbours are looked for.
+        count: how many entries each.
+        without: an entry that is none of them, the one the rows belong to.
+        chunk_elements: numbers read at one time.
+    """
+    entry_of_row = torch.arange(dictionary.entries.num_entries).repeat_interleave(dictionary.entry_offsets.diff())
+    vectors = map_vectors(dictionary.path)
+    queries = read_rows(vectors, rows)
+    nearest = torch.full((len(rows), dictionary.entries.num_entries), torch.inf)
+    step = max(1, chunk_elements // dictionary.hidden_size)
+    blocks = range(0, dictionary.num_rows, step)
+    starts: Iterable[int] = blocks
+    if len(blocks) > _CHUNKS_WITHOUT_A_BAR:
+        starts = progress(blocks, total=len(blocks), label="nearest entries", unit="blocks of rows")
+    for first in starts:
+        chunk = read_rows(vectors, range(first, min(first + step, dictionary.num_rows)))
+        # The matrix product that cdist takes otherwise loses the small distances.
+        distances = torch.cdist(queries, chunk, compute_mode="donot_use_mm_for_euclid_dist")
+        owners = entry_of_row[first : first + len(chunk)].expand(len(rows), -1)
+        nearest.scatter_reduce_(1, owners, distances, "amin")
+    nearest[:, without] = torch.inf
+    distances, order = nearest.sort(dim=-1, stable=True)
+    return [
+        [Neighbour(entry, distance) for entry, distance in zip(entries, row, strict=True) if distance < torch.inf]
+        for entries, row in zip(order[:, :count].tolist(), distances[:, :count].tolist(), strict=True)
+    ]

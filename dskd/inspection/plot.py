@@ -1,0 +1,182 @@
+"""`dskd inspect plot`: senses of words, synonyms and antonyms in two dimensions (the paper's figure 1)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dskd.config import Config
+from dskd.errors import UserError, listed
+from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
+from dskd.inspection.entries import neighbours_of, rows_of_entry
+from dskd.inspection.neighbours import read_rows
+from dskd.inspection.tokens import entry_texts, readable, token_texts
+from dskd.lexicon.relations import RELATIONS
+from dskd.senses.dictionary import SenseDictionary, map_vectors
+from dskd.senses.entries import tokenize_words
+
+Method = Literal["pca", "tsne"]
+_MIN_POINTS = 3
+_MOST_PERPLEXITY = 30.0
+_WORDS_IN_A_FILE_NAME = 4
+
+
+@dataclass(frozen=True)
+class DrawnEntry:
+    """An entry of the picture, with the given word that it is there for."""
+
+    text: str
+    of_word: int
+    kind: str  # "word", "synonym" or "antonym"
+    points: range  # which points of the picture are its senses
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn: P points, each a sense."""
+
+    words: tuple[str, ...]
+    entries: tuple[DrawnEntry, ...]
+    points: np.ndarray  # [P, 2]
+    counts: np.ndarray  # [P], states behind each
+    title: str
+
+
+def plot_words(
+    config: Config, words: Sequence[str], *, method: Method = "pca", neighbours: int = 10, output: Path | None = None
+) -> str:
+    """Draws the picture, and returns where it is and what is in it.
+
+    Args:
+        config: the experiment.
+        words: each one token with senses.
+        method: principal components, or t-SNE.
+        neighbours: how many synonyms, and how many antonyms, of a word; see :func:`choose_entries`.
+        output: a .png; None is a name in `WORKDIR/plots`.
+
+    Raises:
+        UserError: naming every word that cannot be drawn; when there are too few points; when something is missing.
+    """
+    from dskd.inspection.drawing import draw_picture
+
+    path = output or config.path("plots", _file_name(words))
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output {path}: pictures are PNG files; give it a name that ends in .png")
+    teacher = open_teacher(config)
+    dictionary = open_senses(config, teacher).dictionary
+    picture = compose_picture(dictionary, teacher, words, method=method, neighbours=neighbours, seed=config.seed)
+    unlabelled = draw_picture(picture, path)
+    drawn = {kind: sum(entry.kind == kind for entry in picture.entries) for kind in ("word", *RELATIONS)}
+    text = (
+        f"{path}: {len(picture.points):,} senses of {drawn['word']} words, {drawn['synonym']} synonyms and "
+        f"{drawn['antonym']} antonyms"
+    )
+    return text + (f"; no room for {unlabelled} labels, lower --neighbours" if unlabelled else "")
+
+
+def compose_picture(
+    dictionary: SenseDictionary,
+    teacher: Teacher,
+    words: Sequence[str],
+    *,
+    method: Method,
+    neighbours: int,
+    seed: int,
+) -> Picture:
+    """Chooses the entries, reads their senses and brings them to two dimensions.
+
+    Raises:
+        UserError: naming every word that cannot be drawn, or when there are too few points.
+    """
+    words = tuple(dict.fromkeys(words))
+    chosen = choose_entries(dictionary, tokens_of_words(dictionary, teacher, words), neighbours)
+    rows = [rows_of_entry(dictionary, entry) for entry, _, _ in chosen]
+    mapped = map_vectors(dictionary.path)
+    vectors = np.concatenate([read_rows(mapped, part).numpy() for part in rows])
+    different = len(np.unique(vectors, axis=0))
+    if different < _MIN_POINTS:
+        raise UserError(
+            f"{', '.join(words)}: there are {different} different senses to draw, and a picture needs {_MIN_POINTS}; "
+            "add words, or raise --neighbours"
+        )
+    points, how = project(vectors, method, seed)
+    texts = list(words) + entry_texts(dictionary.entries, [e for e, _, _ in chosen[len(words) :]], teacher.tokenizer)
+    stops = np.cumsum([len(part) for part in rows]).tolist()
+    entries = tuple(
+        DrawnEntry(text, owner, kind, range(stop - len(part), stop))
+        for text, (_, owner, kind), part, stop in zip(texts, chosen, rows, stops, strict=True)
+    )
+    counts = np.concatenate([dictionary.counts[part.start : part.stop].numpy() for part in rows])
+    return Picture(words, entries, points, counts, f"Senses of {_and(words)}: {how}")
+
+
+def tokens_of_words(dictionary: SenseDictionary, teacher: Teacher, words: Sequence[str]) -> list[int]:
+    """The token of each word.
+
+    Raises:
+        UserError: naming every word that is not one token, or has no sense.
+    """
+    found, problems = [], []
+    for word, tokens in zip(words, tokenize_words(list(words), teacher.tokenizer), strict=True):
+        if len(tokens) != 1:
+            pieces = [readable(text) for text in token_texts(teacher.tokenizer, [[token] for token in tokens])]
+            problems.append(f"{word}: the tokenizer makes {len(tokens)} tokens of it ({' | '.join(pieces)})")
+        elif not rows_of_entry(dictionary, tokens[0]):
+            problems.append(f"{word}: it has no senses, as none of the teacher's states belongs to it")
+        else:
+            found.append(tokens[0])
+    if problems:
+        raise UserError(
+            listed(f"{len(problems)} of {len(words)} words cannot be drawn; choose words of one token", problems)
+        )
+    return found
+
+
+def choose_entries(dictionary: SenseDictionary, tokens: Sequence[int], neighbours: int) -> list[tuple[int, int, str]]:
+    """(entry, index of the given word, kind): the words, then their neighbours with most states, each once.
+
+    Tokens come before spans: the states behind a span are those of all its parts, and none of its own.
+    """
+    chosen = [(token, owner, "word") for owner, token in enumerate(tokens)]
+    taken = set(tokens)
+    for owner, token in enumerate(tokens):
+        for relation in RELATIONS:
+            states = {}
+            for entry in neighbours_of(dictionary.entries, token, relation):
+                rows = rows_of_entry(dictionary, entry)
+                if rows and entry not in taken:
+                    states[entry] = int(dictionary.counts[rows.start : rows.stop].sum())
+            most = sorted(states, key=lambda entry: (entry >= dictionary.vocab_size, -states[entry], entry))
+            for entry in most[:neighbours]:
+                chosen.append((entry, owner, relation))
+                taken.add(entry)
+    return chosen
+
+
+def project(vectors: np.ndarray, method: Method, seed: int) -> tuple[np.ndarray, str]:
+    """Points [P, 2] of vectors [P, D], and in words how they were got."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    random_state = seed % 2**32  # all that numpy's generators take
+    if method == "pca":
+        pca = PCA(n_components=2, random_state=random_state)
+        points = pca.fit_transform(vectors)
+        first, second = (100 * pca.explained_variance_ratio_).tolist()
+        return points, f"PCA, {first:.0f} % + {second:.0f} % of the variance"
+    perplexity = min(_MOST_PERPLEXITY, (len(vectors) - 1) / 3)
+    points = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=random_state).fit_transform(vectors)
+    return points, f"t-SNE, perplexity {perplexity:.3g}"
+
+
+def _file_name(words: Sequence[str]) -> str:
+    names = [re.sub(r"[^\w-]+", "_", word) for word in words[:_WORDS_IN_A_FILE_NAME]]
+    more = [f"and-{len(words) - len(names)}-more"] if len(words) > len(names) else []
+    return f"senses-{'-'.join([*names, *more])}.png"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

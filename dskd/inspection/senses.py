@@ -1,0 +1,122 @@
+"""`dskd inspect senses`: states and senses of the tokens, and the share of training targets they cover."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from dskd.config import Config
+from dskd.inspection.artifacts import if_there, open_teacher
+from dskd.inspection.contexts import open_training_shards
+from dskd.inspection.histogram import Histogram, draw_histograms, histogram, histogram_text, log2_histogram
+from dskd.inspection.tokens import readable, token_texts
+from dskd.model_folder import tokenizer_digest
+from dskd.senses.dictionary import SenseDictionary, load_dictionary
+from dskd.sequences import load_sequences
+from dskd.text_table import table
+
+_FREQUENT = 10
+
+
+@dataclass(frozen=True)
+class SensesReport:
+    """What the sense dictionary holds, and how much of the text it covers."""
+
+    path: Path
+    vocab_size: int
+    hidden_size: int
+    rows: int
+    tokens_with_senses: int
+    spans: int
+    spans_with_senses: int
+    states: Histogram  # tokens by the states behind their senses
+    senses: Histogram  # tokens by their number of senses
+    coverage: dict[str, float] | None = None  # share of training targets; None: no shards
+    frequent: tuple[tuple[str, int], ...] | None = None  # (token, how often) without a sense; None: no sequences
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect_senses(config: Config) -> SensesReport:
+    """Counts the sense dictionary, and the training text as far as it is there.
+
+    Raises:
+        UserError: when there is no sense dictionary.
+    """
+    dictionary, manifest = load_dictionary(config)
+    notes: list[str] = []
+    shards = if_there(lambda: open_training_shards(config, manifest), "share of training targets", notes)
+    frequent = if_there(lambda: _frequent_without_senses(config, dictionary), "frequent tokens without senses", notes)
+    states, senses = per_token(dictionary)
+    is_span = torch.arange(dictionary.entries.num_entries) >= dictionary.vocab_size
+    return SensesReport(
+        dictionary.path,
+        dictionary.vocab_size,
+        dictionary.hidden_size,
+        dictionary.num_rows,
+        int((senses > 0).sum()),
+        len(dictionary.entries.span_tokens),
+        int(((dictionary.entry_offsets.diff() > 0) & is_span).sum()),
+        log2_histogram(states),
+        histogram(senses),
+        None if shards is None else shards[1].facts["coverage"],
+        frequent,
+        notes,
+    )
+
+
+def per_token(dictionary: SenseDictionary) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states behind the senses of each token, and their number, both [V] int64."""
+    offsets = dictionary.entry_offsets[: dictionary.vocab_size + 1]
+    before = F.pad(dictionary.counts.cumsum(0), (1, 0))
+    return before[offsets].diff(), offsets.diff()
+
+
+def plot_senses(config: Config, report: SensesReport) -> Path:
+    """Draws both histograms to `WORKDIR/plots/senses.png`."""
+    path = config.path("plots", "senses.png")
+    draw_histograms({"states a token": report.states, "senses a token": report.senses}, path)
+    return path
+
+
+def _frequent_without_senses(config: Config, dictionary: SenseDictionary) -> tuple[tuple[str, int], ...]:
+    teacher = open_teacher(config)
+    sequences, _ = load_sequences(config, "train", tokenizer_digest(teacher.tokenizer))
+    counts = sequences.frequencies(dictionary.vocab_size)
+    counts[dictionary.entry_offsets[: dictionary.vocab_size + 1].diff() > 0] = 0
+    numbers, tokens = counts.sort(descending=True, stable=True)
+    frequent = [
+        (token, number) for token, number in zip(tokens[:_FREQUENT].tolist(), numbers.tolist(), strict=False) if number
+    ]
+    texts = token_texts(teacher.tokenizer, [[token] for token, _ in frequent])
+    return tuple((readable(text), number) for text, (_, number) in zip(texts, frequent, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def format_senses(report: SensesReport) -> str:
+    """The report as a person reads it."""
+    lines = [
+        f"{report.path}: {report.rows:,} sense embeddings of {report.hidden_size:,} dimensions",
+        f"  {report.tokens_with_senses:,} of {report.vocab_size:,} tokens and {report.spans_with_senses:,} of "
+        f"{report.spans:,} spans have senses",
+        "",
+        "Tokens by the states behind their senses:",
+        histogram_text(report.states),
+        "",
+        "Tokens by their number of senses:",
+        histogram_text(report.senses),
+    ]
+    if report.coverage is not None:
+        rows = [[name.replace("_", " "), f"{100 * share:.1f} %"] for name, share in report.coverage.items()]
+        lines += ["", table(["training targets", "share"], rows)]
+    if report.frequent is not None:
+        rows = [[token, f"{number:,}"] for token, number in report.frequent]
+        title = "most frequent tokens without a sense"
+        lines += [
+            "",
+            table([title, "times, in a sample"], rows) if rows else "Every token of the training text has a sense.",
+        ]
+    lines += ["", *(f"({note})" for note in report.notes)] if report.notes else []
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""Tokens and spans as people read them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dskd.inspection.entries import tokens_of_entry
+from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, tokenize_words
+
+_BEFORE = "the"
+
+
+def token_texts(tokenizer: Any, pieces: Sequence[Sequence[int]]) -> list[str]:
+    """The text of each piece (token ids) as it stands behind another word: with a space in front where it starts one.
+
+    Decoding a piece by itself would be another thing for tokenizers that drop the space at the beginning of a text.
+    """
+    prefix = tokenizer(_BEFORE, add_special_tokens=False)["input_ids"]
+    before = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode([[*prefix, *piece] for piece in pieces], clean_up_tokenization_spaces=False)
+    return [text[len(before) :] for text in texts]
+
+
+def readable(text: str) -> str:
+    """A piece of text for a list: a word without its space, what starts no word behind "…", signs in quotes."""
+    if not any(letter.isalnum() for letter in text):
+        return repr(text)
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return shown[1:] if shown.startswith(" ") else f"…{shown}"
+
+
+def entry_texts(entries: Entries, numbers: Sequence[int], tokenizer: Any) -> list[str]:
+    """Entries of the sense dictionary, tokens and spans, as words."""
+    return [readable(text) for text in token_texts(tokenizer, [tokens_of_entry(entries, n) for n in numbers])]
+
+
+def whole_words(tokenizer: Any, vocab_size: int) -> dict[int, str]:
+    """The tokens that are words by themselves: " word", of letters only, long enough to be a head."""
+    tokens = range(min(vocab_size, len(tokenizer)))
+    texts = token_texts(tokenizer, [[token] for token in tokens])
+    words = {
+        token: text[1:]
+        for token, text in zip(tokens, texts, strict=True)
+        if text.startswith(" ") and text[1:].isalpha() and len(text) > MIN_HEAD_LETTERS
+    }
+    # Two tokens can read the same: the word is that which the tokenizer gives for it.
+    back = tokenize_words(list(words.values()), tokenizer)
+    return {token: word for (token, word), ids in zip(words.items(), back, strict=True) if ids == (token,)}

@@ -1,0 +1,296 @@
+"""`dskd inspect word`: everything the artifacts say about one word."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pyarrow.compute as pc
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.inspection.artifacts import (
+    Senses,
+    Teacher,
+    if_there,
+    lexicon_manifest,
+    open_senses,
+    open_teacher,
+    read_relations,
+)
+from dskd.inspection.contexts import find_contexts, open_training_shards
+from dskd.inspection.entries import entry_of_tokens, neighbours_of, rows_of_tokens
+from dskd.inspection.neighbours import nearest_entries
+from dskd.inspection.tokens import entry_texts, readable, token_texts
+from dskd.lexicon.relations import RELATIONS
+from dskd.senses.dictionary import SenseDictionary
+from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_form, tokenize_words
+from dskd.text_table import table
+
+_NEAR_SPELLINGS = 5
+
+
+@dataclass(frozen=True)
+class RelatedWord:
+    """A synonym or antonym of the word."""
+
+    relation: str
+    word: str
+    sources: tuple[str, ...]
+    tokens: int | None = None  # None: no tokenizer
+    senses: int | None = None  # None: no sense dictionary, or no entry of it
+
+
+@dataclass(frozen=True)
+class WordSense:
+    """A row of the sense dictionary that belongs to the word."""
+
+    row: int
+    count: int
+    neighbours: tuple[tuple[str, float, str], ...]  # word, distance, how it is related ("" where it is not)
+    contexts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WordReport:
+    """What is known about a word. Fields are None or empty where the artifact that says it is not there."""
+
+    word: str
+    related: tuple[RelatedWord, ...]
+    near_spellings: tuple[str, ...] = ()
+    pieces: tuple[str, ...] | None = None  # the tokens, as they read
+    tokens: tuple[int, ...] | None = None
+    head: str | None = None  # whether it is a usable head, and if not, why
+    forms: tuple[tuple[str, int], ...] = ()  # surface forms in which it is a head too, each with its token
+    senses: tuple[WordSense, ...] | None = None
+    contexts_are: str = ""  # what the example contexts show
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect_word(
+    config: Config, word: str, *, neighbours: int = 8, contexts: int = 3, scan: int = 20_000
+) -> WordReport:
+    """Looks a word up in the lexicon, the tokenizer, the sense dictionary and the training shards.
+
+    Args:
+        config: the experiment.
+        word: as the lexicon spells it; may be of several words.
+        neighbours: nearest entries a sense.
+        contexts: example contexts a sense.
+        scan: training samples that are searched for them at most.
+
+    Raises:
+        UserError: when there is no lexicon, or the word is neither in it nor in the sense dictionary.
+    """
+    related, near = find_related(config, word)
+    notes: list[str] = []
+    teacher = if_there(lambda: open_teacher(config), "tokens and senses", notes)
+    if teacher is None:
+        if not related:
+            raise UserError(_unknown(word, near, None))
+        return WordReport(word, related, near, notes=notes)
+    tokens, *tails = tokenize_words([word, *(other.word for other in related)], teacher.tokenizer)
+    pieces = tuple(readable(text) for text in token_texts(teacher.tokenizer, [[token] for token in tokens]))
+    senses = if_there(lambda: open_senses(config, teacher), "senses", notes)
+    if senses is None:
+        if not related:
+            raise UserError(_unknown(word, near, pieces))
+        related = tuple(_measured(other, ids, None) for other, ids in zip(related, tails, strict=True))
+        return WordReport(word, related, near, pieces, tokens, _head(word, tokens, None), notes=notes)
+    dictionary = senses.dictionary
+    _note_other_lexicon(config, senses, notes)
+    rows = rows_of_tokens(dictionary, tokens)
+    if not related and not rows:
+        raise UserError(_unknown(word, near, pieces))
+    found, contexts_are = _senses(config, teacher, senses, tokens, rows, neighbours, contexts, scan, notes)
+    related = tuple(_measured(other, ids, dictionary) for other, ids in zip(related, tails, strict=True))
+    head = _head(word, tokens, dictionary.entries)
+    forms = _forms(word, senses, teacher)
+    return WordReport(word, related, near, pieces, tokens, head, forms, found, contexts_are, notes)
+
+
+def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tuple[str, ...]]:
+    """The word's relations in `WORKDIR/lexicon`, with all their sources; or where there are none, near spellings.
+
+    Raises:
+        UserError: when there is no lexicon.
+    """
+    lexicon_manifest(config)
+    relations = read_relations(config, filters=[("head", "==", word)]).to_pylist()
+    sources: dict[tuple[str, str], set[str]] = {}
+    for relation in relations:
+        sources.setdefault((relation["relation"], relation["tail"]), set()).add(relation["source"])
+    order = sorted(sources, key=lambda key: (RELATIONS.index(key[0]), key[1]))
+    related = tuple(RelatedWord(relation, tail, tuple(sorted(sources[relation, tail]))) for relation, tail in order)
+    if related:
+        return related, ()
+    heads = pc.unique(read_relations(config, columns=["head"])["head"]).to_pylist()
+    return (), near_spellings(word, heads)
+
+
+def near_spellings(word: str, words: Iterable[str]) -> tuple[str, ...]:
+    """The words that are spelled most like `word`, whatever their case."""
+    # difflib looks at every pair of letters: words of quite another length cannot be near, and are left out.
+    spelled = {other.lower(): other for other in words if abs(len(other) - len(word)) <= 2}
+    return tuple(spelled[other] for other in difflib.get_close_matches(word.lower(), spelled, n=_NEAR_SPELLINGS))
+
+
+def _senses(
+    config: Config,
+    teacher: Teacher,
+    senses: Senses,
+    tokens: tuple[int, ...],
+    rows: range,
+    neighbours: int,
+    contexts: int,
+    scan: int,
+    notes: list[str],
+) -> tuple[tuple[WordSense, ...], str]:
+    """The senses of the word, and what their contexts show."""
+    if not rows:
+        return (), ""
+    dictionary, entries = senses.dictionary, senses.dictionary.entries
+    entry = entry_of_tokens(entries, tokens)
+    assert entry is not None
+    relation_of = {}
+    if len(tokens) == 1:
+        relation_of = {other: kind for kind in RELATIONS for other in neighbours_of(entries, tokens[0], kind)}
+    nearest = nearest_entries(dictionary, rows, neighbours, without=entry) if neighbours else [[] for _ in rows]
+    numbers = sorted({neighbour.entry for found in nearest for neighbour in found})
+    names = dict(zip(numbers, entry_texts(entries, numbers, teacher.tokenizer), strict=True))
+
+    # A span is no token, so no target is one: what shows it are targets of which it is a synonym.
+    is_span = len(tokens) > 1
+    contexts_are = "a synonym, pulled to this sense" if is_span else "where this sense of it is the nearest"
+    places: dict[int, list[str]] = {}
+    if contexts and scan:
+        shards = if_there(lambda: open_training_shards(config, senses.manifest), "example contexts", notes)
+        if shards is not None:
+            folder, manifest = shards
+            samples = manifest.facts["samples"]
+            found = find_contexts(
+                folder, samples, rows, teacher.tokenizer, of_synonyms=is_span, wanted=contexts, scan=scan
+            )
+            places = found.of_row
+            if found.samples_read == min(scan, samples) < samples:
+                notes.append(
+                    f"contexts were looked for in {found.samples_read:,} of {samples:,} training samples; "
+                    "--scan N looks at more"
+                )
+    return tuple(
+        WordSense(
+            row,
+            int(dictionary.counts[row]),
+            tuple((names[n.entry], n.distance, relation_of.get(n.entry, "")) for n in near),
+            tuple(places.get(row, ())),
+        )
+        for row, near in zip(rows, nearest, strict=True)
+    ), contexts_are if any(places.values()) else ""
+
+
+def _measured(related: RelatedWord, tokens: tuple[int, ...], dictionary: SenseDictionary | None) -> RelatedWord:
+    """The related word with its tokens and senses."""
+    senses = None
+    if dictionary is not None and 1 <= len(tokens) <= MAX_SPAN_TOKENS:
+        senses = len(rows_of_tokens(dictionary, tokens))
+    return RelatedWord(related.relation, related.word, related.sources, len(tokens), senses)
+
+
+def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
+    """Whether training can use the word's relations."""
+    if len(tokens) != 1:
+        return f"no usable head: it is {len(tokens)} tokens, and a head must be one"
+    if len(word) < MIN_HEAD_LETTERS:
+        return f"no usable head: it is shorter than {MIN_HEAD_LETTERS} letters"
+    if entries is None:
+        return "a head, if one of its relations can be expressed"
+    numbers = {kind: len(neighbours_of(entries, tokens[0], kind)) for kind in RELATIONS}
+    if not any(numbers.values()):
+        return "no usable head: the sense dictionary has no synonym and no antonym of it"
+    counts = " and ".join(f"{number} {kind}{'s' * (number != 1)}" for kind, number in numbers.items())
+    return f"a usable head: {counts} in the sense dictionary"
+
+
+def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int], ...]:
+    """The surface forms of the dictionary in which the word is a usable head, with the token of each."""
+    if len(word) < MIN_HEAD_LETTERS:
+        return ()
+    found = []
+    for form in senses.manifest.config.get("surface_forms", ()):
+        for (token,) in tokenize_form([word], form, teacher.tokenizer).values():
+            if any(neighbours_of(senses.dictionary.entries, token, kind) for kind in RELATIONS):
+                found.append((form, token))
+    return tuple(found)
+
+
+def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> None:
+    if senses.manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
+        notes.append("the lexicon was made anew since the sense dictionary was: the two may differ in their relations")
+
+
+def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -> str:
+    text = f"{word!r} is not in the lexicon"
+    if pieces is not None:
+        made = f"{len(pieces)} token{'s' * (len(pieces) != 1)} of it ({' | '.join(pieces)})"
+        text += f", and has no senses of its own: the tokenizer makes {made}"
+    return text + (f"; near spellings: {', '.join(near)}" if near else "; no word there is spelled like it")
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def format_word(report: WordReport) -> str:
+    """The report as a person reads it."""
+    lines = [report.word]
+    if report.tokens is not None and report.pieces is not None:
+        shown = ", ".join(f"{piece} ({token})" for piece, token in zip(report.pieces, report.tokens, strict=True))
+        lines.append(f"  {len(report.tokens)} token{'s' * (len(report.tokens) != 1)}: {shown}")
+    if report.head is not None:
+        lines.append(f"  {report.head}")
+    lines += [f"  a head too where it is {form.replace('_', ' ')} (token {token})" for form, token in report.forms]
+    if not report.related:
+        near = f"; near spellings: {', '.join(report.near_spellings)}" if report.near_spellings else ""
+        lines.append(f"  not in the lexicon{near}")
+    if report.related:
+        lines += ["", f"Relations: {len(report.related)}", _indented(_relations_table(report))]
+    if report.senses is not None:
+        lines += ["", *_sense_lines(report)]
+    lines += ["", *(f"({note})" for note in report.notes)] if report.notes else []
+    return "\n".join(lines)
+
+
+def _relations_table(report: WordReport) -> str:
+    header, rows = ["relation", "word", "from"], [[r.relation, r.word, ", ".join(r.sources)] for r in report.related]
+    if report.tokens is not None:
+        header.append("tokens")
+        rows = [[*row, f"{related.tokens}"] for row, related in zip(rows, report.related, strict=True)]
+    if report.senses is not None:
+        header.append("senses")
+        rows = [
+            [*row, "too long" if related.senses is None else f"{related.senses}"]
+            for row, related in zip(rows, report.related, strict=True)
+        ]
+    return table(header, rows, left=3)
+
+
+def _sense_lines(report: WordReport) -> list[str]:
+    assert report.senses is not None
+    if not report.senses:
+        why = (
+            "none of the teacher's states belongs to it" if len(report.tokens or ()) == 1 else "it is no span of tokens"
+        )
+        return [f"Senses: none, as {why}"]
+    total = sum(sense.count for sense in report.senses)
+    lines = [f"Senses: {len(report.senses)}, of {total:,} states"]
+    for sense in report.senses:
+        lines.append(f"  row {sense.row}: {sense.count:,} state{'s' * (sense.count != 1)}")
+        if sense.neighbours:
+            near = (f"{name} {far:.2f}{f' ({how})' if how else ''}" for name, far, how in sense.neighbours)
+            lines.append(f"    near: {', '.join(near)}")
+        lines += [f"    - {context}" for context in sense.contexts]
+    if report.contexts_are:
+        lines.append(f"  «»: {report.contexts_are}")
+    return lines
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

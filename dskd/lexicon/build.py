@@ -1,0 +1,135 @@
+"""The stage `dskd lexicon`: lexical resources become `WORKDIR/lexicon`.
+
+`relations.parquet` holds the relations. With MorphoLEX, `flips.parquet` holds every pair that negation turned round,
+and `bases.parquet` the words whose bases took their places.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dskd.config import Config, LexiconConfig
+from dskd.console import say, stage
+from dskd.errors import UserError, listed
+from dskd.lexicon.dict2vec import read_dict2vec
+from dskd.lexicon.morpholex import read_morpholex
+from dskd.lexicon.negation import BASES_FILE, FLIPS_FILE, Negation, find_negation
+from dskd.lexicon.reading import Report
+from dskd.lexicon.relations import FILE, FOLDER, Pairs, Relation, count_pairs, write_relations
+from dskd.lexicon.tsv import read_tsv
+from dskd.lexicon.wiktionary import read_wiktionary
+from dskd.lexicon.wordnet_relations import ENGLISH, read_indirect_antonyms, read_other_language, read_wordnet
+from dskd.manifest import Recipe, build_artifact, fingerprint, sha256_of_file
+from dskd.wordnet import find_language, open_wordnet
+
+# Config key -> what a file under it has to be.
+_FILES = {
+    "wiktionary": "a file of Wiktextract, .jsonl or .jsonl.gz",
+    "dict2vec": "a file with two words a line",
+    "tsv": "a file with lines head<TAB>synonym|antonym<TAB>tail",
+    "morpholex": "the workbook of MorphoLEX, .xlsx",
+}
+
+
+def recipe(config: Config) -> Recipe:
+    """What decides the content of the lexicon. Own lists count by content, large files by size and time of change.
+
+    Raises:
+        UserError: with every file that is not there.
+    """
+    lexicon = config.lexicon
+    inputs = {}
+    for key, path in _files(lexicon):
+        inputs[f"{key}:{path}"] = sha256_of_file(path) if key == "tsv" else fingerprint(path)
+    if lexicon.wordnet:
+        inputs["wordnet"] = open_wordnet(config.wordnet.path).digest
+        for code in lexicon.languages:
+            if code != ENGLISH:
+                inputs[f"wordnet:{code}"] = find_language(code).digest
+    return Recipe("lexicon", inputs, lexicon.as_dict())
+
+
+def build_lexicon(config: Config) -> None:
+    """Reads the configured sources and writes `WORKDIR/lexicon`."""
+    target = config.path(FOLDER)
+    sources = _source_names(config.lexicon)
+    with stage("lexicon: words to synonyms and antonyms", reads=sources, writes=target / FILE):
+        with build_artifact(target, recipe(config)) as building:
+            report = Report()
+            pairs = Pairs(read_sources(config.lexicon, config.wordnet.path, report), report.dropped)
+            if config.lexicon.morpholex:
+                negation, building.facts["negation"] = _find_negation(pairs, config.lexicon.morpholex, report)
+                pairs = Pairs(negation.apply(pairs), report.dropped)
+                negation.write(building.folder)
+                building.facts["negation"] |= negation.facts()
+            relations = pairs.resolved()
+            if not relations:
+                raise UserError(f"the sources of the lexicon ({', '.join(sources)}) give no pair of words")
+            write_relations(building.folder / FILE, relations)
+            by_relation, by_source = count_pairs(relations)
+            building.facts.update(
+                pairs=by_relation, pairs_by_source=by_source, dropped=dict(report.dropped), malformed=report.facts()
+            )
+        _say(building.facts)
+
+
+def read_sources(config: LexiconConfig, wordnet_path: str | None, report: Report) -> Iterator[Relation]:
+    """The relations of all sources as they stand there, one after the other."""
+    if config.wordnet:
+        wordnet = open_wordnet(wordnet_path)
+        for code in dict.fromkeys(config.languages):
+            yield from read_wordnet(wordnet) if code == ENGLISH else read_other_language(wordnet, code, report)
+        if config.indirect_antonyms:
+            yield from read_indirect_antonyms(wordnet)
+    for key, path in _files(config):
+        if key == "wiktionary":
+            yield from read_wiktionary(path, config.wiktionary_language, report)
+        elif key == "dict2vec":
+            yield from read_dict2vec(path, report)
+        elif key == "tsv":
+            yield from read_tsv(path)
+
+
+def _find_negation(pairs: Pairs, name: str, report: Report) -> tuple[Negation, dict[str, int]]:
+    """The negated words, and what is to be said of MorphoLEX itself."""
+    morpholex = read_morpholex(Path(name).expanduser(), report)
+    negation = find_negation(morpholex.words, {word.lower() for word in pairs.words()})
+    return negation, {"morpholex_words": len(morpholex.words), "morpholex_repeated": morpholex.repeated}
+
+
+def _files(config: LexiconConfig) -> list[tuple[str, Path]]:
+    """(config key, path) of every file that the config names."""
+    named = {key: getattr(config, key) for key in _FILES}
+    files = [
+        (key, Path(name).expanduser())
+        for key, names in named.items()
+        for name in ((names,) if isinstance(names, str) else names or ())
+    ]
+    problems = [
+        f"lexicon.{key}: there is no file {path} that can be read; name {_FILES[key]}"
+        for key, path in files
+        if not path.is_file() or not os.access(path, os.R_OK)
+    ]
+    if problems:
+        raise UserError(listed("files of the lexicon are not there", problems))
+    return list(dict.fromkeys(files))
+
+
+def _source_names(config: LexiconConfig) -> list[str]:
+    wordnet = [f"WordNet ({', '.join(config.languages)})"] if config.wordnet else []
+    return [*wordnet, *(str(path) for _, path in _files(config))]
+
+
+def _say(facts: dict[str, Any]) -> None:
+    pairs, dropped = facts["pairs"], facts["dropped"]
+    say(f"  {pairs['synonym']:,} synonym and {pairs['antonym']:,} antonym pairs, both directions counted")
+    for source, counts in facts["pairs_by_source"].items():
+        say(f"    {source}: {counts['synonym']:,} and {counts['antonym']:,}")
+    say("  dropped " + ", ".join(f"{number:,} {why}" for why, number in dropped.items()))
+    if "negation" in facts:
+        found = facts["negation"]
+        say(
+            f"  negation: {found['flips']:,} pairs changed their relation ({FLIPS_FILE}), both directions counted, and "
+            f"{found['bases']:,} words were replaced by their bases ({BASES_FILE}); {found['cycles']:,} cycles cut"
+        )

@@ -1,0 +1,140 @@
+"""MorphoLEX: how English words are made of affixes and roots, from its workbook (.xlsx).
+
+Every sheet whose first row names the columns `Word` and `MorphoLexSegm` is read; the others (a presentation, lists of
+affixes) are not. A segmentation names prefixes `<un<`, roots `(happy)` and suffixes `>less>`, with braces around stems:
+`{<un<(happy)}>ness>`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openpyxl import load_workbook
+
+from dskd.console import progress
+from dskd.errors import UserError, listed
+from dskd.lexicon.reading import MalformedError, Report
+
+WORD, SEGMENTATION = "Word", "MorphoLexSegm"
+_MORPHEME = re.compile(r"<(?P<prefix>[^<>(){}]+)<|\((?P<root>[^<>(){}]+)\)|>(?P<suffix>[^<>(){}]+)>|[{}]")
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The morphemes of a word in their order: (`prefix`, `root` or `suffix`, its letters in lower case)."""
+
+    morphemes: tuple[tuple[str, str], ...]
+
+    def of_kind(self, kind: str) -> tuple[str, ...]:
+        """The letters of all morphemes of a kind."""
+        return tuple(letters for found, letters in self.morphemes if found == kind)
+
+
+@dataclass(frozen=True)
+class MorphoLex:
+    """Words in lower case with their segmentations, and how many rows repeat a word: the first row of a word counts."""
+
+    words: dict[str, Segmentation]
+    repeated: int
+
+
+def parse_segmentation(text: str) -> Segmentation:
+    """The morphemes of a segmentation like `{<un<(happy)}>ness>`.
+
+    Raises:
+        MalformedError: when it is not of that form, or has no root.
+    """
+    morphemes = []
+    position = 0
+    while position < len(text):
+        found = _MORPHEME.match(text, position)
+        if found is None:
+            raise MalformedError(f"{text!r} is no segmentation (from {text[position:]!r} on)")
+        if found.lastgroup is not None:
+            morphemes.append((found.lastgroup, found[found.lastgroup].strip().lower()))
+        position = found.end()
+    if not any(kind == "root" for kind, _ in morphemes):
+        raise MalformedError(f"{text!r} has no root")
+    return Segmentation(tuple(morphemes))
+
+
+def read_morpholex(path: Path, report: Report) -> MorphoLex:
+    """The words of all sheets. Rows without a word or a segmentation go into the report, by sheet.
+
+    Raises:
+        UserError: when the file is no workbook, no sheet has both columns, or most rows of a sheet are malformed.
+    """
+    words: dict[str, Segmentation] = {}
+    repeated = 0
+    headers: dict[str, list[str]] = {}
+    tables = 0
+    with path.open("rb") as stream:
+        workbook = _open(stream, path)
+        for sheet in workbook.worksheets:
+            sheet.reset_dimensions()  # what a file says of its own size is not always true
+            rows = _rows(sheet, path)
+            _, first = next(rows, (0, ()))
+            header = [str(cell).strip() for cell in first if cell is not None]
+            headers[sheet.title] = header
+            if WORD not in header or SEGMENTATION not in header:
+                continue
+            tables += 1
+            place = [None if cell is None else str(cell).strip() for cell in first]
+            columns = place.index(WORD), place.index(SEGMENTATION)
+            name, count = f"{path}[{sheet.title}]", 0
+            for number, row in progress(rows, total=None, label=f"reading {path.name} {sheet.title}", unit="rows"):
+                count += 1
+                try:
+                    word, segmentation = _entry(row, columns)
+                except MalformedError as malformed:
+                    report.add_malformed(name, number, str(malformed))
+                    continue
+                repeated += word in words
+                words.setdefault(word, segmentation)
+            report.finish(name, count, "words with a segmentation")
+        workbook.close()
+    if not tables:
+        found = [f"{title}: {', '.join(header) or 'empty'}" for title, header in headers.items()]
+        raise UserError(
+            listed(f"{path}: no sheet has the columns {WORD} and {SEGMENTATION}; name the workbook of MorphoLEX", found)
+        )
+    return MorphoLex(words, repeated)
+
+
+def _open(stream: Any, path: Path) -> Any:
+    try:
+        return load_workbook(stream, read_only=True, data_only=True)
+    except Exception as error:  # openpyxl raises what the damage makes it raise
+        raise UserError(
+            f"{path}: this is not a workbook (.xlsx) that can be read ({type(error).__name__}: {error}); name the one "
+            "of MorphoLEX"
+        ) from None
+
+
+def _rows(sheet: Any, path: Path) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """(number, cells) of every row that is not empty."""
+    rows = enumerate(sheet.iter_rows(values_only=True), start=1)
+    while True:
+        try:
+            number, row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # as above: sheets are read when their rows are
+            raise UserError(
+                f"{path}: the sheet {sheet.title!r} cannot be read ({type(error).__name__}: {error})"
+            ) from None
+        if any(cell is not None for cell in row):
+            yield number, row
+
+
+def _entry(row: tuple[Any, ...], columns: tuple[int, int]) -> tuple[str, Segmentation]:
+    word, segmentation = (row[column] if column < len(row) else None for column in columns)
+    if isinstance(word, bool):  # spreadsheets make values of the words true and false
+        word = str(word)
+    if not isinstance(word, str) or not word.strip():
+        raise MalformedError(f"no word but {word!r}")
+    if not isinstance(segmentation, str):
+        raise MalformedError(f"{word!r} has no segmentation but {segmentation!r}")
+    return word.strip().lower(), parse_segmentation(segmentation.strip())

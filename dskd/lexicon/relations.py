@@ -1,0 +1,152 @@
+"""Relations between words, and the rules that make a table of them that training can trust.
+
+A relation is (head, tail, relation, source). Both directions are kept. Every rule counts what it drops:
+
+1. a word is never its own synonym or antonym, neither as a source gives it nor when negated words have been replaced by
+   their bases (:mod:`dskd.lexicon.negation`): self-pairs, counted as given;
+2. a pair given several times by one source is kept once: repeated, counted as given. A source that gives both
+   directions itself does not repeat itself;
+3. a pair that the sources together give as synonym *and* antonym is contradictory and kept as neither. This is judged
+   last, on the pairs as negation has left them, and counted in both directions.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.manifest import read_manifest
+
+FOLDER, FILE = "lexicon", "relations.parquet"
+MADE_BY = "dskd lexicon --config FILE"
+RELATIONS = ("synonym", "antonym")
+SCHEMA = pa.schema([(name, pa.string()) for name in ("head", "tail", "relation", "source")])
+_BITS_A_SOURCE = 4  # synonym and antonym, each in two directions
+_SYNONYM_BITS, _ANTONYM_BITS = 0b0011, 0b1100
+
+
+class Relation(NamedTuple):
+    """One directed pair of words; `relation` is `synonym` or `antonym`, `source` names the resource.
+
+    A tuple, because there can be millions: tuples are compared and hashed without running Python.
+    """
+
+    head: str
+    tail: str
+    relation: str
+    source: str
+
+
+class Pairs:
+    """Distinct relations, in memory that grows with the distinct pairs of words and not with what is read.
+
+    Each pair of words is held once, in alphabetical order, with a bit for every source, relation and direction in which
+    it was given. `dropped`, {why: number}, may be one that others count in too.
+    """
+
+    def __init__(self, relations: Iterable[Relation], dropped: Counter[str] | None = None) -> None:
+        self.dropped: Counter[str] = Counter() if dropped is None else dropped
+        self.dropped.update({"self-pairs": 0, "contradictory pairs": 0, "repeated": 0})
+        self._bits: dict[tuple[str, str], int] = {}
+        self._sources: dict[str, int] = {}
+        for relation in relations:
+            self.add(relation)
+
+    def add(self, relation: Relation) -> None:
+        """Takes a relation over, or counts why not (rules 1 and 2)."""
+        head, tail, kind, source = relation
+        if head == tail:
+            self.dropped["self-pairs"] += 1
+            return
+        pair = (head, tail) if head < tail else (tail, head)
+        index = self._sources.setdefault(source, len(self._sources))
+        bit = 1 << (_BITS_A_SOURCE * index + 2 * RELATIONS.index(kind) + (head > tail))
+        known = self._bits.get(pair, 0)
+        if known & bit:
+            self.dropped["repeated"] += 1
+        else:
+            self._bits[pair] = known | bit
+
+    def __iter__(self) -> Iterator[Relation]:
+        """The relations in the directions in which they were given, each once."""
+        for (low, high), bits in self._bits.items():
+            for source, index in self._sources.items():
+                for number, kind in enumerate(RELATIONS):
+                    given = bits >> (_BITS_A_SOURCE * index + 2 * number)
+                    if given & 1:
+                        yield Relation(low, high, kind, source)
+                    if given & 2:
+                        yield Relation(high, low, kind, source)
+
+    def words(self) -> set[str]:
+        """Every word that has a relation."""
+        return {word for pair in self._bits for word in pair}
+
+    def resolved(self) -> list[Relation]:
+        """Both directions of every pair that is not contradictory (rule 3), sorted."""
+        count = len(self._sources)
+        synonyms = sum(_SYNONYM_BITS << (_BITS_A_SOURCE * index) for index in range(count))
+        antonyms = sum(_ANTONYM_BITS << (_BITS_A_SOURCE * index) for index in range(count))
+        kept = []
+        for (low, high), bits in self._bits.items():
+            if bits & synonyms and bits & antonyms:
+                self.dropped["contradictory pairs"] += 2
+                continue
+            kind = RELATIONS[0] if bits & synonyms else RELATIONS[1]
+            for source, index in self._sources.items():
+                if bits >> (_BITS_A_SOURCE * index) & (_SYNONYM_BITS | _ANTONYM_BITS):
+                    kept += [Relation(low, high, kind, source), Relation(high, low, kind, source)]
+        kept.sort()
+        return kept
+
+
+def resolve(relations: Iterable[Relation]) -> tuple[list[Relation], Counter[str]]:
+    """Makes the relations symmetric, applies the module's rules, and counts what each rule dropped.
+
+    Returns:
+        The relations kept, sorted, and {why: number dropped}.
+    """
+    pairs = Pairs(relations)
+    return pairs.resolved(), pairs.dropped
+
+
+def count_pairs(relations: Iterable[Relation]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Directed pairs by relation, and by source and relation; a pair of two sources counts once in the former.
+
+    Args:
+        relations: what :func:`resolve` returns.
+    """
+    pairs = dict.fromkeys(RELATIONS, 0)
+    by_source: dict[str, dict[str, int]] = {}
+    for (_, _, kind), group in groupby(relations, key=lambda relation: relation[:3]):
+        pairs[kind] += 1
+        for relation in group:
+            by_source.setdefault(relation.source, dict.fromkeys(RELATIONS, 0))[kind] += 1
+    return pairs, dict(sorted(by_source.items()))
+
+
+def write_relations(path: Path, relations: list[Relation]) -> None:
+    """Writes `relations.parquet` as docs/formats.md describes it."""
+    columns = {name: [getattr(relation, name) for relation in relations] for name in SCHEMA.names}
+    pq.write_table(pa.table(columns, schema=SCHEMA), path, compression="zstd")
+
+
+def load_lexicon(config: Config) -> list[Relation]:
+    """The relations of `WORKDIR/lexicon`.
+
+    Raises:
+        UserError: when there is no lexicon, or it is not one.
+    """
+    folder = config.path(FOLDER)
+    read_manifest(folder, "lexicon", made_by=MADE_BY)
+    try:
+        columns = pq.read_table(folder / FILE, schema=SCHEMA).to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{folder / FILE}: cannot be read ({error}); make it anew with `{MADE_BY}`") from None
+    return [Relation(*row) for row in zip(*(columns[name] for name in SCHEMA.names), strict=True)]

@@ -1,0 +1,115 @@
+"""Wiktionary as Wiktextract extracts it (kaikki.org): JSON lines, an entry a word and part of speech.
+
+Synonyms and antonyms stand under `senses[]` and, where Wiktextract could not tell the sense, under the entry itself:
+
+    {"word": "big", "lang": "English", "senses": [{"synonyms": [{"word": "large"}]}], "antonyms": [{"word": "small"}]}
+
+The file of all languages has more than 20 GB. It is read line by line, and nothing is kept but the relations.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from sys import intern
+from typing import Any
+
+from dskd.errors import UserError
+from dskd.lexicon.reading import MalformedError, Report, is_storable, stream_lines
+from dskd.lexicon.relations import RELATIONS, Relation
+
+SOURCE = "wiktionary"
+OTHER_LANGUAGES = "Wiktionary entries of other languages"
+REDIRECTS = "Wiktionary redirects"
+THESAURUS = "Wiktionary thesaurus pages"
+NO_WORD = "Wiktionary neighbours without a word"
+_KEYS = tuple((f"{relation}s", relation) for relation in RELATIONS)
+_NAMED_LANGUAGES = 10
+
+
+def read_wiktionary(path: Path, language: str, report: Report) -> Iterator[Relation]:
+    """The relations of the entries whose `lang` is `language`.
+
+    Entries of other languages, redirects, neighbours that are pages of the thesaurus (`Thesaurus:…`) and neighbours
+    without a word are dropped and counted in the report; malformed lines are left out and go there with their numbers.
+
+    Raises:
+        UserError: when most lines are malformed, or no entry has the language.
+    """
+    languages: Counter[str] = Counter()
+    lines = 0
+    for number, line in stream_lines(path):
+        lines += 1
+        try:
+            entry = _entry(line)
+            if entry is None:
+                report.dropped[REDIRECTS] += 1
+                continue
+            languages[entry["lang"]] += 1
+            relations = _relations(entry, report.dropped) if entry["lang"] == language else []
+        except MalformedError as malformed:
+            report.add_malformed(str(path), number, str(malformed))
+            continue
+        yield from relations
+    report.finish(str(path), lines, "entries of Wiktextract")
+    if language not in languages:
+        raise UserError(_no_such_language(path, language, languages))
+    report.dropped[OTHER_LANGUAGES] += languages.total() - languages[language]
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """The entry of a line, with a word and a language; None for a redirect."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"it is not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise MalformedError(f"it is no object but a {type(entry).__name__}")
+    if "redirect" in entry and "word" not in entry:
+        return None
+    for key in ("word", "lang"):
+        value = entry.get(key)
+        if not isinstance(value, str) or not value.strip() or not is_storable(value):
+            raise MalformedError(f'it has no "{key}" that is text')
+    return entry
+
+
+def _relations(entry: dict[str, Any], dropped: Counter[str]) -> list[Relation]:
+    head = _spelled(entry["word"])
+    senses = entry.get("senses") or ()
+    if not isinstance(senses, list | tuple):
+        raise MalformedError('its "senses" are no list')
+    found = []
+    losses: Counter[str] = Counter()
+    for place in (*senses, entry):
+        if not isinstance(place, dict):
+            raise MalformedError("a sense of it is no object")
+        for key, relation in _KEYS:
+            neighbours = place.get(key) or ()
+            if not isinstance(neighbours, list | tuple):
+                raise MalformedError(f'its "{key}" are no list')
+            for neighbour in neighbours:
+                word = neighbour.get("word") if isinstance(neighbour, dict) else None
+                if not isinstance(word, str) or not word.strip() or not is_storable(word):
+                    losses[NO_WORD] += 1
+                elif word.startswith("Thesaurus:") or head.startswith("Thesaurus:"):
+                    losses[THESAURUS] += 1
+                else:
+                    found.append(Relation(head, _spelled(word), relation, SOURCE))
+    dropped.update(losses)
+    return found
+
+
+def _spelled(word: str) -> str:
+    # The same words come again and again: one copy of each keeps memory small.
+    return intern(" ".join(word.split()))
+
+
+def _no_such_language(path: Path, language: str, languages: Counter[str]) -> str:
+    found = ", ".join(f"{name} ({count:,})" for name, count in languages.most_common(_NAMED_LANGUAGES))
+    more = f" and {len(languages) - _NAMED_LANGUAGES} more" if len(languages) > _NAMED_LANGUAGES else ""
+    return (
+        f"{path}: no entry has the language {language!r}; found: {found or 'no entry at all'}{more}. It may be of "
+        "another language edition of Wiktionary, which has its own names for languages: name the file of the right "
+        "edition, or set lexicon.wiktionary_language to the name that stands there"
+    )

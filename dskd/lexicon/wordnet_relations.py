@@ -1,0 +1,102 @@
+"""WordNet's synonyms and antonyms, in English and in the languages of Open Multilingual WordNet."""
+
+from collections.abc import Iterator
+from itertools import permutations
+from typing import Any
+
+from dskd.console import progress
+from dskd.lexicon.reading import Report
+from dskd.lexicon.relations import Relation
+from dskd.wordnet import WordNet, open_language
+
+SOURCE = "wordnet"
+INDIRECT_SOURCE = "wordnet-indirect"
+ENGLISH = "eng"
+
+
+def read_wordnet(wordnet: WordNet) -> Iterator[Relation]:
+    """Lemma synonyms within a synset, and direct antonyms. Underscores of multi-word lemmas become spaces."""
+    for synset in _synsets(wordnet, "reading WordNet"):
+        lemmas = synset.lemmas()
+        words = [_spelled(lemma.name()) for lemma in lemmas]
+        yield from _synonyms(words, SOURCE)
+        for lemma, head in zip(lemmas, words, strict=True):
+            for antonym in lemma.antonyms():
+                yield Relation(head, _spelled(antonym.name()), "antonym", SOURCE)
+
+
+def read_indirect_antonyms(wordnet: WordNet) -> Iterator[Relation]:
+    """Antonyms of adjectives through `similar to`.
+
+    WordNet groups adjectives around heads: satellites are similar to a head, and only heads have antonyms of their own.
+    Every lemma of a satellite is here an antonym of every direct antonym of any lemma of the heads it is similar to:
+    hot and cold are direct antonyms and scorching is similar to hot, so scorching and cold are indirect ones. For heads
+    this is the same rule read backwards: the indirect antonyms of cold are the satellites of hot. Satellites of
+    opposite heads are not related to each other. Pairs that are direct antonyms in any sense are left out.
+    """
+    heads = {
+        synset: [_spelled(antonym.name()) for lemma in synset.lemmas() for antonym in lemma.antonyms()]
+        for synset in wordnet.reader.all_synsets("a")
+        if synset.pos() == "a"
+    }
+    direct = {
+        frozenset((_spelled(lemma.name()), _spelled(antonym.name())))
+        for synset in _synsets(wordnet, "reading direct antonyms")
+        for lemma in synset.lemmas()
+        for antonym in lemma.antonyms()
+    }
+    for satellite in _synsets(wordnet, "reading indirect antonyms", "s"):
+        if satellite.pos() != "s":
+            continue
+        antonyms = dict.fromkeys(word for head in satellite.similar_tos() for word in heads.get(head, ()))
+        for name in satellite.lemma_names():
+            head = _spelled(name)
+            for tail in antonyms:
+                if frozenset((head, tail)) not in direct:
+                    yield Relation(head, tail, "antonym", INDIRECT_SOURCE)
+
+
+def read_other_language(wordnet: WordNet, code: str, report: Report) -> Iterator[Relation]:
+    """Synonyms and antonyms of a language of Open Multilingual WordNet, which gives the synsets lemmas in it.
+
+    Lemmas of one synset are synonyms. Open Multilingual WordNet has no antonyms, so they are taken over from English:
+    the lemmas of two synsets are antonyms when English lemmas of these synsets are direct antonyms.
+
+    Raises:
+        UserError: when Open Multilingual WordNet is not there, or lacks the language.
+    """
+    source = f"{SOURCE}:{code}"
+    tab = open_language(wordnet, code)
+    for number, reason in tab.malformed:
+        report.add_malformed(tab.name, number, reason)
+    report.finish(tab.name, tab.lines, "a synset, a kind and a value, separated by tabs")
+    for synset in _synsets(wordnet, f"reading WordNet ({code})"):
+        words = _words(synset, code)
+        if not words:
+            continue
+        yield from _synonyms(words, source)
+        opposites = dict.fromkeys(antonym.synset() for lemma in synset.lemmas() for antonym in lemma.antonyms())
+        for opposite in opposites:
+            for tail in _words(opposite, code):
+                for head in words:
+                    yield Relation(head, tail, "antonym", source)
+
+
+def _synsets(wordnet: WordNet, label: str, part_of_speech: str | None = None) -> Iterator[Any]:
+    return progress(wordnet.reader.all_synsets(part_of_speech), total=None, label=label, unit="synsets")
+
+
+def _synonyms(words: list[str], source: str) -> Iterator[Relation]:
+    for head, tail in permutations(words, 2):
+        if head != tail:
+            yield Relation(head, tail, "synonym", source)
+
+
+def _words(synset: Any, code: str) -> list[str]:
+    names = (name.replace("_", " ").strip() for name in synset.lemma_names(code))
+    return list(dict.fromkeys(filter(None, names)))
+
+
+def _spelled(name: str) -> str:
+    # "(p)" and the like say where an adjective may stand: syntax, no part of the word.
+    return name.split("(")[0].replace("_", " ")

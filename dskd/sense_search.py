@@ -1,0 +1,232 @@
+"""The rows of the sense dictionary nearest to the teacher's states: O_i, P_i and N_i (method, section 3).
+
+Positions with the same target share their candidates, so they are put together: a tile is one target token with up to
+16 of its positions, and tiles with similarly many candidates become one batched matrix product. The rows of frequent
+tokens stay on the device; where the dictionary is larger than its share of memory, the others are read from disk.
+
+Shapes: n positions, D hidden, V vocabulary, R rows of the dictionary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from dskd.senses.cluster import ranges
+from dskd.senses.dictionary import SenseDictionary, map_vectors
+
+_TILE = 16  # positions of one token in a product: its rows are fetched once for so many
+_ELEMENTS = {"cpu": 8_000_000, "cuda": 128_000_000}  # floats of candidate rows in one product: 32 MB, 512 MB
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The rows that compete for a token: rows[offsets[v]:offsets[v + 1]], ascending."""
+
+    offsets: torch.Tensor  # [V+1] int64
+    rows: torch.Tensor  # int64
+
+    def to(self, device: torch.device) -> "Candidates":
+        """The same, on a device."""
+        return Candidates(self.offsets.to(device), self.rows.to(device))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Row numbers for n positions, nearest first, padded with -1."""
+
+    own: torch.Tensor  # O_i [n, kappa] int32
+    synonyms: torch.Tensor  # P_i [n, kappa] int32
+    antonyms: torch.Tensor  # N_i [n, kappa] int32
+    antonym_distance: torch.Tensor  # [n], mean |t_i - s|² / D over N_i; 0 where there is none
+
+
+class Searcher:
+    """Finds O_i, P_i and N_i for many positions at once.
+
+    Args:
+        dictionary: the rows.
+        kappa: how many are wanted.
+        device: where the states are.
+        frequencies: [V], how often each token is a target; the rows of frequent ones stay on the device.
+        memory_budget: bytes of rows that stay there.
+    """
+
+    def __init__(
+        self,
+        dictionary: SenseDictionary,
+        kappa: int,
+        device: torch.device,
+        frequencies: torch.Tensor | None = None,
+        memory_budget: int = 2**62,
+    ) -> None:
+        self.kappa = kappa
+        kinds = build_candidates(dictionary)
+        if frequencies is None:
+            frequencies = torch.ones(dictionary.vocab_size, dtype=torch.int64)
+        self._rows = Rows(dictionary, _row_use(kinds, frequencies, dictionary.num_rows), memory_budget, device)
+        self.has_synonyms = kinds[1].offsets.diff() > kinds[0].offsets.diff()
+        self._own, self._related, self._antonyms = (kind.to(device) for kind in kinds)
+
+    def search(self, states: torch.Tensor, targets: torch.Tensor) -> Found:
+        """The rows for teacher states [n, D] with target tokens [n], on the searcher's device."""
+        states = states.float()
+        tiles = _Tiles(targets)
+        own, _ = nearest_rows(states, tiles, self._own, self._rows, self.kappa)
+        synonyms, _ = nearest_rows(states, tiles, self._related, self._rows, self.kappa)
+        antonyms, distances = nearest_rows(states, tiles, self._antonyms, self._rows, self.kappa)
+        exists = antonyms >= 0
+        mean_distance = distances.where(exists, 0).sum(-1) / exists.sum(-1).clamp(min=1) / states.shape[-1]
+        return Found(own, synonyms, antonyms, mean_distance)
+
+
+def build_candidates(dictionary: SenseDictionary) -> tuple[Candidates, Candidates, Candidates]:
+    """The rows that compete for O_i, for P_i and for N_i, by token."""
+    entries, entry_offsets = dictionary.entries, dictionary.entry_offsets
+    tokens = torch.arange(dictionary.vocab_size)
+    synonym_heads = tokens.repeat_interleave(entries.synonym_offsets.diff())
+    antonym_heads = tokens.repeat_interleave(entries.antonym_offsets.diff())
+    lexical = torch.cat([synonym_heads, antonym_heads]).unique()
+    return (
+        _rows_by_token(tokens, tokens, entry_offsets, dictionary.vocab_size),
+        _rows_by_token(
+            torch.cat([lexical, synonym_heads]),
+            torch.cat([lexical, entries.synonym_entries.long()]),
+            entry_offsets,
+            dictionary.vocab_size,
+        ),
+        _rows_by_token(antonym_heads, entries.antonym_entries.long(), entry_offsets, dictionary.vocab_size),
+    )
+
+
+class Rows:
+    """The dictionary's vectors by row number: the most used on the device, the others on disk.
+
+    Args:
+        dictionary: where they are.
+        use: [R], how often each is a candidate.
+        memory_budget: bytes of vectors on the device.
+        device: which.
+    """
+
+    def __init__(
+        self, dictionary: SenseDictionary, use: torch.Tensor, memory_budget: int, device: torch.device
+    ) -> None:
+        self._map = map_vectors(dictionary.path)
+        self._device = device
+        fitting = min(dictionary.num_rows, memory_budget // (2 * dictionary.hidden_size))
+        resident = use.argsort(descending=True, stable=True)[:fitting].sort().values
+        self.all_resident = len(resident) == dictionary.num_rows
+        self._slots = torch.full((dictionary.num_rows,), -1, dtype=torch.int64)
+        self._slots[resident] = torch.arange(len(resident))
+        self._slots = self._slots.to(device)
+        self._resident = self._read(resident)
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """Vectors [..., D] float32 of row numbers [...] on the device."""
+        if self.all_resident:
+            return self._resident[rows].float()
+        slots = self._slots[rows]
+        absent = slots < 0
+        taken = torch.empty(*rows.shape, self._map.shape[1], device=self._device)
+        taken[~absent] = self._resident[slots[~absent]].float()
+        wanted, place = rows[absent].unique(return_inverse=True)
+        taken[absent] = self._read(wanted.cpu())[place].float()
+        return taken
+
+    def _read(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._map[rows.numpy()]).view(torch.bfloat16).to(self._device)
+
+
+class _Tiles:
+    """Positions [n] put together by their token: tiles of at most `_TILE` positions of one token each."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        ordered, self.order = tokens.sort(stable=True)
+        distinct, counts = ordered.unique_consecutive(return_counts=True)
+        per_token = -(-counts // _TILE)
+        self.tokens = distinct.repeat_interleave(per_token)
+        number = torch.arange(len(self.tokens), device=tokens.device)
+        number -= (per_token.cumsum(0) - per_token).repeat_interleave(per_token)
+        self.starts = (counts.cumsum(0) - counts).repeat_interleave(per_token) + number * _TILE
+        self.sizes = (counts.repeat_interleave(per_token) - number * _TILE).clamp(max=_TILE)
+        self.heights = _power_of_two(self.sizes)
+        self.num_positions = len(tokens)
+
+
+def nearest_rows(
+    states: torch.Tensor, tiles: _Tiles, candidates: Candidates, rows: Rows, kappa: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kappa candidates of each position's token that are nearest to its state, nearest first.
+
+    Args:
+        states: [n, D] float32.
+        tiles: the positions by token.
+        candidates: the rows that compete, by token.
+        rows: the vectors.
+        kappa: how many.
+
+    Returns:
+        Row numbers [n, kappa] int32, padded with -1, and their squared distances [n, kappa] float32. Ties go to the
+        lower row number.
+    """
+    device = states.device
+    found = torch.full((len(states), kappa), -1, dtype=torch.int32, device=device)
+    distances = torch.full((len(states), kappa), torch.inf, device=device)
+    starts, numbers = candidates.offsets[tiles.tokens], candidates.offsets.diff()[tiles.tokens]
+    widths = torch.where(numbers > 0, _power_of_two(numbers), 0)
+    # One number for height and width: tiles of one shape go into one product. Padding at most doubles each side.
+    shapes = widths * 2 * _TILE + tiles.heights
+    for shape in shapes[widths > 0].unique().tolist():
+        width, height = divmod(shape, 2 * _TILE)
+        members = (shapes == shape).nonzero().squeeze(-1)
+        for part in members.split(max(1, _ELEMENTS[device.type] // (width * states.shape[-1]))):
+            place = torch.arange(width, device=device)
+            exists = place < numbers[part].unsqueeze(-1)
+            competing = candidates.rows[torch.where(exists, starts[part].unsqueeze(-1) + place, 0)]
+            step = torch.arange(height, device=device)
+            is_position = step < tiles.sizes[part].unsqueeze(-1)
+            positions = tiles.order[torch.where(is_position, tiles.starts[part].unsqueeze(-1) + step, 0)]
+            squares = _squared_distances(states[positions], rows.take(competing))
+            # Candidates are ascending, so a stable sort gives ties to the lower row.
+            ordered, order = squares.masked_fill(~exists.unsqueeze(1), torch.inf).sort(dim=-1, stable=True)
+            count = min(kappa, width)
+            ordered, order = ordered[..., :count], order[..., :count]
+            nearest = competing.unsqueeze(1).expand(-1, height, -1).gather(-1, order).int()
+            into = positions[is_position]
+            found[into, :count] = torch.where(ordered < torch.inf, nearest, -1)[is_position]
+            distances[into, :count] = ordered[is_position]
+    return found, distances
+
+
+def _rows_by_token(
+    heads: torch.Tensor, tails: torch.Tensor, entry_offsets: torch.Tensor, vocab_size: int
+) -> Candidates:
+    """For pairs of a token and an entry, the rows of all its entries by token."""
+    sizes = entry_offsets.diff()[tails]
+    rows = ranges(entry_offsets[tails], sizes)
+    owners = heads.repeat_interleave(sizes)
+    order = rows.argsort(stable=True)
+    order = order[owners[order].argsort(stable=True)]
+    counts = torch.bincount(owners, minlength=vocab_size)
+    return Candidates(F.pad(counts.cumsum(0), (1, 0)), rows[order])
+
+
+def _row_use(kinds: tuple[Candidates, ...], frequencies: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """How often each row [R] is a candidate when tokens are targets as often as `frequencies` [V] says."""
+    use = torch.zeros(num_rows, dtype=torch.int64)
+    for kind in kinds:
+        use.index_add_(0, kind.rows, frequencies.repeat_interleave(kind.offsets.diff()))
+    return use
+
+
+def _squared_distances(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """|t - s|² [g, P, C] of states [g, P, D] to rows [g, C, D]."""
+    products = torch.bmm(states, rows.transpose(1, 2))
+    squares = states.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1).unsqueeze(1)
+    return squares.clamp(min=0)
+
+
+def _power_of_two(values: torch.Tensor) -> torch.Tensor:
+    """The next power of two at or above integers; 1 for 0. Exact on every device, as a logarithm is not."""
+    return 1 << torch.frexp((values - 1).clamp(min=0).double()).exponent.long()

@@ -1,0 +1,142 @@
+"""Parts of a sense dictionary, one for each rank, to the whole of it: `senses.safetensors`.
+
+A part holds the senses of the tokens that a rank owns: `tokens` [m] and `sizes` [m] int64, `counts` [R] int64 and
+`vectors` [R, D] bf16. Parts and dictionary can be larger than memory: both are written and read through memory maps.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dskd.config import Config
+from dskd.console import progress_bar, say
+from dskd.errors import UserError
+from dskd.lexicon.relations import load_lexicon
+from dskd.manifest import Building
+from dskd.senses.cluster import TokenSenses, ranges
+from dskd.senses.dictionary import FILE, tensor_types
+from dskd.senses.entries import Entries, build_entries
+from dskd.senses.spans import compose_spans, span_sizes
+from dskd.tensor_file import create_tensors, map_tensor
+
+_CHUNK_BYTES = 64 * 2**20  # of vectors that are copied at one time
+
+
+def write_part(
+    path: Path, tokens: torch.Tensor, sizes: torch.Tensor, hidden_size: int, senses: Iterable[TokenSenses]
+) -> None:
+    """Writes the senses of the tokens [m], which have `sizes` [m] rows, as they come, in the order of tokens."""
+    rows = int(sizes.sum())
+    shapes = {
+        "tokens": ("I64", (len(tokens),)),
+        "sizes": ("I64", (len(tokens),)),
+        "counts": ("I64", (rows,)),
+        "vectors": ("BF16", (rows, hidden_size)),
+    }
+    with create_tensors(path, shapes) as maps:
+        maps["tokens"][:], maps["sizes"][:] = tokens.numpy(), sizes.numpy()
+        first = 0
+        for some in senses:
+            stop = first + len(some.counts)
+            maps["counts"][first:stop] = some.counts.numpy()
+            maps["vectors"][first:stop] = _bits(some.vectors)
+            first = stop
+    assert first == rows
+
+
+def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_size: int, tokenizer: Any) -> None:
+    """Puts the parts together in the order of tokens, adds the spans, and removes the parts; the facts are complete.
+
+    Raises:
+        UserError: when no token has a sense.
+    """
+    maps = [{name: map_tensor(path, name, kind) for name, kind in _PART_TYPES} for path in parts]
+    token_sizes = torch.zeros(vocab_size, dtype=torch.int64)
+    for part in maps:
+        token_sizes[torch.from_numpy(np.array(part["tokens"]))] = torch.from_numpy(np.array(part["sizes"]))
+    if not token_sizes.any():
+        raise UserError("the teacher's states belong to no token at all: the training sequences have no target")
+    token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
+    entries, facts = build_entries(load_lexicon(config), tokenizer, vocab_size, config.senses.surface_forms)
+    sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, config.senses.k)
+    entry_offsets = torch.cat([token_offsets, token_offsets[-1] + sizes_of_spans.cumsum(0)])
+
+    hidden_size = maps[0]["vectors"].shape[1]
+    with (
+        create_tensors(building.folder / FILE, tensor_types(entries, int(entry_offsets[-1]), hidden_size)) as whole,
+        progress_bar(total=int(entry_offsets[-1]), label="writing", unit="rows") as bar,
+    ):
+        whole["entry_offsets"][:] = entry_offsets.numpy()
+        for name, tensor in entries.tensors().items():
+            whole[name][:] = tensor.numpy()
+        step = max(1, _CHUNK_BYTES // (2 * hidden_size))
+        for part in maps:
+            sizes = torch.from_numpy(np.array(part["sizes"]))
+            place = ranges(token_offsets[torch.from_numpy(np.array(part["tokens"]))], sizes).numpy()
+            whole["counts"][place] = part["counts"]
+            for first in range(0, len(place), step):
+                chunk = slice(first, first + step)
+                whole["vectors"][place[chunk]] = part["vectors"][chunk]
+                bar.update(len(place[chunk]))
+        counts = torch.from_numpy(np.array(whole["counts"]))
+        first = int(token_offsets[-1])
+
+        def read_rows(rows: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(whole["vectors"][rows.numpy()]).view(torch.bfloat16).float()
+
+        for vectors, behind in compose_spans(entries.span_tokens, read_rows, counts, token_offsets, config.senses.k):
+            stop = first + len(vectors)
+            whole["vectors"][first:stop], whole["counts"][first:stop] = _bits(vectors), behind.numpy()
+            bar.update(stop - first)
+            first = stop
+    for path in parts:
+        path.unlink()
+    building.facts.update(
+        rows=int(entry_offsets[-1]),
+        tokens_with_senses=int((token_sizes > 0).sum()),
+        spans_with_senses=int((sizes_of_spans > 0).sum()),
+        states=int(counts[: int(token_offsets[-1])].sum()),
+        **facts,
+        **_relations_with_senses(entries, entry_offsets),
+    )
+    _report(building.facts, vocab_size)
+
+
+_PART_TYPES = (("tokens", "I64"), ("sizes", "I64"), ("counts", "I64"), ("vectors", "BF16"))
+
+
+def _bits(vectors: torch.Tensor) -> np.ndarray:
+    """The raw 16 bits of `vectors` as bf16."""
+    return vectors.to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def _relations_with_senses(entries: Entries, entry_offsets: torch.Tensor) -> dict[str, int]:
+    """How many pairs have senses on both sides, and so can act in training."""
+    has_rows = entry_offsets.diff() > 0
+    facts = {}
+    for relation in ("synonym", "antonym"):
+        offsets, tails = getattr(entries, f"{relation}_offsets"), getattr(entries, f"{relation}_entries")
+        heads = torch.arange(entries.vocab_size).repeat_interleave(offsets.diff())
+        facts[f"{relation}_pairs_with_senses"] = int((has_rows[heads] & has_rows[tails.long()]).sum())
+    return facts
+
+
+def _report(facts: dict[str, Any], vocab_size: int) -> None:
+    say(
+        f"  {facts['rows']:,} sense embeddings from {facts['states']:,} states: {facts['tokens_with_senses']:,} of "
+        f"{vocab_size:,} tokens and {facts['spans_with_senses']:,} of {facts['spans']:,} spans have senses"
+    )
+    for name in ("synonym", "antonym"):
+        usable, all_pairs = facts[f"{name}_pairs_with_senses"], facts[f"{name}_pairs"]
+        heads = facts[f"tokens_with_{name}s"]
+        say(f"  {all_pairs:,} {name} pairs of {heads:,} tokens, {usable:,} of them with senses on both sides")
+    unusable = {why: number for why, number in facts.items() if why.startswith(("head", "neighbour"))}
+    if unusable:
+        say(
+            "  pairs the tokenizer cannot express: "
+            + ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in unusable.items())
+        )

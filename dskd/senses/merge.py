@@ -1,0 +1,122 @@
+"""`dskd senses merge`: one sense dictionary of several that the same teacher gave on different corpora.
+
+A row stands for the states behind it: the rows of all dictionaries are clustered by k-means in which each has the
+weight of its states. So what is merged are centroids, not the states themselves, which are gone by then; to sample
+states over several corpora, name them all in one config's `corpus.train`. Spans are composed anew from the merged
+tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dskd.config import Config
+from dskd.console import progress_bar, stage
+from dskd.errors import UserError, listed
+from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
+from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
+from dskd.manifest import Building, Manifest, Recipe, build_artifact, read_manifest, verify_files
+from dskd.model_folder import ModelFolder, find_teacher
+from dskd.senses.assemble import assemble, write_part
+from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
+from dskd.senses.dictionary import FILE, MADE_BY, SenseDictionary, map_vectors, read_dictionary, require_fitting
+from dskd.senses.reservoir import TokenStates, split_tokens
+
+_MERGING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")
+
+
+def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) -> None:
+    """Merges the dictionaries in `folders` and writes the result to `output`, to be named by `senses.path`.
+
+    Raises:
+        UserError: when one is missing or damaged, or was made with another teacher or tokenizer than the config's.
+    """
+    if len({folder.resolve() for folder in folders}) < 2:
+        raise UserError("name two or more different folders with sense dictionaries to merge")
+    if output.resolve() in {folder.resolve() for folder in folders}:
+        raise UserError(f"--output: {output} is one of the dictionaries that are merged; name another folder")
+    if output.exists() and not (output / "manifest.json").is_file():
+        raise UserError(f"--output: {output} exists and is no artifact of dskd; name another folder")
+    teacher = find_teacher(config)
+    opened = _open_all(folders, teacher)
+    lexicon = read_manifest(config.path(LEXICON_FOLDER), "lexicon", made_by=LEXICON_MADE_BY)
+    settings = {key: value for key, value in config.senses.as_dict().items() if key in _MERGING}
+    wanted = Recipe(
+        "senses",
+        {"lexicon": lexicon.digest} | {f"merged {i}": manifest.digest for i, (_, manifest) in enumerate(opened)},
+        settings | {"seed": config.seed},
+        teacher=teacher.digest,
+        tokenizer=teacher.tokenizer_digest,
+    )
+    with (
+        stage("senses: several dictionaries to one", reads=list(folders), writes=output / FILE),
+        build_artifact(output, wanted) as building,
+    ):
+        _merge(config, [dictionary for dictionary, _ in opened], building, teacher)
+
+
+def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[SenseDictionary, Manifest]]:
+    hidden_size = teacher.load_config().hidden_size
+    opened, problems = [], []
+    for folder in folders:
+        try:
+            manifest = read_manifest(folder, "senses", made_by=MADE_BY)
+            dictionary = read_dictionary(folder / FILE)
+            require_fitting(
+                dictionary,
+                manifest,
+                teacher=teacher.digest,
+                tokenizer=teacher.tokenizer_digest,
+                hidden_size=hidden_size,
+            )
+            verify_files(folder, manifest, made_by=MADE_BY)
+            opened.append((dictionary, manifest))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(listed("these dictionaries cannot be merged", problems))
+    return opened
+
+
+def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Building, teacher: ModelFolder) -> None:
+    vocab_size, hidden_size = dictionaries[0].vocab_size, dictionaries[0].hidden_size
+    numbers = torch.stack([dictionary.entry_offsets[: vocab_size + 1].diff() for dictionary in dictionaries]).sum(0)
+    behind = torch.stack([_states_per_token(dictionary) for dictionary in dictionaries]).sum(0)
+    sizes = torch.minimum(senses_per_token(behind, config.senses), numbers)
+    rows_at_once = max(1, int(config.senses.memory_budget * 2**30) // 3 // (2 * hidden_size))
+
+    def senses() -> Iterator[TokenSenses]:
+        with progress_bar(total=vocab_size, label="k-means", unit="tokens") as bar:
+            for start, stop in split_tokens(F.pad(numbers.cumsum(0), (1, 0)), rows_at_once):
+                states, weights = _read_tokens(dictionaries, start, stop)
+                yield cluster(states, config.senses, config.seed, torch.device("cpu"), weights)
+                bar.update(stop - start)
+
+    part = building.folder / "part-0.safetensors"
+    write_part(part, torch.arange(vocab_size), sizes, hidden_size, senses())
+    assemble(config, building, [part], vocab_size, teacher.load_tokenizer())
+
+
+def _states_per_token(dictionary: SenseDictionary) -> torch.Tensor:
+    """States behind the senses of each token [V]."""
+    before = F.pad(dictionary.counts.cumsum(0), (1, 0))
+    return before[dictionary.entry_offsets[: dictionary.vocab_size + 1]].diff()
+
+
+def _read_tokens(dictionaries: Sequence[SenseDictionary], start: int, stop: int) -> tuple[TokenStates, torch.Tensor]:
+    """The rows of all dictionaries for the tokens from `start` to `stop`, by token, and the states behind each."""
+    vectors, counts, owners = [], [], []
+    for dictionary in dictionaries:
+        offsets = dictionary.entry_offsets[start : stop + 1]
+        first, last = int(offsets[0]), int(offsets[-1])
+        vectors.append(torch.from_numpy(np.array(map_vectors(dictionary.path)[first:last])).view(torch.bfloat16))
+        counts.append(dictionary.counts[first:last])
+        owners.append(torch.arange(stop - start).repeat_interleave(offsets.diff()))
+    owner = torch.cat(owners)
+    order = owner.argsort(stable=True)
+    offsets = F.pad(torch.bincount(owner, minlength=stop - start).cumsum(0), (1, 0))
+    states = TokenStates(torch.arange(start, stop), offsets, torch.cat(vectors)[order])
+    return states, torch.cat(counts)[order]

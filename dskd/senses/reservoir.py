@@ -1,0 +1,266 @@
+"""A bounded random sample of each token's states, in bounded memory: what does not fit is spilled to disk.
+
+A state's chance is decided by a random priority: of every token the `max_states` states of lowest priority are kept.
+What is kept therefore depends on which states were offered, and not on their order, on spills, or on who offered them.
+
+States on disk lie in *runs*: safetensors files with `tokens` [n] int32, `priorities` [n] int64 and `states` [n, D]
+bf16, sorted by token, then by priority. A run is written under a temporary name and renamed when it is whole.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dskd.tensor_file import create_tensors, map_tensor
+
+_CHUNK_BYTES = 32 * 2**20  # of states that are copied at one time
+_SPILL_SHARE = 0.75  # a reservoir that is still as full as this after dropping what is not wanted goes to disk
+_MAX_RUNS = 12  # more are merged to one, so that disk use stays near that of the sample
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """States of some tokens, sorted by token, then by priority. n states in all."""
+
+    tokens: torch.Tensor  # [m] distinct tokens, ascending
+    offsets: torch.Tensor  # [m+1]; states of tokens[j] are offsets[j]:offsets[j+1]
+    states: torch.Tensor  # [n, D] bf16
+
+
+class Reservoir:
+    """Keeps the `max_states` states of lowest priority of every token it is offered.
+
+    Args:
+        vocab_size: V.
+        max_states: kept a token.
+        hidden_size: D.
+        memory_budget: bytes of states held in memory; beyond them runs are written.
+        folder: where runs go; it exists.
+        name: prefix of the runs' file names, different for each rank.
+        runs: names of runs in `folder` that an interrupted gathering left, and that count.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_states: int,
+        hidden_size: int,
+        memory_budget: int,
+        folder: Path,
+        name: str,
+        runs: Sequence[str] = (),
+    ) -> None:
+        self._max_states = max_states
+        self._hidden_size = hidden_size
+        self._folder, self._name = folder, name
+        self._runs = list(runs)
+        self._obsolete: list[str] = []
+        self._number = 1 + max((int(run.split("-")[-1].split(".")[0]) for run in runs), default=-1)
+        capacity = max(2, memory_budget // (2 * hidden_size + 16))
+        # Pages of a fresh allocation take memory only when they are written to.
+        self._tokens = torch.empty(capacity, dtype=torch.int64)
+        self._priorities = torch.empty(capacity, dtype=torch.int64)
+        self._states = torch.empty(capacity, hidden_size, dtype=torch.bfloat16)
+        self._size = 0
+        # Once a token is known to have `max_states` states, later ones above the highest of these are dropped at once.
+        self._thresholds = torch.full((vocab_size,), torch.iinfo(torch.int64).max)
+        for run in self._runs:
+            self._learn_thresholds(*_keys(self._folder / run))
+
+    def wanted(self, tokens: torch.Tensor, priorities: torch.Tensor) -> torch.Tensor:
+        """Which of the offered states [n] may still get into the sample: the others need not even be moved here."""
+        return priorities < self._thresholds[tokens]
+
+    def add(self, tokens: torch.Tensor, priorities: torch.Tensor, states: torch.Tensor) -> None:
+        """Takes states [n, D] with their tokens [n] and priorities [n]."""
+        start = 0
+        while start < len(tokens):
+            if self._size == len(self._tokens):
+                self._drop_unwanted()
+                if self._size > _SPILL_SHARE * len(self._tokens):
+                    self._spill()
+            stop = min(len(tokens), start + len(self._tokens) - self._size)
+            place = slice(self._size, self._size + stop - start)
+            self._tokens[place] = tokens[start:stop]
+            self._priorities[place] = priorities[start:stop]
+            self._states[place] = states[start:stop].to(torch.bfloat16)
+            self._size, start = place.stop, stop
+
+    def flush(self) -> list[str]:
+        """Writes everything to disk, and returns the names of the runs that together hold the sample.
+
+        Files that these replace stay until :meth:`remove_obsolete`: whoever noted their names may still need them.
+        """
+        if self._size:
+            self._drop_unwanted()
+            self._spill()
+        if len(self._runs) > _MAX_RUNS:
+            self._merge()
+        return list(self._runs)
+
+    def remove_obsolete(self) -> None:
+        """Removes the files that were merged into others."""
+        for name in self._obsolete:
+            (self._folder / name).unlink(missing_ok=True)
+        self._obsolete.clear()
+
+    def _drop_unwanted(self) -> None:
+        """Compacts the memory in place: no second copy of the states ever exists."""
+        tokens, priorities = self._tokens[: self._size], self._priorities[: self._size]
+        order, kept = _select(tokens, priorities, self._max_states)
+        self._learn_thresholds(tokens[order], priorities[order])
+        rows = order[kept].sort().values
+        step = max(1, _CHUNK_BYTES // (2 * self._hidden_size))
+        for first in range(0, len(rows), step):
+            source = rows[first : first + step]  # ascending, and never before its new place
+            place = slice(first, first + len(source))
+            for tensor in (self._tokens, self._priorities, self._states):
+                tensor[place] = tensor[source]
+        self._size = len(rows)
+
+    def _spill(self) -> None:
+        tokens, priorities = self._tokens[: self._size], self._priorities[: self._size]
+        order, _ = _select(tokens, priorities, self._max_states)
+        self._runs.append(
+            self._write_run(tokens[order], priorities[order], lambda first, last: self._states[order[first:last]])
+        )
+        self._size = 0
+
+    def _merge(self) -> None:
+        runs = [_Run(self._folder / name) for name in self._runs]
+        tokens, priorities, which, row = _chosen(runs, self._max_states)
+        self._learn_thresholds(tokens, priorities)
+        merged = self._write_run(
+            tokens, priorities, lambda first, last: _read(runs, which[first:last], row[first:last])
+        )
+        self._obsolete += self._runs
+        self._runs = [merged]
+
+    def _write_run(
+        self, tokens: torch.Tensor, priorities: torch.Tensor, read_states: Callable[[int, int], torch.Tensor]
+    ) -> str:
+        name = f"{self._name}-{self._number:05d}.safetensors"
+        self._number += 1
+        partial = self._folder / f".{name}.partial"
+        shapes = {
+            "tokens": ("I32", (len(tokens),)),
+            "priorities": ("I64", (len(tokens),)),
+            "states": ("BF16", (len(tokens), self._hidden_size)),
+        }
+        step = max(1, _CHUNK_BYTES // (2 * self._hidden_size))
+        with create_tensors(partial, shapes) as maps:
+            maps["tokens"][:] = tokens.numpy()
+            maps["priorities"][:] = priorities.numpy()
+            for first in range(0, len(tokens), step):
+                states = read_states(first, min(first + step, len(tokens)))
+                maps["states"][first : first + step] = states.view(torch.uint16).numpy()
+        partial.rename(self._folder / name)
+        return name
+
+    def _learn_thresholds(self, tokens: torch.Tensor, priorities: torch.Tensor) -> None:
+        """From states sorted by token and priority: the max_states-th of a token bounds every later one."""
+        place = _place_in_token(tokens)
+        full = place == self._max_states - 1
+        bounded = tokens[full]
+        self._thresholds[bounded] = torch.minimum(self._thresholds[bounded], priorities[full])
+
+
+class SampledStates:
+    """The sample that runs hold together, read by ranges of tokens.
+
+    Args:
+        paths: all runs, of any number of ranks.
+        max_states: kept a token.
+        share: (r, n) reads the tokens v with v mod n = r only.
+    """
+
+    def __init__(self, paths: Sequence[Path], max_states: int, share: tuple[int, int] = (0, 1)) -> None:
+        self._runs = [_Run(path) for path in paths]
+        tokens, _, self._which, self._row = _chosen(self._runs, max_states, share)
+        self.tokens, self.counts = tokens.unique_consecutive(return_counts=True)
+        self._offsets = F.pad(self.counts.cumsum(0), (1, 0))
+
+    @property
+    def hidden_size(self) -> int:
+        """D; 0 when there is no state at all."""
+        return self._runs[0].states.shape[1] if self._runs else 0
+
+    def ranges(self, memory_budget: int) -> Iterator[TokenStates]:
+        """The states of all tokens, as many tokens at a time as fit into `memory_budget` bytes, and at least one."""
+        rows = max(1, memory_budget // max(1, 2 * self.hidden_size))
+        for start, stop in split_tokens(self._offsets, rows):
+            first, last = int(self._offsets[start]), int(self._offsets[stop])
+            states = _read(self._runs, self._which[first:last], self._row[first:last])
+            yield TokenStates(self.tokens[start:stop], self._offsets[start : stop + 1] - first, states)
+
+
+def split_tokens(offsets: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of tokens that have at most `rows` rows together, and at least one token each."""
+    start = 0
+    while start < len(offsets) - 1:
+        fitting = int(torch.searchsorted(offsets, offsets[start] + rows, right=True)) - 1
+        stop = max(start + 1, min(fitting, len(offsets) - 1))
+        yield start, stop
+        start = stop
+
+
+class _Run:
+    """A run on disk, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.states = map_tensor(path, "states", "BF16")
+
+
+def _keys(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [n] and priorities [n] of a run."""
+    tokens, priorities = map_tensor(path, "tokens", "I32"), map_tensor(path, "priorities", "I64")
+    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.array(priorities))
+
+
+def _chosen(
+    runs: Sequence[_Run], max_states: int, share: tuple[int, int] = (0, 1)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sample over all runs, sorted: tokens, priorities, number of the run and row in it, each [n]."""
+    tokens, priorities, which, row = [], [], [], []
+    for number, run in enumerate(runs):
+        run_tokens, run_priorities = _keys(run.path)
+        mine = (run_tokens % share[1] == share[0]).nonzero().squeeze(-1)
+        tokens.append(run_tokens[mine])
+        priorities.append(run_priorities[mine])
+        which.append(torch.full((len(mine),), number, dtype=torch.int16))
+        row.append(mine)
+    if not runs:
+        empty = torch.empty(0, dtype=torch.int64)
+        return empty, empty, empty, empty
+    all_tokens, all_priorities = torch.cat(tokens), torch.cat(priorities)
+    order, kept = _select(all_tokens, all_priorities, max_states)
+    order = order[kept]
+    return all_tokens[order], all_priorities[order], torch.cat(which)[order], torch.cat(row)[order]
+
+
+def _read(runs: Sequence[_Run], which: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """States [n, D] bf16 of rows of runs."""
+    states = torch.empty(len(which), runs[0].states.shape[1] if runs else 0, dtype=torch.bfloat16)
+    for number in which.unique().tolist():
+        places = (which == number).nonzero().squeeze(-1)
+        found = runs[number].states[row[places].numpy()]
+        states[places] = torch.from_numpy(found).view(torch.bfloat16)
+    return states
+
+
+def _select(tokens: torch.Tensor, priorities: torch.Tensor, max_states: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order by (token, priority) [n], and which places of that order are among the first of their token [n]."""
+    order = priorities.argsort(stable=True)
+    order = order[tokens[order].argsort(stable=True)]
+    return order, _place_in_token(tokens[order]) < max_states
+
+
+def _place_in_token(tokens: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2 … within each stretch of equal tokens [n]."""
+    _, counts = tokens.unique_consecutive(return_counts=True)
+    return torch.arange(len(tokens)) - (counts.cumsum(0) - counts).repeat_interleave(counts)

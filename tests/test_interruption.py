@@ -1,0 +1,184 @@
+"""Kills at any time: nothing that looks complete is left, and the next start ends with the very same bytes."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, free_port
+from tiny_models import save_model
+
+from dskd.config_file import load_config
+from dskd.corpus import SPLITS, build_corpus
+from dskd.lexicon.build import build_lexicon
+from dskd.manifest import read_manifest, verify_files
+from dskd.model_folder import find_teacher
+from dskd.sequences import build_sequences
+
+pytestmark = pytest.mark.slow
+ARTIFACTS = {"senses": ("senses",), "shards": tuple(f"shards/{split}" for split in SPLITS)}
+KILLS = 6
+
+
+@pytest.fixture(scope="module")
+def context():
+    # The server imports what is preloaded with no path but Python's own.
+    paths = (str(REPOSITORY / "tests"), str(REPOSITORY))
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["interruption_job"])
+    warm = context.Process(target=os.getpid)  # the server starts, and imports, with its first process
+    warm.start()
+    warm.join()
+    del os.environ["PYTHONPATH"]
+    return context
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A work directory with everything before the sense dictionary, and the config that is written for it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    words = [f"w{index}" for index in range(100)]
+    save_model(folder / "teacher", words=words)
+    choose = random.Random(0)
+    paragraphs = [" ".join(choose.choices(words, k=60)) for _ in range(240)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    pairs = [f"w{i}\tsynonym\tw{i + 1}" for i in range(10, 60, 2)] + [
+        f"w{i}\tantonym\tw{i + 30}" for i in range(10, 60)
+    ]
+    (folder / "own.tsv").write_text("\n".join(pairs), encoding="utf-8")
+    settings = {
+        "workdir": str(folder / "work"),
+        "precision": "fp32",
+        "teacher": {"path": str(folder / "teacher"), "offload": "none"},
+        "corpus": {"source": "files", "train": [str(folder / "text.txt")], "sequence_length": 32},
+        "lexicon": {"wordnet": False, "tsv": [str(folder / "own.tsv")]},
+        "senses": {"k": 4, "max_states": 40, "batch_size": 8, "memory_budget": 1e-4, "save_minutes": 0.0},
+        "annotation": {"kappa": 3, "batch_size": 8},
+    }
+    config = _write(folder / "config.yaml", settings)
+    loaded = load_config(config)
+    build_lexicon(loaded)
+    build_corpus(loaded)
+    teacher = find_teacher(loaded)
+    build_sequences(loaded, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def undisturbed(context, prepared, tmp_path_factory):
+    """The work directory in which nobody was killed, and for how many seconds each stage wrote."""
+    config = _copy(prepared, tmp_path_factory.mktemp("undisturbed"))
+    seconds = {}
+    for stage, names in ARTIFACTS.items():
+        processes = _start(context, stage, config)
+        _wait_for_work(_work(config), names, processes[0])
+        started = time.monotonic()
+        assert _finish(processes) == [0], _log(config)
+        seconds[stage] = time.monotonic() - started
+    return config, seconds
+
+
+@pytest.mark.parametrize("stage", ARTIFACTS)
+def test_kills_at_random_times_leave_nothing_half_and_change_no_byte(context, prepared, undisturbed, tmp_path, stage):
+    reference, seconds = undisturbed
+    config = _copy(prepared, tmp_path)
+    work = _work(config)
+    if stage == "shards":
+        shutil.copytree(_work(reference) / "senses", work / "senses")
+    choose = random.Random(stage)
+    for _ in range(KILLS):
+        (process,) = _start(context, stage, config)
+        _wait_for_work(work, ARTIFACTS[stage], process)
+        process.join(seconds[stage] * choose.random() / 2)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        for name in ARTIFACTS[stage]:
+            if (work / name).exists():  # then it is whole
+                verify_files(work / name, read_manifest(work / name, stage, made_by=""), made_by="")
+    assert _finish(_start(context, stage, config)) == [0], _log(config)
+    assert _content(work, stage) == _content(_work(reference), stage)
+    assert "goes on" in _log(config)  # a killed build was gone on with
+
+
+def test_three_ranks_go_on_where_one_was_killed(context, prepared, undisturbed, tmp_path):
+    reference, _ = undisturbed
+    config = _copy(prepared, tmp_path)
+    work = _work(config)
+    progress = work / ".states.partial" / "progress.json"
+    (process,) = _start(context, "senses", config)
+    while not progress.is_file() and process.is_alive():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert _finish(_start(context, "senses", config, ranks=3)) == [0, 0, 0], _log(config)
+    assert "goes on behind" in _log(config)
+    mine, expected = (read_manifest(w / "senses", "senses", made_by="").facts for w in (work, _work(reference)))
+    assert mine == expected
+    shutil.rmtree(work / "senses")
+    shutil.copytree(_work(reference) / "senses", work / "senses")
+    assert _finish(_start(context, "shards", config, ranks=3)) == [0, 0, 0]
+    assert _content(work, "shards") == _content(_work(reference), "shards")
+
+
+def _write(path: Path, settings: dict) -> Path:
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def _work(config: Path) -> Path:
+    return Path(load_config(config).workdir)
+
+
+def _log(config: Path) -> str:
+    return (config.parent / "log.txt").read_text()
+
+
+def _wait_for_work(work: Path, names: tuple[str, ...], process) -> None:
+    """Until a stage writes something, or has ended."""
+    places = [(work / name).with_name(f".{Path(name).name}.partial") for name in names]
+    while process.is_alive() and not any(place.is_dir() for place in places):
+        time.sleep(0.002)
+
+
+def _copy(prepared: dict, folder: Path) -> Path:
+    shutil.copytree(prepared["workdir"], folder / "work")
+    return _write(folder / "config.yaml", {**prepared, "workdir": str(folder / "work")})
+
+
+def _start(context, stage: str, config: Path, ranks: int = 1) -> list:
+    from interruption_job import run
+
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    processes = []
+    for rank in range(ranks):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(context.Process(target=run, args=(stage, config, config.parent / "log.txt", environment)))
+        processes[-1].start()
+    return processes
+
+
+def _finish(processes: list) -> list[int]:
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def _content(work: Path, stage: str) -> dict[str, bytes]:
+    return {
+        f"{name}/{file.name}": file.read_bytes()
+        for name in ARTIFACTS[stage]
+        for file in (work / name).iterdir()
+        if file.name != "manifest.json"
+    }

@@ -1,0 +1,61 @@
+"""A WordNet of a few synsets, written by hand in the format of its dictionary files (wndb(5WN))."""
+
+from pathlib import Path
+
+HEADER = "  1 This is a test. WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.\n"
+
+# Name, part of speech, lemmas, pointers: (symbol, target, source's lemma, target's lemma). 0 is the synset.
+SYNSETS = [
+    ("entity", "n", ["entity"], []),
+    ("car", "n", ["car", "auto", "motor_car"], []),
+    ("hot", "a", ["hot"], [("!", "cold", 1, 1), ("&", "scorching", 0, 0), ("&", "torrid", 0, 0)]),
+    ("cold", "a", ["cold"], [("!", "hot", 1, 1), ("&", "frigid", 0, 0)]),
+    ("scorching", "s", ["scorching"], [("&", "hot", 0, 0)]),
+    ("torrid", "s", ["torrid", "hot"], [("&", "hot", 0, 0)]),
+    ("frigid", "s", ["frigid"], [("&", "cold", 0, 0)]),
+    ("large", "a", ["large", "big"], [("!", "small", 1, 1), ("!", "small", 2, 2), ("&", "huge", 0, 0)]),
+    ("small", "a", ["small", "little"], [("!", "large", 1, 1), ("!", "large", 2, 2)]),
+    ("huge", "s", ["huge", "galore(ip)"], [("&", "large", 0, 0)]),
+]
+_FILES = {"n": "noun", "v": "verb", "a": "adj", "s": "adj", "r": "adv"}
+
+
+def write_wordnet(folder: Path) -> dict[str, str]:
+    """Writes the dictionary files, and returns the offset of each synset with its part of speech, as `00000095-a`."""
+    folder.mkdir(parents=True)
+    offsets: dict[str, int] = {}
+    for part in dict.fromkeys(_FILES.values()):
+        here = [synset for synset in SYNSETS if _FILES[synset[1]] == part]
+        place = len(HEADER)
+        for synset in here:  # offsets have a fixed width: a line is as long before they are known as after
+            offsets[synset[0]] = place
+            place += len(_line(synset, {name: 0 for name, *_ in SYNSETS}))
+    for part in dict.fromkeys(_FILES.values()):
+        here = [synset for synset in SYNSETS if _FILES[synset[1]] == part]
+        (folder / f"data.{part}").write_text(HEADER + "".join(_line(synset, offsets) for synset in here))
+        (folder / f"index.{part}").write_text(HEADER + "".join(_index(here, offsets)))
+        (folder / f"{part}.exc").write_text("")
+    return {name: f"{offsets[name]:08d}-{part}" for name, part, *_ in SYNSETS}
+
+
+def _line(synset, offsets):
+    name, part, lemmas, pointers = synset
+    parts = {other: p for other, p, *_ in SYNSETS}
+    words = " ".join(f"{lemma} 0" for lemma in lemmas)
+    links = " ".join(
+        f"{symbol} {offsets[target]:08d} {'a' if parts[target] == 's' else parts[target]} {source:02x}{aim:02x}"
+        for symbol, target, source, aim in pointers
+    )
+    body = " ".join(filter(None, (words, f"{len(pointers):03d}", links)))
+    return f"{offsets[name]:08d} 00 {part} {len(lemmas):02x} {body} | a gloss  \n"
+
+
+def _index(synsets, offsets):
+    places: dict[str, list[str]] = {}
+    for name, _, lemmas, _ in synsets:
+        for lemma in lemmas:
+            places.setdefault(lemma.split("(")[0], []).append(name)
+    for lemma, names in sorted(places.items()):
+        part = "n" if synsets[0][1] == "n" else "a"
+        found = " ".join(f"{offsets[name]:08d}" for name in names)
+        yield f"{lemma} {part} {len(names)} 0 {len(names)} 0 {found}  \n"
