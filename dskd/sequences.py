@@ -63,7 +63,7 @@ class Sequences:
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for first in range(0, len(self), 1000 * step):
             is_real = np.arange(self.sequence_length) < self.lengths[first : first + 1000, None]
-            tokens = torch.from_numpy(input_ids[first : first + 1000][is_real])
+            tokens = torch.from_numpy(np.array(input_ids[first : first + 1000][is_real]))
             counts += torch.bincount(tokens, minlength=vocab_size)
         return counts
 
