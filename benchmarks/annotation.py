@@ -26,7 +26,7 @@ from dskd.models import load_frozen
 from dskd.sense_search import Searcher
 from dskd.senses.dictionary import read_dictionary, save_dictionary
 from dskd.senses.entries import Entries
-from dskd.sequences import Sequences
+from dskd.sequences import Sequences, open_sequences
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def _write_sequences(given: argparse.Namespace, folder: Path) -> Sequences:
     starts[:, 0] = 1
     path = folder / "train.safetensors"
     save_file({"input_ids": torch.from_numpy(tokens).int(), "lengths": lengths, "starts": starts}, path)
-    return Sequences(path, lengths, given.length)
+    return open_sequences(path)
 
 
 def _write_dictionary(given: argparse.Namespace, folder: Path):  # type: ignore[no-untyped-def]

@@ -166,6 +166,7 @@ def _annotate_block(
         columns = {
             "input_ids": batch.input_ids.int().numpy(),
             "loss_mask": batch.has_target.to(torch.uint8).numpy(),
+            "document_starts": batch.starts.numpy(),
         }
         for name, rows in (("sense_ids", found.own), ("synonym_ids", found.synonyms), ("antonym_ids", found.antonyms)):
             column = torch.full((*batch.input_ids.shape, searcher.kappa), -1, dtype=torch.int32)

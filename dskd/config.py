@@ -57,24 +57,55 @@ class TeacherConfig(Section):
         return self
 
 
+_KEYS_OF_SOURCES = {
+    "files": ("train", "validation"),
+    "huggingface": ("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split"),
+}
+
+
 class CorpusConfig(Section):
     """The text that senses are gathered from and students are trained on."""
 
-    source: Literal["wordnet", "files"] = Field("wordnet", description="WordNet's glosses and examples, or own files")
-    train: tuple[str, ...] = Field((), description="with source: files. Paths, folders or globs of .txt and .jsonl")
+    source: Literal["wordnet", "files", "huggingface"] = Field(
+        "wordnet", description="WordNet's glosses and examples, own files, or a dataset that `datasets` can load"
+    )
+    train: tuple[str, ...] = Field(
+        (),
+        description="with source: files. Paths, folders or globs of .txt and .jsonl (also .gz), .parquet, and folders "
+        "of MDS shards",
+    )
     validation: tuple[str, ...] = Field((), description="held-out files; empty: a share of the training documents")
-    text_field: str = Field("text", min_length=1, description="the key of the text in JSON lines")
+    dataset: str | None = Field(None, description="with source: huggingface. Name on the hub, or a folder")
+    dataset_config: str | None = Field(None, description="configuration of the dataset, where it has several")
+    dataset_revision: str | None = Field(None, description="branch, tag or commit of a dataset on the hub")
+    train_split: str = Field("train", min_length=1, description="split of the dataset to train on")
+    validation_split: str | None = Field(None, description="held-out split; null: a share of the training documents")
+    text_field: str = Field("text", min_length=1, description="key or column of the text, where it has a name")
     validation_share: float = Field(0.05, gt=0, lt=0.5, description="documents held out, by hash of their identity")
     sequence_length: int = Field(128, ge=8, description="tokens a training sequence (T)")
+    packing: Literal["documents", "stream", "none"] = Field(
+        "documents",
+        description="how documents fill sequences. documents: end to end, each by itself (attention and positions "
+        "begin anew); stream: end to end as one text; none: one sample a document, padded",
+    )
     max_sequences: int | None = Field(None, ge=1, description="stop after so many training sequences")
     max_validation_sequences: int | None = Field(None, ge=1, description="stop after so many held-out sequences")
 
     @model_validator(mode="after")
-    def _files_are_named(self) -> "CorpusConfig":
+    def _keys_fit_the_source(self) -> "CorpusConfig":
+        problems = []
         if self.source == "files" and not self.train:
-            raise ValueError("source: files needs corpus.train, a list of paths or globs")
-        if self.source == "wordnet" and (self.train or self.validation):
-            raise ValueError("corpus.train and corpus.validation need source: files")
+            problems.append("source: files needs corpus.train, a list of paths or globs")
+        if self.source == "huggingface" and not self.dataset:
+            problems.append("source: huggingface needs corpus.dataset, a name on the hub or a folder")
+        for source, keys in _KEYS_OF_SOURCES.items():
+            fields = type(self).model_fields
+            wrong = [f"corpus.{key}" for key in keys if getattr(self, key) != fields[key].default]
+            if self.source != source and wrong:
+                verb = "needs" if len(wrong) == 1 else "need"
+                problems.append(f"{' and '.join(wrong)} {verb} source: {source}")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 

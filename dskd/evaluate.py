@@ -172,7 +172,7 @@ def measure(
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)
     with progress_bar(total=text.num_samples, label=label, unit="sequences") as bar:
         for number, batch in enumerate(text.batches()):
-            hidden = model.hidden_states(batch["input_ids"].to(world.device))
+            hidden = model.hidden_states(batch["input_ids"], batch.get("position_ids"))
             mask = batch["loss_mask"].to(world.device)
             states, labels = hidden[mask], batch["labels"].to(world.device)[mask]
             nll, predicted = _next_token(states, labels, model.head_weight, text.logits_chunk)

@@ -27,11 +27,11 @@ _RECIPE_NAME = ".recipe"  # of a build that can go on after an interruption
 SCHEMA_VERSIONS = {
     "teacher": 1,
     "corpus": 1,
-    "sequences": 1,
+    "sequences": 2,
     "lexicon": 2,
     "states": 1,
     "senses": 1,
-    "shards": 1,
+    "shards": 2,
     "student": 1,
     "checkpoint": 1,
     "export": 1,

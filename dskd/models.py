@@ -16,7 +16,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 
 from dskd.config import Config, StudentConfig
 from dskd.distributed import World
@@ -24,6 +23,7 @@ from dskd.errors import UserError, listed
 from dskd.head import DistillationHead
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.precision import compute_dtype
+from dskd.probes import check_documents, check_head
 
 
 class Decoder(nn.Module):
@@ -97,7 +97,8 @@ def load_frozen(folder: ModelFolder, config: Config, world: World) -> FrozenMode
     """Loads a model for reading: sharded over the ranks by ZeRO-3, its shares offloaded as `teacher.offload` says.
 
     Raises:
-        UserError: when weights are missing, or the model does more than a matrix product behind its last hidden state.
+        UserError: when weights are missing, the model does more than a matrix product behind its last hidden state, or
+            it does not keep documents apart where they are packed.
     """
     dtype = compute_dtype(config.precision, world.device)
     settings = _engine_settings(dtype, world, folder.load_config().hidden_size, micro_batch_size=1)
@@ -110,6 +111,8 @@ def load_frozen(folder: ModelFolder, config: Config, world: World) -> FrozenMode
     decoder = Decoder(causal_lm.base_model).requires_grad_(False).eval()
     engine, *_ = deepspeed.initialize(model=decoder, config=settings)
     engine.eval()
+    if config.corpus.packing == "documents":
+        check_documents(engine, decoder, folder, world, dtype)
     return FrozenModel(engine, head_weight, folder)
 
 
@@ -133,7 +136,8 @@ def load_student(
         accumulation_steps: micro-batches a rank runs for an optimizer step.
 
     Raises:
-        UserError: when weights are missing, or nothing would be trained.
+        UserError: when weights are missing, nothing would be trained, or the model does not keep documents apart where
+            they are packed.
     """
     dtype = compute_dtype(config.precision, world.device)
     train = config.train
@@ -162,6 +166,8 @@ def load_student(
     student.train()
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
+    if config.corpus.packing == "documents":
+        check_documents(engine, student.decoder, folder, world, dtype)
     return engine
 
 
@@ -278,7 +284,7 @@ def _build(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype) ->
             raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
     causal_lm.tie_weights()  # part of the initialisation that was skipped
     copy_weights(causal_lm, TensorReader(folder.path), folder)
-    _check_head(causal_lm, folder)
+    check_head(causal_lm, folder)
     return causal_lm
 
 
@@ -302,41 +308,3 @@ def _no_init_weights() -> Any:
     except ImportError:
         from transformers.modeling_utils import no_init_weights
     return no_init_weights()
-
-
-class _GivenStates(nn.Module):
-    """Stands in for a base model and returns the states it was given."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=self.states)
-
-
-def _check_head(causal_lm: Any, folder: ModelFolder) -> None:
-    """Refuses a model whose logits are more than last hidden state times output matrix.
-
-    Some architectures scale or cap their logits, or add a bias. The model's own forward is run behind states that are
-    made up, and its logits are compared with the plain product.
-    """
-    weight = causal_lm.get_output_embeddings().weight
-    prefix = causal_lm.base_model_prefix
-    base_model = getattr(causal_lm, prefix)
-    with deepspeed.zero.GatheredParameters(list(causal_lm.get_output_embeddings().parameters())), torch.no_grad():
-        states = torch.linspace(-3, 3, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
-        setattr(causal_lm, prefix, _GivenStates(states))
-        try:
-            logits = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long, device=weight.device)).logits
-        finally:
-            setattr(causal_lm, prefix, base_model)
-        plain = F.linear(states, weight)
-        same = torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
-    if not same:
-        raise UserError(
-            f"{folder.path}: {type(causal_lm).__name__} does more than a matrix product to get from its last hidden "
-            "state to its logits (a bias, a scale or a cap); such a model is not supported yet"
-        )

@@ -19,9 +19,10 @@ from dskd.corpus import read_texts
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import TEACHER_FOLDER
+from dskd.packing import pack
 from dskd.precision import compute_dtype
 from dskd.random_numbers import derived_seed
-from dskd.sequences import pack
+from dskd.sequences import Sequences, TokenBatch, open_sequences
 
 END_OF_TEXT = "<|endoftext|>"
 _WARMUP_SHARE = 0.05
@@ -33,6 +34,7 @@ def recipe(config: Config) -> Recipe:
     assert config.teacher.train_from_scratch is not None
     settings = config.teacher.train_from_scratch.as_dict() | {
         "sequence_length": config.corpus.sequence_length,
+        "packing": config.corpus.packing,
         "seed": config.seed,
         "precision": config.precision,
     }
@@ -49,14 +51,23 @@ def build_teacher(config: Config) -> None:
         with build_artifact(target, wanted) as building:
             tokenizer = train_tokenizer(read_texts(config, "train"), settings.vocab_size)
             tokenizer.save_pretrained(building.folder)
-            tokens, lengths = pack(read_texts(config, "train"), tokenizer, config.corpus.sequence_length, None)
-            if int(lengths[0]) < config.corpus.sequence_length:
+            sequence_length = config.corpus.sequence_length
+            file = building.folder / "sequences.safetensors"
+            packed = pack(
+                read_texts(config, "train"),
+                tokenizer,
+                file,
+                sequence_length=sequence_length,
+                packing=config.corpus.packing,
+            )
+            if packed.tokens < sequence_length:
                 raise UserError(
-                    f"the corpus has {int(lengths.sum()):,} tokens, less than one sequence of "
-                    f"{config.corpus.sequence_length}: too little to train a teacher on; add text to corpus.train"
+                    f"the corpus has {packed.tokens:,} tokens, less than one sequence of "
+                    f"{sequence_length}: too little to train a teacher on; add text to corpus.train"
                 )
-            model = build_llama(settings, len(tokenizer), config.corpus.sequence_length, tokenizer, config.seed)
-            loss = train_model(model, tokens, settings, config.seed, config.precision)
+            model = build_llama(settings, len(tokenizer), sequence_length, tokenizer, config.seed)
+            loss = train_model(model, open_sequences(file), settings, config.seed, config.precision)
+            file.unlink()
             model.save_pretrained(building.folder, safe_serialization=True)
             building.facts.update(final_loss=loss, parameters=sum(p.numel() for p in model.parameters()))
         say(f"  {sum(p.numel() for p in model.parameters()):,} parameters, training perplexity {math.exp(loss):.1f}")
@@ -101,8 +112,8 @@ def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, 
     )
 
 
-def train_model(model: Any, tokens: torch.Tensor, settings: TeacherRecipe, seed: int, precision: str) -> float:
-    """Trains `model` on sequences `tokens` [S, T] for the recipe's token budget.
+def train_model(model: Any, sequences: Sequences, settings: TeacherRecipe, seed: int, precision: str) -> float:
+    """Trains `model` on `sequences` for the recipe's token budget.
 
     Returns:
         Mean cross-entropy (nats a token) over the last tenth of the steps.
@@ -117,19 +128,21 @@ def train_model(model: Any, tokens: torch.Tensor, settings: TeacherRecipe, seed:
         torch.optim.AdamW(others, lr=settings.embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [settings.learning_rate, settings.embedding_learning_rate]
-    sequence_length = tokens.shape[1]
+    sequence_length = sequences.sequence_length
     steps = max(1, settings.train_tokens // (settings.batch_size * sequence_length))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     use_bf16 = compute_dtype(precision, device) == torch.bfloat16
     model.to(device).train()
-    batches = _batches(tokens, settings.batch_size, derived_seed(seed, "teacher", "order"))
+    batches = _batches(sequences, settings.batch_size, derived_seed(seed, "teacher", "order"))
     losses: list[float] = []
     with progress_bar(total=steps * settings.batch_size * sequence_length, label="training", unit="tokens") as bar:
         for step in range(steps):
-            batch = next(batches).to(device).long()
+            batch = next(batches)
+            input_ids, has_target = batch.input_ids.to(device), batch.has_target.to(device)
+            positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids.to(device)}
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-                logits = model(input_ids=batch, use_cache=False).logits
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
+                logits = model(input_ids=input_ids, use_cache=False, **positions).logits
+            loss = F.cross_entropy(logits[has_target].float(), input_ids.roll(-1, dims=1)[has_target])
             loss.backward()
             factor = min((step + 1) / max(1, steps * _WARMUP_SHARE), (steps - step) / steps)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
@@ -144,17 +157,17 @@ def train_model(model: Any, tokens: torch.Tensor, settings: TeacherRecipe, seed:
                     "teacher.train_from_scratch.learning_rate and embedding_learning_rate"
                 )
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            bar.update(batch.numel())
+            bar.update(input_ids.numel())
     model.eval().cpu()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 
 
-def _batches(tokens: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+def _batches(sequences: Sequences, batch_size: int, seed: int) -> Iterator[TokenBatch]:
     generator = torch.Generator().manual_seed(seed)
     rest = torch.empty(0, dtype=torch.int64)
     while True:
         while len(rest) < batch_size:
-            rest = torch.cat([rest, torch.randperm(len(tokens), generator=generator)])
-        yield tokens[rest[:batch_size]]
+            rest = torch.cat([rest, torch.randperm(len(sequences), generator=generator)])
+        yield sequences.select(rest[:batch_size].numpy())
         rest = rest[batch_size:]

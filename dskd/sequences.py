@@ -1,24 +1,23 @@
 """Documents to token sequences: `WORKDIR/sequences`, what every later stage reads.
 
-Documents are tokenized by the teacher's tokenizer and packed to `corpus.sequence_length`. Nothing but the evaluation
-reads the held-out part.
+Documents are tokenized by the teacher's tokenizer and packed to `corpus.sequence_length` as `corpus.packing` says.
+Nothing but the evaluation reads the held-out part.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from dskd.config import Config
-from dskd.console import progress_bar, say, stage
-from dskd.corpus import BATCH_DOCUMENTS, MADE_BY, SPLITS, read_texts
+from dskd.console import say, stage
 from dskd.corpus import FOLDER as CORPUS_FOLDER
+from dskd.corpus import MADE_BY, SPLITS, read_texts
 from dskd.manifest import Manifest, Recipe, build_artifact, read_manifest, require_same
+from dskd.packing import pack
+from dskd.tensor_file import map_tensor
 
 FOLDER = "sequences"
 
@@ -30,6 +29,7 @@ class TokenBatch:
     input_ids: torch.Tensor  # [B, T] int64
     position_ids: torch.Tensor | None  # [B, T] int64, from 0 in each document; None where they only count up
     has_target: torch.Tensor  # [B, T] bool, True where x_{i+1} goes on with the document of x_i
+    starts: torch.Tensor  # [B, T] uint8, 1 where attention and positions begin anew
     num_tokens: int  # real ones
 
     def without_targets(self) -> "TokenBatch":
@@ -45,7 +45,7 @@ class Sequences:
     """
 
     path: Path
-    lengths: torch.Tensor
+    lengths: np.ndarray
     sequence_length: int
 
     def __len__(self) -> int:
@@ -54,31 +54,52 @@ class Sequences:
     @property
     def num_tokens(self) -> int:
         """Real tokens in all sequences."""
-        return int(self.lengths.sum())
+        return int(self.lengths.sum(dtype=np.int64))
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:
         """How often each token [V] stands in the sequences, by a sample of at most a million tokens."""
         step = max(1, len(self) * self.sequence_length // 1_000_000)
-        with safe_open(self.path, framework="pt") as stored:
-            input_ids = stored.get_slice("input_ids")
-            counts = torch.zeros(vocab_size, dtype=torch.int64)
-            for first in range(0, len(self), 1000 * step):
-                counts += torch.bincount(input_ids[first : first + 1000].flatten(), minlength=vocab_size)
-        return counts
+        input_ids = map_tensor(self.path, "input_ids", "I32")
+        counts = np.zeros(vocab_size, np.int64)
+        for first in range(0, len(self), 1000 * step):
+            counts += np.bincount(input_ids[first : first + 1000].reshape(-1), minlength=vocab_size)
+        return torch.from_numpy(counts)
 
     def batch(self, start: int, stop: int) -> TokenBatch:
         """The sequences from `start` to `stop`."""
-        with safe_open(self.path, framework="pt") as stored:
-            input_ids = stored.get_slice("input_ids")[start:stop].long()
-        lengths = self.lengths[start:stop].long()
+        return self.select(slice(start, stop))
+
+    def select(self, rows: slice | np.ndarray) -> TokenBatch:
+        """Any sequences, by a slice or their numbers."""
+        input_ids = torch.from_numpy(map_tensor(self.path, "input_ids", "I32")[rows].astype(np.int64))
+        starts = torch.from_numpy(np.array(map_tensor(self.path, "starts", "U8")[rows]))
+        lengths = torch.from_numpy(self.lengths[rows].astype(np.int64))
         has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
-        return TokenBatch(input_ids, None, has_target, int(lengths.sum()))
+        has_target[:, :-1] &= starts[:, 1:] == 0
+        return TokenBatch(input_ids, position_ids_of(starts), has_target, starts, int(lengths.sum()))
+
+
+def open_sequences(path: Path) -> Sequences:
+    """The sequences in a file that :func:`dskd.packing.pack` wrote."""
+    sequence_length = map_tensor(path, "input_ids", "I32").shape[1]
+    return Sequences(path, np.array(map_tensor(path, "lengths", "I32")), sequence_length)
+
+
+def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
+    """Positions [B, T] int64 that count from each start in `starts` [B, T]; None where all of them are at position 0.
+
+    Without them models take their fast path, in which a position sees all before it in its sequence.
+    """
+    if not starts[:, 1:].any():
+        return None
+    place = torch.arange(starts.shape[1])
+    return place - (place * starts).cummax(dim=1).values
 
 
 def recipe(config: Config, tokenizer_digest: str) -> Recipe:
     """What decides the content of the sequences."""
     documents = read_manifest(config.path(CORPUS_FOLDER), "corpus", made_by=MADE_BY)
-    keys = ("sequence_length", "max_sequences", "max_validation_sequences")
+    keys = ("sequence_length", "packing", "max_sequences", "max_validation_sequences")
     return Recipe(
         "sequences",
         {"corpus": documents.digest},
@@ -96,10 +117,16 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str) -> No
         limits = {"train": corpus.max_sequences, "validation": corpus.max_validation_sequences}
         with build_artifact(target, wanted) as building:
             for split in SPLITS:
-                tokens, lengths = pack(read_texts(config, split), tokenizer, corpus.sequence_length, limits[split])
-                save_file({"input_ids": tokens, "lengths": lengths}, building.folder / f"{split}.safetensors")
-                building.facts[split] = {"sequences": len(lengths), "tokens": int(lengths.sum())}
-                say(f"  {split}: {len(lengths):,} sequences of {corpus.sequence_length}, {int(lengths.sum()):,} tokens")
+                packed = pack(
+                    read_texts(config, split),
+                    tokenizer,
+                    building.folder / _file(split),
+                    sequence_length=corpus.sequence_length,
+                    packing=corpus.packing,
+                    max_sequences=limits[split],
+                )
+                building.facts[split] = packed._asdict()
+                say(f"  {split}: {packed.sequences:,} sequences of {corpus.sequence_length}, {packed.tokens:,} tokens")
 
 
 def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[Sequences, Manifest]:
@@ -117,51 +144,8 @@ def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[S
         between=f"the teacher and {folder}",
         remedy=f"make the sequences anew with `{MADE_BY}`",
     )
-    path = folder / f"{split}.safetensors"
-    with safe_open(path, framework="pt") as stored:
-        return Sequences(path, stored.get_tensor("lengths"), stored.get_slice("input_ids").get_shape()[1]), manifest
+    return open_sequences(folder / _file(split)), manifest
 
 
-def pack(
-    texts: Iterator[str], tokenizer: Any, sequence_length: int, max_sequences: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents, each ended by the tokenizer's end-of-text token, end to end in sequences of equal length.
-
-    The rest that fills no sequence is dropped, unless it is all there is: then it is padded.
-
-    Returns:
-        `input_ids` [S, T] int32, and `lengths` [S] int32, the real tokens of each.
-    """
-    separator = next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
-    end = [] if separator is None else [separator]
-    limit = None if max_sequences is None else max_sequences * sequence_length
-    pieces: list[np.ndarray] = []
-    size = 0
-    with progress_bar(total=limit, label="tokenizing", unit="tokens") as bar:
-        for batch in _batched(texts):
-            for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
-                piece = np.asarray(ids if ids[-1:] == end else [*ids, *end], dtype=np.int32)
-                pieces.append(piece)
-                size += len(piece)
-                bar.update(len(piece))
-            if limit is not None and size >= limit:
-                break
-    stream = np.concatenate(pieces)[:limit] if pieces else np.empty(0, np.int32)
-    whole = len(stream) // sequence_length
-    if whole:
-        tokens = stream[: whole * sequence_length].reshape(whole, sequence_length)
-        return torch.from_numpy(tokens.copy()), torch.full((whole,), sequence_length, dtype=torch.int32)
-    padding = np.full(sequence_length - len(stream), end[0] if end else 0, np.int32)
-    tokens = np.concatenate([stream, padding])[None]
-    return torch.from_numpy(tokens), torch.tensor([len(stream)], dtype=torch.int32)
-
-
-def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _file(split: str) -> str:
+    return f"{split}.safetensors"

@@ -25,12 +25,14 @@ from dskd.manifest import Manifest, read_manifest, require_same, verify_files, w
 from dskd.node_cache import streaming_names
 from dskd.random_numbers import random_bits
 from dskd.senses.dictionary import map_vectors
+from dskd.sequences import position_ids_of
 
 FOLDER = "shards"
 MADE_BY = "deepspeed launcher/annotate.py --config FILE"
 COLUMNS = {
     "input_ids": "ndarray:int32",
     "loss_mask": "ndarray:uint8",
+    "document_starts": "ndarray:uint8",
     "sense_ids": "ndarray:int32",
     "synonym_ids": "ndarray:int32",
     "antonym_ids": "ndarray:int32",
@@ -96,6 +98,7 @@ class Collator:
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """{input_ids [B, T], labels [B, T], loss_mask [B, T] bool, sample_ids [B]}, and `senses` with a dictionary.
 
+        `position_ids` [B, T] are there where a document starts within a sequence.
         `senses` holds the tensors that :func:`dskd.losses.sense_sums` takes, with positions into B·T.
         """
         # mosaicml-streaming counts samples by the first value of a batch.
@@ -133,13 +136,20 @@ class Collator:
 
 
 def collate_tokens(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Token ids, labels and masks of samples of one length, as int64 and bool."""
+    """Token ids, labels and masks of samples of one length, as int64 and bool.
+
+    `position_ids` [B, T] are there only where a document starts within a sequence.
+    """
     input_ids = torch.from_numpy(np.stack([sample["input_ids"] for sample in samples])).long()
+    starts = torch.from_numpy(np.stack([sample["document_starts"] for sample in samples]))
+    position_ids = position_ids_of(starts)
+    positions = {} if position_ids is None else {"position_ids": position_ids}
     return {
         "input_ids": input_ids,
         "labels": torch.cat([input_ids[:, 1:], torch.zeros_like(input_ids[:, :1])], dim=1),
         "loss_mask": torch.from_numpy(np.stack([sample["loss_mask"] for sample in samples])).bool(),
         "sample_ids": torch.tensor([sample["sample_id"] for sample in samples]),
+        **positions,
     }
 
 

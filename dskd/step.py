@@ -57,9 +57,10 @@ def train_step(
     terms = []
     for number, micro_batch in enumerate(micro_batches):
         batch = _to_device(micro_batch, world.device)
-        teacher_hidden = teacher.hidden_states(batch["input_ids"]) if teacher is not None else None
+        inputs = batch["input_ids"], batch.get("position_ids")
+        teacher_hidden = teacher.hidden_states(*inputs) if teacher is not None else None
         total, sums = engine(
-            batch["input_ids"],
+            *inputs,
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             normalizers=normalizers,

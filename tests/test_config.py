@@ -126,6 +126,31 @@ def test_values_that_cannot_be_meant_are_refused(tmp_path, override):
         load_config(_write(tmp_path, MINIMAL), [override])
 
 
+@pytest.mark.parametrize(
+    ("corpus", "messages"),
+    [
+        (
+            {"train": ["a.txt"], "dataset": "a/b", "validation_split": "test"},
+            ["corpus.train needs source: files", "corpus.dataset and corpus.validation_split need source: huggingface"],
+        ),
+        (
+            {"source": "huggingface", "validation": ["a.txt"]},
+            ["source: huggingface needs corpus.dataset", "corpus.validation needs source: files"],
+        ),
+        (
+            {"source": "files", "dataset_config": "x"},
+            ["source: files needs corpus.train", "corpus.dataset_config needs source: huggingface"],
+        ),
+        ({"packing": "concat"}, ["'documents', 'stream' or 'none'"]),
+    ],
+)
+def test_keys_of_another_source_of_text_are_all_named(tmp_path, corpus, messages):
+    with pytest.raises(UserError) as error:
+        load_config(_write(tmp_path, {**MINIMAL, "corpus": corpus}))
+    for message in messages:
+        assert message in str(error.value)
+
+
 def test_a_run_that_does_not_exist_is_refused(tmp_path):
     path = _write(tmp_path, {**MINIMAL, "run": "a", "runs": {"a": {}, "b": {}}})
     with pytest.raises(UserError, match="'c' is none of the runs of this file: a, b"):

@@ -1,14 +1,15 @@
 import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from streaming import MDSWriter
 from tiny_models import word_tokenizer
 
 from dskd.config import Config
-from dskd.corpus import build_corpus, expand, read_file, read_texts
+from dskd.corpus import build_corpus, read_texts, recipe
 from dskd.errors import UserError
-from dskd.sequences import build_sequences, load_sequences, pack
+from dskd.sequences import build_sequences, load_sequences
 from dskd.wordnet import open_wordnet
 
 
@@ -54,41 +55,22 @@ def test_a_training_text_that_is_held_out_is_left_out(tmp_path):
     assert (_texts(config, "train"), _texts(config, "validation")) == (["one", "two"], ["three", "four"])
 
 
-def test_paragraphs_and_lines_become_documents_with_their_line_numbers(tmp_path):
-    (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n", encoding="utf-8")
-    assert [(d.name.rsplit(":", 1)[1], d.text) for d in read_file(tmp_path / "a.txt", "text")] == [
-        ("1", "one\nstill one"),
-        ("5", "two"),
-    ]
-    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n\n{"body": "y"}\n', encoding="utf-8")
-    assert [d.text for d in read_file(tmp_path / "b.jsonl", "body")] == ["x", "y"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: this line is not JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: expected an object with a text under 'text', but it has body"),
-        ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: expected an object with a text under 'text'"),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected an object .* it is no object"),
-        ("a.txt", b"\xff\xfe\x00", r"a.txt: this is not UTF-8 text"),
-        ("a.txt", b"one\n\n\x00\x00", r"a.txt:3: this is not text"),
-        ("a.jsonl", b'{"text": "\\ud800abc"}\n', r"a.jsonl:1: this is not text"),
-    ],
-)
-def test_unreadable_text_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(read_file(tmp_path / name, "text"))
-
-
-def test_missing_and_wrong_files_are_all_named(tmp_path):
-    (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(UserError) as error:
-        expand([str(tmp_path / "none.txt"), str(tmp_path / "*.jsonl"), str(tmp_path / "a.pdf")], "corpus.train")
-    assert "none.txt' names no file" in str(error.value)
-    assert "*.jsonl' names no file" in str(error.value)
-    assert "a.pdf: expected a .txt or .jsonl file" in str(error.value)
+def test_every_kind_of_file_comes_to_one_corpus(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("one", encoding="utf-8")
+    (data / "b.jsonl").write_text('{"text": "two"}', encoding="utf-8")
+    pq.write_table(pa.table({"text": ["three", "four"]}), data / "c.parquet")
+    with MDSWriter(out=str(data / "d"), columns={"text": "str"}, compression="zstd") as writer:
+        writer.write({"text": "five"})
+    (tmp_path / "held.txt").write_text("four\n\nsix", encoding="utf-8")
+    config = _config(tmp_path, train=(str(data),), validation=(str(tmp_path / "held.txt"),))
+    build_corpus(config)
+    assert _texts(config, "train") == ["one", "two", "three", "five"]
+    assert _texts(config, "validation") == ["four", "six"]
+    wanted = recipe(config)
+    pq.write_table(pa.table({"text": ["three", "seven"]}), data / "c.parquet")
+    assert recipe(config).inputs != wanted.inputs
 
 
 def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
@@ -97,23 +79,6 @@ def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="the corpus has no train documents"):
         build_corpus(config)
     assert not list((tmp_path / "work").iterdir())
-
-
-def test_packing_keeps_every_token_in_order():
-    tokenizer = word_tokenizer(["a", "b", "c"])
-    end, a, b, c = (tokenizer.get_vocab()[word] for word in ("<end>", "a", "b", "c"))
-    tokens, lengths = pack(iter(["a b", "c", "b b b a"]), tokenizer, 4, None)
-    assert tokens.tolist() == [[a, b, end, c], [end, b, b, b]]  # the rest, "a <end>", fills no sequence
-    assert lengths.tolist() == [4, 4]
-    assert tokens.dtype == lengths.dtype == torch.int32
-    assert pack(iter(["a b", "c", "b b b a"]), tokenizer, 4, 1)[0].tolist() == [[a, b, end, c]]
-
-
-def test_a_text_shorter_than_one_sequence_is_padded():
-    tokenizer = word_tokenizer(["a", "b"])
-    tokens, lengths = pack(iter(["a b"]), tokenizer, 8, None)
-    assert tokens.shape == (1, 8)
-    assert lengths.tolist() == [3]
 
 
 def test_sequences_of_another_tokenizer_are_refused(tmp_path):

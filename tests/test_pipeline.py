@@ -61,8 +61,10 @@ def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends
     assert "up to date: lexicon, corpus, teacher, sequences, senses, shards, student" in changed.stderr
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "packing"), [*((name, "documents") for name in ARCHITECTURES), ("llama", "none")]
+)
+def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture, packing):
     """Another teacher, the user's own text and relations: every stage, on one rank, to a model that loads."""
     words = [f"w{index}" for index in range(100)]
     save_model(tmp_path / "teacher", architecture, words=words)
@@ -76,7 +78,12 @@ def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture):
         workdir=str(tmp_path / "work"),
         precision="fp32",
         teacher={"path": str(tmp_path / "teacher")},
-        corpus={"source": "files", "train": (str(tmp_path / "text.txt"),), "sequence_length": 16},
+        corpus={
+            "source": "files",
+            "train": (str(tmp_path / "text.txt"),),
+            "sequence_length": 16,
+            "packing": packing,
+        },
         lexicon={"wordnet": False, "tsv": (str(tmp_path / "own.tsv"),)},
         senses={"k": 3, "key": "predicted"},
         annotation={"kappa": 2},

@@ -21,6 +21,7 @@ def _sample(seed=0, sample_id=4, epoch=0):
     return {
         "input_ids": random.integers(0, 9, T).astype(np.int32),
         "loss_mask": mask,
+        "document_starts": (np.arange(T) % 20 == 0).astype(np.uint8),
         **ids,
         "sample_id": sample_id,
         "epoch": epoch,
@@ -99,6 +100,15 @@ def test_a_batch_points_at_the_rows_of_its_samples(tmp_path):
             expected = samples[position // T][column][position % T]
             found = [-1 if place < 0 else int(senses["sense_rows"][place, 0]) for place in places]
             assert found == expected.tolist()
+
+
+def test_positions_begin_anew_where_documents_start():
+    samples = [_sample(0, 4), _sample(1, 9)]
+    assert "position_ids" not in Collator(None, None)(samples)
+    samples[1]["document_starts"][[3, 4, 19]] = 1
+    batch = Collator(None, None)(samples)
+    assert next(iter(batch)) == "input_ids"
+    assert batch["position_ids"].tolist() == [list(range(T)), [0, 1, 2, 0, *range(15), 0]]
 
 
 def test_blocks_join_to_one_dataset_whoever_wrote_them(tmp_path):

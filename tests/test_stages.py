@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import open_dataset, run_program
+from conftest import open_dataset, run_apart, run_program
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,37 +95,47 @@ def test_relations_of_the_users_list_are_in_the_dictionary(work):
 def test_the_shards_are_as_documented(work, tmp_path):
     rows = len(load_file(work / "senses" / "senses.safetensors")["vectors"])
     sequences = load_file(work / "sequences" / "train.safetensors")["input_ids"]
+    end = AutoTokenizer.from_pretrained(work / "teacher").eos_token_id
     samples = _samples(work / "shards" / "train", tmp_path / "cache")
     assert len(samples) == len(sequences) == 96
+    boundaries = 0
     for sample, ids in zip(samples, sequences, strict=True):
         assert set(sample) == set(COLUMNS)
         assert sample["input_ids"].dtype == np.int32
         assert np.array_equal(sample["input_ids"], ids.numpy())
         assert sample["loss_mask"].dtype == np.uint8
-        assert sample["loss_mask"].tolist() == [1] * (T - 1) + [0]  # the last position has no target
+        # An end of text ends its document: it has no target, nor has the last position, and the next token is a start.
+        ended = ids.numpy() == end
+        assert sample["loss_mask"].tolist() == [*(~ended[:-1]).astype(int), 0]
+        assert sample["document_starts"].dtype == np.uint8
+        assert sample["document_starts"].tolist() == [1, *ended[:-1].astype(int)]
+        boundaries += int(ended[:-1].sum())
         for name in ("sense_ids", "synonym_ids", "antonym_ids"):
             assert sample[name].dtype == np.int32
             assert sample[name].shape == (T, KAPPA)
             assert sample[name].max() < rows
-            assert (sample[name][-1] == -1).all()
+            assert (sample[name][sample["loss_mask"] == 0] == -1).all()
             # Padding stands behind the rows.
             assert ((sample[name][:, 0] >= 0) | (sample[name][:, 1] < 0)).all()
         pulled = np.concatenate([sample["sense_ids"], sample["synonym_ids"]], 1)
         for near, far in zip(pulled, sample["antonym_ids"], strict=True):
             assert not (set(near) & set(far)) - {-1}
+    assert boundaries > 50
 
 
 def test_annotation_agrees_with_states_that_transformers_computes(work, tmp_path):
-    """O_i recomputed with transformers' own model, and with a loop over positions."""
+    """O_i recomputed with transformers' own model, document by document, and with a loop over positions."""
     tensors = load_file(work / "senses" / "senses.safetensors")
     vectors, offsets = tensors["vectors"].double(), tensors["entry_offsets"].tolist()
     teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=torch.float32)
+    end = AutoTokenizer.from_pretrained(work / "teacher").eos_token_id
     checked = 0
     for sample in _samples(work / "shards" / "validation", tmp_path / "cache")[:4]:
         ids = torch.from_numpy(sample["input_ids"]).long()
         with torch.no_grad():
-            states = teacher.model(ids.unsqueeze(0)).last_hidden_state[0].double()
-        for position in range(T - 1):
+            _, states, has_target = run_apart(teacher, ids.unsqueeze(0), end)
+        states = states.double()
+        for position in has_target.nonzero().squeeze(-1).tolist():
             candidates = range(offsets[ids[position + 1]], offsets[ids[position + 1] + 1])
             distance = {row: float((vectors[row] - states[position]).square().sum()) for row in candidates}
             expected = sorted(candidates, key=distance.__getitem__)[:KAPPA]
@@ -167,18 +177,19 @@ def test_measures_are_those_of_a_plain_evaluation(work, tmp_path, name, folder):
     vectors = tensors["vectors"].double()
     model = AutoModelForCausalLM.from_pretrained(work / folder, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=torch.float32)
+    end = AutoTokenizer.from_pretrained(work / "teacher").eos_token_id
     nll, lexical_nll, correct, agree, aligned = [], [], [], [], []
     for sample in _samples(work / "shards" / "validation", tmp_path / "cache"):
         ids = torch.from_numpy(sample["input_ids"]).long()
         with torch.no_grad():
-            output = model(ids.unsqueeze(0), output_hidden_states=True)
-            expected = teacher(ids.unsqueeze(0)).logits[0, :-1].argmax(-1)
-        logits, states = output.logits[0, :-1], output.hidden_states[-1][0].double()
-        losses = F.cross_entropy(logits, ids[1:], reduction="none")
-        nll += losses.tolist()
-        correct += (logits.argmax(-1) == ids[1:]).tolist()
-        agree += (logits.argmax(-1) == expected).tolist()
-        for position in range(T - 1):
+            logits, states, has_target = run_apart(model, ids.unsqueeze(0), end)
+            expected = run_apart(teacher, ids.unsqueeze(0), end)[0].argmax(-1)
+        states, labels, predicted = states.double(), ids.roll(-1), logits.argmax(-1)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        nll += losses[has_target].tolist()
+        correct += (predicted == labels)[has_target].tolist()
+        agree += (predicted == expected)[has_target].tolist()
+        for position in has_target.nonzero().squeeze(-1).tolist():
             near = [row for row in sample["synonym_ids"][position] if row >= 0]
             far = [row for row in sample["antonym_ids"][position] if row >= 0]
             if near or far:

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, ONE_RANK, TINY, end, run_program, start_ranks, update_manifest
+from conftest import BEFORE_TRAINING, ONE_RANK, TINY, end, run_apart, run_program, start_ranks, update_manifest
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd import checkpoint, shards
 from dskd.config_file import load_config
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
     ids=["plain fine-tuning", "KD and hidden-state distance"],
 )
 def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, loss):
-    """No DeepSpeed, no chunks, no sums: means over whole batches, autograd, torch's AdamW and torch's clipping."""
+    """No DeepSpeed, no packing, no chunks, no sums: each document by itself, autograd, torch's AdamW and clipping."""
     settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
     config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
     run_program("train.py", config_path)
@@ -106,6 +106,7 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
     steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "cache", ONE_RANK, start_step=0)
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
+    end_token = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id
     parameters = list(student.model.layers[-1].parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
@@ -113,27 +114,27 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
     for _ in range(schedule.total_steps):
         batches = next(steps)
         ids = torch.cat([batch["input_ids"] for batch in batches])
-        output = student(ids, output_hidden_states=True)
-        logits, labels = output.logits[:, :-1], ids[:, 1:]
-        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        logits, states, has_target = run_apart(student, ids, end_token)
         with torch.no_grad():
-            target = teacher(ids, output_hidden_states=True)
+            target_logits, target_states, _ = run_apart(teacher, ids, end_token)
+        logits = logits[has_target]
+        total = F.cross_entropy(logits, ids.roll(-1, dims=1).flatten()[has_target])
         if loss["kd_weight"]:
             temperature = loss["temperature"]
             kl = F.kl_div(
-                (logits / temperature).log_softmax(-1).flatten(0, 1),
-                (target.logits[:, :-1] / temperature).log_softmax(-1).flatten(0, 1),
+                (logits / temperature).log_softmax(-1),
+                (target_logits[has_target] / temperature).log_softmax(-1),
                 reduction="batchmean",
                 log_target=True,
             )
-            distance = F.mse_loss(output.hidden_states[-1][:, :-1], target.hidden_states[-1][:, :-1])
+            distance = F.mse_loss(states[has_target], target_states[has_target])
             total = total + loss["kd_weight"] * temperature**2 * kl + loss["hidden_weight"] * distance
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clipping)
         optimizer.step()
         decay.step()
-        expected.append(float(total))
+        expected.append(total.item())
     assert [value for _, value in _losses(config_path)] == pytest.approx(expected, rel=1e-4)
     _, trained = _trained(config_path)
     names = {name for name, _ in student.named_parameters() if name.startswith("model.layers.1.")}

@@ -1,0 +1,72 @@
+"""Documents of a Hugging Face dataset: one of the hub, or a folder that the `datasets` library reads.
+
+The dataset is streamed: nothing is downloaded ahead or kept. The library is an optional dependency.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dskd.config import CorpusConfig
+from dskd.document_files import Document, as_documents, text_of
+from dskd.errors import UserError
+from dskd.manifest import digest_of_json
+
+
+def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
+    """What the content is known by, beside its name: the files of a folder. One of the hub has a name only."""
+    folder = _folder(corpus)
+    if not folder.is_dir():
+        return {}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(folder): digest_of_json([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])}
+
+
+def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
+    """The documents of a split of `corpus.dataset`, in its order.
+
+    Raises:
+        UserError: when the library is missing, or the dataset cannot be found, reached or read, with what to do.
+    """
+    name = f"{corpus.dataset}/{split}"
+    yield from as_documents(name, _texts(_rows(corpus, split), corpus.text_field, name))
+
+
+def _texts(rows: Iterator[Any], text_field: str, name: str) -> Iterator[tuple[int, str]]:
+    for number, row in enumerate(rows):
+        if text_field not in row or row[text_field] is not None:
+            yield number, text_of(row, text_field, f"{name}:{number}")
+
+
+def _rows(corpus: CorpusConfig, split: str) -> Iterator[Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(
+            "corpus.source: huggingface needs the package `datasets`, which is not installed; install it with "
+            "`pip install 'datasets>=4,<6'`, or save the text as files and set corpus.source: files"
+        ) from None
+    assert corpus.dataset is not None
+    folder = _folder(corpus)
+    try:
+        dataset = load_dataset(
+            str(folder) if folder.is_dir() else corpus.dataset,
+            corpus.dataset_config,
+            split=split,
+            revision=corpus.dataset_revision,
+            streaming=True,
+        )
+        if dataset.features is not None and corpus.text_field in dataset.features:
+            dataset = dataset.select_columns([corpus.text_field])  # of files with columns only that one is read
+        yield from dataset
+    except Exception as error:  # the hub, the network and every format of a file have errors of their own
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise UserError(
+            f"corpus.dataset: split {split!r} of {corpus.dataset!r} cannot be read ({type(error).__name__}: {reason}); "
+            "name a dataset of the hub that can be reached from here, or a folder of one, and one of its splits and "
+            "configurations; or save the text as files and set corpus.source: files"
+        ) from None
+
+
+def _folder(corpus: CorpusConfig) -> Path:
+    return Path(corpus.dataset or "").expanduser()

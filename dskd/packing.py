@@ -1,0 +1,152 @@
+"""Documents to sequences of equal length, in one of three ways (`corpus.packing`).
+
+| packing | a sequence holds | attention and positions begin anew |
+|---|---|---|
+| documents | documents end to end; one that is cut goes on in the next sequence | at each document, and each sequence |
+| stream | the same | at each sequence |
+| none | one document, or a part of a long one, padded | at each sequence |
+
+Tokens go through a temporary file: memory does not grow with the corpus. Shapes: S sequences, T tokens.
+"""
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from dskd.console import progress_bar
+from dskd.corpus import BATCH_DOCUMENTS
+from dskd.tensor_file import create_tensors
+
+_BATCH_CHARACTERS = 4_000_000
+_COPIED_TOKENS = 4_000_000
+
+
+class Packed(NamedTuple):
+    """How much there is."""
+
+    sequences: int
+    tokens: int  # real ones
+
+
+def pack(
+    texts: Iterator[str],
+    tokenizer: Any,
+    path: Path,
+    *,
+    sequence_length: int,
+    packing: str,
+    max_sequences: int | None = None,
+) -> Packed:
+    """Tokenizes documents, each ended by the tokenizer's end-of-text token, and writes them as sequences.
+
+    End to end, the rest that fills no sequence is dropped, unless it is all there is: then it is padded.
+
+    Args:
+        texts: the documents.
+        tokenizer: the teacher's.
+        path: the safetensors file to write: `input_ids` [S, T] int32; `starts` [S, T] uint8, 1 where attention and
+            positions begin anew; `lengths` [S] int32, the real tokens of each sequence.
+        sequence_length: T.
+        packing: as in the table above.
+        max_sequences: stop after so many.
+    """
+    separator = next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
+    end = [] if separator is None else [separator]
+    padding = end[0] if end else 0
+    limit = None if max_sequences is None else max_sequences * sequence_length
+    spooled = 0
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent))
+        spool = {
+            name: stack.enter_context(Path(folder, name).open("w+b")) for name in ("input_ids", "starts", "lengths")
+        }
+        with progress_bar(total=limit, label="tokenizing", unit="tokens") as bar:
+            for batch in _batched(texts):
+                tokens, sizes = _tokenize(batch, tokenizer, end)
+                if packing == "none":
+                    tokens, lengths = _own_rows(tokens, sizes, sequence_length, padding)
+                    lengths.tofile(spool["lengths"])
+                elif packing == "documents":
+                    _starts_of(sizes).tofile(spool["starts"])
+                tokens.tofile(spool["input_ids"])
+                spooled += len(tokens)
+                bar.update(len(tokens))
+                if limit is not None and spooled >= limit:
+                    break
+        return _write(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
+
+
+def _tokenize(texts: list[str], tokenizer: Any, end: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of all texts end to end [n] int32, and how many each has [documents] int64."""
+    ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    documents = [piece if piece[-1:] == end else [*piece, *end] for piece in ids]
+    sizes = np.array([len(piece) for piece in documents if piece], np.int64)
+    return np.fromiter(itertools.chain.from_iterable(documents), np.int32, sizes.sum()), sizes
+
+
+def _starts_of(sizes: np.ndarray) -> np.ndarray:
+    """1 at the first token of each document, for documents of these sizes end to end; uint8."""
+    starts = np.zeros(sizes.sum(), np.uint8)
+    starts[sizes.cumsum() - sizes] = 1
+    return starts
+
+
+def _own_rows(
+    tokens: np.ndarray, sizes: np.ndarray, sequence_length: int, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each document in rows of its own, padded: tokens [rows · T] int32, and the real ones of each row int32."""
+    rows = -(-sizes // sequence_length)
+    first_row = rows.cumsum() - rows
+    before = sizes.cumsum() - sizes
+    # The rows of a document lie end to end, so all of its tokens move by the same distance.
+    places = np.arange(len(tokens)) + (first_row * sequence_length - before).repeat(sizes)
+    padded = np.full(rows.sum() * sequence_length, padding, np.int32)
+    padded[places] = tokens
+    lengths = np.full(rows.sum(), sequence_length, np.int32)
+    lengths[first_row + rows - 1] = sizes - (rows - 1) * sequence_length
+    return padded, lengths
+
+
+def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_length: int, padding: int) -> Packed:
+    """Copies the spooled tokens into the file they are read from, piece by piece."""
+    whole = spooled // sequence_length
+    size = max(1, whole)
+    sizes = {name: stream.tell() for name, stream in spool.items()}
+    for stream in spool.values():
+        stream.seek(0)
+    shape = (size, sequence_length)
+    layout = {"input_ids": ("I32", shape), "starts": ("U8", shape), "lengths": ("I32", (size,))}
+    with create_tensors(path, layout) as tensors:
+        if not whole:
+            tensors["input_ids"][0] = padding
+        for name in ("input_ids", "starts"):
+            flat = tensors[name].reshape(-1)
+            wanted = min(spooled, len(flat)) if sizes[name] else 0
+            for first in range(0, wanted, _COPIED_TOKENS):
+                count = min(_COPIED_TOKENS, wanted - first)
+                flat[first : first + count] = np.fromfile(spool[name], flat.dtype, count)
+        tensors["starts"][:, 0] = 1
+        if sizes["lengths"]:
+            tensors["lengths"][:] = np.fromfile(spool["lengths"], np.int32, size)
+        else:
+            tensors["lengths"][:] = sequence_length if whole else spooled
+        return Packed(size, int(tensors["lengths"].sum(dtype=np.int64)))
+
+
+def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Batches for the tokenizer, which needs some hundred bytes a token: books are not to come a thousand at a time."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

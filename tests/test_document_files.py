@@ -1,0 +1,214 @@
+"""Every kind of file that text is read from, written by the tools that users write them with."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from streaming import JSONWriter, MDSWriter
+
+from dskd import document_files
+from dskd.document_files import fingerprint, read_file
+from dskd.errors import UserError
+
+
+def _texts(path, field="text"):
+    return [document.text for document in read_file(path, field)]
+
+
+def expand(patterns, key, workdir="/no/work"):
+    return document_files.expand(patterns, key, workdir=Path(workdir))
+
+
+def _write_mds(folder, samples, columns=None, **options):
+    with MDSWriter(out=str(folder), columns=columns or {"text": "str", "id": "int"}, **options) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return folder / "index.json"
+
+
+def test_paragraphs_and_lines_become_documents_with_their_line_numbers(tmp_path):
+    (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n", encoding="utf-8")
+    assert [(d.name.rsplit(":", 1)[1], d.text) for d in read_file(tmp_path / "a.txt", "text")] == [
+        ("1", "one\nstill one"),
+        ("5", "two"),
+    ]
+    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n\n{"body": "y"}\n', encoding="utf-8")
+    assert _texts(tmp_path / "b.jsonl", "body") == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", "one\nstill one\n\ntwo ünï\n"), ("a.jsonl", '{"text": "one\\nstill one"}\n{"text": "two ünï"}\n')],
+)
+def test_compressed_files_hold_what_the_plain_ones_do(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as stream:
+        stream.write(content)
+    assert _texts(tmp_path / name) == _texts(tmp_path / f"{name}.gz") == ["one\nstill one", "two ünï"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_parquet_is_read_over_all_row_groups(tmp_path, kind):
+    texts = [None if i % 7 == 3 else f"text {i % 50}" for i in range(5000)]
+    column = (
+        pa.array(texts, pa.string()).cast(kind)
+        if not pa.types.is_dictionary(kind)
+        else pa.array(texts).dictionary_encode()
+    )
+    table = pa.table({"id": pa.array(range(5000)), "body": column})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1234)
+    documents = list(read_file(tmp_path / "a.parquet", "body"))
+    assert [document.text for document in documents] == [text for text in texts if text is not None]
+    assert documents[3].name == f"{tmp_path / 'a.parquet'}:5"  # the fourth row has no text
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "gz", "snappy"])
+def test_mds_shards_are_read_as_mosaicml_streaming_reads_them(tmp_path, compression):
+    samples = [{"text": f"text {i} ünï " * (i % 9 + 1), "id": i} for i in range(300)]
+    index = _write_mds(tmp_path / "mds", samples, compression=compression, size_limit=4000, hashes=["sha1"])
+    assert len(json.loads(index.read_text())["shards"]) > 3
+    before = sorted(path.name for path in index.parent.iterdir())
+    documents = list(read_file(index, "text"))
+    assert [document.text for document in documents] == [sample["text"].strip() for sample in samples]
+    assert documents[200].name == f"{index}:200"
+    assert sorted(path.name for path in index.parent.iterdir()) == before  # nothing is unpacked beside the shards
+
+
+def test_other_columns_of_mds_shards_are_not_decoded(tmp_path):
+    """A pickle among them would be run; this one cannot even be loaded."""
+    samples = [{"text": f"t{i}", "object": {"i": i}, "ids": np.arange(i + 1)} for i in range(5)]
+    columns = {"object": "pkl", "text": "str", "ids": "ndarray:int64"}
+    index = _write_mds(tmp_path / "mds", samples, columns)
+    shard = tmp_path / "mds" / "shard.00000.mds"
+    data = shard.read_bytes()
+    assert data.count(b"\x80\x04") == 5  # where a pickle begins
+    shard.write_bytes(data.replace(b"\x80\x04", b"\xff\xff"))
+    assert _texts(index) == [f"t{i}" for i in range(5)]
+
+
+def test_files_folders_and_globs_name_each_file_once(tmp_path):
+    for name in ("a.txt", "sub/b.jsonl", "sub/c.txt.gz", "sub/deep/d.parquet", "sub/notes.md", "plain/index.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    index = _write_mds(tmp_path / "sub" / "mds", [{"text": "x", "id": 1}])
+    everything = [tmp_path / n for n in ("a.txt", "sub/b.jsonl", "sub/c.txt.gz", "sub/deep/d.parquet")] + [index]
+    assert expand([str(tmp_path)], "corpus.train") == sorted(everything)
+    assert expand([str(tmp_path / "s*"), str(tmp_path / "a.txt")], "corpus.train") == sorted(everything)
+    assert expand([str(tmp_path / "sub" / "*.gz")], "corpus.train") == [tmp_path / "sub" / "c.txt.gz"]
+    assert expand([str(tmp_path / "s*" / "mds")], "corpus.train") == [index]
+    assert expand([str(index)], "corpus.train") == [index]
+
+
+def test_a_folder_around_the_work_directory_is_searched_without_it(tmp_path):
+    for name in ("a.txt", "work/corpus/train.parquet", "work/own/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert expand([str(tmp_path)], "corpus.train", tmp_path / "work") == [tmp_path / "a.txt"]
+    inside = [str(tmp_path / "work" / "own"), str(tmp_path / "work" / "corpus" / "train.parquet")]
+    assert len(expand(inside, "corpus.train", tmp_path / "work")) == 2  # what is named itself is read
+
+
+def test_missing_and_wrong_files_are_all_named(tmp_path):
+    (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_text("x")
+    patterns = [str(tmp_path / name) for name in ("none.txt", "*.jsonl", "a.pdf", "pictures")]
+    with pytest.raises(UserError) as error:
+        expand(patterns, "corpus.train")
+    for part in (
+        "none.txt' names no file",
+        "*.jsonl' names no file",
+        "a.pdf: expected .txt, ",
+        "pictures' names no file",
+    ):
+        assert part in str(error.value)
+
+
+def _write_cut_gzip(path):
+    path.write_bytes(gzip.compress("\n\n".join(f"text {i}" for i in range(1000)).encode())[:-20])
+
+
+def _write_damaged_gzip(path):
+    data = bytearray(gzip.compress("\n\n".join(f"text {i}" for i in range(1000)).encode()))
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+def _write_cut_parquet(path):
+    pq.write_table(pa.table({"text": ["x"] * 100}), path)
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: this line is not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: expected an object with a text under 'text', but it has body"),
+        ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: expected an object with a text under 'text'"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected an object .* it is no object"),
+        ("a.txt", b"\xff\xfe\x00", r"a.txt: this is not UTF-8 text"),
+        ("a.txt", b"one\n\n\x00\x00", r"a.txt:3: this is not text"),
+        ("a.jsonl", b'{"text": "\\ud800abc"}\n', r"a.jsonl:1: this is not text"),
+        ("a.txt.gz", _write_cut_gzip, r"a.txt.gz: the compressed file ends too early"),
+        ("a.txt.gz", _write_damaged_gzip, r"a.txt.gz: (this is not whole gzip data|this is not UTF-8 text)"),
+        ("a.txt.gz", b"plain text", r"a.txt.gz: this is not whole gzip data \(Not a gzipped file"),
+        ("a.parquet", _write_cut_parquet, r"a.parquet: this is not a readable Parquet file"),
+        ("a.parquet", b"", r"a.parquet: this is not a readable Parquet file"),
+        (
+            "a.parquet",
+            lambda path: pq.write_table(pa.table({"body": ["x"], "id": [1]}), path),
+            r"a.parquet: expected a column 'text' of strings, but it has body \(string\), id \(int64\); name it with",
+        ),
+        (
+            "a.parquet",
+            lambda path: pq.write_table(pa.table({"text": [1]}), path),
+            r"a.parquet: expected a column 'text' of strings, but it has text \(int64\)",
+        ),
+    ],
+)
+def test_unreadable_text_is_named(tmp_path, name, content, message):
+    if callable(content):
+        content(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_file(tmp_path / name, "text"))
+
+
+def test_mds_shards_of_another_kind_are_refused(tmp_path):
+    index = _write_mds(tmp_path / "ids", [{"ids": np.arange(3), "text": 3}], {"ids": "ndarray:int64", "text": "int"})
+    with pytest.raises(UserError, match=r"expected a column 'text' of strings, but it has ids \(ndarray:int64\), text"):
+        list(read_file(index, "text"))
+    with JSONWriter(out=str(tmp_path / "json"), columns={"text": "str"}) as writer:
+        writer.write({"text": "x"})
+    with pytest.raises(UserError, match="expected shards of the format 'mds', found 'json'"):
+        list(read_file(tmp_path / "json" / "index.json", "text"))
+
+
+@pytest.mark.parametrize(("compression", "message"), [(None, "the index says"), ("zstd", "cannot be unpacked")])
+def test_a_shard_that_was_cut_or_is_missing_is_named(tmp_path, compression, message):
+    samples = [{"text": f"t{i}" * 50, "id": i} for i in range(100)]
+    index = _write_mds(tmp_path / "mds", samples, compression=compression)
+    (shard,) = (tmp_path / "mds").glob("shard.*")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(UserError, match=message) as error:
+        list(read_file(index, "text"))
+    assert shard.name in str(error.value)
+    shard.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_file(index, "text"))
+
+
+def test_a_fingerprint_changes_with_the_shards_behind_an_index(tmp_path):
+    index = _write_mds(tmp_path / "mds", [{"text": "x", "id": 1}])
+    before = fingerprint(index)
+    assert fingerprint(index) == before
+    (shard,) = (tmp_path / "mds").glob("shard.*")
+    shard.write_bytes(shard.read_bytes() + b"x")
+    assert fingerprint(index) != before
