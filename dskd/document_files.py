@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dskd import manifest
 from dskd.errors import UserError, listed
 from dskd.manifest import digest_of_json
+from dskd.manifest import fingerprint as fingerprint_of_file
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
 MDS_INDEX = "index.json"
@@ -65,10 +65,13 @@ def expand(patterns: Sequence[str], key: str, *, workdir: Path) -> list[Path]:
 
 
 def fingerprint(path: Path) -> str:
-    """Identity of what :func:`expand` found, without reading it; an index stands for the shards beside it."""
+    """A digest that changes with the content of what :func:`expand` found, without reading it.
+
+    Large corpora are not read only to find that nothing changed: sizes and times of change stand for the content.
+    """
     if path.name != MDS_INDEX:
-        return manifest.fingerprint(path)
-    return digest_of_json([manifest.fingerprint(file) for file in sorted(path.parent.iterdir()) if file.is_file()])
+        return fingerprint_of_file(path)
+    return digest_of_json([fingerprint_of_file(file) for file in sorted(path.parent.iterdir())])
 
 
 def read_file(path: Path, text_field: str) -> Iterator[Document]:

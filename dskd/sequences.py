@@ -60,12 +60,11 @@ class Sequences:
         """How often each token [V] stands in the sequences, by a sample of at most a million tokens."""
         step = max(1, len(self) * self.sequence_length // 1_000_000)
         input_ids = map_tensor(self.path, "input_ids", "I32")
-        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        counts = np.zeros(vocab_size, np.int64)
         for first in range(0, len(self), 1000 * step):
             is_real = np.arange(self.sequence_length) < self.lengths[first : first + 1000, None]
-            tokens = torch.from_numpy(np.array(input_ids[first : first + 1000][is_real]))
-            counts += torch.bincount(tokens, minlength=vocab_size)
-        return counts
+            counts += np.bincount(input_ids[first : first + 1000][is_real], minlength=vocab_size)
+        return torch.from_numpy(counts)
 
     def batch(self, start: int, stop: int) -> TokenBatch:
         """The sequences from `start` to `stop`."""

@@ -140,5 +140,10 @@ def test_a_text_shorter_than_one_sequence_is_padded(tmp_path, mode):
     assert batch.has_target.sum() == 2
 
 
+def test_padding_is_not_counted_among_the_tokens(tmp_path):
+    sequences = _pack(tmp_path, ["w0 w1", "w1"], 8, "none")
+    assert sequences.frequencies(22)[:5].tolist() == [2, 0, 1, 2, 0]  # an end of text each
+
+
 def test_no_text_gives_no_targets(tmp_path):
     assert _pack(tmp_path, [], 8, "documents").batch(0, 1).has_target.sum() == 0
