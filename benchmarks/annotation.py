@@ -23,9 +23,9 @@ from dskd.config import Config
 from dskd.distributed import initialize
 from dskd.model_folder import ModelFolder
 from dskd.models import load_frozen
-from dskd.sense_search import Searcher
 from dskd.senses.dictionary import read_dictionary, save_dictionary
 from dskd.senses.entries import Entries
+from dskd.senses.search import Searcher
 from dskd.sequences import Sequences, open_sequences
 
 

@@ -6,7 +6,7 @@ With C(e) the rows of entry e, t_i the teacher's state at position i and y_i its
     P_i  the kappa rows nearest to t_i among C(y_i) and the C(e) of all synonyms e of y_i
     N_i  the kappa rows nearest to t_i among the C(e) of all antonyms e of y_i
 
-by L2, ties to the lower row number (:mod:`dskd.sense_search`). P_i and N_i are empty where y_i has neither synonym nor
+by L2, ties to the lower row number (:mod:`dskd.senses.search`). P_i and N_i are empty where y_i has neither synonym nor
 antonym. The result is written as streaming shards in blocks of sequences whose size does not depend on the ranks, so
 that any number of ranks writes the same files, and blocks that were written before an interruption are kept.
 """
@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
-from dskd.corpus import SPLITS
+from dskd.corpus.build import SPLITS
 from dskd.distributed import World, barrier, is_main_process, main_first, on_main
 from dskd.lock import hold_lock
 from dskd.manifest import Building, Recipe, is_current, verify_files, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
-from dskd.sense_search import Searcher
 from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, require_fitting
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
+from dskd.senses.search import Searcher
 from dskd.sequences import Sequences, load_sequences
 from dskd.shards import FOLDER, join_blocks, write_block
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from dskd.console import progress_bar
-from dskd.corpus import BATCH_DOCUMENTS
+from dskd.corpus.build import BATCH_DOCUMENTS
 from dskd.tensor_file import create_tensors
 
 _BATCH_CHARACTERS = 4_000_000

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from dskd import annotate, checkpoint, corpus, evaluate, export, pretrain, sequences, student, train
+from dskd import annotate, checkpoint, evaluate, export, pretrain, sequences, student, train
 from dskd.compare import compare
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.console import say
+from dskd.corpus import build as corpus
 from dskd.distributed import free_port
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
 from dskd.lexicon import build as lexicon

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from dskd.config import Config, TeacherRecipe
 from dskd.console import progress_bar, say, stage
-from dskd.corpus import FOLDER as CORPUS_FOLDER
-from dskd.corpus import MADE_BY as CORPUS_MADE_BY
-from dskd.corpus import read_texts
+from dskd.corpus.build import FOLDER as CORPUS_FOLDER
+from dskd.corpus.build import MADE_BY as CORPUS_MADE_BY
+from dskd.corpus.build import read_texts
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import TEACHER_FOLDER

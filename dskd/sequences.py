@@ -13,8 +13,8 @@ import torch
 
 from dskd.config import Config
 from dskd.console import say, stage
-from dskd.corpus import FOLDER as CORPUS_FOLDER
-from dskd.corpus import MADE_BY, SPLITS, read_texts
+from dskd.corpus.build import FOLDER as CORPUS_FOLDER
+from dskd.corpus.build import MADE_BY, SPLITS, read_texts
 from dskd.manifest import Manifest, Recipe, build_artifact, read_manifest, require_same
 from dskd.packing import pack
 from dskd.tensor_file import map_tensor

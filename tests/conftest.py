@@ -18,7 +18,7 @@ import torch
 import yaml
 from streaming import StreamingDataset
 
-from dskd.corpus import read_wordnet_documents
+from dskd.corpus.build import read_wordnet_documents
 from dskd.distributed import World, initialize
 from dskd.lexicon.relations import resolve
 from dskd.lexicon.wordnet_relations import read_wordnet

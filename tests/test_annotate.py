@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dskd.sense_search import Searcher
 from dskd.senses.dictionary import SenseDictionary
 from dskd.senses.entries import Entries
+from dskd.senses.search import Searcher
 
 V, SPANS, D, KAPPA = 30, 6, 8, 3
 

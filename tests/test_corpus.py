@@ -7,7 +7,7 @@ from streaming import MDSWriter
 from tiny_models import word_tokenizer
 
 from dskd.config import Config
-from dskd.corpus import build_corpus, read_texts, recipe
+from dskd.corpus.build import build_corpus, read_texts, recipe
 from dskd.errors import UserError
 from dskd.sequences import build_sequences, load_sequences
 from dskd.wordnet import open_wordnet

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, free_port
 from tiny_models import save_model
 
 from dskd.config_file import load_config
-from dskd.corpus import SPLITS, build_corpus
+from dskd.corpus.build import SPLITS, build_corpus
 from dskd.lexicon.build import build_lexicon
 from dskd.manifest import read_manifest, verify_files
 from dskd.model_folder import find_teacher

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dskd.annotate import annotate
 from dskd.compare import compare
 from dskd.config import Config
-from dskd.corpus import build_corpus
+from dskd.corpus.build import build_corpus
 from dskd.evaluate import evaluate
 from dskd.export import build_export
 from dskd.lexicon.build import build_lexicon

@@ -9,7 +9,7 @@ from typing import Any
 
 from dskd import manifest
 from dskd.config import CorpusConfig
-from dskd.document_files import Document, as_documents, text_of
+from dskd.corpus.files import Document, as_documents, text_of
 from dskd.errors import UserError
 from dskd.manifest import digest_of_json
 

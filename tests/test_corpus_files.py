@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import JSONWriter, MDSWriter
 
-from dskd import document_files
-from dskd.document_files import fingerprint, read_file
+from dskd.corpus import files
+from dskd.corpus.files import fingerprint, read_file
 from dskd.errors import UserError
 
 
@@ -20,7 +20,7 @@ def _texts(path, field="text"):
 
 
 def expand(patterns, key, workdir="/no/work"):
-    return document_files.expand(patterns, key, workdir=Path(workdir))
+    return files.expand(patterns, key, workdir=Path(workdir))
 
 
 def _write_mds(folder, samples, columns=None, **options):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dskd import document_files, hub_dataset
 from dskd.config import Config, CorpusConfig
 from dskd.console import progress, progress_bar, say, stage
-from dskd.document_files import Document, expand, read_file
+from dskd.corpus import files, hub
+from dskd.corpus.files import Document, expand, read_file
+from dskd.corpus.hub import read_dataset
 from dskd.errors import UserError
-from dskd.hub_dataset import read_dataset
 from dskd.manifest import Recipe, build_artifact
 from dskd.wordnet import WordNet, open_wordnet
 
@@ -45,10 +45,10 @@ def recipe(config: Config) -> Recipe:
     if corpus.source == "wordnet":
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     elif corpus.source == "huggingface":
-        inputs = hub_dataset.fingerprint(corpus)
+        inputs = hub.fingerprint(corpus)
     else:
-        files = [*_find(config, "train"), *_find(config, "validation")]
-        inputs = {str(path): document_files.fingerprint(path) for path in files}
+        paths = [*_find(config, "train"), *_find(config, "validation")]
+        inputs = {str(path): files.fingerprint(path) for path in paths}
     return Recipe("corpus", inputs, {key: corpus.as_dict()[key] for key in _READ_KEYS})
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dskd.config import Config
-from dskd.corpus import build_corpus, read_texts, recipe
+from dskd.corpus.build import build_corpus, read_texts, recipe
 from dskd.errors import UserError
 
 
