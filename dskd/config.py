@@ -131,7 +131,7 @@ class LexiconConfig(Section):
     wiktionary: tuple[str, ...] = Field((), description="files of Wiktextract (kaikki.org): .jsonl or .jsonl.gz")
     wiktionary_language: str = Field("English", min_length=1, description="which entries of them, by their `lang`")
     dict2vec: tuple[str, ...] = Field((), description="Dict2Vec's pair lists: two synonyms a line")
-    tsv: tuple[str, ...] = Field((), description="own lists: head<TAB>synonym|antonym<TAB>tail, one pair a line")
+    tsv: tuple[str, ...] = Field((), description="own lists: head<TAB>synonym|antonym<TAB>tail; # begins a comment")
     morpholex: str | None = Field(
         None, description="MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
     )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -106,12 +107,42 @@ def test_files_folders_and_globs_name_each_file_once(tmp_path):
 
 
 def test_a_folder_around_the_work_directory_is_searched_without_it(tmp_path):
-    for name in ("a.txt", "work/corpus/train.parquet", "work/own/b.txt"):
+    for name in ("a.txt", "c.parquet", "work/corpus/train.parquet", "work/own/b.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert expand([str(tmp_path)], "corpus.train", tmp_path / "work") == [tmp_path / "a.txt"]
+    assert expand([str(tmp_path)], "corpus.train", tmp_path / "work") == [
+        tmp_path / "a.txt",
+        tmp_path / "c.parquet",
+    ]
     inside = [str(tmp_path / "work" / "own"), str(tmp_path / "work" / "corpus" / "train.parquet")]
     assert len(expand(inside, "corpus.train", tmp_path / "work")) == 2  # what is named itself is read
+    assert expand([str(tmp_path / "**" / "*.parquet"), str(tmp_path / "*.txt")], "corpus.train", tmp_path / "work") == [
+        tmp_path / "a.txt",
+        tmp_path / "c.parquet",
+    ]
+
+
+def test_one_file_of_many_names_is_read_once(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "b.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert len(expand(["a.txt", "./a.txt", str(tmp_path / "a.txt"), ".", "*"], "corpus.train")) == 1
+
+
+def test_shards_that_were_written_in_parallel_are_read_once(tmp_path):
+    from streaming.base.util import merge_index
+
+    for name in ("a", "b"):
+        _write_mds(tmp_path / name, [{"text": f"{name}{i}", "id": i} for i in range(4)])
+    merge_index(str(tmp_path), keep_local=True)
+    (index,) = expand([str(tmp_path)], "corpus.train")
+    assert index == tmp_path / "index.json"
+    assert [document.text for document in read_file(index, "text")] == [f"{name}{i}" for name in "ab" for i in range(4)]
+    before = fingerprint(index)
+    (shard,) = (tmp_path / "a").glob("shard.*")
+    os.utime(shard, ns=(1, 1))
+    assert fingerprint(index) != before
 
 
 def test_missing_and_wrong_files_are_all_named(tmp_path):
@@ -153,8 +184,6 @@ def _write_cut_parquet(path):
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: expected an object with a text under 'text'"),
         ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected an object .* it is no object"),
         ("a.txt", b"\xff\xfe\x00", r"a.txt: this is not UTF-8 text"),
-        ("a.txt", b"one\n\n\x00\x00", r"a.txt:3: this is not text"),
-        ("a.jsonl", b'{"text": "\\ud800abc"}\n', r"a.jsonl:1: this is not text"),
         ("a.txt.gz", _write_cut_gzip, r"a.txt.gz: the compressed file ends too early"),
         ("a.txt.gz", _write_damaged_gzip, r"a.txt.gz: (this is not whole gzip data|this is not UTF-8 text)"),
         ("a.txt.gz", b"plain text", r"a.txt.gz: this is not whole gzip data \(Not a gzipped file"),
@@ -191,7 +220,44 @@ def test_mds_shards_of_another_kind_are_refused(tmp_path):
         list(read_file(tmp_path / "json" / "index.json", "text"))
 
 
-@pytest.mark.parametrize(("compression", "message"), [(None, "the index says"), ("zstd", "cannot be unpacked")])
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.txt", b"one\n\n\x00\x00\n\ntwo", 3),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n{"text": "two"}\n', 2),
+    ],
+)
+def test_what_is_no_text_is_left_out_and_said(tmp_path, capsys, name, content, line):
+    (tmp_path / name).write_bytes(content)
+    assert [document.text for document in read_file(tmp_path / name, "text")] == ["one", "two"]
+    assert (
+        f"1 documents are no text (a NUL or half a surrogate pair) and are left out: {line}" in capsys.readouterr().err
+    )
+
+
+def test_null_is_no_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "two"}\n')
+    assert [document.text for document in read_file(tmp_path / "a.jsonl", "text")] == ["two"]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"shards": [{"format": "mds"}]}', '{"shards": [{"format": "mds", "column_names": ["text"]}]}']
+)
+def test_a_damaged_index_is_named(tmp_path, content):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index\.json: "):
+        list(read_file(tmp_path / "index.json", "text"))
+
+
+def test_a_changed_byte_of_a_shard_is_named(tmp_path):
+    index = _write_mds(tmp_path / "mds", [{"text": "abc" * 9, "id": 1}], hashes=["xxh64"])
+    (shard,) = (tmp_path / "mds").glob("shard.*")
+    shard.write_bytes(shard.read_bytes().replace(b"abc", b"abd"))
+    with pytest.raises(UserError, match=r"the content is not what index\.json says"):
+        list(read_file(index, "text"))
+
+
+@pytest.mark.parametrize(("compression", "message"), [(None, "index.json says"), ("zstd", "cannot be unpacked")])
 def test_a_shard_that_was_cut_or_is_missing_is_named(tmp_path, compression, message):
     samples = [{"text": f"t{i}" * 50, "id": i} for i in range(100)]
     index = _write_mds(tmp_path / "mds", samples, compression=compression)

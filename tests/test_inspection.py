@@ -11,7 +11,7 @@ from tiny_models import save_model, word_tokenizer
 from dskd.__main__ import main
 from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher, open_teacher
-from dskd.inspection.contexts import find_contexts, read_samples, render_context
+from dskd.inspection.contexts import find_contexts, render_context
 from dskd.inspection.drawing import draw_picture
 from dskd.inspection.entries import entry_of_tokens, rows_of_entry
 from dskd.inspection.histogram import histogram, histogram_text, log2_histogram
@@ -24,6 +24,7 @@ from dskd.inspection.tokens import entry_texts, readable, token_texts, whole_wor
 from dskd.inspection.word import format_word, inspect_word, near_spellings
 from dskd.lexicon.relations import Relation, load_lexicon, resolve
 from dskd.manifest import hash_files
+from dskd.mds import INDEX, read_samples
 from dskd.senses.dictionary import read_dictionary, save_dictionary
 from dskd.senses.entries import build_entries
 from dskd.shards import COLUMNS, join_blocks, write_block
@@ -223,7 +224,7 @@ def shards(tmp_path, ids):
 def test_shards_are_read_as_they_were_written_and_stay_as_they_are(shards):
     folder, samples = shards
     before = hash_files(folder)
-    for read, written in zip(read_samples(folder), samples, strict=True):
+    for read, written in zip(read_samples(folder / INDEX), samples, strict=True):
         for name in COLUMNS:
             assert np.array_equal(read[name], written[name])
     assert hash_files(folder) == before
@@ -263,7 +264,7 @@ def test_a_tampered_shard_is_named(shards):
     path = folder / "shard.00001.mds.zstd"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(UserError, match=r"shard\.00001\.mds\.zstd: the content is not what index\.json says"):
-        list(read_samples(folder))
+        list(read_samples(folder / INDEX))
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

@@ -2,6 +2,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dskd.errors import UserError
+from dskd.lexicon.reading import Report
 from dskd.lexicon.relations import SCHEMA, Relation, resolve, write_relations
 from dskd.lexicon.tsv import read_tsv
 from dskd.lexicon.wordnet_relations import read_wordnet
@@ -46,14 +47,17 @@ def test_the_table_has_the_documented_columns(tmp_path):
 def test_tsv_is_read_with_comments_and_empty_lines(tmp_path):
     path = tmp_path / "own.tsv"
     path.write_text("\ufeff# a comment\nbig\tsynonym\tvery large\n\nbig\tantonym\tsmall\n", encoding="utf-8")
-    assert _pairs(read_tsv(path)) == {("big", "synonym", "very large"), ("big", "antonym", "small")}
+    assert _pairs(read_tsv(path, path.name, Report())) == {
+        ("big", "synonym", "very large"),
+        ("big", "antonym", "small"),
+    }
 
 
 def test_every_bad_line_of_a_tsv_is_named(tmp_path):
     path = tmp_path / "own.tsv"
     path.write_text("big\tsynonym\tlarge\nbig\tsynonim\thuge\nbig\tlarge\n", encoding="utf-8")
     with pytest.raises(UserError) as error:
-        list(read_tsv(path))
+        list(read_tsv(path, path.name, Report()))
     message = str(error.value)
     assert f"{path}:2: the relation must be synonym or antonym, found 'synonim'" in message
     assert f"{path}:3: expected head<TAB>synonym|antonym<TAB>tail" in message
@@ -64,7 +68,7 @@ def test_a_binary_tsv_is_refused(tmp_path):
     path = tmp_path / "own.tsv"
     path.write_bytes(b"\x80\x81\xff\x00")
     with pytest.raises(UserError, match="is a binary file"):
-        list(read_tsv(path))
+        list(read_tsv(path, path.name, Report()))
 
 
 @pytest.mark.slow

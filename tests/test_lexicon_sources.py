@@ -57,7 +57,7 @@ def test_a_list_of_other_lines_is_no_dict2vec(tmp_path):
 READERS = {
     "wiktionary": lambda path: list(read_wiktionary(path, "English", Report())),
     "dict2vec": lambda path: list(read_dict2vec(path, Report())),
-    "tsv": lambda path: list(read_tsv(path)),
+    "tsv": lambda path: list(read_tsv(path, path.name, Report())),
 }
 
 
@@ -67,7 +67,6 @@ READERS = {
     [
         (b"\x7fELF\x00\x01\n", r"file:1: this is a binary file"),
         (b"caf\xe9 bistro\n", r"file:1: this is not UTF-8 text .* byte 4 of the line"),
-        (b"a b\n" * 3 + "Straße Weg\n".encode("utf-16"), r"file:4: this is"),
         (gzip.compress(b"\x00\x01\x02"), r"file:1: this is a binary file"),
     ],
 )
@@ -75,6 +74,17 @@ def test_a_binary_file_is_refused_by_every_reader(tmp_path, source, content, mes
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=message):
         READERS[source](tmp_path / "file")
+
+
+def test_lines_that_are_no_text_are_left_out_where_the_file_is_other_peoples(tmp_path):
+    (tmp_path / "file").write_bytes(b"big large\ncaf\xe9 bistro\nfew some\na\x00b c\nhot warm\n")
+    report = Report()
+    found = [relation.head for relation in read_dict2vec(tmp_path / "file", report)]
+    assert found == ["big", "few", "hot"]
+    assert report.facts() == {str(tmp_path / "file"): {"lines": 2, "first": [2, 4]}}
+    (tmp_path / "own.tsv").write_bytes(b"big\tsynonym\tlarge\ncaf\xe9\tsynonym\tbistro\n")
+    with pytest.raises(UserError, match=r"own\.tsv:2: this is not UTF-8 text"):
+        READERS["tsv"](tmp_path / "own.tsv")
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):

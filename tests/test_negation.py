@@ -183,3 +183,10 @@ def test_what_is_no_workbook_is_refused(tmp_path, content):
     (tmp_path / "m.xlsx").write_bytes(content)
     with pytest.raises(UserError, match="this is not a workbook"):
         read_morpholex(tmp_path / "m.xlsx", Report())
+
+
+def test_a_base_is_spelled_as_the_relations_spell_it():
+    words = {"un-american": parse_segmentation("<un<(american)"), "american": parse_segmentation("(american)")}
+    negation = find_negation(words, {"American", "un-American"})
+    (relation,) = negation.apply([Relation("American", "un-American", "antonym", "x")])
+    assert relation == Relation("American", "American", "synonym", "x")  # a self-pair, which is dropped

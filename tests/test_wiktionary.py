@@ -115,7 +115,7 @@ def test_another_language_edition_is_refused_with_the_languages_it_has(tmp_path)
 
 
 def test_an_empty_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="found: no entry at all"):
+    with pytest.raises(UserError, match="there is no entry in this file"):
         _read(_write(tmp_path / "empty.jsonl"))
 
 

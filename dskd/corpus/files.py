@@ -5,25 +5,28 @@ Everything is read as a stream: no file is in memory whole, but for one shard of
 
 import glob
 import gzip
+import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd import mds
+from dskd.console import warn
 from dskd.errors import UserError, listed
 from dskd.manifest import digest_of_json
 from dskd.manifest import fingerprint as fingerprint_of_file
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
-MDS_INDEX = "index.json"
+MDS_INDEX = mds.INDEX
 READABLE = f"{', '.join(SUFFIXES)} or a folder of MDS shards"
 _PARQUET_ROWS = 1000
+_SHOWN = 20
 _PARQUET_BUFFER_BYTES = 2**20
 
 
@@ -42,26 +45,32 @@ def expand(patterns: Sequence[str], key: str, *, workdir: Path) -> list[Path]:
     Args:
         patterns: what the config names.
         key: the config's key, for messages.
-        workdir: what is made from the text; a folder around it is searched without it.
+        workdir: what is made from the text; folders around it, and globs that reach into it, are taken without it.
 
     Raises:
         UserError: with every pattern that names nothing readable.
     """
-    files: set[Path] = set()
+    files: dict[Path, Path] = {}  # by what they really are: one file has many names
     problems = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        named = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute
         found: set[Path] = set()
-        for place in named:
-            found.update(_files_in(place, workdir) if place.is_dir() else [place])
+        if path.is_file():
+            found.add(path)
+        else:
+            named = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+            for place in named:
+                found.update(_files_in(place) if place.is_dir() else [place])
+            if not _fixed_part(path).resolve().is_relative_to(workdir.resolve()):
+                found = {file for file in found if not file.resolve().is_relative_to(workdir.resolve())}
         if not found:
             problems.append(f"{key}: {pattern!r} names no file with text; give {READABLE}, or a folder or glob of them")
         problems += [f"{key}: {file}: expected {READABLE}" for file in sorted(found) if not _is_readable(file)]
-        files.update(found)
+        for file in sorted(found):
+            files.setdefault(file.resolve(), file)
     if problems:
         raise UserError(listed("the text of the corpus cannot be found", problems))
-    return sorted(files)
+    return sorted(_without_parts(files))
 
 
 def fingerprint(path: Path) -> str:
@@ -71,7 +80,8 @@ def fingerprint(path: Path) -> str:
     """
     if path.name != MDS_INDEX:
         return fingerprint_of_file(path)
-    return digest_of_json([fingerprint_of_file(file) for file in sorted(path.parent.iterdir())])
+    named = [path.parent / name for shard in mds.read_index(path) for name in mds.files_of(shard)]
+    return digest_of_json([fingerprint_of_file(file) for file in [path, *named] if file.is_file()])
 
 
 def read_file(path: Path, text_field: str) -> Iterator[Document]:
@@ -98,30 +108,57 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def as_documents(source: str, texts: Iterable[tuple[int, str]]) -> Iterator[Document]:
-    """Documents of the numbered texts of a source; empty ones are left out.
-
-    Raises:
-        UserError: for what is no text.
-    """
+    """Documents of the numbered texts of a source; empty ones are left out, and what is no text, with a warning."""
+    left_out: list[int] = []
     for number, text in texts:
         if "\0" in text or not _is_unicode(text):
-            raise UserError(f"{source}:{number}: this is not text (a NUL or half a surrogate pair); leave it out")
+            left_out.append(number)
+            continue
         stripped = text.strip()
         if stripped:
             yield Document(f"{source}:{number}", stripped, stripped)
+    if left_out:
+        numbers = ", ".join(map(str, left_out[:_SHOWN])) + (", …" if len(left_out) > _SHOWN else "")
+        warn(
+            f"{source}: {len(left_out):,} documents are no text (a NUL or half a surrogate pair) and are left out: "
+            f"{numbers}"
+        )
 
 
-def _files_in(folder: Path, workdir: Path) -> list[Path]:
-    """Every readable file below a folder. Indexes of other things than shards are passed over."""
-    files = [file for file in folder.rglob("*") if file.is_file() and _is_readable(file)]
-    if not workdir.resolve().is_relative_to(folder.resolve()):
-        return files
-    return [file for file in files if not file.resolve().is_relative_to(workdir.resolve())]
+def _fixed_part(pattern: Path) -> Path:
+    """A pattern's path up to its first wildcard."""
+    parts = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    return Path(*parts)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Every readable file below a folder, but for hidden ones. Indexes of other things than shards are passed over."""
+    return [
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and _is_readable(file)
+    ]
+
+
+def _without_parts(files: Mapping[Path, Path]) -> list[Path]:
+    """Leaves out the index of MDS shards that another one names as well: shards written in parallel have both."""
+    named: dict[Path, set[Path]] = {
+        real: {(real.parent / name).resolve() for shard in mds.read_index(real) for name in mds.files_of(shard)}
+        for real in files
+        if real.name == MDS_INDEX
+    }
+    return [
+        file
+        for real, file in files.items()
+        if not any(real in named and other != real and named[real] < shards for other, shards in named.items())
+    ]
 
 
 def _is_readable(file: Path) -> bool:
     if file.name != MDS_INDEX:
-        return file.name.endswith(SUFFIXES)
+        return file.name.lower().endswith(SUFFIXES)
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -132,13 +169,14 @@ def _is_readable(file: Path) -> bool:
 def _reader(path: Path) -> Callable[[Path, str], Iterator[tuple[int, str]]]:
     if path.name == MDS_INDEX:
         return _read_mds
-    if path.suffix == ".parquet":
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         return _read_parquet
-    return _read_jsonl if path.name.endswith((".jsonl", ".jsonl.gz")) else _read_paragraphs
+    return _read_jsonl if name.endswith((".jsonl", ".jsonl.gz")) else _read_paragraphs
 
 
 def _open_text(path: Path) -> Any:
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     return opened(path, "rt", encoding="utf-8-sig")
 
 
@@ -167,7 +205,10 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: this line is not JSON ({error})") from None
-            yield number, text_of(record, text_field, f"{path}:{number}")
+            if not (
+                isinstance(record, dict) and record.get(text_field, "") is None
+            ):  # null is no document, as elsewhere
+                yield number, text_of(record, text_field, f"{path}:{number}")
 
 
 def text_of(record: Any, text_field: str, place: str) -> str:
@@ -178,6 +219,8 @@ def text_of(record: Any, text_field: str, place: str) -> str:
     """
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         has = f"it has {', '.join(map(str, record)) or 'no keys'}" if isinstance(record, dict) else "it is no object"
+        if isinstance(record, dict) and text_field in record:
+            has = f"that is {json.dumps(record[text_field])[:60]}"
         raise UserError(f"{place}: expected an object with a text under {text_field!r}, but {has}")
     text: str = record[text_field]
     return text
@@ -203,54 +246,13 @@ def _holds_strings(kind: pa.DataType) -> bool:
 
 
 def _read_mds(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
-    """Samples of the shards that an index names, numbered from 0 as mosaicml-streaming numbers them.
-
-    Its datasets need shared memory and a cache of their own; its reader of one shard needs neither. Only the column
-    with the text is decoded: another one may be a pickle, which runs code.
-    """
-    from streaming.base.format.mds.reader import MDSReader
-
-    shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
-    for shard in shards:
-        if not isinstance(shard, dict) or shard.get("format") != "mds":
-            kind = shard.get("format") if isinstance(shard, dict) else shard
-            raise UserError(f"{path}: expected shards of the format 'mds', found {kind!r}; write the text as MDS")
-        columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+    """Samples of the shards that an index names, numbered from 0 as mosaicml-streaming numbers them."""
+    for shard in mds.read_index(path):
+        columns = dict(zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False))
         if columns.get(text_field) != "str":
             raise UserError(_no_text_column(path, text_field, columns))
-    start = 0
-    for shard in shards:
-        encodings = ["str" if name == text_field else "bytes" for name in shard["column_names"]]
-        reader = MDSReader.from_json(str(path.parent), None, shard | {"column_encodings": encodings})
-        data = _shard_bytes(path.parent, reader)
-        # A shard begins with its number of samples and the place of each, and of the end, as uint32.
-        places = np.frombuffer(data, np.uint32, reader.samples + 1, offset=4).tolist()
-        for index in range(reader.samples):
-            yield start + index, reader.decode_sample(data[places[index] : places[index + 1]])[text_field]
-        start += reader.samples
-
-
-def _shard_bytes(folder: Path, reader: Any) -> bytes:
-    from streaming.base.compression import decompress
-
-    file = folder / reader.raw_data.basename
-    if reader.zip_data is None or file.is_file():
-        data = file.read_bytes()
-    else:
-        file = folder / reader.zip_data.basename
-        packed = file.read_bytes()
-        try:
-            data = decompress(reader.compression, packed)
-        except Exception as error:  # each of its five codecs has errors of its own
-            raise UserError(
-                f"{file}: cannot be unpacked ({error}); was its download or copy cut? Fetch it again"
-            ) from None
-    if len(data) != reader.raw_data.bytes:
-        raise UserError(
-            f"{file}: {len(data)} bytes, but the index says {reader.raw_data.bytes}; was its download or copy cut? "
-            "Fetch it again"
-        )
-    return data
+    for number, sample in enumerate(mds.read_samples(path, column=text_field)):
+        yield number, sample[text_field]
 
 
 def _no_text_column(path: Path, text_field: str, columns: dict[str, Any]) -> str:

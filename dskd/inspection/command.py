@@ -14,7 +14,7 @@ Each of them shows what is there, and says with which command the rest is made. 
 
 examples:
   dskd inspect word happy --config configs/quickstart.yaml
-  dskd inspect word "very large" --config configs/quickstart.yaml --neighbours 20 --contexts 0
+  dskd inspect word "with child" --config configs/quickstart.yaml --neighbours 20 --contexts 0
   dskd inspect lexicon --config configs/quickstart.yaml
   dskd inspect senses --config configs/quickstart.yaml --plot
   dskd inspect plot large small --config configs/quickstart.yaml --method tsne

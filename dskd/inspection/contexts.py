@@ -1,29 +1,24 @@
 """Example contexts from the training shards: places whose nearest sense is a given row of the sense dictionary.
 
-The shards are read from their files, unpacked in memory one at a time. mosaicml-streaming's own datasets would unpack
-them into a cache, and take names in shared memory that a training on this machine uses.
+The shards are read from their files (:mod:`dskd.mds`): mosaicml-streaming's own datasets would unpack them into a
+cache, and take names in shared memory that a training on this machine uses.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming.base.compression import decompress
-from streaming.base.format.mds import MDSReader
-from streaming.base.hashing import get_hash
 
 from dskd.config import Config
 from dskd.console import progress
-from dskd.errors import UserError
 from dskd.manifest import Manifest, require_same
+from dskd.mds import INDEX, read_samples
 from dskd.shards import FOLDER, MADE_BY, load_manifest
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 16, 8
-_COUNT_BYTES = 4  # a shard begins with its number of samples; then come the places where they begin and end
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,9 @@ def find_contexts(
     found: dict[int, list[str]] = {row: [] for row in rows}
     some = min(scan, samples)
     read = 0
-    for sample in progress(islice(read_samples(folder), some), total=some, label="finding contexts", unit="samples"):
+    for sample in progress(
+        islice(read_samples(folder / INDEX), some), total=some, label="finding contexts", unit="samples"
+    ):
         if all(len(places) >= wanted for places in found.values()):
             break
         read += 1
@@ -101,25 +98,3 @@ def render_context(tokenizer: Any, input_ids: Sequence[int], target: int) -> str
     cut_left = left > 0 and input_ids[left - 1] not in ends
     cut_right = right < len(input_ids) and input_ids[right] not in ends
     return f"{'… ' if cut_left else ''}{text}{' …' if cut_right else ''}"
-
-
-def read_samples(folder: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The samples of a folder of MDS shards, in order. Writes nothing anywhere.
-
-    Raises:
-        UserError: naming a shard that was changed after it was made.
-    """
-    for entry in json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]:
-        shard = MDSReader.from_json(str(folder), None, entry)
-        shard.validate(False)  # refuses columns that would run code
-        stored = shard.zip_data or shard.raw_data
-        path = folder / stored.basename
-        data = path.read_bytes()
-        for algorithm, expected in stored.hashes.items():
-            if get_hash(algorithm, data) != expected:
-                raise UserError(f"{path}: the content is not what index.json says; make it anew with `{MADE_BY}`")
-        if shard.zip_data:
-            data = decompress(shard.compression, data)
-        places = np.frombuffer(data, np.uint32, shard.samples + 1, offset=_COUNT_BYTES).tolist()
-        for begin, end in pairwise(places):
-            yield shard.decode_sample(data[begin:end])

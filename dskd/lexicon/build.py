@@ -14,7 +14,7 @@ from dskd.console import say, stage
 from dskd.errors import UserError, listed
 from dskd.lexicon.dict2vec import read_dict2vec
 from dskd.lexicon.morpholex import read_morpholex
-from dskd.lexicon.negation import BASES_FILE, FLIPS_FILE, Negation, find_negation
+from dskd.lexicon.negation import BASES_FILE, FLIPS_FILE, find_negation
 from dskd.lexicon.reading import Report
 from dskd.lexicon.relations import FILE, FOLDER, Pairs, Relation, count_pairs, write_relations
 from dskd.lexicon.tsv import read_tsv
@@ -57,9 +57,16 @@ def build_lexicon(config: Config) -> None:
     with stage("lexicon: words to synonyms and antonyms", reads=sources, writes=target / FILE):
         with build_artifact(target, recipe(config)) as building:
             report = Report()
+            # What is quickly read is read first: its mistakes are not to be found after an hour of Wiktionary.
+            name = config.lexicon.morpholex
+            morpholex = read_morpholex(Path(name).expanduser(), report) if name else None
             pairs = Pairs(read_sources(config.lexicon, config.wordnet.path, report), report.dropped)
-            if config.lexicon.morpholex:
-                negation, building.facts["negation"] = _find_negation(pairs, config.lexicon.morpholex, report)
+            if morpholex is not None:
+                negation = find_negation(morpholex.words, pairs.words())
+                building.facts["negation"] = {
+                    "morpholex_words": len(morpholex.words),
+                    "morpholex_repeated": morpholex.repeated,
+                }
                 pairs = Pairs(negation.apply(pairs), report.dropped)
                 negation.write(building.folder)
                 building.facts["negation"] |= negation.facts()
@@ -76,26 +83,27 @@ def build_lexicon(config: Config) -> None:
 
 def read_sources(config: LexiconConfig, wordnet_path: str | None, report: Report) -> Iterator[Relation]:
     """The relations of all sources as they stand there, one after the other."""
+    files = _files(config)
+    own = [path for key, path in files if key == "tsv"]
+    for path in own:
+        yield from read_tsv(path, _list_name(path, own), report)
     if config.wordnet:
         wordnet = open_wordnet(wordnet_path)
         for code in dict.fromkeys(config.languages):
             yield from read_wordnet(wordnet) if code == ENGLISH else read_other_language(wordnet, code, report)
         if config.indirect_antonyms:
             yield from read_indirect_antonyms(wordnet)
-    for key, path in _files(config):
+    for key, path in files:
         if key == "wiktionary":
             yield from read_wiktionary(path, config.wiktionary_language, report)
         elif key == "dict2vec":
             yield from read_dict2vec(path, report)
-        elif key == "tsv":
-            yield from read_tsv(path)
 
 
-def _find_negation(pairs: Pairs, name: str, report: Report) -> tuple[Negation, dict[str, int]]:
-    """The negated words, and what is to be said of MorphoLEX itself."""
-    morpholex = read_morpholex(Path(name).expanduser(), report)
-    negation = find_negation(morpholex.words, {word.lower() for word in pairs.words()})
-    return negation, {"morpholex_words": len(morpholex.words), "morpholex_repeated": morpholex.repeated}
+def _list_name(path: Path, own: list[Path]) -> str:
+    """The name of an own list as a source: that of its file, or all of its path where that could be another's."""
+    is_taken = path.name.startswith("wordnet") or path.name in ("wiktionary", "dict2vec")
+    return str(path) if is_taken or [other.name for other in own].count(path.name) > 1 else path.name
 
 
 def _files(config: LexiconConfig) -> list[tuple[str, Path]]:
@@ -113,7 +121,7 @@ def _files(config: LexiconConfig) -> list[tuple[str, Path]]:
     ]
     if problems:
         raise UserError(listed("files of the lexicon are not there", problems))
-    return list(dict.fromkeys(files))
+    return list({(key, path.resolve()): (key, path) for key, path in files}.values())
 
 
 def _source_names(config: LexiconConfig) -> list[str]:

@@ -17,7 +17,7 @@ def read_dict2vec(path: Path, report: Report) -> Iterator[Relation]:
         UserError: when most lines are malformed.
     """
     lines = 0
-    for number, line in stream_lines(path):
+    for number, line in stream_lines(path, report):
         lines += 1
         words = line.split()
         if len(words) == 2:

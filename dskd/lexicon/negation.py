@@ -5,7 +5,8 @@ both are, the prefix is tried first. An affix further inside negates a part of t
 
 *Which base.* The word without the affix's letters, when that is a known word (one of MorphoLEX, or of the relations);
 otherwise, when the negating affix is the only affix, the root, when that is one (penniless, penni, penny). A word
-without a known base is left as it is. Words are compared in lower case.
+without a known base is left as it is. Words are compared in lower case; a base is spelled as the relations spell it
+(un-American, American).
 
 *Chains and cycles.* A base may be negated itself: it is followed to the end, and polarities are multiplied. A chain
 that comes back to itself is a cycle: the words on it keep themselves, with polarity 1, and words that lead into it end
@@ -110,16 +111,19 @@ class Negation:
         pq.write_table(pa.table(table, schema=BASES_SCHEMA), folder / BASES_FILE, compression="zstd")
 
 
-def find_negation(words: Mapping[str, Segmentation], known: Collection[str]) -> Negation:
+def find_negation(words: Mapping[str, Segmentation], known: Iterable[str]) -> Negation:
     """The bases of all words, followed to their ends.
 
     Args:
         words: MorphoLEX, in lower case.
-        known: the words of the relations, in lower case; the words of MorphoLEX are known as well.
+        known: the words of the relations; the words of MorphoLEX are known as well.
     """
+    # Where a word is spelled in several ways the one in lower case counts, then the last in alphabetical order.
+    spelled = {word.lower(): word for word in sorted(known)}
+    spelled |= {word: word for word in known if word == word.lower()}
     steps = {}
     for word, segmentation in words.items():
-        step = _step(word, segmentation, words, known)
+        step = _step(word, segmentation, words, spelled)
         if step is not None:
             steps[word] = step
     on_cycle, cycles = _cycles({word: base for word, (base, _) in steps.items()})
@@ -130,7 +134,7 @@ def find_negation(words: Mapping[str, Segmentation], known: Collection[str]) -> 
             end, affix = steps[end]
             affixes.append(affix)
         if affixes:
-            bases[word] = Base(end, (-1) ** len(affixes), "+".join(affixes))
+            bases[word] = Base(spelled.get(end, end), (-1) ** len(affixes), "+".join(affixes))
     return Negation(bases, cycles)
 
 

@@ -46,6 +46,7 @@ class Report:
 
     malformed: dict[str, Malformed] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
+    unreadable: Counter[str] = field(default_factory=Counter)  # by file: malformed lines that no reader was given
 
     def add_malformed(self, file: str, line: int, reason: str) -> None:
         """Remembers a line that was left out."""
@@ -59,7 +60,7 @@ class Report:
 
         Args:
             file: as given to :meth:`add_malformed`.
-            lines: how many there were, without empty ones.
+            lines: how many the reader was given, without empty ones.
             expected: what a line should be, for the message.
 
         Raises:
@@ -68,6 +69,7 @@ class Report:
         found = self.malformed.get(file)
         if found is None:
             return
+        lines += self.unreadable[file]
         numbers = ", ".join(map(str, found.first)) + (", …" if found.lines > len(found.first) else "")
         what = f"{found.lines:,} of {lines:,} lines are not {expected} (line {found.first[0]}: {found.example})"
         if found.lines * 2 > lines:
@@ -79,11 +81,15 @@ class Report:
         return {file: {"lines": found.lines, "first": found.first} for file, found in self.malformed.items()}
 
 
-def stream_lines(path: Path) -> Iterator[tuple[int, str]]:
+def stream_lines(path: Path, report: Report | None = None) -> Iterator[tuple[int, str]]:
     """Yields (line number, line) for every line that is not empty, under a progress bar in bytes of the file on disk.
 
+    With a report, lines that are no text (not UTF-8, with a NUL, or too long) go there and are left out; without, they
+    are refused.
+
     Raises:
-        UserError: when the file cannot be read, is binary, is not UTF-8, or is a .gz that ends early or is damaged.
+        UserError: when the file cannot be read, is binary from its first line on, or is a .gz that ends early or is
+            damaged.
     """
     try:
         size = path.stat().st_size
@@ -100,7 +106,14 @@ def stream_lines(path: Path) -> Iterator[tuple[int, str]]:
                         line = line.removeprefix(codecs.BOM_UTF8)
                     if number % _LINES_BETWEEN_UPDATES == 0:
                         bar.update(raw.tell() - bar.n)
-                    text = _text(line, path, number)
+                    try:
+                        text = _text(line)
+                    except MalformedError as malformed:
+                        if report is None or number == 1:
+                            raise UserError(f"{path}:{number}: {malformed}; name a file of text in UTF-8") from None
+                        report.add_malformed(str(path), number, str(malformed))
+                        report.unreadable[str(path)] += 1
+                        continue
                     if text:
                         yield number, text
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -135,15 +148,12 @@ def _uncompressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
         yield raw
 
 
-def _text(line: bytes, path: Path, number: int) -> str:
+def _text(line: bytes) -> str:
     if b"\0" in line:
-        raise UserError(f"{path}:{number}: this is a binary file (there is a NUL byte); name a text file")
+        raise MalformedError("this is a binary file (there is a NUL byte)")
     if len(line) >= MAX_LINE_BYTES:
-        raise UserError(f"{path}:{number}: this line is longer than {MAX_LINE_BYTES:,} bytes; name a text file")
+        raise MalformedError(f"this line is longer than {MAX_LINE_BYTES:,} bytes")
     try:
         return line.decode().strip()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: this is not UTF-8 text ({error.reason}, byte {error.start + 1} of the line); "
-            "convert the file, or name another"
-        ) from None
+        raise MalformedError(f"this is not UTF-8 text ({error.reason}, byte {error.start + 1} of the line)") from None

@@ -1,15 +1,20 @@
-"""The user's own lists: `head<TAB>synonym|antonym<TAB>tail`, one pair a line. Strict, because they can be mended."""
+"""The user's own lists: `head<TAB>synonym|antonym<TAB>tail`, one pair a line. Strict, because they can be mended.
+
+Lines that begin with # are comments: they are counted, and a word that begins with # cannot be a head.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from dskd.errors import UserError, listed
-from dskd.lexicon.reading import stream_lines
+from dskd.lexicon.reading import Report, stream_lines
 from dskd.lexicon.relations import RELATIONS, Relation
 
+COMMENTS = "comment lines of own lists"
 
-def read_tsv(path: Path) -> Iterator[Relation]:
-    """Lines `head<TAB>synonym|antonym<TAB>tail`; empty lines and lines that start with # are skipped.
+
+def read_tsv(path: Path, source: str, report: Report) -> Iterator[Relation]:
+    """The relations of one list, under the name `source`.
 
     Raises:
         UserError: with every line that is not of that form.
@@ -18,6 +23,7 @@ def read_tsv(path: Path) -> Iterator[Relation]:
     relations: list[Relation] = []
     for number, line in stream_lines(path):
         if line.startswith("#"):
+            report.dropped[COMMENTS] += 1
             continue
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 3 or not fields[0] or not fields[-1]:
@@ -26,7 +32,7 @@ def read_tsv(path: Path) -> Iterator[Relation]:
             problems.append(f"{path}:{number}: the relation must be synonym or antonym, found {fields[1]!r}")
         else:
             head, relation, tail = fields
-            relations.append(Relation(head, tail, relation, path.name))
+            relations.append(Relation(head, tail, relation, source))
     if problems:
         raise UserError(listed(f"{len(problems)} lines of {path} are no relations; mend or remove them", problems))
     yield from relations

@@ -38,7 +38,7 @@ def read_wiktionary(path: Path, language: str, report: Report) -> Iterator[Relat
     """
     languages: Counter[str] = Counter()
     lines = 0
-    for number, line in stream_lines(path):
+    for number, line in stream_lines(path, report):
         lines += 1
         try:
             entry = _entry(line)
@@ -106,10 +106,12 @@ def _spelled(word: str) -> str:
 
 
 def _no_such_language(path: Path, language: str, languages: Counter[str]) -> str:
+    if not languages:
+        return f"{path}: there is no entry in this file; fetch it again, or name another"
     found = ", ".join(f"{name} ({count:,})" for name, count in languages.most_common(_NAMED_LANGUAGES))
     more = f" and {len(languages) - _NAMED_LANGUAGES} more" if len(languages) > _NAMED_LANGUAGES else ""
     return (
-        f"{path}: no entry has the language {language!r}; found: {found or 'no entry at all'}{more}. It may be of "
+        f"{path}: no entry has the language {language!r}; found: {found}{more}. It may be of "
         "another language edition of Wiktionary, which has its own names for languages: name the file of the right "
         "edition, or set lexicon.wiktionary_language to the name that stands there"
     )

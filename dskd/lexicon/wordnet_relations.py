@@ -32,19 +32,15 @@ def read_indirect_antonyms(wordnet: WordNet) -> Iterator[Relation]:
     Every lemma of a satellite is here an antonym of every direct antonym of any lemma of the heads it is similar to:
     hot and cold are direct antonyms and scorching is similar to hot, so scorching and cold are indirect ones. For heads
     this is the same rule read backwards: the indirect antonyms of cold are the satellites of hot. Satellites of
-    opposite heads are not related to each other. Pairs that are direct antonyms in any sense are left out.
+    opposite heads are not related to each other. Pairs that are direct antonyms or synonyms in any sense are left out:
+    the weaker source is not to cost the stronger one a pair.
     """
     heads = {
         synset: [_spelled(antonym.name()) for lemma in synset.lemmas() for antonym in lemma.antonyms()]
         for synset in wordnet.reader.all_synsets("a")
         if synset.pos() == "a"
     }
-    direct = {
-        frozenset((_spelled(lemma.name()), _spelled(antonym.name())))
-        for synset in _synsets(wordnet, "reading direct antonyms")
-        for lemma in synset.lemmas()
-        for antonym in lemma.antonyms()
-    }
+    direct = {frozenset((relation.head, relation.tail)) for relation in read_wordnet(wordnet)}
     for satellite in _synsets(wordnet, "reading indirect antonyms", "s"):
         if satellite.pos() != "s":
             continue

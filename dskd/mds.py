@@ -1,0 +1,107 @@
+"""Reading folders of MDS shards without mosaicml-streaming's datasets, which need shared memory and a cache.
+
+One shard at a time is in memory, unpacked and compared with the index; nothing is written anywhere. Columns that would
+run code (pickles) are never decoded.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dskd.errors import UserError
+
+INDEX = "index.json"
+_COUNT_BYTES = 4  # a shard begins with its number of samples; then come the places where they begin and end, uint32
+
+
+def read_index(index: Path) -> list[dict[str, Any]]:
+    """The shards that an index names.
+
+    Raises:
+        UserError: when it is no index of MDS shards.
+    """
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+    except OSError as error:
+        raise UserError(f"{index}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index}: this is not an index of MDS shards") from None
+    if not isinstance(shards, list):
+        raise UserError(f"{index}: this is not an index of MDS shards: 'shards' is no list")
+    for shard in shards:
+        kind = shard.get("format") if isinstance(shard, dict) else shard
+        if kind != "mds":
+            raise UserError(f"{index}: expected shards of the format 'mds', found {kind!r}; write the text as MDS")
+        for place in files_of(shard):
+            if not (index.parent / place).resolve().is_relative_to(index.parent.resolve()):
+                raise UserError(f"{index}: it names {place}, which lies outside of its folder; write the shards anew")
+    return shards
+
+
+def files_of(shard: Mapping[str, Any]) -> list[str]:
+    """The names of a shard's files, unpacked and packed, as the index gives them."""
+    parts = (shard.get("raw_data"), shard.get("zip_data"))
+    return [part["basename"] for part in parts if isinstance(part, dict) and isinstance(part.get("basename"), str)]
+
+
+def read_samples(index: Path, *, column: str | None = None) -> Iterator[dict[str, Any]]:
+    """The samples of all shards, in order.
+
+    Args:
+        index: the `index.json`.
+        column: decode this one only, as text; None decodes all.
+
+    Raises:
+        UserError: naming the shard that is missing, damaged or not what the index says.
+    """
+    from streaming.base.format.mds import MDSReader
+
+    for shard in read_index(index):
+        try:
+            if column is not None:
+                encodings = ["str" if name == column else "bytes" for name in shard["column_names"]]
+                shard = shard | {"column_encodings": encodings}
+            reader = MDSReader.from_json(str(index.parent), None, shard)
+            reader.validate(False)  # refuses columns that would run code
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{index}: this entry is no shard of MDS ({error!r}): {json.dumps(shard)[:200]}") from None
+        path, data = _unpacked(index.parent, reader)
+        try:
+            places = np.frombuffer(data, np.uint32, reader.samples + 1, offset=_COUNT_BYTES).tolist()
+            for begin, end in pairwise(places):
+                sample = reader.decode_sample(data[begin:end])
+                yield sample if column is None else {column: sample[column]}
+        except (ValueError, IndexError, TypeError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
+            raise UserError(f"{path}: damaged: a sample cannot be decoded ({error}); fetch it again") from None
+
+
+def _unpacked(folder: Path, reader: Any) -> tuple[Path, bytes]:
+    """(file, content unpacked) of a shard."""
+    from streaming.base.compression import decompress
+    from streaming.base.hashing import get_hash
+
+    raw = reader.zip_data is None or (folder / reader.raw_data.basename).is_file()
+    stored = reader.raw_data if raw else reader.zip_data
+    path = folder / stored.basename
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}), but {INDEX} names it; fetch it again") from None
+    for algorithm, expected in (stored.hashes or {}).items():
+        if get_hash(algorithm, data) != expected:
+            raise UserError(f"{path}: the content is not what {INDEX} says: cut or changed; fetch or make it anew")
+    if not raw:
+        try:
+            data = decompress(reader.compression, data)
+        except Exception as error:  # each of its five codecs has errors of its own
+            raise UserError(f"{path}: cannot be unpacked ({error}); was it cut? Fetch it again") from None
+    if len(data) != reader.raw_data.bytes:
+        raise UserError(
+            f"{path}: {len(data)} bytes, but {INDEX} says {reader.raw_data.bytes}; was its download or copy cut? "
+            "Fetch it again"
+        )
+    return path, data
