@@ -26,7 +26,6 @@ from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.corpus.build import SPLITS
 from dskd.distributed import World, barrier, is_main_process, main_first, on_main
-from dskd.lock import hold_lock
 from dskd.manifest import Building, Recipe, is_current, verify_files, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
@@ -67,7 +66,6 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     if not stale:
         say(f"up to date: {config.path(FOLDER)}")
         return
-    on_main(lambda: hold_lock(config.path(f".{FOLDER}.lock"), "annotates"))
     teacher = load_frozen(source, config, world)
     splits = {split: load_sequences(config, split, source.tokenizer_digest)[0] for split in stale}
     searcher = Searcher(
@@ -160,7 +158,7 @@ def _annotate_block(
     counts = Counter[str]()
     for first in range(block.start, block.stop, config.annotation.batch_size):
         batch = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
-        hidden = teacher.hidden_states(batch.input_ids, batch.position_ids)
+        hidden = teacher.states_of(batch, first)
         targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
         found = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
         columns = {
@@ -184,7 +182,7 @@ def _annotate_block(
 
 def _write_block(folder: Path, samples: Sequence[dict[str, np.ndarray]], counts: dict[str, float]) -> None:
     """Writes a block, which is whole when it has its name."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_block(partial, iter(samples))
     write_json(partial / _COUNTS_FILE, counts)
@@ -212,7 +210,7 @@ def _publish(building: Building, blocks: list[range]) -> None:
 
 
 def _blocks(num_sequences: int, sequence_length: int, config: Config) -> list[range]:
-    """Ranges of sequences, a shard each, of whole batches where that is possible."""
+    """Ranges of sequences, a shard each; all but the last of one size, which depends on nothing but these arguments."""
     sample_bytes = sequence_length * (4 + 2 + 3 * 4 * config.annotation.kappa)
     by_size = config.annotation.shard_size_mb * 2**20 // sample_bytes
     size = max(1, min(by_size, -(-num_sequences // _MIN_BLOCKS)))
@@ -220,4 +218,4 @@ def _blocks(num_sequences: int, sequence_length: int, config: Config) -> list[ra
 
 
 def _block_folder(folder: Path, block: range) -> Path:
-    return folder / f"block-{block.start:012d}"
+    return folder / ".blocks" / f"{block.start:012d}"

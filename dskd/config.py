@@ -160,7 +160,9 @@ class SensesConfig(Section):
     )
     k: int = Field(10, ge=1, description="senses a token at most")
     states_per_sense: int | None = Field(
-        None, ge=1, description="give a token one sense for so many states, up to k; by default k wherever there are k"
+        None,
+        ge=1,
+        description="one sense for so many kept states of a token, up to k; default: always k",
     )
     max_states: int = Field(100, ge=1, description="states kept a token, drawn at random")
     batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
@@ -173,6 +175,16 @@ class SensesConfig(Section):
     )
     restarts: int = Field(1, ge=1, description="k-means runs a token; the best is kept")
     max_iterations: int = Field(50, ge=1, description="Lloyd iterations a k-means run at most")
+
+    @model_validator(mode="after")
+    def _more_states_than_senses(self) -> "SensesConfig":
+        if self.k > self.max_states:
+            raise ValueError(
+                f"k {self.k} is more than max_states {self.max_states}: no token keeps so many states; lower k, or "
+                "raise max_states"
+            )
+        return self
+
     surface_forms: tuple[Literal["capitalized", "sentence_initial"], ...] = Field(
         (), description="beside ' word' (the paper) also ' Word', and 'Word' at the beginning of a text, if one token"
     )

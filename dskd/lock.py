@@ -4,10 +4,10 @@ import atexit
 import fcntl
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dskd.errors import UserError
-from dskd.manifest import make_folder
+from dskd.folders import make_folder
 
 _held: dict[Path, Any] = {}
 
@@ -16,7 +16,7 @@ def hold_lock(path: Path, what: str) -> None:
     """Takes the lock at `path` until the process ends, however it ends. Taking it again is nothing.
 
     Args:
-        path: the lock file; it stays when the lock is gone.
+        path: the lock file; it goes with the lock, and stays after a kill, when nobody has the lock any more.
         what: what the holder does, for the message.
 
     Raises:
@@ -25,18 +25,22 @@ def hold_lock(path: Path, what: str) -> None:
     if path in _held:
         return
     make_folder(path.parent)
-    stream = path.open("a+")
-    try:
-        # Not flock: a forked loader worker would inherit that lock and hold it for seconds after its rank has died.
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        stream.seek(0)
-        holder = stream.read().strip() or "unknown"
-        stream.close()
-        raise UserError(
-            f"{path}: another process ({holder}) {what}; wait for it or end it. After a kill of the pipeline or the "
-            "launcher its ranks may still run"
-        ) from None
+    while True:
+        stream = path.open("a+")
+        try:
+            # Not flock: a forked loader worker would inherit that lock and hold it for seconds after its rank has died.
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            stream.seek(0)
+            holder = stream.read().strip() or "unknown"
+            stream.close()
+            raise UserError(
+                f"{path}: another process ({holder}) {what}; wait for it or end it. After a kill of the pipeline or "
+                "the launcher its ranks may still run"
+            ) from None
+        if _is_file(path, stream):
+            break
+        stream.close()  # its last holder removed this file just after it was opened here
     stream.truncate(0)
     stream.write(f"pid {os.getpid()} on {os.uname().nodename}")
     stream.flush()
@@ -44,8 +48,16 @@ def hold_lock(path: Path, what: str) -> None:
     atexit.register(release_lock, path)
 
 
+def _is_file(path: Path, stream: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 def release_lock(path: Path) -> None:
     """Gives the lock back."""
     stream = _held.pop(path, None)
     if stream is not None:
+        path.unlink(missing_ok=True)
         stream.close()

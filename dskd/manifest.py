@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dskd.errors import UserError
+from dskd.folders import make_folder, replace_folder
+from dskd.lock import hold_lock, release_lock
 
 MANIFEST_NAME = "manifest.json"
 _RECIPE_NAME = ".recipe"  # of a build that can go on after an interruption
@@ -85,6 +87,7 @@ def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
         yield building
     except BaseException:
         shutil.rmtree(building.folder, ignore_errors=True)
+        building.release()
         raise
     building.publish()
 
@@ -103,15 +106,27 @@ class Building:
         return self.path.with_name(f".{self.path.name}.partial")
 
     def clear(self) -> None:
-        """Makes `folder` anew and empty, whatever an earlier, interrupted build left there."""
+        """Makes `folder` anew and empty, whatever an earlier, interrupted build left there.
+
+        From here on until it is published the artifact belongs to this process.
+
+        Raises:
+            UserError: when another process makes the same artifact.
+        """
+        hold_lock(self._lock, f"makes {self.path}")
         shutil.rmtree(self.folder, ignore_errors=True)
         make_folder(self.folder)
 
     def resume_or_clear(self) -> None:
         """Keeps what an interrupted build of the very same recipe left in `folder`; otherwise makes it anew and empty.
 
-        For stages that know which of their files there are whole.
+        For stages that know which of their files there are whole. Files and folders whose names begin with a dot
+        are notes of the stage: they do not get into the artifact.
+
+        Raises:
+            UserError: when another process makes the same artifact.
         """
+        hold_lock(self._lock, f"makes {self.path}")
         wanted = [asdict(self.recipe), SCHEMA_VERSIONS[self.recipe.kind], package_versions()]
         recipe_file = self.folder / _RECIPE_NAME
         if not recipe_file.is_file() or recipe_file.read_text(encoding="utf-8") != digest_of_json(wanted):
@@ -120,7 +135,6 @@ class Building:
 
     def publish(self) -> Manifest:
         """Writes the manifest and puts the folder in its place, replacing an older artifact."""
-        (self.folder / _RECIPE_NAME).unlink(missing_ok=True)
         manifest = Manifest(
             kind=self.recipe.kind,
             schema_version=SCHEMA_VERSIONS[self.recipe.kind],
@@ -133,18 +147,20 @@ class Building:
             packages=package_versions(),
         )
         write_json(self.folder / MANIFEST_NAME, asdict(manifest))
+        # Last, so that a build that is killed while its files are hashed can still be gone on with.
+        for note in self.folder.glob(".*"):
+            shutil.rmtree(note) if note.is_dir() else note.unlink()
         replace_folder(self.folder, self.path)
+        self.release()
         return manifest
 
+    def release(self) -> None:
+        """Lets other processes make the artifact."""
+        release_lock(self._lock)
 
-def replace_folder(new: Path, place: Path) -> None:
-    """Moves `new` to `place`. A crash in between leaves the old folder, the new one or none, never a mixture."""
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    @property
+    def _lock(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.lock")
 
 
 def read_manifest(path: Path, kind: str, *, made_by: str) -> Manifest:
@@ -224,20 +240,21 @@ def require_same(what: str, *, expected: str | None, found: str | None, between:
 
 
 def hash_files(folder: Path, only: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """sha256 and size of every file under `folder` but its manifest, in the order of their names."""
-    names = (
-        sorted(only)
-        if only is not None
-        else sorted(
-            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME
-        )
-    )
+    """sha256 and size of every file under `folder` but its manifest and notes, in the order of their names."""
+    names = sorted(only) if only is not None else sorted(_names(folder))
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashlib releases the interpreter's lock
         digests = pool.map(lambda name: sha256_of_file(folder / name), names)
     return {
         name: {"sha256": digest, "size_bytes": (folder / name).stat().st_size}
         for name, digest in zip(names, digests, strict=True)
     }
+
+
+def _names(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and str(name) != MANIFEST_NAME and not any(part.startswith(".") for part in name.parts):
+            yield str(name)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -266,23 +283,6 @@ def write_json(path: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-
-
-def make_folder(path: Path) -> None:
-    """Creates a folder and its parents.
-
-    Raises:
-        UserError: when that is not allowed, with what to change.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write there ({error.strerror}); set workdir to a folder you may write"
-        ) from None
 
 
 def package_versions() -> dict[str, str]:

@@ -24,6 +24,7 @@ from dskd.head import DistillationHead
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents, check_head
+from dskd.sequences import TokenBatch
 
 
 class Decoder(nn.Module):
@@ -87,6 +88,23 @@ class FrozenModel:
         device = self.head_weight.device
         positions = () if position_ids is None else (position_ids.to(device),)
         return self.engine(input_ids.to(device), *positions)
+
+    def states_of(self, batch: TokenBatch, first: int) -> torch.Tensor:
+        """:meth:`hidden_states` of a batch whose first sequence has the number `first`.
+
+        Raises:
+            UserError: when the state of a position with a target is not finite: it would spoil every mean it is in.
+        """
+        hidden = self.hidden_states(batch.input_ids, batch.position_ids)
+        spoiled = batch.has_target & ~hidden.isfinite().all(-1).cpu()
+        if spoiled.any():
+            sequence, position = spoiled.nonzero()[0].tolist()
+            raise UserError(
+                f"{self.folder.path}: this model's state at position {position} of sequence {first + sequence} is "
+                f"not finite, nor are those of {int(spoiled.sum()) - 1} more positions of this batch; check its "
+                "weights, or use precision: fp32"
+            )
+        return hidden
 
     def close(self) -> None:
         """Gives the engine's memory back."""

@@ -31,6 +31,7 @@ class Packed(NamedTuple):
 
     sequences: int
     tokens: int  # real ones
+    left_over: int  # at the end of the text, filling no sequence
 
 
 def pack(
@@ -135,7 +136,8 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
             tensors["lengths"][:] = np.fromfile(spool["lengths"], np.int32, size)
         else:
             tensors["lengths"][:] = sequence_length if whole else spooled
-        return Packed(size, int(tensors["lengths"].sum(dtype=np.int64)))
+        tokens = int(tensors["lengths"].sum(dtype=np.int64))
+        return Packed(size, tokens, spooled - whole * sequence_length if whole else 0)
 
 
 def _batched(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -67,6 +67,9 @@ def run(action: Callable[[], object]) -> int:
                 print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
     except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read what is printed has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if error.errno not in _DISK_IS_FULL:
             raise
         place = f" ({error.filename})" if error.filename else ""
@@ -78,7 +81,7 @@ def run(action: Callable[[], object]) -> int:
         )
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
-        say("interrupted; what was complete stays, and the same command goes on from there")
+        say("interrupted; what was complete stays")
         return 130
     return 0
 

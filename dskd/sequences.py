@@ -57,14 +57,15 @@ class Sequences:
         return int(self.lengths.sum(dtype=np.int64))
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:
-        """How often each token [V] stands in the sequences, by a sample of at most a million tokens."""
-        step = max(1, len(self) * self.sequence_length // 1_000_000)
-        input_ids = map_tensor(self.path, "input_ids", "I32")
-        counts = np.zeros(vocab_size, np.int64)
-        for first in range(0, len(self), 1000 * step):
-            is_real = np.arange(self.sequence_length) < self.lengths[first : first + 1000, None]
-            counts += np.bincount(input_ids[first : first + 1000][is_real], minlength=vocab_size)
-        return torch.from_numpy(counts)
+        """How often each token [V] is a target, in a sample of about a million positions."""
+        size = max(1, 16_384 // self.sequence_length)
+        starts = np.unique(np.linspace(0, max(0, len(self) - size), 64).astype(np.int64) // size * size)
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for start in starts.tolist():
+            batch = self.batch(start, start + size)
+            targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
+            counts += torch.bincount(targets, minlength=vocab_size)
+        return counts
 
     def batch(self, start: int, stop: int) -> TokenBatch:
         """The sequences from `start` to `stop`."""
@@ -127,7 +128,10 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str) -> No
                     max_sequences=limits[split],
                 )
                 building.facts[split] = packed._asdict()
-                say(f"  {split}: {packed.sequences:,} sequences of {corpus.sequence_length}, {packed.tokens:,} tokens")
+                say(
+                    f"  {split}: {packed.sequences:,} sequences of {corpus.sequence_length}, {packed.tokens:,} tokens; "
+                    f"{packed.left_over:,} at the end fill none and are left out"
+                )
 
 
 def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[Sequences, Manifest]:

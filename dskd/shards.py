@@ -8,6 +8,7 @@ Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batc
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ def write_block(folder: Path, samples: Iterator[Mapping[str, np.ndarray]]) -> No
 
 
 def join_blocks(folder: Path, blocks: Sequence[Path]) -> int:
-    """Moves the shards of `blocks`, in their order, into `folder`, and writes the index of all of them.
+    """Makes one dataset in `folder` of the shards of `blocks`, in their order. The blocks stay as they are.
 
     The result does not depend on which rank wrote which block.
 
@@ -201,12 +202,18 @@ def join_blocks(folder: Path, blocks: Sequence[Path]) -> int:
                 old = block / shard[part]["basename"]
                 shard[part]["basename"] = f"shard.{number:05d}{suffix}"
                 if old.is_file():
-                    old.rename(folder / shard[part]["basename"])
+                    _link(old, folder / shard[part]["basename"])
             shards.append(shard)
-        # A block that is half removed must not look like one: its name goes first.
-        shutil.rmtree(block.rename(block.with_name(f".{block.name}.partial")))
     write_json(folder / "index.json", {"shards": shards, "version": 2})
     return sum(shard["samples"] for shard in shards)
+
+
+def _link(old: Path, new: Path) -> None:
+    new.unlink(missing_ok=True)
+    try:
+        os.link(old, new)
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(old, new)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -50,6 +50,18 @@ def create_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
             tensor.flush()
 
 
+def is_whole(path: Path) -> bool:
+    """True when the file is there, and is as large as its header says."""
+    try:
+        with path.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(header_size))
+        size = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        return path.stat().st_size == 8 + header_size + size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def _reserve(descriptor: int, size: int) -> None:
     """Gives the file its size, and its place on disk: a full disk is an error here, and a crash in a mapped page."""
     if hasattr(os, "posix_fallocate"):

@@ -101,7 +101,7 @@ def test_nothing_that_is_no_dictionary_is_overwritten(merged, tmp_path):
     config, *_ = merged
     (tmp_path / "precious").mkdir()
     folders = [config.path("..", "one"), config.path("..", "two")]
-    with pytest.raises(UserError, match="is no artifact of dskd"):
+    with pytest.raises(UserError, match="is no sense dictionary"):
         merge_dictionaries(config, folders, tmp_path / "precious")
     with pytest.raises(UserError, match="is one of the dictionaries"):
         merge_dictionaries(config, folders, folders[0])

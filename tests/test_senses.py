@@ -144,6 +144,16 @@ def test_a_token_with_few_states_keeps_them_as_they_are():
     assert int(found.counts[3:].sum()) == 6
 
 
+def test_equal_states_are_one_sense():
+    states = torch.cat([torch.ones(30, 4), torch.zeros(20, 4), torch.randn(30, 4, generator=torch.Generator())])
+    given = TokenStates(torch.tensor([1, 2]), torch.tensor([0, 50, 80]), states.bfloat16())
+    found = cluster(given, SensesConfig(k=5), 0, torch.device("cpu"))
+    assert found.sizes.tolist() == [2, 5]
+    assert sorted(found.counts[:2].tolist()) == [20, 30]
+    assert found.vectors[:2].float().sum(-1).sort().values.tolist() == pytest.approx([0, 4], abs=1e-5)
+    assert len(found.vectors) == len(found.counts) == 7
+
+
 def test_a_token_can_have_a_sense_for_so_many_states():
     states = torch.randn(3 + 8 + 25, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     given = TokenStates(torch.tensor([1, 2, 7]), torch.tensor([0, 3, 11, 36]), states)

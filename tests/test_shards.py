@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -118,8 +120,9 @@ def test_blocks_join_to_one_dataset_whoever_wrote_them(tmp_path):
         blocks = [samples[:3], samples[3:6], samples[6:]]
         target = tmp_path / folder
         for number in order:
-            write_block(target / f"block-{number}", iter(blocks[number]))
-        assert join_blocks(target, [target / f"block-{number}" for number in range(3)]) == 7
+            write_block(target / ".blocks" / str(number), iter(blocks[number]))
+        assert join_blocks(target, [target / ".blocks" / str(number) for number in range(3)]) == 7
+        shutil.rmtree(target / ".blocks")
         contents.append({file.name: file.read_bytes() for file in target.iterdir()})
     assert contents[0] == contents[1]
     dataset = open_dataset(tmp_path / "one", tmp_path / "cache")

@@ -79,6 +79,9 @@ def run_inspection(given: argparse.Namespace, extra: Sequence[str], parser: argp
     options = [text for text in words if text.startswith("-")]
     if options:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
+    words = [text.strip() for text in words]
+    if "" in words:
+        parser.error("an empty text is no word")
     wanted = {"word": "exactly one WORD (quote one with a space in it)", "plot": "one WORD or more"}
     fits = {"word": len(words) == 1, "plot": len(words) >= 1}.get(given.what, not words)
     if not fits:

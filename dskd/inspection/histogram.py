@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dskd.manifest import make_folder
+from dskd.folders import make_folder
 
 _BAR_WIDTH = 40
 _DPI = 150

@@ -10,8 +10,9 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher, if_there, lexicon_manifest, open_senses, open_teacher, read_relations
 from dskd.inspection.tokens import whole_words
+from dskd.lexicon.build import recipe
 from dskd.lexicon.relations import FILE, FOLDER, RELATIONS, load_lexicon
-from dskd.manifest import Manifest
+from dskd.manifest import Manifest, is_current
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
 from dskd.text_table import table
 
@@ -59,6 +60,9 @@ def inspect_lexicon(config: Config) -> LexiconReport:
         by_source.setdefault(group["source"], dict.fromkeys(RELATIONS, 0))[group["relation"]] = group["count_all"]
     distinct = relations.group_by(["head", "tail", "relation"]).aggregate([])
     notes: list[str] = []
+    wanted = if_there(lambda: recipe(config), "comparison with what the config names", notes)
+    if wanted is not None and not is_current(config.path(FOLDER), wanted):
+        notes.append("the config names other sources or settings than this lexicon was made with")
     teacher = if_there(lambda: open_teacher(config), "coverage of the vocabulary", notes)
     malformed = manifest.facts.get("malformed", {})
     return LexiconReport(

@@ -15,6 +15,7 @@ from dskd.inspection.entries import neighbours_of, rows_of_entry
 from dskd.inspection.neighbours import read_rows
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.relations import RELATIONS
+from dskd.manifest import digest_of_json
 from dskd.senses.dictionary import SenseDictionary, map_vectors
 from dskd.senses.entries import tokenize_words
 
@@ -62,17 +63,19 @@ def plot_words(
     """
     from dskd.inspection.drawing import draw_picture
 
-    path = output or config.path("plots", _file_name(words))
+    path = output or config.path("plots", _file_name(words, method))
     if path.suffix.lower() != ".png":
         raise UserError(f"--output {path}: pictures are PNG files; give it a name that ends in .png")
+    if path.is_dir():
+        raise UserError(f"--output {path}: this is a folder; name a file in it")
     teacher = open_teacher(config)
     dictionary = open_senses(config, teacher).dictionary
     picture = compose_picture(dictionary, teacher, words, method=method, neighbours=neighbours, seed=config.seed)
     unlabelled = draw_picture(picture, path)
     drawn = {kind: sum(entry.kind == kind for entry in picture.entries) for kind in ("word", *RELATIONS)}
     text = (
-        f"{path}: {len(picture.points):,} senses of {drawn['word']} words, {drawn['synonym']} synonyms and "
-        f"{drawn['antonym']} antonyms"
+        f"{path}: {len(picture.points):,} senses of {', '.join(picture.words)}, and of {drawn['synonym']} synonyms and "
+        f"{drawn['antonym']} antonyms of them beside"
     )
     return text + (f"; no room for {unlabelled} labels, lower --neighbours" if unlabelled else "")
 
@@ -172,10 +175,11 @@ def project(vectors: np.ndarray, method: Method, seed: int) -> tuple[np.ndarray,
     return points, f"t-SNE, perplexity {perplexity:.3g}"
 
 
-def _file_name(words: Sequence[str]) -> str:
+def _file_name(words: Sequence[str], method: Method) -> str:
     names = [re.sub(r"[^\w-]+", "_", word) for word in words[:_WORDS_IN_A_FILE_NAME]]
-    more = [f"and-{len(words) - len(names)}-more"] if len(words) > len(names) else []
-    return f"senses-{'-'.join([*names, *more])}.png"
+    others = words[_WORDS_IN_A_FILE_NAME:]
+    more = [f"and-{len(others)}-more-{digest_of_json(others)[:6]}"] if others else []
+    return f"senses-{'-'.join([*names, *more])}{'-tsne' if method == 'tsne' else ''}.png"
 
 
 def _and(words: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from dskd.config import Config
 from dskd.errors import UserError
@@ -21,7 +22,8 @@ from dskd.inspection.contexts import find_contexts, open_training_shards
 from dskd.inspection.entries import entry_of_tokens, neighbours_of, rows_of_tokens
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_texts, readable, token_texts
-from dskd.lexicon.relations import RELATIONS
+from dskd.lexicon.negation import BASES_FILE
+from dskd.lexicon.relations import FOLDER, RELATIONS
 from dskd.senses.dictionary import SenseDictionary
 from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_form, tokenize_words
 from dskd.text_table import table
@@ -100,7 +102,7 @@ def inspect_word(
     _note_other_lexicon(config, senses, notes)
     rows = rows_of_tokens(dictionary, tokens)
     if not related and not rows:
-        raise UserError(_unknown(word, near, pieces))
+        raise UserError(_unknown(word, near, pieces) + _replaced(config, word))
     found, contexts_are = _senses(config, teacher, senses, tokens, rows, neighbours, contexts, scan, notes)
     related = tuple(_measured(other, ids, dictionary) for other, ids in zip(related, tails, strict=True))
     head = _head(word, tokens, dictionary.entries)
@@ -225,6 +227,18 @@ def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int]
 def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> None:
     if senses.manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
         notes.append("the lexicon was made anew since the sense dictionary was: the two may differ in their relations")
+
+
+def _replaced(config: Config, word: str) -> str:
+    """What the rule of negating affixes made of a word, where it did anything."""
+    path = config.path(FOLDER, BASES_FILE)
+    if not path.is_file():
+        return ""
+    found = pq.read_table(path, filters=[("word", "==", word.lower())]).to_pylist()
+    if not found:
+        return ""
+    sign = "negated" if found[0]["polarity"] < 0 else "twice negated"
+    return f". It counts as {found[0]['base']!r}, {sign}: lexicon.morpholex is set, and {path} lists such words"
 
 
 def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -> str:

@@ -27,10 +27,13 @@ _CHUNK_BYTES = 64 * 2**20  # of vectors that are copied at one time
 
 
 def write_part(
-    path: Path, tokens: torch.Tensor, sizes: torch.Tensor, hidden_size: int, senses: Iterable[TokenSenses]
+    path: Path, tokens: torch.Tensor, most: torch.Tensor, hidden_size: int, senses: Iterable[TokenSenses]
 ) -> None:
-    """Writes the senses of the tokens [m], which have `sizes` [m] rows, as they come, in the order of tokens."""
-    rows = int(sizes.sum())
+    """Writes the senses of the tokens [m], which have at most `most` [m] rows, as they come, in the order of tokens.
+
+    Rows for which there is place and no sense stay zero at the end, and nothing reads them.
+    """
+    rows = int(most.sum())
     shapes = {
         "tokens": ("I64", (len(tokens),)),
         "sizes": ("I64", (len(tokens),)),
@@ -38,14 +41,16 @@ def write_part(
         "vectors": ("BF16", (rows, hidden_size)),
     }
     with create_tensors(path, shapes) as maps:
-        maps["tokens"][:], maps["sizes"][:] = tokens.numpy(), sizes.numpy()
-        first = 0
+        maps["tokens"][:] = tokens.numpy()
+        first, token = 0, 0
         for some in senses:
             stop = first + len(some.counts)
+            maps["sizes"][token : token + len(some.sizes)] = some.sizes.numpy()
+            token += len(some.sizes)
             maps["counts"][first:stop] = some.counts.numpy()
             maps["vectors"][first:stop] = _bits(some.vectors)
             first = stop
-    assert first == rows
+    assert token == len(tokens)
 
 
 def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_size: int, tokenizer: Any) -> None:
@@ -77,10 +82,10 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
         for part in maps:
             sizes = torch.from_numpy(np.array(part["sizes"]))
             place = ranges(token_offsets[torch.from_numpy(np.array(part["tokens"]))], sizes).numpy()
-            whole["counts"][place] = part["counts"]
+            whole["counts"][place] = part["counts"][: len(place)]
             for first in range(0, len(place), step):
                 chunk = slice(first, first + step)
-                whole["vectors"][place[chunk]] = part["vectors"][chunk]
+                whole["vectors"][place[chunk]] = part["vectors"][: len(place)][chunk]
                 bar.update(len(place[chunk]))
         counts = torch.from_numpy(np.array(whole["counts"]))
         first = int(token_offsets[-1])

@@ -6,6 +6,7 @@ was interrupted, or is repeated with other clusters and `senses.keep_states`, go
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from dskd.config import Config
@@ -13,19 +14,19 @@ from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, barrier, main_first, on_main
 from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
 from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
-from dskd.lock import hold_lock
 from dskd.manifest import Building, Recipe, is_current, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
-from dskd.senses.dictionary import FILE, FOLDER
-from dskd.senses.gather import gather_states, read_progress
+from dskd.senses.dictionary import FILE, FOLDER, load_dictionary, require_fitting
+from dskd.senses.gather import Progress, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
 from dskd.sequences import Sequences, load_sequences
 
 # What does not change which states are sampled, and what does not change the dictionary either.
 _CLUSTERING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")
+STATES = "states"  # never published: its folder stays a partial one
 _NOT_IN_RECIPE = ("path", "batch_size", "memory_budget", "save_minutes", "keep_states")
 
 
@@ -49,6 +50,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     A dictionary that is up to date is left as it is, but with `force`; then also the states are gathered anew.
     """
     if config.senses.path is not None:
+        on_main(lambda: _check_given(config))
         say(f"senses.path: {config.senses.path} is used, nothing is built")
         return
     target = config.path(FOLDER)
@@ -56,13 +58,15 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     wanted = main_first(lambda: recipe(config, source))
     if not force and on_main(lambda: is_current(target, wanted)):
         say(f"up to date: {target}")
+        if not config.senses.keep_states:
+            on_main(lambda: shutil.rmtree(config.path(f".{STATES}.partial"), ignore_errors=True))
         return
     sources = [config.path(name) for name in ("lexicon", "sequences")]
     with stage("senses: teacher states to sense embeddings", reads=sources, writes=target / FILE):
         sequences, _ = load_sequences(config, "train", source.tokenizer_digest)
         building = Building(target, wanted)
-        states = Building(config.path("states"), main_first(lambda: _sampling(config, source)))
-        on_main(lambda: _prepare(config, building, states, force=force))
+        states = Building(config.path(STATES), main_first(lambda: _sampling(config, source)))
+        on_main(lambda: _prepare(building, states, force=force))
         runs = _sample(config, source, sequences, states.folder, world)
 
         part = building.folder / f"part-{world.rank}.safetensors"
@@ -72,6 +76,19 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         vocab_size = source.load_config().vocab_size
         on_main(lambda: assemble(config, building, parts, vocab_size, source.load_tokenizer()))
         on_main(lambda: _finish(building, states, keep_states=config.senses.keep_states))
+
+
+def _check_given(config: Config) -> None:
+    """Refuses a `senses.path` that is no dictionary, or one of another teacher."""
+    teacher = find_teacher(config)
+    dictionary, manifest = load_dictionary(config)
+    require_fitting(
+        dictionary,
+        manifest,
+        teacher=teacher.digest,
+        tokenizer=teacher.tokenizer_digest,
+        hidden_size=teacher.load_config().hidden_size,
+    )
 
 
 def _sampling(config: Config, teacher: ModelFolder) -> Recipe:
@@ -89,8 +106,7 @@ def _sampling(config: Config, teacher: ModelFolder) -> Recipe:
     )
 
 
-def _prepare(config: Config, building: Building, states: Building, *, force: bool) -> None:
-    hold_lock(config.path(f".{FOLDER}.lock"), "builds the sense dictionary")
+def _prepare(building: Building, states: Building, *, force: bool) -> None:
     building.clear()
     if force:
         states.clear()
@@ -99,13 +115,14 @@ def _prepare(config: Config, building: Building, states: Building, *, force: boo
 
 def _finish(building: Building, states: Building, *, keep_states: bool) -> None:
     building.publish()
+    states.release()
     if not keep_states:
         shutil.rmtree(states.folder)
 
 
 def _sample(config: Config, source: ModelFolder, sequences: Sequences, folder: Path, world: World) -> list[Path]:
     """The runs that hold the sample; the teacher is loaded only when they are not complete yet."""
-    progress = read_progress(folder)
+    progress = Progress(**on_main(lambda: asdict(read_progress(folder))))
     if progress.sequences_done == len(sequences):
         say(f"  uses the states in {folder}")
         return [folder / run for run in progress.runs]

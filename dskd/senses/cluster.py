@@ -76,6 +76,11 @@ def cluster(
         place = ranges(offsets[chosen], sizes[chosen])
         vectors[place] = found.centers.flatten(0, 1).to(torch.bfloat16).cpu()
         counts[place] = found.counts.flatten().cpu()
+    # Fewer different states than clusters leave clusters that nothing belongs to.
+    used = counts > 0
+    if not used.all():
+        sizes = _sum_by_token(used.long(), offsets)
+        vectors, counts = vectors[used], counts[used]
     return TokenSenses(states.tokens, sizes, vectors, counts)
 
 

@@ -84,7 +84,8 @@ def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
         UserError: when it is missing, damaged or lacks a tensor.
     """
     folder = dictionary_folder(config)
-    manifest = read_manifest(folder, "senses", made_by=MADE_BY)
+    made_by = MADE_BY if config.senses.path is None else "dskd senses merge …, or remove senses.path"
+    manifest = read_manifest(folder, "senses", made_by=made_by)
     return read_dictionary(folder / FILE), manifest
 
 

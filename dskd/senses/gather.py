@@ -20,13 +20,14 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from dskd.config import SensesConfig
-from dskd.console import progress_bar, say
+from dskd.console import progress_bar, say, warn
 from dskd.distributed import World, broadcast_json, gather_json, on_main
 from dskd.manifest import write_json
 from dskd.models import FrozenModel
 from dskd.random_numbers import derived_seed, random_bits
 from dskd.senses.reservoir import Reservoir
 from dskd.sequences import Sequences, TokenBatch
+from dskd.tensor_file import is_whole
 
 _LOGITS_CHUNK = 1024
 _PROGRESS = "progress.json"
@@ -41,9 +42,22 @@ class Progress:
 
 
 def read_progress(folder: Path) -> Progress:
-    """What is noted in the folder of an interrupted gathering; that of one that has not begun when nothing is."""
+    """What is noted in the folder of an interrupted gathering; that of one that has not begun when nothing is.
+
+    Nothing is also what a note is worth that cannot be read, or that names a run that is missing or was cut.
+    """
     file = folder / _PROGRESS
-    return Progress(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Progress(0, [])
+    if not file.is_file():
+        return Progress(0, [])
+    try:
+        progress = Progress(**json.loads(file.read_text(encoding="utf-8")))
+        damaged = [run for run in progress.runs if not is_whole(folder / run)]
+    except (ValueError, TypeError):
+        damaged = [_PROGRESS]
+    if damaged:
+        warn(f"{folder}: {', '.join(damaged)} damaged; the states are gathered anew")
+        return Progress(0, [])
+    return progress
 
 
 def gather_states(
@@ -81,7 +95,7 @@ def gather_states(
     done_tokens = int(sequences.lengths[: progress.sequences_done].sum())
     with progress_bar(total=sequences.num_tokens, label="gathering states", unit="tokens", initial=done_tokens) as bar:
         for first, done, batch in rank_batches(sequences, settings.batch_size, world, progress.sequences_done):
-            hidden = teacher.hidden_states(batch.input_ids, batch.position_ids)
+            hidden = teacher.states_of(batch, first)
             sequence, position = batch.has_target.nonzero(as_tuple=True)
             priorities = random_bits(priority_seed, sequence + first, position)
             states = hidden[batch.has_target.to(hidden.device)]

@@ -38,16 +38,22 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
         raise UserError("name two or more different folders with sense dictionaries to merge")
     if output.resolve() in {folder.resolve() for folder in folders}:
         raise UserError(f"--output: {output} is one of the dictionaries that are merged; name another folder")
-    if output.exists() and not (output / "manifest.json").is_file():
-        raise UserError(f"--output: {output} exists and is no artifact of dskd; name another folder")
+    if output.exists() and not _is_dictionary(output):
+        raise UserError(f"--output: {output} exists and is no sense dictionary; name another folder")
     teacher = find_teacher(config)
     opened = _open_all(folders, teacher)
+    keys = {str(manifest.config.get("key")) for _, manifest in opened}
+    if len(keys) > 1:
+        raise UserError(
+            f"these dictionaries cannot be merged: their senses.key are {' and '.join(sorted(keys))}, so their rows "
+            "mean different things; build one of them anew"
+        )
     lexicon = read_manifest(config.path(LEXICON_FOLDER), "lexicon", made_by=LEXICON_MADE_BY)
     settings = {key: value for key, value in config.senses.as_dict().items() if key in _MERGING}
     wanted = Recipe(
         "senses",
         {"lexicon": lexicon.digest} | {f"merged {i}": manifest.digest for i, (_, manifest) in enumerate(opened)},
-        settings | {"seed": config.seed},
+        settings | {"seed": config.seed, "key": keys.pop()},
         teacher=teacher.digest,
         tokenizer=teacher.tokenizer_digest,
     )
@@ -56,6 +62,14 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
         build_artifact(output, wanted) as building,
     ):
         _merge(config, [dictionary for dictionary, _ in opened], building, teacher)
+
+
+def _is_dictionary(folder: Path) -> bool:
+    try:
+        read_manifest(folder, "senses", made_by=MADE_BY)
+    except UserError:
+        return False
+    return True
 
 
 def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[SenseDictionary, Manifest]]:

@@ -58,6 +58,7 @@ class Reservoir:
         self._hidden_size = hidden_size
         self._folder, self._name = folder, name
         self._runs = list(runs)
+        self._noted = set(runs)
         self._obsolete: list[str] = []
         self._number = 1 + max((int(run.split("-")[-1].split(".")[0]) for run in runs), default=-1)
         capacity = max(2, memory_budget // (2 * hidden_size + 16))
@@ -98,8 +99,7 @@ class Reservoir:
         if self._size:
             self._drop_unwanted()
             self._spill()
-        if len(self._runs) > _MAX_RUNS:
-            self._merge()
+        self._noted = set(self._runs)
         return list(self._runs)
 
     def remove_obsolete(self) -> None:
@@ -129,6 +129,8 @@ class Reservoir:
             self._write_run(tokens[order], priorities[order], lambda first, last: self._states[order[first:last]])
         )
         self._size = 0
+        if len(self._runs) > _MAX_RUNS:
+            self._merge()
 
     def _merge(self) -> None:
         runs = [_Run(self._folder / name) for name in self._runs]
@@ -137,7 +139,11 @@ class Reservoir:
         merged = self._write_run(
             tokens, priorities, lambda first, last: _read(runs, which[first:last], row[first:last])
         )
-        self._obsolete += self._runs
+        for run in self._runs:
+            if run in self._noted:
+                self._obsolete.append(run)
+            else:
+                (self._folder / run).unlink()
         self._runs = [merged]
 
     def _write_run(
