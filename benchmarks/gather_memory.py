@@ -8,6 +8,7 @@ Everything else is what `launcher/build_senses.py` runs on one rank, but for the
 
 import argparse
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -46,9 +47,9 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
     settings = SensesConfig(k=given.k, max_states=given.max_states, memory_budget=given.budget)
     budget = int(given.budget * 2**30)
     print(f"V = {given.vocab_size:,}, D = {given.hidden_size:,}, {given.states:,} states, budget {given.budget} GB")
-    before = _anonymous_gb()
+    watch = Watch()
     reservoir = Reservoir(given.vocab_size, given.max_states, given.hidden_size, budget, folder, "rank0of1")
-    peak, offered, started = before, 0, time.perf_counter()
+    offered, started = 0, time.perf_counter()
     pool = torch.randn(2 * given.batch, given.hidden_size).bfloat16()
     for first in range(0, given.states, given.batch):
         tokens = torch.from_numpy(random.choice(given.vocab_size, given.batch, p=frequency / frequency.sum()))
@@ -57,26 +58,22 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
         start = int(random.integers(given.batch))
         reservoir.add(tokens[wanted], priorities[wanted], pool[start : start + given.batch][wanted])
         offered += given.batch
-        peak = max(peak, _anonymous_gb())
     runs = [folder / name for name in reservoir.flush()]
     reservoir.remove_obsolete()
-    peak = max(peak, _anonymous_gb())
     seconds = time.perf_counter() - started
     disk = sum(run.stat().st_size for run in runs) / 2**30
     print(
-        f"gathering:  {offered / seconds:,.0f} states/s; peak {peak - before:.2f} GB; "
+        f"gathering:  {offered / seconds:,.0f} states/s; peak {watch.peak_gb():.2f} GB; "
         f"{disk:.2f} GB on disk in {len(runs)} runs"
     )
     del reservoir
 
-    started, peak = time.perf_counter(), _anonymous_gb()
+    started = time.perf_counter()
     sampled = SampledStates(runs, given.max_states)
 
     def senses():  # type: ignore[no-untyped-def]
-        nonlocal peak
-        for states in sampled.ranges(budget // 3):
+        for states in sampled.ranges(budget // 5):
             yield cluster(states, settings, 0, torch.device("cpu"))
-            peak = max(peak, _anonymous_gb())
 
     write_part(
         folder / "part.safetensors",
@@ -88,8 +85,27 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
     kept = int(sampled.counts.sum())
     seconds = time.perf_counter() - started
     print(
-        f"clustering: {kept:,} states of {len(sampled.tokens):,} tokens in {seconds:.0f} s; peak {peak - before:.2f} GB"
+        f"clustering: {kept:,} states of {len(sampled.tokens):,} tokens in {seconds:.0f} s; "
+        f"peak {watch.peak_gb():.2f} GB"
     )
+
+
+class Watch:
+    """The most memory this process has held since the last question, beyond what it held at first."""
+
+    def __init__(self) -> None:
+        self._before = self._peak = _anonymous_gb()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            self._peak = max(self._peak, _anonymous_gb())
+            time.sleep(0.01)
+
+    def peak_gb(self) -> float:
+        """GB of 2^30 bytes."""
+        peak, self._peak = self._peak - self._before, _anonymous_gb()
+        return peak
 
 
 def _anonymous_gb() -> float:

@@ -32,6 +32,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     runs = [given.states / run for run in read_progress(given.states).runs]
+    if not runs:
+        parser.error(f"{given.states}: there are no sampled states here")
     (states,) = SampledStates(runs, 2**31).ranges(2**60)
     device = torch.device(given.device)
     print(f"{given.device}, {given.threads} threads, torch {torch.__version__}; D = {states.states.shape[1]}")
@@ -51,7 +53,8 @@ def main() -> None:
             our_seconds = time.perf_counter() - started
             centers = found.vectors.split(found.sizes.tolist())
             ours = np.array([_inertia(*pair) for pair in zip(points, centers, strict=True)])
-            low, median, high = np.quantile(ours / theirs, [0.1, 0.5, 0.9])
+            real = theirs > 0  # a cloud with no more different points than clusters says nothing
+            low, median, high = np.quantile(ours[real] / theirs[real], [0.1, 0.5, 0.9])
             print(
                 f"k = {k}, {restarts} restarts, {len(arrays)} clouds of {len(clouds.states)} points: "
                 f"inertia {median:.4f} [{low:.4f}, {high:.4f}], "

@@ -139,8 +139,8 @@ def _cluster_own(config: Config, runs: list[Path], path: Path, world: World) -> 
 
     def senses() -> Iterator[TokenSenses]:
         with progress_bar(total=len(sampled.tokens), label="k-means", unit="tokens") as bar:
-            # A third of the budget: their senses take as much again, and what is clustered at one time is copied.
-            for states in sampled.ranges(int(settings.memory_budget * 2**30) // 3):
+            # A fifth of the budget: reading and clustering copy parts of the states, and senses can take as much again.
+            for states in sampled.ranges(int(settings.memory_budget * 2**30) // 5):
                 yield cluster(states, settings, config.seed, world.device)
                 bar.update(len(states.tokens))
 
