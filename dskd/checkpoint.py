@@ -165,6 +165,9 @@ def _publish(building: Building, keep_last: int) -> None:
     kept = [path for _, path in steps if path not in others]
     for path in [*others, *kept[:-keep_last]]:
         shutil.rmtree(path)
+    # The run is this process's own: whatever still has a hidden name was left by one that was killed.
+    for path in building.path.parent.glob(".step-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _require_finite(building: Building) -> None:
@@ -172,6 +175,7 @@ def _require_finite(building: Building) -> None:
         for name, tensor in load_file(building.folder / file).items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 shutil.rmtree(building.folder)
+                building.release()
                 raise UserError(
                     f"step {building.facts['step']}: {name} of the student is not finite; the run stops, and no "
                     "checkpoint of this step is written. Lower train.learning_rate, or use precision: fp32"

@@ -2,23 +2,32 @@
 so that many can be started, and killed, in a short time."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
 
 import dskd.annotate
+import dskd.manifest
 import dskd.senses.build
 from dskd.config_file import load_config
 from dskd.distributed import initialize
 
 
-def run(stage: str, config: Path, log: Path, environment: dict[str, str]) -> None:
-    """Runs a stage as one rank; everything it prints goes to `log`."""
+def _hash_and_die(building: dskd.manifest.Building) -> None:
+    dskd.manifest.hash_files(building.folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(stage: str, config: Path, log: Path, environment: dict[str, str], *, dies_in_hashing: bool = False) -> None:
+    """Runs a stage as one rank; everything it prints goes to `log`. It can be made to be killed while it publishes."""
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if dies_in_hashing:
+        dskd.manifest.Building.publish = _hash_and_die
     loaded = load_config(config)
     world = initialize(60)
     if stage == "senses":

@@ -127,6 +127,33 @@ def test_three_ranks_go_on_where_one_was_killed(context, prepared, undisturbed, 
     assert _content(work, "shards") == _content(_work(reference), "shards")
 
 
+def test_a_kill_while_shards_are_published_costs_no_annotation(context, prepared, undisturbed, tmp_path):
+    reference, _ = undisturbed
+    config = _copy(prepared, tmp_path)
+    shutil.copytree(_work(reference) / "senses", _work(config) / "senses")
+    assert _finish(_start(context, "shards", config, dies_in_hashing=True)) == [-signal.SIGKILL]
+    assert not (_work(config) / "shards" / "train").exists()
+    assert _finish(_start(context, "shards", config)) == [0], _log(config)
+    assert "goes on with 0 of" in _log(config)
+    assert _content(_work(config), "shards") == _content(_work(reference), "shards")
+
+
+def test_damaged_saved_states_are_gathered_anew(context, prepared, undisturbed, tmp_path):
+    reference, _ = undisturbed
+    config = _copy(prepared, tmp_path)
+    states = _work(config) / ".states.partial"
+    (process,) = _start(context, "senses", config)
+    while not (states / "progress.json").is_file() and process.is_alive():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    for run in states.glob("rank*"):
+        run.write_bytes(run.read_bytes()[:-5])
+    assert _finish(_start(context, "senses", config)) == [0], _log(config)
+    assert "damaged; the states are gathered anew" in _log(config)
+    assert _content(_work(config), "senses") == _content(_work(reference), "senses")
+
+
 def _write(path: Path, settings: dict) -> Path:
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path
@@ -152,7 +179,7 @@ def _copy(prepared: dict, folder: Path) -> Path:
     return _write(folder / "config.yaml", {**prepared, "workdir": str(folder / "work")})
 
 
-def _start(context, stage: str, config: Path, ranks: int = 1) -> list:
+def _start(context, stage: str, config: Path, ranks: int = 1, **options) -> list:
     from interruption_job import run
 
     common = {
@@ -164,7 +191,8 @@ def _start(context, stage: str, config: Path, ranks: int = 1) -> list:
     processes = []
     for rank in range(ranks):
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(context.Process(target=run, args=(stage, config, config.parent / "log.txt", environment)))
+        arguments = (stage, config, config.parent / "log.txt", environment)
+        processes.append(context.Process(target=run, args=arguments, kwargs=options))
         processes[-1].start()
     return processes
 

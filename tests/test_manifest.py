@@ -1,10 +1,17 @@
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, is_current, read_manifest, require_same, verify_files
 
+HOLDER = (
+    "import sys; from pathlib import Path; from dskd.manifest import Building, Recipe; "
+    "Building(Path(sys.argv[1]), Recipe('senses')).clear(); print('clear', flush=True); sys.stdin.read()"
+)
 RECIPE = Recipe("senses", {"corpus": "abc"}, {"k": (1, 2)}, teacher="t", tokenizer="u")
 
 
@@ -101,3 +108,16 @@ def test_a_missing_artifact_says_how_to_make_it(tmp_path):
 def test_a_misfit_names_both_sides():
     with pytest.raises(UserError, match=r"a and b: made with different teachers \(one… and two…\); make it anew"):
         require_same("teachers", expected="one", found="two", between="a and b", remedy="make it anew")
+
+
+def test_two_processes_never_make_the_same_artifact(tmp_path):
+    _build(tmp_path / "a")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "a")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    assert holder.stdout.readline() == b"clear\n"
+    with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*\) makes .*a; wait for it"):
+        _build(tmp_path / "a", b"other")
+    holder.kill()
+    holder.wait(10)
+    _build(tmp_path / "a", b"other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]  # no lock, no partial folder

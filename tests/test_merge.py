@@ -103,6 +103,9 @@ def test_nothing_that_is_no_dictionary_is_overwritten(merged, tmp_path):
     folders = [config.path("..", "one"), config.path("..", "two")]
     with pytest.raises(UserError, match="is no sense dictionary"):
         merge_dictionaries(config, folders, tmp_path / "precious")
+    with pytest.raises(UserError, match="is no sense dictionary"):  # another artifact neither
+        merge_dictionaries(config, folders, config.path("lexicon"))
+    assert load_lexicon(config)
     with pytest.raises(UserError, match="is one of the dictionaries"):
         merge_dictionaries(config, folders, folders[0])
     with pytest.raises(UserError, match="two or more"):

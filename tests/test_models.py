@@ -53,6 +53,29 @@ def test_missing_and_misshapen_weights_are_all_named(tmp_path, world):
     assert "model.norm.weight has shape [5], config.json asks for [32]" in str(error.value)
 
 
+def test_states_that_are_not_finite_are_refused(tmp_path, world):
+    from safetensors.torch import load_file, save_file
+
+    from dskd.model_folder import find_teacher
+    from dskd.models import load_frozen
+    from dskd.sequences import TokenBatch
+
+    save_model(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][5] = torch.nan  # a token of the first sequence, that spoils all of it
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = _config(tmp_path)
+    teacher = load_frozen(find_teacher(config), config, world)
+    has_target = torch.ones(2, 12, dtype=torch.bool)
+    batch = TokenBatch(IDS, None, has_target, torch.zeros(2, 12, dtype=torch.uint8), 24)
+    with pytest.raises(UserError, match=r"position 0 of sequence 40 is not finite, nor are those of 11 more positions"):
+        teacher.states_of(batch, 40)
+    has_target[0] = False  # nobody asks for those
+    assert teacher.states_of(batch, 40).shape == (2, 12, 32)
+    teacher.close()
+
+
 def test_a_model_that_scales_its_logits_is_refused(tmp_path, world):
     from transformers import CohereConfig, CohereForCausalLM
 
