@@ -29,7 +29,7 @@ from dskd.distributed import World, barrier, is_main_process, main_first, on_mai
 from dskd.manifest import Building, Recipe, is_current, verify_files, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
-from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, require_fitting
+from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, load_fitting_dictionary
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.senses.search import Searcher
 from dskd.sequences import Sequences, load_sequences
@@ -59,7 +59,7 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
 def annotate(config: Config, world: World, *, force: bool = False) -> None:
     """Writes `WORKDIR/shards/train` and `WORKDIR/shards/validation` on all ranks; skips what is up to date."""
     source = main_first(lambda: find_teacher(config))
-    dictionary = main_first(lambda: _load_fitting_dictionary(config, source))
+    dictionary = main_first(lambda: _load_verified_dictionary(config, source))
     wanted = main_first(lambda: {split: recipe(config, split, source) for split in SPLITS})
     # Rank 0's word counts: all ranks must take the same way.
     stale = on_main(lambda: [s for s in SPLITS if force or not is_current(config.path(FOLDER, s), wanted[s])])
@@ -80,17 +80,10 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     teacher.close()
 
 
-def _load_fitting_dictionary(config: Config, teacher: ModelFolder) -> SenseDictionary:
-    dictionary, manifest = load_dictionary(config)
+def _load_verified_dictionary(config: Config, teacher: ModelFolder) -> SenseDictionary:
+    dictionary, manifest = load_fitting_dictionary(config, teacher)
     if is_main_process():
         verify_files(dictionary.path.parent, manifest, made_by=SENSES_MADE_BY)
-    require_fitting(
-        dictionary,
-        manifest,
-        teacher=teacher.digest,
-        tokenizer=teacher.tokenizer_digest,
-        hidden_size=teacher.load_config().hidden_size,
-    )
     return dictionary
 
 

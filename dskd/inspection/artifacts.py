@@ -12,7 +12,7 @@ from dskd.errors import UserError
 from dskd.lexicon.relations import FILE, FOLDER, MADE_BY
 from dskd.manifest import Manifest, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
-from dskd.senses.dictionary import SenseDictionary, load_dictionary, require_fitting
+from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 
 T = TypeVar("T")
 
@@ -52,15 +52,7 @@ def open_senses(config: Config, teacher: Teacher) -> Senses:
     Raises:
         UserError: when it is missing, damaged, or was made for another teacher.
     """
-    dictionary, manifest = load_dictionary(config)
-    require_fitting(
-        dictionary,
-        manifest,
-        teacher=teacher.folder.digest,
-        tokenizer=teacher.folder.tokenizer_digest,
-        hidden_size=teacher.hidden_size,
-    )
-    return Senses(dictionary, manifest)
+    return Senses(*load_fitting_dictionary(config, teacher.folder))
 
 
 def lexicon_manifest(config: Config) -> Manifest:

@@ -19,7 +19,7 @@ from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
-from dskd.senses.dictionary import FILE, FOLDER, load_dictionary, require_fitting
+from dskd.senses.dictionary import FILE, FOLDER, load_fitting_dictionary
 from dskd.senses.gather import Progress, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
 from dskd.sequences import Sequences, load_sequences
@@ -50,7 +50,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     A dictionary that is up to date is left as it is, but with `force`; then also the states are gathered anew.
     """
     if config.senses.path is not None:
-        on_main(lambda: _check_given(config))
+        main_first(lambda: load_fitting_dictionary(config, find_teacher(config)))
         say(f"senses.path: {config.senses.path} is used, nothing is built")
         return
     target = config.path(FOLDER)
@@ -76,19 +76,6 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         vocab_size = source.load_config().vocab_size
         on_main(lambda: assemble(config, building, parts, vocab_size, source.load_tokenizer()))
         on_main(lambda: _finish(building, states, keep_states=config.senses.keep_states))
-
-
-def _check_given(config: Config) -> None:
-    """Refuses a `senses.path` that is no dictionary, or one of another teacher."""
-    teacher = find_teacher(config)
-    dictionary, manifest = load_dictionary(config)
-    require_fitting(
-        dictionary,
-        manifest,
-        teacher=teacher.digest,
-        tokenizer=teacher.tokenizer_digest,
-        hidden_size=teacher.load_config().hidden_size,
-    )
 
 
 def _sampling(config: Config, teacher: ModelFolder) -> Recipe:

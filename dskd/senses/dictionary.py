@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.manifest import Manifest, read_manifest, require_same
-from dskd.model_folder import open_safetensors
+from dskd.model_folder import ModelFolder, open_safetensors
 from dskd.senses.entries import Entries
 from dskd.tensor_file import map_tensor
 
@@ -87,6 +87,23 @@ def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
     made_by = MADE_BY if config.senses.path is None else "dskd senses merge …, or remove senses.path"
     manifest = read_manifest(folder, "senses", made_by=made_by)
     return read_dictionary(folder / FILE), manifest
+
+
+def load_fitting_dictionary(config: Config, teacher: ModelFolder) -> tuple[SenseDictionary, Manifest]:
+    """:func:`load_dictionary`, for use with this teacher.
+
+    Raises:
+        UserError: also when it was made for another one.
+    """
+    dictionary, manifest = load_dictionary(config)
+    require_fitting(
+        dictionary,
+        manifest,
+        teacher=teacher.digest,
+        tokenizer=teacher.tokenizer_digest,
+        hidden_size=teacher.load_config().hidden_size,
+    )
+    return dictionary, manifest
 
 
 def read_dictionary(path: Path) -> SenseDictionary:
