@@ -314,7 +314,7 @@ def test_tsne_takes_few_points_and_gives_the_same_for_a_seed(size):
 
 
 def test_every_word_that_cannot_be_drawn_is_named(dictionary, tokenizer):
-    teacher = Teacher(None, tokenizer, len(tokenizer), 6)
+    teacher = Teacher(None, tokenizer, len(tokenizer))
     with pytest.raises(UserError) as error:
         tokens_of_words(dictionary, teacher, ["big", "very large", "tiny"])
     assert "2 of 3 words cannot be drawn" in str(error.value)
@@ -323,7 +323,7 @@ def test_every_word_that_cannot_be_drawn_is_named(dictionary, tokenizer):
 
 
 def test_too_few_senses_are_no_picture(tmp_path, tokenizer, ids):
-    teacher = Teacher(None, tokenizer, len(tokenizer), 6)
+    teacher = Teacher(None, tokenizer, len(tokenizer))
     dictionary, _ = _dictionary(
         tmp_path, tokenizer, ["big|large|synonym"], {ids["big"]: 3}, torch.ones(3, 6) * torch.tensor([[1.0], [2], [2]])
     )
@@ -334,7 +334,7 @@ def test_too_few_senses_are_no_picture(tmp_path, tokenizer, ids):
 def test_a_picture_is_written_and_nothing_beside_it(dictionary, tokenizer, tmp_path):
     import matplotlib.image
 
-    teacher = Teacher(None, tokenizer, len(tokenizer), 6)
+    teacher = Teacher(None, tokenizer, len(tokenizer))
     picture = compose_picture(dictionary, teacher, ["big", "the", "big"], method="pca", neighbours=5, seed=0)
     assert picture.words == ("big", "the")
     assert [(e.text, e.of_word, e.kind, len(e.points)) for e in picture.entries] == [
@@ -479,7 +479,7 @@ def test_a_word_of_a_hand_made_work_directory(tmp_path):
         load_lexicon(config), teacher.tokenizer, teacher.vocab_size, config.senses.surface_forms
     )
     rows_of = {ids["big"]: [[0, 0], [12, 0]], ids["small"]: [[0, 5]], teacher.vocab_size: [[12, 1], [0, -2]]}
-    vectors = torch.zeros(5, teacher.hidden_size)
+    vectors = torch.zeros(5, teacher.folder.load_config().hidden_size)
     vectors[:, :2] = torch.tensor([row for entry in sorted(rows_of) for row in rows_of[entry]]).float()
     sizes = torch.tensor([len(rows_of.get(entry, ())) for entry in range(entries.num_entries)])
     recipe = Recipe(

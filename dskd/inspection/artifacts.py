@@ -19,12 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher as far as looking needs it: its tokenizer, and the shape of its model."""
+    """The teacher as far as looking needs it: its tokenizer, and how many tokens its model knows."""
 
     folder: ModelFolder
     tokenizer: Any
     vocab_size: int
-    hidden_size: int
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ def open_teacher(config: Config) -> Teacher:
         UserError: when it is missing or damaged.
     """
     folder = find_teacher(config)
-    model = folder.load_config()
-    return Teacher(folder, folder.load_tokenizer(), model.vocab_size, model.hidden_size)
+    return Teacher(folder, folder.load_tokenizer(), folder.load_config().vocab_size)
 
 
 def open_senses(config: Config, teacher: Teacher) -> Senses:
