@@ -16,8 +16,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from streaming.base.constant import BARRIER_FILELOCK
-
 from dskd.distributed import World, barrier, gather_json
 from dskd.errors import UserError
 
@@ -50,6 +48,8 @@ def streaming_names(folder: Path, world: World) -> Iterator[None]:
     silently goes on with the old content. A number with a lock file in the folder of temporary files it passes over, so
     every number in use gets one, in a folder that is this job's own. Jobs of a node choose one after the other.
     """
+    from streaming.base.constant import BARRIER_FILELOCK  # the library takes seconds to import
+
     before = tempfile.tempdir
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -22,7 +22,7 @@ from dskd.sequences import build_sequences
 
 pytestmark = pytest.mark.slow
 ARTIFACTS = {"senses": ("senses",), "shards": tuple(f"shards/{split}" for split in SPLITS)}
-KILLS = 6
+KILLS = 4
 
 
 @pytest.fixture(scope="module")
