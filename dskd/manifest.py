@@ -85,7 +85,7 @@ def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
     building.clear()
     try:
         yield building
-    except BaseException:
+    except BaseException:  # an interruption too leaves nothing half behind; it is raised on
         shutil.rmtree(building.folder, ignore_errors=True)
         building.release()
         raise

@@ -155,7 +155,7 @@ def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=sys.stderr)
     try:
         exit_code = process.wait()
-    except BaseException:
+    except BaseException:  # an interruption too ends the ranks, which would train on by themselves; it is raised on
         _end(process)
         raise
     if exit_code:
