@@ -47,13 +47,25 @@ class TeacherConfig(Section):
     path: str | None = Field(None, description="Hugging Face folder or model name of the teacher")
     revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless you trust it")
-    offload: Literal["none", "cpu"] = Field("cpu", description="where ZeRO-3 keeps this rank's share of the teacher")
+    mode: Literal["resident", "zero3", "cached"] = Field(
+        "zero3",
+        description="resident: every rank holds all of it; zero3: each holds its share; cached: training reads the "
+        "distributions that annotation stored (annotation.teacher_top_n) and loads no teacher",
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "cpu", description="with mode: zero3. Where a rank keeps its share of the teacher"
+    )
+    nvme_path: str | None = Field(None, description="with offload: nvme. A node-local folder for the shares")
     train_from_scratch: TeacherRecipe | None = Field(None, description="make a small teacher from the corpus instead")
 
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherConfig":
         if (self.path is None) == (self.train_from_scratch is None):
             raise ValueError("give either path (a model) or train_from_scratch (a recipe), and not both")
+        if self.offload == "nvme" and self.nvme_path is None:
+            raise ValueError("offload: nvme needs nvme_path, a folder on a local disk of each node")
+        if self.nvme_path is not None and self.offload != "nvme":
+            raise ValueError("nvme_path needs offload: nvme")
         return self
 
 
@@ -199,6 +211,18 @@ class AnnotationConfig(Section):
     memory_budget: float = Field(
         4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; the others are read"
     )
+    teacher_top_n: int = Field(
+        0,
+        ge=0,
+        description="store the teacher's so many most probable next tokens at every position, for teacher.mode: "
+        "cached; 0 stores none",
+    )
+    continuation_tokens: int = Field(
+        0,
+        ge=0,
+        description="with corpus.packing: none. The teacher goes on with each training text by 1 to so many tokens, "
+        "greedily; the text with them is the sample (method, section 4)",
+    )
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -216,14 +240,27 @@ class StudentConfig(Section):
     train_embeddings: bool = Field(False, description="train the input embeddings (and a head that is tied to them)")
     train_final_norm: bool = Field(False, description="train the norm before the head")
     train_lm_head: bool = Field(False, description="train the output head")
+    shared_trunk: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compute the frozen lower layers once, in the teacher. auto: where that is exact; on: refuse to "
+        "train where it is not",
+    )
 
 
 class LossConfig(Section):
-    """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (method, section 4)."""
+    """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (method, section 4).
+
+    KL stands for the divergence that `divergence` names.
+    """
 
     ce_weight: float = Field(1.0, ge=0, description="cross-entropy with the actual next token")
-    kd_weight: float = Field(0.7, ge=0, description="alpha: KL from the teacher's to the student's distribution")
-    temperature: float = Field(2.0, gt=0, description="T, of both distributions in the KL term")
+    kd_weight: float = Field(0.7, ge=0, description="alpha: the divergence of teacher and student")
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = Field(
+        "forward_kl",
+        description="forward_kl: KL(teacher || student), the paper's; reverse_kl: KL(student || teacher); "
+        "jensen_shannon: the mean of both's KL to their mixture",
+    )
+    temperature: float = Field(2.0, gt=0, description="T, of both distributions in that divergence")
     sense_weight: float = Field(1.0, ge=0, description="lambda: the sense loss; 0 is plain distillation")
     margin: float = Field(1.0, ge=0, description="m: antonym rows farther than this (|h-s|²/D) are left alone")
     relative_margin: float | None = Field(
@@ -263,7 +300,14 @@ class TrainConfig(Section):
     shard_cache: str | None = Field(
         None, description="node-local folder for unpacked shards; default: a private one in /tmp"
     )
-    loss_chunk_size: int = Field(1024, ge=1, description="positions whose logits exist at one time")
+    loss_chunk_size: int | None = Field(
+        None, ge=1, description="positions whose logits exist at one time; default: as many as fit the device's caches"
+    )
+    compile_losses: bool = Field(False, description="fuse the losses with torch.compile, which takes a minute to start")
+    sense_bank: Literal["host", "device"] = Field(
+        "host",
+        description="host: a batch brings the sense embeddings it needs; device: every rank holds all of them",
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     collective_timeout_s: int = Field(1800, ge=10, description="a rank that waits longer gives up, non-zero")
 
@@ -320,6 +364,31 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     pipeline: PipelineConfig = PipelineConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "Config":
+        problems = []
+        if self.teacher.mode == "cached":
+            if not self.annotation.teacher_top_n:
+                problems.append(
+                    "teacher.mode: cached needs annotation.teacher_top_n, how many tokens a position are stored (64, say)"
+                )
+            if self.loss.hidden_weight:
+                problems.append(
+                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached does not have: set it to "
+                    "0, or teacher.mode to resident or zero3"
+                )
+            if self.student.shared_trunk == "on":
+                problems.append(
+                    "student.shared_trunk: on needs a teacher in training, and teacher.mode: cached has none"
+                )
+        if self.annotation.continuation_tokens and self.corpus.packing != "none":
+            problems.append(
+                "annotation.continuation_tokens needs corpus.packing: none, where each text has a sample of its own"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @property
     def run_names(self) -> tuple[str, ...]:
