@@ -371,11 +371,11 @@ class Config(Section):
         if self.teacher.mode == "cached":
             if not self.annotation.teacher_top_n:
                 problems.append(
-                    "teacher.mode: cached needs annotation.teacher_top_n, how many tokens a position are stored (64, say)"
+                    "teacher.mode: cached needs annotation.teacher_top_n, how many tokens are stored (64, say)"
                 )
             if self.loss.hidden_weight:
                 problems.append(
-                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached does not have: set it to "
+                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached has not: set it to "
                     "0, or teacher.mode to resident or zero3"
                 )
             if self.student.shared_trunk == "on":

@@ -23,6 +23,7 @@ from dskd import export, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main, sum_over_ranks
+from dskd.head import chunk_size
 from dskd.manifest import Manifest, Recipe, build_artifact, is_current, require_same, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
@@ -138,7 +139,11 @@ class HeldOutText:
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # the dataset's own length is only a rank's share
-        self.logits_chunk = config.train.loss_chunk_size
+        self._loss_chunk_size = config.train.loss_chunk_size
+
+    def logits_chunk(self, model: FrozenModel) -> int:
+        """How many positions have logits at one time."""
+        return chunk_size(self._loss_chunk_size, model.vocab_size, self._world.device)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields this rank's batches; equally many on every rank, and the last may have no targets."""
@@ -175,7 +180,7 @@ def measure(
             hidden = model.hidden_states(batch["input_ids"], batch.get("position_ids"))
             mask = batch["loss_mask"].to(world.device)
             states, labels = hidden[mask], batch["labels"].to(world.device)[mask]
-            nll, predicted = _next_token(states, labels, model.head_weight, text.logits_chunk)
+            nll, predicted = _next_token(states, labels, model.head_weight, text.logits_chunk(model))
             if is_teacher:
                 predictions.append(predicted)
             lexical = batch["lexical"].to(world.device)[mask]

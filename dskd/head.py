@@ -17,6 +17,13 @@ from dskd.losses import cross_entropy_sum, hidden_distance_sum, kl_divergence_su
 # What `DistillationHead.forward` reports, in this order: sums over this rank's micro-batch, without weights.
 TERMS = ("ce", "kl", "hidden", "sense", "synonym", "antonym", "own", "active_hinges", "hinges")
 
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+
+
+def chunk_size(wanted: int | None, vocab_size: int, device: torch.device) -> int:
+    """How many positions have logits at one time: as wanted, or as many as suit the device."""
+    return wanted or max(1, _CHUNK_ELEMENTS[device.type] // vocab_size)
+
 
 class Normalizers(NamedTuple):
     """What the sums are divided by: counts over all ranks and accumulation steps, times what DeepSpeed divides by.

@@ -20,7 +20,7 @@ from torch import nn
 from dskd.config import Config, StudentConfig
 from dskd.distributed import World
 from dskd.errors import UserError, listed
-from dskd.head import DistillationHead
+from dskd.head import DistillationHead, chunk_size
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents, check_head
@@ -171,11 +171,12 @@ def load_student(
     if train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = choose_trained(causal_lm, config.student)
+    output_weight = causal_lm.get_output_embeddings().weight
     head = DistillationHead(
-        causal_lm.get_output_embeddings().weight,
+        output_weight,
         teacher_head,
         config.loss,
-        chunk_size=train.loss_chunk_size,
+        chunk_size=chunk_size(train.loss_chunk_size, output_weight.ds_shape[0], world.device),
         margin=margin,
         hub_name=output_name(causal_lm, TensorReader(folder.path)),
     )
