@@ -1,10 +1,11 @@
 """The output head of the student in training: one pass over last hidden states gives every term of the loss.
 
 Logits of student and teacher exist for one chunk of positions at a time, and gradients are formed in that same pass, so
-memory is that of one chunk whatever the length of the sequences. The head is the module that *owns* the output matrix:
-ZeRO-3 gathers a parameter for the module it belongs to, and outside of its forward the matrix would be empty.
+memory is that of one chunk whatever the length of the sequences. The head is the module that *owns* the output
+matrices: ZeRO-3 gathers a parameter for the module it belongs to, and outside of its forward a matrix would be empty.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,17 +13,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from dskd.config import LossConfig
-from dskd.losses import cross_entropy_sum, hidden_distance_sum, kl_divergence_sum, sense_sums
+from dskd.losses import CachedTeacher, cached_divergence, cross_entropy, divergence, hidden_distance, sense_loss
 
 # What `DistillationHead.forward` reports, in this order: sums over this rank's micro-batch, without weights.
 TERMS = ("ce", "kl", "hidden", "sense", "synonym", "antonym", "own", "active_hinges", "hinges")
 
+# Logits in a chunk: 4 MB of float32, which the caches of a processor hold, and 128 MB.
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+_SMALLEST_CHUNK = 64  # a matrix product over fewer rows reads the whole matrix for too little
 
 
 def chunk_size(wanted: int | None, vocab_size: int, device: torch.device) -> int:
     """How many positions have logits at one time: as wanted, or as many as suit the device."""
-    return wanted or max(1, _CHUNK_ELEMENTS[device.type] // vocab_size)
+    return wanted or max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[device.type] // vocab_size)
 
 
 class Normalizers(NamedTuple):
@@ -37,7 +40,7 @@ class Normalizers(NamedTuple):
 
 
 class DistillationHead(nn.Module):
-    """Owns the student's output matrix and computes L = ce·CE + kd·T²·KL + sense·L_sense + hidden·|h-t|²/D."""
+    """Owns the output matrices and computes L = ce·CE + kd·T²·KL + sense·L_sense + hidden·|h-t|²/D."""
 
     def __init__(
         self,
@@ -47,26 +50,26 @@ class DistillationHead(nn.Module):
         *,
         chunk_size: int,
         margin: float | None = None,
-        hub_name: str = "lm_head.weight",
+        compile_losses: bool = False,
     ) -> None:
-        """Takes over `weight` [V, D]; `teacher_weight` [V, D'] is the teacher's, read only.
+        """Takes over `weight` [V, D]; `teacher_weight` [V', D'] is the teacher's, read only.
 
         Args:
             weight: the student's output matrix.
-            teacher_weight: the teacher's, or None without a KL term.
+            teacher_weight: the teacher's, or None where that is the student's: the same matrix, and not trained. Also
+                None where no term reads the teacher's logits.
             loss: weights and settings of the terms.
             chunk_size: positions whose logits exist at one time.
             margin: the margin in units of D where it is not `loss.margin`.
-            hub_name: the name of `weight` in the Hugging Face folder.
+            compile_losses: fuse what is done with a chunk's logits, with torch.compile.
         """
         super().__init__()
         self.weight = weight
-        # Not a parameter: ZeRO would shard it again and gather it for every chunk.
-        self.register_buffer("teacher_weight", teacher_weight, persistent=False)
+        self.teacher_weight = None if teacher_weight is None else nn.Parameter(teacher_weight, requires_grad=False)
         self.loss = loss
         self.chunk_size = chunk_size
         self.margin = loss.margin if margin is None else margin
-        self.hub_name = hub_name
+        self._logit_losses: Callable[..., Any] = torch.compile(_logit_losses) if compile_losses else _logit_losses
 
     def forward(
         self,
@@ -76,6 +79,7 @@ class DistillationHead(nn.Module):
         loss_mask: torch.Tensor | None = None,
         normalizers: Normalizers | None = None,
         teacher_hidden: torch.Tensor | None = None,
+        teacher_cache: dict[str, torch.Tensor] | None = None,
         senses: dict[str, torch.Tensor] | None = None,
     ) -> Any:
         """The loss to call backward on, and the sums of its terms; without labels the logits [B, T, V].
@@ -86,7 +90,8 @@ class DistillationHead(nn.Module):
             loss_mask: [B, T] bool.
             normalizers: what to multiply the sums with.
             teacher_hidden: [B, T, D'], with a KL or hidden-state term.
-            senses: the keyword arguments of :func:`dskd.losses.sense_sums`, with positions into B·T.
+            teacher_cache: instead of it, what :class:`dskd.losses.CachedTeacher` holds, [B, T, …] each.
+            senses: the keyword arguments of :func:`dskd.losses.sense_loss`, with positions into B·T.
 
         Returns:
             A scalar, and the detached sums [len(TERMS)] float32.
@@ -97,101 +102,143 @@ class DistillationHead(nn.Module):
         flat = hidden.flatten(0, 1)
         # A matrix product over the positions that count, and not one over padding.
         valid = loss_mask.flatten().nonzero().squeeze(-1)
-        student_states = flat[valid]
         teacher_states = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[valid]
-        weights = self.loss
-        zero = hidden.new_zeros((), dtype=torch.float32)
+        cache = None
+        if teacher_cache is not None:
+            cache = CachedTeacher(**{name: values.flatten(0, 1)[valid] for name, values in teacher_cache.items()})
+        with torch.no_grad():
+            terms, hidden_grad, weight_grad = self._terms_and_gradients(
+                flat, valid, labels.flatten()[valid], normalizers, teacher_states, cache, senses
+            )
+        loss = _GivenGradients.apply(terms[0], hidden_grad, weight_grad, flat, self.weight)
+        return loss, terms[1:].float()
 
-        loss, ce, kl = _ChunkedHead.apply(
-            student_states,
-            self.weight,
-            labels.flatten()[valid],
-            teacher_states,
-            self.teacher_weight if weights.kd_weight else None,
-            _Coefficients(
-                ce=weights.ce_weight * normalizers.tokens,
-                kl=weights.kd_weight * weights.temperature**2 * normalizers.tokens,
-                temperature=weights.temperature,
-                chunk_size=self.chunk_size,
-            ),
+    def _terms_and_gradients(
+        self,
+        flat: torch.Tensor,
+        valid: torch.Tensor,
+        labels: torch.Tensor,
+        normalizers: Normalizers,
+        teacher_states: torch.Tensor | None,
+        cache: CachedTeacher | None,
+        senses: dict[str, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss and its terms [1 + len(TERMS)]; its gradients by all states [N, D] and by the output matrix."""
+        weights, states = self.loss, flat[valid]
+        coefficients = _Coefficients(
+            # As tensors: a compiled function would be compiled again for every new number.
+            ce=torch.tensor(weights.ce_weight * normalizers.tokens, dtype=torch.float64),
+            kl=torch.tensor(weights.kd_weight * weights.temperature**2 * normalizers.tokens, dtype=torch.float64),
+            temperature=weights.temperature,
+            divergence=weights.divergence,
         )
-        distance = zero
+        # Frozen matrices of a frozen decoder still need gradients of the states, wherever anything is trained.
+        at_valid = torch.empty_like(states)
+        weight_grad = None
+        if self.weight.requires_grad:
+            weight_grad = torch.zeros_like(self.weight, dtype=_accumulator(self.weight))
+        terms = flat.new_zeros(1 + len(TERMS), dtype=_accumulator(flat))
+        for start in range(0, len(states), self.chunk_size):
+            part = slice(start, start + self.chunk_size)
+            logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
+            if cache is not None:
+                teacher = CachedTeacher(*(values[part] for values in cache))
+            sums, logits_grad = self._logit_losses(logits, labels[part], teacher, coefficients)
+            terms[:3] += sums
+            logits_grad = logits_grad.to(states.dtype)
+            at_valid[part] = logits_grad @ self.weight
+            if weight_grad is not None:
+                weight_grad += logits_grad.T @ states[part]
         if weights.hidden_weight:
             assert teacher_states is not None
-            distance = hidden_distance_sum(student_states, teacher_states)
-            loss = loss + weights.hidden_weight * normalizers.tokens * distance
-        sense_terms = [zero] * 6
+            scale = weights.hidden_weight * normalizers.tokens
+            terms[3], gradient = hidden_distance(states, teacher_states)
+            terms[0] += scale * terms[3]
+            at_valid += gradient.mul_(scale).to(at_valid.dtype)
+        hidden_grad = torch.zeros_like(flat).index_copy_(0, valid, at_valid)
         if senses is not None and weights.sense_weight:
-            sums = sense_sums(flat, margin=self.margin, antonym_weight=weights.antonym_weight, **senses)
-            loss = loss + weights.sense_weight * normalizers.senses * sums.total
-            sense_terms = [term.detach().float() for term in sums]
-        terms = torch.stack([ce, kl, distance.detach().float(), *sense_terms])
-        return loss, terms
+            scale = weights.sense_weight * normalizers.senses
+            sense_sums = sense_loss(
+                flat,
+                margin=self.margin,
+                antonym_weight=weights.antonym_weight,
+                gradient=hidden_grad,
+                scale=scale,
+                **senses,
+            )
+            terms[4:] = torch.stack(sense_sums)
+            terms[0] += scale * sense_sums.total
+        return terms, hidden_grad, None if weight_grad is None else weight_grad.to(self.weight.dtype)
+
+    def _logits(
+        self, states: torch.Tensor, teacher_states: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [n, V] of the student, and of the teacher where a term reads them."""
+        if teacher_states is None or not self.loss.kd_weight:
+            return F.linear(states, self.weight), None
+        if self.teacher_weight is None:  # one product reads the matrix once for both
+            logits, teacher_logits = F.linear(torch.cat([states, teacher_states]), self.weight).chunk(2)
+            return logits, teacher_logits
+        return F.linear(states, self.weight), F.linear(teacher_states, self.teacher_weight)
 
 
 class _Coefficients(NamedTuple):
-    ce: float
-    kl: float
+    ce: torch.Tensor  # scalars
+    kl: torch.Tensor
     temperature: float
-    chunk_size: int
+    divergence: str
 
 
-class _ChunkedHead(torch.autograd.Function):
-    """CE and KL of all positions, chunk by chunk, with the gradients formed on the way forward."""
+def _logit_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | CachedTeacher | None,
+    coefficients: _Coefficients,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted loss, CE sum, KL sum) [3] of a chunk, and the gradient of the first by the logits [n, V].
+
+    `teacher` has logits [n, V'] or a cached distribution. Where vocabularies are padded to different sizes, the
+    divergence is over the tokens that both have.
+    """
+    ce, gradient = cross_entropy(logits, labels)
+    gradient.mul_(coefficients.ce)
+    kl = torch.zeros_like(ce)
+    settings = coefficients.temperature, coefficients.divergence
+    if isinstance(teacher, CachedTeacher):
+        kl, kl_gradient = cached_divergence(logits, teacher, *settings)
+        gradient.add_(kl_gradient.mul_(coefficients.kl))
+    elif teacher is not None:
+        shared = min(logits.shape[-1], teacher.shape[-1])
+        kl, kl_gradient = divergence(logits[:, :shared], teacher[:, :shared], *settings)
+        gradient[:, :shared].add_(kl_gradient.mul_(coefficients.kl))
+    return torch.stack([coefficients.ce * ce + coefficients.kl * kl, ce, kl]), gradient
+
+
+class _GivenGradients(torch.autograd.Function):
+    """A loss whose gradients by the hidden states and by the output matrix are known already."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        loss: torch.Tensor,
+        hidden_grad: torch.Tensor | None,
+        weight_grad: torch.Tensor | None,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        labels: torch.Tensor,
-        teacher_hidden: torch.Tensor | None,
-        teacher_weight: torch.Tensor | None,
-        coefficients: _Coefficients,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(weighted loss, CE sum, KL sum) of hidden [N, D] with labels [N]; scalars in float32."""
-        # Frozen weights of a frozen decoder still need gradients of the hidden states whenever anything is trained.
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=_accumulator(weight)) if needs_weight else None
-        sums = torch.zeros(3, dtype=_accumulator(hidden), device=hidden.device)
-        for start in range(0, hidden.shape[0], coefficients.chunk_size):
-            part = slice(start, start + coefficients.chunk_size)
-            inputs = hidden[part].detach().requires_grad_(needs_hidden)
-            matrix = weight.detach().requires_grad_(needs_weight)
-            with torch.enable_grad():
-                logits = F.linear(inputs, matrix)
-                ce = cross_entropy_sum(logits, labels[part])
-                kl = torch.zeros_like(ce)
-                if teacher_weight is not None and teacher_hidden is not None:
-                    teacher_logits = F.linear(teacher_hidden[part], teacher_weight)
-                    kl = kl_divergence_sum(logits, teacher_logits, coefficients.temperature)
-                loss = coefficients.ce * ce + coefficients.kl * kl
-                wanted = [tensor for tensor in (inputs, matrix) if tensor.requires_grad]
-                grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
-            if hidden_grad is not None:
-                hidden_grad[part] = grads.pop(0)
-            if weight_grad is not None:
-                weight_grad += grads.pop(0)
-            sums += torch.stack([loss, ce, kl]).detach()
-        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
-        ce, kl = sums[1].float(), sums[2].float()
-        ctx.mark_non_differentiable(ce, kl)
-        return sums[0].clone(), ce, kl
+    ) -> torch.Tensor:
+        """`loss`, which depends on `hidden` and `weight`."""
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients that the forward pass has formed, times the gradient of the loss."""
-        hidden_grad, weight_grad = ctx.saved_tensors
-        scale = output_grads[0]
-        return (
-            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
-            None if weight_grad is None else weight_grad * scale.to(weight_grad.dtype),
-            None,
-            None,
-            None,
-            None,
+        """The gradients, times that of the loss."""
+        needs_hidden = ctx.needs_input_grad[3]
+        hidden_grad, weight_grad = (
+            None if gradient is None else gradient * output_grads[0].to(gradient.dtype)
+            for gradient in ctx.saved_tensors
         )
+        return None, None, None, hidden_grad if needs_hidden else None, weight_grad
 
 
 def _accumulator(tensor: torch.Tensor) -> torch.dtype:

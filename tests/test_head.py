@@ -36,13 +36,19 @@ def case():
     }
 
 
-def _plain(case, loss, hidden, weight, normalizers):
-    """L as method.md section 4 has it, in one expression each, with loops for the senses."""
+def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None):
+    """L as the paper has it in section 4, in one expression each, with loops for the senses."""
     mask = case["loss_mask"]
-    logits, teacher = hidden @ weight.T, case["teacher_hidden"] @ case["teacher_weight"].T
+    teacher_weight = case["teacher_weight"] if teacher_weight is None else teacher_weight
+    logits, teacher = hidden @ weight.T, case["teacher_hidden"] @ teacher_weight.T
     ce = F.cross_entropy(logits[mask], case["labels"][mask], reduction="sum")
-    p = (teacher / loss.temperature).softmax(-1)
-    kl = (p * (p.log() - (logits / loss.temperature).log_softmax(-1))).sum(-1)[mask].sum()
+    p, q = ((z / loss.temperature).softmax(-1)[mask] for z in (teacher, logits))
+    m = (p + q) / 2
+    kl = {
+        "forward_kl": p * (p / q).log(),
+        "reverse_kl": q * (q / p).log(),
+        "jensen_shannon": (p * (p / m).log() + q * (q / m).log()) / 2,
+    }[loss.divergence].sum()
     distance = ((hidden - case["teacher_hidden"]) ** 2).mean(-1)[mask].sum()
     senses, flat = case["senses"], hidden.reshape(-1, D)
     total = 0
@@ -67,37 +73,88 @@ def _plain(case, loss, hidden, weight, normalizers):
     )
 
 
+LOSS = LossConfig(ce_weight=0.9, kd_weight=0.7, sense_weight=1.3, hidden_weight=0.4, margin=2.0, antonym_weight=0.6)
+NORMALIZERS = Normalizers(tokens=0.25, senses=0.5)
+
+
+def _run(case, head, **changes):
+    hidden = case["hidden"].clone().requires_grad_()
+    inputs = {
+        "labels": case["labels"],
+        "loss_mask": case["loss_mask"],
+        "normalizers": NORMALIZERS,
+        "teacher_hidden": case["teacher_hidden"],
+        "senses": case["senses"],
+    }
+    total, terms = head(hidden, **{**inputs, **changes})
+    (3 * total).backward()
+    return total.detach(), dict(zip(TERMS, terms.tolist(), strict=True)), hidden.grad, head.weight.grad
+
+
+def _expected(case, loss, *, trained_head=False, teacher_weight=None):
+    hidden = case["hidden"].clone().requires_grad_()
+    weight = case["weight"].clone().requires_grad_(trained_head)
+    total, sums = _plain(case, loss, hidden, weight, NORMALIZERS, teacher_weight)
+    (3 * total).backward()
+    return total.detach(), [float(value.detach()) for value in sums], hidden.grad, weight.grad
+
+
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
 @pytest.mark.parametrize("trained_head", [False, True])
-def test_loss_and_gradients_are_those_of_the_plain_formulation(case, chunk_size, trained_head):
-    loss = LossConfig(ce_weight=0.9, kd_weight=0.7, sense_weight=1.3, hidden_weight=0.4, margin=2.0, antonym_weight=0.6)
-    normalizers = Normalizers(tokens=0.25, senses=0.5)
-    hidden = case["hidden"].clone().requires_grad_()
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_loss_and_gradients_are_those_of_the_plain_formulation(case, chunk_size, trained_head, kind):
+    loss = LOSS.model_copy(update={"divergence": kind})
     weight = nn.Parameter(case["weight"].clone(), requires_grad=trained_head)
-    head = DistillationHead(weight, case["teacher_weight"], loss, chunk_size=chunk_size)
-    total, terms = head(
-        hidden,
-        labels=case["labels"],
-        loss_mask=case["loss_mask"],
-        normalizers=normalizers,
-        teacher_hidden=case["teacher_hidden"],
-        senses=case["senses"],
-    )
-    (3 * total).backward()
+    found = _run(case, DistillationHead(weight, case["teacher_weight"], loss, chunk_size=chunk_size))
+    expected = _expected(case, loss, trained_head=trained_head)
+    for index in (0, 2, 3):
+        torch.testing.assert_close(found[index], expected[index])
+    assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
 
-    plain_hidden = case["hidden"].clone().requires_grad_()
-    plain_weight = case["weight"].clone().requires_grad_()
-    plain, sums = _plain(case, loss, plain_hidden, plain_weight, normalizers)
-    (3 * plain).backward()
-    torch.testing.assert_close(total, plain)
-    torch.testing.assert_close(hidden.grad, plain_hidden.grad)
-    if trained_head:
-        torch.testing.assert_close(weight.grad, plain_weight.grad)
+
+def test_one_matrix_serves_student_and_teacher(case):
+    head = DistillationHead(nn.Parameter(case["weight"], requires_grad=False), None, LOSS, chunk_size=4)
+    found, expected = _run(case, head), _expected(case, LOSS, teacher_weight=case["weight"])
+    assert found[1]["kl"] == pytest.approx(expected[1][1])
+    torch.testing.assert_close((found[0], found[2]), (expected[0], expected[2]))
+
+
+@pytest.mark.slow
+def test_compiled_losses_are_the_same(case):
+    args = nn.Parameter(case["weight"], requires_grad=False), case["teacher_weight"], LOSS
+    plain = _run(case, DistillationHead(*args, chunk_size=4))
+    compiled = _run(case, DistillationHead(*args, chunk_size=4, compile_losses=True))
+    torch.testing.assert_close((plain[0], plain[2]), (compiled[0], compiled[2]))
+
+
+def test_all_of_a_teachers_distribution_in_the_shards_is_the_teacher_itself(case):
+    loss = LOSS.model_copy(update={"hidden_weight": 0.0})
+    head = DistillationHead(
+        nn.Parameter(case["weight"], requires_grad=False), case["teacher_weight"], loss, chunk_size=4
+    )
+    top = (case["teacher_hidden"] @ case["teacher_weight"].T).log_softmax(-1).topk(V, dim=-1)
+    cache = {"token_ids": top.indices, "logprobs": top.values, "rest_logprob": torch.full((B, T), -torch.inf)}
+    online, cached = _run(case, head), _run(case, head, teacher_hidden=None, teacher_cache=cache)
+    torch.testing.assert_close((cached[0], cached[2]), (online[0], online[2]))
+    assert cached[1] == pytest.approx(online[1])
+    # As the shards have them, in half precision: the same to that rounding.
+    rounded = _run(case, head, teacher_hidden=None, teacher_cache={**cache, "logprobs": top.values.half()})
+    torch.testing.assert_close((rounded[0], rounded[2]), (online[0], online[2]), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_vocabularies_padded_to_different_sizes_are_compared_in_what_they_share(case, padded):
+    padding = torch.full((3, D), 0.1, dtype=torch.float64)
+    weight, teacher_weight = case["weight"], case["teacher_weight"]
+    if padded == "student":
+        weight = torch.cat([weight, padding])
     else:
-        assert weight.grad is None
-    reported = dict(zip(TERMS, terms.tolist(), strict=True))
-    for name, value in zip(("ce", "kl", "hidden", "sense"), sums, strict=True):
-        assert reported[name] == pytest.approx(float(value.detach()), rel=1e-5)
+        teacher_weight = torch.cat([teacher_weight, padding])
+    found = _run(case, DistillationHead(nn.Parameter(weight), teacher_weight, LOSS, chunk_size=4))
+    assert found[1]["kl"] == pytest.approx(_expected(case, LOSS)[1][1])
+    mask = case["loss_mask"]
+    ce = F.cross_entropy((case["hidden"] @ weight.T)[mask], case["labels"][mask], reduction="sum")
+    assert found[1]["ce"] == pytest.approx(float(ce))
 
 
 def test_a_batch_in_which_nothing_counts_still_has_a_gradient(case):
