@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,23 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
         )
 
 
-def save(engine: Any, config: Config, recipe: Recipe, facts: dict[str, Any], world: World) -> None:
+def save(
+    engine: Any,
+    student_logits: Callable[[torch.Tensor], torch.Tensor],
+    config: Config,
+    recipe: Recipe,
+    facts: dict[str, Any],
+    world: World,
+) -> None:
     """Writes the checkpoint of `facts["step"]`, then removes what it replaces. All ranks call it.
+
+    Args:
+        engine: the student's.
+        student_logits: logits [B, T, V] of token ids [B, T].
+        config: the experiment.
+        recipe: of the run.
+        facts: for the manifest.
+        world: the ranks.
 
     Raises:
         UserError: when the student's weights are not finite; nothing is removed then.
@@ -120,7 +135,7 @@ def save(engine: Any, config: Config, recipe: Recipe, facts: dict[str, Any], wor
     on_main(building.clear)
     engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
     _save_trained(engine, building.folder / TRAINED_FILE, world)
-    _save_probe(engine, building.folder / PROBE_FILE, world)
+    _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
     barrier()
     on_main(lambda: _publish(building, config.train.keep_last))
 
@@ -194,9 +209,7 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
     """The trained parameters in full precision by their Hugging Face names; gathered one at a time, kept by rank 0."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from dskd.models import hub_names
-
-    names = hub_names(engine.module)
+    names = engine.module.hub_names
     tensors = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
@@ -207,12 +220,11 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-@torch.no_grad()
-def _save_probe(engine: Any, path: Path, world: World) -> None:
+def _save_probe(engine: Any, student_logits: Callable[[torch.Tensor], torch.Tensor], path: Path, world: World) -> None:
     """Logits of the student as it is in training, on the first tokens of the vocabulary."""
     vocab_size = engine.module.head.weight.ds_shape[0]
     input_ids = torch.arange(PROBE_TOKENS, device=world.device).unsqueeze(0) * 7 % vocab_size
-    logits = engine(input_ids)
+    logits = student_logits(input_ids)
     if world.is_main:
         save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu().contiguous()}, path)
 

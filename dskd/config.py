@@ -395,6 +395,11 @@ class Config(Section):
         """The runs this file describes, in its order."""
         return tuple(self.runs) or (self.run,)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """True when training runs the teacher."""
+        return self.loss.needs_teacher and self.teacher.mode != "cached"
+
     def path(self, *parts: str) -> Path:
         """A path inside the work directory."""
         return Path(self.workdir).expanduser().joinpath(*parts)

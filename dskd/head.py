@@ -141,9 +141,8 @@ class DistillationHead(nn.Module):
         for start in range(0, len(states), self.chunk_size):
             part = slice(start, start + self.chunk_size)
             logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
-            if cache is not None:
-                teacher = CachedTeacher(*(values[part] for values in cache))
-            sums, logits_grad = self._logit_losses(logits, labels[part], teacher, coefficients)
+            known = teacher if cache is None else CachedTeacher(*(values[part] for values in cache))
+            sums, logits_grad = self._logit_losses(logits, labels[part], known, coefficients)
             terms[:3] += sums
             logits_grad = logits_grad.to(states.dtype)
             at_valid[part] = logits_grad @ self.weight

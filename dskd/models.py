@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dskd.config import Config, StudentConfig
+from dskd.config import Config
 from dskd.distributed import World
 from dskd.errors import UserError, listed
-from dskd.head import DistillationHead, chunk_size
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents, check_head
 from dskd.sequences import TokenBatch
+from dskd.student import cut_config
 
 
 class Decoder(nn.Module):
@@ -34,26 +34,21 @@ class Decoder(nn.Module):
         super().__init__()
         self.base = base_model
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Last hidden states [B, T, D] of `input_ids` [B, T], after the final norm.
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Its layers, lowest first."""
+        count = self.base.config.num_hidden_layers  # type: ignore[union-attr]
+        return next(m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+
+    def forward(self, inputs: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states [B, T, D] after the final norm, of token ids [B, T] or of the states that go into the
+        lowest layer [B, T, D].
 
         Where `position_ids` [B, T] start again from 0, attention starts again too.
         """
+        given = {"inputs_embeds": inputs} if inputs.is_floating_point() else {"input_ids": inputs}
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        return self.base(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
-
-
-class Student(nn.Module):
-    """The decoder that is trained, with the head that holds its output matrix and computes the losses."""
-
-    def __init__(self, decoder: Decoder, head: DistillationHead) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.head = head
-
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **loss_inputs: Any) -> Any:
-        """What :meth:`dskd.head.DistillationHead.forward` makes of the last hidden states and `loss_inputs`."""
-        return self.head(self.decoder(input_ids, position_ids), **loss_inputs)
+        return self.base(**given, use_cache=False, **positions).last_hidden_state
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,11 @@ class FrozenModel:
     engine: Any
     head_weight: torch.Tensor
     folder: ModelFolder
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder."""
+        return self.engine.module
 
     @property
     def hidden_size(self) -> int:
@@ -111,7 +111,7 @@ class FrozenModel:
         self.engine.destroy()
 
 
-def load_frozen(folder: ModelFolder, config: Config, world: World) -> FrozenModel:
+def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head: bool = True) -> FrozenModel:
     """Loads a model for reading: sharded over the ranks by ZeRO-3, its shares offloaded as `teacher.offload` says.
 
     Raises:
@@ -119,11 +119,11 @@ def load_frozen(folder: ModelFolder, config: Config, world: World) -> FrozenMode
             it does not keep documents apart where they are packed.
     """
     dtype = compute_dtype(config.precision, world.device)
-    settings = _engine_settings(dtype, world, folder.load_config().hidden_size, micro_batch_size=1)
+    settings = engine_settings(dtype, world, folder.load_config().hidden_size, micro_batch_size=1)
     if config.teacher.offload == "cpu":
         pin = world.device.type == "cuda"
         settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pin}
-    causal_lm = _build(folder, settings, dtype)
+    causal_lm = build_sharded(folder, settings, dtype)
     reader = TensorReader(folder.path)
     head_weight = reader.read(output_name(causal_lm, reader)).to(world.device, dtype)
     decoder = Decoder(causal_lm.base_model).requires_grad_(False).eval()
@@ -134,101 +134,22 @@ def load_frozen(folder: ModelFolder, config: Config, world: World) -> FrozenMode
     return FrozenModel(engine, head_weight, folder)
 
 
-def load_student(
+def copy_weights(
+    model: nn.Module,
+    reader: TensorReader,
     folder: ModelFolder,
-    config: Config,
-    world: World,
     *,
-    teacher_head: torch.Tensor | None,
-    margin: float,
-    accumulation_steps: int,
-) -> Any:
-    """The student's ZeRO-3 engine, with AdamW over the parameters that `student.train_*` names.
+    first_layer: int = 0,
+    leave_out: nn.Parameter | None = None,
+) -> None:
+    """Copies weights into a model whose parameters are sharded by ZeRO-3, one tensor at a time.
 
     Args:
-        folder: the model to start from.
-        config: the experiment.
-        world: the ranks.
-        teacher_head: the teacher's output matrix [V, D], or None when no term of the loss reads its logits.
-        margin: of the sense loss, in units of |h - s|² / D.
-        accumulation_steps: micro-batches a rank runs for an optimizer step.
-
-    Raises:
-        UserError: when weights are missing, nothing would be trained, or the model does not keep documents apart where
-            they are packed.
-    """
-    dtype = compute_dtype(config.precision, world.device)
-    train = config.train
-    settings = _engine_settings(
-        dtype, world, folder.load_config().hidden_size, micro_batch_size=train.micro_batch_size
-    ) | {
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": train.gradient_clipping,
-        "zero_allow_untested_optimizer": True,
-    }
-    settings["zero_optimization"]["reduce_bucket_size"] = 50_000_000
-    causal_lm = _build(folder, settings, dtype)
-    if train.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trained = choose_trained(causal_lm, config.student)
-    output_weight = causal_lm.get_output_embeddings().weight
-    head = DistillationHead(
-        output_weight,
-        teacher_head,
-        config.loss,
-        chunk_size=chunk_size(train.loss_chunk_size, output_weight.ds_shape[0], world.device),
-        margin=margin,
-        hub_name=output_name(causal_lm, TensorReader(folder.path)),
-    )
-    student = Student(Decoder(causal_lm.base_model), head)
-    # Activations are recomputed in training mode only. Dropout was taken out of the architecture in `_build`.
-    student.train()
-    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
-    if config.corpus.packing == "documents":
-        check_documents(engine, student.decoder, folder, world, dtype)
-    return engine
-
-
-def choose_trained(causal_lm: Any, student: StudentConfig) -> list[nn.Parameter]:
-    """Sets `requires_grad` as `student.train_*` says.
-
-    Returns:
-        The parameters that are trained, each once.
-
-    Raises:
-        UserError: when a layer index does not exist, or nothing is trained.
-    """
-    count = causal_lm.config.num_hidden_layers
-    wanted = student.train_layers
-    layers = set(range(max(0, count - wanted), count)) if isinstance(wanted, int) else set(wanted)
-    missing = sorted(layers - set(range(count)))
-    if missing:
-        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
-    embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
-    head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
-    trained = []
-    for name, parameter in causal_lm.named_parameters():
-        layer = LAYER_NAME.search(name)
-        if id(parameter) in embeddings or id(parameter) in head:
-            # A head that is tied to the embeddings is trained when either is.
-            chosen = (id(parameter) in embeddings and student.train_embeddings) or (
-                id(parameter) in head and student.train_lm_head
-            )
-        elif layer:
-            chosen = int(layer.group(1)) in layers
-        else:
-            chosen = student.train_final_norm
-        parameter.requires_grad_(chosen)
-        if chosen:
-            trained.append(parameter)
-    if not trained:
-        raise UserError("student: nothing would be trained; set student.train_layers to 1 or more")
-    return trained
-
-
-def copy_weights(model: nn.Module, reader: TensorReader, folder: ModelFolder) -> None:
-    """Copies weights into a model whose parameters are sharded by ZeRO-3, one tensor at a time.
+        model: what to copy into.
+        reader: the stored tensors.
+        folder: where they are, for messages.
+        first_layer: the stored layer that the model's first one is.
+        leave_out: a parameter that is not copied.
 
     Raises:
         UserError: with every weight that is missing or of another shape.
@@ -236,7 +157,9 @@ def copy_weights(model: nn.Module, reader: TensorReader, folder: ModelFolder) ->
     problems = []
     writes = not dist.is_initialized() or dist.get_rank() == 0
     for name, parameter in model.named_parameters():
-        stored_name = _stored_name(name, reader, model)
+        if parameter is leave_out:
+            continue
+        stored_name = _stored_name(shift_layer(name, first_layer), reader, model)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if stored_name is None:
             problems.append(f"there is no tensor {name}")
@@ -257,20 +180,8 @@ def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.ds_tensor.numel() for parameter in parameters)  # type: ignore[attr-defined]
 
 
-def hub_names(student: Student) -> dict[str, str]:
-    """{name of a parameter in the engine: its name in the Hugging Face folder}."""
-    prefix = student.decoder.base.base_model_prefix  # empty when the base model has none
-    names = {}
-    for name, _ in student.named_parameters():
-        if name.startswith("decoder.base."):
-            rest = name.removeprefix("decoder.base.")
-            names[name] = f"{prefix}.{rest}" if prefix else rest
-        else:
-            names[name] = student.head.hub_name
-    return names
-
-
-def _engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
+def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed's settings that teacher and student have in common."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -285,14 +196,20 @@ def _engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micr
     }
 
 
-def _build(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    """A causal LM whose parameters are sharded from birth, with the folder's weights."""
+def build_sharded(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype, *, first_layer: int = 0) -> Any:
+    """A causal LM whose parameters are sharded from birth, with the folder's weights.
+
+    With `first_layer` it has no lower layers, and its input embeddings are not filled in.
+    """
     from transformers import AutoModelForCausalLM
 
     model_config = folder.load_config()
+    if first_layer:
+        layers = list(range(first_layer, model_config.num_hidden_layers))
+        model_config = type(model_config).from_dict(cut_config(model_config.to_dict(), layers))
     # No dropout: a run is to be a function of its config, seed and data alone, and the teacher is only read.
     for name, value in model_config.to_dict().items():
-        if isinstance(value, float) and name.endswith(("dropout", "pdrop")):
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             setattr(model_config, name, 0.0)
     with deepspeed.zero.Init(config_dict_or_path=settings), _no_init_weights():
         try:
@@ -302,9 +219,18 @@ def _build(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype) ->
         except (ValueError, ImportError) as error:
             raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
     causal_lm.tie_weights()  # part of the initialisation that was skipped
-    copy_weights(causal_lm, TensorReader(folder.path), folder)
+    embeddings = causal_lm.get_input_embeddings().weight
+    tied = embeddings is causal_lm.get_output_embeddings().weight
+    leave_out = embeddings if first_layer and not tied else None
+    copy_weights(causal_lm, TensorReader(folder.path), folder, first_layer=first_layer, leave_out=leave_out)
     check_head(causal_lm, folder)
     return causal_lm
+
+
+def shift_layer(name: str, by: int) -> str:
+    """The name of the same parameter, so many layers further up."""
+    layer = LAYER_NAME.search(name)
+    return name if layer is None else f"{name[: layer.start(1)]}{int(layer.group(1)) + by}{name[layer.end(1) :]}"
 
 
 def output_name(causal_lm: Any, reader: TensorReader) -> str:

@@ -15,7 +15,7 @@ from dskd.config import LossConfig
 from dskd.distributed import World, gather_json, sum_over_ranks
 from dskd.errors import UserError
 from dskd.head import TERMS, Normalizers
-from dskd.models import FrozenModel
+from dskd.pair import Pair
 
 _LOSS_TERMS = ("ce", "kl", "hidden", "sense")
 
@@ -31,8 +31,7 @@ class StepResult:
 
 
 def train_step(
-    engine: Any,
-    teacher: FrozenModel | None,
+    pair: Pair,
     micro_batches: Sequence[dict[str, Any]],
     loss: LossConfig,
     world: World,
@@ -42,8 +41,7 @@ def train_step(
     """Runs the micro-batches of one optimizer step and updates the student.
 
     Args:
-        engine: the student's DeepSpeed engine.
-        teacher: the frozen teacher, or None when no term reads its states.
+        pair: student and teacher.
         micro_batches: this rank's, as many as the engine accumulates.
         loss: weights and settings of the terms.
         world: the ranks.
@@ -54,17 +52,20 @@ def train_step(
     """
     counts = _count_positions(micro_batches, world)
     normalizers = _normalizers(counts, world, len(micro_batches))
+    engine = pair.engine
     terms = []
     for number, micro_batch in enumerate(micro_batches):
         batch = _to_device(micro_batch, world.device)
-        inputs = batch["input_ids"], batch.get("position_ids")
-        teacher_hidden = teacher.hidden_states(*inputs) if teacher is not None else None
+        position_ids = batch.get("position_ids")
+        teacher_hidden, student_inputs = pair.run_teacher(batch["input_ids"], position_ids)
         total, sums = engine(
-            *inputs,
+            student_inputs,
+            position_ids,
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             normalizers=normalizers,
             teacher_hidden=teacher_hidden,
+            teacher_cache=batch.get("teacher_cache"),
             senses=batch.get("senses"),
         )
         engine.backward(total)

@@ -167,7 +167,7 @@ def cut_config(model_config: dict[str, Any], layers: list[int]) -> dict[str, Any
     for key, value in model_config.items():
         if key in old_count_keys:
             result[key] = len(layers)
-        elif isinstance(value, list) and len(value) == old_count and key.startswith("layer"):
+        elif isinstance(value, list) and len(value) == old_count and "layer" in key:
             result[key] = [value[layer] for layer in layers]
         elif key == "max_window_layers":
             result[key] = sum(layer < value for layer in layers)

@@ -21,8 +21,8 @@ from dskd.errors import UserError
 from dskd.lock import hold_lock
 from dskd.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
-from dskd.models import load_frozen, load_student
 from dskd.node_cache import open_node_cache
+from dskd.pair import load_pair
 from dskd.precision import compute_dtype
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
@@ -33,7 +33,7 @@ from dskd.student import find_student
 from dskd.tracking import git_commit, start_tracking
 
 # Settings of `train` that change how a run is carried out, and not what comes out.
-_NOT_IN_RECIPE = ("checkpoint_every", "keep_last", "num_workers", "collective_timeout_s", "shard_cache")
+_NOT_IN_RECIPE = ("checkpoint_every", "keep_last", "num_workers", "collective_timeout_s", "shard_cache", "sense_bank")
 
 
 @dataclass(frozen=True)
@@ -215,15 +215,15 @@ def _run(
     start: checkpoint.Checkpoint | None,
 ) -> None:
     loss, train_settings = config.loss, config.train
-    teacher = load_frozen(inputs.teacher, config, world) if loss.needs_teacher else None
-    engine = load_student(
-        inputs.student,
+    pair = load_pair(
         config,
         world,
-        teacher_head=teacher.head_weight if teacher is not None and loss.kd_weight else None,
+        inputs.teacher,
+        inputs.student,
         margin=_margin(config, inputs.shards),
         accumulation_steps=schedule.accumulation_steps,
     )
+    engine = pair.engine
     if start is not None:
         checkpoint.load(engine, start, world)
     first_step = start.step if start is not None else 0
@@ -254,7 +254,7 @@ def _run(
                 rate = schedule.learning_rate(step, train_settings.learning_rate, train_settings.warmup_share)
                 for group in engine.optimizer.param_groups:
                     group["lr"] = rate
-                result = train_step(engine, teacher, micro_batch_list, loss, world, step=step + 1)
+                result = train_step(pair, micro_batch_list, loss, world, step=step + 1)
                 elapsed = time.perf_counter() - started
                 trained_seconds += elapsed
                 done = step + 1
@@ -271,7 +271,7 @@ def _run(
                         "loss": result.loss,
                         "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),
                     }
-                    checkpoint.save(engine, config, wanted, facts, world)
+                    checkpoint.save(engine, pair.student_logits, config, wanted, facts, world)
         status = "FINISHED"
         say(f"  loss {result.loss:.4f}; {trained_seconds / (schedule.total_steps - first_step):.2f} s a step")
     except KeyboardInterrupt:

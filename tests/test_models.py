@@ -94,7 +94,7 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path, world):
 
 
 def _chosen(model, **settings):
-    from dskd.models import choose_trained
+    from dskd.student_engine import choose_trained
 
     trained = {id(parameter) for parameter in choose_trained(model, StudentConfig(**settings))}
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in trained}

@@ -11,9 +11,10 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.head import Normalizers
 from dskd.model_folder import ModelFolder, find_teacher
-from dskd.models import Decoder, load_frozen, load_student
+from dskd.models import Decoder, load_frozen
 from dskd.probes import check_documents
 from dskd.sequences import position_ids_of
+from dskd.student_engine import load_student
 
 # Two sequences of documents: of 1, 9 and 14 tokens, and of 24 (longer than Mistral's window of 8).
 SIZES = [[1, 9, 14], [24]]
@@ -52,7 +53,7 @@ def test_the_student_learns_from_packed_documents_as_from_single_ones(tmp_path, 
     train = {"activation_checkpointing": recompute, "global_batch_size": 2, "micro_batch_size": 2}
     loss = {"kd_weight": 0.0, "sense_weight": 0.0}
     config = _config(tmp_path, loss=loss, train=train, student={"train_layers": 2})
-    engine = load_student(find_teacher(config), config, world, teacher_head=None, margin=1.0, accumulation_steps=1)
+    engine = load_student(find_teacher(config), config, world, teacher=None, margin=1.0, accumulation_steps=1)
     has_target = torch.ones(2, 24, dtype=torch.bool)
     has_target[0, [0, 9, 23]] = has_target[1, 23] = False
     count = int(has_target.sum())
@@ -118,7 +119,7 @@ def test_a_student_in_which_documents_see_each_other_is_refused(tmp_path, world)
     AutoModelForCausalLM.from_config(CROSSING["bloom"]()).save_pretrained(tmp_path / "teacher")
     config = _config(tmp_path, student={"train_layers": 1})
     with pytest.raises(UserError, match="BloomModel does not keep documents apart"):
-        load_student(find_teacher(config), config, world, teacher_head=None, margin=1.0, accumulation_steps=1)
+        load_student(find_teacher(config), config, world, teacher=None, margin=1.0, accumulation_steps=1)
 
 
 def test_a_model_that_takes_no_positions_is_refused(tmp_path, world):
