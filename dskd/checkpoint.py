@@ -140,11 +140,12 @@ def save(
     on_main(lambda: _publish(building, config.train.keep_last))
 
 
-def load(engine: Any, checkpoint: Checkpoint, world: World) -> None:
+def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int) -> None:
     """Puts engine and optimizer into the state of the checkpoint.
 
     Raises:
-        UserError: when its files were changed, or it was written by another number of ranks.
+        UserError: when its files were changed, or it was written by another number of ranks, or by a student with
+            another shared trunk.
     """
     on_main(lambda: verify_files(checkpoint.path, checkpoint.manifest, made_by=MADE_BY))
     writers = checkpoint.manifest.facts["world_size"]
@@ -152,6 +153,13 @@ def load(engine: Any, checkpoint: Checkpoint, world: World) -> None:
         raise UserError(
             f"{checkpoint.path}: written by {writers} ranks, and there are {world.world_size} now; start {writers} "
             "ranks, or start anew with --overwrite",
+            known_to_all_ranks=True,
+        )
+    then = checkpoint.manifest.facts.get("trunk_depth", 0)
+    if then != trunk_depth:
+        raise UserError(
+            f"{checkpoint.path}: written with a shared trunk of {then} layers, and it has {trunk_depth} now; set "
+            f"student.shared_trunk to {'on' if then else 'off'}, or start anew with --overwrite",
             known_to_all_ranks=True,
         )
     with _no_pickles():

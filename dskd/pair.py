@@ -26,6 +26,11 @@ class Pair:
     engine: Any  # the student's DeepSpeed engine
     trunk: HandOver | None = None
 
+    @property
+    def trunk_depth(self) -> int:
+        """Layers that the teacher computes for the student."""
+        return 0 if self.trunk is None else self.trunk.depth
+
     def run_teacher(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -225,7 +225,7 @@ def _run(
     )
     engine = pair.engine
     if start is not None:
-        checkpoint.load(engine, start, world)
+        checkpoint.load(engine, start, world, trunk_depth=pair.trunk_depth)
     first_step = start.step if start is not None else 0
     _say_what_runs(config, world, engine, schedule, first_step)
     positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
@@ -267,6 +267,7 @@ def _run(
                         "step": done,
                         "total_steps": schedule.total_steps,
                         "world_size": world.world_size,
+                        "trunk_depth": pair.trunk_depth,
                         "mlflow_run_id": tracker.run_id,
                         "loss": result.loss,
                         "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),

@@ -68,6 +68,7 @@ class HandOver:
     """What goes into a layer of a decoder while the decoder runs: the hidden states at that depth."""
 
     def __init__(self, layers: nn.ModuleList, depth: int) -> None:
+        self.depth = depth
         self._states: torch.Tensor | None = None
         self._hook = layers[depth].register_forward_pre_hook(self._keep, with_kwargs=True)
 
