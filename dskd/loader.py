@@ -7,6 +7,7 @@ of micro-batches and tensors. While a step runs, the next one is copied on a CUD
 
 import functools
 import itertools
+import math
 import os
 import threading
 import time
@@ -139,6 +140,15 @@ class _Place(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def stop(self) -> int:
+        """Where it ends."""
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
+
+    def view_of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The tensor in that buffer."""
+        return buffer[self.start : self.stop].view(self.dtype).view(self.shape)
+
 
 @dataclass(frozen=True)
 class PackedStep:
@@ -152,25 +162,24 @@ class PackedStep:
     @classmethod
     def of(cls, micro_batches: list[dict[str, Any]]) -> "PackedStep":
         """Packs micro-batches; in a loader's worker, into shared memory."""
-        pieces: list[tuple[int, torch.Tensor]] = []
+        pieces: list[tuple[_Place, torch.Tensor]] = []
         size = 0
 
         def place(value: Any) -> Any:
             nonlocal size
             if isinstance(value, dict):
                 return {name: place(part) for name, part in value.items() if name != _ON_HOST}
-            start = -(-size // _ALIGNMENT) * _ALIGNMENT
-            size = start + value.numel() * value.element_size()
-            pieces.append((start, value))
-            return _Place(start, value.dtype, tuple(value.shape))
+            where = _Place(-(-size // _ALIGNMENT) * _ALIGNMENT, value.dtype, tuple(value.shape))
+            size = where.stop
+            pieces.append((where, value))
+            return where
 
         layout = [place(batch) for batch in micro_batches]
         buffer = torch.empty(size, dtype=torch.uint8)
         if get_worker_info() is not None:
             buffer.share_memory_()  # while it is empty: nothing is copied when it is sent
-        for start, value in pieces:
-            raw = value.contiguous().flatten().view(torch.uint8)
-            buffer[start : start + len(raw)] = raw
+        for where, value in pieces:
+            where.view_of(buffer).copy_(value)
         return cls(
             buffer, layout, [batch[_ON_HOST].tolist() for batch in micro_batches], count_positions(micro_batches)
         )
@@ -181,11 +190,7 @@ class PackedStep:
         def view(place: Any) -> Any:
             if isinstance(place, dict):
                 return {name: view(part) for name, part in place.items()}
-            start, dtype, shape = place
-            size = dtype.itemsize
-            for length in shape:
-                size *= length
-            return self.buffer[start : start + size].view(dtype).view(shape)
+            return place.view_of(self.buffer)
 
         batches = [
             view(layout) | {_ON_HOST: torch.tensor(ids)}
