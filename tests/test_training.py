@@ -204,6 +204,17 @@ def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, worl
     assert losses[0] == losses[1]
 
 
+def test_where_the_sense_embeddings_lie_changes_memory_and_not_the_run(copy_of_tiny, world):
+    losses = []
+    for bank in ("host", "device"):
+        settings = {**TINY["train"], "sense_bank": bank, "steps": 2, "num_workers": 0}
+        config = copy_of_tiny(*(BEFORE_TRAINING if bank == "host" else ()), run=bank, train=settings)
+        train(load_config(config), world)
+        losses.append(_losses(config, "train/sense"))
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
+
+
 def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_tiny, world):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     base = checkpoint.folder(load_config(path))
