@@ -38,6 +38,9 @@ COLUMNS = {
     "synonym_ids": "ndarray:int32",
     "antonym_ids": "ndarray:int32",
 }
+# Of the columns that `annotation.teacher_top_n` adds and `teacher.mode: cached` reads, behind `teacher_`.
+_TEACHER_COLUMNS = ("token_ids", "logprobs", "rest_logprob")
+_LENGTH_MULTIPLE = 8  # lengths of micro-batches: what tensor cores like
 _COMPRESSION, _HASH = "zstd", "xxh64"
 _RELATION_DRAW, _OWN_DRAW = 0, 1
 
@@ -79,7 +82,7 @@ class ShardDataset(StreamingDataset):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # Set before a loader is iterated: its workers are copies of this object.
+        # Set by whoever iterates it, in the process that does.
         self.current_epoch = 0
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
@@ -89,66 +92,115 @@ class ShardDataset(StreamingDataset):
 
 
 class Collator:
-    """Samples to a batch. With a dictionary, the sense rows that the drawn positions point to come with it."""
+    """A rank's samples of one optimizer step to its micro-batches: sorted by length, each as long as its longest."""
 
-    def __init__(self, vectors_path: Path | None, positions: SensePositions | None) -> None:
+    def __init__(
+        self,
+        vectors_path: Path | None,
+        positions: SensePositions | None,
+        *,
+        micro_batch_size: int,
+        teacher_cache: bool = False,
+    ) -> None:
+        """What comes with the tokens.
+
+        Args:
+            vectors_path: the sense dictionary, to read the rows from that a micro-batch points to; None: it points
+                into the whole dictionary.
+            positions: which positions get a sense term; None: none do.
+            micro_batch_size: samples a micro-batch.
+            teacher_cache: bring the teacher's stored distributions.
+        """
         self._vectors_path = vectors_path
         self._positions = positions
+        self._micro_batch_size = micro_batch_size
+        self._teacher_cache = teacher_cache
         self._vectors: np.ndarray | None = None
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """{input_ids [B, T], labels [B, T], loss_mask [B, T] bool, sample_ids [B]}, and `senses` with a dictionary.
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Micro-batches of B samples, trimmed to T tokens: what :func:`collate_tokens` gives, and as asked for.
 
-        `position_ids` [B, T] are there where a document starts within a sequence.
-        `senses` holds the tensors that :func:`dskd.losses.sense_sums` takes, with positions into B·T.
+        `senses`: the tensors that :func:`dskd.losses.sense_sums` takes, with positions into B·T. Without `vectors_path`
+        `sense_rows` [R, D] is not among them, and indices are row numbers of the dictionary.
+
+        `teacher_cache`: {token_ids [B, T, n] int32, logprobs [B, T, n] float16, rest_logprob [B, T] float32}.
         """
-        # mosaicml-streaming counts samples by the first value of a batch.
-        batch: dict[str, Any] = collate_tokens(samples)
-        if self._vectors_path is not None and self._positions is not None:
-            if self._vectors is None:  # opened in the worker: a map must not be sent to another process
-                self._vectors = map_vectors(self._vectors_path)
-            batch["senses"] = self._collate_senses(samples, self._vectors, self._positions)
+        if self._vectors_path is not None and self._vectors is None:
+            self._vectors = map_vectors(self._vectors_path)  # in the worker: a map must not be sent to another process
+        # The longest first: what does not fit the device fails at once, and later ones reuse its memory.
+        ordered = sorted(samples, key=lambda sample: -_real_length(sample))
+        size = self._micro_batch_size
+        return [self._collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+    def _collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        length = _trimmed_length(samples)
+        batch: dict[str, Any] = collate_tokens(samples, length)
+        if self._positions is not None:
+            batch["senses"] = _collate_senses(samples, length, self._vectors, self._positions)
+        if self._teacher_cache:
+            batch["teacher_cache"] = {
+                name: torch.from_numpy(np.stack([sample[f"teacher_{name}"][:length] for sample in samples]))
+                for name in _TEACHER_COLUMNS
+            }
         return batch
 
-    @staticmethod
-    def _collate_senses(
-        samples: Sequence[Mapping[str, Any]], vectors: np.ndarray, rule: SensePositions
-    ) -> dict[str, torch.Tensor]:
-        relation_positions, own_positions = [], []
-        chosen: dict[str, list[np.ndarray]] = {"synonym_ids": [], "antonym_ids": [], "sense_ids": []}
-        start = 0
-        for sample in samples:
-            relation, own = rule.draw(sample, sample["sample_id"], sample["epoch"])
-            relation_positions.append(relation + start)
-            own_positions.append(own + start)
-            chosen["synonym_ids"].append(sample["synonym_ids"][relation])
-            chosen["antonym_ids"].append(sample["antonym_ids"][relation])
-            chosen["sense_ids"].append(sample["sense_ids"][own])
-            start += len(sample["input_ids"])
-        rows, (synonym, antonym, own_index) = gather_rows(vectors, [np.concatenate(ids) for ids in chosen.values()])
-        return {
-            "sense_rows": rows,
-            "relation_positions": torch.from_numpy(np.concatenate(relation_positions)),
-            "synonym_index": synonym,
-            "antonym_index": antonym,
-            "own_positions": torch.from_numpy(np.concatenate(own_positions)),
-            "own_index": own_index,
-        }
+
+def _real_length(sample: Mapping[str, Any]) -> int:
+    """Positions up to the last one whose target counts: no loss depends on what follows in a causal model."""
+    counted = np.flatnonzero(sample["loss_mask"])
+    return int(counted[-1]) + 1 if len(counted) else 0
 
 
-def collate_tokens(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+def _trimmed_length(samples: Sequence[Mapping[str, Any]]) -> int:
+    longest = max(1, *(_real_length(sample) for sample in samples))
+    return min(len(samples[0]["input_ids"]), -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+
+
+def _collate_senses(
+    samples: Sequence[Mapping[str, Any]], length: int, vectors: np.ndarray | None, rule: SensePositions
+) -> dict[str, torch.Tensor]:
+    relation_positions, own_positions = [], []
+    chosen: dict[str, list[np.ndarray]] = {"synonym_ids": [], "antonym_ids": [], "sense_ids": []}
+    for number, sample in enumerate(samples):
+        relation, own = rule.draw(sample, sample["sample_id"], sample["epoch"])
+        relation_positions.append(relation + number * length)
+        own_positions.append(own + number * length)
+        chosen["synonym_ids"].append(sample["synonym_ids"][relation])
+        chosen["antonym_ids"].append(sample["antonym_ids"][relation])
+        chosen["sense_ids"].append(sample["sense_ids"][own])
+    row_ids = [np.concatenate(ids) for ids in chosen.values()]
+    rows = {}
+    if vectors is None:
+        indices = [torch.from_numpy(ids).long() for ids in row_ids]
+    else:
+        rows["sense_rows"], indices = gather_rows(vectors, row_ids)
+    return {
+        **rows,
+        "relation_positions": torch.from_numpy(np.concatenate(relation_positions)),
+        "synonym_index": indices[0],
+        "antonym_index": indices[1],
+        "own_positions": torch.from_numpy(np.concatenate(own_positions)),
+        "own_index": indices[2],
+    }
+
+
+def collate_tokens(samples: Sequence[Mapping[str, Any]], length: int | None = None) -> dict[str, torch.Tensor]:
     """Token ids, labels and masks of samples of one length, as int64 and bool.
 
-    `position_ids` [B, T] are there only where a document starts within a sequence.
+    {input_ids [B, T], labels [B, T], loss_mask [B, T] bool, sample_ids [B]}, and `position_ids` [B, T] only where a
+    document starts within a sequence. T is `length`, or all of the samples' tokens.
     """
-    input_ids = torch.from_numpy(np.stack([sample["input_ids"] for sample in samples])).long()
-    starts = torch.from_numpy(np.stack([sample["document_starts"] for sample in samples]))
-    position_ids = position_ids_of(starts)
+    whole = len(samples[0]["input_ids"])
+    length = whole if length is None else length
+    # One token more: it is the label of the last position.
+    tokens = torch.from_numpy(np.stack([sample["input_ids"][: length + 1] for sample in samples])).long()
+    labels = tokens[:, 1:] if length < whole else torch.nn.functional.pad(tokens[:, 1:], (0, 1))
+    position_ids = position_ids_of(torch.from_numpy(np.stack([s["document_starts"][:length] for s in samples])))
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return {
-        "input_ids": input_ids,
-        "labels": torch.cat([input_ids[:, 1:], torch.zeros_like(input_ids[:, :1])], dim=1),
-        "loss_mask": torch.from_numpy(np.stack([sample["loss_mask"] for sample in samples])).bool(),
+        "input_ids": tokens[:, :length],
+        "labels": labels,
+        "loss_mask": torch.from_numpy(np.stack([sample["loss_mask"][:length] for sample in samples])).bool(),
         "sample_ids": torch.tensor([sample["sample_id"] for sample in samples]),
         **positions,
     }
@@ -245,6 +297,20 @@ def require_fitting(
     ):
         require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
     verify_files(folder, manifest, made_by=MADE_BY)
+
+
+def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> None:
+    """Refuses shards without the teacher's distributions.
+
+    Raises:
+        UserError: naming the command that makes them anew.
+    """
+    if not manifest.config.get("teacher_top_n"):
+        raise UserError(
+            f"{config.path(FOLDER, split)}: the shards hold no distributions of the teacher, and teacher.mode: cached "
+            f"with loss.kd_weight {config.loss.kd_weight:g} reads them; set annotation.teacher_top_n (64, say) and "
+            f"make the shards anew with `{MADE_BY}`"
+        )
 
 
 def open_shards(config: Config, split: str, cache: Path, world: World, **options: Any) -> ShardDataset:

@@ -15,6 +15,7 @@ from dskd.config import LossConfig
 from dskd.distributed import World, gather_json, sum_over_ranks
 from dskd.errors import UserError
 from dskd.head import TERMS, Normalizers
+from dskd.loader import Step
 from dskd.pair import Pair
 
 _LOSS_TERMS = ("ce", "kl", "hidden", "sense")
@@ -32,7 +33,7 @@ class StepResult:
 
 def train_step(
     pair: Pair,
-    micro_batches: Sequence[dict[str, Any]],
+    step_batches: Step,
     loss: LossConfig,
     world: World,
     *,
@@ -42,7 +43,7 @@ def train_step(
 
     Args:
         pair: student and teacher.
-        micro_batches: this rank's, as many as the engine accumulates.
+        step_batches: this rank's micro-batches, as many as the engine accumulates, and the positions in them.
         loss: weights and settings of the terms.
         world: the ranks.
         step: its number, for messages.
@@ -50,12 +51,12 @@ def train_step(
     Raises:
         UserError: when a term is not finite, naming it and the samples; the student's weights are then untouched.
     """
-    counts = _count_positions(micro_batches, world)
+    micro_batches = step_batches.micro_batches
+    counts = sum_over_ranks(torch.tensor(step_batches.counts, device=world.device)).tolist()
     normalizers = _normalizers(counts, world, len(micro_batches))
     engine = pair.engine
     terms = []
-    for number, micro_batch in enumerate(micro_batches):
-        batch = _to_device(micro_batch, world.device)
+    for number, batch in enumerate(micro_batches):
         position_ids = batch.get("position_ids")
         teacher_hidden, student_inputs = pair.run_teacher(batch["input_ids"], position_ids)
         total, sums = engine(
@@ -83,17 +84,6 @@ def train_step(
             known_to_all_ranks=True,
         )
     return _result(sums, counts, loss, grad_norm)
-
-
-def _count_positions(micro_batches: Sequence[dict[str, Any]], world: World) -> list[int]:
-    """Target positions, sense positions and relation positions of the whole step, over all ranks."""
-    counts = torch.zeros(3, dtype=torch.int64)
-    for batch in micro_batches:
-        senses = batch.get("senses")
-        relation = 0 if senses is None else len(senses["relation_positions"])
-        own = 0 if senses is None else len(senses["own_positions"])
-        counts += torch.tensor([int(batch["loss_mask"].sum()), relation + own, relation])
-    return sum_over_ranks(counts.to(world.device)).tolist()
 
 
 def _normalizers(counts: list[int], world: World, accumulation_steps: int) -> Normalizers:
@@ -143,9 +133,3 @@ def _require_finite(
         "samples of the training shards, lower train.learning_rate, or use precision: fp32, and go on with --resume",
         known_to_all_ranks=True,
     )
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    return batch.to(device, non_blocking=True)

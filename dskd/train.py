@@ -4,20 +4,17 @@ A run is a function of its config, seed and data: any number of ranks sees the s
 stopped and resumed equals one that was not (docs/invariants.md).
 """
 
-import math
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from streaming import StreamingDataLoader
 
 from dskd import checkpoint, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main
 from dskd.errors import UserError
+from dskd.loader import load_steps
 from dskd.lock import hold_lock
 from dskd.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
@@ -25,6 +22,8 @@ from dskd.node_cache import open_node_cache
 from dskd.pair import load_pair
 from dskd.precision import compute_dtype
 from dskd.random_numbers import derived_seed
+from dskd.schedule import Schedule, plan_schedule
+from dskd.senses.bank import load_bank
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.senses.dictionary import dictionary_folder, load_dictionary, require_fitting
 from dskd.step import StepResult, train_step
@@ -34,24 +33,6 @@ from dskd.tracking import git_commit, start_tracking
 
 # Settings of `train` that change how a run is carried out, and not what comes out.
 _NOT_IN_RECIPE = ("checkpoint_every", "keep_last", "num_workers", "collective_timeout_s", "shard_cache", "sense_bank")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps there are, and of what."""
-
-    global_batch_size: int
-    micro_batch_size: int
-    accumulation_steps: int  # micro-batches a rank runs in a step
-    steps_per_epoch: int
-    total_steps: int
-
-    def learning_rate(self, step: int, peak: float, warmup_share: float) -> float:
-        """The rate of step 0, 1, …: a linear rise over the warm-up, then a cosine to 0 (method, section 4)."""
-        warmup = round(warmup_share * self.total_steps)
-        if step < warmup:
-            return peak * (step + 1) / warmup
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
 
 
 @dataclass(frozen=True)
@@ -112,7 +93,14 @@ def load_inputs(config: Config) -> Inputs:
     require_fitting(
         dictionary, senses, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest, hidden_size=hidden_size
     )
-    return Inputs(teacher, student, senses, shards.load_manifest(config, "train"), dictionary.path)
+    train_shards = shards.load_manifest(config, "train")
+    if _reads_teacher_cache(config):
+        shards.require_teacher_cache(config, "train", train_shards)
+    return Inputs(teacher, student, senses, train_shards, dictionary.path)
+
+
+def _reads_teacher_cache(config: Config) -> bool:
+    return config.teacher.mode == "cached" and config.loss.kd_weight > 0
 
 
 def _verify_inputs(config: Config, inputs: Inputs) -> None:
@@ -128,82 +116,6 @@ def _verify_inputs(config: Config, inputs: Inputs) -> None:
         teacher=inputs.teacher.digest,
         tokenizer=inputs.teacher.tokenizer_digest,
     )
-
-
-def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedule:
-    """Steps and batches of a run.
-
-    Raises:
-        UserError: when the global batch cannot be shared out, or there is less data than one batch.
-    """
-    train = config.train
-    global_batch = train.global_batch_size
-    if global_batch % world_size:
-        raise UserError(
-            f"train.global_batch_size: {global_batch} sequences cannot be shared out over {world_size} ranks; "
-            f"set it to a multiple of {world_size}"
-        )
-    per_rank = global_batch // world_size
-    micro_batch = min(train.micro_batch_size, per_rank)
-    if per_rank % micro_batch:
-        raise UserError(
-            f"train.micro_batch_size: each of {world_size} ranks has {per_rank} sequences a step, which is no multiple "
-            f"of {micro_batch}; set it to a divisor of {per_rank}"
-        )
-    shards.require_samples(
-        manifest, config.path(shards.FOLDER, "train"), global_batch, "train.global_batch_size, one step"
-    )
-    steps_per_epoch = manifest.facts["samples"] // global_batch
-    total = train.steps if train.steps is not None else max(1, round(train.epochs * steps_per_epoch))
-    return Schedule(global_batch, micro_batch, per_rank // micro_batch, steps_per_epoch, total)
-
-
-def micro_batches(
-    config: Config, schedule: Schedule, collate: shards.Collator, cache: Path, world: World, *, start_step: int
-) -> Generator[list[dict[str, Any]], None, None]:
-    """Yields the micro-batches of this rank for each step from `start_step` on.
-
-    An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; where in it a step begins
-    follows from the step's number. Only `num_canonical_nodes: 1` gives every number of nodes the same global batches.
-    """
-    dataset = shards.open_shards(
-        config,
-        "train",
-        cache,
-        world,
-        shuffle=True,
-        shuffle_seed=derived_seed(config.seed, "train", "order") % 2**31,
-        batch_size=schedule.micro_batch_size,
-        epoch_size=schedule.steps_per_epoch * schedule.global_batch_size,
-        num_canonical_nodes=1,
-    )
-    epoch, steps_done = divmod(start_step, schedule.steps_per_epoch)
-    dataset.load_state_dict(
-        {
-            "epoch": epoch,
-            "sample_in_epoch": steps_done * schedule.global_batch_size,
-            "num_canonical_nodes": 1,
-            "shuffle_seed": dataset.shuffle_seed,
-            "initial_physical_nodes": 1,
-        }
-    )
-    while True:
-        dataset.current_epoch = epoch
-        loader = StreamingDataLoader(
-            dataset,
-            batch_size=schedule.micro_batch_size,
-            num_workers=config.train.num_workers,
-            collate_fn=collate,
-            pin_memory=world.device.type == "cuda",
-            drop_last=True,
-        )
-        step: list[dict[str, Any]] = []
-        for batch in loader:
-            step.append(batch)
-            if len(step) == schedule.accumulation_steps:
-                yield step
-                step = []
-        epoch += 1
 
 
 def _run(
@@ -229,9 +141,16 @@ def _run(
     first_step = start.step if start is not None else 0
     _say_what_runs(config, world, engine, schedule, first_step)
     positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
-    collate = shards.Collator(inputs.vectors_path if loss.sense_weight else None, positions)
+    bank_on_device = bool(loss.sense_weight) and train_settings.sense_bank == "device"
+    collate = shards.Collator(
+        None if bank_on_device else inputs.vectors_path,
+        positions if loss.sense_weight else None,
+        micro_batch_size=schedule.micro_batch_size,
+        teacher_cache=_reads_teacher_cache(config),
+    )
+    bank = load_bank(inputs.vectors_path, world.device) if bank_on_device else None
     cache = open_node_cache(config.train.shard_cache, world)
-    batches = micro_batches(config, schedule, collate, cache, world, start_step=first_step)
+    steps = load_steps(config, schedule, collate, cache, world, start_step=first_step, sense_bank=bank)
     tracker = main_first(
         lambda: start_tracking(
             config,
@@ -249,12 +168,12 @@ def _run(
         with progress_bar(total=schedule.total_steps, label="training", unit="steps", initial=first_step) as bar:
             for step in range(first_step, schedule.total_steps):
                 started = time.perf_counter()
-                micro_batch_list = next(batches)
+                step_batches = next(steps)
                 waited = time.perf_counter() - started
                 rate = schedule.learning_rate(step, train_settings.learning_rate, train_settings.warmup_share)
                 for group in engine.optimizer.param_groups:
                     group["lr"] = rate
-                result = train_step(pair, micro_batch_list, loss, world, step=step + 1)
+                result = train_step(pair, step_batches, loss, world, step=step + 1)
                 elapsed = time.perf_counter() - started
                 trained_seconds += elapsed
                 done = step + 1
@@ -279,7 +198,7 @@ def _run(
         status = "KILLED"
         raise
     finally:
-        batches.close()
+        steps.close()
         tracker.finish(status)
 
 

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dskd import checkpoint, shards
 from dskd.config_file import load_config
 from dskd.errors import UserError
+from dskd.loader import load_steps
 from dskd.manifest import read_manifest
+from dskd.schedule import plan_schedule
 from dskd.tracking import read_history, read_runs
-from dskd.train import micro_batches, plan_schedule, train
+from dskd.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +105,8 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
 
     manifest = shards.load_manifest(config, "train")
     schedule = plan_schedule(config, manifest, 1)
-    steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "cache", ONE_RANK, start_step=0)
+    collate = shards.Collator(None, None, micro_batch_size=schedule.micro_batch_size)
+    steps = load_steps(config, schedule, collate, tmp_path / "cache", ONE_RANK, start_step=0)
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
     end_token = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id
@@ -112,7 +115,7 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
     expected = []
     for _ in range(schedule.total_steps):
-        batches = next(steps)
+        batches = next(steps).micro_batches
         ids = torch.cat([batch["input_ids"] for batch in batches])
         logits, states, has_target = run_apart(student, ids, end_token)
         with torch.no_grad():
@@ -149,8 +152,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 1})
     config = load_config(path)
     schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
-    steps = micro_batches(config, schedule, shards.Collator(None, None), tmp_path / "a", ONE_RANK, start_step=0)
-    samples = [[int(i) for batch in next(steps) for i in batch["sample_ids"]] for _ in range(2)]
+    collate = shards.Collator(None, None, micro_batch_size=schedule.micro_batch_size)
+    steps = load_steps(config, schedule, collate, tmp_path / "a", ONE_RANK, start_step=0)
+    samples = [[int(i) for batch in next(steps).micro_batches for i in batch["sample_ids"]] for _ in range(2)]
     steps.close()
     dataset = shards.open_shards(config, "train", tmp_path / "b", ONE_RANK, batch_size=1)
     columns = ("sense_ids", "synonym_ids", "antonym_ids")
@@ -197,6 +201,17 @@ def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, worl
         train(load_config(config), world)
         assert any(calls) == recompute
         losses.append(_losses(config))
+    assert losses[0] == losses[1]
+
+
+def test_where_the_sense_embeddings_lie_changes_memory_and_not_the_run(copy_of_tiny, world):
+    losses = []
+    for bank in ("host", "device"):
+        settings = {**TINY["train"], "sense_bank": bank, "steps": 2, "num_workers": 0}
+        config = copy_of_tiny(*(BEFORE_TRAINING if bank == "host" else ()), run=bank, train=settings)
+        train(load_config(config), world)
+        losses.append(_losses(config, "train/sense"))
+    assert len(losses[0]) == 2
     assert losses[0] == losses[1]
 
 

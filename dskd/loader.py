@@ -1,0 +1,277 @@
+"""The loader of training: shards to the micro-batches of each optimizer step, ready on the device ahead of the step.
+
+A worker process reads the samples of a rank's whole step, collates them (:class:`dskd.shards.Collator`) and sends them
+as one buffer: one segment of shared memory, one pinned block and one copy to the device for a step, whatever its number
+of micro-batches and tensors. While a step runs, the next one is copied on a CUDA stream of its own.
+"""
+
+import functools
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dskd import shards
+from dskd.config import Config
+from dskd.distributed import World
+from dskd.random_numbers import derived_seed
+from dskd.schedule import Schedule
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
+
+_ALIGNMENT = 16  # bytes; a multiple of every type's size
+_ON_HOST = "sample_ids"  # for messages only
+_PREFETCHED_STEPS = 2  # by each worker
+_PARENT_CHECK_S = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank runs in one optimizer step."""
+
+    micro_batches: list[dict[str, Any]]  # of :class:`dskd.shards.Collator`; on the device, but for `sample_ids`
+    counts: tuple[int, int, int]  # this rank's target positions, sense positions (relation and own), relation positions
+
+
+def load_steps(
+    config: Config,
+    schedule: Schedule,
+    collate: Collate,
+    cache: Path,
+    world: World,
+    *,
+    start_step: int,
+    sense_bank: torch.Tensor | None = None,
+) -> Generator[Step, None, None]:
+    """Yields this rank's part of each step from `start_step` to the last.
+
+    An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; where in it a step begins
+    follows from the step's number. Only `num_canonical_nodes: 1` gives every number of nodes the same global batches.
+
+    Args:
+        config: the experiment.
+        schedule: steps and batches.
+        collate: a rank's samples of a step to its micro-batches; runs in the workers.
+        cache: the node's folder for unpacked shards.
+        world: the ranks.
+        start_step: the first step, from 0.
+        sense_bank: [R, D], all sense embeddings on the device, where batches bring none
+            (:func:`dskd.senses.bank.load_bank`).
+    """
+    dataset = shards.open_shards(
+        config,
+        "train",
+        cache,
+        world,
+        shuffle=True,
+        shuffle_seed=derived_seed(config.seed, "train", "order") % 2**31,
+        batch_size=schedule.samples_per_rank,
+        epoch_size=schedule.steps_per_epoch * schedule.global_batch_size,
+        num_canonical_nodes=1,
+    )
+    epoch, steps_done = divmod(start_step, schedule.steps_per_epoch)
+    dataset.load_state_dict(
+        {
+            "epoch": epoch,
+            "sample_in_epoch": steps_done * schedule.global_batch_size,
+            "num_canonical_nodes": 1,
+            "shuffle_seed": dataset.shuffle_seed,
+            "initial_physical_nodes": 1,
+        }
+    )
+    on_cuda = world.device.type == "cuda"
+    workers = config.train.num_workers
+    loader = DataLoader(
+        StepSamples(dataset, schedule, start_step),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=functools.partial(_collate_packed, collate),
+        pin_memory=on_cuda,
+        prefetch_factor=_PREFETCHED_STEPS if workers else None,
+        worker_init_fn=functools.partial(_end_with_parent, os.getpid()),
+    )
+    packed = itertools.islice((step for step in loader if step is not None), schedule.total_steps - start_step)
+    for step in copy_ahead(packed, CudaCopier(world.device)) if on_cuda else packed:
+        yield step.unpack(sense_bank)
+
+
+class StepSamples(IterableDataset):
+    """Yields a rank's samples of a step, epoch after epoch: its workers live as long as the run, with no gap between.
+
+    The loader takes turns with its workers, and the first step of each epoch is worker 0's: where the workers have not
+    equally many steps of an epoch, the others yield an empty one.
+    """
+
+    def __init__(self, dataset: shards.ShardDataset, schedule: Schedule, start_step: int) -> None:
+        self._dataset = dataset
+        self._schedule = schedule
+        self._start_step = start_step
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Yields the samples of this worker's steps."""
+        worker = get_worker_info()
+        num_workers = 1 if worker is None else worker.num_workers
+        step, schedule = self._start_step, self._schedule
+        # Not past the last step: a worker would wait for those of other ranks at the gate of an epoch nobody trains on.
+        while step < schedule.total_steps:
+            epoch, steps_done = divmod(step, schedule.steps_per_epoch)
+            left = min(schedule.steps_per_epoch - steps_done, schedule.total_steps - step)
+            self._dataset.current_epoch = epoch
+            samples = iter(self._dataset)
+            for _ in range(-(-left // num_workers)):
+                yield list(itertools.islice(samples, schedule.samples_per_rank))
+            step += left
+            if step < schedule.total_steps:
+                next(samples, None)  # the epoch is over when its iterator says so
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in a buffer of bytes."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """Where it ends."""
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
+
+    def view_of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The tensor in that buffer."""
+        return buffer[self.start : self.stop].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """A :class:`Step` whose tensors lie in one buffer."""
+
+    buffer: torch.Tensor  # [bytes] uint8
+    layout: list[dict[str, Any]]  # the micro-batches, with places for tensors
+    sample_ids: list[list[int]]  # of each micro-batch
+    counts: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, micro_batches: list[dict[str, Any]]) -> "PackedStep":
+        """Packs micro-batches; in a loader's worker, into shared memory."""
+        pieces: list[tuple[_Place, torch.Tensor]] = []
+        size = 0
+
+        def place(value: Any) -> Any:
+            nonlocal size
+            if isinstance(value, dict):
+                return {name: place(part) for name, part in value.items() if name != _ON_HOST}
+            where = _Place(-(-size // _ALIGNMENT) * _ALIGNMENT, value.dtype, tuple(value.shape))
+            size = where.stop
+            pieces.append((where, value))
+            return where
+
+        layout = [place(batch) for batch in micro_batches]
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            buffer.share_memory_()  # while it is empty: nothing is copied when it is sent
+        for where, value in pieces:
+            where.view_of(buffer).copy_(value)
+        return cls(
+            buffer, layout, [batch[_ON_HOST].tolist() for batch in micro_batches], count_positions(micro_batches)
+        )
+
+    def unpack(self, sense_bank: torch.Tensor | None = None) -> Step:
+        """The micro-batches as views of the buffer, with `sense_bank` as their sense rows where it is given."""
+
+        def view(place: Any) -> Any:
+            if isinstance(place, dict):
+                return {name: view(part) for name, part in place.items()}
+            return place.view_of(self.buffer)
+
+        batches = [
+            view(layout) | {_ON_HOST: torch.tensor(ids)}
+            for layout, ids in zip(self.layout, self.sample_ids, strict=True)
+        ]
+        if sense_bank is not None:
+            for batch in batches:
+                batch["senses"]["sense_rows"] = sense_bank
+        return Step(batches, self.counts)
+
+    def pin_memory(self) -> "PackedStep":
+        """The same in page-locked memory; the loader's thread calls it."""
+        return replace(self, buffer=self.buffer.pin_memory())
+
+
+def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    """Target positions, sense positions (relation and own) and relation positions of micro-batches."""
+    targets = senses = relations = 0
+    for batch in micro_batches:
+        targets += int(batch["loss_mask"].sum())
+        if "senses" in batch:
+            relations += len(batch["senses"]["relation_positions"])
+            senses += len(batch["senses"]["relation_positions"]) + len(batch["senses"]["own_positions"])
+    return targets, senses, relations
+
+
+class Copier(Protocol):
+    """Copies steps to a device in two halves."""
+
+    def start(self, step: PackedStep) -> Any:
+        """Begins a copy and returns what `finish` takes."""
+
+    def finish(self, started: Any) -> PackedStep:
+        """The step on the device, for use in whatever is queued there from now on."""
+
+
+def copy_ahead(steps: Iterable[PackedStep], copier: Copier) -> Iterator[PackedStep]:
+    """Yields each step when the copy of the one after it has been started: it is under way while the step runs."""
+    ahead: Any = None
+    for step in steps:
+        started = copier.start(step)
+        if ahead is not None:
+            yield copier.finish(ahead)
+        ahead = started
+    if ahead is not None:
+        yield copier.finish(ahead)
+
+
+class CudaCopier:
+    """Copies from pinned memory on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, step: PackedStep) -> tuple[PackedStep, torch.cuda.Event]:
+        """Queues the copy; nobody waits for it."""
+        with torch.cuda.stream(self._stream):
+            buffer = step.buffer.to(self._device, non_blocking=True)
+        return replace(step, buffer=buffer), self._stream.record_event()
+
+    def finish(self, started: tuple[PackedStep, torch.cuda.Event]) -> PackedStep:
+        """Makes what is queued on the current stream from now on wait for this copy, and not for a later one."""
+        step, event = started
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(event)
+        # The buffer belongs to the side stream: it must not be used again there while the current one still reads it.
+        step.buffer.record_stream(current)
+        return step
+
+
+def _collate_packed(collate: Collate, samples: list[dict[str, Any]]) -> PackedStep | None:
+    return PackedStep.of(collate(samples)) if samples else None
+
+
+def _end_with_parent(parent: int, worker_id: int) -> None:
+    """Ends a worker whose rank was killed, wherever it waits: mosaicml-streaming's barriers wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,60 @@
+"""How many optimizer steps a run has, of what size, and at which learning rate."""
+
+import math
+from dataclasses import dataclass
+
+from dskd import shards
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps there are, and of what."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int  # micro-batches a rank runs in a step
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Samples of a step that one rank runs."""
+        return self.micro_batch_size * self.accumulation_steps
+
+    def learning_rate(self, step: int, peak: float, warmup_share: float) -> float:
+        """The rate of step 0, 1, …: a linear rise over the warm-up, then a cosine to 0 (method, section 4)."""
+        warmup = round(warmup_share * self.total_steps)
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
+
+
+def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedule:
+    """Steps and batches of a run.
+
+    Raises:
+        UserError: when the global batch cannot be shared out, or there is less data than one batch.
+    """
+    train = config.train
+    global_batch = train.global_batch_size
+    if global_batch % world_size:
+        raise UserError(
+            f"train.global_batch_size: {global_batch} sequences cannot be shared out over {world_size} ranks; "
+            f"set it to a multiple of {world_size}"
+        )
+    per_rank = global_batch // world_size
+    micro_batch = min(train.micro_batch_size, per_rank)
+    if per_rank % micro_batch:
+        raise UserError(
+            f"train.micro_batch_size: each of {world_size} ranks has {per_rank} sequences a step, which is no multiple "
+            f"of {micro_batch}; set it to a divisor of {per_rank}"
+        )
+    shards.require_samples(
+        manifest, config.path(shards.FOLDER, "train"), global_batch, "train.global_batch_size, one step"
+    )
+    steps_per_epoch = manifest.facts["samples"] // global_batch
+    total = train.steps if train.steps is not None else max(1, round(train.epochs * steps_per_epoch))
+    return Schedule(global_batch, micro_batch, per_rank // micro_batch, steps_per_epoch, total)
