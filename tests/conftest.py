@@ -1,13 +1,18 @@
 """Shared fixtures: tiny models, and one work directory that the real pipeline made on two ranks."""
 
+import atexit
+import contextlib
+import functools
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,58 +81,106 @@ class Finished:
     output: str
 
 
+class Rank:
+    """A process that was started by :func:`start_ranks`."""
+
+    def __init__(self, process: Any, log: Path) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._log = log
+
+    def is_running(self) -> bool:
+        """True until it has ended."""
+        return self._process.is_alive()
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit code, negative when a signal ended it."""
+        self._process.join(timeout_s)
+        assert not self.is_running(), f"still runs after {timeout_s} s; so far:\n{self.output}"
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Kills it with its children, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.join(10)
+
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return self._log.read_text()
+
+
 def run_program(
     name: str, config: Path, *arguments: str, ranks: int = 1, timeout_s: int = 240, check: bool = True
 ) -> Finished:
-    """Runs a program of `launcher/` on so many ranks, started the way a launcher starts them."""
-    processes = start_ranks(name, config, *arguments, ranks=ranks)
+    """Runs a program of `launcher/` on so many ranks, with the variables that a launcher sets."""
+    return finish(start_ranks(name, config, *arguments, ranks=ranks), timeout_s, check=check)
+
+
+def start_ranks(name: str, config: Path, *arguments: str, ranks: int = 1) -> list[Rank]:
+    """Starts the ranks of a program of `launcher/` and returns at once."""
+    from forked_rank import run_launcher
+
+    program = REPOSITORY / "launcher" / name
+    return fork_ranks(run_launcher, program, ["--config", str(config), *arguments], ranks=ranks)
+
+
+def finish(processes: Sequence[Rank], timeout_s: float = 240, *, check: bool = True) -> Finished:
+    """Waits for ranks; with `check` all of them must have done their work."""
     try:
-        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+        codes = [process.wait(timeout_s) for process in processes]
     finally:
         for process in processes:
-            end(process)
-    codes = [process.returncode for process in processes]
-    finished = Finished(max(codes, key=abs), "\n".join(outputs))
+            process.kill()
+    finished = Finished(max(codes, key=abs), "\n".join(process.output for process in processes))
     if check:
-        assert codes == [0] * ranks, finished.output
+        assert not any(codes), finished.output
     return finished
 
 
-def start_ranks(name: str, config: Path, *arguments: str, ranks: int = 1) -> list[subprocess.Popen]:
-    """Starts the ranks and returns at once; each is the leader of a process group."""
-    port = free_port()
-    processes = []
+def fork_ranks(
+    target: Callable[..., None], *arguments: Any, ranks: int = 1, log: Path | None = None, **options: Any
+) -> list[Rank]:
+    """Starts `target(*arguments, environment, log, **options)` as so many ranks of a job, printing to the end of `log`,
+    or each to a file of its own."""
+    context = _fork_server()
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
+    started = []
     for rank in range(ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(REPOSITORY / "launcher" / name), "--config", str(config), *arguments],
-                env=environment,
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
-    return processes
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        path = log or Path(tempfile.mkstemp(dir=_logs())[1])
+        process = context.Process(target=target, args=(*arguments, environment, path), kwargs=options)
+        process.start()
+        started.append(Rank(process, path))
+    return started
 
 
-def end(process: subprocess.Popen) -> None:
-    """Kills a process that was started by :func:`start_ranks`, with its children, if it still runs."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait(10)
+@functools.cache
+def _fork_server() -> Any:
+    # The server imports what is preloaded with no path but Python's own.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(REPOSITORY / "tests"), str(REPOSITORY), *([before] if before else [])]
+    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["forked_rank"])
+    first = context.Process(target=os.getpid)  # the server starts, and imports, with its first process
+    first.start()
+    first.join()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+@functools.cache
+def _logs() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="dskd-test-logs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def open_dataset(folder: Path, cache: Path) -> StreamingDataset:

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from conftest import finish, fork_ranks
+from rank_jobs import head_gradients
+from safetensors.torch import load_file, save_file
+from tiny_models import save_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -190,3 +194,36 @@ def test_a_teacher_of_another_width_is_fine_without_a_hidden_state_term(case):
 def test_without_labels_the_head_gives_logits(case):
     head = DistillationHead(nn.Parameter(case["weight"]), None, LossConfig(), chunk_size=4)
     torch.testing.assert_close(head(case["hidden"]), case["hidden"] @ case["weight"].T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # untied, and tied to the embeddings
+def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_path, architecture):
+    """ZeRO-3 on two ranks, two micro-batches each, a trained head; against whole logits in one process in float64."""
+    teacher = save_model(tmp_path / f"{architecture}-teacher", architecture, seed=1).double()
+    student = save_model(tmp_path / f"{architecture}-student", architecture).double()
+    ids = torch.arange(4 * 12).view(4, 12) * 11 % 117
+    counted = torch.tensor([11, 2, 6, 0])
+    mask = torch.arange(12) < counted[:, None]
+    save_file({"input_ids": ids, "loss_mask": mask.to(torch.uint8)}, tmp_path / "batch.safetensors")
+    finish(fork_ranks(head_gradients, tmp_path, architecture, ranks=2), 120)
+
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("layers.3." in name or parameter is student.lm_head.weight)
+    states = student.model(ids).last_hidden_state
+    with torch.no_grad():
+        teacher_states = teacher.model(ids).last_hidden_state
+    q, p = ((s @ m.lm_head.weight.T)[mask] for s, m in ((states, student), (teacher_states, teacher)))
+    ce = F.cross_entropy(q, ids.roll(-1, 1)[mask], reduction="sum")
+    q, p = (q / 2).softmax(-1), (p / 2).softmax(-1)
+    m = (p + q) / 2
+    js = (p * (p / m).log() + q * (q / m).log()).sum() / 2
+    distance = (states - teacher_states).square().mean(-1)[mask].sum()
+    # The definition of a mean: everything over the number of positions on all ranks.
+    loss = (ce + 0.7 * 2**2 * js + 0.3 * distance) / counted.sum()
+    loss.backward()
+    found = load_file(tmp_path / f"{architecture}.safetensors")
+    assert float(found.pop("loss")) == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name: p.grad.float() for name, p in student.named_parameters() if p.grad is not None}
+    assert len(expected) == 10 + 3 * (architecture == "qwen2")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

@@ -1,7 +1,5 @@
 """Kills at any time: nothing that looks complete is left, and the next start ends with the very same bytes."""
 
-import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, free_port
+from conftest import Rank, fork_ranks
 from tiny_models import save_model
 
 from dskd.config_file import load_config
@@ -23,20 +21,6 @@ from dskd.sequences import build_sequences
 pytestmark = pytest.mark.slow
 ARTIFACTS = {"senses": ("senses",), "shards": tuple(f"shards/{split}" for split in SPLITS)}
 KILLS = 4
-
-
-@pytest.fixture(scope="module")
-def context():
-    # The server imports what is preloaded with no path but Python's own.
-    paths = (str(REPOSITORY / "tests"), str(REPOSITORY))
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["interruption_job"])
-    warm = context.Process(target=os.getpid)  # the server starts, and imports, with its first process
-    warm.start()
-    warm.join()
-    del os.environ["PYTHONPATH"]
-    return context
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +55,12 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(context, prepared, tmp_path_factory):
+def undisturbed(prepared, tmp_path_factory):
     """The work directory in which nobody was killed, and for how many seconds each stage wrote."""
     config = _copy(prepared, tmp_path_factory.mktemp("undisturbed"))
     seconds = {}
     for stage, names in ARTIFACTS.items():
-        processes = _start(context, stage, config)
+        processes = _start(stage, config)
         _wait_for_work(_work(config), names, processes[0])
         started = time.monotonic()
         assert _finish(processes) == [0], _log(config)
@@ -85,7 +69,7 @@ def undisturbed(context, prepared, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ARTIFACTS)
-def test_kills_at_random_times_leave_nothing_half_and_change_no_byte(context, prepared, undisturbed, tmp_path, stage):
+def test_kills_at_random_times_leave_nothing_half_and_change_no_byte(prepared, undisturbed, tmp_path, stage):
     reference, seconds = undisturbed
     config = _copy(prepared, tmp_path)
     work = _work(config)
@@ -93,63 +77,59 @@ def test_kills_at_random_times_leave_nothing_half_and_change_no_byte(context, pr
         shutil.copytree(_work(reference) / "senses", work / "senses")
     choose = random.Random(stage)
     for _ in range(KILLS):
-        (process,) = _start(context, stage, config)
+        (process,) = _start(stage, config)
         _wait_for_work(work, ARTIFACTS[stage], process)
-        process.join(seconds[stage] * choose.random() / 2)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        time.sleep(seconds[stage] * choose.random() / 2)
+        process.kill()
         for name in ARTIFACTS[stage]:
             if (work / name).exists():  # then it is whole
                 verify_files(work / name, read_manifest(work / name, stage, made_by=""), made_by="")
-    assert _finish(_start(context, stage, config)) == [0], _log(config)
+    assert _finish(_start(stage, config)) == [0], _log(config)
     assert _content(work, stage) == _content(_work(reference), stage)
     assert "goes on" in _log(config)  # a killed build was gone on with
 
 
-def test_three_ranks_go_on_where_one_was_killed(context, prepared, undisturbed, tmp_path):
+def test_three_ranks_go_on_where_one_was_killed(prepared, undisturbed, tmp_path):
     reference, _ = undisturbed
     config = _copy(prepared, tmp_path)
     work = _work(config)
     progress = work / ".states.partial" / "progress.json"
-    (process,) = _start(context, "senses", config)
-    while not progress.is_file() and process.is_alive():
+    (process,) = _start("senses", config)
+    while not progress.is_file() and process.is_running():
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert _finish(_start(context, "senses", config, ranks=3)) == [0, 0, 0], _log(config)
+    process.kill()
+    assert _finish(_start("senses", config, ranks=3)) == [0, 0, 0], _log(config)
     assert "goes on behind" in _log(config)
     mine, expected = (read_manifest(w / "senses", "senses", made_by="").facts for w in (work, _work(reference)))
     assert mine == expected
     shutil.rmtree(work / "senses")
     shutil.copytree(_work(reference) / "senses", work / "senses")
-    assert _finish(_start(context, "shards", config, ranks=3)) == [0, 0, 0]
+    assert _finish(_start("shards", config, ranks=3)) == [0, 0, 0]
     assert _content(work, "shards") == _content(_work(reference), "shards")
 
 
-def test_a_kill_while_shards_are_published_costs_no_annotation(context, prepared, undisturbed, tmp_path):
+def test_a_kill_while_shards_are_published_costs_no_annotation(prepared, undisturbed, tmp_path):
     reference, _ = undisturbed
     config = _copy(prepared, tmp_path)
     shutil.copytree(_work(reference) / "senses", _work(config) / "senses")
-    assert _finish(_start(context, "shards", config, dies_in_hashing=True)) == [-signal.SIGKILL]
+    assert _finish(_start("shards", config, dies_in_hashing=True)) == [-signal.SIGKILL]
     assert not (_work(config) / "shards" / "train").exists()
-    assert _finish(_start(context, "shards", config)) == [0], _log(config)
+    assert _finish(_start("shards", config)) == [0], _log(config)
     assert "goes on with 0 of" in _log(config)
     assert _content(_work(config), "shards") == _content(_work(reference), "shards")
 
 
-def test_damaged_saved_states_are_gathered_anew(context, prepared, undisturbed, tmp_path):
+def test_damaged_saved_states_are_gathered_anew(prepared, undisturbed, tmp_path):
     reference, _ = undisturbed
     config = _copy(prepared, tmp_path)
     states = _work(config) / ".states.partial"
-    (process,) = _start(context, "senses", config)
-    while not (states / "progress.json").is_file() and process.is_alive():
+    (process,) = _start("senses", config)
+    while not (states / "progress.json").is_file() and process.is_running():
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.kill()
     for run in states.glob("rank*"):
         run.write_bytes(run.read_bytes()[:-5])
-    assert _finish(_start(context, "senses", config)) == [0], _log(config)
+    assert _finish(_start("senses", config)) == [0], _log(config)
     assert "damaged; the states are gathered anew" in _log(config)
     assert _content(_work(config), "senses") == _content(_work(reference), "senses")
 
@@ -170,7 +150,7 @@ def _log(config: Path) -> str:
 def _wait_for_work(work: Path, names: tuple[str, ...], process) -> None:
     """Until a stage writes something, or has ended."""
     places = [(work / name).with_name(f".{Path(name).name}.partial") for name in names]
-    while process.is_alive() and not any(place.is_dir() for place in places):
+    while process.is_running() and not any(place.is_dir() for place in places):
         time.sleep(0.002)
 
 
@@ -179,28 +159,14 @@ def _copy(prepared: dict, folder: Path) -> Path:
     return _write(folder / "config.yaml", {**prepared, "workdir": str(folder / "work")})
 
 
-def _start(context, stage: str, config: Path, ranks: int = 1, **options) -> list:
-    from interruption_job import run
+def _start(stage: str, config: Path, ranks: int = 1, **options) -> list[Rank]:
+    from rank_jobs import build
 
-    common = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    processes = []
-    for rank in range(ranks):
-        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        arguments = (stage, config, config.parent / "log.txt", environment)
-        processes.append(context.Process(target=run, args=arguments, kwargs=options))
-        processes[-1].start()
-    return processes
+    return fork_ranks(build, stage, config, ranks=ranks, log=config.parent / "log.txt", **options)
 
 
-def _finish(processes: list) -> list[int]:
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
+def _finish(processes: list[Rank]) -> list[int]:
+    return [process.wait(120) for process in processes]
 
 
 def _content(work: Path, stage: str) -> dict[str, bytes]:

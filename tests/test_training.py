@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, ONE_RANK, TINY, end, run_apart, run_program, start_ranks, update_manifest
+from conftest import BEFORE_TRAINING, ONE_RANK, TINY, run_apart, run_program, start_ranks, update_manifest
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
         assert ranks[0].wait(60) != 0
     finally:
         for process in ranks:
-            end(process)
+            process.kill()
     stopped_at = checkpoint.latest(loaded).step
     assert 4 <= stopped_at < 12
     run_program("train.py", config, "--resume", ranks=2)

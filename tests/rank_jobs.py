@@ -1,0 +1,94 @@
+"""What ranks run in tests that start them without a program of `launcher/` (see forked_rank.py)."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from forked_rank import run_as_rank
+from safetensors.torch import load_file, save_file
+
+import dskd.annotate
+import dskd.manifest
+import dskd.senses.build
+from dskd.config import Config
+from dskd.config_file import load_config
+from dskd.distributed import initialize
+from dskd.loader import Step
+from dskd.manifest import hash_files
+from dskd.model_folder import ModelFolder, find_teacher
+from dskd.models import load_frozen
+from dskd.pair import Pair
+from dskd.step import train_step
+from dskd.student_engine import load_student
+
+
+def _die_in_hashing(folder: Path, only: object = None) -> dict:
+    """Stands in for the hashing of a new artifact; what is only compared is hashed as ever."""
+    if only is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return hash_files(folder, only)
+
+
+def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, dies_in_hashing: bool = False) -> None:
+    """Builds senses or shards. It can be made to be killed while it publishes."""
+
+    def run() -> None:
+        if dies_in_hashing:
+            dskd.manifest.hash_files = _die_in_hashing
+        loaded = load_config(config)
+        world = initialize(60)
+        if stage == "senses":
+            dskd.senses.build.build_senses(loaded, world)
+        else:
+            dskd.annotate.annotate(loaded, world)
+        os._exit(0)  # as the programs do: gloo's threads can abort an interpreter that is taken down
+
+    run_as_rank(run, environment, log)
+
+
+def head_gradients(folder: Path, architecture: str, environment: dict[str, str], log: Path) -> None:
+    """One step of a student with a trained head in two micro-batches a rank; rank 0 writes gradients and terms.
+
+    Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`.
+    """
+
+    def run() -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        world = initialize(60)
+        batch = load_file(folder / "batch.safetensors")
+        config = Config(
+            workdir=str(folder),
+            precision="fp32",
+            teacher={"path": str(folder / f"{architecture}-teacher")},
+            corpus={"packing": "stream"},
+            student={"train_layers": 1, "train_lm_head": True, "shared_trunk": "off"},
+            loss={"hidden_weight": 0.3, "sense_weight": 0.0, "divergence": "jensen_shannon"},
+            train={"global_batch_size": 4, "micro_batch_size": 1, "loss_chunk_size": 5},
+        )
+        student = ModelFolder(folder / f"{architecture}-student", "", "")
+        teacher = find_teacher(config)
+        engine = load_student(student, config, world, teacher=teacher, margin=1.0, accumulation_steps=2)
+        pair = Pair(load_frozen(teacher, config, world, with_head=False), engine)
+        rows = slice(2 * world.rank, 2 * world.rank + 2)
+        micro_batches = [
+            {"input_ids": ids[None], "labels": ids[None].roll(-1, 1), "loss_mask": mask[None].bool()}
+            for ids, mask in zip(batch["input_ids"][rows], batch["loss_mask"][rows], strict=True)
+        ]
+        step = Step(micro_batches, (int(batch["loss_mask"][rows].sum()), 0, 0))
+        gradients = {}
+
+        def keep_gradients() -> None:
+            for name, parameter in engine.module.named_parameters():
+                if parameter.requires_grad:
+                    gradients[engine.module.hub_names[name]] = safe_get_full_grad(parameter).clone()
+            step_engine()
+
+        step_engine, engine.step = engine.step, lambda: keep_gradients()
+        result = train_step(pair, step, config.loss, world, step=1)
+        if world.is_main:
+            save_file(gradients | {"loss": torch.tensor(result.loss)}, folder / f"{architecture}.safetensors")
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
