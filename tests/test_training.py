@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dskd import checkpoint, shards
 from dskd.config_file import load_config
 from dskd.errors import UserError
+from dskd.export import build_export
 from dskd.loader import load_steps
 from dskd.manifest import read_manifest
 from dskd.schedule import plan_schedule
@@ -240,3 +241,33 @@ def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, w
     with pytest.raises(UserError, match="written by 2 ranks, and there are 1 now"):
         train(config, world, resume=True)
     assert [found.name for found in checkpoint.folder(config).iterdir()] == ["step-00000003"]
+
+
+def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny, world):
+    losses, exports = [], []
+    for run in ("on", "off"):
+        settings = {**TINY["train"], "steps": 2, "checkpoint_every": 1, "num_workers": 0, "micro_batch_size": 4}
+        student = {**TINY["student"], "shared_trunk": run}
+        path = copy_of_tiny(*(BEFORE_TRAINING if run == "on" else ()), run=run, train=settings, student=student)
+        config = load_config(path)
+        train(config, world)
+        build_export(config)
+        losses.append([value for _, value in _losses(path)])
+        exports.append(config.path("export", run))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    names = [{file.name for file in folder.iterdir()} for folder in exports]
+    assert names[0] == names[1]
+    tensors = [load_file(folder / "model.safetensors") for folder in exports]
+    trained = {name for name in tensors[0] if ".layers.1." in name}
+    assert trained
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensor, tensors[1][name], rtol=0, atol=1e-6 if name in trained else 0)
+    for name in names[0] - {"model.safetensors", "manifest.json"}:
+        assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes(), name
+
+    checkpoints = checkpoint.folder(config)
+    shutil.rmtree(checkpoints)
+    shutil.copytree(config.path("checkpoints", "on", "step-00000001"), checkpoints / "step-00000001")
+    with pytest.raises(UserError, match=r"trunk of 1 layers, and it has 0 now; set student.shared_trunk to on"):
+        train(config, world, resume=True)
