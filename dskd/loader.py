@@ -8,9 +8,9 @@ of micro-batches and tensors. While a step runs, the next one is copied on a CUD
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,6 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 _ALIGNMENT = 16  # bytes; a multiple of every type's size
 _ON_HOST = "sample_ids"  # for messages only
 _PREFETCHED_STEPS = 2  # by each worker
-_PARENT_CHECK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def load_steps(
         collate_fn=functools.partial(_collate_packed, collate),
         pin_memory=on_cuda,
         prefetch_factor=_PREFETCHED_STEPS if workers else None,
-        worker_init_fn=functools.partial(_end_with_parent, os.getpid()),
+        worker_init_fn=_end_with_rank,
     )
     packed = itertools.islice((step for step in loader if step is not None), schedule.total_steps - start_step)
     for step in copy_ahead(packed, CudaCopier(world.device)) if on_cuda else packed:
@@ -266,12 +265,13 @@ def _collate_packed(collate: Collate, samples: list[dict[str, Any]]) -> PackedSt
     return PackedStep.of(collate(samples)) if samples else None
 
 
-def _end_with_parent(parent: int, worker_id: int) -> None:
+def _end_with_rank(worker_id: int) -> None:
     """Ends a worker whose rank was killed, wherever it waits: mosaicml-streaming's barriers wait for ever."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_S)
+        rank.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,6 +1,7 @@
 """What a rank that a test starts runs. Ranks are forked from a server that has imported everything already: to import
 takes each of them longer than what most tests are about. Nothing else is different from a start by a launcher."""
 
+import multiprocessing
 import os
 import runpy
 import sys
@@ -35,4 +36,5 @@ def run_as_rank(action: Callable[[], None], environment: dict[str, str], log: Pa
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for its loader's workers, as in a program of its own
     action()
