@@ -174,9 +174,7 @@ class PackedStep:
             return where
 
         layout = [place(batch) for batch in micro_batches]
-        buffer = torch.empty(size, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            buffer.share_memory_()  # while it is empty: nothing is copied when it is sent
+        buffer = _empty_buffer(size)
         for where, value in pieces:
             where.view_of(buffer).copy_(value)
         return cls(
@@ -259,6 +257,14 @@ class CudaCopier:
         # The buffer belongs to the side stream: it must not be used again there while the current one still reads it.
         step.buffer.record_stream(current)
         return step
+
+
+def _empty_buffer(size: int) -> torch.Tensor:
+    """Bytes to be sent: in a worker they are in shared memory from the start, and nothing is copied when they are."""
+    if get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    # As torch's own collating does it; `share_memory_` would copy what is not there yet.
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size), 0, (size,), (1,))
 
 
 def _collate_packed(collate: Collate, samples: list[dict[str, Any]]) -> PackedStep | None:

@@ -1,5 +1,6 @@
 """The loader of training on real shards: any number of workers, any start, packed and unpacked, copied ahead."""
 
+import contextlib
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from dskd import shards
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.loader import PackedStep, copy_ahead, count_positions, load_steps
+from dskd.loader import CudaCopier, PackedStep, copy_ahead, count_positions, load_steps
 from dskd.schedule import Schedule
 from dskd.senses.bank import copy_in_pieces, load_bank, require_room
 from dskd.shards import COLUMNS, Collator, SensePositions, join_blocks, require_teacher_cache, write_block
@@ -187,6 +188,47 @@ def test_the_next_step_is_copied_while_one_runs():
     expected = "start a, start b, finish a, run a, start c, finish b, run b, finish c, run c"
     assert calls == expected.split(", ")
     assert list(copy_ahead(iter(""), Recorded())) == []
+
+
+def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypatch):
+    """The order of calls only: there may be no GPU here."""
+    calls = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            calls.append(f"event on {self.name}")
+            return f"event of {self.name}"
+
+        def wait_event(self, event):
+            calls.append(f"{self.name} waits for {event}")
+
+    class Buffer:
+        def to(self, device, non_blocking):
+            assert non_blocking
+            calls.append("copy")
+            return self
+
+        def record_stream(self, stream):
+            calls.append(f"memory is used on {stream.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        calls.append(f"on {stream.name}")
+        yield
+        calls.append(f"off {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    copier = CudaCopier(torch.device("cuda", 0))
+    started = copier.start(PackedStep(Buffer(), [], [], (0, 0, 0)))
+    assert calls == ["on side", "copy", "off side", "event on side"]
+    calls.clear()
+    copier.finish(started)
+    assert calls == ["main waits for event of side", "memory is used on main"]
 
 
 def test_shards_without_the_teachers_distributions_are_refused(folder):
