@@ -205,3 +205,34 @@ def test_differences_are_dotted():
         ("a.c", 2, 3),
         ("d", None, 4),
     ]
+
+
+def test_sections_that_do_not_fit_together_are_all_named(tmp_path):
+    path = _write(
+        tmp_path,
+        {
+            **MINIMAL,
+            "teacher": {"path": "a/b", "mode": "cached"},
+            "loss": {"hidden_weight": 1.0},
+            "student": {"shared_trunk": "on"},
+            "annotation": {"continuation_tokens": 3},
+        },
+    )
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    for part in (
+        "teacher.mode: cached needs annotation.teacher_top_n",
+        "loss.hidden_weight needs the teacher's states",
+        "student.shared_trunk: on needs a teacher in training",
+        "annotation.continuation_tokens needs corpus.packing: none",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [({"offload": "nvme"}, "offload: nvme needs nvme_path"), ({"nvme_path": "/x"}, "nvme_path needs offload: nvme")],
+)
+def test_an_offload_is_given_whole(tmp_path, teacher, message):
+    with pytest.raises(UserError, match=message):
+        load_config(_write(tmp_path, {**MINIMAL, "teacher": {"path": "a/b", **teacher}}))
