@@ -2,7 +2,7 @@
 
 A sample is one sequence with the rows of the sense dictionary for each of its positions (docs/formats.md). The loader's
 workers draw the positions that get a sense term, look up nothing but row numbers, and put the rows a micro-batch needs
-beside its token ids: the training step gathers from those, or, by row number, from all rows where the device holds them.
+beside its token ids: the training step gathers from those, or, by row number, from all rows if the device holds them.
 
 Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batch, D hidden.
 """
