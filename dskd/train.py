@@ -21,7 +21,7 @@ from dskd.errors import UserError
 from dskd.lock import hold_lock
 from dskd.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
-from dskd.models import load_frozen, load_student
+from dskd.models import load_frozen, load_output_matrix, load_student
 from dskd.node_cache import open_node_cache
 from dskd.precision import compute_dtype
 from dskd.random_numbers import derived_seed
@@ -215,12 +215,12 @@ def _run(
     start: checkpoint.Checkpoint | None,
 ) -> None:
     loss, train_settings = config.loss, config.train
-    teacher = load_frozen(inputs.teacher, config, world) if loss.needs_teacher else None
+    teacher = load_frozen(inputs.teacher, config, world, with_head=False) if loss.needs_teacher else None
     engine = load_student(
         inputs.student,
         config,
         world,
-        teacher_head=teacher.head_weight if teacher is not None and loss.kd_weight else None,
+        teacher_head=load_output_matrix(inputs.teacher, config, world) if loss.kd_weight else None,
         margin=_margin(config, inputs.shards),
         accumulation_steps=schedule.accumulation_steps,
     )
