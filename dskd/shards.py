@@ -38,6 +38,12 @@ COLUMNS = {
     "synonym_ids": "ndarray:int32",
     "antonym_ids": "ndarray:int32",
 }
+# With `annotation.teacher_top_n`, beside the others.
+TEACHER_COLUMNS = {
+    "teacher_token_ids": "ndarray:int32",
+    "teacher_logprobs": "ndarray:float16",
+    "teacher_rest_logprob": "ndarray:float32",
+}
 _COMPRESSION, _HASH = "zstd", "xxh64"
 _RELATION_DRAW, _OWN_DRAW = 0, 1
 
@@ -178,10 +184,17 @@ def gather_rows(vectors: np.ndarray, row_ids: Sequence[np.ndarray]) -> tuple[tor
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_block(folder: Path, samples: Iterator[Mapping[str, np.ndarray]]) -> None:
+def columns_of(config: Config) -> dict[str, str]:
+    """{column: its encoding} of the shards that annotation writes."""
+    return COLUMNS | (TEACHER_COLUMNS if config.annotation.teacher_top_n else {})
+
+
+def write_block(
+    folder: Path, samples: Iterator[Mapping[str, np.ndarray]], columns: Mapping[str, str] = COLUMNS
+) -> None:
     """Writes samples as a folder with exactly one shard; :func:`join_blocks` makes one dataset of many."""
     with MDSWriter(
-        out=str(folder), columns=COLUMNS, compression=_COMPRESSION, hashes=[_HASH], size_limit=None
+        out=str(folder), columns=dict(columns), compression=_COMPRESSION, hashes=[_HASH], size_limit=None
     ) as writer:
         for sample in samples:
             writer.write(dict(sample))
