@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dskd.annotate import _annotate_block
+from dskd.annotate import TextReader, _annotate_block
 from dskd.config import Config
 from dskd.distributed import initialize
 from dskd.model_folder import ModelFolder
@@ -53,7 +53,8 @@ def main() -> None:
         )
         sequences = _write_sequences(given, folder)
         dictionary = _write_dictionary(given, folder)
-        teacher = load_frozen(ModelFolder(folder, "", ""), config, world)
+        teacher = load_frozen(ModelFolder(folder, "", ""), config, world, with_head=False)
+        reader = TextReader(teacher, continuer=None, top_n=0, chunk_size=1)
         searcher = Searcher(
             dictionary,
             given.kappa,
@@ -71,7 +72,7 @@ def main() -> None:
 
             def annotation(block=block):  # type: ignore[no-untyped-def]
                 with tqdm(disable=True, total=0) as bar:
-                    _annotate_block(block, sequences, teacher, searcher, config, world, bar)
+                    _annotate_block(block, sequences, reader, searcher, config, world, bar)
 
             for label, action in (("forward", forward), ("annotation", annotation)):
                 started = time.perf_counter()

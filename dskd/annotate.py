@@ -7,7 +7,10 @@ With C(e) the rows of entry e, t_i the teacher's state at position i and y_i its
     N_i  the kappa rows nearest to t_i among the C(e) of all antonyms e of y_i
 
 by L2, ties to the lower row number (:mod:`dskd.senses.search`). P_i and N_i are empty where y_i has neither synonym nor
-antonym. The result is written as streaming shards in blocks of sequences whose size does not depend on the ranks, so
+antonym. Where the config asks for it the teacher also goes on with the training texts first
+(:mod:`dskd.continuations`), and what it thinks most probable is kept (:mod:`dskd.cached_teacher`).
+
+The result is written as streaming shards in blocks of sequences whose size does not depend on the ranks, so
 that any number of ranks writes the same files, and blocks that were written before an interruption are kept.
 """
 
@@ -16,24 +19,29 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from dskd.cached_teacher import TopTokens, top_tokens
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
+from dskd.continuations import Continuer
 from dskd.corpus.build import SPLITS
 from dskd.distributed import World, barrier, is_main_process, main_first, on_main
+from dskd.errors import UserError
+from dskd.head import chunk_size
 from dskd.manifest import Building, Recipe, is_current, verify_files, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
 from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, load_fitting_dictionary
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.senses.search import Searcher
-from dskd.sequences import Sequences, load_sequences
-from dskd.shards import FOLDER, join_blocks, write_block
+from dskd.sequences import Sequences, TokenBatch, load_sequences
+from dskd.shards import FOLDER, columns_of, join_blocks, write_block
 
 _MIN_BLOCKS = 16  # a small corpus is cut into at least so many blocks, so that several ranks have work
 _COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
@@ -47,6 +55,13 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
     settings = config.annotation.as_dict() | {"precision": config.precision}
     for key in ("batch_size", "memory_budget"):
         del settings[key]
+    # Keys that change nothing stay out: what was made without them is not made anew.
+    if not settings["teacher_top_n"]:
+        del settings["teacher_top_n"]
+    if _continuation_tokens(config, split):
+        settings["seed"] = config.seed
+    else:
+        del settings["continuation_tokens"]
     return Recipe(
         "shards",
         {"senses": senses.digest, "sequences": sequences.digest},
@@ -66,7 +81,9 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     if not stale:
         say(f"up to date: {config.path(FOLDER)}")
         return
-    teacher = load_frozen(source, config, world)
+    on_main(lambda: _require_tokens(config.annotation.teacher_top_n, source))
+    continued = any(_continuation_tokens(config, split) for split in stale)
+    teacher = load_frozen(source, config, world, with_head=continued or config.annotation.teacher_top_n > 0)
     splits = {split: load_sequences(config, split, source.tokenizer_digest)[0] for split in stale}
     searcher = Searcher(
         dictionary,
@@ -76,8 +93,62 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         int(config.annotation.memory_budget * 2**30),
     )
     for split, sequences in splits.items():
-        _annotate_split(config, split, sequences, teacher, searcher, wanted[split], world)
+        max_tokens = _continuation_tokens(config, split)
+        reader = TextReader(
+            teacher,
+            Continuer(teacher, max_tokens, config.seed) if max_tokens else None,
+            config.annotation.teacher_top_n,
+            # Not the config's: a run's key is not to change the last digits of what is stored for all of them.
+            chunk_size(None, teacher.vocab_size, world.device),
+        )
+        _annotate_split(config, split, sequences, reader, searcher, wanted[split], world)
     teacher.close()
+
+
+@dataclass(frozen=True)
+class TextRead:
+    """A batch, continued where that is wanted, with the teacher's states [B, T, D] and what else is stored of it."""
+
+    batch: TokenBatch
+    hidden: torch.Tensor
+    top: TopTokens | None  # of the positions that have a target
+    continued_tokens: int
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """What the teacher does with a batch of sequences: the same passes for each, since all ranks must take part."""
+
+    teacher: FrozenModel
+    continuer: Continuer | None
+    top_n: int
+    chunk_size: int
+
+    def read(self, batch: TokenBatch, first: int) -> TextRead:
+        """Runs the teacher on a batch whose first sequence has the number `first`."""
+        added = 0
+        if self.continuer is not None:
+            batch, added = self.continuer.extend(batch, first)
+        if not self.top_n:
+            return TextRead(batch, self.teacher.states_of(batch, first), None, added)
+        has_target = batch.has_target.to(self.teacher.device)
+        hidden, top = self.teacher.read_states_of(
+            batch, first, lambda hidden, weight: top_tokens(hidden[has_target], weight, self.top_n, self.chunk_size)
+        )
+        return TextRead(batch, hidden, top, added)
+
+
+def _continuation_tokens(config: Config, split: str) -> int:
+    return config.annotation.continuation_tokens if split == "train" else 0
+
+
+def _require_tokens(top_n: int, teacher: ModelFolder) -> None:
+    vocab_size = teacher.load_config().vocab_size
+    if top_n > vocab_size:
+        raise UserError(
+            f"annotation.teacher_top_n: {top_n} is more than the {vocab_size} tokens that {teacher.path} has; set it "
+            "to 64, say, or 0 to store none"
+        )
 
 
 def _load_verified_dictionary(config: Config, teacher: ModelFolder) -> SenseDictionary:
@@ -91,7 +162,7 @@ def _annotate_split(
     config: Config,
     split: str,
     sequences: Sequences,
-    teacher: FrozenModel,
+    reader: TextReader,
     searcher: Searcher,
     wanted: Recipe,
     world: World,
@@ -123,16 +194,16 @@ def _annotate_split(
         ):
             written: Future[None] | None = None
             for block in mine:
-                samples, counts = _annotate_block(block, sequences, teacher, searcher, config, world, bar)
+                samples, counts = _annotate_block(block, sequences, reader, searcher, config, world, bar)
                 if written is not None:
                     written.result()
-                written = writer.submit(_write_block, _block_folder(building.folder, block), samples, counts)
+                folder = _block_folder(building.folder, block)
+                written = writer.submit(_write_block, folder, samples, columns_of(config), counts)
             if written is not None:
                 written.result()
         done_turns = sum(turns[world.rank :: world.world_size])
         for _ in range(most - done_turns):
-            batch = sequences.batch(0, 1)
-            teacher.hidden_states(batch.input_ids, batch.position_ids)
+            reader.read(sequences.batch(0, 1).without_targets(), 0)
         barrier()
         on_main(lambda: _publish(building, blocks))
 
@@ -140,7 +211,7 @@ def _annotate_split(
 def _annotate_block(
     block: range,
     sequences: Sequences,
-    teacher: FrozenModel,
+    reader: TextReader,
     searcher: Searcher,
     config: Config,
     world: World,
@@ -150,8 +221,9 @@ def _annotate_block(
     samples: list[dict[str, np.ndarray]] = []
     counts = Counter[str]()
     for first in range(block.start, block.stop, config.annotation.batch_size):
-        batch = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
-        hidden = teacher.states_of(batch, first)
+        unread = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
+        read = reader.read(unread, first)
+        batch, hidden = read.batch, read.hidden
         targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
         found = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
         columns = {
@@ -160,24 +232,36 @@ def _annotate_block(
             "document_starts": batch.starts.numpy(),
         }
         for name, rows in (("sense_ids", found.own), ("synonym_ids", found.synonyms), ("antonym_ids", found.antonyms)):
-            column = torch.full((*batch.input_ids.shape, searcher.kappa), -1, dtype=torch.int32)
-            column[batch.has_target] = rows.cpu()
-            columns[name] = column.numpy()
+            columns[name] = _column(batch, rows, torch.int32, fill=-1)
+        if read.top is not None:
+            columns["teacher_token_ids"] = _column(batch, read.top.token_ids, torch.int32, fill=-1)
+            columns["teacher_logprobs"] = _column(batch, read.top.logprobs, torch.float16, fill=0)
+            columns["teacher_rest_logprob"] = _column(batch, read.top.rest_logprob, torch.float32, fill=0)
         samples += ({name: column[index] for name, column in columns.items()} for index in range(len(hidden)))
         counts["targets"] += len(targets)
         counts["with_senses"] += int((found.own[:, 0] >= 0).sum())
         counts["with_synonyms"] += int(searcher.has_synonyms[targets].sum())
         counts["with_antonyms"] += int((found.antonyms[:, 0] >= 0).sum())
         counts["antonym_distance"] += float(found.antonym_distance.double().sum())  # type: ignore[assignment]
-        bar.update(min(batch.num_tokens * world.world_size, bar.total - bar.n))
+        counts["continued_tokens"] += read.continued_tokens
+        bar.update(min(unread.num_tokens * world.world_size, bar.total - bar.n))
     return samples, dict(counts)
 
 
-def _write_block(folder: Path, samples: Sequence[dict[str, np.ndarray]], counts: dict[str, float]) -> None:
+def _column(batch: TokenBatch, values: torch.Tensor, dtype: torch.dtype, *, fill: float) -> np.ndarray:
+    """`values` [targets, any] at the positions that have a target, and `fill` at the others: [B, T, any]."""
+    column = torch.full((*batch.input_ids.shape, *values.shape[1:]), fill, dtype=dtype)
+    column[batch.has_target] = values.to("cpu", dtype)
+    return column.numpy()
+
+
+def _write_block(
+    folder: Path, samples: Sequence[dict[str, np.ndarray]], columns: dict[str, str], counts: dict[str, float]
+) -> None:
     """Writes a block, which is whole when it has its name."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_block(partial, iter(samples))
+    write_block(partial, iter(samples), columns)
     write_json(partial / _COUNTS_FILE, counts)
     partial.rename(folder)
 
@@ -197,15 +281,22 @@ def _publish(building: Building, blocks: list[range]) -> None:
         # The unit of `loss.relative_margin`: mean over positions with antonyms of the mean D(t_i, s) over N_i.
         teacher_antonym_distance=counts["antonym_distance"] / max(counts["with_antonyms"], 1),
     )
+    continued = "continuation_tokens" in building.recipe.config
+    if continued:
+        building.facts["continued_tokens"] = counts["continued_tokens"]
     building.publish()
     shares = ", ".join(f"{100 * share:.1f} % {name.replace('_', ' ')}" for name, share in coverage.items())
     say(f"  {samples:,} samples, {targets:,} target positions: {shares}")
+    if continued:
+        say(f"  the teacher went on with these texts by {counts['continued_tokens']:,} tokens")
 
 
 def _blocks(num_sequences: int, sequence_length: int, config: Config) -> list[range]:
     """Ranges of sequences, a shard each; all but the last of one size, which depends on nothing but these arguments."""
-    sample_bytes = sequence_length * (4 + 2 + 3 * 4 * config.annotation.kappa)
-    by_size = config.annotation.shard_size_mb * 2**20 // sample_bytes
+    annotation = config.annotation
+    of_teacher = annotation.teacher_top_n * (4 + 2) + 4 * (annotation.teacher_top_n > 0)
+    sample_bytes = sequence_length * (4 + 2 + 3 * 4 * annotation.kappa + of_teacher)
+    by_size = annotation.shard_size_mb * 2**20 // sample_bytes
     size = max(1, min(by_size, -(-num_sequences // _MIN_BLOCKS)))
     return [range(start, min(start + size, num_sequences)) for start in range(0, num_sequences, size)]
 

@@ -177,10 +177,13 @@ def measure(
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)
     with progress_bar(total=text.num_samples, label=label, unit="sequences") as bar:
         for number, batch in enumerate(text.batches()):
-            hidden = model.hidden_states(batch["input_ids"], batch.get("position_ids"))
             mask = batch["loss_mask"].to(world.device)
-            states, labels = hidden[mask], batch["labels"].to(world.device)[mask]
-            nll, predicted = _next_token(states, labels, model.head_weight, text.logits_chunk(model))
+            labels = batch["labels"].to(world.device)[mask]
+            hidden, (nll, predicted) = model.read(
+                batch["input_ids"],
+                batch.get("position_ids"),
+                functools.partial(_read_next_token, mask=mask, labels=labels, chunk_size=text.logits_chunk(model)),
+            )
             if is_teacher:
                 predictions.append(predicted)
             lexical = batch["lexical"].to(world.device)[mask]
@@ -218,6 +221,12 @@ def load_measures(config: Config) -> dict[str, dict[str, float]]:
         if path.is_file():
             found[name] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _read_next_token(
+    hidden: torch.Tensor, head_weight: torch.Tensor, *, mask: torch.Tensor, labels: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    return hidden, _next_token(hidden[mask], labels, head_weight, chunk_size)
 
 
 def _next_token(

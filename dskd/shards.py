@@ -38,8 +38,12 @@ COLUMNS = {
     "synonym_ids": "ndarray:int32",
     "antonym_ids": "ndarray:int32",
 }
-# Of the columns that `annotation.teacher_top_n` adds and `teacher.mode: cached` reads, behind `teacher_`.
-_TEACHER_COLUMNS = ("token_ids", "logprobs", "rest_logprob")
+# With `annotation.teacher_top_n`, beside the others.
+TEACHER_COLUMNS = {
+    "teacher_token_ids": "ndarray:int32",
+    "teacher_logprobs": "ndarray:float16",
+    "teacher_rest_logprob": "ndarray:float32",
+}
 _LENGTH_MULTIPLE = 8  # lengths of micro-batches: what tensor cores like
 _COMPRESSION, _HASH = "zstd", "xxh64"
 _RELATION_DRAW, _OWN_DRAW = 0, 1
@@ -139,8 +143,8 @@ class Collator:
             batch["senses"] = _collate_senses(samples, length, self._vectors, self._positions)
         if self._teacher_cache:
             batch["teacher_cache"] = {
-                name: torch.from_numpy(np.stack([sample[f"teacher_{name}"][:length] for sample in samples]))
-                for name in _TEACHER_COLUMNS
+                name.removeprefix("teacher_"): torch.from_numpy(np.stack([sample[name][:length] for sample in samples]))
+                for name in TEACHER_COLUMNS
             }
         return batch
 
@@ -230,10 +234,17 @@ def gather_rows(vectors: np.ndarray, row_ids: Sequence[np.ndarray]) -> tuple[tor
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_block(folder: Path, samples: Iterator[Mapping[str, np.ndarray]]) -> None:
+def columns_of(config: Config) -> dict[str, str]:
+    """{column: its encoding} of the shards that annotation writes."""
+    return COLUMNS | (TEACHER_COLUMNS if config.annotation.teacher_top_n else {})
+
+
+def write_block(
+    folder: Path, samples: Iterator[Mapping[str, np.ndarray]], columns: Mapping[str, str] = COLUMNS
+) -> None:
     """Writes samples as a folder with exactly one shard; :func:`join_blocks` makes one dataset of many."""
     with MDSWriter(
-        out=str(folder), columns=COLUMNS, compression=_COMPRESSION, hashes=[_HASH], size_limit=None
+        out=str(folder), columns=dict(columns), compression=_COMPRESSION, hashes=[_HASH], size_limit=None
     ) as writer:
         for sample in samples:
             writer.write(dict(sample))

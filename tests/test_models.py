@@ -14,27 +14,62 @@ from dskd.errors import UserError
 IDS = torch.arange(24).view(2, 12)
 
 
-def _config(tmp_path, **sections):
-    return Config(workdir=str(tmp_path), teacher={"path": str(tmp_path / "teacher")}, precision="fp32", **sections)
+def _config(tmp_path, teacher=None, **sections):
+    source = {"path": str(tmp_path / "teacher"), **(teacher or {})}
+    return Config(workdir=str(tmp_path), teacher=source, precision="fp32", **sections)
+
+
+def _states_and_logits(hidden, weight):
+    return hidden, hidden @ weight.T
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_frozen_engine_computes_what_transformers_does(tmp_path, world, architecture):
+def test_the_frozen_model_computes_what_transformers_does_in_every_mode(tmp_path, world, architecture):
     from dskd.model_folder import find_teacher
     from dskd.models import load_frozen
 
     expected = save_model(tmp_path / "teacher", architecture)
-    config = _config(tmp_path)
-    teacher = load_frozen(find_teacher(config), config, world)
-    hidden = teacher.hidden_states(IDS)
     with torch.no_grad():
         output = expected(IDS, output_hidden_states=True)
-    torch.testing.assert_close(hidden, output.hidden_states[-1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(hidden @ teacher.head_weight.T, output.logits, rtol=1e-4, atol=1e-4)
-    teacher.close()
+    found = {}
+    for mode in ("zero3", "resident"):
+        config = _config(tmp_path, {"mode": mode})
+        teacher = load_frozen(find_teacher(config), config, world)
+        assert (teacher.vocab_size, teacher.hidden_size, teacher.device) == (120, 32, world.device)
+        hidden, logits = found[mode] = teacher.read(IDS, None, _states_and_logits)
+        torch.testing.assert_close(hidden, output.hidden_states[-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, output.logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(teacher.hidden_states(IDS), hidden)
+        teacher.close()
+        config = _config(tmp_path, {"mode": mode})
+        bare = load_frozen(find_teacher(config), config, world, with_head=False)
+        assert torch.equal(bare.hidden_states(IDS), hidden)
+        bare.close()
+    for one, other in zip(*found.values(), strict=True):
+        assert torch.equal(one, other)
 
 
-def test_missing_and_misshapen_weights_are_all_named(tmp_path, world):
+def test_a_frozen_model_has_no_dropout_and_no_gradients_in_either_mode(tmp_path, world):
+    import json
+
+    from dskd.model_folder import find_teacher
+    from dskd.models import load_frozen
+
+    save_model(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.5}))
+    for mode in ("zero3", "resident"):
+        config = _config(tmp_path, {"mode": mode})
+        teacher = load_frozen(find_teacher(config), config, world)
+        module = getattr(teacher.engine, "module", teacher.engine)
+        assert module.decoder.base.config.attention_dropout == 0.0
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        assert not teacher.hidden_states(IDS).requires_grad
+        teacher.close()
+
+
+@pytest.mark.parametrize("mode", ["zero3", "resident"])
+def test_missing_and_misshapen_weights_are_all_named(tmp_path, world, mode):
     from safetensors.torch import load_file, save_file
 
     from dskd.model_folder import find_teacher
@@ -46,7 +81,7 @@ def test_missing_and_misshapen_weights_are_all_named(tmp_path, world):
     del tensors["model.layers.2.mlp.up_proj.weight"]
     tensors["model.norm.weight"] = torch.zeros(5)
     save_file(tensors, file, metadata={"format": "pt"})
-    config = _config(tmp_path)
+    config = _config(tmp_path, {"mode": mode})
     with pytest.raises(UserError) as error:
         load_frozen(find_teacher(config), config, world)
     assert "there is no tensor model.layers.2.mlp.up_proj.weight" in str(error.value)
@@ -76,7 +111,8 @@ def test_states_that_are_not_finite_are_refused(tmp_path, world):
     teacher.close()
 
 
-def test_a_model_that_scales_its_logits_is_refused(tmp_path, world):
+@pytest.mark.parametrize("mode", ["zero3", "resident"])
+def test_a_model_that_scales_its_logits_is_refused(tmp_path, world, mode):
     from transformers import CohereConfig, CohereForCausalLM
 
     from dskd.model_folder import find_teacher
@@ -88,7 +124,7 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path, world):
     shape = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     model = CohereForCausalLM(CohereConfig(**shape, num_attention_heads=4, num_key_value_heads=4, logit_scale=0.25))
     model.save_pretrained(tmp_path / "teacher")
-    config = _config(tmp_path)
+    config = _config(tmp_path, {"mode": mode})
     with pytest.raises(UserError, match="more than a matrix product"):
         load_frozen(find_teacher(config), config, world)
 
@@ -138,13 +174,14 @@ from dskd.models import load_frozen, sharded_numel
 world = initialize()
 config = Config(workdir=sys.argv[1], teacher={"path": sys.argv[1] + "/teacher"}, precision="fp32")
 teacher = load_frozen(find_teacher(config), config, world)
-hidden = teacher.hidden_states(torch.arange(24).view(2, 12) + world.rank)
+ids = torch.arange(24).view(2, 12) + world.rank
+hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
 parameters = list(teacher.engine.module.parameters())
 large = [p for p in parameters if p.ds_numel > 10 * 32]
 mine = {
     "held": sharded_numel(parameters), "all": sum(p.ds_numel for p in parameters),
     "gathered": sum(p.numel() for p in large), "devices": sorted({str(p.ds_tensor.device) for p in parameters}),
-    "sum": float(hidden.double().sum()),
+    "sum": float(hidden.double().sum()), "logits": float(logits.double().abs().sum()),
 }
 everyone = gather_json(mine)
 if world.is_main:
@@ -173,7 +210,7 @@ def test_on_two_ranks_each_holds_half_of_the_teacher(tmp_path):
     ]
     output, _ = (process.communicate(timeout=120)[0] for process in processes)
     ranks = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT "))
-    total = sum(parameter.numel() for name, parameter in model.named_parameters() if name != "lm_head.weight")
+    total = sum(parameter.numel() for parameter in model.parameters())  # the output matrix too
     for rank in ranks:
         assert rank["all"] == total
         assert rank["held"] == pytest.approx(total / 2, rel=0.01)
@@ -181,5 +218,6 @@ def test_on_two_ranks_each_holds_half_of_the_teacher(tmp_path):
         assert rank["devices"] == ["cpu"]
     with torch.no_grad():
         for rank in range(2):
-            expected = model.model(torch.arange(24).view(2, 12) + rank).last_hidden_state.double().sum()
-            assert ranks[rank]["sum"] == pytest.approx(float(expected), rel=1e-4)
+            output = model(torch.arange(24).view(2, 12) + rank, output_hidden_states=True)
+            assert ranks[rank]["sum"] == pytest.approx(float(output.hidden_states[-1].double().sum()), rel=1e-4)
+            assert ranks[rank]["logits"] == pytest.approx(float(output.logits.double().abs().sum()), rel=1e-4)

@@ -113,7 +113,7 @@ def _sample(config: Config, source: ModelFolder, sequences: Sequences, folder: P
     if progress.sequences_done == len(sequences):
         say(f"  uses the states in {folder}")
         return [folder / run for run in progress.runs]
-    teacher = load_frozen(source, config, world)
+    teacher = load_frozen(source, config, world, with_head=config.senses.key == "predicted")
     runs = gather_states(teacher, sequences, config.senses, config.seed, world, folder)
     teacher.close()
     return runs

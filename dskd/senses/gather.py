@@ -9,6 +9,7 @@ Every few minutes all ranks put what they hold on disk and rank 0 notes how far 
 on from there, also with another number of ranks.
 """
 
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -95,14 +96,16 @@ def gather_states(
     done_tokens = int(sequences.lengths[: progress.sequences_done].sum())
     with progress_bar(total=sequences.num_tokens, label="gathering states", unit="tokens", initial=done_tokens) as bar:
         for first, done, batch in rank_batches(sequences, settings.batch_size, world, progress.sequences_done):
-            hidden = teacher.states_of(batch, first)
+            has_target = batch.has_target.to(teacher.device)
+            if settings.key == "predicted":
+                hidden, predicted = teacher.read_states_of(batch, first, functools.partial(_predict_at, has_target))
+                tokens = predicted.cpu()
+            else:
+                hidden = teacher.states_of(batch, first)
+                tokens = batch.input_ids.roll(-1, dims=1)[batch.has_target]
             sequence, position = batch.has_target.nonzero(as_tuple=True)
             priorities = random_bits(priority_seed, sequence + first, position)
-            states = hidden[batch.has_target.to(hidden.device)]
-            if settings.key == "predicted":
-                tokens = predict(states, teacher.head_weight).cpu()
-            else:
-                tokens = batch.input_ids.roll(-1, dims=1)[batch.has_target]
+            states = hidden[has_target]
             tokens, priorities, states = _to_owners(tokens, priorities, states.to(torch.bfloat16), world)
             wanted = reservoir.wanted(tokens, priorities)
             reservoir.add(tokens[wanted], priorities[wanted], states[wanted.to(states.device)].cpu())
@@ -131,6 +134,10 @@ def rank_batches(
         batch = sequences.batch(first, min(first + batch_size, len(sequences)))
         done = min(start + (turn + 1) * world.world_size * batch_size, len(sequences))
         yield first, done, batch if number < len(starts) else batch.without_targets()
+
+
+def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+    return predict(hidden[positions], head_weight)
 
 
 def predict(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,123 @@
+"""The teacher goes on with texts, greedily: training samples are text and continuation (method, section 4).
+
+The end-of-text token that ends a text is taken off, and the teacher adds c tokens, where c in 1 … N is a function of
+(seed, sequence): the paper cuts its sequences at a random point within the continuation. A continuation ends earlier at
+an end-of-text token, which is kept, and at the length of the sequence.
+
+A batch costs one pass over its texts and N - 1 passes over one token a text: keys and values are kept. Texts are padded
+on the left, so that all of them go on in the same column. Shapes: B texts, T tokens, P the longest text of the batch.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dskd.model_folder import ModelFolder
+from dskd.models import FrozenModel
+from dskd.random_numbers import derived_seed, random_bits
+from dskd.sequences import TokenBatch
+
+
+class Continuer:
+    """How the texts of a run go on."""
+
+    def __init__(self, teacher: FrozenModel, max_tokens: int, seed: int) -> None:
+        """Takes a `teacher` with its output matrix; `max_tokens` is N, `seed` the run's."""
+        self._teacher = teacher
+        self._max_tokens = max_tokens
+        self._seed = derived_seed(seed, "annotation", "continuation")
+        # What packing put at the end of a text, and all that ends a generation.
+        self._text_end, self._ends = end_tokens(teacher.folder)
+
+    def wanted_tokens(self, first: int, count: int) -> torch.Tensor:
+        """How many tokens c each of the sequences is to go on by, from `first` on: [count] int64 in 1 … N."""
+        return 1 + random_bits(self._seed, torch.arange(first, first + count)) % self._max_tokens
+
+    def extend(self, batch: TokenBatch, first: int) -> tuple[TokenBatch, int]:
+        """The batch with its texts continued, and how many tokens were added.
+
+        A text stays as it is where it goes on in the next sequence, where there is no room, and where nothing but its
+        end is in this sequence. All ranks must call this equally often.
+
+        Args:
+            batch: sequences of one text each, padded on the right.
+            first: the number of its first sequence.
+        """
+        lengths = _lengths(batch)
+        prompt_lengths, room = self._room(batch.input_ids, lengths)
+        wanted = self.wanted_tokens(first, len(lengths)).minimum(room)
+        # A text that has no room takes part with its first token, so that all ranks make equally many passes.
+        added = self._generate(batch.input_ids, prompt_lengths.where(wanted > 0, 1), self._max_tokens)
+        ended = torch.isin(added, torch.tensor(self._ends, dtype=torch.int64))
+        # Up to the first end of text, and that one too.
+        kept = (ended.int().cumsum(dim=1) - ended.int() == 0) & (torch.arange(added.shape[1]) < wanted[:, None])
+        counts = kept.sum(dim=1)
+        input_ids = batch.input_ids.clone()
+        rows, columns = kept.nonzero(as_tuple=True)
+        input_ids[rows, prompt_lengths[rows] + columns] = added[kept]
+        lengths = torch.where(counts > 0, prompt_lengths + counts, lengths)
+        has_target = torch.arange(input_ids.shape[1]) < lengths[:, None] - 1
+        extended = replace(batch, input_ids=input_ids, has_target=has_target, num_tokens=int(lengths.sum()))
+        return extended, int(counts.sum())
+
+    def _room(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many tokens [B] of each sequence are the text to go on with, and for how many more [B] there is room."""
+        prompt_lengths = lengths.clone()
+        sequence_length = input_ids.shape[1]
+        if self._text_end is None:  # packing marked no ends
+            return prompt_lengths, sequence_length - lengths
+        last = input_ids.gather(1, (lengths[:, None] - 1).clamp(min=0)).squeeze(1)
+        is_end = (last == self._text_end) & (lengths > 1)
+        prompt_lengths[is_end] -= 1
+        return prompt_lengths, torch.where(is_end, sequence_length - prompt_lengths, 0)
+
+    def _generate(self, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, count: int) -> torch.Tensor:
+        """`count` more tokens [B, count] behind the first `prompt_lengths` [B] ones of each row, whatever they are."""
+        from transformers import DynamicCache
+
+        last_position = input_ids.shape[1] - 1  # what is said behind it is not kept, and a model may know no other
+        width = int(prompt_lengths.max())
+        # [B, P]: the column of each place in the row it is taken from; negative on the left of the text.
+        source = torch.arange(width) - (width - prompt_lengths[:, None])
+        tokens = input_ids.gather(1, source.clamp(min=0))
+        mask = (source >= 0).long()
+        positions = source.clamp(min=0)
+        cache: Any = DynamicCache()
+        added = []
+        for _ in range(count):
+            tokens = self._teacher.read(
+                tokens,
+                positions,
+                _most_probable_last,
+                attention_mask=mask.to(self._teacher.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).cpu()
+            added.append(tokens)
+            positions = (positions[:, -1:] + 1).clamp(max=last_position)
+            mask = F.pad(mask, (0, 1), value=1)
+        return torch.cat(added, dim=1)
+
+
+def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
+    """The token that packing puts at the end of a text (None when there is none), and all that end a generation.
+
+    Those are the tokenizer's and the model's own: chat models have several.
+    """
+    tokenizer = folder.load_tokenizer()
+    text_end = next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
+    of_model = folder.load_config().eos_token_id
+    of_model = of_model if isinstance(of_model, list) else [of_model]
+    return text_end, sorted({token for token in (text_end, *of_model) if token is not None})
+
+
+def _lengths(batch: TokenBatch) -> torch.Tensor:
+    """The real tokens [B] of sequences of one text each: one more than there are targets, and those are the first."""
+    return batch.has_target.sum(dim=1) + 1
+
+
+def _most_probable_last(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+    """The most probable token [B, 1] behind the last of the states [B, T, D]."""
+    return F.linear(hidden[:, -1:], head_weight).argmax(-1)
