@@ -55,7 +55,7 @@ TINY = {
     },
     "corpus": {"source": "files", "sequence_length": 32, "max_sequences": 96, "max_validation_sequences": 38},
     "senses": {"key": "target", "k": 3, "max_states": 20, "batch_size": 8},
-    "annotation": {"kappa": 2, "batch_size": 8},
+    "annotation": {"kappa": 2, "batch_size": 8, "teacher_top_n": 4},
     "student": {"layers": 2, "train_layers": 1},
     "loss": {"min_relations": 3},
     "train": {

@@ -13,12 +13,16 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dskd.annotate import annotate
 from dskd.config_file import load_config
+from dskd.corpus.build import SPLITS
 from dskd.manifest import read_manifest
-from dskd.shards import COLUMNS
+from dskd.model_folder import find_teacher
+from dskd.sequences import build_sequences
+from dskd.shards import COLUMNS, TEACHER_COLUMNS
 
 pytestmark = pytest.mark.slow
-T, KAPPA = 32, 2
+T, KAPPA, TOP_N = 32, 2, 4
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,7 @@ def test_the_shards_are_as_documented(work, tmp_path):
     assert len(samples) == len(sequences) == 96
     boundaries = 0
     for sample, ids in zip(samples, sequences, strict=True):
-        assert set(sample) == set(COLUMNS)
+        assert set(sample) == set(COLUMNS) | set(TEACHER_COLUMNS)
         assert sample["input_ids"].dtype == np.int32
         assert np.array_equal(sample["input_ids"], ids.numpy())
         assert sample["loss_mask"].dtype == np.uint8
@@ -161,6 +165,77 @@ def test_every_row_of_the_annotation_is_what_brute_force_finds(work, tmp_path):
                     assert [of[row] for row in found] == pytest.approx([of[row] for row in expected], rel=1e-5)
                 positions[name] += bool(found)
     assert min(positions.values()) > 10, positions
+
+
+def test_the_stored_distributions_are_those_of_transformers(work, tmp_path):
+    """The top tokens of every held-out position, and the mass of the others, document by document."""
+    teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=torch.float32)
+    end = AutoTokenizer.from_pretrained(work / "teacher").eos_token_id
+    positions = 0
+    for sample in _samples(work / "shards" / "validation", tmp_path / "cache"):
+        token_ids, logprobs, rest = (torch.from_numpy(sample[name].copy()) for name in TEACHER_COLUMNS)
+        assert (token_ids.dtype, logprobs.dtype, rest.dtype) == (torch.int32, torch.float16, torch.float32)
+        assert token_ids.shape == logprobs.shape == (T, TOP_N)
+        assert rest.shape == (T,)
+        with torch.no_grad():
+            logits, _, has_target = run_apart(teacher, torch.tensor(sample["input_ids"]).long().unsqueeze(0), end)
+        has_target[-1] = False
+        expected, order = logits.double().log_softmax(-1)[has_target].sort(dim=-1, descending=True)
+        found = logits.double().log_softmax(-1)[has_target].gather(1, token_ids[has_target].long())
+        torch.testing.assert_close(found, expected[:, :TOP_N], rtol=1e-5, atol=1e-5)  # these tokens, but for near ties
+        assert (token_ids[has_target, 0] == order[:, 0]).float().mean() > 0.9
+        torch.testing.assert_close(logprobs[has_target].double(), expected[:, :TOP_N], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(rest[has_target].double(), expected[:, TOP_N:].logsumexp(-1), rtol=1e-4, atol=1e-5)
+        assert (token_ids[~has_target] == -1).all()
+        assert not logprobs[~has_target].any()
+        assert not rest[~has_target].any()
+        positions += int(has_target.sum())
+    assert positions > 500
+
+
+def test_training_samples_are_texts_that_the_teacher_goes_on_with(work, copy_of_tiny, world, tmp_path, capsys):
+    """The stage itself: what it writes of training texts, and that held-out ones stay as they are."""
+    path = copy_of_tiny(
+        "corpus",
+        "teacher",
+        corpus={**yaml.safe_load((work.parent / "tiny.yaml").read_text())["corpus"], "packing": "none"},
+        senses={"path": str(work / "senses")},
+        annotation={"kappa": KAPPA, "batch_size": 8, "continuation_tokens": 5},
+    )
+    config = load_config(path)
+    source = find_teacher(config)
+    build_sequences(config, source.load_tokenizer(), source.tokenizer_digest)
+    capsys.readouterr()
+    annotate(config, world)
+    manifests = {split: read_manifest(config.path("shards", split), "shards", made_by="") for split in SPLITS}
+    added = manifests["train"].facts["continued_tokens"]
+    assert f"{added:,} tokens" in capsys.readouterr().out
+    assert "continued_tokens" not in manifests["validation"].facts
+    assert not {"seed", "continuation_tokens", "teacher_top_n"} & set(manifests["validation"].config)
+    teacher = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    end = source.load_tokenizer().eos_token_id
+    found, of_continuation = dict.fromkeys(range(1, 6), 0), 0
+    texts = load_file(config.path("sequences", "train.safetensors"))
+    for index, sample in enumerate(_samples(config.path("shards", "train"), tmp_path / "train")):
+        assert set(sample) == set(COLUMNS)
+        before, length = texts["input_ids"][index].long(), int(texts["lengths"][index])
+        after, after_length = torch.tensor(sample["input_ids"]).long(), int(sample["loss_mask"].sum()) + 1
+        if before[length - 1] != end or length == 1:
+            assert after.tolist() == before.tolist()
+            continue
+        count = after_length - (length - 1)
+        prompt = before[: length - 1].unsqueeze(0)
+        expected = teacher.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=end)
+        assert after[:after_length].tolist() == expected[0].tolist()
+        found[count] += 1
+        of_continuation += int((sample["sense_ids"][length - 1 : after_length - 1, 0] >= 0).sum())
+    assert sum(count * number for count, number in found.items()) == added
+    assert min(found.values()) > 5, found
+    assert of_continuation > 20  # sense rows
+    held_out = load_file(config.path("sequences", "validation.safetensors"))
+    for index, sample in enumerate(_samples(config.path("shards", "validation"), tmp_path / "validation")):
+        assert sample["input_ids"].tolist() == held_out["input_ids"][index].tolist()
+        assert int(sample["loss_mask"].sum()) == int(held_out["lengths"][index]) - 1
 
 
 def test_every_artifact_says_what_it_was_made_from(work):

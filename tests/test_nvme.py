@@ -1,0 +1,80 @@
+"""Parameters on a local disk: the same states, a folder for each model, and what is missing is said at once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_model
+
+from dskd import models, nvme
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.model_folder import find_teacher
+from dskd.models import load_frozen
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def _config(tmp_path, **teacher):
+    return Config(workdir=str(tmp_path), teacher={"path": str(tmp_path / "teacher"), **teacher}, precision="fp32")
+
+
+def _why_not():
+    """Why this cannot be tried here: DeepSpeed's operator takes minutes to compile, which no test is to do."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import get_default_build_root
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return "libaio or its headers are missing"
+    if not list(Path(get_default_build_root()).rglob("async_io.so")):
+        return "DeepSpeed has not compiled async_io on this machine yet, which takes minutes"
+    return None
+
+
+def test_a_model_on_a_local_disk_computes_the_same_and_leaves_nothing_there(tmp_path, world):
+    reason = _why_not()
+    if reason:
+        pytest.skip(reason)
+    save_model(tmp_path / "teacher")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "of another run").mkdir()
+    config = _config(tmp_path)
+    plain = load_frozen(find_teacher(config), config, world)
+    expected = plain.hidden_states(IDS)
+    plain.close()
+    config = _config(tmp_path, offload="nvme", nvme_path=str(disk))
+    both = [load_frozen(find_teacher(config), config, world) for _ in range(2)]
+    assert len(list(disk.iterdir())) == 3
+    assert len([file for file in disk.rglob("*.swp") if file.is_file()]) > 2
+    for _ in range(3):
+        for model in both:
+            assert torch.equal(model.hidden_states(IDS), expected)
+    for model in both:
+        model.close()
+    assert [folder.name for folder in disk.iterdir()] == ["of another run"]
+
+
+def test_a_disk_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, world, monkeypatch):
+    save_model(tmp_path / "teacher")
+    monkeypatch.setattr(models, "_build", lambda *arguments: pytest.fail("loaded"))
+    config = _config(tmp_path, offload="nvme", nvme_path=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"teacher.nvme_path: there is no folder .*nowhere"):
+        load_frozen(find_teacher(config), config, world)
+
+
+def test_what_async_io_lacks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvme, "_async_io_problem", lambda: "libaio is missing")
+    with pytest.raises(UserError, match=r"teacher.offload: nvme needs DeepSpeed's async_io, but libaio is missing"):
+        nvme.open_nvme_folder(str(tmp_path))
+
+
+def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvme, "_async_io_problem", lambda: None)
+
+    def refuse(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(nvme, "TemporaryDirectory", refuse)
+    with pytest.raises(UserError, match=r"cannot be written to \(Permission denied\)"):
+        nvme.open_nvme_folder(str(tmp_path))
