@@ -1,5 +1,6 @@
 """What ranks run in tests that start them without a program of `launcher/` (see forked_rank.py)."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -13,11 +14,11 @@ import dskd.manifest
 import dskd.senses.build
 from dskd.config import Config
 from dskd.config_file import load_config
-from dskd.distributed import initialize
+from dskd.distributed import gather_json, initialize
 from dskd.loader import Step
 from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
-from dskd.models import load_frozen
+from dskd.models import load_frozen, sharded_numel
 from dskd.pair import Pair
 from dskd.step import train_step
 from dskd.student_engine import load_student
@@ -89,6 +90,32 @@ def head_gradients(folder: Path, architecture: str, environment: dict[str, str],
         result = train_step(pair, step, config.loss, world, step=1)
         if world.is_main:
             save_file(gradients | {"loss": torch.tensor(result.loss)}, folder / f"{architecture}.safetensors")
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
+
+
+def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
+    """What each rank holds of a frozen model, and what it computes with it; rank 0 writes `held.json`."""
+
+    def run() -> None:
+        world = initialize(60)
+        config = Config(workdir=str(folder), teacher={"path": str(folder / "teacher")}, precision="fp32")
+        teacher = load_frozen(find_teacher(config), config, world)
+        ids = torch.arange(24).view(2, 12) + world.rank
+        hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
+        parameters = list(teacher.engine.module.parameters())
+        mine = {
+            "held": sharded_numel(parameters),
+            "all": sum(p.ds_numel for p in parameters),
+            "gathered": sum(p.numel() for p in parameters if p.ds_numel > 10 * 32),
+            "devices": sorted({str(p.ds_tensor.device) for p in parameters}),
+            "sum": float(hidden.double().sum()),
+            "logits": float(logits.double().abs().sum()),
+        }
+        everyone = gather_json(mine)
+        if world.is_main:
+            (folder / "held.json").write_text(json.dumps(everyone))
         os._exit(0)
 
     run_as_rank(run, environment, log)

@@ -1,10 +1,11 @@
 """Models under ZeRO-3 against transformers' own, and how their parameters are shared out over the ranks."""
 
-import sys
+import json
 
 import pytest
 import torch
-from conftest import REPOSITORY, free_port
+from conftest import finish, fork_ranks
+from rank_jobs import held_by_ranks
 from tiny_models import ARCHITECTURES, save_model
 from transformers import AutoModelForCausalLM
 
@@ -165,51 +166,10 @@ def test_nothing_to_train_is_refused(tmp_path, settings, message):
         _chosen(model, **settings)
 
 
-TWO_RANKS = """
-import json, sys, torch
-from dskd.config import Config
-from dskd.distributed import initialize, gather_json
-from dskd.model_folder import find_teacher
-from dskd.models import load_frozen, sharded_numel
-world = initialize()
-config = Config(workdir=sys.argv[1], teacher={"path": sys.argv[1] + "/teacher"}, precision="fp32")
-teacher = load_frozen(find_teacher(config), config, world)
-ids = torch.arange(24).view(2, 12) + world.rank
-hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
-parameters = list(teacher.engine.module.parameters())
-large = [p for p in parameters if p.ds_numel > 10 * 32]
-mine = {
-    "held": sharded_numel(parameters), "all": sum(p.ds_numel for p in parameters),
-    "gathered": sum(p.numel() for p in large), "devices": sorted({str(p.ds_tensor.device) for p in parameters}),
-    "sum": float(hidden.double().sum()), "logits": float(logits.double().abs().sum()),
-}
-everyone = gather_json(mine)
-if world.is_main:
-    print("RESULT", json.dumps(everyone))
-"""
-
-
 def test_on_two_ranks_each_holds_half_of_the_teacher(tmp_path):
-    import json
-    import os
-    import subprocess
-
     model = save_model(tmp_path / "teacher")
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(tmp_path)],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    output, _ = (process.communicate(timeout=120)[0] for process in processes)
-    ranks = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT "))
+    finish(fork_ranks(held_by_ranks, tmp_path, ranks=2), 120)
+    ranks = json.loads((tmp_path / "held.json").read_text())
     total = sum(parameter.numel() for parameter in model.parameters())  # the output matrix too
     for rank in ranks:
         assert rank["all"] == total
