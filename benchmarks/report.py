@@ -1,0 +1,202 @@
+"""What every benchmark shares: its arguments, timing side by side, peak memory, and its result with the machine it ran on.
+
+Speeds and sizes are only ever compared within one run, and variants take turns in it, so that whatever else the
+machine does hits them alike.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd.manifest import write_json
+from dskd.text_table import table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_RESULT_MARK = "result: "  # of the line on which a child process gives its result
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes: a place for its result."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the result there, as JSON")
+    return parser
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on beside its command."""
+    device = default_device()
+    is_cuda = device.type == "cuda"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if is_cuda else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # of the minute before; 0 on an idle machine
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def publish(
+    given: argparse.Namespace,
+    module: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    results: Mapping[str, Any],
+    at_start: Mapping[str, Any],
+) -> None:
+    """Prints the table, and writes `results` with the command and the machine where `--output` says.
+
+    Args:
+        given: the benchmark's arguments.
+        module: `benchmarks.NAME`.
+        header: of the table.
+        rows: of the table.
+        results: the same as numbers.
+        at_start: :func:`machine` before the measurement: afterwards its load is the benchmark's own.
+    """
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    print(f"\n{command}")
+    print(", ".join(f"{name} {value}" for name, value in at_start.items()))
+    print(table(header, rows), flush=True)
+    if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(given.output, {"command": command, "machine": dict(at_start), "results": dict(results)})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with the quartiles beside it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """The spread of some values; of one alone it is 0 wide."""
+        values = sorted(values)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(median, low, high)
+
+    def text(self, form: str = ".3f", scale: float = 1) -> str:
+        """`median [low, high]`."""
+        return f"{self.median * scale:{form}} [{self.low * scale:{form}}, {self.high * scale:{form}}]"
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+
+def take_turns(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round. In a round every variant runs once; every other round in reverse order."""
+    device = device or default_device()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(warm_up + rounds):
+        names = list(variants)
+        for name in names if number % 2 == 0 else reversed(names):
+            _synchronize(device)
+            started = time.perf_counter()
+            variants[name]()
+            _synchronize(device)
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
+    """The ratio of two variants round by round: what slows a whole round down cancels out."""
+    return Spread.of(one / other for one, other in zip(seconds[of], seconds[to], strict=True))
+
+
+class PeakMemory:
+    """The most memory that is held within a block, beyond what was held when it began: in bytes, under `peak_bytes`.
+
+    On a GPU what torch allocated; on a CPU the resident memory of this process, which a process for each variant keeps
+    apart from that of others.
+    """
+
+    def __init__(self, device: torch.device, *, beyond: int | None = None) -> None:
+        """Counts from `beyond` bytes, or from what is held on entry."""
+        self._device = device
+        self._before = beyond
+        self.peak_bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        _synchronize(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with suppress(OSError):  # where it is not allowed the peak is that of the process's life
+                Path("/proc/self/clear_refs").write_text("5")
+        if self._before is None:
+            self._before = held_bytes(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._before is not None
+        _synchronize(self._device)
+        is_cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if is_cuda else _status_bytes("VmHWM")
+        self.peak_bytes = peak - self._before
+
+
+def held_bytes(device: torch.device) -> int:
+    """What torch has allocated on a GPU, or what this process has in memory."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else _status_bytes("VmRSS")
+
+
+def run_child(module: str, *arguments: object) -> Any:
+    """Runs a module of ours in a process of its own, which gives its result with :func:`give_result`."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    finished = subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in finished.stdout.splitlines() if line.startswith(_RESULT_MARK)]
+    if finished.returncode or not lines:
+        raise SystemExit(f"{shlex.join(command)} ended with exit code {finished.returncode}:\n{finished.stdout}")
+    return json.loads(lines[-1].removeprefix(_RESULT_MARK))
+
+
+def give_result(result: Any) -> None:
+    """Gives the parent of this process a JSON-like result."""
+    print(f"\n{_RESULT_MARK}{json.dumps(result)}", flush=True)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"this system does not say how much memory a process has ({name} in /proc/self/status)")
