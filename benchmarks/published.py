@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.report import Spread, machine, publish, take_turns
+from benchmarks.report import Spread, machine, parse, publish, take_turns
 from benchmarks.workload import (
     OurTraining,
     build_workload_parser,
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_workload_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sequences", type=int, default=4, help="of the published step in a round, beside one of our steps")
-    given = parser.parse_intermixed_args(arguments)
+    given = parse(parser, arguments)
     at_start = machine()
     random.seed(0)
     with work_directory(given) as path:

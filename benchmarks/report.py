@@ -13,6 +13,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from dskd.manifest import write_json
 from dskd.text_table import table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_QUIET = 0.3  # a load that is nobody's work
 _RESULT_MARK = "result: "  # of the line on which a child process gives its result
 
 
@@ -33,7 +35,17 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes: a place for its result."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the result there, as JSON")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: one a core")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line's arguments, or those given, and sets the threads of this process and its children."""
+    given = parser.parse_intermixed_args(arguments)
+    if given.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(given.threads)
+        torch.set_num_threads(given.threads)
+    return given
 
 
 def default_device() -> torch.device:
@@ -78,6 +90,8 @@ def publish(
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     print(f"\n{command}")
     print(", ".join(f"{name} {value}" for name, value in at_start.items()))
+    if at_start["load"] > _QUIET:
+        print("other work ran on this machine: it slows some variants more than others, also their ratios")
     print(table(header, rows), flush=True)
     if given.output is not None:
         given.output.parent.mkdir(parents=True, exist_ok=True)
@@ -134,44 +148,71 @@ def ratios(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
 class PeakMemory:
     """The most memory that is held within a block, beyond what was held when it began: in bytes, under `peak_bytes`.
 
-    On a GPU what torch allocated; on a CPU the resident memory of this process, which a process for each variant keeps
-    apart from that of others.
+    On a GPU what torch allocated. On a CPU the memory of this process that no file stands behind, looked at every two
+    milliseconds: mapped files, shards and libraries do not count, their pages can be dropped at any time.
     """
 
     def __init__(self, device: torch.device, *, beyond: int | None = None) -> None:
         """Counts from `beyond` bytes, or from what is held on entry."""
         self._device = device
         self._before = beyond
+        self._peak = 0
+        self._ended = threading.Event()
         self.peak_bytes = 0
 
     def __enter__(self) -> "PeakMemory":
-        _synchronize(self._device)
+        self._before = held_bytes(self._device) if self._before is None else self._before
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            with suppress(OSError):  # where it is not allowed the peak is that of the process's life
-                Path("/proc/self/clear_refs").write_text("5")
-        if self._before is None:
-            self._before = held_bytes(self._device)
+            self._watch = threading.Thread(target=self._look, daemon=True)
+            self._watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._before is not None
-        _synchronize(self._device)
-        is_cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if is_cuda else _status_bytes("VmHWM")
-        self.peak_bytes = peak - self._before
+        if self._device.type == "cuda":
+            _synchronize(self._device)
+            self._peak = torch.cuda.max_memory_allocated()
+        else:
+            self._ended.set()
+            self._watch.join()
+        self.peak_bytes = self._peak - self._before
+
+    def _look(self) -> None:
+        while True:
+            self._peak = max(self._peak, held_bytes(self._device))
+            if self._ended.wait(0.002):
+                return
 
 
 def held_bytes(device: torch.device) -> int:
-    """What torch has allocated on a GPU, or what this process has in memory."""
-    return torch.cuda.memory_allocated() if device.type == "cuda" else _status_bytes("VmRSS")
+    """What torch has allocated on a GPU, or what this process has in memory that no file stands behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this system does not say how much memory a process has (RssAnon in /proc/self/status)")
 
 
-def run_child(module: str, *arguments: object) -> Any:
+# The allocator keeps what was freed, and a process seems to hold what it no longer uses. With these it gives large
+# blocks back at once, which takes time: for processes whose memory is measured, not their speed.
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
+
+
+def run_child(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
     """Runs a module of ours in a process of its own, which gives its result with :func:`give_result`."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    finished = subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
+    finished = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **(environment or {})},
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     lines = [line for line in finished.stdout.splitlines() if line.startswith(_RESULT_MARK)]
     if finished.returncode or not lines:
         raise SystemExit(f"{shlex.join(command)} ended with exit code {finished.returncode}:\n{finished.stdout}")
@@ -193,10 +234,3 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"this system does not say how much memory a process has ({name} in /proc/self/status)")

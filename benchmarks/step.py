@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.flops import step_flops
-from benchmarks.report import PeakMemory, Spread, default_device, machine, publish, ratios, take_turns
+from benchmarks.report import PeakMemory, Spread, default_device, machine, parse, publish, ratios, take_turns
 from benchmarks.workload import (
     OurTraining,
     build_workload_parser,
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each variant that are measured")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each variant before")
     parser.add_argument("--profile", action="store_true", help="print where the time of two steps goes, and measure nothing")
-    given = parser.parse_intermixed_args(arguments)
+    given = parse(parser, arguments)
     at_start = machine()
     rows: list[list[str]] = []
     results: dict[str, Any] = {}
