@@ -213,9 +213,14 @@ def run_child(module: str, *arguments: object, environment: Mapping[str, str] | 
         stdout=subprocess.PIPE,
         text=True,
     )
-    lines = [line for line in finished.stdout.splitlines() if line.startswith(_RESULT_MARK)]
-    if finished.returncode or not lines:
-        raise SystemExit(f"{shlex.join(command)} ended with exit code {finished.returncode}:\n{finished.stdout}")
+    return read_result(command, finished.returncode, finished.stdout)
+
+
+def read_result(command: Sequence[str], exit_code: int, output: str) -> Any:
+    """The result that a child process gave, or the end of this one with what the child printed."""
+    lines = [line for line in output.splitlines() if line.startswith(_RESULT_MARK)]
+    if exit_code or not lines:
+        raise SystemExit(f"{shlex.join(command)} ended with exit code {exit_code}:\n{output}")
     return json.loads(lines[-1].removeprefix(_RESULT_MARK))
 
 
