@@ -35,9 +35,7 @@ class Shape:
         return 2.0 * self.hidden_size * self.vocab_size
 
 
-def step_flops(
-    shape: Shape, *, shared_trunk: bool, with_teacher: bool = True, causal: bool = True
-) -> dict[str, float]:
+def step_flops(shape: Shape, *, shared_trunk: bool, with_teacher: bool = True, causal: bool = True) -> dict[str, float]:
     """FLOPs of a training step for one token, by part.
 
     With `shared_trunk` the student's frozen layers are not computed: the teacher has done so.

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from benchmarks.report import (
     EXACT_MEMORY,
     PeakMemory,
-    Spread,
     build_parser,
     default_device,
     give_result,
@@ -64,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows, results = [], []
     for positions in given.positions:
         memory = {
-            side: run_child(
-                "benchmarks.loss_memory", *options, "--child", side, positions, environment=EXACT_MEMORY
-            )
+            side: run_child("benchmarks.loss_memory", *options, "--child", side, positions, environment=EXACT_MEMORY)
             for side in _SIDES
         }
         losses = {side: _build(side, positions, given) for side in _SIDES}
@@ -87,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     rows.append(["goal at 8,192", "", "", "<= 0.10", ""])
     header = ("positions", "whole logits, GB", "dskd, GB", "ratio", "ratio of times")
-    publish(given, "benchmarks.loss_memory", header, rows, {"settings": dict(options_of(given)), "sizes": results}, at_start)
+    publish(
+        given, "benchmarks.loss_memory", header, rows, {"settings": dict(options_of(given)), "sizes": results}, at_start
+    )
 
 
 def options_of(given: argparse.Namespace) -> list[tuple[str, Any]]:

@@ -4,8 +4,8 @@
 
 In the published form everything happens inside the step, one sequence at a time: the teacher goes on with the prompt
 greedily, token by token; teacher and student make whole logits; a loop over positions looks the target up in
-dictionaries of senses, synonyms and antonyms and searches the nearest rows for it; plain AdamW. Both sides have the same
-models, tokens and number format, and take turns. What is compared is tokens per second.
+dictionaries of senses, synonyms and antonyms and searches the nearest rows for it; plain AdamW. Both sides have the
+same models, tokens and number format, and take turns. What is compared is tokens per second.
 
 It follows the paper and not a slip of its code: a position is not pushed from its target's own senses. It has no
 gradient accumulation; each sequence is a step.
@@ -179,7 +179,9 @@ def _load(folder: Any, dtype: torch.dtype, device: torch.device) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_workload_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sequences", type=int, default=4, help="of the published step in a round, beside one of our steps")
+    parser.add_argument(
+        "--sequences", type=int, default=4, help="of the published step in a round, beside one of our steps"
+    )
     given = parse(parser, arguments)
     at_start = machine()
     random.seed(0)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its arguments, timing side by side, peak memory, and its result with the machine it ran on.
+"""What every benchmark shares: arguments, timing side by side, peak memory, and a result that names its machine.
 
 Speeds and sizes are only ever compared within one run, and variants take turns in it, so that whatever else the
 machine does hits them alike.

@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=("sense", "trunk", "use"), nargs="+", default=["sense", "trunk", "use"])
     parser.add_argument("--rounds", type=int, default=15, help="steps of each variant that are measured")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each variant before")
-    parser.add_argument("--profile", action="store_true", help="print where the time of two steps goes, and measure nothing")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the time of two steps goes, and measure nothing"
+    )
     given = parse(parser, arguments)
     at_start = machine()
     rows: list[list[str]] = []
@@ -71,9 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish(given, "benchmarks.step", ("", "figure", "goal"), rows, results, at_start)
 
 
-def _pair(
-    variants: dict[str, Config], teacher: Any, world: World, rounds: int, warm_up: int
-) -> dict[str, Any]:
+def _pair(variants: dict[str, Config], teacher: Any, world: World, rounds: int, warm_up: int) -> dict[str, Any]:
     trainings = {name: OurTraining(config, world, teacher=teacher) for name, config in variants.items()}
     one, other = trainings
     seconds = take_turns({name: t.step for name, t in trainings.items()}, rounds=rounds, warm_up=warm_up)

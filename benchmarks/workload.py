@@ -2,7 +2,7 @@
 training is put together inside.
 
 The directory is one that `launcher/train.py` would train from: teacher, student, sense dictionary and annotated shards
-with their manifests, and the config as `config.yaml`. Loading, data loader, engines and step are the ones training uses;
+with their manifests, and the config as `config.yaml`. Loading, data loader, engines and step are those of training;
 tracker and checkpoints are left out.
 """
 
@@ -74,7 +74,7 @@ def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def work_directory(given: argparse.Namespace) -> Iterator[Path]:
-    """The config of a work directory of the preset's size, in a folder that is removed afterwards unless it was given."""
+    """The config of a work directory of the preset's size; it is removed afterwards, unless its folder was given."""
     with TemporaryDirectory(prefix="dskd-benchmark-") as temporary:
         folder = given.folder / given.preset if given.folder is not None else Path(temporary)
         if not (folder / "config.yaml").is_file():
@@ -122,9 +122,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> N
         columns = {"input_ids": tokens, "loss_mask": mask, "document_starts": starts, **annotation}
         samples = ({name: column[i] for name, column in columns.items()} for i in range(len(tokens)))
         shards.write_block(building.folder, samples)
-        building.facts.update(
-            samples=len(tokens), targets=int(mask.sum()), coverage={}, teacher_antonym_distance=2.0
-        )
+        building.facts.update(samples=len(tokens), targets=int(mask.sum()), coverage={}, teacher_antonym_distance=2.0)
     np.save(config.path(_TOKENS_FILE), tokens)
     build_student(config)
     written.rename(folder / "config.yaml")
@@ -167,9 +165,7 @@ class OurTraining:
         batches = next(self._batches)
         self.waited_s += time.perf_counter() - started
         self._step += 1
-        self.last = train_step(
-            self._engine, self.teacher, batches, self.config.loss, self._world, step=self._step
-        )
+        self.last = train_step(self._engine, self.teacher, batches, self.config.loss, self._world, step=self._step)
 
     def close(self, *, keep_teacher: bool = False) -> None:
         """Ends the loader and gives memory back."""
