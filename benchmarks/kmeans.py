@@ -2,11 +2,12 @@
 
 The clouds are the states that `launcher/build_senses.py … senses.keep_states=true` sampled, one of each token:
 
-    python benchmarks/kmeans.py --states work/quickstart/.states.partial --k 5 10
+    python -m benchmarks.kmeans --states work/quickstart/.states.partial --k 5 10
 """
 
-import argparse
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +15,30 @@ import torch
 from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
+from benchmarks.report import build_parser, machine, parse, publish
 from dskd.config import SensesConfig
 from dskd.senses.cluster import cluster
 from dskd.senses.gather import read_progress
 from dskd.senses.reservoir import SampledStates, TokenStates
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_parser(__doc__)
     parser.add_argument("--states", type=Path, required=True, help="WORKDIR/.states.partial")
     parser.add_argument("--k", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--restarts", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, default=400, help="clouds at most, drawn at random")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.set_defaults(threads=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = parse(parser, arguments)
     runs = [given.states / run for run in read_progress(given.states).runs]
     if not runs:
         parser.error(f"{given.states}: there are no sampled states here")
     (states,) = SampledStates(runs, 2**31).ranges(2**60)
     device = torch.device(given.device)
-    print(f"{given.device}, {given.threads} threads, torch {torch.__version__}; D = {states.states.shape[1]}")
-    print("inertia: ours / scikit-learn's, median [10 %, 90 %] over clouds; speed: scikit-learn's seconds / ours")
+    at_start = machine()
+    rows, results = [], []
     for k in given.k:
         clouds = _choose(states, k, given.tokens, given.seed)
         points = [part.float() for part in clouds.states.split(clouds.offsets.diff().tolist())]
@@ -55,11 +56,21 @@ def main() -> None:
             ours = np.array([_inertia(*pair) for pair in zip(points, centers, strict=True)])
             real = theirs > 0  # a cloud with no more different points than clusters says nothing
             low, median, high = np.quantile(ours[real] / theirs[real], [0.1, 0.5, 0.9])
-            print(
-                f"k = {k}, {restarts} restarts, {len(arrays)} clouds of {len(clouds.states)} points: "
-                f"inertia {median:.4f} [{low:.4f}, {high:.4f}], "
-                f"speed {their_seconds / our_seconds:.1f} ({their_seconds:.2f} s / {our_seconds:.2f} s)"
+            result = {"k": k, "restarts": restarts, "clouds": len(arrays), "points": len(clouds.states)}
+            result |= {"inertia": median, "low": low, "high": high, "speed": their_seconds / our_seconds}
+            results.append(result)
+            rows.append(
+                [
+                    str(k),
+                    str(restarts),
+                    f"{len(arrays)}",
+                    f"{median:.4f} [{low:.3f}, {high:.3f}]",
+                    f"{result['speed']:.1f}",
+                ]
             )
+    header = ("k", "restarts", "clouds", "median inertia [10 %, 90 %]", "times as fast")
+    settings_of_all = {"hidden_size": states.states.shape[1], "results": results}
+    publish(given, "benchmarks.kmeans", header, rows, settings_of_all, at_start)
 
 
 def _choose(states: TokenStates, k: int, number: int, seed: int) -> TokenStates:
@@ -77,4 +88,4 @@ def _inertia(points: torch.Tensor, centers: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """Speed and memory of reading Wiktionary: a synthetic Wiktextract file, read by the real reader.
 
-    python benchmarks/lexicon_memory.py --gigabytes 0.5 1 --relations 100000
-    python benchmarks/lexicon_memory.py --gigabytes 0.5 --relations 400000
+    python -m benchmarks.lexicon_memory --gigabytes 0.5 1 --relations 100000
+    python -m benchmarks.lexicon_memory --gigabytes 0.5 --relations 400000
 
 Entries have the shape and size of kaikki.org's file of all languages: one in eight is English, and most of a line is
 sounds, forms and translations that the reader does not want. Every file is read twice, in processes of their own: by
@@ -15,14 +15,14 @@ import itertools
 import json
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.report import build_parser, give_result, machine, parse, publish, run_child
+
 RELATIONS_AN_ENTRY = 16  # more than real entries have, so that small files have many
 ENGLISH_SHARE = 8  # one entry in so many
 
@@ -100,31 +100,37 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_parser(__doc__)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0], help="sizes of the files, unpacked")
     parser.add_argument("--relations", type=int, default=200_000, help="distinct pairs of words in each, about")
     parser.add_argument("--read", nargs=2, metavar=("FILE", "HOW"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parse(parser, arguments)
     if given.read:
-        print(json.dumps(read(Path(given.read[0]), given.read[1])))
+        give_result(read(Path(given.read[0]), given.read[1]))
         return
-    print(f"{'unpacked':>10} {'reader':>8} {'MB/s':>7} {'relations':>10} {'MB at start':>12} {'MB at peak':>11}")
+    at_start = machine()
+    rows, results = [], []
     with tempfile.TemporaryDirectory() as folder:
         for gigabytes in given.gigabytes:
             path = Path(folder) / "wiktionary.jsonl.gz"
             write(path, int(gigabytes * 1e9), given.relations)
             for how in ("control", "dskd"):
-                command = [sys.executable, str(Path(__file__).resolve()), "--read", str(path), how]
-                finished = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True)
-                found = json.loads(finished.stdout)
-                speed = gigabytes * 1e3 / found["seconds"]
-                print(
-                    f"{gigabytes:>7.2f} GB {how:>8} {speed:>7.0f} {found['relations']:>10,} "
-                    f"{found['before_mb']:>12.0f} {found['peak_mb']:>11.0f}",
-                    flush=True,
+                found = run_child("benchmarks.lexicon_memory", "--read", path, how)
+                results.append({"gigabytes": gigabytes, "reader": how, **found})
+                rows.append(
+                    [
+                        f"{gigabytes:.2f} GB",
+                        how,
+                        f"{gigabytes * 1e3 / found['seconds']:.0f}",
+                        f"{found['relations']:,}",
+                        f"{found['before_mb']:.0f}",
+                        f"{found['peak_mb']:.0f}",
+                    ]
                 )
+    header = ("unpacked", "reader", "MB/s", "relations", "MB at start", "MB at peak")
+    publish(given, "benchmarks.lexicon_memory", header, rows, {"files": results}, at_start)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -55,6 +55,7 @@ def load_pair(
     *,
     margin: float,
     accumulation_steps: int,
+    teacher: FrozenModel | None = None,
 ) -> Pair:
     """Loads what a run needs, and decides whether there is a shared trunk.
 
@@ -65,12 +66,14 @@ def load_pair(
         student_folder: the cut student.
         margin: of the sense loss, in units of |h - s|² / D.
         accumulation_steps: micro-batches a rank runs for an optimizer step.
+        teacher: one that is loaded already, to be read by several pairs.
 
     Raises:
         UserError: when a model does not do, or `student.shared_trunk` is `on` where the trunk would not be exact.
     """
     depth, kept = main_first(lambda: _depth(config, teacher_folder, student_folder))
-    teacher = load_frozen(teacher_folder, config, world, with_head=False) if config.needs_teacher else None
+    if teacher is None and config.needs_teacher:
+        teacher = load_frozen(teacher_folder, config, world, with_head=False)
 
     def load(trunk_depth: int) -> Any:
         return load_student(

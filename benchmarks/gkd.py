@@ -1,0 +1,201 @@
+"""Our training step against TRL's GKD trainer, off-policy: tokens per second and peak memory.
+
+    pip install -e ".[benchmarks]"
+    python -m benchmarks.gkd
+
+Both have the same models, tokens, batches, accumulation, trained layers, AdamW and number format. Each runs in
+processes of its own, in turn. GKD is set to what is nearest to ours: lmbda=0 (no generation), beta=0 (KL of teacher to
+student). Its loss has no cross-entropy, and its temperature is one of sampling only, so ours does more: CE with KL at
+temperature 2, without and with the sense loss. Recomputed activations, which TRL has by default, are off on both sides.
+With bf16 models TRL runs under autocast by default; `--plain-bf16` has it compute, and take softmax, in bf16.
+
+Memory is the peak over the measured steps, beyond what the process held before it loaded its models; it has processes
+of its own, in which freed memory counts as free at once (that takes time).
+"""
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import (
+    EXACT_MEMORY,
+    PeakMemory,
+    Spread,
+    default_device,
+    give_result,
+    held_bytes,
+    machine,
+    parse,
+    publish,
+    run_child,
+)
+from benchmarks.workload import OurTraining, build_workload_parser, read_config, read_tokens, work_directory
+from dskd.config import Config
+from dskd.distributed import initialize
+from dskd.model_folder import find_teacher
+from dskd.precision import compute_dtype
+from dskd.student import find_student
+from dskd.student_engine import choose_trained
+
+_OURS = {"dskd: CE + KL": "loss.sense_weight=0", "dskd: CE + KL + sense": "loss.sense_weight=1"}
+_TRL = "TRL's GKD"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_workload_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=6, help="measured, in each process")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--plain-bf16", action="store_true", help="TRL without autocast")
+    parser.add_argument("--child", nargs=2, metavar=("WHICH", "CONFIG"), help=argparse.SUPPRESS)
+    given = parse(parser, arguments)
+    if given.child is not None:
+        which, path = given.child
+        config = read_config(Path(path), given.overrides, *([_OURS[which]] if which in _OURS else []))
+        give_result(_run_ours(config, given) if which in _OURS else _run_gkd(config, given))
+        return
+    if importlib.util.find_spec("trl") is None:
+        parser.error('TRL is not installed; install it with pip install -e ".[benchmarks]"')
+    at_start = machine()
+    options = ["--steps", given.steps, "--warm-up", given.warm_up, *["--plain-bf16"] * given.plain_bf16]
+    rates: dict[str, list[float]] = {name: [] for name in (*_OURS, _TRL)}
+    memory: dict[str, dict[str, float]] = {}
+    with work_directory(given) as path:
+        for number in range(given.rounds + 1):
+            for name, values in rates.items():
+                child = "benchmarks.gkd", *options, "--child", name, path, *given.overrides
+                if number < given.rounds:
+                    values.append(run_child(*child)["tokens_per_s"])
+                else:
+                    memory[name] = run_child(*child, environment=EXACT_MEMORY)
+    results: dict[str, Any] = {
+        name: {
+            "tokens_per_s": Spread.of(values).as_dict(),
+            "peak_bytes": memory[name]["peak_bytes"],
+            "step_bytes": memory[name]["step_bytes"],
+        }
+        for name, values in rates.items()
+    }
+    control = results[_TRL]
+    rows = [
+        [
+            name,
+            Spread(**result["tokens_per_s"]).text(",.0f"),
+            f"{result['tokens_per_s']['median'] / control['tokens_per_s']['median']:.2f}",
+            f"{result['peak_bytes'] / 2**30:.2f}",
+            f"{result['peak_bytes'] / control['peak_bytes']:.2f}",
+            f"{result['step_bytes'] / 2**30:.2f}",
+        ]
+        for name, result in results.items()
+    ]
+    rows.append(["goal", "", ">= 1.5", "", "<= 0.5", ""])
+    header = ("", "tokens/s", "ratio", "peak memory, GB", "ratio", "of it within a step")
+    publish(given, "benchmarks.gkd", header, rows, results, at_start)
+
+
+def _run_ours(config: Config, given: argparse.Namespace) -> dict[str, float]:
+    world = initialize()
+    start = held_bytes(world.device)
+    training = OurTraining(config, world)
+    meter = _Meter(given, world.device, start, training.tokens_per_step)
+    for _ in range(given.warm_up + given.steps):
+        training.step()
+        meter.count()
+    training.close()
+    return meter.result
+
+
+def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    device, train = default_device(), config.train
+    dtype = compute_dtype(config.precision, device)
+    meter = _Meter(given, device, held_bytes(device), train.global_batch_size * config.corpus.sequence_length)
+    teacher, student = find_teacher(config), find_student(config)
+    models = [AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype) for folder in (teacher, student)]
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        parameter.data = parameter.data.clone()  # on a CPU they are maps of their files, and would not count
+    choose_trained(models[1], config.student)
+    tokens = read_tokens(config)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            meter.count()
+
+    def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids = torch.tensor([sample["input_ids"] for sample in samples])
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GKDConfig(
+            output_dir=folder,
+            lmbda=0.0,
+            beta=0.0,
+            per_device_train_batch_size=train.micro_batch_size,
+            gradient_accumulation_steps=train.global_batch_size // train.micro_batch_size,
+            max_steps=given.warm_up + given.steps,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.gradient_clipping,
+            lr_scheduler_type="cosine",
+            warmup_steps=1,
+            optim="adamw_torch",
+            bf16=dtype == torch.bfloat16 and not given.plain_bf16,
+            gradient_checkpointing=False,
+            dataloader_num_workers=train.num_workers,
+            use_cpu=device.type == "cpu",
+            disable_tqdm=True,
+            logging_steps=1000,
+            save_strategy="no",
+            report_to=[],
+        )
+        trainer = GKDTrainer(
+            model=models[1],
+            teacher_model=models[0],
+            args=settings,
+            data_collator=collate,
+            train_dataset=Dataset.from_dict({"input_ids": tokens}),
+            processing_class=teacher.load_tokenizer(),
+            callbacks=[Watch()],
+        )
+        trainer.train()
+    return meter.result
+
+
+class _Meter:
+    """Told of the end of each step: the rate of all measured steps, and their peak memory."""
+
+    def __init__(self, given: argparse.Namespace, device: torch.device, start: int, tokens_per_step: int) -> None:
+        self._first, self._last = given.warm_up, given.warm_up + given.steps
+        self._device, self._start = device, start
+        self._tokens = given.steps * tokens_per_step
+        self._done = 0
+        self.result: dict[str, float] = {}
+
+    def count(self) -> None:
+        self._done += 1
+        if self._done == self._first:
+            self._memory = PeakMemory(self._device, beyond=self._start)
+            self._memory.__enter__()
+            self._between_steps = held_bytes(self._device)
+            self._started = time.perf_counter()
+        elif self._done == self._last:
+            self._memory.__exit__()
+            self.result = {
+                "tokens_per_s": self._tokens / (time.perf_counter() - self._started),
+                "peak_bytes": self._memory.peak_bytes,
+                "step_bytes": self._memory.peak_bytes + self._start - self._between_steps,
+            }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,151 @@
+"""Peak memory and time of CE with KL, forward and backward, against the same loss on whole logits.
+
+    python -m benchmarks.loss_memory                                              # V = 128 256, D = 256 on a CPU
+    python -m benchmarks.loss_memory --positions 8192 --hidden-size 4096          # on a GPU, and its default there
+    python -m benchmarks.loss_memory --dtype float32 --train-head
+
+The control is `F.linear`, `F.cross_entropy` and `F.kl_div` with autograd. Its memory grows with the positions times V,
+so on a CPU it is measured with fewer of them; ours hardly grows, and its share falls as they get more. Each side has a
+process of its own for its memory (beyond states and output matrices, with the gradients). For their time both are in
+one process and take turns.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.report import (
+    EXACT_MEMORY,
+    PeakMemory,
+    build_parser,
+    default_device,
+    give_result,
+    machine,
+    parse,
+    publish,
+    ratios,
+    run_child,
+    take_turns,
+)
+from benchmarks.workload import build_loss
+from dskd.config import LossConfig
+
+_SIDES = ("whole logits", "dskd")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    is_cuda = default_device().type == "cuda"
+    parser = build_parser(__doc__)
+    parser.add_argument("--vocab-size", type=int, default=128_256)
+    parser.add_argument("--hidden-size", type=int, default=4096 if is_cuda else 256)
+    parser.add_argument("--positions", type=int, nargs="+", default=[2048, 8192] if is_cuda else [256, 512, 1024])
+    parser.add_argument("--chunk-size", type=int, help="train.loss_chunk_size; default: what training takes")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--train-head", action="store_true", help="with a gradient of the output matrix")
+    parser.add_argument("--rounds", type=int, default=3, help="for the time")
+    parser.add_argument("--child", nargs=2, metavar=("SIDE", "POSITIONS"), help=argparse.SUPPRESS)
+    given = parse(parser, arguments)
+    if given.child is not None:
+        side, positions = given.child
+        give_result(_measure_memory(side, int(positions), given))
+        return
+    at_start = machine()
+    names = ("vocab_size", "hidden_size", "chunk_size", "dtype")
+    options = [
+        part for name in names if getattr(given, name) for part in (f"--{name.replace('_', '-')}", getattr(given, name))
+    ]
+    options += ["--train-head"] * given.train_head
+    rows, results = [], []
+    for positions in given.positions:
+        memory = {
+            side: run_child("benchmarks.loss_memory", *options, "--child", side, positions, environment=EXACT_MEMORY)
+            for side in _SIDES
+        }
+        losses = {side: _build(side, positions, given) for side in _SIDES}
+        time_ratio = ratios(take_turns(losses, rounds=given.rounds), "dskd", "whole logits")
+        losses.clear()
+        whole, ours = (memory[side] for side in _SIDES)
+        results.append(
+            {"positions": positions, "bytes": memory, "ratio": ours / whole, "time_ratio": time_ratio.as_dict()}
+        )
+        rows.append(
+            [
+                f"{positions:,}",
+                f"{whole / 2**30:.2f}",
+                f"{ours / 2**30:.3f}",
+                f"{ours / whole:.3f}",
+                time_ratio.text(),
+            ]
+        )
+    rows.append(["goal at 8,192", "", "", "<= 0.10", ""])
+    header = ("positions", "whole logits, GB", "dskd, GB", "ratio", "ratio of times")
+    publish(
+        given, "benchmarks.loss_memory", header, rows, {"settings": dict(options_of(given)), "sizes": results}, at_start
+    )
+
+
+def options_of(given: argparse.Namespace) -> list[tuple[str, Any]]:
+    return [(name, getattr(given, name)) for name in ("vocab_size", "hidden_size", "chunk_size", "dtype", "train_head")]
+
+
+def _measure_memory(side: str, positions: int, given: argparse.Namespace) -> int:
+    _build(side, 8, given)()  # what is made at first use is no part of it
+    run = _build(side, positions, given)
+    with PeakMemory(default_device()) as memory:
+        run()
+    return memory.peak_bytes
+
+
+def _build(side: str, positions: int, given: argparse.Namespace) -> Callable[[], None]:
+    """Forward and backward of one side, as a function to be called."""
+    device, dtype = default_device(), getattr(torch, given.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    hidden, teacher_hidden = draw(positions, given.hidden_size).requires_grad_(), draw(positions, given.hidden_size)
+    scale = given.hidden_size**-0.5
+    weight = nn.Parameter(draw(given.vocab_size, given.hidden_size) * scale, requires_grad=given.train_head)
+    teacher_weight = draw(given.vocab_size, given.hidden_size) * scale
+    labels = torch.randint(0, given.vocab_size, (positions,), generator=generator, device=device)
+    loss = LossConfig(sense_weight=0)  # type: ignore[call-arg]
+    options = {"chunk_size": given.chunk_size} if given.chunk_size else {}
+    ours = build_loss(weight, teacher_weight, loss, device, **options)
+
+    def run() -> None:
+        hidden.grad = weight.grad = None
+        if side == "dskd":
+            total, _ = ours(hidden, teacher_hidden, labels)
+        else:
+            total = _whole(hidden, weight, teacher_hidden, teacher_weight, labels, loss)
+        total.backward()
+
+    return run
+
+
+def _whole(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    labels: torch.Tensor,
+    loss: LossConfig,
+) -> torch.Tensor:
+    """The control: mean CE and KL as one writes them first, in float32 behind the matrix products."""
+    logits = F.linear(hidden, weight).float()
+    with torch.no_grad():
+        teacher = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float() / loss.temperature, dim=-1)
+    ce = F.cross_entropy(logits, labels)
+    student = F.log_softmax(logits / loss.temperature, dim=-1)
+    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,212 @@
+"""Our training step against a plain implementation of the algorithm as it was published (method, sections 3 and 4).
+
+    python -m benchmarks.published
+
+In the published form everything happens inside the step, one sequence at a time: the teacher goes on with the prompt
+greedily, token by token; teacher and student make whole logits; a loop over positions looks the target up in
+dictionaries of senses, synonyms and antonyms and searches the nearest rows for it; plain AdamW. Both sides have the
+same models, tokens and number format, and take turns. What is compared is tokens per second.
+
+It follows the paper and not a slip of its code: a position is not pushed from its target's own senses. It has no
+gradient accumulation; each sequence is a step.
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.report import Spread, machine, parse, publish, take_turns
+from benchmarks.workload import (
+    OurTraining,
+    build_workload_parser,
+    read_config,
+    read_tokens,
+    work_directory,
+)
+from dskd.config import Config, LossConfig
+from dskd.distributed import initialize, shutdown
+from dskd.model_folder import find_teacher
+from dskd.precision import compute_dtype
+from dskd.senses.dictionary import SenseDictionary, load_dictionary
+from dskd.student import find_student
+from dskd.student_engine import choose_trained
+
+_NEIGHBOURS = 25  # synonyms, or antonyms, that are looked at
+_NEW_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Python dictionaries by token, as the published code has them."""
+
+    senses: dict[int, torch.Tensor]  # [k, D] each
+    synonyms: dict[int, list[int]]
+    antonyms: dict[int, list[int]]
+
+    @classmethod
+    def of(cls, dictionary: SenseDictionary, tokens: set[int], device: torch.device) -> "Lexicon":
+        """What `tokens` and their neighbours have, on the device."""
+        entries = dictionary.entries
+
+        def neighbours(offsets: torch.Tensor, of: torch.Tensor) -> dict[int, list[int]]:
+            found = {token: of[int(offsets[token]) : int(offsets[token + 1])].tolist() for token in tokens}
+            return {token: listed for token, listed in found.items() if listed}
+
+        synonyms = neighbours(entries.synonym_offsets, entries.synonym_entries)
+        antonyms = neighbours(entries.antonym_offsets, entries.antonym_entries)
+        wanted = tokens.union(*synonyms.values(), *antonyms.values())
+        vectors, offsets = dictionary.vectors(), dictionary.entry_offsets
+        senses = {entry: vectors[int(offsets[entry]) : int(offsets[entry + 1])].to(device) for entry in wanted}
+        return cls({entry: rows for entry, rows in senses.items() if len(rows)}, synonyms, antonyms)
+
+
+def choose_positions(targets: list[int], lexicon: Lexicon, loss: LossConfig) -> tuple[list[int], list[int]]:
+    """Positions for the relation term, and as many for the own term."""
+    related = [i for i, y in enumerate(targets) if y in lexicon.synonyms or y in lexicon.antonyms]
+    with_senses = [i for i, y in enumerate(targets) if y in lexicon.senses]
+    count = min(len(related), max(round(loss.relation_share * len(related)), loss.min_relations))
+    return random.sample(related, count), random.sample(with_senses, min(count, len(with_senses)))
+
+
+def sense_loss(
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    targets: list[int],
+    relation: list[int],
+    own: list[int],
+    lexicon: Lexicon,
+    loss: LossConfig,
+    kappa: int,
+) -> torch.Tensor:
+    """L_sense of one sequence, position by position; `hidden` and `teacher_hidden` are [L, D]."""
+
+    def nearest(entries: Sequence[int], i: int) -> torch.Tensor:
+        rows = torch.cat([lexicon.senses[entry] for entry in entries if entry in lexicon.senses]).float()
+        distances = (rows - teacher_hidden[i].float()).norm(dim=-1)
+        return rows[distances.topk(min(kappa, len(rows)), largest=False).indices]
+
+    def distance(i: int, rows: torch.Tensor) -> torch.Tensor:
+        return (hidden[i].float() - rows).square().mean(dim=-1)
+
+    terms = []
+    for i in relation:
+        y = targets[i]
+        synonyms, antonyms = lexicon.synonyms.get(y, []), lexicon.antonyms.get(y, [])
+        synonyms = random.sample(synonyms, min(_NEIGHBOURS, len(synonyms)))
+        antonyms = random.sample(antonyms, min(_NEIGHBOURS, len(antonyms)))
+        term = distance(i, nearest([y, *synonyms], i)).mean()
+        if antonyms:
+            hinge = (loss.margin - distance(i, nearest(antonyms, i))).clamp(min=0)
+            term = term + loss.antonym_weight * hinge.mean()
+        terms.append(term)
+    terms += [distance(i, nearest([targets[i]], i)).mean() for i in own]
+    return torch.stack(terms).mean() if terms else hidden.new_zeros(())
+
+
+def logit_losses(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean CE and mean KL(teacher || student) of whole logits [L, V]."""
+    ce = F.cross_entropy(logits.float(), targets)
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    teacher = F.softmax(teacher_logits.float() / temperature, dim=-1)
+    return ce, F.kl_div(student, teacher, reduction="batchmean")
+
+
+class PublishedTraining:
+    """The published step; models are transformers' own."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config, self._device = config, device
+        dtype = compute_dtype(config.precision, device)
+        self._teacher = _load(find_teacher(config).path, dtype, device).eval().requires_grad_(False)
+        self._student = _load(find_student(config).path, dtype, device).train()
+        trained = choose_trained(self._student, config.student)
+        self._optimizer = torch.optim.AdamW(
+            trained, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+        )
+        self._sequences = torch.from_numpy(read_tokens(config)).long()
+        # Everything a target can be in this benchmark; a continuation may bring others, which then have no senses.
+        tokens = set(self._sequences[:64].unique().tolist())
+        self._lexicon = Lexicon.of(load_dictionary(config)[0], tokens, device)
+        self._step = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a sequence; the few that the random cut leaves out again count as trained."""
+        return self._config.corpus.sequence_length
+
+    def step(self) -> None:
+        """One sequence: continuation, both models, the three losses, AdamW."""
+        prompt = self._sequences[self._step % 64, :-_NEW_TOKENS].to(self._device)[None]
+        self._step += 1
+        ids = self._teacher.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=_NEW_TOKENS,
+            min_new_tokens=_NEW_TOKENS,
+            pad_token_id=0,
+        )
+        ids = ids[:, : prompt.shape[1] + random.randint(1, _NEW_TOKENS)]
+        with torch.no_grad():
+            teacher = self._teacher(ids, output_hidden_states=True, use_cache=False)
+        student = self._student(ids, output_hidden_states=True, use_cache=False)
+        loss, targets = self._config.loss, ids[0, 1:]
+        ce, kl = logit_losses(student.logits[0, :-1], teacher.logits[0, :-1], targets, loss.temperature)
+        listed = targets.tolist()
+        relation, own = choose_positions(listed, self._lexicon, loss)
+        hidden, teacher_hidden = student.hidden_states[-1][0], teacher.hidden_states[-1][0]
+        kappa = self._config.annotation.kappa
+        sense = sense_loss(hidden, teacher_hidden, listed, relation, own, self._lexicon, loss, kappa)
+        total = loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl + loss.sense_weight * sense
+        total.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def _load(folder: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_workload_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--sequences", type=int, default=4, help="of the published step in a round, beside one of our steps"
+    )
+    given = parse(parser, arguments)
+    at_start = machine()
+    random.seed(0)
+    with work_directory(given) as path:
+        world = initialize()
+        config = read_config(path, given.overrides)
+        ours, published = OurTraining(config, world), PublishedTraining(config, world.device)
+
+        def several() -> None:
+            for _ in range(given.sequences):
+                published.step()
+
+        seconds = take_turns({"dskd": ours.step, "published": several}, rounds=given.rounds)
+        ours.close()
+        shutdown()
+    rates = {
+        "dskd": [ours.tokens_per_step / s for s in seconds["dskd"]],
+        "published": [given.sequences * published.tokens_per_step / s for s in seconds["published"]],
+    }
+    ratio = Spread.of(one / other for one, other in zip(rates["dskd"], rates["published"], strict=True))
+    rows = [[name, Spread.of(values).text(",.0f"), ""] for name, values in rates.items()]
+    rows.append(["times as fast", ratio.text(".1f"), ">= 20 on a GPU, >= 5 on a CPU"])
+    results = {name: Spread.of(values).as_dict() for name, values in rates.items()} | {"ratio": ratio.as_dict()}
+    publish(given, "benchmarks.published", ("tokens/s", "figure", "goal"), rows, results, at_start)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,241 @@
+"""What every benchmark shares: arguments, timing side by side, peak memory, and a result that names its machine.
+
+Speeds and sizes are only ever compared within one run, and variants take turns in it, so that whatever else the
+machine does hits them alike.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd.manifest import write_json
+from dskd.text_table import table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_QUIET = 0.3  # a load that is nobody's work
+_RESULT_MARK = "result: "  # of the line on which a child process gives its result
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes: a place for its result."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the result there, as JSON")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: one a core")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line's arguments, or those given, and sets the threads of this process and its children."""
+    given = parser.parse_intermixed_args(arguments)
+    if given.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(given.threads)
+        torch.set_num_threads(given.threads)
+    return given
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on beside its command."""
+    device = default_device()
+    is_cuda = device.type == "cuda"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if is_cuda else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # of the minute before; 0 on an idle machine
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def publish(
+    given: argparse.Namespace,
+    module: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    results: Mapping[str, Any],
+    at_start: Mapping[str, Any],
+) -> None:
+    """Prints the table, and writes `results` with the command and the machine where `--output` says.
+
+    Args:
+        given: the benchmark's arguments.
+        module: `benchmarks.NAME`.
+        header: of the table.
+        rows: of the table.
+        results: the same as numbers.
+        at_start: :func:`machine` before the measurement: afterwards its load is the benchmark's own.
+    """
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    print(f"\n{command}")
+    print(", ".join(f"{name} {value}" for name, value in at_start.items()))
+    if at_start["load"] > _QUIET:
+        print("other work ran on this machine: it slows some variants more than others, also their ratios")
+    print(table(header, rows), flush=True)
+    if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(given.output, {"command": command, "machine": dict(at_start), "results": dict(results)})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with the quartiles beside it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """The spread of some values; of one alone it is 0 wide."""
+        values = sorted(values)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(median, low, high)
+
+    def text(self, form: str = ".3f", scale: float = 1) -> str:
+        """`median [low, high]`."""
+        return f"{self.median * scale:{form}} [{self.low * scale:{form}}, {self.high * scale:{form}}]"
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+
+def take_turns(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round. In a round every variant runs once; every other round in reverse order."""
+    device = device or default_device()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(warm_up + rounds):
+        names = list(variants)
+        for name in names if number % 2 == 0 else reversed(names):
+            _synchronize(device)
+            started = time.perf_counter()
+            variants[name]()
+            _synchronize(device)
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
+    """The ratio of two variants round by round: what slows a whole round down cancels out."""
+    return Spread.of(one / other for one, other in zip(seconds[of], seconds[to], strict=True))
+
+
+class PeakMemory:
+    """The most memory that is held within a block, beyond what was held when it began: in bytes, under `peak_bytes`.
+
+    On a GPU what torch allocated. On a CPU the memory of this process that no file stands behind, looked at every two
+    milliseconds: mapped files, shards and libraries do not count, their pages can be dropped at any time.
+    """
+
+    def __init__(self, device: torch.device, *, beyond: int | None = None) -> None:
+        """Counts from `beyond` bytes, or from what is held on entry."""
+        self._device = device
+        self._before = beyond
+        self._peak = 0
+        self._ended = threading.Event()
+        self.peak_bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = held_bytes(self._device) if self._before is None else self._before
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._watch = threading.Thread(target=self._look, daemon=True)
+            self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._before is not None
+        if self._device.type == "cuda":
+            _synchronize(self._device)
+            self._peak = torch.cuda.max_memory_allocated()
+        else:
+            self._ended.set()
+            self._watch.join()
+        self.peak_bytes = self._peak - self._before
+
+    def _look(self) -> None:
+        while True:
+            self._peak = max(self._peak, held_bytes(self._device))
+            if self._ended.wait(0.002):
+                return
+
+
+def held_bytes(device: torch.device) -> int:
+    """What torch has allocated on a GPU, or what this process has in memory that no file stands behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this system does not say how much memory a process has (RssAnon in /proc/self/status)")
+
+
+# The allocator keeps what was freed, and a process seems to hold what it no longer uses. With these it gives large
+# blocks back at once, which takes time: for processes whose memory is measured, not their speed.
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
+
+
+def run_child(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
+    """Runs a module of ours in a process of its own, which gives its result with :func:`give_result`."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
+    finished = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **(environment or {})},
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return read_result(command, finished.returncode, finished.stdout)
+
+
+def read_result(command: Sequence[str], exit_code: int, output: str) -> Any:
+    """The result that a child process gave, or the end of this one with what the child printed."""
+    lines = [line for line in output.splitlines() if line.startswith(_RESULT_MARK)]
+    if exit_code or not lines:
+        raise SystemExit(f"{shlex.join(command)} ended with exit code {exit_code}:\n{output}")
+    return json.loads(lines[-1].removeprefix(_RESULT_MARK))
+
+
+def give_result(result: Any) -> None:
+    """Gives the parent of this process a JSON-like result."""
+    print(f"\n{_RESULT_MARK}{json.dumps(result)}", flush=True)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()

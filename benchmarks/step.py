@@ -1,0 +1,175 @@
+"""The training step: what the sense loss costs, what the shared trunk saves, how well the hardware is used.
+
+    python -m benchmarks.step                    # toy size on a CPU, Llama-3-8B's shape on a GPU
+    python -m benchmarks.step --profile          # where the time goes
+    python -m benchmarks.step --only use train.micro_batch_size=2
+
+Three measurements, each with its control in the same process, step by step in turn:
+
+    sense  the step with the sense loss against the same step without it (loss.sense_weight=0)
+    trunk  student.shared_trunk on against off, beside the ratio that the FLOPs of both predict
+    use    tokens per second, FLOPs utilisation (the model's FLOPs, see benchmarks/flops.py, against a matrix product
+           of the same type measured before and after) and the share of a step spent waiting for data; by itself, so
+           that the loader gets no time that training would not give it
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.flops import step_flops
+from benchmarks.report import PeakMemory, Spread, default_device, machine, parse, publish, ratios, take_turns
+from benchmarks.workload import (
+    OurTraining,
+    build_workload_parser,
+    load_teacher,
+    read_config,
+    shape_of,
+    work_directory,
+)
+from dskd.config import Config
+from dskd.distributed import World, initialize, shutdown
+from dskd.precision import compute_dtype
+
+_MATRIX = {"cpu": 2048, "cuda": 8192}
+_PAIRS = {
+    "sense": ("loss.sense_weight=1", "loss.sense_weight=0"),
+    "trunk": ("student.shared_trunk='on'", "student.shared_trunk='off'"),  # without quotes YAML reads a truth value
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_workload_parser(__doc__)
+    parser.add_argument("--only", choices=("sense", "trunk", "use"), nargs="+", default=["sense", "trunk", "use"])
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each variant that are measured")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each variant before")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the time of two steps goes, and measure nothing"
+    )
+    given = parse(parser, arguments)
+    at_start = machine()
+    rows: list[list[str]] = []
+    results: dict[str, Any] = {}
+    with work_directory(given) as path:
+        world = initialize()
+        config = read_config(path, given.overrides)
+        if given.profile:
+            _profile(config, world)
+            shutdown()
+            return
+        teacher = load_teacher(config, world)
+        for name in (pair for pair in _PAIRS if pair in given.only):
+            variants = {key: read_config(path, given.overrides, key) for key in _PAIRS[name]}
+            results[name] = _pair(variants, teacher, world, given.rounds, given.warm_up)
+            rows += _pair_rows(name, results[name])
+        if "use" in given.only:
+            results["use"] = _use(config, teacher, world, given.rounds, given.warm_up)
+            rows += _use_rows(results["use"])
+        teacher.close()
+        shutdown()
+    publish(given, "benchmarks.step", ("", "figure", "goal"), rows, results, at_start)
+
+
+def _pair(variants: dict[str, Config], teacher: Any, world: World, rounds: int, warm_up: int) -> dict[str, Any]:
+    trainings = {name: OurTraining(config, world, teacher=teacher) for name, config in variants.items()}
+    one, other = trainings
+    seconds = take_turns({name: t.step for name, t in trainings.items()}, rounds=rounds, warm_up=warm_up)
+    flops = {
+        name: sum(step_flops(shape_of(config), shared_trunk=shares_trunk(config)).values())
+        for name, config in variants.items()
+    }
+    for training in trainings.values():
+        training.close(keep_teacher=True)
+    return {
+        "step_s": {name: Spread.of(values).as_dict() for name, values in seconds.items()},
+        "time_ratio": ratios(seconds, one, other).as_dict(),
+        "flops_ratio": flops[one] / flops[other],
+    }
+
+
+def _pair_rows(name: str, result: dict[str, Any]) -> list[list[str]]:
+    goal = {"sense": "<= 1.01 on a GPU, <= 1.05 on a CPU", "trunk": "what the FLOPs predict"}[name]
+    one, other = _PAIRS[name]
+    rows = [[f"{key}, seconds a step", Spread(**result["step_s"][key]).text(), ""] for key in (one, other)]
+    rows.append([f"{one} / {other}", Spread(**result["time_ratio"]).text(), goal])
+    if name == "trunk":
+        rows.append(["the same ratio, FLOPs", f"{result['flops_ratio']:.3f}", ""])
+    return rows
+
+
+def _use(config: Config, teacher: Any, world: World, rounds: int, warm_up: int) -> dict[str, Any]:
+    dtype = compute_dtype(config.precision, world.device)
+    before = matrix_rate(dtype, world.device)
+    training = OurTraining(config, world, teacher=teacher)
+    for _ in range(warm_up):
+        training.step()
+    training.waited_s = 0.0
+    started = time.perf_counter()
+    with PeakMemory(world.device) as memory:
+        seconds = take_turns({"step": training.step}, rounds=rounds, warm_up=0)["step"]
+    elapsed = time.perf_counter() - started
+    rate = max(before, matrix_rate(dtype, world.device))
+    parts = step_flops(shape_of(config), shared_trunk=shares_trunk(config))
+    tokens_per_s = rounds * training.tokens_per_step / elapsed
+    flops_per_s = sum(parts.values()) * tokens_per_s
+    result = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "step_s": Spread.of(seconds).as_dict(),
+        "tokens_per_s": tokens_per_s,
+        "flops_per_token": parts,
+        "flops_per_s": flops_per_s,
+        "matrix_flops_per_s": rate,
+        "utilisation": flops_per_s / rate,
+        "data_wait_share": training.waited_s / elapsed,
+        "step_memory_bytes": memory.peak_bytes,
+    }
+    training.close(keep_teacher=True)
+    return result
+
+
+def _use_rows(result: dict[str, Any]) -> list[list[str]]:
+    parts = result["flops_per_token"]
+    return [
+        [f"tokens per second, {result['dtype']}", f"{result['tokens_per_s']:,.0f}", ""],
+        ["GFLOPs a token", f"{sum(parts.values()) / 1e9:.3f}", ""],
+        ["  of these in the head", f"{parts['head'] / sum(parts.values()):.2f}", ""],
+        ["TFLOP/s of a matrix product", f"{result['matrix_flops_per_s'] / 1e12:.3f}", ""],
+        ["model FLOPs utilisation", f"{result['utilisation']:.3f}", ">= 0.45 on a GPU at 8b"],
+        ["share of a step waiting for data", f"{result['data_wait_share']:.4f}", "< 0.01"],
+        ["memory of a step beyond models, GB", f"{result['step_memory_bytes'] / 2**30:.2f}", ""],
+    ]
+
+
+def shares_trunk(config: Config) -> bool:
+    """Whether the student's frozen layers are computed in the teacher; with Llamas, `auto` does."""
+    return config.student.shared_trunk != "off"
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs a second of the product of two large square matrices: the fastest of several."""
+    size = _MATRIX[device.type]
+    one, other = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = take_turns({"product": lambda: one @ other}, rounds=20, warm_up=3, device=device)["product"]
+    return 2 * size**3 / min(seconds)
+
+
+def _profile(config: Config, world: World) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    training = OurTraining(config, world)
+    for _ in range(2):
+        training.step()
+    is_cuda = default_device().type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * is_cuda]) as profiler:
+        for _ in range(2):
+            training.step()
+    order = "self_cuda_time_total" if is_cuda else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+    training.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

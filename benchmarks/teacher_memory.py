@@ -1,0 +1,99 @@
+"""Bytes of the teacher that each rank holds, on 1, 2 and 4 ranks: resident, and shared out by ZeRO-3.
+
+    python -m benchmarks.teacher_memory
+    python -m benchmarks.teacher_memory --ranks 1 2 4 8 --preset 8b     # on as many GPUs
+
+Counted are parameters, shares of parameters and buffers, the output matrix too, after loading and again after a forward
+pass. On a CPU the ranks talk over gloo.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import REPOSITORY, give_result, machine, parse, publish, read_result
+from benchmarks.workload import build_workload_parser, load_teacher, read_config, teacher_tensors, work_directory
+from dskd.distributed import free_port, gather_json, initialize, shutdown
+
+_MODES = ("resident", "zero3")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_workload_parser(__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--child", metavar="CONFIG", help=argparse.SUPPRESS)
+    given = parse(parser, arguments)
+    if given.child is not None:
+        _measure(Path(given.child), given.overrides)
+        return
+    at_start = machine()
+    rows, results = [], []
+    with work_directory(given) as path:
+        for mode in _MODES:
+            whole = 0.0
+            for ranks in given.ranks:
+                held = _run_ranks(path, ranks, [*given.overrides, f"teacher.mode={mode}", "teacher.offload=none"])
+                most = max(rank["loaded"] for rank in held)
+                whole = whole or most * (ranks if mode == "zero3" else 1)
+                results.append({"mode": mode, "ranks": ranks, "bytes": held, "share": most / whole})
+                rows.append(
+                    [
+                        mode,
+                        str(ranks),
+                        f"{most / 2**20:,.1f}",
+                        f"{most / whole:.3f}",
+                        f"{1 / ranks:.3f} within 5 %" if mode == "zero3" else "",
+                        f"{max(rank['after_forward'] for rank in held) / 2**20:,.1f}",
+                    ]
+                )
+    header = ("mode", "ranks", "MB a rank", "share", "goal", "after a forward pass")
+    publish(given, "benchmarks.teacher_memory", header, rows, {"sizes": results}, at_start)
+
+
+def _run_ranks(config: Path, ranks: int, overrides: Sequence[str]) -> list[dict[str, int]]:
+    """Starts the ranks as a launcher does; what each of them holds."""
+    port = str(free_port())
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.teacher_memory", "--child", str(config), *overrides]
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        }
+        processes.append(
+            subprocess.Popen(
+                command, env={**os.environ, **environment}, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+            )
+        )
+    outputs = [process.communicate()[0] for process in processes]
+    return read_result(command, max(process.returncode for process in processes), outputs[0])
+
+
+def _measure(path: Path, overrides: Sequence[str]) -> None:
+    config = read_config(path, overrides)
+    world = initialize()
+    teacher = load_teacher(config, world)
+    result: dict[str, Any] = {"loaded": _bytes(teacher_tensors(teacher))}
+    teacher.hidden_states(torch.arange(8)[None])
+    result["after_forward"] = _bytes(teacher_tensors(teacher))
+    of_all = gather_json(result)
+    if world.is_main:
+        give_result(of_all)
+    teacher.close()
+    shutdown()
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Of the different pieces of memory behind tensors."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,256 @@
+"""A work directory with random weights and text, and our training step on it: the only module here that knows how
+training is put together inside.
+
+The directory is one that `launcher/train.py` would train from: teacher, student, sense dictionary and annotated shards
+with their manifests, and the config as `config.yaml`. Loading, data loader, engines and step are those of training;
+tracker and checkpoints are left out.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from benchmarks.flops import Shape
+from benchmarks.report import build_parser, default_device
+from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary, write_teacher
+from dskd import shards
+from dskd.config import Config, LossConfig
+from dskd.config_file import load_config
+from dskd.distributed import World
+from dskd.head import DistillationHead, Normalizers, chunk_size
+from dskd.loader import load_steps
+from dskd.manifest import Recipe, build_artifact
+from dskd.model_folder import find_teacher
+from dskd.models import load_frozen
+from dskd.node_cache import open_node_cache
+from dskd.pair import load_pair
+from dskd.schedule import plan_schedule
+from dskd.senses.dictionary import FILE as DICTIONARY_FILE
+from dskd.senses.dictionary import FOLDER as DICTIONARY_FOLDER
+from dskd.shards import Collator, SensePositions
+from dskd.step import StepResult, train_step
+from dskd.student import build_student
+from dskd.train import load_inputs
+
+_SENSES_PER_TOKEN, _SYNONYMS, _KAPPA = 10, 8, 5
+_TOKENS_FILE = "tokens.npy"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size, with how many sequences a step has."""
+
+    shape: Shape
+    global_batch_size: int
+    micro_batch_size: int
+
+
+PRESETS = {
+    # Two cores take about a second a step; the head has the share of the FLOPs that it has at 8B.
+    "toy": Preset(Shape(8192, 512, 1792, 8, 2, 8, 4, 2, 256), global_batch_size=8, micro_batch_size=4),
+    # Llama-3-8B to 16 layers.
+    "8b": Preset(Shape(128_256, 4096, 14_336, 32, 8, 32, 16, 2, 2048), global_batch_size=16, micro_batch_size=4),
+}
+
+
+def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with a preset, a place for the work directory and `section.key=value` overrides."""
+    parser = build_parser(description)
+    default = "8b" if torch.cuda.is_available() else "toy"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help="sizes; 8b on a GPU, toy elsewhere")
+    parser.add_argument(
+        "--folder", type=Path, help="make the work directory in there and keep it; one that is there is used again"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
+    return parser
+
+
+@contextmanager
+def work_directory(given: argparse.Namespace) -> Iterator[Path]:
+    """The config of a work directory of the preset's size; it is removed afterwards, unless its folder was given."""
+    with TemporaryDirectory(prefix="dskd-benchmark-") as temporary:
+        folder = given.folder / given.preset if given.folder is not None else Path(temporary)
+        if not (folder / "config.yaml").is_file():
+            write_work_directory(folder, PRESETS[given.preset])
+        yield folder / "config.yaml"
+
+
+def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> None:
+    """Writes everything a training run of so many steps reads; `config.yaml` last."""
+    shape = preset.shape
+    settings = {
+        "workdir": str(folder.resolve()),
+        "teacher": {"path": str(folder.resolve() / "llama"), "mode": "resident", "offload": "none"},
+        "corpus": {"packing": "stream", "sequence_length": shape.sequence_length},
+        "annotation": {"kappa": _KAPPA},
+        "student": {"layers": shape.student_layers, "train_layers": shape.trained_layers},
+        "train": {
+            "steps": 10_000,
+            "global_batch_size": preset.global_batch_size,
+            "micro_batch_size": preset.micro_batch_size,
+            "num_workers": 1,
+        },
+        "tracking": {"enabled": False},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = folder / ".config.yaml"
+    written.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    config = load_config(written)
+    write_teacher(folder / "llama", shape, default_device())
+    teacher = find_teacher(config)
+    identity = {"teacher": teacher.digest, "tokenizer": teacher.tokenizer_digest}
+    with build_artifact(config.path(DICTIONARY_FOLDER), Recipe("senses", **identity)) as building:
+        dictionary = write_dictionary(
+            building.folder / DICTIONARY_FILE,
+            shape.vocab_size,
+            shape.hidden_size,
+            k=_SENSES_PER_TOKEN,
+            synonyms=_SYNONYMS,
+        )
+    tokens = draw_tokens(steps * preset.global_batch_size, shape.sequence_length, shape.vocab_size)
+    with build_artifact(config.path(shards.FOLDER, "train"), Recipe("shards", **identity)) as building:
+        mask, starts = np.ones(tokens.shape, np.uint8), np.zeros(tokens.shape, np.uint8)
+        mask[:, -1], starts[:, 0] = 0, 1
+        annotation = draw_annotation(tokens, dictionary, _KAPPA)
+        columns = {"input_ids": tokens, "loss_mask": mask, "document_starts": starts, **annotation}
+        samples = ({name: column[i] for name, column in columns.items()} for i in range(len(tokens)))
+        shards.write_block(building.folder, samples)
+        building.facts.update(samples=len(tokens), targets=int(mask.sum()), coverage={}, teacher_antonym_distance=2.0)
+    np.save(config.path(_TOKENS_FILE), tokens)
+    build_student(config)
+    written.rename(folder / "config.yaml")
+
+
+class OurTraining:
+    """Our training step as `launcher/train.py` sets it up, on one rank."""
+
+    def __init__(self, config: Config, world: World, *, teacher: Any = None) -> None:
+        """Loads everything; `teacher` is one that is loaded already, to be read by several trainings."""
+        self.config, self._world = config, world
+        inputs = load_inputs(config)
+        schedule = plan_schedule(config, inputs.shards, world.world_size)
+        self._pair = load_pair(
+            config,
+            world,
+            inputs.teacher,
+            inputs.student,
+            margin=config.loss.margin,
+            accumulation_steps=schedule.accumulation_steps,
+            teacher=teacher,
+        )
+        self.teacher = self._pair.teacher
+        collate = Collator(
+            inputs.vectors_path if config.loss.sense_weight else None,
+            SensePositions.of(config.loss, seed=0) if config.loss.sense_weight else None,
+            micro_batch_size=schedule.micro_batch_size,
+            teacher_cache=False,
+        )
+        cache = open_node_cache(config.train.shard_cache, world)
+        self._batches = load_steps(config, schedule, collate, cache, world, start_step=0)
+        self._step = 0
+        self.waited_s = 0.0  # for data, over all steps
+        self.last: StepResult | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens the models read in a step."""
+        return self.config.train.global_batch_size * self.config.corpus.sequence_length
+
+    def step(self) -> None:
+        """One optimizer step, from waiting for its data to the new weights."""
+        started = time.perf_counter()
+        batches = next(self._batches)
+        self.waited_s += time.perf_counter() - started
+        self._step += 1
+        self.last = train_step(self._pair, batches, self.config.loss, self._world, step=self._step)
+
+    def close(self, *, keep_teacher: bool = False) -> None:
+        """Ends the loader and gives memory back."""
+        self._batches.close()
+        self._pair.engine.destroy()
+        if self._pair.trunk is not None:
+            self._pair.trunk.close()
+        if not keep_teacher:
+            self.teacher.close()
+
+
+def load_teacher(config: Config, world: World) -> Any:
+    """The frozen teacher as training loads it, and its output matrix, which other stages read."""
+    return load_frozen(find_teacher(config), config, world)
+
+
+def teacher_tensors(teacher: Any) -> list[torch.Tensor]:
+    """What a rank holds of the teacher: parameters, shares of parameters, buffers."""
+    module = getattr(teacher.engine, "module", teacher.engine)
+    parameters = list(module.parameters())
+    shares = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    return [*(parameter.data for parameter in parameters), *shares, *module.buffers()]
+
+
+def build_loss(
+    weight: nn.Parameter, teacher_weight: torch.Tensor, loss: LossConfig, device: torch.device, **options: Any
+) -> Any:
+    """Our head as a function of (student states [N, D], teacher states [N, D], labels [N], senses) to the mean loss.
+
+    Args:
+        weight: the student's output matrix [V, D].
+        teacher_weight: the teacher's.
+        loss: weights of the terms.
+        device: where they are; it decides the size of a chunk.
+        options: more of the head's keyword arguments.
+    """
+    options.setdefault("chunk_size", chunk_size(None, weight.shape[0], device))
+    head = DistillationHead(weight, teacher_weight, loss, **options)
+
+    def run(
+        hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor, senses: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss to call backward on, and the sums of its terms (:data:`dskd.head.TERMS`)."""
+        positions = 0 if senses is None else len(senses["relation_positions"]) + len(senses["own_positions"])
+        return head(
+            hidden[None],
+            labels=labels[None],
+            loss_mask=torch.ones_like(labels, dtype=torch.bool)[None],
+            normalizers=Normalizers(tokens=1 / len(labels), senses=1 / max(positions, 1)),
+            teacher_hidden=teacher_hidden[None],
+            senses=senses,
+        )
+
+    return run
+
+
+def read_config(path: Path, overrides: Sequence[str], *more: str) -> Config:
+    """The config of a work directory with overrides."""
+    return load_config(path, [*overrides, *more])
+
+
+def shape_of(config: Config) -> Shape:
+    """The shape that a config and its teacher describe."""
+    model = find_teacher(config).load_config()
+    layers, trained = config.student.layers, config.student.train_layers
+    return Shape(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_heads=model.num_attention_heads,
+        num_kv_heads=model.num_key_value_heads,
+        teacher_layers=model.num_hidden_layers,
+        student_layers=layers if isinstance(layers, int) else len(layers),
+        trained_layers=trained if isinstance(trained, int) else len(trained),
+        sequence_length=config.corpus.sequence_length,
+    )
+
+
+def read_tokens(config: Config) -> np.ndarray:
+    """The training shards' token ids [S, T] int32, for those who train without us."""
+    return np.load(config.path(_TOKENS_FILE))
