@@ -18,7 +18,7 @@ PLAIN = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("dskd", "deepspeed", "streaming"):
+        if name.split(".")[0] in ("dskd", "streaming"):
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 from transformers import AutoModelForCausalLM, AutoTokenizer
