@@ -209,7 +209,7 @@ def test_training_samples_are_texts_that_the_teacher_goes_on_with(work, copy_of_
     annotate(config, world)
     manifests = {split: read_manifest(config.path("shards", split), "shards", made_by="") for split in SPLITS}
     added = manifests["train"].facts["continued_tokens"]
-    assert f"{added:,} tokens" in capsys.readouterr().out
+    assert f"{added:,} tokens" in capsys.readouterr().err
     assert "continued_tokens" not in manifests["validation"].facts
     assert not {"seed", "continuation_tokens", "teacher_top_n"} & set(manifests["validation"].config)
     teacher = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
