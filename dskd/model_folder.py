@@ -84,6 +84,11 @@ def check_model_folder(folder: Path, *, named_by: str) -> None:
         raise UserError(listed(f"{named_by}: {folder} is not a Hugging Face model folder", problems))
 
 
+def renumber_layer(name: str, number: int) -> str:
+    """The name of the same parameter in another layer."""
+    return LAYER_NAME.sub(lambda layer: layer.group().replace(f".{layer.group(1)}.", f".{number}."), name, count=1)
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder.
 

@@ -23,7 +23,7 @@ from torch import nn
 from dskd.config import Config
 from dskd.distributed import World
 from dskd.errors import UserError, listed
-from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
+from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader, renumber_layer
 from dskd.nvme import nvme_settings, open_nvme_folder
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents, check_head
@@ -309,7 +309,7 @@ def build_sharded(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dt
 def shift_layer(name: str, by: int) -> str:
     """The name of the same parameter, so many layers further up."""
     layer = LAYER_NAME.search(name)
-    return name if layer is None else f"{name[: layer.start(1)]}{int(layer.group(1)) + by}{name[layer.end(1) :]}"
+    return name if layer is None else renumber_layer(name, int(layer.group(1)) + by)
 
 
 def _load_resident(folder: ModelFolder, dtype: torch.dtype, world: World) -> Any:

@@ -24,6 +24,7 @@ from dskd.model_folder import (
     TensorReader,
     find_teacher,
     load_tokenizer,
+    renumber_layer,
     tokenizer_digest,
 )
 
@@ -107,7 +108,7 @@ def cut(teacher: Path, layers: list[int], target: Path) -> int:
         if layer is None:
             kept[name] = name
         elif int(layer.group(1)) in new_number:
-            kept[name] = _renumbered(name, layer, new_number[int(layer.group(1))])
+            kept[name] = renumber_layer(name, new_number[int(layer.group(1))])
     return write_weights(target, reader, kept)
 
 
@@ -172,7 +173,3 @@ def cut_config(model_config: dict[str, Any], layers: list[int]) -> dict[str, Any
         elif key == "max_window_layers":
             result[key] = sum(layer < value for layer in layers)
     return result
-
-
-def _renumbered(name: str, layer: Any, number: int) -> str:
-    return f"{name[: layer.start(1)]}{number}{name[layer.end(1) :]}"

@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import open_dataset, run_apart, run_program
+from conftest import open_dataset, run_apart, run_program, update_manifest
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -203,6 +205,12 @@ def test_training_samples_are_texts_that_the_teacher_goes_on_with(work, copy_of_
         annotation={"kappa": KAPPA, "batch_size": 8, "continuation_tokens": 5},
     )
     config = load_config(path)
+    # Whole texts are at their ends, as this teacher knows: it is given the first half of each.
+    corpus = config.path("corpus", "train.parquet")
+    whole = pq.read_table(corpus)
+    halves = [" ".join(text.split()[: len(text.split()) // 2 + 1]) for text in whole.column("text").to_pylist()]
+    pq.write_table(whole.set_column(whole.column_names.index("text"), "text", pa.array(halves)), corpus)
+    update_manifest(config.path("corpus"))
     source = find_teacher(config)
     build_sequences(config, source.load_tokenizer(), source.tokenizer_digest)
     capsys.readouterr()
@@ -225,13 +233,15 @@ def test_training_samples_are_texts_that_the_teacher_goes_on_with(work, copy_of_
             continue
         count = after_length - (length - 1)
         prompt = before[: length - 1].unsqueeze(0)
-        expected = teacher.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=end)
+        mask = torch.ones_like(prompt)
+        expected = teacher.generate(
+            prompt, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=end
+        )
         assert after[:after_length].tolist() == expected[0].tolist()
         found[count] += 1
-        of_continuation += int((sample["sense_ids"][length - 2 : after_length - 1, 0] >= 0).sum())
+        of_continuation += int((sample["sense_ids"][length - 1 : after_length - 1, 0] >= 0).sum())
     assert sum(count * number for count, number in found.items()) == added
-    # This teacher ends most texts at once; longer continuations have tests of their own.
-    assert sum(found.values()) > 20, found
+    assert min(found.values()) > 0, found
     assert of_continuation > 20  # sense rows
     held_out = load_file(config.path("sequences", "validation.safetensors"))
     for index, sample in enumerate(_samples(config.path("shards", "validation"), tmp_path / "validation")):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd import checkpoint, shards
+from dskd.annotate import annotate
 from dskd.config_file import load_config
 from dskd.errors import UserError
 from dskd.export import build_export
@@ -272,3 +273,23 @@ def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny
     shutil.copytree(config.path("checkpoints", "on", "step-00000001"), checkpoints / "step-00000001")
     with pytest.raises(UserError, match=r"trunk of 1 layers, and it has 0 now; set student.shared_trunk to on"):
         train(config, world, resume=True)
+
+
+def test_training_without_a_teacher_on_all_of_its_distribution_is_training_with_it(copy_of_tiny, world):
+    losses = []
+    for run, mode in (("online", "resident"), ("cached", "cached")):
+        path = copy_of_tiny(
+            *([name for name in BEFORE_TRAINING if name != "shards"] if run == "online" else ()),
+            run=run,
+            annotation={**TINY["annotation"], "teacher_top_n": TINY["teacher"]["train_from_scratch"]["vocab_size"]},
+            teacher={**TINY["teacher"], "mode": mode},
+            train={**TINY["train"], "steps": 2, "num_workers": 0},
+        )
+        config = load_config(path)
+        annotate(config, world)  # the second time there is nothing to do
+        train(config, world)
+        losses.append([_losses(path, f"train/{term}") for term in ("ce", "kl", "sense")])
+    # As far as half precision goes, in which the shards keep it.
+    for online, cached in zip(*losses, strict=True):
+        assert [value for _, value in cached] == pytest.approx([value for _, value in online], rel=1e-3)
+    assert len(losses[0][0]) == 2
