@@ -56,7 +56,7 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
     for key in ("batch_size", "memory_budget"):
         del settings[key]
     # Keys that change nothing stay out: what was made without them is not made anew.
-    if not settings["teacher_top_n"]:
+    if not _teacher_top_n(config, split):
         del settings["teacher_top_n"]
     if _continuation_tokens(config, split):
         settings["seed"] = config.seed
@@ -82,8 +82,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         say(f"up to date: {config.path(FOLDER)}")
         return
     on_main(lambda: _require_tokens(config.annotation.teacher_top_n, source))
-    continued = any(_continuation_tokens(config, split) for split in stale)
-    teacher = load_frozen(source, config, world, with_head=continued or config.annotation.teacher_top_n > 0)
+    reads_logits = any(_continuation_tokens(config, split) or _teacher_top_n(config, split) for split in stale)
+    teacher = load_frozen(source, config, world, with_head=reads_logits)
     splits = {split: load_sequences(config, split, source.tokenizer_digest)[0] for split in stale}
     searcher = Searcher(
         dictionary,
@@ -97,7 +97,7 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         reader = TextReader(
             teacher,
             Continuer(teacher, max_tokens, config.seed) if max_tokens else None,
-            config.annotation.teacher_top_n,
+            _teacher_top_n(config, split),
             # Not the config's: a run's key is not to change the last digits of what is stored for all of them.
             chunk_size(None, teacher.vocab_size, world.device),
         )
@@ -142,6 +142,11 @@ def _continuation_tokens(config: Config, split: str) -> int:
     return config.annotation.continuation_tokens if split == "train" else 0
 
 
+def _teacher_top_n(config: Config, split: str) -> int:
+    # Held-out text is read with the teacher itself.
+    return config.annotation.teacher_top_n if split == "train" else 0
+
+
 def _require_tokens(top_n: int, teacher: ModelFolder) -> None:
     vocab_size = teacher.load_config().vocab_size
     if top_n > vocab_size:
@@ -172,7 +177,7 @@ def _annotate_split(
     with stage(f"annotate: rows of the sense dictionary for every position ({split})", reads=sources, writes=target):
         building = Building(target, wanted)
         on_main(building.resume_or_clear)
-        blocks = _blocks(len(sequences), sequences.sequence_length, config)
+        blocks = _blocks(len(sequences), sequences.sequence_length, config, split)
         is_done = on_main(lambda: [_block_folder(building.folder, block).is_dir() for block in blocks])
         left = [block for block, done in zip(blocks, is_done, strict=True) if not done]
         if len(left) < len(blocks):
@@ -198,7 +203,7 @@ def _annotate_split(
                 if written is not None:
                     written.result()
                 folder = _block_folder(building.folder, block)
-                written = writer.submit(_write_block, folder, samples, columns_of(config), counts)
+                written = writer.submit(_write_block, folder, samples, columns_of(teacher_top_n=reader.top_n), counts)
             if written is not None:
                 written.result()
         done_turns = sum(turns[world.rank :: world.world_size])
@@ -291,10 +296,11 @@ def _publish(building: Building, blocks: list[range]) -> None:
         say(f"  the teacher went on with these texts by {counts['continued_tokens']:,} tokens")
 
 
-def _blocks(num_sequences: int, sequence_length: int, config: Config) -> list[range]:
+def _blocks(num_sequences: int, sequence_length: int, config: Config, split: str) -> list[range]:
     """Ranges of sequences, a shard each; all but the last of one size, which depends on nothing but these arguments."""
     annotation = config.annotation
-    of_teacher = annotation.teacher_top_n * (4 + 2) + 4 * (annotation.teacher_top_n > 0)
+    top_n = _teacher_top_n(config, split)
+    of_teacher = top_n * (4 + 2) + 4 * (top_n > 0)
     sample_bytes = sequence_length * (4 + 2 + 3 * 4 * annotation.kappa + of_teacher)
     by_size = annotation.shard_size_mb * 2**20 // sample_bytes
     size = max(1, min(by_size, -(-num_sequences // _MIN_BLOCKS)))

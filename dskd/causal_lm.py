@@ -26,6 +26,8 @@ def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        # By default gradients of micro-batches are added up in bf16, of which many together keep little.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,
             # Norms and biases stay gathered, everything larger is sharded: the rule transformers uses for "auto".
@@ -75,7 +77,7 @@ def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World) -> Any:
     for entry in sorted(found["mismatched_keys"]):
         name = entry if isinstance(entry, str) else entry[0]  # transformers 5 has the shapes beside the name
         stored_name = _stored_name(name, reader, causal_lm) or name
-        stored = list(reader.read(stored_name).shape)
+        stored = list(reader.shape(stored_name))
         problems.append(f"{stored_name} has shape {stored}, config.json asks for {shapes[name]}")
     if problems:
         raise UserError(listed(f"{folder.path}: the weights do not fit the architecture", problems))
@@ -84,10 +86,22 @@ def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World) -> Any:
     return causal_lm
 
 
-def empty_model(folder: ModelFolder) -> Any:
-    """The architecture, whose parameters have shapes and no memory."""
+def empty_model(folder: ModelFolder, *, first_layer: int = 0) -> Any:
+    """The architecture, of the layers from `first_layer` on; its parameters have shapes and no memory."""
     with torch.device("meta"):
-        return _architecture(folder)
+        return _architecture(folder, first_layer=first_layer)
+
+
+def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
+    """False where the layers from `first_layer` on are built in another way when they are the lowest ones."""
+    reader, model = TensorReader(folder.path), empty_model(folder, first_layer=first_layer)
+    for name, parameter in model.named_parameters():
+        if not LAYER_NAME.search(name):
+            continue
+        stored_name = _stored_name(shift_layer(name, first_layer), reader, model)
+        if stored_name is None or reader.shape(stored_name) != tuple(parameter.shape):
+            return False
+    return True
 
 
 def copy_weights(
@@ -118,12 +132,13 @@ def copy_weights(
         stored_name = _stored_name(shift_layer(name, first_layer), reader, model)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if stored_name is None:
-            problems.append(f"there is no tensor {name}")
+            problems.append(f"there is no tensor {shift_layer(name, first_layer)}")
+            continue
+        stored_shape = reader.shape(stored_name)
+        if stored_shape != shape:
+            problems.append(f"{stored_name} has shape {list(stored_shape)}, config.json asks for {list(shape)}")
             continue
         tensor = reader.read(stored_name) if writes else None
-        if tensor is not None and tuple(tensor.shape) != shape:
-            problems.append(f"{stored_name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-            tensor = None
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
             if tensor is not None:
                 parameter.data.copy_(tensor)

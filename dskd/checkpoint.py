@@ -1,4 +1,5 @@
-"""Checkpoints: `WORKDIR/checkpoints/RUN/step-NNNNNNNN/`, written beside the older ones and renamed when whole.
+"""Checkpoints: `WORKDIR/checkpoints/RUN/step-NNNNNNNN/`, written beside the older ones and renamed when whole; then the
+file `latest`, as DeepSpeed calls it, is replaced by one that names the new one, and only then do older ones go.
 
 A checkpoint holds DeepSpeed's own files, from which training goes on; `trained.safetensors`, the parameters that are
 trained in full precision under their Hugging Face names, from which :mod:`dskd.export` makes a model; and
@@ -9,8 +10,6 @@ The data order, the drawn positions and the learning rate are functions of seed 
 that loader, generators and schedule have.
 """
 
-import contextlib
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,15 +20,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dskd.config import Config
+from dskd.config import Config, TrainConfig
 from dskd.config_file import differences
-from dskd.console import warn
+from dskd.console import say, warn
 from dskd.distributed import World, barrier, on_main
+from dskd.elastic import make_universal, no_pickles, universal_folder
 from dskd.errors import UserError, listed
+from dskd.folders import make_folder, write_text
 from dskd.manifest import Building, Manifest, Recipe, is_current, read_manifest, verify_files
 
 FOLDER = "checkpoints"
 MADE_BY = "deepspeed launcher/train.py --config FILE"
+LATEST_FILE = "latest"
 TRAINED_FILE, PROBE_FILE = "trained.safetensors", "probe.safetensors"
 PROBE_TOKENS = 16
 _STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
@@ -54,13 +56,36 @@ def folder(config: Config) -> Path:
     return config.path(FOLDER, config.run)
 
 
-def latest(config: Config) -> Checkpoint | None:
-    """The newest whole checkpoint of the run; damaged ones are passed over, saying so."""
-    for step, path in sorted(_steps(folder(config)), reverse=True):
+def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, or None; damaged ones are passed over, saying so.
+
+    Args:
+        config: the experiment, with the run's keys laid over it.
+        verify: read every file and compare it with the manifest, instead of its size alone.
+
+    Raises:
+        UserError: when there are checkpoints and all of them are damaged.
+    """
+    base = folder(config)
+    newest = _named_latest(base)
+    problems = []
+    for step, path in sorted(_steps(base), reverse=True):
+        # A later one was not published yet, or is of a run that is being overwritten.
+        if newest is not None and step > newest:
+            continue
         try:
-            return Checkpoint(path, step, read_manifest(path, "checkpoint", made_by=MADE_BY))
+            manifest = read_manifest(path, "checkpoint", made_by=MADE_BY)
+            if verify:
+                verify_files(path, manifest, made_by=MADE_BY)
         except UserError as problem:
             warn(f"{problem}; passing over this checkpoint")
+            problems.append(str(problem))
+            continue
+        return Checkpoint(path, step, manifest)
+    if problems:
+        raise UserError(
+            listed(f"{base}: none of the checkpoints is whole; restore one, or start anew with --overwrite", problems)
+        )
     return None
 
 
@@ -128,33 +153,62 @@ def save(
         world: the ranks.
 
     Raises:
-        UserError: when the student's weights are not finite; nothing is removed then.
+        UserError: when there is no space, or the student's weights are not finite; nothing is removed then.
     """
     base = folder(config)
+    require_space(engine, config)
     building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
     on_main(building.clear)
     engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
     _save_trained(engine, building.folder / TRAINED_FILE, world)
     _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
     barrier()
-    on_main(lambda: _publish(building, config.train.keep_last))
+    on_main(lambda: _publish(building, config.train))
+
+
+def require_space(engine: Any, config: Config) -> None:
+    """Refuses to begin what the disk cannot take. All ranks call it.
+
+    Raises:
+        UserError: when there is less space than a checkpoint needs.
+    """
+    needed, base = required_bytes(engine), folder(config)
+
+    def check() -> None:
+        make_folder(base)
+        free = shutil.disk_usage(base).free
+        if free < needed:
+            raise UserError(
+                f"{base}: a checkpoint takes {needed / 1e9:.2f} GB, and there are {free / 1e9:.2f} GB free; what was "
+                "complete stays. Free some, or set workdir to another disk, and go on with --resume"
+            )
+
+    on_main(check)
+
+
+def required_bytes(engine: Any) -> int:
+    """What a checkpoint takes: the trained parameters and AdamW's two moments in float32, by DeepSpeed; the parameters
+    again, for export; the probe's logits; and little things.
+    """
+    module = engine.module
+    trained = [parameter.ds_numel for parameter in module.parameters() if parameter.requires_grad]
+    probe = PROBE_TOKENS * module.head.weight.ds_shape[0]
+    return 16 * sum(trained) + 4 * probe + engine.world_size * (2**16 + 2**12 * len(trained))
+
+
+def needs_universal(checkpoint: Checkpoint | None, world: World) -> bool:
+    """True when the checkpoint was written by another number of ranks."""
+    return checkpoint is not None and checkpoint.manifest.facts["world_size"] != world.world_size
 
 
 def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int) -> None:
-    """Puts engine and optimizer into the state of the checkpoint.
+    """Puts engine and optimizer into the state of the checkpoint, whatever number of ranks wrote it.
+
+    The engine must have been made for :func:`needs_universal`.
 
     Raises:
-        UserError: when its files were changed, or it was written by another number of ranks, or by a student with
-            another shared trunk.
+        UserError: when it was written by a student with another shared trunk, or DeepSpeed does not take it.
     """
-    on_main(lambda: verify_files(checkpoint.path, checkpoint.manifest, made_by=MADE_BY))
-    writers = checkpoint.manifest.facts["world_size"]
-    if writers != world.world_size:
-        raise UserError(
-            f"{checkpoint.path}: written by {writers} ranks, and there are {world.world_size} now; start {writers} "
-            "ranks, or start anew with --overwrite",
-            known_to_all_ranks=True,
-        )
     then = checkpoint.manifest.facts.get("trunk_depth", 0)
     if then != trunk_depth:
         raise UserError(
@@ -162,10 +216,15 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
             f"student.shared_trunk to {'on' if then else 'off'}, or start anew with --overwrite",
             known_to_all_ranks=True,
         )
-    with _no_pickles():
+    path = checkpoint.path
+    if needs_universal(checkpoint, world):
+        say(f"  written by {checkpoint.manifest.facts['world_size']} ranks: it is made into one for any number of them")
+        on_main(lambda: make_universal(checkpoint.path))
+        path = universal_folder(path)
+    with no_pickles():
         loaded, _ = engine.load_checkpoint(
-            str(checkpoint.path.parent),
-            tag=checkpoint.path.name,
+            str(path.parent),
+            tag=path.name,
             load_module_strict=False,
             load_lr_scheduler_states=False,
         )
@@ -175,21 +234,23 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
         )
 
 
-def _publish(building: Building, keep_last: int) -> None:
+def _publish(building: Building, train: TrainConfig) -> None:
+    base, step = building.path.parent, building.facts["step"]
     # DeepSpeed puts scripts beside its files that load them as pickles; ours are read by `dskd export`.
-    for script in building.path.parent.glob("zero_to_*.py"):
+    for script in base.glob("zero_to_*.py"):
         script.unlink()
     _require_finite(building)
     building.publish()
-    # Only now that there is a new one do older ones go: those of a run that is overwritten, and those beyond keep_last.
-    step = building.facts["step"]
-    steps = sorted(_steps(building.path.parent))
+    write_text(base / LATEST_FILE, f"{building.path.name}\n")
+    # Only now that there is a new one do older ones go: those of a run that is overwritten, and those not to be kept.
+    steps = sorted(_steps(base))
     others = [path for number, path in steps if number > step or not is_current(path, building.recipe)]
-    kept = [path for _, path in steps if path not in others]
-    for path in [*others, *kept[:-keep_last]]:
+    own = [(number, path) for number, path in steps if path not in others]
+    old = [path for number, path in own[: -train.keep_last] if not train.keep_every or number % train.keep_every]
+    for path in [*others, *old]:
         shutil.rmtree(path)
     # The run is this process's own: whatever still has a hidden name was left by one that was killed.
-    for path in building.path.parent.glob(".step-*"):
+    for path in base.glob(".step-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -237,25 +298,8 @@ def _save_probe(engine: Any, student_logits: Callable[[torch.Tensor], torch.Tens
         save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu().contiguous()}, path)
 
 
-@contextlib.contextmanager
-def _no_pickles() -> Iterator[None]:
-    """Makes torch.load refuse anything but tensors and plain values, also where DeepSpeed asks for more."""
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(_classes_in_checkpoints()):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-
-
-def _classes_in_checkpoints() -> list[Any]:
-    """The classes of DeepSpeed's that its files name beside tensors and plain values; none runs code when loaded."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, ZeroStageEnum, fragment_address]
+def _named_latest(base: Path) -> int | None:
+    """The step that the file `latest` names."""
+    file = base / LATEST_FILE
+    named = _STEP_FOLDER.match(file.read_text(encoding="utf-8").strip()) if file.is_file() else None
+    return int(named.group(1)) if named else None

@@ -7,7 +7,7 @@ to the shards: `runs` maps a run's name to the keys in which it differs, and `ru
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -66,6 +66,8 @@ class TeacherConfig(Section):
             raise ValueError("offload: nvme needs nvme_path, a folder on a local disk of each node")
         if self.nvme_path is not None and self.offload != "nvme":
             raise ValueError("nvme_path needs offload: nvme")
+        if self.offload == "nvme" and self.mode == "resident":
+            raise ValueError("offload: nvme needs mode: zero3; a resident teacher lies on the device")
         return self
 
 
@@ -229,6 +231,11 @@ Count = Annotated[int, Field(ge=1)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
+def _on_or_off(value: object) -> object:
+    # on and off without quotes are truth values in YAML
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 class StudentConfig(Section):
     """How the student is cut from the teacher, and which of its parameters are trained."""
 
@@ -240,7 +247,7 @@ class StudentConfig(Section):
     train_embeddings: bool = Field(False, description="train the input embeddings (and a head that is tied to them)")
     train_final_norm: bool = Field(False, description="train the norm before the head")
     train_lm_head: bool = Field(False, description="train the output head")
-    shared_trunk: Literal["auto", "on", "off"] = Field(
+    shared_trunk: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
         "auto",
         description="compute the frozen lower layers once, in the teacher. auto: where that is exact; on: refuse to "
         "train where it is not",
@@ -295,7 +302,8 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(4, ge=1, description="sequences a rank runs at once; the rest is accumulated")
     gradient_clipping: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one is always written at the end")
-    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(None, ge=1, description="checkpoints of multiples of it are kept for good")
     num_workers: int = Field(2, ge=0, description="loader processes a rank")
     shard_cache: str | None = Field(
         None, description="node-local folder for unpacked shards; default: a private one in /tmp"
@@ -369,7 +377,7 @@ class Config(Section):
     def _sections_fit_together(self) -> "Config":
         problems = []
         if self.teacher.mode == "cached":
-            if not self.annotation.teacher_top_n:
+            if self.loss.kd_weight and not self.annotation.teacher_top_n:
                 problems.append(
                     "teacher.mode: cached needs annotation.teacher_top_n, how many tokens are stored (64, say)"
                 )

@@ -1,5 +1,6 @@
-"""Making folders, and putting a whole one in the place of another."""
+"""Making folders and files that are never half there."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -31,3 +32,13 @@ def make_folder(path: Path) -> None:
         raise UserError(
             f"{path}: cannot write there ({error.strerror}); set workdir to a folder you may write"
         ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

@@ -122,7 +122,7 @@ class DistillationHead(nn.Module):
         teacher_states: torch.Tensor | None,
         cache: CachedTeacher | None,
         senses: dict[str, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The loss and its terms [1 + len(TERMS)]; its gradients by all states [N, D] and by the output matrix."""
         weights, states = self.loss, flat[valid]
         coefficients = _Coefficients(
@@ -214,30 +214,31 @@ def _logit_losses(
 
 
 class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients by the hidden states and by the output matrix are known already."""
+    """A loss whose gradients by the hidden states and by the output matrix are known already. They are given once, and
+    scaled in place: a copy of the matrix's would be the largest tensor of the step.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         loss: torch.Tensor,
-        hidden_grad: torch.Tensor | None,
+        hidden_grad: torch.Tensor,
         weight_grad: torch.Tensor | None,
         hidden: torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
         """`loss`, which depends on `hidden` and `weight`."""
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.gradients = hidden_grad, weight_grad
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients, times that of the loss."""
-        needs_hidden = ctx.needs_input_grad[3]
-        hidden_grad, weight_grad = (
-            None if gradient is None else gradient * output_grads[0].to(gradient.dtype)
-            for gradient in ctx.saved_tensors
-        )
-        return None, None, None, hidden_grad if needs_hidden else None, weight_grad
+        hidden_grad, weight_grad = ctx.gradients
+        del ctx.gradients
+        for gradient in (hidden_grad, *([] if weight_grad is None else [weight_grad])):
+            gradient.mul_(output_grads[0].to(gradient.dtype))
+        return None, None, None, hidden_grad if ctx.needs_input_grad[3] else None, weight_grad
 
 
 def _accumulator(tensor: torch.Tensor) -> torch.dtype:

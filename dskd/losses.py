@@ -175,7 +175,8 @@ def sense_loss(
     At a relation position i: mean over P_i of D + antonym_weight · mean over N_i of max(0, margin - D). At an own
     position i: mean over O_i of D. A mean over no rows is 0.
 
-    Rows are gathered for a few positions at a time, so memory is bounded whatever their number and kappa are.
+    Rows are gathered for a few positions at a time, in bounded memory; only where kappa rows of one position are more
+    than that (thousands) are they the bound.
 
     Args:
         hidden: [N, D], the student's last hidden states.

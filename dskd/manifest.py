@@ -8,7 +8,6 @@ does not fit, naming both sides; the pipeline compares manifests to skip what is
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.errors import UserError
-from dskd.folders import make_folder, replace_folder
+from dskd.folders import make_folder, replace_folder, write_text
 from dskd.lock import hold_lock, release_lock
 
 MANIFEST_NAME = "manifest.json"
@@ -276,13 +275,7 @@ def digest_of_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def package_versions() -> dict[str, str]:

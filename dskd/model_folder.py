@@ -132,10 +132,21 @@ class TensorReader:
         Raises:
             UserError: when its file is damaged.
         """
+        return self._file(name).get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read for it.
+
+        Raises:
+            UserError: when its file is damaged.
+        """
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Any:
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = open_safetensors(self._folder / file)
-        return self._open[file].get_tensor(name)
+        return self._open[file]
 
 
 def open_safetensors(path: Path) -> Any:

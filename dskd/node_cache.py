@@ -82,22 +82,31 @@ def _one_job_at_a_time() -> Iterator[None]:
         os.close(folder)
 
 
+def make_own_folder(parent: Path) -> Path:
+    """A folder that is this process's until it ends; what killed processes left there is removed first.
+
+    Raises:
+        OSError: when `parent` cannot be written to.
+    """
+    _remove_abandoned(parent)
+    folder = Path(tempfile.mkdtemp(prefix="job-", dir=parent))
+    lock = (folder / _LOCK_NAME).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    atexit.register(_release, folder, lock)  # the argument also keeps the file open, and with it the lock
+    return folder
+
+
 def _create(base: str | None) -> Path:
     parent = Path(base) if base is not None else Path(tempfile.gettempdir()) / f"dskd-{os.getuid()}"
     try:
         parent.mkdir(mode=0o700, parents=base is not None, exist_ok=True)
         if parent.is_symlink() or parent.stat().st_uid != os.getuid():
             raise UserError(f"{parent}: belongs to somebody else; set train.shard_cache to a folder of your own")
-        _remove_abandoned(parent)
-        folder = Path(tempfile.mkdtemp(prefix="job-", dir=parent))
+        return make_own_folder(parent)
     except OSError as error:
         raise UserError(
             f"{parent}: cannot write there ({error.strerror}); set train.shard_cache to a folder of your own"
         ) from None
-    lock = (folder / _LOCK_NAME).open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    atexit.register(_release, folder, lock)  # the argument also keeps the file open, and with it the lock
-    return folder
 
 
 def _release(folder: Path, lock: object) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dskd.causal_lm import fits_without_lower_layers
 from dskd.config import Config
 from dskd.console import say
 from dskd.distributed import World, main_first
@@ -56,6 +57,7 @@ def load_pair(
     margin: float,
     accumulation_steps: int,
     teacher: FrozenModel | None = None,
+    load_universal: bool = False,
 ) -> Pair:
     """Loads what a run needs, and decides whether there is a shared trunk.
 
@@ -67,6 +69,7 @@ def load_pair(
         margin: of the sense loss, in units of |h - s|² / D.
         accumulation_steps: micro-batches a rank runs for an optimizer step.
         teacher: one that is loaded already, to be read by several pairs.
+        load_universal: the student goes on from a checkpoint of another number of ranks (:mod:`dskd.elastic`).
 
     Raises:
         UserError: when a model does not do, or `student.shared_trunk` is `on` where the trunk would not be exact.
@@ -84,6 +87,7 @@ def load_pair(
             margin=margin,
             accumulation_steps=accumulation_steps,
             trunk_depth=trunk_depth,
+            load_universal=load_universal,
         )
 
     engine = load(depth)
@@ -112,7 +116,10 @@ def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[
     kept = manifest.facts["layers"]
     tied = bool(getattr(student.load_config(), "tie_word_embeddings", False))
     try:
-        return trunk_depth(config, kept=kept, same_teacher=manifest.teacher == teacher.digest, tied=tied), kept
+        depth = trunk_depth(config, kept=kept, same_teacher=manifest.teacher == teacher.digest, tied=tied)
+        if depth and not fits_without_lower_layers(student, depth):
+            raise TrunkError("in this architecture a layer's shape depends on its place")
+        return depth, kept
     except TrunkError as problem:
         _refuse_or_say(config, str(problem))
         return 0, kept

@@ -124,7 +124,7 @@ class Collator:
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Micro-batches of B samples, trimmed to T tokens: what :func:`collate_tokens` gives, and as asked for.
 
-        `senses`: the tensors that :func:`dskd.losses.sense_sums` takes, with positions into B·T. Without `vectors_path`
+        `senses`: the tensors that :func:`dskd.losses.sense_loss` takes, with positions into B·T. Without `vectors_path`
         `sense_rows` [R, D] is not among them, and indices are row numbers of the dictionary.
 
         `teacher_cache`: {token_ids [B, T, n] int32, logprobs [B, T, n] float16, rest_logprob [B, T] float32}.
@@ -234,9 +234,9 @@ def gather_rows(vectors: np.ndarray, row_ids: Sequence[np.ndarray]) -> tuple[tor
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def columns_of(config: Config) -> dict[str, str]:
+def columns_of(*, teacher_top_n: int) -> dict[str, str]:
     """{column: its encoding} of the shards that annotation writes."""
-    return COLUMNS | (TEACHER_COLUMNS if config.annotation.teacher_top_n else {})
+    return COLUMNS | (TEACHER_COLUMNS if teacher_top_n else {})
 
 
 def write_block(
@@ -311,12 +311,18 @@ def require_fitting(
 
 
 def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> None:
-    """Refuses shards without the teacher's distributions.
+    """Refuses shards without the teacher's distributions, or with those over another number of tokens.
 
     Raises:
         UserError: naming the command that makes them anew.
     """
-    if not manifest.config.get("teacher_top_n"):
+    wanted, found = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
+    if found and found != wanted:
+        raise UserError(
+            f"annotation.teacher_top_n: {wanted}, but {config.path(FOLDER, split)} holds the teacher's {found} most "
+            f"probable tokens; set it to {found}, or make the shards anew with `{MADE_BY}`"
+        )
+    if not found:
         raise UserError(
             f"{config.path(FOLDER, split)}: the shards hold no distributions of the teacher, and teacher.mode: cached "
             f"with loss.kd_weight {config.loss.kd_weight:g} reads them; set annotation.teacher_top_n (64, say) and "

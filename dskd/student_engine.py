@@ -50,6 +50,7 @@ def load_student(
     margin: float,
     accumulation_steps: int,
     trunk_depth: int = 0,
+    load_universal: bool = False,
 ) -> Any:
     """The student's ZeRO-3 engine, with AdamW over the parameters that `student.train_*` names.
 
@@ -61,6 +62,7 @@ def load_student(
         margin: of the sense loss, in units of |h - s|² / D.
         accumulation_steps: micro-batches a rank runs for an optimizer step.
         trunk_depth: how many of the lowest layers the teacher computes; neither they nor the embeddings are loaded.
+        load_universal: it goes on from a checkpoint in DeepSpeed's universal form (:mod:`dskd.elastic`).
 
     Raises:
         UserError: when weights are missing, nothing would be trained, or the model does not keep documents apart where
@@ -74,6 +76,7 @@ def load_student(
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": train.gradient_clipping,
         "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": load_universal},
     }
     settings["zero_optimization"]["reduce_bucket_size"] = 50_000_000
     causal_lm = build_sharded(folder, settings, dtype, first_layer=trunk_depth)

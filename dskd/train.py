@@ -31,8 +31,11 @@ from dskd.student import MADE_BY as STUDENT_MADE_BY
 from dskd.student import find_student
 from dskd.tracking import git_commit, start_tracking
 
-# Settings of `train` that change how a run is carried out, and not what comes out.
-_NOT_IN_RECIPE = ("checkpoint_every", "keep_last", "num_workers", "collective_timeout_s", "shard_cache", "sense_bank")
+# Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
+_NOT_IN_RECIPE = {
+    *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
+    *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,19 @@ def load_inputs(config: Config) -> Inputs:
     train_shards = shards.load_manifest(config, "train")
     if _reads_teacher_cache(config):
         shards.require_teacher_cache(config, "train", train_shards)
+        _require_one_vocabulary(teacher, student)
     return Inputs(teacher, student, senses, train_shards, dictionary.path)
+
+
+def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
+    # A distribution over n tokens and the rest cannot be restricted to the tokens that both have.
+    sizes = [folder.load_config().vocab_size for folder in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"teacher.mode: cached needs teacher and student of one vocabulary size, but {teacher.path} has {sizes[0]} "
+            f"tokens and {student.path} has {sizes[1]}; cut the student from the teacher (`dskd student`), or set "
+            "teacher.mode to zero3 or resident"
+        )
 
 
 def _reads_teacher_cache(config: Config) -> bool:
@@ -148,8 +163,10 @@ def _run(
         inputs.student,
         margin=_margin(config, inputs.shards),
         accumulation_steps=schedule.accumulation_steps,
+        load_universal=checkpoint.needs_universal(start, world),
     )
     engine = pair.engine
+    checkpoint.require_space(engine, config)
     if start is not None:
         checkpoint.load(engine, start, world, trunk_depth=pair.trunk_depth)
     first_step = start.step if start is not None else 0
@@ -230,7 +247,7 @@ def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: b
     hold_lock(config.path(checkpoint.FOLDER, f".{config.run}.lock"), f"trains run {config.run!r}")
     if overwrite:
         return None  # the old checkpoints stay until the first new one is whole
-    newest = checkpoint.latest(config)
+    newest = checkpoint.latest(config, verify=True)
     if newest is None:
         return None
     checkpoint.require_same_run(newest, wanted, config)
@@ -252,6 +269,8 @@ def _recipe(config: Config, inputs: Inputs) -> Recipe:
         "seed": config.seed,
         "precision": config.precision,
     }
+    if _reads_teacher_cache(config):  # another objective, where the shards have fewer than all tokens
+        settings["teacher"] = {"mode": "cached"}
     digests = {"student": inputs.student.digest, "shards": inputs.shards.digest, "senses": inputs.senses.digest}
     return Recipe("checkpoint", digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)
 
