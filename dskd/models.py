@@ -7,9 +7,10 @@ The teacher's forward returns last hidden states, after the final norm; so does 
 only chunk by chunk, where the output matrix is. Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -102,7 +103,7 @@ class FrozenModel:
     device: torch.device
     vocab_size: int  # V
     hidden_size: int  # D
-    nvme_folder: "TemporaryDirectory[str] | None" = None
+    nvme_folder: Path | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -162,7 +163,7 @@ class FrozenModel:
             for tensor in (*self.engine.parameters(), *self.engine.buffers()):
                 tensor.data = tensor.new_empty(0)
         if self.nvme_folder is not None:
-            self.nvme_folder.cleanup()
+            shutil.rmtree(self.nvme_folder, ignore_errors=True)
 
     @torch.no_grad()
     def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, **options: Any) -> Any:
@@ -198,7 +199,7 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
     """
     dtype = compute_dtype(config.precision, world.device)
     model_config = folder.load_config()
-    nvme_folder: TemporaryDirectory[str] | None = None
+    nvme_folder: Path | None = None
     if config.teacher.mode == "resident":
         causal_lm = load_resident(folder, dtype, world)
     else:
@@ -210,7 +211,7 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
             assert config.teacher.nvme_path is not None
             nvme_folder = open_nvme_folder(config.teacher.nvme_path)
             largest = max(parameter.numel() for parameter in empty_model(folder).parameters())
-            offload, aio = nvme_settings(nvme_folder.name, largest, world, pin_memory=pin)
+            offload, aio = nvme_settings(nvme_folder, largest, world, pin_memory=pin)
             settings["zero_optimization"]["offload_param"], settings["aio"] = offload, aio
         causal_lm = build_sharded(folder, settings, dtype)
     head = OutputMatrix(causal_lm.get_output_embeddings().weight) if with_head else None

@@ -89,9 +89,11 @@ def make_own_folder(parent: Path) -> Path:
         OSError: when `parent` cannot be written to.
     """
     _remove_abandoned(parent)
-    folder = Path(tempfile.mkdtemp(prefix="job-", dir=parent))
-    lock = (folder / _LOCK_NAME).open("w")
+    made = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+    lock = (made / _LOCK_NAME).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
+    # Only now does it get a name by which others would find it abandoned.
+    folder = made.rename(parent / made.name.replace(".new-", "job-"))
     atexit.register(_release, folder, lock)  # the argument also keeps the file open, and with it the lock
     return folder
 

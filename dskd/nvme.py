@@ -6,17 +6,18 @@ of libaio. What is missing is said before anything is loaded.
 
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from dskd.distributed import World
 from dskd.errors import UserError
+from dskd.node_cache import make_own_folder
 
 _BUFFERS = 8  # shares in memory at one time: those of one module, and of those that are read ahead
 
 
-def open_nvme_folder(nvme_path: str) -> "TemporaryDirectory[str]":
-    """A folder below `nvme_path` for one rank and one model; it goes when it is closed, or the process ends.
+def open_nvme_folder(nvme_path: str) -> Path:
+    """A folder below `nvme_path` for one rank and one model. It goes when the process ends, or, where that was killed,
+    with the next one that needs a folder there.
 
     Raises:
         UserError: when there is no such folder, it cannot be written to, or DeepSpeed's `async_io` cannot be used.
@@ -29,13 +30,13 @@ def open_nvme_folder(nvme_path: str) -> "TemporaryDirectory[str]":
         raise UserError(f"teacher.offload: nvme needs DeepSpeed's async_io, but {problem}, or set teacher.offload: cpu")
     try:
         # DeepSpeed empties the folder that it is given: no two models may share one.
-        return TemporaryDirectory(prefix="dskd-", dir=path, ignore_cleanup_errors=True)
+        return make_own_folder(path)
     except OSError as error:
         raise UserError(f"teacher.nvme_path: {path} cannot be written to ({error.strerror})") from None
 
 
 def nvme_settings(
-    folder: str, largest_numel: int, world: World, *, pin_memory: bool
+    folder: Path, largest_numel: int, world: World, *, pin_memory: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """DeepSpeed's sections `offload_param` and `aio` for a model whose largest parameter has `largest_numel` elements.
 
@@ -43,7 +44,7 @@ def nvme_settings(
     """
     offload = {
         "device": "nvme",
-        "nvme_path": folder,
+        "nvme_path": str(folder),
         "buffer_count": _BUFFERS,
         "buffer_size": -(-largest_numel // world.world_size) + 1024,
         "pin_memory": pin_memory,

@@ -268,9 +268,9 @@ def _recipe(config: Config, inputs: Inputs) -> Recipe:
         "student": student,
         "seed": config.seed,
         "precision": config.precision,
+        # Another objective, where the shards have fewer than all tokens.
+        "teacher": {"mode": "cached" if _reads_teacher_cache(config) else "loaded"},
     }
-    if _reads_teacher_cache(config):  # another objective, where the shards have fewer than all tokens
-        settings["teacher"] = {"mode": "cached"}
     digests = {"student": inputs.student.digest, "shards": inputs.shards.digest, "senses": inputs.senses.digest}
     return Recipe("checkpoint", digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)
 

@@ -1,6 +1,8 @@
 """Parameters on a local disk: the same states, a folder for each model, and what is missing is said at once."""
 
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -90,9 +92,22 @@ def test_what_async_io_lacks_is_named(tmp_path, monkeypatch):
 def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(nvme, "_async_io_problem", lambda: None)
 
-    def refuse(**options):
+    def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(nvme, "TemporaryDirectory", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with pytest.raises(UserError, match=r"cannot be written to \(Permission denied\)"):
         nvme.open_nvme_folder(str(tmp_path))
+
+
+def test_what_a_killed_process_left_on_the_disk_goes_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvme, "_async_io_problem", lambda: None)
+    child = os.fork()
+    if child == 0:
+        nvme.open_nvme_folder(str(tmp_path))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (abandoned,) = tmp_path.iterdir()
+    first, second = (nvme.open_nvme_folder(str(tmp_path)) for _ in range(2))
+    assert not abandoned.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([first, second])

@@ -1,0 +1,121 @@
+"""Checkpoints: which one counts, which are kept, whether they fit the disk, and going on with other ranks."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BEFORE_TRAINING, TINY, losses_of, run_program
+from safetensors.torch import load_file
+
+from dskd import checkpoint
+from dskd.config_file import load_config
+from dskd.errors import UserError
+from dskd.train import report_status, train
+
+pytestmark = pytest.mark.slow
+
+
+def _names(config):
+    return sorted(path.name for path in checkpoint.folder(load_config(config)).iterdir())
+
+
+@pytest.mark.parametrize("counts", [(2, 4, 1), (4, 1, 2)], ids=str)
+def test_a_run_goes_on_with_any_number_of_ranks(tiny, copy_of_tiny, counts):
+    """Two steps with each number of ranks: the losses, and what was trained, are those of two ranks undisturbed."""
+    settings = {**TINY["train"], "micro_batch_size": 1, "checkpoint_every": 2}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    loaded = load_config(config)
+    last = None
+    for number, ranks in enumerate(counts):
+        output = run_program("train.py", config, "--resume", "train.keep_last=9", ranks=ranks).output
+        assert ("is made into one for any number of them" in output) == (number > 0)
+        if number < 2:  # as if it had been stopped after two steps more
+            for path in checkpoint.folder(loaded).glob("step-*"):
+                if int(path.name[5:]) > 2 * (number + 1):
+                    shutil.rmtree(path)
+        else:
+            last = checkpoint.latest(loaded, verify=True)
+    assert _names(config) == ["latest", "step-00000002", "step-00000004", "step-00000006"]  # and no hidden folder
+    resumed, undisturbed = losses_of(config), losses_of(tiny)
+    assert [step for step, _ in resumed] == list(range(1, 7))
+    assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in undisturbed], rel=2e-4)
+    expected = load_file(checkpoint.latest(load_config(tiny)).path / checkpoint.TRAINED_FILE)
+    for name, tensor in load_file(last.path / checkpoint.TRAINED_FILE).items():
+        # Moments that were not carried over, or a step that was not counted, would show in the weights at once.
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def _spoil(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [_spoil, _truncate])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy_of_tiny, capsys, damage):
+    config = load_config(copy_of_tiny("checkpoints"))
+    newest = checkpoint.latest(config, verify=True)
+    assert newest.step == 6
+    damage(next(newest.path.glob("*optim_states.pt")))
+    assert checkpoint.latest(config, verify=True).step == 3
+    assert "passing over this checkpoint" in capsys.readouterr().err
+    shutil.rmtree(checkpoint.folder(config) / "step-00000003")
+    with pytest.raises(UserError, match=r"none of the checkpoints is whole.*--overwrite"):
+        checkpoint.latest(config, verify=True)
+
+
+def test_the_pointer_says_which_checkpoint_counts(copy_of_tiny):
+    config = load_config(copy_of_tiny("checkpoints"))
+    (checkpoint.folder(config) / "latest").write_text("step-00000003\n")
+    assert checkpoint.latest(config).step == 3
+    (checkpoint.folder(config) / "latest").unlink()
+    assert checkpoint.latest(config).step == 6
+
+
+def test_multiples_are_kept_beside_the_newest(copy_of_tiny, world):
+    settings = {**TINY["train"], "num_workers": 0, "checkpoint_every": 1, "keep_last": 2, "keep_every": 3}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    train(load_config(config, ["tracking.enabled=false"]), world)
+    assert _names(config) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
+
+
+def test_a_disk_without_room_is_named_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
+    asked = []
+    real = checkpoint.required_bytes
+    monkeypatch.setattr(checkpoint, "required_bytes", lambda engine: asked.append(real(engine)) or 10**18)
+    with pytest.raises(UserError, match=r"a checkpoint takes 1000000000.00 GB, and there are .* free.*--resume"):
+        train(config, world, overwrite=True)
+    newest = checkpoint.latest(config)
+    assert newest.step == 6
+    size = sum(entry["size_bytes"] for entry in newest.manifest.files.values())
+    assert 0.9 * size < asked[0] < 1.5 * size
+
+
+def test_a_cached_teacher_makes_it_another_run(copy_of_tiny, world, capsys):
+    path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    assert report_status(load_config(path))
+    assert not report_status(load_config(path, ["teacher.mode=cached"]))
+    assert "teacher.mode" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another run than 'dskd' is now"):
+        train(load_config(path, ["teacher.mode=cached"]), world, resume=True)
+    # What only takes more or less memory does not.
+    assert report_status(load_config(path, ["train.loss_chunk_size=7", "train.activation_checkpointing=true"]))
+
+
+def test_a_cached_teacher_of_another_vocabulary_is_refused(copy_of_tiny, world, monkeypatch):
+    from dskd import train as training
+
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING), ["teacher.mode=cached"])
+    student = SimpleNamespace(path="student", load_config=lambda: SimpleNamespace(vocab_size=7))
+    teacher = SimpleNamespace(path="teacher", load_config=lambda: SimpleNamespace(vocab_size=9))
+    with pytest.raises(UserError, match=r"teacher has 9 tokens and student has 7"):
+        training._require_one_vocabulary(teacher, student)
+    training.load_inputs(config)
+    with pytest.raises(UserError, match=r"teacher_top_n: 3, but .* holds the teacher's 4 most"):
+        training.load_inputs(load_config(copy_of_tiny(), ["teacher.mode=cached", "annotation.teacher_top_n=3"]))
