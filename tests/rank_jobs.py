@@ -49,7 +49,7 @@ def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, d
     run_as_rank(run, environment, log)
 
 
-def head_gradients(folder: Path, architecture: str, environment: dict[str, str], log: Path) -> None:
+def head_gradients(folder: Path, architecture: str, divergence: str, environment: dict[str, str], log: Path) -> None:
     """One step of a student with a trained head in two micro-batches a rank; rank 0 writes gradients and terms.
 
     Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`.
@@ -66,19 +66,32 @@ def head_gradients(folder: Path, architecture: str, environment: dict[str, str],
             teacher={"path": str(folder / f"{architecture}-teacher")},
             corpus={"packing": "stream"},
             student={"train_layers": 1, "train_lm_head": True, "shared_trunk": "off"},
-            loss={"hidden_weight": 0.3, "sense_weight": 0.0, "divergence": "jensen_shannon"},
+            loss={"hidden_weight": 0.3, "sense_weight": 0.8, "antonym_weight": 1.0, "divergence": divergence},
             train={"global_batch_size": 4, "micro_batch_size": 1, "loss_chunk_size": 5},
         )
         student = ModelFolder(folder / f"{architecture}-student", "", "")
         teacher = find_teacher(config)
-        engine = load_student(student, config, world, teacher=teacher, margin=1.0, accumulation_steps=2)
+        engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
         pair = Pair(load_frozen(teacher, config, world, with_head=False), engine)
-        rows = slice(2 * world.rank, 2 * world.rank + 2)
+        mine = range(2 * world.rank, 2 * world.rank + 2)
         micro_batches = [
-            {"input_ids": ids[None], "labels": ids[None].roll(-1, 1), "loss_mask": mask[None].bool()}
-            for ids, mask in zip(batch["input_ids"][rows], batch["loss_mask"][rows], strict=True)
+            {
+                "input_ids": batch["input_ids"][row][None],
+                "labels": batch["input_ids"][row][None].roll(-1, 1),
+                "loss_mask": batch["loss_mask"][row][None].bool(),
+                "senses": {
+                    "sense_rows": batch["rows"],
+                    "relation_positions": torch.tensor([0]),
+                    "synonym_index": torch.tensor([[0, -1]]),
+                    "antonym_index": torch.tensor([[1, -1]]),
+                    "own_positions": torch.tensor([1] if row < 3 else [], dtype=torch.int64),
+                    "own_index": torch.tensor([[2]] if row < 3 else [], dtype=torch.int64).view(-1, 1),
+                },
+            }
+            for row in mine
         ]
-        step = Step(micro_batches, (int(batch["loss_mask"][rows].sum()), 0, 0))
+        own = sum(row < 3 for row in mine)
+        step = Step(micro_batches, (int(batch["loss_mask"][mine.start : mine.stop].sum()), 2 + own, 2))
         gradients = {}
 
         def keep_gradients() -> None:

@@ -2,8 +2,10 @@
 
 import importlib
 import json
-import random
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from benchmarks.flops import Shape, step_flops
 from benchmarks.published import Lexicon, logit_losses, sense_loss
 from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish, ratios, take_turns
 from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary
-from benchmarks.workload import build_loss
+from benchmarks.workload import Preset, build_loss, write_work_directory
 from dskd.config import LossConfig
 from dskd.head import TERMS
 from dskd.senses.search import Searcher
@@ -140,7 +142,7 @@ def test_variants_take_turns_and_ratios_are_round_by_round():
 def test_peak_memory_sees_what_is_gone_at_the_end():
     with PeakMemory(torch.device("cpu")) as memory:
         held = torch.ones(64 * 2**20, dtype=torch.uint8)
-        random.random()
+        time.sleep(0.2)  # long enough to be looked at on a busy machine
         del held
     assert 60 * 2**20 < memory.peak_bytes < 90 * 2**20
 
@@ -153,3 +155,23 @@ def test_a_result_has_its_command_and_machine(tmp_path, monkeypatch, capsys):
     assert written["command"] == "python -m benchmarks.x --rounds 2" and written["results"] == {"speed": 3.0}
     assert {"date", "device", "cores", "threads", "load", "torch"} <= written["machine"].keys()
     assert "speed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_step_trains_and_reports_what_it_measured(tmp_path):
+    preset = Preset(Shape(300, 32, 48, 4, 2, 4, 3, 1, 32), global_batch_size=4, micro_batch_size=2)
+    write_work_directory(tmp_path / "toy", preset, steps=6)
+    options = ["--folder", tmp_path, "--preset", "toy", "--rounds", 2, "--warm-up", 1, "--output", tmp_path / "x.json"]
+    # Not the rank that this process has become.
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
+    command = [sys.executable, "-m", "benchmarks.step", *map(str, options)]
+    subprocess.run(command, cwd=FOLDER.parent, env=environment, check=True)
+    results = json.loads((tmp_path / "x.json").read_text())["results"]
+    use, shape = results["use"], preset.shape
+    assert use["flops_per_token"] == step_flops(shape, shared_trunk=True)
+    assert use["flops_per_s"] == pytest.approx(sum(use["flops_per_token"].values()) * use["tokens_per_s"])
+    assert use["utilisation"] == pytest.approx(use["flops_per_s"] / use["matrix_flops_per_s"])
+    assert use["tokens_per_s"] == pytest.approx(4 * 32 / use["step_s"]["median"], rel=0.5)
+    assert 0 < use["data_wait_share"] < 1
+    expected = [sum(step_flops(shape, shared_trunk=shared).values()) for shared in (True, False)]
+    assert results["trunk"]["flops_ratio"] == pytest.approx(expected[0] / expected[1])

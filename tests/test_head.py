@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dskd.config import LossConfig
 from dskd.head import TERMS, DistillationHead, Normalizers
@@ -123,11 +125,59 @@ def test_one_matrix_serves_student_and_teacher(case):
     torch.testing.assert_close((found[0], found[2]), (expected[0], expected[2]))
 
 
+class _LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("teacher", ["loaded", "cached"])
+def test_no_tensor_of_a_step_has_more_than_one_chunks_logits(teacher):
+    positions, hidden_size, vocab_size, chunk = 600, 8, 500, 16
+    hidden, teacher_hidden = torch.randn(2, 1, positions, hidden_size)
+    head = DistillationHead(
+        nn.Parameter(torch.randn(vocab_size, hidden_size)),
+        torch.randn(vocab_size, hidden_size),
+        LOSS.model_copy(update={"hidden_weight": 0.0 if teacher == "cached" else 0.3}),
+        chunk_size=chunk,
+    )
+    of_teacher = {"teacher_hidden": teacher_hidden}
+    if teacher == "cached":
+        top = (teacher_hidden @ head.teacher_weight.T).log_softmax(-1).topk(5)
+        of_teacher = {
+            "teacher_cache": {
+                "token_ids": top.indices,
+                "logprobs": top.values,
+                "rest_logprob": (1 - top.values.exp().sum(-1)).log(),
+            }
+        }
+    hidden.requires_grad_()
+    with _LargestTensor() as largest:
+        total, _ = head(
+            hidden,
+            labels=torch.arange(positions)[None] % vocab_size,
+            loss_mask=torch.ones(1, positions, dtype=torch.bool),
+            normalizers=NORMALIZERS,
+            **of_teacher,
+        )
+        total.backward()
+    assert largest.numel <= chunk * vocab_size
+
+
 @pytest.mark.slow
 def test_compiled_losses_are_the_same(case):
+    torch._dynamo.utils.counters.clear()
     args = nn.Parameter(case["weight"], requires_grad=False), case["teacher_weight"], LOSS
     plain = _run(case, DistillationHead(*args, chunk_size=4))
     compiled = _run(case, DistillationHead(*args, chunk_size=4, compile_losses=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close((plain[0], plain[2]), (compiled[0], compiled[2]))
 
 
@@ -197,16 +247,20 @@ def test_without_labels_the_head_gives_logits(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # untied, and tied to the embeddings
-def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_path, architecture):
-    """ZeRO-3 on two ranks, two micro-batches each, a trained head; against whole logits in one process in float64."""
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("llama", "forward_kl"), ("llama", "reverse_kl"), ("qwen2", "jensen_shannon")]
+)  # untied, and tied to the embeddings
+def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_path, architecture, kind):
+    """ZeRO-3 on two ranks, two micro-batches each, a trained head and all terms of the loss; against whole logits and
+    loops in one process in float64. DeepSpeed computes in float32."""
     teacher = save_model(tmp_path / f"{architecture}-teacher", architecture, seed=1).double()
     student = save_model(tmp_path / f"{architecture}-student", architecture).double()
     ids = torch.arange(4 * 12).view(4, 12) * 11 % 117
     counted = torch.tensor([11, 2, 6, 0])
     mask = torch.arange(12) < counted[:, None]
-    save_file({"input_ids": ids, "loss_mask": mask.to(torch.uint8)}, tmp_path / "batch.safetensors")
-    finish(fork_ranks(head_gradients, tmp_path, architecture, ranks=2), 120)
+    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)) * 0.5
+    save_file({"input_ids": ids, "loss_mask": mask.to(torch.uint8), "rows": rows}, tmp_path / "batch.safetensors")
+    finish(fork_ranks(head_gradients, tmp_path, architecture, kind, ranks=2), 120)
 
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("layers.3." in name or parameter is student.lm_head.weight)
@@ -217,10 +271,19 @@ def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_p
     ce = F.cross_entropy(q, ids.roll(-1, 1)[mask], reduction="sum")
     q, p = (q / 2).softmax(-1), (p / 2).softmax(-1)
     m = (p + q) / 2
-    js = (p * (p / m).log() + q * (q / m).log()).sum() / 2
+    divergence = {
+        "forward_kl": p * (p / q).log(),
+        "reverse_kl": q * (q / p).log(),
+        "jensen_shannon": (p * (p / m).log() + q * (q / m).log()) / 2,
+    }[kind].sum()
+    # In each sequence position 0 is pulled to row 0 and pushed from row 1, in all but the last position 1 to row 2.
+    far = 1.3 - (states[:, 0] - rows[1]).square().mean(-1)
+    assert 0 < (far > 0).sum() < 4
+    sense = (states[:, 0] - rows[0]).square().mean(-1).sum() + far.clamp(min=0).sum()
+    sense = sense + (states[:3, 1] - rows[2]).square().mean(-1).sum()
     distance = (states - teacher_states).square().mean(-1)[mask].sum()
     # The definition of a mean: everything over the number of positions on all ranks.
-    loss = (ce + 0.7 * 2**2 * js + 0.3 * distance) / counted.sum()
+    loss = (ce + 0.7 * 2**2 * divergence + 0.3 * distance) / counted.sum() + 0.8 * sense / 7
     loss.backward()
     found = load_file(tmp_path / f"{architecture}.safetensors")
     assert float(found.pop("loss")) == pytest.approx(loss.item(), rel=1e-5)
