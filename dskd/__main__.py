@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.inspection.command import add_inspect_parser, run_inspection
-from dskd.program import add_config_arguments, run
+from dskd.program import add_config_arguments, run, run_on_ranks
 
 MERGE_HELP = "make one sense dictionary of several, built by one teacher on different corpora"
 MERGE_EPILOG = """
@@ -18,6 +19,13 @@ senses.states_per_sense, senses.restarts. Name the result in senses.path, and an
 example:
   dskd senses merge --config configs/wiki.yaml --dictionary work/wiki/senses --dictionary work/tasks/senses \\
       --output work/merged
+"""
+CONFIG_HELP = "explain every key of a configuration file; with --config, check one and print all that it says"
+PREFLIGHT_HELP = "check the nodes of a job before it: all-reduce, storage, clocks, versions, shards"
+PREFLIGHT_EPILOG = """
+examples:
+  dskd preflight --config configs/quickstart.yaml                                    this machine, one rank
+  deepspeed --hostfile hosts --module dskd preflight --config FILE                   the ranks that training will have
 """
 STATUS_HELP = "say how far a run is trained; exit code 0 when to its end, 3 when not"
 UNFINISHED_EXIT_CODE = 3
@@ -72,10 +80,21 @@ def _status(config: Config) -> int:
     return 0 if report_status(config) else UNFINISHED_EXIT_CODE
 
 
-def _explain_config() -> None:
-    from dskd.config_file import describe
+def _preflight(given: argparse.Namespace) -> NoReturn:
+    from dskd.preflight import preflight
 
-    print(describe())
+    run_on_ranks(given, preflight)
+
+
+def _explain_config(path: Path | None, overrides: list[str]) -> None:
+    if path is None:
+        from dskd.config_file import describe
+
+        print(describe())
+    else:
+        import yaml
+
+        print(yaml.safe_dump(load_config(path, overrides).as_dict(), sort_keys=False), end="")
 
 
 def _find_wordnet(path: str | None) -> None:
@@ -92,7 +111,9 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (_, text) in _VERBS.items():
         add_config_arguments(verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."))
-    verbs.add_parser("config", help="explain every key of a configuration file, with its default")
+    config = verbs.add_parser("config", help=CONFIG_HELP, description=f"{CONFIG_HELP[0].upper()}{CONFIG_HELP[1:]}.")
+    config.add_argument("--config", type=Path, metavar="FILE", help="YAML file of an experiment")
+    config.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over it")
     wordnet = verbs.add_parser("wordnet", help="find WordNet, and say where it is")
     wordnet.add_argument("--path", help="a folder with WordNet's dictionary files, instead of looking for one")
     senses = verbs.add_parser("senses", help="work on finished sense dictionaries: merge")
@@ -115,6 +136,16 @@ def main() -> int:
     add_config_arguments(merge)
     status = verbs.add_parser("status", help=STATUS_HELP, description=f"{STATUS_HELP[0].upper()}{STATUS_HELP[1:]}.")
     add_config_arguments(status)
+    checks = verbs.add_parser(
+        "preflight",
+        help=PREFLIGHT_HELP,
+        description=f"{PREFLIGHT_HELP[0].upper()}{PREFLIGHT_HELP[1:]}.",
+        epilog=PREFLIGHT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_arguments(checks)
+    # DeepSpeed's launcher puts it before the verb; ranks are read from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add_inspect_parser(verbs)
     given, extra = parser.parse_known_args()
     if given.verb == "inspect":
@@ -122,9 +153,11 @@ def main() -> int:
     if extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if given.verb == "config":
-        return run(_explain_config)
+        return run(lambda: _explain_config(given.config, given.overrides))
     if given.verb == "senses":
         return run(lambda: _merge(load_config(given.config, given.overrides), given.dictionary, given.output))
+    if given.verb == "preflight":
+        _preflight(given)
     if given.verb == "status":
         return run(lambda: _status(load_config(given.config, given.overrides)))
     if given.verb == "wordnet":

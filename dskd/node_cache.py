@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,9 +35,16 @@ def open_node_cache(base: str | None, world: World) -> Path:
     Raises:
         UserError: when the place cannot be written to, or belongs to another user.
     """
-    mine = str(_create(base)) if world.local_rank == 0 else None
-    leader = world.rank - world.local_rank
-    return Path(gather_json(mine)[leader])
+    folder, problem = None, None
+    if world.local_rank == 0:
+        try:
+            folder = str(_create(base))
+        except UserError as error:
+            problem = f"{socket.gethostname()}: {error}"
+    replies = gather_json({"folder": folder, "problem": problem})
+    if problems := [reply["problem"] for reply in replies if reply["problem"]]:
+        raise UserError("\n".join(problems), known_to_all_ranks=True)
+    return Path(replies[world.rank - world.local_rank]["folder"])
 
 
 @contextlib.contextmanager

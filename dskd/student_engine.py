@@ -4,6 +4,8 @@ Where its lower layers are frozen copies of the teacher's, it starts from the te
 (:mod:`dskd.trunk`) and those layers are not loaded. Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
+import os
+import shutil
 from typing import Any
 
 import deepspeed
@@ -70,6 +72,8 @@ def load_student(
     """
     dtype = compute_dtype(config.precision, world.device)
     train = config.train
+    if train.compile_losses and world.device.type == "cpu":
+        _require_compiler()
     settings = engine_settings(
         dtype, world, folder.load_config().hidden_size, micro_batch_size=train.micro_batch_size
     ) | {
@@ -104,6 +108,17 @@ def load_student(
     if config.corpus.packing == "documents" and not trunk_depth:
         check_documents(engine, student.decoder, folder, world, dtype)
     return engine
+
+
+def _require_compiler() -> None:
+    """On a CPU torch.compile writes C++; on a GPU it brings what it needs."""
+    wanted = os.environ.get("CXX", "g++")
+    if shutil.which(wanted) is None:
+        raise UserError(
+            f"train.compile_losses: torch.compile needs a C++ compiler, and there is no {wanted}; install one (g++ on "
+            "Debian), name one in the variable CXX, or set train.compile_losses to false",
+            known_to_all_ranks=True,
+        )
 
 
 def trained_layers(student: StudentConfig, count: int) -> set[int]:

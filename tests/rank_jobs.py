@@ -1,5 +1,6 @@
 """What ranks run in tests that start them without a program of `launcher/` (see forked_rank.py)."""
 
+import argparse
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.pair import Pair
+from dskd.preflight import preflight
+from dskd.program import run_on_ranks
 from dskd.step import train_step
 from dskd.student_engine import load_student
 
@@ -131,5 +134,15 @@ def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
         if world.is_main:
             (folder / "held.json").write_text(json.dumps(everyone))
         os._exit(0)
+
+    run_as_rank(run, environment, log)
+
+
+def check_before_the_flight(configs: list[Path], environment: dict[str, str], log: Path) -> None:
+    """Preflight, each rank with a config of its own."""
+
+    def run() -> None:
+        arguments = argparse.Namespace(config=configs[int(environment["RANK"])], overrides=[])
+        run_on_ranks(arguments, preflight)
 
     run_as_rank(run, environment, log)

@@ -1,10 +1,12 @@
 """The student's engine: what many micro-batches add up to."""
 
+import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 from tiny_models import save_model
 
 from dskd.config import Config
+from dskd.errors import UserError
 from dskd.head import Normalizers
 from dskd.model_folder import find_teacher
 from dskd.student import build_student, find_student
@@ -36,6 +38,13 @@ def _gradients(config, world, micro_batches):
     gradients = {n: safe_get_full_grad(p).float() for n, p in engine.module.named_parameters() if p.requires_grad}
     engine.destroy()
     return gradients
+
+
+def test_compiled_losses_without_a_compiler_are_refused(monkeypatch, tmp_path, world):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    config = Config(workdir=str(tmp_path), teacher={"path": "t"}, train={"compile_losses": True})
+    with pytest.raises(UserError, match=r"train.compile_losses: .* there is no .*no-such-compiler; install one"):
+        load_student(None, config, world, teacher=None, margin=1.0, accumulation_steps=1)
 
 
 def test_many_micro_batches_in_bf16_add_up_to_what_one_of_them_is(tmp_path, world):

@@ -1,0 +1,207 @@
+"""Preflight: what is wrong with the nodes of a job, said in seconds and by name, before hours are spent on it.
+
+    dskd preflight --config FILE                                            this machine
+    deepspeed --hostfile HOSTS --module dskd preflight --config FILE        the ranks that training will have
+
+Every rank looks at its own node and tells what it sees; where ranks should agree, those that differ from most others
+are named. Nothing that training needs is changed.
+"""
+
+import os
+import platform
+import shutil
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd import shards
+from dskd.config import Config
+from dskd.console import say
+from dskd.distributed import World, barrier, broadcast_json, gather_json, sum_over_ranks
+from dskd.errors import UserError, listed
+from dskd.folders import make_folder
+from dskd.manifest import package_versions
+from dskd.node_cache import open_node_cache
+from dskd.text_table import table
+
+_CLOCK_TOLERANCE_S = 2.0  # more, and logs and metrics of two nodes cannot be laid side by side
+_SMALLEST_SHARED_MEMORY_GB = 1.0  # the loader's workers hand batches over in it
+_REDUCED = 2**24  # elements: 64 MB
+_ROUNDS = 3
+
+
+def preflight(config: Config, world: World) -> None:
+    """Checks ranks, storage, clocks, versions and shards, and prints a line a node.
+
+    Raises:
+        UserError: with everything that is wrong, each with its node.
+    """
+    gigabytes_per_s = _reduce(world)
+    mine = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}
+    reports = gather_json(mine)
+    for line in describe(reports):
+        say(line)
+    problems = find_problems(reports)
+    if problems:
+        raise UserError(listed("preflight: not everything is as training needs it", problems), known_to_all_ranks=True)
+    say("preflight: everything is as training needs it")
+
+
+def find_problems(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong, in words, of what all ranks have seen."""
+    problems = []
+    for report in reports:
+        where = f"rank {report['rank']} ({report['host']})"
+        if not report["reduced"]:
+            problems.append(f"{where}: a sum over all ranks came out wrong there; do not use this node")
+        problems += [f"{where}: {text}" for text in report["problems"]]
+    clock = statistics.median(report["clock_s"] for report in reports)
+    leaders = [report for report in reports if report["local_rank"] == 0]
+    for report in leaders:
+        off = report["clock_s"] - clock
+        if abs(off) > _CLOCK_TOLERANCE_S:
+            problems.append(
+                f"{report['host']}: its clock is {abs(off):.0f} s {'ahead' if off > 0 else 'behind'}; set it (NTP)"
+            )
+    for what, remedy in (
+        ("versions", "install the same environment on every node"),
+        ("device", "use nodes of one kind"),
+        ("ranks_on_node", "start as many ranks on every node"),
+    ):
+        problems += _odd_ones(leaders, what, remedy)
+    return problems
+
+
+def describe(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table with a line a node."""
+    header = ("node", "ranks", "device", "free, GB", "shared memory, GB", "all-reduce, GB/s")
+    rows = []
+    for leader in (report for report in reports if report["local_rank"] == 0):
+        ranks = [report for report in reports if report["host"] == leader["host"]]
+        slowest = min(report["rate"] for report in ranks)
+        free, shared = (leader[name] for name in ("free_gb", "shared_memory_gb"))
+        rows.append(
+            [leader["host"], str(len(ranks)), leader["device"], f"{free:,.0f}", f"{shared:.1f}", f"{slowest:.2f}"]
+        )
+    return table(header, rows).splitlines()
+
+
+def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> list[str]:
+    """Reports that differ from most others in `what`, a value or a mapping."""
+
+    def values(report: Mapping[str, Any]) -> Mapping[str, Any]:
+        return report[what] if isinstance(report[what], Mapping) else {what.replace("_", " "): report[what]}
+
+    found = []
+    for name in sorted({name for report in reports for name in values(report)}):
+        usual, _ = Counter(values(report).get(name) for report in reports).most_common(1)[0]
+        for report in reports:
+            own = values(report).get(name)
+            if own != usual:
+                found.append(f"{report['host']}: {name} {own}, elsewhere {usual}; {remedy}")
+    return found
+
+
+def _reduce(world: World) -> float:
+    """GB/s of a sum over all ranks, or 0 where it is not what it should be."""
+    expected = world.world_size * (world.world_size - 1) / 2
+    seconds = []
+    for _ in range(_ROUNDS):
+        values = torch.full((_REDUCED,), float(world.rank), device=world.device)
+        barrier()
+        started = time.perf_counter()
+        total = sum_over_ranks(values)
+        is_right = bool((total == expected).all())  # also waits for a GPU
+        seconds.append(time.perf_counter() - started)
+        if not is_right:
+            return 0.0
+    return 4 * _REDUCED / min(seconds) / 1e9
+
+
+def _look(config: Config, world: World) -> dict[str, Any]:
+    """What this rank sees of its node."""
+    problems = [*_check_storage(config, world), *_check_shards(config), *_check_cache(config, world)]
+    barrier()
+    clock_s = time.time()  # at one moment, to the few milliseconds in which ranks leave a barrier
+    shared = Path("/dev/shm")
+    shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else 0.0
+    if config.train.num_workers and shared_gb < _SMALLEST_SHARED_MEMORY_GB:
+        problems.append(
+            f"/dev/shm has {shared_gb:.2f} GB, and the loader's workers hand batches over in it; give the container at "
+            f"least {_SMALLEST_SHARED_MEMORY_GB:.0f} GB (docker: --shm-size), or set train.num_workers=0"
+        )
+    is_cuda = world.device.type == "cuda"
+    return {
+        "rank": world.rank,
+        "local_rank": world.local_rank,
+        "host": socket.gethostname(),
+        "clock_s": clock_s,
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "device": torch.cuda.get_device_name(world.device) if is_cuda else "cpu",
+        "ranks_on_node": int(os.environ["LOCAL_WORLD_SIZE"]),
+        "free_gb": shutil.disk_usage(_existing(config.path())).free / 1e9,
+        "shared_memory_gb": shared_gb,
+        "problems": problems,
+    }
+
+
+def _check_storage(config: Config, world: World) -> list[str]:
+    """Whether all ranks see one work directory: each must find what rank 0 wrote, and rank 0 what each wrote."""
+    folder = config.path(".preflight")
+    problem, token = None, None
+    if world.is_main:
+        token = os.urandom(16).hex()
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            make_folder(folder)
+            (folder / "token").write_text(token)
+        except (OSError, UserError) as error:
+            problem = str(error)
+    token = broadcast_json(token)
+    if not world.is_main:
+        try:
+            if (folder / "token").read_text() != token:
+                problem = f"{config.path()} holds other files than on rank 0's node"
+            (folder / f"rank-{world.rank}").touch()
+        except OSError as error:
+            problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror})"
+    barrier()
+    problems = [f"{problem}; workdir has to be on storage that all nodes share"] if problem else []
+    if world.is_main and not problem:
+        missing = [rank for rank in range(1, world.world_size) if not (folder / f"rank-{rank}").exists()]
+        if missing:
+            problems.append(f"{config.path()}: what ranks {missing} write there is not seen here")
+    barrier()
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    return problems
+
+
+def _check_shards(config: Config) -> list[str]:
+    """Whether this rank's node has the training shards, where they have been made."""
+    if not config.path(shards.FOLDER, "train").exists():
+        return []
+    try:
+        shards.load_manifest(config, "train")
+    except UserError as problem:
+        return [str(problem)]
+    return []
+
+
+def _check_cache(config: Config, world: World) -> list[str]:
+    try:
+        open_node_cache(config.train.shard_cache, world)
+    except UserError as problem:  # of any node, with its name
+        return str(problem).splitlines() if world.is_main else []
+    return []
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -1,0 +1,85 @@
+"""Preflight: what is wrong with a node is said by its name."""
+
+import copy
+import shutil
+
+import pytest
+from conftest import BEFORE_TRAINING, ONE_RANK, finish, fork_ranks, write_config
+from rank_jobs import check_before_the_flight
+
+from dskd.config_file import load_config
+from dskd.errors import UserError
+from dskd.preflight import find_problems, preflight
+
+
+def _report(rank, host, **changes):
+    return {
+        "rank": rank,
+        "local_rank": 0,
+        "host": host,
+        "reduced": True,
+        "rate": 1.0,
+        "clock_s": 1000.0 + rank / 100,
+        "versions": {"torch": "2.9", "dskd": "0.1"},
+        "device": "cpu",
+        "ranks_on_node": 1,
+        "free_gb": 10.0,
+        "shared_memory_gb": 8.0,
+        "problems": [],
+        **changes,
+    }
+
+
+NODES = [_report(number, f"node{number}") for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clock_s": 1090.0}, "node1: its clock is 90 s ahead; set it"),
+        ({"clock_s": 995.0}, "node1: its clock is 5 s behind"),
+        ({"versions": {"torch": "2.8", "dskd": "0.1"}}, "node1: torch 2.8, elsewhere 2.9; install the same"),
+        ({"device": "T4"}, "node1: device T4, elsewhere cpu"),
+        ({"ranks_on_node": 4}, "node1: ranks on node 4, elsewhere 1"),
+        ({"reduced": False}, "rank 1 (node1): a sum over all ranks came out wrong there"),
+        ({"problems": ["there is no folder x"]}, "rank 1 (node1): there is no folder x"),
+    ],
+)
+def test_the_node_that_differs_is_named(changes, message):
+    reports = copy.deepcopy(NODES)
+    reports[1].update(changes)
+    (problem,) = find_problems(reports)
+    assert problem.startswith(message)
+    assert not find_problems(NODES)
+
+
+def test_a_machine_by_itself_is_checked(tmp_path, capsys, world):
+    config = load_config(write_config(tmp_path / "x.yaml", {"workdir": str(tmp_path / "w"), "teacher": {"path": "t"}}))
+    preflight(config, ONE_RANK)
+    printed = capsys.readouterr().err
+    assert "everything is as training needs it" in printed
+    assert list((tmp_path / "w").iterdir()) == []
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match=r"rank 0 .*file.*cannot write there"):
+        preflight(config.model_copy(update={"workdir": str(file / "below")}), ONE_RANK)
+
+
+@pytest.mark.slow
+def test_ranks_find_storage_that_is_not_shared_and_shards_that_are_damaged(copy_of_tiny, tmp_path):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    ended = finish(fork_ranks(check_before_the_flight, [config, config], ranks=2), 60)
+    assert "everything is as training needs it" in ended.output
+    assert not load_config(config).path(".preflight").exists()
+
+    shutil.copytree(load_config(config).path(), tmp_path / "other")
+    loaded = {"workdir": str(tmp_path / "other"), "teacher": {"path": "t"}}
+    other = write_config(tmp_path / "other.yaml", loaded)
+    next((tmp_path / "other" / "shards" / "train").glob("*.mds*")).unlink()
+    ended = finish(fork_ranks(check_before_the_flight, [config, other], ranks=2), 60, check=False)
+    assert ended.exit_code == 2
+    assert ended.output.count("error: preflight: not everything is as training needs it") == 1
+    for expected in ("other is not the folder that rank 0 writes to", "it is missing", "what ranks [1] write there"):
+        assert expected in ended.output, ended.output
+    assert "rank 1 (" in ended.output
+    assert "Traceback" not in ended.output
