@@ -300,6 +300,12 @@ class TrainConfig(Section):
     shard_cache: str | None = Field(
         None, description="node-local folder for unpacked shards; default: a private one in /tmp"
     )
+    shard_remote: str | None = Field(
+        None,
+        pattern=r"^([a-z0-9]+://[^/\s]+|/)",
+        description="where shards are read from instead of WORKDIR/shards: a copy of it, such as s3://BUCKET/shards; "
+        "WORKDIR keeps their manifests",
+    )
     loss_chunk_size: int | None = Field(
         None, ge=1, description="positions whose logits exist at one time; default: as many as fit the device's caches"
     )

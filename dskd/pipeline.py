@@ -53,8 +53,13 @@ class StageFailedError(Exception):
         self.exit_code = exit_code
 
 
-def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
+def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = None) -> None:
     """Brings every artifact of the config up to date and prints the comparison.
+
+    Args:
+        path: the config.
+        overrides: laid over it.
+        until: the last stage to run, for what trains on other machines than it prepares on; nothing is compared then.
 
     Raises:
         UserError: for what the user has to mend.
@@ -64,7 +69,7 @@ def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
     config = load_config(path, overrides)
     hold_lock(config.path(".pipeline.lock"), "runs the pipeline in this work directory")
     started = time.perf_counter()
-    stages = plan_stages(config, path, overrides)
+    stages = _stages_until(until, plan_stages(config, path, overrides))
     current = []
     for stage in stages:
         if stage.is_current():
@@ -78,7 +83,15 @@ def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
             raise StageFailedError(f"stage {stage.name!r} ended without making what it should", 1)
     if current:
         say(f"up to date: {', '.join(current)}")
-    print(f"\n{compare(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
+    comparison = f"\n{compare(config)}\n\n" if until is None else ""
+    print(f"{comparison}All of it in {time.perf_counter() - started:.0f} s.", flush=True)
+
+
+def _stages_until(last: str | None, stages: list[Stage]) -> list[Stage]:
+    names = [stage.name for stage in stages]
+    if last is not None and last not in names:
+        raise UserError(f"--until {last!r}: there is no such stage; the stages of this config are {', '.join(names)}")
+    return stages if last is None else stages[: names.index(last) + 1]
 
 
 def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:

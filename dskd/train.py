@@ -32,7 +32,15 @@ from dskd.student import find_student
 from dskd.tracking import git_commit, start_tracking
 
 # Settings of `train` that change how a run is carried out, and not what comes out.
-_NOT_IN_RECIPE = ("checkpoint_every", "keep_last", "num_workers", "collective_timeout_s", "shard_cache", "sense_bank")
+_NOT_IN_RECIPE = (
+    "checkpoint_every",
+    "keep_last",
+    "num_workers",
+    "collective_timeout_s",
+    "shard_cache",
+    "shard_remote",
+    "sense_bank",
+)
 
 
 @dataclass(frozen=True)

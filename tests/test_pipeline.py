@@ -61,6 +61,19 @@ def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends
     assert "up to date: lexicon, corpus, teacher, sequences, senses, shards, student" in changed.stderr
 
 
+def test_it_ends_with_the_stage_it_is_told_and_names_them_all_where_there_is_no_such(copy_of_tiny):
+    config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards")
+    finished = _pipeline(config, "--until", "student")
+    assert finished.returncode == 0, finished.stderr
+    assert _stages_run(finished) == ["student"]
+    assert not (config.parent / "work" / "checkpoints").exists()
+    refused = _pipeline(config, "--until", "training")
+    assert refused.returncode == 2
+    assert (
+        "--until 'training': there is no such stage; the stages of this config are lexicon, corpus," in refused.stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("architecture", "packing"), [*((name, "documents") for name in ARCHITECTURES), ("llama", "none")]
 )

@@ -21,29 +21,22 @@ require_number() {
     [[ ${!1:-} =~ ^(0|[1-9][0-9]*)$ ]] || refuse "$1: expected a whole number, found '${!1:-}'; the manifest sets it"
 }
 
-# The processes of $1's session: the launcher, its ranks and their workers.
-signal_all() {
-    kill "-$2" -- "-$1" 2>/dev/null
-}
-
 started='' stopping=''
 
+# USR1 to the session of what was started, with all that it has started itself; fails when there is no such session.
+ask_to_stop() {
+    kill -USR1 -- "-$started" 2>/dev/null
+}
+
+# shellcheck disable=SC2329  # called by the trap
 stop() {
     [[ -z $stopping ]] || return
     stopping=1
     [[ -n $started ]] || exit 75   # nothing runs yet, so there is nothing to save
-    printf 'entrypoint: asked to stop; ranks save a checkpoint at their next step\n' >&2
-    request_stop
-    # Ranks that are still importing do not listen yet.
-    while sleep 5 && request_stop; do :; done &
-}
-
-request_stop() {
-    if [[ $program == pipeline.py ]]; then
-        kill -TERM "$started" 2>/dev/null   # it ends its ranks itself
-    else
-        signal_all "$started" USR1
-    fi
+    printf 'entrypoint: asked to stop; ranks save a checkpoint after the step under way\n' >&2
+    ask_to_stop
+    # Again and again: ranks that are still importing do not listen yet.
+    while sleep 5 && ask_to_stop; do :; done &
 }
 
 # Waits until every node's name has an address, and names those that have none when it takes too long.
@@ -56,9 +49,8 @@ wait_for_peers() {
         done
         ((${#missing[@]})) || return 0
         if ((SECONDS >= deadline)); then
-            printf 'error: no address for %s after %s s: are their pods pending? `kubectl describe job %s`, and ' \
-                "${missing[*]}" "$DSKD_PEERS_TIMEOUT_S" "$DSKD_JOB" >&2
-            printf 'their events, say why\n' >&2
+            printf 'error: no address for %s after %s s: their pods do not run; kubectl describe says why\n' \
+                "${missing[*]}" "$DSKD_PEERS_TIMEOUT_S" >&2
             exit 1
         fi
         sleep 1
@@ -75,10 +67,10 @@ judge_by_checkpoints() {
     for argument; do
         [[ $argument == --resume ]] || arguments+=("$argument")
     done
-    dskd status "${arguments[@]}" >&2
+    dskd status "${arguments[@]}"
     local status=$?
     ((status == 3)) || return "$status"
-    printf 'error: the launcher says that all went well, but the run is not at its end: its ranks were killed\n' >&2
+    printf 'error: the launcher says that all went well, but the run is not at its end: it was killed\n' >&2
     return 1
 }
 
@@ -103,10 +95,8 @@ done
     refuse "DSKD_NODES: is $DSKD_NODES, but this is node $JOB_COMPLETION_INDEX (from 0); give it the job's completions"
 
 mkdir -p "$HOME" || refuse "HOME: cannot make $HOME; set it to a folder on a writable volume"
-# A process with this handler gets no TERM while it waits for `wait`; without one, the first process ignores TERM.
-trap stop TERM INT
-# The launcher dies of USR1 unless it inherits that it is ignored. Ranks install a handler of their own.
-trap '' USR1
+trap stop TERM INT   # the first process of a container ignores what it has no handler for
+trap '' USR1         # inherited: launchers would die of it, while ranks have a handler of their own
 
 if [[ $program == pipeline.py ]]; then
     ((DSKD_NODES == 1)) || refuse "DSKD_NODES: is $DSKD_NODES, but pipeline.py runs on one node"
@@ -127,12 +117,12 @@ while true; do
     wait "$started"
     code=$?
     # A signal ends the wait early, with a code above 128.
-    ((code > 128)) && kill -0 "$started" 2>/dev/null || break
+    ((code > 128)) || break
+    kill -0 "$started" 2>/dev/null || break
 done
 wait "$started"   # again: a signal may have come in when it was just ending
 code=$?
-# Ranks whose launcher was killed would go on by themselves.
-signal_all "$started" KILL
+kill -KILL -- "-$started" 2>/dev/null   # ranks whose launcher was killed would go on by themselves
 
 if ((code == 0)) && [[ $program == train.py ]]; then
     judge_by_checkpoints "$@"
