@@ -8,6 +8,7 @@
 #
 # The exit code is the program's: 0 done, 2 the user's mistake (do not retry), 75 stopped on request and to be gone on
 # with, anything else a fault or a lost peer (retry).
+# shellcheck disable=SC2329  # what the trap calls does get called
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -28,7 +29,6 @@ ask_to_stop() {
     kill -USR1 -- "-$started" 2>/dev/null
 }
 
-# shellcheck disable=SC2329  # called by the trap
 stop() {
     [[ -z $stopping ]] || return
     stopping=1
