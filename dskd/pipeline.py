@@ -59,7 +59,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     Args:
         path: the config.
         overrides: laid over it.
-        until: the last stage to run, for what trains on other machines than it prepares on; nothing is compared then.
+        until: the last stage to look at, by its name; then nothing is compared.
 
     Raises:
         UserError: for what the user has to mend.
@@ -69,7 +69,12 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     config = load_config(path, overrides)
     hold_lock(config.path(".pipeline.lock"), "runs the pipeline in this work directory")
     started = time.perf_counter()
-    stages = _stages_until(until, plan_stages(config, path, overrides))
+    stages = plan_stages(config, path, overrides)
+    if until is not None:
+        names = [stage.name for stage in stages]
+        if until not in names:
+            raise UserError(f"--until {until}: there is no such stage; stages of this config: {', '.join(names)}")
+        stages = stages[: names.index(until) + 1]
     current = []
     for stage in stages:
         if stage.is_current():
@@ -83,19 +88,12 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
             raise StageFailedError(f"stage {stage.name!r} ended without making what it should", 1)
     if current:
         say(f"up to date: {', '.join(current)}")
-    comparison = f"\n{compare(config)}\n\n" if until is None else ""
-    print(f"{comparison}All of it in {time.perf_counter() - started:.0f} s.", flush=True)
-
-
-def _stages_until(last: str | None, stages: list[Stage]) -> list[Stage]:
-    names = [stage.name for stage in stages]
-    if last is not None and last not in names:
-        raise UserError(f"--until {last!r}: there is no such stage; the stages of this config are {', '.join(names)}")
-    return stages if last is None else stages[: names.index(last) + 1]
+    if until is None:
+        print(f"\n{compare(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
 
 
 def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
-    """The stages in the order of the data flow."""
+    """The stages in the order of the data flow, and those that need one process before those that need ranks."""
 
     def artifact(folder: str, recipe: Callable[[], Recipe]) -> Callable[[], bool]:
         return lambda: is_current(config.path(folder), recipe())
@@ -130,6 +128,11 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
             lambda: _build_sequences(config),
         ),
         Stage(
+            "student",
+            artifact(student.FOLDER, lambda: student.recipe(config, find_teacher(config))),
+            lambda: student.build_student(config),
+        ),
+        Stage(
             "senses",
             lambda: (
                 config.senses.path is not None
@@ -138,11 +141,6 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
             ranks("build_senses.py"),
         ),
         Stage("shards", shards_are_current, ranks("annotate.py")),
-        Stage(
-            "student",
-            artifact(student.FOLDER, lambda: student.recipe(config, find_teacher(config))),
-            lambda: student.build_student(config),
-        ),
     ]
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)

@@ -1,6 +1,7 @@
 """Runs all stages in order, skipping what is up to date, and prints the comparison.
 
-Stages: lexicon, corpus, teacher, sequences, senses, shards, student; training and export of every run; evaluation.
+Stages: lexicon, corpus, teacher, sequences, student, senses, shards; `train RUN` and `export RUN` of every run;
+evaluation.
 """
 
 import sys
@@ -12,7 +13,7 @@ examples:
   python launcher/pipeline.py --config configs/quickstart.yaml
   python launcher/pipeline.py --config configs/quickstart.yaml workdir=work/mine teacher.train_from_scratch=null \\
       teacher.path=FOLDER
-  python launcher/pipeline.py --config FILE --until student      all that training reads; it may then run elsewhere
+  python launcher/pipeline.py --config FILE --until student      all that needs no ranks
 
 Start it with plain python: it calls DeepSpeed's launcher itself, with pipeline.launcher_args.
 """
@@ -20,9 +21,7 @@ Start it with plain python: it calls DeepSpeed's launcher itself, with pipeline.
 
 def main() -> int:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument(
-        "--until", metavar="STAGE", help="run the stages up to this one; student is the last before training"
-    )
+    parser.add_argument("--until", metavar="STAGE", help="the last stage to run; what comes after it is left as it is")
     given = parser.parse_intermixed_args()
     from dskd.pipeline import StageFailedError, exit_code_of, run_pipeline  # --help should not wait for DeepSpeed
 
