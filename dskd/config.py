@@ -4,6 +4,7 @@
 to the shards: `runs` maps a run's name to the keys in which it differs, and `run` says which of them a process trains.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -283,6 +284,12 @@ class LossConfig(Section):
         return self.kd_weight > 0 or self.hidden_weight > 0
 
 
+def _remote_folder(place: str) -> str:
+    if not re.match(r"[a-z0-9]+://[^/\s]|/", place):
+        raise ValueError(f"{place!r} is no remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /")
+    return place
+
+
 class TrainConfig(Section):
     """Optimisation and checkpoints."""
 
@@ -300,9 +307,8 @@ class TrainConfig(Section):
     shard_cache: str | None = Field(
         None, description="node-local folder for unpacked shards; default: a private one in /tmp"
     )
-    shard_remote: str | None = Field(
+    shard_remote: Annotated[str, AfterValidator(_remote_folder)] | None = Field(
         None,
-        pattern=r"^([a-z0-9]+://[^/\s]+|/)",
         description="where shards are read from instead of WORKDIR/shards: a copy of it, such as s3://BUCKET/shards; "
         "WORKDIR keeps their manifests",
     )

@@ -38,8 +38,19 @@ class Kubelet:
         """The content of a claim."""
         return self._folder / name
 
-    def start(self, pod: Pod, host: str, **env: str) -> HostProcess:
-        """Starts a pod's container and returns at once; it gets process ID 1, and `env` over the manifest's own."""
+    def with_config(self, name: str, text: str) -> "Kubelet":
+        """The same volumes; one file of the ConfigMap says something else."""
+        return Kubelet(self._lab, self._folder, {**self._changed_configs, name: text})
+
+    def start(self, pod: Pod, host: str, *arguments: str, **env: str) -> HostProcess:
+        """Starts a pod's container and returns at once; it gets process ID 1.
+
+        `arguments` follow those of the manifest, and `env` goes over its own.
+        """
+        return self.start_command(pod, host, *pod.argv, *arguments, **env)
+
+    def start_command(self, pod: Pod, host: str, *argv: str, **env: str) -> HostProcess:
+        """Starts another command in the container of a pod."""
         own = Path(tempfile.mkdtemp(dir=self._folder, prefix="pod-"))
         root = own / "root"
         root.mkdir()
@@ -55,7 +66,7 @@ class Kubelet:
             **env,
         }
         script = str(REPOSITORY / "tests" / "container.sh")
-        command = ["sh", script, str(root), str(user), str(own / "mounts"), *pod.argv]
+        command = ["sh", script, str(root), str(user), str(own / "mounts"), *argv]
         return self._lab.start(host, command, environment, first_in_namespace=True)
 
     def _image(self) -> list[str]:

@@ -88,7 +88,7 @@ done
 for name in JOB_COMPLETION_INDEX DSKD_NODES DSKD_RANKS_PER_NODE DSKD_MASTER_PORT DSKD_PEERS_TIMEOUT_S; do
     require_number "$name"
 done
-for name in DSKD_JOB DSKD_SERVICE; do
+for name in DSKD_JOB DSKD_SERVICE HOME; do
     [[ -n ${!name:-} ]] || refuse "$name: is not set; the manifest sets it"
 done
 ((JOB_COMPLETION_INDEX < DSKD_NODES)) ||
