@@ -1,3 +1,4 @@
+#!/bin/sh
 # Becomes a pod's container, as far as the kernel alone can: its own root, of which only volumes can be written to, its
 # own /dev/shm, a user without rights. Started as the first process of namespaces of its own.
 #

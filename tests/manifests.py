@@ -22,6 +22,11 @@ KUSTOMIZATIONS = sorted(
 )
 JOBS = [name for name in KUSTOMIZATIONS if name == "base" or name.startswith("overlays/")]
 UNITS = {"": 1, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+# What users put into the cluster by hand.
+SECRETS = {
+    "dskd-object-storage": {"access-key-id": "a", "secret-access-key": "b"},
+    "dskd-mlflow-database": {"url": "postgresql://u:p@database/mlflow"},
+}
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
 
 

