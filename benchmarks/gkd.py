@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.profiling import Profile, shares_text
 from benchmarks.report import (
     EXACT_MEMORY,
     PeakMemory,
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--plain-bf16", action="store_true", help="TRL without autocast")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, and measure nothing")
     parser.add_argument("--child", nargs=2, metavar=("WHICH", "CONFIG"), help=argparse.SUPPRESS)
     given = parse(parser, arguments)
     if given.child is not None:
@@ -64,10 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("trl") is None:
         parser.error('TRL is not installed; install it with pip install -e ".[benchmarks]"')
     at_start = machine()
-    options = ["--steps", given.steps, "--warm-up", given.warm_up, *["--plain-bf16"] * given.plain_bf16]
+    options = ["--steps", given.steps, "--warm-up", given.warm_up]
+    options += ["--plain-bf16"] * given.plain_bf16 + ["--profile"] * given.profile
     rates: dict[str, list[float]] = {name: [] for name in (*_OURS, _TRL)}
     memory: dict[str, dict[str, float]] = {}
     with work_directory(given) as path:
+        if given.profile:
+            for name in rates:
+                shares = run_child("benchmarks.gkd", *options, "--child", name, path, *given.overrides)
+                print(f"{name}\n{shares_text(shares)}", flush=True)
+            return
         for number in range(given.rounds + 1):
             for name, values in rates.items():
                 child = "benchmarks.gkd", *options, "--child", name, path, *given.overrides
@@ -179,7 +187,8 @@ class _Meter:
         self._device, self._start = device, start
         self._tokens = given.steps * tokens_per_step
         self._done = 0
-        self.result: dict[str, float] = {}
+        self._profile = Profile() if given.profile else None
+        self.result: dict[str, float] = {}  # with --profile the share of each kind of operation
 
     def count(self) -> None:
         self._done += 1
@@ -188,6 +197,10 @@ class _Meter:
             self._memory.__enter__()
             self._between_steps = held_bytes(self._device)
             self._started = time.perf_counter()
+            if self._profile is not None:
+                self._profile.start()
+        elif self._done == self._last and self._profile is not None:
+            self.result = self._profile.stop()
         elif self._done == self._last:
             self._memory.__exit__()
             self.result = {

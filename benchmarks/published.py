@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from benchmarks.profiling import profile_steps, shares_text
 from benchmarks.report import Spread, machine, parse, publish, take_turns
 from benchmarks.workload import (
     OurTraining,
@@ -182,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--sequences", type=int, default=4, help="of the published step in a round, beside one of our steps"
     )
+    parser.add_argument("--profile", action="store_true", help="print where the time of both goes, and measure nothing")
     given = parse(parser, arguments)
     at_start = machine()
     random.seed(0)
@@ -194,6 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for _ in range(given.sequences):
                 published.step()
 
+        if given.profile:
+            for name, step in (("dskd", ours.step), ("published", several)):
+                print(f"{name}\n{shares_text(profile_steps(step)[0])}", flush=True)
+            return
         seconds = take_turns({"dskd": ours.step, "published": several}, rounds=given.rounds)
         ours.close()
         shutdown()

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.flops import step_flops
-from benchmarks.report import PeakMemory, Spread, default_device, machine, parse, publish, ratios, take_turns
+from benchmarks.profiling import profile_steps, shares_text
+from benchmarks.report import PeakMemory, Spread, machine, parse, publish, ratios, take_turns
 from benchmarks.workload import (
     OurTraining,
     build_workload_parser,
@@ -157,17 +158,9 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _profile(config: Config, world: World) -> None:
-    from torch.profiler import ProfilerActivity, profile
-
     training = OurTraining(config, world)
-    for _ in range(2):
-        training.step()
-    is_cuda = default_device().type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * is_cuda]) as profiler:
-        for _ in range(2):
-            training.step()
-    order = "self_cuda_time_total" if is_cuda else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+    shares, operations = profile_steps(training.step)
+    print(f"{operations}\n{shares_text(shares)}")
     training.close()
 
 

@@ -10,12 +10,13 @@ import deepspeed
 import torch
 from torch import nn
 
+from dskd.causal_lm import build_sharded, engine_settings, output_name, shift_layer
 from dskd.config import Config, StudentConfig
 from dskd.distributed import World
 from dskd.errors import UserError
 from dskd.head import DistillationHead, chunk_size
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
-from dskd.models import Decoder, build_sharded, engine_settings, output_name, shift_layer
+from dskd.models import Decoder
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents
 

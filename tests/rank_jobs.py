@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 import dskd.annotate
 import dskd.manifest
 import dskd.senses.build
+from dskd.causal_lm import sharded_numel
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.distributed import gather_json, initialize
 from dskd.loader import Step
 from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
-from dskd.models import load_frozen, sharded_numel
+from dskd.models import load_frozen
 from dskd.pair import Pair
 from dskd.step import train_step
 from dskd.student_engine import load_student

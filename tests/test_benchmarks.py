@@ -20,7 +20,7 @@ from dskd.head import TERMS
 from dskd.senses.search import Searcher
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-PARTS = ("__init__", "flops", "report", "synthetic", "workload")
+PARTS = ("__init__", "flops", "profiling", "report", "synthetic", "workload")
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 
 

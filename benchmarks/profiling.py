@@ -1,0 +1,79 @@
+"""Where the time of a step goes: the share of each kind of operation, from torch's profiler."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.report import default_device
+
+# By what an operation's name contains; the first kind that fits has it.
+_KINDS = {
+    "attention": ("attention", "flash", "fmha"),
+    "matrix products": ("mm", "gemm", "linear", "matmul", "cutlass", "nvjet"),
+    "softmax and losses": ("softmax", "logsumexp", "exp", "nll", "cross_entropy", "kl_div", "div", "log", "sum", "max"),
+    "copies and casts": ("copy", "cat", "memcpy", "memset", "fill", "zero", "clone", "contiguous"),
+    "rows by index": ("index", "gather", "scatter", "embedding", "topk", "sort"),
+}
+_REST, _NO_OPERATION = "other operations", "outside of operations (Python, waiting)"
+
+
+class Profile:
+    """Profiles what runs between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self._is_cuda = default_device().type == "cuda"
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._is_cuda]
+        self._profiler: Any = profile(activities=activities, acc_events=True)
+
+    def start(self) -> None:
+        """Begins to count."""
+        self._profiler.start()
+        self._started = time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """The share of the elapsed time of each kind of operation, the largest first.
+
+        On a CPU an operation's time is what it takes by itself on the thread that calls it; on a GPU, its kernels'.
+        """
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        elapsed_us = (time.perf_counter() - self._started) * 1e6
+        self._profiler.stop()
+        spent: Counter[str] = Counter()
+        for event in self._profiler.key_averages():
+            own = event.self_device_time_total if self._is_cuda else event.self_cpu_time_total
+            spent[kind_of(event.key)] += own / elapsed_us
+        spent[_NO_OPERATION] = max(0.0, 1 - sum(spent.values()))
+        return dict(spent.most_common())
+
+    def table(self) -> str:
+        """Every operation by itself."""
+        order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
+        return self._profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+
+
+def profile_steps(step: Callable[[], object], *, warm_up: int = 2, steps: int = 2) -> tuple[dict[str, float], str]:
+    """Shares by kind of so many steps, and the table of operations."""
+    for _ in range(warm_up):
+        step()
+    profile = Profile()
+    profile.start()
+    for _ in range(steps):
+        step()
+    return profile.stop(), profile.table()
+
+
+def kind_of(operation: str) -> str:
+    """The kind of an operation or a kernel, by its name."""
+    name = operation.lower()
+    return next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), _REST)
+
+
+def shares_text(shares: dict[str, float]) -> str:
+    """One line a kind."""
+    return "\n".join(f"{share:7.1%}  {kind}" for kind, share in shares.items() if share >= 0.005)
