@@ -65,14 +65,14 @@ def test_a_mistake_of_the_manifest_is_named_and_not_to_be_retried(start, argumen
 
 
 def test_a_node_that_does_not_come_is_named_and_the_pod_may_be_retried(start):
-    process = start("train.py", *CONFIG)
+    process = start("annotate.py", *CONFIG)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "no address for dskd-0.nowhere.invalid dskd-1.nowhere.invalid after 0 s" in said
 
 
 def test_a_pod_that_still_waits_for_others_stops_at_once(start):
-    process = start("train.py", *CONFIG, DSKD_PEERS_TIMEOUT_S="600")
+    process = start("annotate.py", *CONFIG, DSKD_PEERS_TIMEOUT_S="600")
     # It listens when TERM is among the signals that the shell catches.
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

@@ -118,6 +118,13 @@ def test_the_smoke_test_ends_well_and_belongs_to_the_pods_user(kubelet, undistur
     assert {path.stat().st_uid for path in work.rglob("*")} == {USER}
 
 
+def test_a_pod_that_comes_when_the_others_are_done_is_done_too(kubelet, undisturbed):
+    pods = pods_of(render("overlays/cpu-smoke-test"))
+    running = kubelet.start(pods[1], HOSTS[1])
+    assert running.wait(60) == 0, running.output
+    assert "deepspeed" not in running.output
+
+
 def test_a_pod_can_write_to_its_volumes_only_and_has_no_rights(kubelet):
     pod = pods_of(render("overlays/cpu-smoke-test"))[0]
     looks = (

@@ -61,17 +61,13 @@ name_of() {
     printf '%s-%s.%s' "$DSKD_JOB" "$1" "$DSKD_SERVICE"
 }
 
-# `deepspeed` returns 0 when its inner launcher was killed: a run is judged by its checkpoints.
-judge_by_checkpoints() {
+# 0 when the run of these arguments is trained to its end, 3 when not; another code when that cannot be said.
+run_status() {
     local argument arguments=()
     for argument; do
         [[ $argument == --resume ]] || arguments+=("$argument")
     done
     dskd status "${arguments[@]}"
-    local status=$?
-    ((status == 3)) || return "$status"
-    printf 'error: the launcher says that all went well, but the run is not at its end: it was killed\n' >&2
-    return 1
 }
 
 program=${1:-}
@@ -102,7 +98,13 @@ if [[ $program == pipeline.py ]]; then
     ((DSKD_NODES == 1)) || refuse "DSKD_NODES: is $DSKD_NODES, but pipeline.py runs on one node"
     setsid python "$root/launcher/$program" "$@" &
 else
-    [[ $program != train.py ]] || set -- "$@" --resume
+    if [[ $program == train.py ]]; then
+        # A pod that failed when all was done would wait in vain for those that are done and gone.
+        run_status "$@"
+        code=$?
+        ((code == 3)) || exit "$code"
+        set -- "$@" --resume
+    fi
     wait_for_peers
     hostfile=$(mktemp) || exit 1
     for ((node = 0; node < DSKD_NODES; node++)); do
@@ -124,9 +126,14 @@ wait "$started"   # again: a signal may have come in when it was just ending
 code=$?
 kill -KILL -- "-$started" 2>/dev/null   # ranks whose launcher was killed would go on by themselves
 
+# `deepspeed` returns 0 when its inner launcher was killed: a run is judged by its checkpoints.
 if ((code == 0)) && [[ $program == train.py ]]; then
-    judge_by_checkpoints "$@"
+    run_status "$@"
     code=$?
+    if ((code == 3)); then
+        printf 'error: the launcher says that all went well, but the run is not at its end: it was killed\n' >&2
+        code=1
+    fi
 fi
 [[ -z $stopping ]] || printf 'entrypoint: stopped with exit code %s\n' "$code" >&2
 exit "$code"
