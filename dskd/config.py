@@ -4,6 +4,7 @@
 to the shards: `runs` maps a run's name to the keys in which it differs, and `run` says which of them a process trains.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -290,6 +291,12 @@ class LossConfig(Section):
         return self.kd_weight > 0 or self.hidden_weight > 0
 
 
+def _remote_folder(place: str) -> str:
+    if not re.match(r"[a-z0-9]+://[^/\s]|/", place):
+        raise ValueError(f"{place!r} is no remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /")
+    return place
+
+
 class TrainConfig(Section):
     """Optimisation and checkpoints."""
 
@@ -307,6 +314,11 @@ class TrainConfig(Section):
     num_workers: int = Field(2, ge=0, description="loader processes a rank")
     shard_cache: str | None = Field(
         None, description="node-local folder for unpacked shards; default: a private one in /tmp"
+    )
+    shard_remote: Annotated[str, AfterValidator(_remote_folder)] | None = Field(
+        None,
+        description="where shards are read from instead of WORKDIR/shards: a copy of it, such as s3://BUCKET/shards; "
+        "WORKDIR keeps their manifests",
     )
     loss_chunk_size: int | None = Field(
         None, ge=1, description="positions whose logits exist at one time; default: as many as fit the device's caches"

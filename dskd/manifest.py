@@ -162,13 +162,14 @@ class Building:
         return self.path.with_name(f".{self.path.name}.lock")
 
 
-def read_manifest(path: Path, kind: str, *, made_by: str) -> Manifest:
+def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool = True) -> Manifest:
     """The manifest of the artifact at `path`.
 
     Args:
         path: the artifact's folder.
         kind: what it must be.
         made_by: the command that makes it, for the error message.
+        files_are_here: False where its files may lie elsewhere; their sizes are not looked at then.
 
     Raises:
         UserError: when it is missing, not readable, of another kind or version, or its files' sizes do not fit.
@@ -183,7 +184,7 @@ def read_manifest(path: Path, kind: str, *, made_by: str) -> Manifest:
             f"{path}: this {kind} has format {manifest.schema_version}, this version of dskd reads "
             f"{SCHEMA_VERSIONS[kind]}; make it anew with `{made_by}`"
         )
-    for name, entry in manifest.files.items():
+    for name, entry in manifest.files.items() if files_are_here else ():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != entry["size_bytes"]:

@@ -22,7 +22,8 @@ from streaming import MDSWriter, StreamingDataset
 from dskd.config import Config, LossConfig
 from dskd.distributed import World
 from dskd.errors import UserError
-from dskd.manifest import Manifest, read_manifest, require_same, verify_files, write_json
+from dskd.manifest import Manifest, read_manifest, require_same, sha256_of_file, verify_files, write_json
+from dskd.mds import INDEX
 from dskd.node_cache import streaming_names
 from dskd.random_numbers import random_bits
 from dskd.senses.dictionary import map_vectors
@@ -286,15 +287,18 @@ def load_manifest(config: Config, split: str) -> Manifest:
     """The manifest of `WORKDIR/shards/SPLIT`.
 
     Raises:
-        UserError: when the shards are missing or were damaged.
+        UserError: when the shards are missing or were damaged; of a remote copy only the manifest has to be here.
     """
-    return read_manifest(config.path(FOLDER, split), "shards", made_by=MADE_BY)
+    here = config.train.shard_remote is None
+    return read_manifest(config.path(FOLDER, split), "shards", made_by=MADE_BY, files_are_here=here)
 
 
 def require_fitting(
     config: Config, split: str, manifest: Manifest, *, senses: str, teacher: str, tokenizer: str
 ) -> None:
     """Refuses shards made with another sense dictionary, teacher or tokenizer, or changed since.
+
+    Those of a remote copy are verified one by one when they are read (:func:`open_shards`).
 
     Raises:
         UserError: naming both sides, or the file that was changed.
@@ -307,7 +311,8 @@ def require_fitting(
         ("sense dictionaries", senses, manifest.inputs.get("senses")),
     ):
         require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
-    verify_files(folder, manifest, made_by=MADE_BY)
+    if config.train.shard_remote is None:
+        verify_files(folder, manifest, made_by=MADE_BY)
 
 
 def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> None:
@@ -333,15 +338,39 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
 def open_shards(config: Config, split: str, cache: Path, world: World, **options: Any) -> ShardDataset:
     """The dataset of a split; shards are unpacked into `cache`, and the artifact itself is never written to.
 
-    Every rank must call it.
+    A remote copy is trusted as far as its index is the artifact's own, for that has the hash of each shard, which
+    mosaicml-streaming compares. Every rank must call it.
+
+    Raises:
+        UserError: when the remote copy is of other shards.
     """
     with streaming_names(cache, world):
-        return ShardDataset(
-            remote=str(config.path(FOLDER, split).resolve()),
+        dataset = ShardDataset(
+            remote=_place(config, split),
             local=str(cache / split),
             validate_hash=_HASH,
             keep_zip=False,
             **options,
+        )
+    _require_same_index(config, split, cache / split / INDEX)
+    return dataset
+
+
+def _place(config: Config, split: str) -> str:
+    if config.train.shard_remote is None:
+        return str(config.path(FOLDER, split).resolve())
+    return f"{config.train.shard_remote.rstrip('/')}/{split}"
+
+
+def _require_same_index(config: Config, split: str, index: Path) -> None:
+    expected = load_manifest(config, split).files[INDEX]["sha256"]
+    found = sha256_of_file(index)
+    if found != expected:
+        raise UserError(
+            f"{_place(config, split)}: its {INDEX} is not that of {config.path(FOLDER, split)} (sha256 {found[:12]}…, "
+            f"expected {expected[:12]}…): it has other shards; copy {config.path(FOLDER)} there anew, or correct "
+            "train.shard_remote",
+            known_to_all_ranks=True,
         )
 
 

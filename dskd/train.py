@@ -34,7 +34,7 @@ from dskd.tracking import git_commit, start_tracking
 # Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
 _NOT_IN_RECIPE = {
     *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
-    *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank"),
+    *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
 }
 
 

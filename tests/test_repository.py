@@ -7,10 +7,10 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-DOCUMENTS = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
+DOCUMENTS = [file for folder in (".", "docs", "cluster/*") for file in sorted(REPOSITORY.glob(f"{folder}/*.md"))]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_every_link_and_every_file_named_exists(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
