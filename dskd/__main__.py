@@ -19,6 +19,8 @@ example:
   dskd senses merge --config configs/wiki.yaml --dictionary work/wiki/senses --dictionary work/tasks/senses \\
       --output work/merged
 """
+STATUS_HELP = "say how far a run is trained; exit code 0 when to its end, 3 when not"
+UNFINISHED_EXIT_CODE = 3
 DESCRIPTION = """
 Decoder-based sense knowledge distillation. These verbs run in one process; the stages that run on several ranks are
 started with DeepSpeed's launcher: `deepspeed launcher/{build_senses,annotate,train,evaluate}.py --config FILE`, or all
@@ -64,6 +66,12 @@ _VERBS: dict[str, tuple[Callable[[Config], None], str]] = {
 }
 
 
+def _status(config: Config) -> int:
+    from dskd.train import report_status
+
+    return 0 if report_status(config) else UNFINISHED_EXIT_CODE
+
+
 def _explain_config() -> None:
     from dskd.config_file import describe
 
@@ -105,6 +113,8 @@ def main() -> int:
         help="a folder with a senses.safetensors; give this two or more times",
     )
     add_config_arguments(merge)
+    status = verbs.add_parser("status", help=STATUS_HELP, description=f"{STATUS_HELP[0].upper()}{STATUS_HELP[1:]}.")
+    add_config_arguments(status)
     add_inspect_parser(verbs)
     given, extra = parser.parse_known_args()
     if given.verb == "inspect":
@@ -115,6 +125,8 @@ def main() -> int:
         return run(_explain_config)
     if given.verb == "senses":
         return run(lambda: _merge(load_config(given.config, given.overrides), given.dictionary, given.output))
+    if given.verb == "status":
+        return run(lambda: _status(load_config(given.config, given.overrides)))
     if given.verb == "wordnet":
         return run(lambda: _find_wordnet(given.path))
     action, _ = _VERBS[given.verb]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dskd import shards
+from dskd import shards, stopping
 from dskd.config import Config
 from dskd.distributed import World
 from dskd.random_numbers import derived_seed
@@ -272,7 +272,11 @@ def _collate_packed(collate: Collate, samples: list[dict[str, Any]]) -> PackedSt
 
 
 def _end_with_rank(worker_id: int) -> None:
-    """Ends a worker whose rank was killed, wherever it waits: mosaicml-streaming's barriers wait for ever."""
+    """Ends a worker when its rank has ended, and not before: not by a signal to the whole job, after which the rank
+    still finishes a step; and wherever it waits when the rank is killed, for mosaicml-streaming's barriers wait for
+    ever.
+    """
+    stopping.ignore()
     rank = multiprocessing.parent_process()
     assert rank is not None
 

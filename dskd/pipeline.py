@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from dskd import annotate, checkpoint, evaluate, export, pretrain, sequences, student, train
+from dskd import annotate, checkpoint, evaluate, export, pretrain, sequences, stopping, student, train
 from dskd.compare import compare
 from dskd.config import Config
 from dskd.config_file import load_config
@@ -60,8 +60,7 @@ def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
         UserError: for what the user has to mend.
         StageFailedError: when ranks failed.
     """
-    # A terminated pipeline takes its ranks with it, as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    stopping.listen()
     config = load_config(path, overrides)
     hold_lock(config.path(".pipeline.lock"), "runs the pipeline in this work directory")
     started = time.perf_counter()
@@ -151,10 +150,18 @@ def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
     say(f"$ deepspeed {shlex.join(shown)}")
     command = [executable, "--quiet", *shown]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    # A session of its own: a signal to the launcher alone would leave the ranks running.
+    # A session of its own: a signal to the launcher alone would leave the ranks running. The launcher inherits that it
+    # ignores USR1, and the ranks listen to it.
+    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=sys.stderr)
+    signal.signal(signal.SIGUSR1, handler)
     try:
         exit_code = process.wait()
+    except stopping.Stopped:
+        say("stopping: the ranks come to a place from which they go on")
+        os.killpg(process.pid, signal.SIGUSR1)
+        process.wait()
+        raise
     except BaseException:  # an interruption too ends the ranks, which would train on by themselves; it is raised on
         _end(process)
         raise
@@ -214,5 +221,5 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def exit_code_of(error: StageFailedError) -> int:
-    """A user's mistake in a rank stays one for the caller; any other failure is 1."""
-    return error.exit_code if error.exit_code == USER_ERROR_EXIT_CODE else 1
+    """A user's mistake in a rank stays one for the caller, and so does a stop; any other failure is 1."""
+    return error.exit_code if error.exit_code in (USER_ERROR_EXIT_CODE, stopping.STOPPED_EXIT_CODE) else 1

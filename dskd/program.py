@@ -1,7 +1,8 @@
 """What the programs of `launcher/` and the `dskd` command share: arguments, ranks, errors and exit codes.
 
 Exit codes: 0 done; 1 a fault of ours, with a traceback, or a rank that failed; 2 bad input, with a message and no
-traceback (a scheduler must not retry it); 130 interrupted.
+traceback (a scheduler must not retry it); 75 stopped by TERM or USR1, and the same command goes on (training:
+with `--resume`); 130 interrupted from the keyboard.
 """
 
 import argparse
@@ -9,7 +10,6 @@ import atexit
 import contextlib
 import errno
 import os
-import signal
 import sys
 import time
 import warnings
@@ -22,6 +22,7 @@ from dskd.config_file import load_config
 from dskd.console import say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+from dskd.stopping import STOPPED_EXIT_CODE, Stopped, listen
 
 _RANK_0_SPEAKS_FIRST_S = 4.0
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -53,10 +54,12 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
 
 
-def run(action: Callable[[], object]) -> int:
-    """Runs a program's work and returns its exit code; a user's mistake is printed without a traceback."""
+def run(action: Callable[[], int | None]) -> int:
+    """Runs a program's work and returns its exit code: that of `action`, 0 where it has none, or that of what went
+    wrong. A user's mistake is printed without a traceback.
+    """
     try:
-        action()
+        return action() or 0
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -80,16 +83,12 @@ def run(action: Callable[[], object]) -> int:
             flush=True,
         )
         return USER_ERROR_EXIT_CODE
+    except Stopped as stopped:
+        say(f"{str(stopped) or 'stopped, as asked; what was complete stays'}")
+        return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
         say("interrupted; what was complete stays")
         return 130
-    return 0
-
-
-def _interrupt(*_: object) -> None:
-    # The launcher sends it more than once: a second one must not cut off what the first one set going.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
@@ -101,8 +100,7 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
             config = load_config(given.config, given.overrides)
         except UserError as error:
             raise UserError(str(error), known_to_all_ranks=True) from None
-        # The launcher ends its ranks with TERM: like an interruption, so that the tracked run is marked as ended.
-        signal.signal(signal.SIGTERM, _interrupt)
+        listen()  # the launcher too ends its ranks with TERM, and the tracked run is then marked as ended
         world = initialize(config.train.collective_timeout_s)
         action(config, world)
         shutdown()

@@ -29,6 +29,7 @@ class StepResult:
     terms: dict[str, float]  # each term by itself, a mean over its positions, without weight
     tokens: int  # target positions
     grad_norm: float  # before clipping
+    stop_requested: bool  # of any rank, when the step began
 
 
 def train_step(
@@ -38,6 +39,7 @@ def train_step(
     world: World,
     *,
     step: int,
+    stop_requested: bool = False,
 ) -> StepResult:
     """Runs the micro-batches of one optimizer step and updates the student.
 
@@ -47,12 +49,14 @@ def train_step(
         loss: weights and settings of the terms.
         world: the ranks.
         step: its number, for messages.
+        stop_requested: this rank has been asked to stop; every rank learns of it with this step.
 
     Raises:
         UserError: when a term is not finite, naming it and the samples; the student's weights are then untouched.
     """
     micro_batches = step_batches.micro_batches
-    counts = sum_over_ranks(torch.tensor(step_batches.counts, device=world.device)).tolist()
+    mine = torch.tensor([*step_batches.counts, stop_requested], device=world.device)
+    *counts, stops = sum_over_ranks(mine).tolist()
     normalizers = _normalizers(counts, world, len(micro_batches))
     engine = pair.engine
     terms = []
@@ -83,7 +87,7 @@ def train_step(
             "before a checkpoint is written. Lower train.learning_rate, or use precision: fp32",
             known_to_all_ranks=True,
         )
-    return _result(sums, counts, loss, grad_norm)
+    return _result(sums, counts, loss, grad_norm, stops > 0)
 
 
 def _normalizers(counts: list[int], world: World, accumulation_steps: int) -> Normalizers:
@@ -91,7 +95,9 @@ def _normalizers(counts: list[int], world: World, accumulation_steps: int) -> No
     return Normalizers(tokens=divided_by_deepspeed / max(counts[0], 1), senses=divided_by_deepspeed / max(counts[1], 1))
 
 
-def _result(sums: list[float], counts: list[int], loss: LossConfig, grad_norm: float) -> StepResult:
+def _result(
+    sums: list[float], counts: list[int], loss: LossConfig, grad_norm: float, stop_requested: bool
+) -> StepResult:
     tokens, senses, relations = (max(count, 1) for count in counts)
     of = dict(zip(TERMS, sums, strict=True))
     terms = {
@@ -110,7 +116,7 @@ def _result(sums: list[float], counts: list[int], loss: LossConfig, grad_norm: f
         + loss.sense_weight * terms["sense"]
         + loss.hidden_weight * terms["hidden"]
     )
-    return StepResult(total, terms, counts[0], grad_norm)
+    return StepResult(total, terms, counts[0], grad_norm, stop_requested)
 
 
 def _require_finite(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dskd import checkpoint, shards
+from dskd import checkpoint, shards, stopping
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main
-from dskd.errors import UserError
+from dskd.errors import UserError, listed
 from dskd.loader import load_steps
 from dskd.lock import hold_lock
 from dskd.manifest import Manifest, Recipe, read_manifest, verify_files
@@ -79,6 +79,20 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
             say(f"  run {config.run!r} is at its end already: {start.step} of {schedule.total_steps} steps")
             return
         _run(config, world, inputs, wanted, schedule, start)
+
+
+def report_status(config: Config) -> bool:
+    """Prints where the run stands, and returns whether it was trained to its end with this very config."""
+    newest = checkpoint.latest(config)
+    if newest is None:
+        print(f"run {config.run!r}: no checkpoint in {checkpoint.folder(config)}")
+        return False
+    step, total = newest.step, newest.manifest.facts["total_steps"]
+    if changes := checkpoint.changes_since(newest, recipe(config)):
+        print(listed(f"run {config.run!r}: step {step} of {total}, of another config", changes))
+        return False
+    print(f"run {config.run!r}: {'finished, ' if newest.is_final else ''}step {step} of {total}")
+    return newest.is_final
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -165,7 +179,10 @@ def _run(
     status = "FAILED"
     trained_seconds = 0.0
     try:
-        with progress_bar(total=schedule.total_steps, label="training", unit="steps", initial=first_step) as bar:
+        with (
+            stopping.deferred() as stop_request,
+            progress_bar(total=schedule.total_steps, label="training", unit="steps", initial=first_step) as bar,
+        ):
             for step in range(first_step, schedule.total_steps):
                 started = time.perf_counter()
                 step_batches = next(steps)
@@ -173,7 +190,9 @@ def _run(
                 rate = schedule.learning_rate(step, train_settings.learning_rate, train_settings.warmup_share)
                 for group in engine.optimizer.param_groups:
                     group["lr"] = rate
-                result = train_step(pair, step_batches, loss, world, step=step + 1)
+                result = train_step(
+                    pair, step_batches, loss, world, step=step + 1, stop_requested=stop_request.is_pending
+                )
                 elapsed = time.perf_counter() - started
                 trained_seconds += elapsed
                 done = step + 1
@@ -181,7 +200,8 @@ def _run(
                     tracker.log_metrics(_metrics(result, config, rate, elapsed, waited), done)
                 bar.set_postfix(loss=f"{result.loss:.4f}", tok_s=f"{result.tokens / elapsed:,.0f}", refresh=False)
                 bar.update(1)
-                if done % train_settings.checkpoint_every == 0 or done == schedule.total_steps:
+                is_last = done == schedule.total_steps
+                if is_last or result.stop_requested or done % train_settings.checkpoint_every == 0:
                     facts = {
                         "step": done,
                         "total_steps": schedule.total_steps,
@@ -192,6 +212,10 @@ def _run(
                         "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),
                     }
                     checkpoint.save(engine, pair.student_logits, config, wanted, facts, world)
+                if result.stop_requested and not is_last:
+                    raise stopping.Stopped(
+                        f"stopped at step {done} of {schedule.total_steps}, as asked; go on with --resume"
+                    )
         status = "FINISHED"
         say(f"  loss {result.loss:.4f}; {trained_seconds / (schedule.total_steps - first_step):.2f} s a step")
     except KeyboardInterrupt:

@@ -27,12 +27,14 @@ from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
 from streaming import StreamingDataset
 
+from dskd.config_file import load_config
 from dskd.corpus.build import read_wordnet_documents
 from dskd.distributed import World, initialize
 from dskd.lexicon.relations import resolve
 from dskd.lexicon.wordnet_relations import read_wordnet
 from dskd.manifest import hash_files
 from dskd.node_cache import streaming_names
+from dskd.tracking import read_history, read_runs
 from dskd.wordnet import open_wordnet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -212,6 +214,13 @@ def run_apart(model: Any, sequences: torch.Tensor, end: int) -> tuple[torch.Tens
     return logits, states, torch.tensor([i + 1 < len(document) for document in documents for i in range(len(document))])
 
 
+def losses_of(config: Path, name: str = "train/loss") -> list[tuple[int, float]]:
+    """(step, value) of a measure of the config's run, as MLflow has it; there must be one tracked run of that name."""
+    loaded = load_config(config)
+    (run,) = [run for run in read_runs(loaded) if run.name == loaded.run]
+    return read_history(loaded, run.run_id, name)
+
+
 def update_manifest(folder: Path, **changes: object) -> None:
     """Makes the manifest of a changed artifact fit its files again, as if it had been made that way."""
     manifest = folder / "manifest.json"
@@ -231,14 +240,28 @@ def write_config(path: Path, base: dict, **changes: object) -> Path:
     return path
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tiny",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the work directory that many tests share, and use it again; for work on tests, since a change of "
+        "the code does not make it anew",
+    )
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config of a work directory that `launcher/pipeline.py` made on two ranks, with DeepSpeed's launcher.
 
     Text and relations are a part of WordNet's, written to files: reading all of it in every process would take longer
     than the rest. `corpus.source: wordnet` and `lexicon.wordnet` have tests of their own.
     """
-    folder = tmp_path_factory.mktemp("tiny")
+    kept = request.config.getoption("--tiny")
+    if kept is not None and (kept / "printed.txt").exists():
+        return kept.resolve() / "tiny.yaml"
+    folder = kept.resolve() if kept is not None else tmp_path_factory.mktemp("tiny")
+    folder.mkdir(parents=True, exist_ok=True)
     wordnet = open_wordnet()
     documents = itertools.islice(read_wordnet_documents(wordnet), 4000)
     lines = "".join(f"{json.dumps({'text': document.text})}\n" for document in documents)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, ONE_RANK, TINY, run_apart, run_program, start_ranks, update_manifest
+from conftest import BEFORE_TRAINING, ONE_RANK, TINY, losses_of, run_apart, run_program, start_ranks, update_manifest
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,16 +19,10 @@ from dskd.export import build_export
 from dskd.loader import load_steps
 from dskd.manifest import read_manifest
 from dskd.schedule import plan_schedule
-from dskd.tracking import read_history, read_runs
+from dskd.tracking import read_runs
 from dskd.train import train
 
 pytestmark = pytest.mark.slow
-
-
-def _losses(config, name="train/loss"):
-    loaded = load_config(config)
-    (run,) = [run for run in read_runs(loaded) if run.name == loaded.run]
-    return read_history(loaded, run.run_id, name)
 
 
 def _trained(config):
@@ -40,7 +34,7 @@ def test_one_rank_equals_two(tiny, copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING)
     run_program("train.py", config)
     for term in ("loss", "ce", "kl", "sense", "sense_synonym", "sense_antonym", "sense_own", "grad_norm"):
-        one, two = _losses(config, f"train/{term}"), _losses(tiny, f"train/{term}")
+        one, two = losses_of(config, f"train/{term}"), losses_of(tiny, f"train/{term}")
         assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 7))
         assert [value for _, value in one] == pytest.approx([value for _, value in two], rel=2e-4), term
     (_, one), (_, two) = _trained(config), _trained(tiny)
@@ -54,7 +48,7 @@ def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
     assert sorted(path.name for path in base.iterdir()) == ["step-00000003", "step-00000006"]
     shutil.rmtree(base / "step-00000006")
     run_program("train.py", config, "--resume", ranks=2)
-    assert _losses(config) == _losses(tiny)[3:]
+    assert losses_of(config) == losses_of(tiny)[3:]
     (step, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
     assert step == 6
     for name, tensor in resumed.items():
@@ -80,13 +74,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
     stopped_at = checkpoint.latest(loaded).step
     assert 4 <= stopped_at < 14
     run_program("train.py", config, "--resume", ranks=2)
-    resumed, (_, weights) = _losses(config), _trained(config)
+    resumed, (_, weights) = losses_of(config), _trained(config)
     assert [step for step, _ in resumed] == list(range(1, 15))
     assert len(list(checkpoint.folder(loaded).iterdir())) == loaded.train.keep_last
 
     undisturbed = copy_of_tiny(train=settings, run="undisturbed")
     run_program("train.py", undisturbed, ranks=2)
-    assert resumed == _losses(undisturbed)
+    assert resumed == losses_of(undisturbed)
     for name, tensor in _trained(undisturbed)[1].items():
         assert torch.equal(tensor, weights[name]), name
 
@@ -141,7 +135,7 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
         optimizer.step()
         decay.step()
         expected.append(total.item())
-    assert [value for _, value in _losses(config_path)] == pytest.approx(expected, rel=1e-4)
+    assert [value for _, value in losses_of(config_path)] == pytest.approx(expected, rel=1e-4)
     _, trained = _trained(config_path)
     names = {name for name, _ in student.named_parameters() if name.startswith("model.layers.1.")}
     assert set(trained) == names
@@ -203,7 +197,7 @@ def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, worl
         calls.clear()
         train(load_config(config), world)
         assert any(calls) == recompute
-        losses.append(_losses(config))
+        losses.append(losses_of(config))
     assert losses[0] == losses[1]
 
 
@@ -213,7 +207,7 @@ def test_where_the_sense_embeddings_lie_changes_memory_and_not_the_run(copy_of_t
         settings = {**TINY["train"], "sense_bank": bank, "steps": 2, "num_workers": 0}
         config = copy_of_tiny(*(BEFORE_TRAINING if bank == "host" else ()), run=bank, train=settings)
         train(load_config(config), world)
-        losses.append(_losses(config, "train/sense"))
+        losses.append(losses_of(config, "train/sense"))
     assert len(losses[0]) == 2
     assert losses[0] == losses[1]
 
@@ -254,7 +248,7 @@ def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny
         config = load_config(path)
         train(config, world)
         build_export(config)
-        losses.append([value for _, value in _losses(path)])
+        losses.append([value for _, value in losses_of(path)])
         exports.append(config.path("export", run))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     names = [{file.name for file in folder.iterdir()} for folder in exports]
@@ -288,7 +282,7 @@ def test_training_without_a_teacher_on_all_of_its_distribution_is_training_with_
         config = load_config(path)
         annotate(config, world)  # the second time there is nothing to do
         train(config, world)
-        losses.append([_losses(path, f"train/{term}") for term in ("ce", "kl", "sense")])
+        losses.append([losses_of(path, f"train/{term}") for term in ("ce", "kl", "sense")])
     # As far as half precision goes, in which the shards keep it.
     for online, cached in zip(*losses, strict=True):
         assert [value for _, value in cached] == pytest.approx([value for _, value in online], rel=1e-3)
