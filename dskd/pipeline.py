@@ -53,8 +53,13 @@ class StageFailedError(Exception):
         self.exit_code = exit_code
 
 
-def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
+def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = None) -> None:
     """Brings every artifact of the config up to date and prints the comparison.
+
+    Args:
+        path: the config.
+        overrides: laid over it.
+        until: the last stage to look at, by its name; then nothing is compared.
 
     Raises:
         UserError: for what the user has to mend.
@@ -65,6 +70,11 @@ def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
     hold_lock(config.path(".pipeline.lock"), "runs the pipeline in this work directory")
     started = time.perf_counter()
     stages = plan_stages(config, path, overrides)
+    if until is not None:
+        names = [stage.name for stage in stages]
+        if until not in names:
+            raise UserError(f"--until {until}: there is no such stage; stages of this config: {', '.join(names)}")
+        stages = stages[: names.index(until) + 1]
     current = []
     for stage in stages:
         if stage.is_current():
@@ -78,11 +88,12 @@ def run_pipeline(path: Path, overrides: Sequence[str]) -> None:
             raise StageFailedError(f"stage {stage.name!r} ended without making what it should", 1)
     if current:
         say(f"up to date: {', '.join(current)}")
-    print(f"\n{compare(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
+    if until is None:
+        print(f"\n{compare(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
 
 
 def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
-    """The stages in the order of the data flow."""
+    """The stages in the order of the data flow, and those that need one process before those that need ranks."""
 
     def artifact(folder: str, recipe: Callable[[], Recipe]) -> Callable[[], bool]:
         return lambda: is_current(config.path(folder), recipe())
@@ -117,6 +128,11 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
             lambda: _build_sequences(config),
         ),
         Stage(
+            "student",
+            artifact(student.FOLDER, lambda: student.recipe(config, find_teacher(config))),
+            lambda: student.build_student(config),
+        ),
+        Stage(
             "senses",
             lambda: (
                 config.senses.path is not None
@@ -125,11 +141,6 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
             ranks("build_senses.py"),
         ),
         Stage("shards", shards_are_current, ranks("annotate.py")),
-        Stage(
-            "student",
-            artifact(student.FOLDER, lambda: student.recipe(config, find_teacher(config))),
-            lambda: student.build_student(config),
-        ),
     ]
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)

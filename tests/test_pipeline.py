@@ -53,12 +53,12 @@ def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends
     again = _pipeline(config, "tracking.enabled=false")
     assert again.returncode == 0, again.stderr
     assert _stages_run(again) == []
-    assert "up to date: lexicon, corpus, teacher, sequences, senses, shards, student, train dskd" in again.stderr
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in again.stderr
 
     changed = _pipeline(config, "loss.sense_weight=0.5", "tracking.enabled=false")
     assert changed.returncode == 0, changed.stderr
     assert _stages_run(changed) == ["train", "export", "evaluate"]
-    assert "up to date: lexicon, corpus, teacher, sequences, senses, shards, student" in changed.stderr
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in changed.stderr
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,21 @@ def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture, packing):
     printed = compare(config)
     for part in ("teacher", "cut student, untrained", "train/sense", "Loss curves"):
         assert part in printed
+
+
+def test_it_stops_after_the_stage_that_is_named(copy_of_tiny):
+    config = copy_of_tiny("corpus", "lexicon", "teacher")
+    finished = _pipeline(config, "--until", "student")
+    assert finished.returncode == 0, finished.stderr
+    assert _stages_run(finished) == ["sequences", "student"]
+    work = {path.name for path in (config.parent / "work").iterdir() if not path.name.startswith(".")}
+    assert work == {"corpus", "lexicon", "teacher", "sequences", "student"}
+    assert "Loss curves" not in finished.stdout
+
+    unknown = _pipeline(config, "--until", "training")
+    assert unknown.returncode == 2
+    assert "--until training: there is no such stage; stages of this config: lexicon, corpus, teacher" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
 
 
 def test_a_failing_rank_ends_the_pipeline_with_its_own_message_and_code(copy_of_tiny):
