@@ -4,23 +4,30 @@
 #   make quickstart   the whole pipeline on text and lexical relations from WordNet; no GPU, no model hub
 #   make test         formatter, linter, type checker and test suite
 #   make test-fast    the same without the tests that start ranks, servers or the whole pipeline
+#   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/quickstart.yaml
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast check env wordnet clean
+.PHONY: quickstart test test-fast test-cluster check env wordnet clean
 .DELETE_ON_ERROR:
 
 quickstart: env wordnet
 	$(PY) launcher/pipeline.py --config $(CONFIG)
 
 test: check wordnet
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not cluster"
 
 test-fast: check wordnet
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not cluster"
+
+# Where these cannot run, they are skipped with the reason.
+test-cluster: env wordnet
+	@[ "$$(id -u)" != 0 ] || dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 || { $(call debian,$(CLUSTER_PACKAGES)); }
+	$(PY) -m pytest -m cluster -rs
 
 check: env
 	$(VENV)/bin/ruff format --check .

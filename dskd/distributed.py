@@ -164,6 +164,14 @@ def _communication_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+def own_address() -> str:
+    """The address of this node on the network that the ranks share, from which it sees the node of rank 0."""
+    master = socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(master[0], socket.SOCK_DGRAM) as probe:
+        probe.connect(master[4])  # sends nothing
+        return str(probe.getsockname()[0])
+
+
 def free_port() -> int:
     """A port of this machine that nothing listens on."""
     with socket.socket() as probe:

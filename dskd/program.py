@@ -1,6 +1,6 @@
 """What the programs of `launcher/` and the `dskd` command share: arguments, ranks, errors and exit codes.
 
-Exit codes: 0 done; 1 a fault of ours, with a traceback, or a rank that failed; 2 bad input, with a message and no
+Exit codes: 0 done; 1 a fault of ours, with a traceback, or lost other ranks; 2 bad input, with a message and no
 traceback (a scheduler must not retry it); 75 stopped by TERM or USR1, and the same command goes on (training:
 with `--resume`); 130 interrupted from the keyboard.
 """
@@ -22,6 +22,7 @@ from dskd.config_file import load_config
 from dskd.console import say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+from dskd.peers import LostPeerError, meet_peers
 from dskd.stopping import STOPPED_EXIT_CODE, Stopped, listen
 
 _RANK_0_SPEAKS_FIRST_S = 4.0
@@ -83,6 +84,9 @@ def run(action: Callable[[], int | None]) -> int:
             flush=True,
         )
         return USER_ERROR_EXIT_CODE
+    except LostPeerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except Stopped as stopped:
         say(f"{str(stopped) or 'stopped, as asked; what was complete stays'}")
         return STOPPED_EXIT_CODE
@@ -102,7 +106,17 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
             raise UserError(str(error), known_to_all_ranks=True) from None
         listen()  # the launcher too ends its ranks with TERM, and the tracked run is then marked as ended
         world = initialize(config.train.collective_timeout_s)
-        action(config, world)
+        peers = meet_peers(world)
+        try:
+            action(config, world)
+        except RuntimeError as error:  # what torch raises when a collective fails, and much else
+            lost = peers.find_lost()
+            if lost is None:
+                raise
+            raise LostPeerError(
+                f"[rank {world.rank}, {peers.host}] {lost}; this rank ends too, for it cannot go on without. Start all "
+                f"ranks again (training: with --resume). It was noticed by: {str(error).strip().splitlines()[0]}"
+            ) from error
         shutdown()
 
     exit_code = run(joined)

@@ -41,7 +41,10 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[StopRequest]:
-    """While it lasts a request is only remembered, for work that stops at places of its own choosing."""
+    """While it lasts a request is only remembered, for work that stops at places of its own choosing.
+
+    Work that then stops, with :class:`Stopped`, is not asked again: requests are repeated, and would cut off its end.
+    """
     request = StopRequest()
 
     def remember(*_: object) -> None:
@@ -50,6 +53,9 @@ def deferred() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
         yield request
+    except Stopped:
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -195,52 +195,50 @@ def _run(
     )
     status = "FAILED"
     trained_seconds = 0.0
-    try:
-        with (
-            stopping.deferred() as stop_request,
-            progress_bar(total=schedule.total_steps, label="training", unit="steps", initial=first_step) as bar,
-        ):
-            for step in range(first_step, schedule.total_steps):
-                started = time.perf_counter()
-                step_batches = next(steps)
-                waited = time.perf_counter() - started
-                rate = schedule.learning_rate(step, train_settings.learning_rate, train_settings.warmup_share)
-                for group in engine.optimizer.param_groups:
-                    group["lr"] = rate
-                result = train_step(
-                    pair, step_batches, loss, world, step=step + 1, stop_requested=stop_request.is_pending
-                )
-                elapsed = time.perf_counter() - started
-                trained_seconds += elapsed
-                done = step + 1
-                if done % config.tracking.log_every == 0 or done == schedule.total_steps:
-                    tracker.log_metrics(_metrics(result, config, rate, elapsed, waited), done)
-                bar.set_postfix(loss=f"{result.loss:.4f}", tok_s=f"{result.tokens / elapsed:,.0f}", refresh=False)
-                bar.update(1)
-                is_last = done == schedule.total_steps
-                if is_last or result.stop_requested or done % train_settings.checkpoint_every == 0:
-                    facts = {
-                        "step": done,
-                        "total_steps": schedule.total_steps,
-                        "world_size": world.world_size,
-                        "trunk_depth": pair.trunk_depth,
-                        "mlflow_run_id": tracker.run_id,
-                        "loss": result.loss,
-                        "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),
-                    }
-                    checkpoint.save(engine, pair.student_logits, config, wanted, facts, world)
-                if result.stop_requested and not is_last:
-                    raise stopping.Stopped(
-                        f"stopped at step {done} of {schedule.total_steps}, as asked; go on with --resume"
+    with stopping.deferred() as stop_request:  # until the tracked run is marked as ended
+        try:
+            with progress_bar(total=schedule.total_steps, label="training", unit="steps", initial=first_step) as bar:
+                for step in range(first_step, schedule.total_steps):
+                    started = time.perf_counter()
+                    step_batches = next(steps)
+                    waited = time.perf_counter() - started
+                    rate = schedule.learning_rate(step, train_settings.learning_rate, train_settings.warmup_share)
+                    for group in engine.optimizer.param_groups:
+                        group["lr"] = rate
+                    result = train_step(
+                        pair, step_batches, loss, world, step=step + 1, stop_requested=stop_request.is_pending
                     )
-        status = "FINISHED"
-        say(f"  loss {result.loss:.4f}; {trained_seconds / (schedule.total_steps - first_step):.2f} s a step")
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        steps.close()
-        tracker.finish(status)
+                    elapsed = time.perf_counter() - started
+                    trained_seconds += elapsed
+                    done = step + 1
+                    if done % config.tracking.log_every == 0 or done == schedule.total_steps:
+                        tracker.log_metrics(_metrics(result, config, rate, elapsed, waited), done)
+                    bar.set_postfix(loss=f"{result.loss:.4f}", tok_s=f"{result.tokens / elapsed:,.0f}", refresh=False)
+                    bar.update(1)
+                    is_last = done == schedule.total_steps
+                    if is_last or result.stop_requested or done % train_settings.checkpoint_every == 0:
+                        facts = {
+                            "step": done,
+                            "total_steps": schedule.total_steps,
+                            "world_size": world.world_size,
+                            "trunk_depth": pair.trunk_depth,
+                            "mlflow_run_id": tracker.run_id,
+                            "loss": result.loss,
+                            "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),
+                        }
+                        checkpoint.save(engine, pair.student_logits, config, wanted, facts, world)
+                    if result.stop_requested and not is_last:
+                        raise stopping.Stopped(
+                            f"stopped at step {done} of {schedule.total_steps}, as asked; go on with --resume"
+                        )
+            status = "FINISHED"
+            say(f"  loss {result.loss:.4f}; {trained_seconds / (schedule.total_steps - first_step):.2f} s a step")
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            steps.close()
+            tracker.finish(status)
 
 
 def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: bool) -> int | None:

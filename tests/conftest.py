@@ -13,14 +13,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cluster_lab.slurm
 import pytest
 import torch
 import yaml
+from cluster_lab import hosts
+from cluster_lab.hosts import Lab
+from cluster_lab.slurm import Slurm
 from streaming import StreamingDataset
 
 from dskd.config_file import load_config
@@ -285,6 +289,26 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def world() -> World:
     """One rank, in the test's own process: for what needs DeepSpeed and no second rank."""
     return initialize()
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Two hosts, node1 and node2; skipped with the reason where there can be none."""
+    if reason := hosts.why_not():
+        pytest.skip(reason)
+    lab = Lab()
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="session")
+def slurm(lab: Lab) -> Iterator[Slurm]:
+    """A SLURM on the two hosts."""
+    if reason := cluster_lab.slurm.why_not():
+        pytest.skip(reason)
+    slurm = Slurm(lab)
+    yield slurm
+    slurm.close()
 
 
 @pytest.fixture

@@ -43,6 +43,15 @@ def test_a_deferred_request_is_remembered_and_cuts_nothing_off(handlers):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_work_that_stops_is_not_asked_again(handlers):
+    stopping.listen()
+    with pytest.raises(stopping.Stopped, match="at a good place"), stopping.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise stopping.Stopped("at a good place")
+    for number in stopping.SIGNALS:
+        os.kill(os.getpid(), number)
+
+
 def _status(monkeypatch, config):
     monkeypatch.setattr("sys.argv", ["dskd", "status", "--config", str(config)])
     return main()

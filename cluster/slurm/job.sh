@@ -1,0 +1,88 @@
+# shellcheck shell=bash
+# What the batch scripts share; sourced by them, with the overrides as arguments. It gives them `config`, the arguments
+# that every program takes, `on_all_nodes` and `on_one_node`, and decides what becomes of the job when a step ends:
+#
+#   a step said 0             the next one runs; after the last the job is COMPLETED
+#   2, a user's mistake       the job is FAILED with 2: it would fail in the same way again
+#   75, stopped on request    the job is requeued, and goes on from what the ranks saved
+#   anything else             a fault: requeued too, but at most DSKD_RETRIES times
+set -euo pipefail
+
+# shellcheck source=cluster/slurm/cluster.env
+source "${DSKD_ENV:-cluster/slurm/cluster.env}"
+# shellcheck disable=SC2034 # read by the batch scripts
+config=(--config "$DSKD_CONFIG" "${DSKD_OVERRIDES[@]}" "$@")
+notes=$PWD/$DSKD_LOGS/job-$SLURM_JOB_ID # of this job, seen by all nodes
+[[ $DSKD_LOGS != /* ]] || notes=$DSKD_LOGS/job-$SLURM_JOB_ID
+attempt=${SLURM_RESTART_COUNT:-0}
+mkdir -p "$notes"
+
+# Every node's launcher knows the same nodes in the same order, the first of which is the master; jobs that share a node
+# have ports of their own.
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+printf "%s slots=${DSKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}\n" "${nodes[@]}" >"$notes/hostfile"
+export DSKD_VENV DSKD_HOSTFILE=$notes/hostfile
+export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+
+say() { echo "== job $SLURM_JOB_ID, attempt $attempt: $*" >&2; }
+
+told=
+running=
+steps=0
+# USR1 comes some time before the end of the job (--signal above), TERM when it is preempted. srun forwards to its tasks.
+stop() {
+    told=1
+    say "is to stop; the ranks save and end"
+    [[ -z $running ]] || kill -USR1 "$running" 2>/dev/null || true
+}
+trap stop USR1 TERM
+
+# on_all_nodes PROGRAM [ARGUMENT …]: a program of launcher/ on all ranks, through one launcher of DeepSpeed's a node
+on_all_nodes() { run_step "${#nodes[@]}" ranks "$@"; }
+
+# on_one_node COMMAND …: in one process
+on_one_node() { run_step 1 alone "$@"; }
+
+run_step() {
+    local exits code=0 said
+    [[ -z $told ]] || requeue "stopped between two steps"
+    steps=$((steps + 1))
+    exits=$notes/exits-$attempt-$steps # a file a node: of several codes srun tells only the highest
+    mkdir -p "$exits"
+    # All CPUs of the node for its one task. When one node fails the others are ended, for they would only wait for it.
+    srun --export=ALL --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+        "${DSKD_SRUN_OPTIONS[@]}" "${DSKD_CONTAINER[@]}" bash cluster/slurm/node.sh "$exits" "${@:2}" &
+    running=$!
+    while kill -0 "$running" 2>/dev/null; do # a signal ends the wait, not the step
+        code=0
+        wait "$running" || code=$?
+    done
+    running=
+    said=" $(cat "$exits"/* 2>/dev/null | tr '\n' ' ')"
+    case $said in
+        *" 2 "*)
+            say "a mistake in the input, see above; the job fails and is not tried again"
+            exit 2
+            ;;
+        *" 75 "*) requeue "stopped, and saved" ;;
+    esac
+    [[ -z $told ]] || requeue "stopped"
+    ((code == 0)) || fault "step $steps ended with $code (nodes said:${said% })"
+}
+
+requeue() {
+    say "$1; it goes on when it is scheduled again"
+    scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued; submit it again, and it goes on"
+    exit 75
+}
+
+fault() {
+    local faults
+    echo "$(date --iso-8601=seconds) attempt $attempt: $1" >>"$notes/faults"
+    faults=$(wc -l <"$notes/faults")
+    if ((faults > DSKD_RETRIES)); then
+        say "$1; fault $faults, no more retries (DSKD_RETRIES=$DSKD_RETRIES); all of them: $notes/faults"
+        exit 1
+    fi
+    requeue "$1; fault $faults of at most $DSKD_RETRIES"
+}

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Submits training, or the whole pipeline as jobs that wait for each other, with what cluster.env says.
+#
+#   cluster/slurm/submit.sh train [section.key=value …]
+#   cluster/slurm/submit.sh pipeline [section.key=value …]
+#
+# Prints a line a job: its number and what it does. DSKD_ENV=FILE names another file than cluster/slurm/cluster.env.
+set -euo pipefail
+
+DSKD_ENV=$(realpath "${DSKD_ENV:-$(dirname "$0")/cluster.env}")
+cd "$(dirname "$0")/../.."
+# shellcheck source=cluster/slurm/cluster.env
+source "$DSKD_ENV"
+
+what=${1:-}
+overrides=("${@:2}")
+mkdir -p "$DSKD_LOGS"
+
+common=(--parsable --chdir="$PWD" --output="$DSKD_LOGS/%x-%j.log" --export="ALL,DSKD_ENV=$DSKD_ENV")
+[[ -z $DSKD_ACCOUNT ]] || common+=(--account="$DSKD_ACCOUNT")
+[[ -z $DSKD_PARTITION ]] || common+=(--partition="$DSKD_PARTITION")
+[[ -z $DSKD_TIME ]] || common+=(--time="$DSKD_TIME")
+((DSKD_GPUS_PER_NODE == 0)) || common+=(--gpus-per-node="$DSKD_GPUS_PER_NODE")
+
+# submit NAME NODES AFTER SCRIPT [ARGUMENT …]: one job, which starts when the jobs AFTER (a:b:c, or nothing) are done
+submit() {
+    local name=$1 nodes=$2 after=$3 job
+    local options=(--job-name="dskd-$name" --nodes="$nodes")
+    # A job whose predecessor failed would wait for ever.
+    [[ -z $after ]] || options+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes)
+    job=$(sbatch "${common[@]}" "${options[@]}" "${DSKD_SBATCH_OPTIONS[@]}" "${@:4}" "${overrides[@]}")
+    submitted=${job%%;*}
+    echo "$submitted $name"
+}
+
+case $what in
+    train)
+        submit train "$DSKD_NODES" "" cluster/slurm/train.sbatch
+        ;;
+    pipeline)
+        submit prepare 1 "" cluster/slurm/pipeline.sbatch prepare
+        submit senses "$DSKD_NODES" "$submitted" cluster/slurm/pipeline.sbatch senses
+        submit annotate "$DSKD_NODES" "$submitted" cluster/slurm/pipeline.sbatch annotate
+        annotate=$submitted
+        trained=()
+        for run in "${DSKD_RUNS[@]-}"; do
+            submit "train${run:+-$run}" "$DSKD_NODES" "$annotate" cluster/slurm/train.sbatch ${run:+"run=$run"}
+            trained+=("$submitted")
+        done
+        after=$(IFS=:; echo "${trained[*]}")
+        submit evaluate "$DSKD_NODES" "$after" cluster/slurm/pipeline.sbatch evaluate
+        ;;
+    *)
+        echo "error: '$what' is neither train nor pipeline; usage: $0 train|pipeline [section.key=value …]" >&2
+        exit 2
+        ;;
+esac

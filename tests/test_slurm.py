@@ -1,0 +1,220 @@
+"""The batch scripts of `cluster/slurm/` on a real SLURM: two nodes with two ranks each.
+
+What happens to a run there, preemption, a warning, a killed launcher, must not be seen in its losses.
+"""
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_lab.slurm import PREEMPTOR_PARTITION, Slurm
+from conftest import BEFORE_TRAINING, REPOSITORY, TINY, losses_of, write_config
+
+from dskd import checkpoint
+from dskd.config_file import load_config
+from dskd.tracking import read_runs
+
+pytestmark = pytest.mark.cluster
+
+TRAIN = REPOSITORY / "cluster" / "slurm" / "train.sbatch"
+STEPS = 60
+JOB_S = 400
+
+
+@dataclass(frozen=True)
+class Site:
+    """A work directory on the disk that the nodes share, and a cluster.env for it."""
+
+    slurm: Slurm
+    folder: Path
+    config: Path
+
+    def submit(self, *overrides: str, env: str = "") -> int:
+        """Submits a training on both nodes, with more lines of cluster.env."""
+        file = self.write_env(env)
+        options = ["--nodes=2", "--gpus-per-node=2", f"--chdir={REPOSITORY}", f"--output={self.folder}/%j.log"]
+        return self.slurm.submit(TRAIN, *overrides, options=options, env={"DSKD_ENV": str(file), **PYTHON})
+
+    def write_env(self, more: str = "") -> Path:
+        """The repository's own file with the values of this place behind its own."""
+        own = (REPOSITORY / "cluster" / "slurm" / "cluster.env").read_text(encoding="utf-8")
+        file = self.folder / f"{len(list(self.folder.glob('*.env')))}.env"
+        values = {"VENV": sys.prefix, "CONFIG": self.config, "LOGS": self.folder, "NODES": 2, "GPUS_PER_NODE": 2}
+        lines = [f"DSKD_{name}='{value}'" for name, value in values.items()]
+        file.write_text("\n".join([own, *lines, more, ""]), encoding="utf-8")
+        return file
+
+    def log(self, job: int) -> str:
+        """What a job has printed."""
+        return (self.folder / f"{job}.log").read_text(errors="replace")
+
+    def wait(self, job: int, state: str) -> dict[str, str]:
+        """Waits for the job's end, which must be in `state`."""
+        shown = self.slurm.wait(job, JOB_S)
+        assert shown["JobState"] == state, self.log(job)
+        return shown
+
+    def wait_for_checkpoint(self, job: int, run: str, step: int = 1) -> int:
+        """Waits until a run has a checkpoint of that step or a later one; returns its step."""
+        loaded = load_config(self.config, [f"run={run}"])
+
+        def step_of_newest() -> int:
+            newest = checkpoint.latest(loaded)
+            return 0 if newest is None else newest.step
+
+        self._until(lambda: step_of_newest() >= step, job)
+        return step_of_newest()
+
+    def wait_for_attempt(self, job: int, number: int) -> None:
+        """Waits until a job runs for the time `number`, the first being 0."""
+        self._until(lambda: f"Restarts={number}" in self.shown(job) and "JobState=RUNNING" in self.shown(job), job)
+
+    def shown(self, job: int) -> str:
+        """What `scontrol show job` prints."""
+        return self.slurm.run("scontrol", "--oneliner", "show", "job", str(job))
+
+    def runs(self, run: str) -> list:
+        """The tracked runs of that name."""
+        return [one for one in read_runs(load_config(self.config)) if one.name == run]
+
+    def losses(self, run: str) -> list[tuple[int, float]]:
+        """(step, loss) of a run; there must be one tracked run of that name."""
+        config = yaml.safe_load(self.config.read_text())
+        return losses_of(write_config(self.folder / f"{run}.yaml", config, run=run))
+
+    def _until(self, condition: Callable[[], bool], job: int) -> None:
+        deadline = time.monotonic() + JOB_S
+        while not condition():
+            assert self.slurm.state(job) in ("PENDING", "RUNNING", "COMPLETING"), self.log(job)
+            assert time.monotonic() < deadline, self.log(job)
+            time.sleep(0.1)
+
+
+PYTHON = {"PYTHONPATH": str(REPOSITORY)}
+
+
+@pytest.fixture(scope="module")
+def site(slurm, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    base = yaml.safe_load(tiny.read_text(encoding="utf-8"))
+    for artifact in BEFORE_TRAINING:
+        shutil.copytree(Path(base["workdir"]) / artifact, folder / "work" / artifact)
+    settings = {**TINY["train"], "steps": STEPS, "checkpoint_every": 10, "collective_timeout_s": 60}
+    config = write_config(folder / "config.yaml", base, workdir=str(folder / "work"), train=settings)
+    yield Site(slurm, folder, config)
+    slurm.cancel_all()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site):
+    """The losses of a run that nothing happened to."""
+    job = site.submit("run=undisturbed")
+    shown = site.wait(job, "COMPLETED")
+    assert shown["Restarts"] == "0"
+    (run,) = site.runs("undisturbed")
+    assert (run.status, run.tags["world_size"]) == ("FINISHED", "4")
+    assert "finished, step 60 of 60" in site.log(job)
+    return site.losses("undisturbed")
+
+
+def test_a_submitted_run_is_trained_on_all_ranks_of_both_nodes(undisturbed):
+    assert [step for step, _ in undisturbed] == list(range(1, STEPS + 1))
+    assert undisturbed[-1][1] < undisturbed[0][1]
+
+
+def test_a_preempted_run_goes_on_where_it_was_and_ends_like_an_undisturbed_one(site, undisturbed):
+    job = site.submit("run=preempted")
+    site.wait_for_checkpoint(job, "preempted")
+    other = site.folder / "other.sbatch"
+    other.write_text("#!/bin/sh\nsleep 1\n")
+    options = [f"--partition={PREEMPTOR_PARTITION}", "--nodes=2", "--exclusive", f"--output={site.folder}/%j.log"]
+    preemptor = site.slurm.submit(other, options=options)
+    site.wait(preemptor, "COMPLETED")
+    stopped_at = site.wait_for_checkpoint(job, "preempted")
+    assert f"stopped at step {stopped_at} of {STEPS}" in site.log(job)
+    assert [run.status for run in site.runs("preempted")] == ["KILLED"]
+
+    shown = site.wait(job, "COMPLETED")
+    assert shown["Restarts"] == "1"
+    assert f"from step {stopped_at}" in site.log(job)
+    assert site.losses("preempted") == undisturbed
+
+
+def test_a_warning_and_a_killed_launcher_cost_steps_and_change_nothing(site, undisturbed):
+    job = site.submit("run=disturbed", env="DSKD_RETRIES=1")
+    site.wait_for_checkpoint(job, "disturbed")
+    # As SLURM warns before a job's time is up: only the shell of the batch script gets it.
+    site.slurm.run("scancel", "--batch", "--signal=USR1", str(job))
+    site.wait_for_attempt(job, 1)
+    stopped_at = site.wait_for_checkpoint(job, "disturbed")
+    assert f"stopped at step {stopped_at} of {STEPS}" in site.log(job)
+    assert not (site.folder / f"job-{job}" / "faults").exists()
+
+    site.wait_for_checkpoint(job, "disturbed", stopped_at + 10)
+    lab = site.slurm.lab
+    launcher = lab.run("node2", "pgrep", "-f", r"deepspeed\.launcher\.launch")
+    lab.run("node2", "kill", "-KILL", *launcher.split())
+    site.wait_for_attempt(job, 2)
+    faults = (site.folder / f"job-{job}" / "faults").read_text().splitlines()
+    assert len(faults) == 1
+    site.wait(job, "COMPLETED")
+    assert site.losses("disturbed") == undisturbed
+
+
+def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
+    job = site.submit("run=mistaken", "student.train_layers=0")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "2:0")
+    log = site.log(job)
+    assert log.count("nothing would be trained") == 1
+    assert "Traceback" not in log
+
+
+def test_faults_are_tried_again_only_so_often(site):
+    """The first step ends with 1 on one node: `deepspeed` is another program there."""
+    broken = site.folder / "broken" / "bin"
+    broken.mkdir(parents=True)
+    program = broken / "deepspeed"
+    program.write_text('#!/bin/sh\n[ "$SLURM_NODEID" = 0 ] && exec sleep 600\nexit 1\n')
+    program.chmod(0o755)
+    job = site.submit("run=faulty", env=f"DSKD_RETRIES=1 DSKD_VENV={broken.parent}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("1", "1:0")
+    assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
+    assert "no more retries (DSKD_RETRIES=1)" in site.log(job)
+
+
+def test_the_pipeline_is_a_chain_of_jobs(site):
+    work = site.folder / "pipeline"
+    for artifact in ("corpus", "lexicon", "teacher"):
+        shutil.copytree(site.folder / "work" / artifact, work / artifact)
+    file = site.write_env(f"DSKD_OVERRIDES=(workdir={work} train.steps=2)\nDSKD_RUNS=(one)")
+    text = site.config.read_text() + "\nruns: {one: {loss: {sense_weight: 0.5, min_relations: 3}}}\n"
+    site.config.write_text(text)
+    script = str(REPOSITORY / "cluster" / "slurm" / "submit.sh")
+    printed = site.slurm.run("env", f"DSKD_ENV={file}", f"PYTHONPATH={REPOSITORY}", script, "pipeline")
+    jobs = dict(reversed(line.split()) for line in printed.splitlines())
+    assert list(jobs) == ["prepare", "senses", "annotate", "train-one", "evaluate"]
+    for name, job in jobs.items():
+        shown = site.slurm.wait(int(job), JOB_S)
+        log = (site.folder / f"dskd-{name}-{job}.log").read_text(errors="replace")
+        assert shown["JobState"] == "COMPLETED", log
+    assert re.search(r"^one  +[\d,.]+  +0\.\d+", log, re.MULTILINE), log
+    shards = yaml.safe_load((work / "shards" / "train" / "manifest.json").read_text())
+    assert shards["kind"] == "shards"
+
+
+def test_a_stage_whose_predecessor_fails_does_not_wait_for_ever(site):
+    file = site.write_env("DSKD_CONFIG=nowhere.yaml")
+    script = str(REPOSITORY / "cluster" / "slurm" / "submit.sh")
+    printed = site.slurm.run("env", f"DSKD_ENV={file}", f"PYTHONPATH={REPOSITORY}", script, "pipeline")
+    prepare, *others = (int(line.split()[0]) for line in printed.splitlines())
+    assert site.slurm.wait(prepare, JOB_S)["ExitCode"] == "2:0"
+    for job in others:
+        assert site.slurm.wait(job, JOB_S)["JobState"] == "CANCELLED"

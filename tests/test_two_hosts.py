@@ -1,0 +1,132 @@
+"""Training on two hosts, with a launcher on each: to the end, and through a cut link and a host whose processes die."""
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_lab.hosts import HostProcess, Lab
+from conftest import BEFORE_TRAINING, REPOSITORY, TINY, losses_of, write_config
+
+from dskd import checkpoint
+from dskd.config_file import load_config
+
+pytestmark = pytest.mark.cluster
+
+STEPS, TIMEOUT_S = 60, 12
+# What a launcher needs beyond the time-out: torch's noticing, and DeepSpeed's 30 s for ranks that hang.
+PATIENCE_S = TIMEOUT_S + 60
+
+
+@dataclass(frozen=True)
+class Site:
+    """A work directory on the disk that the hosts share."""
+
+    lab: Lab
+    folder: Path
+    config: Path
+
+    def start(self, *arguments: str) -> list[HostProcess]:
+        """Starts two ranks a host, as a user does on hosts without ssh."""
+        hostfile = self.folder / "hosts"
+        hostfile.write_text("".join(f"{host} slots=2\n" for host in self.lab.hosts))
+        env = os.environ | {"PYTHONPATH": str(REPOSITORY), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+        common = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", self.lab.hosts[0], "--master_port", "29500"]
+        program = [str(REPOSITORY / "launcher" / "train.py"), "--config", str(self.config), *arguments]
+        return [
+            self.lab.start(host, ["deepspeed", *common, "--node_rank", str(rank), *program], env, cwd=REPOSITORY)
+            for rank, host in enumerate(self.lab.hosts)
+        ]
+
+    def wait_for_checkpoint(self, launchers: Sequence[HostProcess], step: int) -> int:
+        """Waits for a checkpoint of this step or a later one; returns its step."""
+        loaded = load_config(self.config)
+        deadline = time.monotonic() + 240
+        while (newest := checkpoint.latest(loaded)) is None or newest.step < step:
+            assert all(one.poll() is None for one in launchers), output(launchers)
+            assert time.monotonic() < deadline, output(launchers)
+            time.sleep(0.05)
+        return newest.step
+
+
+def output(launchers):
+    return "\n".join(one.output for one in launchers)
+
+
+@pytest.fixture(scope="module")
+def site(lab, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-hosts")
+    base = yaml.safe_load(tiny.read_text(encoding="utf-8"))
+    for artifact in BEFORE_TRAINING:
+        shutil.copytree(Path(base["workdir"]) / artifact, folder / "work" / artifact)
+    settings = {**TINY["train"], "steps": STEPS, "checkpoint_every": 10, "collective_timeout_s": TIMEOUT_S}
+    config = write_config(folder / "undisturbed.yaml", base, workdir=str(folder / "work"), train=settings)
+    return Site(lab, folder, config)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site):
+    launchers = site.start("run=undisturbed")
+    assert [one.wait(300) for one in launchers] == [0, 0], output(launchers)
+    return _losses(site, "undisturbed")
+
+
+def test_two_hosts_train_to_the_end(undisturbed):
+    assert [step for step, _ in undisturbed] == list(range(1, STEPS + 1))
+
+
+def test_a_cut_link_ends_every_rank_and_the_run_goes_on_from_the_last_checkpoint(site, undisturbed):
+    def cut():
+        site.lab.cut_link("node2")
+
+    first, second = _lose(site, "cut", cut)
+    for ranks, launcher, lost in (((0, 1), first, "ranks 2, 3 (node2)"), ((2, 3), second, "ranks 0, 1 (node1)")):
+        assert launcher.wait(PATIENCE_S) not in (0, 2, 75), launcher.output
+        named = re.findall(rf"\[rank (\d), node\d\] {re.escape(lost)} cannot be reached", launcher.output)
+        assert {int(rank) for rank in named} == set(ranks), launcher.output
+    site.lab.mend_link("node2")
+    _go_on(site, "cut", undisturbed)
+
+
+def test_a_host_whose_processes_die_is_named_and_the_run_goes_on(site, undisturbed):
+    def kill():
+        pids = site.lab.run("node2", "pgrep", "-f", r"launcher/train\.py").split()
+        site.lab.run("node2", "kill", "-KILL", *pids)
+
+    survivor, dead = _lose(site, "killed", kill)
+    assert survivor.wait(PATIENCE_S) not in (0, 2, 75)
+    assert re.search(r"\[rank \d, node1\] ranks 2, 3 \(node2\) are not there any more", survivor.output)
+    assert dead.wait(10) == -9
+    _go_on(site, "killed", undisturbed)
+
+
+def _lose(site, run, disturb):
+    launchers = site.start(f"run={run}")
+    site_of_run = _of_run(site, run)
+    site_of_run.wait_for_checkpoint(launchers, 10)
+    disturb()
+    return launchers
+
+
+def _go_on(site, run, undisturbed):
+    newest = checkpoint.latest(load_config(_of_run(site, run).config))
+    assert 10 <= newest.step < STEPS
+    launchers = site.start(f"run={run}", "--resume")
+    assert [one.wait(300) for one in launchers] == [0, 0], output(launchers)
+    assert f"from step {newest.step}" in output(launchers)
+    assert _losses(site, run) == undisturbed
+
+
+def _of_run(site, run):
+    config = yaml.safe_load(site.config.read_text())
+    return Site(site.lab, site.folder, write_config(site.folder / f"{run}.yaml", config, run=run))
+
+
+def _losses(site, run):
+    return losses_of(_of_run(site, run).config)
