@@ -1,0 +1,285 @@
+"""Short runs that are killed again and again until each is done, and whether anything was lost by it.
+
+    python -m benchmarks.soak                            # 50 kills, about a quarter of an hour on two cores
+    python -m benchmarks.soak --kills 20 --ranks 4 --seed 1 --output FILE.json
+
+Everything up to the shards is made from `configs/smoke.yaml`, and one training is left undisturbed. Then annotations
+and trainings of the same config are started with DeepSpeed's launcher, killed with -9 and started again. Whom a kill
+hits, and when, is drawn:
+
+    who    one rank, with its loader's workers; the launcher and everything below it; or the launcher alone, whose ranks
+           are killed a moment later, as a scheduler does with what is left of a job
+    when   at any time of its start, of its steps, or while a checkpoint is being written; a fifth hit annotation
+
+In the end every training has the losses of the undisturbed one at every step, bit for bit, and its weights, and the
+shards are the same bytes: a sample that was lost or came twice would show. Otherwise this ends with exit code 1.
+"""
+
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.report import REPOSITORY, build_parser, machine, parse, publish
+from dskd import checkpoint
+from dskd.config import Config
+from dskd.config_file import load_config
+from dskd.distributed import free_port
+from dskd.manifest import Manifest, read_manifest
+from dskd.tracking import read_history
+
+CONFIG = REPOSITORY / "configs" / "smoke.yaml"
+_WHO = ("a rank", "launcher and ranks", "launcher alone")
+_WHEN = ("starting", "in its steps", "writing a checkpoint")
+_KILLS_OF_A_TRAINING = 6
+_PATIENCE_S = 300  # for the other ranks to end after one of them
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of whom kills hit, and when")
+    given = parse(parser, arguments)
+    at_start = machine()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="dskd-soak-") as folder:
+        soak = Soak(Path(folder), given.ranks, random.Random(given.seed))
+        soak.prepare()
+        soak.annotate_killed(given.kills // 5)
+        trainings = 0
+        while soak.survived < given.kills:
+            trainings += 1
+            soak.train_killed(f"killed-{trainings}", given.kills)
+            print(f"{soak.survived} kills survived, {time.monotonic() - started:,.0f} s", flush=True)
+    rows = [[what, who, when, str(count)] for (what, who, when), count in sorted(soak.kills.items())]
+    rows.append(["all", "", "", str(soak.survived)])
+    rows.append([f"{trainings} trainings", "", "done, as if undisturbed", f"{soak.starts} starts"])
+    results = {
+        "kills": {", ".join(kill): count for kill, count in soak.kills.items()},
+        "survived": soak.survived,
+        "trainings": trainings,
+        "starts": soak.starts,
+        "seconds": time.monotonic() - started,
+    }
+    publish(given, "benchmarks.soak", ("what", "whom the kill hit", "when", "kills survived"), rows, results, at_start)
+
+
+class Job:
+    """A program of `launcher/` on so many ranks, started by DeepSpeed's launcher."""
+
+    def __init__(self, program: str, config: Path, overrides: Sequence[str], ranks: int, log: Path) -> None:
+        self._program = program
+        self._log = log
+        self._start = log.stat().st_size if log.exists() else 0
+        deepspeed = Path(sys.executable).parent / "deepspeed"
+        launcher = [deepspeed, "--num_gpus", ranks, "--master_port", free_port()]
+        command = [*launcher, REPOSITORY / "launcher" / program, "--config", config, *overrides]
+        with log.open("a") as stream:
+            self._process = subprocess.Popen(
+                [str(part) for part in command], cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT
+            )
+        self._seen: set[psutil.Process] = set()
+
+    def is_running(self) -> bool:
+        """True while the launcher or anything that it started runs."""
+        return bool(self._processes())
+
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return self._log.read_text(errors="replace")[self._start :]
+
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Waits for a condition; False when the job ended before."""
+        while not condition():
+            if self._process.poll() is not None:
+                return False
+            time.sleep(0.002)
+        return True
+
+    def kill(self, who: str, draw: random.Random) -> bool:
+        """Kills a part of it, and waits until nothing of it is left; False when there was nothing to kill."""
+        processes = self._processes()
+        ranks = [p for p in processes if any(Path(part).name == self._program for part in _command(p)[:4])]
+        if self._process.poll() is not None or not processes or (who == "a rank" and not ranks):
+            return False
+        if who == "launcher and ranks":
+            _kill(processes)
+        elif who == "launcher alone":
+            _kill(p for p in processes if p not in ranks)
+            time.sleep(draw.uniform(0, 2))
+            _kill(self._processes())
+        else:
+            # Workers are children of their rank with the same command: a rank's parent is the launcher.
+            rank = draw.choice([p for p in ranks if _parent(p) not in ranks])
+            _kill([rank, *(p for p in ranks if _parent(p) == rank)])
+        self.wait()
+        return True
+
+    def wait(self) -> int:
+        """Waits until nothing of it is left; the launcher's exit code."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while self.is_running():
+            self._process.poll()
+            if time.monotonic() > deadline:
+                _kill(self._processes())
+                raise SystemExit(f"a job did not end by itself within {_PATIENCE_S} s; it had printed:\n{self.output}")
+            time.sleep(0.05)
+        return self._process.wait()
+
+    def _processes(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            self._seen.add(psutil.Process(self._process.pid))
+        for process in list(self._seen):
+            with suppress(psutil.NoSuchProcess):
+                self._seen.update(process.children(recursive=True))
+        self._seen = {process for process in self._seen if _is_alive(process)}
+        return list(self._seen)
+
+
+class Soak:
+    """Kills what it starts, and compares what comes out in the end."""
+
+    def __init__(self, folder: Path, ranks: int, draw: random.Random) -> None:
+        self._folder, self._ranks, self._draw = folder, ranks, draw
+        self._overrides = [f"workdir={folder / 'work'}", "train.collective_timeout_s=60"]
+        self._annotation_s = 0.0
+        self._start_s = self._steps_s = 0.0  # of an undisturbed training
+        self._undisturbed: Any = None
+        self.kills: Counter[tuple[str, str, str]] = Counter()
+        self.starts = 0
+
+    @property
+    def survived(self) -> int:
+        """Kills so far, after each of which everything went on."""
+        return sum(self.kills.values())
+
+    def prepare(self) -> None:
+        """Makes everything up to the shards, and an undisturbed training."""
+        pipeline = [sys.executable, REPOSITORY / "launcher" / "pipeline.py", "--config", CONFIG, "--until", "shards"]
+        subprocess.run([str(part) for part in [*pipeline, *self._overrides]], check=True)
+        job, started = self._start("train.py", "undisturbed"), time.monotonic()
+        job.wait_until(lambda: "steps of" in job.output)
+        self._start_s = time.monotonic() - started
+        job.wait()
+        self._steps_s = time.monotonic() - started - self._start_s
+        self._undisturbed = self._result("undisturbed")
+
+    def annotate_killed(self, kills: int) -> None:
+        """Annotates anew, killed so many times."""
+        config = self._config("undisturbed")
+        expected = self._shards()
+        shutil.rmtree(config.path("shards"))
+        started = time.monotonic()
+        self._start("annotate.py", "undisturbed").wait()
+        usual_s = time.monotonic() - started
+        self._require_shards(expected)
+        shutil.rmtree(config.path("shards"))
+        while self.survived < kills:
+            job, who = self._start("annotate.py", "undisturbed"), self._draw.choice(_WHO)
+            time.sleep(self._draw.uniform(0, usual_s))
+            if job.kill(who, self._draw):
+                self.kills["annotation", who, "at any time"] += 1
+            else:  # it was done before
+                job.wait()
+                self._require_shards(expected)
+                shutil.rmtree(config.path("shards"))
+        self._start("annotate.py", "undisturbed").wait()
+        self._require_shards(expected)
+
+    def train_killed(self, run: str, kills: int) -> None:
+        """Trains a run to its end, killed at most :data:`_KILLS_OF_A_TRAINING` times; `kills` are enough altogether."""
+        config = self._config(run)
+        of_this_run = 0
+        while of_this_run < _KILLS_OF_A_TRAINING and self.survived < kills:
+            job, who, when = self._start("train.py", run), self._draw.choice(_WHO), self._draw.choice(_WHEN)
+            if not (self._wait_for(when, job, config) and job.kill(who, self._draw)):
+                job.wait()  # it was done before
+                break
+            self.kills["training", who, when] += 1
+            of_this_run += 1
+            checkpoint.latest(config, verify=True)  # refuses, where there are only damaged ones
+        else:
+            self._start("train.py", run).wait()
+        if self._result(run) != self._undisturbed:
+            raise SystemExit(f"run {run} ended otherwise than the undisturbed one; kills so far: {dict(self.kills)}")
+
+    def _wait_for(self, when: str, job: Job, config: Config) -> bool:
+        if when == "starting":
+            time.sleep(self._draw.uniform(0, self._start_s))
+            return True
+        if not job.wait_until(lambda: "steps of" in job.output):
+            return False
+        if when == "in its steps":
+            time.sleep(self._draw.uniform(0, self._steps_s))
+            return True
+        base = checkpoint.folder(config)
+        is_writing = job.wait_until(lambda: any(base.glob(".step-*.partial")))
+        time.sleep(self._draw.uniform(0, 0.1))
+        return is_writing
+
+    def _start(self, program: str, run: str) -> Job:
+        self.starts += 1
+        more = ["--resume", f"run={run}"] if program == "train.py" else []
+        return Job(program, CONFIG, [*self._overrides, *more], self._ranks, self._folder / f"{run}.log")
+
+    def _config(self, run: str) -> Config:
+        return load_config(CONFIG, [*self._overrides, f"run={run}"])
+
+    def _result(self, run: str) -> Any:
+        """(step, loss) of every step, and the digest of the trained weights."""
+        config = self._config(run)
+        newest = checkpoint.latest(config, verify=True)
+        if newest is None or not newest.is_final:
+            log = (self._folder / f"{run}.log").read_text(errors="replace")
+            raise SystemExit(f"run {run} did not come to its end; it has printed:\n{log}")
+        losses = read_history(config, newest.manifest.facts["mlflow_run_id"], "train/loss")
+        return losses, newest.manifest.files[checkpoint.TRAINED_FILE]["sha256"]
+
+    def _shards(self) -> list[str]:
+        return [self._manifest(split).digest for split in ("train", "validation")]
+
+    def _manifest(self, split: str) -> Manifest:
+        return read_manifest(self._config("undisturbed").path("shards", split), "shards", made_by="the soak")
+
+    def _require_shards(self, expected: list[str]) -> None:
+        if self._shards() != expected:
+            raise SystemExit(f"the shards of a killed annotation are others; kills so far: {dict(self.kills)}")
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
+def _parent(process: psutil.Process) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        return process.parent()
+    return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _kill(processes: Any) -> None:
+    for process in list(processes):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
