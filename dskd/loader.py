@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dskd import shards, stopping
 from dskd.config import Config
 from dskd.distributed import World
+from dskd.errors import UserError
 from dskd.random_numbers import derived_seed
 from dskd.schedule import Schedule
 
@@ -89,7 +90,7 @@ def load_steps(
     on_cuda = world.device.type == "cuda"
     workers = config.train.num_workers
     loader = DataLoader(
-        StepSamples(dataset, schedule, start_step),
+        StepSamples(dataset, schedule, start_step, place=shards.place(config, "train")),
         batch_size=None,
         num_workers=workers,
         collate_fn=functools.partial(_collate_packed, collate),
@@ -97,9 +98,16 @@ def load_steps(
         prefetch_factor=_PREFETCHED_STEPS if workers else None,
         worker_init_fn=_end_with_rank,
     )
-    packed = itertools.islice((step for step in loader if step is not None), schedule.total_steps - start_step)
+    packed = itertools.islice(_steps_in(loader), schedule.total_steps - start_step)
     for step in copy_ahead(packed, CudaCopier(world.device)) if on_cuda else packed:
         yield step.unpack(sense_bank)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Why a worker has no more samples: an exception of its own would come out of it as a traceback in a message."""
+
+    message: str
 
 
 class StepSamples(IterableDataset):
@@ -109,13 +117,24 @@ class StepSamples(IterableDataset):
     equally many steps of an epoch, the others yield an empty one.
     """
 
-    def __init__(self, dataset: shards.ShardDataset, schedule: Schedule, start_step: int) -> None:
+    def __init__(self, dataset: shards.ShardDataset, schedule: Schedule, start_step: int, *, place: str) -> None:
         self._dataset = dataset
+        self._place = place
         self._schedule = schedule
         self._start_step = start_step
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        """Yields the samples of this worker's steps."""
+    def __iter__(self) -> Iterator["list[dict[str, Any]] | Unreadable"]:
+        """Yields the samples of this worker's steps; an :class:`Unreadable` is the last that it yields."""
+        try:
+            yield from self._steps()
+        except Exception as error:  # of the file system, the object store, the decoder, each of their own kind
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            yield Unreadable(
+                f"{self._place}: a shard of the training data cannot be read ({reason}); put it there as it was made, "
+                "or see to the access, and go on with --resume"
+            )
+
+    def _steps(self) -> Iterator[list[dict[str, Any]]]:
         worker = get_worker_info()
         num_workers = 1 if worker is None else worker.num_workers
         step, schedule = self._start_step, self._schedule
@@ -267,8 +286,18 @@ def _empty_buffer(size: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size), 0, (size,), (1,))
 
 
-def _collate_packed(collate: Collate, samples: list[dict[str, Any]]) -> PackedStep | None:
+def _collate_packed(collate: Collate, samples: list[dict[str, Any]] | Unreadable) -> PackedStep | Unreadable | None:
+    if isinstance(samples, Unreadable):
+        return samples
     return PackedStep.of(collate(samples)) if samples else None
+
+
+def _steps_in(loader: Iterable[PackedStep | Unreadable | None]) -> Iterator[PackedStep]:
+    for step in loader:
+        if isinstance(step, Unreadable):
+            raise UserError(step.message)
+        if step is not None:
+            yield step
 
 
 def _end_with_rank(worker_id: int) -> None:

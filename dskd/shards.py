@@ -346,17 +346,19 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     """
     with streaming_names(cache, world):
         dataset = ShardDataset(
-            remote=_place(config, split),
+            remote=place(config, split),
             local=str(cache / split),
             validate_hash=_HASH,
             keep_zip=False,
             **options,
         )
-    _require_same_index(config, split, cache / split / INDEX)
+    if config.train.shard_remote is not None:
+        _require_same_index(config, split, cache / split / INDEX)
     return dataset
 
 
-def _place(config: Config, split: str) -> str:
+def place(config: Config, split: str) -> str:
+    """Where a split's shards are read from."""
     if config.train.shard_remote is None:
         return str(config.path(FOLDER, split).resolve())
     return f"{config.train.shard_remote.rstrip('/')}/{split}"
@@ -367,7 +369,7 @@ def _require_same_index(config: Config, split: str, index: Path) -> None:
     found = sha256_of_file(index)
     if found != expected:
         raise UserError(
-            f"{_place(config, split)}: its {INDEX} is not that of {config.path(FOLDER, split)} (sha256 {found[:12]}…, "
+            f"{place(config, split)}: its {INDEX} is not that of {config.path(FOLDER, split)} (sha256 {found[:12]}…, "
             f"expected {expected[:12]}…): it has other shards; copy {config.path(FOLDER)} there anew, or correct "
             "train.shard_remote",
             known_to_all_ranks=True,

@@ -1,0 +1,94 @@
+"""What clusters do to a run: a full disk, shards that are gone, a slow rank. It says so, and goes on after it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import BEFORE_TRAINING, TINY, finish, losses_of, run_program, start_ranks
+
+from dskd import checkpoint
+from dskd.config_file import load_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes at a folder, and makes it larger."""
+    if os.geteuid():
+        pytest.skip("to mount a small file system needs root")
+    mounted = []
+
+    def resize(folder, size_bytes):
+        options = f"size={size_bytes}"
+        if folder in mounted:
+            options += ",remount"
+        else:
+            folder.mkdir(parents=True)
+        tried = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if tried.returncode:
+            pytest.skip(f"a file system cannot be mounted here: {tried.stderr.strip()}")
+        mounted.append(folder)
+
+    yield resize
+    for folder in set(mounted):
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, copy_of_tiny, small_disk):
+    settings = {**TINY["train"], "checkpoint_every": 2, "keep_last": 1}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    loaded = load_config(config)
+    newest = checkpoint.latest(load_config(tiny))
+    size = sum(entry["size_bytes"] for entry in newest.manifest.files.values())
+    small_disk(loaded.path("checkpoints"), int(1.9 * size))
+    ended = run_program("train.py", config, ranks=2, check=False)
+    assert ended.exit_code == 2, ended.output
+    assert ended.output.count("error: ") == 1
+    assert "a checkpoint takes 0.00 GB, and there are 0.00 GB free; what was complete stays" in ended.output
+    assert "Traceback" not in ended.output
+    assert checkpoint.latest(loaded, verify=True).step == 2
+    assert [path.name for path in checkpoint.folder(loaded).glob(".step-*")] in ([], [".step-00000004.lock"])
+
+    small_disk(loaded.path("checkpoints"), 10 * size)
+    run_program("train.py", config, "--resume", ranks=2)
+    assert losses_of(config) == losses_of(tiny)
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupted"])
+def test_a_shard_that_is_gone_at_the_remote_is_named_and_the_run_goes_on_when_it_is_back(
+    tiny, copy_of_tiny, tmp_path, damage
+):
+    remote = tmp_path / "remote"
+    shutil.copytree(load_config(tiny).path("shards"), remote)
+    config = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "shard_remote": str(remote)})
+    kept = {}
+    for shard in (remote / "train").glob("*.mds*"):
+        kept[shard] = shard.read_bytes()
+        shard.unlink() if damage == "missing" else shard.write_bytes(kept[shard][:-7] + b"garbage")
+    ended = run_program("train.py", config, ranks=2, check=False)
+    assert ended.exit_code == 2, ended.output
+    assert f"{remote}/train: a shard of the training data cannot be read (" in ended.output
+    assert "Traceback" not in ended.output
+    for shard, content in kept.items():
+        shard.write_bytes(content)
+    run_program("train.py", config, "--resume", "run=again", ranks=2)
+    again = copy_of_tiny(run="again")
+    assert losses_of(again) == losses_of(tiny)
+
+
+def test_a_rank_that_is_slow_for_a_while_changes_nothing(tiny, copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    ranks = start_ranks("train.py", config, ranks=2)
+    deadline = time.monotonic() + 120
+    while "steps of" not in ranks[0].output and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(ranks[1].pid, signal.SIGSTOP)
+    time.sleep(5)
+    assert all(rank.is_running() for rank in ranks)
+    os.killpg(ranks[1].pid, signal.SIGCONT)
+    finish(ranks, 120)
+    assert losses_of(config) == losses_of(tiny)
