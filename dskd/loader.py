@@ -136,7 +136,7 @@ class StepSamples(IterableDataset):
 
     def _steps(self) -> Iterator[list[dict[str, Any]]]:
         worker = get_worker_info()
-        num_workers = 1 if worker is None else worker.num_workers
+        own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         step, schedule = self._start_step, self._schedule
         # Not past the last step: a worker would wait for those of other ranks at the gate of an epoch nobody trains on.
         while step < schedule.total_steps:
@@ -144,8 +144,13 @@ class StepSamples(IterableDataset):
             left = min(schedule.steps_per_epoch - steps_done, schedule.total_steps - step)
             self._dataset.current_epoch = epoch
             samples = iter(self._dataset)
-            for _ in range(-(-left // num_workers)):
-                yield list(itertools.islice(samples, schedule.samples_per_rank))
+            for turn in range(-(-left // num_workers)):
+                wanted = schedule.samples_per_rank if turn * num_workers + own < left else 0
+                # Asked for also where there are none: workers wait for each other when an epoch begins.
+                of_step = list(itertools.islice(samples, schedule.samples_per_rank))
+                if len(of_step) < wanted:
+                    raise self._dataset.failure or EOFError(f"{len(of_step)} samples of a step where it has {wanted}")
+                yield of_step
             step += left
             if step < schedule.total_steps:
                 next(samples, None)  # the epoch is over when its iterator says so

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,15 @@ class ShardDataset(StreamingDataset):
         super().__init__(**options)
         # Set by whoever iterates it, in the process that does.
         self.current_epoch = 0
+        self.failure: BaseException | None = None  # why iterating it ended early
+
+    def on_exception(self, future: Future) -> None:
+        """Keeps why shards could not be fetched. The library raises it in a thread of its own, where nobody hears it,
+        and the iteration just ends.
+        """
+        if error := future.exception():
+            self.failure = error
+            self._event.set()
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """The columns of a sample, with `sample_id` and `epoch`."""
