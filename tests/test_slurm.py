@@ -195,8 +195,8 @@ def test_the_pipeline_is_a_chain_of_jobs(site):
     for artifact in ("corpus", "lexicon", "teacher"):
         shutil.copytree(site.folder / "work" / artifact, work / artifact)
     file = site.write_env(f"DSKD_OVERRIDES=(workdir={work} train.steps=2)\nDSKD_RUNS=(one)")
-    text = site.config.read_text() + "\nruns: {one: {loss: {sense_weight: 0.5, min_relations: 3}}}\n"
-    site.config.write_text(text)
+    text = site.config.read_text().replace("run: dskd", "run: one")
+    site.config.write_text(f"{text}\nruns: {{one: {{loss: {{sense_weight: 0.5, min_relations: 3}}}}}}\n")
     script = str(REPOSITORY / "cluster" / "slurm" / "submit.sh")
     printed = site.slurm.run("env", f"DSKD_ENV={file}", f"PYTHONPATH={REPOSITORY}", script, "pipeline")
     jobs = dict(reversed(line.split()) for line in printed.splitlines())
