@@ -170,11 +170,11 @@ def test_every_row_of_the_annotation_is_what_brute_force_finds(work, tmp_path):
 
 
 def test_the_stored_distributions_are_those_of_transformers(work, tmp_path):
-    """The top tokens of every held-out position, and the mass of the others, document by document."""
+    """The top tokens of every training position, and the mass of the others, document by document."""
     teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=torch.float32)
     end = AutoTokenizer.from_pretrained(work / "teacher").eos_token_id
     positions = 0
-    for sample in _samples(work / "shards" / "validation", tmp_path / "cache"):
+    for sample in _samples(work / "shards" / "train", tmp_path / "cache"):
         token_ids, logprobs, rest = (torch.from_numpy(sample[name].copy()) for name in TEACHER_COLUMNS)
         assert (token_ids.dtype, logprobs.dtype, rest.dtype) == (torch.int32, torch.float16, torch.float32)
         assert token_ids.shape == logprobs.shape == (T, TOP_N)
@@ -193,6 +193,9 @@ def test_the_stored_distributions_are_those_of_transformers(work, tmp_path):
         assert not rest[~has_target].any()
         positions += int(has_target.sum())
     assert positions > 500
+    # Held-out text is read with the teacher itself.
+    held_out = next(iter(_samples(work / "shards" / "validation", tmp_path / "held-out")))
+    assert not set(TEACHER_COLUMNS) & set(held_out)
 
 
 def test_training_samples_are_texts_that_the_teacher_goes_on_with(work, copy_of_tiny, world, tmp_path, capsys):
