@@ -23,7 +23,7 @@ from dskd.console import say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
 from dskd.peers import LostPeerError, meet_peers
-from dskd.stopping import STOPPED_EXIT_CODE, Stopped, listen
+from dskd.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 
 _RANK_0_SPEAKS_FIRST_S = 4.0
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -62,12 +62,10 @@ def run(action: Callable[[], int | None]) -> int:
     try:
         return action() or 0
     except UserError as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif not error.known_to_all_ranks:
-            # Most mistakes are met by every rank. Rank 0 speaks first, and the launcher then ends this one.
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(_RANK_0_SPEAKS_FIRST_S)
+        with deferred() as end:  # the launcher ends the ranks that are left when the first one has ended
+            if is_main_process():
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            elif not error.known_to_all_ranks and not _rank_0_spoke(end):
                 print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
     except OSError as error:
@@ -95,6 +93,16 @@ def run(action: Callable[[], int | None]) -> int:
         return 130
 
 
+def _rank_0_spoke(end: StopRequest) -> bool:
+    """Most mistakes are met by every rank: whether rank 0 has said it and ended, so that this one is to end too."""
+    deadline = time.monotonic() + _RANK_0_SPEAKS_FIRST_S
+    with contextlib.suppress(KeyboardInterrupt):
+        while not end.is_pending and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return end.is_pending
+    return True
+
+
 def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
     """Like :func:`run` on all ranks: reads the config, joins the ranks and calls `action` with both; then exits."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -120,6 +128,7 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
         shutdown()
 
     exit_code = run(joined)
+    ignore()
     # Threads of gloo can still hold tensors when the interpreter is taken down, and then abort a process that has done
     # its work (pytorch issue 190489). So the interpreter is not taken down: exit handlers run, and the process ends.
     atexit._run_exitfuncs()

@@ -43,7 +43,7 @@ def listen() -> None:
 def deferred() -> Iterator[StopRequest]:
     """While it lasts a request is only remembered, for work that stops at places of its own choosing.
 
-    Work that then stops, with :class:`Stopped`, is not asked again: requests are repeated, and would cut off its end.
+    Who was asked in here is not asked again: requests are repeated, and would cut off what comes after.
     """
     request = StopRequest()
 
@@ -53,12 +53,9 @@ def deferred() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
         yield request
-    except Stopped:
-        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
-        raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if request.is_pending else handler)
 
 
 def ignore() -> None:

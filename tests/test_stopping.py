@@ -10,6 +10,7 @@ from conftest import BEFORE_TRAINING, TINY, finish, losses_of, run_program, star
 from dskd import checkpoint, stopping
 from dskd.__main__ import main
 from dskd.config_file import load_config
+from dskd.errors import UserError
 from dskd.program import run
 from dskd.tracking import read_runs
 
@@ -39,8 +40,33 @@ def test_a_deferred_request_is_remembered_and_cuts_nothing_off(handlers):
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.is_pending
+    os.kill(os.getpid(), signal.SIGTERM)  # requests are repeated: this one must not cut off what comes after
+
+
+def test_without_a_request_everything_is_as_before(handlers):
+    stopping.listen()
+    with stopping.deferred():
+        pass
     with pytest.raises(stopping.Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_launcher_that_ends_a_rank_does_not_cut_off_its_mistake(handlers, monkeypatch, capsys, is_main):
+    """With TERM and USR1 at once, as from a batch script, while the rank says what is wrong or waits for rank 0 to."""
+
+    def asked():
+        for number in stopping.SIGNALS:
+            os.kill(os.getpid(), number)
+        return is_main
+
+    def work():
+        stopping.listen()
+        raise UserError("bad input")
+
+    monkeypatch.setattr("dskd.program.is_main_process", asked)
+    assert run(work) == 2
+    assert capsys.readouterr().err.count("bad input") == is_main  # rank 0 has said it, the other one does not
 
 
 def test_work_that_stops_is_not_asked_again(handlers):

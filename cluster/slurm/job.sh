@@ -44,7 +44,7 @@ on_all_nodes() { run_step "${#nodes[@]}" ranks "$@"; }
 on_one_node() { run_step 1 alone "$@"; }
 
 run_step() {
-    local exits code=0 said
+    local exits code=0 said one worst=0
     [[ -z $told ]] || requeue "stopped between two steps"
     steps=$((steps + 1))
     exits=$notes/exits-$attempt-$steps # a file a node: of several codes srun tells only the highest
@@ -59,13 +59,19 @@ run_step() {
     done
     running=
     said=" $(cat "$exits"/* 2>/dev/null | tr '\n' ' ')"
-    case $said in
-        *" 2 "*)
-            say "a mistake in the input, see above; the job fails and is not tried again"
-            exit 2
-            ;;
-        *" 75 "*) requeue "stopped, and saved" ;;
-    esac
+    # A node that is ended because another one failed says 75 too: a fault of any node is a fault.
+    for one in $said; do
+        case $one in
+            0) ;;
+            2)
+                say "a mistake in the input, see above; the job fails and is not tried again"
+                exit 2
+                ;;
+            75) ((worst != 0)) || worst=75 ;;
+            *) worst=$one ;;
+        esac
+    done
+    ((worst != 75)) || requeue "stopped, and saved"
     [[ -z $told ]] || requeue "stopped"
     ((code == 0)) || fault "step $steps ended with $code (nodes said:${said% })"
 }
