@@ -97,6 +97,8 @@ def load_steps(
         pin_memory=on_cuda,
         prefetch_factor=_PREFETCHED_STEPS if workers else None,
         worker_init_fn=_end_with_rank,
+        # A worker waits for ever for a shard that another rank's worker was to fetch and could not.
+        timeout=config.train.collective_timeout_s if workers else 0,
     )
     packed = itertools.islice(_steps_in(loader), schedule.total_steps - start_step)
     for step in copy_ahead(packed, CudaCopier(world.device)) if on_cuda else packed:

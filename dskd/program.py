@@ -9,6 +9,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import multiprocessing
 import os
 import sys
 import time
@@ -127,8 +128,14 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
             ) from error
         shutdown()
 
-    exit_code = run(joined)
-    ignore()
+    try:
+        exit_code = run(joined)
+    finally:
+        ignore()
+        # Python would wait for them: a loader's worker can hang in mosaicml-streaming after a shard that it could not
+        # fetch, and ignores the TERM with which Python ends it (see dskd/loader.py).
+        for worker in multiprocessing.active_children():
+            worker.kill()
     # Threads of gloo can still hold tensors when the interpreter is taken down, and then abort a process that has done
     # its work (pytorch issue 190489). So the interpreter is not taken down: exit handlers run, and the process ends.
     atexit._run_exitfuncs()
