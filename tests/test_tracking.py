@@ -15,7 +15,8 @@ from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.distributed import World
 from dskd.errors import UserError
-from dskd.tracking import flatten, read_history, read_runs, start_tracking
+from dskd.tracking import read_history, read_runs, start_tracking
+from dskd.tracking.context import flatten
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 

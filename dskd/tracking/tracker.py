@@ -1,41 +1,24 @@
-"""MLflow: one run a training, written by rank 0. The only module that imports mlflow.
+"""What rank 0 tells MLflow during training.
 
 Metrics are handed to a thread that sends them, so a slow server does not slow the step. When the server is away they
 are kept and sent when it is back; training goes on and says so once.
 """
 
-import json
-import logging
-import os
-import platform
 import queue
-import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
-import yaml
 
 from dskd.config import Config
 from dskd.console import warn
 from dskd.distributed import World
 from dskd.errors import UserError
+from dskd.tracking.client import connect, first_line, tracking_uri, without_secrets
+from dskd.tracking.context import flatten, write_context
 
-# Defaults for what the environment leaves open: no telemetry, and an unreachable server is noticed in seconds.
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 _BATCH_METRICS = 500
 _RETRY_AFTER_S = 5.0
 _FLUSH_TIMEOUT_S = 60.0
@@ -71,24 +54,6 @@ class NoTracker:
         """Nothing."""
 
 
-@dataclass(frozen=True)
-class TrackedRun:
-    """A run as the tracking server knows it."""
-
-    run_id: str
-    name: str
-    status: str
-    params: dict[str, str]
-    metrics: dict[str, float]
-    tags: dict[str, str]
-    start_time_s: float
-
-
-def tracking_uri(config: Config) -> str:
-    """The configured URI, or sqlite in the work directory."""
-    return config.tracking.uri or f"sqlite:///{config.path('mlflow.db').resolve()}"
-
-
 def start_tracking(
     config: Config, world: World, *, tags: Mapping[str, str], resumed_run_id: str | None = None
 ) -> Tracker:
@@ -100,7 +65,7 @@ def start_tracking(
     if not config.tracking.enabled or not world.is_main:
         return NoTracker()
     try:
-        client = _client(config)
+        client = connect(config)
         run_id = resumed_run_id if resumed_run_id and _exists(client, resumed_run_id) else None
         if run_id is None:
             experiment_id = _experiment_id(client, config)
@@ -112,62 +77,23 @@ def start_tracking(
             client.set_tag(run_id, key, value)
     except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
         raise UserError(
-            f"tracking.uri: MLflow at {_without_secrets(tracking_uri(config))} cannot be used "
-            f"({_first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
+            f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be used "
+            f"({first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
         ) from error
     tracker = MLflowTracker(client, run_id)
     with tempfile.TemporaryDirectory() as folder:
-        tracker.log_files(_write_context(config, Path(folder)))
+        tracker.log_files(write_context(config, Path(folder)))
     return tracker
 
 
 def log_final_metrics(config: Config, run_id: str, metrics: Mapping[str, float]) -> None:
     """Adds metrics to a run that has ended; a server that is away costs only these, and a warning."""
     try:
-        client = _client(config)
+        client = connect(config)
         for name, value in metrics.items():
             client.log_metric(run_id, name, value)
     except Exception as error:
-        warn(f"MLflow did not take the evaluation of run {run_id} ({_first_line(error)})")
-
-
-def read_runs(config: Config) -> list[TrackedRun]:
-    """The runs of the config's experiment, newest first.
-
-    Raises:
-        UserError: when there is no tracking server, or no such experiment.
-    """
-    try:
-        client = _client(config)
-        experiment = client.get_experiment_by_name(config.tracking.experiment)
-        runs = [] if experiment is None else client.search_runs([experiment.experiment_id], max_results=1000)
-    except Exception as error:
-        raise UserError(
-            f"tracking.uri: MLflow at {_without_secrets(tracking_uri(config))} cannot be read ({_first_line(error)})"
-        ) from error
-    return [
-        TrackedRun(
-            run.info.run_id,
-            run.info.run_name,
-            run.info.status,
-            dict(run.data.params),
-            dict(run.data.metrics),
-            dict(run.data.tags),
-            run.info.start_time / 1000,
-        )
-        for run in runs
-    ]
-
-
-def read_history(config: Config, run_id: str, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric of a run, by step."""
-    try:
-        points = {point.step: point.value for point in _client(config).get_metric_history(run_id, metric)}
-    except Exception as error:
-        raise UserError(
-            f"tracking.uri: MLflow at {_without_secrets(tracking_uri(config))} cannot be read ({_first_line(error)})"
-        ) from error
-    return sorted(points.items())
+        warn(f"MLflow did not take the evaluation of run {run_id} ({first_line(error)})")
 
 
 class MLflowTracker:
@@ -196,7 +122,7 @@ class MLflowTracker:
             for file in files:
                 self._client.log_artifact(self.run_id, str(file))
         except Exception as error:  # as for metrics: the record of a run is not worth the run
-            warn(f"MLflow did not take {file.name} ({_first_line(error)})")
+            warn(f"MLflow did not take {file.name} ({first_line(error)})")
 
     def finish(self, status: str) -> None:
         """Waits for what is unsent, up to a minute, and ends the run."""
@@ -208,7 +134,7 @@ class MLflowTracker:
         try:
             self._client.set_terminated(self.run_id, status)
         except Exception as error:
-            warn(f"MLflow did not take the end of run {self.run_id} ({_first_line(error)})")
+            warn(f"MLflow did not take the end of run {self.run_id} ({first_line(error)})")
 
     def _send_all(self) -> None:
         ended = False
@@ -231,57 +157,11 @@ class MLflowTracker:
                 return True
             except Exception as error:
                 if not self._away:
-                    warn(f"MLflow is away ({_first_line(error)}); training goes on, metrics are kept and sent later")
+                    warn(f"MLflow is away ({first_line(error)}); training goes on, metrics are kept and sent later")
                     self._away = True
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     return False
                 time.sleep(_RETRY_AFTER_S if self._deadline is None else 1.0)
-
-
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as {dotted key: text}, the form in which MLflow compares parameters."""
-    flat: dict[str, str] = {}
-    for key, value in section.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value if isinstance(value, str) else json.dumps(value)
-    return flat
-
-
-def environment() -> dict[str, Any]:
-    """What the run ran on: interpreter, machine, and the version of every installed package."""
-    return {
-        "python": sys.version,
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": {
-            name: distribution.version
-            for distribution in sorted(metadata.distributions(), key=lambda d: (d.metadata["Name"] or "").lower())
-            if (name := distribution.metadata["Name"])
-        },
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this package lies in, marked when it has changes; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _client(config: Config) -> Any:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri(config))
 
 
 def _experiment_id(client: Any, config: Config) -> str:
@@ -308,30 +188,6 @@ def _exists(client: Any, run_id: str) -> bool:
 def _log_params(client: Any, run_id: str, config: Config) -> None:
     from mlflow.entities import Param
 
-    params = [Param(key, _without_secrets(value)) for key, value in flatten(config.as_dict()).items() if value]
+    params = [Param(key, without_secrets(value)) for key, value in flatten(config.as_dict()).items() if value]
     for start in range(0, len(params), 100):  # the most that one request may have
         client.log_batch(run_id, params=params[start : start + 100])
-
-
-def _write_context(config: Config, folder: Path) -> list[Path]:
-    """The resolved config, the environment and the manifests of all inputs, as files."""
-    files = [folder / "config.yaml", folder / "environment.json"]
-    files[0].write_text(_without_secrets(yaml.safe_dump(config.as_dict(), sort_keys=False)), encoding="utf-8")
-    files[1].write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-    for manifest in sorted(config.path().glob("*/manifest.json")) + sorted(
-        config.path().glob("shards/*/manifest.json")
-    ):
-        name = "-".join(manifest.parent.relative_to(config.path()).parts)
-        copy = folder / f"manifest-{name}.json"
-        copy.write_bytes(manifest.read_bytes())
-        files.append(copy)
-    return files
-
-
-def _without_secrets(text: str) -> str:
-    """User names and passwords of URLs do not belong into records that others read."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
-
-
-def _first_line(error: BaseException) -> str:
-    return _without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

@@ -1,0 +1,68 @@
+"""What a run is recorded with: its parameters, environment, commit, and the manifests of its inputs."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dskd.config import Config
+from dskd.tracking.client import without_secrets
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as {dotted key: text}, the form in which MLflow compares parameters."""
+    flat: dict[str, str] = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: interpreter, machine, and the version of every installed package."""
+    return {
+        "python": sys.version,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {
+            name: distribution.version
+            for distribution in sorted(metadata.distributions(), key=lambda d: (d.metadata["Name"] or "").lower())
+            if (name := distribution.metadata["Name"])
+        },
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package lies in, marked when it has changes; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_context(config: Config, folder: Path) -> list[Path]:
+    """The resolved config, the environment and the manifests of all inputs, as files."""
+    files = [folder / "config.yaml", folder / "environment.json"]
+    files[0].write_text(without_secrets(yaml.safe_dump(config.as_dict(), sort_keys=False)), encoding="utf-8")
+    files[1].write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+    for manifest in sorted(config.path().glob("*/manifest.json")) + sorted(
+        config.path().glob("shards/*/manifest.json")
+    ):
+        name = "-".join(manifest.parent.relative_to(config.path()).parts)
+        copy = folder / f"manifest-{name}.json"
+        copy.write_bytes(manifest.read_bytes())
+        files.append(copy)
+    return files
