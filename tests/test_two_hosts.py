@@ -33,12 +33,19 @@ class Site:
     config: Path
 
     def start(self, *arguments: str) -> list[HostProcess]:
-        """Starts two ranks a host, as a user does on hosts without ssh."""
+        """Starts training with two ranks a host."""
+        return self._launch(str(REPOSITORY / "launcher" / "train.py"), "--config", str(self.config), *arguments)
+
+    def start_module(self, verb: str) -> list[HostProcess]:
+        """Starts a verb of `dskd` likewise."""
+        return self._launch("--module", "dskd", verb, "--config", str(self.config))
+
+    def _launch(self, *program: str) -> list[HostProcess]:
+        """A launcher on each host, as a user starts them on hosts without ssh."""
         hostfile = self.folder / "hosts"
         hostfile.write_text("".join(f"{host} slots=2\n" for host in self.lab.hosts))
         env = os.environ | {"PYTHONPATH": str(REPOSITORY), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
         common = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", self.lab.hosts[0], "--master_port", "29500"]
-        program = [str(REPOSITORY / "launcher" / "train.py"), "--config", str(self.config), *arguments]
         return [
             self.lab.start(host, ["deepspeed", *common, "--node_rank", str(rank), *program], env, cwd=REPOSITORY)
             for rank, host in enumerate(self.lab.hosts)
@@ -104,6 +111,24 @@ def test_a_host_whose_processes_die_is_named_and_the_run_goes_on(site, undisturb
     assert re.search(r"\[rank \d, node1\] ranks 2, 3 \(node2\) are not there any more", survivor.output)
     assert dead.wait(10) == -9
     _go_on(site, "killed", undisturbed)
+
+
+def test_preflight_names_the_host_whose_storage_is_another(site):
+    """One that mounts something else where the work directory is; what the others look at is as it should be."""
+    site.lab.run("node2", "mount", "-t", "tmpfs", "none", str(site.folder / "work"))
+    try:
+        launchers = site.start_module("preflight")
+        codes = [one.wait(120) for one in launchers]
+    finally:
+        site.lab.run("node2", "umount", str(site.folder / "work"))
+    assert codes == [2, 2], output(launchers)
+    said = launchers[0].output
+    for rank in (2, 3):
+        assert f"rank {rank} (node2): {site.folder / 'work'} is not the folder that rank 0 writes to" in said
+    assert f"rank 0 (node1): {site.folder / 'work'}: what ranks [2, 3] write there is not seen here" in said
+    assert "rank 1 (" not in said
+    assert re.search(r"^node2  +2  +cpu", said, re.MULTILINE)
+    assert "Traceback" not in output(launchers)
 
 
 def _lose(site, run, disturb):

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The first process of every pod of cluster/kubernetes/: starts the ranks of its node, and turns TERM into save-and-stop.
 #
-#   entrypoint.sh PROGRAM [ARGUMENT …]     a program of launcher/, and its arguments
+#   entrypoint.sh PROGRAM [ARGUMENT …]     a program of launcher/, or preflight; and its arguments
 #
-# train.py, build_senses.py, annotate.py and evaluate.py run on DSKD_NODES pods with DSKD_RANKS_PER_NODE ranks each;
-# pipeline.py, which starts ranks by itself, on one pod. Training always goes on from the run's last checkpoint.
+# train.py, build_senses.py, annotate.py, evaluate.py and preflight run on DSKD_NODES pods with DSKD_RANKS_PER_NODE ranks
+# each; pipeline.py, which starts ranks by itself, on one pod. Training always goes on from the run's last checkpoint, and
+# looks at the nodes first (dskd preflight), where DSKD_PREFLIGHT is 1.
 #
 # The exit code is the program's: 0 done, 2 the user's mistake (do not retry), 75 stopped on request and to be gone on
 # with, anything else a fault or a lost peer (retry).
@@ -70,12 +71,46 @@ run_status() {
     dskd status "${arguments[@]}"
 }
 
+# start COMMAND …: in a session of its own, whose leader is $started
+start() {
+    setsid "$@" &
+    started=$!
+}
+
+# start_ranks PROGRAM [ARGUMENT …]: those of this node, with DeepSpeed's launcher
+start_ranks() {
+    start deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$JOB_COMPLETION_INDEX" \
+        --master_addr "$(name_of 0)" --master_port "$DSKD_MASTER_PORT" "$@"
+}
+
+# Waits for the end of what was started and of all that it has started; returns its exit code.
+finish() {
+    local code
+    while true; do
+        wait "$started"
+        code=$?
+        # A signal ends the wait early, with a code above 128.
+        ((code > 128)) || break
+        kill -0 "$started" 2>/dev/null || break
+    done
+    wait "$started"   # again: a signal may have come in when it was just ending
+    code=$?
+    kill -KILL -- "-$started" 2>/dev/null   # ranks whose launcher was killed would go on by themselves
+    started=''
+    return "$code"
+}
+
+end() {
+    [[ -z $stopping ]] || printf 'entrypoint: stopped with exit code %s\n' "$1" >&2
+    exit "$1"
+}
+
 program=${1:-}
 [[ -n $program ]] || refuse "no program: the first argument is one of launcher/, train.py for example"
 shift
 case $program in
-    train.py | build_senses.py | annotate.py | evaluate.py | pipeline.py) ;;
-    *) refuse "'$program': expected train.py, build_senses.py, annotate.py, evaluate.py or pipeline.py" ;;
+    train.py | build_senses.py | annotate.py | evaluate.py | pipeline.py | preflight) ;;
+    *) refuse "'$program': expected train.py, build_senses.py, annotate.py, evaluate.py, pipeline.py or preflight" ;;
 esac
 for argument; do
     [[ $argument != --overwrite ]] ||
@@ -96,36 +131,35 @@ trap '' USR1         # inherited: launchers would die of it, while ranks have a 
 
 if [[ $program == pipeline.py ]]; then
     ((DSKD_NODES == 1)) || refuse "DSKD_NODES: is $DSKD_NODES, but pipeline.py runs on one node"
-    setsid python "$root/launcher/$program" "$@" &
-else
-    if [[ $program == train.py ]]; then
-        # A pod that failed when all was done would wait in vain for those that are done and gone.
-        run_status "$@"
-        code=$?
-        ((code == 3)) || exit "$code"
-        set -- "$@" --resume
-    fi
-    wait_for_peers
-    hostfile=$(mktemp) || exit 1
-    for ((node = 0; node < DSKD_NODES; node++)); do
-        printf '%s slots=%s\n' "$(name_of "$node")" "$DSKD_RANKS_PER_NODE"
-    done >"$hostfile"
-    setsid deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$JOB_COMPLETION_INDEX" \
-        --master_addr "$(name_of 0)" --master_port "$DSKD_MASTER_PORT" "$root/launcher/$program" "$@" &
+    start python "$root/launcher/$program" "$@"
+    finish
+    end $?
 fi
-started=$!
 
-while true; do
-    wait "$started"
+if [[ $program == train.py ]]; then
+    # A pod that failed when all was done would wait in vain for those that are done and gone.
+    run_status "$@"
     code=$?
-    # A signal ends the wait early, with a code above 128.
-    ((code > 128)) || break
-    kill -0 "$started" 2>/dev/null || break
-done
-wait "$started"   # again: a signal may have come in when it was just ending
-code=$?
-kill -KILL -- "-$started" 2>/dev/null   # ranks whose launcher was killed would go on by themselves
+    ((code == 3)) || exit "$code"
+fi
+wait_for_peers
+hostfile=$(mktemp) || exit 1
+for ((node = 0; node < DSKD_NODES; node++)); do
+    printf '%s slots=%s\n' "$(name_of "$node")" "$DSKD_RANKS_PER_NODE"
+done >"$hostfile"
 
+if [[ $program == preflight || ($program == train.py && ${DSKD_PREFLIGHT:-} == 1) ]]; then
+    start_ranks --module dskd preflight "$@"
+    finish
+    code=$?
+    [[ $code != 0 || -z $stopping ]] || code=75   # it was too late for the ranks to hear of it
+    [[ $program == train.py && $code == 0 ]] || end "$code"
+fi
+
+[[ $program != train.py ]] || set -- "$@" --resume
+start_ranks "$root/launcher/$program" "$@"
+finish
+code=$?
 # `deepspeed` returns 0 when its inner launcher was killed: a run is judged by its checkpoints.
 if ((code == 0)) && [[ $program == train.py ]]; then
     run_status "$@"
@@ -135,5 +169,4 @@ if ((code == 0)) && [[ $program == train.py ]]; then
         code=1
     fi
 fi
-[[ -z $stopping ]] || printf 'entrypoint: stopped with exit code %s\n' "$code" >&2
-exit "$code"
+end "$code"

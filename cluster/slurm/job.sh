@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the batch scripts share; sourced by them, with the overrides as arguments. It gives them `config`, the arguments
-# that every program takes, `on_all_nodes` and `on_one_node`, and decides what becomes of the job when a step ends:
+# that every program takes, `on_all_nodes`, `on_one_node` and `check_nodes`, and decides what becomes of the job when a step ends:
 #
 #   a step said 0             the next one runs; after the last the job is COMPLETED
 #   2, a user's mistake       the job is FAILED with 2: it would fail in the same way again
@@ -42,6 +42,11 @@ on_all_nodes() { run_step "${#nodes[@]}" ranks "$@"; }
 
 # on_one_node COMMAND …: in one process
 on_one_node() { run_step 1 alone "$@"; }
+
+# check_nodes: names what is wrong with a node, before the ranks start on them
+check_nodes() {
+    [[ ${DSKD_PREFLIGHT:-} != 1 ]] || on_all_nodes --module dskd preflight "${config[@]}"
+}
 
 run_step() {
     local exits code=0 said one worst=0
