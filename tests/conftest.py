@@ -314,16 +314,17 @@ def slurm(lab: Lab) -> Iterator[Slurm]:
 @pytest.fixture
 def copy_of_tiny(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
     """Makes a config with a work directory of its own that starts with some of the artifacts of `tiny`."""
+    return functools.partial(copy_work, tiny, tmp_path)
 
-    def copy(*artifacts: str, **changes: object) -> Path:
-        base = yaml.safe_load(tiny.read_text(encoding="utf-8"))
-        source, target = Path(base["workdir"]), tmp_path / "work"
-        for artifact in artifacts:
-            shutil.copytree(source / artifact, target / artifact)
-        target.mkdir(exist_ok=True)
-        return write_config(tmp_path / "config.yaml", base, **{"workdir": str(target), **changes})
 
-    return copy
+def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) -> Path:
+    """A config in `folder` with a work directory of its own, which starts with some of the artifacts of `config`'s."""
+    base = yaml.safe_load(config.read_text(encoding="utf-8"))
+    source, target = Path(base["workdir"]), folder / "work"
+    for artifact in artifacts:
+        shutil.copytree(source / artifact, target / artifact)
+    target.mkdir(exist_ok=True)
+    return write_config(folder / "config.yaml", base, **{"workdir": str(target), **changes})
 
 
 BEFORE_TRAINING: Sequence[str] = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_lab.slurm import PREEMPTOR_PARTITION, Slurm
-from conftest import BEFORE_TRAINING, REPOSITORY, TINY, losses_of, write_config
+from conftest import BEFORE_TRAINING, REPOSITORY, TINY, copy_work, losses_of, write_config
 
 from dskd import checkpoint
 from dskd.config_file import load_config
@@ -103,11 +103,8 @@ PYTHON = {"PYTHONPATH": str(REPOSITORY)}
 @pytest.fixture(scope="module")
 def site(slurm, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    base = yaml.safe_load(tiny.read_text(encoding="utf-8"))
-    for artifact in BEFORE_TRAINING:
-        shutil.copytree(Path(base["workdir"]) / artifact, folder / "work" / artifact)
     settings = {**TINY["train"], "steps": STEPS, "checkpoint_every": 10, "collective_timeout_s": 60}
-    config = write_config(folder / "config.yaml", base, workdir=str(folder / "work"), train=settings)
+    config = copy_work(tiny, folder, *BEFORE_TRAINING, train=settings)
     yield Site(slurm, folder, config)
     slurm.cancel_all()
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_lab.hosts import HostProcess, Lab
-from conftest import BEFORE_TRAINING, REPOSITORY, TINY, losses_of, write_config
+from conftest import BEFORE_TRAINING, REPOSITORY, TINY, copy_work, losses_of, write_config
 
 from dskd import checkpoint
 from dskd.config_file import load_config
@@ -69,11 +68,8 @@ def output(launchers):
 @pytest.fixture(scope="module")
 def site(lab, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two-hosts")
-    base = yaml.safe_load(tiny.read_text(encoding="utf-8"))
-    for artifact in BEFORE_TRAINING:
-        shutil.copytree(Path(base["workdir"]) / artifact, folder / "work" / artifact)
     settings = {**TINY["train"], "steps": STEPS, "checkpoint_every": 10, "collective_timeout_s": TIMEOUT_S}
-    config = write_config(folder / "undisturbed.yaml", base, workdir=str(folder / "work"), train=settings)
+    config = copy_work(tiny, folder, *BEFORE_TRAINING, train=settings)
     return Site(lab, folder, config)
 
 
