@@ -11,6 +11,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/quickstart.yaml
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
+# Tests of one file share what they have made, so files go to workers; most of them wait for something.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-fast test-cluster check env wordnet clean
 .DELETE_ON_ERROR:
@@ -19,15 +21,15 @@ quickstart: env wordnet
 	$(PY) launcher/pipeline.py --config $(CONFIG)
 
 test: check wordnet
-	$(PY) -m pytest -m "not cluster"
+	$(PYTEST) -m "not cluster"
 
 test-fast: check wordnet
-	$(PY) -m pytest -m "not slow and not cluster"
+	$(PYTEST) -m "not slow and not cluster"
 
 # Where these cannot run, they are skipped with the reason.
 test-cluster: env wordnet
 	@[ "$$(id -u)" != 0 ] || dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 || { $(call debian,$(CLUSTER_PACKAGES)); }
-	$(PY) -m pytest -m cluster -rs
+	$(PYTEST) -m cluster -rs
 
 check: env
 	$(VENV)/bin/ruff format --check .

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -258,10 +259,21 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     than the rest. `corpus.source: wordnet` and `lexicon.wordnet` have tests of their own.
     """
     kept = request.config.getoption("--tiny")
-    if kept is not None and (kept / "printed.txt").exists():
-        return kept.resolve() / "tiny.yaml"
-    folder = kept.resolve() if kept is not None else tmp_path_factory.mktemp("tiny")
+    if kept is not None:
+        folder = kept.resolve()
+    elif "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "tiny"  # of all workers
+    else:
+        folder = tmp_path_factory.mktemp("tiny")
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker makes it, the others wait
+        if not (folder / "printed.txt").exists():
+            _make_tiny(folder)
+    return folder / "tiny.yaml"
+
+
+def _make_tiny(folder: Path) -> None:
     wordnet = open_wordnet()
     documents = itertools.islice(read_wordnet_documents(wordnet), 4000)
     lines = "".join(f"{json.dumps({'text': document.text})}\n" for document in documents)
@@ -282,7 +294,6 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
     assert finished.returncode == 0, finished.stderr[-6000:]
     (folder / "printed.txt").write_text(finished.stdout, encoding="utf-8")
-    return config
 
 
 @pytest.fixture(scope="session")
