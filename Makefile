@@ -5,6 +5,8 @@
 #   make test         formatter, linter, type checker and test suite
 #   make test-fast    the same without the tests that start ranks, servers or the whole pipeline
 #   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
+#
+# ARGS has more arguments of pytest for these three: make test-fast ARGS="-k senses -x"
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,7 +14,7 @@ CONFIG ?= configs/quickstart.yaml
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
 # Tests of one file share what they have made, so files go to workers; most of them wait for something.
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: quickstart test test-fast test-cluster check env wordnet clean
 .DELETE_ON_ERROR:
