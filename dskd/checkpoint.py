@@ -26,7 +26,7 @@ from dskd.console import say, warn
 from dskd.distributed import World, barrier, on_main
 from dskd.elastic import make_universal, no_pickles, universal_folder
 from dskd.errors import UserError, listed
-from dskd.folders import make_folder, write_text
+from dskd.folders import full_disk_is_said, make_folder, write_text
 from dskd.manifest import Building, Manifest, Recipe, is_current, read_manifest, verify_files
 
 FOLDER = "checkpoints"
@@ -67,14 +67,17 @@ def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
         UserError: when there are checkpoints and all of them are damaged.
     """
     base = folder(config)
-    newest = _named_latest(base)
+    newest, steps = _named_latest(base), sorted(_steps(base), reverse=True)
+    if newest is not None and newest not in dict(steps):
+        warn(f"{base / LATEST_FILE}: it names step {newest}, which is not there; looking for the one before")
     problems = []
-    for step, path in sorted(_steps(base), reverse=True):
+    for step, path in steps:
         # A later one was not published yet, or is of a run that is being overwritten.
         if newest is not None and step > newest:
             continue
         try:
             manifest = read_manifest(path, "checkpoint", made_by=MADE_BY)
+            _require_facts(path, manifest)
             if verify:
                 verify_files(path, manifest, made_by=MADE_BY)
         except UserError as problem:
@@ -87,6 +90,12 @@ def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
             listed(f"{base}: none of the checkpoints is whole; restore one, or start anew with --overwrite", problems)
         )
     return None
+
+
+def _require_facts(path: Path, manifest: Manifest) -> None:
+    missing = [name for name in ("total_steps", "world_size") if not isinstance(manifest.facts.get(name), int)]
+    if missing:
+        raise UserError(f"{path}: its manifest does not say {' and '.join(missing)}")
 
 
 def at_step(config: Config, step: int) -> Checkpoint:
@@ -159,7 +168,8 @@ def save(
     require_space(engine, config)
     building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
     on_main(building.clear)
-    engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
+    with full_disk_is_said(base):
+        engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
     _save_trained(engine, building.folder / TRAINED_FILE, world)
     _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
     barrier()
@@ -301,5 +311,12 @@ def _save_probe(engine: Any, student_logits: Callable[[torch.Tensor], torch.Tens
 def _named_latest(base: Path) -> int | None:
     """The step that the file `latest` names."""
     file = base / LATEST_FILE
-    named = _STEP_FOLDER.match(file.read_text(encoding="utf-8").strip()) if file.is_file() else None
+    if not file.exists():
+        return None
+    try:
+        named = _STEP_FOLDER.match(file.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        named = None
+    if named is None:
+        warn(f"{file}: it names no checkpoint; looking for the newest whole one")
     return int(named.group(1)) if named else None

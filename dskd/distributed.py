@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dskd.errors import UserError
+from dskd.errors import LostPeerError, OutageError, UserError
 
 T = TypeVar("T")
 
@@ -77,12 +77,55 @@ def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
 
         # The shared-memory op of CPU ranks is compiled at first use and needs a C++ compiler; gloo needs neither.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_s),
-            verbose=False,
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
+        store = _meet_at_store(timeout)
+        dist.init_process_group(
+            backend, store=store, rank=current_rank(), world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout
         )
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # takes over what is there
     return World(current_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _meet_at_store(timeout: datetime.timedelta) -> dist.Store:
+    """The store of rank 0's node, when every rank has come to it: torch would not say which ones have not.
+
+    Raises:
+        LostPeerError: naming those, and their nodes.
+    """
+    rank, world_size = current_rank(), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    remedy = "look at that node, and start all ranks again"
+    try:
+        store = dist.TCPStore(address, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+        store.set(f"rank {rank}", socket.gethostname())
+    except dist.DistNetworkError as error:
+        if rank == 0:
+            raise  # its port is taken, which torch says
+        raise LostPeerError(
+            f"[rank {rank}, {socket.gethostname()}] rank 0 cannot be reached at {address}:{port} within "
+            f"{timeout.total_seconds():.0f} s; {remedy}"
+        ) from error
+    try:
+        store.wait([f"rank {other}" for other in range(world_size)], timeout)
+    except dist.DistError as error:
+        raise LostPeerError(
+            f"[rank {rank}, {socket.gethostname()}] {_who_is_missing(store, world_size)} within "
+            f"{timeout.total_seconds():.0f} s; {remedy}"
+        ) from error
+    return dist.PrefixStore("dskd", store)
+
+
+def _who_is_missing(store: dist.Store, world_size: int) -> str:
+    try:
+        missing = [rank for rank in range(world_size) if not store.check([f"rank {rank}"])]
+        came = sorted({store.get(f"rank {rank}").decode() for rank in range(world_size) if rank not in missing})
+    except dist.DistError:
+        return "not every rank came, and rank 0 has ended: see what it says"
+    nodes = sorted({rank // int(os.environ["LOCAL_WORLD_SIZE"]) for rank in missing})
+    return (
+        f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, of node{'s' * (len(nodes) > 1)} "
+        f"{', '.join(map(str, nodes))} (from 0, as in the hostfile), did not come (there are: {', '.join(came)})"
+    )
 
 
 def shutdown() -> None:
@@ -96,6 +139,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def any_rank(value: bool, world: World) -> bool:
+    """Whether `value` is true on any rank; every rank must call it."""
+    return bool(sum_over_ranks(torch.tensor([value], dtype=torch.int32, device=world.device)).item())
 
 
 def barrier() -> None:
@@ -139,14 +187,15 @@ def on_main(function: Callable[[], Any]) -> Any:
     """
     result: Any = None
     error: str | None = None
+    is_outage = False
     if is_main_process():
         try:
             result = function()
         except UserError as problem:
-            error = str(problem)
-    reply = broadcast_json({"result": result, "error": error})
+            error, is_outage = str(problem), isinstance(problem, OutageError)
+    reply = broadcast_json({"result": result, "error": error, "is_outage": is_outage})
     if reply["error"] is not None:
-        raise UserError(reply["error"], known_to_all_ranks=True)
+        raise (OutageError if reply["is_outage"] else UserError)(reply["error"], known_to_all_ranks=True)
     return reply["result"]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from dskd.folders import replace_folder
+from dskd.errors import UserError
+from dskd.folders import full_disk_is_said, replace_folder
 
 
 def universal_folder(checkpoint: Path) -> Path:
@@ -25,12 +26,18 @@ def universal_folder(checkpoint: Path) -> Path:
 
 
 def make_universal(checkpoint: Path) -> None:
-    """Writes the universal form of a checkpoint. One process calls it; it reads one rank's share at a time."""
+    """Writes the universal form of a checkpoint. One process calls it; it reads one rank's share at a time.
+
+    Raises:
+        UserError: when there is less space than it needs.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     target = universal_folder(checkpoint)
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in (target, partial):
+        shutil.rmtree(left, ignore_errors=True)
+    _require_space(checkpoint)
     options = SimpleNamespace(
         input_folder=str(checkpoint),
         output_folder=str(partial),
@@ -41,10 +48,31 @@ def make_universal(checkpoint: Path) -> None:
         inject_missing_state=False,
     )
     printed = io.StringIO()
-    with no_pickles(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        ds_to_universal.main(options)
+    try:
+        with (
+            no_pickles(),
+            full_disk_is_said(checkpoint.parent),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+        ):
+            ds_to_universal.main(options)
+    except BaseException:  # whatever it was, what is half made only takes space; it is raised on
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     (checkpoint.parent / "latest_universal").unlink()  # we always name the folder
     replace_folder(partial, target)
+
+
+def _require_space(checkpoint: Path) -> None:
+    shares = sum(path.stat().st_size for path in checkpoint.glob("*_optim_states.pt"))
+    needed = 2 * shares  # what is cut out of the ranks' shares lies beside what is made of it
+    free = shutil.disk_usage(checkpoint).free
+    if free < needed:
+        raise UserError(
+            f"{checkpoint}: to go on with another number of ranks takes {needed / 1e9:.2f} GB for a while, and there "
+            f"are {free / 1e9:.2f} GB free; free some, set workdir to another disk, or go on with as many ranks as "
+            "before"
+        )
 
 
 @contextlib.contextmanager

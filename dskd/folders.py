@@ -1,10 +1,15 @@
 """Making folders and files that are never half there."""
 
+import contextlib
+import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from dskd.errors import UserError
+
+_FULL_BYTES = 2**20  # what is left when the next block did not fit
 
 
 def replace_folder(new: Path, place: Path) -> None:
@@ -32,6 +37,27 @@ def make_folder(path: Path) -> None:
         raise UserError(
             f"{path}: cannot write there ({error.strerror}); set workdir to a folder you may write"
         ) from None
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes sure that what lies in a folder is on the disk, and not only on its way there."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def full_disk_is_said(folder: Path) -> Iterator[None]:
+    """Turns what torch raises when it cannot write into an error of the operating system, where the disk is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if shutil.disk_usage(folder).free > _FULL_BYTES:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dskd import shards, stopping
 from dskd.config import Config
 from dskd.distributed import World
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.random_numbers import derived_seed
 from dskd.schedule import Schedule
 
@@ -110,6 +110,7 @@ class Unreadable:
     """Why a worker has no more samples: an exception of its own would come out of it as a traceback in a message."""
 
     message: str
+    may_mend_itself: bool
 
 
 class StepSamples(IterableDataset):
@@ -133,7 +134,8 @@ class StepSamples(IterableDataset):
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             yield Unreadable(
                 f"{self._place}: a shard of the training data cannot be read ({reason}); put it there as it was made, "
-                "or see to the access, and go on with --resume"
+                "or see to the access, and go on with --resume",
+                may_mend_itself=not shards.is_lasting(error),
             )
 
     def _steps(self) -> Iterator[list[dict[str, Any]]]:
@@ -302,7 +304,7 @@ def _collate_packed(collate: Collate, samples: list[dict[str, Any]] | Unreadable
 def _steps_in(loader: Iterable[PackedStep | Unreadable | None]) -> Iterator[PackedStep]:
     for step in loader:
         if isinstance(step, Unreadable):
-            raise UserError(step.message)
+            raise (OutageError if step.may_mend_itself else UserError)(step.message)
         if step is not None:
             yield step
 

@@ -3,28 +3,32 @@
 import atexit
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.folders import make_folder
 
 _held: dict[Path, Any] = {}
 
 
-def hold_lock(path: Path, what: str) -> None:
+def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
     """Takes the lock at `path` until the process ends, however it ends. Taking it again is nothing.
 
     Args:
         path: the lock file; it goes with the lock, and stays after a kill, when nobody has the lock any more.
         what: what the holder does, for the message.
+        wait_s: how long to wait for another process that may be ending, or for a file server that has not noticed yet
+            that a node is dead.
 
     Raises:
-        UserError: when another process has it.
+        UserError: when another process has it; an OutageError where it was waited for.
     """
     if path in _held:
         return
     make_folder(path.parent)
+    deadline = time.monotonic() + wait_s
     while True:
         stream = path.open("a+")
         try:
@@ -34,7 +38,11 @@ def hold_lock(path: Path, what: str) -> None:
             stream.seek(0)
             holder = stream.read().strip() or "unknown"
             stream.close()
-            raise UserError(
+            if time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            error = OutageError if wait_s else UserError
+            raise error(
                 f"{path}: another process ({holder}) {what}; wait for it or end it. After a kill of the pipeline or "
                 "the launcher its ranks may still run"
             ) from None

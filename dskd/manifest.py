@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.errors import UserError
-from dskd.folders import make_folder, replace_folder, write_text
+from dskd.folders import flush_folder, make_folder, replace_folder, write_text
 from dskd.lock import hold_lock, release_lock
 
 MANIFEST_NAME = "manifest.json"
@@ -149,6 +149,7 @@ class Building:
         # Last, so that a build that is killed while its files are hashed can still be gone on with.
         for note in self.folder.glob(".*"):
             shutil.rmtree(note) if note.is_dir() else note.unlink()
+        flush_folder(self.folder)  # before it has its name: after a power cut it would look whole
         replace_folder(self.folder, self.path)
         self.release()
         return manifest

@@ -16,10 +16,6 @@ from dskd.distributed import World, gather_json, own_address
 _PATIENCE_S = 3.0
 
 
-class LostPeerError(Exception):
-    """Ranks are missing, and those that are left cannot go on without them; starting all of them again may do."""
-
-
 @dataclass(frozen=True)
 class Peers:
     """The other ranks of the job, and where each listens."""

@@ -5,6 +5,7 @@ them. Whether a stage came to its end is read from its artifact: the launcher's 
 killed.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -167,11 +168,8 @@ def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=sys.stderr)
     signal.signal(signal.SIGUSR1, handler)
     try:
-        exit_code = process.wait()
-    except stopping.Stopped:
-        say("stopping: the ranks come to a place from which they go on")
-        os.killpg(process.pid, signal.SIGUSR1)
-        process.wait()
+        exit_code = _wait(process)
+    except stopping.Stopped:  # the ranks have ended by themselves
         raise
     except BaseException:  # an interruption too ends the ranks, which would train on by themselves; it is raised on
         _end(process)
@@ -219,6 +217,21 @@ def _launcher_arguments(config: Config) -> Sequence[str]:
         return given
     # Two pipelines on one machine must not meet at the launcher's default port.
     return ("--master_port", str(free_port()), *given)
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """The launcher's exit code; when this process is asked to stop, so are the ranks, and their end is waited for."""
+    try:
+        return process.wait()
+    except stopping.Stopped:
+        say("stopping: the ranks come to a place from which they go on")
+        while process.poll() is None:
+            # Again and again: ranks that are still importing do not listen yet.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGUSR1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+        raise
 
 
 def _end(process: subprocess.Popen) -> None:

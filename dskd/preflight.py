@@ -14,7 +14,7 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dskd import shards
 from dskd.config import Config
 from dskd.console import say
 from dskd.distributed import World, barrier, broadcast_json, gather_json, sum_over_ranks
-from dskd.errors import UserError, listed
+from dskd.errors import OutageError, UserError, listed
 from dskd.folders import make_folder
 from dskd.manifest import package_versions
 from dskd.node_cache import open_node_cache
@@ -40,7 +40,8 @@ def preflight(config: Config, world: World) -> None:
     """Checks ranks, storage, clocks, versions and shards, and prints a line a node.
 
     Raises:
-        UserError: with everything that is wrong, each with its node.
+        UserError: with everything that is wrong, each with its node; an OutageError where that is some of the nodes,
+            and others may do.
     """
     gigabytes_per_s = _reduce(world)
     mine = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}
@@ -49,7 +50,12 @@ def preflight(config: Config, world: World) -> None:
         say(line)
     problems = find_problems(reports)
     if problems:
-        raise UserError(listed("preflight: not everything is as training needs it", problems), known_to_all_ranks=True)
+        everywhere = all(
+            any(report["problems"] for report in reports if report["host"] == host)
+            for host in {report["host"] for report in reports}
+        )
+        error = UserError if everywhere else OutageError
+        raise error(listed("preflight: not everything is as training needs it", problems), known_to_all_ranks=True)
     say("preflight: everything is as training needs it")
 
 
@@ -61,14 +67,8 @@ def find_problems(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         if not report["reduced"]:
             problems.append(f"{where}: a sum over all ranks came out wrong there; do not use this node")
         problems += [f"{where}: {text}" for text in report["problems"]]
-    clock = statistics.median(report["clock_s"] for report in reports)
     leaders = [report for report in reports if report["local_rank"] == 0]
-    for report in leaders:
-        off = report["clock_s"] - clock
-        if abs(off) > _CLOCK_TOLERANCE_S:
-            problems.append(
-                f"{report['host']}: its clock is {abs(off):.0f} s {'ahead' if off > 0 else 'behind'}; set it (NTP)"
-            )
+    problems += _wrong_clocks(leaders)
     for what, remedy in (
         ("versions", "install the same environment on every node"),
         ("device", "use nodes of one kind"),
@@ -100,12 +100,44 @@ def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> l
 
     found = []
     for name in sorted({name for report in reports for name in values(report)}):
-        usual, _ = Counter(values(report).get(name) for report in reports).most_common(1)[0]
+        counts = Counter(values(report).get(name) for report in reports).most_common(2)
+        usual = counts[0][0]
+        if len(counts) == 2 and counts[0][1] == counts[1][1]:  # nobody is in the majority
+            seen = "; ".join(f"{value} on {_hosts_with(reports, values, name, value)}" for value, _ in counts)
+            found.append(f"{name} differs: {seen}; {remedy}")
+            continue
         for report in reports:
             own = values(report).get(name)
             if own != usual:
                 found.append(f"{report['host']}: {name} {own}, elsewhere {usual}; {remedy}")
     return found
+
+
+def _hosts_with(
+    reports: Sequence[Mapping[str, Any]],
+    values: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    name: str,
+    value: Any,
+) -> str:
+    return ", ".join(report["host"] for report in reports if values(report).get(name) == value)
+
+
+def _wrong_clocks(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Reports, one a node, whose clocks are far from most others'."""
+    clocks = sorted((report["clock_s"], report["host"]) for report in reports)
+    if len(clocks) == 2:
+        (early, behind), (late, ahead) = clocks
+        if late - early <= _CLOCK_TOLERANCE_S:
+            return []
+        return [
+            f"the clocks of {behind} and {ahead} are {late - early:.0f} s apart ({ahead}'s is ahead); set them (NTP)"
+        ]
+    usual = statistics.median(clock for clock, _ in clocks)
+    return [
+        f"{host}: its clock is {abs(clock - usual):.0f} s {'ahead' if clock > usual else 'behind'}; set it (NTP)"
+        for clock, host in clocks
+        if abs(clock - usual) > _CLOCK_TOLERANCE_S
+    ]
 
 
 def _reduce(world: World) -> float:
@@ -189,6 +221,8 @@ def _check_shards(config: Config) -> list[str]:
         return []
     try:
         shards.load_manifest(config, "train")
+        if config.train.shard_remote is not None:
+            shards.require_remote(config, "train")
     except UserError as problem:
         return [str(problem)]
     return []

@@ -1,7 +1,7 @@
 """What the programs of `launcher/` and the `dskd` command share: arguments, ranks, errors and exit codes.
 
-Exit codes: 0 done; 1 a fault of ours, with a traceback, or lost other ranks; 2 bad input, with a message and no
-traceback (a scheduler must not retry it); 75 stopped by TERM or USR1, and the same command goes on (training:
+Exit codes: 0 done; 1 a fault of ours, with a traceback, an outage, or lost other ranks; 2 bad input, with a message and
+no traceback (a scheduler must not retry it); 75 stopped by TERM or USR1, and the same command goes on (training:
 with `--resume`); 130 interrupted from the keyboard.
 """
 
@@ -22,8 +22,8 @@ from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.console import say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
-from dskd.errors import USER_ERROR_EXIT_CODE, UserError
-from dskd.peers import LostPeerError, meet_peers
+from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
+from dskd.peers import meet_peers
 from dskd.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 
 _RANK_0_SPEAKS_FIRST_S = 4.0
@@ -68,7 +68,7 @@ def run(action: Callable[[], int | None]) -> int:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             elif not error.known_to_all_ranks and not _rank_0_spoke(end):
                 print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR_EXIT_CODE
+        return error.exit_code
     except OSError as error:
         if error.errno == errno.EPIPE:  # whoever read what is printed has seen enough, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,7 +85,7 @@ def run(action: Callable[[], int | None]) -> int:
         return USER_ERROR_EXIT_CODE
     except LostPeerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return FAULT_EXIT_CODE
     except Stopped as stopped:
         say(f"{str(stopped) or 'stopped, as asked; what was complete stays'}")
         return STOPPED_EXIT_CODE

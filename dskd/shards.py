@@ -10,6 +10,7 @@ Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batc
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from streaming import MDSWriter, StreamingDataset
+from streaming.base.storage.download import CloudDownloader
 
 from dskd.config import Config, LossConfig
-from dskd.distributed import World
-from dskd.errors import UserError
+from dskd.distributed import World, on_main
+from dskd.errors import OutageError, UserError
 from dskd.manifest import Manifest, read_manifest, require_same, sha256_of_file, verify_files, write_json
 from dskd.mds import INDEX
 from dskd.node_cache import streaming_names
@@ -48,6 +50,7 @@ TEACHER_COLUMNS = {
 }
 _LENGTH_MULTIPLE = 8  # lengths of micro-batches: what tensor cores like
 _COMPRESSION, _HASH = "zstd", "xxh64"
+_REMOTE_TIMEOUT_S = 60.0
 _RELATION_DRAW, _OWN_DRAW = 0, 1
 
 
@@ -352,8 +355,12 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     mosaicml-streaming compares. Every rank must call it.
 
     Raises:
-        UserError: when the remote copy is of other shards.
+        UserError: when the remote copy is of other shards, or cannot be read.
     """
+    if config.train.shard_remote is not None:
+        on_main(
+            lambda: require_remote(config, split)
+        )  # in streaming all ranks but one would wait for what does not come
     with streaming_names(cache, world):
         dataset = ShardDataset(
             remote=place(config, split),
@@ -372,6 +379,39 @@ def place(config: Config, split: str) -> str:
     if config.train.shard_remote is None:
         return str(config.path(FOLDER, split).resolve())
     return f"{config.train.shard_remote.rstrip('/')}/{split}"
+
+
+def require_remote(config: Config, split: str) -> None:
+    """Looks whether the remote copy of a split can be read from this node, and is a copy of these very shards.
+
+    Raises:
+        UserError: when it has no index, or that of other shards; an OutageError when it cannot be reached.
+    """
+    remote = f"{place(config, split)}/{INDEX}"
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder) / INDEX
+        try:
+            CloudDownloader.get(remote).direct_download(remote, str(index), timeout=_REMOTE_TIMEOUT_S)
+        except Exception as error:  # of each store its own kind
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise (UserError if is_lasting(error) else OutageError)(
+                f"train.shard_remote: {remote} cannot be read ({reason}); copy {config.path(FOLDER)} there, correct "
+                "the address, or see to the access (credentials, network)"
+            ) from error
+        _require_same_index(config, split, index)
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether what went wrong with a remote copy would go wrong again: what is asked for is not there, is another, or
+    may not be read. Anything else (network, server) may mend itself.
+    """
+    if isinstance(error, (FileNotFoundError, PermissionError, ValueError, ImportError)):
+        return True
+    # Amazon's library has one class for all that a server answers, and may not be installed.
+    code = getattr(error, "response", {}).get("Error", {}).get("Code")
+    return code in ("403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket") or (
+        type(error).__name__ == "NoCredentialsError"
+    )
 
 
 def _require_same_index(config: Config, split: str, index: Path) -> None:

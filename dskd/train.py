@@ -12,7 +12,7 @@ from typing import Any
 from dskd import checkpoint, shards, stopping
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
-from dskd.distributed import World, main_first, on_main
+from dskd.distributed import World, any_rank, main_first, on_main
 from dskd.errors import UserError, listed
 from dskd.loader import load_steps
 from dskd.lock import hold_lock
@@ -36,6 +36,7 @@ _NOT_IN_RECIPE = {
     *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
     *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
 }
+_LOCK_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
 def report_status(config: Config) -> bool:
     """Prints where the run stands, and returns whether it was trained to its end with this very config."""
     newest = checkpoint.latest(config)
+    if newest is not None and newest.is_final:  # nobody looks at it again before it is used
+        newest = checkpoint.latest(config, verify=True)
     if newest is None:
         print(f"run {config.run!r}: no checkpoint in {checkpoint.folder(config)}")
         return False
@@ -216,7 +219,10 @@ def _run(
                     bar.set_postfix(loss=f"{result.loss:.4f}", tok_s=f"{result.tokens / elapsed:,.0f}", refresh=False)
                     bar.update(1)
                     is_last = done == schedule.total_steps
-                    if is_last or result.stop_requested or done % train_settings.checkpoint_every == 0:
+                    is_due = done % train_settings.checkpoint_every == 0
+                    # Who is asked during a step with a checkpoint does not train one more for another checkpoint.
+                    stops = result.stop_requested or (is_due and any_rank(stop_request.is_pending, world))
+                    if is_last or stops or is_due:
                         facts = {
                             "step": done,
                             "total_steps": schedule.total_steps,
@@ -227,7 +233,7 @@ def _run(
                             "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),
                         }
                         checkpoint.save(engine, pair.student_logits, config, wanted, facts, world)
-                    if result.stop_requested and not is_last:
+                    if stops and not is_last:
                         raise stopping.Stopped(
                             f"stopped at step {done} of {schedule.total_steps}, as asked; go on with --resume"
                         )
@@ -242,7 +248,9 @@ def _run(
 
 
 def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: bool) -> int | None:
-    hold_lock(config.path(checkpoint.FOLDER, f".{config.run}.lock"), f"trains run {config.run!r}")
+    # What was there before a restart may still be ending.
+    wait_s = _LOCK_PATIENCE_S if resume else 0.0
+    hold_lock(config.path(checkpoint.FOLDER, f".{config.run}.lock"), f"trains run {config.run!r}", wait_s=wait_s)
     if overwrite:
         return None  # the old checkpoints stay until the first new one is whole
     newest = checkpoint.latest(config, verify=True)

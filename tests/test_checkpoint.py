@@ -1,5 +1,6 @@
 """Checkpoints: which one counts, which are kept, whether they fit the disk, and going on with other ranks."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from dskd import checkpoint
 from dskd.config_file import load_config
+from dskd.elastic import make_universal
 from dskd.errors import UserError
 from dskd.train import report_status, train
 
@@ -75,6 +77,48 @@ def test_the_pointer_says_which_checkpoint_counts(copy_of_tiny):
     assert checkpoint.latest(config).step == 3
     (checkpoint.folder(config) / "latest").unlink()
     assert checkpoint.latest(config).step == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "it names no checkpoint; looking for the newest whole one"),
+        (b"", "it names no checkpoint; looking for the newest whole one"),
+        (b"step-00000099\n", "it names step 99, which is not there; looking for the one before"),
+    ],
+)
+def test_a_damaged_pointer_costs_nothing_and_is_said(copy_of_tiny, capsys, content, message):
+    config = load_config(copy_of_tiny("checkpoints"))
+    (checkpoint.folder(config) / "latest").write_bytes(content)
+    assert checkpoint.latest(config).step == 6
+    assert f"{checkpoint.folder(config) / 'latest'}: {message}" in capsys.readouterr().err
+
+
+def test_a_manifest_that_does_not_say_how_long_the_run_is_makes_no_checkpoint(copy_of_tiny, capsys):
+    config = load_config(copy_of_tiny("checkpoints"))
+    path = checkpoint.folder(config) / "step-00000006" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["facts"]["total_steps"]
+    path.write_text(json.dumps(content))
+    assert checkpoint.latest(config).step == 3
+    assert "its manifest does not say total_steps; passing over this checkpoint" in capsys.readouterr().err
+
+
+def test_a_finished_run_with_a_damaged_checkpoint_is_not_called_finished(copy_of_tiny, capsys):
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"))
+    assert report_status(config)
+    _spoil(next(checkpoint.latest(config).path.glob("*optim_states.pt")))
+    assert not report_status(config)
+    assert "run 'dskd': step 3 of 6" in capsys.readouterr().out
+
+
+def test_room_for_another_number_of_ranks_is_looked_for_before_anything_is_written(copy_of_tiny, monkeypatch):
+    newest = checkpoint.latest(load_config(copy_of_tiny("checkpoints")))
+    before = sorted(newest.path.parent.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(UserError, match=r"another number of ranks takes .* GB for a while, and there are 0.00 GB free"):
+        make_universal(newest.path)
+    assert sorted(newest.path.parent.iterdir()) == before
 
 
 def test_multiples_are_kept_beside_the_newest(copy_of_tiny, world):

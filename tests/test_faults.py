@@ -1,5 +1,6 @@
 """What clusters do to a run: a full disk, shards that are gone, a slow rank. It says so, and goes on after it."""
 
+import errno
 import os
 import shutil
 import signal
@@ -7,10 +8,12 @@ import subprocess
 import time
 
 import pytest
+import torch
 from conftest import BEFORE_TRAINING, TINY, finish, losses_of, run_program, start_ranks
 
 from dskd import checkpoint
 from dskd.config_file import load_config
+from dskd.folders import full_disk_is_said
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +59,15 @@ def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, cop
     small_disk(loaded.path("checkpoints"), 10 * size)
     run_program("train.py", config, "--resume", ranks=2)
     assert losses_of(config) == losses_of(tiny)
+
+
+def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk):
+    folder = tmp_path / "small"
+    small_disk(folder, 2**17)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), full_disk_is_said(folder):
+        torch.save(torch.zeros(2**18), folder / "x.pt")
+    with pytest.raises(RuntimeError, match="another"), full_disk_is_said(tmp_path):
+        raise RuntimeError("another")
 
 
 @pytest.mark.parametrize("damage", ["missing", "corrupted"])

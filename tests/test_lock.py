@@ -1,10 +1,11 @@
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import REPOSITORY
 
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.lock import hold_lock, release_lock
 
 HOLDER = "import sys; from pathlib import Path; from dskd.lock import hold_lock; " + (
@@ -22,10 +23,14 @@ def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path
         cwd=REPOSITORY,
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*\) trains run 'a'"):
+    with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*\) trains run 'a'") as refused:
         hold_lock(path, "trains run 'a'")
-    holder.kill()
+    assert refused.value.exit_code == 2
+    with pytest.raises(OutageError) as waited:  # a restart may find it free
+        hold_lock(path, "trains run 'a'", wait_s=0.1)
+    assert waited.value.exit_code == 1
+    threading.Timer(1.0, holder.kill).start()
+    hold_lock(path, "trains run 'a'", wait_s=30)
     holder.wait(10)
-    hold_lock(path, "trains run 'a'")
     hold_lock(path, "trains run 'a'")
     release_lock(path)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,22 @@ def test_it_stops_after_the_stage_that_is_named(copy_of_tiny):
     assert unknown.returncode == 2
     assert "--until training: there is no such stage; stages of this config: lexicon, corpus, teacher" in unknown.stderr
     assert "Traceback" not in unknown.stderr
+
+
+def test_a_request_is_passed_on_until_the_ranks_that_are_just_being_started_hear_it(copy_of_tiny, tmp_path):
+    config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
+    command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config)]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        overrides = ("tracking.enabled=false", "train.steps=100000")
+        process = subprocess.Popen([*command, *overrides], cwd=REPOSITORY, stdout=stream, stderr=stream)
+    deadline = time.monotonic() + 120
+    while "$ deepspeed" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)  # they do not listen yet
+    process.terminate()
+    assert process.wait(120) == 75, log.read_text()
+    assert "stopping: the ranks come to a place from which they go on" in log.read_text()
 
 
 def test_a_failing_rank_ends_the_pipeline_with_its_own_message_and_code(copy_of_tiny):

@@ -4,7 +4,7 @@ import copy
 import shutil
 
 import pytest
-from conftest import BEFORE_TRAINING, ONE_RANK, finish, fork_ranks, write_config
+from conftest import BEFORE_TRAINING, ONE_RANK, finish, fork_ranks, start_ranks, write_config
 from rank_jobs import check_before_the_flight
 
 from dskd.config_file import load_config
@@ -37,7 +37,7 @@ NODES = [_report(number, f"node{number}") for number in range(3)]
     ("changes", "message"),
     [
         ({"clock_s": 1090.0}, "node1: its clock is 90 s ahead; set it"),
-        ({"clock_s": 995.0}, "node1: its clock is 5 s behind"),
+        ({"clock_s": 995.0}, "node1: its clock is 5 s behind; set it"),
         ({"versions": {"torch": "2.8", "dskd": "0.1"}}, "node1: torch 2.8, elsewhere 2.9; install the same"),
         ({"device": "T4"}, "node1: device T4, elsewhere cpu"),
         ({"ranks_on_node": 4}, "node1: ranks on node 4, elsewhere 1"),
@@ -53,6 +53,22 @@ def test_the_node_that_differs_is_named(changes, message):
     assert not find_problems(NODES)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clock_s": 1003.8}, "the clocks of node0 and node1 are 4 s apart (node1's is ahead); set them"),
+        ({"clock_s": 940.0}, "the clocks of node1 and node0 are 60 s apart (node0's is ahead); set them"),
+        ({"versions": {"torch": "2.8", "dskd": "0.1"}}, "torch differs: 2.9 on node0; 2.8 on node1; install the same"),
+    ],
+)
+def test_of_two_nodes_that_differ_neither_is_blamed(changes, message):
+    reports = copy.deepcopy(NODES[:2])
+    reports[1].update(changes)
+    (problem,) = find_problems(reports)
+    assert problem.startswith(message)
+    assert not find_problems(NODES[:2])
+
+
 def test_a_machine_by_itself_is_checked(tmp_path, capsys, world):
     config = load_config(write_config(tmp_path / "x.yaml", {"workdir": str(tmp_path / "w"), "teacher": {"path": "t"}}))
     preflight(config, ONE_RANK)
@@ -63,6 +79,30 @@ def test_a_machine_by_itself_is_checked(tmp_path, capsys, world):
     file.touch()
     with pytest.raises(UserError, match=r"rank 0 .*file.*cannot write there"):
         preflight(config.model_copy(update={"workdir": str(file / "below")}), ONE_RANK)
+
+
+def test_a_remote_copy_of_the_shards_is_looked_at(copy_of_tiny, tmp_path, capsys):
+    remote = tmp_path / "far"
+    config = load_config(copy_of_tiny("shards", train={"shard_remote": str(remote)}))
+    with pytest.raises(UserError, match=rf"train.shard_remote: {remote}/train/index.json cannot be read"):
+        preflight(config, ONE_RANK)
+    shutil.copytree(config.path("shards"), remote)
+    preflight(config, ONE_RANK)
+    shutil.copy(remote / "validation" / "index.json", remote / "train" / "index.json")
+    with pytest.raises(UserError, match=r"its index.json is not that of .*: it has other shards"):
+        preflight(config, ONE_RANK)
+    assert "everything is as training needs it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_come_are_named_with_their_node(copy_of_tiny):
+    config = copy_of_tiny()
+    first, absent = start_ranks("train.py", config, "train.collective_timeout_s=10", ranks=2)
+    absent.kill()
+    assert first.wait(60) == 1, first.output
+    assert "rank 1, of node 0 (from 0, as in the hostfile), did not come" in first.output
+    assert "within 10 s; look at that node" in first.output
+    assert "Traceback" not in first.output
 
 
 @pytest.mark.slow

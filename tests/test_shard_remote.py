@@ -4,13 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 from conftest import ONE_RANK
 
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact
-from dskd.shards import COLUMNS, join_blocks, load_manifest, open_shards, require_fitting, write_block
+from dskd.shards import COLUMNS, is_lasting, join_blocks, load_manifest, open_shards, require_fitting, write_block
 
 
 def _sample(number):
@@ -78,6 +79,23 @@ def test_a_shard_that_was_changed_there_is_not_read(copied, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(Exception, match=r"[Cc]hecksum"):
         _read(config, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FileNotFoundError("no such file"), True),
+        (ValueError("Checksum failure"), True),
+        (ClientError({"Error": {"Code": "404"}}, "GetObject"), True),
+        (NoCredentialsError(), True),
+        (ClientError({"Error": {"Code": "SlowDown"}}, "GetObject"), False),
+        (EndpointConnectionError(endpoint_url="http://store"), False),
+        (TimeoutError("timed out"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_would_go_wrong_again_is_told_from_what_may_mend_itself(error, expected):
+    assert is_lasting(error) == expected
 
 
 @pytest.mark.parametrize("place", ["bucket/shards", "s3:bucket", "s3://", ""])
