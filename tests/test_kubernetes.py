@@ -1,6 +1,7 @@
 """The manifests of cluster/kubernetes/: what an API server would refuse, and what it would take although the parts do
 not fit together."""
 
+import copy
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -56,6 +58,56 @@ def test_every_object_fits_the_schema_strictly(name, version):
     assert objects
     for item in objects:
         kubernetes_validate.validate(_as_core(item), version, strict=True)
+
+
+def _object(**properties):
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+# What may be said in a JobSet (v1alpha2) beside the Jobs that it makes; Jobs are looked at by Kubernetes' own schema.
+_REASONS = ["BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"]
+_ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
+_NAMES = {"type": "array", "items": {"type": "string"}}
+_NUMBER, _SWITCH, _TEXT = {"type": "integer", "minimum": 0}, {"type": "boolean"}, {"type": "string"}
+JOBSET = _object(
+    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+    kind={"const": "JobSet"},
+    metadata={"type": "object"},
+    spec=_object(
+        replicatedJobs={
+            "type": "array",
+            "minItems": 1,
+            "items": _object(name=_TEXT, replicas=_NUMBER, template=_object(metadata={}, spec={"type": "object"})),
+        },
+        network=_object(enableDNSHostnames=_SWITCH, subdomain=_TEXT, publishNotReadyAddresses=_SWITCH),
+        successPolicy=_object(operator={"enum": ["All", "Any"]}, targetReplicatedJobs=_NAMES),
+        failurePolicy=_object(
+            maxRestarts=_NUMBER,
+            restartStrategy={"enum": ["Recreate", "BlockingRecreate"]},
+            rules={
+                "type": "array",
+                "items": _object(
+                    name=_TEXT,
+                    action={"enum": _ACTIONS},
+                    targetReplicatedJobs=_NAMES,
+                    onJobFailureReasons={"type": "array", "items": {"enum": _REASONS}},
+                ),
+            },
+        ),
+        suspend=_SWITCH,
+        ttlSecondsAfterFinished=_NUMBER,
+    ),
+)
+
+
+def test_a_jobset_says_nothing_that_its_controller_does_not_know():
+    jobset = one(render("overlays/jobset"), "JobSet")
+    jsonschema.validate(jobset, JOBSET)
+    for wrong in ({"restarts": 3}, {"restartStrategy": "Recreated"}):
+        changed = copy.deepcopy(jobset)
+        changed["spec"]["failurePolicy"] |= wrong
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(changed, JOBSET)
 
 
 def test_the_schema_refuses_a_misspelt_key():
