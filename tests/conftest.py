@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,12 @@ def run_program(
     return finish(start_ranks(name, config, *arguments, ranks=ranks), timeout_s, check=check)
 
 
-def start_ranks(name: str, config: Path, *arguments: str, ranks: int = 1) -> list[Rank]:
-    """Starts the ranks of a program of `launcher/` and returns at once."""
+def start_ranks(name: str, config: Path, *arguments: str, ranks: int = 1, absent: Collection[int] = ()) -> list[Rank]:
+    """Starts the ranks of a program of `launcher/`, but for those that are absent, and returns at once."""
     from forked_rank import run_launcher
 
     program = REPOSITORY / "launcher" / name
-    return fork_ranks(run_launcher, program, ["--config", str(config), *arguments], ranks=ranks)
+    return fork_ranks(run_launcher, program, ["--config", str(config), *arguments], ranks=ranks, absent=absent)
 
 
 def finish(processes: Sequence[Rank], timeout_s: float = 240, *, check: bool = True) -> Finished:
@@ -147,7 +147,12 @@ def finish(processes: Sequence[Rank], timeout_s: float = 240, *, check: bool = T
 
 
 def fork_ranks(
-    target: Callable[..., None], *arguments: Any, ranks: int = 1, log: Path | None = None, **options: Any
+    target: Callable[..., None],
+    *arguments: Any,
+    ranks: int = 1,
+    absent: Collection[int] = (),
+    log: Path | None = None,
+    **options: Any,
 ) -> list[Rank]:
     """Starts `target(*arguments, environment, log, **options)` as so many ranks of a job, printing to the end of `log`,
     or each to a file of its own."""
@@ -155,7 +160,7 @@ def fork_ranks(
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(free_port())
     started = []
-    for rank in range(ranks):
+    for rank in sorted(set(range(ranks)) - set(absent)):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         path = log or Path(tempfile.mkstemp(dir=_logs())[1])
         process = context.Process(target=target, args=(*arguments, environment, path), kwargs=options)
