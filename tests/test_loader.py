@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dskd import shards
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.loader import CudaCopier, PackedStep, copy_ahead, count_positions, load_steps
+from dskd.loader import Counts, CudaCopier, PackedStep, copy_ahead, count_positions, load_steps
 from dskd.schedule import Schedule
 from dskd.senses.bank import copy_in_pieces, load_bank, require_room
 from dskd.shards import COLUMNS, Collator, SensePositions, join_blocks, require_teacher_cache, write_block
@@ -153,7 +153,7 @@ def test_a_step_in_one_buffer_is_the_step(folder):
     ]
     batches[0]["senses"] |= {"relation_positions": torch.arange(3), "own_positions": torch.arange(2)}
     step = PackedStep.of(batches).unpack()
-    assert step.counts == (int(batches[0]["loss_mask"].sum()) + 3, 5, 3)
+    assert step.counts == (int(batches[0]["loss_mask"].sum()) + 3, 5, 3, 0)
 
     def same(one, other):
         if isinstance(one, dict):
@@ -167,7 +167,7 @@ def test_padding_is_never_counted(folder, tmp_path):
     samples = _samples(folder, tmp_path / "again")
     for step in _steps(folder, tmp_path / "steps", 2, start_step=9):
         ids = [i for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
-        assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0)
+        assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0, 0)
         assert count_positions(step.micro_batches) == step.counts
 
 
@@ -224,7 +224,7 @@ def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypat
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     copier = CudaCopier(torch.device("cuda", 0))
-    started = copier.start(PackedStep(Buffer(), [], [], (0, 0, 0)))
+    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0)))
     assert calls == ["on side", "copy", "off side", "event on side"]
     calls.clear()
     copier.finish(started)
