@@ -329,11 +329,12 @@ class LossConfig(Section):
         problems = []
         for form, keys in _KEYS_OF_SENSE_FORMS.items():
             fields = type(self).model_fields
-            wrong = [f"loss.{key}: {getattr(self, key)}" for key in keys if getattr(self, key) != fields[key].default]
+            wrong = [f"loss.{key}" for key in keys if getattr(self, key) != fields[key].default]
             if self.sense_form != form and wrong:
+                one = len(wrong) == 1
                 problems.append(
-                    f"{' and '.join(wrong)}: only for sense_form: {form}, and it is {self.sense_form}; remove "
-                    f"{'it' if len(wrong) == 1 else 'them'}, or change sense_form"
+                    f"{' and '.join(wrong)} {'needs' if one else 'need'} sense_form: {form}, and it is "
+                    f"{self.sense_form}; leave {'it at its default' if one else 'them at their defaults'}, or change it"
                 )
         random = type(self).model_fields["sense_random_candidates"].default
         if self.sense_random_candidates != random and "random" not in self.sense_candidates:

@@ -94,7 +94,7 @@ def _plain_senses(case, loss, flat):
 def _plain_sense_divergence(case, loss, flat):
     senses, total = case["candidates"], 0
     for position, rows in zip(senses["positions"], senses["candidate_index"], strict=True):
-        named = senses["sense_rows"][[row for row in rows if row >= 0] + senses["random_index"].tolist()]
+        named = senses["sense_rows"][[row for row in rows.tolist() if row >= 0] + senses["random_index"].tolist()]
         q, p = (
             (-(states[position] - named).square().mean(-1) / loss.sense_temperature).softmax(-1)
             for states in (flat, case["teacher_hidden"].reshape(-1, D))
@@ -343,8 +343,8 @@ def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_p
         # Position 0 has rows 0 and 1, position 1 has row 1, and all have row 2; an even token counts 1.7.
         q, p = (-(s[:, :2, None] - rows).square().mean(-1) / 0.2 for s in (states, teacher_states))
         q, p = (torch.stack([z[:, 0], z[:, 1] + torch.tensor([-torch.inf, 0, 0])], 1).log_softmax(-1) for z in (q, p))
-        sense = (p.exp() * (p - q)).nan_to_num(0).sum((1, 2))
-        sense = sense.sum() - (p.exp() * (p - q)).nan_to_num(0)[3, 1].sum()
+        each = (p.exp() * (p - q)).nan_to_num(0).sum(-1)
+        sense = each[:, 0].sum() + each[:3, 1].sum()
         even = torch.where(ids % 2 == 0, 1.7, 1.0)[mask]
         of_logits = (even * (ce + 0.7 * 2**2 * divergence)).sum() / even.sum()
     distance = (states - teacher_states).square().mean(-1)[mask].sum()

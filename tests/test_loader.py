@@ -13,6 +13,7 @@ from conftest import ONE_RANK, open_dataset
 from safetensors.torch import save_file
 
 from dskd import shards
+from dskd.candidates import Candidates
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.loader import Counts, CudaCopier, PackedStep, copy_ahead, count_positions, load_steps
@@ -102,6 +103,20 @@ def test_sense_positions_follow_the_epoch_in_workers_that_live_through_several(f
     for (epoch, sample_id), positions in drawn.items():
         relation, own = rule.draw(samples[sample_id], sample_id, epoch)
         assert positions == {"relation_positions": relation.tolist(), "own_positions": own.tolist()}
+
+
+@pytest.mark.parametrize(("workers", "start"), [(2, 0), (3, 7)])
+def test_random_candidates_follow_the_step_whoever_makes_its_batches(folder, tmp_path, workers, start):
+    candidates = Candidates(seed=5, kinds=("own", "random"), num_random=6, num_rows=ROWS)
+    collate = Collator(None, SensePositions(1, 0.3, 0), micro_batch_size=2, candidates=candidates, lexical=True)
+    steps = list(_steps(folder, tmp_path, workers, start, collate=collate))
+    assert len(steps) == SCHEDULE.total_steps - start
+    for number, step in enumerate(steps, start):
+        for batch in step.micro_batches:
+            assert batch["senses"]["random_index"].tolist() == candidates.draw(number).tolist()
+        positions = sum(len(batch["senses"]["positions"]) for batch in step.micro_batches)
+        targets = sum(int(batch["loss_mask"].sum()) for batch in step.micro_batches)
+        assert step.counts == (targets, positions, 0, targets)  # all of these targets have synonyms
 
 
 def _samples(folder, cache):
