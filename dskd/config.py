@@ -269,9 +269,9 @@ class LossConfig(Section):
     antonym and 1 elsewhere.
 
     L_sense in the form `distance` is the paper's. In the form `distribution` it is the mean, over the positions that
-    either draw of the paper's takes, of KL(p_teacher || p_student) with p(s) = softmax over candidates s of
-    -D(h, s) / `sense_temperature`. The candidates of a position are its rows of the dictionary, each once: own (O_i),
-    synonym (P_i) and antonym (N_i), and random ones, the same for all positions of a step.
+    the paper's form draws, each once, of KL(p_teacher || p_student), where p is the softmax over candidates s of
+    -D(h, s) / `sense_temperature`. The candidates of a position are rows of the dictionary, each once: its own (O_i),
+    its synonyms' (P_i) and antonyms' (N_i), and random ones, the same at all positions of a step.
     """
 
     ce_weight: float = Field(1.0, ge=0, description="cross-entropy with the actual next token")
@@ -348,14 +348,14 @@ class LossConfig(Section):
         return self
 
     @property
-    def reads_teacher_states(self) -> bool:
-        """True when a term reads the teacher's hidden states themselves, and not only its distribution of tokens."""
-        return self.hidden_weight > 0 or (self.sense_weight > 0 and self.sense_form == "distribution")
+    def compares_sense_distributions(self) -> bool:
+        """True when there is a sense loss in the form that reads the teacher's hidden states."""
+        return self.sense_weight > 0 and self.sense_form == "distribution"
 
     @property
     def needs_teacher(self) -> bool:
-        """True when a term of the loss reads the teacher."""
-        return self.kd_weight > 0 or self.reads_teacher_states
+        """True when a term of the loss reads the teacher's hidden states."""
+        return self.kd_weight > 0 or self.hidden_weight > 0 or self.compares_sense_distributions
 
 
 def _remote_folder(place: str) -> str:
@@ -465,7 +465,7 @@ class Config(Section):
                     "loss.hidden_weight needs the teacher's states, which teacher.mode: cached has not: set it to "
                     "0, or teacher.mode to resident or zero3"
                 )
-            if self.loss.sense_weight and self.loss.sense_form == "distribution":
+            if self.loss.compares_sense_distributions:
                 problems.append(
                     "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached has not: set "
                     "it to distance, or teacher.mode to resident or zero3"

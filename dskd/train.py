@@ -133,8 +133,8 @@ def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> shards
     positions = candidates = None
     if loss.sense_weight:
         positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
-        if loss.sense_form == "distribution":
-            candidates = Candidates.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
+    if loss.compares_sense_distributions:
+        candidates = Candidates.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
     return shards.Collator(
         None if _bank_on_device(config) else inputs.vectors_path,
         positions,
