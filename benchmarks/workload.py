@@ -37,10 +37,9 @@ from dskd.pair import load_pair
 from dskd.schedule import plan_schedule
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.senses.dictionary import FOLDER as DICTIONARY_FOLDER
-from dskd.shards import Collator, SensePositions
 from dskd.step import StepResult, train_step
 from dskd.student import build_student
-from dskd.train import load_inputs
+from dskd.train import build_collator, load_inputs, load_sense_bank
 
 _SENSES_PER_TOKEN, _SYNONYMS, _KAPPA = 10, 8, 5
 _TOKENS_FILE = "tokens.npy"
@@ -149,14 +148,10 @@ class OurTraining:
             teacher=teacher,
         )
         self.teacher = self._pair.teacher
-        collate = Collator(
-            inputs.vectors_path if config.loss.sense_weight else None,
-            SensePositions.of(config.loss, seed=0) if config.loss.sense_weight else None,
-            micro_batch_size=schedule.micro_batch_size,
-            teacher_cache=False,
-        )
+        collate = build_collator(config, inputs, schedule)
         cache = open_node_cache(config.train.shard_cache, world)
-        self._batches = load_steps(config, schedule, collate, cache, world, start_step=0)
+        bank = load_sense_bank(config, inputs, world)
+        self._batches = load_steps(config, schedule, collate, cache, world, start_step=0, sense_bank=bank)
         self._step = 0
         self.waited_s = 0.0  # for data, over all steps
         self.last: StepResult | None = None

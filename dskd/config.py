@@ -255,10 +255,23 @@ class StudentConfig(Section):
     )
 
 
+_KEYS_OF_SENSE_FORMS = {
+    "distance": ("margin", "relative_margin", "antonym_weight"),
+    "distribution": ("sense_temperature", "sense_distance", "sense_candidates", "sense_random_candidates"),
+}
+
+
 class LossConfig(Section):
     """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (method, section 4).
 
-    KL stands for the divergence that `divergence` names.
+    KL stands for the divergence that `divergence` names. All but L_sense are means over the positions whose target
+    counts; CE and KL are weighted ones, Σ w_i x_i / Σ w_i with w_i = `lexical_weight` where the target has a synonym or
+    antonym and 1 elsewhere.
+
+    L_sense in the form `distance` is the paper's. In the form `distribution` it is the mean, over the positions that
+    the paper's form draws, each once, of KL(p_teacher || p_student), where p is the softmax over candidates s of
+    -D(h, s) / `sense_temperature`. The candidates of a position are rows of the dictionary, each once: its own (O_i),
+    its synonyms' (P_i) and antonyms' (N_i), and random ones, the same at all positions of a step.
     """
 
     ce_weight: float = Field(1.0, ge=0, description="cross-entropy with the actual next token")
@@ -269,7 +282,33 @@ class LossConfig(Section):
         "jensen_shannon: the mean of both's KL to their mixture",
     )
     temperature: float = Field(2.0, gt=0, description="T, of both distributions in that divergence")
+    lexical_weight: float = Field(
+        1.0,
+        gt=0,
+        description="how much positions whose target has a synonym or antonym count in CE and KL, which stay means: a "
+        "control for what a sense loss gains",
+    )
     sense_weight: float = Field(1.0, ge=0, description="lambda: the sense loss; 0 is plain distillation")
+    sense_form: Literal["distance", "distribution"] = Field(
+        "distance",
+        description="distance: the paper's pull and push; distribution: KL(teacher || student) between their softmax "
+        "of -distance / sense_temperature over the same candidate rows",
+    )
+    sense_temperature: float = Field(0.1, gt=0, description="with sense_form: distribution. In units of the distance")
+    sense_distance: Literal["squared", "cosine"] = Field(
+        "squared",
+        description="with sense_form: distribution. squared: |h-s|²/D; cosine: 1 - cos(h, s), which no state's length "
+        "changes",
+    )
+    sense_candidates: Annotated[tuple[Literal["own", "synonym", "antonym", "random"], ...], Field(min_length=1)] = (
+        Field(
+            ("own", "synonym", "antonym", "random"),
+            description="with sense_form: distribution. Which rows take part: O_i, P_i, N_i, and random ones",
+        )
+    )
+    sense_random_candidates: int = Field(
+        128, ge=1, description="with random in sense_candidates. Rows drawn each step from the whole dictionary"
+    )
     margin: float = Field(1.0, ge=0, description="m: antonym rows farther than this (|h-s|²/D) are left alone")
     relative_margin: float | None = Field(
         None, ge=0, description="instead of margin: so many times the teacher's own mean distance to antonym rows"
@@ -285,10 +324,38 @@ class LossConfig(Section):
             raise ValueError("every weight is 0: there is nothing to minimise")
         return self
 
+    @model_validator(mode="after")
+    def _keys_have_a_use(self) -> "LossConfig":
+        problems = []
+        for form, keys in _KEYS_OF_SENSE_FORMS.items():
+            fields = type(self).model_fields
+            wrong = [f"loss.{key}" for key in keys if getattr(self, key) != fields[key].default]
+            if self.sense_form != form and wrong:
+                one = len(wrong) == 1
+                problems.append(
+                    f"{' and '.join(wrong)} {'needs' if one else 'need'} sense_form: {form}, and it is "
+                    f"{self.sense_form}; leave {'it at its default' if one else 'them at their defaults'}, or change it"
+                )
+        random = type(self).model_fields["sense_random_candidates"].default
+        if self.sense_random_candidates != random and "random" not in self.sense_candidates:
+            problems.append(
+                "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
+            )
+        if self.lexical_weight != 1 and not (self.ce_weight or self.kd_weight):
+            problems.append("loss.lexical_weight is of CE and KL, whose weights are 0; remove it, or set one of them")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def compares_sense_distributions(self) -> bool:
+        """True when there is a sense loss in the form that reads the teacher's hidden states."""
+        return self.sense_weight > 0 and self.sense_form == "distribution"
+
     @property
     def needs_teacher(self) -> bool:
         """True when a term of the loss reads the teacher's hidden states."""
-        return self.kd_weight > 0 or self.hidden_weight > 0
+        return self.kd_weight > 0 or self.hidden_weight > 0 or self.compares_sense_distributions
 
 
 def _remote_folder(place: str) -> str:
@@ -397,6 +464,11 @@ class Config(Section):
                 problems.append(
                     "loss.hidden_weight needs the teacher's states, which teacher.mode: cached has not: set it to "
                     "0, or teacher.mode to resident or zero3"
+                )
+            if self.loss.compares_sense_distributions:
+                problems.append(
+                    "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached has not: set "
+                    "it to distance, or teacher.mode to resident or zero3"
                 )
             if self.student.shared_trunk == "on":
                 problems.append(

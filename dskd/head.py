@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from dskd.config import LossConfig
-from dskd.losses import CachedTeacher, cached_divergence, cross_entropy, divergence, hidden_distance, sense_loss
+from dskd.losses import CachedTeacher, cached_divergence, cross_entropy, divergence, hidden_distance
+from dskd.sense_losses import sense_divergence, sense_loss
 
 # What `DistillationHead.forward` reports, in this order: sums over this rank's micro-batch, without weights.
-TERMS = ("ce", "kl", "hidden", "sense", "synonym", "antonym", "own", "active_hinges", "hinges")
+TERMS = ("ce", "kl", "hidden", "sense", "synonym", "antonym", "own", "active_hinges", "hinges", "teacher_entropy")
 
 # Logits in a chunk: 4 MB of float32, which the caches of a processor hold, and 128 MB.
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
@@ -40,7 +41,7 @@ class Normalizers(NamedTuple):
 
 
 class DistillationHead(nn.Module):
-    """Owns the output matrices and computes L = ce·CE + kd·T²·KL + sense·L_sense + hidden·|h-t|²/D."""
+    """Owns the output matrices and computes L of :class:`dskd.config.LossConfig`."""
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class DistillationHead(nn.Module):
         teacher_hidden: torch.Tensor | None = None,
         teacher_cache: dict[str, torch.Tensor] | None = None,
         senses: dict[str, torch.Tensor] | None = None,
+        token_weights: torch.Tensor | None = None,
     ) -> Any:
         """The loss to call backward on, and the sums of its terms; without labels the logits [B, T, V].
 
@@ -89,9 +91,11 @@ class DistillationHead(nn.Module):
             labels: [B, T], the token after each position; read only where `loss_mask` is True.
             loss_mask: [B, T] bool.
             normalizers: what to multiply the sums with.
-            teacher_hidden: [B, T, D'], with a KL or hidden-state term.
+            teacher_hidden: [B, T, D'], with a term that reads the teacher.
             teacher_cache: instead of it, what :class:`dskd.losses.CachedTeacher` holds, [B, T, …] each.
-            senses: the keyword arguments of :func:`dskd.losses.sense_loss`, with positions into B·T.
+            senses: what a batch brings for the sense loss in the form of `loss` (:mod:`dskd.sense_losses`), with
+                positions into B·T.
+            token_weights: [B, T], how much each position counts in CE and KL; None: all of them 1.
 
         Returns:
             A scalar, and the detached sums [len(TERMS)] float32.
@@ -106,9 +110,19 @@ class DistillationHead(nn.Module):
         cache = None
         if teacher_cache is not None:
             cache = CachedTeacher(**{name: values.flatten(0, 1)[valid] for name, values in teacher_cache.items()})
+        if senses is not None and self.loss.sense_form == "distribution":
+            assert teacher_hidden is not None
+            senses = {**senses, "teacher_hidden": teacher_hidden.flatten(0, 1)}
         with torch.no_grad():
             terms, hidden_grad, weight_grad = self._terms_and_gradients(
-                flat, valid, labels.flatten()[valid], normalizers, teacher_states, cache, senses
+                flat,
+                valid,
+                labels.flatten()[valid],
+                normalizers,
+                teacher_states,
+                cache,
+                senses,
+                None if token_weights is None else token_weights.flatten()[valid],
             )
         loss = _GivenGradients.apply(terms[0], hidden_grad, weight_grad, flat, self.weight)
         return loss, terms[1:].float()
@@ -122,6 +136,7 @@ class DistillationHead(nn.Module):
         teacher_states: torch.Tensor | None,
         cache: CachedTeacher | None,
         senses: dict[str, torch.Tensor] | None,
+        token_weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The loss and its terms [1 + len(TERMS)]; its gradients by all states [N, D] and by the output matrix."""
         weights, states = self.loss, flat[valid]
@@ -142,7 +157,8 @@ class DistillationHead(nn.Module):
             part = slice(start, start + self.chunk_size)
             logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
             known = teacher if cache is None else CachedTeacher(*(values[part] for values in cache))
-            sums, logits_grad = self._logit_losses(logits, labels[part], known, coefficients)
+            of_part = None if token_weights is None else token_weights[part]
+            sums, logits_grad = self._logit_losses(logits, labels[part], known, coefficients, of_part)
             terms[:3] += sums
             logits_grad = logits_grad.to(states.dtype)
             at_valid[part] = logits_grad @ self.weight
@@ -157,17 +173,24 @@ class DistillationHead(nn.Module):
         hidden_grad = torch.zeros_like(flat).index_copy_(0, valid, at_valid)
         if senses is not None and weights.sense_weight:
             scale = weights.sense_weight * normalizers.senses
-            sense_sums = sense_loss(
-                flat,
-                margin=self.margin,
-                antonym_weight=weights.antonym_weight,
-                gradient=hidden_grad,
-                scale=scale,
-                **senses,
-            )
-            terms[4:] = torch.stack(sense_sums)
-            terms[0] += scale * sense_sums.total
+            sums = self._sense_sums(flat, senses, hidden_grad, scale)
+            for name, value in sums.items():
+                terms[1 + TERMS.index(name)] = value
+            terms[0] += scale * sums["sense"]
         return terms, hidden_grad, None if weight_grad is None else weight_grad.to(self.weight.dtype)
+
+    def _sense_sums(
+        self, flat: torch.Tensor, senses: dict[str, torch.Tensor], gradient: torch.Tensor, scale: float
+    ) -> dict[str, torch.Tensor]:
+        """{term: its sum} of the sense loss in the form that is asked for; its gradient is added to `gradient`."""
+        loss, given = self.loss, dict[str, Any](senses, gradient=gradient, scale=scale)
+        if loss.sense_form == "distribution":
+            total, entropy = sense_divergence(
+                flat, temperature=loss.sense_temperature, distance=loss.sense_distance, **given
+            )
+            return {"sense": total, "teacher_entropy": entropy}
+        sums = sense_loss(flat, margin=self.margin, antonym_weight=loss.antonym_weight, **given)
+        return {"sense": sums.total} | {name: value for name, value in sums._asdict().items() if name != "total"}
 
     def _logits(
         self, states: torch.Tensor, teacher_states: torch.Tensor | None
@@ -193,11 +216,12 @@ def _logit_losses(
     labels: torch.Tensor,
     teacher: torch.Tensor | CachedTeacher | None,
     coefficients: _Coefficients,
+    token_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted loss, CE sum, KL sum) [3] of a chunk, and the gradient of the first by the logits [n, V].
 
     `teacher` has logits [n, V'] or a cached distribution. Where vocabularies are padded to different sizes, the
-    divergence is over the tokens that both have.
+    divergence is over the tokens that both have. `token_weights` [n] are in the loss and not in the sums of its terms.
     """
     ce, gradient = cross_entropy(logits, labels)
     gradient.mul_(coefficients.ce)
@@ -210,7 +234,11 @@ def _logit_losses(
         shared = min(logits.shape[-1], teacher.shape[-1])
         kl, kl_gradient = divergence(logits[:, :shared], teacher[:, :shared], *settings)
         gradient[:, :shared].add_(kl_gradient.mul_(coefficients.kl))
-    return torch.stack([coefficients.ce * ce + coefficients.kl * kl, ce, kl]), gradient
+    values = coefficients.ce * ce + coefficients.kl * kl
+    if token_weights is not None:
+        values = values * token_weights
+        gradient.mul_(token_weights.unsqueeze(-1))
+    return torch.stack([values.sum(), ce.sum(), kl.sum()]), gradient
 
 
 class _GivenGradients(torch.autograd.Function):

@@ -33,12 +33,21 @@ _ON_HOST = "sample_ids"  # for messages only
 _PREFETCHED_STEPS = 2  # by each worker
 
 
+class Counts(NamedTuple):
+    """Positions of a step."""
+
+    targets: int
+    senses: int  # with a sense term
+    relations: int  # of them, with the relation term; those of the distribution form have none
+    lexical: int  # targets with a synonym or antonym, where the batches say which they are
+
+
 @dataclass(frozen=True)
 class Step:
     """What one rank runs in one optimizer step."""
 
     micro_batches: list[dict[str, Any]]  # of :class:`dskd.shards.Collator`; on the device, but for `sample_ids`
-    counts: tuple[int, int, int]  # this rank's target positions, sense positions (relation and own), relation positions
+    counts: Counts  # this rank's
 
 
 def load_steps(
@@ -150,6 +159,7 @@ class StepSamples(IterableDataset):
             samples = iter(self._dataset)
             for turn in range(-(-left // num_workers)):
                 wanted = schedule.samples_per_rank if turn * num_workers + own < left else 0
+                self._dataset.current_step = step + turn * num_workers + own
                 # Asked for also where there are none: workers wait for each other when an epoch begins.
                 of_step = list(itertools.islice(samples, schedule.samples_per_rank))
                 if len(of_step) < wanted:
@@ -184,7 +194,7 @@ class PackedStep:
     buffer: torch.Tensor  # [bytes] uint8
     layout: list[dict[str, Any]]  # the micro-batches, with places for tensors
     sample_ids: list[list[int]]  # of each micro-batch
-    counts: tuple[int, int, int]
+    counts: Counts
 
     @classmethod
     def of(cls, micro_batches: list[dict[str, Any]]) -> "PackedStep":
@@ -231,15 +241,17 @@ class PackedStep:
         return replace(self, buffer=self.buffer.pin_memory())
 
 
-def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
-    """Target positions, sense positions (relation and own) and relation positions of micro-batches."""
-    targets = senses = relations = 0
+def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> Counts:
+    """The positions of micro-batches."""
+    targets = senses = relations = lexical = 0
     for batch in micro_batches:
         targets += int(batch["loss_mask"].sum())
-        if "senses" in batch:
-            relations += len(batch["senses"]["relation_positions"])
-            senses += len(batch["senses"]["relation_positions"]) + len(batch["senses"]["own_positions"])
-    return targets, senses, relations
+        of_senses = batch.get("senses", {})
+        relations += len(of_senses.get("relation_positions", ()))
+        senses += sum(len(of_senses.get(name, ())) for name in ("relation_positions", "own_positions", "positions"))
+        if "lexical" in batch:
+            lexical += int((batch["lexical"] & batch["loss_mask"]).sum())
+    return Counts(targets, senses, relations, lexical)
 
 
 class Copier(Protocol):

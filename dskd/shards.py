@@ -22,6 +22,7 @@ import torch
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.storage.download import CloudDownloader
 
+from dskd.candidates import Candidates
 from dskd.config import Config, LossConfig
 from dskd.distributed import World, on_main
 from dskd.errors import OutageError, UserError
@@ -74,7 +75,7 @@ class SensePositions:
         them; and as many of the positions whose target has senses.
         """
         counts = sample["loss_mask"].astype(bool)
-        lexical = np.flatnonzero(counts & ((sample["synonym_ids"][:, 0] >= 0) | (sample["antonym_ids"][:, 0] >= 0)))
+        lexical = np.flatnonzero(counts & _is_lexical(sample))
         own = np.flatnonzero(counts & (sample["sense_ids"][:, 0] >= 0))
         wanted = min(len(lexical), max(round(self.relation_share * len(lexical)), self.min_relations))
         return self._first(lexical, wanted, sample_id, epoch, _RELATION_DRAW), self._first(
@@ -86,13 +87,19 @@ class SensePositions:
         return np.sort(positions[np.argsort(priorities, kind="stable")[:wanted]])
 
 
+def _is_lexical(sample: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[T] bool: the target has a synonym or antonym."""
+    return (sample["synonym_ids"][:, 0] >= 0) | (sample["antonym_ids"][:, 0] >= 0)
+
+
 class ShardDataset(StreamingDataset):
-    """mosaicml-streaming's dataset, whose samples also say which they are and in which epoch they were read."""
+    """mosaicml-streaming's dataset, whose samples also say which they are, and in which epoch and step."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         # Set by whoever iterates it, in the process that does.
         self.current_epoch = 0
+        self.current_step = 0
         self.failure: BaseException | None = None  # why iterating it ended early
 
     def on_exception(self, future: Future) -> None:
@@ -104,9 +111,9 @@ class ShardDataset(StreamingDataset):
             self._event.set()
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """The columns of a sample, with `sample_id` and `epoch`."""
+        """The columns of a sample, with `sample_id`, `epoch` and `step`."""
         sample = super().get_item(sample_id, retry)
-        return {**sample, "sample_id": sample_id, "epoch": self.current_epoch}
+        return {**sample, "sample_id": sample_id, "epoch": self.current_epoch, "step": self.current_step}
 
 
 class Collator:
@@ -118,6 +125,8 @@ class Collator:
         positions: SensePositions | None,
         *,
         micro_batch_size: int,
+        candidates: Candidates | None = None,
+        lexical: bool = False,
         teacher_cache: bool = False,
     ) -> None:
         """What comes with the tokens.
@@ -127,19 +136,26 @@ class Collator:
                 into the whole dictionary.
             positions: which positions get a sense term; None: none do.
             micro_batch_size: samples a micro-batch.
+            candidates: which rows teacher and student are compared over; None: the student's distances to rows count.
+            lexical: bring which targets have a synonym or antonym.
             teacher_cache: bring the teacher's stored distributions.
         """
         self._vectors_path = vectors_path
         self._positions = positions
         self._micro_batch_size = micro_batch_size
+        self._candidates = candidates
+        self._lexical = lexical
         self._teacher_cache = teacher_cache
         self._vectors: np.ndarray | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Micro-batches of B samples, trimmed to T tokens: what :func:`collate_tokens` gives, and as asked for.
 
-        `senses`: the tensors that :func:`dskd.losses.sense_loss` takes, with positions into B·T. Without `vectors_path`
-        `sense_rows` [R, D] is not among them, and indices are row numbers of the dictionary.
+        `senses`: the tensors that :func:`dskd.sense_losses.sense_loss` takes, or with `candidates` those that
+        :func:`dskd.sense_losses.sense_divergence` takes, with positions into B·T. Without `vectors_path` `sense_rows`
+        [R, D] is not among them, and indices are row numbers of the dictionary.
+
+        `lexical`: [B, T] bool.
 
         `teacher_cache`: {token_ids [B, T, n] int32, logprobs [B, T, n] float16, rest_logprob [B, T] float32}.
         """
@@ -154,7 +170,10 @@ class Collator:
         length = _trimmed_length(samples)
         batch: dict[str, Any] = collate_tokens(samples, length)
         if self._positions is not None:
-            batch["senses"] = _collate_senses(samples, length, self._vectors, self._positions)
+            named = _name_rows(samples, length, self._positions, self._candidates)
+            batch["senses"] = _point_to_rows(named, self._vectors)
+        if self._lexical:
+            batch["lexical"] = torch.from_numpy(np.stack([_is_lexical(sample)[:length] for sample in samples]))
         if self._teacher_cache:
             batch["teacher_cache"] = {
                 name.removeprefix("teacher_"): torch.from_numpy(np.stack([sample[name][:length] for sample in samples]))
@@ -174,32 +193,46 @@ def _trimmed_length(samples: Sequence[Mapping[str, Any]]) -> int:
     return min(len(samples[0]["input_ids"]), -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
 
 
-def _collate_senses(
-    samples: Sequence[Mapping[str, Any]], length: int, vectors: np.ndarray | None, rule: SensePositions
-) -> dict[str, torch.Tensor]:
-    relation_positions, own_positions = [], []
-    chosen: dict[str, list[np.ndarray]] = {"synonym_ids": [], "antonym_ids": [], "sense_ids": []}
-    for number, sample in enumerate(samples):
-        relation, own = rule.draw(sample, sample["sample_id"], sample["epoch"])
-        relation_positions.append(relation + number * length)
-        own_positions.append(own + number * length)
-        chosen["synonym_ids"].append(sample["synonym_ids"][relation])
-        chosen["antonym_ids"].append(sample["antonym_ids"][relation])
-        chosen["sense_ids"].append(sample["sense_ids"][own])
-    row_ids = [np.concatenate(ids) for ids in chosen.values()]
+_RowsByName = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+def _name_rows(
+    samples: Sequence[Mapping[str, Any]], length: int, rule: SensePositions, candidates: Candidates | None
+) -> _RowsByName:
+    """What a sense loss takes: {name: positions into B·T}, and {name: row numbers of the dictionary}."""
+    drawn = [rule.draw(sample, sample["sample_id"], sample["epoch"]) for sample in samples]
+    if candidates is not None:
+        # Both draws, and a position of both once: with any candidates the positions are the same.
+        at = [np.union1d(*of_sample) for of_sample in drawn]
+        shared = candidates.draw(samples[0]["step"])
+        rows = [candidates.of_positions(sample, where, shared) for sample, where in zip(samples, at, strict=True)]
+        return {"positions": _in_batch(at, length)}, {"candidate_index": np.concatenate(rows), "random_index": shared}
+    relation, own = zip(*drawn, strict=True)
+
+    def column(name: str, at: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([sample[name][where] for sample, where in zip(samples, at, strict=True)])
+
+    return {"relation_positions": _in_batch(relation, length), "own_positions": _in_batch(own, length)}, {
+        "synonym_index": column("synonym_ids", relation),
+        "antonym_index": column("antonym_ids", relation),
+        "own_index": column("sense_ids", own),
+    }
+
+
+def _in_batch(positions: Sequence[np.ndarray], length: int) -> np.ndarray:
+    return np.concatenate([of_sample + number * length for number, of_sample in enumerate(positions)])
+
+
+def _point_to_rows(named: _RowsByName, vectors: np.ndarray | None) -> dict[str, torch.Tensor]:
+    """The same as tensors; with `vectors` the rows are among them, and row numbers are indices into those."""
+    positions, row_ids = named
     rows = {}
     if vectors is None:
-        indices = [torch.from_numpy(ids).long() for ids in row_ids]
+        indices = [torch.from_numpy(ids).long() for ids in row_ids.values()]
     else:
-        rows["sense_rows"], indices = gather_rows(vectors, row_ids)
-    return {
-        **rows,
-        "relation_positions": torch.from_numpy(np.concatenate(relation_positions)),
-        "synonym_index": indices[0],
-        "antonym_index": indices[1],
-        "own_positions": torch.from_numpy(np.concatenate(own_positions)),
-        "own_index": indices[2],
-    }
+        rows["sense_rows"], indices = gather_rows(vectors, list(row_ids.values()))
+    at = {name: torch.from_numpy(values) for name, values in positions.items()}
+    return {**rows, **at, **dict(zip(row_ids, indices, strict=True))}
 
 
 def collate_tokens(samples: Sequence[Mapping[str, Any]], length: int | None = None) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from dskd.config import LossConfig
 from dskd.distributed import World, gather_json, sum_over_ranks
 from dskd.errors import UserError
 from dskd.head import TERMS, Normalizers
-from dskd.loader import Step
+from dskd.loader import Counts, Step
 from dskd.pair import Pair
 
 _LOSS_TERMS = ("ce", "kl", "hidden", "sense")
@@ -56,10 +56,11 @@ def train_step(
     """
     micro_batches = step_batches.micro_batches
     mine = torch.tensor([*step_batches.counts, stop_requested], device=world.device)
-    *counts, stops = sum_over_ranks(mine).tolist()
+    *of_all, stops = sum_over_ranks(mine).tolist()
+    counts = Counts(*of_all)
     normalizers = _normalizers(counts, world, len(micro_batches))
     engine = pair.engine
-    terms = []
+    losses, terms = [], []
     for number, batch in enumerate(micro_batches):
         position_ids = batch.get("position_ids")
         teacher_hidden, student_inputs = pair.run_teacher(batch["input_ids"], position_ids)
@@ -72,12 +73,15 @@ def train_step(
             teacher_hidden=teacher_hidden,
             teacher_cache=batch.get("teacher_cache"),
             senses=batch.get("senses"),
+            token_weights=_token_weights(batch["lexical"], loss, counts) if "lexical" in batch else None,
         )
+        losses.append(total.detach().float())
         engine.backward(total)
         terms.append(sums)
         if number + 1 < len(micro_batches):
             engine.step()
-    sums = sum_over_ranks(torch.stack(terms).double().sum(0)).tolist()
+    of_step = torch.cat([torch.stack(losses).unsqueeze(-1), torch.stack(terms)], dim=-1)
+    total_loss, *sums = sum_over_ranks(of_step.double().sum(0)).tolist()
     _require_finite(sums, terms, micro_batches, step)
     engine.step()
     grad_norm = float(engine.get_global_grad_norm())
@@ -87,20 +91,31 @@ def train_step(
             "before a checkpoint is written. Lower train.learning_rate, or use precision: fp32",
             known_to_all_ranks=True,
         )
-    return _result(sums, counts, loss, grad_norm, stops > 0)
+    mean_loss = total_loss / (world.world_size * len(micro_batches))
+    return StepResult(mean_loss, _means(sums, counts), counts.targets, grad_norm, stops > 0)
 
 
-def _normalizers(counts: list[int], world: World, accumulation_steps: int) -> Normalizers:
+def _normalizers(counts: Counts, world: World, accumulation_steps: int) -> Normalizers:
     divided_by_deepspeed = world.world_size * accumulation_steps
-    return Normalizers(tokens=divided_by_deepspeed / max(counts[0], 1), senses=divided_by_deepspeed / max(counts[1], 1))
+    return Normalizers(
+        tokens=divided_by_deepspeed / max(counts.targets, 1), senses=divided_by_deepspeed / max(counts.senses, 1)
+    )
 
 
-def _result(
-    sums: list[float], counts: list[int], loss: LossConfig, grad_norm: float, stop_requested: bool
-) -> StepResult:
-    tokens, senses, relations = (max(count, 1) for count in counts)
+def _token_weights(lexical: torch.Tensor, loss: LossConfig, counts: Counts) -> torch.Tensor:
+    """[B, T] float32: `lexical_weight` where `lexical` [B, T], 1 elsewhere, over what these add up to by target.
+
+    Their mean over the targets of the step is 1, and what is weighted with them and divided by the number of targets
+    is a weighted mean: another weight is another emphasis, and no other learning rate.
+    """
+    added_up = counts.targets + (loss.lexical_weight - 1) * counts.lexical
+    return (1 + (loss.lexical_weight - 1) * lexical.float()) * (counts.targets / max(added_up, 1e-12))
+
+
+def _means(sums: list[float], counts: Counts) -> dict[str, float]:
+    tokens, senses, relations = (max(count, 1) for count in counts[:3])
     of = dict(zip(TERMS, sums, strict=True))
-    terms = {
+    return {
         "ce": of["ce"] / tokens,
         "kl": of["kl"] / tokens,
         "hidden": of["hidden"] / tokens,
@@ -109,14 +124,8 @@ def _result(
         "sense_antonym": of["antonym"] / relations,
         "sense_own": of["own"] / max(senses - relations, 1),
         "active_hinges": of["active_hinges"] / max(of["hinges"], 1),
+        "sense_teacher_entropy": of["teacher_entropy"] / senses,
     }
-    total = (
-        loss.ce_weight * terms["ce"]
-        + loss.kd_weight * loss.temperature**2 * terms["kl"]
-        + loss.sense_weight * terms["sense"]
-        + loss.hidden_weight * terms["hidden"]
-    )
-    return StepResult(total, terms, counts[0], grad_norm, stop_requested)
 
 
 def _require_finite(

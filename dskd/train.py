@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dskd import checkpoint, shards, stopping
+from dskd.candidates import Candidates
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, any_rank, main_first, on_main
@@ -38,6 +41,12 @@ _NOT_IN_RECIPE = {
 }
 _LOCK_PATIENCE_S = 60.0
 
+# By `loss.sense_form`, beside the other terms.
+_SENSE_METRICS = {
+    "distance": ("sense", "sense_synonym", "sense_antonym", "sense_own", "active_hinges"),
+    "distribution": ("sense", "sense_teacher_entropy"),
+}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -48,6 +57,7 @@ class Inputs:
     senses: Manifest
     shards: Manifest
     vectors_path: Path
+    num_senses: int  # rows of the sense dictionary
 
 
 def recipe(config: Config) -> Recipe:
@@ -117,7 +127,34 @@ def load_inputs(config: Config) -> Inputs:
     if _reads_teacher_cache(config):
         shards.require_teacher_cache(config, "train", train_shards)
         _require_one_vocabulary(teacher, student)
-    return Inputs(teacher, student, senses, train_shards, dictionary.path)
+    return Inputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows)
+
+
+def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> shards.Collator:
+    """What makes the batches that the loss of the run reads."""
+    loss = config.loss
+    positions = candidates = None
+    if loss.sense_weight:
+        positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
+    if loss.compares_sense_distributions:
+        candidates = Candidates.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
+    return shards.Collator(
+        None if _bank_on_device(config) else inputs.vectors_path,
+        positions,
+        micro_batch_size=schedule.micro_batch_size,
+        candidates=candidates,
+        lexical=loss.lexical_weight != 1,
+        teacher_cache=_reads_teacher_cache(config),
+    )
+
+
+def load_sense_bank(config: Config, inputs: Inputs, world: World) -> torch.Tensor | None:
+    """All sense embeddings [R, D] on the device, where batches bring none."""
+    return load_bank(inputs.vectors_path, world.device) if _bank_on_device(config) else None
+
+
+def _bank_on_device(config: Config) -> bool:
+    return config.loss.sense_weight > 0 and config.train.sense_bank == "device"
 
 
 def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
@@ -174,15 +211,8 @@ def _run(
         checkpoint.load(engine, start, world, trunk_depth=pair.trunk_depth)
     first_step = start.step if start is not None else 0
     _say_what_runs(config, world, engine, schedule, first_step)
-    positions = shards.SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
-    bank_on_device = bool(loss.sense_weight) and train_settings.sense_bank == "device"
-    collate = shards.Collator(
-        None if bank_on_device else inputs.vectors_path,
-        positions if loss.sense_weight else None,
-        micro_batch_size=schedule.micro_batch_size,
-        teacher_cache=_reads_teacher_cache(config),
-    )
-    bank = load_bank(inputs.vectors_path, world.device) if bank_on_device else None
+    collate = build_collator(config, inputs, schedule)
+    bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
     steps = load_steps(config, schedule, collate, cache, world, start_step=first_step, sense_bank=bank)
     tracker = main_first(
@@ -306,8 +336,7 @@ def _metrics(result: StepResult, config: Config, rate: float, elapsed: float, wa
     wanted = {"ce": True, "kl": loss.kd_weight > 0, "hidden": loss.hidden_weight > 0}
     metrics = {f"train/{name}": result.terms[name] for name, is_used in wanted.items() if is_used}
     if loss.sense_weight:
-        names = ("sense", "sense_synonym", "sense_antonym", "sense_own", "active_hinges")
-        metrics |= {f"train/{name}": result.terms[name] for name in names}
+        metrics |= {f"train/{name}": result.terms[name] for name in _SENSE_METRICS[loss.sense_form]}
     return metrics | {
         "train/loss": result.loss,
         "train/grad_norm": result.grad_norm,

@@ -17,7 +17,7 @@ from dskd.causal_lm import sharded_numel
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.distributed import gather_json, initialize
-from dskd.loader import Step
+from dskd.loader import Step, count_positions
 from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
@@ -52,7 +52,9 @@ def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, d
     run_as_rank(run, environment, log)
 
 
-def head_gradients(folder: Path, architecture: str, divergence: str, environment: dict[str, str], log: Path) -> None:
+def head_gradients(
+    folder: Path, architecture: str, divergence: str, form: str, environment: dict[str, str], log: Path
+) -> None:
     """One step of a student with a trained head in two micro-batches a rank; rank 0 writes gradients and terms.
 
     Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`.
@@ -63,13 +65,34 @@ def head_gradients(folder: Path, architecture: str, divergence: str, environment
 
         world = initialize(60)
         batch = load_file(folder / "batch.safetensors")
+        distribution = form == "distribution"
+
+        def senses_of(row: int) -> dict[str, torch.Tensor]:
+            """Of position 0, and in all but the last row of position 1."""
+            both = 1 + (row < 3)
+            if distribution:
+                index = torch.tensor([[0, 1], [1, -1]])[:both]
+                return {
+                    "positions": torch.arange(both),
+                    "candidate_index": index,
+                    "random_index": torch.tensor([2]),
+                }
+            return {
+                "relation_positions": torch.tensor([0]),
+                "synonym_index": torch.tensor([[0, -1]]),
+                "antonym_index": torch.tensor([[1, -1]]),
+                "own_positions": torch.arange(1, both),
+                "own_index": torch.full((both - 1, 1), 2),
+            }
+
+        of_form = {"sense_form": form, "sense_temperature": 0.2, "lexical_weight": 1.7} if distribution else {}
         config = Config(
             workdir=str(folder),
             precision="fp32",
             teacher={"path": str(folder / f"{architecture}-teacher")},
             corpus={"packing": "stream"},
             student={"train_layers": 1, "train_lm_head": True, "shared_trunk": "off"},
-            loss={"hidden_weight": 0.3, "sense_weight": 0.8, "antonym_weight": 1.0, "divergence": divergence},
+            loss={"hidden_weight": 0.3, "sense_weight": 0.8, "divergence": divergence, **of_form},
             train={"global_batch_size": 4, "micro_batch_size": 1, "loss_chunk_size": 5},
         )
         student = ModelFolder(folder / f"{architecture}-student", "", "")
@@ -82,19 +105,12 @@ def head_gradients(folder: Path, architecture: str, divergence: str, environment
                 "input_ids": batch["input_ids"][row][None],
                 "labels": batch["input_ids"][row][None].roll(-1, 1),
                 "loss_mask": batch["loss_mask"][row][None].bool(),
-                "senses": {
-                    "sense_rows": batch["rows"],
-                    "relation_positions": torch.tensor([0]),
-                    "synonym_index": torch.tensor([[0, -1]]),
-                    "antonym_index": torch.tensor([[1, -1]]),
-                    "own_positions": torch.tensor([1] if row < 3 else [], dtype=torch.int64),
-                    "own_index": torch.tensor([[2]] if row < 3 else [], dtype=torch.int64).view(-1, 1),
-                },
+                "senses": {"sense_rows": batch["rows"], **senses_of(row)},
+                **({"lexical": batch["input_ids"][row][None] % 2 == 0} if distribution else {}),
             }
             for row in mine
         ]
-        own = sum(row < 3 for row in mine)
-        step = Step(micro_batches, (int(batch["loss_mask"][mine.start : mine.stop].sum()), 2 + own, 2))
+        step = Step(micro_batches, count_positions(micro_batches))
         gradients = {}
 
         def keep_gradients() -> None:

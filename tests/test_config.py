@@ -213,7 +213,7 @@ def test_sections_that_do_not_fit_together_are_all_named(tmp_path):
         {
             **MINIMAL,
             "teacher": {"path": "a/b", "mode": "cached"},
-            "loss": {"hidden_weight": 1.0},
+            "loss": {"hidden_weight": 1.0, "sense_form": "distribution"},
             "student": {"shared_trunk": "on"},
             "annotation": {"continuation_tokens": 3},
         },
@@ -223,10 +223,51 @@ def test_sections_that_do_not_fit_together_are_all_named(tmp_path):
     for part in (
         "teacher.mode: cached needs annotation.teacher_top_n",
         "loss.hidden_weight needs the teacher's states",
+        "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached has not",
         "student.shared_trunk: on needs a teacher in training",
         "annotation.continuation_tokens needs corpus.packing: none",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "messages"),
+    [
+        (
+            {"sense_temperature": 0.2, "sense_candidates": ["own"]},
+            [
+                "loss.sense_temperature and loss.sense_candidates need sense_form: distribution, and it is distance",
+                "leave them at their defaults",
+            ],
+        ),
+        ({"sense_form": "distribution", "margin": 2.0}, ["loss.margin needs sense_form: distance, and it is distr"]),
+        (
+            {"sense_form": "distribution", "sense_candidates": ["own"], "sense_random_candidates": 9},
+            ["loss.sense_random_candidates needs random in loss.sense_candidates"],
+        ),
+        (
+            {"lexical_weight": 1.2, "ce_weight": 0.0, "kd_weight": 0.0},
+            ["loss.lexical_weight is of CE and KL, whose weights are 0"],
+        ),
+        ({"sense_candidates": []}, ["loss.sense_candidates"]),
+        ({"lexical_weight": 0.0}, ["loss.lexical_weight"]),
+    ],
+)
+def test_keys_of_the_loss_that_would_do_nothing_are_refused(tmp_path, loss, messages):
+    with pytest.raises(UserError) as error:
+        load_config(_write(tmp_path, {**MINIMAL, "loss": loss}))
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
+    forms = {"a": {}, "b": {"loss": {"sense_form": "distribution", "sense_candidates": ["own", "random"]}}}
+    path = _write(tmp_path, {**MINIMAL, "loss": {"kd_weight": 0.0}, "run": "a", "runs": forms})
+    assert not load_config(path).needs_teacher
+    config = load_config(path, ["run=b"])
+    assert config.loss.sense_candidates == ("own", "random")
+    assert config.needs_teacher
+    assert not load_config(path, ["run=b", "loss.sense_weight=0"]).needs_teacher
 
 
 @pytest.mark.parametrize(

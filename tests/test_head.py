@@ -39,25 +39,42 @@ def case():
             "own_positions": torch.tensor([2, 3, 9]),
             "own_index": torch.tensor([[0, -1], [1, 2], [3, 0]]),
         },
+        "candidates": {
+            "sense_rows": random(R, D),
+            "positions": torch.tensor([9, 1, 8]),
+            "candidate_index": torch.tensor([[0, 3], [-1, 0], [-1, -1]]),
+            "random_index": torch.tensor([1, 2]),
+        },
     }
 
 
-def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None):
+def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_weights=None):
     """L as the paper has it in section 4, in one expression each, with loops for the senses."""
     mask = case["loss_mask"]
+    emphasis = 1 if token_weights is None else token_weights[mask]
     teacher_weight = case["teacher_weight"] if teacher_weight is None else teacher_weight
     logits, teacher = hidden @ weight.T, case["teacher_hidden"] @ teacher_weight.T
-    ce = F.cross_entropy(logits[mask], case["labels"][mask], reduction="sum")
+    ce = F.cross_entropy(logits[mask], case["labels"][mask], reduction="none")
     p, q = ((z / loss.temperature).softmax(-1)[mask] for z in (teacher, logits))
     m = (p + q) / 2
     kl = {
         "forward_kl": p * (p / q).log(),
         "reverse_kl": q * (q / p).log(),
         "jensen_shannon": (p * (p / m).log() + q * (q / m).log()) / 2,
-    }[loss.divergence].sum()
+    }[loss.divergence].sum(-1)
     distance = ((hidden - case["teacher_hidden"]) ** 2).mean(-1)[mask].sum()
-    senses, flat = case["senses"], hidden.reshape(-1, D)
-    total = 0
+    senses = _plain_senses if loss.sense_form == "distance" else _plain_sense_divergence
+    total = senses(case, loss, hidden.reshape(-1, D))
+    of_logits = (emphasis * (loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl)).sum()
+    return (
+        normalizers.tokens * (of_logits + loss.hidden_weight * distance)
+        + normalizers.senses * loss.sense_weight * total,
+        (ce.sum(), kl.sum(), distance, total),
+    )
+
+
+def _plain_senses(case, loss, flat):
+    senses, total = case["senses"], 0
     for position, near, far in zip(
         senses["relation_positions"], senses["synonym_index"], senses["antonym_index"], strict=True
     ):
@@ -71,15 +88,24 @@ def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None):
     for position, rows in zip(senses["own_positions"], senses["own_index"], strict=True):
         pulls = [((flat[position] - senses["sense_rows"][row]) ** 2).mean() for row in rows if row >= 0]
         total = total + sum(pulls) / len(pulls)
-    return (
-        normalizers.tokens
-        * (loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl + loss.hidden_weight * distance)
-        + normalizers.senses * loss.sense_weight * total,
-        (ce, kl, distance, total),
-    )
+    return total
 
 
-LOSS = LossConfig(ce_weight=0.9, kd_weight=0.7, sense_weight=1.3, hidden_weight=0.4, margin=2.0, antonym_weight=0.6)
+def _plain_sense_divergence(case, loss, flat):
+    senses, total = case["candidates"], 0
+    for position, rows in zip(senses["positions"], senses["candidate_index"], strict=True):
+        named = senses["sense_rows"][[row for row in rows.tolist() if row >= 0] + senses["random_index"].tolist()]
+        q, p = (
+            (-(states[position] - named).square().mean(-1) / loss.sense_temperature).softmax(-1)
+            for states in (flat, case["teacher_hidden"].reshape(-1, D))
+        )
+        total = total + (p * (p / q).log()).sum()
+    return total
+
+
+WEIGHTS = {"ce_weight": 0.9, "kd_weight": 0.7, "sense_weight": 1.3, "hidden_weight": 0.4}
+LOSS = LossConfig(**WEIGHTS, margin=2.0, antonym_weight=0.6)
+DISTRIBUTION = LossConfig(**WEIGHTS, sense_form="distribution", sense_temperature=0.6)
 NORMALIZERS = Normalizers(tokens=0.25, senses=0.5)
 
 
@@ -97,10 +123,10 @@ def _run(case, head, **changes):
     return total.detach(), dict(zip(TERMS, terms.tolist(), strict=True)), hidden.grad, head.weight.grad
 
 
-def _expected(case, loss, *, trained_head=False, teacher_weight=None):
+def _expected(case, loss, *, trained_head=False, teacher_weight=None, token_weights=None):
     hidden = case["hidden"].clone().requires_grad_()
     weight = case["weight"].clone().requires_grad_(trained_head)
-    total, sums = _plain(case, loss, hidden, weight, NORMALIZERS, teacher_weight)
+    total, sums = _plain(case, loss, hidden, weight, NORMALIZERS, teacher_weight, token_weights)
     (3 * total).backward()
     return total.detach(), [float(value.detach()) for value in sums], hidden.grad, weight.grad
 
@@ -116,6 +142,20 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(case, chunk_size,
     for index in (0, 2, 3):
         torch.testing.assert_close(found[index], expected[index])
     assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_weights_of_positions_and_the_distribution_of_senses_are_those_of_the_plain_formulation(case, chunk_size):
+    weights = torch.linspace(0.2, 3, B * T, dtype=torch.float64).view(B, T)
+    weight = nn.Parameter(case["weight"].clone())
+    head = DistillationHead(weight, case["teacher_weight"], DISTRIBUTION, chunk_size=chunk_size)
+    found = _run(case, head, senses=case["candidates"], token_weights=weights)
+    expected = _expected(case, DISTRIBUTION, trained_head=True, token_weights=weights)
+    for index in (0, 2, 3):
+        torch.testing.assert_close(found[index], expected[index])
+    # The terms by themselves stay comparable with those of other weights.
+    assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
+    assert found[1]["teacher_entropy"] > 0
 
 
 def test_one_matrix_serves_student_and_teacher(case):
@@ -139,16 +179,26 @@ class _LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("teacher", ["loaded", "cached"])
-def test_no_tensor_of_a_step_has_more_than_one_chunks_logits(teacher):
+def test_no_tensor_of_a_step_has_more_than_one_chunks_logits(teacher, monkeypatch):
+    """With rows of the sense dictionary at half of the positions, where there is a teacher to compare them with."""
     positions, hidden_size, vocab_size, chunk = 600, 8, 500, 16
     hidden, teacher_hidden = torch.randn(2, 1, positions, hidden_size)
     head = DistillationHead(
         nn.Parameter(torch.randn(vocab_size, hidden_size)),
         torch.randn(vocab_size, hidden_size),
-        LOSS.model_copy(update={"hidden_weight": 0.0 if teacher == "cached" else 0.3}),
+        LOSS.model_copy(update={"hidden_weight": 0.0}) if teacher == "cached" else DISTRIBUTION,
         chunk_size=chunk,
     )
-    of_teacher = {"teacher_hidden": teacher_hidden}
+    monkeypatch.setattr("dskd.sense_losses._GATHERED", {"cpu": chunk * vocab_size // 2})
+    of_teacher = {
+        "teacher_hidden": teacher_hidden,
+        "senses": {
+            "sense_rows": torch.randn(100, hidden_size),
+            "positions": torch.arange(0, positions, 2),
+            "candidate_index": torch.arange(positions // 2 * 12).view(-1, 12) % 80,
+            "random_index": torch.arange(80, 100),
+        },
+    }
     if teacher == "cached":
         top = (teacher_hidden @ head.teacher_weight.T).log_softmax(-1).topk(5)
         of_teacher = {
@@ -165,6 +215,7 @@ def test_no_tensor_of_a_step_has_more_than_one_chunks_logits(teacher):
             labels=torch.arange(positions)[None] % vocab_size,
             loss_mask=torch.ones(1, positions, dtype=torch.bool),
             normalizers=NORMALIZERS,
+            token_weights=torch.ones(1, positions),
             **of_teacher,
         )
         total.backward()
@@ -175,8 +226,9 @@ def test_no_tensor_of_a_step_has_more_than_one_chunks_logits(teacher):
 def test_compiled_losses_are_the_same(case):
     torch._dynamo.utils.counters.clear()
     args = nn.Parameter(case["weight"], requires_grad=False), case["teacher_weight"], LOSS
-    plain = _run(case, DistillationHead(*args, chunk_size=4))
-    compiled = _run(case, DistillationHead(*args, chunk_size=4, compile_losses=True))
+    weights = torch.linspace(0.2, 3, B * T, dtype=torch.float64).view(B, T)
+    plain = _run(case, DistillationHead(*args, chunk_size=4), token_weights=weights)
+    compiled = _run(case, DistillationHead(*args, chunk_size=4, compile_losses=True), token_weights=weights)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close((plain[0], plain[2]), (compiled[0], compiled[2]))
 
@@ -248,9 +300,14 @@ def test_without_labels_the_head_gives_logits(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "kind"), [("llama", "forward_kl"), ("llama", "reverse_kl"), ("qwen2", "jensen_shannon")]
+    ("architecture", "kind", "form"),
+    [
+        ("llama", "forward_kl", "distance"),
+        ("llama", "reverse_kl", "distribution"),
+        ("qwen2", "jensen_shannon", "distance"),
+    ],
 )  # untied, and tied to the embeddings
-def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_path, architecture, kind):
+def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_path, architecture, kind, form):
     """ZeRO-3 on two ranks, two micro-batches each, a trained head and all terms of the loss; against whole logits and
     loops in one process in float64. DeepSpeed computes in float32."""
     teacher = save_model(tmp_path / f"{architecture}-teacher", architecture, seed=1).double()
@@ -260,7 +317,7 @@ def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_p
     mask = torch.arange(12) < counted[:, None]
     rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)) * 0.5
     save_file({"input_ids": ids, "loss_mask": mask.to(torch.uint8), "rows": rows}, tmp_path / "batch.safetensors")
-    finish(fork_ranks(head_gradients, tmp_path, architecture, kind, ranks=2), 120)
+    finish(fork_ranks(head_gradients, tmp_path, architecture, kind, form, ranks=2), 120)
 
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("layers.3." in name or parameter is student.lm_head.weight)
@@ -268,22 +325,31 @@ def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_p
     with torch.no_grad():
         teacher_states = teacher.model(ids).last_hidden_state
     q, p = ((s @ m.lm_head.weight.T)[mask] for s, m in ((states, student), (teacher_states, teacher)))
-    ce = F.cross_entropy(q, ids.roll(-1, 1)[mask], reduction="sum")
+    ce = F.cross_entropy(q, ids.roll(-1, 1)[mask], reduction="none")
     q, p = (q / 2).softmax(-1), (p / 2).softmax(-1)
     m = (p + q) / 2
     divergence = {
         "forward_kl": p * (p / q).log(),
         "reverse_kl": q * (q / p).log(),
         "jensen_shannon": (p * (p / m).log() + q * (q / m).log()) / 2,
-    }[kind].sum()
+    }[kind].sum(-1)
+    of_logits = (ce + 0.7 * 2**2 * divergence).sum() / counted.sum()
     # In each sequence position 0 is pulled to row 0 and pushed from row 1, in all but the last position 1 to row 2.
     far = 1.3 - (states[:, 0] - rows[1]).square().mean(-1)
     assert 0 < (far > 0).sum() < 4
     sense = (states[:, 0] - rows[0]).square().mean(-1).sum() + far.clamp(min=0).sum()
     sense = sense + (states[:3, 1] - rows[2]).square().mean(-1).sum()
+    if form == "distribution":
+        # Position 0 has rows 0 and 1, position 1 has row 1, and all have row 2; an even token counts 1.7.
+        q, p = (-(s[:, :2, None] - rows).square().mean(-1) / 0.2 for s in (states, teacher_states))
+        q, p = (torch.stack([z[:, 0], z[:, 1] + torch.tensor([-torch.inf, 0, 0])], 1).log_softmax(-1) for z in (q, p))
+        each = (p.exp() * (p - q)).nan_to_num(0).sum(-1)
+        sense = each[:, 0].sum() + each[:3, 1].sum()
+        even = torch.where(ids % 2 == 0, 1.7, 1.0)[mask]
+        of_logits = (even * (ce + 0.7 * 2**2 * divergence)).sum() / even.sum()
     distance = (states - teacher_states).square().mean(-1)[mask].sum()
     # The definition of a mean: everything over the number of positions on all ranks.
-    loss = (ce + 0.7 * 2**2 * divergence + 0.3 * distance) / counted.sum() + 0.8 * sense / 7
+    loss = of_logits + 0.3 * distance / counted.sum() + 0.8 * sense / 7
     loss.backward()
     found = load_file(tmp_path / f"{architecture}.safetensors")
     assert float(found.pop("loss")) == pytest.approx(loss.item(), rel=1e-5)

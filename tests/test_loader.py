@@ -13,9 +13,10 @@ from conftest import ONE_RANK, open_dataset
 from safetensors.torch import save_file
 
 from dskd import shards
+from dskd.candidates import Candidates
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.loader import CudaCopier, PackedStep, copy_ahead, count_positions, load_steps
+from dskd.loader import Counts, CudaCopier, PackedStep, copy_ahead, count_positions, load_steps
 from dskd.schedule import Schedule
 from dskd.senses.bank import copy_in_pieces, load_bank, require_room
 from dskd.shards import COLUMNS, Collator, SensePositions, join_blocks, require_teacher_cache, write_block
@@ -104,6 +105,20 @@ def test_sense_positions_follow_the_epoch_in_workers_that_live_through_several(f
         assert positions == {"relation_positions": relation.tolist(), "own_positions": own.tolist()}
 
 
+@pytest.mark.parametrize(("workers", "start"), [(2, 0), (3, 7)])
+def test_random_candidates_follow_the_step_whoever_makes_its_batches(folder, tmp_path, workers, start):
+    candidates = Candidates(seed=5, kinds=("own", "random"), num_random=6, num_rows=ROWS)
+    collate = Collator(None, SensePositions(1, 0.3, 0), micro_batch_size=2, candidates=candidates, lexical=True)
+    steps = list(_steps(folder, tmp_path, workers, start, collate=collate))
+    assert len(steps) == SCHEDULE.total_steps - start
+    for number, step in enumerate(steps, start):
+        for batch in step.micro_batches:
+            assert batch["senses"]["random_index"].tolist() == candidates.draw(number).tolist()
+        positions = sum(len(batch["senses"]["positions"]) for batch in step.micro_batches)
+        targets = sum(int(batch["loss_mask"].sum()) for batch in step.micro_batches)
+        assert step.counts == (targets, positions, 0, targets)  # all of these targets have synonyms
+
+
 def _samples(folder, cache):
     dataset = open_dataset(folder / "shards" / "train", cache)
     return [dataset[index] for index in range(SAMPLES)]
@@ -153,7 +168,7 @@ def test_a_step_in_one_buffer_is_the_step(folder):
     ]
     batches[0]["senses"] |= {"relation_positions": torch.arange(3), "own_positions": torch.arange(2)}
     step = PackedStep.of(batches).unpack()
-    assert step.counts == (int(batches[0]["loss_mask"].sum()) + 3, 5, 3)
+    assert step.counts == (int(batches[0]["loss_mask"].sum()) + 3, 5, 3, 0)
 
     def same(one, other):
         if isinstance(one, dict):
@@ -167,7 +182,7 @@ def test_padding_is_never_counted(folder, tmp_path):
     samples = _samples(folder, tmp_path / "again")
     for step in _steps(folder, tmp_path / "steps", 2, start_step=9):
         ids = [i for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
-        assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0)
+        assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0, 0)
         assert count_positions(step.micro_batches) == step.counts
 
 
@@ -224,7 +239,7 @@ def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypat
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     copier = CudaCopier(torch.device("cuda", 0))
-    started = copier.start(PackedStep(Buffer(), [], [], (0, 0, 0)))
+    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0)))
     assert calls == ["on side", "copy", "off side", "event on side"]
     calls.clear()
     copier.finish(started)

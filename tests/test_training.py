@@ -4,20 +4,34 @@ import re
 import shutil
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, ONE_RANK, TINY, losses_of, run_apart, run_program, start_ranks, update_manifest
+from conftest import (
+    BEFORE_TRAINING,
+    ONE_RANK,
+    TINY,
+    losses_of,
+    open_dataset,
+    run_apart,
+    run_program,
+    start_ranks,
+    update_manifest,
+)
 from safetensors.torch import load_file, save_file
+from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd import checkpoint, shards
 from dskd.annotate import annotate
+from dskd.candidates import Candidates
 from dskd.config_file import load_config
 from dskd.errors import UserError
 from dskd.export import build_export
 from dskd.loader import load_steps
 from dskd.manifest import read_manifest
+from dskd.random_numbers import derived_seed
 from dskd.schedule import plan_schedule
 from dskd.tracking import read_runs
 from dskd.train import train
@@ -90,9 +104,19 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
     "loss",
     [
         {"kd_weight": 0.0, "sense_weight": 0.0},
-        {"kd_weight": 0.7, "sense_weight": 0.0, "hidden_weight": 2.0, "temperature": 1.5},
+        {
+            "kd_weight": 0.7,
+            "temperature": 1.5,
+            "lexical_weight": 1.4,
+            "hidden_weight": 2.0,
+            "sense_weight": 0.8,
+            "sense_form": "distribution",
+            "sense_temperature": 0.3,
+            "sense_random_candidates": 20,
+            "min_relations": 3,
+        },
     ],
-    ids=["plain fine-tuning", "KD and hidden-state distance"],
+    ids=["plain fine-tuning", "all that the paper has not"],
 )
 def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, loss):
     """No DeepSpeed, no packing, no chunks, no sums: each document by itself, autograd, torch's AdamW and clipping."""
@@ -108,28 +132,38 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
     end_token = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id
+    dataset = open_dataset(config.path("shards", "train"), tmp_path / "again")
+    vectors = load_file(config.path("senses", "senses.safetensors"))["vectors"].float()
     parameters = list(student.model.layers[-1].parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
     expected = []
-    for _ in range(schedule.total_steps):
+    for step in range(schedule.total_steps):
         batches = next(steps).micro_batches
+        samples = [{**dataset[i], "sample_id": i} for batch in batches for i in batch["sample_ids"].tolist()]
         ids = torch.cat([batch["input_ids"] for batch in batches])
         logits, states, has_target = run_apart(student, ids, end_token)
         with torch.no_grad():
             target_logits, target_states, _ = run_apart(teacher, ids, end_token)
         logits = logits[has_target]
-        total = F.cross_entropy(logits, ids.roll(-1, dims=1).flatten()[has_target])
+        lexical = [max(row) >= 0 for sample in samples for row in _rows(sample, "synonym_ids", "antonym_ids")]
+        weights = torch.where(torch.tensor(lexical)[has_target], loss.get("lexical_weight", 1.0), 1.0)
+        assert 0 < sum(lexical) < len(lexical)
+        weights = weights / weights.sum()
+        total = weights @ F.cross_entropy(logits, ids.roll(-1, dims=1).flatten()[has_target], reduction="none")
         if loss["kd_weight"]:
             temperature = loss["temperature"]
             kl = F.kl_div(
                 (logits / temperature).log_softmax(-1),
                 (target_logits[has_target] / temperature).log_softmax(-1),
-                reduction="batchmean",
+                reduction="none",
                 log_target=True,
             )
+            kl = weights @ kl.sum(-1)
             distance = F.mse_loss(states[has_target], target_states[has_target])
             total = total + loss["kd_weight"] * temperature**2 * kl + loss["hidden_weight"] * distance
+            divergences = _sense_divergences(config, step, samples, vectors, states, target_states)
+            total = total + loss["sense_weight"] * torch.stack(divergences).mean()
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clipping)
@@ -137,12 +171,36 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
         decay.step()
         expected.append(total.item())
     assert [value for _, value in losses_of(config_path)] == pytest.approx(expected, rel=1e-4)
+    assert bool(losses_of(config_path, "train/sense_teacher_entropy")) == bool(loss["sense_weight"])
     _, trained = _trained(config_path)
     names = {name for name, _ in student.named_parameters() if name.startswith("model.layers.1.")}
     assert set(trained) == names
     for name, parameter in student.named_parameters():
         if name in names:
             torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+
+
+def _rows(sample, *columns):
+    """The row numbers of each position, padded with -1."""
+    return np.concatenate([sample[name] for name in columns], axis=-1).tolist()
+
+
+def _sense_divergences(config, step, samples, vectors, states, target_states):
+    """KL of softmax(-D / tau) over each drawn position's rows and the random ones, from sets of row numbers."""
+    rule = shards.SensePositions.of(config.loss, derived_seed(config.seed, "train", "positions"))
+    random = Candidates.of(config.loss, derived_seed(config.seed, "train", "candidates"), len(vectors)).draw(step)
+    divergences = []
+    for number, sample in enumerate(samples):
+        named = _rows(sample, "sense_ids", "synonym_ids", "antonym_ids")
+        relation, own = rule.draw(sample, sample["sample_id"], 0)
+        for position in {*relation.tolist(), *own.tolist()}:
+            rows = vectors[sorted(({*named[position]} - {-1}) | {*random.tolist()})]
+            q, p = (
+                Categorical(logits=-(h[number * len(named) + position] - rows).square().mean(-1) / 0.3)
+                for h in (states, target_states)
+            )
+            divergences.append(kl_divergence(p, q))
+    return divergences
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny, tmp_path):

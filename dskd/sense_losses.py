@@ -1,0 +1,200 @@
+"""The sense loss and its gradient, as pure functions, in two forms: distances to rows of the sense dictionary
+(:func:`sense_loss`, the paper's), and the divergence of two distributions over rows (:func:`sense_divergence`).
+
+Values are *sums* over positions, as in :mod:`dskd.losses`. Rows are gathered for a few positions at a time, in bounded
+memory; only where the rows of one position are more than that (thousands) are they the bound.
+
+Shapes: N positions, D hidden, R rows of the sense dictionary, K = kappa.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from dskd.losses import at_least_float32, divergence
+
+
+class SenseSums(NamedTuple):
+    """Sums over the sampled positions of a micro-batch; scalars."""
+
+    total: torch.Tensor  # relation terms and own terms together: the numerator of L_sense
+    synonym: torch.Tensor  # of the mean distance to P_i
+    antonym: torch.Tensor  # of the mean hinge over N_i, before antonym_weight
+    own: torch.Tensor  # of the mean distance to O_i
+    active_hinges: torch.Tensor  # antonym rows within the margin
+    hinges: torch.Tensor  # antonym rows
+
+
+# Floats of gathered rows that exist at one time: 8 MB, 128 MB.
+_GATHERED = {"cpu": 2**21, "cuda": 2**25}
+
+
+def sense_loss(
+    hidden: torch.Tensor,
+    sense_rows: torch.Tensor,
+    *,
+    relation_positions: torch.Tensor,
+    synonym_index: torch.Tensor,
+    antonym_index: torch.Tensor,
+    own_positions: torch.Tensor,
+    own_index: torch.Tensor,
+    margin: float,
+    antonym_weight: float,
+    gradient: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> SenseSums:
+    """The sense loss (method, section 4) with D(h, s) = |h - s|² / D.
+
+    At a relation position i: mean over P_i of D + antonym_weight · mean over N_i of max(0, margin - D). At an own
+    position i: mean over O_i of D. A mean over no rows is 0.
+
+    Args:
+        hidden: [N, D], the student's last hidden states.
+        sense_rows: [R, D], rows of the sense dictionary.
+        relation_positions: [n] different indices into `hidden`.
+        synonym_index: [n, K] indices into `sense_rows`, P_i, padded with -1.
+        antonym_index: [n, K], N_i, padded with -1.
+        own_positions: [m] different indices into `hidden`.
+        own_index: [m, K], O_i, padded with -1.
+        margin: m, in units of D.
+        antonym_weight: w_n.
+        gradient: [N, D], to which `scale` times the gradient of the total by `hidden` is added in place.
+        scale: what for.
+    """
+    kappa = synonym_index.shape[-1]
+    sums = hidden.new_zeros(5, dtype=at_least_float32(hidden[:0]).dtype)
+    groups = (
+        (relation_positions, torch.cat([synonym_index, antonym_index], dim=-1), kappa),
+        (own_positions, own_index, own_index.shape[-1]),
+    )
+    for is_own, (positions, index, pulling) in enumerate(groups):
+        for part in _parts(len(positions), index.shape[-1] * hidden.shape[-1], hidden.device.type):
+            at, named = positions[part], index[part]
+            exists = named >= 0
+            states = at_least_float32(hidden[at])
+            rows = sense_rows[named.clamp(min=0)].to(states.dtype) if len(sense_rows) else None
+            if rows is None:
+                continue
+            distance = _distance(states, rows)
+            near, far = exists[:, :pulling], exists[:, pulling:]
+            pull = near / near.sum(-1, keepdim=True).clamp(min=1)
+            push = far / far.sum(-1, keepdim=True).clamp(min=1)
+            hinge = (margin - distance[:, pulling:]).clamp(min=0)
+            active = far & (hinge > 0)
+            attraction = (distance[:, :pulling] * pull).sum()
+            if is_own:
+                sums[2] += attraction
+            else:
+                sums += torch.stack(
+                    [attraction, (hinge * push).sum(), torch.zeros_like(attraction), active.sum(), far.sum()]
+                )
+            if gradient is not None:
+                # By h: Σ_k w_k · 2(h - s_k) / D, where w_k is the derivative by the distance of row k.
+                weights = torch.cat([pull.to(states.dtype), -antonym_weight * (push * active).to(states.dtype)], dim=-1)
+                towards = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+                change = (states * weights.sum(-1, keepdim=True) - towards) * (2 * scale / hidden.shape[-1])
+                # Positions are different within a group, so nothing is lost and no atomic addition makes runs differ.
+                gradient[at] = (gradient[at] + change).to(gradient.dtype)
+    synonym, antonym, own, active_hinges, hinges = sums
+    return SenseSums(synonym + antonym_weight * antonym + own, synonym, antonym, own, active_hinges, hinges)
+
+
+class SenseDivergenceSums(NamedTuple):
+    """Sums over the sampled positions of a micro-batch; scalars."""
+
+    total: torch.Tensor  # of KL(teacher || student): the numerator of L_sense
+    teacher_entropy: torch.Tensor  # of the teacher's distribution, in nats
+
+
+_SHORTEST = 1e-12  # length of a row; a shorter one has no direction
+
+
+def sense_divergence(
+    hidden: torch.Tensor,
+    sense_rows: torch.Tensor,
+    *,
+    teacher_hidden: torch.Tensor,
+    positions: torch.Tensor,
+    candidate_index: torch.Tensor,
+    random_index: torch.Tensor,
+    temperature: float,
+    distance: str,
+    gradient: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> SenseDivergenceSums:
+    """The sense loss as a divergence (not in the paper): at each position KL(teacher || student) between
+    softmax(-distance / temperature) over candidates, some of the position's own and some that all positions share.
+
+    Zero exactly where the two prefer each candidate to the others by as much; so at a position with less than two.
+
+    Args:
+        hidden: [N, D], the student's last hidden states.
+        sense_rows: [R, D], rows of the sense dictionary.
+        teacher_hidden: [N, D], the teacher's.
+        positions: [n] different indices into the states.
+        candidate_index: [n, C] indices into `sense_rows`, padded with -1; different ones at a position, and none of
+            `random_index`: each candidate counts once.
+        random_index: [S] different indices into `sense_rows`, candidates at every position.
+        temperature: in units of the distance.
+        distance: squared, |h - s|² / D; or cosine, 1 - cos(h, s), which no state's or row's length changes.
+        gradient: [N, D], to which `scale` times the gradient of the total by `hidden` is added in place.
+        scale: what for.
+    """
+    dtype, width, own = at_least_float32(hidden[:0]).dtype, hidden.shape[-1], candidate_index.shape[-1]
+    sums = hidden.new_zeros(2, dtype=dtype)
+    shared = sense_rows[random_index].to(dtype)
+    parts = _parts(len(positions), (own + 1) * width + len(shared), hidden.device.type)
+    for part in parts if len(sense_rows) else ():
+        at, named = positions[part], candidate_index[part]
+        exists = F.pad(named >= 0, (0, len(shared)), value=True)
+        rows = sense_rows[named.clamp(min=0)].to(dtype)
+        lengths = torch.cat([_length(rows), _length(shared).expand(len(at), -1)], dim=-1)
+        states, targets = hidden[at].to(dtype), teacher_hidden[at].to(dtype)
+        # -distance / temperature = slope · (h·s) - offset, up to what all candidates of a position have in common.
+        if distance == "cosine":
+            length = _length(states).clamp(min=_SHORTEST).unsqueeze(-1)
+            states, targets = states / length, F.normalize(targets, dim=-1, eps=_SHORTEST)
+            slope, offset = 1 / (lengths.clamp(min=_SHORTEST) * temperature), torch.zeros_like(lengths)
+        else:
+            slope, offset = (
+                torch.full_like(lengths, 2 / (width * temperature)),
+                lengths.square() / (width * temperature),
+            )
+        # Not minus infinity: a position without candidates is then one where the two agree, and no NaN.
+        z, z_teacher = (
+            (_products(x, rows, shared) * slope - offset).masked_fill(~exists, torch.finfo(dtype).min)
+            for x in (states, targets)
+        )
+        values, by_z = divergence(z, z_teacher)
+        log_p = z_teacher.log_softmax(-1)
+        sums += torch.stack([values.sum(), -(log_p.exp() * log_p).masked_fill(~exists, 0).sum()])
+        if gradient is not None:
+            weights = by_z.mul_(slope)
+            change = torch.bmm(weights[:, :own].unsqueeze(1), rows).squeeze(1) + weights[:, own:] @ shared
+            if distance == "cosine":  # by h, whose direction is only turned
+                change = (change - (change * states).sum(-1, keepdim=True) * states) / length
+            gradient[at] = (gradient[at] + scale * change).to(gradient.dtype)  # positions are different, as above
+    return SenseDivergenceSums(*sums)
+
+
+def _products(states: torch.Tensor, rows: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """h·s [n, C + S] of states [n, D] with rows [n, C, D] of their own and rows [S, D] of all."""
+    return torch.cat([torch.bmm(rows, states.unsqueeze(-1)).squeeze(-1), states @ shared.T], dim=-1)
+
+
+def _length(vectors: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1)
+
+
+def _distance(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """D(h, s) [n, K] of states [n, D] to rows [n, K, D]."""
+    # |h - s|² = |h|² - 2 h·s + |s|²: one batched product, and no [n, K, D] difference.
+    products = torch.bmm(rows, states.unsqueeze(-1)).squeeze(-1)
+    squares = rows.square().sum(-1) - 2 * products + states.square().sum(-1, keepdim=True)
+    return squares.clamp(min=0) / states.shape[-1]
+
+
+def _parts(count: int, row_size: int, device: str) -> list[slice]:
+    size = max(1, _GATHERED[device] // max(row_size, 1))
+    return [slice(start, start + size) for start in range(0, count, size)]
