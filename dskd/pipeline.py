@@ -20,7 +20,8 @@ import torch
 import yaml
 
 from dskd import annotate, checkpoint, evaluate, export, pretrain, sequences, stopping, student, train
-from dskd.compare import compare
+from dskd.compare.comparison import DifferentDataError
+from dskd.compare.summary import compare
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.console import say
@@ -89,7 +90,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     if current:
         say(f"up to date: {', '.join(current)}")
     if until is None:
-        print(f"\n{compare(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
+        print(f"\n{_compared(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
 
 
 def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
@@ -209,6 +210,13 @@ def run_override(name: str) -> str:
 def _build_sequences(config: Config) -> None:
     teacher = find_teacher(config)
     sequences.build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+
+
+def _compared(config: Config) -> str:
+    try:
+        return compare(config)
+    except DifferentDataError as error:  # of runs that were tracked earlier: everything that was asked for is made
+        return f"Not compared: {error}"
 
 
 def _launcher_arguments(config: Config) -> Sequence[str]:
