@@ -9,16 +9,17 @@
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/quickstart.yaml
+BROWSER ?= chromium
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast test-cluster check env wordnet clean
+.PHONY: quickstart test test-fast test-cluster check env wordnet browser clean
 .DELETE_ON_ERROR:
 
 quickstart: env wordnet
 	$(PY) launcher/pipeline.py --config $(CONFIG)
 
-test: check wordnet
+test: check wordnet browser
 	$(PY) -m pytest -m "not cluster"
 
 test-fast: check wordnet
@@ -62,6 +63,10 @@ wordnet: env
 			cp -r wordnet-base/usr/share/wordnet share/ && cp wordnet-base/usr/share/doc/wordnet-base/copyright share/wordnet/; \
 			rm -rf wordnet-base wordnet-base_*.deb; \
 		fi; cd $(CURDIR) && $(PY) -m dskd wordnet; }
+
+# The report of `dskd compare` is looked at in a browser. Where none can be installed that test is skipped with the reason.
+browser:
+	@command -v $(BROWSER) >/dev/null || ($(call debian,$(BROWSER))) || true
 
 clean:
 	rm -rf $(VENV) work build *.egg-info .pytest_cache .mypy_cache .ruff_cache

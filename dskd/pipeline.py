@@ -90,7 +90,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     if current:
         say(f"up to date: {', '.join(current)}")
     if until is None:
-        print(f"\n{_compared(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
+        print(f"\n{compare_or_say_why_not(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
 
 
 def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
@@ -202,6 +202,17 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     ]
 
 
+def compare_or_say_why_not(config: Config) -> str:
+    """The comparison; where runs that were tracked earlier were evaluated on other data, why there is none.
+
+    That is no failure of the pipeline: everything that was asked for is made.
+    """
+    try:
+        return compare(config)
+    except DifferentDataError as error:
+        return f"Not compared: {error}"
+
+
 def run_override(name: str) -> str:
     """The override that chooses a run; quoted where YAML would read the name as a number or a truth value."""
     return f"run={name}" if yaml.safe_load(name) == name else f'run="{name}"'
@@ -210,13 +221,6 @@ def run_override(name: str) -> str:
 def _build_sequences(config: Config) -> None:
     teacher = find_teacher(config)
     sequences.build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
-
-
-def _compared(config: Config) -> str:
-    try:
-        return compare(config)
-    except DifferentDataError as error:  # of runs that were tracked earlier: everything that was asked for is made
-        return f"Not compared: {error}"
 
 
 def _launcher_arguments(config: Config) -> Sequence[str]:

@@ -210,8 +210,8 @@ def _only_one(by_digest: Mapping[str, Sequence[str]]) -> str | None:
                 "these were evaluated on different data, so their measures cannot be compared",
                 [f"{digest}: {', '.join(names)}" for digest, names in by_digest.items()],
             )
-            + f"\nchoose those of one kind with --run or --tag {EVALUATION_DATA_TAG}=HASH; or evaluate the others again "
-            f"on the same shards with `{evaluate.MADE_BY}`; or compare settings, speed and cost only, with "
+            + f"\nchoose those of one kind with --run or --tag {EVALUATION_DATA_TAG}=HASH; or evaluate the others on "
+            f"the same shards with `{evaluate.MADE_BY}`; or compare settings, speed and cost only, with "
             "--without-measures"
         )
     return next(iter(by_digest), None)

@@ -16,10 +16,12 @@ from dskd.inspection.histogram import save_figure
 
 _CURVES = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")
 _SMOOTHING = 0.9  # of the exponential mean drawn over the raw curve
+_PIXELS_AN_INCH = 93  # of a screen: three panels fill the page
 _POINTS = 400  # drawn of a curve at most: more than a panel has pixels
 # After Paul Tol's "bright" palette: distinct to colour-blind readers, and dark enough on white. Then dashes differ.
 _COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#b8860b", "#2f9fbf", "#777777")
 _DASHES = ("solid", "dashed", "dotted", "dashdot")
+_ARROWS = {True: "  ← better", False: "  better →", None: ""}
 _INK, _FAINT = "#1d2733", "#8a949e"
 _STYLE = {
     "font.family": "sans-serif",
@@ -27,7 +29,7 @@ _STYLE = {
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": "#aab2ba",
-    "axes.titlesize": 11,
+    "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -99,7 +101,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
             if found is None:
                 continue
             half = found.half_width or 0.0
-            panel.barh(number, found.mean, color=_paint(number)[0], height=0.62, alpha=0.85)
+            panel.barh(number, found.mean, color=_paint(number)[0], height=0.62)
             if found.half_width is not None:
                 panel.errorbar(found.mean, number, xerr=half, color=_INK, capsize=3.5, linewidth=1.2)
                 seeds = [values[run.run_id] for run in group.runs if run.run_id in values]
@@ -108,7 +110,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
         for number, group in enumerate(groups):
             found = group.estimate(values)
             if found is not None:
-                end = found.mean + (found.half_width or 0.0) + 0.02 * right
+                end = found.mean + (found.half_width or 0.0) + 0.035 * right
                 panel.text(end, number, wording.estimate(metric, found), va="center", fontsize=8.5, parse_math=False)
         references = {n: v[metric] for n, v in comparison.references.items() if metric in v}
         panel.set_yticks(range(len(groups)), [_short(group.label) for group in groups], parse_math=False)
@@ -119,8 +121,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
                 panel.axvline(references[name], color=_FAINT, linestyle=style, linewidth=1.2)
         panel.set_xlim(0, limit)
         better = next((m.lower_is_better for m in comparison.measures if m.name == metric), None)
-        arrow = {True: "  ← better", False: "  better →", None: ""}[better]
-        panel.set_title(f"{wording.label(metric)}{arrow}", parse_math=False)
+        panel.set_title(f"{wording.label(metric)}{_ARROWS[better]}", parse_math=False)
         panel.tick_params(axis="y", length=0)
     return figure
 
@@ -152,8 +153,7 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
         panel.set_yticks(range(len(groups)), [_short(group.name) for group in groups], parse_math=False)
         panel.set_ylim(len(groups) - 0.5, -0.5)
         panel.margins(x=0.12)
-        arrow = "← better" if measure.lower_is_better else "better →"
-        panel.set_title(f"{wording.compared(measure)}  {arrow}", parse_math=False)
+        panel.set_title(f"{wording.compared(measure)}{_ARROWS[measure.lower_is_better]}", parse_math=False)
         panel.grid(axis="x", alpha=0.25)
         panel.tick_params(axis="y", length=0)
     return figure
@@ -246,4 +246,6 @@ def _svg(draw: Any, name: str) -> str:
     text = text[text.index("<svg") :]  # without the XML declaration and the document type
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    return re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r'height="[\d.]+pt" ', "", text, count=1), count=1)
+    # As wide as drawn, in pixels; the page makes it narrower where there is no room.
+    width, _ = figure.get_size_inches() * _PIXELS_AN_INCH
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 style="width: {width:.0f}px">', text, count=1)

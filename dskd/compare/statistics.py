@@ -41,7 +41,7 @@ class Difference:
     low: float
     high: float
     p_value: float
-    count: int  # examples, or seeds of both together
+    count: int  # examples, pairs of runs, or runs of both together
     test: str
 
 
@@ -93,13 +93,14 @@ def on_seeds(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[fl
     if one.keys() == other.keys() and len(first) == len(second) == len(one):
         name = "paired t by seed"
         first, second = ([group[seed][0] for seed in sorted(one)] for group in (one, other))
+        count = len(first)
         is_constant = len({a - b for a, b in zip(first, second, strict=True)}) == 1
         result = None if is_constant else stats.ttest_rel(first, second)
     else:
-        name = "Welch's t over seeds"
+        name, count = "Welch's t over seeds", len(first) + len(second)
         is_constant = len(set(first)) == len(set(second)) == 1
         result = None if is_constant else stats.ttest_ind(first, second, equal_var=False)
-    value, count = float(np.mean(first) - np.mean(second)), len(first) + len(second)
+    value = float(np.mean(first) - np.mean(second))
     if result is None:  # no spread at all, as where a seed changes nothing
         return Difference(value, value, value, 1.0 if value == 0 else 0.0, count, name)
     low, high = result.confidence_interval(CONFIDENCE)

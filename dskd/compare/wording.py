@@ -10,6 +10,7 @@ from dskd.compare.statistics import Estimate
 from dskd.examples import Measure
 
 MINUS, TIMES = "−", "×"
+_OF_ANY_SIZE = ("train/", "speed/")
 _LABELS = {
     "agreement": "agrees with teacher",
     "lexical_perplexity": "perplexity, lexical targets",
@@ -52,8 +53,8 @@ def number(metric: str, value: float) -> str:
         return f"{100 * value:.1f} %"
     if "perplexity" in metric:
         return f"{value:,.2f}"
-    if metric.startswith(("train/", "speed/")):
-        return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    if metric.startswith(_OF_ANY_SIZE):
+        return f"{value:,.{_decimals(value)}f}" if not value or abs(value) >= 1e-3 else f"{value:.3g}"
     return f"{value:.4f}"
 
 
@@ -64,8 +65,9 @@ def estimate(metric: str, found: Estimate | None) -> str:
     text = number(metric, found.mean)
     if found.half_width is None:
         return text
-    half = number(metric, found.half_width)
-    return f"{text.removesuffix(' %')} ± {half}"
+    if metric.startswith(_OF_ANY_SIZE) and abs(found.mean) >= 1e-3:  # both to the same place
+        return f"{text} ± {found.half_width:,.{_decimals(found.mean)}f}"
+    return f"{text.removesuffix(' %')} ± {number(metric, found.half_width)}"
 
 
 def best(metric: str, group: Group, found: Mapping[str, Best]) -> str:
@@ -94,6 +96,11 @@ def compared(measure: Measure) -> str:
 def as_factor(test: Test) -> str:
     """A difference of logarithms as what the perplexity is multiplied by."""
     return f"{TIMES} {math.exp(test.difference.value):.3f}" if test.measure.is_exponential else ""
+
+
+def _decimals(value: float) -> int:
+    """Places behind the point with which a number has four digits."""
+    return min(6, max(0, 3 - math.floor(math.log10(abs(value))))) if value else 0
 
 
 def p_value(value: float) -> str:
