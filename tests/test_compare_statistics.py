@@ -96,7 +96,7 @@ def test_the_same_seeds_are_paired_and_others_are_not():
     assert paired.p_value == pytest.approx(expected.pvalue)
     assert (paired.low, paired.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
     welch = on_seeds(one, {"5": [0.5], "6": [1.8]})
-    assert welch.test == "Welch's t over seeds"
+    assert (paired.test, paired.count, welch.test, welch.count) == ("paired t", 3, "Welch's t", 5)
     assert welch.p_value == pytest.approx(stats.ttest_ind([1.0, 2.5, 3.0], [0.5, 1.8], equal_var=False).pvalue)
     assert on_seeds(one, {"0": [0.5]}) is None
 

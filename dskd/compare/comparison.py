@@ -29,8 +29,10 @@ EVALUATED, TRAINED = "eval/", "train/"
 SPEEDS = ("speed/tokens_per_s", "speed/step_s")
 COST = "cost/device_hours"
 COVERAGE = "coverage/"
-# Of the metrics of training only the terms of the loss get better by getting smaller.
+# Metrics of training that are no terms of the loss: smaller is not better, and nobody reads their last value.
 _NOT_LOSSES = ("train/grad_norm", "train/learning_rate", "train/active_hinges")
+_TERMS = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")  # these first, in this order
+_DIVERGED = 1e30  # and beyond, where servers write infinity as their largest number; NaN is not below it either
 History = Sequence[tuple[int, float]]
 
 
@@ -89,7 +91,8 @@ class Comparison:
 
     def metrics(self, prefix: str) -> list[str]:
         """The metrics that begin so, of any run, in a fixed order."""
-        return sorted(metric for metric in self.final if metric.startswith(prefix))
+        found = [metric for metric in self.final if metric.startswith(prefix)]
+        return sorted(found, key=lambda name: (_TERMS.index(name) if name in _TERMS else len(_TERMS), name))
 
     def measured(self) -> list[str]:
         """The measures that any group or reference has a value of, in the order in which they are shown."""
@@ -224,26 +227,24 @@ def _read_metrics(
     final: dict[str, dict[str, float]] = {}
     best: dict[str, dict[str, Best]] = {}
     histories: dict[str, dict[str, History]] = {}
-    directions = {f"{EVALUATED}{m.name}": m.lower_is_better for m in evaluate.MEASURES}
+    smaller_is_better = {f"{EVALUATED}{measure.name}": measure.lower_is_better for measure in evaluate.MEASURES}
+    prefixes = (TRAINED, COVERAGE, COST, *SPEEDS, *((EVALUATED,) if with_measures else ()))
     for run in runs:
-        prefixes = (TRAINED, *SPEEDS, *((EVALUATED,) if with_measures else ()))
-        read = read_histories(config, run.run_id, [name for name in run.metrics if name.startswith(prefixes)])
-        for metric, value in run.metrics.items():
-            points = read.get(metric, [])
-            if metric.startswith(EVALUATED) and not with_measures:
-                continue
-            if metric in SPEEDS and points:
-                # One step says little about speed, and the first of a start is slow: the middle one counts.
-                value = float(np.median([value for _, value in points]))
-            final.setdefault(metric, {})[run.run_id] = value
+        metrics = {m: value for m, value in run.metrics.items() if m.startswith(prefixes) and m not in _NOT_LOSSES}
+        smaller_is_better |= {metric: True for metric in metrics if metric.startswith(TRAINED)}
+        wanted = [metric for metric in metrics if metric in smaller_is_better or metric in SPEEDS]
+        read = read_histories(config, run.run_id, wanted)
+        for metric, last in metrics.items():
+            points = [(step, value) for step, value in read.get(metric, ()) if abs(value) < _DIVERGED]
+            # One step says little about speed, and the first of a start is slow: the middle one counts.
+            is_speed = metric in SPEEDS and points
+            final.setdefault(metric, {})[run.run_id] = float(np.median([v for _, v in points])) if is_speed else last
+            if metric in smaller_is_better and points:
+                choose = min if smaller_is_better[metric] else max
+                step, value = choose(points, key=lambda point: point[1])
+                best.setdefault(metric, {})[run.run_id] = Best(value, step)
             if metric.startswith(TRAINED):
                 histories.setdefault(metric, {})[run.run_id] = points
-            is_loss = metric.startswith(TRAINED) and metric not in _NOT_LOSSES
-            finite = [(step, value) for step, value in points if math.isfinite(value)]
-            if finite and (is_loss or metric in directions):
-                smallest = is_loss or directions[metric]
-                step, value = (min if smallest else max)(finite, key=lambda point: point[1])
-                best.setdefault(metric, {})[run.run_id] = Best(value, step)
     return final, best, histories
 
 

@@ -82,23 +82,23 @@ def _curves(plt: Any, comparison: Comparison) -> Any:
             for raw, smooth in zip(curves, smoothed, strict=True):
                 thin = smooth if len(curves) > 1 else raw
                 panel.plot(*_thinned(thin), color=color, alpha=0.28, linewidth=0.8)
-            panel.plot(*_thinned(_mean_curve(smoothed)), color=color, linestyle=dash, label=group.label, linewidth=1.8)
+            panel.plot(*_thinned(_mean_curve(smoothed)), color=color, linestyle=dash, linewidth=1.8)
         panel.set_title(wording.label(metric), parse_math=False)
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
-    _legend(figure, axes[0])
+    _legend(plt, figure, comparison)
     return figure
 
 
 def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
     groups = comparison.groups
-    figure, axes = _panels(plt, len(metrics), width=4.0, height=0.75 + 0.42 * len(groups), columns=3)
+    figure, axes = _panels(plt, len(metrics), width=4.0, height=0.75 + 0.42 * len(groups), share_y=True)
     for panel, metric in zip(axes, metrics, strict=False):
         values = comparison.final.get(f"{EVALUATED}{metric}", {})
         right = 0.0
         for number, group in enumerate(groups):
             found = group.estimate(values)
-            if found is None:
+            if found is None or not math.isfinite(found.mean):
                 continue
             half = found.half_width or 0.0
             panel.barh(number, found.mean, color=_paint(number)[0], height=0.62)
@@ -109,9 +109,16 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
             right = max(right, found.mean + half)
         for number, group in enumerate(groups):
             found = group.estimate(values)
-            if found is not None:
-                end = found.mean + (found.half_width or 0.0) + 0.035 * right
-                panel.text(end, number, wording.estimate(metric, found), va="center", fontsize=8.5, parse_math=False)
+            if found is not None and math.isfinite(found.mean):
+                panel.text(
+                    found.mean + (found.half_width or 0.0) + 0.035 * right,
+                    number,
+                    wording.estimate(metric, found),
+                    va="center",
+                    fontsize=8.5,
+                    parse_math=False,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+                )
         references = {n: v[metric] for n, v in comparison.references.items() if metric in v}
         panel.set_yticks(range(len(groups)), [_short(group.label) for group in groups], parse_math=False)
         panel.set_ylim(len(groups) - 0.5, -0.5)
@@ -129,7 +136,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
 def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any:
     names = list(dict.fromkeys(test.measure.name for test in tests))
     groups = [group for group in comparison.groups if any(test.group is group for test in tests)]
-    figure, axes = _panels(plt, len(names), width=4.0, height=0.95 + 0.4 * len(groups), columns=3)
+    figure, axes = _panels(plt, len(names), width=4.0, height=1.1 + 0.4 * len(groups), share_y=True)
     for panel, name in zip(axes, names, strict=False):
         mine = [test for test in tests if test.measure.name == name]
         measure = mine[0].measure
@@ -153,7 +160,8 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
         panel.set_yticks(range(len(groups)), [_short(group.name) for group in groups], parse_math=False)
         panel.set_ylim(len(groups) - 0.5, -0.5)
         panel.margins(x=0.12)
-        panel.set_title(f"{wording.compared(measure)}{_ARROWS[measure.lower_is_better]}", parse_math=False)
+        panel.set_title(wording.label(measure.name), parse_math=False)
+        panel.set_xlabel(f"{wording.unit(measure)}{_ARROWS[measure.lower_is_better]}", fontsize=9)
         panel.grid(axis="x", alpha=0.25)
         panel.tick_params(axis="y", length=0)
     return figure
@@ -177,20 +185,22 @@ def _short(text: str, limit: int = 24) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _panels(plt: Any, count: int, *, width: float, height: float, columns: int = 3) -> tuple[Any, list[Any]]:
-    columns = max(1, min(columns, count))
+def _panels(plt: Any, count: int, *, width: float, height: float, share_y: bool = False) -> tuple[Any, list[Any]]:
+    columns = max(1, min(3, count))
     rows = max(1, math.ceil(count / columns))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    size = (width * columns, height * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=share_y, layout="constrained")
     for panel in axes.flat[count:]:
         panel.set_visible(False)
     return figure, list(axes.flat)
 
 
-def _legend(figure: Any, panel: Any) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+def _legend(plt: Any, figure: Any, comparison: Comparison) -> None:
+    handles = [
+        plt.Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=_short(group.label))
+        for group, (color, dash) in zip(comparison.groups, map(_paint, range(len(comparison.groups))), strict=True)
+    ]
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     for text in legend.get_texts():
         text.set_parse_math(False)
 

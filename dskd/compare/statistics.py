@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+PAIRED, WELCH = "paired t", "Welch's t"
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,14 @@ def paired_on_examples(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -
     number = len(counts)
     if number < 2:
         value = float(differences.sum() / counts.sum()) if number else math.nan
-        return Difference(value, math.nan, math.nan, math.nan, number, _ON_EXAMPLES)
+        return Difference(value, math.nan, math.nan, math.nan, number, PAIRED)
     value = float(differences.sum() / counts.sum())
     residuals = differences - value * counts
     error = math.sqrt(number / (number - 1) * float(residuals @ residuals)) / float(counts.sum())
     half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
     # Without an error they are the same on every example, or apart by the same amount on each.
     p_value = float(2 * stats.t.sf(abs(value) / error, number - 1)) if error else float(value == 0)
-    return Difference(value, value - half_width, value + half_width, p_value, number, _ON_EXAMPLES)
-
-
-_ON_EXAMPLES = "paired t on examples"
+    return Difference(value, value - half_width, value + half_width, p_value, number, PAIRED)
 
 
 def on_seeds(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> Difference | None:
@@ -91,13 +89,13 @@ def on_seeds(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[fl
     if min(len(first), len(second)) < 2:
         return None
     if one.keys() == other.keys() and len(first) == len(second) == len(one):
-        name = "paired t by seed"
+        name = PAIRED
         first, second = ([group[seed][0] for seed in sorted(one)] for group in (one, other))
         count = len(first)
         is_constant = len({a - b for a, b in zip(first, second, strict=True)}) == 1
         result = None if is_constant else stats.ttest_rel(first, second)
     else:
-        name, count = "Welch's t over seeds", len(first) + len(second)
+        name, count = WELCH, len(first) + len(second)
         is_constant = len(set(first)) == len(set(second)) == 1
         result = None if is_constant else stats.ttest_ind(first, second, equal_var=False)
     value = float(np.mean(first) - np.mean(second))

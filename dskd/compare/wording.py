@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from dskd import evaluate
-from dskd.compare.comparison import COST, COVERAGE, EVALUATED, Best, Comparison, Test
+from dskd.compare.comparison import COST, COVERAGE, EVALUATED, TRAINED, Best, Comparison, Test
 from dskd.compare.groups import Group
 from dskd.compare.statistics import Estimate
 from dskd.examples import Measure
@@ -30,7 +30,8 @@ _REFERENCES = {evaluate.TEACHER: "teacher", evaluate.CUT_STUDENT: "cut student, 
 
 def label(metric: str) -> str:
     """What a metric, or a measure, is called."""
-    return _LABELS.get(metric.removeprefix(EVALUATED), metric.removeprefix(EVALUATED).replace("_", " "))
+    name = metric.removeprefix(EVALUATED)
+    return _LABELS.get(name, name.removeprefix(TRAINED).replace("_", " "))
 
 
 def reference_label(name: str) -> str:
@@ -45,8 +46,8 @@ def cost_label(device: str) -> str:
 
 def number(metric: str, value: float) -> str:
     """A value, with as many digits as are read."""
-    if not math.isfinite(value):
-        return str(value)
+    if not abs(value) < 1e9:
+        return f"{value:.3g}"
     if metric == COST:
         return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
     if metric.startswith(COVERAGE):
@@ -65,7 +66,7 @@ def estimate(metric: str, found: Estimate | None) -> str:
     text = number(metric, found.mean)
     if found.half_width is None:
         return text
-    if metric.startswith(_OF_ANY_SIZE) and abs(found.mean) >= 1e-3:  # both to the same place
+    if metric.startswith(_OF_ANY_SIZE) and 1e-3 <= abs(found.mean) < 1e9:  # both to the same place
         return f"{text} ± {found.half_width:,.{_decimals(found.mean)}f}"
     return f"{text.removesuffix(' %')} ± {number(metric, found.half_width)}"
 
@@ -90,7 +91,13 @@ def difference(test: Test) -> tuple[str, str]:
 
 def compared(measure: Measure) -> str:
     """What of a measure a difference is of, with its unit."""
-    return f"ln {label(measure.name)} (nats)" if measure.is_exponential else f"{label(measure.name)} (points)"
+    name = label(measure.name)
+    return f"ln {name} (nats)" if measure.is_exponential else f"{name} (points)"
+
+
+def unit(measure: Measure) -> str:
+    """The axis of a difference."""
+    return "nats a target" if measure.is_exponential else "points of a hundred"
 
 
 def as_factor(test: Test) -> str:
