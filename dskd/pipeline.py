@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from dskd import annotate, checkpoint, evaluate, export, pretrain, sequences, stopping, student, train
-from dskd.compare.comparison import DifferentDataError
+from dskd.compare.evaluated import DifferentDataError
 from dskd.compare.summary import compare
 from dskd.config import Config
 from dskd.config_file import load_config

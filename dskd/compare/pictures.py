@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from dskd.compare import wording
-from dskd.compare.comparison import EVALUATED, Comparison, History, Test
+from dskd.compare.comparison import Comparison
+from dskd.compare.group_tests import Test
+from dskd.compare.metrics import EVALUATED, TERMS, History
 from dskd.inspection.histogram import save_figure
 
-_CURVES = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")
 _SMOOTHING = 0.9  # of the exponential mean drawn over the raw curve
 _PIXELS_AN_INCH = 93  # of a screen: three panels fill the page
 _POINTS = 400  # drawn of a curve at most: more than a panel has pixels
@@ -173,7 +174,7 @@ def color_of(number: int) -> str:
 
 
 def _drawn_curves(comparison: Comparison) -> list[str]:
-    return [metric for metric in _CURVES if any(comparison.histories.get(metric, {}).values())]
+    return [metric for metric in TERMS if any(comparison.histories.get(metric, {}).values())]
 
 
 def _paint(number: int) -> tuple[str, str]:

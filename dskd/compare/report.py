@@ -15,8 +15,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from dskd.compare import wording
-from dskd.compare.comparison import COVERAGE, EVALUATED, SPEEDS, TRAINED, Comparison, Test
+from dskd.compare.comparison import Comparison
+from dskd.compare.group_tests import Test
 from dskd.compare.groups import INPUT_TAGS, Group
+from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import bars_svg, color_of, curves_svg, differences_svg
 from dskd.errors import UserError

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dskd.compare import wording
-from dskd.compare.comparison import COVERAGE, EVALUATED, SPEEDS, TRAINED, Comparison, Test
+from dskd.compare.comparison import Comparison
+from dskd.compare.group_tests import Test
+from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.text_table import table
 

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping
 
 from dskd import evaluate
-from dskd.compare.comparison import COST, COVERAGE, EVALUATED, TRAINED, Best, Comparison, Test
+from dskd.compare.comparison import Comparison
+from dskd.compare.group_tests import Test
 from dskd.compare.groups import Group
+from dskd.compare.metrics import COST, COVERAGE, EVALUATED, TRAINED, Best
 from dskd.compare.statistics import Estimate
 from dskd.examples import Measure
 
