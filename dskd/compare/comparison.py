@@ -93,6 +93,9 @@ def make_comparison(
     tables = read_tables(config, runs) if with_measures else {}
     data = require_same_data(runs, tables) if with_measures else None
     final, best, histories = read_metrics(config, runs, with_measures=with_measures)
+    for run_id, table in tables.items():  # the evaluation itself: a metric may have been logged in training too
+        for name, value in table.values().items():
+            final.setdefault(f"{EVALUATED}{name}", {})[run_id] = value
     measures = _known_measures(tables, final)
     per_example, per_seed = test_groups(groups, chosen, measures, tables, final)
     return Comparison(

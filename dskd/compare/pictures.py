@@ -22,7 +22,7 @@ _POINTS = 400  # drawn of a curve at most: more than a panel has pixels
 # After Paul Tol's "bright" palette: distinct to colour-blind readers, and dark enough on white. Then dashes differ.
 _COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#b8860b", "#2f9fbf", "#777777")
 _DASHES = ("solid", "dashed", "dotted", "dashdot")
-_ARROWS = {True: "  ← better", False: "  better →", None: ""}
+_ARROWS = {True: "← better", False: "better →", None: ""}
 _INK, _FAINT = "#1d2733", "#8a949e"
 _STYLE = {
     "font.family": "sans-serif",
@@ -129,7 +129,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
                 panel.axvline(references[name], color=_FAINT, linestyle=style, linewidth=1.2)
         panel.set_xlim(0, limit)
         better = next((m.lower_is_better for m in comparison.measures if m.name == metric), None)
-        panel.set_title(f"{wording.label(metric)}{_ARROWS[better]}", parse_math=False)
+        panel.set_title(f"{wording.label(metric)} {_ARROWS[better]}", parse_math=False)
         panel.tick_params(axis="y", length=0)
     return figure
 
@@ -162,7 +162,7 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
         panel.set_ylim(len(groups) - 0.5, -0.5)
         panel.margins(x=0.12)
         panel.set_title(wording.label(measure.name), parse_math=False)
-        panel.set_xlabel(f"{wording.unit(measure)}{_ARROWS[measure.lower_is_better]}", fontsize=9)
+        panel.set_xlabel(f"{wording.unit(measure)}, {_ARROWS[measure.lower_is_better]}", fontsize=9)
         panel.grid(axis="x", alpha=0.25)
         panel.tick_params(axis="y", length=0)
     return figure
