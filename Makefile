@@ -9,7 +9,6 @@
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/quickstart.yaml
-BROWSER ?= chromium
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
 
@@ -66,7 +65,7 @@ wordnet: env
 
 # The report of `dskd compare` is looked at in a browser. Where none can be installed that test is skipped with the reason.
 browser:
-	@command -v $(BROWSER) >/dev/null || ($(call debian,$(BROWSER))) || true
+	@command -v chromium >/dev/null || ($(call debian,chromium)) || true
 
 clean:
 	rm -rf $(VENV) work build *.egg-info .pytest_cache .mypy_cache .ruff_cache
