@@ -16,13 +16,13 @@ PY     := $(VENV)/bin/python
 # Tests of one file share what they have made, so files go to workers; most of them wait for something.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-.PHONY: quickstart test test-fast test-cluster check env wordnet clean
+.PHONY: quickstart test test-fast test-cluster check env wordnet browser clean
 .DELETE_ON_ERROR:
 
 quickstart: env wordnet
 	$(PY) launcher/pipeline.py --config $(CONFIG)
 
-test: check wordnet
+test: check wordnet browser
 	$(PYTEST) -m "not cluster"
 
 test-fast: check wordnet
@@ -66,6 +66,10 @@ wordnet: env
 			cp -r wordnet-base/usr/share/wordnet share/ && cp wordnet-base/usr/share/doc/wordnet-base/copyright share/wordnet/; \
 			rm -rf wordnet-base wordnet-base_*.deb; \
 		fi; cd $(CURDIR) && $(PY) -m dskd wordnet; }
+
+# The report of `dskd compare` is looked at in a browser. Where none can be installed that test is skipped with the reason.
+browser:
+	@command -v chromium >/dev/null || ($(call debian,chromium)) || true
 
 clean:
 	rm -rf $(VENV) work build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from dskd.compare.command import add_compare_parser, run_comparison
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.inspection.command import add_inspect_parser, run_inspection
@@ -54,12 +55,6 @@ def _export(config: Config) -> None:
     build_export(config)
 
 
-def _compare(config: Config) -> None:
-    from dskd.compare import compare
-
-    print(compare(config))
-
-
 def _merge(config: Config, folders: list[Path], output: Path) -> None:
     from dskd.senses.merge import merge_dictionaries
 
@@ -70,7 +65,6 @@ _VERBS: dict[str, tuple[Callable[[Config], None], str]] = {
     "lexicon": (_lexicon, "read synonyms and antonyms, and write WORKDIR/lexicon/relations.parquet"),
     "student": (_student, "cut the student from the teacher's safetensors, and write WORKDIR/student"),
     "export": (_export, "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run"),
-    "compare": (_compare, "print runs and their measures side by side, and draw the loss curves"),
 }
 
 
@@ -146,12 +140,15 @@ def main() -> int:
     add_config_arguments(checks)
     # DeepSpeed's launcher puts it before the verb; ranks are read from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_compare_parser(verbs)
     add_inspect_parser(verbs)
     given, extra = parser.parse_known_args()
     if given.verb == "inspect":
         return run_inspection(given, extra, parser)
     if extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if given.verb == "compare":
+        return run_comparison(given)
     if given.verb == "config":
         return run(lambda: _explain_config(given.config, given.overrides))
     if given.verb == "senses":

@@ -7,15 +7,17 @@
 | agreement | share at which the most probable token is the teacher's |
 | lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
 | sense_alignment | share at which the state is nearer to some row of P_i than to every row of N_i, where both exist |
+
+What they are made of is kept for each sample too (:mod:`dskd.examples`), so that runs can be compared sample by sample.
 """
 
 import functools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ from dskd import export, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main, sum_over_ranks
+from dskd.examples import Examples, Measure, save_examples
 from dskd.head import chunk_size
 from dskd.manifest import Manifest, Recipe, build_artifact, is_current, require_same, write_json
 from dskd.model_folder import ModelFolder, find_teacher
@@ -30,13 +33,20 @@ from dskd.models import FrozenModel, load_frozen
 from dskd.node_cache import open_node_cache
 from dskd.senses.dictionary import load_dictionary, map_vectors
 from dskd.student import find_student
-from dskd.tracking import log_final_metrics
+from dskd.tracking import log_evaluation
 
-FOLDER, FILE = "evaluation", "measures.json"
+FOLDER, FILE, EXAMPLES_FILE = "evaluation", "measures.json", "examples.parquet"
 MADE_BY = "deepspeed launcher/evaluate.py --config FILE"
-MEASURES = ("perplexity", "accuracy", "agreement", "lexical_perplexity", "sense_alignment")
+MEASURES = (
+    Measure("perplexity", "nll", "tokens", lower_is_better=True, is_exponential=True),
+    Measure("accuracy", "correct", "tokens"),
+    Measure("agreement", "agree", "tokens"),
+    Measure("lexical_perplexity", "lexical_nll", "lexical_tokens", lower_is_better=True, is_exponential=True),
+    Measure("sense_alignment", "aligned", "alignable"),
+)
 TEACHER, CUT_STUDENT = "teacher", "student"
-_SUMS = ("nll", "correct", "agree", "lexical_nll", "aligned", "tokens", "lexical_tokens", "alignable")
+_SUMS = ("nll", "tokens", "correct", "agree", "lexical_nll", "lexical_tokens", "aligned", "alignable")  # of a sample
+_NOT_INTEGERS = ("nll", "lexical_nll")
 
 
 @dataclass(frozen=True)
@@ -123,10 +133,10 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
         sources = [candidate.folder.path, config.path(shards.FOLDER, "validation")]
         with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
             model = load_frozen(candidate.folder, config, world)
-            measures = measure(model, text, predictions, world, label="evaluating")
+            examples = measure(model, text, predictions, world, label="evaluating")
             model.close()
             wanted = recipe(config, candidate, teacher)
-            on_main(functools.partial(_publish, config, candidate, wanted, measures))
+            on_main(functools.partial(_publish, config, candidate, wanted, examples))
 
 
 class HeldOutText:
@@ -139,6 +149,7 @@ class HeldOutText:
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # the dataset's own length is only a rank's share
+        self.digest = validation.digest
         self._loss_chunk_size = config.train.loss_chunk_size
 
     def logits_chunk(self, model: FrozenModel) -> int:
@@ -146,7 +157,10 @@ class HeldOutText:
         return chunk_size(self._loss_chunk_size, model.vocab_size, self._world.device)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields this rank's batches; equally many on every rank, and the last may have no targets."""
+        """Yields this rank's batches; equally many on every rank, and the last may have no targets.
+
+        `samples` [B] are the numbers of a batch's samples.
+        """
         starts = range(0, self.num_samples, self._batch_size)
         for turn in range(-(-len(starts) // self._world.world_size)):
             number = turn * self._world.world_size + self._world.rank
@@ -158,6 +172,7 @@ class HeldOutText:
             antonyms = torch.stack([torch.tensor(sample["antonym_ids"]) for sample in samples])
             if number >= len(starts):
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+            batch["samples"] = torch.arange(start, stop)
             batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
             both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
             batch["aligned_positions"] = both.nonzero().squeeze(-1)
@@ -168,13 +183,14 @@ class HeldOutText:
 
 def measure(
     model: FrozenModel, text: HeldOutText, predictions: list[torch.Tensor], world: World, *, label: str
-) -> dict[str, float]:
-    """The measures of a model, over all ranks.
+) -> Examples:
+    """What the measures of a model are made of, sample by sample, from all ranks, on each of them.
 
     `predictions` holds the teacher's predicted tokens by batch. When it is empty, `model` is the teacher and fills it.
     """
     is_teacher = not predictions
-    sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+    # Each sample is one rank's, and adding the others' zeros changes no bit: the number of ranks does not matter.
+    sums = torch.zeros(text.num_samples, len(_SUMS), dtype=torch.float64)
     with progress_bar(total=text.num_samples, label=label, unit="sequences") as bar:
         for number, batch in enumerate(text.batches()):
             mask = batch["loss_mask"].to(world.device)
@@ -187,29 +203,37 @@ def measure(
             if is_teacher:
                 predictions.append(predicted)
             lexical = batch["lexical"].to(world.device)[mask]
-            aligned, alignable = _alignment(hidden.flatten(0, 1), batch, world.device)
+            alignable = torch.zeros_like(mask)
+            alignable.view(-1)[batch["aligned_positions"].to(world.device)] = True
             parts = (
-                nll.sum(),
-                (predicted == labels).sum(),
-                (predicted == predictions[number]).sum(),
-                nll[lexical].sum(),
-                aligned,
-                len(labels),
-                lexical.sum(),
-                alignable,
+                _by_sample(nll, mask),
+                mask.sum(-1),
+                _by_sample(predicted == labels, mask),
+                _by_sample(predicted == predictions[number], mask),
+                _by_sample(nll.masked_fill(~lexical, 0.0), mask),
+                _by_sample(lexical, mask),
+                _by_sample(_alignment(hidden.flatten(0, 1), batch, world.device), alignable),
+                alignable.sum(-1),
             )
-            sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
+            sums[batch["samples"]] += torch.stack([part.double() for part in parts], dim=-1).cpu()
             bar.update(min(len(mask) * world.world_size, bar.total - bar.n))
-    total = dict(zip(_SUMS, sum_over_ranks(sums.to(world.device)).tolist(), strict=True))
-    measures = {
-        "perplexity": _exp_mean(total["nll"], total["tokens"]),
-        "accuracy": _share(total["correct"], total["tokens"]),
-        "agreement": _share(total["agree"], total["tokens"]),
-        "lexical_perplexity": _exp_mean(total["lexical_nll"], total["lexical_tokens"]),
-        "sense_alignment": _share(total["aligned"], total["alignable"]),
-    }
-    # A measure over no position has no value, and JSON has no NaN.
-    return {name: value for name, value in measures.items() if not math.isnan(value)}
+    columns = sum_over_ranks(sums.to(world.device)).T.cpu().numpy()
+    return Examples(
+        text.digest,
+        [str(number) for number in range(text.num_samples)],
+        {
+            name: column if name in _NOT_INTEGERS else column.astype(np.int64)
+            for name, column in zip(_SUMS, columns, strict=True)
+        },
+        MEASURES,
+    )
+
+
+def _by_sample(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sums [B] of what stands at the positions of `mask` [B, T]."""
+    return (
+        torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_scatter(mask, values.double()).sum(-1)
+    )
 
 
 def load_measures(config: Config) -> dict[str, dict[str, float]]:
@@ -242,31 +266,25 @@ def _next_token(
     return torch.cat(nll), torch.cat(predicted)
 
 
-def _alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> tuple[int, int]:
-    """At how many positions the nearest row of P_i is nearer than the nearest of N_i, and at how many both exist."""
+def _alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Whether the nearest row of P_i is nearer than the nearest of N_i, at the positions where both exist."""
     positions = batch["aligned_positions"].to(device)
     if not len(positions):
-        return 0, 0
+        return torch.zeros(0, dtype=torch.bool, device=device)
     at, rows = states[positions].float(), batch["sense_rows"].to(device).float()
     nearest = []
     for name in ("near", "far"):
         index = batch[name].to(device)
         squares = (at.unsqueeze(1) - rows[index.clamp(min=0)]).square().sum(-1)
         nearest.append(squares.masked_fill(index < 0, torch.inf).min(-1).values)
-    return int((nearest[0] < nearest[1]).sum()), len(positions)
+    return nearest[0] < nearest[1]
 
 
-def _publish(config: Config, candidate: Candidate, wanted: Recipe, measures: dict[str, float]) -> None:
-    with build_artifact(config.path(FOLDER, candidate.name), wanted) as building:
+def _publish(config: Config, candidate: Candidate, wanted: Recipe, examples: Examples) -> None:
+    target, measures = config.path(FOLDER, candidate.name), examples.values()
+    with build_artifact(target, wanted) as building:
         write_json(building.folder / FILE, measures)
+        save_examples(building.folder / EXAMPLES_FILE, examples)
     say("  " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()))
     if candidate.mlflow_run_id and config.tracking.enabled:
-        log_final_metrics(config, candidate.mlflow_run_id, {f"eval/{name}": v for name, v in measures.items()})
-
-
-def _exp_mean(total: float, count: float) -> float:
-    return math.exp(min(total / count, 700.0)) if count else math.nan
-
-
-def _share(total: float, count: float) -> float:
-    return total / count if count else math.nan
+        log_evaluation(config, candidate.mlflow_run_id, measures, target / EXAMPLES_FILE, data=examples.data)

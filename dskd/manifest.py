@@ -36,7 +36,7 @@ SCHEMA_VERSIONS = {
     "student": 1,
     "checkpoint": 1,
     "export": 1,
-    "evaluation": 1,
+    "evaluation": 2,
 }
 _PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
 

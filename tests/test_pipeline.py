@@ -12,7 +12,7 @@ from tiny_models import ARCHITECTURES, save_model
 from transformers import AutoModelForCausalLM
 
 from dskd.annotate import annotate
-from dskd.compare import compare
+from dskd.compare.summary import compare
 from dskd.config import Config
 from dskd.corpus.build import build_corpus
 from dskd.evaluate import evaluate

@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dskd.annotate import annotate
 from dskd.config_file import load_config
 from dskd.corpus.build import SPLITS
+from dskd.evaluate import evaluate
+from dskd.examples import read_examples
 from dskd.manifest import read_manifest
 from dskd.model_folder import find_teacher
 from dskd.sequences import build_sequences
 from dskd.shards import COLUMNS, TEACHER_COLUMNS
+from dskd.tracking import read_artifact, read_runs
 
 pytestmark = pytest.mark.slow
 T, KAPPA, TOP_N = 32, 2, 4
@@ -285,7 +288,7 @@ def test_measures_are_those_of_a_plain_evaluation(work, tmp_path, name, folder):
     model = AutoModelForCausalLM.from_pretrained(work / folder, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=torch.float32)
     end = AutoTokenizer.from_pretrained(work / "teacher").eos_token_id
-    nll, lexical_nll, correct, agree, aligned = [], [], [], [], []
+    nll, lexical_nll, correct, agree, aligned, of_sample = [], [], [], [], [], []
     for sample in _samples(work / "shards" / "validation", tmp_path / "cache"):
         ids = torch.from_numpy(sample["input_ids"]).long()
         with torch.no_grad():
@@ -294,6 +297,7 @@ def test_measures_are_those_of_a_plain_evaluation(work, tmp_path, name, folder):
         states, labels, predicted = states.double(), ids.roll(-1), logits.argmax(-1)
         losses = F.cross_entropy(logits, labels, reduction="none")
         nll += losses[has_target].tolist()
+        of_sample.append((float(losses[has_target].sum()), int(has_target.sum())))
         correct += (predicted == labels)[has_target].tolist()
         agree += (predicted == expected)[has_target].tolist()
         for position in has_target.nonzero().squeeze(-1).tolist():
@@ -311,3 +315,49 @@ def test_measures_are_those_of_a_plain_evaluation(work, tmp_path, name, folder):
     assert measured["accuracy"] == pytest.approx(np.mean(correct), abs=2e-3)
     assert measured["agreement"] == pytest.approx(np.mean(agree), abs=4e-3)
     assert measured["sense_alignment"] == pytest.approx(np.mean(aligned), abs=2e-2)
+    # The same sample by sample, and the measures are the sums of these.
+    table = pq.read_table(work / "evaluation" / name / "examples.parquet").to_pydict()
+    assert table["example"] == [str(number) for number in range(38)]
+    assert table["tokens"] == [tokens for _, tokens in of_sample]
+    assert table["nll"] == pytest.approx([total for total, _ in of_sample], rel=1e-4)
+    assert sum(table["lexical_tokens"]) == len(lexical_nll)
+    assert sum(table["alignable"]) == len(aligned)
+    assert measured["accuracy"] == sum(table["correct"]) / sum(table["tokens"])
+    assert measured["lexical_perplexity"] == pytest.approx(
+        math.exp(sum(table["lexical_nll"]) / sum(table["lexical_tokens"]))
+    )
+
+
+def test_one_rank_gives_each_sample_what_two_give_whatever_the_batch(work, copy_of_tiny, world):
+    path = copy_of_tiny("teacher", "student", "senses", "shards", "export", evaluation={"batch_size": 5})
+    config = load_config(path, ["tracking.enabled=false"])
+    evaluate(config, world)
+    for name in ("teacher", "student", "dskd"):
+        one, two = (
+            pq.read_table(folder / name / "examples.parquet")
+            for folder in (config.path("evaluation"), work / "evaluation")
+        )
+        assert one.schema.equals(two.schema, check_metadata=True)
+        for column in two.column_names:
+            values = one.column(column).to_pylist()
+            if column in ("example", "tokens", "lexical_tokens", "alignable"):
+                assert values == two.column(column).to_pylist(), (name, column)
+            else:  # to rounding, which may turn the nearest or most probable of near ties
+                apart = np.abs(np.subtract(values, two.column(column).to_pylist()))
+                assert apart.max() < (1e-3 if "nll" in column else 1.5), (name, column)
+                assert apart.mean() < (1e-4 if "nll" in column else 0.06), (name, column)
+
+
+def test_the_tracked_run_has_its_evaluation_and_says_of_what(tiny, work):
+    config = load_config(tiny)
+    (run,) = [run for run in read_runs(config) if run.name == "dskd"]
+    digest = read_manifest(work / "shards" / "validation", "shards", made_by="").digest
+    assert run.tags["evaluation_data"] == digest
+    content = read_artifact(config, run.run_id, "evaluation/examples.parquet")
+    assert content == (work / "evaluation" / "dskd" / "examples.parquet").read_bytes()
+    table = read_examples(content)
+    assert table.data == digest
+    measured = json.loads((work / "evaluation" / "dskd" / "measures.json").read_text())
+    assert table.values() == measured
+    assert {name: run.metrics[f"eval/{name}"] for name in measured} == measured
+    assert read_artifact(config, run.run_id, "evaluation/nothing.parquet") is None

@@ -15,7 +15,7 @@ from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.distributed import World
 from dskd.errors import UserError
-from dskd.tracking import read_history, read_runs, start_tracking
+from dskd.tracking import log_evaluation, read_artifact, read_history, read_run, read_runs, start_tracking
 from dskd.tracking.context import flatten
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -124,6 +124,21 @@ def test_an_unreachable_server_is_a_users_mistake_at_the_start(copy_of_tiny):
     assert "error: tracking.uri: MLflow at http://***@127.0.0.1:" in finished.output
     assert "secret" not in finished.output
     assert "Traceback" not in finished.output
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_kept_with_its_run_on_the_server(server, tmp_path):
+    config = _config(tmp_path, uri=server.uri, experiment="evaluated")
+    tracker = start_tracking(config, WORLD, tags={})
+    tracker.finish("FINISHED")
+    assert read_artifact(config, tracker.run_id, "evaluation/examples.parquet") is None
+    (tmp_path / "examples.parquet").write_bytes(b"what each example scored")
+    log_evaluation(config, tracker.run_id, {"accuracy": 0.5}, tmp_path / "examples.parquet", data="f" * 64)
+    run = read_run(config, tracker.run_id)
+    assert (run.name, run.experiment, run.metrics) == ("dskd", "evaluated", {"eval/accuracy": 0.5})
+    assert run.tags["evaluation_data"] == "f" * 64
+    assert read_artifact(config, run.run_id, "evaluation/examples.parquet") == b"what each example scored"
+    assert read_run(config, "0" * 32) is None
 
 
 def test_tracking_can_be_off_and_only_the_first_rank_tracks(tmp_path):

@@ -1,10 +1,17 @@
 """Runs as the tracking server knows them."""
 
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.tracking.client import connect, first_line, tracking_uri, without_secrets
+
+_PAGE = 1000  # runs a request
 
 
 @dataclass(frozen=True)
@@ -15,45 +22,107 @@ class TrackedRun:
     name: str
     status: str
     params: dict[str, str]
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # the last value of each
     tags: dict[str, str]
     start_time_s: float
+    experiment: str
+    experiment_id: str
 
 
-def read_runs(config: Config) -> list[TrackedRun]:
-    """The runs of the config's experiment, newest first.
+def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRun]:
+    """The runs of the config's experiment, or of these, newest first.
 
     Raises:
-        UserError: when there is no tracking server, or no such experiment.
+        UserError: when there is no tracking server, or none of the experiments that are named; the config's own may not
+            be there yet.
     """
-    try:
-        client = connect(config)
-        experiment = client.get_experiment_by_name(config.tracking.experiment)
-        runs = [] if experiment is None else client.search_runs([experiment.experiment_id], max_results=1000)
-    except Exception as error:
-        raise UserError(
-            f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be read ({first_line(error)})"
-        ) from error
-    return [
-        TrackedRun(
-            run.info.run_id,
-            run.info.run_name,
-            run.info.status,
-            dict(run.data.params),
-            dict(run.data.metrics),
-            dict(run.data.tags),
-            run.info.start_time / 1000,
-        )
-        for run in runs
-    ]
+    with _reading(config) as client:
+        runs = []
+        for name in dict.fromkeys(experiments or (config.tracking.experiment,)):
+            experiment = client.get_experiment_by_name(name)
+            if experiment is not None:
+                runs += [_tracked(run, name) for run in _all_pages(client, experiment.experiment_id)]
+            elif experiments:
+                known = sorted(known.name for known in client.search_experiments())
+                raise UserError(
+                    f"experiment {name!r}: MLflow at {without_secrets(tracking_uri(config))} has no such experiment; "
+                    f"it has {', '.join(known) or 'none'}"
+                )
+        return sorted(runs, key=lambda run: -run.start_time_s)
+
+
+def read_run(config: Config, run_id: str) -> TrackedRun | None:
+    """The run of this id, in whatever experiment; None where there is none, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    with _reading(config) as client:
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        if run.info.lifecycle_stage != "active":
+            return None
+        return _tracked(run, client.get_experiment(run.info.experiment_id).name)
 
 
 def read_history(config: Config, run_id: str, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric of a run, by step."""
+    return read_histories(config, run_id, [metric])[metric]
+
+
+def read_histories(config: Config, run_id: str, metrics: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
+    """{metric: (step, value) by step} of a run; of a step that was logged twice, the later value."""
+    with _reading(config) as client:
+        histories = {}
+        for metric in metrics:
+            points = sorted(client.get_metric_history(run_id, metric), key=lambda point: point.timestamp)
+            histories[metric] = sorted({point.step: point.value for point in points}.items())
+        return histories
+
+
+def read_artifact(config: Config, run_id: str, path: str) -> bytes | None:
+    """The content of a file kept with a run; None where it has no such file."""
+    with _reading(config) as client, tempfile.TemporaryDirectory() as folder:
+        parent = path.rpartition("/")[0]
+        if path not in {file.path for file in client.list_artifacts(run_id, parent or None)}:
+            return None
+        return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
+
+
+@contextmanager
+def _reading(config: Config) -> Iterator[Any]:
+    """A client; what goes wrong with it is said as the user's to mend."""
     try:
-        points = {point.step: point.value for point in connect(config).get_metric_history(run_id, metric)}
-    except Exception as error:
+        yield connect(config)
+    except UserError:
+        raise
+    except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
         raise UserError(
             f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be read ({first_line(error)})"
         ) from error
-    return sorted(points.items())
+
+
+def _all_pages(client: Any, experiment_id: str) -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], max_results=_PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _tracked(run: Any, experiment: str) -> TrackedRun:
+    return TrackedRun(
+        run.info.run_id,
+        run.info.run_name,
+        run.info.status,
+        dict(run.data.params),
+        dict(run.data.metrics),
+        dict(run.data.tags),
+        run.info.start_time / 1000,
+        experiment,
+        run.info.experiment_id,
+    )

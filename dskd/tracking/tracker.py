@@ -22,6 +22,8 @@ from dskd.tracking.context import flatten, write_context
 _BATCH_METRICS = 500
 _RETRY_AFTER_S = 5.0
 _FLUSH_TIMEOUT_S = 60.0
+EVALUATION_FOLDER = "evaluation"  # among a run's artifacts
+EVALUATION_DATA_TAG = "evaluation_data"
 
 
 class Tracker(Protocol):
@@ -86,12 +88,18 @@ def start_tracking(
     return tracker
 
 
-def log_final_metrics(config: Config, run_id: str, metrics: Mapping[str, float]) -> None:
-    """Adds metrics to a run that has ended; a server that is away costs only these, and a warning."""
+def log_evaluation(config: Config, run_id: str, measures: Mapping[str, float], examples: Path, *, data: str) -> None:
+    """Adds an evaluation to a run that has ended: its measures, what each example scored, and the digest of the data.
+
+    A server that is away costs only these, and a warning.
+    """
     try:
         client = connect(config)
-        for name, value in metrics.items():
-            client.log_metric(run_id, name, value)
+        # The digest comes last: measures under a digest are whole.
+        client.log_artifact(run_id, str(examples), EVALUATION_FOLDER)
+        for name, value in measures.items():
+            client.log_metric(run_id, f"eval/{name}", value)
+        client.set_tag(run_id, EVALUATION_DATA_TAG, data)
     except Exception as error:
         warn(f"MLflow did not take the evaluation of run {run_id} ({first_line(error)})")
 

@@ -1,0 +1,107 @@
+"""Which of the tracked runs are compared: by experiment, tag, name or id."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.tracking import TrackedRun, read_run, read_runs
+
+KIND_TAG, PARENT = "dskd.kind", "parent"  # of the run over a sweep, which trains nothing itself
+# Settings that say where and how, and so differ without being a difference of the experiment.
+IGNORED_PARAMS = ("run", "workdir", "runs.", "tracking.")
+SEED = "seed"
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a user asked for; empty: the newest run of each name in the config's experiment."""
+
+    experiments: Sequence[str] = ()
+    runs: Sequence[str] = ()  # names or ids
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.experiments or self.runs or self.tags)
+
+
+def choose_runs(config: Config, selection: Selection) -> list[TrackedRun]:
+    """The runs, in the order in which they were asked for, else that of the config and of their start.
+
+    Of runs with the same name and settings the newest counts: it is the one that was trained last. Where nothing was
+    asked for it is the newest of each name, whatever its settings.
+
+    Raises:
+        UserError: naming what there is no run of, and what there is.
+    """
+    ids = [text for text in selection.runs if _RUN_ID.fullmatch(text)]
+    names = [text for text in selection.runs if text not in ids]
+    found: list[TrackedRun] = []
+    for run_id in ids:
+        run = read_run(config, run_id)
+        if run is None:
+            raise UserError(
+                f"--run {run_id}: there is no run of this id; `dskd compare --config FILE` shows the newest"
+            )
+        if run.tags.get(KIND_TAG) == PARENT:
+            raise UserError(f"--run {run_id}: {run.name!r} is the parent of a sweep and trained nothing; name its runs")
+        found.append(run)
+    if not names and ids:
+        return _matching(found, selection.tags, config)
+    runs = [run for run in read_runs(config, selection.experiments) if run.tags.get(KIND_TAG) != PARENT]
+    if not selection:
+        return newest_of_each(runs, config.run_names)
+    known = list(dict.fromkeys(run.name for run in runs))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none'}"
+            where = ", ".join(selection.experiments) or config.tracking.experiment
+            raise UserError(f"--run {name}: experiment {where} has no run of this name; {hint}")
+    if names:
+        runs = [run for run in runs if run.name in names]
+    runs = newest_of_each(runs, names, settings_matter=True)
+    return _matching(list({run.run_id: run for run in [*found, *runs]}.values()), selection.tags, config)
+
+
+def newest_of_each(
+    runs: Sequence[TrackedRun], names: Sequence[str], *, settings_matter: bool = False
+) -> list[TrackedRun]:
+    """The newest run of each name: first those of `names`, in that order, then any others by their start.
+
+    With `settings_matter` it is the newest of each name and settings, the seed among them.
+    """
+    newest: dict[tuple, TrackedRun] = {}
+    for run in sorted(runs, key=lambda run: run.start_time_s):
+        settings = tuple(sorted(settings_of(run).items())) if settings_matter else ()
+        newest[run.experiment_id, run.name, settings] = run
+    order = {name: number for number, name in enumerate(names)}
+    return sorted(newest.values(), key=lambda run: (order.get(run.name, len(order)), run.start_time_s))
+
+
+def settings_of(run: TrackedRun) -> dict[str, str]:
+    """The run's configuration without what says only where and how."""
+    return {key: value for key, value in run.params.items() if not _is_ignored(key)}
+
+
+def _is_ignored(key: str) -> bool:
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in IGNORED_PARAMS)
+
+
+def _matching(runs: list[TrackedRun], tags: Mapping[str, str], config: Config) -> list[TrackedRun]:
+    chosen = [run for run in runs if all(run.tags.get(key) == value for key, value in tags.items())]
+    if not chosen:
+        wanted = ", ".join(f"{key}={value}" for key, value in tags.items())
+        seen = sorted({f"{key}={run.tags[key]}" for run in runs for key in tags if key in run.tags})
+        raise UserError(
+            f"no run of experiment {config.tracking.experiment!r} was chosen"
+            + (
+                f": none has the tags {wanted}; there are: {', '.join(seen[:8]) or 'none with these keys'}"
+                if tags
+                else ""
+            )
+        )
+    return chosen

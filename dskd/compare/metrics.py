@@ -1,0 +1,55 @@
+"""What the tracking server knows of runs: last and best values, and how they got there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dskd import evaluate
+from dskd.config import Config
+from dskd.tracking import TrackedRun, read_histories
+
+EVALUATED, TRAINED, COVERAGE = "eval/", "train/", "coverage/"
+SPEEDS = ("speed/tokens_per_s", "speed/step_s")
+COST = "cost/device_hours"
+TERMS = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")  # these first, in this order
+# Metrics of training that are no terms of the loss: smaller is not better, and nobody reads their last value.
+_NOT_LOSSES = ("train/grad_norm", "train/learning_rate", "train/active_hinges")
+_DIVERGED = 1e30  # and beyond, where servers write infinity as their largest number; NaN is not below it either
+History = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value of a run's metric, and its step."""
+
+    value: float
+    step: int
+
+
+def read_metrics(
+    config: Config, runs: Sequence[TrackedRun], *, with_measures: bool
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Best]], dict[str, dict[str, History]]]:
+    """Final values, best values, and the histories of training, each {metric: {run id: …}}."""
+    final: dict[str, dict[str, float]] = {}
+    best: dict[str, dict[str, Best]] = {}
+    histories: dict[str, dict[str, History]] = {}
+    smaller_is_better = {f"{EVALUATED}{measure.name}": measure.lower_is_better for measure in evaluate.MEASURES}
+    prefixes = (TRAINED, COVERAGE, COST, *SPEEDS, *((EVALUATED,) if with_measures else ()))
+    for run in runs:
+        metrics = {m: value for m, value in run.metrics.items() if m.startswith(prefixes) and m not in _NOT_LOSSES}
+        smaller_is_better |= {metric: True for metric in metrics if metric.startswith(TRAINED)}
+        wanted = [metric for metric in metrics if metric in smaller_is_better or metric in SPEEDS]
+        read = read_histories(config, run.run_id, wanted)
+        for metric, last in metrics.items():
+            points = [(step, value) for step, value in read.get(metric, ()) if abs(value) < _DIVERGED]
+            # One step says little about speed, and the first of a start is slow: the middle one counts.
+            is_speed = metric in SPEEDS and points
+            final.setdefault(metric, {})[run.run_id] = float(np.median([v for _, v in points])) if is_speed else last
+            if metric in smaller_is_better and points:
+                choose = min if smaller_is_better[metric] else max
+                step, value = choose(points, key=lambda point: point[1])
+                best.setdefault(metric, {})[run.run_id] = Best(value, step)
+            if metric.startswith(TRAINED):
+                histories.setdefault(metric, {})[run.run_id] = points
+    return final, best, histories

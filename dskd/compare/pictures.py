@@ -1,0 +1,262 @@
+"""Pictures of a comparison: loss curves, measures as bars with intervals, and differences to the baseline."""
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dskd.compare import wording
+from dskd.compare.comparison import Comparison
+from dskd.compare.group_tests import Test
+from dskd.compare.metrics import EVALUATED, TERMS, History
+from dskd.inspection.histogram import save_figure
+
+_SMOOTHING = 0.9  # of the exponential mean drawn over the raw curve
+_PIXELS_AN_INCH = 93  # of a screen: three panels fill the page
+_POINTS = 400  # drawn of a curve at most: more than a panel has pixels
+# After Paul Tol's "bright" palette: distinct to colour-blind readers, and dark enough on white. Then dashes differ.
+_COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#b8860b", "#2f9fbf", "#777777")
+_DASHES = ("solid", "dashed", "dotted", "dashdot")
+_ARROWS = {True: "← better", False: "better →", None: ""}
+_INK, _FAINT = "#1d2733", "#8a949e"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": "#aab2ba",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": "#4a5560",
+    "ytick.color": "#4a5560",
+    "legend.frameon": False,
+    "figure.dpi": 100,
+}
+
+
+def draw_curves(comparison: Comparison, path: Path) -> None:
+    """The loss curves as PNG."""
+    with _figures() as plt:
+        figure = _curves(plt, comparison)
+        save_figure(figure, path)
+        plt.close(figure)
+
+
+def curves_svg(comparison: Comparison) -> str | None:
+    """The loss curves as SVG to stand in HTML; None where there are none."""
+    if not _drawn_curves(comparison):
+        return None
+    return _svg(lambda plt: _curves(plt, comparison), "curves")
+
+
+def bars_svg(comparison: Comparison) -> str | None:
+    """A panel for each measure, a bar for each group; None where nothing was evaluated."""
+    metrics = [name for name in comparison.measured() if f"{EVALUATED}{name}" in comparison.final]
+    return _svg(lambda plt: _bars(plt, comparison, metrics), "bars") if metrics else None
+
+
+def differences_svg(tests: Sequence[Test], comparison: Comparison, name: str) -> str | None:
+    """A panel for each measure, with every group's difference to the baseline and its interval."""
+    drawn = [test for test in tests if math.isfinite(test.difference.low)]
+    return _svg(lambda plt: _differences(plt, drawn, comparison), name) if drawn else None
+
+
+def _curves(plt: Any, comparison: Comparison) -> Any:
+    metrics = _drawn_curves(comparison)
+    figure, axes = _panels(plt, len(metrics), width=4.0, height=3.0)
+    for panel, metric in zip(axes, metrics, strict=False):
+        for number, group in enumerate(comparison.groups):
+            curves = [comparison.histories[metric].get(run.run_id, ()) for run in group.runs]
+            curves = [points for points in curves if points]
+            if not curves:
+                continue
+            color, dash = _paint(number)
+            smoothed = [_smoothed(points) for points in curves]
+            for raw, smooth in zip(curves, smoothed, strict=True):
+                thin = smooth if len(curves) > 1 else raw
+                panel.plot(*_thinned(thin), color=color, alpha=0.28, linewidth=0.8)
+            panel.plot(*_thinned(_mean_curve(smoothed)), color=color, linestyle=dash, linewidth=1.8)
+        panel.set_title(wording.label(metric), parse_math=False)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.25)
+    _legend(plt, figure, comparison)
+    return figure
+
+
+def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
+    groups = comparison.groups
+    figure, axes = _panels(plt, len(metrics), width=4.0, height=0.75 + 0.42 * len(groups), share_y=True)
+    for panel, metric in zip(axes, metrics, strict=False):
+        values = comparison.final.get(f"{EVALUATED}{metric}", {})
+        right = 0.0
+        for number, group in enumerate(groups):
+            found = group.estimate(values)
+            if found is None or not math.isfinite(found.mean):
+                continue
+            half = found.half_width or 0.0
+            panel.barh(number, found.mean, color=_paint(number)[0], height=0.62)
+            if found.half_width is not None:
+                panel.errorbar(found.mean, number, xerr=half, color=_INK, capsize=3.5, linewidth=1.2)
+                seeds = [values[run.run_id] for run in group.runs if run.run_id in values]
+                panel.plot(seeds, [number] * len(seeds), "o", color="white", markeredgecolor=_INK, markersize=3.6)
+            right = max(right, found.mean + half)
+        for number, group in enumerate(groups):
+            found = group.estimate(values)
+            if found is not None and math.isfinite(found.mean):
+                panel.text(
+                    found.mean + (found.half_width or 0.0) + 0.035 * right,
+                    number,
+                    wording.estimate(metric, found),
+                    va="center",
+                    fontsize=8.5,
+                    parse_math=False,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+                )
+        references = {n: v[metric] for n, v in comparison.references.items() if metric in v}
+        panel.set_yticks(range(len(groups)), [_short(group.label) for group in groups], parse_math=False)
+        panel.set_ylim(len(groups) - 0.5, -0.5)
+        limit = 1.45 * right if right > 0 else 1.0
+        for name, style in (("teacher", "dashed"), ("student", "dotted")):
+            if references.get(name) is not None and references[name] <= limit:
+                panel.axvline(references[name], color=_FAINT, linestyle=style, linewidth=1.2)
+        panel.set_xlim(0, limit)
+        better = next((m.lower_is_better for m in comparison.measures if m.name == metric), None)
+        panel.set_title(f"{wording.label(metric)} {_ARROWS[better]}", parse_math=False)
+        panel.tick_params(axis="y", length=0)
+    return figure
+
+
+def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any:
+    names = list(dict.fromkeys(test.measure.name for test in tests))
+    groups = [group for group in comparison.groups if any(test.group is group for test in tests)]
+    figure, axes = _panels(plt, len(names), width=4.0, height=1.1 + 0.4 * len(groups), share_y=True)
+    for panel, name in zip(axes, names, strict=False):
+        mine = [test for test in tests if test.measure.name == name]
+        measure = mine[0].measure
+        scale = 1.0 if measure.is_exponential else 100.0
+        panel.axvline(0, color=_INK, linewidth=1.0)
+        for test in mine:
+            found, row = test.difference, groups.index(test.group)
+            color = _paint(comparison.groups.index(test.group))[0]
+            low, high = (scale * (one - found.value) for one in (found.low, found.high))
+            panel.errorbar(
+                scale * found.value,
+                row,
+                xerr=[[-low], [high]],
+                fmt="o",
+                color=color,
+                markerfacecolor=color if test.is_better is not None else "white",
+                capsize=4,
+                linewidth=1.8,
+                markersize=7,
+            )
+        panel.set_yticks(range(len(groups)), [_short(group.name) for group in groups], parse_math=False)
+        panel.set_ylim(len(groups) - 0.5, -0.5)
+        panel.margins(x=0.12)
+        panel.set_title(wording.label(measure.name), parse_math=False)
+        panel.set_xlabel(f"{wording.unit(measure)}, {_ARROWS[measure.lower_is_better]}", fontsize=9)
+        panel.grid(axis="x", alpha=0.25)
+        panel.tick_params(axis="y", length=0)
+    return figure
+
+
+def color_of(number: int) -> str:
+    """The colour of a group, by its place in the comparison."""
+    return _paint(number)[0]
+
+
+def _drawn_curves(comparison: Comparison) -> list[str]:
+    return [metric for metric in TERMS if any(comparison.histories.get(metric, {}).values())]
+
+
+def _paint(number: int) -> tuple[str, str]:
+    """Colour and dashes of a group."""
+    return _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS) % len(_DASHES)]
+
+
+def _short(text: str, limit: int = 24) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _panels(plt: Any, count: int, *, width: float, height: float, share_y: bool = False) -> tuple[Any, list[Any]]:
+    columns = max(1, min(3, count))
+    rows = max(1, math.ceil(count / columns))
+    size = (width * columns, height * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=share_y, layout="constrained")
+    for panel in axes.flat[count:]:
+        panel.set_visible(False)
+    return figure, list(axes.flat)
+
+
+def _legend(plt: Any, figure: Any, comparison: Comparison) -> None:
+    handles = [
+        plt.Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=_short(group.label))
+        for group, (color, dash) in zip(comparison.groups, map(_paint, range(len(comparison.groups))), strict=True)
+    ]
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _mean_curve(curves: Sequence[History]) -> list[tuple[int, float]]:
+    """The mean over runs, at the steps that all of them have; one curve is itself."""
+    if len(curves) == 1:
+        return list(curves[0])
+    by_step = [dict(points) for points in curves]
+    steps = sorted(set.intersection(*(set(points) for points in by_step)))
+    return [(step, float(np.mean([points[step] for points in by_step]))) for step in steps]
+
+
+def _smoothed(points: History) -> list[tuple[int, float]]:
+    """Exponential mean, without the pull to 0 at its start."""
+    smoothed, mean = [], 0.0
+    for number, (step, value) in enumerate(points, start=1):
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
+        smoothed.append((step, mean / (1 - _SMOOTHING**number)))
+    return smoothed
+
+
+def _thinned(points: History) -> tuple[list[int], list[float]]:
+    """Steps and values of points spread evenly over the curve, the last among them."""
+    if not points:
+        return [], []
+    kept = sorted({round(place) for place in np.linspace(0, len(points) - 1, min(len(points), _POINTS))})
+    return [points[index][0] for index in kept], [points[index][1] for index in kept]
+
+
+@contextmanager
+def _figures() -> Iterator[Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with matplotlib.rc_context(_STYLE):
+        yield plt
+
+
+def _svg(draw: Any, name: str) -> str:
+    """A figure as an `<svg>` element, whose ids are no other picture's and which points nowhere outside of itself."""
+    import matplotlib
+
+    with _figures() as plt, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure = draw(plt)
+        buffer = io.StringIO()
+        nothing: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
+        plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]  # without the XML declaration and the document type
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    # As wide as drawn, in pixels; the page makes it narrower where there is no room.
+    width, _ = figure.get_size_inches() * _PIXELS_AN_INCH
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 style="width: {width:.0f}px">', text, count=1)

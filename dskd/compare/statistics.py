@@ -1,0 +1,119 @@
+"""Intervals over seeds, and paired tests: how sure a difference is, and against what.
+
+Two questions are kept apart. Over *examples*: would these very models differ on other text of this kind? Over *seeds*:
+would other trainings of the same settings differ? The first has many examples and small intervals, and says nothing
+about the second.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+PAIRED, WELCH = "paired t", "Welch's t"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with the 95 % interval of Student's t; of one seed there is no interval."""
+
+    mean: float
+    half_width: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """From one value a seed."""
+        mean, count = float(np.mean(values)), len(values)
+        if count < 2:
+            return cls(mean, None, count)
+        error = float(np.std(values, ddof=1)) / math.sqrt(count)
+        return cls(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error, count)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one is from another, with the 95 % interval and the two-sided p-value of "not at all"."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    count: int  # examples, pairs of runs, or runs of both together
+    test: str
+
+
+def paired_on_examples(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> Difference:
+    """Paired t test of two models, or groups' means over seeds, on the same examples.
+
+    The difference is that of the measures themselves, R = sum(one - other) / sum(counts): for perplexity the mean
+    negative log-likelihood a token, so that an example weighs as much as it has tokens. R is a ratio estimator, and its
+    standard error the linearised one (Cochran, Sampling Techniques, 6.4), from the residuals
+    e = (one - other) - R·counts: se² = n/(n - 1) · sum(e²) / sum(counts)². Where every count is 1 this is the
+    ordinary paired t test. Examples that have nothing to count say nothing and are left out of n.
+
+    Args:
+        one: [N] sums over each example.
+        other: [N] the same of the other.
+        counts: [N] what both are divided by.
+    """
+    counted = counts > 0
+    differences, counts = (one - other)[counted].astype(float), counts[counted].astype(float)
+    number = len(counts)
+    if number < 2:
+        value = float(differences.sum() / counts.sum()) if number else math.nan
+        return Difference(value, math.nan, math.nan, math.nan, number, PAIRED)
+    value = float(differences.sum() / counts.sum())
+    residuals = differences - value * counts
+    error = math.sqrt(number / (number - 1) * float(residuals @ residuals)) / float(counts.sum())
+    half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
+    # Without an error they are the same on every example, or apart by the same amount on each.
+    p_value = float(2 * stats.t.sf(abs(value) / error, number - 1)) if error else float(value == 0)
+    return Difference(value, value - half_width, value + half_width, p_value, number, PAIRED)
+
+
+def on_seeds(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> Difference | None:
+    """The difference of two groups' means over trainings; None where either has fewer than two.
+
+    Paired by seed where both have the same seeds, once each, because the same seed shares its data order and its draws;
+    else Welch's t test.
+
+    Args:
+        one: {seed: the measure of its runs}.
+        other: the same of the other group.
+    """
+    first, second = ([value for values in group.values() for value in values] for group in (one, other))
+    if min(len(first), len(second)) < 2:
+        return None
+    if one.keys() == other.keys() and len(first) == len(second) == len(one):
+        name = PAIRED
+        first, second = ([group[seed][0] for seed in sorted(one)] for group in (one, other))
+        count = len(first)
+        is_constant = len({a - b for a, b in zip(first, second, strict=True)}) == 1
+        result = None if is_constant else stats.ttest_rel(first, second)
+    else:
+        name, count = WELCH, len(first) + len(second)
+        is_constant = len(set(first)) == len(set(second)) == 1
+        result = None if is_constant else stats.ttest_ind(first, second, equal_var=False)
+    value = float(np.mean(first) - np.mean(second))
+    if result is None:  # no spread at all, as where a seed changes nothing
+        return Difference(value, value, value, 1.0 if value == 0 else 0.0, count, name)
+    low, high = result.confidence_interval(CONFIDENCE)
+    return Difference(value, float(low), float(high), float(result.pvalue), count, name)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the chance of any false alarm among these stays below the level.
+
+    A NaN, which is no test, stays one and is not counted.
+    """
+    corrected = [math.nan] * len(p_values)
+    order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])
+    highest = 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected

@@ -1,0 +1,89 @@
+"""What a model scored on each example of an evaluation: the table from which measures are made and runs are compared.
+
+A row is an example, under an id that is the same for every model that was evaluated on it; a column is a sum over the
+example, such as its negative log-likelihood or its targets. A measure is the ratio of two columns' sums over all
+examples, so it weighs an example by its count; a task with one score an example has a count of 1 everywhere. The file
+says itself which measures its columns make, so whatever is written in this form can be compared without knowing it.
+"""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ID_COLUMN = "example"
+_METADATA = b"dskd"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A ratio of two columns, or its exponential, and which way it should go."""
+
+    name: str
+    total: str  # the column above the line
+    count: str  # the column below it; the same for every model on the same data
+    lower_is_better: bool = False
+    is_exponential: bool = False  # perplexity: exp of the ratio
+
+    def value(self, columns: Mapping[str, Any]) -> float:
+        """The measure over all examples; NaN where there is nothing to count."""
+        total, count = float(np.sum(columns[self.total])), float(np.sum(columns[self.count]))
+        if not count:
+            return math.nan
+        return math.exp(min(total / count, 700.0)) if self.is_exponential else total / count
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The table of one model: N examples."""
+
+    data: str  # digest of what was evaluated on
+    ids: Sequence[str]  # N of them, each once
+    columns: Mapping[str, np.ndarray]  # each [N]
+    measures: Sequence[Measure]
+
+    def values(self) -> dict[str, float]:
+        """{measure: its value}, of those that have one."""
+        values = {measure.name: measure.value(self.columns) for measure in self.measures}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def save_examples(path: Path, examples: Examples) -> None:
+    """Writes Parquet: the ids, the columns, and in the schema's metadata the digest and the measures."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({ID_COLUMN: pa.array(examples.ids, pa.string()), **examples.columns})
+    about = {"data": examples.data, "measures": [dataclasses.asdict(measure) for measure in examples.measures]}
+    pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(about)}), path)
+
+
+def read_examples(content: bytes) -> Examples:
+    """What :func:`save_examples` wrote.
+
+    Raises:
+        ValueError: when it is something else.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        about = json.loads(table.schema.metadata[_METADATA])
+        columns = {name: table.column(name).to_numpy() for name in table.column_names if name != ID_COLUMN}
+        measures = [Measure(**measure) for measure in about["measures"]]
+        ids = table.column(ID_COLUMN).to_pylist()
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"no table of examples ({type(error).__name__}: {error})") from None
+    missing = {column for measure in measures for column in (measure.total, measure.count)} - set(columns)
+    if missing or len(set(ids)) != len(ids):
+        raise ValueError(
+            f"no table of examples (missing columns: {sorted(missing)}; {len(ids) - len(set(ids))} ids twice)"
+        )
+    return Examples(about["data"], ids, columns, measures)
