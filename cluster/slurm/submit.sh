@@ -7,13 +7,24 @@
 # Prints a line a job: its number and what it does. DSKD_ENV=FILE names another file than cluster/slurm/cluster.env.
 set -euo pipefail
 
-DSKD_ENV=$(realpath "${DSKD_ENV:-$(dirname "$0")/cluster.env}")
+DSKD_ENV=$(realpath -m "${DSKD_ENV:-$(dirname "$0")/cluster.env}")
 cd "$(dirname "$0")/../.."
-# shellcheck source=cluster/slurm/cluster.env
-source "$DSKD_ENV"
+# shellcheck source=cluster/slurm/settings.sh
+source cluster/slurm/settings.sh
 
 what=${1:-}
 overrides=("${@:2}")
+runs=("")
+[[ $what != pipeline ]] || runs=("${DSKD_RUNS[@]-}")
+
+# What is wrong with the config is said now, and not when the job has come through the queue. (Where there is only a
+# container it may be of another machine.)
+if [[ -n $DSKD_VENV ]]; then
+    for run in "${runs[@]}"; do
+        "$DSKD_VENV/bin/python" -m dskd config --config "$DSKD_CONFIG" "${DSKD_OVERRIDES[@]}" "${overrides[@]}" \
+            ${run:+"run=$run"} >/dev/null || exit 2
+    done
+fi
 mkdir -p "$DSKD_LOGS"
 
 common=(--parsable --chdir="$PWD" --output="$DSKD_LOGS/%x-%j.log" --export="ALL,DSKD_ENV=$DSKD_ENV")
@@ -43,7 +54,7 @@ case $what in
         submit annotate "$DSKD_NODES" "$submitted" cluster/slurm/pipeline.sbatch annotate
         annotate=$submitted
         trained=()
-        for run in "${DSKD_RUNS[@]-}"; do
+        for run in "${runs[@]}"; do
             submit "train${run:+-$run}" "$DSKD_NODES" "$annotate" cluster/slurm/train.sbatch ${run:+"run=$run"}
             trained+=("$submitted")
         done

@@ -1,0 +1,94 @@
+"""What cluster/slurm/submit.sh refuses before anything is submitted, and what it asks of sbatch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+SLURM = REPOSITORY / "cluster" / "slurm"
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Runs submit.sh with more lines behind cluster.env's own; `sbatch` writes down what it is given."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    sbatch = programs / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/submitted\necho 17\n')
+    sbatch.chmod(0o755)
+
+    def run(*arguments, env=""):
+        file = tmp_path / "my.env"
+        own = (SLURM / "cluster.env").read_text(encoding="utf-8")
+        config = REPOSITORY / "configs" / "smoke.yaml"
+        file.write_text(f"{own}\nDSKD_VENV={sys.prefix}\nDSKD_LOGS={tmp_path}\nDSKD_CONFIG={config}\n{env}\n")
+        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "DSKD_ENV": str(file)}
+        return subprocess.run(
+            [str(SLURM / "submit.sh"), *arguments],
+            env={**environment, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    submitted = tmp_path / "submitted"
+    run.submitted = lambda: submitted.read_text().splitlines() if submitted.exists() else []
+    return run
+
+
+def test_every_problem_of_the_settings_is_named_at_once(submit):
+    wrong = {
+        "DSKD_NODES=": "DSKD_NODES: expected a whole number from 1, found ''",
+        "DSKD_GPUS_PER_NODE=eight": "DSKD_GPUS_PER_NODE: expected a whole number from 0, found 'eight'",
+        "DSKD_RANKS_PER_NODE=0": "DSKD_RANKS_PER_NODE: expected a whole number from 1 or nothing, found '0'",
+        "DSKD_PARTITON=gpu": "DSKD_PARTITON: there is no such setting",
+        "unset DSKD_RETRIES": "DSKD_RETRIES: is missing",
+        "unset DSKD_OVERRIDES; DSKD_OVERRIDES='a=1 b=2'": "DSKD_OVERRIDES: expected a list in brackets",
+        "DSKD_PREFLIGHT=yes": "DSKD_PREFLIGHT: expected 1 or nothing, found 'yes'",
+        "DSKD_LOGS=": "DSKD_LOGS: is empty",
+        "DSKD_CONFIG=nowhere.yaml": "DSKD_CONFIG: there is no file 'nowhere.yaml'",
+        "DSKD_VENV=/nowhere": "DSKD_VENV: '/nowhere' is no virtual environment",
+    }
+    finished = submit("train", env="\n".join(wrong))
+    assert finished.returncode == 2
+    for message in wrong.values():
+        assert message in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1 + len(wrong) + 1  # a missing number is no number either
+    assert submit.submitted() == []
+
+
+def test_a_mistake_in_the_config_is_said_before_the_queue(submit):
+    for arguments in (("train", "trian.steps=5"), ("pipeline", "trian.steps=5")):
+        finished = submit(*arguments)
+        assert finished.returncode == 2
+        assert "trian.steps" in finished.stderr
+    assert submit.submitted() == []
+
+
+def test_what_is_neither_training_nor_pipeline_is_refused(submit):
+    finished = submit("eval")
+    assert finished.returncode == 2
+    assert "error: 'eval' is neither train nor pipeline" in finished.stderr
+
+
+def test_a_settings_file_that_is_not_there_is_named(tmp_path):
+    environment = {**os.environ, "DSKD_ENV": str(tmp_path / "no.env")}
+    finished = subprocess.run(
+        [str(SLURM / "submit.sh"), "train"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 2
+    assert f"error: DSKD_ENV: there is no settings file {tmp_path / 'no.env'}" in finished.stderr
+
+
+def test_settings_become_options_of_sbatch(submit):
+    finished = submit(
+        "train", "run=kd", env="DSKD_NODES=3\nDSKD_PARTITION=gpu\nDSKD_TIME=\nDSKD_SBATCH_OPTIONS=(--qos=long)"
+    )
+    assert finished.returncode == 0, finished.stderr
+    (asked,) = submit.submitted()
+    for option in ("--nodes=3", "--partition=gpu", "--gpus-per-node=1", "--qos=long", "train.sbatch run=kd"):
+        assert option in asked
+    assert "--time" not in asked
+    assert finished.stdout == "17 train\n"
