@@ -12,14 +12,14 @@
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from dskd import export, shards
+from dskd import export, samples, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main, sum_over_ranks
@@ -30,7 +30,7 @@ from dskd.models import FrozenModel, load_frozen
 from dskd.node_cache import open_node_cache
 from dskd.senses.dictionary import load_dictionary, map_vectors
 from dskd.student import find_student
-from dskd.tracking import log_final_metrics
+from dskd.tracking import log_evaluation
 
 FOLDER, FILE = "evaluation", "measures.json"
 MADE_BY = "deepspeed launcher/evaluate.py --config FILE"
@@ -46,6 +46,7 @@ class Candidate:
     name: str
     folder: ModelFolder
     mlflow_run_id: str | None = None
+    step: int = 0  # of the training
 
 
 def candidates(config: Config) -> list[Candidate]:
@@ -62,7 +63,7 @@ def candidates(config: Config) -> list[Candidate]:
                 between=f"{folder.path} and what is here now",
                 remedy=f"train and export it anew, or remove {folder.path}",
             )
-            found.append(Candidate(run, folder, manifest.facts["mlflow_run_id"]))
+            found.append(Candidate(run, folder, manifest.facts["mlflow_run_id"], manifest.facts["step"]))
     return found
 
 
@@ -73,7 +74,7 @@ def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe
     return Recipe(
         "evaluation",
         {"model": candidate.folder.digest, "shards": validation.digest, "senses": senses.digest},
-        {"precision": config.precision},
+        {"precision": config.precision, **samples.settings(config)},
         teacher.digest,
         teacher.tokenizer_digest,
     )
@@ -113,6 +114,7 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
     # The teacher goes first: its predictions are what the others are compared with.
     stale = [candidate for candidate in candidates(config) if candidate.name in names]
     text = HeldOutText(config, validation, dictionary.path, world)
+    prompts = text.prompts(config)
     predictions: list[torch.Tensor] = []
     if TEACHER not in names:
         model = load_frozen(teacher, config, world)
@@ -124,9 +126,14 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
         with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
             model = load_frozen(candidate.folder, config, world)
             measures = measure(model, text, predictions, world, label="evaluating")
+            continuations = samples.continue_prompts(model, prompts)
             model.close()
             wanted = recipe(config, candidate, teacher)
-            on_main(functools.partial(_publish, config, candidate, wanted, measures))
+
+            def write(folder: Path, name: str = candidate.name, said: list[list[int]] = continuations) -> None:
+                samples.write_samples(folder, teacher, prompts, said, name=name, beside=config.path(FOLDER, TEACHER))
+
+            on_main(functools.partial(_publish, config, candidate, wanted, measures, write if len(prompts) else None))
 
 
 class HeldOutText:
@@ -144,6 +151,11 @@ class HeldOutText:
     def logits_chunk(self, model: FrozenModel) -> int:
         """How many positions have logits at one time."""
         return chunk_size(self._loss_chunk_size, model.vocab_size, self._world.device)
+
+    def prompts(self, config: Config) -> samples.Prompts:
+        """What the models are asked to go on with."""
+        first = range(max(1, min(config.evaluation.samples, self.num_samples)))
+        return samples.Prompts.of(config, shards.collate_tokens([self._dataset[index] for index in first]))
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields this rank's batches; equally many on every rank, and the last may have no targets."""
@@ -256,12 +268,29 @@ def _alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: tor
     return int((nearest[0] < nearest[1]).sum()), len(positions)
 
 
-def _publish(config: Config, candidate: Candidate, wanted: Recipe, measures: dict[str, float]) -> None:
-    with build_artifact(config.path(FOLDER, candidate.name), wanted) as building:
+def _publish(
+    config: Config,
+    candidate: Candidate,
+    wanted: Recipe,
+    measures: dict[str, float],
+    write_samples: Callable[[Path], None] | None,
+) -> None:
+    target = config.path(FOLDER, candidate.name)
+    with build_artifact(target, wanted) as building:
         write_json(building.folder / FILE, measures)
+        if write_samples is not None:
+            write_samples(building.folder)
     say("  " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()))
     if candidate.mlflow_run_id and config.tracking.enabled:
-        log_final_metrics(config, candidate.mlflow_run_id, {f"eval/{name}": v for name, v in measures.items()})
+        log_evaluation(
+            config,
+            candidate.name,
+            candidate.mlflow_run_id,
+            {f"eval/{name}": value for name, value in measures.items()},
+            step=candidate.step,
+            tables=[target / samples.TABLE_FILE],
+            files=[target / samples.TEXT_FILE],
+        )
 
 
 def _exp_mean(total: float, count: float) -> float:

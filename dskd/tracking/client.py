@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from dskd.config import Config
+from dskd.errors import UserError
 
 # Defaults for what the environment leaves open: no telemetry, and an unreachable server is noticed in seconds.
 _ENVIRONMENT = {
@@ -14,6 +15,8 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# What a server answers that will answer so again. Anything else can pass: no connection, a time-out, a lapsed login.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
 
 
 def tracking_uri(config: Config) -> str:
@@ -30,6 +33,13 @@ def connect(config: Config) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri(config))
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True when the same would be answered again: MLflow has understood and will not take it, or the fault is here."""
+    if isinstance(error, UserError | ValueError | TypeError | LookupError | AttributeError | ImportError):
+        return not isinstance(error, OSError)  # requests' error of an answer that is no JSON is both
+    return getattr(error, "error_code", None) in _REFUSALS
 
 
 def without_secrets(text: str) -> str:

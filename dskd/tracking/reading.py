@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.tracking.client import connect, first_line, tracking_uri, without_secrets
+from dskd.tracking.runs import KIND_TAG, PARENT
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def read_runs(config: Config) -> list[TrackedRun]:
             run.info.start_time / 1000,
         )
         for run in runs
+        if run.data.tags.get(KIND_TAG) != PARENT  # it holds others together, and was trained by nobody
     ]
 
 
