@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ def run_launcher_on_node(
     _require(libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None))  # what is mounted here is seen here only
     _require(libc.mount(bytes(memory), _SHARED_MEMORY.encode(), None, _MS_BIND, None))
     socket.sethostname(name)
+    # One of the node's own: that of the fork server would remove segments of these names where it sees them itself.
+    resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
     local = {"LOCAL_RANK": str(rank % ranks_per_node), "LOCAL_SIZE": str(ranks_per_node)}
     # The loopback: nobody can resolve the new name, which gloo would ask for.
     own = {**environment, **local, "GLOO_SOCKET_IFNAME": "lo"}

@@ -14,6 +14,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
+import mlflow
 import pytest
 import torch
 import yaml
@@ -363,8 +364,6 @@ def test_runs_that_start_at_once_have_one_parent_with_their_status(link, tmp_pat
 
 @pytest.mark.slow
 def test_the_exported_student_is_a_model_of_its_run(link, tiny, tmp_path):
-    import mlflow
-
     work = yaml.safe_load(tiny.read_text())["workdir"]
     shutil.copytree(f"{work}/export/dskd", tmp_path / "export" / "dskd")
     config = _config(tmp_path, uri=link.uri, experiment="models", log_model=True)
@@ -396,6 +395,7 @@ def test_an_evaluation_that_is_repeated_leaves_one_table(link, tmp_path):
         log_evaluation(config, "dskd", tracking.run_id, {"eval/perplexity": 3.5}, step=7, tables=[table], files=[text])
     client = MlflowClient(link.uri)
     experiment = client.get_experiment_by_name("tables").experiment_id
+    mlflow.set_tracking_uri(link.uri)
     assert client.load_table(experiment, "samples.json").to_dict("records") == [{"prompt": "a", "dskd": "second"}]
     assert "samples.md" in {file.path for file in client.list_artifacts(tracking.run_id)}
     assert read_history(config, tracking.run_id, "eval/perplexity") == [(7, 3.5)]

@@ -13,6 +13,7 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with every end of a run, and in among what we print
     "GIT_PYTHON_REFRESH": "quiet",
 }
 # What a server answers that will answer so again. Anything else can pass: no connection, a time-out, a lapsed login.
