@@ -25,12 +25,22 @@ def tracking_uri(config: Config) -> str:
     return config.tracking.uri or f"sqlite:///{config.path('mlflow.db').resolve()}"
 
 
-def connect(config: Config) -> Any:
-    """MLflow's client for the config's tracking URI. What it raises is mlflow's, sqlalchemy's or requests'."""
+def load_mlflow() -> None:
+    """Imports what is used of mlflow later on, in threads too: processes are forked beside those, and a child that is
+    forked in the middle of an import waits for ever for what it imports itself.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    import mlflow.data.schema
+    import mlflow.entities
+    import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
+
+
+def connect(config: Config) -> Any:
+    """MLflow's client for the config's tracking URI. What it raises is mlflow's, sqlalchemy's or requests'."""
+    load_mlflow()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri(config))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.console import warn
-from dskd.tracking.client import first_line
+from dskd.tracking.client import first_line, load_mlflow
 from dskd.tracking.outbox import Outbox
 
 _FOLDER = "nodes"
@@ -27,7 +27,7 @@ Points = list[list[Any]]  # [name, value, time in ms, step] each
 
 
 class NodeSampler:
-    """Samples the node it is on from a thread, until it is told to stop. What goes wrong in it ends only itself."""
+    """Samples the node it is on from a thread, until it is told to stop. What goes wrong in it ends nothing else."""
 
     def __init__(self, node: str, started_ms: int, every_s: float, hand_over: Callable[[Points], None]) -> None:
         """Starts at once.
@@ -44,32 +44,41 @@ class NodeSampler:
         self._hand_over = hand_over
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample_all, name="system metrics", daemon=True)
+        try:
+            load_mlflow()
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            # With a URI, for it would make one up; it sends nothing, for it is not started.
+            self._monitor = SystemMetricsMonitor("", tracking_uri="http://localhost")
+            self._monitor.collect_metrics()
+        except Exception as error:
+            self._warn(error)
+            return
         self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread, or leaves it when it hangs in a driver."""
         self._stopped.set()
-        self._thread.join(_JOIN_TIMEOUT_S)
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_TIMEOUT_S)
 
     def _sample_all(self) -> None:
+        wait_s = min(self._every_s, _FIRST_SAMPLE_AFTER_S)
         try:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            # A URI, so that it asks nobody for one; nothing is sent by it, for it is not started.
-            monitor = SystemMetricsMonitor("", tracking_uri="http://localhost")
-            monitor.collect_metrics()
-            wait_s = min(self._every_s, _FIRST_SAMPLE_AFTER_S)
             while not self._stopped.wait(wait_s):
-                for collector in monitor.monitors:
+                for collector in self._monitor.monitors:
                     collector.clear_metrics()
-                monitor.collect_metrics()
+                self._monitor.collect_metrics()
                 now = int(time.time() * 1000)
                 step = max(0, now - self._started_ms) // 1000
-                values = monitor.aggregate_metrics()
+                values = self._monitor.aggregate_metrics()
                 self._hand_over([[f"system/{self._node}/{name}", float(v), now, step] for name, v in values.items()])
                 wait_s = self._every_s
         except Exception as error:
-            warn(f"{self._node}: its use of processors and memory is not recorded from here on ({first_line(error)})")
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        warn(f"{self._node}: its use of processors and memory is not recorded from here on ({first_line(error)})")
 
 
 def write_sample(folder: Path, node: str, points: Points) -> None:
