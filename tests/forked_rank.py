@@ -50,7 +50,7 @@ def run_launcher_on_node(
     # One of the node's own: that of the fork server would remove segments of these names where it sees them itself.
     resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
     local = {"LOCAL_RANK": str(rank % ranks_per_node), "LOCAL_SIZE": str(ranks_per_node)}
-    # The loopback: nobody can resolve the new name, which gloo would ask for. And a server that is away is soon noticed.
+    # The loopback, for nobody can resolve the new name; and a server that is away is noticed at once.
     own = {**environment, **local, "GLOO_SOCKET_IFNAME": "lo", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     run_launcher(Path(__file__).parent.parent / "launcher" / program, arguments, own, log)
 

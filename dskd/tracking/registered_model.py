@@ -1,5 +1,6 @@
 """The exported student as an MLflow model of its run, for `tracking.log_model`."""
 
+import logging
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ def log_model(client: Any, config: Config, run_id: str, folder: Path) -> None:
     run = client.get_run(run_id)
     if run.data.tags.get("model") == digest:
         return
+    # It warns that a folder is no model of the hub, and looks there for nothing whose name is a whole path.
+    logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)
     # The fluent interface knows one server a process; this package is the only one that uses it.
     mlflow.set_tracking_uri(tracking_uri(config))
     mlflow.transformers.log_model(
-        str(folder),
+        str(folder.resolve()),
         name=NAME,
         run_id=run_id,  # not an active run, whose end would mark this one as FINISHED
         task="text-generation",
