@@ -66,6 +66,7 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.1)
+        self.stop()
         pytest.fail("the MLflow server did not start")
 
     def stop(self):
