@@ -318,17 +318,15 @@ def test_a_run_that_died_is_gone_on_with_or_marked_so(link, tmp_path):
     other = start_tracking(config, ONE_RANK, tags={}, start=Start(recipe="another"))
     overwriting = start_tracking(config, ONE_RANK, tags={}, start=Start(recipe="another", overwrite=True))
     assert len({dead.run_id, other.run_id, overwriting.run_id}) == 3
-    assert statuses() == {
-        dead.run_id: "FAILED",
-        other.run_id: "FAILED",
-        overwriting.run_id: "RUNNING",
-        elsewhere.run_id: "RUNNING",
-    }
+    # The second of them finds a message of `again` that was written to disk, and delivered since.
+    alive = {overwriting.run_id: "RUNNING", elsewhere.run_id: "RUNNING"}
+    _wait_for(lambda: statuses() == alive | {dead.run_id: "FAILED", other.run_id: "FAILED"})
     assert f"by run {overwriting.run_id}" in client.get_run(other.run_id).data.tags["died"]
     # A checkpoint's run comes before the folder's.
     last = start_tracking(config, ONE_RANK, tags={}, start=Start("another", 2, dead.run_id))
     assert last.run_id == dead.run_id
     last.finish("FINISHED")
+    assert statuses()[dead.run_id] == "FINISHED"
     assert statuses()[overwriting.run_id] == "FAILED"
     for one in (dead, again, other, overwriting, elsewhere):
         one.finish("FAILED")

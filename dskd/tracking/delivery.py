@@ -4,7 +4,8 @@
 |---|---|
 | `metrics` | `metrics`: [name, value, time in ms, step] each |
 | `measures` | `measures`: {name: value}, at `step`; of one metric also more than once |
-| `restart` | that the run goes on: `step`, `after`, `tags` |
+| `restart` | that the run goes on: from `step`, `on` what, `at` what time, with what `tags` |
+| `deaths` | that all other runs of the name and work directory which say RUNNING have died |
 | `end` | `status`, and when: `time_ms` |
 | `file` | `file` of the work directory, `folder` of the run's artifacts |
 | `table` | the same of a table, as `mlflow.load_table` reads it |
@@ -29,7 +30,7 @@ from dskd.tracking.curves import draw_curves
 from dskd.tracking.datasets import log_datasets
 from dskd.tracking.outbox import Message
 from dskd.tracking.registered_model import log_model
-from dskd.tracking.runs import fail_dead_runs, note_restart, refresh_parent
+from dskd.tracking.runs import fail_dead_runs, load_run, note_restart, refresh_parent, run_folder
 
 CURVES_FILE = "loss.png"
 
@@ -68,8 +69,11 @@ class Delivery:
             for name, value in first["measures"].items():
                 self.client.log_metric(run_id, name, value, step=first["step"])
         elif kind == "restart":
-            fail_dead_runs(self.client, self._config, self._run, keep=run_id)
             note_restart(self.client, run_id, first)
+        elif kind == "deaths":
+            recorded = load_run(run_folder(self._config, self._run))
+            if recorded is not None and recorded["run_id"] == run_id:  # otherwise a later run has begun since
+                fail_dead_runs(self.client, self._config, self._run, keep=run_id)
         elif kind == "end":
             self.client.set_terminated(run_id, first["status"], first["time_ms"])
             refresh_parent(self.client, run_id)

@@ -97,8 +97,8 @@ def note_restart(client: Any, run_id: str, restart: Mapping[str, Any]) -> None:
     before = run.info.status
     ended = "its process died" if before == "RUNNING" else f"it was {before}"
     note = f"from step {restart['step']}, after {ended}; {restart['on']}; {restart['at']}"
-    if restart["at"] in run.data.tags.get(f"restart.{count}", ""):  # delivered before
-        return
+    if any(restart["at"] in text for name, text in run.data.tags.items() if name.startswith("restart.")):
+        return  # it was delivered before
     told = {**restart["tags"], "restarts": str(count + 1), f"restart.{count + 1}": note}
     client.update_run(run_id, status="RUNNING")
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in told.items()])

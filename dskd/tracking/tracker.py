@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from dskd.tracking.client import connect, first_line, tracking_uri, without_secr
 from dskd.tracking.context import write_context
 from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Outbox
-from dskd.tracking.runs import create_run, fail_dead_runs, find_run, load_run, run_folder, save_run
+from dskd.tracking.runs import create_run, find_run, load_run, run_folder, save_run
 from dskd.tracking.system_metrics import NodeSampler, Points, SampleReader, name_nodes, take_samples, write_sample
 
 _CONTEXT = "context"
@@ -222,7 +223,6 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
         if run is None:
             candidates = []
             run = create_run(client, config, {**tags, **{f"job.{name}": text for name, text in launcher_job().items()}})
-            fail_dead_runs(client, config, config.run, keep=run.info.run_id)
         else:
             # What was trained behind the checkpoint was paid for too.
             device_hours = max(device_hours, run.data.metrics.get("cost/device_hours", 0.0))
@@ -242,8 +242,9 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
     if candidates:
         job = {**launcher_job(), "world_size": tags.get("world_size", "?")}  # the tags name the job of the first start
         on = ", ".join(f"{name} {text}" for name, text in job.items())
-        at = time.strftime("%Y-%m-%d %H:%M:%S%z")
+        at = datetime.now().astimezone().isoformat(" ", "milliseconds")
         tracker.put(kind="restart", step=start.first_step, on=on, at=at, tags=dict(tags))
+    tracker.put(kind="deaths")  # behind all that is told of those runs
     if datasets:
         tracker.put(kind="datasets", datasets=datasets)
     for file in _write_context(config, folder):
