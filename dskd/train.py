@@ -239,8 +239,8 @@ def _run(
                             "loss": result.loss,
                             "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),
                         }
+                        tracker.before_checkpoint()
                         checkpoint.save(engine, pair.student_logits, config, wanted, facts, world)
-                        tracker.checkpoint_written()
                     if result.stop_requested and not is_last:
                         raise stopping.Stopped(
                             f"stopped at step {done} of {schedule.total_steps}, as asked; go on with --resume"

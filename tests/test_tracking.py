@@ -240,7 +240,7 @@ def test_an_unreachable_server_is_a_users_mistake_at_the_start(copy_of_tiny):
 def test_tracking_can_be_off(tmp_path):
     tracking = start_tracking(_config(tmp_path, enabled=False), ONE_RANK, tags={}, start=Start(device_hours=2.0))
     tracking.log_metrics({"a": 1.0}, 1)
-    tracking.checkpoint_written()
+    tracking.before_checkpoint()
     tracking.finish("FINISHED")
     assert (tracking.run_id, tracking.device_hours) == (None, 2.0)
     assert not list(tmp_path.iterdir())
@@ -271,7 +271,7 @@ def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, 
     _wait_for(lambda: len(_points(link.uri, first.run_id, "train/loss")) == 3)
     link.cut()
     first.log_metrics({"train/loss": 4.0}, 4)
-    first.checkpoint_written()
+    first.before_checkpoint()
     unsent = checkpoint.folder(config) / "tracking" / "unsent.jsonl"
     assert '["train/loss", 4.0,' in unsent.read_text()  # a killed process has lost nothing of what the checkpoint has
     first.log_metrics({"train/loss": 5.0}, 5)

@@ -53,8 +53,8 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of one step."""
 
-    def checkpoint_written(self) -> None:
-        """Makes what is unsent as durable as the checkpoint, from which training would go on behind it."""
+    def before_checkpoint(self) -> None:
+        """Writes what is unsent to disk: training goes on behind the checkpoint, and tells nothing of it again."""
 
     def finish(self, status: str) -> None:
         """Sends what is left and ends the run as FINISHED, FAILED or KILLED."""
@@ -71,7 +71,7 @@ class NoTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Nothing."""
 
-    def checkpoint_written(self) -> None:
+    def before_checkpoint(self) -> None:
         """Nothing."""
 
     def finish(self, status: str) -> None:
@@ -162,7 +162,7 @@ class MLflowTracker:
         now = int(time.time() * 1000)
         self.put(kind="metrics", metrics=[[name, float(value), now, step] for name, value in metrics.items()])
 
-    def checkpoint_written(self) -> None:
+    def before_checkpoint(self) -> None:
         """Writes what is unsent to disk; now and then the picture of the loss is drawn anew, by the sending thread."""
         if time.monotonic() - self._curves_at > _CURVES_EVERY_S and not self._away:
             self._curves_at = time.monotonic()
