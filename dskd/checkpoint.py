@@ -56,6 +56,11 @@ def folder(config: Config) -> Path:
     return config.path(FOLDER, config.run)
 
 
+def lock_path(config: Config, run: str) -> Path:
+    """The lock of the one process that may train a run."""
+    return config.path(FOLDER, f".{run}.lock")
+
+
 def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
     """The newest whole checkpoint of the run, or None; damaged ones are passed over, saying so.
 

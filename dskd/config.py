@@ -405,13 +405,25 @@ class TrackingConfig(Section):
     enabled: bool = Field(True, description="track runs at all")
     uri: str | None = Field(None, description="tracking URI; by default sqlite in the work directory")
     experiment: str = Field("dskd", min_length=1, description="experiment that the runs belong to")
+    parent: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$",
+        description="name of a run of the experiment that this one is shown below, such as a sweep's; made if missing",
+    )
     log_every: int = Field(1, ge=1, description="steps between logged metrics")
+    system_metrics: bool = Field(True, description="record the use of processors, memory and GPUs of every node")
+    system_metrics_every_s: float = Field(10.0, ge=1, description="seconds between two of these samples")
+    log_model: bool = Field(
+        False, description="export also uploads the model to its run, for mlflow.transformers.load_model"
+    )
 
 
 class EvaluationConfig(Section):
     """Measures on held-out text."""
 
     batch_size: int = Field(16, ge=1, description="sequences in one forward pass")
+    samples: int = Field(4, ge=0, description="held-out texts that every model goes on with; 0 is none")
+    sample_tokens: int = Field(24, ge=1, description="tokens by which it goes on, greedily")
 
 
 class PipelineConfig(Section):

@@ -51,6 +51,20 @@ def is_main_process() -> bool:
     return current_rank() == 0
 
 
+def launcher_job() -> dict[str, str]:
+    """The scheduler's job that this process belongs to: `scheduler`, `id` and what else it says; {} without one."""
+    slurm = {"id": "JOB_ID", "name": "JOB_NAME", "array": "ARRAY_JOB_ID", "task": "ARRAY_TASK_ID"}
+    slurm["restart"] = "RESTART_COUNT"  # how often the job was requeued
+    if "SLURM_JOB_ID" in os.environ:
+        found = {name: os.environ.get(f"SLURM_{variable}") for name, variable in slurm.items()}
+        return {"scheduler": "slurm"} | {name: text for name, text in found.items() if text}
+    # The manifests of cluster/kubernetes name the Job; a pod's host name is that of the Job and its number.
+    if "KUBERNETES_SERVICE_HOST" in os.environ or "JOB_COMPLETION_INDEX" in os.environ:
+        pod = socket.gethostname()
+        return {"scheduler": "kubernetes", "id": os.environ.get("DSKD_JOB") or pod, "pod": pod}
+    return {}
+
+
 def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
     """Joins the process group that the launcher's variables describe (one rank when there are none).
 

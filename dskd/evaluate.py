@@ -13,7 +13,7 @@ What they are made of is kept for each sample too (:mod:`dskd.examples`), so tha
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dskd import export, shards
+from dskd import export, samples, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main, sum_over_ranks
@@ -56,6 +56,7 @@ class Candidate:
     name: str
     folder: ModelFolder
     mlflow_run_id: str | None = None
+    step: int = 0  # of the training
 
 
 def candidates(config: Config) -> list[Candidate]:
@@ -72,7 +73,7 @@ def candidates(config: Config) -> list[Candidate]:
                 between=f"{folder.path} and what is here now",
                 remedy=f"train and export it anew, or remove {folder.path}",
             )
-            found.append(Candidate(run, folder, manifest.facts["mlflow_run_id"]))
+            found.append(Candidate(run, folder, manifest.facts["mlflow_run_id"], manifest.facts["step"]))
     return found
 
 
@@ -83,7 +84,7 @@ def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe
     return Recipe(
         "evaluation",
         {"model": candidate.folder.digest, "shards": validation.digest, "senses": senses.digest},
-        {"precision": config.precision},
+        {"precision": config.precision, **samples.settings(config)},
         teacher.digest,
         teacher.tokenizer_digest,
     )
@@ -123,6 +124,7 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
     # The teacher goes first: its predictions are what the others are compared with.
     stale = [candidate for candidate in candidates(config) if candidate.name in names]
     text = HeldOutText(config, validation, dictionary.path, world)
+    prompts = text.prompts(config)
     predictions: list[torch.Tensor] = []
     if TEACHER not in names:
         model = load_frozen(teacher, config, world)
@@ -134,9 +136,14 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
         with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
             model = load_frozen(candidate.folder, config, world)
             examples = measure(model, text, predictions, world, label="evaluating")
+            continuations = samples.continue_prompts(model, prompts)
             model.close()
             wanted = recipe(config, candidate, teacher)
-            on_main(functools.partial(_publish, config, candidate, wanted, examples))
+
+            def write(folder: Path, name: str = candidate.name, said: list[list[int]] = continuations) -> None:
+                samples.write_samples(folder, teacher, prompts, said, name=name, beside=config.path(FOLDER, TEACHER))
+
+            on_main(functools.partial(_publish, config, candidate, wanted, examples, write if len(prompts) else None))
 
 
 class HeldOutText:
@@ -155,6 +162,11 @@ class HeldOutText:
     def logits_chunk(self, model: FrozenModel) -> int:
         """How many positions have logits at one time."""
         return chunk_size(self._loss_chunk_size, model.vocab_size, self._world.device)
+
+    def prompts(self, config: Config) -> samples.Prompts:
+        """What the models are asked to go on with."""
+        first = range(max(1, min(config.evaluation.samples, self.num_samples)))
+        return samples.Prompts.of(config, shards.collate_tokens([self._dataset[index] for index in first]))
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields this rank's batches; equally many on every rank, and the last may have no targets.
@@ -280,11 +292,29 @@ def _alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: tor
     return nearest[0] < nearest[1]
 
 
-def _publish(config: Config, candidate: Candidate, wanted: Recipe, examples: Examples) -> None:
+def _publish(
+    config: Config,
+    candidate: Candidate,
+    wanted: Recipe,
+    examples: Examples,
+    write_samples: Callable[[Path], None] | None,
+) -> None:
     target, measures = config.path(FOLDER, candidate.name), examples.values()
     with build_artifact(target, wanted) as building:
         write_json(building.folder / FILE, measures)
         save_examples(building.folder / EXAMPLES_FILE, examples)
+        if write_samples is not None:
+            write_samples(building.folder)
     say("  " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()))
     if candidate.mlflow_run_id and config.tracking.enabled:
-        log_evaluation(config, candidate.mlflow_run_id, measures, target / EXAMPLES_FILE, data=examples.data)
+        log_evaluation(
+            config,
+            candidate.name,
+            candidate.mlflow_run_id,
+            measures,
+            target / EXAMPLES_FILE,
+            data=examples.data,
+            step=candidate.step,
+            tables=[target / samples.TABLE_FILE],
+            files=[target / samples.TEXT_FILE],
+        )

@@ -17,6 +17,7 @@ from dskd.errors import UserError
 from dskd.manifest import MANIFEST_NAME, Manifest, Recipe, build_artifact, read_manifest, verify_files
 from dskd.model_folder import WEIGHTS_INDEX, ModelFolder, TensorReader, load_tokenizer, tokenizer_digest
 from dskd.student import find_student, write_weights
+from dskd.tracking import log_export
 
 FOLDER = "export"
 MADE_BY = "dskd export --config FILE"
@@ -54,6 +55,9 @@ def build_export(config: Config) -> None:
                 step=found.step, mlflow_run_id=found.manifest.facts["mlflow_run_id"], run=config.run, logits_error=error
             )
         say(f"  step {found.step}; reloaded, its logits differ from the trained student's by {error:.1e} (relative)")
+        run_id = found.manifest.facts["mlflow_run_id"]
+        if run_id and config.tracking.enabled:
+            log_export(config, config.run, run_id, target)
 
 
 def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:

@@ -1,9 +1,11 @@
 """A lock file that one process holds while it lives: two of them must not write the same artifacts."""
 
 import atexit
+import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,6 +56,22 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
     stream.flush()
     _held[path] = stream
     atexit.register(release_lock, path)
+
+
+@contextlib.contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Has the lock at `path` while it lasts, unless another process has it; yields whether it has."""
+    had = path in _held
+    try:
+        hold_lock(path, "")
+    except UserError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if not had:
+            release_lock(path)
 
 
 def _is_file(path: Path, stream: IO[str]) -> bool:

@@ -19,7 +19,7 @@ from dskd.distributed import World, any_rank, main_first, on_main
 from dskd.errors import UserError, listed
 from dskd.loader import load_steps
 from dskd.lock import hold_lock
-from dskd.manifest import Manifest, Recipe, read_manifest, verify_files
+from dskd.manifest import Manifest, Recipe, digest_of_json, read_manifest, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.node_cache import open_node_cache
 from dskd.pair import load_pair
@@ -32,7 +32,7 @@ from dskd.senses.dictionary import dictionary_folder, load_dictionary, require_f
 from dskd.step import StepResult, train_step
 from dskd.student import MADE_BY as STUDENT_MADE_BY
 from dskd.student import find_student
-from dskd.tracking import git_commit, start_tracking
+from dskd.tracking import Start, describe_dataset, git_commit, start_tracking
 
 # Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
 _NOT_IN_RECIPE = {
@@ -78,6 +78,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     Raises:
         UserError: when inputs do not fit, or checkpoints exist and neither flag says what to do with them.
     """
+    began = time.perf_counter()
     with stage(
         f"train: run {config.run!r}",
         reads=[config.path("student"), config.path(shards.FOLDER, "train"), dictionary_folder(config)],
@@ -92,7 +93,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
         if start is not None and start.step >= schedule.total_steps:
             say(f"  run {config.run!r} is at its end already: {start.step} of {schedule.total_steps} steps")
             return
-        _run(config, world, inputs, wanted, schedule, start)
+        _run(config, world, inputs, wanted, schedule, start, began=began, overwrite=overwrite)
 
 
 def report_status(config: Config) -> bool:
@@ -194,6 +195,9 @@ def _run(
     wanted: Recipe,
     schedule: Schedule,
     start: checkpoint.Checkpoint | None,
+    *,
+    began: float,
+    overwrite: bool,
 ) -> None:
     loss, train_settings = config.loss, config.train
     pair = load_pair(
@@ -215,13 +219,19 @@ def _run(
     bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
     steps = load_steps(config, schedule, collate, cache, world, start_step=first_step, sense_bank=bank)
-    tracker = main_first(
-        lambda: start_tracking(
-            config,
-            world,
-            tags=_tags(config, inputs, world),
-            resumed_run_id=start.manifest.facts["mlflow_run_id"] if start is not None else None,
-        )
+    facts = start.manifest.facts if start is not None else {}
+    tracker = start_tracking(
+        config,
+        world,
+        tags=_tags(config, inputs, world),
+        datasets=lambda: _datasets(config, inputs),
+        start=Start(
+            recipe=digest_of_json([wanted.config, wanted.inputs]),
+            first_step=first_step,
+            run_id=facts.get("mlflow_run_id"),
+            device_hours=facts.get("device_hours", 0.0),
+            overwrite=overwrite,
+        ),
     )
     tracker.log_metrics(
         {f"coverage/{name}": share for name, share in inputs.shards.facts["coverage"].items()}, first_step
@@ -244,8 +254,10 @@ def _run(
                     elapsed = time.perf_counter() - started
                     trained_seconds += elapsed
                     done = step + 1
+                    device_hours = tracker.device_hours + world.world_size * (time.perf_counter() - began) / 3600
                     if done % config.tracking.log_every == 0 or done == schedule.total_steps:
-                        tracker.log_metrics(_metrics(result, config, rate, elapsed, waited), done)
+                        metrics = _metrics(result, config, rate, elapsed, waited)
+                        tracker.log_metrics(metrics | {"cost/device_hours": device_hours}, done)
                     bar.set_postfix(loss=f"{result.loss:.4f}", tok_s=f"{result.tokens / elapsed:,.0f}", refresh=False)
                     bar.update(1)
                     is_last = done == schedule.total_steps
@@ -259,9 +271,11 @@ def _run(
                             "world_size": world.world_size,
                             "trunk_depth": pair.trunk_depth,
                             "mlflow_run_id": tracker.run_id,
+                            "device_hours": device_hours,
                             "loss": result.loss,
                             "dtype": str(compute_dtype(config.precision, world.device)).removeprefix("torch."),
                         }
+                        tracker.before_checkpoint()
                         checkpoint.save(engine, pair.student_logits, config, wanted, facts, world)
                     if stops and not is_last:
                         raise stopping.Stopped(
@@ -280,7 +294,7 @@ def _run(
 def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: bool) -> int | None:
     # What was there before a restart may still be ending.
     wait_s = _LOCK_PATIENCE_S if resume else 0.0
-    hold_lock(config.path(checkpoint.FOLDER, f".{config.run}.lock"), f"trains run {config.run!r}", wait_s=wait_s)
+    hold_lock(checkpoint.lock_path(config, config.run), f"trains run {config.run!r}", wait_s=wait_s)
     if overwrite:
         return None  # the old checkpoints stay until the first new one is whole
     newest = checkpoint.latest(config, verify=True)
@@ -329,6 +343,23 @@ def _tags(config: Config, inputs: Inputs, world: World) -> dict[str, str]:
     }
     commit = git_commit()
     return tags | ({"git_commit": commit} if commit else {})
+
+
+def _datasets(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
+    """What the run reads, as MLflow's dataset API has it."""
+    described = []
+    for split, context, top_n in (
+        ("train", "training", config.annotation.teacher_top_n),
+        ("validation", "validation", 0),
+    ):
+        manifest = inputs.shards if split == "train" else shards.load_manifest(config, split)
+        columns = {name: kind.split(":")[1] for name, kind in shards.columns_of(teacher_top_n=top_n).items()}
+        described.append(describe_dataset(f"shards-{split}", context, shards.place(config, split), manifest, columns))
+    vectors = {"vectors": "float32"}  # MLflow knows no bfloat16
+    described.append(
+        describe_dataset("sense-dictionary", "training", str(inputs.vectors_path.parent), inputs.senses, vectors)
+    )
+    return described
 
 
 def _metrics(result: StepResult, config: Config, rate: float, elapsed: float, waited: float) -> dict[str, float]:

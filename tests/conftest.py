@@ -76,7 +76,7 @@ TINY = {
         "collective_timeout_s": 120,
     },
     "tracking": {"experiment": "tests"},
-    "evaluation": {"batch_size": 4},
+    "evaluation": {"batch_size": 4, "samples": 3, "sample_tokens": 8},
 }
 
 

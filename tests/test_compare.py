@@ -71,7 +71,7 @@ def _track(config_path, name, *overrides, better=0.0, seed=0, data=DATA, evaluat
         examples = _examples(better, seed + 10 * len(name), data)
         file = config.path(EXAMPLES_FILE)
         save_examples(file, examples)
-        log_evaluation(config, tracker.run_id, examples.values(), file, data=data)
+        log_evaluation(config, name, tracker.run_id, examples.values(), file, data=data, step=STEPS)
     return tracker.run_id
 
 
@@ -228,22 +228,21 @@ def test_what_was_evaluated_on_different_data_is_refused(tracked, dskd):
     assert "kd-s0" not in out
 
 
-def test_the_pipeline_says_it_and_does_not_fail(tracked, tmp_path):
+def test_the_pipeline_says_it_and_does_not_fail(tracked):
     config = load_config(tracked[0], [f"tracking.experiment={OTHER}", "run=far"])
     assert "far" in compare_or_say_why_not(config)
-    log_evaluation(
-        config, tracked[1]["far"], {}, _table_of(tmp_path, DATA), data=OTHER_DATA
-    )  # the one is not the other
+    _log_table(config, tracked[1]["far"], DATA)  # under another digest: the one is not the other
     said = compare_or_say_why_not(config)
-    log_evaluation(config, tracked[1]["far"], {}, _table_of(tmp_path, OTHER_DATA), data=OTHER_DATA)
+    _log_table(config, tracked[1]["far"], OTHER_DATA)
     assert said.startswith("Not compared: ")
     assert DATA in said
     assert OTHER_DATA in said
 
 
-def _table_of(folder, data):
-    save_examples(folder / EXAMPLES_FILE, _examples(0, 30, data))
-    return folder / EXAMPLES_FILE
+def _log_table(config, run_id, data):
+    table = config.path(EXAMPLES_FILE)
+    save_examples(table, _examples(0, 30, data))
+    log_evaluation(config, "far", run_id, {}, table, data=OTHER_DATA, step=STEPS)
 
 
 def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):

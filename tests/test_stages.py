@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import open_dataset, run_apart, run_program, update_manifest
+from conftest import TINY, open_dataset, run_apart, run_program, update_manifest
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -361,3 +362,28 @@ def test_the_tracked_run_has_its_evaluation_and_says_of_what(tiny, work):
     assert table.values() == measured
     assert {name: run.metrics[f"eval/{name}"] for name in measured} == measured
     assert read_artifact(config, run.run_id, "evaluation/nothing.parquet") is None
+
+
+@pytest.mark.parametrize(("name", "folder"), [("teacher", "teacher"), ("student", "student"), ("dskd", "export/dskd")])
+def test_samples_are_what_transformers_generates(work, tmp_path, name, folder):
+    model = AutoModelForCausalLM.from_pretrained(work / folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(work / "teacher")
+    end, count = tokenizer.eos_token_id, TINY["evaluation"]["sample_tokens"]
+    expected = []
+    for sample, _ in zip(_samples(work / "shards" / "validation", tmp_path / "cache"), range(3), strict=False):
+        ids = sample["input_ids"].tolist()
+        document = ids[: ids.index(end) + 1] if end in ids else ids
+        half = max(1, len(document) // 2)
+        prompt = torch.tensor([ids[:half]])
+        added = model.generate(prompt, max_new_tokens=count, do_sample=False, eos_token_id=end, pad_token_id=end)
+        texts = (ids[:half], document[half : half + count], added[0, half:])
+        expected.append([tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts])
+    table = json.loads((work / "evaluation" / name / "samples.json").read_text())
+    assert table["columns"] == list(dict.fromkeys(["prompt", "the text itself", "teacher", name]))
+    assert [[row[0], row[1], row[-1]] for row in table["data"]] == expected
+    # Beside what the teacher says, which is in its own table.
+    teachers = json.loads((work / "evaluation" / "teacher" / "samples.json").read_text())
+    assert [row[2] for row in table["data"]] == [row[2] for row in teachers["data"]]
+    lines = (work / "evaluation" / name / "samples.md").read_text().splitlines()
+    assert len(lines) == 2 + len(expected)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == len(table["columns"]) + 1 for line in lines)

@@ -59,7 +59,7 @@ def test_one_rank_equals_two(tiny, copy_of_tiny):
 def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     base = checkpoint.folder(load_config(config))
-    assert sorted(path.name for path in base.iterdir()) == ["latest", "step-00000003", "step-00000006"]
+    assert sorted(path.name for path in base.iterdir()) == ["latest", "step-00000003", "step-00000006", "tracking"]
     assert (base / "latest").read_text() == "step-00000006\n"
     shutil.rmtree(base / "step-00000006")
     run_program("train.py", config, "--resume", ranks=2)
@@ -278,9 +278,9 @@ def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_
         train(load_config(path, ["student.train_layers=0"]), world, overwrite=True)
     with pytest.raises(UserError, match="is not finite"):
         train(load_config(path, ["train.learning_rate=1e30", "train.steps=1"]), world, overwrite=True)
-    assert sorted(found.name for found in base.iterdir()) == ["latest", "step-00000003", "step-00000006"]
+    assert sorted(found.name for found in base.iterdir()) == ["latest", "step-00000003", "step-00000006", "tracking"]
     train(load_config(path, ["train.steps=2", "tracking.enabled=false"]), world, overwrite=True)
-    assert sorted(found.name for found in base.iterdir()) == ["latest", "step-00000002"]
+    assert sorted(found.name for found in base.iterdir()) == ["latest", "step-00000002", "tracking"]
 
 
 def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, world):
@@ -293,7 +293,11 @@ def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, w
         train(config, world)
     with pytest.raises(UserError, match=r"loss.margin: 1.0 then, 7.0 now"):
         train(load_config(path, ["loss.margin=7"]), world, resume=True)
-    assert sorted(found.name for found in checkpoint.folder(config).iterdir()) == ["latest", "step-00000003"]
+    assert sorted(found.name for found in checkpoint.folder(config).iterdir()) == [
+        "latest",
+        "step-00000003",
+        "tracking",
+    ]
 
 
 def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny, world):

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.tracking import TrackedRun, read_run, read_runs
+from dskd.tracking import KIND_TAG, PARENT, TrackedRun, read_run, read_runs
 
-KIND_TAG, PARENT = "dskd.kind", "parent"  # of the run over a sweep, which trains nothing itself
 # Settings that say where and how, and so differ without being a difference of the experiment.
 IGNORED_PARAMS = ("run", "workdir", "runs.", "tracking.")
 SEED = "seed"
@@ -51,7 +50,7 @@ def choose_runs(config: Config, selection: Selection) -> list[TrackedRun]:
         found.append(run)
     if not names and ids:
         return _matching(found, selection.tags, config)
-    runs = [run for run in read_runs(config, selection.experiments) if run.tags.get(KIND_TAG) != PARENT]
+    runs = read_runs(config, selection.experiments)
     if not selection:
         return newest_of_each(runs, config.run_names)
     known = list(dict.fromkeys(run.name for run in runs))

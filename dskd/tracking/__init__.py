@@ -1,17 +1,25 @@
 """MLflow: one run a training, written by rank 0. The only package that imports mlflow."""
 
+from dskd.tracking.afterwards import EVALUATION_DATA_TAG, EVALUATION_FOLDER, log_evaluation, log_export
 from dskd.tracking.client import tracking_uri, without_secrets
 from dskd.tracking.context import git_commit
+from dskd.tracking.datasets import describe_dataset
 from dskd.tracking.reading import TrackedRun, read_artifact, read_histories, read_history, read_run, read_runs
-from dskd.tracking.tracker import EVALUATION_DATA_TAG, EVALUATION_FOLDER, Tracker, log_evaluation, start_tracking
+from dskd.tracking.runs import KIND_TAG, PARENT
+from dskd.tracking.tracker import Start, Tracker, start_tracking
 
 __all__ = [
     "EVALUATION_DATA_TAG",
     "EVALUATION_FOLDER",
+    "KIND_TAG",
+    "PARENT",
+    "Start",
     "TrackedRun",
     "Tracker",
+    "describe_dataset",
     "git_commit",
     "log_evaluation",
+    "log_export",
     "read_artifact",
     "read_histories",
     "read_history",

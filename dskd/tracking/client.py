@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from dskd.config import Config
+from dskd.errors import UserError
 
 # Defaults for what the environment leaves open: no telemetry, and an unreachable server is noticed in seconds.
 _ENVIRONMENT = {
@@ -13,8 +14,11 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with every end of a run, and in among what we print
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# What a server answers that will answer so again. Anything else can pass: no connection, a time-out, a lapsed login.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
 
 
 def tracking_uri(config: Config) -> str:
@@ -22,15 +26,32 @@ def tracking_uri(config: Config) -> str:
     return config.tracking.uri or f"sqlite:///{config.path('mlflow.db').resolve()}"
 
 
-def connect(config: Config) -> Any:
-    """MLflow's client for the config's tracking URI. What it raises is mlflow's, sqlalchemy's or requests'."""
+def load_mlflow() -> None:
+    """Imports what is used of mlflow later on, in threads too: processes are forked beside those, and a child that is
+    forked in the middle of an import waits for ever for what it imports itself.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    import mlflow.data.schema
+    import mlflow.entities
+    import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
+
+
+def connect(config: Config) -> Any:
+    """MLflow's client for the config's tracking URI. What it raises is mlflow's, sqlalchemy's or requests'."""
+    load_mlflow()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri(config))
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True when the same would be answered again: MLflow has understood and will not take it, or the fault is here."""
+    if isinstance(error, UserError | ValueError | TypeError | LookupError | AttributeError | ImportError):
+        return not isinstance(error, OSError)  # requests' error of an answer that is no JSON is both
+    return getattr(error, "error_code", None) in _REFUSALS
 
 
 def without_secrets(text: str) -> str:

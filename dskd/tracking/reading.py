@@ -10,6 +10,7 @@ from typing import Any
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.tracking.client import connect, first_line, tracking_uri, without_secrets
+from dskd.tracking.runs import KIND_TAG, PARENT
 
 _PAGE = 1000  # runs a request
 
@@ -41,7 +42,11 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
         for name in dict.fromkeys(experiments or (config.tracking.experiment,)):
             experiment = client.get_experiment_by_name(name)
             if experiment is not None:
-                runs += [_tracked(run, name) for run in _all_pages(client, experiment.experiment_id)]
+                runs += [
+                    _tracked(run, name)
+                    for run in _all_pages(client, experiment.experiment_id)
+                    if run.data.tags.get(KIND_TAG) != PARENT  # it holds others together, and was trained by nobody
+                ]
             elif experiments:
                 known = sorted(known.name for known in client.search_experiments())
                 raise UserError(

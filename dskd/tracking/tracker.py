@@ -1,201 +1,269 @@
-"""What rank 0 tells MLflow during training.
+"""What training tells MLflow.
 
-Metrics are handed to a thread that sends them, so a slow server does not slow the step. When the server is away they
-are kept and sent when it is back; training goes on and says so once.
+Rank 0 puts messages into an outbox, from which a thread sends them, so a slow server does not slow the step. When the
+server is away they are kept and sent when it is back; training goes on and says so once. What is still unsent at the
+end of the process is in a file of the run's folder, and is sent by the next process that has to do with the run.
 """
 
-import queue
-import tempfile
+import shutil
+import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from dskd.config import Config
-from dskd.console import warn
-from dskd.distributed import World
+from dskd.console import say, warn
+from dskd.distributed import World, gather_json, launcher_job, on_main
 from dskd.errors import UserError
 from dskd.tracking.client import connect, first_line, tracking_uri, without_secrets
-from dskd.tracking.context import flatten, write_context
+from dskd.tracking.context import write_context
+from dskd.tracking.delivery import Delivery
+from dskd.tracking.outbox import Outbox
+from dskd.tracking.runs import create_run, find_run, load_run, run_folder, save_run
+from dskd.tracking.system_metrics import NodeSampler, Points, SampleReader, name_nodes, take_samples, write_sample
 
-_BATCH_METRICS = 500
+_CONTEXT = "context"
 _RETRY_AFTER_S = 5.0
 _FLUSH_TIMEOUT_S = 60.0
-EVALUATION_FOLDER = "evaluation"  # among a run's artifacts
-EVALUATION_DATA_TAG = "evaluation_data"
+_FLUSH_TIMEOUT_WHEN_AWAY_S = 15.0  # a process that was asked to stop has not long, and what is unsent is on disk
+_CURVES_EVERY_S = 300.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training starts: at which step, and with which run it may go on."""
+
+    recipe: str = ""  # the digest of what decides the run
+    first_step: int = 0
+    run_id: str | None = None  # that the checkpoint names
+    device_hours: float = 0.0  # that it says were spent before
+    overwrite: bool = False
 
 
 class Tracker(Protocol):
     """What training tells about itself."""
 
     run_id: str | None
+    device_hours: float
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of one step."""
 
-    def log_files(self, files: Sequence[Path]) -> None:
-        """Files kept with the run."""
+    def before_checkpoint(self) -> None:
+        """Writes what is unsent to disk: training goes on behind the checkpoint, and tells nothing of it again."""
 
     def finish(self, status: str) -> None:
         """Sends what is left and ends the run as FINISHED, FAILED or KILLED."""
 
 
+@dataclass
 class NoTracker:
-    """On every rank but the first, and when tracking is off."""
+    """On every rank but the first, and when tracking is off; it may sample its node."""
 
     run_id: str | None = None
+    device_hours: float = 0.0
+    sampler: NodeSampler | None = field(default=None, repr=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Nothing."""
 
-    def log_files(self, files: Sequence[Path]) -> None:
+    def before_checkpoint(self) -> None:
         """Nothing."""
 
     def finish(self, status: str) -> None:
-        """Nothing."""
+        """Ends the sampling."""
+        if self.sampler is not None:
+            self.sampler.stop()
 
 
 def start_tracking(
-    config: Config, world: World, *, tags: Mapping[str, str], resumed_run_id: str | None = None
+    config: Config,
+    world: World,
+    *,
+    tags: Mapping[str, str],
+    datasets: Callable[[], list[dict[str, Any]]] = list,
+    start: Start | None = None,
 ) -> Tracker:
-    """Starts a run, or goes on with the one a checkpoint names. Only rank 0 has a tracker that does anything.
+    """Starts a run, or goes on with the one that was begun in this work directory. Every rank must call it.
+
+    A run is gone on with that the checkpoint names, or, before the first one, that the run's folder does when it was of
+    the same recipe. When the server is away then, all is kept until it is back.
+
+    Args:
+        config: the experiment.
+        world: the ranks.
+        tags: of the run; those of a later start replace them.
+        datasets: describes what the run reads; called on rank 0.
+        start: where the training starts.
 
     Raises:
-        UserError: when the tracking server cannot be reached or refuses.
+        UserError: when there is no run to go on with, and the tracking server cannot be reached or refuses.
     """
-    if not config.tracking.enabled or not world.is_main:
+    start = start or Start()
+    if not config.tracking.enabled:
+        return NoTracker(device_hours=start.device_hours)
+    trackers: list[MLflowTracker] = []
+
+    def begin() -> int:
+        trackers.append(_begin(config, tags, datasets(), start))
+        return trackers[0].started_ms
+
+    started_ms = on_main(begin)
+    node = _own_node(world)
+    sampled = config.tracking.system_metrics and node is not None
+    folder = run_folder(config, config.run)
+    if trackers:
+        if sampled:
+            trackers[0].sample(str(node), config.tracking.system_metrics_every_s)
+        return trackers[0]
+    if not sampled:
         return NoTracker()
-    try:
-        client = connect(config)
-        run_id = resumed_run_id if resumed_run_id and _exists(client, resumed_run_id) else None
-        if run_id is None:
-            experiment_id = _experiment_id(client, config)
-            run_id = client.create_run(experiment_id, run_name=config.run).info.run_id
-            _log_params(client, run_id, config)
-        else:
-            client.update_run(run_id, status="RUNNING")
-        for key, value in tags.items():
-            client.set_tag(run_id, key, value)
-    except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
-        raise UserError(
-            f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be used "
-            f"({first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
-        ) from error
-    tracker = MLflowTracker(client, run_id)
-    with tempfile.TemporaryDirectory() as folder:
-        tracker.log_files(write_context(config, Path(folder)))
-    return tracker
-
-
-def log_evaluation(config: Config, run_id: str, measures: Mapping[str, float], examples: Path, *, data: str) -> None:
-    """Adds an evaluation to a run that has ended: its measures, what each example scored, and the digest of the data.
-
-    A server that is away costs only these, and a warning.
-    """
-    try:
-        client = connect(config)
-        # The digest comes last: measures under a digest are whole.
-        client.log_artifact(run_id, str(examples), EVALUATION_FOLDER)
-        for name, value in measures.items():
-            client.log_metric(run_id, f"eval/{name}", value)
-        client.set_tag(run_id, EVALUATION_DATA_TAG, data)
-    except Exception as error:
-        warn(f"MLflow did not take the evaluation of run {run_id} ({first_line(error)})")
+    every_s = config.tracking.system_metrics_every_s
+    return NoTracker(
+        sampler=NodeSampler(str(node), started_ms, every_s, lambda points: write_sample(folder, str(node), points))
+    )
 
 
 class MLflowTracker:
-    """Sends metrics from a thread of its own."""
+    """Rank 0's: sends messages from a thread of its own."""
 
-    def __init__(self, client: Any, run_id: str) -> None:
+    def __init__(self, config: Config, run_id: str, started_ms: int, outbox: Outbox, delivery: Delivery) -> None:
         self.run_id: str | None = run_id
-        self._client = client
-        self._queue: queue.Queue[list[Any] | None] = queue.Queue()
+        self.device_hours = 0.0
+        self.started_ms = started_ms
+        self._outbox = outbox
+        self._delivery = delivery
+        self._sampler: NodeSampler | None = None
+        self._reader = SampleReader(run_folder(config, config.run))
+        self._curves_at = time.monotonic()
         self._away = False
-        self._deadline: float | None = None
-        self._unsent = 0
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
 
+    def put(self, **message: Any) -> None:
+        """Hands a message to the sending thread; returns at once."""
+        self._outbox.put({"run_id": self.run_id, **message})
+
+    def sample(self, node: str, every_s: float) -> None:
+        """Samples this node from now on, and takes what the other nodes sample."""
+
+        def hand_over(points: Points) -> None:
+            self.put(kind="metrics", metrics=points + self._reader.read())
+
+        self._sampler = NodeSampler(node, self.started_ms, every_s, hand_over)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Hands the numbers to the sending thread; returns at once."""
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
-        self._queue.put([Metric(name, float(value), now, step) for name, value in metrics.items()])
+        self.put(kind="metrics", metrics=[[name, float(value), now, step] for name, value in metrics.items()])
 
-    def log_files(self, files: Sequence[Path]) -> None:
-        """Copies files to the run's artifacts, by the names they have."""
-        try:
-            for file in files:
-                self._client.log_artifact(self.run_id, str(file))
-        except Exception as error:  # as for metrics: the record of a run is not worth the run
-            warn(f"MLflow did not take {file.name} ({first_line(error)})")
+    def before_checkpoint(self) -> None:
+        """Writes what is unsent to disk; now and then the picture of the loss is drawn anew, by the sending thread."""
+        if time.monotonic() - self._curves_at > _CURVES_EVERY_S and not self._away:
+            self._curves_at = time.monotonic()
+            self.put(kind="curves")
+        self._outbox.save()
 
     def finish(self, status: str) -> None:
-        """Waits for what is unsent, up to a minute, and ends the run."""
-        self._deadline = time.monotonic() + _FLUSH_TIMEOUT_S
-        self._queue.put(None)
-        self._thread.join(_FLUSH_TIMEOUT_S + 30)
-        if self._unsent:
-            warn(f"MLflow was away to the end: {self._unsent} metrics of run {self.run_id} were not sent")
-        try:
-            self._client.set_terminated(self.run_id, status)
-        except Exception as error:
-            warn(f"MLflow did not take the end of run {self.run_id} ({first_line(error)})")
+        """Waits for what is unsent, up to a minute, and ends the run; what is unsent then is on disk."""
+        if self._sampler is not None:
+            self._sampler.stop()
+            if points := self._reader.read():
+                self.put(kind="metrics", metrics=points)
+        self.put(kind="curves")
+        self.put(kind="end", status=status, time_ms=int(time.time() * 1000))
+        self._outbox.save()  # before all waiting: whoever has asked this process to end may kill it
+        self._outbox.wait_until_empty(_FLUSH_TIMEOUT_WHEN_AWAY_S if self._away else _FLUSH_TIMEOUT_S)
+        self._ending.set()
+        if len(self._outbox):
+            warn(
+                f"MLflow is away: {len(self._outbox)} messages about run {self.run_id} are kept in {self._outbox.file} "
+                "and sent when the run is trained, exported or evaluated again"
+            )
+        else:
+            self._outbox.save()
 
     def _send_all(self) -> None:
-        ended = False
-        while not ended:
-            metrics = self._queue.get() or []
-            ended = not metrics
-            while not self._queue.empty() and len(metrics) < _BATCH_METRICS:
-                more = self._queue.get()
-                ended |= more is None
-                metrics += more or []
-            if metrics and not self._send(metrics):
-                self._unsent += len(metrics)
-
-    def _send(self, metrics: list[Any]) -> bool:
-        """Tries until it works; gives up only when the run is over and its time is up."""
-        while True:
+        while not self._ending.is_set():
+            batch = self._outbox.next_batch()
+            if not batch:
+                self._outbox.wait_for_messages(_RETRY_AFTER_S)
+                continue
             try:
-                self._client.log_batch(self.run_id, metrics=metrics)
-                self._away = False
-                return True
-            except Exception as error:
+                self._delivery.deliver(batch)
+            except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
                 if not self._away:
-                    warn(f"MLflow is away ({first_line(error)}); training goes on, metrics are kept and sent later")
+                    warn(f"MLflow is away ({first_line(error)}); training goes on, and what it logs is kept")
                     self._away = True
-                if self._deadline is not None and time.monotonic() > self._deadline:
-                    return False
-                time.sleep(_RETRY_AFTER_S if self._deadline is None else 1.0)
+                self._ending.wait(_RETRY_AFTER_S)
+                continue
+            if self._away:
+                say("MLflow is back, and gets what was kept")
+                self._away = False
+            self._outbox.drop(len(batch))
 
 
-def _experiment_id(client: Any, config: Config) -> str:
-    name = config.tracking.experiment
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return experiment.experiment_id
-    # A server decides where files go; without one they belong into the work directory, not below where we stand.
-    location = None if config.tracking.uri else config.path("mlartifacts").resolve().as_uri()
-    return client.create_experiment(name, artifact_location=location)
-
-
-def _exists(client: Any, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
+def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any]], start: Start) -> MLflowTracker:
+    """Rank 0's tracker, with a run."""
+    folder = run_folder(config, config.run)
+    outbox, delivery = Outbox(folder), Delivery(config, config.run)
+    recorded = load_run(folder)
+    take_samples(folder, recorded, outbox)
+    known = [start.run_id, recorded["run_id"] if recorded and recorded["recipe"] == start.recipe else None]
+    candidates = [] if start.overwrite else [run_id for run_id in known if run_id is not None]
+    run, device_hours = None, start.device_hours
     try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
+        client = delivery.client = connect(config)
+        run = next((found for run_id in candidates if (found := find_run(client, run_id)) is not None), None)
+        if run is None:
+            candidates = []
+            run = create_run(client, config, {**tags, **{f"job.{name}": text for name, text in launcher_job().items()}})
+        else:
+            # What was trained behind the checkpoint was paid for too.
+            device_hours = max(device_hours, run.data.metrics.get("cost/device_hours", 0.0))
+        run_id, started_ms = run.info.run_id, run.info.start_time
+    except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
+        if not candidates:
+            raise UserError(
+                f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be used "
+                f"({first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
+            ) from error
+        run_id = candidates[0]
+        same = recorded is not None and recorded["run_id"] == run_id
+        started_ms = recorded["started_ms"] if recorded is not None and same else int(time.time() * 1000)
+    save_run(folder, run_id, start.recipe, started_ms)
+    tracker = MLflowTracker(config, run_id, started_ms, outbox, delivery)
+    tracker.device_hours = device_hours
+    if candidates:
+        job = {**launcher_job(), "world_size": tags.get("world_size", "?")}  # the tags name the job of the first start
+        on = ", ".join(f"{name} {text}" for name, text in job.items())
+        at = datetime.now().astimezone().isoformat(" ", "milliseconds")
+        tracker.put(kind="restart", step=start.first_step, on=on, at=at, tags=dict(tags))
+    tracker.put(kind="deaths")  # behind all that is told of those runs
+    if datasets:
+        tracker.put(kind="datasets", datasets=datasets)
+    for file in _write_context(config, folder):
+        tracker.put(kind="file", file=str(file.relative_to(config.path())), folder=None)
+    outbox.save()
+    return tracker
 
 
-def _log_params(client: Any, run_id: str, config: Config) -> None:
-    from mlflow.entities import Param
+def _write_context(config: Config, folder: Path) -> list[Path]:
+    # Kept beside the run, for as long as the server may be away.
+    context = folder / _CONTEXT
+    shutil.rmtree(context, ignore_errors=True)
+    context.mkdir(parents=True)
+    return write_context(config, context)
 
-    params = [Param(key, without_secrets(value)) for key, value in flatten(config.as_dict()).items() if value]
-    for start in range(0, len(params), 100):  # the most that one request may have
-        client.log_batch(run_id, params=params[start : start + 100])
+
+def _own_node(world: World) -> str | None:
+    """The name of this rank's node, on the first rank of each; None on the others. Every rank must call it."""
+    ranks = gather_json({"host": socket.gethostname(), "first": world.local_rank == 0})
+    first = [rank for rank, one in enumerate(ranks) if one["first"]]
+    names = dict(zip(first, name_nodes([ranks[rank]["host"] for rank in first]), strict=True))
+    return names.get(world.rank)

@@ -1,0 +1,131 @@
+"""How each kind of message (:mod:`dskd.tracking.outbox`) is told to MLflow, by one thread of one process at a time.
+
+| kind | says |
+|---|---|
+| `metrics` | `metrics`: [name, value, time in ms, step] each |
+| `measures` | `measures`: {name: value}, at `step`; of one metric also more than once |
+| `restart` | that the run goes on: from `step`, `on` what, `at` what time, with what `tags` |
+| `deaths` | that all other runs of the name and work directory which say RUNNING have died |
+| `end` | `status`, and when: `time_ms` |
+| `file` | `file` of the work directory, `folder` of the run's artifacts |
+| `table` | the same of a table, as `mlflow.load_table` reads it |
+| `curves` | that the picture of the loss is to be drawn |
+| `datasets` | what the run reads |
+| `tags` | `tags` of the run |
+| `model` | the exported model in `folder` of the work directory |
+
+Whatever is delivered twice is there once. A point at or before the last step that MLflow has of its metric is not sent:
+so the step axis never goes back where a run has trained some steps again, which gave the same numbers.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dskd.config import Config
+from dskd.console import warn
+from dskd.tracking.client import connect, first_line, is_refusal
+from dskd.tracking.curves import draw_curves
+from dskd.tracking.datasets import log_datasets
+from dskd.tracking.outbox import Message
+from dskd.tracking.registered_model import log_model
+from dskd.tracking.runs import fail_dead_runs, load_run, note_restart, refresh_parent, run_folder
+
+CURVES_FILE = "loss.png"
+
+
+class Delivery:
+    """The connection of one process to MLflow, and how far each metric of a run has got."""
+
+    def __init__(self, config: Config, run: str) -> None:
+        """For the run named `run` of the config. Nothing is asked yet."""
+        self._config = config
+        self._run = run
+        self._last_steps: dict[str, dict[str, int]] = {}
+        self.client: Any = None
+
+    def deliver(self, messages: Iterable[Message]) -> None:
+        """Tells MLflow messages of one kind and run; says so when they are refused.
+
+        What it raises is mlflow's, sqlalchemy's or requests', and may pass.
+        """
+        first, *more = messages
+        try:
+            if self.client is None:
+                self.client = connect(self._config)
+            self._deliver(first, more)
+        except Exception as error:
+            # What MLflow will never take must not hold up what comes behind it.
+            if not is_refusal(error):
+                raise
+            warn(f"MLflow refused {first['kind']} of run {first['run_id']} ({first_line(error)}); it is left out")
+
+    def _deliver(self, first: Message, more: list[Message]) -> None:
+        run_id, kind = first["run_id"], first["kind"]
+        if kind == "metrics":
+            self._send_metrics(run_id, [point for message in (first, *more) for point in message["metrics"]])
+        elif kind == "measures":
+            for name, value in first["measures"].items():
+                self.client.log_metric(run_id, name, value, step=first["step"])
+        elif kind == "restart":
+            note_restart(self.client, run_id, first)
+        elif kind == "deaths":
+            recorded = load_run(run_folder(self._config, self._run))
+            if recorded is not None and recorded["run_id"] == run_id:  # otherwise a later run has begun since
+                fail_dead_runs(self.client, self._config, self._run, keep=run_id)
+        elif kind == "end":
+            self.client.set_terminated(run_id, first["status"], first["time_ms"])
+            refresh_parent(self.client, run_id)
+        elif kind == "tags":
+            for name, text in first["tags"].items():
+                self.client.set_tag(run_id, name, text)
+        elif kind == "datasets":
+            log_datasets(self.client, run_id, first["datasets"])
+        elif kind == "curves":
+            self._send_curves(run_id)
+        elif kind == "model":
+            log_model(self.client, self._config, run_id, self._config.path(first["folder"]))
+        elif kind in ("file", "table"):
+            self._send_file(run_id, self._config.path(first["file"]), first["folder"], is_table=kind == "table")
+        else:  # of a later version
+            raise ValueError(f"{self._config.workdir}: a message for MLflow is of unknown kind {kind!r}")
+
+    def last_steps(self, run_id: str) -> dict[str, int]:
+        """{metric: the last step that MLflow has of it}."""
+        if run_id not in self._last_steps:
+            # The newest point of each metric; its whole history could be millions.
+            points = self.client.get_run(run_id).data._metric_objs
+            self._last_steps[run_id] = {point.key: point.step for point in points}
+        return self._last_steps[run_id]
+
+    def _send_metrics(self, run_id: str, points: list[list[Any]]) -> None:
+        from mlflow.entities import Metric
+
+        last = self.last_steps(run_id)
+        new, reached = [], dict(last)
+        for name, value, time_ms, step in points:
+            if step > reached.get(name, -1):
+                new.append(Metric(name, value, time_ms, step))
+                reached[name] = step
+        for start in range(0, len(new), 1000):  # the most that one request may have
+            self.client.log_batch(run_id, metrics=new[start : start + 1000])
+        self._last_steps[run_id] = reached
+
+    def _send_file(self, run_id: str, file: Path, folder: str | None, *, is_table: bool) -> None:
+        if not file.is_file():  # it went with the work of an older run
+            return
+        self.client.log_artifact(run_id, str(file), folder)
+        if is_table:
+            # What `client.log_table` does, which would add the rows to those of an earlier evaluation.
+            path = f"{folder}/{file.name}" if folder else file.name
+            logged = json.loads(self.client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
+            if (entry := {"path": path, "type": "table"}) not in logged:
+                self.client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([*logged, entry]))
+
+    def _send_curves(self, run_id: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            picture = Path(folder) / CURVES_FILE
+            if draw_curves(self.client, run_id, picture):
+                self.client.log_artifact(run_id, str(picture))

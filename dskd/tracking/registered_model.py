@@ -1,0 +1,49 @@
+"""The exported student as an MLflow model of its run, for `tracking.log_model`."""
+
+import logging
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dskd.config import Config
+from dskd.manifest import MANIFEST_NAME, read_manifest
+from dskd.tracking.client import tracking_uri
+
+NAME = "student"
+_REQUIREMENTS = ("transformers", "torch", "accelerate", "safetensors", "tokenizers")
+
+
+def log_model(client: Any, config: Config, run_id: str, folder: Path) -> None:
+    """Uploads an exported folder as it is, without loading it; nothing when the run has this very model already."""
+    import mlflow
+
+    digest = read_manifest(folder, "export", made_by="dskd export").digest
+    run = client.get_run(run_id)
+    if run.data.tags.get("model") == digest:
+        return
+    # It warns that a folder is no model of the hub, and looks there for nothing whose name is a whole path.
+    logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)
+    # The fluent interface knows one server a process; this package is the only one that uses it.
+    mlflow.set_tracking_uri(tracking_uri(config))
+    mlflow.transformers.log_model(
+        str(folder.resolve()),
+        name=NAME,
+        run_id=run_id,  # not an active run, whose end would mark this one as FINISHED
+        task="text-generation",
+        # Given, so that MLflow does not find them out by running the model in an environment of its own.
+        pip_requirements=[f"{name}=={version}" for name in _REQUIREMENTS if (version := _version(name))],
+        tags={"export": digest},
+    )
+    client.set_tag(run_id, "model", digest)
+
+
+def size_bytes(folder: Path) -> int:
+    """How large the model is that is uploaded."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.name != MANIFEST_NAME)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

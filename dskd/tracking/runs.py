@@ -1,0 +1,183 @@
+"""Which run of MLflow a training is: a new one, the one it goes on with, and what becomes of those that died.
+
+A process that is killed cannot say so, and its run would be RUNNING for ever. Nobody but the next start of the same run
+in the same work directory knows better: it holds the lock of that run (:func:`dskd.lock.hold_lock`).
+"""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dskd import checkpoint
+from dskd.config import Config
+from dskd.folders import make_folder, write_text
+from dskd.tracking.client import without_secrets
+from dskd.tracking.context import flatten
+
+FOLDER, RUN_FILE = "tracking", "run.json"
+PARENT = "parent"
+KIND_TAG, WORK_DIRECTORY_TAG = "dskd.kind", "dskd.work_directory"
+PARENT_TAG = "mlflow.parentRunId"
+_ID_FILE = ".tracking-id"
+_SETTLED_AFTER_S = 1.0
+
+
+def run_folder(config: Config, run: str) -> Path:
+    """Where the record of a run is, and what is unsent about it: it goes with the checkpoints."""
+    return config.path(checkpoint.FOLDER, run, FOLDER)
+
+
+def load_run(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` says of the run that was tracked last: `run_id`, `recipe`, `started_ms`; None without one."""
+    file = folder / RUN_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def save_run(folder: Path, run_id: str, recipe: str, started_ms: int) -> None:
+    """Writes `run.json`, so that a run that dies before its first checkpoint is gone on with too."""
+    make_folder(folder)
+    record = {"run_id": run_id, "recipe": recipe, "started_ms": started_ms}
+    write_text(folder / RUN_FILE, f"{json.dumps(record, indent=2)}\n")
+
+
+def find_run(client: Any, run_id: str) -> Any | None:
+    """MLflow's run, or None when it has none of that id, or a deleted one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def create_run(client: Any, config: Config, tags: Mapping[str, str]) -> Any:
+    """A new run of the config's name, in its experiment and below its parent."""
+    experiment_id = _experiment_id(client, config)
+    tags = {**tags, WORK_DIRECTORY_TAG: _work_directory(config)}
+    if config.tracking.parent is not None:
+        tags[PARENT_TAG] = _parent(client, experiment_id, config.tracking.parent)
+    run = client.create_run(experiment_id, run_name=config.run, tags=tags)
+    _log_params(client, run.info.run_id, config)
+    refresh_parent(client, run.info.run_id)
+    return run
+
+
+def fail_dead_runs(client: Any, config: Config, name: str, *, keep: str) -> None:
+    """Marks as FAILED whatever runs of this name and work directory still say RUNNING, but for the run `keep`."""
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    if experiment is None:
+        return
+    # The tag has a path in it, and MLflow's filters no way to write every path.
+    running = client.search_runs(
+        [experiment.experiment_id], f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
+    )
+    here = _work_directory(config)
+    for run in running:
+        if run.info.run_id != keep and run.data.tags.get(WORK_DIRECTORY_TAG) == here:
+            note = f"found still running by run {keep} at {_now()}, when no process trained it any more"
+            client.set_tag(run.info.run_id, "died", note)
+            client.set_terminated(run.info.run_id, "FAILED")
+            refresh_parent(client, run.info.run_id)
+
+
+def note_restart(client: Any, run_id: str, restart: Mapping[str, Any]) -> None:
+    """Marks a run as running again, and says in tags from which step, after which end, and on what."""
+    from mlflow.entities import RunTag
+
+    run = client.get_run(run_id)
+    count = int(run.data.tags.get("restarts", 0))
+    before = run.info.status
+    ended = "its process died" if before == "RUNNING" else f"it was {before}"
+    note = f"from step {restart['step']}, after {ended}; {restart['on']}; {restart['at']}"
+    if any(restart["at"] in text for name, text in run.data.tags.items() if name.startswith("restart.")):
+        return  # it was delivered before
+    told = {**restart["tags"], "restarts": str(count + 1), f"restart.{count + 1}": note}
+    client.update_run(run_id, status="RUNNING")
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in told.items()])
+    refresh_parent(client, run_id)
+
+
+def refresh_parent(client: Any, run_id: str) -> None:
+    """Gives a run's parent, if it has one, the status that its children together have."""
+    run = client.get_run(run_id)
+    parent_id = run.data.tags.get(PARENT_TAG)
+    if parent_id is None or find_run(client, parent_id) is None:
+        return
+    children = client.search_runs([run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent_id}'")
+    statuses = {child.info.status for child in children}
+    # One that runs decides first, then the worst end.
+    worst = next(
+        status for status in ("RUNNING", "FAILED", "KILLED", "FINISHED", run.info.status) if status in statuses
+    )
+    if worst == "RUNNING":
+        client.update_run(parent_id, status=worst)
+    else:
+        client.set_terminated(parent_id, worst)
+
+
+def _parent(client: Any, experiment_id: str, name: str) -> str:
+    """The id of the parent run of that name; made where there is none."""
+    if found := _parents(client, experiment_id, name):
+        return found[0]
+    mine = client.create_run(experiment_id, run_name=name, tags={KIND_TAG: PARENT}).info.run_id
+    # Children that start at once may each have made one: when all of these are to be seen, all choose the same.
+    time.sleep(_SETTLED_AFTER_S)
+    chosen = (_parents(client, experiment_id, name) or [mine])[0]
+    if chosen != mine:
+        client.delete_run(mine)
+    return chosen
+
+
+def _parents(client: Any, experiment_id: str, name: str) -> list[str]:
+    runs = client.search_runs([experiment_id], f"tags.`{KIND_TAG}` = '{PARENT}' and attributes.run_name = '{name}'")
+    return [run.info.run_id for run in sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))]
+
+
+def _work_directory(config: Config) -> str:
+    """The path of the work directory, and an id of its own: on two clusters one path can be two directories."""
+    file = config.path(_ID_FILE)
+    if not file.is_file():
+        make_folder(file.parent)
+        mine = file.with_name(f"{_ID_FILE}.{uuid.uuid4().hex}")
+        write_text(mine, mine.suffix[1:])
+        with contextlib.suppress(FileExistsError):  # another run of this work directory starts just now
+            os.link(mine, file)
+        mine.unlink()
+    return f"{config.path().resolve()} {file.read_text(encoding='utf-8').strip()}"
+
+
+def _experiment_id(client: Any, config: Config) -> str:
+    from mlflow.exceptions import MlflowException
+
+    name = config.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # A server decides where files go; without one they belong into the work directory, not below where we stand.
+        location = None if config.tracking.uri else config.path("mlartifacts").resolve().as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:  # another run that starts just now has made it
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)
+    return experiment.experiment_id
+
+
+def _log_params(client: Any, run_id: str, config: Config) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(key, without_secrets(value)) for key, value in flatten(config.as_dict()).items() if value]
+    for start in range(0, len(params), 100):  # the most that one request may have
+        client.log_batch(run_id, params=params[start : start + 100])
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S%z")

@@ -1,0 +1,131 @@
+"""Use of processors, memory, disks, network and GPUs of every node, sampled by the first rank of each.
+
+MLflow's own monitor ends with the first request that fails, and would write to one sqlite file from every node. So its
+collectors are asked here, and the samples go the way of all messages: rank 0 puts its own into the outbox; the other
+nodes append theirs to a file each in the run's folder, which the nodes share, and rank 0 takes them from there. Nothing
+but rank 0 needs a way to the server.
+
+The step of a sample is the second of the run, which grows over restarts and is the same on all nodes.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dskd.console import warn
+from dskd.tracking.client import first_line, load_mlflow
+from dskd.tracking.outbox import Outbox
+
+_FOLDER = "nodes"
+_FIRST_SAMPLE_AFTER_S = 1.0  # CPU use is a mean since the sample before
+_JOIN_TIMEOUT_S = 5.0
+
+Points = list[list[Any]]  # [name, value, time in ms, step] each
+
+
+class NodeSampler:
+    """Samples the node it is on from a thread, until it is told to stop. What goes wrong in it ends nothing else."""
+
+    def __init__(self, node: str, started_ms: int, every_s: float, hand_over: Callable[[Points], None]) -> None:
+        """Starts at once.
+
+        Args:
+            node: the name under which MLflow shows the samples: `system/NODE/…`.
+            started_ms: when the run began.
+            every_s: time between two samples.
+            hand_over: takes the points of one sample.
+        """
+        self._node = node
+        self._started_ms = started_ms
+        self._every_s = every_s
+        self._hand_over = hand_over
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample_all, name="system metrics", daemon=True)
+        try:
+            load_mlflow()
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            # With a URI, for it would make one up; it sends nothing, for it is not started.
+            self._monitor = SystemMetricsMonitor("", tracking_uri="http://localhost")
+            self._monitor.collect_metrics()
+        except Exception as error:
+            self._warn(error)
+            return
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, or leaves it when it hangs in a driver."""
+        self._stopped.set()
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_TIMEOUT_S)
+
+    def _sample_all(self) -> None:
+        wait_s = min(self._every_s, _FIRST_SAMPLE_AFTER_S)
+        try:
+            while not self._stopped.wait(wait_s):
+                for collector in self._monitor.monitors:
+                    collector.clear_metrics()
+                self._monitor.collect_metrics()
+                now = int(time.time() * 1000)
+                step = max(0, now - self._started_ms) // 1000
+                values = self._monitor.aggregate_metrics()
+                self._hand_over([[f"system/{self._node}/{name}", float(v), now, step] for name, v in values.items()])
+                wait_s = self._every_s
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        warn(f"{self._node}: its use of processors and memory is not recorded from here on ({first_line(error)})")
+
+
+def write_sample(folder: Path, node: str, points: Points) -> None:
+    """Appends a sample to the node's file. Opened and closed each time: so others see it on a network file system."""
+    file = folder / _FOLDER / f"{node}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(f"{json.dumps(points)}\n")
+
+
+class SampleReader:
+    """Reads what the other nodes have written, and how far it has read each."""
+
+    def __init__(self, folder: Path) -> None:
+        """Of a run's folder."""
+        self._folder = folder / _FOLDER
+        self._offsets: dict[Path, int] = {}
+
+    def read(self) -> Points:
+        """The points of all whole samples that are new since the last call."""
+        points: Points = []
+        for file in sorted(self._folder.glob("*.jsonl")):
+            with file.open("rb") as stream:
+                stream.seek(self._offsets.get(file, 0))
+                text = stream.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._offsets[file] = self._offsets.get(file, 0) + len(whole)
+            for line in whole.splitlines():
+                points += json.loads(line)
+        return points
+
+    def remove(self) -> None:
+        """Removes the files, when nobody writes to them any more and all that was read is kept elsewhere."""
+        for file in self._folder.glob("*.jsonl"):
+            file.unlink()
+
+
+def take_samples(folder: Path, recorded: dict[str, Any] | None, outbox: Outbox) -> None:
+    """Moves what the nodes sampled, and rank 0 did not take before it ended, into the outbox of the run's folder."""
+    reader = SampleReader(folder)
+    points = reader.read()
+    if recorded is not None and points:
+        outbox.put({"run_id": recorded["run_id"], "kind": "metrics", "metrics": points})
+        outbox.save()
+    reader.remove()
+
+
+def name_nodes(hosts: list[str]) -> list[str]:
+    """A name for each node: its host's, and a number where several have one."""
+    return [f"{host}-{number}" if hosts.count(host) > 1 else host for number, host in enumerate(hosts)]
