@@ -43,7 +43,7 @@ def gather(shapes: Shapes, *, persistent: int, backward: bool) -> Gathered:
     for number in range(len(uses)):
         which = int(number >= turn)
         peaks[which] = max(peaks[which], coordinator.run(number))
-    return Gathered(*peaks, coordinator.travelled)
+    return Gathered(peaks[0], peaks[1], coordinator.travelled)
 
 
 class _Coordinator:

@@ -69,14 +69,14 @@ def _headline(plan: Plan) -> str:
     accumulated = plan.accumulation_steps
     return "\n".join(
         [
-            f"Teacher: {plan.architecture.named_by}, {values['num_hidden_layers']} layers, "
+            f"Teacher: {plan.architecture.named_by.rpartition(': ')[2]}, {values['num_hidden_layers']} layers, "
             f"{(plan.teacher.numel + values['vocab_size'] * values['hidden_size']) / 1e9:.2f} billion parameters; "
             f"{loaded}",
             f"Student: {len(student.layers)} layers, {student.whole_numel / 1e9:.2f} billion parameters, "
             f"{student.shapes.trained_numel / 1e9:.3f} of them trained; {trunk}",
             f"Machines: {_count(cluster.nodes, 'node')} of {_count(cluster.gpus_per_node, what)} with "
             f"{_gb(cluster.gpu_memory)} GB each and {_gb(cluster.host_memory)} GB of host memory (GB are 2^30 bytes)",
-            f"A step: {config.train.global_batch_size} sequences of {config.corpus.sequence_length} tokens, "
+            f"A step: {config.train.global_batch_size} sequences of {config.corpus.sequence_length:,} tokens, "
             f"{accumulated} × {plan.micro_batch_size} a rank, "
             f"{str(cluster.dtype(config.precision)).removeprefix('torch.')}",
         ]
