@@ -116,14 +116,16 @@ def test_what_a_layer_keeps_is_what_autograd_saves(tmp_path):
     model.model.layers = model.model.layers[:2]
     model.requires_grad_(False)
     model.model.layers.requires_grad_(True)
-    saved = {}
+    saved, held = {}, []
 
     def pack(tensor):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        held.append(tensor)  # or its memory would be another one's
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model.model(torch.zeros(2, 16, dtype=torch.int64), use_cache=False).last_hidden_state
+        ids = torch.zeros(2, 16, dtype=torch.int64)
+        result = model.model(ids, use_cache=False).last_hidden_state
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = sum(size for pointer, size in saved.items() if pointer not in weights)
     kept += result.untyped_storage().nbytes()
@@ -140,20 +142,23 @@ def test_the_optimizer_takes_sixteen_bytes_for_each_trained_element(tmp_path):
         assert 0 <= memory.gpu.optimizer - held <= 12 * 2 * layer  # what the step needs for a moment
 
 
-def test_zero3_gathers_no_more_than_is_allowed_and_every_weight_once():
-    modules = tuple((Weight(f"layers.{n}.weight", 300_000_000, True),) for n in range(20))
-    found = gather(Shapes(modules), persistent=1000, backward=False)
-    assert found.travelled == 20 * 300_000_000
-    assert 1_000_000_000 <= found.forward <= 1_000_000_000 + 2 * 300_000_000
-    assert found.backward == 0
-    few = Shapes(modules[:2])
+def _modules(count, numel):
+    return Shapes(tuple((Weight(f"layers.{number}.weight", numel, True),) for number in range(count)))
+
+
+def test_zero3_gathers_every_weight_once_and_ahead_only_as_far_as_is_allowed():
+    large = gather(_modules(20, 300_000_000), persistent=1000, backward=False)
+    assert large.travelled == 20 * 300_000_000
+    assert large.forward == 2 * 300_000_000  # the one that runs, and the next: one is more than is read ahead
+    small = gather(_modules(100, 20_000_000), persistent=1000, backward=False)
+    # Three ahead with each that runs, until a billion elements are whole or on their way.
+    assert 0.9e9 <= small.forward <= 1.2e9
     # What is used again soon stays: the backward pass gathers nothing anew.
-    assert gather(few, persistent=1000, backward=True).travelled == 600_000_000
+    assert gather(_modules(2, 300_000_000), persistent=1000, backward=True).travelled == 600_000_000
+    assert gather(_modules(2, 1000), persistent=1000, backward=True).travelled == 0
 
 
-def test_a_job_that_does_not_fit_is_refused_and_the_change_that_is_named_makes_it_fit(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_job_that_does_not_fit_is_refused_and_the_change_that_is_named_makes_it_fit(tmp_path, monkeypatch, capsys):
     # A vocabulary that makes the teacher the largest part: 2 · 200,000 · 256 elements in float32 and more.
     shapes = _shapes_file(tmp_path, vocab_size=200_000, hidden_size=256, num_hidden_layers=4)
     config = tmp_path / "config.yaml"

@@ -143,7 +143,7 @@ def _build(architecture: Architecture, layers: Sequence[int], first_layer: int =
 
 
 def _mask(batch: Batch) -> dict[str, torch.Tensor]:
-    if not batch.is_packed:
+    if not batch.is_packed and not _always_makes_masks():
         return {}
     return {"attention_mask": torch.empty(batch.size, 1, batch.length, batch.length, dtype=torch.bool)}
 
@@ -176,19 +176,23 @@ class _FusedAttention(torch.autograd.Function):
     """The memory of a fused attention kernel, without what it computes."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """[B, H, T, d] each, keys and values of fewer heads; the result is [B, T, H, d]."""
-        batch, heads, length, width = query.shape
+        batch, heads, length, _ = query.shape
         result = query.new_empty(batch, length, heads, value.shape[-1])
         normalizers = query.new_empty(batch, heads, length, dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, result, normalizers)
+        # A mask of truth values is made one of numbers, in every layer.
+        bias = None if mask is None else query.new_empty(mask.shape)
+        ctx.save_for_backward(query, key, value, result, normalizers, bias)
         return result
 
     @staticmethod
-    def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the three."""
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 def _attention(
@@ -197,7 +201,7 @@ def _attention(
     if attention_mask is not None and key.shape[1] != query.shape[1]:
         # With a mask no kernel shares keys among heads: they are repeated before.
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    return _FusedAttention.apply(query, key, value), None
+    return _FusedAttention.apply(query, key, value, attention_mask), None
 
 
 @functools.cache
@@ -205,3 +209,27 @@ def _register_attention() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, _attention)
+
+
+@functools.cache
+def _always_makes_masks() -> bool:
+    """True where the installed transformers gives attention a mask also when sequences are whole, as 4.57 does in
+    training: found out by running a model of the smallest size with what it is trained with (`sdpa`).
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaModel
+    from transformers.masking_utils import sdpa_mask
+
+    seen: list[bool] = []
+
+    def note(module: Any, query: torch.Tensor, key: Any, value: Any, attention_mask: Any, **_: Any) -> Any:
+        seen.append(attention_mask is not None)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    name = f"{_ATTENTION}_probe"
+    AttentionInterface.register(name, note)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    sizes = {"vocab_size": 2, "hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=1, attn_implementation=name))
+        model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+    return seen[0]

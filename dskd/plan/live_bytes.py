@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts every piece of memory that operations hand out within it, from its making until nobody holds it.
 
-    Views share their piece. What an operation needs inside itself is not seen.
+    Views share their piece, and what was there before, as weights are, does not count. What an operation needs inside
+    itself is not seen.
     """
 
     def __init__(self) -> None:
@@ -27,8 +28,9 @@ class LiveBytes(TorchDispatchMode):
             # Data decides how many there are, and there is none: all of them, which takes the most memory.
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
         result = func(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in given:
                 self._count(leaf.untyped_storage())
         return result
 
