@@ -254,6 +254,15 @@ def test_the_documented_plans_are_what_the_command_prints(monkeypatch, capsys, n
     assert printed == expected and code == 0
 
 
+def test_the_documented_refusal_is_what_the_command_prints(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    text = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    (expected,) = re.findall(r"With GPUs of 16 GB.*?```\n(.*?)```", text, flags=re.DOTALL)
+    _, *arguments = shlex.split(_documented()[0][0].replace("\\\n", " "))[1:]
+    code, printed, _ = _run(monkeypatch, capsys, *arguments, "--gpu-memory", 16)
+    assert expected in printed and code == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, ranks):
@@ -264,5 +273,6 @@ def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, r
     if not (folder / "config.yaml").is_file():
         shape = Shape(4096, 512, 1536, 8, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=64)
         write_work_directory(folder, Preset(shape, global_batch_size=8, micro_batch_size=4), steps=3)
-    found = compare(folder / "config.yaml", ranks, ["teacher.mode=zero3", "teacher.offload=none", "precision=fp32"])
+    settings = ["teacher.mode=zero3", "teacher.offload=none", "precision=fp32", f"train.global_batch_size={4 * ranks}"]
+    found = compare(folder / "config.yaml", ranks, settings)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.1)

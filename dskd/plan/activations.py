@@ -2,8 +2,8 @@
 
 Teacher, student and head are built and called as training does, under torch's FakeTensorMode: nothing is computed and
 nothing is allocated, and :class:`dskd.plan.live_bytes.LiveBytes` counts what would be. Only attention is replaced, by
-something that keeps what a fused kernel keeps: the scores of all pairs of positions never exist. All of it is of the CPU,
-whose operations give the same tensors: the backward pass of a GPU wants a GPU, if nothing else.
+something that keeps what a fused kernel keeps: the scores of all pairs of positions never exist. All of it is of the
+CPU, whose operations give the same tensors: the backward pass of a GPU wants a GPU, if nothing else.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dskd.config import Config, LossConfig, StudentConfig
+from dskd.config import LossConfig, StudentConfig
 from dskd.head import DistillationHead, Normalizers
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.shapes import Architecture

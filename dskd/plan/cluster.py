@@ -16,7 +16,7 @@ DISK_BANDWIDTH = 5.0  # of a node's local NVMe disks together
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes that are alike. With `device: cpu` a GPU is a rank without one, which has its share of the node's memory."""
+    """Nodes that are alike. With `device` "cpu" a GPU is a rank without one, which has a share of the node's memory."""
 
     nodes: int
     gpus_per_node: int

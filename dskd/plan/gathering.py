@@ -1,8 +1,8 @@
 """What ZeRO-3 gathers while a model runs: how many weights are whole at one time, and how many travel.
 
-A model of DeepSpeed's coordinator in numbers. Before a module runs, its weights are gathered; then weights of modules to
-come are, about `PREFETCH` elements ahead each time, as long as no more than `MAX_LIVE` are whole. Afterwards those are
-let go that are not needed again within the next `MAX_REUSE` elements. Weights that are gathered together come in one
+A model of DeepSpeed's coordinator in numbers. Before a module runs, its weights are gathered; then weights of modules
+to come are, about `PREFETCH` elements ahead each time, as long as no more than `MAX_LIVE` are whole. Afterwards those
+are let go that are not needed again within the next `MAX_REUSE` elements. Weights that are gathered together come in one
 buffer, out of which each is copied: until the last of them is used they are there twice.
 """
 
@@ -22,33 +22,42 @@ PERSISTENT_WIDTHS = 10
 class Gathered:
     """Elements, of one pass over a micro-batch."""
 
-    forward: int  # whole at one time, most of all
-    backward: int
+    along: tuple[int, ...]  # held while each module runs forward
+    backward: int  # the most that is held in the backward pass
     travelled: int  # gathered, each time counted
 
+    @property
+    def forward(self) -> int:
+        """The most that is held in the forward pass."""
+        return max(self.along, default=0)
 
-def gather(shapes: Shapes, *, persistent: int, backward: bool) -> Gathered:
+    @property
+    def at_turn(self) -> int:
+        """What is held when the last module has run: the loss is computed with it."""
+        return self.along[-1] if self.along else 0
+
+
+def gather(shapes: Shapes, *, persistent: int, backward: bool, is_gloo: bool = False) -> Gathered:
     """What is gathered in a forward pass, or in one with its backward pass.
 
     Args:
         shapes: the model.
         persistent: weights of so many elements or fewer stay gathered and do not count here.
         backward: whether there is a backward pass, over the same modules in reverse.
+        is_gloo: ranks without GPUs talk over gloo, which has a buffer of its own for all that is under way.
     """
     uses = [[weight for weight in module if weight.numel > persistent] for module in shapes.modules]
     turn = len(uses)
     uses += reversed(uses) if backward else []
-    coordinator = _Coordinator(uses)
-    peaks = [0, 0]
-    for number in range(len(uses)):
-        which = int(number >= turn)
-        peaks[which] = max(peaks[which], coordinator.run(number))
-    return Gathered(peaks[0], peaks[1], coordinator.travelled)
+    coordinator = _Coordinator(uses, is_gloo=is_gloo)
+    held = [coordinator.run(number) for number in range(len(uses))]
+    return Gathered(tuple(held[:turn]), max(held[turn:], default=0), coordinator.travelled)
 
 
 class _Coordinator:
-    def __init__(self, uses: Sequence[Sequence[Weight]]) -> None:
+    def __init__(self, uses: Sequence[Sequence[Weight]], *, is_gloo: bool) -> None:
         self._uses = uses
+        self._is_gloo = is_gloo
         self._ahead = deque((number, weight) for number, use in enumerate(uses) for weight in use)
         self._fetched_for: dict[str, int] = {}  # the last use that a weight was gathered, or kept, for
         self._available: dict[str, int] = {}  # asked for, if not whole yet
@@ -57,13 +66,18 @@ class _Coordinator:
 
     def run(self, number: int) -> int:
         """Runs one module; the most elements that were held, buffers included."""
+        if number == 0:
+            # The modules around it, which have no weights of their own, gather ahead before it does.
+            self._prefetch()
+            self._prefetch()
+        started = self._held()
         use = self._uses[number]
         names = {weight.name for weight in use}
         self._gather([weight for weight in use if weight.name not in self._available])
         for buffer in self._buffers:
             if buffer.unused & names:  # now it has to be there, and all of it is copied
                 buffer.is_copied = True
-        peak = self._held()
+        peak = max(started, self._held())
         for buffer in self._buffers:
             buffer.unused -= names
         self._buffers = [buffer for buffer in self._buffers if buffer.unused]
@@ -106,7 +120,8 @@ class _Coordinator:
     def _held(self) -> int:
         waiting = {name for buffer in self._buffers if not buffer.is_copied for name in buffer.unused}
         whole = sum(numel for name, numel in self._available.items() if name not in waiting)
-        return whole + sum(buffer.numel for buffer in self._buffers)
+        under_way = sum(buffer.numel for buffer in self._buffers if not buffer.is_copied) * self._is_gloo
+        return whole + sum(buffer.numel for buffer in self._buffers) + under_way
 
 
 @dataclass

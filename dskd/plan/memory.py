@@ -17,8 +17,8 @@ from dskd.plan.gathering import PERSISTENT_WIDTHS, Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
 from dskd.student_engine import REDUCE_BUCKET
 
-# What a process takes beside tensors. Assumptions: on a GPU the contexts of CUDA and NCCL, and what the allocator cannot
-# give out because it lies in pieces; in the host's memory Python, torch and DeepSpeed.
+# What a process takes beside tensors. Assumptions: on a GPU the contexts of CUDA and NCCL, and what the allocator
+# cannot give out because it lies in pieces; in the host's memory Python, torch and DeepSpeed.
 RESERVED_ON_GPU = 2 * GB
 RESERVED_ON_HOST = 2 * GB
 _MASTER, _MOMENTS, _GRADIENTS = 4, 8, 4  # bytes for each trained element: AdamW's in float32, and sums of gradients
@@ -134,12 +134,18 @@ def compute_memory(
     shapes = student.shapes
     trained, share = shapes.trained_numel, shapes.share(ranks, trained_only=True)
     student_held = size * (shapes.share(ranks) + -(-student.teacher_matrix // ranks))
-    student_gathered = gather(shapes, persistent=persistent, backward=True)
+    is_gloo = cluster.device == "cpu"
+    student_gathered = gather(shapes, persistent=persistent, backward=True, is_gloo=is_gloo)
     if ranks > 1:
         student_held += size * shapes.persistent(persistent)
-    whole = [size * elements * (ranks > 1) for elements in (student_gathered.forward, student_gathered.backward)]
-    if student.teacher_matrix and ranks > 1:
-        whole = [elements + size * student.teacher_matrix for elements in whole]
+    each = size * (ranks > 1)
+    copy = each * student.teacher_matrix  # the teacher's output matrix, where the student's is another one
+    along = [each * elements for elements in student_gathered.along]
+    # Activations grow from module to module while what was gathered ahead is let go.
+    forward = max(
+        elements + moments.student.forward * (number + 1) // len(along) for number, elements in enumerate(along)
+    )
+    at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
     optimizer = (_MASTER + _MOMENTS + _GRADIENTS) * share + REDUCE_BUCKET * size
     # A bucket that is full is copied to be summed up; a gradient larger than it is kept beside it.
     flushed = min(trained, REDUCE_BUCKET) * size
@@ -154,17 +160,17 @@ def compute_memory(
     static = held + student_held + optimizer + sum(of_batches.values())
     at = {
         "the teacher's forward pass": teacher_live + moments.teacher,
-        "the student's forward pass": whole[0] + moments.student.forward,
-        "the loss": whole[0] + moments.student.kept + moments.student.loss,
-        "the backward pass": whole[1] + moments.student.backward + (flushed + over if is_flushed_early else over),
-        "the sum over ranks": whole[1] + flushed + over,
+        "the student's forward pass": forward,
+        "the loss": at_turn + moments.student.kept + moments.student.loss,
+        "the backward pass": backward + moments.student.backward + (flushed + over if is_flushed_early else over),
+        "the sum over ranks": backward + flushed + over,
         "the optimizer's step": _STEP * min(share, _SUB_GROUP),
     }
     moment = max(at, key=at.__getitem__)
     reserved = RESERVED_ON_GPU if on_gpu else RESERVED_ON_HOST
     gpu = Parts(
         teacher=held + teacher_live,
-        student=student_held + max(whole),
+        student=student_held + max(*along, at_turn, backward),
         optimizer=optimizer + max(_STEP * min(share, _SUB_GROUP), flushed + over),
         activations=max(moments.teacher, moments.student.forward, moments.student.backward),
         loss=moments.student.loss,
@@ -217,7 +223,7 @@ def _teacher(
     if config.teacher.mode == "resident":
         return teacher.numel * size, 0, None
     ranks, offload = cluster.world_size, config.teacher.offload
-    gathered = gather(teacher, persistent=persistent, backward=False)
+    gathered = gather(teacher, persistent=persistent, backward=False, is_gloo=cluster.device == "cpu")
     kept = teacher.persistent(persistent) * size if ranks > 1 else 0
     if offload == "none" or cluster.device == "cpu":
         return teacher.share(ranks) * size + kept, 0, gathered

@@ -83,8 +83,8 @@ def make_plan(
     samples = samples if samples is not None else _shard_samples(config)
     if samples is not None and samples < config.train.global_batch_size:
         raise UserError(
-            f"train.global_batch_size: {config.train.global_batch_size} sequences a step, but there are {samples}; lower "
-            "it, or have more text"
+            f"train.global_batch_size: {config.train.global_batch_size} sequences a step, but there are {samples}; "
+            "lower it, or have more text"
         )
     steps = config.train.steps if samples is None else count_steps(config.train, samples)
     batches = {"micro_batch_size": micro_batch_size, "accumulation_steps": accumulation_steps}

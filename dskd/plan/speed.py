@@ -2,8 +2,8 @@
 
 Two operations are counted for each multiply-add of the matrix products, as in benchmarks/flops.py. On GPUs weights are
 gathered, and copied from the host's memory, while the layers before them compute, and gradients are summed up while
-those below are formed: a pass takes as long as the longer of the two. Without GPUs nothing overlaps. What is left out is
-small: norms, the optimizer, checkpoints; and the loader, which works ahead.
+those below are formed: a pass takes as long as the longer of the two. Without GPUs nothing overlaps. What is left out
+is small: norms, the optimizer, checkpoints; and the loader, which works ahead.
 """
 
 from dataclasses import dataclass
