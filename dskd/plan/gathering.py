@@ -2,8 +2,8 @@
 
 A model of DeepSpeed's coordinator in numbers. Before a module runs, its weights are gathered; then weights of modules
 to come are, about `PREFETCH` elements ahead each time, as long as no more than `MAX_LIVE` are whole. Afterwards those
-are let go that are not needed again within the next `MAX_REUSE` elements. Weights that are gathered together come in one
-buffer, out of which each is copied: until the last of them is used they are there twice.
+are let go that are not needed again within the next `MAX_REUSE` elements. Weights that are gathered together come in
+one buffer, out of which each is copied: until the last of them is used they are there twice.
 """
 
 from collections import deque
@@ -23,6 +23,7 @@ class Gathered:
     """Elements, of one pass over a micro-batch."""
 
     along: tuple[int, ...]  # held while each module runs forward
+    at_turn: int  # held when the last module has run forward, and the loss is computed
     backward: int  # the most that is held in the backward pass
     travelled: int  # gathered, each time counted
 
@@ -30,11 +31,6 @@ class Gathered:
     def forward(self) -> int:
         """The most that is held in the forward pass."""
         return max(self.along, default=0)
-
-    @property
-    def at_turn(self) -> int:
-        """What is held when the last module has run: the loss is computed with it."""
-        return self.along[-1] if self.along else 0
 
 
 def gather(shapes: Shapes, *, persistent: int, backward: bool, is_gloo: bool = False) -> Gathered:
@@ -46,12 +42,16 @@ def gather(shapes: Shapes, *, persistent: int, backward: bool, is_gloo: bool = F
         backward: whether there is a backward pass, over the same modules in reverse.
         is_gloo: ranks without GPUs talk over gloo, which has a buffer of its own for all that is under way.
     """
-    uses = [[weight for weight in module if weight.numel > persistent] for module in shapes.modules]
+    # Modules around others have no weights, but gather ahead; training puts one more around the model.
+    uses: list[list[Weight]] = [[]]
+    uses += [[weight for weight in module if weight.numel > persistent] for module in shapes.modules]
     turn = len(uses)
     uses += reversed(uses) if backward else []
     coordinator = _Coordinator(uses, is_gloo=is_gloo)
-    held = [coordinator.run(number) for number in range(len(uses))]
-    return Gathered(tuple(held[:turn]), max(held[turn:], default=0), coordinator.travelled)
+    along = [coordinator.run(number) for number in range(turn)]
+    at_turn = coordinator.held()
+    returning = [coordinator.run(number) for number in range(turn, len(uses))]
+    return Gathered(tuple(along), at_turn, max(returning, default=0), coordinator.travelled)
 
 
 class _Coordinator:
@@ -66,25 +66,20 @@ class _Coordinator:
 
     def run(self, number: int) -> int:
         """Runs one module; the most elements that were held, buffers included."""
-        if number == 0:
-            # The modules around it, which have no weights of their own, gather ahead before it does.
-            self._prefetch()
-            self._prefetch()
-        started = self._held()
         use = self._uses[number]
         names = {weight.name for weight in use}
         self._gather([weight for weight in use if weight.name not in self._available])
         for buffer in self._buffers:
             if buffer.unused & names:  # now it has to be there, and all of it is copied
                 buffer.is_copied = True
-        peak = max(started, self._held())
+        peak = self.held()
         for buffer in self._buffers:
             buffer.unused -= names
         self._buffers = [buffer for buffer in self._buffers if buffer.unused]
         while self._ahead and self._ahead[0][0] <= number:
             self._ahead.popleft()
         self._prefetch()
-        peak = max(peak, self._held())
+        peak = max(peak, self.held())
         for weight in use:
             if self._fetched_for.get(weight.name, number) <= number and not self._is_needed_soon(weight, number):
                 self._available.pop(weight.name, None)
@@ -117,7 +112,8 @@ class _Coordinator:
             passed += sum(other.numel for other in use)
         return False
 
-    def _held(self) -> int:
+    def held(self) -> int:
+        """Elements that are held now, buffers included."""
         waiting = {name for buffer in self._buffers if not buffer.is_copied for name in buffer.unused}
         whole = sum(numel for name, numel in self._available.items() if name not in waiting)
         under_way = sum(buffer.numel for buffer in self._buffers if not buffer.is_copied) * self._is_gloo

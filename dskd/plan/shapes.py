@@ -35,7 +35,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model's weights, in the modules that own them, in the order in which these run."""
+    """A model's weights, in the modules that own them, in the order in which these run; with modules around others,
+    which have none.
+    """
 
     modules: tuple[tuple[Weight, ...], ...]
 
@@ -46,7 +48,7 @@ class Shapes:
         for prefix, module in model.named_modules():
             own = {name: weight for name, weight in module.named_parameters(recurse=False) if id(weight) not in seen}
             seen |= {id(weight) for weight in own.values()}
-            if own and module is not without:
+            if module is not without:
                 modules.append(
                     tuple(
                         Weight(f"{prefix}.{name}", weight.numel(), weight.dim() > 1, weight.requires_grad)

@@ -96,7 +96,7 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
     attention = 4 * (config.corpus.sequence_length / 2) * width  # half of the pairs are masked
     of_teacher, of_student = _layers(teacher), _layers(student.shapes)
     trained = {number for number, (_, is_trained) in of_student.items() if is_trained}
-    embeddings_trained = any(w.is_trained and LAYER_NAME.search(w.name) is None for w in student.shapes.modules[0])
+    embeddings_trained = next(iter(student.shapes.weights)).is_trained
     lowest = -1 if embeddings_trained and not student.trunk else min(trained, default=len(of_student))
     backward = recomputed = 0.0
     for number, (matrices, is_trained) in of_student.items():
