@@ -1,7 +1,7 @@
 """What `dskd plan` says of a rank's memory, beside what real training allocates, on 1, 2 and 4 ranks.
 
     python -m benchmarks.plan_memory
-    python -m benchmarks.plan_memory --modes zero3 --ranks 2 train.activation_checkpointing=true
+    python -m benchmarks.plan_memory train.activation_checkpointing=true --modes zero3 --ranks 2
 
 Training is that of `launcher/train.py` without tracker and checkpoints, three steps of one micro-batch a rank. Counted
 is the most memory that a rank's tensors have at one time: on a GPU as torch's allocator says, on a CPU what they have
