@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dskd.distributed import free_port
 from dskd.manifest import write_json
 from dskd.text_table import table
 
@@ -214,6 +215,29 @@ def run_child(module: str, *arguments: object, environment: Mapping[str, str] | 
         text=True,
     )
     return read_result(command, finished.returncode, finished.stdout)
+
+
+def run_ranks(module: str, ranks: int, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
+    """Runs a module of ours on so many ranks of this machine, as a launcher starts them; rank 0 gives the result."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        of_rank = {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        }
+        processes.append(
+            subprocess.Popen(
+                command,
+                env={**os.environ, **(environment or {}), **of_rank},
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [process.communicate()[0] for process in processes]
+    return read_result(command, max(process.returncode for process in processes), outputs[0])
 
 
 def read_result(command: Sequence[str], exit_code: int, output: str) -> Any:

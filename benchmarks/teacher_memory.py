@@ -8,8 +8,6 @@ pass. On a CPU the ranks talk over gloo.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import REPOSITORY, give_result, machine, parse, publish, read_result
+from benchmarks.report import give_result, machine, parse, publish, run_ranks
 from benchmarks.workload import build_workload_parser, load_teacher, read_config, teacher_tensors, work_directory
-from dskd.distributed import free_port, gather_json, initialize, shutdown
+from dskd.distributed import gather_json, initialize, shutdown
 
 _MODES = ("resident", "zero3")
 
@@ -38,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for mode in _MODES:
             whole = 0.0
             for ranks in given.ranks:
-                held = _run_ranks(path, ranks, [*given.overrides, f"teacher.mode={mode}", "teacher.offload=none"])
+                options = [*given.overrides, f"teacher.mode={mode}", "teacher.offload=none"]
+                held = run_ranks("benchmarks.teacher_memory", ranks, "--child", path, *options)
                 most = max(rank["loaded"] for rank in held)
                 whole = whole or most * (ranks if mode == "zero3" else 1)
                 results.append({"mode": mode, "ranks": ranks, "bytes": held, "share": most / whole})
@@ -54,25 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
     header = ("mode", "ranks", "MB a rank", "share", "goal", "after a forward pass")
     publish(given, "benchmarks.teacher_memory", header, rows, {"sizes": results}, at_start)
-
-
-def _run_ranks(config: Path, ranks: int, overrides: Sequence[str]) -> list[dict[str, int]]:
-    """Starts the ranks as a launcher does; what each of them holds."""
-    port = str(free_port())
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.teacher_memory", "--child", str(config), *overrides]
-    processes = []
-    for rank in range(ranks):
-        environment = {
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        }
-        processes.append(
-            subprocess.Popen(
-                command, env={**os.environ, **environment}, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-            )
-        )
-    outputs = [process.communicate()[0] for process in processes]
-    return read_result(command, max(process.returncode for process in processes), outputs[0])
 
 
 def _measure(path: Path, overrides: Sequence[str]) -> None:

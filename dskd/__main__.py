@@ -10,6 +10,7 @@ from dskd.compare.command import add_compare_parser, run_comparison
 from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.inspection.command import add_inspect_parser, run_inspection
+from dskd.plan.command import add_plan_parser, run_plan
 from dskd.program import add_config_arguments, run, run_on_ranks
 
 MERGE_HELP = "make one sense dictionary of several, built by one teacher on different corpora"
@@ -142,6 +143,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add_compare_parser(verbs)
     add_inspect_parser(verbs)
+    add_plan_parser(verbs)
     given, extra = parser.parse_known_args()
     if given.verb == "inspect":
         return run_inspection(given, extra, parser)
@@ -149,6 +151,8 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if given.verb == "compare":
         return run_comparison(given)
+    if given.verb == "plan":
+        return run_plan(given)
     if given.verb == "config":
         return run(lambda: _explain_config(given.config, given.overrides))
     if given.verb == "senses":

@@ -91,6 +91,11 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
+def intermediate_size(hidden_size: int) -> int:
+    """Width inside the recipe's MLPs: two thirds of four times the model's, as Llama has it, and a multiple of 8."""
+    return hidden_size * 8 // 3 // 8 * 8
+
+
 def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, tokenizer: Any, seed: int) -> Any:
     """An untrained Llama of the recipe's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -100,7 +105,7 @@ def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, 
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=settings.hidden_size,
-            intermediate_size=settings.hidden_size * 8 // 3 // 8 * 8,
+            intermediate_size=intermediate_size(settings.hidden_size),
             num_hidden_layers=settings.num_layers,
             num_attention_heads=settings.num_heads,
             num_key_value_heads=settings.num_heads,

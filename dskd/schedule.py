@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from dskd import shards
-from dskd.config import Config
+from dskd.config import Config, TrainConfig
 from dskd.errors import UserError
 from dskd.manifest import Manifest
 
@@ -40,6 +40,32 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
     """
     train = config.train
     global_batch = train.global_batch_size
+    micro_batch, accumulation_steps = share_out(train, world_size)
+    shards.require_samples(
+        manifest, config.path(shards.FOLDER, "train"), global_batch, "train.global_batch_size, one step"
+    )
+    steps_per_epoch = manifest.facts["samples"] // global_batch
+    return Schedule(
+        global_batch, micro_batch, accumulation_steps, steps_per_epoch, count_steps(train, manifest.facts["samples"])
+    )
+
+
+def count_steps(train: TrainConfig, num_samples: int) -> int:
+    """Optimizer steps of a run over so many samples."""
+    return (
+        train.steps
+        if train.steps is not None
+        else max(1, round(train.epochs * (num_samples // train.global_batch_size)))
+    )
+
+
+def share_out(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """Samples of a micro-batch, and how many of these a rank runs in a step.
+
+    Raises:
+        UserError: when the global batch cannot be shared out.
+    """
+    global_batch = train.global_batch_size
     if global_batch % world_size:
         raise UserError(
             f"train.global_batch_size: {global_batch} sequences cannot be shared out over {world_size} ranks; "
@@ -52,9 +78,4 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
             f"train.micro_batch_size: each of {world_size} ranks has {per_rank} sequences a step, which is no multiple "
             f"of {micro_batch}; set it to a divisor of {per_rank}"
         )
-    shards.require_samples(
-        manifest, config.path(shards.FOLDER, "train"), global_batch, "train.global_batch_size, one step"
-    )
-    steps_per_epoch = manifest.facts["samples"] // global_batch
-    total = train.steps if train.steps is not None else max(1, round(train.epochs * steps_per_epoch))
-    return Schedule(global_batch, micro_batch, per_rank // micro_batch, steps_per_epoch, total)
+    return micro_batch, per_rank // micro_batch

@@ -22,6 +22,8 @@ from dskd.models import Decoder
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents
 
+REDUCE_BUCKET = 50_000_000  # elements of gradients that are summed up over the ranks together
+
 
 class Student(nn.Module):
     """The decoder that is trained, with the head that holds its output matrix and computes the losses.
@@ -82,7 +84,7 @@ def load_student(
         "zero_allow_untested_optimizer": True,
         "checkpoint": {"load_universal": load_universal},
     }
-    settings["zero_optimization"]["reduce_bucket_size"] = 50_000_000
+    settings["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
     causal_lm = build_sharded(folder, settings, dtype, first_layer=trunk_depth)
     if train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -216,7 +216,7 @@ def test_a_jobset_trains_and_tells_the_mlflow_server_of_its_manifest(cluster, ku
     try:
         _wait_for_server(cluster, serving)
         # The GPUs' manifest has eight ranks a node and a model of the hub: here two hosts have two cores.
-        small = kubelet.with_config("llama-3-8b.yaml", SMOKE)
+        small = kubelet.with_config("llama3-8b-16layers.yaml", SMOKE)
         running = _start(small, pods_of(render("overlays/jobset")), "run=jobset", DSKD_RANKS_PER_NODE="1")
         assert _wait(running) == [0, 0], _output(running)
         refused = _status_code(cluster, "http://ctl:5000/api/2.0/mlflow/experiments/search?max_results=1")
@@ -301,7 +301,7 @@ def test_shards_in_a_bucket_give_the_same_run_and_other_shards_are_refused(
     shards = kubelet.claim("dskd-work") / "work" / "smoke" / "shards"
     _upload(cluster, shards, "example-bucket", "llama-3-8b/shards")
     # A work directory without shards: only their manifests are there.
-    bare = Kubelet(cluster, tmp_path, {"llama-3-8b.yaml": SMOKE})
+    bare = Kubelet(cluster, tmp_path, {"llama3-8b-16layers.yaml": SMOKE})
     shutil.copytree(
         kubelet.claim("dskd-work"), bare.claim("dskd-work"), ignore=shutil.ignore_patterns("*.mds*", "index.json")
     )

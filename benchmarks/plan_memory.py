@@ -1,0 +1,132 @@
+"""What `dskd plan` says of a rank's memory, beside what real training allocates, on 1, 2 and 4 ranks.
+
+    python -m benchmarks.plan_memory
+    python -m benchmarks.plan_memory train.activation_checkpointing=true --modes zero3 --ranks 2
+
+Training is that of `launcher/train.py` without tracker and checkpoints, three steps of one micro-batch a rank. Counted
+is the most memory that a rank's tensors have at one time: on a GPU as torch's allocator says, on a CPU what they have
+when a step begins, and what the allocator reports to the profiler within it. The plan's `reserved` is no part of it. On
+a CPU the ranks talk over gloo.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.flops import Shape
+from benchmarks.report import build_parser, default_device, give_result, machine, parse, publish, run_ranks
+from benchmarks.workload import OurTraining, Preset, read_config, write_work_directory
+from dskd.distributed import gather_json, initialize, shutdown
+from dskd.plan import GB
+from dskd.plan.cluster import Cluster
+from dskd.plan.plan import make_plan
+from dskd.plan.shapes import find_architecture
+
+_MODES = ("resident", "zero3")
+_STEPS = 3  # ZeRO-3 gathers ahead from the second one on
+# Large enough that what training holds is in tensors, small enough for four ranks on two cores.
+_PRESET = Preset(Shape(16_384, 1024, 3584, 8, 2, 6, 4, 2, 128), global_batch_size=16, micro_batch_size=4)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_parser(__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--modes", choices=_MODES, nargs="+", default=list(_MODES), help="teacher.mode")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
+    parser.add_argument("--child", metavar="CONFIG", help=argparse.SUPPRESS)
+    given = parse(parser, arguments)
+    if given.child is not None:
+        _measure(Path(given.child), given.overrides)
+        return
+    at_start = machine()
+    rows, results = [], []
+    with tempfile.TemporaryDirectory(prefix="dskd-benchmark-") as folder:
+        write_work_directory(Path(folder), _PRESET, steps=_STEPS)
+        for mode in given.modes:
+            for ranks in given.ranks:
+                batch = f"train.global_batch_size={ranks * _PRESET.micro_batch_size}"
+                options = [f"teacher.mode={mode}", "teacher.offload=none", batch, *given.overrides]
+                found = compare(Path(folder, "config.yaml"), ranks, options)
+                results.append({"mode": mode, "ranks": ranks, **found})
+                rows.append(
+                    [
+                        mode,
+                        str(ranks),
+                        f"{found['planned'] / 2**20:,.1f}",
+                        f"{found['measured'] / 2**20:,.1f}",
+                        f"{found['planned'] / found['measured']:.3f}",
+                        "within 10 %",
+                    ]
+                )
+    header = ("teacher.mode", "ranks", "MB planned", "MB measured", "ratio", "goal")
+    publish(given, "benchmarks.plan_memory", header, rows, {"sizes": results}, at_start)
+
+
+def compare(path: Path, ranks: int, overrides: Sequence[str]) -> dict[str, int]:
+    """Bytes of a rank's tensors at one time: planned, and measured on the rank that has most."""
+    config = read_config(path, overrides)
+    device = "cuda" if default_device().type == "cuda" else "cpu"
+    cluster = Cluster(1, ranks, 80 * GB, 1000 * GB, device, GB, GB, GB, 1e12)  # the rates do not matter here
+    planned = make_plan(config, cluster, find_architecture(config, None)).memory.gpu.tensors
+    measured = run_ranks("benchmarks.plan_memory", ranks, "--child", path, *overrides)
+    return {"planned": planned, "measured": max(measured)}
+
+
+def _measure(path: Path, overrides: Sequence[str]) -> None:
+    config = read_config(path, overrides)
+    world = initialize()
+    training = OurTraining(config, world)
+    peaks = []
+    for _ in range(_STEPS):
+        gc.collect()  # what lies in cycles, which Python would free sometime
+        peaks.append(_peak_of_a_step(training, world.device))
+    of_all = gather_json(max(peaks))
+    if world.is_main:
+        give_result(of_all)
+    training.close()
+    shutdown()
+
+
+def _peak_of_a_step(training: OurTraining, device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        training.step()
+        return torch.cuda.max_memory_allocated()
+    held = _held_bytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        training.step()
+    return held + _most_beyond(profiler)
+
+
+def _held_bytes() -> int:
+    """Of the different pieces of memory behind all tensors of this process, between steps.
+
+    What the profiler adds up is not followed from step to step: it misses what gloo's threads free.
+    """
+    tensors = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+    pieces = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(pieces.values())
+
+
+def _most_beyond(profiler: Any) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    now = most = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        now += size
+        most = max(most, now)
+    return most
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

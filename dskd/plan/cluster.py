@@ -1,0 +1,44 @@
+"""The machines of a plan: how many there are, what memory each has, and how fast they are taken to be."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from dskd.precision import compute_dtype
+
+# Assumptions, each an option of `dskd plan`.
+TFLOPS = {"cuda": 400.0, "cpu": 0.1}  # 40 % of an H100's 989 dense bf16; two cores or so of a processor
+BANDWIDTH = {"one node": 300.0, "nodes": 40.0, "cpu": 1.0}  # NVLink; a 400 Gbit/s adapter for each GPU; gloo
+HOST_BANDWIDTH = 25.0  # PCIe 4.0 x16, less what protocols take
+DISK_BANDWIDTH = 5.0  # of a node's local NVMe disks together
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes that are alike. With `device` "cpu" a GPU is a rank without one, which has a share of the node's memory."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu_memory: int  # bytes; of each GPU, or of each rank without one
+    host_memory: int  # bytes, of each node
+    device: Literal["cuda", "cpu"]
+    bandwidth: float  # bytes/s that a GPU receives from the others
+    host_bandwidth: float  # bytes/s from a host's memory to each of its GPUs
+    disk_bandwidth: float  # bytes/s of a node's local disks
+    flops: float  # per second, that a GPU sustains in matrix products
+
+    @property
+    def world_size(self) -> int:
+        """Ranks: one a GPU."""
+        return self.nodes * self.gpus_per_node
+
+    def dtype(self, precision: str) -> torch.dtype:
+        """Of weights and states. `auto` is bf16 on GPUs, and on a CPU what suits the one that the plan is made on."""
+        if self.device == "cuda":
+            return torch.float32 if precision == "fp32" else torch.bfloat16
+        return compute_dtype(precision, torch.device("cpu"))
+
+    def with_nodes(self, nodes: int) -> "Cluster":
+        """The same machines, but so many of them."""
+        return replace(self, nodes=nodes)

@@ -1,0 +1,73 @@
+"""What a job's artifacts take on disk."""
+
+from dataclasses import dataclass
+
+from dskd.config import Config
+from dskd.plan.cluster import Cluster
+from dskd.plan.shapes import Architecture, Shapes, Student
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes; those of shards are None where nobody knows how many samples there will be."""
+
+    states: int  # while the dictionary is built, at most
+    senses: int  # of tokens, at most; spans of several tokens come on top
+    student: int
+    shards: int | None  # before compression; a node's unpacked copy takes as much
+    checkpoint: int
+    checkpoints: int  # of one run: those that are kept, and the one that is being written
+    nvme: int  # of the teacher, on each node
+
+
+def sample_bytes(config: Config) -> int:
+    """One sample of the shards before compression (docs/formats.md)."""
+    kappa, top_n = config.annotation.kappa, config.annotation.teacher_top_n
+    position = 4 + 1 + 1 + 3 * 4 * kappa + (top_n * (4 + 2) + 4 if top_n else 0)
+    return config.corpus.sequence_length * position
+
+
+def compute_disk(
+    config: Config,
+    cluster: Cluster,
+    architecture: Architecture,
+    teacher: Shapes,
+    student: Student,
+    *,
+    samples: int | None,
+    steps: int | None,
+) -> Disk:
+    """What the artifacts take.
+
+    Args:
+        config: the experiment.
+        cluster: the machines.
+        architecture: the teacher's.
+        teacher: its weights.
+        student: the student's.
+        samples: training sequences.
+        steps: optimizer steps of a run.
+    """
+    values, size = architecture.values(), cluster.dtype(config.precision).itemsize
+    vocab_size, hidden_size = values["vocab_size"], values["hidden_size"]
+    states = vocab_size * config.senses.max_states
+    if samples is not None:  # a position gives one state
+        states = min(states, samples * config.corpus.sequence_length)
+    train = config.train
+    checkpoint = 16 * student.shapes.trained_numel
+    for_good = steps // train.keep_every if train.keep_every and steps else 0
+    is_on_disk = config.teacher.mode == "zero3" and config.teacher.offload == "nvme"
+    return Disk(
+        states * hidden_size * 2,
+        dictionary_rows(config, architecture) * hidden_size * 2,
+        student.whole_numel * size,
+        None if samples is None else samples * sample_bytes(config),
+        checkpoint,
+        checkpoint * (train.keep_last + 1 + for_good),
+        teacher.share(cluster.world_size) * size * cluster.gpus_per_node if is_on_disk else 0,
+    )
+
+
+def dictionary_rows(config: Config, architecture: Architecture) -> int:
+    """Rows of the sense dictionary at most: k senses for each token."""
+    return architecture.values()["vocab_size"] * config.senses.k

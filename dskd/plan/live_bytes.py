@@ -1,0 +1,61 @@
+"""How many bytes of tensors live at one time while a computation runs on the meta device: shapes and no memory."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts every piece of memory that operations hand out within it, from its making until nobody holds it.
+
+    Views share their piece, and what was there before, as weights are, does not count. What an operation needs inside
+    itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and counts what it returns."""
+        if func is torch.ops.aten.nonzero.default:
+            # Data decides how many there are, and there is none: all of them, which takes the most memory.
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
+        result = func(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in given:
+                self._count(leaf.untyped_storage())
+        return result
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is made within does not count: it is accounted for elsewhere."""
+        before = self.now
+        yield
+        self.now = before
+
+    def restart_peak(self) -> int:
+        """The peak so far; the next one counts from what lives now."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._alive or not storage.nbytes():
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)

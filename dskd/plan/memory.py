@@ -1,0 +1,306 @@
+"""Bytes that a rank of training holds, on its GPU and of its host's memory, by what they are for.
+
+Held all the time are weights, optimizer, buffers and batches. Beside them there are moments that follow each other: the
+teacher's forward, the student's forward, the loss, the backward pass and the optimizer's step; the peak is the largest.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from dskd.config import Config
+from dskd.head import chunk_size
+from dskd.plan import GB
+from dskd.plan.activations import Activations, Batch, student_activations, teacher_activations
+from dskd.plan.cluster import Cluster
+from dskd.plan.gathering import PERSISTENT_WIDTHS, Gathered, gather
+from dskd.plan.shapes import Architecture, Shapes, Student
+from dskd.student_engine import REDUCE_BUCKET
+
+# What a process takes beside tensors. Assumptions: on a GPU the contexts of CUDA and NCCL, and what the allocator
+# cannot give out because it lies in pieces; in the host's memory Python, torch and DeepSpeed.
+RESERVED_ON_GPU = 2 * GB
+RESERVED_ON_HOST = 2 * GB
+_MASTER, _MOMENTS, _GRADIENTS = 4, 8, 4  # bytes for each trained element: AdamW's in float32, and sums of gradients
+_STEP = 4 + 8  # in the optimizer's step: the gradients once more, and two intermediate results
+_SUB_GROUP = 1_000_000_000  # elements that a step works on at one time (DeepSpeed's sub_group_size)
+_PREFETCHED = 2  # steps that each of the loader's workers holds ready
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes by what they are for, each at its own largest moment, and the most that there is at one time."""
+
+    teacher: int
+    student: int
+    optimizer: int
+    activations: int
+    loss: int
+    senses: int
+    batches: int
+    reserved: int
+    peak: int
+    peak_moment: str
+
+    @property
+    def tensors(self) -> int:
+        """The peak without what is reserved: what an allocator of tensors would say."""
+        return self.peak - self.reserved
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What training needs."""
+
+    gpu: Parts  # each
+    host: Parts  # each, without what lies on ranks that have no GPU
+    teacher_gathered: Gathered | None
+    student_gathered: Gathered
+    step_bytes: int  # that the loader brings a rank for a step
+
+
+def batch_of(config: Config, micro_batch_size: int, *, relations: float) -> Batch:
+    """A micro-batch as large as it can be.
+
+    Args:
+        config: the experiment.
+        micro_batch_size: its samples.
+        relations: share of the targets that have a synonym or an antonym.
+    """
+    loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
+    lexical = min(length, round(relations * length))
+    positions = min(lexical, max(round(loss.relation_share * lexical), loss.min_relations)) if loss.sense_weight else 0
+    positions *= micro_batch_size
+    on_device = config.train.sense_bank == "device"
+    cached = config.teacher.mode == "cached" and loss.kd_weight > 0
+    return Batch(
+        micro_batch_size,
+        length,
+        config.corpus.packing == "documents",
+        positions,
+        0 if on_device else 3 * positions * kappa,  # synonyms, antonyms and own ones, none of them twice
+        kappa,
+        config.annotation.teacher_top_n if cached else 0,
+    )
+
+
+def batch_bytes(batch: Batch, hidden_size: int) -> tuple[int, int]:
+    """What the loader brings for a micro-batch: sense rows, and all the rest."""
+    tokens = batch.size * batch.length
+    named = batch.sense_positions * (2 + 3 * batch.kappa) * 8
+    rest = tokens * (8 + 8 + 1 + 8 * batch.is_packed) + named
+    if batch.teacher_top_n:
+        rest += tokens * (batch.teacher_top_n * 6 + 4)
+    return batch.sense_rows * hidden_size * 2, rest
+
+
+def compute_memory(
+    config: Config,
+    cluster: Cluster,
+    architecture: Architecture,
+    teacher: Shapes,
+    student: Student,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    relations: float,
+    bank_rows: int,
+) -> Memory:
+    """What a rank of training and its host hold.
+
+    Args:
+        config: the experiment.
+        cluster: the machines.
+        architecture: the teacher's.
+        teacher: its weights, without the output matrix where it has one of its own.
+        student: the student's.
+        micro_batch_size: samples that a rank runs at once.
+        accumulation_steps: micro-batches in a step.
+        relations: share of the targets that have a synonym or an antonym.
+        bank_rows: rows of the sense dictionary.
+    """
+    ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
+    size, hidden_size = dtype.itemsize, _hidden_size(architecture)
+    with_teacher = config.needs_teacher
+    batch = batch_of(config, micro_batch_size, relations=relations)
+    persistent = PERSISTENT_WIDTHS * hidden_size
+    moments = _moments(config, cluster, architecture, student, batch, dtype, with_teacher=with_teacher)
+
+    held, host_teacher, gathered = 0, 0, None
+    if with_teacher:
+        held, host_teacher, gathered = _teacher(config, cluster, teacher, size, persistent)
+    teacher_live = _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
+
+    shapes = student.shapes
+    trained, share = shapes.trained_numel, shapes.share(ranks, trained_only=True)
+    student_held = size * (shapes.share(ranks) + -(-student.teacher_matrix // ranks))
+    is_gloo = cluster.device == "cpu"
+    student_gathered = gather(shapes, persistent=persistent, backward=True, is_gloo=is_gloo)
+    if ranks > 1:
+        student_held += size * shapes.persistent(persistent)
+    each = size * (ranks > 1)
+    copy = each * student.teacher_matrix  # the teacher's output matrix, where the student's is another one
+    along = [each * elements for elements in student_gathered.along]
+    # Activations grow from module to module while what was gathered ahead is let go.
+    forward = max(
+        elements + moments.student.forward * (number + 1) // len(along) for number, elements in enumerate(along)
+    )
+    at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
+    optimizer = (_MASTER + _MOMENTS + _GRADIENTS) * share + REDUCE_BUCKET * size
+    # A bucket that is full is copied to be summed up; a gradient larger than it is kept beside it.
+    flushed = min(trained, REDUCE_BUCKET) * size
+    over = max((w.numel for w in shapes.weights if w.is_trained and w.numel > REDUCE_BUCKET), default=0) * size
+    is_flushed_early = trained > REDUCE_BUCKET
+
+    senses, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size))
+    bank = bank_rows * hidden_size * 2 if config.train.sense_bank == "device" and config.loss.sense_weight else 0
+    on_gpu = cluster.device == "cuda"
+    copies = 2 if on_gpu else 0  # this step's and the next one's; without a GPU they stay where the worker put them
+    of_batches = {"senses": senses * copies + (bank if on_gpu else 0), "batches": rest * copies}
+    static = held + student_held + optimizer + sum(of_batches.values())
+    at = {
+        "the teacher's forward pass": teacher_live + moments.teacher,
+        "the student's forward pass": forward,
+        "the loss": at_turn + moments.student.kept + moments.student.loss,
+        "the backward pass": backward + moments.student.backward + (flushed + over if is_flushed_early else over),
+        "the sum over ranks": backward + flushed + over,
+        "the optimizer's step": _STEP * min(share, _SUB_GROUP),
+    }
+    moment = max(at, key=at.__getitem__)
+    reserved = RESERVED_ON_GPU if on_gpu else RESERVED_ON_HOST
+    gpu = Parts(
+        teacher=held + teacher_live,
+        student=student_held + max(*along, at_turn, backward),
+        optimizer=optimizer + max(_STEP * min(share, _SUB_GROUP), flushed + over),
+        activations=max(moments.teacher, moments.student.forward, moments.student.backward),
+        loss=moments.student.loss,
+        **of_batches,
+        reserved=reserved,
+        peak=static + at[moment] + reserved,
+        peak_moment=moment,
+    )
+    host = _host(config, cluster, gpu, host_teacher, senses, rest, trained)
+    return Memory(gpu, host, gathered, student_gathered, senses + rest)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    teacher: int
+    student: Activations
+
+
+def _moments(
+    config: Config,
+    cluster: Cluster,
+    architecture: Architecture,
+    student: Student,
+    batch: Batch,
+    dtype: torch.dtype,
+    *,
+    with_teacher: bool,
+) -> _Moments:
+    vocab_size = architecture.values()["vocab_size"]
+    activations = student_activations(
+        architecture,
+        tuple(student.layers),
+        student.trunk,
+        config.student,
+        config.loss,
+        batch,
+        dtype,
+        chunk_size=chunk_size(config.train.loss_chunk_size, vocab_size, torch.device(cluster.device)),
+        checkpointing=config.train.activation_checkpointing,
+        with_teacher=with_teacher,
+    )
+    without = replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0)
+    return _Moments(teacher_activations(architecture, without, dtype) if with_teacher else 0, activations)
+
+
+def _teacher(
+    config: Config, cluster: Cluster, teacher: Shapes, size: int, persistent: int
+) -> tuple[int, int, Gathered | None]:
+    """Bytes on a GPU, bytes in its host's memory, and what ZeRO-3 gathers."""
+    if config.teacher.mode == "resident":
+        return teacher.numel * size, 0, None
+    ranks, offload = cluster.world_size, config.teacher.offload
+    gathered = gather(teacher, persistent=persistent, backward=False, is_gloo=cluster.device == "cpu")
+    kept = teacher.persistent(persistent) * size if ranks > 1 else 0
+    if offload == "none" or cluster.device == "cpu":
+        return teacher.share(ranks) * size + kept, 0, gathered
+    shares = [weight.share(ranks) * size for weight in teacher.weights]
+    if offload == "cpu":
+        return kept, sum(map(_pinned, shares)), gathered
+    largest = max(shares) + 1024 * size
+    return kept, _pinned(_NVME_BUFFERS * largest), gathered
+
+
+_NVME_BUFFERS = 8
+
+
+def _pinned(size: int) -> int:
+    """What torch takes for so many bytes of page-locked memory: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _live(elements: int, teacher: Shapes, size: int, config: Config, cluster: Cluster) -> int:
+    """Bytes of the teacher's weights that are whole at one time."""
+    if cluster.world_size > 1:
+        return elements * size
+    # One rank gathers nothing; what lies in the host's memory is copied.
+    return elements * size if cluster.device == "cuda" and config.teacher.offload != "none" else 0
+
+
+def _host(config: Config, cluster: Cluster, gpu: Parts, teacher: int, senses: int, rest: int, trained: int) -> Parts:
+    """What all ranks of a node hold in its memory."""
+    ranks = cluster.gpus_per_node
+    is_cpu = cluster.device == "cpu"
+    # Steps that workers hold ready, and those that are pinned to be copied.
+    steps = _PREFETCHED * max(1, config.train.num_workers) + 2 * (not is_cpu)
+    # Rank 0 writes the trained weights in float32 with each checkpoint.
+    saved = 4 * trained
+    of = {
+        "teacher": (teacher + gpu.teacher * is_cpu) * ranks,
+        "student": gpu.student * is_cpu * ranks + saved,
+        "optimizer": gpu.optimizer * is_cpu * ranks,
+        "activations": gpu.activations * is_cpu * ranks,
+        "loss": gpu.loss * is_cpu * ranks,
+        "senses": senses * steps * ranks,
+        "batches": rest * steps * ranks,
+    }
+    reserved = RESERVED_ON_HOST * ranks
+    if is_cpu:
+        peak = gpu.tensors * ranks + saved + of["senses"] + of["batches"] + reserved
+    else:
+        peak = sum(of.values()) + reserved
+    return Parts(**of, reserved=reserved, peak=peak, peak_moment=gpu.peak_moment if is_cpu else "a checkpoint")
+
+
+def other_stages(config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes) -> tuple[int, int, int]:
+    """Bytes that gathering states and annotating take, which run the teacher with its output matrix and nothing else.
+
+    Returns:
+        Of each GPU when states are gathered, of each GPU when text is annotated, and of each host in either.
+    """
+    size, hidden_size = cluster.dtype(config.precision).itemsize, _hidden_size(architecture)
+    config_of = (
+        config.teacher.model_copy(update={"mode": "zero3"}) if config.teacher.mode == "cached" else config.teacher
+    )
+    held, on_host, gathered = _teacher(
+        config.model_copy(update={"teacher": config_of}), cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size
+    )
+    matrix = size * architecture.values()["vocab_size"] * hidden_size
+    live = held + matrix + _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
+    reserved = RESERVED_ON_GPU if cluster.device == "cuda" else RESERVED_ON_HOST
+    dtype = cluster.dtype(config.precision)
+    needed = []
+    for sequences in (config.senses.batch_size, config.annotation.batch_size):
+        batch = replace(batch_of(config, sequences, relations=0.0), sense_positions=0, sense_rows=0, teacher_top_n=0)
+        needed.append(live + reserved + teacher_activations(architecture, batch, dtype))
+    needed[1] += int(config.annotation.memory_budget * GB)
+    states = int(config.senses.memory_budget * GB)
+    host = (on_host + states + RESERVED_ON_HOST) * cluster.gpus_per_node
+    return needed[0], needed[1], host
+
+
+def _hidden_size(architecture: Architecture) -> int:
+    return architecture.values()["hidden_size"]

@@ -1,0 +1,121 @@
+"""The plan of a job: memory, time and disk together, and whether it fits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.manifest import read_manifest
+from dskd.plan.cluster import Cluster
+from dskd.plan.disk import Disk, compute_disk, dictionary_rows
+from dskd.plan.memory import Memory, compute_memory
+from dskd.plan.shapes import Architecture, Shapes, Student, cut_student
+from dskd.plan.speed import Speed, compute_speed
+from dskd.schedule import count_steps, share_out
+from dskd.shards import FOLDER as SHARDS_FOLDER
+from dskd.shards import MADE_BY as SHARDS_MADE_BY
+
+RELATIONS = 0.2  # share of the targets with a synonym or antonym, where nobody knows it: more than WordNet gives
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job needs."""
+
+    config: Config
+    cluster: Cluster
+    architecture: Architecture
+    teacher: Shapes
+    student: Student
+    micro_batch_size: int
+    accumulation_steps: int
+    samples: int | None
+    steps: int | None
+    memory: Memory
+    speed: Speed
+    disk: Disk
+
+    @property
+    def gpu_excess(self) -> int:
+        """Bytes that a GPU lacks; 0 or less where there is enough. Without GPUs ranks are counted with their node."""
+        return self.memory.gpu.peak - self.cluster.gpu_memory
+
+    @property
+    def host_excess(self) -> int:
+        """Bytes that a host lacks."""
+        return self.memory.host.peak - self.cluster.host_memory
+
+    @property
+    def fits(self) -> bool:
+        """True when there is enough memory everywhere."""
+        return self.gpu_excess <= 0 and self.host_excess <= 0
+
+    @property
+    def hours(self) -> float | None:
+        """Of training, where the number of steps is known."""
+        return None if self.steps is None else self.steps * self.speed.step_s / 3600
+
+
+def make_plan(
+    config: Config,
+    cluster: Cluster,
+    architecture: Architecture,
+    *,
+    samples: int | None = None,
+    relations: float = RELATIONS,
+) -> Plan:
+    """Plans a job.
+
+    Args:
+        config: the experiment.
+        cluster: the machines.
+        architecture: the teacher's.
+        samples: training sequences; without them those of the work directory's shards, where there are some.
+        relations: share of the targets that have a synonym or an antonym.
+
+    Raises:
+        UserError: when the config cannot be trained so: its batch cannot be shared out, or the teacher has no such
+            layers.
+    """
+    micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
+    student = cut_student(config, architecture)
+    teacher = teacher_shapes(architecture)
+    samples = samples if samples is not None else _shard_samples(config)
+    if samples is not None and samples < config.train.global_batch_size:
+        raise UserError(
+            f"train.global_batch_size: {config.train.global_batch_size} sequences a step, but there are {samples}; "
+            "lower it, or have more text"
+        )
+    steps = config.train.steps if samples is None else count_steps(config.train, samples)
+    batches = {"micro_batch_size": micro_batch_size, "accumulation_steps": accumulation_steps}
+    memory = compute_memory(
+        config,
+        cluster,
+        architecture,
+        teacher,
+        student,
+        **batches,
+        relations=relations,
+        bank_rows=dictionary_rows(config, architecture),
+    )
+    speed = compute_speed(config, cluster, architecture, teacher, student, memory, **batches)
+    disk = compute_disk(config, cluster, architecture, teacher, student, samples=samples, steps=steps)
+    return Plan(
+        config, cluster, architecture, teacher, student, **batches, samples=samples, steps=steps, memory=memory,
+        speed=speed, disk=disk,
+    )  # fmt: skip
+
+
+def teacher_shapes(architecture: Architecture) -> Shapes:
+    """The teacher's weights in training: without its output matrix, which the student's head has."""
+    model = architecture.build()
+    output = model.get_output_embeddings()
+    is_tied = output.weight is model.get_input_embeddings().weight
+    return Shapes.of(model, without=None if is_tied else output)
+
+
+def _shard_samples(config: Config) -> int | None:
+    folder = config.path(SHARDS_FOLDER, "train")
+    if not Path(folder, "manifest.json").is_file():
+        return None
+    return int(read_manifest(folder, "shards", made_by=SHARDS_MADE_BY, files_are_here=False).facts["samples"])

@@ -1,0 +1,221 @@
+"""The shapes of a job's models: the teacher's config.json, and the student that is cut from it, without any weights."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dskd.causal_lm import empty_model
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.model_folder import ModelFolder
+from dskd.plan.known_models import known_model
+from dskd.pretrain import intermediate_size
+from dskd.student import choose_layers, cut_config
+from dskd.student_engine import choose_trained
+from dskd.trunk import TrunkError, trunk_depth
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter."""
+
+    name: str
+    numel: int
+    is_matrix: bool
+    is_trained: bool = False
+
+    def share(self, world_size: int) -> int:
+        """Elements of it that a rank holds under ZeRO-3."""
+        return -(-self.numel // world_size)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's weights, in the modules that own them, in the order in which these run; with modules around others,
+    which have none.
+    """
+
+    modules: tuple[tuple[Weight, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, *, without: nn.Module | None = None) -> "Shapes":
+        """The weights of a model, but for those of one module."""
+        modules, seen = [], set()
+        for prefix, module in model.named_modules():
+            own = {name: weight for name, weight in module.named_parameters(recurse=False) if id(weight) not in seen}
+            seen |= {id(weight) for weight in own.values()}
+            if module is not without:
+                modules.append(
+                    tuple(
+                        Weight(f"{prefix}.{name}", weight.numel(), weight.dim() > 1, weight.requires_grad)
+                        for name, weight in own.items()
+                    )
+                )
+        return cls(tuple(modules))
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """All of them."""
+        return tuple(weight for module in self.modules for weight in module)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all weights."""
+        return sum(weight.numel for weight in self.weights)
+
+    @property
+    def trained_numel(self) -> int:
+        """Elements of the trained ones."""
+        return sum(weight.numel for weight in self.weights if weight.is_trained)
+
+    def share(self, world_size: int, *, trained_only: bool = False) -> int:
+        """Elements that a rank holds of all of them, or of the trained ones."""
+        return sum(w.share(world_size) for w in self.weights if w.is_trained or not trained_only)
+
+    def persistent(self, threshold: int) -> int:
+        """Elements of the weights that ZeRO-3 leaves gathered because they are small."""
+        return sum(weight.numel for weight in self.weights if weight.numel <= threshold)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The teacher of a job by its config.json, and how it is named."""
+
+    config: str  # JSON; a string, so that an architecture can be a key
+    named_by: str
+
+    def values(self) -> dict[str, Any]:
+        """The config.json."""
+        return json.loads(self.config)
+
+    def build(self, *, layers: list[int] | None = None, first_layer: int = 0) -> Any:
+        """The causal LM on the meta device, of those layers of it; with `first_layer` without so many of the lowest.
+
+        Raises:
+            UserError: when transformers knows no such architecture.
+        """
+        values = self.values()
+        if layers is not None:
+            values = cut_config(values, layers)
+        with tempfile.TemporaryDirectory(prefix="dskd-plan-") as folder:
+            Path(folder, "config.json").write_text(json.dumps(values), encoding="utf-8")
+            try:
+                return empty_model(ModelFolder(Path(folder), "", ""), first_layer=first_layer)
+            except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise UserError(
+                    f"{self.named_by}: transformers cannot build this architecture ({reason}); name the config.json of "
+                    "a decoder with --teacher-config"
+                ) from None
+
+
+@dataclass(frozen=True)
+class Student:
+    """The student as training loads it: without the layers that the teacher computes for it."""
+
+    layers: list[int]  # of the teacher
+    trunk: int  # so many of the lowest are the teacher's
+    why_no_trunk: str | None
+    shapes: Shapes  # of what is loaded
+    whole_numel: int  # of the student as it is exported
+    teacher_matrix: int  # elements of a copy of the teacher's output matrix, where the student's own is trained
+
+
+def find_architecture(config: Config, teacher_config: Path | None) -> Architecture:
+    """The teacher's architecture: of `teacher_config`, of the config's recipe, of its folder, or of the hub.
+
+    Raises:
+        UserError: when there is none to be found.
+    """
+    if teacher_config is not None:
+        return _read(teacher_config, named_by="--teacher-config")
+    recipe, path = config.teacher.train_from_scratch, config.teacher.path
+    if recipe is not None:
+        values = {
+            "model_type": "llama",
+            "vocab_size": recipe.vocab_size,
+            "hidden_size": recipe.hidden_size,
+            "intermediate_size": intermediate_size(recipe.hidden_size),
+            "num_hidden_layers": recipe.num_layers,
+            "num_attention_heads": recipe.num_heads,
+            "num_key_value_heads": recipe.num_heads,
+        }
+        return Architecture(json.dumps(values), "teacher.train_from_scratch")
+    assert path is not None
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return _read(folder / "config.json", named_by="teacher.path")
+    known = known_model(path)
+    if known is not None:
+        return Architecture(json.dumps(known), f"teacher.path: {path}")
+    return _read(_fetch(path, config.teacher.revision), named_by=f"teacher.path: {path}")
+
+
+def cut_student(config: Config, architecture: Architecture) -> Student:
+    """The student that would be cut, with what is trained of it.
+
+    Raises:
+        UserError: when the teacher has no such layers, nothing would be trained, or a shared trunk is asked for that
+            cannot be.
+    """
+    layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    whole = architecture.build(layers=layers)
+    tied = whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+    why = None
+    try:
+        trunk = trunk_depth(config, kept=layers, same_teacher=True, tied=tied)
+    except TrunkError as problem:
+        if config.student.shared_trunk == "on":
+            raise UserError(f"student.shared_trunk: on is not possible: {problem}; set it to auto") from None
+        trunk, why = 0, str(problem)
+    model = architecture.build(layers=layers, first_layer=trunk) if trunk else whole
+    choose_trained(model, config.student, first_layer=trunk)
+    embeddings = model.get_input_embeddings()
+    output = model.get_output_embeddings().weight
+    needs_copy = output.requires_grad and config.needs_teacher and config.loss.kd_weight > 0
+    return Student(
+        layers,
+        trunk,
+        why,
+        Shapes.of(model, without=embeddings if trunk else None),
+        sum(weight.numel() for weight in whole.parameters()),
+        output.numel() if needs_copy else 0,
+    )
+
+
+def _read(path: Path, *, named_by: str) -> Architecture:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{named_by}: there is no file {path}; name the teacher's config.json with --teacher-config"
+        ) from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{named_by}: {path} is not a readable config.json ({error})") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UserError(f"{named_by}: {path} has no model_type; it is not the config.json of a Hugging Face model")
+    if not isinstance(values.get("num_hidden_layers"), int):
+        raise UserError(f"{named_by}: {path} has no num_hidden_layers: is it the config.json of a decoder?")
+    return Architecture(json.dumps(values), f"{named_by}: {path}")
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """The config.json of a model of the hub."""
+    advice = "name a config.json of its architecture with --teacher-config FILE, which is all that a plan needs"
+    if name.startswith((".", "~", "/")) or name.count("/") != 1:
+        raise UserError(f"teacher.path: there is no folder {name}; make it, or {advice}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"teacher.path: {name!r} is no folder here, and its config.json cannot be fetched from the hub ({reason}); "
+            f"{advice}"
+        ) from None

@@ -1,0 +1,125 @@
+"""How long training takes: an estimate from floating-point operations, bytes that travel, and assumed rates.
+
+Two operations are counted for each multiply-add of the matrix products, as in benchmarks/flops.py. On GPUs weights are
+gathered, and copied from the host's memory, while the layers before them compute, and gradients are summed up while
+those below are formed: a pass takes as long as the longer of the two. Without GPUs nothing overlaps. What is left out
+is small: norms, the optimizer, checkpoints; and the loader, which works ahead.
+"""
+
+from dataclasses import dataclass
+
+from dskd.config import Config
+from dskd.model_folder import LAYER_NAME
+from dskd.plan.cluster import Cluster
+from dskd.plan.memory import Memory
+from dskd.plan.shapes import Architecture, Shapes, Student
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One optimizer step."""
+
+    flops_per_token: dict[str, float]  # by part
+    step_s: float
+    tokens_per_s: float  # of all ranks together
+    compute_s: float  # in a step
+    network_s: float  # in which weights or gradients travel between ranks
+    offload_s: float  # in which the teacher's shares come from the host's memory or a disk
+
+    @property
+    def network_share(self) -> float:
+        """Share of a step in which something travels between the ranks."""
+        return min(1.0, self.network_s / self.step_s)
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of a step in which ranks wait for what travels, from wherever, and compute nothing."""
+        return 1 - self.compute_s / self.step_s
+
+
+def compute_speed(
+    config: Config,
+    cluster: Cluster,
+    architecture: Architecture,
+    teacher: Shapes,
+    student: Student,
+    memory: Memory,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+) -> Speed:
+    """What a step takes on the machines."""
+    size, ranks = cluster.dtype(config.precision).itemsize, cluster.world_size
+    parts = flops_per_token(config, architecture, teacher, student)
+    tokens = micro_batch_size * config.corpus.sequence_length
+    of_teacher = parts["teacher_layers"] * tokens / cluster.flops
+    of_student = sum(parts.values()) * tokens / cluster.flops - of_teacher
+    # Of what is gathered a rank has one part itself.
+    others = (ranks - 1) / ranks
+    gathered = memory.teacher_gathered
+    teacher_network = size * others * gathered.travelled / cluster.bandwidth if gathered is not None else 0.0
+    student_network = size * others * (memory.student_gathered.travelled + student.shapes.trained_numel)
+    student_network /= cluster.bandwidth
+    offload = _offload_s(config, cluster, teacher, size)
+    if cluster.device == "cuda":
+        micro_batch_s = max(of_teacher, teacher_network + offload) + max(of_student, student_network)
+    else:
+        micro_batch_s = of_teacher + teacher_network + offload + of_student + student_network
+    step_s = accumulation_steps * micro_batch_s
+    return Speed(
+        parts,
+        step_s,
+        config.train.global_batch_size * config.corpus.sequence_length / step_s,
+        accumulation_steps * (of_teacher + of_student),
+        accumulation_steps * (teacher_network + student_network),
+        accumulation_steps * offload,
+    )
+
+
+def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> float:
+    """Seconds in which a rank's share of the teacher comes to its GPU, once a micro-batch."""
+    if not config.needs_teacher or config.teacher.mode != "zero3" or cluster.device == "cpu":
+        return 0.0
+    share = teacher.share(cluster.world_size) * size
+    if config.teacher.offload == "cpu":
+        return share / cluster.host_bandwidth
+    if config.teacher.offload == "nvme":
+        return share * cluster.gpus_per_node / cluster.disk_bandwidth + share / cluster.host_bandwidth
+    return 0.0
+
+
+def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes, student: Student) -> dict[str, float]:
+    """FLOPs of a training step for one token, by part."""
+    values, with_teacher = architecture.values(), config.needs_teacher
+    heads = values["num_attention_heads"]
+    width = heads * (values.get("head_dim") or values["hidden_size"] // heads)
+    attention = 4 * (config.corpus.sequence_length / 2) * width  # half of the pairs are masked
+    of_teacher, of_student = _layers(teacher), _layers(student.shapes)
+    trained = {number for number, (_, is_trained) in of_student.items() if is_trained}
+    embeddings_trained = next(iter(student.shapes.weights)).is_trained
+    lowest = -1 if embeddings_trained and not student.trunk else min(trained, default=len(of_student))
+    backward = recomputed = 0.0
+    for number, (matrices, is_trained) in of_student.items():
+        if number >= lowest:
+            backward += 2 * attention + (4 if is_trained else 2) * matrices
+            recomputed += (attention + 2 * matrices) * config.train.activation_checkpointing
+    head = 2.0 * values["hidden_size"] * values["vocab_size"]
+    head_trained = config.student.train_lm_head
+    return {
+        "teacher_layers": sum(2 * matrices + attention for matrices, _ in of_teacher.values()) * with_teacher,
+        "student_layers": sum(2 * matrices + attention for matrices, _ in of_student.values()),
+        "backward_layers": backward + recomputed,
+        # The student's logits, the gradients of its states and, where it is trained, of the matrix, and the teacher's.
+        "head": (2 + head_trained + (with_teacher and config.loss.kd_weight > 0)) * head,
+    }
+
+
+def _layers(shapes: Shapes) -> dict[int, tuple[int, bool]]:
+    """Of each layer the elements of its matrices, and whether it is trained."""
+    layers: dict[int, tuple[int, bool]] = {}
+    for weight in shapes.weights:
+        layer = LAYER_NAME.search(weight.name)
+        if layer is not None:
+            numel, trained = layers.get(int(layer.group(1)), (0, False))
+            layers[int(layer.group(1))] = (numel + weight.numel * weight.is_matrix, trained or weight.is_trained)
+    return layers

@@ -1,0 +1,278 @@
+"""What `dskd plan` says: against counts that others publish, sums by hand, and what training really allocates."""
+
+import json
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from tiny_models import SHAPE, save_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.flops import Shape, step_flops
+from dskd.__main__ import main
+from dskd.config_file import load_config
+from dskd.plan import GB
+from dskd.plan.activations import Batch, student_activations
+from dskd.plan.cluster import Cluster
+from dskd.plan.gathering import gather
+from dskd.plan.known_models import KNOWN_MODELS
+from dskd.plan.live_bytes import LiveBytes
+from dskd.plan.plan import make_plan, teacher_shapes
+from dskd.plan.shapes import Architecture, Shapes, Weight, cut_student, find_architecture
+from dskd.plan.speed import flops_per_token
+from dskd.student import build_student
+
+MACHINES = ["--nodes", "1", "--gpus-per-node", "2", "--gpu-memory", "80", "--host-memory", "500"]
+LLAMA = {"model_type": "llama", **SHAPE}
+SHIPPED = {
+    "llama3-8b-16layers.yaml": ("llama", 2),
+    "mistral-7b-16layers.yaml": ("mistral", 2),
+    "llama3-70b-to-8b.yaml": ("llama", 1),
+}
+
+
+def _cluster(ranks=1, device="cpu", memory=80, host=500):
+    return Cluster(1, ranks, round(memory * GB), round(host * GB), device, 40 * GB, 25 * GB, 5 * GB, 1e14)
+
+
+def _config(tmp_path, *overrides, **teacher):
+    path = tmp_path / "config.yaml"
+    sections = {"workdir": str(tmp_path / "work"), "teacher": {"path": "nobody/nothing", **teacher}}
+    path.write_text(json.dumps(sections), encoding="utf-8")
+    return load_config(path, ["student.layers=3", "student.train_layers=2", "corpus.sequence_length=16", *overrides])
+
+
+def _shapes_file(tmp_path, **values):
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps({**LLAMA, **values}), encoding="utf-8")
+    return path
+
+
+def _run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dskd", "plan", *map(str, arguments)])
+    code = main()
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("meta-llama/meta-llama-3-8b", 8_030_261_248),
+        ("meta-llama/meta-llama-3-70b", 70_553_706_496),
+        ("meta-llama/llama-3.1-405b", 405_853_388_800),
+        ("mistralai/mistral-7b-instruct-v0.1", 7_241_732_096),
+    ],
+)
+def test_known_shapes_have_the_parameters_that_their_authors_publish(name, published):
+    model = Architecture(json.dumps(KNOWN_MODELS[name]), name).build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == published
+
+
+@pytest.mark.parametrize("trunk", ["on", "off"])
+def test_flops_are_those_of_the_formula(tmp_path, trunk):
+    config = _config(tmp_path, f"student.shared_trunk='{trunk}'")
+    architecture = Architecture(json.dumps(LLAMA), "llama")
+    student = cut_student(config, architecture)
+    shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
+    found = flops_per_token(config, architecture, teacher_shapes(architecture), student)
+    assert found == step_flops(shape, shared_trunk=trunk == "on")
+
+
+def test_live_bytes_are_counted_until_nobody_holds_them():
+    with LiveBytes() as live:
+        one = torch.ones(100)
+        view = one[:50].view(5, 10)
+        two = one * 2
+        assert live.now == 800  # a view takes nothing
+        del one
+        assert live.now == 800  # its memory is the view's
+        del view, two
+    assert live.now == 0
+    assert live.peak == 800
+
+
+def test_what_a_layer_keeps_is_what_autograd_saves(tmp_path):
+    """Independent of the counter: the tensors that autograd saves, storage by storage, in a real forward pass."""
+    config = _config(tmp_path, "student.layers=2", "student.shared_trunk='off'", "loss.kd_weight=0")
+    batch = Batch(2, 16, False, 0, 0, 5, 0)
+    planned = student_activations(
+        Architecture(json.dumps(LLAMA), "llama"),
+        (0, 1),
+        0,
+        config.student,
+        config.loss,
+        batch,
+        torch.float32,
+        chunk_size=8,
+        checkpointing=False,
+        with_teacher=False,
+    )
+    save_model(tmp_path / "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation="sdpa")
+    model.model.layers = model.model.layers[:2]
+    model.requires_grad_(False)
+    model.model.layers.requires_grad_(True)
+    saved, held = {}, []
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        held.append(tensor)  # or its memory would be another one's
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ids = torch.zeros(2, 16, dtype=torch.int64)
+        result = model.model(ids, use_cache=False).last_hidden_state
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = sum(size for pointer, size in saved.items() if pointer not in weights)
+    kept += result.untyped_storage().nbytes()
+    assert planned.kept == pytest.approx(kept, rel=0.1)
+
+
+def test_the_optimizer_takes_sixteen_bytes_for_each_trained_element(tmp_path):
+    config = _config(tmp_path, "precision=fp32")
+    architecture = Architecture(json.dumps(LLAMA), "llama")
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+    for ranks in (1, 2, 4):
+        memory = make_plan(config, _cluster(ranks), architecture).memory
+        held = 16 * 2 * layer / ranks + 50_000_000 * 4  # two layers, and the bucket that gradients are summed up in
+        assert 0 <= memory.gpu.optimizer - held <= 12 * 2 * layer  # what the step needs for a moment
+
+
+def _modules(count, numel):
+    return Shapes(tuple((Weight(f"layers.{number}.weight", numel, True),) for number in range(count)))
+
+
+def test_zero3_gathers_every_weight_once_and_ahead_only_as_far_as_is_allowed():
+    large = gather(_modules(20, 300_000_000), persistent=1000, backward=False)
+    assert large.travelled == 20 * 300_000_000
+    assert large.forward == 2 * 300_000_000  # the one that runs, and the next: one is more than is read ahead
+    small = gather(_modules(100, 20_000_000), persistent=1000, backward=False)
+    # Three ahead with each that runs, until a billion elements are whole or on their way.
+    assert 0.9e9 <= small.forward <= 1.2e9
+    # What is used again soon stays: the backward pass gathers nothing anew.
+    assert gather(_modules(2, 300_000_000), persistent=1000, backward=True).travelled == 600_000_000
+    assert gather(_modules(2, 1000), persistent=1000, backward=True).travelled == 0
+
+
+def test_a_job_that_does_not_fit_is_refused_and_the_change_that_is_named_makes_it_fit(tmp_path, monkeypatch, capsys):
+    # A vocabulary that makes the teacher the largest part: 2 · 200,000 · 256 elements in float32 and more.
+    shapes = _shapes_file(tmp_path, vocab_size=200_000, hidden_size=256, num_hidden_layers=4)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"workdir": str(tmp_path), "teacher": {"path": "a/b", "mode": "resident"}}))
+    options = ["--config", config, "--teacher-config", shapes, "--nodes", 1, "--gpus-per-node", 4, "--host-memory", 200]
+    settings = ["student.layers=2", "corpus.sequence_length=256", "train.micro_batch_size=4"]
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80, *settings)
+    assert code == 0 and printed.rstrip().endswith("fits")
+    needed = float(re.search(r"at one time.* +([\d.]+) +[\d.]+\n", printed).group(1))
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.05, *settings)
+    assert code == 3
+    change = re.search(r"The smallest change that fits: (.*)", printed).group(1)
+    code, printed, _ = _run(
+        monkeypatch, capsys, *options, "--gpu-memory", needed - 0.05, *settings, *shlex.split(change)
+    )
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({}, ("'nobody/nothing'", "cannot be fetched", "--teacher-config FILE")),
+        ({"path": "./nothing"}, ("there is no folder ./nothing", "--teacher-config FILE")),
+    ],
+)
+def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
+    tmp_path, monkeypatch, capsys, change, parts
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _config(tmp_path, **change)
+    code, _, error = _run(monkeypatch, capsys, "--config", tmp_path / "config.yaml", *MACHINES)
+    assert code == 2
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "is not a readable config.json"),
+        ('{"hidden_size": 3}', "has no model_type"),
+        ('{"model_type": "llama"}', "has no num_hidden_layers"),
+        ('{"model_type": "nonsense", "num_hidden_layers": 2}', "transformers cannot build this architecture"),
+    ],
+)
+def test_a_file_that_is_no_config_of_a_decoder_is_named(tmp_path, monkeypatch, capsys, text, part):
+    _config(tmp_path)
+    (tmp_path / "x.json").write_text(text)
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", tmp_path / "x.json", *MACHINES]
+    code, _, error = _run(monkeypatch, capsys, *options, "student.layers=1")
+    assert code == 2 and part in error and "Traceback" not in error
+
+
+def test_a_batch_that_training_would_refuse_is_refused_here(tmp_path, monkeypatch, capsys):
+    _config(tmp_path)
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", _shapes_file(tmp_path), *MACHINES]
+    code, _, error = _run(monkeypatch, capsys, *options, "student.layers=2", "train.global_batch_size=7")
+    assert code == 2 and "train.global_batch_size: 7 sequences cannot be shared out over 2 ranks" in error
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_is_accepted_at_toy_width(tmp_path, monkeypatch, capsys, name):
+    architecture, layers = SHIPPED[name]
+    save_model(tmp_path / "teacher", architecture)
+    path = REPOSITORY / "configs" / name
+    toy = [
+        *(f"workdir={tmp_path / 'work'}", f"teacher.path={tmp_path / 'teacher'}", f"student.layers={layers}"),
+        *("student.train_layers=1", "corpus.sequence_length=32"),
+    ]
+    for run in load_config(path).run_names:
+        code, printed, error = _run(monkeypatch, capsys, "--config", path, *MACHINES, *toy, f"run={run}")
+        assert code == 0, printed + error
+    config = load_config(path, toy)
+    build_student(config)
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "student")
+    planned = cut_student(config, find_architecture(config, None))
+    assert planned.whole_numel == sum(parameter.numel() for parameter in cut.parameters())
+    assert len(planned.layers) == cut.config.num_hidden_layers == layers
+
+
+def _documented():
+    text = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    return re.findall(r"```console\n\$ (dskd plan (?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_documented_plans_are_what_the_command_prints(monkeypatch, capsys, number):
+    monkeypatch.chdir(REPOSITORY)
+    command, expected = _documented()[number]
+    _, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
+    code, printed, _ = _run(monkeypatch, capsys, *arguments)
+    assert printed == expected and code == 0
+
+
+def test_the_documented_refusal_is_what_the_command_prints(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    text = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    (expected,) = re.findall(r"With GPUs of 16 GB.*?```\n(.*?)```", text, flags=re.DOTALL)
+    _, *arguments = shlex.split(_documented()[0][0].replace("\\\n", " "))[1:]
+    code, printed, _ = _run(monkeypatch, capsys, *arguments, "--gpu-memory", 16)
+    assert expected in printed and code == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, ranks):
+    from benchmarks.plan_memory import compare
+    from benchmarks.workload import Preset, write_work_directory
+
+    folder = tmp_path_factory.getbasetemp() / "plan"
+    if not (folder / "config.yaml").is_file():
+        shape = Shape(4096, 512, 1536, 8, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=64)
+        write_work_directory(folder, Preset(shape, global_batch_size=8, micro_batch_size=4), steps=3)
+    settings = ["teacher.mode=zero3", "teacher.offload=none", "precision=fp32", f"train.global_batch_size={4 * ranks}"]
+    found = compare(folder / "config.yaml", ranks, settings)
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.1)
