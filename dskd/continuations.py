@@ -49,7 +49,14 @@ class Continuer:
         prompt_lengths, room = self._room(batch.input_ids, lengths)
         wanted = self.wanted_tokens(first, len(lengths)).minimum(room)
         # A text that has no room takes part with its first token, so that all ranks make equally many passes.
-        added = self._generate(batch.input_ids, prompt_lengths.where(wanted > 0, 1), self._max_tokens)
+        added = generate_greedily(
+            self._teacher,
+            batch.input_ids,
+            prompt_lengths.where(wanted > 0, 1),
+            self._max_tokens,
+            # What is said behind the end of the sequence is not kept.
+            last_position=batch.input_ids.shape[1] - 1,
+        )
         ended = torch.isin(added, torch.tensor(self._ends, dtype=torch.int64))
         # Up to the first end of text, and that one too.
         kept = (ended.int().cumsum(dim=1) - ended.int() == 0) & (torch.arange(added.shape[1]) < wanted[:, None])
@@ -73,32 +80,44 @@ class Continuer:
         prompt_lengths[is_end] -= 1
         return prompt_lengths, torch.where(is_end, sequence_length - prompt_lengths, 0)
 
-    def _generate(self, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, count: int) -> torch.Tensor:
-        """`count` more tokens [B, count] behind the first `prompt_lengths` [B] ones of each row, whatever they are."""
-        from transformers import DynamicCache
 
-        last_position = input_ids.shape[1] - 1  # what is said behind it is not kept, and a model may know no other
-        width = int(prompt_lengths.max())
-        # [B, P]: the column of each place in the row it is taken from; negative on the left of the text.
-        source = torch.arange(width) - (width - prompt_lengths[:, None])
-        tokens = input_ids.gather(1, source.clamp(min=0))
-        mask = (source >= 0).long()
-        positions = source.clamp(min=0)
-        cache: Any = DynamicCache()
-        added = []
-        for _ in range(count):
-            tokens = self._teacher.read(
-                tokens,
-                positions,
-                _most_probable_last,
-                attention_mask=mask.to(self._teacher.device),
-                past_key_values=cache,
-                use_cache=True,
-            ).cpu()
-            added.append(tokens)
-            positions = (positions[:, -1:] + 1).clamp(max=last_position)
-            mask = F.pad(mask, (0, 1), value=1)
-        return torch.cat(added, dim=1)
+def generate_greedily(
+    model: FrozenModel, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, count: int, last_position: int
+) -> torch.Tensor:
+    """The `count` most probable next tokens [B, count] behind the first tokens of each row, one after the other.
+
+    Ends of text do not end it: all ranks must make equally many passes, and must call this equally often.
+
+    Args:
+        model: with its output matrix.
+        input_ids: [B, T], padded on the right.
+        prompt_lengths: [B], how many tokens of each row to go on with, at least 1.
+        count: how many are generated.
+        last_position: those beyond it are generated at it, for a model may know no other; they are not to be kept.
+    """
+    from transformers import DynamicCache
+
+    width = int(prompt_lengths.max())
+    # [B, P]: the column of each place in the row it is taken from; negative on the left of the text.
+    source = torch.arange(width) - (width - prompt_lengths[:, None])
+    tokens = input_ids.gather(1, source.clamp(min=0))
+    mask = (source >= 0).long()
+    positions = source.clamp(min=0)
+    cache: Any = DynamicCache()
+    added = []
+    for _ in range(count):
+        tokens = model.read(
+            tokens,
+            positions,
+            _most_probable_last,
+            attention_mask=mask.to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).cpu()
+        added.append(tokens)
+        positions = (positions[:, -1:] + 1).clamp(max=last_position)
+        mask = F.pad(mask, (0, 1), value=1)
+    return torch.cat(added, dim=1)
 
 
 def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:

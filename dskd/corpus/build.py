@@ -18,6 +18,7 @@ from dskd.corpus.files import Document, expand, read_file
 from dskd.corpus.hub import read_dataset
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact
+from dskd.tasks import documents as tasks
 from dskd.wordnet import WordNet, open_wordnet
 
 FOLDER = "corpus"
@@ -46,6 +47,8 @@ def recipe(config: Config) -> Recipe:
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     elif corpus.source == "huggingface":
         inputs = hub.fingerprint(corpus)
+    elif corpus.source == "tasks":
+        inputs = tasks.fingerprint(config)
     else:
         paths = [*_find(config, "train"), *_find(config, "validation")]
         inputs = {str(path): files.fingerprint(path) for path in paths}
@@ -60,6 +63,7 @@ def build_corpus(config: Config) -> None:
         "wordnet": ["WordNet's definitions and examples"],
         "files": list(corpus.train),
         "huggingface": [f"{corpus.dataset}, split {corpus.train_split!r}"],
+        "tasks": [getattr(config.tasks, name) for name in corpus.tasks],
     }[corpus.source]
     with stage("corpus: text to documents", reads=sources, writes=target):
         wanted = recipe(config)
@@ -125,6 +129,8 @@ def _sources(config: Config) -> tuple[Iterator[Document], Iterator[Document] | N
     if corpus.source == "huggingface":
         held_out = corpus.validation_split
         return read_dataset(corpus, corpus.train_split), None if held_out is None else read_dataset(corpus, held_out)
+    if corpus.source == "tasks":
+        return tasks.read_task_documents(config)
     validation = _read_files(config, "validation") if corpus.validation else None
     return _read_files(config, "train"), validation
 
