@@ -4,13 +4,17 @@ Of each task but SQuAD a share of the training split is trained on, and as many 
 says are held out, from what is left of it; where nothing is left, training gives way. Nothing that is evaluated on is
 read. Both sides are parts of one order, which a hash decides; questions with the same text, or about the same passage,
 stand together in it and go to one side. The examples in a prompt are from its own side.
+
+The teacher goes on with a prompt by as many tokens as a model may answer with, or as `annotation.continuation_tokens`
+says, whichever is less.
 """
 
 import hashlib
 from collections.abc import Iterator
 
-from dskd.config import Config
+from dskd.config import Config, TasksConfig
 from dskd.corpus.files import Document
+from dskd.manifest import digest_of_json
 from dskd.model_folder import find_teacher
 from dskd.random_numbers import derived_seed
 from dskd.tasks.benchmarks import Benchmark, Example, benchmarks_named
@@ -22,8 +26,8 @@ def fingerprint(config: Config) -> dict[str, str]:
     """{task: digest of its documents}, and the form of their prompts."""
     inputs = {"prompts": _prompter(config).format}
     for benchmark in benchmarks_named(config.corpus.tasks):
-        train, validation = _questions(config, benchmark)
-        inputs[benchmark.name] = digest_of([*train, *validation])
+        sides = [digest_of(questions) for questions in _questions(config, benchmark)]
+        inputs[benchmark.name] = digest_of_json([*sides, benchmark.new_tokens(config.tasks)])
     return inputs
 
 
@@ -38,7 +42,7 @@ def read_task_documents(config: Config) -> tuple[Iterator[Document], Iterator[Do
         for side, questions in zip(sides, _questions(config, benchmark), strict=True):
             side += questions
     prompter = _prompter(config)
-    train, validation = (_documents(prompter, side) for side in sides)
+    train, validation = (_documents(prompter, side, config.tasks) for side in sides)
     return train, validation
 
 
@@ -53,16 +57,13 @@ def split(
     order = [example for group in sorted(groups, key=lambda group: _hash(keyed, group)) for example in groups[group]]
     num_train = max(1, round(len(order) * train_share))
     num_held_out = max(1, round(num_train * validation_share))
-    start = _group_end(order, min(num_train, len(order) - num_held_out))
-    stop = _group_end(order, start + num_held_out)
+    ends = [number for number in range(1, len(order)) if order[number].group != order[number - 1].group]
+    last = len(order) - num_held_out
+    start = next(
+        (end for end in ends if num_train <= end <= last), max((end for end in ends if end <= last), default=0)
+    )
+    stop = next((end for end in ends if end >= start + num_held_out), len(order))
     return order[:start], order[start:stop], order[start:]
-
-
-def _group_end(order: list[Example], start: int) -> int:
-    """The first place from `start` on that does not divide a group."""
-    while 0 < start < len(order) and order[start].group == order[start - 1].group:
-        start += 1
-    return start
 
 
 def _questions(config: Config, benchmark: Benchmark) -> tuple[list[Question], list[Question]]:
@@ -81,10 +82,11 @@ def _questions(config: Config, benchmark: Benchmark) -> tuple[list[Question], li
     )
 
 
-def _documents(prompter: Prompter, questions: list[Question]) -> Iterator[Document]:
+def _documents(prompter: Prompter, questions: list[Question], settings: TasksConfig) -> Iterator[Document]:
     for question in questions:
         text = prompter.text(question)
-        yield Document(f"{question.benchmark.name}:{question.example.name}", text, text)
+        name = f"{question.benchmark.name}:{question.example.name}"
+        yield Document(name, text, text, question.benchmark.new_tokens(settings))
 
 
 def _prompter(config: Config) -> Prompter:

@@ -76,13 +76,9 @@ def measures_of(benchmark: Benchmark, examples: Sequence[Example], scores: Seque
         by_subject = dict(_by(examples, scores, lambda example: example.subject))
         measures = {"metric": benchmark.metric, **_mean_of_means(by_subject), "n": len(scores), "subjects": by_subject}
     if benchmark.is_choice:
-        chances = [1 / len(example.choices) for example in examples]
-        measures["chance"] = sum(
-            weight * chance
-            for weight, chance in zip(
-                weights_of(benchmark, [example.subject for example in examples]), chances, strict=True
-            )
-        ) / len(chances)
+        weights = weights_of(benchmark, [example.subject for example in examples])
+        chances = [weight / len(example.choices) for weight, example in zip(weights, examples, strict=True)]
+        measures["chance"] = math.fsum(chances) / math.fsum(weights)
     else:
         measures |= dict(_by(examples, scores, lambda e: "answerable" if e.answers else "unanswerable"))
         measures["chance"] = measures.get("unanswerable", {"n": 0})["n"] / len(scores)  # of abstaining always
