@@ -8,16 +8,15 @@ Which examples a question gets is a function of seed, task and question, so all 
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from dskd.errors import UserError
 from dskd.manifest import digest_of_json
-from dskd.random_numbers import derived_seed, random_bits
+from dskd.random_numbers import derived_seed
 from dskd.tasks.benchmarks import Benchmark, Example
 
 # Templates may write the day into the prompt, or let the model think first: all are asked the same, for an answer.
@@ -97,9 +96,9 @@ def with_shots(
         candidates = pools.get(example.subject, [])
         chosen: list[int] = []
         if num_shots:
-            order = _order(len(candidates), num_shots, derived_seed(seed, benchmark.name, "shots", example.name))
+            order = _order(len(candidates), num_shots, seed, benchmark.name, "shots", example.name)
             others = (number for number in order if groups[example.subject][number] != example.group)
-            chosen = [number for number, _ in zip(others, range(num_shots), strict=False)]
+            chosen = list(itertools.islice(others, num_shots))
         if len(chosen) < num_shots:
             about = f" about {example.subject}" if example.subject else ""
             raise UserError(
@@ -109,20 +108,19 @@ def with_shots(
         yield Question(benchmark, example, tuple(candidates[number] for number in chosen))
 
 
-def _order(count: int, wanted: int, seed: int) -> Iterator[int]:
-    """The numbers below `count`, each once, in an order that the seed decides; as they are where all are wanted."""
+def _order(count: int, wanted: int, seed: int, *parts: str) -> Iterator[int]:
+    """The numbers below `count`, each once, in an order that seed and parts decide; ascending where all are wanted."""
     if count <= wanted:
         yield from range(count)
         return
     seen: set[int] = set()
-    turn = 0
-    while len(seen) < count:
-        # More numbers than are wanted, since some come twice; drawn one by one they would take most of the time.
-        for number in (random_bits(seed, torch.arange(turn, turn + 2 * wanted + 8)) % count).tolist():
-            if number not in seen:
-                seen.add(number)
-                yield number
-        turn += 2 * wanted + 8
+    for turn in itertools.count():
+        if len(seen) == count:
+            return
+        number = derived_seed(seed, *parts, turn) % count
+        if number not in seen:
+            seen.add(number)
+            yield number
 
 
 @dataclass(frozen=True)
