@@ -51,10 +51,11 @@ def test_the_harness_hears_the_same_from_the_export_and_scores_it_the_same(copy_
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={export},dtype=float32"]
     command += ["--include_path", str(DATA / "lm_eval"), "--tasks", "answers", "--device", "cpu", "--batch_size", "3"]
     command += ["--log_samples", "--output_path", str(tmp_path / "results")]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "TOKENIZERS_PARALLELISM": "false"}
-    finished = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True, timeout=400
-    )
+    # This process is a rank of a job of its own.
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "TOKENIZERS_PARALLELISM": "false"}
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert finished.returncode == 0, finished.stderr[-4000:]
     (samples,) = (tmp_path / "results").rglob("samples_answers_*.jsonl")
     heard = {sample["doc_id"]: sample for sample in map(json.loads, samples.read_text().splitlines())}
