@@ -6,7 +6,7 @@ to the shards: `runs` maps a run's name to the keys in which it differs, and `ru
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -72,17 +72,26 @@ class TeacherConfig(Section):
         return self
 
 
+TaskName = Literal["arc_challenge", "commonsense_qa", "piqa", "mmlu", "squad_v2"]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
+
 _KEYS_OF_SOURCES = {
     "files": ("train", "validation"),
     "huggingface": ("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split"),
+    "tasks": ("tasks",),
 }
 
 
 class CorpusConfig(Section):
     """The text that senses are gathered from and students are trained on."""
 
-    source: Literal["wordnet", "files", "huggingface"] = Field(
-        "wordnet", description="WordNet's glosses and examples, own files, or a dataset that `datasets` can load"
+    source: Literal["wordnet", "files", "huggingface", "tasks"] = Field(
+        "wordnet",
+        description="WordNet's glosses and examples, own files, a dataset that `datasets` can load, or prompts of the "
+        "paper's benchmarks (section tasks)",
+    )
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = Field(
+        TASKS, description="with source: tasks. Whose training splits become few-shot prompts (method, section 4)"
     )
     train: tuple[str, ...] = Field(
         (),
@@ -426,6 +435,40 @@ class EvaluationConfig(Section):
     sample_tokens: int = Field(24, ge=1, description="tokens by which it goes on, greedily")
 
 
+class TasksConfig(Section):
+    """The paper's benchmarks, to evaluate on and to train on (method, sections 4 and 5).
+
+    Each is a folder with the benchmark's files, as published or as on the hub, or the name of a dataset of the hub.
+    """
+
+    arc_challenge: str = Field("allenai/ai2_arc", min_length=1, description="folder or dataset of ARC-Challenge")
+    commonsense_qa: str = Field("tau/commonsense_qa", min_length=1, description="folder or dataset of CommonsenseQA")
+    piqa: str = Field("baber/piqa", min_length=1, description="folder or dataset of PIQA")
+    mmlu: str = Field("cais/mmlu", min_length=1, description="folder or dataset of MMLU")
+    squad_v2: str = Field("rajpurkar/squad_v2", min_length=1, description="folder or dataset of SQuAD v2")
+    choice_shots: int = Field(5, ge=0, description="examples in a prompt, of all tasks but squad_v2")
+    squad_shots: int = Field(1, ge=0, description="examples in a prompt of squad_v2")
+    choice_tokens: int = Field(2, ge=1, description="tokens a model may answer with, in all tasks but squad_v2")
+    squad_tokens: int = Field(10, ge=1, description="tokens a model may answer with in squad_v2")
+    limit: int | None = Field(
+        None, ge=1, description="evaluate on so many examples a task, of mmlu a subject, drawn at random; default: all"
+    )
+    batch_size: int = Field(16, ge=1, description="prompts that a rank runs at once")
+    train_share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="with corpus.source: tasks. Share of the training splits, of all tasks but squad_v2",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="of the prompts' examples and of every other choice; not that of the run, since all are asked the "
+        "same",
+    )
+
+
 class PipelineConfig(Section):
     """How `launcher/pipeline.py` starts the stages that run on several ranks."""
 
@@ -462,6 +505,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    tasks: TasksConfig = TasksConfig()  # type: ignore[call-arg]
     pipeline: PipelineConfig = PipelineConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="after")

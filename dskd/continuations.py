@@ -1,8 +1,9 @@
 """The teacher goes on with texts, greedily: training samples are text and continuation (method, section 4).
 
 The end-of-text token that ends a text is taken off, and the teacher adds c tokens, where c in 1 … N is a function of
-(seed, sequence): the paper cuts its sequences at a random point within the continuation. A continuation ends earlier at
-an end-of-text token, which is kept, and at the length of the sequence.
+(seed, sequence): the paper cuts its sequences at a random point within the continuation. N is the config's, or less for
+a text that may only be answered with fewer (:mod:`dskd.tasks.documents`). A continuation ends earlier at an end-of-text
+token, which is kept, and at the length of the sequence.
 
 A batch costs one pass over its texts and N - 1 passes over one token a text: keys and values are kept. Texts are padded
 on the left, so that all of them go on in the same column. Shapes: B texts, T tokens, P the longest text of the batch.
@@ -31,9 +32,13 @@ class Continuer:
         # What packing put at the end of a text, and all that ends a generation.
         self._text_end, self._ends = end_tokens(teacher.folder)
 
-    def wanted_tokens(self, first: int, count: int) -> torch.Tensor:
-        """How many tokens c each of the sequences is to go on by, from `first` on: [count] int64 in 1 … N."""
-        return 1 + random_bits(self._seed, torch.arange(first, first + count)) % self._max_tokens
+    def wanted_tokens(self, first: int, count: int, at_most: torch.Tensor | None = None) -> torch.Tensor:
+        """How many tokens c each of the sequences is to go on by, from `first` on: [count] int64 in 1 … N.
+
+        Where a sequence may go on by fewer than N tokens, `at_most` [count] says by how many.
+        """
+        limits: Any = self._max_tokens if at_most is None else at_most.clamp(max=self._max_tokens)
+        return 1 + random_bits(self._seed, torch.arange(first, first + count)) % limits
 
     def extend(self, batch: TokenBatch, first: int) -> tuple[TokenBatch, int]:
         """The batch with its texts continued, and how many tokens were added.
@@ -47,9 +52,16 @@ class Continuer:
         """
         lengths = _lengths(batch)
         prompt_lengths, room = self._room(batch.input_ids, lengths)
-        wanted = self.wanted_tokens(first, len(lengths)).minimum(room)
+        wanted = self.wanted_tokens(first, len(lengths), batch.continuation_tokens).minimum(room)
         # A text that has no room takes part with its first token, so that all ranks make equally many passes.
-        added = generate(self._teacher, batch.input_ids, prompt_lengths.where(wanted > 0, 1), self._max_tokens)
+        added = generate_greedily(
+            self._teacher,
+            batch.input_ids,
+            prompt_lengths.where(wanted > 0, 1),
+            self._max_tokens,
+            # What is said behind the end of the sequence is not kept.
+            last_position=batch.input_ids.shape[1] - 1,
+        )
         ended = torch.isin(added, torch.tensor(self._ends, dtype=torch.int64))
         # Up to the first end of text, and that one too.
         kept = (ended.int().cumsum(dim=1) - ended.int() == 0) & (torch.arange(added.shape[1]) < wanted[:, None])
@@ -74,14 +86,22 @@ class Continuer:
         return prompt_lengths, torch.where(is_end, sequence_length - prompt_lengths, 0)
 
 
-def generate(model: FrozenModel, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` more tokens [B, count] behind the first `prompt_lengths` [B] ones of each row [B, T], whatever they are.
+def generate_greedily(
+    model: FrozenModel, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, count: int, last_position: int
+) -> torch.Tensor:
+    """The `count` most probable next tokens [B, count] behind the first tokens of each row, one after the other.
 
-    All ranks must call it, for equally many tokens.
+    Ends of text do not end it: all ranks must make equally many passes, and must call this equally often.
+
+    Args:
+        model: with its output matrix.
+        input_ids: [B, T], padded on the right.
+        prompt_lengths: [B], how many tokens of each row to go on with, at least 1.
+        count: how many are generated.
+        last_position: those beyond it are generated at it, for a model may know no other; they are not to be kept.
     """
     from transformers import DynamicCache
 
-    last_position = input_ids.shape[1] - 1  # what is said behind it is not kept, and a model may know no other
     width = int(prompt_lengths.max())
     # [B, P]: the column of each place in the row it is taken from; negative on the left of the text.
     source = torch.arange(width) - (width - prompt_lengths[:, None])

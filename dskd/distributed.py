@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -109,16 +110,15 @@ def _meet_at_store(timeout: datetime.timedelta) -> dist.Store:
     rank, world_size = current_rank(), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     remedy = "look at that node, and start all ranks again"
+    if rank != 0:
+        _wait_for_port(address, port, timeout.total_seconds())
     try:
         store = dist.TCPStore(address, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
         store.set(f"rank {rank}", socket.gethostname())
     except dist.DistNetworkError as error:
         if rank == 0:
             raise  # its port is taken, which torch says
-        raise LostPeerError(
-            f"[rank {rank}, {socket.gethostname()}] rank 0 cannot be reached at {address}:{port} within "
-            f"{timeout.total_seconds():.0f} s; {remedy}"
-        ) from error
+        raise LostPeerError(f"[rank {rank}, {socket.gethostname()}] rank 0 has ended; {remedy}") from error
     try:
         store.wait([f"rank {other}" for other in range(world_size)], timeout)
     except dist.DistError as error:
@@ -127,6 +127,22 @@ def _meet_at_store(timeout: datetime.timedelta) -> dist.Store:
             f"{timeout.total_seconds():.0f} s; {remedy}"
         ) from error
     return dist.PrefixStore("dskd", store)
+
+
+def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
+    """Waits until rank 0 listens. torch's store would do so too, several times as long, with a stack of C++ frames."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LostPeerError(
+                    f"[rank {current_rank()}, {socket.gethostname()}] rank 0 does not answer at {address}:{port} within "
+                    f"{timeout_s:.0f} s ({error}); look at that node, and start all ranks again"
+                ) from error
+            time.sleep(0.2)
 
 
 def _who_is_missing(store: dist.Store, world_size: int) -> str:

@@ -37,6 +37,7 @@ SCHEMA_VERSIONS = {
     "checkpoint": 1,
     "export": 1,
     "evaluation": 2,
+    "task": 1,
 }
 _PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
 

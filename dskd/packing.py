@@ -42,6 +42,7 @@ def pack(
     sequence_length: int,
     packing: str,
     max_sequences: int | None = None,
+    continuation_tokens: Iterator[int] | None = None,
 ) -> Packed:
     """Tokenizes documents, each ended by the tokenizer's end-of-text token, and writes them as sequences.
 
@@ -55,6 +56,7 @@ def pack(
         sequence_length: T.
         packing: as in the table above.
         max_sequences: stop after so many.
+        continuation_tokens: with packing: none. A number of each document, kept as a tensor [S] int32.
     """
     separator = next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
     end = [] if separator is None else [separator]
@@ -63,15 +65,17 @@ def pack(
     spooled = 0
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent))
-        spool = {
-            name: stack.enter_context(Path(folder, name).open("w+b")) for name in ("input_ids", "starts", "lengths")
-        }
+        names = ("input_ids", "starts", "lengths", "continuation_tokens")
+        spool = {name: stack.enter_context(Path(folder, name).open("w+b")) for name in names}
         with progress_bar(total=limit, label="tokenizing", unit="tokens") as bar:
             for batch in _batched(texts):
                 tokens, sizes = _tokenize(batch, tokenizer, end)
                 if packing == "none":
                     tokens, lengths = _own_rows(tokens, sizes, sequence_length, padding)
                     lengths.tofile(spool["lengths"])
+                    if continuation_tokens is not None:
+                        numbers = np.fromiter(itertools.islice(continuation_tokens, len(batch)), np.int32, len(batch))
+                        numbers.repeat(-(-sizes // sequence_length)).tofile(spool["continuation_tokens"])
                 elif packing == "documents":
                     _starts_of(sizes).tofile(spool["starts"])
                 tokens.tofile(spool["input_ids"])
@@ -122,6 +126,8 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
         stream.seek(0)
     shape = (size, sequence_length)
     layout = {"input_ids": ("I32", shape), "starts": ("U8", shape), "lengths": ("I32", (size,))}
+    if sizes["continuation_tokens"]:
+        layout["continuation_tokens"] = ("I32", (size,))
     with create_tensors(path, layout) as tensors:
         if not whole:
             tensors["input_ids"][0] = padding
@@ -136,6 +142,8 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
             tensors["lengths"][:] = np.fromfile(spool["lengths"], np.int32, size)
         else:
             tensors["lengths"][:] = sequence_length if whole else spooled
+        if sizes["continuation_tokens"]:
+            tensors["continuation_tokens"][:] = np.fromfile(spool["continuation_tokens"], np.int32, size)
         tokens = int(tensors["lengths"].sum(dtype=np.int64))
         return Packed(size, tokens, spooled - whole * sequence_length if whole else 0)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dskd.config import Config
-from dskd.continuations import end_tokens, generate
+from dskd.continuations import end_tokens, generate_greedily
 from dskd.manifest import write_json
 from dskd.model_folder import ModelFolder
 from dskd.models import FrozenModel
@@ -58,7 +58,8 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     """What the model says behind each prompt, up to the token that ends its text. All ranks must call it."""
     if not len(prompts):
         return []
-    added = generate(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens).tolist()
+    last = prompts.input_ids.shape[1] - 1
+    added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
     _, ends = end_tokens(model.folder)
     return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in added]
 

@@ -14,10 +14,10 @@ import torch
 from dskd.config import Config
 from dskd.console import say, stage
 from dskd.corpus.build import FOLDER as CORPUS_FOLDER
-from dskd.corpus.build import MADE_BY, SPLITS, read_texts
+from dskd.corpus.build import MADE_BY, SPLITS, read_continuation_tokens, read_texts
 from dskd.manifest import Manifest, Recipe, build_artifact, read_manifest, require_same
 from dskd.packing import pack
-from dskd.tensor_file import map_tensor
+from dskd.tensor_file import map_tensor, tensor_names
 
 FOLDER = "sequences"
 
@@ -31,6 +31,7 @@ class TokenBatch:
     has_target: torch.Tensor  # [B, T] bool, True where x_{i+1} goes on with the document of x_i
     starts: torch.Tensor  # [B, T] uint8, 1 where attention and positions begin anew
     num_tokens: int  # real ones
+    continuation_tokens: torch.Tensor | None = None  # [B] int64, the teacher may go on by so many; None: by any number
 
     def without_targets(self) -> "TokenBatch":
         """The same tokens for a rank that has no work left, and must still take part in a forward pass."""
@@ -42,11 +43,13 @@ class Sequences:
     """Packed token sequences on disk: S sequences of T tokens, read by slices through a memory map.
 
     `lengths` [S] counts the real tokens of each; what follows is padding that no loss looks at.
+    `continuation_tokens` [S] says by how many tokens the teacher may go on with each.
     """
 
     path: Path
     lengths: np.ndarray
     sequence_length: int
+    continuation_tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -78,13 +81,24 @@ class Sequences:
         lengths = torch.from_numpy(self.lengths[rows].astype(np.int64))
         has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
         has_target[:, :-1] &= starts[:, 1:] == 0
-        return TokenBatch(input_ids, position_ids_of(starts), has_target, starts, int(lengths.sum()))
+        may_go_on = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
+        return TokenBatch(
+            input_ids,
+            position_ids_of(starts),
+            has_target,
+            starts,
+            int(lengths.sum()),
+            None if may_go_on is None else torch.from_numpy(may_go_on),
+        )
 
 
 def open_sequences(path: Path) -> Sequences:
     """The sequences in a file that :func:`dskd.packing.pack` wrote."""
     sequence_length = map_tensor(path, "input_ids", "I32").shape[1]
-    return Sequences(path, np.array(map_tensor(path, "lengths", "I32")), sequence_length)
+    lengths = np.array(map_tensor(path, "lengths", "I32"))
+    if "continuation_tokens" not in tensor_names(path):
+        return Sequences(path, lengths, sequence_length)
+    return Sequences(path, lengths, sequence_length, np.array(map_tensor(path, "continuation_tokens", "I32")))
 
 
 def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
@@ -126,6 +140,7 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str) -> No
                     sequence_length=corpus.sequence_length,
                     packing=corpus.packing,
                     max_sequences=limits[split],
+                    continuation_tokens=read_continuation_tokens(config, split),
                 )
                 building.facts[split] = packed._asdict()
                 say(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,13 +54,18 @@ def create_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
 def is_whole(path: Path) -> bool:
     """True when the file is there, and is as large as its header says."""
     try:
-        with path.open("rb") as stream:
-            header_size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(header_size))
+        header, header_size = _read_header(path)
         size = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         return path.stat().st_size == 8 + header_size + size
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What the header of a safetensors file says, and its size in bytes."""
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        return json.loads(stream.read(size)), size
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -70,15 +76,18 @@ def _reserve(descriptor: int, size: int) -> None:
         os.truncate(descriptor, size)
 
 
+def tensor_names(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file."""
+    return set(_read_header(path)[0]) - {"__metadata__"}
+
+
 def map_tensor(path: Path, name: str, dtype: str) -> np.ndarray:
     """A tensor of a safetensors file as a read-only memory map; pages are read when rows are.
 
     Raises:
         UserError: when the file holds another type under that name.
     """
-    with path.open("rb") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_size))
+    header, header_size = _read_header(path)
     entry = header[name]
     if entry["dtype"] != dtype:
         raise UserError(f"{path}: {name} is {entry['dtype']}, expected {dtype}; the file was made by something else")

@@ -1,6 +1,9 @@
-"""Measures teacher, cut student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME."""
+"""Measures teacher, cut student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME.
 
-from dskd.config import Config
+With --tasks it asks them the paper's benchmarks instead, and writes WORKDIR/tasks/NAME/TASK.
+"""
+
+from dskd.config import TASKS, Config
 from dskd.distributed import World
 from dskd.program import build_parser, run_on_ranks
 
@@ -8,7 +11,10 @@ EPILOG = """
 examples:
   deepspeed launcher/evaluate.py --config configs/quickstart.yaml
   deepspeed --num_gpus 2 launcher/evaluate.py --config configs/quickstart.yaml --force
+  deepspeed launcher/evaluate.py --config mine.yaml tasks.limit=200 --tasks arc_challenge mmlu
+  deepspeed launcher/evaluate.py --config mine.yaml --tasks all
 
+The keys under `tasks` say where the benchmarks' files are (`dskd config`).
 `dskd compare` prints the measures side by side. A model whose measures are up to date is skipped.
 """
 
@@ -16,12 +22,25 @@ examples:
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--force", action="store_true", help="evaluate also what is up to date")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=(*TASKS, "all"),
+        metavar="TASK",
+        help=f"ask benchmarks instead: {', '.join(TASKS)}, or all; behind any section.key=value",
+    )
     given = parser.parse_intermixed_args()
 
     def work(config: Config, world: World) -> None:
-        from dskd.evaluate import evaluate  # after the arguments: --help should not wait for DeepSpeed
+        # After the arguments: --help should not wait for DeepSpeed.
+        if given.tasks:
+            from dskd.tasks.run import run_tasks
 
-        evaluate(config, world, force=given.force)
+            run_tasks(config, world, given.tasks, force=given.force)
+        else:
+            from dskd.evaluate import evaluate
+
+            evaluate(config, world, force=given.force)
 
     run_on_ranks(given, work)
 

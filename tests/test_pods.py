@@ -177,7 +177,7 @@ def test_stopped_and_killed_pods_are_replaced_and_the_run_is_the_undisturbed_one
 
 def test_a_pod_that_is_asked_before_its_ranks_listen_still_stops(kubelet):
     pods = pods_of(render("overlays/cpu-smoke-test"))
-    running = _start(kubelet, pods, "run=early")
+    running = _start(kubelet, pods, "run=early", "train.collective_timeout_s=30")
     deadline = time.monotonic() + 60
     while "spawned with command" not in running[0].output and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -7,6 +7,7 @@ both sides.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,12 +19,14 @@ from dskd.corpus.files import Document, expand, read_file
 from dskd.corpus.hub import read_dataset
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact
+from dskd.tasks import documents as tasks
 from dskd.wordnet import WordNet, open_wordnet
 
 FOLDER = "corpus"
 MADE_BY = "launcher/pipeline.py --config FILE"
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
+_TASKS_SCHEMA = _SCHEMA.append(pa.field("continuation_tokens", pa.int32()))
 BATCH_DOCUMENTS = 1000
 _READ_KEYS = (
     "source",
@@ -46,6 +49,8 @@ def recipe(config: Config) -> Recipe:
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     elif corpus.source == "huggingface":
         inputs = hub.fingerprint(corpus)
+    elif corpus.source == "tasks":
+        inputs = tasks.fingerprint(config)
     else:
         paths = [*_find(config, "train"), *_find(config, "validation")]
         inputs = {str(path): files.fingerprint(path) for path in paths}
@@ -60,6 +65,7 @@ def build_corpus(config: Config) -> None:
         "wordnet": ["WordNet's definitions and examples"],
         "files": list(corpus.train),
         "huggingface": [f"{corpus.dataset}, split {corpus.train_split!r}"],
+        "tasks": [getattr(config.tasks, name) for name in corpus.tasks],
     }[corpus.source]
     with stage("corpus: text to documents", reads=sources, writes=target):
         wanted = recipe(config)
@@ -77,9 +83,16 @@ def build_corpus(config: Config) -> None:
 
 def read_texts(config: Config, split: str) -> Iterator[str]:
     """The texts of one split of `WORKDIR/corpus`, in their order on disk."""
-    for batch in pq.ParquetFile(config.path(FOLDER, f"{split}.parquet")).iter_batches(
-        BATCH_DOCUMENTS, columns=["text"]
-    ):
+    return _read_column(config, split, "text")
+
+
+def read_continuation_tokens(config: Config, split: str) -> Iterator[int] | None:
+    """By how many tokens the teacher may go on with each text at most; None where that is the same for all."""
+    return _read_column(config, split, "continuation_tokens") if config.corpus.source == "tasks" else None
+
+
+def _read_column(config: Config, split: str, name: str) -> Iterator[Any]:
+    for batch in pq.ParquetFile(config.path(FOLDER, f"{split}.parquet")).iter_batches(BATCH_DOCUMENTS, columns=[name]):
         yield from batch.column(0).to_pylist()
 
 
@@ -125,6 +138,8 @@ def _sources(config: Config) -> tuple[Iterator[Document], Iterator[Document] | N
     if corpus.source == "huggingface":
         held_out = corpus.validation_split
         return read_dataset(corpus, corpus.train_split), None if held_out is None else read_dataset(corpus, held_out)
+    if corpus.source == "tasks":
+        return tasks.read_task_documents(config)
     validation = _read_files(config, "validation") if corpus.validation else None
     return _read_files(config, "train"), validation
 
@@ -141,14 +156,16 @@ def _find(config: Config, key: str) -> list[Path]:
 def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpus: CorpusConfig) -> dict[str, int]:
     counts = dict.fromkeys(SPLITS, 0)
     pending: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    writers = {split: pq.ParquetWriter(folder / f"{split}.parquet", _SCHEMA, compression="zstd") for split in SPLITS}
+    schema = _TASKS_SCHEMA if corpus.source == "tasks" else _SCHEMA
+    writers = {split: pq.ParquetWriter(folder / f"{split}.parquet", schema, compression="zstd") for split in SPLITS}
 
     def flush(split: str) -> None:
         columns = {
             "document": [document.name for document in pending[split]],
             "text": [document.text for document in pending[split]],
+            "continuation_tokens": [document.continuation_tokens for document in pending[split]],
         }
-        writers[split].write_table(pa.table(columns, schema=_SCHEMA))
+        writers[split].write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema))
         pending[split].clear()
 
     with progress_bar(total=None, label="reading", unit="documents") as bar:

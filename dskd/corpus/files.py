@@ -37,6 +37,7 @@ class Document:
     name: str
     text: str
     split_key: str
+    continuation_tokens: int | None = None  # the teacher may go on with it by so many tokens; None: as the config says
 
 
 def expand(patterns: Sequence[str], key: str, *, workdir: Path) -> list[Path]:

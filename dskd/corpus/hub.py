@@ -30,7 +30,17 @@ def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
         UserError: when the library is missing, or the dataset cannot be found, reached or read, with what to do.
     """
     name = f"{corpus.dataset}/{split}"
-    yield from as_documents(name, _texts(_rows(corpus, split), corpus.text_field, name))
+    assert corpus.dataset is not None
+    rows = read_rows(
+        corpus.dataset,
+        split,
+        corpus.dataset_config,
+        key="corpus.dataset",
+        instead="or save the text as files and set corpus.source: files",
+        revision=corpus.dataset_revision,
+        column=corpus.text_field,
+    )
+    yield from as_documents(name, _texts(rows, corpus.text_field, name))
 
 
 def _texts(rows: Iterator[Any], text_field: str, name: str) -> Iterator[tuple[int, str]]:
@@ -39,33 +49,51 @@ def _texts(rows: Iterator[Any], text_field: str, name: str) -> Iterator[tuple[in
             yield number, text_of(row, text_field, f"{name}:{number}")
 
 
-def _rows(corpus: CorpusConfig, split: str) -> Iterator[Any]:
+def read_rows(
+    dataset: str,
+    split: str,
+    config: str | None = None,
+    *,
+    key: str,
+    instead: str,
+    revision: str | None = None,
+    column: str | None = None,
+) -> Iterator[Any]:
+    """The rows of a split of a dataset, in its order.
+
+    Args:
+        dataset: a name on the hub, or a folder.
+        split: which one.
+        config: the dataset's configuration, where it has several.
+        key: the config's key that names the dataset, for messages.
+        instead: what to do where there is no hub, for messages.
+        revision: branch, tag or commit, on the hub.
+        column: of files with columns only this one is read.
+
+    Raises:
+        UserError: when the library is missing, or the dataset cannot be found, reached or read, with what to do.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(
-            "corpus.source: huggingface needs the package `datasets`, which is not installed; install it with "
-            "`pip install 'datasets>=4,<6'`, or save the text as files and set corpus.source: files"
+            f"{key}: a dataset of the hub needs the package `datasets`, which is not installed; install it with "
+            f"`pip install 'datasets>=4,<6'`, {instead}"
         ) from None
-    assert corpus.dataset is not None
-    folder = _folder(corpus)
+    folder = Path(dataset).expanduser()
     try:
-        dataset = load_dataset(
-            str(folder) if folder.is_dir() else corpus.dataset,
-            corpus.dataset_config,
-            split=split,
-            revision=corpus.dataset_revision,
-            streaming=True,
+        loaded = load_dataset(
+            str(folder) if folder.is_dir() else dataset, config, split=split, revision=revision, streaming=True
         )
-        if dataset.features is not None and corpus.text_field in dataset.features:
-            dataset = dataset.select_columns([corpus.text_field])  # of files with columns only that one is read
-        yield from dataset
+        if column is not None and loaded.features is not None and column in loaded.features:
+            loaded = loaded.select_columns([column])
+        yield from loaded
     except Exception as error:  # the hub, the network and every format of a file have errors of their own
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise UserError(
-            f"corpus.dataset: split {split!r} of {corpus.dataset!r} cannot be read ({type(error).__name__}: {reason}); "
+            f"{key}: split {split!r} of {dataset!r} cannot be read ({type(error).__name__}: {reason}); "
             "name a dataset of the hub that can be reached from here, or a folder of one, and one of its splits and "
-            "configurations; or save the text as files and set corpus.source: files"
+            f"configurations; {instead}"
         ) from None
 
 

@@ -1,0 +1,199 @@
+"""Few-shot prompts: an instruction, examples with their answers, and a question (method, section 5).
+
+With the tokenizer's chat template an example is a turn of the user and one of the assistant, and the instruction begins
+the first of the user's turns, since not every template knows a system's. A tokenizer without a template gets a plain
+text: instruction, examples and question with empty lines between them, each answer behind its `Answer:`.
+
+Which examples a question gets is a function of seed, task and question, so all models are asked the same.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dskd.errors import UserError
+from dskd.manifest import digest_of_json
+from dskd.random_numbers import derived_seed
+from dskd.tasks.benchmarks import Benchmark, Example
+
+# Templates may write the day into the prompt, or let the model think first: all are asked the same, for an answer.
+_TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the examples that are shown before it; whatever the model, this is what it is asked."""
+
+    benchmark: Benchmark
+    example: Example
+    shots: tuple[Example, ...]
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that decides what is asked and what is right, as JSON-like data."""
+        turns = [[_question_text(self.benchmark, shot), shot.gold] for shot in self.shots]
+        return [self.example.name, self._instruction, turns, self._asked, list(self.example.answers)]
+
+    def messages(self, num_shots: int) -> list[dict[str, str]]:
+        """The chat, with the last `num_shots` of the examples."""
+        messages = []
+        for shot in self._last(num_shots):
+            messages.append({"role": "user", "content": _question_text(self.benchmark, shot)})
+            messages.append({"role": "assistant", "content": shot.gold})
+        messages.append({"role": "user", "content": self._asked})
+        messages[0]["content"] = f"{self._instruction}\n\n{messages[0]['content']}"
+        return messages
+
+    def plain(self, num_shots: int) -> str:
+        """The text for a model without a chat template, with the last `num_shots` of the examples."""
+        shown = [f"{_question_text(self.benchmark, shot)} {shot.gold}" for shot in self._last(num_shots)]
+        return "\n\n".join([self._instruction, *shown, self._asked])
+
+    def _last(self, num_shots: int) -> tuple[Example, ...]:
+        return self.shots[len(self.shots) - num_shots :]
+
+    @property
+    def _instruction(self) -> str:
+        subject = self.example.subject
+        return self.benchmark.instruction.format(subject=f" about {subject}" if subject else "")
+
+    @property
+    def _asked(self) -> str:
+        return _question_text(self.benchmark, self.example)
+
+
+def _question_text(benchmark: Benchmark, example: Example) -> str:
+    lines = [f"Passage: {example.passage}"] if example.passage else []
+    lines.append(f"{benchmark.question_label}: {example.question}")
+    lines += [f"{label}. {choice}" for label, choice in zip(benchmark.labels, example.choices, strict=False)]
+    return "\n".join([*lines, "Answer:"])
+
+
+def digest_of(questions: Sequence[Question]) -> str:
+    """Identity of a task by all that is asked and what is right."""
+    return digest_of_json([question.identity for question in questions])
+
+
+def with_shots(
+    benchmark: Benchmark, examples: Sequence[Example], pool: Sequence[Example], num_shots: int, seed: int
+) -> Iterator[Question]:
+    """Each example as a question, with `num_shots` examples of its subject from the pool before it.
+
+    An example of the question's own group is never shown: it could give the answer away. Where the pool has just so
+    many as are shown, as MMLU's does, they keep its order.
+
+    Raises:
+        UserError: when the pool has fewer.
+    """
+    pools: dict[str, list[Example]] = {}
+    for candidate in pool:
+        pools.setdefault(candidate.subject, []).append(candidate)
+    groups = {subject: [candidate.group for candidate in members] for subject, members in pools.items()}
+    for example in examples:
+        candidates = pools.get(example.subject, [])
+        chosen: list[int] = []
+        if num_shots:
+            order = _order(len(candidates), num_shots, seed, benchmark.name, "shots", example.name)
+            others = (number for number in order if groups[example.subject][number] != example.group)
+            chosen = list(itertools.islice(others, num_shots))
+        if len(chosen) < num_shots:
+            about = f" about {example.subject}" if example.subject else ""
+            raise UserError(
+                f"tasks.{benchmark.name}: a prompt shows {num_shots} examples{about}, but there are only {len(chosen)} "
+                f"to choose from; lower tasks.{'choice_shots' if benchmark.is_choice else 'squad_shots'}, or add data"
+            )
+        yield Question(benchmark, example, tuple(candidates[number] for number in chosen))
+
+
+def _order(count: int, wanted: int, seed: int, *parts: str) -> Iterator[int]:
+    """The numbers below `count`, each once, in an order that seed and parts decide; ascending where all are wanted."""
+    if count <= wanted:
+        yield from range(count)
+        return
+    seen: set[int] = set()
+    for turn in itertools.count():
+        if len(seen) == count:
+            return
+        number = derived_seed(seed, *parts, turn) % count
+        if number not in seen:
+            seen.add(number)
+            yield number
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as a model reads it."""
+
+    text: str
+    input_ids: list[int]
+    num_shots: int  # fewer than the question has where they do not fit
+    is_cut: bool  # the question alone does not fit: its beginning is missing
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+class Prompter:
+    """Writes prompts for a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def has_template(self) -> bool:
+        """True where prompts are chats."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    @property
+    def format(self) -> str:
+        """What decides the form of the prompts: `plain`, or the digest of the chat template."""
+        return digest_of_json(self._tokenizer.chat_template) if self.has_template else "plain"
+
+    def text(self, question: Question, num_shots: int | None = None) -> str:
+        """The prompt as the text whose tokens the model reads.
+
+        Raises:
+            UserError: when the chat template refuses it.
+        """
+        num_shots = len(question.shots) if num_shots is None else num_shots
+        if not self.has_template:
+            return question.plain(num_shots)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                question.messages(num_shots), tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+            )
+        except Exception as error:  # templates raise what they like
+            raise UserError(
+                f"the tokenizer's chat template refuses turns of user and assistant ({type(error).__name__}: {error}); "
+                "correct it, or remove it from the tokenizer's folder: prompts are plain then"
+            ) from None
+        # The tokenizer writes its own beginning before every text, and would write a second one.
+        return text.removeprefix(self._own_start) if self._own_start else text
+
+    def prompt(self, question: Question, max_tokens: int | None) -> Prompt:
+        """The question in at most `max_tokens` tokens: first examples are left out, then the beginning of the text."""
+        for num_shots in range(len(question.shots), -1, -1):
+            text = self.text(question, num_shots)
+            ids = self.tokens(text)
+            if max_tokens is None or len(ids) <= max_tokens:
+                break
+        is_cut = max_tokens is not None and len(ids) > max_tokens
+        return Prompt(text, ids[-max_tokens:] if max_tokens is not None else ids, num_shots, is_cut)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a prompt. One that ends texts has no place behind it."""
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+
+    @cached_property
+    def _own_start(self) -> str:
+        """The text of the token that the tokenizer puts before every text; empty where it puts none."""
+        ids = self._tokenizer("a", verbose=False)["input_ids"]
+        start = self._tokenizer.bos_token
+        return start if start and ids[:1] == [self._tokenizer.bos_token_id] and len(ids) > 1 else ""

@@ -1,0 +1,282 @@
+"""Benchmarks on all ranks: `WORKDIR/tasks/NAME/TASK`, what each model says to each question, and how good that is.
+
+Prompts are sorted by length, the longest first, and cut into batches, which go to the ranks in turn: so there is little
+padding, a lack of memory shows at once, and the batches do not depend on the number of ranks. Answers are greedy.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dskd.config import Config
+from dskd.console import progress_bar, say, stage
+from dskd.continuations import end_tokens, generate_greedily
+from dskd.distributed import World, gather_json, main_first, on_main
+from dskd.errors import UserError
+from dskd.evaluate import Candidate, candidates
+from dskd.manifest import Recipe, build_artifact, is_current, write_json
+from dskd.models import FrozenModel, load_frozen
+from dskd.random_numbers import derived_seed, random_bits
+from dskd.tasks.benchmarks import Benchmark, Example, benchmarks_named
+from dskd.tasks.prompts import Prompter, Question, digest_of, with_shots
+from dskd.tasks.reading import read_examples
+from dskd.tasks.scoring import answer_of, measures_of, score_of, weights_of
+from dskd.text_table import table
+
+FOLDER, FILE, EXAMPLES_FILE = "tasks", "measures.json", "examples.parquet"
+_SCHEMA = pa.schema(
+    [
+        ("example", pa.string()),
+        ("subject", pa.string()),
+        ("prompt_sha256", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("shots", pa.int32()),
+        ("is_cut", pa.bool_()),
+        ("generated", pa.string()),
+        ("answer", pa.string()),
+        ("gold", pa.list_(pa.string())),
+        ("score", pa.float64()),
+        ("weight", pa.float64()),
+        ("weighted_score", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark as it is asked with a config: its questions, and their identity."""
+
+    benchmark: Benchmark
+    questions: Sequence[Question]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """The benchmark's."""
+        return self.benchmark.name
+
+
+def load_task(config: Config, benchmark: Benchmark) -> Task:
+    """The questions of the evaluated split, each with the examples it is shown with.
+
+    Raises:
+        UserError: when its data is missing or not in its format.
+    """
+    settings = config.tasks
+    place = getattr(settings, benchmark.name)
+    examples = _some(read_examples(benchmark, place, benchmark.evaluated), benchmark, settings.limit, settings.seed)
+    num_shots = benchmark.shots(settings)
+    pool = read_examples(benchmark, place, benchmark.shots_from) if num_shots else []
+    questions = list(with_shots(benchmark, examples, pool, num_shots, settings.seed))
+    return Task(benchmark, questions, digest_of(questions))
+
+
+def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter) -> Recipe:
+    """What decides a model's results. The batch size does not."""
+    settings = {
+        "task": task.name,
+        "new_tokens": task.benchmark.new_tokens(config.tasks),
+        "prompts": prompter.format,
+        "precision": config.precision,
+    }
+    inputs = {"model": candidate.folder.digest, "questions": task.digest}
+    return Recipe("task", inputs, settings, tokenizer=candidate.folder.tokenizer_digest)
+
+
+def run_tasks(config: Config, world: World, names: Sequence[str], *, force: bool = False) -> None:
+    """Asks every model what it has not been asked yet, and says how good all of them are.
+
+    Raises:
+        UserError: when a task or its data is not there, before any model is loaded.
+    """
+    benchmarks = benchmarks_named(names)
+    models = main_first(lambda: candidates(config))
+    tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
+    _require_same_data(config, tasks)
+    wanted = {
+        (model.name, task.name): recipe(config, model, task, Prompter(model.folder.load_tokenizer()))
+        for model in models
+        for task in tasks.values()
+    }
+    # Rank 0's word counts: all ranks must run the same models.
+    stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])
+    for candidate in models:
+        todo = [task for task in tasks.values() if [candidate.name, task.name] in stale]
+        if not todo:
+            say(f"up to date: {candidate.name}")
+            continue
+        prompter = Prompter(candidate.folder.load_tokenizer())
+        if not prompter.has_template:
+            say(f"{candidate.folder.path}: the tokenizer has no chat template; prompts are plain text")
+        model = load_frozen(candidate.folder, config, world)
+        for task in todo:
+            target = _folder(config, candidate.name, task.name)
+            sources = [candidate.folder.path, getattr(config.tasks, task.name)]
+            with stage(f"{task.name}: {candidate.name}", reads=sources, writes=target):
+                runner = _Runner(model, prompter, task, config, world)
+                answers = runner.run()
+                on_main(functools.partial(_publish, target, wanted[candidate.name, task.name], task, answers))
+        model.close()
+    on_main(lambda: say(f"\n{summary(config, [model.name for model in models], benchmarks)}"))
+
+
+def summary(config: Config, models: Sequence[str], benchmarks: Sequence[Benchmark]) -> str:
+    """Models × tasks: score ± standard error in percent, and in the last row what chance gives."""
+    rows, chances = [], {}
+    for model in models:
+        row = [model]
+        for benchmark in benchmarks:
+            path = _folder(config, model, benchmark.name) / FILE
+            measures = json.loads(path.read_text(encoding="utf-8"))
+            chances[benchmark.name] = f"{100 * measures['chance']:.1f}"
+            error = measures.get("standard_error")
+            row.append(f"{100 * measures['score']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else ""))
+        rows.append(row)
+    header = ["%", *(f"{benchmark.name} ({benchmark.metric})" for benchmark in benchmarks)]
+    return table(header, [*rows, ["chance", *(chances[benchmark.name] for benchmark in benchmarks)]])
+
+
+def _folder(config: Config, model: str, task: str) -> Path:
+    return config.path(FOLDER, model, task)
+
+
+def _some(examples: list[Example], benchmark: Benchmark, limit: int | None, seed: int) -> list[Example]:
+    """At most `limit` examples of each subject, drawn at random, in their order."""
+    if limit is None:
+        return examples
+    drawn = random_bits(derived_seed(seed, benchmark.name, "limit"), torch.arange(len(examples))).tolist()
+    of_subject: dict[str, list[int]] = {}
+    for number in sorted(range(len(examples)), key=drawn.__getitem__):
+        of_subject.setdefault(examples[number].subject, []).append(number)
+    return [examples[number] for number in sorted(n for numbers in of_subject.values() for n in numbers[:limit])]
+
+
+def _require_same_data(config: Config, tasks: dict[str, Task]) -> None:
+    digests = gather_json({name: task.digest for name, task in tasks.items()})
+    for name in tasks:
+        others = [rank for rank, found in enumerate(digests) if found[name] != digests[0][name]]
+        if others:
+            raise UserError(
+                f"tasks.{name}: rank {others[0]} finds other data under {getattr(config.tasks, name)!r} than rank 0; "
+                "give all nodes the same files",
+                known_to_all_ranks=True,
+            )
+
+
+class _Runner:
+    """A model that is asked all questions of a task."""
+
+    def __init__(self, model: FrozenModel, prompter: Prompter, task: Task, config: Config, world: World) -> None:
+        self._model = model
+        self._prompter = prompter
+        self._task = task
+        self._batch_size = config.tasks.batch_size
+        self._new_tokens = task.benchmark.new_tokens(config.tasks)
+        self._world = world
+        self._tokenizer = model.folder.load_tokenizer()
+        self._ends = end_tokens(model.folder)[1]
+        self._max_positions: int | None = getattr(model.folder.load_config(), "max_position_embeddings", None)
+
+    def run(self) -> list[dict[str, Any]]:
+        """What is kept of each question, in their order, on every rank."""
+        mine: dict[int, dict[str, Any]] = {}
+        started, tokens = time.perf_counter(), 0
+        num_questions = len(self._task.questions)
+        with progress_bar(total=num_questions, label=self._task.name, unit="questions") as bar:
+            for batch in self._batches():
+                answers = self._answer(batch)
+                mine.update(zip(batch, answers, strict=True))
+                tokens += sum(answer["prompt_tokens"] + self._new_tokens for answer in answers)
+                bar.update(min(len(batch) * self._world.world_size, bar.total - bar.n))
+                rate = tokens * self._world.world_size / (time.perf_counter() - started)
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        everyone = dict(pair for part in gather_json(list(mine.items())) for pair in part)
+        answers = [everyone[number] for number in range(num_questions)]
+        tokens = sum(answer["prompt_tokens"] + self._new_tokens for answer in answers)
+        seconds = time.perf_counter() - started
+        say(f"  {num_questions:,} questions, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
+        return answers
+
+    def _batches(self) -> Iterator[list[int]]:
+        """The numbers of this rank's questions, by batch; equally many on every rank, and the last may be empty."""
+        questions = self._task.questions
+        # Characters stand for tokens, so that a rank tokenizes no other rank's prompts.
+        lengths = [len(question.plain(len(question.shots))) for question in questions]
+        order = sorted(range(len(questions)), key=lambda number: (-lengths[number], number))
+        batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+        ranks = self._world.world_size
+        for turn in range(-(-len(batches) // ranks)):
+            number = turn * ranks + self._world.rank
+            yield batches[number] if number < len(batches) else []
+
+    def _answer(self, batch: list[int]) -> list[dict[str, Any]]:
+        room = None if self._max_positions is None else max(1, self._max_positions - self._new_tokens)
+        prompts = [self._prompter.prompt(self._task.questions[number], room) for number in batch]
+        # A rank without questions takes part all the same: where the model is sharded, the others wait for it.
+        rows = [prompt.input_ids for prompt in prompts] or [[0]]
+        lengths = torch.tensor([len(row) for row in rows])
+        width = int(lengths.max())
+        input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        last_position = width + self._new_tokens if self._max_positions is None else self._max_positions - 1
+        added = generate_greedily(self._model, input_ids, lengths, self._new_tokens, last_position)
+        return [
+            {
+                "prompt_sha256": prompt.sha256,
+                "prompt_tokens": len(prompt.input_ids),
+                "shots": prompt.num_shots,
+                "is_cut": prompt.is_cut,
+                "generated": self._tokenizer.decode(self._up_to_end(row), skip_special_tokens=True),
+            }
+            for prompt, row in zip(prompts, added.tolist(), strict=False)
+        ]
+
+    def _up_to_end(self, tokens: list[int]) -> list[int]:
+        end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        return tokens[:end]
+
+
+def _publish(target: Path, wanted: Recipe, task: Task, answers: Sequence[dict[str, Any]]) -> None:
+    benchmark, examples = task.benchmark, [question.example for question in task.questions]
+    said = [answer_of(benchmark, answer["generated"]) for answer in answers]
+    scores = [score_of(benchmark, example, text) for example, text in zip(examples, said, strict=True)]
+    weights = weights_of(benchmark, [example.subject for example in examples])
+    measures = measures_of(benchmark, examples, scores)
+    fewer = sum(answer["shots"] < len(q.shots) for answer, q in zip(answers, task.questions, strict=True))
+    cut = sum(answer["is_cut"] for answer in answers)
+    rows = [
+        {
+            "example": example.name,
+            "subject": example.subject,
+            **answer,
+            "answer": text,
+            "gold": list(example.answers),
+            "score": score,
+            "weight": weight,
+            "weighted_score": weight * score,
+        }
+        for example, answer, text, score, weight in zip(examples, answers, said, scores, weights, strict=True)
+    ]
+    # How the columns make the measure, for tools that compare models example by example.
+    measure: dict[str, Any] = {"name": benchmark.metric, "total": "weighted_score", "count": "weight"}
+    about = {"data": task.digest, "measures": [measure | {"lower_is_better": False, "is_exponential": False}]}
+    with build_artifact(target, wanted) as building:
+        schema = _SCHEMA.with_metadata({b"dskd": json.dumps(about).encode()})
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), building.folder / EXAMPLES_FILE, compression="zstd")
+        write_json(building.folder / FILE, measures)
+        building.facts.update(questions=len(rows), fewer_shots=fewer, cut=cut)
+    error = measures.get("standard_error")
+    spread = f" ± {error:.4f}" if error is not None else ""
+    say(f"  {benchmark.metric} {measures['score']:.4f}{spread} (chance {measures['chance']:.4f})")
+    if fewer:
+        say(
+            f"  {fewer:,} prompts show fewer examples than they should, for more do not fit into the model's context; "
+            f"of {cut:,} even the question is cut"
+        )
