@@ -139,8 +139,8 @@ def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise LostPeerError(
-                    f"[rank {current_rank()}, {socket.gethostname()}] rank 0 does not answer at {address}:{port} within "
-                    f"{timeout_s:.0f} s ({error}); look at that node, and start all ranks again"
+                    f"[rank {current_rank()}, {socket.gethostname()}] rank 0 does not answer at {address}:{port} "
+                    f"within {timeout_s:.0f} s ({error}); look at that node, and start all ranks again"
                 ) from error
             time.sleep(0.2)
 
