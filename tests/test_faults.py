@@ -77,7 +77,7 @@ def test_a_shard_that_is_gone_at_the_remote_is_named_and_the_run_goes_on_when_it
     remote = tmp_path / "remote"
     shutil.copytree(load_config(tiny).path("shards"), remote)
     config = copy_of_tiny(
-        *BEFORE_TRAINING, train={**TINY["train"], "shard_remote": str(remote), "collective_timeout_s": 30}
+        *BEFORE_TRAINING, train={**TINY["train"], "shard_remote": str(remote), "collective_timeout_s": 15}
     )
     kept = {}
     for shard in (remote / "train").glob("*.mds*"):

@@ -37,6 +37,8 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
         UserError: when there is no tracking server, or none of the experiments that are named; the config's own may not
             be there yet.
     """
+    if not _is_there(config) and not experiments:
+        return []
     with _reading(config) as client:
         runs = []
         for name in dict.fromkeys(experiments or (config.tracking.experiment,)):
@@ -96,9 +98,16 @@ def read_artifact(config: Config, run_id: str, path: str) -> bytes | None:
         return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
 
+def _is_there(config: Config) -> bool:
+    """False where nothing was tracked in this work directory yet: MLflow would make a database to look into."""
+    return config.tracking.uri is not None or config.path("mlflow.db").exists()
+
+
 @contextmanager
 def _reading(config: Config) -> Iterator[Any]:
     """A client; what goes wrong with it is said as the user's to mend."""
+    if not _is_there(config):
+        raise UserError(f"{config.path('mlflow.db')}: nothing was tracked here yet; train first, or give tracking.uri")
     try:
         yield connect(config)
     except UserError:
