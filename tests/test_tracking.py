@@ -265,6 +265,15 @@ def test_tracking_can_be_off(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_looking_where_nothing_was_tracked_makes_no_database(tmp_path):
+    config = _config(tmp_path)
+    assert read_runs(config) == []
+    for look in (lambda: read_runs(config, ["other"]), lambda: read_run(config, "0" * 32)):
+        with pytest.raises(UserError, match=r"mlflow.db: nothing was tracked here yet; train first"):
+            look()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_sqlite_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 30)
     with pytest.raises(UserError, match=r"tracking.uri: MLflow at sqlite:"):
