@@ -256,6 +256,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file that needs `tiny` comes first and makes it; meanwhile other workers have those that do not need it."""
+    users = {item.path for item in items if "tiny" in getattr(item, "fixturenames", ())}
+    first = next((item.path for item in items if item.path in users), None)
+    items.sort(key=lambda item: (item.path != first, item.path in users))
+
+
 @pytest.fixture(scope="session")
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config of a work directory that `launcher/pipeline.py` made on two ranks, with DeepSpeed's launcher.
