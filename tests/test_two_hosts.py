@@ -18,7 +18,7 @@ from dskd.config_file import load_config
 
 pytestmark = pytest.mark.cluster
 
-STEPS, TIMEOUT_S = 60, 12
+STEPS, TIMEOUT_S = 60, 30  # ranks of one host may start so much later than those of the other
 # What a launcher needs beyond the time-out: torch's noticing, and DeepSpeed's 30 s for ranks that hang.
 PATIENCE_S = TIMEOUT_S + 60
 
@@ -92,7 +92,8 @@ def test_a_cut_link_ends_every_rank_and_the_run_goes_on_from_the_last_checkpoint
     for ranks, launcher, lost in (((0, 1), first, "ranks 2, 3 (node2)"), ((2, 3), second, "ranks 0, 1 (node1)")):
         assert launcher.wait(PATIENCE_S) not in (0, 2, 75), launcher.output
         named = re.findall(rf"\[rank (\d), node\d\] {re.escape(lost)} cannot be reached", launcher.output)
-        assert {int(rank) for rank in named} == set(ranks), launcher.output
+        # The first that says it ends, and its launcher may then end the other one before that has said it too.
+        assert named and {int(rank) for rank in named} <= set(ranks), launcher.output
     site.lab.mend_link("node2")
     _go_on(site, "cut", undisturbed)
 
