@@ -17,10 +17,10 @@ overrides=("${@:2}")
 runs=("")
 [[ $what != pipeline ]] || runs=("${DSKD_RUNS[@]-}")
 
-# What is wrong with the config is said now, and not when the job has come through the queue. (Where there is only a
-# container it may be of another machine.)
+# What is wrong with the config is said now, and not when the job has come through the queue: as it stands, which is what
+# the stages read, and for each run. (Where there is only a container it may be of another machine.)
 if [[ -n $DSKD_VENV ]]; then
-    for run in "${runs[@]}"; do
+    for run in "" ${runs[0]:+"${runs[@]}"}; do
         "$DSKD_VENV/bin/python" -m dskd config --config "$DSKD_CONFIG" "${DSKD_OVERRIDES[@]}" "${overrides[@]}" \
             ${run:+"run=$run"} >/dev/null || exit 2
     done
