@@ -203,17 +203,19 @@ def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
 
 
 def test_faults_are_tried_again_only_so_often_without_progress(site, tiny):
-    """The first step ends with 1 on one node, but has a later checkpoint than before in the first two attempts."""
+    """The first step fails on one node each time, in the first two attempts with a later checkpoint than before."""
     work = Path(yaml.safe_load(tiny.read_text())["workdir"])
     kept = sorted((work / "checkpoints" / TINY["run"]).glob("step-*"))
     assert len(kept) >= 2
+    runs = site.folder / "work" / "checkpoints"
     environment = site.stand_in(
         "faulty",
-        f"""[ "$SLURM_NODEID" = 0 ] && exec sleep 600
-        mkdir -p {site.folder}/work/checkpoints/faulty
+        f"""[ "$SLURM_NODEID-$SLURM_RESTART_COUNT" = 0-2 ] && exec sleep 600  # it is ended with the other one
+        [ "$SLURM_NODEID" = 0 ] && exit 0
+        mkdir -p {runs}/faulty
         case ${{SLURM_RESTART_COUNT:-0}} in
-            0) cp -r {kept[-2]} {site.folder}/work/checkpoints/faulty/ ;;
-            1) cp -r {kept[-1]} {site.folder}/work/checkpoints/faulty/ ;;
+            0) cp -r {kept[-2]} {runs}/faulty/ ;;
+            1) cp -r {kept[-1]} {runs}/faulty/ ;;
         esac
         exit 1""",
     )
@@ -249,20 +251,22 @@ def test_a_dead_node_is_no_fault(site):
     site.wait_for_line(job, "begun 1", 2)
     with site.dead("node2"):
         slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=dead")
-        site.wait_for_line(job, "SLURM ends this job or requeues it itself")
+        site.wait_for_line(job, "DUE TO NODE FAILURE")
     site.wait_for_line(job, "begun 2", 2)
     assert not (site.folder / f"job-{job}" / "faults").exists()
     slurm.cancel_all()
 
 
 def test_a_job_comes_back_when_its_time_is_over_and_not_when_it_is_cancelled(site):
-    """`deepspeed` ends as soon as it is asked to, as ranks do that save quickly."""
-    environment = site.stand_in(
-        "quick",
-        """echo "begun ${SLURM_RESTART_COUNT:-0}"
-        trap 'exit 75' USR1
-        while :; do sleep 0.2; done""",
-    )
+    """Its ranks do not save before they are killed with the batch script; then they end as soon as they are asked to."""
+    asked = "lambda *_: sys.exit(75) if attempt == '1' else None"
+    program = f"""import os, signal, sys, time
+attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+signal.signal(signal.SIGUSR1, {asked})
+print("begun", attempt, flush=True)
+time.sleep(600)
+"""
+    environment = site.stand_in("quick", f"exec python -c '{program}'".replace("'1'", '"1"'))
     job = site.submit("run=cancelled", env=f"DSKD_VENV={environment}")
     site.wait_for_line(job, "begun 0", 2)
     site.slurm.run("scontrol", "update", f"jobid={job}", "timelimit=5", "endtime=now+1seconds")

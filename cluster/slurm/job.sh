@@ -36,6 +36,11 @@ stop() {
     told=1
     say "is to stop; the ranks save and end"
     [[ -z $running ]] || kill -USR1 "$running" 2>/dev/null || true
+    # Where the time is over, ranks and this script have only `KillWait` to live: asked for now, it is not too late.
+    if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID" || true) == *Reason=TimeLimit* ]]; then
+        say "its time is over; it goes on when it is scheduled again"
+        scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued; submit it again, and it goes on"
+    fi
 }
 trap stop USR1 TERM
 
@@ -104,11 +109,11 @@ requeue() {
 }
 
 # Ends this script where SLURM is ending the job. One that was cancelled could still be requeued meanwhile, and would be
-# back; one that lost a node, or whose grace time is over, is requeued by SLURM. A job whose time is over is not.
+# back; one that lost a node, or whose grace time is over, is requeued by SLURM, and one whose time is over by `stop`.
 leave_to_slurm() {
     local shown
     shown=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 0 # no answer: try to requeue it all the same
-    if [[ $shown != *JobState=RUNNING* && $shown != *Reason=TimeLimit* ]]; then
+    if [[ $shown != *JobState=RUNNING* ]]; then
         say "$1; SLURM ends this job or requeues it itself"
         exit 75
     fi

@@ -13,6 +13,10 @@ cd "$(dirname "$0")/../.."
 source cluster/slurm/settings.sh
 
 what=${1:-}
+if [[ $what != train && $what != pipeline ]]; then
+    echo "error: '$what' is neither train nor pipeline; usage: $0 train|pipeline [section.key=value …]" >&2
+    exit 2
+fi
 overrides=("${@:2}")
 runs=("")
 [[ $what != pipeline ]] || runs=("${DSKD_RUNS[@]-}")
@@ -60,9 +64,5 @@ case $what in
         done
         after=$(IFS=:; echo "${trained[*]}")
         submit evaluate "$DSKD_NODES" "$after" cluster/slurm/pipeline.sbatch evaluate
-        ;;
-    *)
-        echo "error: '$what' is neither train nor pipeline; usage: $0 train|pipeline [section.key=value …]" >&2
-        exit 2
         ;;
 esac
