@@ -258,7 +258,7 @@ def test_a_dead_node_is_no_fault(site):
 
 
 def test_a_job_comes_back_when_its_time_is_over_and_not_when_it_is_cancelled(site):
-    """Its ranks do not save before they are killed with the batch script; then they end as soon as they are asked to."""
+    """First its ranks are killed before they have saved; when it is cancelled they end as soon as they are asked to."""
     asked = "lambda *_: sys.exit(75) if attempt == '1' else None"
     program = f"""import os, signal, sys, time
 attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
