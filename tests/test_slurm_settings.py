@@ -45,8 +45,8 @@ def test_every_problem_of_the_settings_is_named_at_once(submit):
         "DSKD_RANKS_PER_NODE=0": "DSKD_RANKS_PER_NODE: expected a whole number from 1 or nothing, found '0'",
         "DSKD_PARTITON=gpu": "DSKD_PARTITON: there is no such setting",
         "unset DSKD_RETRIES": "DSKD_RETRIES: is missing",
-        "unset DSKD_OVERRIDES; DSKD_OVERRIDES='a=1 b=2'": "DSKD_OVERRIDES: expected a list in brackets, such as (train.steps=1000 run=kd), "
-        "found 'a=1 b=2'",
+        "unset DSKD_OVERRIDES; DSKD_OVERRIDES='a=1 b=2'": "DSKD_OVERRIDES: expected a list in brackets, "
+        "such as (train.steps=1000 run=kd), found 'a=1 b=2'",
         "DSKD_PREFLIGHT=yes": "DSKD_PREFLIGHT: expected 1 or nothing, found 'yes'",
         "DSKD_LOGS=": "DSKD_LOGS: is empty",
         "DSKD_CONFIG=nowhere.yaml": "DSKD_CONFIG: there is no file 'nowhere.yaml'",
