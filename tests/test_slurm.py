@@ -3,11 +3,12 @@
 What happens to a run there, preemption, a warning, a killed launcher, must not be seen in its losses.
 """
 
+import contextlib
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,30 @@ class Site:
     def shown(self, job: int) -> str:
         """What `scontrol show job` prints."""
         return self.slurm.run("scontrol", "--oneliner", "show", "job", str(job))
+
+    def wait_for_line(self, job: int, text: str, times: int = 1) -> None:
+        """Waits until a job has printed a text that often."""
+        log = self.folder / f"{job}.log"
+        self.until(lambda: log.exists() and self.log(job).count(text) >= times, job)
+
+    @contextlib.contextmanager
+    def dead(self, host: str) -> Iterator[None]:
+        """A host without power, and with power and its node daemon again afterwards."""
+        self.slurm.lab.halt(host)
+        try:
+            yield
+        finally:
+            self.slurm.lab.boot(host)
+            self.slurm.start_node(host)
+
+    def stand_in(self, name: str, deepspeed: str) -> Path:
+        """An environment in which `deepspeed` is another program, lines of a shell's."""
+        programs = self.folder / name / "bin"
+        programs.mkdir(parents=True)
+        for program, lines in (("deepspeed", deepspeed), ("python", f'exec {sys.executable} "$@"')):
+            (programs / program).write_text(f"#!/bin/bash\n{lines}\n")
+            (programs / program).chmod(0o755)
+        return programs.parent
 
     def runs(self, run: str) -> list:
         """The tracked runs of that name."""
@@ -177,40 +202,81 @@ def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
     assert "Traceback" not in log
 
 
-def test_faults_are_tried_again_only_so_often(site):
-    """The first step ends with 1 on one node: `deepspeed` is another program there."""
-    broken = site.folder / "broken" / "bin"
-    broken.mkdir(parents=True)
-    program = broken / "deepspeed"
-    program.write_text('#!/bin/sh\n[ "$SLURM_NODEID" = 0 ] && exec sleep 600\nexit 1\n')
-    program.chmod(0o755)
-    (broken / "python").symlink_to(sys.executable)
-    job = site.submit("run=faulty", env=f"DSKD_RETRIES=1 DSKD_VENV={broken.parent}")
-    shown = site.wait(job, "FAILED")
-    assert (shown["Restarts"], shown["ExitCode"]) == ("1", "1:0")
-    assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
-    assert "no more retries (DSKD_RETRIES=1)" in site.log(job)
-
-
-def test_a_job_that_is_cancelled_does_not_come_back_however_quickly_its_ranks_save(site):
-    """`deepspeed` is a program that ends as soon as it is asked to, as ranks do that have saved."""
-    quick = site.folder / "quick" / "bin"
-    quick.mkdir(parents=True)
-    (quick / "python").symlink_to(sys.executable)
-    program = quick / "deepspeed"
-    ends = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))"
-    program.write_text(
-        f"#!{sys.executable}\nimport signal, sys, time\n{ends}\nprint('begun', flush=True)\ntime.sleep(600)\n"
+def test_faults_are_tried_again_only_so_often_without_progress(site, tiny):
+    """The first step fails on one node each time, in the first two attempts with a later checkpoint than before."""
+    work = Path(yaml.safe_load(tiny.read_text())["workdir"])
+    kept = sorted((work / "checkpoints" / TINY["run"]).glob("step-*"))
+    assert len(kept) >= 2
+    runs = site.folder / "work" / "checkpoints"
+    environment = site.stand_in(
+        "faulty",
+        f"""[ "$SLURM_NODEID-$SLURM_RESTART_COUNT" = 0-2 ] && exec sleep 600  # it is ended with the other one
+        [ "$SLURM_NODEID" = 0 ] && exit 0
+        mkdir -p {runs}/faulty
+        case ${{SLURM_RESTART_COUNT:-0}} in
+            0) cp -r {kept[-2]} {runs}/faulty/ ;;
+            1) cp -r {kept[-1]} {runs}/faulty/ ;;
+        esac
+        exit 1""",
     )
-    program.chmod(0o755)
-    job = site.submit("run=cancelled", env=f"DSKD_VENV={quick.parent}")
-    log = site.folder / f"{job}.log"
-    site.until(lambda: log.exists() and log.read_text().count("begun") == 2, job)
+    job = site.submit("run=faulty", env=f"DSKD_RETRIES=1 DSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("2", "1:0"), site.log(job)
+    said = re.findall(r"attempt (\d): .*; (fault \d [^;]*)", site.log(job))
+    assert said[:2] == [("0", "fault 1 of at most 1"), ("1", "fault 1 of at most 1")]
+    assert said[2:] == [("2", "fault 2 without progress, no more retries (DSKD_RETRIES=1)")]
+    assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
+
+
+def test_a_dead_node_is_no_fault(site):
+    """The other node's ranks fail for it: once when its part was done, and SLURM only does not hear of it any more; and
+    once in the middle, when SLURM ends and requeues the job itself."""
+    slurm = site.slurm
+    fails = site.folder / "fails"
+    environment = site.stand_in(
+        "orphaned",
+        f"""echo "begun ${{SLURM_RESTART_COUNT:-0}}"
+        [ "${{SLURM_RESTART_COUNT:-0}}$SLURM_NODEID" != 01 ] || exit 0
+        until [ -e {fails} ]; do sleep 0.2; done
+        exit 1""",
+    )
+    job = site.submit("run=orphaned", env=f"DSKD_RETRIES=0 DSKD_VENV={environment}")
+    site.until(lambda: (site.folder / f"job-{job}" / "exits-0-1" / "1").exists(), job)
+    with site.dead("node2"):
+        # What SLURM finds out in its own time (SlurmdTimeout) it is told.
+        slurm.run("scontrol", "update", "nodename=node2", "state=noresp")
+        fails.touch()
+        site.wait_for_line(job, "not counted as a fault, for SLURM has lost node2")
+        fails.unlink()
+    site.wait_for_line(job, "begun 1", 2)
+    with site.dead("node2"):
+        slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=dead")
+        site.wait_for_line(job, "DUE TO NODE FAILURE")
+    site.wait_for_line(job, "begun 2", 2)
+    assert not (site.folder / f"job-{job}" / "faults").exists()
+    slurm.cancel_all()
+
+
+def test_a_job_comes_back_when_its_time_is_over_and_not_when_it_is_cancelled(site):
+    """First its ranks are killed before they have saved; when it is cancelled they end as soon as they are asked to."""
+    asked = "lambda *_: sys.exit(75) if attempt == '1' else None"
+    program = f"""import os, signal, sys, time
+attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+signal.signal(signal.SIGUSR1, {asked})
+print("begun", attempt, flush=True)
+time.sleep(600)
+"""
+    environment = site.stand_in("quick", f"exec python -c '{program}'".replace("'1'", '"1"'))
+    job = site.submit("run=cancelled", env=f"DSKD_VENV={environment}")
+    site.wait_for_line(job, "begun 0", 2)
+    site.slurm.run("scontrol", "update", f"jobid={job}", "timelimit=5", "endtime=now+1seconds")
+    site.wait_for_line(job, "begun 1", 2)  # SLURM looks at the time every 30 s
+    assert "DUE TO TIME LIMIT" in site.log(job)
     site.slurm.run("scancel", str(job))
     site.wait(job, "CANCELLED")
     time.sleep(8)  # a requeued job would be back after 6 s
     shown = site.slurm.show(job)
-    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0"), site.log(job)
+    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "1"), site.log(job)
     assert "SLURM ends this job or requeues it itself" in site.log(job)
 
 

@@ -45,7 +45,8 @@ def test_every_problem_of_the_settings_is_named_at_once(submit):
         "DSKD_RANKS_PER_NODE=0": "DSKD_RANKS_PER_NODE: expected a whole number from 1 or nothing, found '0'",
         "DSKD_PARTITON=gpu": "DSKD_PARTITON: there is no such setting",
         "unset DSKD_RETRIES": "DSKD_RETRIES: is missing",
-        "unset DSKD_OVERRIDES; DSKD_OVERRIDES='a=1 b=2'": "DSKD_OVERRIDES: expected a list in brackets",
+        "unset DSKD_OVERRIDES; DSKD_OVERRIDES='a=1 b=2'": "DSKD_OVERRIDES: expected a list in brackets, "
+        "such as (train.steps=1000 run=kd), found 'a=1 b=2'",
         "DSKD_PREFLIGHT=yes": "DSKD_PREFLIGHT: expected 1 or nothing, found 'yes'",
         "DSKD_LOGS=": "DSKD_LOGS: is empty",
         "DSKD_CONFIG=nowhere.yaml": "DSKD_CONFIG: there is no file 'nowhere.yaml'",
@@ -64,6 +65,22 @@ def test_a_mistake_in_the_config_is_said_before_the_queue(submit):
         finished = submit(*arguments)
         assert finished.returncode == 2
         assert "trian.steps" in finished.stderr
+    assert submit.submitted() == []
+
+
+def test_a_run_that_the_pipeline_would_train_is_looked_at_before_the_queue(submit):
+    finished = submit("pipeline", env="DSKD_RUNS=(b/c)")
+    assert finished.returncode == 2
+    assert "override 'run=b/c'" in finished.stderr
+    assert submit.submitted() == []
+
+
+def test_a_settings_file_that_is_no_bash_is_refused_with_its_line(submit, tmp_path):
+    for line in ("DSKD_NODES = 2", "DSKD_LOGS=$NOT_SET/logs", "DSKD_RUNS=(one"):
+        finished = submit("train", env=line)
+        assert finished.returncode == 2
+        assert "error: DSKD_ENV: bash cannot read the settings file" in finished.stderr
+        assert f"{tmp_path / 'my.env'}: line " in finished.stderr
     assert submit.submitted() == []
 
 

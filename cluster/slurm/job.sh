@@ -7,7 +7,7 @@
 #   75, stopped on request    the job is requeued, and goes on from what the ranks saved
 #   anything else             a fault: requeued too, but at most DSKD_RETRIES times without progress in between
 #
-# A job that SLURM itself is ending, after scancel, is left to it.
+# A job that SLURM itself is ending, after scancel or the death of a node, is left to it.
 set -euo pipefail
 
 # shellcheck source=cluster/slurm/settings.sh
@@ -36,6 +36,11 @@ stop() {
     told=1
     say "is to stop; the ranks save and end"
     [[ -z $running ]] || kill -USR1 "$running" 2>/dev/null || true
+    # Where the time is over, ranks and this script have only `KillWait` to live: asked for now, it is not too late.
+    if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID" || true) == *Reason=TimeLimit* ]]; then
+        say "its time is over; it goes on when it is scheduled again"
+        scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued; submit it again, and it goes on"
+    fi
 }
 trap stop USR1 TERM
 
@@ -50,22 +55,32 @@ check_nodes() {
     [[ -z $DSKD_PREFLIGHT ]] || on_all_nodes --module dskd preflight "${config[@]}"
 }
 
+# ask COMMAND …: what it prints on one node, however it ends
+ask() {
+    (start_on 1 "$notes/asked" alone "$@" 2>/dev/null) || true
+}
+
+# start_on NODES EXITS ranks|alone COMMAND …: srun, in the place of the subshell that it is called in, for its signals
+start_on() {
+    mkdir -p "$2"
+    # All CPUs of the node for its one task. When one node fails the others are ended, for they would only wait for it.
+    exec srun --export=ALL --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+        "${DSKD_SRUN_OPTIONS[@]}" "${DSKD_CONTAINER[@]}" bash cluster/slurm/node.sh "${@:2}"
+}
+
 run_step() {
     local exits code=0 said one worst=0
     [[ -z $told ]] || requeue "stopped between two steps"
     steps=$((steps + 1))
     exits=$notes/exits-$attempt-$steps # a file a node: of several codes srun tells only the highest
-    mkdir -p "$exits"
-    # All CPUs of the node for its one task. When one node fails the others are ended, for they would only wait for it.
-    srun --export=ALL --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
-        "${DSKD_SRUN_OPTIONS[@]}" "${DSKD_CONTAINER[@]}" bash cluster/slurm/node.sh "$exits" "${@:2}" &
+    start_on "$1" "$exits" "${@:2}" &
     running=$!
     while kill -0 "$running" 2>/dev/null; do # a signal ends the wait, not the step
         code=0
         wait "$running" || code=$?
     done
     running=
-    said=" $(cat "$exits"/* 2>/dev/null | tr '\n' ' ')"
+    said=" $(cat "$exits"/* 2>/dev/null | tr '\n' ' ' || true)" # nothing, where no node could be reached
     # A node that is ended because another one failed says 75 too: a fault of any node is a fault.
     for one in $said; do
         case $one in
@@ -87,21 +102,36 @@ run_step() {
 progress() { :; }
 
 requeue() {
-    local shown
-    shown=$(scontrol --oneliner show job "$SLURM_JOB_ID")
-    # A job that was cancelled could still be requeued while it ends, and a preempted one is being requeued by SLURM.
-    if [[ $shown != *JobState=RUNNING* && $shown != *Reason=TimeLimit* ]]; then
-        say "$1; SLURM ends this job or requeues it itself"
-        exit 75
-    fi
+    leave_to_slurm "$1"
     say "$1; it goes on when it is scheduled again"
     scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued; submit it again, and it goes on"
     exit 75
 }
 
+# Ends this script where SLURM is ending the job. One that was cancelled could still be requeued meanwhile, and would be
+# back; one that lost a node, or whose grace time is over, is requeued by SLURM, and one whose time is over by `stop`.
+leave_to_slurm() {
+    local shown
+    shown=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 0 # no answer: try to requeue it all the same
+    if [[ $shown != *JobState=RUNNING* ]]; then
+        say "$1; SLURM ends this job or requeues it itself"
+        exit 75
+    fi
+}
+
+# The nodes of the job that SLURM has lost, or does not hear of.
+lost_nodes() {
+    scontrol --oneliner show node "$SLURM_JOB_NODELIST" |
+        sed -nE 's/^NodeName=([^ ]+).* State=(DOWN|[^ ]*NOT_RESPONDING).*/\1/p' | paste -sd ' '
+}
+
 fault() {
-    local faults done_so_far
-    done_so_far=$(progress 2>/dev/null || true)
+    local faults done_so_far lost
+    # srun comes back from a dead node when SLURM has given it up, and then is ending the job already.
+    leave_to_slurm "$1"
+    lost=$(lost_nodes || true)
+    [[ -z $lost ]] || requeue "$1; not counted as a fault, for SLURM has lost $lost"
+    done_so_far=$(progress)
     if [[ -n $done_so_far && $done_so_far != "$(cat "$notes/progress" 2>/dev/null)" ]]; then
         : >"$notes/faults" # whatever went wrong before, it went on since
         echo "$done_so_far" >"$notes/progress"

@@ -7,6 +7,13 @@ if [[ ! -r $DSKD_ENV ]]; then
 fi
 # Those of the shell that submits are no settings of the job.
 for name in $(compgen -v DSKD_); do [[ $name == DSKD_ENV ]] || unset "$name"; done
+# In a shell of its own first: what is no bash would end this one with a line that says neither what it is nor what to do.
+# shellcheck disable=SC2016 # expanded there
+if ! said=$(bash -euo pipefail -c 'source "$1"' bash "$DSKD_ENV" 2>&1 >/dev/null); then
+    echo "error: DSKD_ENV: bash cannot read the settings file; it takes lines NAME=value without blanks around the =:" >&2
+    echo "  ${said:-$DSKD_ENV: a command in it fails and says nothing}" >&2
+    exit 2
+fi
 # shellcheck source=cluster/slurm/cluster.env
 source "$DSKD_ENV"
 
@@ -20,7 +27,8 @@ require_number() { # NAME SMALLEST [empty]
 }
 
 require_list() { # NAME EXAMPLE
-    [[ $(declare -p "$1" 2>/dev/null) == "declare -a"* ]] || problems+=("$1: expected a list in brackets, such as $2")
+    [[ $(declare -p "$1" 2>/dev/null) == "declare -a"* ]] ||
+        problems+=("$1: expected a list in brackets, such as $2, found '${!1-}'")
 }
 
 known=" DSKD_ENV DSKD_ACCOUNT DSKD_PARTITION DSKD_TIME DSKD_NODES DSKD_GPUS_PER_NODE DSKD_SBATCH_OPTIONS

@@ -13,14 +13,18 @@ cd "$(dirname "$0")/../.."
 source cluster/slurm/settings.sh
 
 what=${1:-}
+if [[ $what != train && $what != pipeline ]]; then
+    echo "error: '$what' is neither train nor pipeline; usage: $0 train|pipeline [section.key=value …]" >&2
+    exit 2
+fi
 overrides=("${@:2}")
 runs=("")
 [[ $what != pipeline ]] || runs=("${DSKD_RUNS[@]-}")
 
-# What is wrong with the config is said now, and not when the job has come through the queue. (Where there is only a
-# container it may be of another machine.)
+# What is wrong with the config is said now, and not when the job has come through the queue: as it stands, which is what
+# the stages read, and for each run. (Where there is only a container it may be of another machine.)
 if [[ -n $DSKD_VENV ]]; then
-    for run in "${runs[@]}"; do
+    for run in "" ${runs[0]:+"${runs[@]}"}; do
         "$DSKD_VENV/bin/python" -m dskd config --config "$DSKD_CONFIG" "${DSKD_OVERRIDES[@]}" "${overrides[@]}" \
             ${run:+"run=$run"} >/dev/null || exit 2
     done
@@ -60,9 +64,5 @@ case $what in
         done
         after=$(IFS=:; echo "${trained[*]}")
         submit evaluate "$DSKD_NODES" "$after" cluster/slurm/pipeline.sbatch evaluate
-        ;;
-    *)
-        echo "error: '$what' is neither train nor pipeline; usage: $0 train|pipeline [section.key=value …]" >&2
-        exit 2
         ;;
 esac

@@ -113,6 +113,8 @@ class Lab:
         self._boot(host)
         self._ip(SWITCH, f"link add {self._port(host)} type veth peer name eth0 netns {self._init[host]}")
         self._ip(SWITCH, f"link set {self._port(host)} master switch up")
+        # The same card as before: the others remember it, and would not reach a new one at once.
+        self._ip(host, f"link set eth0 address 02:00:00:00:00:{self.hosts.index(host) + 1:02x}")
         self._ip(host, f"addr add {self.address[host]}/24 dev eth0", "link set eth0 up")
 
     def halt(self, host: str) -> None:
