@@ -232,6 +232,8 @@ def test_a_jobset_trains_and_tells_the_mlflow_server_of_its_manifest(cluster, ku
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{database}"})})
     (tracked,) = read_runs(config)
     assert (tracked.name, tracked.status) == ("jobset", "FINISHED")
+    assert tracked.tags["job.scheduler"] == "kubernetes"
+    assert tracked.tags["job.id"]
     assert read_history(config, tracked.run_id, "train/loss") == undisturbed
     assert any((kubelet.claim("dskd-mlflow") / "artifacts").rglob("config.yaml"))
 

@@ -144,6 +144,7 @@ def undisturbed(site):
     assert shown["Restarts"] == "0"
     (run,) = site.runs("undisturbed")
     assert (run.status, run.tags["world_size"]) == ("FINISHED", "4")
+    assert (run.tags["job.scheduler"], run.tags["job.id"]) == ("slurm", str(job))
     assert "finished, step 60 of 60" in site.log(job)
     return site.losses("undisturbed")
 
@@ -200,6 +201,14 @@ def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
     log = site.log(job)
     assert log.count("nothing would be trained") == 1
     assert "Traceback" not in log
+
+
+def test_a_step_that_reaches_no_node_is_a_fault(site):
+    job = site.submit("run=nowhere", env="DSKD_RETRIES=1\nDSKD_SRUN_OPTIONS=(--nodelist=node9)")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("1", "1:0")
+    assert "fault 1 of at most 1" in site.log(job)
+    assert "fault 2 without progress, no more retries" in site.log(job)
 
 
 def test_faults_are_tried_again_only_so_often_without_progress(site, tiny):

@@ -1,0 +1,47 @@
+"""The annotated streaming shards: a sample is one sequence with the rows of the sense dictionary for each position.
+
+schema     the columns, and which shards fit a config, a teacher and a sense dictionary
+writing    blocks of samples, and one dataset of many blocks
+opening    the dataset, from the work directory or a remote copy
+positions  which positions get a sense term
+collator   samples to batches, with the rows they point to
+"""
+
+from dskd.shards.collator import Collator, collate_tokens, gather_rows
+from dskd.shards.opening import ShardDataset, is_lasting, open_shards, place, require_remote
+from dskd.shards.positions import SensePositions
+from dskd.shards.schema import (
+    COLUMNS,
+    FOLDER,
+    MADE_BY,
+    TEACHER_COLUMNS,
+    columns_of,
+    load_manifest,
+    require_fitting,
+    require_samples,
+    require_teacher_cache,
+)
+from dskd.shards.writing import join_blocks, write_block
+
+__all__ = [
+    "COLUMNS",
+    "FOLDER",
+    "MADE_BY",
+    "TEACHER_COLUMNS",
+    "Collator",
+    "SensePositions",
+    "ShardDataset",
+    "collate_tokens",
+    "columns_of",
+    "gather_rows",
+    "is_lasting",
+    "join_blocks",
+    "load_manifest",
+    "open_shards",
+    "place",
+    "require_fitting",
+    "require_remote",
+    "require_samples",
+    "require_teacher_cache",
+    "write_block",
+]

@@ -1,0 +1,49 @@
+"""Which positions of a sample get a sense term (method, section 4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dskd.config import LossConfig
+from dskd.random_numbers import random_bits
+
+_RELATION_DRAW, _OWN_DRAW = 0, 1
+
+
+@dataclass(frozen=True)
+class SensePositions:
+    """Which positions get a sense term (method, section 4): a function of seed, epoch and sample, not of the rank."""
+
+    seed: int
+    relation_share: float
+    min_relations: int
+
+    @classmethod
+    def of(cls, loss: LossConfig, seed: int) -> "SensePositions":
+        """The rule of a run."""
+        return cls(seed, loss.relation_share, loss.min_relations)
+
+    def draw(self, sample: Mapping[str, np.ndarray], sample_id: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions for the relation term and for the own term, ascending.
+
+        `relation_share` of the positions whose target has a synonym or antonym, but at least `min_relations` or all of
+        them; and as many of the positions whose target has senses.
+        """
+        counts = sample["loss_mask"].astype(bool)
+        lexical = np.flatnonzero(counts & is_lexical(sample))
+        own = np.flatnonzero(counts & (sample["sense_ids"][:, 0] >= 0))
+        wanted = min(len(lexical), max(round(self.relation_share * len(lexical)), self.min_relations))
+        return self._first(lexical, wanted, sample_id, epoch, _RELATION_DRAW), self._first(
+            own, wanted, sample_id, epoch, _OWN_DRAW
+        )
+
+    def _first(self, positions: np.ndarray, wanted: int, sample_id: int, epoch: int, draw: int) -> np.ndarray:
+        priorities = random_bits(self.seed, draw, epoch, sample_id, torch.from_numpy(positions)).numpy()
+        return np.sort(positions[np.argsort(priorities, kind="stable")[:wanted]])
+
+
+def is_lexical(sample: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[T] bool: the target has a synonym or antonym."""
+    return (sample["synonym_ids"][:, 0] >= 0) | (sample["antonym_ids"][:, 0] >= 0)

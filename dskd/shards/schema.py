@@ -1,0 +1,93 @@
+"""What a sample of the annotated shards has in it, and what makes shards fit (docs/formats.md)."""
+
+from pathlib import Path
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.manifest import Manifest, read_manifest, require_same, verify_files
+
+FOLDER = "shards"
+MADE_BY = "deepspeed launcher/annotate.py --config FILE"
+COLUMNS = {
+    "input_ids": "ndarray:int32",
+    "loss_mask": "ndarray:uint8",
+    "document_starts": "ndarray:uint8",
+    "sense_ids": "ndarray:int32",
+    "synonym_ids": "ndarray:int32",
+    "antonym_ids": "ndarray:int32",
+}
+# With `annotation.teacher_top_n`, beside the others.
+TEACHER_COLUMNS = {
+    "teacher_token_ids": "ndarray:int32",
+    "teacher_logprobs": "ndarray:float16",
+    "teacher_rest_logprob": "ndarray:float32",
+}
+COMPRESSION, HASH = "zstd", "xxh64"
+
+
+def columns_of(*, teacher_top_n: int) -> dict[str, str]:
+    """{column: its encoding} of the shards that annotation writes."""
+    return COLUMNS | (TEACHER_COLUMNS if teacher_top_n else {})
+
+
+def load_manifest(config: Config, split: str) -> Manifest:
+    """The manifest of `WORKDIR/shards/SPLIT`.
+
+    Raises:
+        UserError: when the shards are missing or were damaged; of a remote copy only the manifest has to be here.
+    """
+    here = config.train.shard_remote is None
+    return read_manifest(config.path(FOLDER, split), "shards", made_by=MADE_BY, files_are_here=here)
+
+
+def require_fitting(
+    config: Config, split: str, manifest: Manifest, *, senses: str, teacher: str, tokenizer: str
+) -> None:
+    """Refuses shards made with another sense dictionary, teacher or tokenizer, or changed since.
+
+    Those of a remote copy are verified one by one when they are read (:func:`open_shards`).
+
+    Raises:
+        UserError: naming both sides, or the file that was changed.
+    """
+    folder = config.path(FOLDER, split)
+    remedy = f"make the shards anew with `{MADE_BY}`"
+    for what, expected, found in (
+        ("tokenizers", tokenizer, manifest.tokenizer),
+        ("teachers", teacher, manifest.teacher),
+        ("sense dictionaries", senses, manifest.inputs.get("senses")),
+    ):
+        require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
+    if config.train.shard_remote is None:
+        verify_files(folder, manifest, made_by=MADE_BY)
+
+
+def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> None:
+    """Refuses shards without the teacher's distributions, or with those over another number of tokens.
+
+    Raises:
+        UserError: naming the command that makes them anew.
+    """
+    wanted, found = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
+    if found and found != wanted:
+        raise UserError(
+            f"annotation.teacher_top_n: {wanted}, but {config.path(FOLDER, split)} holds the teacher's {found} most "
+            f"probable tokens; set it to {found}, or make the shards anew with `{MADE_BY}`"
+        )
+    if not found:
+        raise UserError(
+            f"{config.path(FOLDER, split)}: the shards hold no distributions of the teacher, and teacher.mode: cached "
+            f"with loss.kd_weight {config.loss.kd_weight:g} reads them; set annotation.teacher_top_n (64, say) and "
+            f"make the shards anew with `{MADE_BY}`"
+        )
+
+
+def require_samples(manifest: Manifest, folder: Path, needed: int, what: str) -> None:
+    """Refuses shards with fewer samples than one global batch.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    samples = manifest.facts["samples"]
+    if samples < needed:
+        raise UserError(f"{folder}: there are {samples} samples, fewer than {what} ({needed}); lower it, or add text")
