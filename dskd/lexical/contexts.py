@@ -3,6 +3,10 @@
 An example belongs to a synset. It counts for a lemma of this synset that stands in it exactly once, as it is or in a
 form that WordNet's own morphology (morphy) takes back to it, and behind another word: a decoder's state at the first
 word of a text knows nothing of its sense.
+
+A context's synonyms are the synset's other lemmas, and of an adjective those of the synsets that it is similar to. Its
+antonyms are the direct ones of the lemma in the synset, and of an adjective also those of the synsets that it is
+similar to: WordNet's indirect antonyms, as in :mod:`dskd.lexicon.wordnet_relations`. What is both is neither.
 """
 
 import re
@@ -27,8 +31,8 @@ class Context:
     text: str
     start: int  # text[start:stop] is the word
     stop: int
-    synonyms: tuple[str, ...] = ()  # the synset's other lemmas
-    antonyms: tuple[str, ...] = ()  # the direct ones of this lemma in this synset
+    synonyms: tuple[str, ...] = ()
+    antonyms: tuple[str, ...] = ()
 
     @property
     def word(self) -> str:
@@ -52,20 +56,22 @@ def read_contexts(wordnet: WordNet) -> list[Context]:
 
 def _contexts_of(wordnet: WordNet, synset: Any, text: str) -> Iterator[Context]:
     part = _ADJECTIVE if synset.pos() == _SATELLITE else synset.pos()
-    lemmas = synset.lemmas()
-    words = [spelled(lemma.name()) for lemma in lemmas]
-    for lemma, word in zip(lemmas, words, strict=True):
+    similar = [lemma for other in synset.similar_tos() for lemma in other.lemmas()]
+    for lemma in synset.lemmas():
+        word = spelled(lemma.name())
         places = _places(wordnet, word, part, text)
         if len(places) != 1 or not _WORD.search(text, 0, places[0][0]):
             continue
+        synonyms = {spelled(other.name()) for other in (*synset.lemmas(), *similar)} - {word}
+        antonyms = {spelled(antonym.name()) for other in (lemma, *similar) for antonym in other.antonyms()} - {word}
         yield Context(
             word.lower(),
             part,
             synset.name(),
             text,
             *places[0],
-            synonyms=tuple(sorted({other for other in words if other.lower() != word.lower()})),
-            antonyms=tuple(sorted({spelled(antonym.name()) for antonym in lemma.antonyms()})),
+            synonyms=tuple(sorted(synonyms - antonyms)),
+            antonyms=tuple(sorted(antonyms - synonyms)),
         )
 
 

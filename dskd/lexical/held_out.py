@@ -22,7 +22,7 @@ from dskd.folders import write_text
 from dskd.lexical.contexts import Context, read_contexts
 from dskd.lexical.preference import Choice, choices, phrases_of
 from dskd.lexical.reading import Tokens, tokenize
-from dskd.lexical.separation import lemmas_with_pairs
+from dskd.lexical.separation import lemmas_with_both, lemmas_with_pairs
 from dskd.lexical.training_text import RUN_WORDS, Phrase, count_phrases, is_new, runs_of
 from dskd.lexical.wic import Pair, gold_of, read_wic
 from dskd.manifest import Manifest, Recipe, build_artifact, is_current, read_manifest, sha256_of_file
@@ -37,7 +37,7 @@ MADE_BY = "deepspeed launcher/evaluate.py --config FILE --lexical"
 class Items:
     """What is held out, in words and in tokens."""
 
-    contexts: list[Context]  # of lemmas that have examples of one and of several senses
+    contexts: list[Context]  # of lemmas that have several
     context_tokens: list[Tokens]
     choices: list[Choice]
     wic: list[Pair]
@@ -47,6 +47,7 @@ class Items:
 
 
 _ITEMS = TypeAdapter(Items)
+_FEW = 100
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
@@ -86,7 +87,9 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
                 items, facts = make_items(wordnet, texts, teacher.load_tokenizer(), *pairs)
                 write_text(building.folder / FILE, _ITEMS.dump_json(items).decode())
                 building.facts.update(facts)
-            say("  " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in facts.items()))
+            say("  " + ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items()))
+            if min(facts["of_both_kinds"], facts["synonyms_against_antonyms"]) < _FEW:
+                say("  that is little to measure on; where the corpus is WordNet, a larger validation_share gives more")
     return read_manifest(target, "lexical-items", made_by=MADE_BY)
 
 
@@ -125,9 +128,10 @@ def make_items(
     facts = {
         "examples": len({context.text for context in everything}),
         "held_out_examples": len({context.text for context in held_out}),
+        "words_in_them": len(items.contexts),
         "lemmas_with_pairs": len(of_lemmas),
-        "contexts": len(items.contexts),
-        "choices": len(items.choices),
+        "of_both_kinds": len(lemmas_with_both(items.contexts)),
+        "synonyms_against_antonyms": len(items.choices),
     }
     for name, given, used in (("wic", wic, items.wic), ("wic_threshold", wic_threshold, items.wic_threshold)):
         facts |= {f"{name}_pairs": len(given), f"held_out_{name}_pairs": len(used)} if given else {}

@@ -1,8 +1,8 @@
 """Synonym against antonym: which of the two a language model rather puts into a sentence.
 
-In a WordNet example a word that stands there as its lemma is replaced by a synonym (another lemma of the synset that
-the example illustrates) and by an antonym (a direct one of the lemma in that synset). The model prefers the one with
-the higher log-likelihood of the whole sentence, so of the word and of how the sentence goes on. Chance is .5.
+In a WordNet example a word that stands there as its lemma is replaced by a synonym and by an antonym of the sense that
+the example illustrates (:mod:`dskd.lexical.contexts`). The model prefers the one with the higher log-likelihood of the
+whole sentence, so of the word and of how the sentence goes on. Chance is .5.
 
 What would decide instead of meaning is held equal:
 

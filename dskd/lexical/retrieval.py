@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dskd.lexical.contexts import Context
 from dskd.lexical.scores import Item
-from dskd.lexical.separation import lemmas_with_pairs
+from dskd.lexical.separation import lemmas_with_both
 
 ACCURACY, RANK = "sense_retrieval", "sense_retrieval_rank"
 
@@ -23,7 +23,7 @@ ACCURACY, RANK = "sense_retrieval", "sense_retrieval_rank"
 def retrieval(contexts: Sequence[Context], states: torch.Tensor, suffix: str = "") -> list[Item]:
     """Two items a query, from the states [N, D] of the contexts; `suffix` is added to the measures' names."""
     items = []
-    for lemma, numbers in lemmas_with_pairs(contexts).items():
+    for lemma, numbers in lemmas_with_both(contexts).items():
         directions = F.normalize(states[numbers].double(), dim=-1)
         synsets = [contexts[number].synset for number in numbers]
         senses = sorted(set(synsets))

@@ -72,7 +72,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
         target = config.path(FOLDER, model.name)
         with stage(f"lexical knowledge: {model.name}", reads=[model.folder.path, "lexical items"], writes=target):
             frozen = load_frozen(model.folder, config, world)
-            found, summary = measure(frozen, items, text, dictionary, config.evaluation.batch_size, world)
+            found, summary = measure(frozen, items, text, dictionary, _texts_at_once(config, items), world)
             frozen.close()
             on_main(functools.partial(_publish, config, model, wanted[model.name], found, summary, manifest.digest))
     on_main(lambda: say(f"\n{comparison(config, [model.name for model in models])}"))
@@ -100,10 +100,10 @@ def measure(
 
 
 def measure_items(model: FrozenModel, items: Items, batch_size: int, world: World) -> tuple[list[Item], Summary]:
-    """The same of what needs no shards."""
+    """The same of what needs no shards; `batch_size` texts are read at once."""
     found: list[Item] = []
     areas: Summary = {}
-    states = read_states(model, items.context_tokens, batch_size, world, label="sense states")
+    states = read_states(model, items.context_tokens, batch_size, world, label="words in examples")
     for place, suffix in ((WORD, ""), (TARGET, "_target")):
         name = f"{separation.MEASURE}{suffix}"
         found += separation.separation(items.contexts, states[:, place], name)
@@ -131,6 +131,14 @@ def _wic_similarities(model: FrozenModel, pairs: list[tuple[Tokens, Tokens]], ba
     return wic.similarities(read_states(model, texts, batch_size, world, label="words in context")[:, WORD])
 
 
+def _texts_at_once(config: Config, items: Items) -> int:
+    """As many as have the tokens of the evaluation's batch."""
+    rows = [*items.context_tokens, *(choice.synonym for choice in items.choices)]
+    rows += [tokens for pair in (*items.wic_tokens, *items.wic_threshold_tokens) for tokens in pair]
+    longest = max((len(tokens.input_ids) for tokens in rows), default=1)
+    return max(1, config.evaluation.batch_size * config.corpus.sequence_length // longest)
+
+
 def _chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
     found = candidates(config)
     there = [candidate.name for candidate in found]
@@ -140,9 +148,10 @@ def _chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
     return [candidate for candidate in found if names is None or candidate.name in names]
 
 
-def _perplexity(config: Config, name: str) -> Summary:
+def _perplexity(config: Config, candidate: Candidate) -> Summary:
     """Perplexity on lexical targets, from the evaluation."""
-    path = config.path(evaluate.FOLDER, name, evaluate.EXAMPLES_FILE)
+    vocab_size = candidate.folder.load_config().vocab_size
+    path = config.path(evaluate.FOLDER, candidate.name, evaluate.EXAMPLES_FILE)
     columns = read_examples(path.read_bytes()).columns
     by_name = {measure.name: measure for measure in evaluate.MEASURES}
     lexical = by_name["lexical_perplexity"]
@@ -155,7 +164,7 @@ def _perplexity(config: Config, name: str) -> Summary:
         lexical.name: {
             "value": value,
             "standard_error": None if error is None else value * error,  # of exp, to the first order
-            "chance": None,
+            "chance": vocab_size,  # of a model that finds all tokens equally probable
             "items": int(counts.sum()),
             "clusters": int((counts > 0).sum()),
         }
@@ -165,7 +174,7 @@ def _perplexity(config: Config, name: str) -> Summary:
 def _publish(
     config: Config, candidate: Candidate, wanted: Recipe, items: Sequence[Item], areas: Summary, data: str
 ) -> None:
-    summary = summarize(items) | areas | _perplexity(config, candidate.name)
+    summary = summarize(items) | areas | _perplexity(config, candidate)
     clusters, columns = columns_of(items)
     names = list(dict.fromkeys(item.measure for item in items))
     target = config.path(FOLDER, candidate.name)
@@ -213,5 +222,5 @@ def _cell(one: dict[str, Any] | None) -> str:
     return _number(one["value"]) + (f" ± {_number(error)}" if error is not None else "")
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -4,8 +4,9 @@ Of a lemma and part of speech with examples of at least two synsets, and two exa
 examples is one of the same synset or of different ones. The pair's score is the cosine of the model's states at the
 word, and the lemma's the ROC AUC of same against different: the chance that a pair of the same sense is the more
 similar. The measure is the mean over lemmas: in it a lemma's own level of similarity, which differs between lemmas for
-reasons that have nothing to do with senses, plays no part. `pooled` is the plain ROC AUC over pairs of all of these
-lemmas together, at most `MOST_PAIRS` of either kind from each, as most of the literature on words in context gives it.
+reasons that have nothing to do with senses, plays no part. `pooled` is the plain ROC AUC over the pairs of all lemmas
+together, at most `MOST_PAIRS` of either kind from each: the lemma's level does play a part in it, and it has items
+where few lemmas have pairs of both kinds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,18 @@ MOST_PAIRS = 20
 
 
 def lemmas_with_pairs(contexts: Sequence[Context]) -> dict[str, list[int]]:
-    """{lemma and part of speech: the numbers of its contexts}, of those that have pairs of both kinds."""
+    """{lemma and part of speech: the numbers of its contexts}, of those that have at least two."""
     by_lemma: dict[str, list[int]] = {}
     for number, context in enumerate(contexts):
         by_lemma.setdefault(context.cluster, []).append(number)
+    return {lemma: numbers for lemma, numbers in sorted(by_lemma.items()) if len(numbers) > 1}
+
+
+def lemmas_with_both(contexts: Sequence[Context]) -> dict[str, list[int]]:
+    """Those of :func:`lemmas_with_pairs` that have pairs of the same and of different senses."""
     return {
         lemma: numbers
-        for lemma, numbers in sorted(by_lemma.items())
+        for lemma, numbers in lemmas_with_pairs(contexts).items()
         if 1 < len({contexts[number].synset for number in numbers}) < len(numbers)
     }
 
@@ -39,6 +45,7 @@ def separation(contexts: Sequence[Context], states: torch.Tensor, measure: str =
     return [
         Item(measure, lemma, lemma, roc_auc(similarities, same), 0.5)
         for lemma, (similarities, same) in _pairs(contexts, states).items()
+        if 0 < same.sum() < len(same)
     ]
 
 
