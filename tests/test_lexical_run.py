@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dskd.config_file import load_config
 from dskd.errors import UserError
 from dskd.examples import read_examples
-from dskd.lexical.run import load_summary, run_lexical
+from dskd.lexical.results import load_summary
+from dskd.lexical.run import run_lexical
 from dskd.tracking import Start, read_artifact, read_history, read_run, start_tracking
 
 MODELS = ("teacher", "student", "dskd")

@@ -22,6 +22,7 @@ from dskd.folders import write_text
 from dskd.lexical.contexts import Context, read_contexts
 from dskd.lexical.preference import Choice, choices, phrases_of
 from dskd.lexical.reading import Tokens, tokenize
+from dskd.lexical.results import MADE_BY
 from dskd.lexical.separation import lemmas_with_both, lemmas_with_pairs
 from dskd.lexical.training_text import RUN_WORDS, Phrase, count_phrases, is_new, runs_of
 from dskd.lexical.wic import Pair, gold_of, read_wic
@@ -30,7 +31,6 @@ from dskd.model_folder import ModelFolder
 from dskd.wordnet import WordNet, open_wordnet
 
 FOLDER, FILE = "lexical_items", "items.json"
-MADE_BY = "deepspeed launcher/evaluate.py --config FILE --lexical"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,9 @@
 """Lexical measures on all ranks: `WORKDIR/lexical/NAME`, for teacher, cut student and exports."""
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from dskd import evaluate
@@ -14,31 +11,17 @@ from dskd.config import Config
 from dskd.console import say, stage
 from dskd.distributed import World, main_first, on_main
 from dskd.errors import UserError
-from dskd.evaluate import CUT_STUDENT, TEACHER, Candidate, HeldOutText, candidates
-from dskd.examples import Examples, Measure, read_examples, save_examples
+from dskd.evaluate import Candidate, HeldOutText, candidates
 from dskd.lexical import alignment, preference, retrieval, separation, wic
 from dskd.lexical.held_out import Items, build_items, load_items
 from dskd.lexical.reading import TARGET, WORD, Tokens, read_likelihoods, read_states
-from dskd.lexical.scores import Item, area, clustered_error, columns_of, summarize
-from dskd.manifest import Manifest, Recipe, build_artifact, is_current, write_json
+from dskd.lexical.results import FOLDER, Summary, comparison, publish
+from dskd.lexical.scores import Item, area
+from dskd.manifest import Manifest, Recipe, is_current
+from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.shards import load_manifest
-from dskd.text_table import table
-from dskd.tracking import log_results
-
-FOLDER, FILE, EXAMPLES_FILE, ITEMS_FILE = "lexical", "measures.json", "examples.parquet", "items.parquet"
-_ITEMS_SCHEMA = pa.schema(
-    [
-        ("measure", pa.string()),
-        ("cluster", pa.string()),
-        ("item", pa.string()),
-        ("total", pa.float64()),
-        ("chance", pa.float64()),
-        ("num", pa.int64()),
-    ]
-)
-Summary = dict[str, dict[str, Any]]
 
 
 def run_lexical(config: Config, world: World, names: Sequence[str] | None = None, *, force: bool = False) -> None:
@@ -56,9 +39,10 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
         UserError: when a model of `names` is not there, or there is no corpus.
     """
     models = main_first(lambda: _chosen(config, names))
-    manifest = main_first(lambda: build_items(config, candidates(config)[0].folder))
+    manifest = main_first(lambda: build_items(config, find_teacher(config)))
     evaluate.evaluate(config, world)
-    wanted = {model.name: recipe(config, model, manifest) for model in models}
+    teacher = find_teacher(config)
+    wanted = {model.name: recipe(config, model, teacher, manifest) for model in models}
     # Rank 0's word counts: all ranks must measure the same models.
     stale = on_main(lambda: [n for n, it in wanted.items() if force or not is_current(config.path(FOLDER, n), it)])
     items = load_items(config)
@@ -74,13 +58,12 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
             frozen = load_frozen(model.folder, config, world)
             found, summary = measure(frozen, items, text, dictionary, _texts_at_once(config, items), world)
             frozen.close()
-            on_main(functools.partial(_publish, config, model, wanted[model.name], found, summary, manifest.digest))
+            on_main(functools.partial(publish, config, model, wanted[model.name], found, summary, manifest.digest))
     on_main(lambda: say(f"\n{comparison(config, [model.name for model in models])}"))
 
 
-def recipe(config: Config, candidate: Candidate, items: Manifest) -> Recipe:
+def recipe(config: Config, candidate: Candidate, teacher: ModelFolder, items: Manifest) -> Recipe:
     """What decides a model's results. The batch size does not."""
-    teacher = candidates(config)[0].folder
     evaluated = evaluate.recipe(config, candidate, teacher)
     inputs = {**evaluated.inputs, "items": items.digest}
     return Recipe("lexical", inputs, {"precision": config.precision}, teacher.digest, teacher.tokenizer_digest)
@@ -146,81 +129,3 @@ def _chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
     if missing:
         raise UserError(f"--models {missing[0]}: there is no such model here; there are {', '.join(there)}")
     return [candidate for candidate in found if names is None or candidate.name in names]
-
-
-def _perplexity(config: Config, candidate: Candidate) -> Summary:
-    """Perplexity on lexical targets, from the evaluation."""
-    vocab_size = candidate.folder.load_config().vocab_size
-    path = config.path(evaluate.FOLDER, candidate.name, evaluate.EXAMPLES_FILE)
-    columns = read_examples(path.read_bytes()).columns
-    by_name = {measure.name: measure for measure in evaluate.MEASURES}
-    lexical = by_name["lexical_perplexity"]
-    value = lexical.value(columns)
-    counts = columns[lexical.count]
-    if not counts.sum():
-        return {}
-    error = clustered_error(columns[lexical.total], counts)
-    return {
-        lexical.name: {
-            "value": value,
-            "standard_error": None if error is None else value * error,  # of exp, to the first order
-            "chance": vocab_size,  # of a model that finds all tokens equally probable
-            "items": int(counts.sum()),
-            "clusters": int((counts > 0).sum()),
-        }
-    }
-
-
-def _publish(
-    config: Config, candidate: Candidate, wanted: Recipe, items: Sequence[Item], areas: Summary, data: str
-) -> None:
-    summary = summarize(items) | areas | _perplexity(config, candidate)
-    clusters, columns = columns_of(items)
-    names = list(dict.fromkeys(item.measure for item in items))
-    target = config.path(FOLDER, candidate.name)
-    with build_artifact(target, wanted) as building:
-        write_json(building.folder / FILE, summary)
-        measures = [Measure(name, name, f"{name}_items") for name in names]
-        save_examples(building.folder / EXAMPLES_FILE, Examples(data, clusters, columns, measures))
-        rows = [dict(zip(_ITEMS_SCHEMA.names, _row(item), strict=True)) for item in items]
-        pq.write_table(pa.Table.from_pylist(rows, _ITEMS_SCHEMA), building.folder / ITEMS_FILE, compression="zstd")
-    if candidate.mlflow_run_id and config.tracking.enabled:
-        values = {name: one["value"] for name, one in summary.items()}
-        examples = target / EXAMPLES_FILE
-        log_results(
-            config, candidate.name, candidate.mlflow_run_id, FOLDER, values, examples, data=data, step=candidate.step
-        )
-
-
-def _row(item: Item) -> tuple[Any, ...]:
-    return item.measure, item.cluster, item.name, item.total, item.chance, item.num
-
-
-def load_summary(config: Config, name: str) -> Summary:
-    """{measure: value, standard_error, chance, items, clusters, …} of a model that was measured."""
-    return json.loads(config.path(FOLDER, name, FILE).read_text(encoding="utf-8"))
-
-
-def comparison(config: Config, names: Sequence[str]) -> str:
-    """Measures × models: value ± standard error; chance before them, and the teacher, the ceiling, last."""
-    order = [name for name in names if name not in (TEACHER, CUT_STUDENT)]
-    order = [n for n in (CUT_STUDENT, *order, TEACHER) if n in names]
-    summaries = {name: load_summary(config, name) for name in order}
-    measures = list(dict.fromkeys(measure for summary in summaries.values() for measure in summary))
-    rows = []
-    for name in measures:
-        one = next(summary[name] for summary in summaries.values() if name in summary)
-        cells = [_cell(summaries[model].get(name)) for model in order]
-        rows.append([name.replace("_", " "), f"{one['items']:,}", _number(one["chance"]), *cells])
-    return table(["measure", "items", "chance", *order], rows)
-
-
-def _cell(one: dict[str, Any] | None) -> str:
-    if one is None:
-        return "–"
-    error = one.get("standard_error")
-    return _number(one["value"]) + (f" ± {_number(error)}" if error is not None else "")
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -15,7 +15,14 @@ from dskd.tracking.runs import load_run, run_folder
 from dskd.tracking.system_metrics import take_samples
 
 EVALUATION_FOLDER = "evaluation"  # among a run's artifacts
-EVALUATION_DATA_TAG = f"{EVALUATION_FOLDER}_data"
+
+
+def data_tag(kind: str) -> str:
+    """The tag with the digest of what results of a kind, such as `evaluation` or `tasks/piqa`, are of."""
+    return f"{kind.replace('/', '_')}_data"
+
+
+EVALUATION_DATA_TAG = data_tag(EVALUATION_FOLDER)
 
 
 def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
@@ -74,7 +81,7 @@ def _results(
         {"kind": "file", "file": _inside(config, examples), "folder": kind},
         {"kind": "measures", "measures": dict(measures), "step": step},
         # The digest comes last: measures under a digest are whole.
-        {"kind": "tags", "tags": {f"{kind.replace('/', '_')}_data": data}},
+        {"kind": "tags", "tags": {data_tag(kind): data}},
     ]
 
 
