@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from dskd.config import EvaluationConfig
 from dskd.errors import UserError
 from dskd.lexical.scores import area
 from dskd.lexical.wic import accuracy, best_threshold, read_wic, similarities
@@ -67,6 +68,11 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         read_wic(place, "evaluation.wic")
     with pytest.raises(UserError, match="is empty"):
         read_wic(_write(tmp_path, [], ""), "evaluation.wic")
+
+
+def test_a_threshold_without_pairs_is_refused():
+    with pytest.raises(ValueError, match="wic_threshold needs evaluation"):
+        EvaluationConfig(wic_threshold="train.data.txt")
 
 
 def test_the_threshold_is_the_best_of_all():

@@ -18,6 +18,7 @@ from dskd.console import progress, say, stage
 from dskd.corpus.build import FOLDER as CORPUS_FOLDER
 from dskd.corpus.build import MADE_BY as CORPUS_MADE_BY
 from dskd.corpus.build import read_texts
+from dskd.errors import UserError
 from dskd.folders import write_text
 from dskd.lexical.contexts import Context, read_contexts
 from dskd.lexical.preference import Choice, choices, phrases_of
@@ -70,10 +71,20 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
 
 
 def build_items(config: Config, teacher: ModelFolder) -> Manifest:
-    """Makes the items when they are not up to date, and returns their manifest."""
+    """Makes the items when they are not up to date, and returns their manifest.
+
+    Raises:
+        UserError: as :func:`recipe`, and when the tokenizer does not say which letters a token has.
+    """
     target = config.path(FOLDER)
     wanted = recipe(config, teacher)
     if not is_current(target, wanted):
+        tokenizer = teacher.load_tokenizer()
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{teacher.path}: {type(tokenizer).__name__} does not say which letters a token has, and without that "
+                "no word is found in a sentence; put a tokenizer.json of it into the folder"
+            )
         sources: list[str | Path] = ["WordNet's examples", config.path(CORPUS_FOLDER, "train.parquet")]
         with stage("lexical items: what no training text has", reads=sources, writes=target):
             wordnet = open_wordnet(config.wordnet.path)
@@ -84,7 +95,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
             ]
             with build_artifact(target, wanted) as building:
                 texts = progress(read_texts(config, "train"), total=None, label="looking for them", unit="documents")
-                items, facts = make_items(wordnet, texts, teacher.load_tokenizer(), *pairs)
+                items, facts = make_items(wordnet, texts, tokenizer, *pairs)
                 write_text(building.folder / FILE, _ITEMS.dump_json(items).decode())
                 building.facts.update(facts)
             say("  " + ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items()))

@@ -12,7 +12,7 @@ from dskd.config import Config
 from dskd.evaluate import CUT_STUDENT, TEACHER, Candidate
 from dskd.examples import Examples, Measure, read_examples, save_examples
 from dskd.lexical.scores import Item, clustered_error, columns_of, summarize
-from dskd.manifest import Recipe, build_artifact, write_json
+from dskd.manifest import Recipe, build_artifact, digest_of_json, write_json
 from dskd.text_table import table
 from dskd.tracking import log_results
 
@@ -54,9 +54,7 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
     }
 
 
-def publish(
-    config: Config, candidate: Candidate, wanted: Recipe, items: Sequence[Item], areas: Summary, data: str
-) -> None:
+def publish(config: Config, candidate: Candidate, wanted: Recipe, items: Sequence[Item], areas: Summary) -> None:
     """Writes a model's measures and what it scored on each item, and tells MLflow, where it is a tracked run's.
 
     Args:
@@ -65,12 +63,12 @@ def publish(
         wanted: the recipe of the artifact.
         items: what it scored.
         areas: summaries of measures that are no mean over items.
-        data: the digest of the items.
     """
     summary = summarize(items) | areas | _perplexity(config, candidate)
     clusters, columns = columns_of(items)
     names = list(dict.fromkeys(item.measure for item in items))
     target = config.path(FOLDER, candidate.name)
+    data = digest_of_json({name: digest for name, digest in wanted.inputs.items() if name != "model"})
     with build_artifact(target, wanted) as building:
         write_json(building.folder / FILE, summary)
         measures = [Measure(name, name, f"{name}_items") for name in names]
