@@ -1,5 +1,7 @@
 """What models make of sentences, against transformers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,13 @@ from torch.nn import functional as F
 
 from dskd.config import Config
 from dskd.lexical.contexts import Context
-from dskd.lexical.preference import Choice, frequency_share, preference
+from dskd.lexical.preference import Choice, preference
 from dskd.lexical.reading import TARGET, WORD, Tokens, read_likelihoods, read_states, tokenize
 from dskd.lexical.retrieval import retrieval, scores_of
 from dskd.lexical.scores import summarize
 from dskd.lexical.separation import pooled, separation
+from dskd.lexical.surface import surface_scores
+from dskd.lexical.wic import Marked, Pair
 from dskd.model_folder import find_teacher
 from dskd.models import load_frozen
 from dskd.pretrain import train_tokenizer
@@ -173,4 +177,24 @@ def test_a_model_that_knows_the_words_prefers_synonyms(model, world):
         assert summarize(items)["synonym_preference"]["clusters"] == 3
     weight.data.copy_(before)
     assert preference(choices[:1], [-2.0, -2.0])[0].total == 0.5
-    assert frequency_share(choices)["value"] == pytest.approx((3 * 1 + 3 * 0.5) / 6)
+    assert surface_scores([], choices, [])["synonym_preference"] == pytest.approx((3 * 1 + 3 * 0.5) / 6)
+
+
+def test_letters_alone_tell_senses_apart_where_their_examples_are_alike_as_strings():
+    def context(synset, text):
+        return Context("bank", "n", synset, text, text.index("bank"), text.index("bank") + 4)
+
+    alike = [context("1", "they sat by the bank"), context("1", "she sat by the bank"), context("2", "a rich bank")]
+    scores = surface_scores(alike, [], [])
+    assert (scores["sense_separation"], scores["sense_retrieval_target"], scores["sense_separation_pooled"]) == (
+        1,
+        1,
+        1,
+    )
+    other = [replace(one, synset=synset) for one, synset in zip(alike, "121", strict=True)]
+    assert surface_scores(other, [], [])["sense_separation"] == 0
+    pairs = [
+        Pair("1", "bank", Marked("by the bank", 7, 11), Marked("at the bank", 7, 11), True),
+        Pair("2", "bank", Marked("by the bank", 7, 11), Marked("rich bank by the", 5, 9), False),
+    ]
+    assert surface_scores([], [], pairs) == {"wic_auc": 1.0}

@@ -120,7 +120,7 @@ def test_what_is_up_to_date_is_not_measured_again_and_only_models_that_are_there
     assert printed.count("up to date: ") == 3  # the evaluation too
     assert "== lexical" not in printed
     header, *rows = printed[printed.index("measure ") :].splitlines()
-    assert header.split() == ["measure", "items", "chance", "student", "teacher"]
+    assert header.split() == ["measure", "items", "chance", "surface", "student", "teacher"]
     assert any(row.startswith("sense separation ") and "0.500" in row for row in rows)
     with pytest.raises(
         UserError, match="--models nobody: there is no such model here; there are teacher, student, dskd"

@@ -8,10 +8,11 @@
 | synonym_preference | `preference` | an example with a word replaced by a synonym or an antonym | .5 |
 | row_agreement | `alignment` | a held-out position: the teacher's nearest sense row is the model's too | 1/C |
 | wic_accuracy, wic_auc | `wic` | a pair of sentences of a file of Words in Context | share of the larger class, .5 |
-| lexical_perplexity, sense_alignment | :mod:`dskd.evaluate` | a held-out position | none |
+| sense_alignment | `alignment` | a held-out position: a row of P_i is nearer than all of N_i | P/(P + N) |
+| lexical_perplexity | :mod:`dskd.evaluate` | a held-out position whose target has relations | V |
 
-`contexts` finds words in WordNet's examples, `training_text` leaves out what was trained on, `reading` asks a model,
-`scores` has means, areas and their errors, `run` does it all. States are the model's last hidden states, after the
-final norm: where the word ends, and (`…_target`) where the model is about to say it, which is where the sense loss
-works.
+`contexts` finds words in WordNet's examples, `training_text` leaves out what was trained on, `held_out` makes the items
+of them, `surface` says what letters alone give. `reading` asks a model, `scores` has means, areas and their errors,
+`results` keeps them, and `run` does it all. States are the model's last hidden states, after the final norm: where the
+word ends, and (`…_target`) where the model is about to say it, which is where the sense loss works.
 """

@@ -23,15 +23,16 @@ from dskd.folders import write_text
 from dskd.lexical.contexts import Context, read_contexts
 from dskd.lexical.preference import Choice, choices, phrases_of
 from dskd.lexical.reading import Tokens, tokenize
-from dskd.lexical.results import MADE_BY
+from dskd.lexical.results import ITEMS_FOLDER, MADE_BY
 from dskd.lexical.separation import lemmas_with_both, lemmas_with_pairs
+from dskd.lexical.surface import surface_scores
 from dskd.lexical.training_text import RUN_WORDS, Phrase, count_phrases, is_new, runs_of
 from dskd.lexical.wic import Pair, gold_of, read_wic
 from dskd.manifest import Manifest, Recipe, build_artifact, is_current, read_manifest, sha256_of_file
 from dskd.model_folder import ModelFolder
 from dskd.wordnet import WordNet, open_wordnet
 
-FOLDER, FILE = "lexical_items", "items.json"
+FILE = "items.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
     Raises:
         UserError: as :func:`recipe`, and when the tokenizer does not say which letters a token has.
     """
-    target = config.path(FOLDER)
+    target = config.path(ITEMS_FOLDER)
     wanted = recipe(config, teacher)
     if not is_current(target, wanted):
         tokenizer = teacher.load_tokenizer()
@@ -97,7 +98,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
                 texts = progress(read_texts(config, "train"), total=None, label="looking for them", unit="documents")
                 items, facts = make_items(wordnet, texts, tokenizer, *pairs)
                 write_text(building.folder / FILE, _ITEMS.dump_json(items).decode())
-                building.facts.update(facts)
+                building.facts.update(facts, surface=surface_scores(items.contexts, items.choices, items.wic))
             say("  " + ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items()))
             if min(facts["of_both_kinds"], facts["synonyms_against_antonyms"]) < _FEW:
                 say("  that is little to measure on; where the corpus is WordNet, a larger validation_share gives more")
@@ -106,7 +107,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
 
 def load_items(config: Config) -> Items:
     """The items of `WORKDIR/lexical_items`."""
-    return _ITEMS.validate_json(config.path(FOLDER, FILE).read_bytes())
+    return _ITEMS.validate_json(config.path(ITEMS_FOLDER, FILE).read_bytes())
 
 
 def make_items(

@@ -7,8 +7,7 @@ whole sentence, so of the word and of how the sentence goes on. Chance is .5.
 What would decide instead of meaning is held equal:
 
 - frequency: both words occur in the training text, and no more than twice as often as each other (one is added to each
-  count). `synonym_is_more_frequent` says in which share of the items the synonym is still the more frequent one, which
-  is what a model scores that knows frequencies only;
+  count). What a model scores that knows frequencies only is still said (:mod:`dskd.lexical.surface`);
 - tokens: both are as many tokens in the sentence, so the sum of log-likelihoods and their mean decide alike, and
   nothing has to be normalised;
 - grammar: neither is inflected, both begin as "a" or "an" before it asks for, and neither stands in the sentence
@@ -24,10 +23,10 @@ from typing import Any, NamedTuple
 
 from dskd.lexical.contexts import Context
 from dskd.lexical.reading import Tokens, tokenize
-from dskd.lexical.scores import Item, summarize
+from dskd.lexical.scores import Item
 from dskd.lexical.training_text import Phrase, words_of
 
-MEASURE, SHARE = "synonym_preference", "synonym_is_more_frequent"
+MEASURE = "synonym_preference"
 _BAND = math.log(2)
 _VOWELS = "aeiou"
 
@@ -94,9 +93,3 @@ def preference(found: Sequence[Choice], likelihoods: Sequence[float]) -> list[It
         Item(MEASURE, choice.cluster, choice.name, 0.5 + 0.5 * ((synonym > antonym) - (synonym < antonym)), 0.5)
         for choice, synonym, antonym in zip(found, likelihoods[::2], likelihoods[1::2], strict=True)
     ]
-
-
-def frequency_share(found: Sequence[Choice]) -> dict[str, Any]:
-    """A summary of what a model scores that prefers the word that is the more frequent one in the training text."""
-    items = preference(found, [float(count) for choice in found for count in choice.frequencies])
-    return summarize(items)[MEASURE]

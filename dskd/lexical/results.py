@@ -12,11 +12,12 @@ from dskd.config import Config
 from dskd.evaluate import CUT_STUDENT, TEACHER, Candidate
 from dskd.examples import Examples, Measure, read_examples, save_examples
 from dskd.lexical.scores import Item, clustered_error, columns_of, summarize
-from dskd.manifest import Recipe, build_artifact, digest_of_json, write_json
+from dskd.manifest import Recipe, build_artifact, digest_of_json, read_manifest, write_json
 from dskd.text_table import table
 from dskd.tracking import log_results
 
 MADE_BY = "deepspeed launcher/evaluate.py --config FILE --lexical"
+ITEMS_FOLDER = "lexical_items"
 FOLDER, FILE, EXAMPLES_FILE, ITEMS_FILE = "lexical", "measures.json", "examples.parquet", "items.parquet"
 _ITEMS_SCHEMA = pa.schema(
     [
@@ -93,7 +94,10 @@ def load_summary(config: Config, name: str) -> Summary:
 
 
 def comparison(config: Config, names: Sequence[str]) -> str:
-    """Measures × models: value ± standard error; chance before them, and the teacher, the ceiling, last."""
+    """Measures × models: value ± standard error; before them chance and what the surface of the text gives
+    (:mod:`dskd.lexical.surface`), and the teacher, the ceiling, last.
+    """
+    surface = read_manifest(config.path(ITEMS_FOLDER), "lexical-items", made_by=MADE_BY).facts["surface"]
     order = [name for name in names if name not in (TEACHER, CUT_STUDENT)]
     order = [n for n in (CUT_STUDENT, *order, TEACHER) if n in names]
     summaries = {name: load_summary(config, name) for name in order}
@@ -102,8 +106,10 @@ def comparison(config: Config, names: Sequence[str]) -> str:
     for name in measures:
         one = next(summary[name] for summary in summaries.values() if name in summary)
         cells = [_cell(summaries[model].get(name)) for model in order]
-        rows.append([name.replace("_", " "), f"{one['items']:,}", _number(one["chance"]), *cells])
-    return table(["measure", "items", "chance", *order], rows)
+        rows.append(
+            [name.replace("_", " "), f"{one['items']:,}", _number(one["chance"]), _number(surface.get(name)), *cells]
+        )
+    return table(["measure", "items", "chance", "surface", *order], rows)
 
 
 def _cell(one: dict[str, Any] | None) -> str:
@@ -113,5 +119,7 @@ def _cell(one: dict[str, Any] | None) -> str:
     return _number(one["value"]) + (f" ± {_number(error)}" if error is not None else "")
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

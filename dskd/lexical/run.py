@@ -93,8 +93,6 @@ def measure_items(model: FrozenModel, items: Items, batch_size: int, world: Worl
         if items.contexts:
             areas[f"{name}_pooled"] = separation.pooled(items.contexts, states[:, place])
         found += retrieval.retrieval(items.contexts, states[:, place], suffix)
-    if items.choices:
-        areas[preference.SHARE] = preference.frequency_share(items.choices)
     pairs = [tokens for choice in items.choices for tokens in (choice.synonym, choice.antonym)]
     likelihoods = read_likelihoods(model, pairs, batch_size, world, label="synonyms or antonyms")
     found += preference.preference(items.choices, likelihoods.tolist())

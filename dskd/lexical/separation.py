@@ -10,6 +10,7 @@ where few lemmas have pairs of both kinds.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def separation(contexts: Sequence[Context], states: torch.Tensor, measure: str =
     ]
 
 
-def pooled(contexts: Sequence[Context], states: torch.Tensor) -> dict[str, object]:
+def pooled(contexts: Sequence[Context], states: torch.Tensor) -> dict[str, Any]:
     """Value, chance, items (pairs), clusters (lemmas), standard error and interval over all pairs together."""
     scores: list[float] = []
     labels: list[bool] = []
