@@ -186,11 +186,7 @@ def test_letters_alone_tell_senses_apart_where_their_examples_are_alike_as_strin
 
     alike = [context("1", "they sat by the bank"), context("1", "she sat by the bank"), context("2", "a rich bank")]
     scores = surface_scores(alike, [], [])
-    assert (scores["sense_separation"], scores["sense_retrieval_target"], scores["sense_separation_pooled"]) == (
-        1,
-        1,
-        1,
-    )
+    assert {scores[f"sense_{name}"] for name in ("separation", "separation_pooled", "retrieval_target")} == {1.0}
     other = [replace(one, synset=synset) for one, synset in zip(alike, "121", strict=True)]
     assert surface_scores(other, [], [])["sense_separation"] == 0
     pairs = [

@@ -106,9 +106,8 @@ def comparison(config: Config, names: Sequence[str]) -> str:
     for name in measures:
         one = next(summary[name] for summary in summaries.values() if name in summary)
         cells = [_cell(summaries[model].get(name)) for model in order]
-        rows.append(
-            [name.replace("_", " "), f"{one['items']:,}", _number(one["chance"]), _number(surface.get(name)), *cells]
-        )
+        before = [f"{one['items']:,}", _number(one["chance"]), _number(surface.get(name))]
+        rows.append([name.replace("_", " "), *before, *cells])
     return table(["measure", "items", "chance", "surface", *order], rows)
 
 
