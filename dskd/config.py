@@ -433,6 +433,19 @@ class EvaluationConfig(Section):
     batch_size: int = Field(16, ge=1, description="sequences in one forward pass")
     samples: int = Field(4, ge=0, description="held-out texts that every model goes on with; 0 is none")
     sample_tokens: int = Field(24, ge=1, description="tokens by which it goes on, greedily")
+    wic: str | None = Field(
+        None,
+        description="with --lexical. A NAME.data.txt of Words in Context as published, its NAME.gold.txt beside it",
+    )
+    wic_threshold: str | None = Field(
+        None, description="with wic. Another such file, such as that of its training split, to choose the threshold on"
+    )
+
+    @model_validator(mode="after")
+    def _threshold_needs_pairs(self) -> "EvaluationConfig":
+        if self.wic_threshold is not None and self.wic is None:
+            raise ValueError("wic_threshold needs evaluation.wic, the pairs that the threshold is for; give it, too")
+        return self
 
 
 class TasksConfig(Section):

@@ -185,6 +185,8 @@ class HeldOutText:
             if number >= len(starts):
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["samples"] = torch.arange(start, stop)
+            # The row among the target's own that the teacher's state is nearest to; -1 where it has none.
+            batch["nearest_sense"] = torch.stack([torch.tensor(sample["sense_ids"][:, 0]) for sample in samples])
             batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
             both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
             batch["aligned_positions"] = both.nonzero().squeeze(-1)
@@ -224,7 +226,7 @@ def measure(
                 _by_sample(predicted == predictions[number], mask),
                 _by_sample(nll.masked_fill(~lexical, 0.0), mask),
                 _by_sample(lexical, mask),
-                _by_sample(_alignment(hidden.flatten(0, 1), batch, world.device), alignable),
+                _by_sample(alignment(hidden.flatten(0, 1), batch, world.device), alignable),
                 alignable.sum(-1),
             )
             sums[batch["samples"]] += torch.stack([part.double() for part in parts], dim=-1).cpu()
@@ -262,10 +264,10 @@ def load_measures(config: Config) -> dict[str, dict[str, float]]:
 def _read_next_token(
     hidden: torch.Tensor, head_weight: torch.Tensor, *, mask: torch.Tensor, labels: torch.Tensor, chunk_size: int
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    return hidden, _next_token(hidden[mask], labels, head_weight, chunk_size)
+    return hidden, next_token(hidden[mask], labels, head_weight, chunk_size)
 
 
-def _next_token(
+def next_token(
     states: torch.Tensor, labels: torch.Tensor, head_weight: torch.Tensor, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood [n] of the labels and the most probable tokens [n]; logits one chunk at a time."""
@@ -278,7 +280,7 @@ def _next_token(
     return torch.cat(nll), torch.cat(predicted)
 
 
-def _alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+def alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """Whether the nearest row of P_i is nearer than the nearest of N_i, at the positions where both exist."""
     positions = batch["aligned_positions"].to(device)
     if not len(positions):

@@ -38,6 +38,8 @@ SCHEMA_VERSIONS = {
     "export": 1,
     "evaluation": 2,
     "task": 1,
+    "lexical-items": 1,
+    "lexical": 1,
 }
 _PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
 

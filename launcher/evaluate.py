@@ -1,6 +1,7 @@
 """Measures teacher, cut student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME.
 
-With --tasks it asks them the paper's benchmarks instead, and writes WORKDIR/tasks/NAME/TASK.
+With --tasks it asks them the paper's benchmarks instead, and writes WORKDIR/tasks/NAME/TASK; with --lexical it measures
+what they know of words and senses, and writes WORKDIR/lexical/NAME.
 """
 
 from dskd.config import TASKS, Config
@@ -13,6 +14,8 @@ examples:
   deepspeed --num_gpus 2 launcher/evaluate.py --config configs/quickstart.yaml --force
   deepspeed launcher/evaluate.py --config mine.yaml tasks.limit=200 --tasks arc_challenge mmlu
   deepspeed launcher/evaluate.py --config mine.yaml --tasks all
+  deepspeed launcher/evaluate.py --config mine.yaml --lexical
+  deepspeed launcher/evaluate.py --config mine.yaml --lexical --models teacher dskd
 
 The keys under `tasks` say where the benchmarks' files are (`dskd config`).
 `dskd compare` prints the measures side by side. A model whose measures are up to date is skipped.
@@ -29,7 +32,22 @@ def main() -> None:
         metavar="TASK",
         help=f"ask benchmarks instead: {', '.join(TASKS)}, or all; behind any section.key=value",
     )
+    parser.add_argument(
+        "--lexical",
+        action="store_true",
+        help="measure lexical knowledge instead: sense separation, synonyms against antonyms, … (`dskd/lexical`)",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help="with --lexical: only these of teacher, student and the runs; behind any section.key=value",
+    )
     given = parser.parse_intermixed_args()
+    if given.models and not given.lexical:
+        parser.error("--models goes with --lexical")
+    if given.tasks and given.lexical:
+        parser.error("--tasks and --lexical are two commands; give one of them at a time")
 
     def work(config: Config, world: World) -> None:
         # After the arguments: --help should not wait for DeepSpeed.
@@ -37,6 +55,10 @@ def main() -> None:
             from dskd.tasks.run import run_tasks
 
             run_tasks(config, world, given.tasks, force=given.force)
+        elif given.lexical:
+            from dskd.lexical.run import run_lexical
+
+            run_lexical(config, world, given.models, force=given.force)
         else:
             from dskd.evaluate import evaluate
 

@@ -23,9 +23,9 @@ from dskd.compare.pictures import color_of
 from dskd.compare.summary import compare
 from dskd.config_file import load_config
 from dskd.evaluate import EXAMPLES_FILE, MEASURES
-from dskd.examples import Examples, save_examples
+from dskd.examples import Examples, Measure, save_examples
 from dskd.pipeline import compare_or_say_why_not
-from dskd.tracking import log_evaluation, read_runs, start_tracking
+from dskd.tracking import log_evaluation, log_results, read_runs, start_tracking
 
 pytestmark = pytest.mark.slow
 
@@ -180,6 +180,36 @@ def test_example_tests_compare_the_groups_means_over_seeds(comparison):
     assert permuted.pvalue < 0.001
     assert tests["perplexity"].difference.p_value < 0.001
     assert tests["perplexity"].is_better is True
+
+
+def test_lexical_measures_are_compared_too_where_they_are_of_the_same_items(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b"}}))
+    (tmp_path / "work").mkdir()
+    scores = {name: np.random.default_rng(seed).random(40) for seed, name in enumerate(("kd", "dskd", "other"))}
+
+    def add(name, data="a" * 64):
+        config = load_config(path)
+        run_id = _track(path, name, f"loss.sense_weight={len(name)}")
+        columns = {"sense_separation": scores[name], "sense_separation_items": np.ones(40, dtype=np.int64)}
+        measure = Measure("sense_separation", "sense_separation", "sense_separation_items")
+        save_examples(config.path(EXAMPLES_FILE), Examples(data, [f"w{n}.n" for n in range(40)], columns, [measure]))
+        values = {"sense_separation": float(scores[name].mean())}
+        log_results(config, name, run_id, "lexical", values, config.path(EXAMPLES_FILE), data=data, step=STEPS)
+        return run_id
+
+    ids = {name: add(name) for name in ("kd", "dskd")}
+    comparison = make_comparison(load_config(path), baseline="kd")
+    assert comparison.final["eval/sense_separation"] == {ids[name]: pytest.approx(scores[name].mean()) for name in ids}
+    (test,) = [test for test in comparison.example_tests if test.measure.name == "sense_separation"]
+    expected = stats.ttest_rel(scores["dskd"], scores["kd"])
+    assert test.difference.p_value == pytest.approx(expected.pvalue)
+    assert test.difference.value == pytest.approx(scores["dskd"].mean() - scores["kd"].mean())
+    assert comparison.notes == []
+    add("other", data="b" * 64)
+    comparison = make_comparison(load_config(path), baseline="kd")
+    assert "eval/sense_separation" not in comparison.final
+    assert "lexical measures are of different items" in comparison.notes[-1]
 
 
 def test_seed_tests_are_paired_by_seed(comparison):

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.config_file import load_config
 from dskd.errors import UserError
-from dskd.manifest import read_manifest
+from dskd.manifest import Recipe, build_artifact, read_manifest
+from dskd.model_folder import find_teacher
 from dskd.student import build_student
 from dskd.tasks.benchmarks import BENCHMARKS
 from dskd.tasks.prompts import Prompter
 from dskd.tasks.run import load_task, run_tasks
+from dskd.tracking import Start, read_artifact, read_history, read_run, start_tracking
 
 DATA = REPOSITORY / "tests" / "task_data"
 PLACES = {
@@ -160,6 +162,34 @@ def test_what_is_up_to_date_is_not_asked_again(config, results, world, tmp_path,
     assert asked("tasks.limit=2", "tasks.choice_tokens=1", f"tasks.piqa={data}") == both
     rows = pq.read_table(tmp_path / "work" / "tasks" / "teacher" / "piqa" / "examples.parquet").to_pylist()
     assert [row["gold"] for row in rows] == [["1"], ["1"]]
+
+
+def test_the_tracked_run_has_its_scores(config, results, world, tmp_path):
+    """The export of a run is asked too, here with the student's weights: it says the same."""
+    shutil.copytree(load_config(config).path(), tmp_path / "work")
+    loaded = load_config(config, [f"workdir={tmp_path / 'work'}"])
+    tracker = start_tracking(loaded, world, tags={}, start=Start())
+    tracker.finish("FINISHED")
+    with build_artifact(
+        loaded.path("export", "dskd"), Recipe("export", teacher=find_teacher(loaded).digest)
+    ) as building:
+        for file in loaded.path("student").iterdir():
+            if file.name != "manifest.json":
+                shutil.copyfile(file, building.folder / file.name)
+        building.facts.update(mlflow_run_id=tracker.run_id, step=7, run="dskd")
+    run_tasks(loaded, world, ["piqa"])
+    measures = json.loads(loaded.path("tasks", "dskd", "piqa", "measures.json").read_text())
+    assert measures == results["student", "piqa"][1]
+    run = read_run(loaded, tracker.run_id)
+    assert {name: value for name, value in run.metrics.items() if name.startswith("tasks/")} == {
+        "tasks/piqa/accuracy": measures["score"],
+        "tasks/piqa/standard_error": measures["standard_error"],
+        "tasks/piqa/chance": 0.5,
+    }
+    assert read_history(loaded, tracker.run_id, "tasks/piqa/accuracy") == [(7, measures["score"])]
+    assert run.tags["tasks_piqa_data"] == load_task(loaded, BENCHMARKS["piqa"]).digest
+    content = read_artifact(loaded, tracker.run_id, "tasks/piqa/examples.parquet")
+    assert content == loaded.path("tasks", "dskd", "piqa", "examples.parquet").read_bytes()
 
 
 def test_a_limit_draws_examples_of_each_subject(config):

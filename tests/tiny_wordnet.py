@@ -20,34 +20,39 @@ SYNSETS = [
 _FILES = {"n": "noun", "v": "verb", "a": "adj", "s": "adj", "r": "adv"}
 
 
-def write_wordnet(folder: Path) -> dict[str, str]:
-    """Writes the dictionary files, and returns the offset of each synset with its part of speech, as `00000095-a`."""
+def write_wordnet(folder: Path, synsets=SYNSETS, glosses: dict[str, str] | None = None) -> dict[str, str]:
+    """Writes the dictionary files, and returns the offset of each synset with its part of speech, as `00000095-a`.
+
+    A gloss has a definition, and examples in double quotes, apart by semicolons.
+    """
     folder.mkdir(parents=True)
+    parts = {name: part for name, part, *_ in synsets}
+    glosses = dict.fromkeys(parts, "a gloss") | (glosses or {})
     offsets: dict[str, int] = {}
     for part in dict.fromkeys(_FILES.values()):
-        here = [synset for synset in SYNSETS if _FILES[synset[1]] == part]
+        here = [synset for synset in synsets if _FILES[synset[1]] == part]
         place = len(HEADER)
         for synset in here:  # offsets have a fixed width: a line is as long before they are known as after
             offsets[synset[0]] = place
-            place += len(_line(synset, {name: 0 for name, *_ in SYNSETS}))
+            place += len(_line(synset, dict.fromkeys(parts, 0), parts, glosses))
     for part in dict.fromkeys(_FILES.values()):
-        here = [synset for synset in SYNSETS if _FILES[synset[1]] == part]
-        (folder / f"data.{part}").write_text(HEADER + "".join(_line(synset, offsets) for synset in here))
+        here = [synset for synset in synsets if _FILES[synset[1]] == part]
+        lines = "".join(_line(synset, offsets, parts, glosses) for synset in here)
+        (folder / f"data.{part}").write_text(HEADER + lines)
         (folder / f"index.{part}").write_text(HEADER + "".join(_index(here, offsets)))
         (folder / f"{part}.exc").write_text("")
-    return {name: f"{offsets[name]:08d}-{part}" for name, part, *_ in SYNSETS}
+    return {name: f"{offsets[name]:08d}-{part}" for name, part in parts.items()}
 
 
-def _line(synset, offsets):
+def _line(synset, offsets, parts, glosses):
     name, part, lemmas, pointers = synset
-    parts = {other: p for other, p, *_ in SYNSETS}
     words = " ".join(f"{lemma} 0" for lemma in lemmas)
     links = " ".join(
         f"{symbol} {offsets[target]:08d} {'a' if parts[target] == 's' else parts[target]} {source:02x}{aim:02x}"
         for symbol, target, source, aim in pointers
     )
     body = " ".join(filter(None, (words, f"{len(pointers):03d}", links)))
-    return f"{offsets[name]:08d} 00 {part} {len(lemmas):02x} {body} | a gloss  \n"
+    return f"{offsets[name]:08d} 00 {part} {len(lemmas):02x} {body} | {glosses[name]}  \n"
 
 
 def _index(synsets, offsets):
@@ -56,6 +61,6 @@ def _index(synsets, offsets):
         for lemma in lemmas:
             places.setdefault(lemma.split("(")[0], []).append(name)
     for lemma, names in sorted(places.items()):
-        part = "n" if synsets[0][1] == "n" else "a"
+        part = synsets[0][1].replace("s", "a")
         found = " ".join(f"{offsets[name]:08d}" for name in names)
         yield f"{lemma} {part} {len(names)} 0 {len(names)} 0 {found}  \n"

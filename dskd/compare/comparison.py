@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from dskd import evaluate
 from dskd.compare.choosing import Selection, choose_runs
-from dskd.compare.evaluated import find_references, read_local_measures, read_tables, require_same_data
+from dskd.compare.evaluated import (
+    find_references,
+    lexical_references,
+    read_lexical_tables,
+    read_local_measures,
+    read_tables,
+    require_same_data,
+)
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
 from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
@@ -97,21 +104,28 @@ def make_comparison(
         for name, value in table.values().items():
             final.setdefault(f"{EVALUATED}{name}", {})[run_id] = value
     measures = _known_measures(tables, final)
-    per_example, per_seed = test_groups(groups, chosen, measures, tables, final)
+    lexical, lexical_notes = read_lexical_tables(config, runs) if with_measures else ({}, [])
+    of_words = _lexical_measures(lexical, final, measures)
+    references = find_references(local, runs, data, selection)
+    for name, values in lexical_references(config, references, lexical).items():
+        references[name] = values | references[name]
+    per_example, per_seed = test_groups(
+        groups, chosen, [*((m, tables) for m in measures), *((m, lexical) for m in of_words)], final
+    )
     return Comparison(
         config,
         groups,
         chosen,
         config_differences(groups),
         data,
-        measures,
+        [*measures, *of_words],
         final,
         best,
         histories,
-        find_references(local, runs, data, selection),
+        references,
         per_example,
         per_seed,
-        _notes(runs, tables, with_measures=with_measures),
+        [*_notes(runs, tables, with_measures=with_measures), *lexical_notes],
         with_measures,
     )
 
@@ -133,6 +147,19 @@ def _known_measures(tables: Mapping[str, Examples], final: Mapping[str, Mapping[
     for table in tables.values():
         known |= {measure.name: measure for measure in table.measures if measure.name not in known}
     return [measure for name, measure in known.items() if f"{EVALUATED}{name}" in final]
+
+
+def _lexical_measures(
+    tables: Mapping[str, Examples], final: dict[str, dict[str, float]], known: Sequence[Measure]
+) -> list[Measure]:
+    """Those that the evaluation has not; their values are added to `final`."""
+    names = {measure.name for measure in known}
+    found = {m.name: m for table in tables.values() for m in table.measures if m.name not in names}
+    for run_id, table in tables.items():
+        for name, value in table.values().items():
+            if name in found:
+                final.setdefault(f"{EVALUATED}{name}", {})[run_id] = value
+    return [measure for name, measure in found.items() if f"{EVALUATED}{name}" in final]
 
 
 def _notes(runs: Sequence[TrackedRun], tables: Mapping[str, Examples], *, with_measures: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """What runs were evaluated on, and that it is the same: on other text a perplexity is another number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dskd import evaluate
 from dskd.compare.choosing import Selection
@@ -8,21 +8,22 @@ from dskd.compare.metrics import EVALUATED
 from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.examples import Examples, read_examples
+from dskd.lexical import results as lexical
 from dskd.manifest import read_manifest
-from dskd.tracking import EVALUATION_DATA_TAG, EVALUATION_FOLDER, TrackedRun, read_artifact
+from dskd.tracking import EVALUATION_DATA_TAG, EVALUATION_FOLDER, TrackedRun, data_tag, read_artifact
 
 
 class DifferentDataError(UserError):
     """What was chosen was evaluated on different data."""
 
 
-def read_tables(config: Config, runs: Sequence[TrackedRun]) -> dict[str, Examples]:
-    """{run id: what each example scored}, of the runs that have it."""
+def read_tables(config: Config, runs: Sequence[TrackedRun], kind: str = EVALUATION_FOLDER) -> dict[str, Examples]:
+    """{run id: what each example scored}, of the runs that have it; `kind` is the folder of the run's artifacts."""
     tables = {}
     for run in runs:
-        if EVALUATION_DATA_TAG not in run.tags:
+        if data_tag(kind) not in run.tags:
             continue
-        path = f"{EVALUATION_FOLDER}/{evaluate.EXAMPLES_FILE}"
+        path = f"{kind}/{evaluate.EXAMPLES_FILE}"
         content = read_artifact(config, run.run_id, path)
         if content is not None:
             try:
@@ -49,6 +50,33 @@ def require_same_data(runs: Sequence[TrackedRun], tables: Mapping[str, Examples]
         for digest in digests - {None}:
             by_digest.setdefault(str(digest), []).append(f"{run.name} ({run.run_id[:8]})")
     return _only_one(by_digest)
+
+
+def read_lexical_tables(config: Config, runs: Sequence[TrackedRun]) -> tuple[dict[str, Examples], list[str]]:
+    """The same of lexical measures, and what a reader should know; none where they are of different items."""
+    tables = read_tables(config, runs, lexical.FOLDER)
+    names = {run.run_id: run.name for run in runs}
+    if len({table.data for table in tables.values()}) > 1:
+        return {}, [f"lexical measures are of different items, and left out; `{lexical.MADE_BY}` measures anew"]
+    missing = sorted({names[run_id] for run_id in names if run_id not in tables})
+    if not tables or not missing:
+        return tables, []
+    return tables, [f"without lexical measures: {', '.join(missing)}; `{lexical.MADE_BY}` adds them"]
+
+
+def lexical_references(
+    config: Config, names: Iterable[str], tables: Mapping[str, Examples]
+) -> dict[str, dict[str, float]]:
+    """{model: its lexical measures}, of models of the work directory that were measured on the same items."""
+    data = {table.data for table in tables.values()}
+    found = {}
+    for name in names:
+        path = config.path(lexical.FOLDER, name, lexical.EXAMPLES_FILE)
+        if path.is_file():
+            table = read_examples(path.read_bytes())
+            if not data or table.data in data:
+                found[name] = table.values()
+    return found
 
 
 def read_local_measures(config: Config) -> dict[str, tuple[str, dict[str, float]]]:

@@ -36,11 +36,11 @@ class Test:
 def test_groups(
     groups: Sequence[Group],
     baseline: Group | None,
-    measures: Sequence[Measure],
-    tables: Mapping[str, Examples],
+    measures: Sequence[tuple[Measure, Mapping[str, Examples]]],
     final: Mapping[str, Mapping[str, float]],
 ) -> tuple[list[Test], list[Test]]:
-    """The tests on examples, from the tables by run id, and those over seeds, from {metric: {run id: value}}.
+    """The tests on examples, from each measure's tables by run id, and those over seeds, from
+    {metric: {run id: value}}.
 
     Raises:
         UserError: when examples of one id are not the same after all.
@@ -50,7 +50,7 @@ def test_groups(
     others = [group for group in groups if group is not baseline]
     on_examples, over_seeds = [], []
     for group in others:
-        for measure in measures:
+        for measure, tables in measures:
             mine, base = (_mean_over_seeds(one, measure, tables, baseline) for one in (group, baseline))
             if mine is not None and base is not None:
                 (one, counts), (other, same_counts) = mine, base

@@ -1,13 +1,13 @@
 """Benchmarks on all ranks: `WORKDIR/tasks/NAME/TASK`, what each model says to each question, and how good that is.
 
-Prompts are sorted by length, the longest first, and cut into batches, which go to the ranks in turn: so there is little
-padding, a lack of memory shows at once, and the batches do not depend on the number of ranks. Answers are greedy.
+Prompts are sorted by length and cut into batches, which go to the ranks in turn (:mod:`dskd.batches`). Answers are
+greedy.
 """
 
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dskd.batches import batches_by_length, padded
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.continuations import end_tokens, generate_greedily
@@ -30,6 +31,7 @@ from dskd.tasks.prompts import Prompter, Question, digest_of, with_shots
 from dskd.tasks.reading import read_examples
 from dskd.tasks.scoring import answer_of, measures_of, score_of, weights_of
 from dskd.text_table import table
+from dskd.tracking import log_results
 
 FOLDER, FILE, EXAMPLES_FILE = "tasks", "measures.json", "examples.parquet"
 _SCHEMA = pa.schema(
@@ -123,7 +125,8 @@ def run_tasks(config: Config, world: World, names: Sequence[str], *, force: bool
             with stage(f"{task.name}: {candidate.name}", reads=sources, writes=target):
                 runner = _Runner(model, prompter, task, config, world)
                 answers = runner.run()
-                on_main(functools.partial(_publish, target, wanted[candidate.name, task.name], task, answers))
+                recipe_of_it = wanted[candidate.name, task.name]
+                on_main(functools.partial(_publish, config, candidate, target, recipe_of_it, task, answers))
         model.close()
     on_main(lambda: say(f"\n{summary(config, [model.name for model in models], benchmarks)}"))
 
@@ -191,7 +194,9 @@ class _Runner:
         started, tokens = time.perf_counter(), 0
         num_questions = len(self._task.questions)
         with progress_bar(total=num_questions, label=self._task.name, unit="questions") as bar:
-            for batch in self._batches():
+            # Characters stand for tokens, so that a rank tokenizes no other rank's prompts.
+            lengths = [len(question.plain(len(question.shots))) for question in self._task.questions]
+            for batch in batches_by_length(lengths, self._batch_size, self._world):
                 answers = self._answer(batch)
                 mine.update(zip(batch, answers, strict=True))
                 tokens += sum(answer["prompt_tokens"] + self._new_tokens for answer in answers)
@@ -205,27 +210,14 @@ class _Runner:
         say(f"  {num_questions:,} questions, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
         return answers
 
-    def _batches(self) -> Iterator[list[int]]:
-        """The numbers of this rank's questions, by batch; equally many on every rank, and the last may be empty."""
-        questions = self._task.questions
-        # Characters stand for tokens, so that a rank tokenizes no other rank's prompts.
-        lengths = [len(question.plain(len(question.shots))) for question in questions]
-        order = sorted(range(len(questions)), key=lambda number: (-lengths[number], number))
-        batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
-        ranks = self._world.world_size
-        for turn in range(-(-len(batches) // ranks)):
-            number = turn * ranks + self._world.rank
-            yield batches[number] if number < len(batches) else []
-
     def _answer(self, batch: list[int]) -> list[dict[str, Any]]:
         room = None if self._max_positions is None else max(1, self._max_positions - self._new_tokens)
         prompts = [self._prompter.prompt(self._task.questions[number], room) for number in batch]
-        # A rank without questions takes part all the same: where the model is sharded, the others wait for it.
-        rows = [prompt.input_ids for prompt in prompts] or [[0]]
-        lengths = torch.tensor([len(row) for row in rows])
-        width = int(lengths.max())
-        input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        last_position = width + self._new_tokens if self._max_positions is None else self._max_positions - 1
+        input_ids = padded([prompt.input_ids for prompt in prompts])
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts] or [1])
+        last_position = (
+            input_ids.shape[1] + self._new_tokens if self._max_positions is None else self._max_positions - 1
+        )
         added = generate_greedily(self._model, input_ids, lengths, self._new_tokens, last_position)
         return [
             {
@@ -243,7 +235,9 @@ class _Runner:
         return tokens[:end]
 
 
-def _publish(target: Path, wanted: Recipe, task: Task, answers: Sequence[dict[str, Any]]) -> None:
+def _publish(
+    config: Config, candidate: Candidate, target: Path, wanted: Recipe, task: Task, answers: Sequence[dict[str, Any]]
+) -> None:
     benchmark, examples = task.benchmark, [question.example for question in task.questions]
     said = [answer_of(benchmark, answer["generated"]) for answer in answers]
     scores = [score_of(benchmark, example, text) for example, text in zip(examples, said, strict=True)]
@@ -272,6 +266,7 @@ def _publish(target: Path, wanted: Recipe, task: Task, answers: Sequence[dict[st
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), building.folder / EXAMPLES_FILE, compression="zstd")
         write_json(building.folder / FILE, measures)
         building.facts.update(questions=len(rows), fewer_shots=fewer, cut=cut)
+    _track(config, candidate, task, measures, target / EXAMPLES_FILE)
     error = measures.get("standard_error")
     spread = f" ± {error:.4f}" if error is not None else ""
     say(f"  {benchmark.metric} {measures['score']:.4f}{spread} (chance {measures['chance']:.4f})")
@@ -280,3 +275,22 @@ def _publish(target: Path, wanted: Recipe, task: Task, answers: Sequence[dict[st
             f"  {fewer:,} prompts show fewer examples than they should, for more do not fit into the model's context; "
             f"of {cut:,} even the question is cut"
         )
+
+
+def _track(config: Config, candidate: Candidate, task: Task, measures: dict[str, Any], examples: Path) -> None:
+    """Tells MLflow, where the model is that of a tracked run."""
+    if not candidate.mlflow_run_id or not config.tracking.enabled:
+        return
+    values = {measures["metric"]: measures["score"], "chance": measures["chance"]}
+    if "standard_error" in measures:
+        values["standard_error"] = measures["standard_error"]
+    log_results(
+        config,
+        candidate.name,
+        candidate.mlflow_run_id,
+        f"{FOLDER}/{task.name}",
+        values,
+        examples,
+        data=task.digest,
+        step=candidate.step,
+    )

@@ -1,6 +1,13 @@
 """MLflow: one run a training, written by rank 0. The only package that imports mlflow."""
 
-from dskd.tracking.afterwards import EVALUATION_DATA_TAG, EVALUATION_FOLDER, log_evaluation, log_export
+from dskd.tracking.afterwards import (
+    EVALUATION_DATA_TAG,
+    EVALUATION_FOLDER,
+    data_tag,
+    log_evaluation,
+    log_export,
+    log_results,
+)
 from dskd.tracking.client import tracking_uri, without_secrets
 from dskd.tracking.context import git_commit
 from dskd.tracking.datasets import describe_dataset
@@ -16,10 +23,12 @@ __all__ = [
     "Start",
     "TrackedRun",
     "Tracker",
+    "data_tag",
     "describe_dataset",
     "git_commit",
     "log_evaluation",
     "log_export",
+    "log_results",
     "read_artifact",
     "read_histories",
     "read_history",

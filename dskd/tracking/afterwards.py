@@ -15,7 +15,14 @@ from dskd.tracking.runs import load_run, run_folder
 from dskd.tracking.system_metrics import take_samples
 
 EVALUATION_FOLDER = "evaluation"  # among a run's artifacts
-EVALUATION_DATA_TAG = "evaluation_data"
+
+
+def data_tag(kind: str) -> str:
+    """The tag with the digest of what results of a kind, such as `evaluation` or `tasks/piqa`, are of."""
+    return f"{kind.replace('/', '_')}_data"
+
+
+EVALUATION_DATA_TAG = data_tag(EVALUATION_FOLDER)
 
 
 def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
@@ -42,14 +49,40 @@ def log_evaluation(
     """An evaluation of the run's model after `step` steps: its measures, what each example scored, the digest of the
     data, and tables and other files of the work directory.
     """
-    messages: list[Message] = [{"kind": "file", "file": _inside(config, examples), "folder": EVALUATION_FOLDER}]
+    shown: list[Message] = []
     for kind, paths in (("table", tables), ("file", files)):
-        messages += [{"kind": kind, "file": _inside(config, path), "folder": None} for path in paths]
+        shown += [{"kind": kind, "file": _inside(config, path), "folder": None} for path in paths]
     named = {f"eval/{name}": value for name, value in measures.items()}
-    messages.append({"kind": "measures", "measures": named, "step": step})
-    # The digest comes last: measures under a digest are whole.
-    messages.append({"kind": "tags", "tags": {EVALUATION_DATA_TAG: data}})
-    _tell(config, run, run_id, *messages)
+    _tell(config, run, run_id, *shown, *_results(config, EVALUATION_FOLDER, named, examples, data, step))
+
+
+def log_results(
+    config: Config,
+    run: str,
+    run_id: str,
+    kind: str,
+    measures: Mapping[str, float],
+    examples: Path,
+    *,
+    data: str,
+    step: int,
+) -> None:
+    """Other results of the run's model after `step` steps, under the name `kind`, such as `tasks/piqa`: measures as
+    metrics `KIND/NAME`, what each example scored as an artifact in that folder, and the digest of the data as a tag.
+    """
+    named = {f"{kind}/{name}": value for name, value in measures.items()}
+    _tell(config, run, run_id, *_results(config, kind, named, examples, data, step))
+
+
+def _results(
+    config: Config, kind: str, measures: Mapping[str, float], examples: Path, data: str, step: int
+) -> list[Message]:
+    return [
+        {"kind": "file", "file": _inside(config, examples), "folder": kind},
+        {"kind": "measures", "measures": dict(measures), "step": step},
+        # The digest comes last: measures under a digest are whole.
+        {"kind": "tags", "tags": {data_tag(kind): data}},
+    ]
 
 
 def _tell(config: Config, run: str, run_id: str, *messages: Message) -> None:

@@ -1,0 +1,117 @@
+"""From items to measures: means and areas, with errors that take items of one lemma as one observation.
+
+Items of one lemma resemble each other, so the lemma is the cluster: a standard error is the linearised one of a ratio
+of sums over clusters (Cochran, Sampling Techniques, 6.4, as in :mod:`dskd.compare.statistics`), and that of an area
+the bootstrap over clusters.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+_REPLICATES = 500
+
+
+class Item(NamedTuple):
+    """What a model scored on an item of a measure; `num` of them, when it is a sum over several."""
+
+    measure: str
+    cluster: str
+    name: str  # once in its measure
+    total: float
+    chance: float  # what guessing scores on it
+    num: int = 1
+
+
+def summarize(items: Iterable[Item]) -> dict[str, dict[str, Any]]:
+    """{measure: value, standard_error, chance, items, clusters}; no error of a single cluster."""
+    by_measure: dict[str, list[Item]] = {}
+    for item in items:
+        by_measure.setdefault(item.measure, []).append(item)
+    summary = {}
+    for measure, mine in by_measure.items():
+        totals, counts, chances = _sums(mine)
+        count = math.fsum(counts)
+        if count:
+            summary[measure] = {
+                "value": math.fsum(totals) / count,
+                "standard_error": clustered_error(totals, counts),
+                "chance": math.fsum(chances) / count,
+                "items": int(count),
+                "clusters": int(np.count_nonzero(counts)),
+            }
+    return summary
+
+
+def _sums(items: Iterable[Item]) -> np.ndarray:
+    """Totals, counts and chances [3, clusters]."""
+    sums: dict[str, np.ndarray] = {}
+    for item in items:
+        sums[item.cluster] = sums.get(item.cluster, 0.0) + np.array([item.total, item.num, item.chance])
+    return np.array([sums[cluster] for cluster in sorted(sums)]).T
+
+
+def clustered_error(totals: np.ndarray, counts: np.ndarray) -> float | None:
+    """Standard error of sum(totals) / sum(counts), of sums over clusters [G]; where every count is 1, s / sqrt(G)."""
+    totals, counts = totals[counts > 0], counts[counts > 0]
+    number = len(counts)
+    if number < 2:
+        return None
+    residuals = totals - totals.sum() / counts.sum() * counts
+    return math.sqrt(number / (number - 1) * float(residuals @ residuals)) / float(counts.sum())
+
+
+def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The chance that an item with a true label scores higher than one with a false label; ties count half.
+
+    The Mann-Whitney statistic by its share. NaN where either class is missing.
+    """
+    labels = labels.astype(bool)
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if not positives or not negatives:
+        return math.nan
+    ranks = stats.rankdata(scores)
+    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def area(scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """The ROC AUC of all items together, with a standard error and a 95 % interval of the bootstrap over clusters.
+
+    The same clusters are drawn for every model. A draw without one of the classes is left out.
+    """
+    values, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    names, members = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    places = [np.flatnonzero(members == number) for number in range(len(names))]
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(_REPLICATES if len(names) > 1 else 0):
+        rows = np.concatenate([places[number] for number in generator.integers(len(names), size=len(names))])
+        drawn.append(roc_auc(values[rows], truth[rows]))
+    areas = np.array(drawn)[~np.isnan(drawn)] if drawn else np.zeros(0)
+    result: dict[str, Any] = {
+        "value": roc_auc(values, truth),
+        "chance": 0.5,
+        "items": len(values),
+        "clusters": len(names),
+    }
+    if len(areas) > 1:
+        low, high = np.quantile(areas, [0.025, 0.975])
+        result |= {"standard_error": float(areas.std(ddof=1)), "interval": [float(low), float(high)]}
+    return result
+
+
+def columns_of(items: Sequence[Item]) -> tuple[list[str], Mapping[str, np.ndarray]]:
+    """Clusters in order, and for each measure the columns `MEASURE` and `MEASURE_items`: sums over each cluster."""
+    clusters = sorted({item.cluster for item in items})
+    place = {cluster: number for number, cluster in enumerate(clusters)}
+    columns: dict[str, np.ndarray] = {}
+    for item in items:
+        if item.measure not in columns:
+            columns[item.measure] = np.zeros(len(clusters))
+            columns[f"{item.measure}_items"] = np.zeros(len(clusters), dtype=np.int64)
+        columns[item.measure][place[item.cluster]] += item.total
+        columns[f"{item.measure}_items"][place[item.cluster]] += item.num
+    return clusters, columns
