@@ -128,7 +128,7 @@ class Link:
 def link(server, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracker, "_RETRY_AFTER_S", 0.1)
-    monkeypatch.setattr(tracker, "_FLUSH_TIMEOUT_WHEN_AWAY_S", 0.5)
+    monkeypatch.setattr(tracker, "_FLUSH_TIMEOUT_IN_HASTE_S", 0.5)
     link = Link(server)
     link.mend()
     yield link

@@ -29,7 +29,7 @@ from dskd.tracking.system_metrics import NodeSampler, Points, SampleReader, name
 _CONTEXT = "context"
 _RETRY_AFTER_S = 5.0
 _FLUSH_TIMEOUT_S = 60.0
-_FLUSH_TIMEOUT_WHEN_AWAY_S = 15.0  # a process that was asked to stop has not long, and what is unsent is on disk
+_FLUSH_TIMEOUT_IN_HASTE_S = 15.0  # a process that was asked to stop has not long, and what is unsent is on disk
 _CURVES_EVERY_S = 300.0
 
 
@@ -178,7 +178,8 @@ class MLflowTracker:
         self.put(kind="curves")
         self.put(kind="end", status=status, time_ms=int(time.time() * 1000))
         self._outbox.save()  # before all waiting: whoever has asked this process to end may kill it
-        self._outbox.wait_until_empty(_FLUSH_TIMEOUT_WHEN_AWAY_S if self._away else _FLUSH_TIMEOUT_S)
+        has_time = status == "FINISHED" and not self._away
+        self._outbox.wait_until_empty(_FLUSH_TIMEOUT_S if has_time else _FLUSH_TIMEOUT_IN_HASTE_S)
         self._ending.set()
         if len(self._outbox):
             warn(
