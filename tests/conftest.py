@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,16 +25,17 @@ import yaml
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
+from mlflow_server import Link, Server
 from streaming import StreamingDataset
 
 from dskd.config_file import load_config
 from dskd.corpus.build import read_wordnet_documents
-from dskd.distributed import World, initialize
+from dskd.distributed import World, free_port, initialize
 from dskd.lexicon.relations import resolve
 from dskd.lexicon.wordnet_relations import read_wordnet
 from dskd.manifest import hash_files
 from dskd.node_cache import streaming_names
-from dskd.tracking import read_history, read_runs
+from dskd.tracking import read_history, read_runs, tracker
 from dskd.wordnet import open_wordnet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -234,12 +234,6 @@ def update_manifest(folder: Path, **changes: object) -> None:
     manifest.write_text(json.dumps(content))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def write_config(path: Path, base: dict, **changes: object) -> Path:
     """Writes a YAML config: `base` with whole sections or top-level keys replaced."""
     path.write_text(yaml.safe_dump({**base, **changes}), encoding="utf-8")
@@ -348,6 +342,25 @@ def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) ->
         shutil.copytree(source / artifact, target / artifact)
     target.mkdir(exist_ok=True)
     return write_config(folder / "config.yaml", base, **{"workdir": str(target), **changes})
+
+
+@pytest.fixture
+def link(server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracker, "_RETRY_AFTER_S", 0.1)
+    monkeypatch.setattr(tracker, "_FLUSH_TIMEOUT_IN_HASTE_S", 0.5)
+    link = Link(server)
+    link.mend()
+    yield link
+    link.cut()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.stop()
 
 
 BEFORE_TRAINING: Sequence[str] = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")

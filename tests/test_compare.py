@@ -209,7 +209,10 @@ def test_lexical_measures_are_compared_too_where_they_are_of_the_same_items(tmp_
     add("other", data="b" * 64)
     comparison = make_comparison(load_config(path), baseline="kd")
     assert "eval/sense_separation" not in comparison.final
-    assert "lexical measures are of different items" in comparison.notes[-1]
+    note = comparison.notes[-1]
+    assert "lexical measures are of different items" in note
+    assert f"{'b' * 64}: other (" in note  # as the refusal of other text does, it names both sides
+    assert re.search(rf"{'a' * 64}: (kd|dskd) \(\w{{8}}\), (kd|dskd) \(", note)
 
 
 def test_seed_tests_are_paired_by_seed(comparison):

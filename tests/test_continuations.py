@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, free_port
+from conftest import REPOSITORY
 from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, save_model
 
 from dskd.config import Config
 from dskd.continuations import Continuer
+from dskd.distributed import free_port
 from dskd.model_folder import find_teacher
 from dskd.models import load_frozen
 from dskd.sequences import open_sequences

@@ -1,16 +1,9 @@
-"""Against a real `mlflow server`, which is also taken away and brought back."""
+"""What a real `mlflow server` is told of runs, their evaluations and their models."""
 
 import json
 import os
-import select
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
@@ -18,15 +11,14 @@ import mlflow
 import pytest
 import torch
 import yaml
-from conftest import BEFORE_TRAINING, ONE_RANK, TINY, finish, fork_ranks, free_port, run_program
-from forked_rank import node_namespaces, run_launcher_on_node, why_no_nodes
+from conftest import BEFORE_TRAINING, ONE_RANK, run_program
 from mlflow import MlflowClient
+from mlflow_server import SAME, tracking_config
 from transformers import AutoModelForCausalLM
 
 from dskd import checkpoint
-from dskd.config import Config
 from dskd.config_file import load_config
-from dskd.distributed import launcher_job
+from dskd.distributed import free_port, launcher_job
 from dskd.errors import UserError
 from dskd.manifest import read_manifest
 from dskd.tracking import (
@@ -39,146 +31,9 @@ from dskd.tracking import (
     read_run,
     read_runs,
     start_tracking,
-    tracker,
 )
 from dskd.tracking.context import flatten
 from dskd.tracking.system_metrics import name_nodes
-
-SAME = Start(recipe="the same")
-
-
-class Server:
-    """An MLflow server on a port of its own; what it was told survives a restart."""
-
-    def __init__(self, folder):
-        self.folder, self.port, self.process = folder, free_port(), None
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        for _ in range(1800):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                return
-            except OSError:
-                time.sleep(0.1)
-        self.stop()
-        pytest.fail("the MLflow server did not start")
-
-    def stop(self):
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
-            self.process = None
-
-
-class Link:
-    """A way to a server that can be cut and mended: while it is cut, connections are refused."""
-
-    def __init__(self, server):
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._server = ("127.0.0.1", server.port)
-        self._listener = None
-        self._open = []
-
-    def mend(self):
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
-
-    def cut(self):
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-        for end in self._open:
-            end.close()
-        self._open.clear()
-
-    def _accept(self, listener):
-        try:
-            while True:
-                ends = [listener.accept()[0], socket.create_connection(self._server)]
-                self._open += ends
-                threading.Thread(target=self._forward, args=ends, daemon=True).start()
-        except OSError:  # it was cut
-            return
-
-    def _forward(self, one, other):
-        try:
-            while True:
-                for ready in select.select([one, other], [], [])[0]:
-                    if not (data := ready.recv(65536)):
-                        return
-                    (other if ready is one else one).sendall(data)
-        except (OSError, ValueError):
-            return
-        finally:
-            one.close()
-            other.close()
-
-
-@pytest.fixture
-def link(server, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracker, "_RETRY_AFTER_S", 0.1)
-    monkeypatch.setattr(tracker, "_FLUSH_TIMEOUT_IN_HASTE_S", 0.5)
-    link = Link(server)
-    link.mend()
-    yield link
-    link.cut()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.stop()
-
-
-def _config(tmp_path, **tracking):
-    tracking = {"system_metrics": False, **tracking}
-    return Config(workdir=str(tmp_path), teacher={"path": "a/b"}, tracking=tracking)
-
-
-def _points(uri, run_id, metric):
-    """(step, value) of a metric in the order in which MLflow was told."""
-    points = MlflowClient(uri).get_metric_history(run_id, metric)
-    return [(point.step, point.value) for point in sorted(points, key=lambda point: point.timestamp)]
-
-
-def _wait_for(condition, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_a_server_that_goes_away_loses_nothing_and_stops_nobody(server, tmp_path, capsys):
-    config = _config(tmp_path, uri=server.uri, experiment="outage")
-    tracking = start_tracking(config, ONE_RANK, tags={"world_size": "1"})
-    tracking.log_metrics({"train/loss": 1.0}, 1)
-    time.sleep(1)
-    server.stop()
-    started = time.monotonic()
-    for step in range(2, 30):
-        tracking.log_metrics({"train/loss": 1.0 / step, "train/ce": 2.0}, step)
-    assert time.monotonic() - started < 1  # logging never waits for the server
-    time.sleep(3)
-    server.start()
-    tracking.finish("FINISHED")
-    assert capsys.readouterr().err.count("MLflow is away") == 1
-    (run,) = read_runs(config)
-    assert run.status == "FINISHED"
-    assert read_history(config, run.run_id, "train/loss") == [(step, 1.0 / step) for step in range(1, 30)]
 
 
 @pytest.mark.slow
@@ -241,7 +96,7 @@ def test_an_unreachable_server_is_a_users_mistake_at_the_start(copy_of_tiny):
 
 @pytest.mark.slow
 def test_an_evaluation_is_kept_with_its_run_on_the_server(server, tmp_path):
-    config = _config(tmp_path, uri=server.uri, experiment="evaluated")
+    config = tracking_config(tmp_path, uri=server.uri, experiment="evaluated")
     tracking = start_tracking(config, ONE_RANK, tags={}, start=SAME)
     tracking.finish("FINISHED")
     assert read_artifact(config, tracking.run_id, "evaluation/examples.parquet") is None
@@ -257,7 +112,9 @@ def test_an_evaluation_is_kept_with_its_run_on_the_server(server, tmp_path):
 
 
 def test_tracking_can_be_off(tmp_path):
-    tracking = start_tracking(_config(tmp_path, enabled=False), ONE_RANK, tags={}, start=Start(device_hours=2.0))
+    tracking = start_tracking(
+        tracking_config(tmp_path, enabled=False), ONE_RANK, tags={}, start=Start(device_hours=2.0)
+    )
     tracking.log_metrics({"a": 1.0}, 1)
     tracking.before_checkpoint()
     tracking.finish("FINISHED")
@@ -266,7 +123,7 @@ def test_tracking_can_be_off(tmp_path):
 
 
 def test_looking_where_nothing_was_tracked_makes_no_database(tmp_path):
-    config = _config(tmp_path)
+    config = tracking_config(tmp_path)
     assert read_runs(config) == []
     for look in (lambda: read_runs(config, ["other"]), lambda: read_run(config, "0" * 32)):
         with pytest.raises(UserError, match=r"mlflow.db: nothing was tracked here yet; train first"):
@@ -277,7 +134,7 @@ def test_looking_where_nothing_was_tracked_makes_no_database(tmp_path):
 def test_an_sqlite_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 30)
     with pytest.raises(UserError, match=r"tracking.uri: MLflow at sqlite:"):
-        start_tracking(_config(tmp_path), ONE_RANK, tags={})
+        start_tracking(tracking_config(tmp_path), ONE_RANK, tags={})
 
 
 def test_nested_settings_become_dotted_parameters():
@@ -291,79 +148,10 @@ def test_nested_settings_become_dotted_parameters():
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, tmp_path, capsys):
-    config = _config(tmp_path, uri=link.uri, experiment="unsent")
-    first = start_tracking(config, ONE_RANK, tags={"world_size": "1"}, start=SAME)
-    for step in (1, 2, 3):
-        first.log_metrics({"train/loss": float(step), "cost/device_hours": step / 10}, step)
-    _wait_for(lambda: len(_points(link.uri, first.run_id, "train/loss")) == 3)
-    link.cut()
-    first.log_metrics({"train/loss": 4.0}, 4)
-    first.before_checkpoint()
-    unsent = checkpoint.folder(config) / "tracking" / "unsent.jsonl"
-    assert '["train/loss", 4.0,' in unsent.read_text()  # a killed process has lost nothing of what the checkpoint has
-    first.log_metrics({"train/loss": 5.0}, 5)
-    first.finish("KILLED")
-    assert f"are kept in {unsent}" in capsys.readouterr().err
-
-    # From a checkpoint of step 4, while the server is still away. What is trained again is told once.
-    resumed = Start("the same", 4, first.run_id, device_hours=0.7)
-    second = start_tracking(config, ONE_RANK, tags={"world_size": "4"}, start=resumed)
-    assert (second.run_id, second.device_hours) == (first.run_id, 0.7)
-    for step in (5, 6, 7):
-        second.log_metrics({"train/loss": 5.5 if step == 5 else float(step)}, step)
-    second.finish("FINISHED")
-    link.mend()
-    log_export(config, config.run, second.run_id, tmp_path)
-
-    (run,) = read_runs(config)
-    assert _points(link.uri, run.run_id, "train/loss") == [(step, float(step)) for step in range(1, 8)]
-    assert (run.status, run.tags["restarts"], run.tags["world_size"]) == ("FINISHED", "1", "4")
-    assert run.tags["restart.1"].startswith("from step 4, after it was KILLED; world_size 4; ")
-    files = {file.path for file in MlflowClient(link.uri).list_artifacts(run.run_id)}
-    assert {"config.yaml", "environment.json", "loss.png"} <= files
-    assert not unsent.exists()
-
-
-@pytest.mark.slow
-def test_a_run_that_died_is_gone_on_with_or_marked_so(link, tmp_path):
-    config = _config(tmp_path / "one", uri=link.uri, experiment="deaths")
-    elsewhere = start_tracking(_config(tmp_path / "two", uri=link.uri, experiment="deaths"), ONE_RANK, tags={})
-    dead = start_tracking(config, ONE_RANK, tags={}, start=SAME)
-    dead.log_metrics({"cost/device_hours": 3.0}, 1)
-    _wait_for(lambda: _points(link.uri, dead.run_id, "cost/device_hours"))
-
-    def statuses():
-        return {run.run_id: run.status for run in read_runs(config)}
-
-    # Before its first checkpoint a run is known by its folder. What was paid for behind a checkpoint counts.
-    again = start_tracking(config, ONE_RANK, tags={}, start=SAME)
-    assert (again.run_id, again.device_hours) == (dead.run_id, 3.0)
-    client = MlflowClient(link.uri)
-    _wait_for(lambda: "restarts" in client.get_run(dead.run_id).data.tags)
-    assert client.get_run(dead.run_id).data.tags["restart.1"].startswith("from step 0, after its process died; ")
-
-    other = start_tracking(config, ONE_RANK, tags={}, start=Start(recipe="another"))
-    overwriting = start_tracking(config, ONE_RANK, tags={}, start=Start(recipe="another", overwrite=True))
-    assert len({dead.run_id, other.run_id, overwriting.run_id}) == 3
-    # The second of them finds a message of `again` that was written to disk, and delivered since.
-    alive = {overwriting.run_id: "RUNNING", elsewhere.run_id: "RUNNING"}
-    _wait_for(lambda: statuses() == alive | {dead.run_id: "FAILED", other.run_id: "FAILED"})
-    assert f"by run {overwriting.run_id}" in client.get_run(other.run_id).data.tags["died"]
-    # A checkpoint's run comes before the folder's.
-    last = start_tracking(config, ONE_RANK, tags={}, start=Start("another", 2, dead.run_id))
-    assert last.run_id == dead.run_id
-    last.finish("FINISHED")
-    assert statuses()[dead.run_id] == "FINISHED"
-    assert statuses()[overwriting.run_id] == "FAILED"
-    for one in (dead, again, other, overwriting, elsewhere):
-        one.finish("FAILED")
-
-
-@pytest.mark.slow
 def test_runs_that_start_at_once_have_one_parent_with_their_status(link, tmp_path):
     configs = [
-        _config(tmp_path / name, uri=link.uri, experiment="sweep", parent="three seeds") for name in ("a", "b", "c")
+        tracking_config(tmp_path / name, uri=link.uri, experiment="sweep", parent="three seeds")
+        for name in ("a", "b", "c")
     ]
     with ThreadPoolExecutor() as pool:
         children = list(pool.map(lambda config: start_tracking(config, ONE_RANK, tags={}), configs))
@@ -393,7 +181,7 @@ def test_runs_that_start_at_once_have_one_parent_with_their_status(link, tmp_pat
 def test_the_exported_student_is_a_model_of_its_run(link, tiny, tmp_path):
     work = yaml.safe_load(tiny.read_text())["workdir"]
     shutil.copytree(f"{work}/export/dskd", tmp_path / "export" / "dskd")
-    config = _config(tmp_path, uri=link.uri, experiment="models", log_model=True)
+    config = tracking_config(tmp_path, uri=link.uri, experiment="models", log_model=True)
     tracking = start_tracking(config, ONE_RANK, tags={})
     tracking.finish("FINISHED")
     for _ in range(2):  # the second time it is there
@@ -412,7 +200,7 @@ def test_the_exported_student_is_a_model_of_its_run(link, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_that_is_repeated_leaves_one_table(link, tmp_path):
-    config = _config(tmp_path, uri=link.uri, experiment="tables")
+    config = tracking_config(tmp_path, uri=link.uri, experiment="tables")
     tracking = start_tracking(config, ONE_RANK, tags={})
     tracking.finish("FINISHED")
     table, text = tmp_path / "samples.json", tmp_path / "samples.md"
@@ -427,57 +215,6 @@ def test_an_evaluation_that_is_repeated_leaves_one_table(link, tmp_path):
     assert client.load_table(experiment, "samples.json").to_dict("records") == [{"prompt": "a", "dskd": "second"}]
     assert "samples.md" in {file.path for file in client.list_artifacts(tracking.run_id)}
     assert read_history(config, tracking.run_id, "eval/perplexity") == [(7, 3.5)]
-
-
-@pytest.mark.slow
-def test_four_ranks_on_two_nodes_are_one_run_through_a_death_and_an_outage(server, copy_of_tiny, tmp_path):
-    if reason := why_no_nodes():
-        pytest.skip(reason)
-    link = Link(server)
-    link.mend()
-    tracking = {"uri": link.uri, "experiment": "two nodes", "system_metrics_every_s": 1}
-    settings = {**TINY["train"], "steps": 12, "checkpoint_every": 2, "collective_timeout_s": 300}
-    path = copy_of_tiny(*BEFORE_TRAINING, train=settings, tracking=tracking)
-    config = load_config(path)
-    nodes = node_namespaces(tmp_path, ["left", "right"])
-
-    def start(*arguments):
-        return fork_ranks(run_launcher_on_node, "train.py", ["--config", str(path), *arguments], nodes, ranks=4)
-
-    ranks = start()
-    try:
-        _wait_for(lambda: checkpoint.latest(config) is not None, 600)
-        link.cut()
-        seen = checkpoint.latest(config).step
-        _wait_for(lambda: checkpoint.latest(config).step >= seen + 2, 600)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    died_behind = checkpoint.latest(config).step
-    assert died_behind < 12
-    ranks = start("--resume")
-    try:
-        _wait_for(lambda: "MLflow is away" in ranks[0].output, 600)
-        _wait_for(lambda: checkpoint.latest(config).step > died_behind, 600)
-    finally:
-        link.mend()
-    finish(ranks, 600)
-
-    client = MlflowClient(server.uri)
-    (run,) = read_runs(config)
-    assert (run.status, run.tags["restarts"], run.tags["world_size"]) == ("FINISHED", "1", "4")
-    assert run.tags["restart.1"].startswith(f"from step {died_behind}, after its process died; world_size 4; ")
-    assert [step for step, _ in _points(server.uri, run.run_id, "train/loss")] == list(range(1, 13))
-    for metric in run.metrics:
-        steps = [step for step, _ in _points(server.uri, run.run_id, metric)]
-        assert steps == sorted(set(steps)), metric
-    nodes_seen = {metric.split("/")[1] for metric in run.metrics if metric.startswith("system/")}
-    assert nodes_seen == {"left", "right"}
-    for node in nodes_seen:
-        assert len(_points(server.uri, run.run_id, f"system/{node}/cpu_utilization_percentage")) > 1
-    assert len(client.get_run(run.run_id).inputs.dataset_inputs) == 3
-    assert {"config.yaml", "loss.png"} <= {file.path for file in client.list_artifacts(run.run_id)}
-    assert not (checkpoint.folder(config) / "tracking" / "unsent.jsonl").exists()
 
 
 def test_datasets_are_described_with_digests_that_mlflow_takes_and_no_secrets(tiny):

@@ -53,11 +53,22 @@ def require_same_data(runs: Sequence[TrackedRun], tables: Mapping[str, Examples]
 
 
 def read_lexical_tables(config: Config, runs: Sequence[TrackedRun]) -> tuple[dict[str, Examples], list[str]]:
-    """The same of lexical measures, and what a reader should know; none where they are of different items."""
+    """The same of lexical measures, and what a reader should know.
+
+    None where they are of different items, and then the note names the digests: what was measured on the shards can be
+    compared all the same.
+    """
     tables = read_tables(config, runs, lexical.FOLDER)
     names = {run.run_id: run.name for run in runs}
-    if len({table.data for table in tables.values()}) > 1:
-        return {}, [f"lexical measures are of different items, and left out; `{lexical.MADE_BY}` measures anew"]
+    by_digest: dict[str, list[str]] = {}
+    for run_id, found in tables.items():
+        by_digest.setdefault(found.data, []).append(f"{names[run_id]} ({run_id[:8]})")
+    if len(by_digest) > 1:
+        sides = "; ".join(f"{digest}: {', '.join(of_them)}" for digest, of_them in by_digest.items())
+        return {}, [
+            f"lexical measures are of different items, and left out ({sides}); choose runs with "
+            f"--tag {data_tag(lexical.FOLDER)}=HASH, or measure anew with `{lexical.MADE_BY}`"
+        ]
     missing = sorted({names[run_id] for run_id in names if run_id not in tables})
     if not tables or not missing:
         return tables, []

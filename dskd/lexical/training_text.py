@@ -6,7 +6,7 @@ sentence's full stop decides. Phrases are looked up by a rolling hash of 64 bits
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -60,12 +60,6 @@ def runs_of(text: str) -> list[Phrase]:
 def is_new(text: str, counts: dict[Phrase, int]) -> bool:
     """Whether training text has no run of this sentence's words, by the counts of its :func:`runs_of`."""
     return not any(counts.get(run, 0) for run in runs_of(text))
-
-
-def new_texts(texts: Sequence[str], training_texts: Iterable[str]) -> list[str]:
-    """Those of the sentences that are new."""
-    counts = count_phrases(training_texts, (run for text in texts for run in runs_of(text)))
-    return [text for text in texts if is_new(text, counts)]
 
 
 def _chunks(texts: Iterable[str]) -> Iterable[list[Phrase]]:

@@ -109,7 +109,6 @@ def _marked(places: str, sentences: Sequence[str]) -> list[Marked]:
         raise ValueError(f"the places of the word are {places!r}, not such as 2-5")
     found = []
     for number, text in zip(map(int, numbers), sentences, strict=True):
-        start = 0
         words = text.split(" ")
         if number >= len(words) or not words[number]:
             raise ValueError(f"{text[:40]!r} has no word {number}")

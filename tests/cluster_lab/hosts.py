@@ -98,15 +98,14 @@ class Lab:
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         self._holders: dict[str, subprocess.Popen] = {}
         self._init: dict[str, int] = {}
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self.close)
             self._boot(SWITCH)
             self._ip(SWITCH, "link add switch type bridge", f"addr add {_SWITCH_ADDRESS}/24 dev switch")
             self._ip(SWITCH, "link set switch up")
             for host in self.hosts:
                 self.boot(host)
-        except BaseException:
-            self.close()
-            raise
+            undone.pop_all()  # all of it is there, and stays
 
     def boot(self, host: str) -> None:
         """Starts a host, also one that was halted; nothing runs on it."""
