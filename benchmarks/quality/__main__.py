@@ -1,8 +1,8 @@
 """Do senses help? Trains every arm of the study, tuned alike, five seeds each, and keeps a line of results a training.
 
-An arm is a way to train: plain fine-tuning, KD, KD + hidden-state distance, KD + own senses, + synonyms, DSKD, DSKD with
-the paper's rule of antonyms, and what stands on the tuned hidden-state distance. Each has four trials of its weight,
-judged on one half of the held-out text; the best is trained on five other seeds and judged once, on the other half.
+An arm is a way to train: plain fine-tuning, KD, KD + hidden-state distance, KD + own senses, + synonyms, DSKD, DSKD
+with the paper's rule of antonyms, and what stands on the tuned hidden-state distance. Each has four trials of its
+weight, judged on one half of the held-out text; the best is trained on five other seeds and judged once, on the other half.
 Then one thing at a time is changed (teacher, kappa, steps, text, ...).
 """
 

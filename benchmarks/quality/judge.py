@@ -12,7 +12,6 @@ from benchmarks.quality.splits import Split, rows_of
 from dskd import evaluate, shards
 from dskd.config import Config
 from dskd.distributed import World
-from dskd.errors import UserError
 from dskd.export import find_export
 from dskd.losses import hidden_distance
 from dskd.model_folder import ModelFolder, find_teacher
@@ -23,12 +22,12 @@ HIDDEN = "hidden_distance"  # mean over positions of |h - t|² / D
 
 
 class _Part(evaluate.HeldOutText):
-    """One part of the held-out shards, kept in memory: other parts are not even read."""
+    """One part of the held-out shards, kept in memory."""
 
     def __init__(self, config: Config, split: Split, vectors_path: Path, world: World) -> None:
         super().__init__(config, shards.load_manifest(config, "validation"), vectors_path, world)
-        rows = rows_of(split, self.num_samples)
-        _require_no_document_in_both(self._dataset[rows_of("validation", self.num_samples).stop]["document_starts"])
+        begins = [bool(self._dataset[row]["document_starts"][1:].any()) for row in range(self.num_samples)]
+        rows = rows_of(split, begins)
         self._dataset = [self._dataset[row] for row in rows]
         self.num_samples = len(rows)
         self._kept = list(super().batches())
@@ -83,12 +82,3 @@ class Judge:
 
 def _at_targets(hidden: torch.Tensor, _: torch.Tensor, *, mask: torch.Tensor) -> torch.Tensor:
     return hidden[mask.to(hidden.device)].float().cpu()
-
-
-def _require_no_document_in_both(starts: object) -> None:
-    """The sequence between the parts must have the beginning of a document after its first token."""
-    if not any(list(starts)[1:]):  # type: ignore[call-overload]
-        raise UserError(
-            "the held-out sequence between the validation and the test part begins no document, so one document may be "
-            "in both; change corpus.max_validation_sequences by one"
-        )

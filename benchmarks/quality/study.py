@@ -95,7 +95,7 @@ NUM_TRIALS = 4
 
 @dataclass(frozen=True)
 class Factor:
-    """One thing changed in all arms that are compared: does it decide whether senses help?"""
+    """One thing that is changed in all arms that are compared: it may decide whether senses help."""
 
     name: str
     keys: Mapping[str, Any]

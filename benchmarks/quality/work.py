@@ -1,4 +1,4 @@
-"""The work directories of the study: what its arms share is made once, by the pipeline, and linked where it is the same."""
+"""The work directories of the study: what arms share is made once, by the pipeline, and linked where it is the same."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
