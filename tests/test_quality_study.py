@@ -3,17 +3,22 @@
 import dataclasses
 
 import pytest
+from scipy import stats
 
 from benchmarks.quality import study, work
+from benchmarks.quality.__main__ import REPORT, RESULTS
+from benchmarks.quality.report import render
 from benchmarks.quality.results import Result, append_result, choose, read_results
 from benchmarks.quality.splits import rows_of
 from benchmarks.quality.trainings import wanted_trainings
 from dskd.errors import UserError
 
+MEASURES = ("perplexity", "accuracy", "lexical_perplexity", "hidden_distance")
+
 
 def _result(arm="kd", value=1.0, perplexity=50.0, seed=100, stage="tune"):
     return Result(
-        stage, arm, seed, None, {"a": value}, value, {"perplexity": perplexity}, "digest", 1.0, "day", "place"
+        stage, arm, seed, None, {"a": value}, value, dict.fromkeys(MEASURES, perplexity), "digest", 1.0, "day", "place"
     )
 
 
@@ -95,3 +100,26 @@ def test_another_value_seed_or_text_is_another_training():
     others = [dataclasses.replace(one, **change) for change in ({"seed": 2}, {"keys": {"a": 2}}, {"shards": "other"})]
     assert len({result.name for result in [one, *others]}) == 4
     assert dataclasses.replace(one, seconds=9.0, date="later", measures={}).name == one.name
+
+
+def test_the_committed_report_is_that_of_the_committed_results():
+    assert REPORT.read_text(encoding="utf-8") == render(read_results(RESULTS))
+
+
+def test_the_intervals_of_the_report_are_those_of_scipy():
+    values = {"kd": [50.0, 50.3, 49.8, 50.1, 50.4], "dskd": [49.9, 50.1, 49.8, 50.2, 50.0]}
+    report = render(
+        [
+            _result(name, perplexity=value, seed=seed, stage="test")
+            for name, of_seeds in values.items()
+            for seed, value in enumerate(of_seeds)
+        ]
+    )
+    for of_seeds in values.values():
+        mean = sum(of_seeds) / 5
+        low, _ = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(of_seeds))
+        assert f"{mean:.2f} ± {mean - low:.2f}" in report
+    differences = [one - other for one, other in zip(values["dskd"], values["kd"], strict=True)]
+    mean = sum(differences) / 5
+    low, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(differences))
+    assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" in report
