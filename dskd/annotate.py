@@ -7,8 +7,9 @@ With C(e) the rows of entry e, t_i the teacher's state at position i and y_i its
     N_i  the kappa rows nearest to t_i among the C(e) of all antonyms e of y_i
 
 by L2, ties to the lower row number (:mod:`dskd.senses.search`). P_i and N_i are empty where y_i has neither synonym nor
-antonym. Where the config asks for it the teacher also goes on with the training texts first
-(:mod:`dskd.continuations`), and what it thinks most probable is kept (:mod:`dskd.cached_teacher`).
+antonym. With `annotation.own_among_antonyms` C(y_i) competes for N_i too, where y_i has antonyms. Where the config asks
+for it the teacher also goes on with the training texts first (:mod:`dskd.continuations`), and what it thinks most
+probable is kept (:mod:`dskd.cached_teacher`).
 
 The result is written as streaming shards in blocks of sequences whose size does not depend on the ranks, so
 that any number of ranks writes the same files, and blocks that were written before an interruption are kept.
@@ -58,6 +59,8 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
     # Keys that change nothing stay out: what was made without them is not made anew.
     if not _teacher_top_n(config, split):
         del settings["teacher_top_n"]
+    if not config.annotation.own_among_antonyms:
+        del settings["own_among_antonyms"]
     if _continuation_tokens(config, split):
         settings["seed"] = config.seed
     else:
@@ -91,6 +94,7 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         world.device,
         splits[stale[0]].frequencies(dictionary.vocab_size),
         int(config.annotation.memory_budget * 2**30),
+        own_among_antonyms=config.annotation.own_among_antonyms,
     )
     for split, sequences in splits.items():
         max_tokens = _continuation_tokens(config, split)

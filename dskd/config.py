@@ -223,6 +223,11 @@ class AnnotationConfig(Section):
     memory_budget: float = Field(
         4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; the others are read"
     )
+    own_among_antonyms: bool = Field(
+        False,
+        description="the rows of a target that has antonyms compete for N_i too, as in the paper's published code: a "
+        "row can then be pulled and pushed at once",
+    )
     teacher_top_n: int = Field(
         0,
         ge=0,
@@ -265,7 +270,7 @@ class StudentConfig(Section):
 
 
 _KEYS_OF_SENSE_FORMS = {
-    "distance": ("margin", "relative_margin", "antonym_weight"),
+    "distance": ("margin", "relative_margin", "synonym_weight", "antonym_weight"),
     "distribution": ("sense_temperature", "sense_distance", "sense_candidates", "sense_random_candidates"),
 }
 
@@ -321,6 +326,9 @@ class LossConfig(Section):
     margin: float = Field(1.0, ge=0, description="m: antonym rows farther than this (|h-s|²/D) are left alone")
     relative_margin: float | None = Field(
         None, ge=0, description="instead of margin: so many times the teacher's own mean distance to antonym rows"
+    )
+    synonym_weight: float = Field(
+        1.0, ge=0, description="the pull to synonyms; the paper's is 1. With 0, and antonym_weight 0, own senses only"
     )
     antonym_weight: float = Field(1.0, ge=0, description="w_n: the push from antonyms beside the pull to synonyms")
     relation_share: float = Field(0.4, ge=0, le=1, description="share of a sequence's lexical positions in each step")

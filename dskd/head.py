@@ -189,7 +189,8 @@ class DistillationHead(nn.Module):
                 flat, temperature=loss.sense_temperature, distance=loss.sense_distance, **given
             )
             return {"sense": total, "teacher_entropy": entropy}
-        sums = sense_loss(flat, margin=self.margin, antonym_weight=loss.antonym_weight, **given)
+        given |= {"synonym_weight": loss.synonym_weight, "antonym_weight": loss.antonym_weight}
+        sums = sense_loss(flat, margin=self.margin, **given)
         return {"sense": sums.total} | {name: value for name, value in sums._asdict().items() if name != "total"}
 
     def _logits(

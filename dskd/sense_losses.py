@@ -19,7 +19,7 @@ class SenseSums(NamedTuple):
     """Sums over the sampled positions of a micro-batch; scalars."""
 
     total: torch.Tensor  # relation terms and own terms together: the numerator of L_sense
-    synonym: torch.Tensor  # of the mean distance to P_i
+    synonym: torch.Tensor  # of the mean distance to P_i, before synonym_weight
     antonym: torch.Tensor  # of the mean hinge over N_i, before antonym_weight
     own: torch.Tensor  # of the mean distance to O_i
     active_hinges: torch.Tensor  # antonym rows within the margin
@@ -41,13 +41,14 @@ def sense_loss(
     own_index: torch.Tensor,
     margin: float,
     antonym_weight: float,
+    synonym_weight: float = 1.0,
     gradient: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> SenseSums:
     """The sense loss (method, section 4) with D(h, s) = |h - s|² / D.
 
-    At a relation position i: mean over P_i of D + antonym_weight · mean over N_i of max(0, margin - D). At an own
-    position i: mean over O_i of D. A mean over no rows is 0.
+    At a relation position i: synonym_weight · mean over P_i of D + antonym_weight · mean over N_i of
+    max(0, margin - D). At an own position i: mean over O_i of D. A mean over no rows is 0.
 
     Args:
         hidden: [N, D], the student's last hidden states.
@@ -59,6 +60,7 @@ def sense_loss(
         own_index: [m, K], O_i, padded with -1.
         margin: m, in units of D.
         antonym_weight: w_n.
+        synonym_weight: of the pull to P_i; 1 in the paper.
         gradient: [N, D], to which `scale` times the gradient of the total by `hidden` is added in place.
         scale: what for.
     """
@@ -91,13 +93,15 @@ def sense_loss(
                 )
             if gradient is not None:
                 # By h: Σ_k w_k · 2(h - s_k) / D, where w_k is the derivative by the distance of row k.
-                weights = torch.cat([pull.to(states.dtype), -antonym_weight * (push * active).to(states.dtype)], dim=-1)
+                pulled = (1.0 if is_own else synonym_weight) * pull.to(states.dtype)
+                weights = torch.cat([pulled, -antonym_weight * (push * active).to(states.dtype)], dim=-1)
                 towards = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
                 change = (states * weights.sum(-1, keepdim=True) - towards) * (2 * scale / hidden.shape[-1])
                 # Positions are different within a group, so nothing is lost and no atomic addition makes runs differ.
                 gradient[at] = (gradient[at] + change).to(gradient.dtype)
     synonym, antonym, own, active_hinges, hinges = sums
-    return SenseSums(synonym + antonym_weight * antonym + own, synonym, antonym, own, active_hinges, hinges)
+    total = synonym_weight * synonym + antonym_weight * antonym + own
+    return SenseSums(total, synonym, antonym, own, active_hinges, hinges)
 
 
 class SenseDivergenceSums(NamedTuple):

@@ -84,7 +84,8 @@ def _plain_senses(case, loss, flat):
             for row in far
             if row >= 0
         ]
-        total = total + sum(pulls) / len(pulls) + (loss.antonym_weight * sum(pushes) / len(pushes) if pushes else 0)
+        total = total + loss.synonym_weight * sum(pulls) / len(pulls)
+        total = total + (loss.antonym_weight * sum(pushes) / len(pushes) if pushes else 0)
     for position, rows in zip(senses["own_positions"], senses["own_index"], strict=True):
         pulls = [((flat[position] - senses["sense_rows"][row]) ** 2).mean() for row in rows if row >= 0]
         total = total + sum(pulls) / len(pulls)
@@ -104,7 +105,7 @@ def _plain_sense_divergence(case, loss, flat):
 
 
 WEIGHTS = {"ce_weight": 0.9, "kd_weight": 0.7, "sense_weight": 1.3, "hidden_weight": 0.4}
-LOSS = LossConfig(**WEIGHTS, margin=2.0, antonym_weight=0.6)
+LOSS = LossConfig(**WEIGHTS, margin=2.0, synonym_weight=0.8, antonym_weight=0.6)
 DISTRIBUTION = LossConfig(**WEIGHTS, sense_form="distribution", sense_temperature=0.6)
 NORMALIZERS = Normalizers(tokens=0.25, senses=0.5)
 

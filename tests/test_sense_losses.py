@@ -50,6 +50,14 @@ def test_sense_loss_by_hand():
     torch.testing.assert_close(gradient, 1 + 10 * torch.tensor([[2.0, 0.0], [-1.0 + 1.0, 2.0 - 1.0]]))
 
 
+def test_without_the_weight_of_synonyms_and_antonyms_own_senses_are_left():
+    gradient = torch.zeros(2, 2)
+    hidden = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    sums = _sense(hidden, synonym_weight=0.0, antonym_weight=0.0, gradient=gradient)
+    assert sums.total.item() == sums.own.item() == pytest.approx(2.0)
+    torch.testing.assert_close(gradient, torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+
+
 def test_a_position_without_antonyms_has_no_hinge():
     sums = _sense(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), antonym_index=torch.tensor([[-1, -1]]))
     assert sums.antonym.item() == 0
@@ -97,18 +105,21 @@ def test_sense_loss_and_gradient_are_those_of_loops_however_many_rows_are_gather
 
     def plain(states):
         total = 0
-        groups = zip(names, ("relation_positions", "relation_positions", "own_positions"), (1, -1, 1), strict=True)
+        groups = zip(names, ("relation_positions", "relation_positions", "own_positions"), (0.4, -1, 1), strict=True)
         for (_, where, sign), places in zip(groups, index, strict=True):
             for position, named in zip(at[where].tolist(), places.tolist(), strict=True):
                 distances = [F.mse_loss(states[position], rows[row]) for row in named if row >= 0]
-                terms = distances if sign == 1 else [0.7 * (3.0 - distance).clamp(min=0) for distance in distances]
+                terms = distances if sign > 0 else [0.7 * (3.0 - distance).clamp(min=0) for distance in distances]
+                terms = [abs(sign) * term for term in terms]
                 total = total + sum(terms) / max(len(terms), 1)
         return total
 
     expected, expected_gradient = _gradient(plain, hidden)
     gradient = torch.zeros_like(hidden)
     indices = dict(zip(names, index, strict=True))
-    sums = sense_loss(hidden, rows, **at, **indices, margin=3.0, antonym_weight=0.7, gradient=gradient)
+    sums = sense_loss(
+        hidden, rows, **at, **indices, margin=3.0, antonym_weight=0.7, synonym_weight=0.4, gradient=gradient
+    )
     torch.testing.assert_close(sums.total, expected)
     torch.testing.assert_close(gradient, expected_gradient)
 

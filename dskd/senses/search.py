@@ -50,6 +50,7 @@ class Searcher:
         device: where the states are.
         frequencies: [V], how often each token is a target; the rows of frequent ones stay on the device.
         memory_budget: bytes of rows that stay there.
+        own_among_antonyms: see :func:`build_candidates`.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class Searcher:
         device: torch.device,
         frequencies: torch.Tensor | None = None,
         memory_budget: int = 2**62,
+        *,
+        own_among_antonyms: bool = False,
     ) -> None:
         self.kappa = kappa
-        kinds = build_candidates(dictionary)
+        kinds = build_candidates(dictionary, own_among_antonyms=own_among_antonyms)
         if frequencies is None:
             frequencies = torch.ones(dictionary.vocab_size, dtype=torch.int64)
         self._rows = Rows(dictionary, _row_use(kinds, frequencies, dictionary.num_rows), memory_budget, device)
@@ -80,13 +83,21 @@ class Searcher:
         return Found(own, synonyms, antonyms, mean_distance)
 
 
-def build_candidates(dictionary: SenseDictionary) -> tuple[Candidates, Candidates, Candidates]:
-    """The rows that compete for O_i, for P_i and for N_i, by token."""
+def build_candidates(
+    dictionary: SenseDictionary, *, own_among_antonyms: bool = False
+) -> tuple[Candidates, Candidates, Candidates]:
+    """The rows that compete for O_i, for P_i and for N_i, by token.
+
+    With `own_among_antonyms` those of a token that has antonyms are among the last too, as the paper's published code
+    has it: they are mostly the nearest there, so that a state is pushed from what it is pulled to.
+    """
     entries, entry_offsets = dictionary.entries, dictionary.entry_offsets
     tokens = torch.arange(dictionary.vocab_size)
     synonym_heads = tokens.repeat_interleave(entries.synonym_offsets.diff())
     antonym_heads = tokens.repeat_interleave(entries.antonym_offsets.diff())
     lexical = torch.cat([synonym_heads, antonym_heads]).unique()
+    # A token is an entry too, under its own number.
+    themselves = antonym_heads.unique() if own_among_antonyms else antonym_heads[:0]
     return (
         _rows_by_token(tokens, tokens, entry_offsets, dictionary.vocab_size),
         _rows_by_token(
@@ -95,7 +106,12 @@ def build_candidates(dictionary: SenseDictionary) -> tuple[Candidates, Candidate
             entry_offsets,
             dictionary.vocab_size,
         ),
-        _rows_by_token(antonym_heads, entries.antonym_entries.long(), entry_offsets, dictionary.vocab_size),
+        _rows_by_token(
+            torch.cat([themselves, antonym_heads]),
+            torch.cat([themselves, entries.antonym_entries.long()]),
+            entry_offsets,
+            dictionary.vocab_size,
+        ),
     )
 
 

@@ -1,0 +1,69 @@
+"""Do senses help? Trains every arm of the study, tuned alike, five seeds each, and keeps a line of results a training.
+
+An arm is a way to train: plain fine-tuning, KD, KD + hidden-state distance, KD + own senses, + synonyms, DSKD, DSKD
+with the paper's rule of antonyms, and what stands on the tuned hidden-state distance. Each has four trials of its
+weight, judged on one part of the held-out text; the best is trained on five other seeds and judged once, on the other
+part. Then one thing at a time is changed (teacher, kappa, steps, text, ...).
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.quality import work
+from dskd.program import run
+
+EPILOG = """
+examples:
+  python -m benchmarks.quality --work work/quality                        all of it; started again, it goes on
+  python -m benchmarks.quality --work work/quality --minutes 30           begins no training after half an hour
+  python -m benchmarks.quality --work work/quality --stages tune test     without the looks at one factor
+  python -m benchmarks.quality --report                                   README.md from the results
+  python -m benchmarks.quality --work work/quality --stages               only what all arms share, up to the shards
+
+On a CPU one thread is as fast as two at this size: OMP_NUM_THREADS=1. The students of the test stay in
+WORK/VARIANT/export.
+"""
+REPORT = Path(__file__).with_name("README.md")
+STAGES = ("tune", "test", "factor")
+RESULTS = Path(__file__).with_name("results.jsonl")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="for the work directories")
+    parser.add_argument("--report", action="store_true", help="train nothing: write README.md from the results")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FILE.jsonl", help="default: the committed ones"
+    )
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="which of tune, test, factor")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after so many")
+    given = parser.parse_args()
+    if (given.work is None) != given.report:
+        parser.error("give --work FOLDER to train, or --report to write the report of what was trained")
+
+    def action() -> int:
+        from benchmarks.quality.report import write_report
+        from benchmarks.quality.results import read_results
+
+        if given.report:
+            write_report(read_results(given.results), REPORT)
+            print(f"wrote {REPORT}")
+            return 0
+        from benchmarks.quality.trainings import Runner  # after the arguments: --help should not wait for DeepSpeed
+        from dskd.distributed import initialize
+
+        work.prepare(given.work)
+        runner = Runner(given.work, given.results, initialize())
+        runner.run(tuple(given.stages), given.minutes * 60)
+        return 0
+
+    return run(action)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

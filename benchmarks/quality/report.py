@@ -1,0 +1,158 @@
+"""The report: what the results file says, and no figure that is not in it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.quality import study
+from benchmarks.quality.results import TEACHER, Result, choose
+from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
+
+_MEASURES = ("perplexity", "accuracy", "lexical_perplexity", "hidden_distance")
+_FIRST = _MEASURES[0]
+_DIGITS = {"perplexity": 2, "accuracy": 4, "lexical_perplexity": 1, "hidden_distance": 4}
+_LEVEL = round(100 * CONFIDENCE)
+
+
+def write_report(results: Sequence[Result], path: Path) -> None:
+    """Writes the Markdown of :func:`render`."""
+    path.write_text(render(results), encoding="utf-8")
+
+
+def render(results: Sequence[Result]) -> str:
+    """The whole report as Markdown."""
+    parts = ["# Do senses help?", "", _about(results), "", "## Tuned weights", "", _tuned(results)]
+    parts += ["", "## Test", "", _tested(results)]
+    for baseline in study.BASELINES:
+        parts += ["", f"### Against {baseline}, seed by seed", "", _against(results, baseline)]
+    parts += ["", "## One thing changed", "", _factors(results), "", "## Not run", "", _missing(results)]
+    return "\n".join(parts) + "\n"
+
+
+def _about(results: Sequence[Result]) -> str:
+    if not results:
+        return "Nothing has been run: there is no result, and nothing can be said for or against the method."
+    dates = sorted({result.date for result in results})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    trainings = [result for result in results if result.arm != TEACHER]
+    minutes = sum(result.seconds for result in trainings) / 60
+    places = "; ".join(sorted({result.machine for result in results}))
+    return (
+        f"{when}; {places}. {len(trainings)} trainings, {minutes:.0f} minutes of training and measuring. "
+        f"Written by `python -m benchmarks.quality --report` from `results.jsonl`; intervals are of {_LEVEL} %, of "
+        "Student's t over seeds. All seeds start from one student, cut from one teacher: they vary the order of the "
+        "text and the positions of the sense loss, and say nothing about other teachers."
+    )
+
+
+def _tuned(results: Sequence[Result]) -> str:
+    rows = []
+    for arm in study.ARMS:
+        done = {
+            result.value: result.measures[_FIRST]
+            for result in results
+            if (result.stage, result.arm) == ("tune", arm.name)
+        }
+        tried = ", ".join(f"{value:g}: {done[value]:.2f}" for value in arm.trials if value in done) or "none yet"
+        best = choose(results, arm.name, arm.trials)
+        rows.append([arm.name, arm.what, arm.on or "", f"`{arm.tuned}`", tried, "" if best is None else f"{best:g}"])
+    return _table(["arm", "what", "stands on", "tuned", "trials: perplexity on the validation part", "chosen"], rows)
+
+
+def _tested(results: Sequence[Result]) -> str:
+    rows = []
+    for name in (TEACHER, *(arm.name for arm in study.ARMS)):
+        found = [result for result in results if (result.stage, result.arm) == ("test", name)]
+        if found:
+            cells = [_estimate([result.measures[measure] for result in found], measure) for measure in _MEASURES]
+            rows.append([name, str(len(found)) if name != TEACHER else "", *cells])
+    return _table(["arm", "seeds", *_MEASURES], rows) if rows else "Nothing yet."
+
+
+def _against(results: Sequence[Result], baseline: str) -> str:
+    names = [arm.name for arm in study.ARMS if arm.name != baseline]
+    differences = {
+        name: {m: _difference(results, "test", None, name, baseline, m) for m in _MEASURES} for name in names
+    }
+    names = [name for name in names if differences[name][_FIRST] is not None]
+    if not names:
+        return "Nothing yet: that takes two seeds of both."
+    p_values = iter(holm([differences[name][m].p_value for name in names for m in _MEASURES]))  # type: ignore[union-attr]
+    rows = [[name, *(_shown(differences[name][m], m, next(p_values)) for m in _MEASURES)] for name in names]
+    return (
+        _table(["arm", *_MEASURES], rows)
+        + "\n\nDifference [interval], p of the paired t test after Holm's correction over this table."
+    )
+
+
+def _factors(results: Sequence[Result]) -> str:
+    rows = []
+    for variant in (None, *(factor.name for factor in study.FACTORS)):
+        stage = "factor" if variant else "test"
+        teachers = [r for r in results if (r.stage, r.arm, r.variant) == (stage, TEACHER, variant)]
+        for name in study.FACTOR_ARMS[1:]:
+            cells = [
+                _shown(_difference(results, stage, variant, name, study.FACTOR_ARMS[0], m), m) for m in _MEASURES[:3]
+            ]
+            if teachers and all(cells):
+                of_teacher = teachers[0].measures
+                alignment = f"{of_teacher['sense_alignment']:.3f}" if "sense_alignment" in of_teacher else ""
+                rows.append([variant or "as above", f"{of_teacher[_FIRST]:.1f}", alignment, name, *cells])
+    if not rows:
+        return "Nothing yet."
+    header = ["changed", "teacher's perplexity", "teacher's sense alignment", "arm", *_MEASURES[:3]]
+    return (
+        f"Differences to {study.FACTOR_ARMS[0]} by seed, with the weights tuned above, and intervals that are not "
+        "corrected for their number: leads. Sense alignment is the share of positions at which the teacher's state is "
+        "nearer to a row of the target or its synonyms than to every row of its antonyms.\n\n" + _table(header, rows)
+    )
+
+
+def _missing(results: Sequence[Result]) -> str:
+    lines = []
+    for arm in study.ARMS:
+        tested = {r.seed for r in results if (r.stage, r.arm) == ("test", arm.name)}
+        if set(study.TEST_SEEDS) - tested:
+            lines.append(f"- {arm.name}: {len(tested)} of {len(study.TEST_SEEDS)} seeds of the test")
+    for factor in study.FACTORS:
+        done = sum(r.variant == factor.name and r.arm in study.FACTOR_ARMS for r in results)
+        wanted = len(study.FACTOR_ARMS) * len(study.FACTOR_SEEDS)
+        if done < wanted:
+            lines.append(f"- {factor.name}: {done} of {wanted} trainings")
+    return "\n".join(lines) or "All that the study asks for was run."
+
+
+def _difference(
+    results: Sequence[Result], stage: str, variant: str | None, one: str, other: str, measure: str
+) -> Difference | None:
+    """Over the seeds that both have."""
+
+    def by_seed(name: str) -> dict[str, list[float]]:
+        shards = study.BY_NAME[name].shards if variant is None else variant
+        return {
+            str(r.seed): [r.measures[measure]]
+            for r in results
+            if (r.stage, r.arm, r.variant) == (stage, name, shards) and measure in r.measures
+        }
+
+    first, second = by_seed(one), by_seed(other)
+    seeds = first.keys() & second.keys()
+    return on_seeds({seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds})
+
+
+def _estimate(values: Sequence[float], measure: str) -> str:
+    estimate, digits = Estimate.of(values), _DIGITS[measure]
+    interval = "" if estimate.half_width is None else f" ± {estimate.half_width:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}{interval}"
+
+
+def _shown(difference: Difference | None, measure: str, p_value: float | None = None) -> str:
+    if difference is None:
+        return ""
+    digits = _DIGITS[measure]
+    value, low, high = (f"{x:+.{digits}f}" for x in (difference.value, difference.low, difference.high))
+    return f"{value} [{low}, {high}]" + ("" if p_value is None else f", p = {p_value:.2g}")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

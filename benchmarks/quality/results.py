@@ -1,0 +1,82 @@
+"""The results file: one JSON line a finished training, appended when it is measured, so that nothing is lost or done
+twice.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.quality.study import CHOSEN_BY
+from dskd.errors import UserError
+
+Stage = Literal["tune", "test", "factor"]
+TEACHER = "teacher"  # the arm of what is no training: the teacher itself
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one training gave."""
+
+    stage: Stage
+    arm: str
+    seed: int
+    variant: str | None  # the factor that was changed
+    keys: Mapping[str, Any]  # in which it differs from study.yaml and its variant
+    value: float | None  # of the key that the arm tunes
+    measures: Mapping[str, float]
+    shards: str  # digest of what it was trained on
+    seconds: float
+    date: str
+    machine: str
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What makes it this training and no other."""
+        return self.stage, self.arm, self.seed, self.variant, json.dumps(dict(self.keys), sort_keys=True), self.shards
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results so far; none where there is no file.
+
+    A last line without an end is what an interruption leaves: it is no result.
+
+    Raises:
+        UserError: for a line that is none of ours.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    results = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            results.append(Result(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}:{number}: this is no result of the study ({error}); remove the line") from None
+    return results
+
+
+def append_result(path: Path, result: Result) -> None:
+    """Adds a result, behind the last whole line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as stream:
+        stream.seek(0)
+        whole = stream.read().rfind(b"\n") + 1
+        stream.truncate(whole)
+        stream.write(json.dumps(asdict(result), sort_keys=True).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def choose(results: Iterable[Result], arm: str, trials: Iterable[float]) -> float | None:
+    """The trial of an arm with the lowest mean perplexity on the validation part; None before all are done."""
+    by_value: dict[float, list[float]] = {}
+    for result in results:
+        if result.stage == "tune" and result.arm == arm and result.value is not None:
+            by_value.setdefault(result.value, []).append(result.measures[CHOSEN_BY])
+    wanted = list(trials)
+    if any(value not in by_value for value in wanted):
+        return None
+    return min(wanted, key=lambda value: sum(by_value[value]) / len(by_value[value]))

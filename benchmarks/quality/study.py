@@ -1,0 +1,140 @@
+"""What the study is: the arms, what is tried of each, the seeds, and the looks at one factor.
+
+An arm is plain data: the keys in which it differs from `study.yaml`, one key that is tuned, and the arm whose tuned
+weights it stands on. Every arm has as many trials of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BASE = Path(__file__).with_name("study.yaml")
+TEST_SEEDS = (0, 1, 2, 3, 4)
+FACTOR_SEEDS = (0, 1, 2)
+TUNING_SEEDS = (100,)  # none of those that are tested: a weight that fits a seed's batches gains nothing by it
+CHOSEN_BY = "perplexity"  # on the validation part; the lowest
+
+PAPERS_RULE = "papers-rule"  # the shards of annotation.own_among_antonyms
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train."""
+
+    name: str
+    what: str  # for the report
+    keys: Mapping[str, Any]  # that it differs in
+    tuned: str  # the key that is tuned
+    trials: tuple[float, ...]
+    on: str | None = None  # the arm whose keys and tuned value it has too
+    shards: str | None = None  # of which variant of the annotation; None: ours
+
+
+_SENSES = (0.1, 0.3, 1.0, 3.0)
+_DSKD: dict[str, Any] = {"loss.sense_form": "distance"}
+
+ARMS = (
+    Arm(
+        "ce",
+        "plain fine-tuning: CE alone. It has no weight, so what is tuned is the weight decay",
+        {"loss.kd_weight": 0, "loss.sense_weight": 0},
+        "train.weight_decay",
+        (0.0, 1e-3, 1e-2, 1e-1),
+    ),
+    Arm("kd", "CE + KL", {"loss.sense_weight": 0}, "loss.kd_weight", (0.35, 0.7, 1.4, 2.8)),
+    Arm("kd-hidden", "KD + distance to the teacher's hidden state", {}, "loss.hidden_weight", (3, 10, 30, 100), "kd"),
+    Arm(
+        "kd-own",
+        "KD + the pull to own senses",
+        {**_DSKD, "loss.synonym_weight": 0, "loss.antonym_weight": 0},
+        "loss.sense_weight",
+        _SENSES,
+        "kd",
+    ),
+    Arm(
+        "kd-synonyms",
+        "KD + the pull to own senses and synonyms",
+        {**_DSKD, "loss.antonym_weight": 0},
+        "loss.sense_weight",
+        _SENSES,
+        "kd",
+    ),
+    Arm("dskd", "KD + the whole sense loss; no own row among the antonyms'", _DSKD, "loss.sense_weight", _SENSES, "kd"),
+    Arm(
+        "dskd-papers-rule",
+        "the same with own rows among the antonyms', as in the published code",
+        _DSKD,
+        "loss.sense_weight",
+        _SENSES,
+        "kd",
+        PAPERS_RULE,
+    ),
+    Arm("hidden-dskd", "kd-hidden + the whole sense loss", _DSKD, "loss.sense_weight", _SENSES, "kd-hidden"),
+    Arm(
+        "hidden-distribution",
+        "kd-hidden + the sense loss as a divergence of distributions",
+        {"loss.sense_form": "distribution"},
+        "loss.sense_weight",
+        _SENSES,
+        "kd-hidden",
+    ),
+    Arm(
+        "hidden-lexical",
+        "kd-hidden with CE and KL weighted where the target has a relation; a control without senses",
+        {},
+        "loss.lexical_weight",
+        (0.8, 1.2, 1.5, 2.0),
+        "kd-hidden",
+    ),
+)
+BY_NAME = {arm.name: arm for arm in ARMS}
+BASELINES = ("kd", "kd-hidden")  # what the others are compared with, seed by seed
+NUM_TRIALS = 4
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One thing that is changed in all arms that are compared: it may decide whether senses help."""
+
+    name: str
+    keys: Mapping[str, Any]
+    shares: tuple[str, ...]  # artifacts that are those of the study itself
+
+
+_TO_TEACHER = ("lexicon", "corpus", "teacher")
+_TO_SENSES = (*_TO_TEACHER, "sequences", "student", "senses")
+_RECIPE = "teacher.train_from_scratch"
+
+FACTOR_ARMS = ("kd-hidden", "hidden-dskd", "hidden-distribution")  # with the weights tuned for the study
+FACTORS = (
+    Factor("teacher trained 3 times as long", {f"{_RECIPE}.train_tokens": 2_550_000}, ("lexicon", "corpus")),
+    Factor("teacher of 8 layers", {f"{_RECIPE}.num_layers": 8, "student.layers": 4}, ("lexicon", "corpus")),
+    Factor("kappa 1", {"annotation.kappa": 1}, _TO_SENSES),
+    Factor("kappa 10", {"annotation.kappa": 10}, _TO_SENSES),
+    Factor("300 steps", {"train.steps": 300}, (*_TO_SENSES, "shards")),
+    Factor("1 layer trained", {"student.train_layers": 1}, (*_TO_SENSES, "shards")),
+    Factor("3 layers trained", {"student.train_layers": 3}, (*_TO_SENSES, "shards")),
+    Factor("a quarter of the text", {"corpus.max_sequences": 400}, _TO_TEACHER),
+    Factor("k 1", {"senses.k": 1}, (*_TO_TEACHER, "sequences", "student")),
+    Factor("k 10", {"senses.k": 10}, (*_TO_TEACHER, "sequences", "student")),
+    Factor("senses of predicted tokens", {"senses.key": "predicted"}, (*_TO_TEACHER, "sequences", "student")),
+    Factor("vocabulary of 2048", {f"{_RECIPE}.vocab_size": 2048}, ("lexicon", "corpus")),
+    Factor("vocabulary of 8192", {f"{_RECIPE}.vocab_size": 8192}, ("lexicon", "corpus")),
+)
+
+
+def keys_of(arm: Arm, chosen: Mapping[str, float]) -> dict[str, Any]:
+    """Every key in which an arm differs from `study.yaml` but its own tuned one.
+
+    Args:
+        arm: the arm.
+        chosen: the tuned value of the arms that it stands on, by name.
+    """
+    if arm.on is None:
+        return dict(arm.keys)
+    below = BY_NAME[arm.on]
+    inherited = keys_of(below, chosen) | {below.tuned: chosen[below.name]}
+    if arm.tuned == "loss.sense_weight":  # the arms below have it at 0
+        inherited.pop("loss.sense_weight", None)
+    return inherited | dict(arm.keys)

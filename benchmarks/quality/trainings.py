@@ -1,0 +1,177 @@
+"""Runs the trainings of the study, one after the other in this process, through what `launcher/train.py` calls.
+
+Starting a process costs more than a small training does. What is done is skipped; what is not, is done in the order of
+what the study is for: tuning and test of all arms, then one factor after the other.
+"""
+
+import datetime
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import study, work
+from benchmarks.quality.judge import Judge
+from benchmarks.quality.results import TEACHER, Result, Stage, append_result, choose, read_results
+from benchmarks.quality.splits import Split
+from benchmarks.quality.study import Arm
+from benchmarks.report import machine
+from dskd import checkpoint, shards
+from dskd.console import say
+from dskd.distributed import World
+from dskd.export import FOLDER, build_export
+from dskd.train import train
+
+
+@dataclass(frozen=True)
+class Training:
+    """One that is wanted."""
+
+    stage: Stage
+    arm: Arm
+    seed: int
+    value: float
+    variant: str | None
+    keys: Mapping[str, Any]
+
+    @property
+    def run(self) -> str:
+        """Its name, under which checkpoints and export lie."""
+        name = f"{self.stage}-{self.arm.name}-{self.seed}"
+        return f"{name}-{self.value:g}" if self.stage == "tune" else name
+
+
+def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterator[Training]:
+    """Yields what the study asks for, in order; what stands on a choice only when that is made.
+
+    `results` may grow while this is read: choices are made from what is in it at that time.
+    """
+    chosen: dict[str, float] = {}
+    for arm in study.ARMS:
+        if arm.on is not None and arm.on not in chosen:
+            continue
+        keys = study.keys_of(arm, chosen)
+        for value in arm.trials if "tune" in stages else ():
+            for seed in study.TUNING_SEEDS:
+                yield Training("tune", arm, seed, value, arm.shards, keys | {arm.tuned: value})
+        best = choose(results, arm.name, arm.trials)
+        if best is not None:
+            chosen[arm.name] = best
+    ready = [arm for arm in study.ARMS if arm.name in chosen]
+    for seed in study.TEST_SEEDS if "test" in stages else ():  # by seed: an early end leaves whole pairs
+        for arm in ready:
+            yield _with_choice("test", arm, seed, arm.shards, chosen)
+    for factor in study.FACTORS if "factor" in stages else ():
+        for seed in study.FACTOR_SEEDS:
+            for arm in ready:
+                if arm.name in study.FACTOR_ARMS:
+                    yield _with_choice("factor", arm, seed, factor.name, chosen)
+
+
+def _with_choice(stage: Stage, arm: Arm, seed: int, variant: str | None, chosen: Mapping[str, float]) -> Training:
+    value = chosen[arm.name]
+    return Training(stage, arm, seed, value, variant, study.keys_of(arm, chosen) | {arm.tuned: value})
+
+
+class Runner:
+    """Does trainings and keeps their results.
+
+    Args:
+        folder: for the work directories.
+        path: the results file.
+        world: one rank.
+        base: the config that all share.
+    """
+
+    def __init__(self, folder: Path, path: Path, world: World, base: Path = study.BASE) -> None:
+        self.results = read_results(path)
+        self._folder, self._path, self._world, self._base = folder, path, world, base
+        self._judges: dict[tuple[str | None, Split], Judge] = {}
+        self._digests: dict[str | None, str] = {}
+
+    def run(self, stages: tuple[Stage, ...], budget_s: float) -> bool:
+        """Does what is wanted and not done; returns False when the time is over before that."""
+        started = time.monotonic()
+        for training in wanted_trainings(self.results, stages):
+            if self.is_done(training):
+                continue
+            if time.monotonic() - started > budget_s:
+                say("the time is over; the same command goes on from here")
+                return False
+            self.do(training)
+        return True
+
+    def is_done(self, training: Training) -> bool:
+        """True when its result is there, of these shards."""
+        return self._result(training, {}, 0.0).name in {result.name for result in self.results}
+
+    def do(self, training: Training) -> Result:
+        """Trains, exports and measures."""
+        config = work.load_variant(
+            self._folder,
+            training.variant,
+            {"run": training.run, "seed": training.seed} | dict(training.keys),
+            self._base,
+        )
+        # The teacher's own measures come first: they say what there is to transfer.
+        split: Split = "validation" if training.stage == "tune" else "test"
+        judge = self._judge(training, split)
+        began = time.monotonic()
+        train(config, self._world, overwrite=True)
+        build_export(config)
+        shutil.rmtree(checkpoint.folder(config))
+        result = self._result(training, judge.measure_run(config), time.monotonic() - began)
+        if training.stage == "tune":  # nobody looks at them again
+            shutil.rmtree(config.path(FOLDER, training.run))
+        self._keep(result)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.measures.items())
+        say(f"{training.run}{f' ({training.variant})' if training.variant else ''}: {shown}; {result.seconds:.0f} s")
+        return result
+
+    def _judge(self, training: Training, split: Split) -> Judge:
+        # The rule of antonyms changes N_i and with it sense_alignment: all arms of the study are measured by ours.
+        variant = None if training.variant == study.PAPERS_RULE else training.variant
+        if (variant, split) not in self._judges:
+            shared = work.load_variant(self._folder, variant, {"run": training.run}, self._base)
+            judge = self._judges[variant, split] = Judge(shared, split, self._world)
+            if split == "test":
+                stage: Stage = "test" if variant is None else "factor"
+                of_teacher = Result(
+                    stage, TEACHER, 0, variant, {}, None, judge.teacher, self._digest(variant), 0.0, *_where_and_when()
+                )
+                if of_teacher.name not in {result.name for result in self.results}:
+                    self._keep(of_teacher)
+        return self._judges[variant, split]
+
+    def _digest(self, variant: str | None) -> str:
+        if variant not in self._digests:
+            work.prepare(self._folder, variant, self._base)
+            config = work.load_variant(self._folder, variant, {}, self._base)
+            self._digests[variant] = shards.load_manifest(config, "train").digest
+        return self._digests[variant]
+
+    def _result(self, training: Training, measures: Mapping[str, float], seconds: float) -> Result:
+        return Result(
+            training.stage,
+            training.arm.name,
+            training.seed,
+            training.variant,
+            dict(training.keys),
+            training.value,
+            measures,
+            self._digest(training.variant),
+            round(seconds, 1),
+            *_where_and_when(),
+        )
+
+    def _keep(self, result: Result) -> None:
+        append_result(self._path, result)
+        self.results.append(result)
+
+
+def _where_and_when() -> tuple[str, str]:
+    here = machine()
+    words = f"{here['device']}, {here['cores']} cores, {here['memory_gb']} GB, torch {here['torch']}"
+    return datetime.date.today().isoformat(), words

@@ -1,0 +1,52 @@
+"""The work directories of the study: what arms share is made once, by the pipeline, and linked where it is the same."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.quality.study import BASE, FACTORS, PAPERS_RULE, Factor
+from dskd.config import Config
+from dskd.config_file import load_config
+from dskd.pipeline import run_pipeline
+
+MAIN = "main"
+_PAPERS = Factor(
+    PAPERS_RULE,
+    {"annotation.own_among_antonyms": True},
+    ("lexicon", "corpus", "teacher", "sequences", "student", "senses"),
+)
+VARIANTS = {factor.name: factor for factor in (_PAPERS, *FACTORS)}
+
+
+def overrides_of(work: Path, variant: str | None, keys: Mapping[str, Any]) -> list[str]:
+    """`section.key=value` of a training in a variant of the study, as a user would write them."""
+    factor = VARIANTS[variant] if variant else None
+    changed = {"workdir": str(_folder(work, variant)), **(factor.keys if factor else {}), **keys}
+    return [f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in changed.items()]
+
+
+def load_variant(work: Path, variant: str | None, keys: Mapping[str, Any], base: Path = BASE) -> Config:
+    """The config of a training."""
+    return load_config(base, overrides_of(work, variant, keys))
+
+
+def prepare(work: Path, variant: str | None = None, base: Path = BASE) -> None:
+    """Brings everything up to the shards up to date, with the stages of `launcher/pipeline.py`."""
+    folder = _folder(work, variant)
+    folder.mkdir(parents=True, exist_ok=True)
+    if variant is not None:
+        prepare(work, base=base)
+        _link(_folder(work, None), folder, VARIANTS[variant].shares)
+    run_pipeline(base, overrides_of(work, variant, {}), until="shards")
+
+
+def _link(source: Path, folder: Path, artifacts: Sequence[str]) -> None:
+    for artifact in artifacts:
+        if not (folder / artifact).exists():
+            (folder / artifact).symlink_to((source / artifact).resolve(), target_is_directory=True)
+
+
+def _folder(work: Path, variant: str | None) -> Path:
+    return work / (variant or MAIN).replace(" ", "-")

@@ -1,0 +1,125 @@
+"""The study of whether senses help: that its comparison is fair, and that what was done is not done again."""
+
+import dataclasses
+
+import pytest
+from scipy import stats
+
+from benchmarks.quality import study, work
+from benchmarks.quality.__main__ import REPORT, RESULTS
+from benchmarks.quality.report import render
+from benchmarks.quality.results import Result, append_result, choose, read_results
+from benchmarks.quality.splits import rows_of
+from benchmarks.quality.trainings import wanted_trainings
+from dskd.errors import UserError
+
+MEASURES = ("perplexity", "accuracy", "lexical_perplexity", "hidden_distance")
+
+
+def _result(arm="kd", value=1.0, perplexity=50.0, seed=100, stage="tune"):
+    return Result(
+        stage, arm, seed, None, {"a": value}, value, dict.fromkeys(MEASURES, perplexity), "digest", 1.0, "day", "place"
+    )
+
+
+@pytest.mark.parametrize("cut", [[], [4], [4, 5], [0, 1, 2, 3]])
+def test_no_document_is_in_both_parts(cut):
+    begins = [row not in cut for row in range(9)]
+    document, documents_of = 0, []
+    for begin in begins:  # a sequence ends the last document, and begins one more or goes on with it
+        documents_of.append({document, document + begin})
+        document += begin
+    validation, test = (
+        set().union(*(documents_of[row] for row in rows_of(split, begins))) for split in ("validation", "test")
+    )
+    assert validation
+    assert test
+    assert not validation & test
+
+
+def test_text_without_a_place_to_cut_is_refused():
+    with pytest.raises(ValueError, match="cannot be split"):
+        rows_of("test", [True, True, False, False])
+
+
+def test_every_arm_has_the_same_effort_and_no_seed_of_the_test_is_tuned_on():
+    assert {len(set(arm.trials)) for arm in study.ARMS} == {study.NUM_TRIALS}
+    assert not set(study.TUNING_SEEDS) & set(study.TEST_SEEDS)
+    assert not set(study.TUNING_SEEDS) & set(study.FACTOR_SEEDS)
+
+
+def test_every_training_of_the_study_is_one_that_a_config_can_ask_for(tmp_path):
+    results = [_result(arm.name, value, 50 + value) for arm in study.ARMS for value in arm.trials]
+    trainings = list(wanted_trainings(results, ("tune", "test", "factor")))
+    assert len(trainings) == len(study.ARMS) * (4 + 5) + len(study.FACTORS) * len(study.FACTOR_ARMS) * 3
+    rates = set()
+    for training in trainings:
+        config = work.load_variant(tmp_path, training.variant, dict(training.keys))
+        rates.add(config.train.learning_rate)
+        is_plain = training.arm.name in ("ce", "kd", "kd-hidden", "hidden-lexical")
+        assert (config.loss.sense_weight == 0) == is_plain
+        assert (config.loss.hidden_weight > 0) == ("hidden" in training.arm.name)
+        assert (config.loss.kd_weight > 0) == (training.arm.name != "ce")
+        assert config.annotation.own_among_antonyms == (training.arm.name == "dskd-papers-rule")
+    assert len(rates) == 1
+
+
+def test_what_stands_on_a_choice_waits_for_it():
+    assert {training.arm.on for training in wanted_trainings([], ("tune", "test"))} == {None}
+
+
+def test_the_lowest_perplexity_is_chosen_when_all_trials_are_done():
+    results = [_result(value=1.0, perplexity=50), _result(value=2.0, perplexity=40)]
+    assert choose(results, "kd", (1.0, 2.0)) == 2.0
+    assert choose(results, "kd", (1.0, 2.0, 3.0)) is None
+    tested = [*results, _result(value=1.0, perplexity=10, stage="test")]
+    assert choose(tested, "kd", (1.0, 2.0)) == 2.0
+
+
+def test_results_outlive_an_interrupted_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_result(path, _result(seed=1))
+    with path.open("a") as stream:
+        stream.write('{"arm": "k')
+    assert read_results(path) == [_result(seed=1)]
+    append_result(path, _result(seed=2))
+    assert [result.seed for result in read_results(path)] == [1, 2]
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_result(path, _result())
+    with path.open("a") as stream:
+        stream.write("{}\n")
+    with pytest.raises(UserError, match=r"results.jsonl:2: "):
+        read_results(path)
+
+
+def test_another_value_seed_or_text_is_another_training():
+    one = _result()
+    others = [dataclasses.replace(one, **change) for change in ({"seed": 2}, {"keys": {"a": 2}}, {"shards": "other"})]
+    assert len({result.name for result in [one, *others]}) == 4
+    assert dataclasses.replace(one, seconds=9.0, date="later", measures={}).name == one.name
+
+
+def test_the_committed_report_is_that_of_the_committed_results():
+    assert REPORT.read_text(encoding="utf-8") == render(read_results(RESULTS))
+
+
+def test_the_intervals_of_the_report_are_those_of_scipy():
+    values = {"kd": [50.0, 50.3, 49.8, 50.1, 50.4], "dskd": [49.9, 50.1, 49.8, 50.2, 50.0]}
+    report = render(
+        [
+            _result(name, perplexity=value, seed=seed, stage="test")
+            for name, of_seeds in values.items()
+            for seed, value in enumerate(of_seeds)
+        ]
+    )
+    for of_seeds in values.values():
+        mean = sum(of_seeds) / 5
+        low, _ = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(of_seeds))
+        assert f"{mean:.2f} ± {mean - low:.2f}" in report
+    differences = [one - other for one, other in zip(values["dskd"], values["kd"], strict=True)]
+    mean = sum(differences) / 5
+    low, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(differences))
+    assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" in report
