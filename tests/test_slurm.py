@@ -255,12 +255,15 @@ def test_a_dead_node_is_no_fault(site):
         # What SLURM finds out in its own time (SlurmdTimeout) it is told.
         slurm.run("scontrol", "update", "nodename=node2", "state=noresp")
         fails.touch()
-        site.wait_for_line(job, "not counted as a fault, for SLURM has lost node2")
+        # Whichever of the two is the first to see that the node is gone: the script, or SLURM after all.
+        seen = ("not counted as a fault, for SLURM has lost node2", "DUE TO NODE FAILURE")
+        site.until(lambda: any(text in site.log(job) for text in seen), job)
         fails.unlink()
     site.wait_for_line(job, "begun 1", 2)
     with site.dead("node2"):
+        failures = site.log(job).count("DUE TO NODE FAILURE")
         slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=dead")
-        site.wait_for_line(job, "DUE TO NODE FAILURE")
+        site.wait_for_line(job, "DUE TO NODE FAILURE", failures + 1)
     site.wait_for_line(job, "begun 2", 2)
     assert not (site.folder / f"job-{job}" / "faults").exists()
     slurm.cancel_all()
