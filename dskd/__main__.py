@@ -12,16 +12,8 @@ from dskd.config_file import load_config
 from dskd.inspection.command import add_inspect_parser, run_inspection
 from dskd.plan.command import add_plan_parser, run_plan
 from dskd.program import add_config_arguments, run, run_on_ranks
+from dskd.senses.command import add_senses_parser, run_senses
 
-MERGE_HELP = "make one sense dictionary of several, built by one teacher on different corpora"
-MERGE_EPILOG = """
-The config says who the teacher is, where the lexicon lies (for the spans and relations), and how to cluster: senses.k,
-senses.states_per_sense, senses.restarts. Name the result in senses.path, and annotate with it.
-
-example:
-  dskd senses merge --config configs/wiki.yaml --dictionary work/wiki/senses --dictionary work/tasks/senses \\
-      --output work/merged
-"""
 CONFIG_HELP = "explain every key of a configuration file; with --config, check one and print all that it says"
 PREFLIGHT_HELP = "check the nodes of a job before it: all-reduce, storage, clocks, versions, shards"
 PREFLIGHT_EPILOG = """
@@ -54,12 +46,6 @@ def _export(config: Config) -> None:
     from dskd.export import build_export
 
     build_export(config)
-
-
-def _merge(config: Config, folders: list[Path], output: Path) -> None:
-    from dskd.senses.merge import merge_dictionaries
-
-    merge_dictionaries(config, folders, output)
 
 
 _VERBS: dict[str, tuple[Callable[[Config], None], str]] = {
@@ -111,24 +97,6 @@ def main() -> int:
     config.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over it")
     wordnet = verbs.add_parser("wordnet", help="find WordNet, and say where it is")
     wordnet.add_argument("--path", help="a folder with WordNet's dictionary files, instead of looking for one")
-    senses = verbs.add_parser("senses", help="work on finished sense dictionaries: merge")
-    merge = senses.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
-        "merge",
-        help=MERGE_HELP,
-        description=f"{MERGE_HELP[0].upper()}{MERGE_HELP[1:]}.",
-        epilog=MERGE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    merge.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the merged one goes")
-    merge.add_argument(
-        "--dictionary",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="FOLDER",
-        help="a folder with a senses.safetensors; give this two or more times",
-    )
-    add_config_arguments(merge)
     status = verbs.add_parser("status", help=STATUS_HELP, description=f"{STATUS_HELP[0].upper()}{STATUS_HELP[1:]}.")
     add_config_arguments(status)
     checks = verbs.add_parser(
@@ -144,6 +112,7 @@ def main() -> int:
     add_compare_parser(verbs)
     add_inspect_parser(verbs)
     add_plan_parser(verbs)
+    add_senses_parser(verbs)
     given, extra = parser.parse_known_args()
     if given.verb == "inspect":
         return run_inspection(given, extra, parser)
@@ -156,7 +125,7 @@ def main() -> int:
     if given.verb == "config":
         return run(lambda: _explain_config(given.config, given.overrides))
     if given.verb == "senses":
-        return run(lambda: _merge(load_config(given.config, given.overrides), given.dictionary, given.output))
+        return run_senses(given)
     if given.verb == "preflight":
         _preflight(given)
     if given.verb == "status":

@@ -11,4 +11,6 @@ assemble    what the ranks computed, and the spans, to one file
 dictionary  the file format, and reading rows of it without loading it
 build       the stage that ties these together
 merge       one dictionary of several
+geometry    whether synonyms are nearer than antonyms
+command     the arguments of `dskd senses`
 """
