@@ -7,13 +7,14 @@ from scipy import stats
 
 from benchmarks.quality import study, work
 from benchmarks.quality.__main__ import REPORT, RESULTS
-from benchmarks.quality.report import render
+from benchmarks.quality.measures import LEXICAL, ON_TEXT
+from benchmarks.quality.report import PICTURE, render, write_report
 from benchmarks.quality.results import Result, append_result, choose, read_results
 from benchmarks.quality.splits import rows_of
 from benchmarks.quality.trainings import wanted_trainings
 from dskd.errors import UserError
 
-MEASURES = ("perplexity", "accuracy", "lexical_perplexity", "hidden_distance")
+MEASURES = (*ON_TEXT, *LEXICAL)
 
 
 def _result(arm="kd", value=1.0, perplexity=50.0, seed=100, stage="tune"):
@@ -106,15 +107,20 @@ def test_the_committed_report_is_that_of_the_committed_results():
     assert REPORT.read_text(encoding="utf-8") == render(read_results(RESULTS))
 
 
-def test_the_intervals_of_the_report_are_those_of_scipy():
+def test_the_intervals_of_the_report_are_those_of_scipy(tmp_path):
     values = {"kd": [50.0, 50.3, 49.8, 50.1, 50.4], "dskd": [49.9, 50.1, 49.8, 50.2, 50.0]}
-    report = render(
-        [
-            _result(name, perplexity=value, seed=seed, stage="test")
-            for name, of_seeds in values.items()
-            for seed, value in enumerate(of_seeds)
-        ]
-    )
+    results = [
+        _result(name, perplexity=value, seed=seed, stage="test")
+        for name, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+    write_report(results, tmp_path / "README.md")
+    report = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert report == render(results)
+    drawn = (tmp_path / PICTURE).read_text(encoding="utf-8")
+    assert drawn.count("against kd") == 2
+    write_report(results, tmp_path / "README.md")
+    assert (tmp_path / PICTURE).read_text(encoding="utf-8") == drawn
     for of_seeds in values.values():
         mean = sum(of_seeds) / 5
         low, _ = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(of_seeds))

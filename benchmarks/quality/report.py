@@ -4,26 +4,49 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality import study
+from benchmarks.quality.drawing import draw_differences
+from benchmarks.quality.measures import DIGITS, GEOMETRY, LEXICAL, ON_TEXT
 from benchmarks.quality.results import TEACHER, Result, choose
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
 
-_MEASURES = ("perplexity", "accuracy", "lexical_perplexity", "hidden_distance")
-_FIRST = _MEASURES[0]
-_DIGITS = {"perplexity": 2, "accuracy": 4, "lexical_perplexity": 1, "hidden_distance": 4}
+_FIRST = ON_TEXT[0]
+PICTURE = "differences.svg"
 _LEVEL = round(100 * CONFIDENCE)
+_LEXICAL_MEASURES = """Before the word is said, from the state that the sense loss works on: do examples of one sense
+lie together (separation, ROC AUC, chance .5), and is an example's sense the first among those of its lemma (retrieval)?
+And does the model rather put a synonym than an antonym of about the same frequency into a sentence (preference, chance .5)?
+Definitions are in `dskd/lexical`; letters alone give more than chance in the first two."""
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
-    """Writes the Markdown of :func:`render`."""
+    """Writes the Markdown of :func:`render`, and its picture beside it."""
     path.write_text(render(results), encoding="utf-8")
+    draw_differences(
+        {
+            (measure, baseline): {
+                arm.name: found
+                for arm in study.ARMS
+                if (found := difference(results, "test", None, arm.name, baseline, measure)) is not None
+                and arm.name != baseline
+            }
+            for measure in ("perplexity", "lexical_perplexity")
+            for baseline in study.BASELINES
+        },
+        path.with_name(PICTURE),
+    )
 
 
 def render(results: Sequence[Result]) -> str:
     """The whole report as Markdown."""
     parts = ["# Do senses help?", "", _about(results), "", "## Tuned weights", "", _tuned(results)]
-    parts += ["", "## Test", "", _tested(results)]
+    parts += ["", "## Test", "", _tested(results, ON_TEXT)]
+    if any(result.stage == "test" for result in results):
+        parts += ["", f"![differences with their intervals]({PICTURE})"]
     for baseline in study.BASELINES:
-        parts += ["", f"### Against {baseline}, seed by seed", "", _against(results, baseline)]
+        parts += ["", f"### Against {baseline}, seed by seed", "", _against(results, baseline, ON_TEXT)]
+    parts += ["", "## What they know of held-out words", "", _LEXICAL_MEASURES, "", _tested(results, LEXICAL)]
+    parts += ["", f"### Against {study.BASELINES[-1]}, seed by seed", ""]
+    parts += [_against(results, study.BASELINES[-1], LEXICAL)]
     parts += ["", "## One thing changed", "", _factors(results), "", "## Not run", "", _missing(results)]
     return "\n".join(parts) + "\n"
 
@@ -58,28 +81,36 @@ def _tuned(results: Sequence[Result]) -> str:
     return _table(["arm", "what", "stands on", "tuned", "trials: perplexity on the validation part", "chosen"], rows)
 
 
-def _tested(results: Sequence[Result]) -> str:
+def _tested(results: Sequence[Result], measures: Sequence[str]) -> str:
     rows = []
     for name in (TEACHER, *(arm.name for arm in study.ARMS)):
         found = [result for result in results if (result.stage, result.arm) == ("test", name)]
-        if found:
-            cells = [_estimate([result.measures[measure] for result in found], measure) for measure in _MEASURES]
+        if found and all(measure in result.measures for result in found for measure in measures):
+            cells = [_estimate([result.measures[measure] for result in found], measure) for measure in measures]
             rows.append([name, str(len(found)) if name != TEACHER else "", *cells])
-    return _table(["arm", "seeds", *_MEASURES], rows) if rows else "Nothing yet."
+    return _table(["arm", "seeds", *measures], rows) if rows else "Nothing yet."
 
 
-def _against(results: Sequence[Result], baseline: str) -> str:
-    names = [arm.name for arm in study.ARMS if arm.name != baseline]
+def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) -> str:
     differences = {
-        name: {m: _difference(results, "test", None, name, baseline, m) for m in _MEASURES} for name in names
+        arm.name: [difference(results, "test", None, arm.name, baseline, measure) for measure in measures]
+        for arm in study.ARMS
+        if arm.name != baseline
     }
-    names = [name for name in names if differences[name][_FIRST] is not None]
-    if not names:
+    whole = {
+        name: [one for one in of_measures if one is not None]
+        for name, of_measures in differences.items()
+        if None not in of_measures
+    }
+    if not whole:
         return "Nothing yet: that takes two seeds of both."
-    p_values = iter(holm([differences[name][m].p_value for name in names for m in _MEASURES]))  # type: ignore[union-attr]
-    rows = [[name, *(_shown(differences[name][m], m, next(p_values)) for m in _MEASURES)] for name in names]
+    p_values = iter(holm([one.p_value for of_measures in whole.values() for one in of_measures]))
+    rows = [
+        [name, *(_shown(one, m, next(p_values)) for one, m in zip(of_measures, measures, strict=True))]
+        for name, of_measures in whole.items()
+    ]
     return (
-        _table(["arm", *_MEASURES], rows)
+        _table(["arm", *measures], rows)
         + "\n\nDifference [interval], p of the paired t test after Holm's correction over this table."
     )
 
@@ -90,20 +121,19 @@ def _factors(results: Sequence[Result]) -> str:
         stage = "factor" if variant else "test"
         teachers = [r for r in results if (r.stage, r.arm, r.variant) == (stage, TEACHER, variant)]
         for name in study.FACTOR_ARMS[1:]:
-            cells = [
-                _shown(_difference(results, stage, variant, name, study.FACTOR_ARMS[0], m), m) for m in _MEASURES[:3]
-            ]
+            cells = [_shown(difference(results, stage, variant, name, study.FACTOR_ARMS[0], m), m) for m in ON_TEXT[:3]]
             if teachers and all(cells):
                 of_teacher = teachers[0].measures
-                alignment = f"{of_teacher['sense_alignment']:.3f}" if "sense_alignment" in of_teacher else ""
-                rows.append([variant or "as above", f"{of_teacher[_FIRST]:.1f}", alignment, name, *cells])
+                geometry = f"{of_teacher[GEOMETRY]:.3f}" if GEOMETRY in of_teacher else ""
+                rows.append([variant or "as above", f"{of_teacher[_FIRST]:.1f}", geometry, name, *cells])
     if not rows:
         return "Nothing yet."
-    header = ["changed", "teacher's perplexity", "teacher's sense alignment", "arm", *_MEASURES[:3]]
+    header = ["changed", "teacher's perplexity", GEOMETRY, "arm", *ON_TEXT[:3]]
     return (
         f"Differences to {study.FACTOR_ARMS[0]} by seed, with the weights tuned above, and intervals that are not "
-        "corrected for their number: leads. Sense alignment is the share of positions at which the teacher's state is "
-        "nearer to a row of the target or its synonyms than to every row of its antonyms.\n\n" + _table(header, rows)
+        f"corrected for their number: leads. {GEOMETRY} is what `dskd senses geometry` says of the teacher: of pairs of "
+        "a synonym and an antonym of one word, in how many the synonym is nearer; below .5 antonyms are.\n\n"
+        + _table(header, rows)
     )
 
 
@@ -121,10 +151,10 @@ def _missing(results: Sequence[Result]) -> str:
     return "\n".join(lines) or "All that the study asks for was run."
 
 
-def _difference(
+def difference(
     results: Sequence[Result], stage: str, variant: str | None, one: str, other: str, measure: str
 ) -> Difference | None:
-    """Over the seeds that both have."""
+    """One arm against another over the seeds that both have; None of fewer than two."""
 
     def by_seed(name: str) -> dict[str, list[float]]:
         shards = study.BY_NAME[name].shards if variant is None else variant
@@ -140,7 +170,7 @@ def _difference(
 
 
 def _estimate(values: Sequence[float], measure: str) -> str:
-    estimate, digits = Estimate.of(values), _DIGITS[measure]
+    estimate, digits = Estimate.of(values), DIGITS[measure]
     interval = "" if estimate.half_width is None else f" ± {estimate.half_width:.{digits}f}"
     return f"{estimate.mean:.{digits}f}{interval}"
 
@@ -148,7 +178,7 @@ def _estimate(values: Sequence[float], measure: str) -> str:
 def _shown(difference: Difference | None, measure: str, p_value: float | None = None) -> str:
     if difference is None:
         return ""
-    digits = _DIGITS[measure]
+    digits = DIGITS[measure]
     value, low, high = (f"{x:+.{digits}f}" for x in (difference.value, difference.low, difference.high))
     return f"{value} [{low}, {high}]" + ("" if p_value is None else f", p = {p_value:.2g}")
 
