@@ -14,8 +14,8 @@ PICTURE = "differences.svg"
 _LEVEL = round(100 * CONFIDENCE)
 _LEXICAL_MEASURES = """Before the word is said, from the state that the sense loss works on: do examples of one sense
 lie together (separation, ROC AUC, chance .5), and is an example's sense the first among those of its lemma (retrieval)?
-And does the model rather put a synonym than an antonym of about the same frequency into a sentence (preference, chance .5)?
-Definitions are in `dskd/lexical`; letters alone give more than chance in the first two."""
+And does the model rather put a synonym than an antonym of about the same frequency into a sentence (preference,
+chance .5)? Definitions are in `dskd/lexical`; letters alone give more than chance in the first two."""
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
@@ -131,8 +131,8 @@ def _factors(results: Sequence[Result]) -> str:
     header = ["changed", "teacher's perplexity", GEOMETRY, "arm", *ON_TEXT[:3]]
     return (
         f"Differences to {study.FACTOR_ARMS[0]} by seed, with the weights tuned above, and intervals that are not "
-        f"corrected for their number: leads. {GEOMETRY} is what `dskd senses geometry` says of the teacher: of pairs of "
-        "a synonym and an antonym of one word, in how many the synonym is nearer; below .5 antonyms are.\n\n"
+        f"corrected for their number: leads. {GEOMETRY} is what `dskd senses geometry` says of the teacher: of pairs "
+        "of a synonym and an antonym of one word, in how many the synonym is nearer; below .5 antonyms are.\n\n"
         + _table(header, rows)
     )
 
