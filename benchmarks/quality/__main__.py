@@ -20,8 +20,8 @@ examples:
   python -m benchmarks.quality --report                                   README.md from the results
   python -m benchmarks.quality --work work/quality --stages               only what all arms share, up to the shards
 
-On a CPU one thread is as fast as two at this size: OMP_NUM_THREADS=1. The students of the test stay in
-WORK/VARIANT/export.
+On a CPU one thread is as fast as two at this size: OMP_NUM_THREADS=1. The same command may run several times at once,
+each on a core of its own. The students of the test stay in WORK/VARIANT/export.
 """
 REPORT = Path(__file__).with_name("README.md")
 STAGES = ("tune", "test", "factor")

@@ -2,6 +2,7 @@
 twice.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -59,9 +60,10 @@ def read_results(path: Path) -> list[Result]:
 
 
 def append_result(path: Path, result: Result) -> None:
-    """Adds a result, behind the last whole line."""
+    """Adds a result, behind the last whole line; others may be doing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX)
         stream.seek(0)
         whole = stream.read().rfind(b"\n") + 1
         stream.truncate(whole)

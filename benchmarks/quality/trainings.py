@@ -1,4 +1,4 @@
-"""Runs the trainings of the study, one after the other in this process, through what `launcher/train.py` calls.
+"""Runs the trainings of the study in this process, one after the other, through what `launcher/train.py` calls.
 
 Starting a process costs more than a small training does. What is done is skipped; what is not, is done in the order of
 what the study is for: tuning and test of all arms, then one factor after the other.
@@ -22,7 +22,10 @@ from dskd import checkpoint, shards
 from dskd.console import say
 from dskd.distributed import World
 from dskd.export import FOLDER, build_export
+from dskd.lock import lock_if_free
 from dskd.train import train
+
+_WAIT_S = 5.0  # for what other processes are at, and what may stand on it
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,7 @@ class Training:
 
 
 def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterator[Training]:
-    """Yields what the study asks for, in order; what stands on a choice only when that is made.
-
-    `results` may grow while this is read: choices are made from what is in it at that time.
-    """
+    """Yields what the study asks for, in order; what stands on a choice only when that is made."""
     chosen: dict[str, float] = {}
     for arm in study.ARMS:
         if arm.on is not None and arm.on not in chosen:
@@ -92,19 +92,34 @@ class Runner:
         self._digests: dict[str | None, str] = {}
 
     def run(self, stages: tuple[Stage, ...], budget_s: float) -> bool:
-        """Does what is wanted and not done; returns False when the time is over before that."""
-        started = time.monotonic()
-        for training in wanted_trainings(self.results, stages):
-            if self.is_done(training):
-                continue
-            if time.monotonic() - started > budget_s:
-                say("the time is over; the same command goes on from here")
-                return False
-            self.do(training)
-        return True
+        """Does what is wanted and not done; returns False when the time is over before that.
 
-    def is_done(self, training: Training) -> bool:
-        """True when its result is there, of these shards."""
+        Several processes may do this at once: each takes what no other is at, and ends when there is no such thing.
+        """
+        started = time.monotonic()
+        while True:
+            self.results = read_results(self._path)
+            is_busy = False
+            for training in wanted_trainings(self.results, stages):
+                if self.is_done(training):
+                    continue
+                if time.monotonic() - started > budget_s:
+                    say("the time is over; the same command goes on from here")
+                    return False
+                with lock_if_free(self._folder / f".{training.run}-{training.variant}.lock") as is_ours:
+                    if is_ours and not self.is_done(training, look_again=True):
+                        self.do(training)
+                        break  # and look again: there may be more now that stands on it
+                    is_busy = is_busy or not is_ours
+            else:
+                if not is_busy:
+                    return True
+                time.sleep(_WAIT_S)
+
+    def is_done(self, training: Training, *, look_again: bool = False) -> bool:
+        """True when its result is there, of these shards; `look_again` in the file, where others write too."""
+        if look_again:
+            self.results = read_results(self._path)
         return self._result(training, {}, 0.0).name in {result.name for result in self.results}
 
     def do(self, training: Training) -> Result:
@@ -141,7 +156,7 @@ class Runner:
                 of_teacher = Result(
                     stage, TEACHER, 0, variant, {}, None, judge.teacher, self._digest(variant), 0.0, *_where_and_when()
                 )
-                if of_teacher.name not in {result.name for result in self.results}:
+                if of_teacher.name not in {result.name for result in read_results(self._path)}:
                     self._keep(of_teacher)
         return self._judges[variant, split]
 
@@ -168,7 +183,7 @@ class Runner:
 
     def _keep(self, result: Result) -> None:
         append_result(self._path, result)
-        self.results.append(result)
+        self.results = read_results(self._path)
 
 
 def _where_and_when() -> tuple[str, str]:
