@@ -36,6 +36,7 @@ from dskd.model_folder import TEACHER_FOLDER, find_teacher
 from dskd.senses import build as senses
 
 LAUNCHERS = Path(__file__).resolve().parent.parent / "launcher"
+LOCK = ".pipeline.lock"  # in the work directory
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     """
     stopping.listen()
     config = load_config(path, overrides)
-    hold_lock(config.path(".pipeline.lock"), "runs the pipeline in this work directory")
+    hold_lock(config.path(LOCK), "runs the pipeline in this work directory")
     started = time.perf_counter()
     stages = plan_stages(config, path, overrides)
     if until is not None:

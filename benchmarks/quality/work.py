@@ -9,9 +9,11 @@ import yaml
 from benchmarks.quality.study import BASE, FACTORS, PAPERS_RULE, Factor
 from dskd.config import Config
 from dskd.config_file import load_config
-from dskd.pipeline import run_pipeline
+from dskd.lock import hold_lock, release_lock
+from dskd.pipeline import LOCK, run_pipeline
 
 MAIN = "main"
+_PREPARATION_S = 7200
 _PAPERS = Factor(
     PAPERS_RULE,
     {"annotation.own_among_antonyms": True},
@@ -33,13 +35,24 @@ def load_variant(work: Path, variant: str | None, keys: Mapping[str, Any], base:
 
 
 def prepare(work: Path, variant: str | None = None, base: Path = BASE) -> None:
-    """Brings everything up to the shards up to date, with the stages of `launcher/pipeline.py`."""
+    """Brings everything up to the shards up to date, with the stages of `launcher/pipeline.py`; one process at a time."""
+    lock = work / ".prepare.lock"
+    hold_lock(lock, "prepares the study", wait_s=_PREPARATION_S)
+    try:
+        if variant is not None:
+            _prepare(work, None, base)
+        _prepare(work, variant, base)
+    finally:
+        release_lock(lock)
+
+
+def _prepare(work: Path, variant: str | None, base: Path) -> None:
     folder = _folder(work, variant)
     folder.mkdir(parents=True, exist_ok=True)
     if variant is not None:
-        prepare(work, base=base)
         _link(_folder(work, None), folder, VARIANTS[variant].shares)
     run_pipeline(base, overrides_of(work, variant, {}), until="shards")
+    release_lock(folder / LOCK)  # it has it until it ends otherwise, and other processes of the study want it too
 
 
 def _link(source: Path, folder: Path, artifacts: Sequence[str]) -> None:
