@@ -35,7 +35,7 @@ def load_variant(work: Path, variant: str | None, keys: Mapping[str, Any], base:
 
 
 def prepare(work: Path, variant: str | None = None, base: Path = BASE) -> None:
-    """Brings everything up to the shards up to date, with the stages of `launcher/pipeline.py`; one process at a time."""
+    """Brings everything up to the shards up to date, as `launcher/pipeline.py` does; one process at a time."""
     lock = work / ".prepare.lock"
     hold_lock(lock, "prepares the study", wait_s=_PREPARATION_S)
     try:
