@@ -42,7 +42,7 @@ ARMS = (
         "train.weight_decay",
         (0.0, 1e-3, 1e-2, 1e-1),
     ),
-    Arm("kd", "CE + KL", {"loss.sense_weight": 0}, "loss.kd_weight", (0.35, 0.7, 1.4, 2.8)),
+    Arm("kd", "CE + KL", {"loss.sense_weight": 0}, "loss.kd_weight", (1.4, 2.8, 5.6, 11.2)),
     Arm("kd-hidden", "KD + distance to the teacher's hidden state", {}, "loss.hidden_weight", (3, 10, 30, 100), "kd"),
     Arm(
         "kd-own",
