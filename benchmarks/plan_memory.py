@@ -72,12 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare(path: Path, ranks: int, overrides: Sequence[str]) -> dict[str, int]:
     """Bytes of a rank's tensors at one time: planned, and measured on the rank that has most."""
+    measured = run_ranks("benchmarks.plan_memory", ranks, "--child", path, *overrides)
+    return {"planned": plan_bytes(path, ranks, overrides), "measured": max(measured)}
+
+
+def plan_bytes(path: Path, ranks: int, overrides: Sequence[str]) -> int:
+    """Bytes of a rank's tensors at one time, as they are planned."""
     config = read_config(path, overrides)
     device = "cuda" if default_device().type == "cuda" else "cpu"
     cluster = Cluster(1, ranks, 80 * GB, 1000 * GB, device, GB, GB, GB, 1e12)  # the rates do not matter here
-    planned = make_plan(config, cluster, find_architecture(config, None)).memory.gpu.tensors
-    measured = run_ranks("benchmarks.plan_memory", ranks, "--child", path, *overrides)
-    return {"planned": planned, "measured": max(measured)}
+    return make_plan(config, cluster, find_architecture(config, None)).memory.gpu.tensors
 
 
 def _measure(path: Path, overrides: Sequence[str]) -> None:

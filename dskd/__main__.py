@@ -116,7 +116,9 @@ def main() -> int:
     given, extra = parser.parse_known_args()
     if given.verb == "inspect":
         return run_inspection(given, extra, parser)
-    if extra:
+    if extra and hasattr(given, "overrides") and not any(argument.startswith("-") for argument in extra):
+        given.overrides += extra  # they stand in more than one place on the line, where argparse takes the first only
+    elif extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if given.verb == "compare":
         return run_comparison(given)

@@ -1,7 +1,7 @@
-"""The smallest change that makes a job fit, by trying: each change by itself, then two together, then more machines."""
+"""The smallest change that makes a job fit, by trying: one setting, two of them, as many as it takes, more machines."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dskd.errors import UserError
@@ -21,13 +21,22 @@ class Change:
         """As the command line has it."""
         return " ".join([*self.overrides, *([] if self.nodes is None else [f"--nodes {self.nodes}"])])
 
+    def preparations(self) -> list[str]:
+        """What has to be done before a training can be run so."""
+        needed = []
+        if any(override.startswith("teacher.nvme_path=/") for override in self.overrides):
+            needed.append("teacher.nvme_path names a folder on a fast local disk of every node: put yours in its place")
+        if any(override.startswith("annotation.teacher_top_n=") for override in self.overrides):
+            needed.append("with annotation.teacher_top_n the shards are annotated anew, and are larger")
+        return needed
+
 
 def candidates(plan: Plan) -> list[Change]:
     """Changes that take less memory, in the order of what they cost: first those that change neither what is minimised
     nor much of the speed, then those that take time, then those that need preparations. None changes the loss.
     """
     train, teacher = plan.config.train, plan.config.teacher
-    found = []
+    found = _for_stages_before(plan)
     if train.sense_bank == "device":
         found.append(Change(("train.sense_bank=host",)))
     size = plan.micro_batch_size
@@ -45,7 +54,7 @@ def candidates(plan: Plan) -> list[Change]:
         elif plan.cluster.device == "cuda":
             order = ["none", "cpu", "nvme"]
             # The other way round where the host's memory is what lacks.
-            others = order[order.index(teacher.offload) + 1 :] if plan.gpu_excess > 0 else ["none", "nvme"]
+            others = order[order.index(teacher.offload) + 1 :] if plan.too_large_for_gpus else ["none", "nvme"]
             places = [(place, "") for place in others if place != teacher.offload]
         for place, mode in places:
             where = ("teacher.nvme_path=/local/dskd",) if place == "nvme" and teacher.nvme_path is None else ()
@@ -57,6 +66,26 @@ def candidates(plan: Plan) -> list[Change]:
     return found
 
 
+def _for_stages_before(plan: Plan) -> list[Change]:
+    """Smaller batches and budgets of the stages before training that do not fit; none changes what they make."""
+    found: list[Change] = []
+    senses, annotation = plan.config.senses, plan.config.annotation
+    sections = {
+        "gathering states": ("senses", senses.memory_budget, senses.batch_size),
+        "annotation": ("annotation", annotation.memory_budget, annotation.batch_size),
+    }
+    for stage in plan.stages:
+        if stage.name not in sections or stage not in [*plan.too_large_for_gpus, *plan.too_large_for_hosts]:
+            continue
+        name, budget, size = sections[stage.name]
+        # The budget of the one is the host's, that of the other the GPU's; without GPUs both are of one memory.
+        found += [Change((f"{name}.memory_budget={budget / share:g}",)) for share in (2, 4, 8, 16)]
+        while size > 1:
+            size //= 2
+            found.append(Change((f"{name}.batch_size={size}",)))
+    return found
+
+
 def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Change, Plan] | None:
     """The first change that makes the job fit, with its plan, or None.
 
@@ -64,30 +93,55 @@ def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Chang
         plan: of the job that does not fit.
         replan: the plan with a change.
     """
-    for change in _in_order(plan):
+
+    def attempt(change: Change) -> Plan | None:
         try:
             changed = replan(change)
         except UserError:  # a batch that cannot be shared out over so many ranks, keys that exclude each other
-            continue
-        if changed.fits:
+            return None
+        return changed if changed.fits else None
+
+    single = candidates(plan)
+    pairs = [_both(*pair) for pair in itertools.combinations(single, 2) if not _keys(pair[0]) & _keys(pair[1])]
+    strongest = _strongest(single)
+    for change in itertools.chain(single, pairs):
+        changed = attempt(change)
+        if changed is not None:
             return change, changed
+    if attempt(strongest) is not None:
+        return _trimmed(strongest, attempt)
+    for settings in ((), strongest.overrides):
+        nodes = _fewest_nodes(plan.cluster.nodes, settings, attempt)
+        if nodes is not None:
+            return _trimmed(Change(settings, nodes), attempt)
     return None
 
 
-def _in_order(plan: Plan) -> Iterator[Change]:
-    single = candidates(plan)
-    yield from single
-    pairs = list(itertools.combinations(single, 2))
-    yield from (_both(one, other) for one, other in pairs if not _keys(one) & _keys(other))
-    # Everything that takes no preparation together, then more and more nodes, alone and with it.
-    most = _strongest(single)
-    if most.overrides:
-        yield most
-    nodes = plan.cluster.nodes * 2
-    while nodes <= _MOST_NODES:
-        yield Change(nodes=nodes)
-        yield Change(most.overrides, nodes)
-        nodes *= 2
+Attempt = Callable[[Change], Plan | None]
+
+
+def _fewest_nodes(now: int, settings: tuple[str, ...], attempt: Attempt) -> int | None:
+    """How many, more than `now`, with which the job fits in these settings."""
+    few, many = now, now * 2
+    while many <= _MOST_NODES and attempt(Change(settings, many)) is None:
+        few, many = many, many * 2
+    if many > _MOST_NODES:
+        return None
+    # Between the two not every number can share out the batch, so each is tried.
+    return next(number for number in range(few + 1, many + 1) if attempt(Change(settings, number)) is not None)
+
+
+def _trimmed(change: Change, attempt: Attempt) -> tuple[Change, Plan]:
+    """The change without each setting that it fits without, the last ones first: those cost most."""
+    kept = list(change.overrides)
+    for override in reversed(change.overrides):
+        fewer = [other for other in kept if other != override]
+        if (fewer or change.nodes is not None) and attempt(Change(tuple(fewer), change.nodes)) is not None:
+            kept = fewer
+    change = Change(tuple(kept), change.nodes)
+    changed = attempt(change)
+    assert changed is not None
+    return change, changed
 
 
 def _both(one: Change, other: Change) -> Change:
@@ -103,7 +157,7 @@ def _strongest(single: list[Change]) -> Change:
     """The last value of every key that needs no preparation."""
     chosen: dict[str, Change] = {}
     for change in single:
-        key = change.overrides[0].partition("=")[0].split(".")[0 if change.overrides[0].startswith("teacher") else -1]
+        key = "teacher" if change.overrides[0].startswith("teacher.") else change.overrides[0].partition("=")[0]
         if not any("cached" in part or "nvme_path=/" in part for part in change.overrides):
             chosen[key] = change
     return Change(tuple(override for change in chosen.values() for override in change.overrides))

@@ -17,7 +17,8 @@ DESCRIPTION = """
 Says what training needs on given machines: memory of each GPU and host, expected tokens/s and hours, disk. It looks at
 shapes alone: the teacher's config.json and your configuration, no weights. GB are 2^30 bytes.
 
-A job that will not fit is refused with exit code 3, and the smallest change that makes it fit is named. Memory is
+A job that will not fit, in training or in the stages before that are still to be run, is refused with exit code 3, and
+the smallest change that makes it fit is named. Memory is
 counted, and was compared with real training (benchmarks/README.md). Speed is an estimate from the rates below.
 """
 EPILOG = f"""
@@ -86,7 +87,10 @@ def add_plan_parser(verbs: argparse._SubParsersAction) -> None:
         help="config.json of the teacher, in place of what teacher.path names",
     )
     parser.add_argument(
-        "--samples", type=_count, metavar="N", help="training sequences; default: those of WORKDIR/shards, if there"
+        "--samples",
+        type=_count,
+        metavar="N",
+        help="training sequences; default: those of WORKDIR/shards, if there, or corpus.max_sequences",
     )
     parser.add_argument(
         "--relations",

@@ -275,31 +275,54 @@ def _host(config: Config, cluster: Cluster, gpu: Parts, teacher: int, senses: in
     return Parts(**of, reserved=reserved, peak=peak, peak_moment=gpu.peak_moment if is_cpu else "a checkpoint")
 
 
-def other_stages(config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes) -> tuple[int, int, int]:
-    """Bytes that gathering states and annotating take, which run the teacher with its output matrix and nothing else.
+@dataclass(frozen=True)
+class StageMemory:
+    """What a stage before training needs, which runs the teacher with its output matrix and nothing else."""
 
-    Returns:
-        Of each GPU when states are gathered, of each GPU when text is annotated, and of each host in either.
+    name: str
+    gpu: int  # bytes, each
+    host: int  # bytes, each
+
+
+def stages_before(
+    config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, *, states: int, rows: int
+) -> tuple[StageMemory, StageMemory]:
+    """What gathering states and annotating need.
+
+    Args:
+        config: the experiment.
+        cluster: the machines.
+        architecture: the teacher's.
+        teacher: its weights.
+        states: bytes of all states that are gathered, at most.
+        rows: bytes of the sense dictionary, at most.
     """
-    size, hidden_size = cluster.dtype(config.precision).itemsize, _hidden_size(architecture)
+    size, dtype = cluster.dtype(config.precision).itemsize, cluster.dtype(config.precision)
     config_of = (
         config.teacher.model_copy(update={"mode": "zero3"}) if config.teacher.mode == "cached" else config.teacher
     )
+    hidden_size = _hidden_size(architecture)
     held, on_host, gathered = _teacher(
         config.model_copy(update={"teacher": config_of}), cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size
     )
     matrix = size * architecture.values()["vocab_size"] * hidden_size
     live = held + matrix + _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
-    reserved = RESERVED_ON_GPU if cluster.device == "cuda" else RESERVED_ON_HOST
-    dtype = cluster.dtype(config.precision)
-    needed = []
-    for sequences in (config.senses.batch_size, config.annotation.batch_size):
+    is_cpu = cluster.device == "cpu"
+    reserved = RESERVED_ON_HOST if is_cpu else RESERVED_ON_GPU
+    # Each holds no more than there is of what its budget is for.
+    kept_states = min(int(config.senses.memory_budget * GB), -(-states // cluster.world_size))
+    kept_rows = min(int(config.annotation.memory_budget * GB), rows)
+    stages = []
+    for name, sequences, on_device, beside in (
+        ("gathering states", config.senses.batch_size, 0, kept_states),
+        ("annotation", config.annotation.batch_size, kept_rows, 0),
+    ):
         batch = replace(batch_of(config, sequences, relations=0.0), sense_positions=0, sense_rows=0, teacher_top_n=0)
-        needed.append(live + reserved + teacher_activations(architecture, batch, dtype))
-    needed[1] += int(config.annotation.memory_budget * GB)
-    states = int(config.senses.memory_budget * GB)
-    host = (on_host + states + RESERVED_ON_HOST) * cluster.gpus_per_node
-    return needed[0], needed[1], host
+        gpu = live + reserved + on_device + teacher_activations(architecture, batch, dtype)
+        # Without GPUs what a rank has lies in the host's memory, its process with it.
+        host = (on_host + beside + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
+        stages.append(StageMemory(name, gpu, host))
+    return stages[0], stages[1]
 
 
 def _hidden_size(architecture: Architecture) -> int:

@@ -8,8 +8,8 @@ from dskd.errors import UserError
 from dskd.manifest import read_manifest
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
-from dskd.plan.memory import Memory, compute_memory
-from dskd.plan.shapes import Architecture, Shapes, Student, cut_student
+from dskd.plan.memory import Memory, StageMemory, compute_memory, stages_before
+from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes
 from dskd.plan.speed import Speed, compute_speed
 from dskd.schedule import count_steps, share_out
 from dskd.shards import FOLDER as SHARDS_FOLDER
@@ -32,23 +32,31 @@ class Plan:
     samples: int | None
     steps: int | None
     memory: Memory
+    before: tuple[StageMemory, ...]
+    is_annotated: bool  # the shards are there: the stages before training are over
     speed: Speed
     disk: Disk
 
     @property
-    def gpu_excess(self) -> int:
-        """Bytes that a GPU lacks; 0 or less where there is enough. Without GPUs ranks are counted with their node."""
-        return self.memory.gpu.peak - self.cluster.gpu_memory
+    def stages(self) -> tuple[StageMemory, ...]:
+        """What the stages that are still to be run need, training last."""
+        training = StageMemory("training", self.memory.gpu.peak, self.memory.host.peak)
+        return (training,) if self.is_annotated else (*self.before, training)
 
     @property
-    def host_excess(self) -> int:
-        """Bytes that a host lacks."""
-        return self.memory.host.peak - self.cluster.host_memory
+    def too_large_for_gpus(self) -> list[StageMemory]:
+        """The stages for which a GPU is too small; a rank's share of memory, without GPUs."""
+        return [stage for stage in self.stages if stage.gpu > self.cluster.gpu_memory]
+
+    @property
+    def too_large_for_hosts(self) -> list[StageMemory]:
+        """The stages for which a host's memory is too small."""
+        return [stage for stage in self.stages if stage.host > self.cluster.host_memory]
 
     @property
     def fits(self) -> bool:
         """True when there is enough memory everywhere."""
-        return self.gpu_excess <= 0 and self.host_excess <= 0
+        return not self.too_large_for_gpus and not self.too_large_for_hosts
 
     @property
     def hours(self) -> float | None:
@@ -70,7 +78,8 @@ def make_plan(
         config: the experiment.
         cluster: the machines.
         architecture: the teacher's.
-        samples: training sequences; without them those of the work directory's shards, where there are some.
+        samples: training sequences; without them those of the work directory's shards, where there are some, or as
+            many as corpus.max_sequences allows.
         relations: share of the targets that have a synonym or an antonym.
 
     Raises:
@@ -80,7 +89,9 @@ def make_plan(
     micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
     student = cut_student(config, architecture)
     teacher = teacher_shapes(architecture)
-    samples = samples if samples is not None else _shard_samples(config)
+    annotated = _shard_samples(config)
+    if samples is None:
+        samples = annotated if annotated is not None else config.corpus.max_sequences
     if samples is not None and samples < config.train.global_batch_size:
         raise UserError(
             f"train.global_batch_size: {config.train.global_batch_size} sequences a step, but there are {samples}; "
@@ -100,18 +111,11 @@ def make_plan(
     )
     speed = compute_speed(config, cluster, architecture, teacher, student, memory, **batches)
     disk = compute_disk(config, cluster, architecture, teacher, student, samples=samples, steps=steps)
+    before = stages_before(config, cluster, architecture, teacher, states=disk.states, rows=disk.senses)
     return Plan(
         config, cluster, architecture, teacher, student, **batches, samples=samples, steps=steps, memory=memory,
-        speed=speed, disk=disk,
+        before=before, is_annotated=annotated is not None, speed=speed, disk=disk,
     )  # fmt: skip
-
-
-def teacher_shapes(architecture: Architecture) -> Shapes:
-    """The teacher's weights in training: without its output matrix, which the student's head has."""
-    model = architecture.build()
-    output = model.get_output_embeddings()
-    is_tied = output.weight is model.get_input_embeddings().weight
-    return Shapes.of(model, without=None if is_tied else output)
 
 
 def _shard_samples(config: Config) -> int | None:

@@ -3,7 +3,7 @@
 from dskd.plan import GB
 from dskd.plan.changes import Change
 from dskd.plan.disk import sample_bytes
-from dskd.plan.memory import other_stages
+from dskd.plan.memory import RESERVED_ON_HOST
 from dskd.plan.plan import Plan
 from dskd.text_table import table
 
@@ -32,28 +32,46 @@ def format_offload(plan: Plan, without: Plan | None) -> str:
     if without is None:
         return "Offload: none, there is no teacher in training."
     needed = f"a GPU then needs {_gb(without.memory.gpu.peak)} GB of its {_gb(plan.cluster.gpu_memory)}"
-    if without.fits:
-        return f"Offload: not needed; with teacher.mode=zero3 teacher.offload=none {needed}."
-    return f"Offload: needed; with teacher.mode=zero3 teacher.offload=none {needed}."
+    said = f"with teacher.mode=zero3 teacher.offload=none {needed}"
+    too_large = without.too_large_for_gpus
+    if not too_large:
+        return f"Offload: not needed; {said}."
+    if too_large[-1].name != "training":
+        said += f", and for {too_large[-1].name} {_gb(too_large[-1].gpu)}"
+    return f"Offload: needed; {said}."
 
 
 def format_refusal(plan: Plan, found: tuple[Change, Plan] | None) -> str:
     """What lacks, and what to do."""
-    lacks = []
     what = "GPU" if plan.cluster.device == "cuda" else "rank"
-    if plan.gpu_excess > 0:
-        lacks.append(f"each {what} needs {_gb(plan.memory.gpu.peak)} GB and has {_gb(plan.cluster.gpu_memory)}")
-    if plan.host_excess > 0:
-        lacks.append(f"each host needs {_gb(plan.memory.host.peak)} GB and has {_gb(plan.cluster.host_memory)}")
-    text = f"does not fit: {' and '.join(lacks)}."
+    gpu, host = _gb(plan.cluster.gpu_memory), _gb(plan.cluster.host_memory)
+    lacks = [
+        f"for {stage.name} each {what} needs {_gb(stage.gpu)} GB and has {gpu}" for stage in plan.too_large_for_gpus
+    ]
+    lacks += [
+        f"for {stage.name} each host needs {_gb(stage.host)} GB and has {host}" for stage in plan.too_large_for_hosts
+    ]
+    text = "does not fit:\n" + "\n".join(f"  {lack}" for lack in lacks)
     if found is None:
-        return f"{text} No setting and no number of such nodes makes it fit: take a smaller student or teacher."
+        processes = RESERVED_ON_HOST * plan.cluster.gpus_per_node
+        if processes >= plan.cluster.host_memory:
+            return (
+                f"{text}\nNo change makes it fit: the processes of {_count(plan.cluster.gpus_per_node, 'rank')} alone "
+                f"are taken to need {_gb(processes)} GB of a host; take nodes with more memory, or fewer ranks on each."
+            )
+        return (
+            f"{text}\nNo setting of those that leave the loss as it is, and no number of such nodes, makes it fit: "
+            f"take a smaller student or teacher, or {what}s and hosts with more memory."
+        )
     change, changed = found
-    return (
-        f"{text}\nThe smallest change that fits: {change.text()}\n"
-        f"  then a {what} needs {_gb(changed.memory.gpu.peak)} GB, a host {_gb(changed.memory.host.peak)} GB, and "
-        f"{changed.speed.tokens_per_s:,.0f} tokens/s are expected instead of {plan.speed.tokens_per_s:,.0f}"
-    )
+    largest = (max(getattr(stage, name) for stage in changed.stages) for name in ("gpu", "host"))
+    needed = " GB, a host ".join(map(_gb, largest))
+    lines = [
+        f"{text}\nThe smallest change that fits: {change.text()}",
+        f"  then a {what} needs {needed} GB at most, and {changed.speed.tokens_per_s:,.0f} tokens/s are expected "
+        f"instead of {plan.speed.tokens_per_s:,.0f}",
+    ]
+    return "\n".join([*lines, *(f"  {preparation}" for preparation in change.preparations())])
 
 
 def _headline(plan: Plan) -> str:
@@ -105,7 +123,7 @@ def _speed(plan: Plan) -> str:
     rows = [
         ["tokens/s of all ranks", f"{speed.tokens_per_s:,.0f}"],
         ["seconds a step", f"{speed.step_s:.2f}"],
-        ["hours", "unknown: give --samples" if plan.hours is None else _hours(plan.hours)],
+        ["hours", "unknown: give --samples, or set train.steps" if plan.hours is None else _hours(plan.hours)],
         ["steps", "unknown: give --samples" if plan.steps is None else f"{plan.steps:,}"],
         ["GFLOPs a token", f"{sum(speed.flops_per_token.values()) / 1e9:.2f}"],
         ["share of a step with communication", f"{speed.network_share:.0%}"],
@@ -130,11 +148,10 @@ def _disk(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    gather, annotate, host = other_stages(plan.config, plan.cluster, plan.architecture, plan.teacher)
-    return (
-        f"The stages before: gathering states takes {_gb(gather)} GB of a GPU, annotation at most {_gb(annotate)} GB, "
-        f"and a host {_gb(host)} GB in either."
-    )
+    what = "a GPU" if plan.cluster.device == "cuda" else "a rank"
+    rows = [[stage.name, _gb(stage.gpu), _gb(stage.host)] for stage in plan.before]
+    text = table(("the stages before, at most, GB", what, "a host"), rows)
+    return f"{text}\nThey are over: the shards are there." if plan.is_annotated else text
 
 
 def _gb(size: int) -> str:

@@ -1,5 +1,6 @@
 """The shapes of a job's models: the teacher's config.json, and the student that is cut from it, without any weights."""
 
+import functools
 import json
 import tempfile
 from dataclasses import dataclass
@@ -9,14 +10,16 @@ from typing import Any
 from torch import nn
 
 from dskd.causal_lm import empty_model
-from dskd.config import Config
-from dskd.errors import UserError
+from dskd.config import Config, StudentConfig
+from dskd.errors import UserError, listed
 from dskd.model_folder import ModelFolder
 from dskd.plan.known_models import known_model
 from dskd.pretrain import intermediate_size
 from dskd.student import choose_layers, cut_config
 from dskd.student_engine import choose_trained
 from dskd.trunk import TrunkError, trunk_depth
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,15 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
     return _read(_fetch(path, config.teacher.revision), named_by=f"teacher.path: {path}")
 
 
+@functools.cache
+def teacher_shapes(architecture: Architecture) -> Shapes:
+    """The teacher's weights in training: without its output matrix, which the student's head has."""
+    model = architecture.build()
+    output = model.get_output_embeddings()
+    is_tied = output.weight is model.get_input_embeddings().weight
+    return Shapes.of(model, without=None if is_tied else output)
+
+
 def cut_student(config: Config, architecture: Architecture) -> Student:
     """The student that would be cut, with what is trained of it.
 
@@ -163,28 +175,40 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
             cannot be.
     """
     layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
-    whole = architecture.build(layers=layers)
-    tied = whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+    whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     why = None
     try:
-        trunk = trunk_depth(config, kept=layers, same_teacher=True, tied=tied)
+        trunk = trunk_depth(config, kept=layers, same_teacher=True, tied=whole.is_tied)
     except TrunkError as problem:
         if config.student.shared_trunk == "on":
             raise UserError(f"student.shared_trunk: on is not possible: {problem}; set it to auto") from None
         trunk, why = 0, str(problem)
-    model = architecture.build(layers=layers, first_layer=trunk) if trunk else whole
-    choose_trained(model, config.student, first_layer=trunk)
-    embeddings = model.get_input_embeddings()
-    output = model.get_output_embeddings().weight
-    needs_copy = output.requires_grad and config.needs_teacher and config.loss.kd_weight > 0
-    return Student(
-        layers,
-        trunk,
-        why,
-        Shapes.of(model, without=embeddings if trunk else None),
-        sum(weight.numel() for weight in whole.parameters()),
-        output.numel() if needs_copy else 0,
-    )
+    loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
+    needs_copy = loaded.trains_output and config.needs_teacher and config.loss.kd_weight > 0
+    return Student(layers, trunk, why, loaded.shapes, whole.numel, loaded.output_numel if needs_copy else 0)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Of a model with some of the layers, what a plan needs of it. Large ones take a second to build."""
+
+    shapes: Shapes
+    numel: int
+    output_numel: int
+    trains_output: bool
+    is_tied: bool
+
+    @staticmethod
+    @functools.cache
+    def of(architecture: Architecture, layers: tuple[int, ...], trunk: int, student: StudentConfig) -> "_Cut":
+        """Of a student; with `trunk` without so many of the lowest layers, and the embeddings."""
+        model = architecture.build(layers=list(layers), first_layer=trunk)
+        numel = sum(weight.numel() for weight in model.parameters())
+        embeddings, output = model.get_input_embeddings(), model.get_output_embeddings().weight
+        is_tied = embeddings.weight is output
+        choose_trained(model, student, first_layer=trunk)
+        shapes = Shapes.of(model, without=embeddings if trunk else None)
+        return _Cut(shapes, numel, output.numel(), output.requires_grad, is_tied)
 
 
 def _read(path: Path, *, named_by: str) -> Architecture:
@@ -198,9 +222,29 @@ def _read(path: Path, *, named_by: str) -> Architecture:
         raise UserError(f"{named_by}: {path} is not a readable config.json ({error})") from None
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UserError(f"{named_by}: {path} has no model_type; it is not the config.json of a Hugging Face model")
-    if not isinstance(values.get("num_hidden_layers"), int):
-        raise UserError(f"{named_by}: {path} has no num_hidden_layers: is it the config.json of a decoder?")
+    _require_decoder(values, f"{named_by}: {path}")
     return Architecture(json.dumps(values), f"{named_by}: {path}")
+
+
+def _require_decoder(values: dict[str, Any], where: str) -> None:
+    """Refuses what is no config.json of a decoder, with all that is wrong in it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    model_type = values["model_type"]
+    if model_type in ENCODERS or (model_type not in DECODERS and not values.get("auto_map")):
+        what = "an encoder" if model_type in ENCODERS else "none that transformers knows"
+        raise UserError(
+            f"{where}: model_type {model_type!r} is {what}; a teacher is a decoder (a causal language model)"
+        )
+    problems = []
+    for key in _SIZES:
+        value = values.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            found = f"found {value!r}" if key in values else "it is missing"
+            problems.append(f"{key}: expected a number, 1 or more; {found}")
+    if problems:
+        raise UserError(listed(f"{where} is not the config.json of a decoder", problems))
 
 
 def _fetch(name: str, revision: str | None) -> Path:
@@ -208,10 +252,16 @@ def _fetch(name: str, revision: str | None) -> Path:
     advice = "name a config.json of its architecture with --teacher-config FILE, which is all that a plan needs"
     if name.startswith((".", "~", "/")) or name.count("/") != 1:
         raise UserError(f"teacher.path: there is no folder {name}; make it, or {advice}")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import get_session
 
     try:
+        try:
+            return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            if not constants.HF_HUB_OFFLINE:  # without a network the library would try again for half a minute
+                get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
