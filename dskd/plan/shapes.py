@@ -256,12 +256,19 @@ def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import get_session
 
+    def _require_hub(session: Any, endpoint: str) -> None:
+        """Without a network the library would try again and again for half a minute."""
+        try:
+            session.head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except OSError:
+            raise OSError(f"{endpoint} cannot be reached from here") from None
+
     try:
         try:
             return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
-            if not constants.HF_HUB_OFFLINE:  # without a network the library would try again for half a minute
-                get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            if not constants.HF_HUB_OFFLINE:
+                _require_hub(get_session(), constants.ENDPOINT)
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
