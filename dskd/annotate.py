@@ -87,7 +87,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     on_main(lambda: _require_tokens(config.annotation.teacher_top_n, source))
     reads_logits = any(_continuation_tokens(config, split) or _teacher_top_n(config, split) for split in stale)
     teacher = load_frozen(source, config, world, with_head=reads_logits)
-    splits = {split: load_sequences(config, split, source.tokenizer_digest)[0] for split in stale}
+    opened = {split: load_sequences(config, split, source.tokenizer_digest) for split in stale}
+    splits = {split: sequences for split, (sequences, _) in opened.items()}
     searcher = Searcher(
         dictionary,
         config.annotation.kappa,
@@ -105,7 +106,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
             # Not the config's: a run's key is not to change the last digits of what is stored for all of them.
             chunk_size(None, teacher.vocab_size, world.device),
         )
-        _annotate_split(config, split, sequences, reader, searcher, wanted[split], world)
+        text = opened[split][1].files[sequences.path.name]["sha256"]
+        _annotate_split(config, split, sequences, text, reader, searcher, wanted[split], world)
     teacher.close()
 
 
@@ -171,6 +173,7 @@ def _annotate_split(
     config: Config,
     split: str,
     sequences: Sequences,
+    text: str,
     reader: TextReader,
     searcher: Searcher,
     wanted: Recipe,
@@ -214,7 +217,7 @@ def _annotate_split(
         for _ in range(most - done_turns):
             reader.read(sequences.batch(0, 1).without_targets(), 0)
         barrier()
-        on_main(lambda: _publish(building, blocks))
+        on_main(lambda: _publish(building, blocks, text))
 
 
 def _annotate_block(
@@ -275,7 +278,7 @@ def _write_block(
     partial.rename(folder)
 
 
-def _publish(building: Building, blocks: list[range]) -> None:
+def _publish(building: Building, blocks: list[range], text: str) -> None:
     folders = [_block_folder(building.folder, block) for block in blocks]
     counts = Counter[str]()
     for folder in folders:
@@ -287,6 +290,7 @@ def _publish(building: Building, blocks: list[range]) -> None:
         samples=samples,
         targets=targets,
         coverage=coverage,
+        text=text,  # identity of the tokens alone: shards of other senses can have the same
         # The unit of `loss.relative_margin`: mean over positions with antonyms of the mean D(t_i, s) over N_i.
         teacher_antonym_distance=counts["antonym_distance"] / max(counts["with_antonyms"], 1),
     )

@@ -514,6 +514,9 @@ class Config(Section):
     run: RunName = Field("dskd", description="the training run: a key of `runs`")
     runs: dict[RunName, dict[str, Any]] = Field({}, description="named runs, each with the keys in which it differs")
     seed: int = Field(0, ge=0, lt=2**63, description="of every random choice")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
+        (), description="train each run once with each of these, as RUN-s0, …; the first is also that of what all share"
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
     teacher: TeacherConfig
     corpus: CorpusConfig = CorpusConfig()  # type: ignore[call-arg]

@@ -45,6 +45,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             continue
         overridden[key] = override
     merged = _merge(data, changes)
+    merged = _with_seeds(merged)
     merged, run_problems = _apply_run(merged, changes)
     problems += [f"{_place(path, lines, overridden, key)}{message}" for key, message in run_problems]
     try:
@@ -157,6 +158,24 @@ def _merge(base: Any, changes: Any) -> Any:
     return changes
 
 
+def _with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
+    """Instead of each run one for each of `seeds`: `kd-s0` is `kd` with seed 0. The chosen run's name stands for the
+    first of its own. What is no list of numbers is left as it is, for the check of all keys to find.
+    """
+    seeds, runs, run = merged.get("seeds"), merged.get("runs") or {}, merged.get("run", "dskd")
+    if not seeds or not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        return merged
+    if not isinstance(runs, dict) or not all(isinstance(keys, dict) for keys in runs.values()):
+        return merged
+    expanded = {
+        f"{name}-s{seed}": {**keys, "seed": seed}
+        for name, keys in (runs or {re.sub(r"-s\d+$", "", str(run)): {}}).items()
+        for seed in seeds
+    }
+    first = f"{run}-s{seeds[0]}"
+    return {**merged, "seeds": [], "runs": expanded, "run": first if first in expanded and run not in expanded else run}
+
+
 def _apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Puts the chosen run's keys over the file's, and the command line's over those."""
     runs, run = merged.get("runs"), merged.get("run", "dskd")
@@ -239,8 +258,11 @@ def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: s
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
-        given = [text for name, text in overridden.items() if name == prefix or name.startswith(f"{prefix}.")]
-        if given and length == len(parts):
+        is_whole = length == len(parts)
+        given = [
+            text for name, text in overridden.items() if name == prefix or (is_whole and name.startswith(f"{prefix}."))
+        ]
+        if given:
             return f"override {given[0]!r}: {shown}"
         if prefix in lines:
             return f"{path}:{lines[prefix]}: {shown}"

@@ -14,7 +14,7 @@ What they are made of is kept for each sample too (:mod:`dskd.examples`), so tha
 import functools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +156,9 @@ class HeldOutText:
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # the dataset's own length is only a rank's share
-        self.digest = validation.digest
+        self.digest = text_digest(validation)
+        # What measures are of beside the text.
+        self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
         self._loss_chunk_size = config.train.loss_chunk_size
 
     def logits_chunk(self, model: FrozenModel) -> int:
@@ -193,6 +195,11 @@ class HeldOutText:
             near, far = synonyms.flatten(0, 1)[both].numpy(), antonyms.flatten(0, 1)[both].numpy()
             batch["sense_rows"], (batch["near"], batch["far"]) = shards.gather_rows(self._vectors, [near, far])
             yield batch
+
+
+def text_digest(validation: Manifest) -> str:
+    """Identity of the held-out tokens, whatever they are annotated with; that of the shards, of older ones."""
+    return validation.facts.get("text", validation.digest)
 
 
 def measure(
@@ -239,7 +246,7 @@ def measure(
             name: column if name in _NOT_INTEGERS else column.astype(np.int64)
             for name, column in zip(_SUMS, columns, strict=True)
         },
-        MEASURES,
+        [replace(one, data=text.measured_with.get(one.name)) for one in MEASURES],
     )
 
 

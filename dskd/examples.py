@@ -30,6 +30,7 @@ class Measure:
     count: str  # the column below it; the same for every model on the same data
     lower_is_better: bool = False
     is_exponential: bool = False  # perplexity: exp of the ratio
+    data: str | None = None  # digest of what it is of beside the examples, such as the sense embeddings
 
     def value(self, columns: Mapping[str, Any]) -> float:
         """The measure over all examples; NaN where there is nothing to count."""

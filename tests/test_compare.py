@@ -18,6 +18,7 @@ from scipy import stats
 from dskd.__main__ import main
 from dskd.compare.choosing import Selection
 from dskd.compare.comparison import make_comparison
+from dskd.compare.evaluated import KINDS
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import color_of
 from dskd.compare.summary import compare
@@ -26,6 +27,7 @@ from dskd.evaluate import EXAMPLES_FILE, MEASURES
 from dskd.examples import Examples, Measure, save_examples
 from dskd.pipeline import compare_or_say_why_not
 from dskd.tracking import log_evaluation, log_results, read_runs, start_tracking
+from dskd.tracking.runs import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -182,37 +184,126 @@ def test_example_tests_compare_the_groups_means_over_seeds(comparison):
     assert tests["perplexity"].is_better is True
 
 
-def test_lexical_measures_are_compared_too_where_they_are_of_the_same_items(tmp_path):
+@pytest.fixture
+def empty(tracked, tmp_path):
+    """A config whose experiment has no runs yet, in a database that is there already: to make one takes seconds."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b"}}))
     (tmp_path / "work").mkdir()
+    shutil.copy(load_config(tracked[0]).path("mlflow.db"), tmp_path / "work")
+    return path
+
+
+def _add_results(path, name, run_id, folder, scores, *, data="a" * 64, measure="score", of=None):
+    """Results with one score an example, as tasks and lexical measures leave them."""
+    config = load_config(path)
+    columns = {measure: np.asarray(scores), f"{measure}_items": np.ones(len(scores), dtype=np.int64)}
+    table = Examples(
+        data, [f"w{n}.n" for n in range(len(scores))], columns, [Measure(measure, measure, f"{measure}_items", data=of)]
+    )
+    save_examples(config.path(EXAMPLES_FILE), table)
+    log_results(config, name, run_id, folder, table.values(), config.path(EXAMPLES_FILE), data=data, step=STEPS)
+    return config, table
+
+
+@pytest.mark.parametrize(
+    ("folder", "measure", "shown", "kind"),
+    [
+        ("lexical", "sense_separation", "sense_separation", "lexical"),
+        ("tasks/piqa", "accuracy", "piqa_accuracy", "piqa"),
+    ],
+)
+def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd, folder, measure, shown, kind):
     scores = {name: np.random.default_rng(seed).random(40) for seed, name in enumerate(("kd", "dskd", "other"))}
-
-    def add(name, data="a" * 64):
-        config = load_config(path)
-        run_id = _track(path, name, f"loss.sense_weight={len(name)}")
-        columns = {"sense_separation": scores[name], "sense_separation_items": np.ones(40, dtype=np.int64)}
-        measure = Measure("sense_separation", "sense_separation", "sense_separation_items")
-        save_examples(config.path(EXAMPLES_FILE), Examples(data, [f"w{n}.n" for n in range(40)], columns, [measure]))
-        values = {"sense_separation": float(scores[name].mean())}
-        log_results(config, name, run_id, "lexical", values, config.path(EXAMPLES_FILE), data=data, step=STEPS)
-        return run_id
-
-    ids = {name: add(name) for name in ("kd", "dskd")}
-    comparison = make_comparison(load_config(path), baseline="kd")
-    assert comparison.final["eval/sense_separation"] == {ids[name]: pytest.approx(scores[name].mean()) for name in ids}
-    (test,) = [test for test in comparison.example_tests if test.measure.name == "sense_separation"]
+    ids = {}
+    for name in ("kd", "dskd"):
+        ids[name] = _track(empty, name, f"loss.sense_weight={len(name)}")
+        config, table = _add_results(empty, name, ids[name], folder, scores[name], measure=measure)
+    _, table = _add_results(empty, "kd", ids["kd"], folder, scores["kd"], measure=measure)
+    teacher = config.path(*KINDS[kind].path(config, "teacher").relative_to(config.path()).parts)
+    teacher.parent.mkdir(parents=True)
+    save_examples(teacher, table)
+    comparison = make_comparison(load_config(empty), baseline="kd")
+    assert comparison.final[f"eval/{shown}"] == {ids[name]: pytest.approx(scores[name].mean()) for name in ids}
+    assert comparison.references["teacher"] == {shown: pytest.approx(scores["kd"].mean())}
+    (test,) = [test for test in comparison.example_tests if test.measure.name == shown]
     expected = stats.ttest_rel(scores["dskd"], scores["kd"])
     assert test.difference.p_value == pytest.approx(expected.pvalue)
     assert test.difference.value == pytest.approx(scores["dskd"].mean() - scores["kd"].mean())
     assert comparison.notes == []
-    add("other", data="b" * 64)
-    comparison = make_comparison(load_config(path), baseline="kd")
-    assert "eval/sense_separation" not in comparison.final
-    note = comparison.notes[-1]
-    assert "lexical measures are of different items" in note
-    assert f"{'b' * 64}: other (" in note  # as the refusal of other text does, it names both sides
-    assert re.search(rf"{'a' * 64}: (kd|dskd) \(\w{{8}}\), (kd|dskd) \(", note)
+    code, out, _ = dskd("compare", "--config", empty)
+    assert code == 0
+    assert re.search(rf"^{KINDS[kind].title}:\n.*{shown.replace('_', ' ')}", out, re.MULTILINE)
+
+    ids["other"] = _track(empty, "other", "loss.sense_weight=9")
+    assert f"without {kind}: other" in make_comparison(load_config(empty)).notes[-1]
+    _add_results(empty, "other", ids["other"], folder, scores["other"], data="b" * 64, measure=measure)
+    code, out, err = dskd("compare", "--config", empty)
+    assert (code, out) == (2, "")
+    assert f"{'b' * 64}: other ({ids['other'][:8]})" in err
+    assert re.search(rf"{'a' * 64}: .*kd \({ids['kd'][:8]}\)", err)
+    assert f"--without {kind}" in err
+    code, out, _ = dskd("compare", "--config", empty, "--without", kind)
+    assert code == 0
+    assert "perplexity" in out
+    assert shown.replace("_", " ") not in out
+
+
+def test_what_is_of_other_senses_is_left_out_and_the_rest_compared(empty):
+    """As where senses.k differs: the text is the same, and a measure that looks at sense embeddings is not."""
+    ids = {name: _track(empty, name, f"senses.k={k}") for name, k in (("five", 5), ("ten", 10))}
+    for name, of in (("five", "1" * 64), ("ten", "2" * 64)):
+        _add_results(empty, name, ids[name], "lexical", [0.5, 1.0], measure="row_agreement", of=of)
+    comparison = make_comparison(load_config(empty))
+    assert set(comparison.final["eval/perplexity"]) == set(ids.values())
+    assert "eval/row_agreement" not in comparison.final
+    assert "row_agreement" not in comparison.measured()
+    assert "row_agreement is of different teachers or sense embeddings, and left out" in comparison.notes[-1]
+    assert "111111111111: five" in comparison.notes[-1]
+
+
+def test_a_measure_over_other_positions_is_left_out(empty):
+    config = load_config(empty)
+    for number, name in enumerate(("one", "two")):
+        run_id = _track(empty, name, f"senses.k={number + 3}")
+        examples = _examples(0, 3)
+        columns = dict(examples.columns, lexical_tokens=examples.columns["lexical_tokens"] + number)
+        save_examples(config.path(EXAMPLES_FILE), Examples(DATA, examples.ids, columns, MEASURES))
+        log_evaluation(config, name, run_id, {"perplexity": 5.0}, config.path(EXAMPLES_FILE), data=DATA, step=STEPS)
+    comparison = make_comparison(config)
+    assert "lexical_perplexity" not in comparison.measured()
+    assert {"perplexity", "accuracy"} < set(comparison.measured())
+    assert "lexical_perplexity counts other positions" in comparison.notes[-1]
+
+
+def test_a_seed_counts_once_and_other_inputs_are_another_group(empty):
+    first = _track(empty, "kd-s0", seed=0, evaluated=False)
+    _track(empty, "kd-s1", seed=1, evaluated=False)
+    again = _track(empty, "kd-again", seed=0, evaluated=False)
+    comparison = make_comparison(load_config(empty))
+    (group,) = comparison.groups
+    assert {run.run_id for run in group.runs} == {again, *(r.run_id for r in group.runs if r.name == "kd-s1")}
+    assert any(f"left out: kd-s0 ({first[:8]})" in note for note in comparison.notes)
+
+    _track(empty, "kd-s2", seed=2, evaluated=False, tags={"dataset": "5" * 64})
+    (group,) = make_comparison(load_config(empty)).groups
+    assert len(group.runs) == 3
+    assert any("have different inputs (dataset)" in note for note in make_comparison(load_config(empty)).notes)
+
+    _track(empty, "other-s1", seed=1, evaluated=False, tags={"dataset": "5" * 64})
+    assert sorted(len(group.runs) for group in make_comparison(load_config(empty)).groups) == [2, 2]
+
+
+def test_older_runs_of_a_name_are_mentioned(empty):
+    old = _track(empty, "kd", "loss.kd_weight=2", evaluated=False)
+    shutil.rmtree(run_folder(load_config(empty), "kd"))  # as a start from scratch does
+    _track(empty, "kd", "loss.kd_weight=3", evaluated=False)
+    comparison = make_comparison(load_config(empty))
+    assert old not in {run.run_id for run in comparison.runs}
+    assert any("older runs of the same name are left out (1 of kd)" in note for note in comparison.notes)
+    both = make_comparison(load_config(empty), Selection(experiments=[load_config(empty).tracking.experiment]))
+    assert len(both.runs) == 2
+    assert both.notes[0].startswith("not evaluated")
 
 
 def test_seed_tests_are_paired_by_seed(comparison):
@@ -283,7 +374,7 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
     config = load_config(path)
 
     def names(**selection):
-        return [run.name for run in make_comparison(config, Selection(**selection), with_measures=False).runs]
+        return [run.name for run in make_comparison(config, Selection(**selection), without=list(KINDS)).runs]
 
     assert names(runs=["dskd-s1", "kd-s0"]) == ["dskd-s1", "kd-s0"]
     assert names(runs=[ids["far"], "margin"]) == ["far", "margin"]
@@ -304,10 +395,15 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
         (["--tag", "device=tpu"], "none has the tags device=tpu; there are: device=cpu"),
         (["--baseline", "kdd"], "--baseline kdd: there is no such group; there are: kd, dskd, margin"),
         (["--html", "/proc/report.html"], "--html /proc/report.html: cannot write there"),
+        (["--html", ""], "--html '.': that is a folder; name a file"),
+        (["--html", "/tmp"], "--html '/tmp': that is a folder; name a file"),
+        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda: also device=cpu is asked for"),
+        (["--experiment", EXPERIMENT, "--run", "FAR"], "'far' is of experiment 'other', which is none of --experiment"),
     ],
 )
 def test_a_choice_of_what_is_not_there_says_what_is(tracked, dskd, arguments, says):
-    code, _, err = dskd("compare", "--config", tracked[0], *arguments)
+    path, ids = tracked
+    code, _, err = dskd("compare", "--config", path, *(ids["far"] if one == "FAR" else one for one in arguments))
     assert code == 2
     assert says in err
     assert "Traceback" not in err
@@ -367,9 +463,8 @@ def test_a_browser_without_network_shows_the_report(report, browser, tmp_path):
         assert (np.abs(pixels.astype(int) - color).max(-1) < 3).sum() > 5000, number
 
     shown = browser(report, "--dump-dom")
-    assert [shown.count(f'<section id="{part}">') for part in ("measures", "tests", "settings", "curves", "runs")] == [
-        1
-    ] * 5
+    parts = ("held-out-text", "tests", "settings", "curves", "runs")
+    assert [shown.count(f'<section id="{part}">') for part in parts] == [1] * 5
     assert len(re.findall(r"<figure[^>]*><svg [^>]*>", shown)) == 4  # bars, two kinds of tests, curves
     for cell in (r"kd</th>", r"<td[^>]*>loss\.sense_weight|<th[^>]*>loss\.sense_weight</th>", r"better</td>"):
         assert re.search(cell, shown), cell

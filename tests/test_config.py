@@ -73,6 +73,30 @@ def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
         assert part in message
 
 
+def test_seeds_make_a_run_of_each(tmp_path):
+    path = _write(
+        tmp_path, {**MINIMAL, "run": "b", "seeds": [3, 5], "runs": {"a": {"loss": {"margin": 3.0}}, "b": {"seed": 9}}}
+    )
+    config = load_config(path)
+    assert config.run_names == ("a-s3", "a-s5", "b-s3", "b-s5")
+    assert (config.run, config.seed) == ("b-s3", 3)
+    other = load_config(path, ["run=a-s5"])
+    assert (other.run, other.seed, other.loss.margin) == ("a-s5", 5, 3.0)
+    again = _write(tmp_path, other.as_dict())
+    assert load_config(again) == other  # a config that is written down and read is the same
+    with pytest.raises(UserError, match="'c' is none of the runs of this file: a-s3, a-s5, b-s3, b-s5"):
+        load_config(path, ["run=c"])
+
+
+def test_seeds_need_no_runs_and_may_stand_on_the_command_line(tmp_path):
+    path = _write(tmp_path, {**MINIMAL, "run": "only"})
+    assert load_config(path, ["seeds=[0, 1]"]).run_names == ("only-s0", "only-s1")
+    chosen = load_config(path, ["seeds=[0, 1]", "run=only-s1"])
+    assert (chosen.run, chosen.seed, chosen.run_names) == ("only-s1", 1, ("only-s0", "only-s1"))
+    with pytest.raises(UserError, match=r"override 'seeds=\[0, x\]': seeds.1: input should be a valid integer"):
+        load_config(path, ["seeds=[0, x]"])
+
+
 def test_overrides_win_over_runs_and_runs_over_the_file(tmp_path):
     path = _write(
         tmp_path,

@@ -10,7 +10,7 @@ from dskd.errors import UserError
 from dskd.tracking import KIND_TAG, PARENT, TrackedRun, read_run, read_runs
 
 # Settings that say where and how, and so differ without being a difference of the experiment.
-IGNORED_PARAMS = ("run", "workdir", "runs.", "tracking.")
+IGNORED_PARAMS = ("run", "workdir", "runs.", "seeds", "tracking.")
 SEED = "seed"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -27,7 +27,15 @@ class Selection:
         return bool(self.experiments or self.runs or self.tags)
 
 
-def choose_runs(config: Config, selection: Selection) -> list[TrackedRun]:
+@dataclass(frozen=True)
+class Chosen:
+    """Runs that are compared, and what to say of those that are not."""
+
+    runs: Sequence[TrackedRun]
+    notes: Sequence[str] = ()
+
+
+def choose_runs(config: Config, selection: Selection) -> Chosen:
     """The runs, in the order in which they were asked for, else that of the config and of their start.
 
     Of runs with the same name and settings the newest counts: it is the one that was trained last. Where nothing was
@@ -47,12 +55,18 @@ def choose_runs(config: Config, selection: Selection) -> list[TrackedRun]:
             )
         if run.tags.get(KIND_TAG) == PARENT:
             raise UserError(f"--run {run_id}: {run.name!r} is the parent of a sweep and trained nothing; name its runs")
+        if selection.experiments and run.experiment not in selection.experiments:
+            raise UserError(
+                f"--run {run_id}: {run.name!r} is of experiment {run.experiment!r}, which is none of --experiment "
+                f"{', '.join(selection.experiments)}; name that too, or leave --experiment out"
+            )
         found.append(run)
     if not names and ids:
-        return _matching(found, selection.tags, config)
-    runs = read_runs(config, selection.experiments)
+        return Chosen(_matching(found, selection.tags, found))
+    everything = runs = read_runs(config, selection.experiments)
     if not selection:
-        return newest_of_each(runs, config.run_names)
+        newest = newest_of_each(runs, config.run_names)
+        return Chosen(newest, _hidden(runs, newest))
     known = list(dict.fromkeys(run.name for run in runs))
     for name in names:
         if name not in known:
@@ -62,8 +76,10 @@ def choose_runs(config: Config, selection: Selection) -> list[TrackedRun]:
             raise UserError(f"--run {name}: experiment {where} has no run of this name; {hint}")
     if names:
         runs = [run for run in runs if run.name in names]
-    runs = newest_of_each(runs, names, settings_matter=True)
-    return _matching(list({run.run_id: run for run in [*found, *runs]}.values()), selection.tags, config)
+    newest = newest_of_each(runs, names, settings_matter=True)
+    matching = _matching([*found, *(run for run in newest if run not in found)], selection.tags, everything)
+    # A run with these tags may be older than one without them that has its name and settings.
+    return Chosen(matching, _hidden([run for run in runs if _has(run, selection.tags)], matching))
 
 
 def newest_of_each(
@@ -90,17 +106,33 @@ def _is_ignored(key: str) -> bool:
     return any(key.startswith(name) if name.endswith(".") else key == name for name in IGNORED_PARAMS)
 
 
-def _matching(runs: list[TrackedRun], tags: Mapping[str, str], config: Config) -> list[TrackedRun]:
-    chosen = [run for run in runs if all(run.tags.get(key) == value for key, value in tags.items())]
-    if not chosen:
-        wanted = ", ".join(f"{key}={value}" for key, value in tags.items())
-        seen = sorted({f"{key}={run.tags[key]}" for run in runs for key in tags if key in run.tags})
-        raise UserError(
-            f"no run of experiment {config.tracking.experiment!r} was chosen"
-            + (
-                f": none has the tags {wanted}; there are: {', '.join(seen[:8]) or 'none with these keys'}"
-                if tags
-                else ""
-            )
-        )
-    return chosen
+def _hidden(runs: Sequence[TrackedRun], chosen: Sequence[TrackedRun]) -> list[str]:
+    """What to say of older runs that have the name of a chosen one."""
+    ids, names = {run.run_id for run in chosen}, {run.name for run in chosen}
+    older = [run for run in runs if run.run_id not in ids and run.name in names]
+    if not older:
+        return []
+    counts = {name: sum(run.name == name for run in older) for name in dict.fromkeys(run.name for run in older)}
+    shown = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    return [f"older runs of the same name are left out ({shown}); --run ID names one of them"]
+
+
+def _has(run: TrackedRun, tags: Mapping[str, str]) -> bool:
+    return all(run.tags.get(key) == value for key, value in tags.items())
+
+
+def _matching(
+    runs: Sequence[TrackedRun], tags: Mapping[str, str], everything: Sequence[TrackedRun]
+) -> list[TrackedRun]:
+    chosen = [run for run in runs if _has(run, tags)]
+    if chosen:
+        return chosen
+    experiments = ", ".join(dict.fromkeys(run.experiment for run in everything)) or "that was asked for"
+    if not tags:
+        raise UserError(f"no run of experiment {experiments} was chosen")
+    wanted = ", ".join(f"{key}={value}" for key, value in tags.items())
+    seen = sorted({f"{key}={run.tags[key]}" for run in everything for key in tags if key in run.tags})
+    raise UserError(
+        f"no run of experiment {experiments} was chosen: none has the tags {wanted}; there are: "
+        f"{', '.join(seen[:8]) or 'none with these keys'}"
+    )

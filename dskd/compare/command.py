@@ -3,16 +3,18 @@
 import argparse
 from pathlib import Path
 
-from dskd.config import Config
+from dskd.config import TASKS, Config
 from dskd.config_file import load_config
+from dskd.errors import UserError
 from dskd.program import add_config_arguments, run
 
 HELP = "compare runs: settings, measures with intervals and tests, speed, cost; --html writes a report"
 DESCRIPTION = """
-Runs side by side: the settings that differ, final and best metrics, speed, cost, and coverage. Runs that differ in
-nothing but their seed are one group, shown as mean ± 95 % interval; groups are tested against the baseline on the
-results of each example, and over seeds where there are two or more. Runs that were evaluated on different data are
-refused (exit code 2).
+Runs side by side: the settings that differ, what they score on held-out text, words and benchmarks, final and best
+metrics, speed, cost, and coverage. Runs that differ in nothing but their seed are one group, shown as mean ± 95 %
+interval; groups are tested against the baseline (the first group, unless --baseline names one) on the results of each
+example, and over seeds where there are two or more. Runs that were evaluated on different data are refused (exit code
+2).
 
 Without --experiment, --run or --tag it is the newest run of each name in the config's experiment. Where several of
 these are given, a run has to fit all of them; of each of --experiment and --run it is enough to fit one.
@@ -24,7 +26,13 @@ examples:
   dskd compare --config FILE --run 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --run dskd    one by its id in MLflow
   dskd compare --config FILE --experiment kd --experiment dskd                    all settings of two experiments
   dskd compare --config FILE --tag evaluation_data=HASH --baseline kd             what was evaluated on this data
+  dskd compare --config FILE --without lexical                                    but for some results
   dskd compare --config FILE --without-measures                                   settings, speed and cost only
+
+Runs of several seeds are trained, exported and evaluated by one command, below one parent in MLflow:
+  python launcher/pipeline.py --config FILE 'seeds=[0, 1, 2]' tracking.parent=seeds
+  dskd compare --config FILE 'seeds=[0, 1, 2]'
+One of them by itself: deepspeed launcher/train.py --config FILE 'seeds=[0, 1, 2]' run=dskd-s1
 """
 
 
@@ -50,7 +58,15 @@ def add_compare_parser(verbs: argparse._SubParsersAction) -> None:
         "--html", type=Path, metavar="FILE", help="also write a report of one file, which needs no network"
     )
     parser.add_argument(
-        "--without-measures", action="store_true", help="leave out what depends on the data evaluated on"
+        "--without",
+        action="append",
+        default=[],
+        choices=("evaluation", "lexical", *TASKS),
+        metavar="KIND",
+        help=f"leave out results: evaluation (the held-out text), lexical, {', '.join(TASKS)}; may be repeated",
+    )
+    parser.add_argument(
+        "--without-measures", action="store_true", help="leave out all that depends on the data evaluated on"
     )
 
 
@@ -62,11 +78,19 @@ def run_comparison(given: argparse.Namespace) -> int:
 def _compare_as_asked(config: Config, given: argparse.Namespace) -> None:
     from dskd.compare.choosing import Selection
     from dskd.compare.comparison import make_comparison
-    from dskd.compare.report import write_report
+    from dskd.compare.evaluated import KINDS
+    from dskd.compare.report import require_writable, write_report
     from dskd.compare.summary import summarize
 
-    selection = Selection(given.experiment, given.run, dict(given.tag))
-    comparison = make_comparison(config, selection, baseline=given.baseline, with_measures=not given.without_measures)
+    tags: dict[str, str] = {}
+    for key, value in given.tag:
+        if tags.setdefault(key, value) != value:
+            raise UserError(f"--tag {key}={value}: also {key}={tags[key]} is asked for, and a run has one of them only")
+    if given.html is not None:
+        require_writable(given.html)
+    without = list(KINDS) if given.without_measures else given.without
+    selection = Selection(given.experiment, given.run, tags)
+    comparison = make_comparison(config, selection, baseline=given.baseline, without=without)
     print(summarize(comparison))
     if given.html is not None:
         write_report(comparison, given.html)

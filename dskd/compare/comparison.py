@@ -4,22 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dskd import evaluate
-from dskd.compare.choosing import Selection, choose_runs
-from dskd.compare.evaluated import (
-    find_references,
-    lexical_references,
-    read_lexical_tables,
-    read_local_measures,
-    read_tables,
-    require_same_data,
-)
+from dskd.compare.choosing import Chosen, Selection, choose_runs
+from dskd.compare.evaluated import HELD_OUT, Results, read_results
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
 from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.examples import Examples, Measure
-from dskd.tracking import EVALUATION_DATA_TAG, TrackedRun
+from dskd.tracking import TrackedRun
 
 
 @dataclass(frozen=True)
@@ -30,16 +23,13 @@ class Comparison:
     groups: Sequence[Group]
     baseline: Group | None
     differences: Sequence[tuple[str, Sequence[str]]]
-    data: str | None  # digest of what all were evaluated on
-    measures: Sequence[Measure]
+    results: Sequence[Results]  # of each kind of data
     final: Mapping[str, Mapping[str, float]]
     best: Mapping[str, Mapping[str, Best]]
     histories: Mapping[str, Mapping[str, History]]
-    references: Mapping[str, Mapping[str, float]]  # of models that are no runs, by name: measures
     example_tests: Sequence[Test]
     seed_tests: Sequence[Test]
     notes: Sequence[str]
-    has_measures: bool = True
 
     @property
     def runs(self) -> list[TrackedRun]:
@@ -51,12 +41,38 @@ class Comparison:
         found = [metric for metric in self.final if metric.startswith(prefix)]
         return sorted(found, key=lambda name: (TERMS.index(name) if name in TERMS else len(TERMS), name))
 
-    def measured(self) -> list[str]:
-        """The measures that any group or reference has a value of, in the order in which they are shown."""
-        found = {metric.removeprefix(EVALUATED) for metric in self.metrics(EVALUATED)}
-        found = found.union(*self.references.values())
-        order = [measure.name for measure in evaluate.MEASURES]
-        return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+    @property
+    def references(self) -> dict[str, dict[str, float]]:
+        """Measures of models that are no runs, by their name."""
+        found: dict[str, dict[str, float]] = {}
+        for results in self.results:
+            for name, values in results.references.items():
+                found[name] = dict(values) | found.get(name, {})
+        return found
+
+    def measured(self, title: str | None = None) -> list[str]:
+        """The measures that any group or reference has a value of, in the order in which they are shown: all, or those
+        of the kinds of this title.
+        """
+        names: dict[str, bool] = {}  # whether it is of this title; one that two kinds have is the first one's
+        for results in self.results:
+            is_asked_for = title is None or results.kind.title == title
+            of_references = [name for values in results.references.values() for name in values]
+            for name in [*(measure.name for measure in results.measures), *of_references]:
+                names.setdefault(name, is_asked_for)
+        shown = {name for values in self.references.values() for name in values}
+        shown |= {metric.removeprefix(EVALUATED) for metric in self.metrics(EVALUATED)}
+        return [name for name, is_asked_for in names.items() if is_asked_for and name in shown]
+
+    @property
+    def titles(self) -> list[str]:
+        """Of the kinds of results that there are, each once."""
+        return list(dict.fromkeys(results.kind.title for results in self.results if self.measured(results.kind.title)))
+
+    @property
+    def has_measures(self) -> bool:
+        """False where all results were left out."""
+        return bool(self.results)
 
     def evaluated_in_training(self) -> list[str]:
         """Measures that were taken at several steps: only of those is there a best."""
@@ -72,7 +88,7 @@ def make_comparison(
     selection: Selection | None = None,
     *,
     baseline: str | None = None,
-    with_measures: bool = True,
+    without: Sequence[str] = (),
 ) -> Comparison:
     """Reads the runs and compares them.
 
@@ -80,54 +96,57 @@ def make_comparison(
         config: says where MLflow is, and which experiment counts.
         selection: which runs.
         baseline: the group that the others are tested against, by its name; by default the first.
-        with_measures: False leaves out all that depends on the data that was evaluated on.
+        without: names of the kinds of results (:mod:`dskd.compare.evaluated`) that are left out.
 
     Raises:
         DifferentDataError: when runs were evaluated on different data.
         UserError: when there is nothing to compare.
     """
     selection = selection or Selection()
-    runs = choose_runs(config, selection) if config.tracking.enabled else []
-    groups = group_runs(runs)
-    local = read_local_measures(config) if with_measures else {}
-    if not groups and (selection or not local):
+    chosen = choose_runs(config, selection) if config.tracking.enabled else Chosen([])
+    groups, notes = group_runs(chosen.runs)
+    runs = [run for group in groups for run in group.runs]
+    results = read_results(config, runs, selection, without=without)
+    if not groups and (selection or not any(of_kind.references for of_kind in results)):
         raise UserError(
             f"{config.workdir}: nothing to compare yet; train with `deepspeed launcher/train.py`, evaluate with "
             f"`{evaluate.MADE_BY}`, or do it all with `python launcher/pipeline.py`"
             + ("" if config.tracking.enabled else "; tracking.enabled is false, so no tracked run was looked for")
         )
-    chosen = _find_baseline(groups, baseline)
-    tables = read_tables(config, runs) if with_measures else {}
-    data = require_same_data(runs, tables) if with_measures else None
-    final, best, histories = read_metrics(config, runs, with_measures=with_measures)
-    for run_id, table in tables.items():  # the evaluation itself: a metric may have been logged in training too
-        for name, value in table.values().items():
-            final.setdefault(f"{EVALUATED}{name}", {})[run_id] = value
-    measures = _known_measures(tables, final)
-    lexical, lexical_notes = read_lexical_tables(config, runs) if with_measures else ({}, [])
-    of_words = _lexical_measures(lexical, final, measures)
-    references = find_references(local, runs, data, selection)
-    for name, values in lexical_references(config, references, lexical).items():
-        references[name] = values | references[name]
-    per_example, per_seed = test_groups(
-        groups, chosen, [*((m, tables) for m in measures), *((m, lexical) for m in of_words)], final
-    )
+    base = _find_baseline(groups, baseline)
+    final, best, histories = read_metrics(config, runs, with_measures=HELD_OUT.name not in without)
+    measures: dict[str, tuple[Measure, Mapping[str, Examples]]] = {}
+    for of_kind in results:
+        left_out = set(_names(of_kind.tables)) - {measure.name for measure in of_kind.measures}
+        for name in left_out - measures.keys():
+            final.pop(f"{EVALUATED}{name}", None)
+        for measure in of_kind.measures:
+            if measure.name in measures:  # the evaluation's comes first
+                continue
+            measures[measure.name] = measure, of_kind.tables
+            for run_id, table in of_kind.tables.items():  # the results: a metric may have been logged in training too
+                values = table.values()
+                if measure.name in values:
+                    final.setdefault(f"{EVALUATED}{measure.name}", {})[run_id] = values[measure.name]
+    with_values = [found for name, found in measures.items() if f"{EVALUATED}{name}" in final]
+    per_example, per_seed = test_groups(groups, base, with_values, final)
     return Comparison(
         config,
         groups,
-        chosen,
+        base,
         config_differences(groups),
-        data,
-        [*measures, *of_words],
+        results,
         final,
         best,
         histories,
-        references,
         per_example,
         per_seed,
-        [*_notes(runs, tables, with_measures=with_measures), *lexical_notes],
-        with_measures,
+        [*chosen.notes, *notes, *_notes(runs, results), *(note for of_kind in results for note in of_kind.notes)],
     )
+
+
+def _names(tables: Mapping[str, Examples]) -> list[str]:
+    return [measure.name for table in tables.values() for measure in table.measures]
 
 
 def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
@@ -141,39 +160,19 @@ def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     )
 
 
-def _known_measures(tables: Mapping[str, Examples], final: Mapping[str, Mapping[str, float]]) -> list[Measure]:
-    """Those of the evaluation and of the tables that any run has a value of, in their order."""
-    known = {measure.name: measure for measure in evaluate.MEASURES}
-    for table in tables.values():
-        known |= {measure.name: measure for measure in table.measures if measure.name not in known}
-    return [measure for name, measure in known.items() if f"{EVALUATED}{name}" in final]
-
-
-def _lexical_measures(
-    tables: Mapping[str, Examples], final: dict[str, dict[str, float]], known: Sequence[Measure]
-) -> list[Measure]:
-    """Those that the evaluation has not; their values are added to `final`."""
-    names = {measure.name for measure in known}
-    found = {m.name: m for table in tables.values() for m in table.measures if m.name not in names}
-    for run_id, table in tables.items():
-        for name, value in table.values().items():
-            if name in found:
-                final.setdefault(f"{EVALUATED}{name}", {})[run_id] = value
-    return [measure for name, measure in found.items() if f"{EVALUATED}{name}" in final]
-
-
-def _notes(runs: Sequence[TrackedRun], tables: Mapping[str, Examples], *, with_measures: bool) -> list[str]:
+def _notes(runs: Sequence[TrackedRun], results: Sequence[Results]) -> list[str]:
     """What a reader should know before believing the numbers."""
     notes = []
     if unfinished := [f"{run.name} ({run.status.lower()})" for run in runs if run.status != "FINISHED"]:
         notes.append(f"not trained to the end: {', '.join(unfinished)}")
+    tables = next((of_kind.tables for of_kind in results if of_kind.kind is HELD_OUT), None)
     evaluated = [run for run in runs if any(metric.startswith(EVALUATED) for metric in run.metrics)]
-    if with_measures:
+    if tables is not None:
         if missing := [run.name for run in runs if run not in evaluated]:
-            notes.append(f"not evaluated: {', '.join(missing)}; `dskd export` and `{evaluate.MADE_BY}` do it")
-        if old := [run.name for run in evaluated if EVALUATION_DATA_TAG not in run.tags]:
+            notes.append(f"not evaluated: {', '.join(missing)}; `dskd export` and `{HELD_OUT.made_by}` do it")
+        if old := [run.name for run in evaluated if HELD_OUT.tag not in run.tags]:
             notes.append(
-                f"evaluated on data of unknown hash, by an older version: {', '.join(old)}; `{evaluate.MADE_BY}` "
+                f"evaluated on data of unknown hash, by an older version: {', '.join(old)}; `{HELD_OUT.made_by}` "
                 "evaluates again"
             )
         elif gone := [run.name for run in evaluated if run.run_id not in tables]:

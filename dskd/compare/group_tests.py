@@ -82,7 +82,7 @@ def _mean_over_seeds(
     sums, counts = [], None
     for run in group.runs:
         table = tables.get(run.run_id)
-        if first is None or table is None or measure not in table.measures:
+        if first is None or table is None or measure.name not in {one.name for one in table.measures}:
             continue
         if set(table.ids) != set(first.ids):
             raise UserError(

@@ -26,6 +26,11 @@ class Group:
         """The name, and how many seeds where there are several."""
         return self.name if len(self.runs) == 1 else f"{self.name} ({len(self.runs)} seeds)"
 
+    @property
+    def mixed_inputs(self) -> list[str]:
+        """The inputs that are not the same for all of its runs."""
+        return [tag for tag in INPUT_TAGS if len({run.tags.get(tag) for run in self.runs}) > 1]
+
     def estimate(self, values: Mapping[str, float]) -> Estimate | None:
         """Over the seeds, from {run id: value}; None where no run has one."""
         found = [values[run.run_id] for run in self.runs if run.run_id in values]
@@ -40,16 +45,60 @@ class Group:
         return seeds
 
 
-def group_runs(runs: Sequence[TrackedRun]) -> list[Group]:
-    """The runs by experiment and settings without the seed, in the order of their first runs."""
+def group_runs(runs: Sequence[TrackedRun]) -> tuple[list[Group], list[str]]:
+    """The runs by experiment and settings without the seed, in the order of their first runs, and what to say of it.
+
+    A seed counts once in a group: of two runs that have it the one that was trained to its end, else the newer. Two
+    with one seed and different inputs are of two groups: the settings are not all that they differ in.
+    """
     together: dict[tuple, list[TrackedRun]] = {}
     for run in runs:
         settings = {key: value for key, value in settings_of(run).items() if key != SEED}
         together.setdefault((run.experiment_id, *sorted(settings.items())), []).append(run)
-    groups = [Group(_common_name([run.name for run in members]), members) for members in together.values()]
+    notes: list[str] = []
+    members = [group for alike in together.values() for group in _by_inputs(alike)]
+    groups = [
+        Group(_common_name([run.name for run in one]), one) for one in (_once_a_seed(alike, notes) for alike in members)
+    ]
     if len({group.name for group in groups}) < len(groups) > 1 and len({run.experiment_id for run in runs}) > 1:
         groups = [Group(f"{group.runs[0].experiment}/{group.name}", group.runs) for group in groups]
-    return _numbered(groups)
+    groups = _numbered(groups)
+    notes += [
+        f"the seeds of {group.name} have different inputs ({', '.join(group.mixed_inputs)}), so their spread is of "
+        "those too; --tag INPUT=HASH chooses those of one"
+        for group in groups
+        if group.mixed_inputs
+    ]
+    return groups, notes
+
+
+def _by_inputs(runs: Sequence[TrackedRun]) -> list[list[TrackedRun]]:
+    """Together, unless one seed has different inputs: then by the inputs."""
+    by_seed: dict[str, set[tuple]] = {}
+    for run in runs:
+        by_seed.setdefault(run.params.get(SEED, "-"), set()).add(_inputs_of(run))
+    if all(len(inputs) == 1 for inputs in by_seed.values()):
+        return [list(runs)]
+    by_inputs: dict[tuple, list[TrackedRun]] = {}
+    for run in runs:
+        by_inputs.setdefault(_inputs_of(run), []).append(run)
+    return list(by_inputs.values())
+
+
+def _inputs_of(run: TrackedRun) -> tuple:
+    return tuple(run.tags.get(tag) for tag in INPUT_TAGS)
+
+
+def _once_a_seed(runs: Sequence[TrackedRun], notes: list[str]) -> list[TrackedRun]:
+    best: dict[str, TrackedRun] = {}
+    for run in sorted(runs, key=lambda run: (run.status == "FINISHED", run.start_time_s)):
+        best[run.params.get(SEED, "-")] = run
+    left_out = [run for run in runs if run not in best.values()]
+    if left_out:
+        kept = [run.name for run in runs if run in best.values()]
+        names = ", ".join(f"{run.name} ({run.run_id[:8]})" for run in left_out)
+        notes.append(f"of the same settings and seed as others, and left out: {names}; what counts: {', '.join(kept)}")
+    return [run for run in runs if run in best.values()]
 
 
 def config_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:

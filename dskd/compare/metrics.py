@@ -14,7 +14,7 @@ SPEEDS = ("speed/tokens_per_s", "speed/step_s")
 COST = "cost/device_hours"
 TERMS = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")  # these first, in this order
 # Metrics of training that are no terms of the loss: smaller is not better, and nobody reads their last value.
-_NOT_LOSSES = ("train/grad_norm", "train/learning_rate", "train/active_hinges")
+_NOT_LOSSES = ("train/grad_norm", "train/learning_rate", "train/active_hinges", "train/sense_teacher_entropy")
 _DIVERGED = 1e30  # and beyond, where servers write infinity as their largest number; NaN is not below it either
 History = Sequence[tuple[int, float]]
 

@@ -50,6 +50,11 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
         plt.close(figure)
 
 
+def slug(title: str) -> str:
+    """A title as a name in HTML."""
+    return title.lower().replace(" ", "-")
+
+
 def curves_svg(comparison: Comparison) -> str | None:
     """The loss curves as SVG to stand in HTML; None where there are none."""
     if not _drawn_curves(comparison):
@@ -57,10 +62,10 @@ def curves_svg(comparison: Comparison) -> str | None:
     return _svg(lambda plt: _curves(plt, comparison), "curves")
 
 
-def bars_svg(comparison: Comparison) -> str | None:
-    """A panel for each measure, a bar for each group; None where nothing was evaluated."""
-    metrics = [name for name in comparison.measured() if f"{EVALUATED}{name}" in comparison.final]
-    return _svg(lambda plt: _bars(plt, comparison, metrics), "bars") if metrics else None
+def bars_svg(comparison: Comparison, title: str) -> str | None:
+    """A panel for each measure of the kinds of this title, a bar for each group; None where no run has one."""
+    metrics = [name for name in comparison.measured(title) if f"{EVALUATED}{name}" in comparison.final]
+    return _svg(lambda plt: _bars(plt, comparison, metrics), f"bars-{slug(title)}") if metrics else None
 
 
 def differences_svg(tests: Sequence[Test], comparison: Comparison, name: str) -> str | None:
@@ -128,7 +133,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
             if references.get(name) is not None and references[name] <= limit:
                 panel.axvline(references[name], color=_FAINT, linestyle=style, linewidth=1.2)
         panel.set_xlim(0, limit)
-        better = next((m.lower_is_better for m in comparison.measures if m.name == metric), None)
+        better = next((m.lower_is_better for of in comparison.results for m in of.measures if m.name == metric), None)
         panel.set_title(f"{wording.label(metric)} {_ARROWS[better]}", parse_math=False)
         panel.tick_params(axis="y", length=0)
     return figure

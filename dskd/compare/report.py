@@ -5,6 +5,7 @@ pictures, in which matplotlib has escaped all text. The page's own policy forbid
 """
 
 import datetime
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dskd.compare.group_tests import Test
 from dskd.compare.groups import INPUT_TAGS, Group
 from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
-from dskd.compare.pictures import bars_svg, color_of, curves_svg, differences_svg
+from dskd.compare.pictures import bars_svg, color_of, curves_svg, differences_svg, slug
 from dskd.errors import UserError
 from dskd.folders import write_text
 from dskd.tracking import git_commit
@@ -54,6 +55,19 @@ def write_report(comparison: Comparison, path: Path) -> None:
         raise UserError(f"--html {path}: cannot write there ({error.strerror}); name a file you may write") from None
 
 
+def require_writable(path: Path) -> None:
+    """Refuses a place for the report before anything is read.
+
+    Raises:
+        UserError: saying what is there.
+    """
+    if not path.name or path.is_dir():
+        raise UserError(f"--html {str(path)!r}: that is a folder; name a file, such as {path / 'report.html'}")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--html {path}: cannot write there ({parent}); name a file you may write")
+
+
 def render_report(comparison: Comparison) -> str:
     """The report as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -68,8 +82,10 @@ def render_report(comparison: Comparison) -> str:
         facts=_facts(comparison),
         link=mlflow_link(comparison.config, comparison.runs) if comparison.runs else None,
         warnings=[f"{note[0].upper()}{note[1:]}." for note in comparison.notes],
-        measures=_measures(comparison),
-        bars=bars_svg(comparison) if comparison.has_measures else None,
+        measured=[
+            {"title": t, "id": slug(t), "table": _measures(comparison, t), "bars": bars_svg(comparison, t)}
+            for t in comparison.titles
+        ],
         references_note=_references_note(comparison),
         baseline=comparison.baseline.name if comparison.baseline else "",
         tests=_tests(comparison),
@@ -106,8 +122,9 @@ def _lead(comparison: Comparison) -> str:
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     facts = [("made", f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")]
-    if comparison.data:
-        facts.append(("evaluated on", comparison.data))
+    for results in comparison.results:
+        if results.data:
+            facts.append((f"{results.kind.name} of", results.data))
     if comparison.baseline and len(comparison.groups) > 1:
         facts.append(("baseline", comparison.baseline.name))
     for tag in INPUT_TAGS:
@@ -117,10 +134,8 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     return facts
 
 
-def _measures(comparison: Comparison) -> dict[str, Any] | None:
-    if not comparison.has_measures:
-        return None
-    names = comparison.measured()
+def _measures(comparison: Comparison, title: str) -> dict[str, Any] | None:
+    names = comparison.measured(title)
     rows = [
         Row(
             [wording.reference_label(name), "", *(wording.number(m, v[m]) if m in v else "-" for m in names)],

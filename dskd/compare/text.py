@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dskd.compare import wording
 from dskd.compare.comparison import Comparison
+from dskd.compare.evaluated import HELD_OUT
 from dskd.compare.group_tests import Test
 from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
@@ -29,25 +30,15 @@ def format_comparison(comparison: Comparison, picture: Path | None) -> str:
 
 
 def _measures(comparison: Comparison) -> list[str]:
-    names = comparison.measured()
-    if not names:
-        return []
-    rows = [
-        [
-            wording.reference_label(name),
-            *(wording.number(one, values[one]) if one in values else "-" for one in names),
+    parts = []
+    for title in comparison.titles:
+        parts += [f"{title}:", _measures_table(comparison, comparison.measured(title))]
+        parts += [
+            f"{'evaluated' if results.kind is HELD_OUT else results.kind.name} on {results.data}"
+            for results in comparison.results
+            if results.kind.title == title and results.data
         ]
-        for name, values in comparison.references.items()
-    ]
-    for group in comparison.groups:
-        values = [comparison.final.get(f"{EVALUATED}{name}", {}) for name in names]
-        if any(run.run_id in found for found in values for run in group.runs):
-            cells = [wording.estimate(name, group.estimate(found)) for name, found in zip(names, values, strict=True)]
-            rows.append([group.label, *cells])
-    parts = ["Held-out text:", table(["model", *(wording.label(name) for name in names)], rows)]
-    if comparison.data:
-        parts.append(f"evaluated on {comparison.data}")
-    parts.append("")
+        parts.append("")
     if comparison.example_tests and comparison.baseline:
         parts += [
             f"Differences to {comparison.baseline.name}, example by example:",
@@ -57,6 +48,23 @@ def _measures(comparison: Comparison) -> list[str]:
     if comparison.seed_tests and comparison.baseline:
         parts += [f"Differences to {comparison.baseline.name}, seed by seed:", _tests(comparison.seed_tests), ""]
     return parts
+
+
+def _measures_table(comparison: Comparison, names: Sequence[str]) -> str:
+    rows = [
+        [
+            wording.reference_label(name),
+            *(wording.number(one, values[one]) if one in values else "-" for one in names),
+        ]
+        for name, values in comparison.references.items()
+        if any(one in values for one in names)
+    ]
+    for group in comparison.groups:
+        values = [comparison.final.get(f"{EVALUATED}{name}", {}) for name in names]
+        if any(run.run_id in found for found in values for run in group.runs):
+            cells = [wording.estimate(name, group.estimate(found)) for name, found in zip(names, values, strict=True)]
+            rows.append([group.label, *cells])
+    return table(["model", *(wording.label(name) for name in names)], rows)
 
 
 def _tests(tests: Sequence[Test]) -> str:

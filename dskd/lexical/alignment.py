@@ -19,7 +19,7 @@ from dskd.models import FrozenModel
 from dskd.senses.dictionary import SenseDictionary, map_vectors
 from dskd.shards import gather_rows
 
-AGREEMENT, ALIGNMENT = "row_agreement", "sense_alignment"
+MEASURES = AGREEMENT, ALIGNMENT = "row_agreement", "sense_alignment"
 _POSITIONS = 2048  # that are compared with their rows at one time
 
 

@@ -11,6 +11,7 @@ from dskd import evaluate
 from dskd.config import Config
 from dskd.evaluate import CUT_STUDENT, TEACHER, Candidate
 from dskd.examples import Examples, Measure, read_examples, save_examples
+from dskd.lexical.alignment import MEASURES as OF_POSITIONS
 from dskd.lexical.scores import Item, clustered_error, columns_of, summarize
 from dskd.manifest import Recipe, build_artifact, digest_of_json, read_manifest, write_json
 from dskd.text_table import table
@@ -55,7 +56,9 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
     }
 
 
-def publish(config: Config, candidate: Candidate, wanted: Recipe, items: Sequence[Item], areas: Summary) -> None:
+def publish(
+    config: Config, candidate: Candidate, wanted: Recipe, items: Sequence[Item], areas: Summary, *, text: str
+) -> None:
     """Writes a model's measures and what it scored on each item, and tells MLflow, where it is a tracked run's.
 
     Args:
@@ -64,15 +67,17 @@ def publish(config: Config, candidate: Candidate, wanted: Recipe, items: Sequenc
         wanted: the recipe of the artifact.
         items: what it scored.
         areas: summaries of measures that are no mean over items.
+        text: digest of the held-out tokens.
     """
     summary = summarize(items) | areas | _perplexity(config, candidate)
     clusters, columns = columns_of(items)
     names = list(dict.fromkeys(item.measure for item in items))
     target = config.path(FOLDER, candidate.name)
-    data = digest_of_json({name: digest for name, digest in wanted.inputs.items() if name != "model"})
+    data = digest_of_json({"items": wanted.inputs["items"], "text": text})
     with build_artifact(target, wanted) as building:
         write_json(building.folder / FILE, summary)
-        measures = [Measure(name, name, f"{name}_items") for name in names]
+        shards = wanted.inputs["shards"]
+        measures = [Measure(n, n, f"{n}_items", data=shards if n in OF_POSITIONS else None) for n in names]
         save_examples(building.folder / EXAMPLES_FILE, Examples(data, clusters, columns, measures))
         rows = [dict(zip(_ITEMS_SCHEMA.names, _row(item), strict=True)) for item in items]
         pq.write_table(pa.Table.from_pylist(rows, _ITEMS_SCHEMA), building.folder / ITEMS_FILE, compression="zstd")

@@ -58,7 +58,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
             frozen = load_frozen(model.folder, config, world)
             found, summary = measure(frozen, items, text, dictionary, _texts_at_once(config, items), world)
             frozen.close()
-            on_main(functools.partial(publish, config, model, wanted[model.name], found, summary))
+            on_main(functools.partial(publish, config, model, wanted[model.name], found, summary, text=text.digest))
     on_main(lambda: say(f"\n{comparison(config, [model.name for model in models])}"))
 
 
