@@ -36,10 +36,10 @@ SCHEMA_VERSIONS = {
     "student": 1,
     "checkpoint": 1,
     "export": 1,
-    "evaluation": 2,
+    "evaluation": 3,
     "task": 1,
     "lexical-items": 1,
-    "lexical": 1,
+    "lexical": 2,
 }
 _PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
 

@@ -395,6 +395,10 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
         (["--tag", "device=tpu"], "none has the tags device=tpu; there are: device=cpu"),
         (["--baseline", "kdd"], "--baseline kdd: there is no such group; there are: kd, dskd, margin"),
         (["--html", "/proc/report.html"], "--html /proc/report.html: cannot write there"),
+        (
+            ["tracking.uri=http://127.0.0.1:9"],
+            "http://127.0.0.1:9 cannot be read (Connection refused); start its server",
+        ),
         (["--html", ""], "--html '.': that is a folder; name a file"),
         (["--html", "/tmp"], "--html '/tmp': that is a folder; name a file"),
         (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda: also device=cpu is asked for"),

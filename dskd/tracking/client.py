@@ -1,5 +1,7 @@
 """The connection to MLflow: where the server is, and what it says when it cannot be used."""
 
+import contextlib
+import functools
 import logging
 import os
 import re
@@ -17,6 +19,7 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with every end of a run, and in among what we print
     "GIT_PYTHON_REFRESH": "quiet",
 }
+_ANSWERS_WITHIN_S = 5
 # What a server answers that will answer so again. Anything else can pass: no connection, a time-out, a lapsed login.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
 
@@ -47,6 +50,20 @@ def connect(config: Config) -> Any:
     return MlflowClient(tracking_uri(config))
 
 
+@functools.cache  # of a server that answered once
+def require_answer(uri: str) -> None:
+    """Notices within seconds that an HTTP server is away; MLflow's own client tries again for a minute.
+
+    Raises:
+        OSError: when it does not answer. Any answer will do here, a refusal too.
+    """
+    if re.match(r"https?://", uri):
+        import requests
+
+        with contextlib.suppress(requests.exceptions.SSLError):  # MLflow may be told to trust it all the same
+            requests.get(f"{uri.rstrip('/')}/health", timeout=_ANSWERS_WITHIN_S)
+
+
 def is_refusal(error: BaseException) -> bool:
     """True when the same would be answered again: MLflow has understood and will not take it, or the fault is here."""
     if isinstance(error, UserError | ValueError | TypeError | LookupError | AttributeError | ImportError):
@@ -57,6 +74,18 @@ def is_refusal(error: BaseException) -> bool:
 def without_secrets(text: str) -> str:
     """User names and passwords of URLs do not belong into records that others read."""
     return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def cause_of(error: BaseException) -> str:
+    """Why a server cannot be reached, as the operating system says it; else what the error says first."""
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, TimeoutError):
+            return "no answer in time"
+        if isinstance(at, OSError) and at.strerror:
+            return at.strerror
+        at = at.__cause__ or at.__context__
+    return first_line(error)
 
 
 def first_line(error: BaseException) -> str:

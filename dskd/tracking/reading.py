@@ -9,7 +9,7 @@ from typing import Any
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.tracking.client import connect, first_line, tracking_uri, without_secrets
+from dskd.tracking.client import cause_of, connect, require_answer, tracking_uri, without_secrets
 from dskd.tracking.runs import KIND_TAG, PARENT
 
 _PAGE = 1000  # runs a request
@@ -108,13 +108,16 @@ def _reading(config: Config) -> Iterator[Any]:
     """A client; what goes wrong with it is said as the user's to mend."""
     if not _is_there(config):
         raise UserError(f"{config.path('mlflow.db')}: nothing was tracked here yet; train first, or give tracking.uri")
+    uri = tracking_uri(config)
     try:
+        require_answer(uri)
         yield connect(config)
     except UserError:
         raise
     except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
         raise UserError(
-            f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be read ({first_line(error)})"
+            f"tracking.uri: MLflow at {without_secrets(uri)} cannot be read ({cause_of(error)}); start its server, or "
+            "set tracking.uri to where it is, with http:// or https://, host and port"
         ) from error
 
 
