@@ -496,9 +496,6 @@ class PipelineConfig(Section):
     launcher_args: tuple[str, ...] | None = Field(
         None, description="arguments of `deepspeed`; by default all GPUs, or two ranks where there is none"
     )
-    tasks: tuple[TaskName, ...] = Field(
-        (), description="benchmarks that every model is asked when all are trained (section tasks)"
-    )
 
 
 def _not_reserved(name: str) -> str:

@@ -34,7 +34,6 @@ from dskd.lock import hold_lock
 from dskd.manifest import Recipe, is_current
 from dskd.model_folder import TEACHER_FOLDER, find_teacher
 from dskd.senses import build as senses
-from dskd.tasks import run as tasks
 
 LAUNCHERS = Path(__file__).resolve().parent.parent / "launcher"
 LOCK = ".pipeline.lock"  # in the work directory
@@ -103,8 +102,7 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         return lambda: is_current(config.path(folder), recipe())
 
     def ranks(program: str, *arguments: str) -> Callable[[], None]:
-        # Overrides first: an option that takes several words would take them too.
-        return lambda: launch(config, program, ["--config", str(path), *overrides, *arguments])
+        return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
 
     def shards_are_current() -> bool:
         teacher = find_teacher(config)
@@ -150,10 +148,6 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
     stages.append(Stage("evaluation", lambda: not evaluate.stale_candidates(config), ranks("evaluate.py")))
-    names = config.pipeline.tasks
-    if names:
-        ask = ranks("evaluate.py", "--tasks", *names)
-        stages.append(Stage("tasks", lambda: not tasks.unanswered(config, names), ask))
     return stages
 
 

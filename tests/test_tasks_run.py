@@ -15,11 +15,10 @@ from dskd.config_file import load_config
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import find_teacher
-from dskd.pipeline import plan_stages
 from dskd.student import build_student
 from dskd.tasks.benchmarks import BENCHMARKS
 from dskd.tasks.prompts import Prompter
-from dskd.tasks.run import load_task, run_tasks, unanswered
+from dskd.tasks.run import load_task, run_tasks
 from dskd.tracking import Start, read_artifact, read_history, read_run, start_tracking
 
 DATA = REPOSITORY / "tests" / "task_data"
@@ -139,18 +138,6 @@ def test_the_table_says_itself_how_its_columns_make_the_measure(config, results)
     manifest = read_manifest(file.parent, "task", made_by="-")
     assert manifest.inputs["questions"] == about["data"]
     assert manifest.facts["questions"] == 5
-
-
-def test_the_pipelines_last_stage_asks_what_is_not_answered(config, results):
-    loaded = load_config(config)
-    assert unanswered(loaded, ["all"]) == []
-    assert plan_stages(loaded, config, [])[-1].name == "evaluation"
-    changes = ["tasks.squad_tokens=3", "pipeline.tasks=[piqa, squad_v2]"]
-    with_tasks = load_config(config, changes)
-    stage = plan_stages(with_tasks, config, changes)[-1]
-    assert stage.name == "tasks"
-    assert not stage.is_current()
-    assert unanswered(with_tasks, with_tasks.pipeline.tasks) == [(model, "squad_v2") for model in MODELS]
 
 
 def test_what_is_up_to_date_is_not_asked_again(config, results, world, tmp_path, capsys):

@@ -103,7 +103,11 @@ def run_tasks(config: Config, world: World, names: Sequence[str], *, force: bool
     models = main_first(lambda: candidates(config))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
     _require_same_data(config, tasks)
-    wanted = _wanted(config, models, list(tasks.values()))
+    wanted = {
+        (model.name, task.name): recipe(config, model, task, Prompter(model.folder.load_tokenizer()))
+        for model in models
+        for task in tasks.values()
+    }
     # Rank 0's word counts: all ranks must run the same models.
     stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])
     for candidate in models:
@@ -125,25 +129,6 @@ def run_tasks(config: Config, world: World, names: Sequence[str], *, force: bool
                 on_main(functools.partial(_publish, config, candidate, target, recipe_of_it, task, answers))
         model.close()
     on_main(lambda: say(f"\n{summary(config, [model.name for model in models], benchmarks)}"))
-
-
-def unanswered(config: Config, names: Sequence[str]) -> list[tuple[str, str]]:
-    """(model, task) of what has not been asked yet, or of another model or with other questions.
-
-    Raises:
-        UserError: when a task or its data is not there.
-    """
-    tasks = [load_task(config, benchmark) for benchmark in benchmarks_named(names)]
-    wanted = _wanted(config, candidates(config), tasks)
-    return [key for key, recipe_of_it in wanted.items() if not is_current(_folder(config, *key), recipe_of_it)]
-
-
-def _wanted(config: Config, models: Sequence[Candidate], tasks: Sequence[Task]) -> dict[tuple[str, str], Recipe]:
-    return {
-        (model.name, task.name): recipe(config, model, task, Prompter(model.folder.load_tokenizer()))
-        for model in models
-        for task in tasks
-    }
 
 
 def summary(config: Config, models: Sequence[str], benchmarks: Sequence[Benchmark]) -> str:
