@@ -467,6 +467,9 @@ class TasksConfig(Section):
     piqa: str = Field("baber/piqa", min_length=1, description="folder or dataset of PIQA")
     mmlu: str = Field("cais/mmlu", min_length=1, description="folder or dataset of MMLU")
     squad_v2: str = Field("rajpurkar/squad_v2", min_length=1, description="folder or dataset of SQuAD v2")
+    evaluate: tuple[TaskName, ...] = Field(
+        (), description="benchmarks that launcher/pipeline.py asks all models at its end, as evaluate.py --tasks does"
+    )
     choice_shots: int = Field(5, ge=0, description="examples in a prompt, of all tasks but squad_v2")
     squad_shots: int = Field(1, ge=0, description="examples in a prompt of squad_v2")
     choice_tokens: int = Field(2, ge=1, description="tokens a model may answer with, in all tasks but squad_v2")

@@ -34,6 +34,7 @@ from dskd.lock import hold_lock
 from dskd.manifest import Recipe, is_current
 from dskd.model_folder import TEACHER_FOLDER, find_teacher
 from dskd.senses import build as senses
+from dskd.tasks import run as tasks
 
 LAUNCHERS = Path(__file__).resolve().parent.parent / "launcher"
 LOCK = ".pipeline.lock"  # in the work directory
@@ -148,6 +149,12 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
     stages.append(Stage("evaluation", lambda: not evaluate.stale_candidates(config), ranks("evaluate.py")))
+    if names := config.tasks.evaluate:
+        # Behind the overrides, which --tasks would take for names.
+        arguments = ["--config", str(path), *overrides, "--tasks", *names]
+        stages.append(
+            Stage("tasks", lambda: tasks.are_current(config, names), lambda: launch(config, "evaluate.py", arguments))
+        )
     return stages
 
 

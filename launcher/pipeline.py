@@ -1,7 +1,7 @@
 """Runs all stages in order, skipping what is up to date, and prints the comparison.
 
 Stages: lexicon, corpus, teacher, sequences, student, senses, shards; `train RUN` and `export RUN` of every run;
-evaluation.
+evaluation; tasks, where the config's `tasks.evaluate` names benchmarks.
 """
 
 import sys

@@ -62,6 +62,24 @@ def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends
     assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in changed.stderr
 
 
+def test_benchmarks_that_the_config_names_are_asked_last_and_once(copy_of_tiny):
+    artifacts = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
+    config = copy_of_tiny(*artifacts, "checkpoints", "export", "evaluation")
+    piqa = REPOSITORY / "tests" / "task_data" / "piqa"
+    overrides = ("tracking.enabled=false", "tasks.evaluate=[piqa]", f"tasks.piqa={piqa}", "tasks.choice_shots=1")
+    asked = _pipeline(config, *overrides)
+    assert asked.returncode == 0, asked.stderr
+    assert re.findall(r"^== (.+)$", asked.stderr, re.MULTILINE) == [
+        f"piqa: {name}" for name in ("teacher", "student", "dskd")
+    ]
+    rows = re.findall(r"^(?:teacher|student|dskd) +\d+\.\d ± \d+\.\d$", asked.stdout + asked.stderr, re.MULTILINE)
+    assert len(rows) == 3, asked.stderr
+    again = _pipeline(config, *overrides)
+    assert again.returncode == 0, again.stderr
+    assert _stages_run(again) == []
+    assert again.stderr.rstrip().splitlines()[-1].endswith("evaluation, tasks")
+
+
 @pytest.mark.parametrize(
     ("architecture", "packing"), [*((name, "documents") for name in ARCHITECTURES), ("llama", "none")]
 )

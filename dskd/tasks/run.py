@@ -93,6 +93,13 @@ def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter)
     return Recipe("task", inputs, settings, tokenizer=candidate.folder.tokenizer_digest)
 
 
+def are_current(config: Config, names: Sequence[str]) -> bool:
+    """True when every model has been asked these benchmarks, as they are now."""
+    tasks = [load_task(config, benchmark) for benchmark in benchmarks_named(names)]
+    wanted = _recipes(config, candidates(config), tasks)
+    return all(is_current(_folder(config, *key), it) for key, it in wanted.items())
+
+
 def run_tasks(config: Config, world: World, names: Sequence[str], *, force: bool = False) -> None:
     """Asks every model what it has not been asked yet, and says how good all of them are.
 
@@ -103,11 +110,7 @@ def run_tasks(config: Config, world: World, names: Sequence[str], *, force: bool
     models = main_first(lambda: candidates(config))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
     _require_same_data(config, tasks)
-    wanted = {
-        (model.name, task.name): recipe(config, model, task, Prompter(model.folder.load_tokenizer()))
-        for model in models
-        for task in tasks.values()
-    }
+    wanted = _recipes(config, models, list(tasks.values()))
     # Rank 0's word counts: all ranks must run the same models.
     stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])
     for candidate in models:
@@ -145,6 +148,14 @@ def summary(config: Config, models: Sequence[str], benchmarks: Sequence[Benchmar
         rows.append(row)
     header = ["%", *(f"{benchmark.name} ({benchmark.metric})" for benchmark in benchmarks)]
     return table(header, [*rows, ["chance", *(chances[benchmark.name] for benchmark in benchmarks)]])
+
+
+def _recipes(config: Config, models: Sequence[Candidate], tasks: Sequence[Task]) -> dict[tuple[str, str], Recipe]:
+    return {
+        (model.name, task.name): recipe(config, model, task, Prompter(model.folder.load_tokenizer()))
+        for model in models
+        for task in tasks
+    }
 
 
 def _folder(config: Config, model: str, task: str) -> Path:

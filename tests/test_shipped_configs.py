@@ -1,0 +1,157 @@
+"""The ready configurations: the paper's values are in them, and they train as they are, on toys of the same depth."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, finish, fork_ranks
+from safetensors.torch import load_file
+from shipped_inputs import write_inputs
+from tiny_wordnet import write_wordnet
+from transformers import AutoConfig
+
+from dskd import checkpoint
+from dskd.config_file import differences, load_config
+from dskd.corpus.build import build_corpus
+from dskd.lexicon.build import build_lexicon
+from dskd.manifest import read_manifest
+from dskd.model_folder import find_teacher
+from dskd.sequences import build_sequences
+from dskd.student import build_student
+
+# Two steps instead of two epochs, a checkpoint of each, and shorter texts. The loader reads in the rank itself, and
+# MLflow is left out, for time.
+TOY = {
+    "corpus.sequence_length": 128,
+    "train.steps": 2,
+    "train.checkpoint_every": 1,
+    "train.num_workers": 0,
+    "tracking.enabled": False,
+}
+# The 70B configuration is an example of scale and not of the paper: of its batch a part will do, and of WordNet.
+OF_SCALE = {"train.global_batch_size": 8, "wordnet.path": "wordnet", "corpus.sequence_length": 32}
+# By the method's sections, a key and its value (method, sections 1 to 5).
+PAPER = {
+    "lexicon.wordnet": False,
+    "senses.key": "predicted",
+    "senses.max_states": 100,
+    "annotation.kappa": 5,
+    "annotation.continuation_tokens": 10,
+    "student.layers": 16,
+    "student.spacing": "first",
+    "student.train_layers": 2,
+    "student.train_embeddings": False,
+    "student.train_final_norm": False,
+    "student.train_lm_head": False,
+    "corpus.source": "tasks",
+    "corpus.packing": "none",
+    "tasks.train_share": 0.25,
+    "tasks.choice_shots": 5,
+    "tasks.squad_shots": 1,
+    "tasks.choice_tokens": 2,
+    "tasks.squad_tokens": 10,
+    "loss.ce_weight": 1.0,
+    "loss.kd_weight": 0.7,
+    "loss.divergence": "forward_kl",
+    "loss.temperature": 2.0,
+    "loss.sense_form": "distance",
+    "loss.margin": 1.0,
+    "loss.antonym_weight": 1.0,
+    "loss.relation_share": 0.4,
+    "loss.min_relations": 25,
+    "loss.hidden_weight": 0.0,
+    "train.weight_decay": 1e-3,
+    "train.warmup_share": 0.1,
+    "train.epochs": 2.0,
+    "precision": "bf16",
+}
+LLAMA, MISTRAL, LARGE = "llama3-8b-16layers.yaml", "mistral-7b-16layers.yaml", "llama3-70b-to-8b.yaml"
+OF_TEACHER = {
+    LLAMA: {"senses.k": 10, "loss.sense_weight": 1.0, "train.learning_rate": 5e-5},
+    MISTRAL: {"senses.k": 5, "loss.sense_weight": 1.5, "train.learning_rate": 2e-5},
+}
+# The teacher's layers that are kept, and the student's that are trained.
+LAYERS = {LLAMA: (32, 16, [14, 15]), MISTRAL: (32, 16, [14, 15]), LARGE: (80, 7, [5, 6])}
+
+
+def _value(config, key):
+    found = config.as_dict()
+    for part in key.split("."):
+        found = found[part]
+    return found
+
+
+def _run_in(folder: Path, program: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    from forked_rank import run_launcher
+
+    os.chdir(folder)  # the paths of a shipped config begin where its user stands
+    run_launcher(REPOSITORY / "launcher" / program, arguments, environment, log)
+
+
+@pytest.mark.parametrize("name", OF_TEACHER)
+def test_the_papers_configurations_have_its_values(name):
+    config = load_config(REPOSITORY / "configs" / name)
+    expected = PAPER | OF_TEACHER[name]
+    assert {key: _value(config, key) for key in expected} == expected
+    kd = load_config(REPOSITORY / "configs" / name, ["run=kd"])
+    assert list(differences(config.as_dict()["loss"], kd.as_dict()["loss"])) == [
+        ("sense_weight", OF_TEACHER[name]["loss.sense_weight"], 0.0)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, toy = REPOSITORY / "configs" / name, TOY | (OF_SCALE if name == LARGE else {})
+    overrides = [f"{key}={value}".replace("False", "false") for key, value in toy.items()]
+    shipped, config = load_config(path), load_config(path, overrides)
+    assert {key for key, *_ in differences(shipped.as_dict(), config.as_dict())} == set(toy)
+    write_inputs(tmp_path, config)
+    write_wordnet(tmp_path / "wordnet")
+    total, kept, trained = LAYERS[name]
+
+    build_lexicon(config)
+    build_corpus(config)
+    teacher = find_teacher(config)
+    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    build_student(config)
+    runs = [["train.py", f"run={run}"] for run in config.run_names]
+    for program, *chosen in [["build_senses.py"], ["annotate.py"], *runs]:
+        finish(fork_ranks(_run_in, tmp_path, program, ["--config", str(path), *overrides, *chosen]))
+
+    layers = _layers(load_file(Path(config.teacher.path) / "model.safetensors"))
+    student = _layers(load_file(config.path("student", "model.safetensors")))
+    assert AutoConfig.from_pretrained(config.teacher.path).num_hidden_layers == len(layers) == total
+    assert sorted(student) == list(range(kept))
+    for number, weights in student.items():  # the first ones, as they are
+        assert all(weight.equal(layers[number][key]) for key, weight in weights.items())
+    losses = {}
+    for run in config.run_names:
+        steps = [checkpoint.folder(config) / ".." / run / f"step-{step:08d}" for step in (1, 2)]
+        losses[run] = [read_manifest(step, "checkpoint", made_by="-").facts["loss"] for step in steps]
+        assert all(math.isfinite(loss) and loss > 0 for loss in losses[run])
+        weights = load_file(steps[-1] / checkpoint.TRAINED_FILE)
+        moved = _layers(weights)
+        assert sorted(moved) == trained and len(weights) == sum(map(len, moved.values()))
+        assert all(
+            not weight.to(torch.bfloat16).equal(student[number][key]) or weight.ndim == 1
+            for number in trained
+            for key, weight in moved[number].items()
+        )
+    if "kd" in losses:  # the same text without senses
+        assert losses["kd"][0] < losses["dskd"][0]
+    coverage = read_manifest(config.path("shards", "train"), "shards", made_by="-").facts["coverage"]
+    assert all(share > 0 for share in coverage.values()), coverage
+
+
+def _layers(weights):
+    """{layer: {name in the layer: weight}}, of those that belong to one."""
+    found = {}
+    for name, weight in weights.items():
+        if ".layers." in name:
+            number, key = name.split(".layers.")[1].split(".", 1)
+            found.setdefault(int(number), {})[key] = weight
+    return found
