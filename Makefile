@@ -14,7 +14,8 @@ CONFIG ?= configs/quickstart.yaml
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
 # Tests of one file share what they have made, so files go to workers; most of them wait for something.
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+# What is skipped is named with its reason.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS)
 
 .PHONY: quickstart test test-fast test-cluster check env wordnet browser clean
 .DELETE_ON_ERROR:
@@ -31,7 +32,7 @@ test-fast: check wordnet
 # Where these cannot run, they are skipped with the reason.
 test-cluster: env wordnet
 	@[ "$$(id -u)" != 0 ] || dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 || { $(call debian,$(CLUSTER_PACKAGES)); }
-	$(PYTEST) -m cluster -rs
+	$(PYTEST) -m cluster
 
 check: env
 	$(VENV)/bin/ruff format --check .

@@ -27,7 +27,6 @@ from dskd.evaluate import EXAMPLES_FILE, MEASURES
 from dskd.examples import Examples, Measure, save_examples
 from dskd.pipeline import compare_or_say_why_not
 from dskd.tracking import log_evaluation, log_results, read_runs, start_tracking
-from dskd.tracking.runs import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -274,36 +273,6 @@ def test_a_measure_over_other_positions_is_left_out(empty):
     assert "lexical_perplexity" not in comparison.measured()
     assert {"perplexity", "accuracy"} < set(comparison.measured())
     assert "lexical_perplexity counts other positions" in comparison.notes[-1]
-
-
-def test_a_seed_counts_once_and_other_inputs_are_another_group(empty):
-    first = _track(empty, "kd-s0", seed=0, evaluated=False)
-    _track(empty, "kd-s1", seed=1, evaluated=False)
-    again = _track(empty, "kd-again", seed=0, evaluated=False)
-    comparison = make_comparison(load_config(empty))
-    (group,) = comparison.groups
-    assert {run.run_id for run in group.runs} == {again, *(r.run_id for r in group.runs if r.name == "kd-s1")}
-    assert any(f"left out: kd-s0 ({first[:8]})" in note for note in comparison.notes)
-
-    _track(empty, "kd-s2", seed=2, evaluated=False, tags={"dataset": "5" * 64})
-    (group,) = make_comparison(load_config(empty)).groups
-    assert len(group.runs) == 3
-    assert any("have different inputs (dataset)" in note for note in make_comparison(load_config(empty)).notes)
-
-    _track(empty, "other-s1", seed=1, evaluated=False, tags={"dataset": "5" * 64})
-    assert sorted(len(group.runs) for group in make_comparison(load_config(empty)).groups) == [2, 2]
-
-
-def test_older_runs_of_a_name_are_mentioned(empty):
-    old = _track(empty, "kd", "loss.kd_weight=2", evaluated=False)
-    shutil.rmtree(run_folder(load_config(empty), "kd"))  # as a start from scratch does
-    _track(empty, "kd", "loss.kd_weight=3", evaluated=False)
-    comparison = make_comparison(load_config(empty))
-    assert old not in {run.run_id for run in comparison.runs}
-    assert any("older runs of the same name are left out (1 of kd)" in note for note in comparison.notes)
-    both = make_comparison(load_config(empty), Selection(experiments=[load_config(empty).tracking.experiment]))
-    assert len(both.runs) == 2
-    assert both.notes[0].startswith("not evaluated")
 
 
 def test_seed_tests_are_paired_by_seed(comparison):

@@ -1,0 +1,59 @@
+"""Which runs are one group, which of several alike counts, and what is said of the others."""
+
+from dskd.compare import choosing
+from dskd.compare.choosing import Selection, choose_runs
+from dskd.compare.groups import config_differences, group_runs
+from dskd.config import Config
+from dskd.tracking import TrackedRun
+
+INPUTS = {"dataset": "d" * 64, "teacher": "7" * 64, "student": "8" * 64, "sense_dictionary": "9" * 64}
+
+
+def _run(run_id, name, start, *, status="FINISHED", seed=0, weight=1.0, **tags):
+    params = {"seed": str(seed), "run": name, "loss.sense_weight": str(weight)}
+    return TrackedRun(run_id * 32, name, status, params, {}, INPUTS | tags, start, "senses", "1")
+
+
+def _names(groups):
+    return [(group.label, [run.run_id[0] for run in group.runs]) for group in groups]
+
+
+def test_seeds_of_other_inputs_are_pooled_and_it_is_said():
+    """As whole pipelines with another seed each are: whether that was meant, nobody can know."""
+    runs = [_run("a", "dskd-s0", 1), _run("b", "dskd-s1", 2, seed=1, dataset="e" * 64)]
+    groups, (note,) = group_runs(runs)
+    assert _names(groups) == [("dskd (2 seeds)", ["a", "b"])]
+    assert "the seeds of dskd have different inputs (dataset)" in note
+    assert config_differences(groups) == []
+
+
+def test_one_seed_with_other_inputs_is_another_group():
+    runs = [_run("a", "dskd-s0", 1), _run("b", "other", 2, teacher="0" * 64), _run("c", "dskd-s1", 3, seed=1)]
+    groups, notes = group_runs(runs)
+    assert _names(groups) == [("dskd (2 seeds)", ["a", "c"]), ("other", ["b"])]
+    assert notes == []
+    assert config_differences(groups) == [("teacher (digest)", ["7" * 12, "0" * 12])]
+
+
+def test_a_seed_counts_once_and_the_run_that_finished_last_is_it():
+    runs = [
+        _run("a", "dskd", 1),
+        _run("b", "again", 3),
+        _run("c", "running", 9, status="RUNNING"),
+        _run("d", "dskd-s1", 2, seed=1),
+    ]
+    groups, (note,) = group_runs(runs)
+    assert [[run.run_id[0] for run in group.runs] for group in groups] == [["b", "d"]]
+    assert "left out: dskd (aaaaaaaa), running (cccccccc); what counts: again, dskd-s1" in note
+
+
+def test_older_runs_of_a_name_are_mentioned(monkeypatch):
+    runs = [_run("c", "dskd", 4), _run("b", "kd", 3, weight=0.5), _run("a", "kd", 1), _run("9", "kd", 0)]
+    monkeypatch.setattr(choosing, "read_runs", lambda config, experiments: runs)
+    config = Config(workdir="work", teacher={"path": "a/b"})
+    chosen = choose_runs(config, Selection())
+    assert [run.run_id[0] for run in chosen.runs] == ["c", "b"]
+    assert chosen.notes == ["older runs of the same name are left out (2 of kd); --run ID names one of them"]
+    chosen = choose_runs(config, Selection(runs=["kd"]))
+    assert [run.run_id[0] for run in chosen.runs] == ["a", "b"]  # of other settings
+    assert "1 of kd" in chosen.notes[0]
