@@ -11,6 +11,7 @@ from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_s
 
 _FIRST = ON_TEXT[0]
 PICTURE = "differences.svg"
+_TESTED = ("test", None)
 _LEVEL = round(100 * CONFIDENCE)
 _LEXICAL_MEASURES = """Before the word is said, from the state that the sense loss works on: do examples of one sense
 lie together (separation, ROC AUC, chance .5), and is an example's sense the first among those of its lemma (retrieval)?
@@ -26,7 +27,7 @@ def write_report(results: Sequence[Result], path: Path) -> None:
             (measure, baseline): {
                 arm.name: found
                 for arm in study.ARMS
-                if (found := difference(results, "test", None, arm.name, baseline, measure)) is not None
+                if (found := difference(results, _TESTED, arm.name, _TESTED, baseline, measure)) is not None
                 and arm.name != baseline
             }
             for measure in ("perplexity", "lexical_perplexity")
@@ -93,7 +94,7 @@ def _tested(results: Sequence[Result], measures: Sequence[str]) -> str:
 
 def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) -> str:
     differences = {
-        arm.name: [difference(results, "test", None, arm.name, baseline, measure) for measure in measures]
+        arm.name: [difference(results, _TESTED, arm.name, _TESTED, baseline, measure) for measure in measures]
         for arm in study.ARMS
         if arm.name != baseline
     }
@@ -117,23 +118,30 @@ def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) 
 
 def _factors(results: Sequence[Result]) -> str:
     rows = []
-    for variant in (None, *(factor.name for factor in study.FACTORS)):
-        stage = "factor" if variant else "test"
-        teachers = [r for r in results if (r.stage, r.arm, r.variant) == (stage, TEACHER, variant)]
+    for factor in (None, *study.FACTORS):
+        variant = factor.name if factor else None
+        teachers = [r for r in results if (r.arm, r.variant) == (TEACHER, variant)]
+        with_baseline = study.is_wanted(factor, study.FACTOR_BASELINE)
+        baseline = ("factor", variant) if with_baseline else ("test", None)
         for name in study.FACTOR_ARMS[1:]:
-            cells = [_shown(difference(results, stage, variant, name, study.FACTOR_ARMS[0], m), m) for m in ON_TEXT[:3]]
-            if teachers and all(cells):
-                of_teacher = teachers[0].measures
+            cells = [
+                _shown(difference(results, ("factor", variant), name, baseline, study.FACTOR_BASELINE, m), m)
+                for m in ON_TEXT[:3]
+            ]
+            if all(cells):
+                of_teacher = teachers[0].measures if teachers else {}
+                perplexity = f"{of_teacher[_FIRST]:.1f}" if _FIRST in of_teacher else ""
                 geometry = f"{of_teacher[GEOMETRY]:.3f}" if GEOMETRY in of_teacher else ""
-                rows.append([variant or "as above", f"{of_teacher[_FIRST]:.1f}", geometry, name, *cells])
+                rows.append([variant or "nothing", perplexity, geometry, name, *cells])
     if not rows:
         return "Nothing yet."
     header = ["changed", "teacher's perplexity", GEOMETRY, "arm", *ON_TEXT[:3]]
     return (
-        f"Differences to {study.FACTOR_ARMS[0]} by seed, with the weights tuned above, and intervals that are not "
-        f"corrected for their number: leads. {GEOMETRY} is what `dskd senses geometry` says of the teacher: of pairs "
-        "of a synonym and an antonym of one word, in how many the synonym is nearer; below .5 antonyms are.\n\n"
-        + _table(header, rows)
+        f"Differences to {study.FACTOR_BASELINE} by seed, with its weights tuned above and a sense weight of "
+        f"{study.FACTOR_SENSE_WEIGHT:g}, the paper's, since those that tuning chose are too small to show anything. "
+        f"Intervals are not corrected for their number: leads. {GEOMETRY} is what `dskd senses geometry` says of the "
+        "teacher: of pairs of a synonym and an antonym of one word, in how many the synonym is nearer; below .5 antonyms"
+        " are.\n\n" + _table(header, rows)
     )
 
 
@@ -143,20 +151,25 @@ def _missing(results: Sequence[Result]) -> str:
         tested = {r.seed for r in results if (r.stage, r.arm) == ("test", arm.name)}
         if set(study.TEST_SEEDS) - tested:
             lines.append(f"- {arm.name}: {len(tested)} of {len(study.TEST_SEEDS)} seeds of the test")
-    for factor in study.FACTORS:
-        done = sum(r.variant == factor.name and r.arm in study.FACTOR_ARMS for r in results)
-        wanted = len(study.FACTOR_ARMS) * len(study.FACTOR_SEEDS)
+    for factor in (None, *study.FACTORS):
+        variant = factor.name if factor else None
+        done = sum((r.stage, r.variant) == ("factor", variant) and r.arm in study.FACTOR_ARMS for r in results)
+        wanted = len(study.FACTOR_SEEDS) * sum(study.is_wanted(factor, arm) for arm in study.FACTOR_ARMS)
         if done < wanted:
-            lines.append(f"- {factor.name}: {done} of {wanted} trainings")
+            lines.append(f"- {variant or 'nothing changed but the sense weight'}: {done} of {wanted} trainings")
     return "\n".join(lines) or "All that the study asks for was run."
 
 
+Trained = tuple[str, str | None]  # a stage, and what was changed
+
+
 def difference(
-    results: Sequence[Result], stage: str, variant: str | None, one: str, other: str, measure: str
+    results: Sequence[Result], trained: Trained, name: str, other_trained: Trained, other: str, measure: str
 ) -> Difference | None:
     """One arm against another over the seeds that both have; None of fewer than two."""
 
-    def by_seed(name: str) -> dict[str, list[float]]:
+    def by_seed(where: Trained, name: str) -> dict[str, list[float]]:
+        stage, variant = where
         shards = study.BY_NAME[name].shards if variant is None else variant
         return {
             str(r.seed): [r.measures[measure]]
@@ -164,7 +177,7 @@ def difference(
             if (r.stage, r.arm, r.variant) == (stage, name, shards) and measure in r.measures
         }
 
-    first, second = by_seed(one), by_seed(other)
+    first, second = by_seed(trained, name), by_seed(other_trained, other)
     seeds = first.keys() & second.keys()
     return on_seeds({seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds})
 

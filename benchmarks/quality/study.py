@@ -101,27 +101,42 @@ class Factor:
     keys: Mapping[str, Any]
     shares: tuple[str, ...]  # artifacts that are those of the study itself
 
+    @property
+    def is_of_senses(self) -> bool:
+        """True where an arm without senses is what it is without the change."""
+        return all(key.startswith(("senses.", "annotation.")) for key in self.keys)
+
 
 _TO_TEACHER = ("lexicon", "corpus", "teacher")
 _TO_SENSES = (*_TO_TEACHER, "sequences", "student", "senses")
 _RECIPE = "teacher.train_from_scratch"
 
-FACTOR_ARMS = ("kd-hidden", "hidden-dskd", "hidden-distribution")  # with the weights tuned for the study
+FACTOR_BASELINE = "kd-hidden"  # with the weights tuned for the study
+FACTOR_ARMS = (FACTOR_BASELINE, "hidden-dskd", "hidden-distribution")
+# Of the arms with senses the paper's own: tuned weights are those that change least.
+FACTOR_SENSE_WEIGHT = 1.0
 FACTORS = (
+    Factor("k 1", {"senses.k": 1}, (*_TO_TEACHER, "sequences", "student")),
+    Factor("kappa 1", {"annotation.kappa": 1}, _TO_SENSES),
     Factor("teacher trained 3 times as long", {f"{_RECIPE}.train_tokens": 2_550_000}, ("lexicon", "corpus")),
     Factor("teacher of 8 layers", {f"{_RECIPE}.num_layers": 8, "student.layers": 4}, ("lexicon", "corpus")),
-    Factor("kappa 1", {"annotation.kappa": 1}, _TO_SENSES),
     Factor("kappa 10", {"annotation.kappa": 10}, _TO_SENSES),
     Factor("300 steps", {"train.steps": 300}, (*_TO_SENSES, "shards")),
     Factor("1 layer trained", {"student.train_layers": 1}, (*_TO_SENSES, "shards")),
     Factor("3 layers trained", {"student.train_layers": 3}, (*_TO_SENSES, "shards")),
     Factor("a quarter of the text", {"corpus.max_sequences": 400}, _TO_TEACHER),
-    Factor("k 1", {"senses.k": 1}, (*_TO_TEACHER, "sequences", "student")),
     Factor("k 10", {"senses.k": 10}, (*_TO_TEACHER, "sequences", "student")),
     Factor("senses of predicted tokens", {"senses.key": "predicted"}, (*_TO_TEACHER, "sequences", "student")),
     Factor("vocabulary of 2048", {f"{_RECIPE}.vocab_size": 2048}, ("lexicon", "corpus")),
     Factor("vocabulary of 8192", {f"{_RECIPE}.vocab_size": 8192}, ("lexicon", "corpus")),
 )
+
+
+def is_wanted(factor: Factor | None, arm: str) -> bool:
+    """Whether an arm is trained with a factor changed; None: as the study is, with the weight of the factors."""
+    if arm == FACTOR_BASELINE and (factor is None or factor.is_of_senses):
+        return False  # it is what the test has
+    return arm in FACTOR_ARMS
 
 
 def keys_of(arm: Arm, chosen: Mapping[str, float]) -> dict[str, Any]:

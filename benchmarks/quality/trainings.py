@@ -63,11 +63,14 @@ def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterat
     for seed in study.TEST_SEEDS if "test" in stages else ():  # by seed: an early end leaves whole pairs
         for arm in ready:
             yield _with_choice("test", arm, seed, arm.shards, chosen)
-    for factor in study.FACTORS if "factor" in stages else ():
+    for factor in (None, *study.FACTORS) if "factor" in stages else ():
         for seed in study.FACTOR_SEEDS:
             for arm in ready:
-                if arm.name in study.FACTOR_ARMS:
-                    yield _with_choice("factor", arm, seed, factor.name, chosen)
+                if study.is_wanted(factor, arm.name):
+                    weight = (
+                        chosen if arm.name == study.FACTOR_BASELINE else chosen | {arm.name: study.FACTOR_SENSE_WEIGHT}
+                    )
+                    yield _with_choice("factor", arm, seed, factor.name if factor else None, weight)
 
 
 def _with_choice(stage: Stage, arm: Arm, seed: int, variant: str | None, chosen: Mapping[str, float]) -> Training:
