@@ -4,14 +4,13 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,11 +27,13 @@ from cluster_lab.slurm import Slurm
 from mlflow_server import Link, Server
 from streaming import StreamingDataset
 
+from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.corpus.build import read_wordnet_documents
 from dskd.distributed import World, free_port, initialize
 from dskd.lexicon.relations import resolve
 from dskd.lexicon.wordnet_relations import read_wordnet
+from dskd.lock import release_lock
 from dskd.manifest import hash_files
 from dskd.node_cache import streaming_names
 from dskd.tracking import read_history, read_runs, tracker
@@ -259,7 +260,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a work directory that `launcher/pipeline.py` made on two ranks, with DeepSpeed's launcher.
+    """The config of a work directory that the pipeline made on two ranks.
+
+    Ranks are started as those of other tests are; tests/test_pipeline.py has DeepSpeed's launcher start them.
 
     Text and relations are a part of WordNet's, written to files: reading all of it in every process would take longer
     than the rest. `corpus.source: wordnet` and `lexicon.wordnet` have tests of their own.
@@ -280,6 +283,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _make_tiny(folder: Path) -> None:
+    from dskd import pipeline
+
     wordnet = open_wordnet()
     documents = itertools.islice(read_wordnet_documents(wordnet), 4000)
     lines = "".join(f"{json.dumps({'text': document.text})}\n" for document in documents)
@@ -296,10 +301,19 @@ def _make_tiny(folder: Path) -> None:
         corpus={**TINY["corpus"], "train": [str(folder / "text.jsonl")]},
         lexicon={"wordnet": False, "tsv": [str(folder / "own.tsv")]},
     )
-    command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config)]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
-    assert finished.returncode == 0, finished.stderr[-6000:]
-    (folder / "printed.txt").write_text(finished.stdout, encoding="utf-8")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(pipeline, "launch", _launch_forked)
+        patch.setattr("dskd.stopping.listen", lambda: None)  # signals to this process are pytest's
+        pipeline.run_pipeline(config, [])
+    release_lock(folder / "work" / pipeline.LOCK)
+    (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
+
+
+def _launch_forked(_: Config, program: str, arguments: Sequence[str]) -> None:
+    from forked_rank import run_launcher
+
+    finish(fork_ranks(run_launcher, REPOSITORY / "launcher" / program, list(arguments), ranks=2), timeout_s=540)
 
 
 @pytest.fixture(scope="session")

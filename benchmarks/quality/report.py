@@ -140,8 +140,8 @@ def _factors(results: Sequence[Result]) -> str:
         f"Differences to {study.FACTOR_BASELINE} by seed, with its weights tuned above and a sense weight of "
         f"{study.FACTOR_SENSE_WEIGHT:g}, the paper's, since those that tuning chose are too small to show anything. "
         f"Intervals are not corrected for their number: leads. {GEOMETRY} is what `dskd senses geometry` says of the "
-        "teacher: of pairs of a synonym and an antonym of one word, in how many the synonym is nearer; below .5 antonyms"
-        " are.\n\n" + _table(header, rows)
+        "teacher: of pairs of a synonym and an antonym of one word, in how many the synonym is nearer.\n\n"
+        + _table(header, rows)
     )
 
 
