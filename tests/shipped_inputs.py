@@ -21,8 +21,8 @@ from dskd.plan.known_models import known_model
 
 SYNONYMS = [("large", "big"), ("glad", "happy"), ("quick", "fast"), ("unhappy", "gloomy"), ("house", "home")]
 ANTONYMS = [("large", "small"), ("happy", "sad"), ("fast", "slow"), ("hot", "cold"), ("new", "old")]
-WORDS = [word for pair in SYNONYMS + ANTONYMS for word in pair]
-WORDS = list(dict.fromkeys([*WORDS, *(f"w{number}" for number in range(60))]))
+_RELATED = list(dict.fromkeys(word for pair in SYNONYMS + ANTONYMS for word in pair))
+WORDS = [*_RELATED, *(f"w{number}" for number in range(60))]
 _MARKS = [
     "Question:",
     "Goal:",
@@ -36,7 +36,8 @@ _MARKS = [
 _TEMPLATE = "{% for m in messages %}{{ 'user: ' if m.role == 'user' else 'it: ' }}{{ m.content }} {% endfor %}it:"
 # Of a toy; what else a model's config.json says, its number of layers above all, stays.
 _TOY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-_EXAMPLES = 48  # of each benchmark: a quarter of them has enough for prompts of five
+_EXAMPLES = 24  # of each benchmark with choices: a quarter of them is one with five to show
+_PASSAGES = 30  # a twentieth of them is two, one with another to show
 
 
 def write_inputs(folder: Path, config: Config) -> None:
@@ -45,7 +46,7 @@ def write_inputs(folder: Path, config: Config) -> None:
     _write_model(folder / config.teacher.path, config.teacher.path)
     _write_relations(folder, config)
     if config.corpus.source == "files":
-        texts = [_sentence(number, 24) for number in range(200)]
+        texts = [_sentence(number, 24) for number in range(60)]
         _write_text(folder / "data" / "text" / "part" / "text.parquet", pa.table({"text": texts}))
     else:
         tasks = config.tasks
@@ -70,6 +71,8 @@ def _write_model(folder: Path, name: str) -> None:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
+        # A random model says few of its words: those with relations have to be among them, for senses.
+        model.lm_head.weight[2 : 2 + len(_RELATED)] *= 4
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer = word_tokenizer(words)
     tokenizer.chat_template = _TEMPLATE
@@ -132,19 +135,12 @@ def _write_mmlu(folder: Path) -> None:
 def _write_squad(folder: Path) -> None:
     for split, name in enumerate(("train-v2.0.json", "dev-v2.0.json")):
         paragraphs = []
-        for number in range(_EXAMPLES):
+        for number in range(_PASSAGES):
             passage = _sentence(number + 1000 * split, 14)
-            answers = [[{"text": passage.split()[3], "answer_start": 0}], []]
-            questions = [
-                {
-                    "id": f"{split}-{number}-{place}",
-                    "question": _sentence(number + place + 1000 * split, 5),
-                    "answers": answers[place],
-                    "is_impossible": not answers[place],
-                }
-                for place in range(2)
-            ]
-            paragraphs.append({"context": passage, "qas": questions})
+            answers = [{"text": passage.split()[3], "answer_start": 0}] if number % 2 else []
+            question = {"id": f"{split}-{number}", "question": _sentence(number + 2000 + 1000 * split, 5)}
+            question |= {"answers": answers, "is_impossible": not answers}
+            paragraphs.append({"context": passage, "qas": [question]})
         _write(folder / name, json.dumps({"version": "v2.0", "data": [{"title": "toys", "paragraphs": paragraphs}]}))
 
 
