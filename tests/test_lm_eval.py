@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY
+from task_files import DATA
 from transformers import AutoTokenizer
 
 from dskd.config_file import load_config
@@ -18,7 +18,6 @@ from dskd.tasks.prompts import Prompter
 from dskd.tasks.run import load_task, run_tasks
 from dskd.tasks.scoring import measures_of
 
-DATA = REPOSITORY / "tests" / "task_data"
 pytestmark = pytest.mark.slow
 
 

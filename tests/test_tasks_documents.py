@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from task_files import DATA, PLACES
 from tiny_models import save_model, word_tokenizer
 
 from dskd.config import Config
@@ -16,15 +16,6 @@ from dskd.models import load_frozen
 from dskd.sequences import build_sequences, load_sequences
 from dskd.tasks.benchmarks import BENCHMARKS, Example
 from dskd.tasks.documents import split
-
-DATA = REPOSITORY / "tests" / "task_data"
-PLACES = {
-    "arc_challenge": str(DATA / "arc"),
-    "commonsense_qa": str(DATA / "commonsense_qa"),
-    "piqa": str(DATA / "piqa"),
-    "mmlu": str(DATA / "mmlu"),
-    "squad_v2": str(DATA / "squad"),
-}
 
 
 def _config(tmp_path, *, teacher=None, sequence_length=128, tasks=tuple(PLACES), **settings):

@@ -1,7 +1,7 @@
 """Prompts: what is asked, with which examples, and that its tokens are those that the chat template gives."""
 
 import pytest
-from conftest import REPOSITORY
+from task_files import DATA
 from tiny_models import word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -11,7 +11,6 @@ from dskd.tasks.benchmarks import BENCHMARKS, Example
 from dskd.tasks.prompts import Prompter, Question, digest_of, with_shots
 from dskd.tasks.reading import read_examples
 
-DATA = REPOSITORY / "tests" / "task_data"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns') }}{% endif %}"

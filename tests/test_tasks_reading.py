@@ -7,13 +7,12 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY
+from task_files import DATA
 
 from dskd.errors import UserError
 from dskd.tasks.benchmarks import BENCHMARKS, Example
 from dskd.tasks.reading import read_examples
 
-DATA = REPOSITORY / "tests" / "task_data"
 FOLDERS = {
     "arc_challenge": "arc",
     "commonsense_qa": "commonsense_qa",

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, run_program
+from conftest import run_program
+from task_files import DATA, PLACES
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,14 +22,6 @@ from dskd.tasks.prompts import Prompter
 from dskd.tasks.run import load_task, run_tasks
 from dskd.tracking import Start, read_artifact, read_history, read_run, start_tracking
 
-DATA = REPOSITORY / "tests" / "task_data"
-PLACES = {
-    "arc_challenge": str(DATA / "arc"),
-    "commonsense_qa": str(DATA / "commonsense_qa"),
-    "piqa": str(DATA / "piqa"),
-    "mmlu": str(DATA / "mmlu"),
-    "squad_v2": str(DATA / "squad"),
-}
 SAID = ["A", "B", "C", "D", "E", "0", "1", "seven", "lake", "the", "No", "answer"]
 MODELS = ("teacher", "student")
 
