@@ -47,6 +47,17 @@ def test_a_seed_counts_once_and_the_run_that_finished_last_is_it():
     assert "left out: dskd (aaaaaaaa), running (cccccccc); what counts: again, dskd-s1" in note
 
 
+def test_a_run_that_failed_takes_no_finished_ones_place_and_tags_are_looked_at_first(monkeypatch):
+    failed, finished = _run("b", "kd", 3, status="FAILED"), _run("a", "kd", 1, evaluation_data="1" * 64)
+    config = Config(workdir="work", teacher={"path": "a/b"})
+    monkeypatch.setattr(choosing, "read_runs", lambda config, experiments: [failed, finished])
+    assert choose_runs(config, Selection(runs=["kd"])).runs == [finished]
+    again = _run("c", "kd", 4)
+    monkeypatch.setattr(choosing, "read_runs", lambda config, experiments: [again, failed, finished])
+    assert choose_runs(config, Selection(runs=["kd"])).runs == [again]
+    assert choose_runs(config, Selection(tags={"evaluation_data": "1" * 64})).runs == [finished]
+
+
 def test_older_runs_of_a_name_are_mentioned(monkeypatch):
     runs = [_run("c", "dskd", 4), _run("b", "kd", 3, weight=0.5), _run("a", "kd", 1), _run("9", "kd", 0)]
     monkeypatch.setattr(choosing, "read_runs", lambda config, experiments: runs)

@@ -76,10 +76,11 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
             raise UserError(f"--run {name}: experiment {where} has no run of this name; {hint}")
     if names:
         runs = [run for run in runs if run.name in names]
+    # The tags come first: a run that has them may be older than one without them that has its name and settings.
+    runs = [run for run in runs if _has(run, selection.tags)]
     newest = newest_of_each(runs, names, settings_matter=True)
     matching = _matching([*found, *(run for run in newest if run not in found)], selection.tags, everything)
-    # A run with these tags may be older than one without them that has its name and settings.
-    return Chosen(matching, _hidden([run for run in runs if _has(run, selection.tags)], matching))
+    return Chosen(matching, _hidden(runs, matching))
 
 
 def newest_of_each(
@@ -87,10 +88,11 @@ def newest_of_each(
 ) -> list[TrackedRun]:
     """The newest run of each name: first those of `names`, in that order, then any others by their start.
 
-    With `settings_matter` it is the newest of each name and settings, the seed among them.
+    With `settings_matter` it is the newest of each name and settings, the seed among them; there one that was trained
+    to its end counts before one that was not.
     """
     newest: dict[tuple, TrackedRun] = {}
-    for run in sorted(runs, key=lambda run: run.start_time_s):
+    for run in sorted(runs, key=lambda run: (settings_matter and run.status == "FINISHED", run.start_time_s)):
         settings = tuple(sorted(settings_of(run).items())) if settings_matter else ()
         newest[run.experiment_id, run.name, settings] = run
     order = {name: number for number, name in enumerate(names)}

@@ -5,8 +5,8 @@ pictures, in which matplotlib has escaped all text. The page's own policy forbid
 """
 
 import datetime
-import os
 import platform
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -64,8 +64,10 @@ def require_writable(path: Path) -> None:
     if not path.name or path.is_dir():
         raise UserError(f"--html {str(path)!r}: that is a folder; name a file, such as {path / 'report.html'}")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--html {path}: cannot write there ({parent}); name a file you may write")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot write there ({error.strerror}); name a file you may write") from None
 
 
 def render_report(comparison: Comparison) -> str:
