@@ -211,6 +211,38 @@ def test_a_stage_before_training_that_does_not_fit_is_refused_until_it_is_over(t
     assert code == 0 and "the shards are there" in printed
 
 
+def test_the_speed_of_a_change_is_that_of_the_plan_with_it(tmp_path, monkeypatch, capsys):
+    """More nodes talk over another network than the GPUs of one."""
+    shapes = _shapes_file(tmp_path, vocab_size=100_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    _config(tmp_path, mode="zero3")
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", shapes, "--nodes", 1, "--gpus-per-node", 8]
+    options += ["--host-memory", 500, "student.layers=3", "student.train_layers=3", "student.train_lm_head=true"]
+    options += ["senses.memory_budget=0.01", "annotation.memory_budget=0.01", "senses.batch_size=1"]
+    options += ["annotation.batch_size=1", "train.micro_batch_size=1", "train.loss_chunk_size=64"]
+    options += ["train.activation_checkpointing=true", "train.global_batch_size=64", "teacher.offload=nvme"]
+    options += ["teacher.nvme_path=/local", "loss.hidden_weight=1"]
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80)
+    needed = float(re.search(r"at one time.* +([\d.]+) +[\d.]+\n", printed).group(1))
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.02)
+    assert code == 3
+    nodes, speed = re.search(r"fits: --nodes (\d+)\n.* ([\d,]+) tokens/s are expected", printed).groups()
+    options[options.index("--nodes") + 1] = nodes
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.02)
+    assert code == 0
+    assert re.search(rf"tokens/s of all ranks +{speed}$", printed, re.MULTILINE)
+
+
+def test_annotation_has_the_keys_and_values_of_what_the_teacher_goes_on_with(tmp_path):
+    def of_annotation(*overrides):
+        config = _config(tmp_path, "corpus.packing=none", "annotation.batch_size=64", *overrides)
+        plan = make_plan(config, _cluster(1, "cuda"), Architecture(json.dumps(LLAMA), "llama"))
+        return next(stage.gpu for stage in plan.before if stage.name == "annotation")
+
+    of_cache = 2 * 4 * 64 * 16 * 2 * 8 * 2  # keys and values of 4 layers: 64 texts of 16 tokens, 2 heads of 8, bf16
+    added = of_annotation("annotation.continuation_tokens=2") - of_annotation()
+    assert of_cache <= added <= 1.3 * of_cache
+
+
 def _refused(tmp_path):
     """A plan that does not fit, and one that does."""
     config = _config(tmp_path, "train.global_batch_size=48")

@@ -102,7 +102,12 @@ def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Chang
         return changed if changed.fits else None
 
     single = candidates(plan)
-    pairs = [_both(*pair) for pair in itertools.combinations(single, 2) if not _keys(pair[0]) & _keys(pair[1])]
+    places = itertools.combinations(range(len(single)), 2)
+    pairs = [
+        _both(single[one], single[other])
+        for one, other in sorted(places, key=sum)  # the cheapest together first
+        if not _keys(single[one]) & _keys(single[other])
+    ]
     strongest = _strongest(single)
     for change in itertools.chain(single, pairs):
         changed = attempt(change)

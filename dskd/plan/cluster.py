@@ -1,6 +1,6 @@
 """The machines of a plan: how many there are, what memory each has, and how fast they are taken to be."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -38,7 +38,3 @@ class Cluster:
         if self.device == "cuda":
             return torch.float32 if precision == "fp32" else torch.bfloat16
         return compute_dtype(precision, torch.device("cpu"))
-
-    def with_nodes(self, nodes: int) -> "Cluster":
-        """The same machines, but so many of them."""
-        return replace(self, nodes=nodes)

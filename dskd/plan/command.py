@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dskd.config import Config
 from dskd.config_file import load_config
+from dskd.console import say
 from dskd.plan import GB
 from dskd.plan.cluster import BANDWIDTH, DISK_BANDWIDTH, HOST_BANDWIDTH, TFLOPS, Cluster
 from dskd.plan.known_models import KNOWN_MODELS
@@ -15,7 +16,8 @@ UNFIT_EXIT_CODE = 3
 HELP = "say what a job needs before it runs: memory, time and disk; exit code 3 when it will not fit"
 DESCRIPTION = """
 Says what training needs on given machines: memory of each GPU and host, expected tokens/s and hours, disk. It looks at
-shapes alone: the teacher's config.json and your configuration, no weights. GB are 2^30 bytes.
+shapes alone: the teacher's config.json and your configuration, no weights. GB are 2^30 bytes. Tokens/s and hours are
+those of training.
 
 A job that will not fit, in training or in the stages before that are still to be run, is refused with exit code 3, and
 the smallest change that makes it fit is named. Memory is
@@ -113,7 +115,7 @@ def _plan(given: argparse.Namespace) -> int:
 
     config = load_config(given.config, given.overrides)
     architecture = find_architecture(config, given.teacher_config)
-    cluster = _cluster(given)
+    cluster = _cluster(given, given.nodes)
     relations = RELATIONS if given.relations is None else given.relations
 
     def plan_of(config: Config, cluster: Cluster) -> Plan:
@@ -121,7 +123,7 @@ def _plan(given: argparse.Namespace) -> int:
 
     def replan(change: Change) -> Plan:
         changed = load_config(given.config, [*given.overrides, *change.overrides])
-        return plan_of(changed, cluster if change.nodes is None else cluster.with_nodes(change.nodes))
+        return plan_of(changed, cluster if change.nodes is None else _cluster(given, change.nodes))
 
     plan = plan_of(config, cluster)
     print(format_plan(plan))
@@ -134,14 +136,16 @@ def _plan(given: argparse.Namespace) -> int:
     if plan.fits:
         print("\nfits")
         return 0
-    print(f"\n{format_refusal(plan, smallest_change(plan, replan))}")
+    print(flush=True)
+    say("looking for the smallest change that fits …")
+    print(format_refusal(plan, smallest_change(plan, replan)))
     return UNFIT_EXIT_CODE
 
 
-def _cluster(given: argparse.Namespace) -> Cluster:
-    default = BANDWIDTH["cpu" if given.device == "cpu" else "one node" if given.nodes == 1 else "nodes"]
+def _cluster(given: argparse.Namespace, nodes: int) -> Cluster:
+    default = BANDWIDTH["cpu" if given.device == "cpu" else "one node" if nodes == 1 else "nodes"]
     return Cluster(
-        given.nodes,
+        nodes,
         given.gpus_per_node,
         round(given.gpu_memory * GB),
         round(given.host_memory * GB),

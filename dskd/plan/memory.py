@@ -313,9 +313,10 @@ def stages_before(
     kept_states = min(int(config.senses.memory_budget * GB), -(-states // cluster.world_size))
     kept_rows = min(int(config.annotation.memory_budget * GB), rows)
     stages = []
+    cache = _cache_bytes(config, architecture, size) if config.annotation.continuation_tokens else 0
     for name, sequences, on_device, beside in (
         ("gathering states", config.senses.batch_size, 0, kept_states),
-        ("annotation", config.annotation.batch_size, kept_rows, 0),
+        ("annotation", config.annotation.batch_size, kept_rows + cache, 0),
     ):
         batch = replace(batch_of(config, sequences, relations=0.0), sense_positions=0, sense_rows=0, teacher_top_n=0)
         gpu = live + reserved + on_device + teacher_activations(architecture, batch, dtype)
@@ -323,6 +324,15 @@ def stages_before(
         host = (on_host + beside + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
         stages.append(StageMemory(name, gpu, host))
     return stages[0], stages[1]
+
+
+def _cache_bytes(config: Config, architecture: Architecture, size: int) -> int:
+    """Keys and values of whole prompts that the teacher goes on with, and of a layer once more: it is made anew."""
+    values = architecture.values()
+    heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
+    width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)
+    tokens = config.annotation.batch_size * config.corpus.sequence_length
+    return tokens * 2 * width * size * (layers + 1)
 
 
 def _hidden_size(architecture: Architecture) -> int:

@@ -35,7 +35,9 @@ def format_offload(plan: Plan, without: Plan | None) -> str:
     said = f"with teacher.mode=zero3 teacher.offload=none {needed}"
     too_large = without.too_large_for_gpus
     if not too_large:
-        return f"Offload: not needed; {said}."
+        of_this = "" if plan.fits else " This plan is of what the configuration says, and is another one."
+        is_other = (plan.config.teacher.mode, plan.config.teacher.offload) != ("zero3", "none")
+        return f"Offload: not needed; {said}.{of_this if is_other else ''}"
     if too_large[-1].name != "training":
         said += f", and for {too_large[-1].name} {_gb(too_large[-1].gpu)}"
     return f"Offload: needed; {said}."
@@ -68,10 +70,18 @@ def format_refusal(plan: Plan, found: tuple[Change, Plan] | None) -> str:
     needed = " GB, a host ".join(map(_gb, largest))
     lines = [
         f"{text}\nThe smallest change that fits: {change.text()}",
-        f"  then a {what} needs {needed} GB at most, and {changed.speed.tokens_per_s:,.0f} tokens/s are expected "
-        f"instead of {plan.speed.tokens_per_s:,.0f}",
+        f"  then a {what} needs {needed} GB at most, and {_speed_of(changed, plan)}",
     ]
     return "\n".join([*lines, *(f"  {preparation}" for preparation in change.preparations())])
+
+
+def _speed_of(changed: Plan, plan: Plan) -> str:
+    now, before = (f"{one.speed.tokens_per_s:,.0f}" for one in (changed, plan))
+    return (
+        "as many tokens/s are expected: what travels is hidden behind computation"
+        if now == before
+        else f"{now} tokens/s are expected instead of {before}"
+    )
 
 
 def _headline(plan: Plan) -> str:
@@ -124,7 +134,7 @@ def _speed(plan: Plan) -> str:
         ["tokens/s of all ranks", f"{speed.tokens_per_s:,.0f}"],
         ["seconds a step", f"{speed.step_s:.2f}"],
         ["hours", "unknown: give --samples, or set train.steps" if plan.hours is None else _hours(plan.hours)],
-        ["steps", "unknown: give --samples" if plan.steps is None else f"{plan.steps:,}"],
+        ["steps", "unknown: give --samples, or set train.steps" if plan.steps is None else f"{plan.steps:,}"],
         ["GFLOPs a token", f"{sum(speed.flops_per_token.values()) / 1e9:.2f}"],
         ["share of a step with communication", f"{speed.network_share:.0%}"],
         ["share of a step waiting for it", f"{speed.waiting_share:.0%}"],
