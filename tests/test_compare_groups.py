@@ -1,9 +1,12 @@
 """Which runs are one group, which of several alike counts, and what is said of the others."""
 
+import pytest
+
 from dskd.compare import choosing
 from dskd.compare.choosing import Selection, choose_runs
 from dskd.compare.groups import config_differences, group_runs
 from dskd.config import Config
+from dskd.errors import UserError
 from dskd.tracking import TrackedRun
 
 INPUTS = {"dataset": "d" * 64, "teacher": "7" * 64, "student": "8" * 64, "sense_dictionary": "9" * 64}
@@ -56,6 +59,16 @@ def test_a_run_that_failed_takes_no_finished_ones_place_and_tags_are_looked_at_f
     monkeypatch.setattr(choosing, "read_runs", lambda config, experiments: [again, failed, finished])
     assert choose_runs(config, Selection(runs=["kd"])).runs == [again]
     assert choose_runs(config, Selection(tags={"evaluation_data": "1" * 64})).runs == [finished]
+
+
+def test_the_beginning_of_an_id_names_a_run_where_it_is_of_one_only(monkeypatch):
+    runs = [_run("b", "kd", 3), _run("a", "kd", 1), _run("c", "dskd", 0)]
+    monkeypatch.setattr(choosing, "read_runs", lambda config, experiments: runs)
+    config = Config(workdir="work", teacher={"path": "a/b"})
+    assert choose_runs(config, Selection(runs=["a" * 8])).runs == [runs[1]]
+    assert choose_runs(config, Selection(runs=["a" * 8, "dskd"])).runs == [runs[1], runs[2]]
+    with pytest.raises(UserError, match="has no run of this name"):
+        choose_runs(config, Selection(runs=["d" * 8]))
 
 
 def test_older_runs_of_a_name_are_mentioned(monkeypatch):

@@ -6,9 +6,9 @@ import pytest
 from scipy import stats
 
 from benchmarks.quality import study, work
-from benchmarks.quality.__main__ import REPORT, RESULTS
+from benchmarks.quality.__main__ import README, REPORT, RESULTS
 from benchmarks.quality.measures import LEXICAL, ON_TEXT
-from benchmarks.quality.report import PICTURE, render, write_report
+from benchmarks.quality.report import PICTURE, SUMMARY_MARKS, render, render_summary, write_report
 from benchmarks.quality.results import Result, append_result, choose, read_results
 from benchmarks.quality.splits import rows_of
 from benchmarks.quality.trainings import wanted_trainings
@@ -107,6 +107,12 @@ def test_another_value_seed_or_text_is_another_training():
 
 def test_the_committed_report_is_that_of_the_committed_results():
     assert REPORT.read_text(encoding="utf-8") == render(read_results(RESULTS))
+
+
+def test_the_readmes_table_is_that_of_the_committed_results():
+    begin, end = SUMMARY_MARKS
+    text = README.read_text(encoding="utf-8")
+    assert text.split(begin)[1].split(end)[0] == render_summary(read_results(RESULTS))
 
 
 def test_the_intervals_of_the_report_are_those_of_scipy(tmp_path):

@@ -24,6 +24,7 @@ On a CPU one thread is as fast as two at this size: OMP_NUM_THREADS=1. The same 
 each on a core of its own. The students of the test stay in WORK/VARIANT/export.
 """
 REPORT = Path(__file__).with_name("README.md")
+README = Path(__file__).parent.parent.parent / "README.md"
 STAGES = ("tune", "test", "factor")
 RESULTS = Path(__file__).with_name("results.jsonl")
 
@@ -47,12 +48,13 @@ def main() -> int:
         parser.error("give --work FOLDER to train, or --report to write the report of what was trained")
 
     def action() -> int:
-        from benchmarks.quality.report import write_report
+        from benchmarks.quality.report import write_report, write_summary
         from benchmarks.quality.results import read_results
 
         if given.report:
             write_report(read_results(given.results), REPORT)
-            print(f"wrote {REPORT}")
+            write_summary(read_results(given.results), README)
+            print(f"wrote {REPORT} and the table in {README}")
             return 0
         from benchmarks.quality.trainings import Runner  # after the arguments: --help should not wait for DeepSpeed
         from dskd.distributed import initialize

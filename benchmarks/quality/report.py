@@ -37,6 +37,45 @@ def write_report(results: Sequence[Result], path: Path) -> None:
     )
 
 
+SUMMARY_MARKS = ("<!-- of benchmarks/quality -->\n", "<!-- end -->")
+_SUMMARY = {
+    "kd": "ce",
+    "kd-hidden": "kd",
+    "kd-own": "kd",
+    "kd-synonyms": "kd",
+    "dskd": "kd",
+    "dskd-papers-rule": "kd",
+} | {name: "kd-hidden" for name in ("hidden-dskd", "hidden-distribution", "hidden-lexical")}
+_OF_SUMMARY = ("perplexity", "lexical_perplexity", "synonym_preference")
+
+
+def render_summary(results: Sequence[Result]) -> str:
+    """The table of the project's README: each arm against what it stands on."""
+    rows = []
+    for name, other in _SUMMARY.items():
+        found = [difference(results, _TESTED, name, _TESTED, other, measure) for measure in _OF_SUMMARY]
+        if None not in found:
+            cells = [_shown(one, measure) for one, measure in zip(found, _OF_SUMMARY, strict=True)]
+            rows.append([f"`{name}`: {study.BY_NAME[name].what}", f"`{other}`", *cells])
+    names = [measure.replace("_", " ") for measure in _OF_SUMMARY]
+    if not rows:
+        return "Nothing yet.\n"
+    of_teacher = next((r.measures for r in results if (r.arm, r.variant) == (TEACHER, None)), {})
+    geometry = ""
+    if GEOMETRY in of_teacher:
+        share = f"{of_teacher[GEOMETRY]:.3f}"
+        geometry = f"; of the teacher's pairs of a word's synonym and antonym the synonym is nearer in {share}"
+    return f"{_table(['way to train', 'against', *names], rows)}\n\nMeasured {_when(results)}{geometry}.\n"
+
+
+def write_summary(results: Sequence[Result], path: Path) -> None:
+    """Puts :func:`render_summary` between its marks in a Markdown file."""
+    begin, end = SUMMARY_MARKS
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(begin)
+    path.write_text(f"{before}{begin}{render_summary(results)}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
 def render(results: Sequence[Result]) -> str:
     """The whole report as Markdown."""
     parts = ["# Do senses help?", "", _about(results), "", "## Tuned weights", "", _tuned(results)]
@@ -55,17 +94,20 @@ def render(results: Sequence[Result]) -> str:
 def _about(results: Sequence[Result]) -> str:
     if not results:
         return "Nothing has been run: there is no result, and nothing can be said for or against the method."
-    dates = sorted({result.date for result in results})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     trainings = [result for result in results if result.arm != TEACHER]
     minutes = sum(result.seconds for result in trainings) / 60
     places = "; ".join(sorted({result.machine for result in results}))
     return (
-        f"{when}; {places}. {len(trainings)} trainings, {minutes:.0f} minutes of training and measuring. "
+        f"{_when(results)}; {places}. {len(trainings)} trainings, {minutes:.0f} minutes of training and measuring. "
         f"Written by `python -m benchmarks.quality --report` from `results.jsonl`; intervals are of {_LEVEL} %, of "
         "Student's t over seeds. All seeds start from one student, cut from one teacher: they vary the order of the "
         "text and the positions of the sense loss, and say nothing about other teachers."
     )
+
+
+def _when(results: Sequence[Result]) -> str:
+    dates = sorted({result.date for result in results})
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
 
 
 def _tuned(results: Sequence[Result]) -> str:

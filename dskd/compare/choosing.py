@@ -13,6 +13,7 @@ from dskd.tracking import KIND_TAG, PARENT, TrackedRun, read_run, read_runs
 IGNORED_PARAMS = ("run", "workdir", "runs.", "seeds", "tracking.")
 SEED = "seed"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+_SHORT_ID = re.compile(r"[0-9a-f]{8,31}$")  # of a run of the experiments that are looked at, as comparisons print it
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,18 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
         newest = newest_of_each(runs, config.run_names)
         return Chosen(newest, _hidden(runs, newest))
     known = list(dict.fromkeys(run.name for run in runs))
+    by_beginning = {
+        name: [run for run in runs if run.run_id.startswith(name)] for name in names if _SHORT_ID.match(name)
+    }
+    found += [alike[0] for name, alike in by_beginning.items() if name not in known and len(alike) == 1]
+    names = [name for name in names if name in known or len(by_beginning.get(name, ())) != 1]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none'}"
             where = ", ".join(selection.experiments) or config.tracking.experiment
             raise UserError(f"--run {name}: experiment {where} has no run of this name; {hint}")
-    if names:
+    if selection.runs:
         runs = [run for run in runs if run.name in names]
     # The tags come first: a run that has them may be older than one without them that has its name and settings.
     runs = [run for run in runs if _has(run, selection.tags)]
