@@ -69,7 +69,8 @@ def share_out(train: TrainConfig, world_size: int) -> tuple[int, int]:
     if global_batch % world_size:
         raise UserError(
             f"train.global_batch_size: {global_batch} sequences cannot be shared out over {world_size} ranks; "
-            f"set it to a multiple of {world_size}"
+            f"set it to a multiple of {world_size}, or take "
+            f"{next(ranks for ranks in range(world_size - 1, 0, -1) if global_batch % ranks == 0)} ranks"
         )
     per_rank = global_batch // world_size
     micro_batch = min(train.micro_batch_size, per_rank)
