@@ -252,10 +252,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file that needs `tiny` comes first and makes it; meanwhile other workers have those that do not need it."""
+    """A file that needs `tiny` comes first and makes it; meanwhile others have some of those that do not need it,
+    of which the others come last: they are short, and no worker waits long for the last file of another.
+    """
     users = {item.path for item in items if "tiny" in getattr(item, "fixturenames", ())}
     first = next((item.path for item in items if item.path in users), None)
-    items.sort(key=lambda item: (item.path != first, item.path in users))
+    paths = list(dict.fromkeys(item.path for item in items if item.path not in users))
+    meanwhile = set(paths[: len(paths) // 3])
+    items.sort(key=lambda item: (item.path != first, item.path not in meanwhile, item.path not in users))
 
 
 @pytest.fixture(scope="session")
@@ -303,14 +307,15 @@ def _make_tiny(folder: Path) -> None:
     )
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(pipeline, "launch", _launch_forked)
+        patch.setattr(pipeline, "launch", launch_forked)
         patch.setattr("dskd.stopping.listen", lambda: None)  # signals to this process are pytest's
         pipeline.run_pipeline(config, [])
     release_lock(folder / "work" / pipeline.LOCK)
     (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
 
 
-def _launch_forked(_: Config, program: str, arguments: Sequence[str]) -> None:
+def launch_forked(_: Config, program: str, arguments: Sequence[str]) -> None:
+    """In place of the pipeline's own, which DeepSpeed's launcher starts: two ranks, as those of other tests."""
     from forked_rank import run_launcher
 
     finish(fork_ranks(run_launcher, REPOSITORY / "launcher" / program, list(arguments), ranks=2), timeout_s=540)

@@ -7,13 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, launch_forked
+from task_files import PLACES
 from tiny_models import ARCHITECTURES, save_model
 from transformers import AutoModelForCausalLM
 
+from dskd import pipeline
 from dskd.annotate import annotate
 from dskd.compare.summary import compare
 from dskd.config import Config
+from dskd.config_file import load_config
 from dskd.corpus.build import build_corpus
 from dskd.evaluate import evaluate
 from dskd.export import build_export
@@ -62,22 +65,23 @@ def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends
     assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in changed.stderr
 
 
-def test_benchmarks_that_the_config_names_are_asked_last_and_once(copy_of_tiny):
+def test_benchmarks_that_the_config_names_are_asked_last_and_once(copy_of_tiny, monkeypatch):
+    monkeypatch.setattr(pipeline, "launch", launch_forked)
     artifacts = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
-    config = copy_of_tiny(*artifacts, "checkpoints", "export", "evaluation")
-    piqa = REPOSITORY / "tests" / "task_data" / "piqa"
-    overrides = ("tracking.enabled=false", "tasks.evaluate=[piqa]", f"tasks.piqa={piqa}", "tasks.choice_shots=1")
-    asked = _pipeline(config, *overrides)
-    assert asked.returncode == 0, asked.stderr
-    assert re.findall(r"^== (.+)$", asked.stderr, re.MULTILINE) == [
-        f"piqa: {name}" for name in ("teacher", "student", "dskd")
+    path = copy_of_tiny(*artifacts, "export", "evaluation")
+    overrides = [
+        "tracking.enabled=false",
+        "tasks.evaluate=[piqa]",
+        f"tasks.piqa={PLACES['piqa']}",
+        "tasks.choice_shots=1",
     ]
-    rows = re.findall(r"^(?:teacher|student|dskd) +\d+\.\d ± \d+\.\d$", asked.stdout + asked.stderr, re.MULTILINE)
-    assert len(rows) == 3, asked.stderr
-    again = _pipeline(config, *overrides)
-    assert again.returncode == 0, again.stderr
-    assert _stages_run(again) == []
-    assert again.stderr.rstrip().splitlines()[-1].endswith("evaluation, tasks")
+    config = load_config(path, overrides)
+    stage = pipeline.plan_stages(config, path, overrides)[-1]
+    assert stage.name == "tasks"
+    assert not stage.is_current()
+    stage.build()
+    assert stage.is_current()
+    assert {folder.parent.name for folder in config.path("tasks").glob("*/piqa")} == {"teacher", "student", "dskd"}
 
 
 @pytest.mark.parametrize(

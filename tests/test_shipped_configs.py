@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, finish, fork_ranks
 from safetensors.torch import load_file
-from shipped_inputs import write_inputs
+from shipped_inputs import LAYERS_OF_LARGE, write_inputs
 from tiny_wordnet import write_wordnet
 from transformers import AutoConfig
 
@@ -73,7 +73,7 @@ OF_TEACHER = {
     MISTRAL: {"senses.k": 5, "loss.sense_weight": 1.5, "train.learning_rate": 2e-5},
 }
 # The teacher's layers that are kept, and the student's that are trained.
-LAYERS = {LLAMA: (32, 16, [14, 15]), MISTRAL: (32, 16, [14, 15]), LARGE: (80, 7, [5, 6])}
+LAYERS = {LLAMA: (32, 16, [14, 15]), MISTRAL: (32, 16, [14, 15]), LARGE: (LAYERS_OF_LARGE, 7, [5, 6])}
 
 
 def _value(config, key):
