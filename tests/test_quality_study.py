@@ -132,8 +132,8 @@ def test_the_intervals_of_the_report_are_those_of_scipy(tmp_path):
     for of_seeds in values.values():
         mean = sum(of_seeds) / 5
         low, _ = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(of_seeds))
-        assert f"{mean:.2f} ± {mean - low:.2f}" in report
+        assert f"{mean:.3f} ± {mean - low:.3f}" in report
     differences = [one - other for one, other in zip(values["dskd"], values["kd"], strict=True)]
     mean = sum(differences) / 5
     low, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(differences))
-    assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" in report
+    assert f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" in report

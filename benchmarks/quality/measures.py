@@ -4,4 +4,4 @@ HIDDEN = "hidden_distance"  # mean over positions of |h - t|² / D, h the studen
 LEXICAL = ("sense_separation_target", "sense_retrieval_target", "synonym_preference")  # of dskd.lexical
 GEOMETRY = "synonym_nearer"  # of the teacher: of its pairs of a synonym and an antonym, in how many the first is nearer
 ON_TEXT = ("perplexity", "accuracy", "lexical_perplexity", HIDDEN)
-DIGITS = {"perplexity": 2, "accuracy": 4, "lexical_perplexity": 1, HIDDEN: 4} | dict.fromkeys((*LEXICAL, GEOMETRY), 3)
+DIGITS = {"perplexity": 3, "accuracy": 4, "lexical_perplexity": 1, HIDDEN: 4} | dict.fromkeys((*LEXICAL, GEOMETRY), 3)
