@@ -254,21 +254,13 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise UserError(f"teacher.path: there is no folder {name}; make it, or {advice}")
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import get_session
-
-    def _require_hub(session: Any, endpoint: str) -> None:
-        """Without a network the library would try again and again for half a minute."""
-        try:
-            session.head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except OSError:
-            raise OSError(f"{endpoint} cannot be reached from here") from None
 
     try:
         try:
             return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
             if not constants.HF_HUB_OFFLINE:
-                _require_hub(get_session(), constants.ENDPOINT)
+                _require_hub()
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -276,3 +268,14 @@ def _fetch(name: str, revision: str | None) -> Path:
             f"teacher.path: {name!r} is no folder here, and its config.json cannot be fetched from the hub ({reason}); "
             f"{advice}"
         ) from None
+
+
+def _require_hub() -> None:
+    """Without a network the library would try again and again for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except OSError:
+        raise OSError(f"{constants.ENDPOINT} cannot be reached from here") from None
