@@ -15,7 +15,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
-from benchmarks.report import build_parser, machine, parse, publish
+from benchmarks.report import build_parser, default_device, machine, parse, publish
 from dskd.config import SensesConfig
 from dskd.senses.cluster import cluster
 from dskd.senses.gather import read_progress
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=400, help="clouds at most, drawn at random")
     parser.set_defaults(threads=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device().type)
     given = parse(parser, arguments)
     runs = [given.states / run for run in read_progress(given.states).runs]
     if not runs:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dskd.distributed import free_port
+from dskd.distributed import free_port, uses_gpu
 from dskd.manifest import write_json
 from dskd.text_table import table
 
@@ -51,7 +51,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 def default_device() -> torch.device:
     """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if uses_gpu() else "cpu")
 
 
 def machine() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary,
 from dskd import shards
 from dskd.config import Config, LossConfig
 from dskd.config_file import load_config
-from dskd.distributed import World
+from dskd.distributed import World, uses_gpu
 from dskd.head import DistillationHead, Normalizers, chunk_size
 from dskd.loader import load_steps
 from dskd.manifest import Recipe, build_artifact
@@ -65,7 +65,7 @@ PRESETS = {
 def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with a preset, a place for the work directory and `section.key=value` overrides."""
     parser = build_parser(description)
-    default = "8b" if torch.cuda.is_available() else "toy"
+    default = "8b" if uses_gpu() else "toy"
     parser.add_argument("--preset", choices=PRESETS, default=default, help="sizes; 8b on a GPU, toy elsewhere")
     parser.add_argument(
         "--folder", type=Path, help="make the work directory in there and keep it; one that is there is used again"

@@ -27,6 +27,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def uses_gpu() -> bool:
+    """True where there is a GPU, unless DeepSpeed's own switch, `DS_ACCELERATOR=cpu`, says to leave it alone."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
 @dataclass(frozen=True)
 class World:
     """Where this process stands among all ranks."""
@@ -80,7 +85,7 @@ def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if uses_gpu() else torch.device("cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Each rank would take all cores, and the ranks of a node would fight for them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))

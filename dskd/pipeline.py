@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
 from dskd import annotate, checkpoint, evaluate, export, pretrain, sequences, stopping, student, train
@@ -27,7 +26,7 @@ from dskd.config import Config
 from dskd.config_file import load_config
 from dskd.console import say
 from dskd.corpus import build as corpus
-from dskd.distributed import free_port
+from dskd.distributed import free_port, uses_gpu
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
 from dskd.lexicon import build as lexicon
 from dskd.lock import hold_lock
@@ -232,7 +231,7 @@ def _build_sequences(config: Config) -> None:
 def _launcher_arguments(config: Config) -> Sequence[str]:
     given = config.pipeline.launcher_args
     if given is None:
-        given = () if torch.cuda.is_available() else ("--num_gpus", str(min(2, os.cpu_count() or 1)))
+        given = () if uses_gpu() else ("--num_gpus", str(min(2, os.cpu_count() or 1)))
     if any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in given):
         return given
     # Two pipelines on one machine must not meet at the launcher's default port.

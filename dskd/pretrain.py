@@ -16,6 +16,7 @@ from dskd.console import progress_bar, say, stage
 from dskd.corpus.build import FOLDER as CORPUS_FOLDER
 from dskd.corpus.build import MADE_BY as CORPUS_MADE_BY
 from dskd.corpus.build import read_texts
+from dskd.distributed import uses_gpu
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import TEACHER_FOLDER
@@ -135,7 +136,7 @@ def train_model(model: Any, sequences: Sequences, settings: TeacherRecipe, seed:
     peaks = [settings.learning_rate, settings.embedding_learning_rate]
     sequence_length = sequences.sequence_length
     steps = max(1, settings.train_tokens // (settings.batch_size * sequence_length))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_gpu() else "cpu")
     use_bf16 = compute_dtype(precision, device) == torch.bfloat16
     model.to(device).train()
     batches = _batches(sequences, settings.batch_size, derived_seed(seed, "teacher", "order"))

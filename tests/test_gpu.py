@@ -1,0 +1,163 @@
+"""What a GPU computes, against the same on the CPU. All other tests leave GPUs alone (conftest.py says why)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BEFORE_TRAINING, REPOSITORY, losses_of, open_dataset
+
+from dskd import checkpoint, shards
+from dskd.config import LossConfig
+from dskd.config_file import load_config
+from dskd.head import TERMS, DistillationHead, Normalizers
+from dskd.senses.kmeans import kmeans
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def _launch(program: str, config: Path, *arguments: str) -> str:
+    """Runs a program of `launcher/` as users do, on one GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(REPOSITORY / "launcher" / program)]
+    finished = subprocess.run(
+        [sys.executable, *command, "--config", str(config), *arguments],
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.getenv("PYTHONPATH")]))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout
+    return finished.stdout
+
+
+def _values(config: Path, term: str) -> list[float]:
+    return [value for _, value in losses_of(config, f"train/{term}")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        ([], 5e-4),
+        (["teacher.mode=zero3", "teacher.offload=cpu"], 5e-4),
+        (["student.shared_trunk='off'", "train.activation_checkpointing=true"], 5e-4),
+        (["precision=bf16"], 2e-2),
+    ],
+    ids=["resident", "an offloaded teacher", "no shared trunk", "bf16"],
+)
+def test_training_has_the_losses_of_the_cpu(tiny, copy_of_tiny, overrides, tolerance):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    assert "1 rank on cuda" in _launch("train.py", config, *overrides)
+    for term in ("loss", "ce", "kl", "sense_synonym", "sense_own"):
+        assert _values(config, term) == pytest.approx(_values(tiny, term), rel=tolerance), term
+
+
+def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    _launch("train.py", config)
+    undisturbed = losses_of(config)
+    base = checkpoint.folder(load_config(config))
+    shutil.rmtree(base / "step-00000006")
+    _launch("train.py", config, "--resume")
+    (_, again), (_, once) = zip(*losses_of(config)[-3:], strict=True), zip(*undisturbed[-3:], strict=True)
+    assert again == pytest.approx(once, rel=1e-6)
+
+
+def test_annotation_names_the_rows_that_the_cpu_names(tiny, copy_of_tiny, tmp_path):
+    config = copy_of_tiny(*(artifact for artifact in BEFORE_TRAINING if artifact not in {"shards", "student"}))
+    _launch("annotate.py", config)
+    folders = [load_config(path).path(shards.FOLDER, "train") for path in (config, tiny)]
+    ours, theirs = (open_dataset(folder, tmp_path / str(i)) for i, folder in enumerate(folders))
+    assert len(ours) == len(theirs)
+    same = {name: [] for name in ours[0] if not name.startswith("teacher_")}
+    for one, other in zip(ours, theirs, strict=True):
+        for name, values in same.items():
+            values.append(np.mean(np.atleast_1d(one[name] == other[name])))
+    # Sums in another order: of two senses that are as near the other may be named.
+    assert min(np.mean(values) for values in same.values()) > 0.999
+
+
+def test_evaluation_measures_what_the_cpu_measures(tiny, copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints", "export")
+    _launch("evaluate.py", config)
+    for model in ("teacher", "dskd"):
+        ours, theirs = (
+            json.loads(load_config(path).path("evaluation", model, "measures.json").read_text())
+            for path in (config, tiny)
+        )
+        for name in ("perplexity", "accuracy", "sense_alignment"):
+            assert ours[name] == pytest.approx(theirs[name], rel=5e-3), (model, name)
+
+
+@pytest.mark.parametrize("form", ["distance", "distribution"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_losses_and_gradients_are_those_of_the_cpu(form, divergence):
+    batch, length, hidden_size, vocab_size, rows = 4, 64, 48, 999, 300
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def index(*shape, low=-1, high=rows):
+        return torch.randint(low, high, shape, generator=generator)
+
+    positions = torch.randperm(batch * length, generator=generator)
+    weight, teacher_weight = random(vocab_size, hidden_size), random(vocab_size, hidden_size)
+    case = {
+        "labels": index(batch, length, low=0, high=vocab_size),
+        "loss_mask": index(batch, length, low=0, high=3) > 0,
+        "teacher_hidden": random(batch, length, hidden_size),
+    }
+    sense_rows = random(rows, hidden_size)
+    if form == "distance":
+        related = {"relation_positions": positions[:50], "own_positions": positions[50:100]}
+        named = {f"{kind}_index": index(50, 5) for kind in ("synonym", "antonym", "own")}
+        for indices in named.values():
+            indices[:, 0].clamp_(min=0)
+        senses = {"sense_rows": sense_rows, **related, **named}
+    else:
+        candidates = {"candidate_index": index(50, 5), "random_index": torch.arange(20)}
+        senses = {"sense_rows": sense_rows, "positions": positions[:50], **candidates}
+    loss = LossConfig(divergence=divergence, sense_form=form, hidden_weight=0.5)
+    hidden = random(batch, length, hidden_size)
+
+    def run(device):
+        def there(values):
+            return {name: value.to(device) for name, value in values.items()}
+
+        head = DistillationHead(torch.nn.Parameter(weight.to(device)), teacher_weight.to(device), loss, chunk_size=37)
+        states = hidden.to(device).requires_grad_()
+        total, sums = head(
+            states, normalizers=Normalizers(tokens=1 / 170, senses=1 / 50), senses=there(senses), **there(case)
+        )
+        total.backward()
+        return {"total": total, "gradient": states.grad, **dict(zip(TERMS, sums, strict=True))}
+
+    ours, theirs = run(GPU), run(CPU)
+    for name, value in theirs.items():
+        torch.testing.assert_close(
+            ours[name].cpu(), value, rtol=2e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_k_means_is_as_good_as_on_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    centers = 5 * torch.randn(60, 6, 1, 32, generator=generator)
+    points = (centers + torch.randn(60, 6, 20, 32, generator=generator)).reshape(60, 120, 32)
+    weights = torch.ones(60, 120)
+    ours, theirs = (
+        kmeans(points.to(device), weights.to(device), 4, seed=3, keys=torch.arange(60, device=device)).inertia.cpu()
+        for device in (GPU, CPU)
+    )
+    assert (ours / theirs).median().item() == pytest.approx(1, abs=0.02)
