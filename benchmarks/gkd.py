@@ -9,8 +9,8 @@ student). Its loss has no cross-entropy, and its temperature is one of sampling 
 temperature 2, without and with the sense loss. Recomputed activations, which TRL has by default, are off on both sides.
 With bf16 models TRL runs under autocast by default; `--plain-bf16` has it compute, and take softmax, in bf16.
 
-Memory is the peak over the measured steps, beyond what the process held before it loaded its models; it has processes
-of its own, in which freed memory counts as free at once (that takes time).
+Memory is the peak over the measured steps, beyond what the process held before it loaded its models; on a CPU it has
+processes of its own, in which freed memory counts as free at once (that takes time).
 """
 
 import argparse
@@ -47,6 +47,7 @@ from dskd.student_engine import choose_trained
 
 _OURS = {"dskd: CE + KL": "loss.sense_weight=0", "dskd: CE + KL + sense": "loss.sense_weight=1"}
 _TRL = "TRL's GKD"
+_SIDES = dict(zip(("plain", "sense", "trl"), (*_OURS, _TRL), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6, help="measured, in each process")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--only", choices=("plain", "sense"), help="of ours, beside TRL's; default: both")
     parser.add_argument("--plain-bf16", action="store_true", help="TRL without autocast")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, and measure nothing")
     parser.add_argument("--child", nargs=2, metavar=("WHICH", "CONFIG"), help=argparse.SUPPRESS)
@@ -68,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     at_start = machine()
     options = ["--steps", given.steps, "--warm-up", given.warm_up]
     options += ["--plain-bf16"] * given.plain_bf16 + ["--profile"] * given.profile
-    rates: dict[str, list[float]] = {name: [] for name in (*_OURS, _TRL)}
+    sides = [name for key, name in _SIDES.items() if given.only in {None, key} or name == _TRL]
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    # A GPU's allocator counts exactly, and needs no processes of its own for it.
+    rounds_of_memory = 0 if default_device().type == "cuda" else 1
     memory: dict[str, dict[str, float]] = {}
     with work_directory(given) as path:
         if given.profile:
@@ -76,11 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 shares = run_child("benchmarks.gkd", *options, "--child", name, path, *given.overrides)
                 print(f"{name}\n{shares_text(shares)}", flush=True)
             return
-        for number in range(given.rounds + 1):
+        for number in range(given.rounds + rounds_of_memory):
             for name, values in rates.items():
                 child = "benchmarks.gkd", *options, "--child", name, path, *given.overrides
                 if number < given.rounds:
-                    values.append(run_child(*child)["tokens_per_s"])
+                    memory[name] = run_child(*child)
+                    values.append(memory[name]["tokens_per_s"])
                 else:
                     memory[name] = run_child(*child, environment=EXACT_MEMORY)
     results: dict[str, Any] = {

@@ -100,7 +100,14 @@ def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
         store = _meet_at_store(timeout)
         dist.init_process_group(
-            backend, store=store, rank=current_rank(), world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout
+            backend,
+            store=store,
+            rank=current_rank(),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+            device_id=device
+            if device.type == "cuda"
+            else None,  # without it NCCL guesses, and says so at every barrier
         )
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # takes over what is there
     return World(current_rank(), dist.get_world_size(), local_rank, device)

@@ -15,6 +15,7 @@ from conftest import BEFORE_TRAINING, REPOSITORY, losses_of, open_dataset
 from dskd import checkpoint, shards
 from dskd.config import LossConfig
 from dskd.config_file import load_config
+from dskd.distributed import free_port
 from dskd.head import TERMS, DistillationHead, Normalizers
 from dskd.senses.kmeans import kmeans
 
@@ -28,9 +29,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def _launch(program: str, config: Path, *arguments: str) -> str:
     """Runs a program of `launcher/` as users do, on one GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(REPOSITORY / "launcher" / program)]
+    port = str(free_port())  # several workers at once must not meet at the launcher's default
+    command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
     finished = subprocess.run(
-        [sys.executable, *command, "--config", str(config), *arguments],
+        [sys.executable, *command, str(REPOSITORY / "launcher" / program), "--config", str(config), *arguments],
         env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.getenv("PYTHONPATH")]))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -120,6 +120,17 @@ FACTORS = (
     Factor("kappa 1", {"annotation.kappa": 1}, _TO_SENSES),
     Factor("teacher trained 3 times as long", {f"{_RECIPE}.train_tokens": 2_550_000}, ("lexicon", "corpus")),
     Factor("teacher of 8 layers", {f"{_RECIPE}.num_layers": 8, "student.layers": 4}, ("lexicon", "corpus")),
+    Factor(
+        "teacher of 8 layers, 320 wide, trained 14 times as long",
+        {
+            f"{_RECIPE}.num_layers": 8,
+            f"{_RECIPE}.hidden_size": 320,
+            f"{_RECIPE}.batch_size": 64,
+            f"{_RECIPE}.train_tokens": 12_000_000,
+            "student.layers": 4,
+        },
+        ("lexicon", "corpus"),
+    ),
     Factor("kappa 10", {"annotation.kappa": 10}, _TO_SENSES),
     Factor("300 steps", {"train.steps": 300}, (*_TO_SENSES, "shards")),
     Factor("1 layer trained", {"student.train_layers": 1}, (*_TO_SENSES, "shards")),
