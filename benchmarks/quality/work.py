@@ -37,15 +37,15 @@ def load_variant(work: Path, variant: str | None, keys: Mapping[str, Any], base:
 
 
 def prepare(work: Path, variant: str | None = None, base: Path = BASE) -> None:
-    """Brings everything up to the shards and the lexical items up to date; one process at a time."""
-    lock = work / ".prepare.lock"
-    hold_lock(lock, "prepares the study", wait_s=_PREPARATION_S)
-    try:
-        if variant is not None:
-            _prepare(work, None, base)
-        _prepare(work, variant, base)
-    finally:
-        release_lock(lock)
+    """Brings everything up to the shards and the lexical items up to date; one process at a time in each folder."""
+    for name in (None, variant) if variant is not None else (None,):
+        folder = _folder(work, name)
+        lock = work / f".{folder.name}.lock"
+        hold_lock(lock, "prepares this part of the study", wait_s=_PREPARATION_S)
+        try:
+            _prepare(work, name, base)
+        finally:
+            release_lock(lock)
 
 
 def _prepare(work: Path, variant: str | None, base: Path) -> None:
