@@ -178,7 +178,7 @@ def _fork_server() -> Any:
         [str(REPOSITORY / "tests"), str(REPOSITORY), *([before] if before else [])]
     )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked_rank"])
+    context.set_forkserver_preload(["forked_rank", "deepspeed", "dskd.shards.dataset"])
     first = context.Process(target=os.getpid)  # the server starts, and imports, with its first process
     first.start()
     first.join()
