@@ -24,6 +24,7 @@ import yaml
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
+from mlflow import MlflowClient
 from mlflow_server import Link, Server
 from streaming import StreamingDataset
 
@@ -45,6 +46,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# By the fork server, beside what programs import at their beginning: DeepSpeed compiles Muon's kernels whatever the
+# optimizer is, transformers imports an architecture and MLflow its store when they are asked for.
+IMPORTED_LATE = [
+    "forked_rank",
+    "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.llama.modeling_llama",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.system_metrics.system_metrics_monitor",
+    "matplotlib.backends.backend_agg",
+    "dskd.shards.dataset",
+]
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 
 TINY = {
@@ -178,7 +192,7 @@ def _fork_server() -> Any:
         [str(REPOSITORY / "tests"), str(REPOSITORY), *([before] if before else [])]
     )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked_rank", "deepspeed", "dskd.shards.dataset"])
+    context.set_forkserver_preload(IMPORTED_LATE)
     first = context.Process(target=os.getpid)  # the server starts, and imports, with its first process
     first.start()
     first.join()
@@ -311,6 +325,7 @@ def _make_tiny(folder: Path) -> None:
         patch.setattr("dskd.stopping.listen", lambda: None)  # signals to this process are pytest's
         pipeline.run_pipeline(config, [])
     release_lock(folder / "work" / pipeline.LOCK)
+    MlflowClient(f"sqlite:///{folder / NO_RUNS}").search_experiments()
     (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
 
 
@@ -357,9 +372,12 @@ def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) ->
     """A config in `folder` with a work directory of its own, which starts with some of the artifacts of `config`'s."""
     base = yaml.safe_load(config.read_text(encoding="utf-8"))
     source, target = Path(base["workdir"]), folder / "work"
+    target.mkdir(parents=True, exist_ok=True)
     for artifact in artifacts:
-        shutil.copytree(source / artifact, target / artifact)
-    target.mkdir(exist_ok=True)
+        if artifact == NO_RUNS:
+            shutil.copyfile(config.parent / NO_RUNS, target / NO_RUNS)
+        else:
+            shutil.copytree(source / artifact, target / artifact)
     return write_config(folder / "config.yaml", base, **{"workdir": str(target), **changes})
 
 
@@ -382,4 +400,9 @@ def server(tmp_path_factory):
     server.stop()
 
 
-BEFORE_TRAINING: Sequence[str] = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
+# To make MLflow's tables takes longer than most tests train; where `tiny` is made the product makes them.
+NO_RUNS = "mlflow.db"
+BEFORE_TRAINING: Sequence[str] = (
+    *("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student"),
+    NO_RUNS,
+)
