@@ -24,9 +24,6 @@ import yaml
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
-from mlflow import MlflowClient
-from mlflow_server import Link, Server
-from streaming import StreamingDataset
 
 from dskd.config import Config
 from dskd.config_file import load_config
@@ -210,8 +207,10 @@ def _logs() -> Path:
     return folder
 
 
-def open_dataset(folder: Path, cache: Path) -> StreamingDataset:
+def open_dataset(folder: Path, cache: Path) -> Any:
     """An MDS folder as mosaicml-streaming opens it, with nothing of ours but a free name in shared memory."""
+    from streaming import StreamingDataset  # here, as in `link` and `server`: this file is imported once more, by xdist
+
     with streaming_names(cache, ONE_RANK):
         return StreamingDataset(remote=str(folder), local=str(cache / "mds"), batch_size=1, validate_hash="xxh64")
 
@@ -301,6 +300,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _make_tiny(folder: Path) -> None:
+    from mlflow import MlflowClient
+
     from dskd import pipeline
 
     wordnet = open_wordnet()
@@ -383,6 +384,8 @@ def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) ->
 
 @pytest.fixture
 def link(server, monkeypatch):
+    from mlflow_server import Link
+
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracker, "_RETRY_AFTER_S", 0.1)
     monkeypatch.setattr(tracker, "_FLUSH_TIMEOUT_IN_HASTE_S", 0.5)
@@ -394,6 +397,8 @@ def link(server, monkeypatch):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
+    from mlflow_server import Server
+
     server = Server(tmp_path_factory.mktemp("mlflow"))
     server.start()
     yield server
