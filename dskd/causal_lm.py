@@ -8,7 +8,6 @@ holds a whole model at any moment.
 from collections.abc import Iterable
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -44,6 +43,8 @@ def build_sharded(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dt
 
     With `first_layer` it has no lower layers, and its input embeddings are not filled in.
     """
+    import deepspeed  # here: commands that load no model do not wait for it
+
     with deepspeed.zero.Init(config_dict_or_path=settings), _no_init_weights():
         causal_lm = _architecture(folder, dtype, first_layer=first_layer)
     causal_lm.tie_weights()  # part of the initialisation that was skipped
@@ -124,6 +125,8 @@ def copy_weights(
     Raises:
         UserError: with every weight that is missing or of another shape.
     """
+    import deepspeed  # here: commands that load no model do not wait for it
+
     problems = []
     writes = not dist.is_initialized() or dist.get_rank() == 0
     for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -25,6 +25,9 @@ from dskd.distributed import World
 from dskd.errors import OutageError, UserError
 from dskd.random_numbers import derived_seed
 from dskd.schedule import Schedule
+
+if TYPE_CHECKING:
+    from dskd.shards.dataset import ShardDataset
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
@@ -129,7 +132,7 @@ class StepSamples(IterableDataset):
     equally many steps of an epoch, the others yield an empty one.
     """
 
-    def __init__(self, dataset: shards.ShardDataset, schedule: Schedule, start_step: int, *, place: str) -> None:
+    def __init__(self, dataset: "ShardDataset", schedule: Schedule, start_step: int, *, place: str) -> None:
         self._dataset = dataset
         self._place = place
         self._schedule = schedule

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -218,6 +217,8 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
     module = FrozenDecoder(Decoder(causal_lm.base_model), head).requires_grad_(False).eval()
     engine: Any = module
     if config.teacher.mode != "resident":
+        import deepspeed  # here: commands that load no model do not wait for it
+
         engine, *_ = deepspeed.initialize(model=module, config=settings)
         engine.eval()
     if config.corpus.packing == "documents":

@@ -8,7 +8,6 @@ import os
 import shutil
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -72,6 +71,8 @@ def load_student(
         UserError: when weights are missing, nothing would be trained, or the model does not keep documents apart where
             they are packed.
     """
+    import deepspeed  # here: commands that load no model do not wait for it
+
     dtype = compute_dtype(config.precision, world.device)
     train = config.train
     if train.compile_losses and world.device.type == "cpu":

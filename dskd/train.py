@@ -199,6 +199,8 @@ def _run(
     began: float,
     overwrite: bool,
 ) -> None:
+    import dskd.shards.dataset  # noqa: F401  # seconds that else the first step would take
+
     loss, train_settings = config.loss, config.train
     pair = load_pair(
         config,

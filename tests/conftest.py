@@ -24,8 +24,6 @@ import yaml
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
-from mlflow_server import Link, Server
-from streaming import StreamingDataset
 
 from dskd.config import Config
 from dskd.config_file import load_config
@@ -47,6 +45,19 @@ torch.set_num_threads(1)
 # Two ranks cannot share a GPU, and tests compare with what the CPU computes: only test_gpu.py computes on GPUs.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+# By the fork server, beside what programs import at their beginning: DeepSpeed compiles Muon's kernels whatever the
+# optimizer is, transformers imports an architecture and MLflow its store when they are asked for.
+IMPORTED_LATE = [
+    "forked_rank",
+    "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.llama.modeling_llama",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.system_metrics.system_metrics_monitor",
+    "matplotlib.backends.backend_agg",
+    "dskd.shards.dataset",
+]
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 
 TINY = {
@@ -180,7 +191,7 @@ def _fork_server() -> Any:
         [str(REPOSITORY / "tests"), str(REPOSITORY), *([before] if before else [])]
     )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked_rank"])
+    context.set_forkserver_preload(IMPORTED_LATE)
     first = context.Process(target=os.getpid)  # the server starts, and imports, with its first process
     first.start()
     first.join()
@@ -198,8 +209,10 @@ def _logs() -> Path:
     return folder
 
 
-def open_dataset(folder: Path, cache: Path) -> StreamingDataset:
+def open_dataset(folder: Path, cache: Path) -> Any:
     """An MDS folder as mosaicml-streaming opens it, with nothing of ours but a free name in shared memory."""
+    from streaming import StreamingDataset  # here, as in `link` and `server`: this file is imported once more, by xdist
+
     with streaming_names(cache, ONE_RANK):
         return StreamingDataset(remote=str(folder), local=str(cache / "mds"), batch_size=1, validate_hash="xxh64")
 
@@ -289,6 +302,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _make_tiny(folder: Path) -> None:
+    from mlflow import MlflowClient
+
     from dskd import pipeline
 
     wordnet = open_wordnet()
@@ -313,6 +328,7 @@ def _make_tiny(folder: Path) -> None:
         patch.setattr("dskd.stopping.listen", lambda: None)  # signals to this process are pytest's
         pipeline.run_pipeline(config, [])
     release_lock(folder / "work" / pipeline.LOCK)
+    MlflowClient(f"sqlite:///{folder / NO_RUNS}").search_experiments()
     (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
 
 
@@ -359,14 +375,19 @@ def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) ->
     """A config in `folder` with a work directory of its own, which starts with some of the artifacts of `config`'s."""
     base = yaml.safe_load(config.read_text(encoding="utf-8"))
     source, target = Path(base["workdir"]), folder / "work"
+    target.mkdir(parents=True, exist_ok=True)
     for artifact in artifacts:
-        shutil.copytree(source / artifact, target / artifact)
-    target.mkdir(exist_ok=True)
+        if artifact == NO_RUNS:
+            shutil.copyfile(config.parent / NO_RUNS, target / NO_RUNS)
+        else:
+            shutil.copytree(source / artifact, target / artifact)
     return write_config(folder / "config.yaml", base, **{"workdir": str(target), **changes})
 
 
 @pytest.fixture
 def link(server, monkeypatch):
+    from mlflow_server import Link
+
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracker, "_RETRY_AFTER_S", 0.1)
     monkeypatch.setattr(tracker, "_FLUSH_TIMEOUT_IN_HASTE_S", 0.5)
@@ -378,10 +399,17 @@ def link(server, monkeypatch):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
+    from mlflow_server import Server
+
     server = Server(tmp_path_factory.mktemp("mlflow"))
     server.start()
     yield server
     server.stop()
 
 
-BEFORE_TRAINING: Sequence[str] = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
+# To make MLflow's tables takes longer than most tests train; where `tiny` is made the product makes them.
+NO_RUNS = "mlflow.db"
+BEFORE_TRAINING: Sequence[str] = (
+    *("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student"),
+    NO_RUNS,
+)

@@ -3,12 +3,13 @@
 schema     the columns, and which shards fit a config, a teacher and a sense dictionary
 writing    blocks of samples, and one dataset of many blocks
 opening    the dataset, from the work directory or a remote copy
+dataset    what is opened: mosaicml-streaming's, whose samples say which they are
 positions  which positions get a sense term
 collator   samples to batches, with the rows they point to
 """
 
 from dskd.shards.collator import Collator, collate_tokens, gather_rows
-from dskd.shards.opening import ShardDataset, is_lasting, open_shards, place, require_remote
+from dskd.shards.opening import is_lasting, open_shards, place, require_remote
 from dskd.shards.positions import SensePositions
 from dskd.shards.schema import (
     COLUMNS,
@@ -30,7 +31,6 @@ __all__ = [
     "TEACHER_COLUMNS",
     "Collator",
     "SensePositions",
-    "ShardDataset",
     "collate_tokens",
     "columns_of",
     "gather_rows",

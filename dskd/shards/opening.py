@@ -1,12 +1,8 @@
 """Shards as a dataset, from the work directory or a remote copy of it."""
 
 import tempfile
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
-
-from streaming import StreamingDataset
-from streaming.base.storage.download import CloudDownloader
+from typing import TYPE_CHECKING, Any
 
 from dskd.config import Config
 from dskd.distributed import World, on_main
@@ -16,34 +12,13 @@ from dskd.mds import INDEX
 from dskd.node_cache import streaming_names
 from dskd.shards.schema import FOLDER, HASH, load_manifest
 
+if TYPE_CHECKING:
+    from dskd.shards.dataset import ShardDataset
+
 _REMOTE_TIMEOUT_S = 60.0
 
 
-class ShardDataset(StreamingDataset):
-    """mosaicml-streaming's dataset, whose samples also say which they are, and in which epoch and step."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        # Set by whoever iterates it, in the process that does.
-        self.current_epoch = 0
-        self.current_step = 0
-        self.failure: BaseException | None = None  # why iterating it ended early
-
-    def on_exception(self, future: Future) -> None:
-        """Keeps why shards could not be fetched. The library raises it in a thread of its own, where nobody hears it,
-        and the iteration just ends.
-        """
-        if error := future.exception():
-            self.failure = error
-            self._event.set()
-
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """The columns of a sample, with `sample_id`, `epoch` and `step`."""
-        sample = super().get_item(sample_id, retry)
-        return {**sample, "sample_id": sample_id, "epoch": self.current_epoch, "step": self.current_step}
-
-
-def open_shards(config: Config, split: str, cache: Path, world: World, **options: Any) -> ShardDataset:
+def open_shards(config: Config, split: str, cache: Path, world: World, **options: Any) -> "ShardDataset":
     """The dataset of a split; shards are unpacked into `cache`, and the artifact itself is never written to.
 
     A remote copy is trusted as far as its index is the artifact's own, for that has the hash of each shard, which
@@ -52,6 +27,8 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     Raises:
         UserError: when the remote copy is of other shards, or cannot be read.
     """
+    from dskd.shards.dataset import ShardDataset
+
     if config.train.shard_remote is not None:
         on_main(
             lambda: require_remote(config, split)
@@ -82,6 +59,8 @@ def require_remote(config: Config, split: str) -> None:
     Raises:
         UserError: when it has no index, or that of other shards; an OutageError when it cannot be reached.
     """
+    from streaming.base.storage.download import CloudDownloader
+
     remote = f"{place(config, split)}/{INDEX}"
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / INDEX

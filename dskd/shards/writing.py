@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from streaming import MDSWriter
 
 from dskd.manifest import write_json
 from dskd.shards.schema import COLUMNS, COMPRESSION, HASH
@@ -17,6 +16,8 @@ def write_block(
     folder: Path, samples: Iterator[Mapping[str, np.ndarray]], columns: Mapping[str, str] = COLUMNS
 ) -> None:
     """Writes samples as a folder with exactly one shard; :func:`join_blocks` makes one dataset of many."""
+    from streaming import MDSWriter  # here: the library takes seconds to import
+
     with MDSWriter(
         out=str(folder), columns=dict(columns), compression=COMPRESSION, hashes=[HASH], size_limit=None
     ) as writer:

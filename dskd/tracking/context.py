@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,15 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": {
-            name: distribution.version
-            for distribution in sorted(metadata.distributions(), key=lambda d: (d.metadata["Name"] or "").lower())
-            if (name := distribution.metadata["Name"])
-        },
+        "packages": dict(sorted(_installed(), key=lambda package: package[0].lower())),
     }
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    for distribution in metadata.distributions():
+        about = distribution.metadata  # read and parsed at each access, which takes most of the time here
+        if about["Name"]:
+            yield about["Name"], about["Version"]
 
 
 def git_commit() -> str | None:
