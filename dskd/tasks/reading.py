@@ -171,8 +171,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
                 row = _from_json(line, f"{path}:{number}")
                 if not isinstance(row, dict):
                     raise UserError(
-                        f'{path}:{number}: expected an object, {{"…": …}}, found {line.strip()[:20]}; docs/formats.md has '
-                        "the formats"
+                        f'{path}:{number}: expected an object, {{"…": …}}, found {line.strip()[:20]}; docs/formats.md '
+                        "has the formats"
                     )
                 yield number, row
 
