@@ -49,11 +49,17 @@ def read_results(path: Path) -> list[Result]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: this is no file of results ({error})") from None
     results = []
     for number, line in enumerate(lines, start=1):
         try:
-            results.append(Result(**json.loads(line)))
+            result = Result(**json.loads(line))
+            if not isinstance(result.measures, dict) or not isinstance(result.measures.get(CHOSEN_BY), int | float):
+                raise ValueError(f"its measures have no {CHOSEN_BY}")
+            results.append(result)
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}:{number}: this is no result of the study ({error}); remove the line") from None
     return results
