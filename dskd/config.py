@@ -453,6 +453,13 @@ class EvaluationConfig(Section):
     def _threshold_needs_pairs(self) -> "EvaluationConfig":
         if self.wic_threshold is not None and self.wic is None:
             raise ValueError("wic_threshold needs evaluation.wic, the pairs that the threshold is for; give it, too")
+        if self.wic is not None and self.wic_threshold is not None:
+            place, other = (Path(given).expanduser().resolve() for given in (self.wic, self.wic_threshold))
+            if place == other:
+                raise ValueError(
+                    f"wic_threshold is evaluation.wic itself, {place}, and the threshold would be chosen on what is "
+                    "measured; name another file, such as that of the training split, or leave it out"
+                )
         return self
 
 
