@@ -443,7 +443,8 @@ class EvaluationConfig(Section):
     sample_tokens: int = Field(24, ge=1, description="tokens by which it goes on, greedily")
     wic: str | None = Field(
         None,
-        description="with --lexical. A NAME.data.txt of Words in Context as published, its NAME.gold.txt beside it",
+        description="with --lexical. A NAME.data.txt of Words in Context as published, its NAME.gold.txt beside it. "
+        "One for all runs that are compared: with another, or none, lexical measures are of other data and made anew",
     )
     wic_threshold: str | None = Field(
         None, description="with wic. Another such file, such as that of its training split, to choose the threshold on"
