@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.quality.study import CHOSEN_BY
+from benchmarks.quality.study import BY_NAME, CHOSEN_BY
 from dskd.errors import UserError
 
 Stage = Literal["tune", "test", "factor"]
 TEACHER = "teacher"  # the arm of what is no training: the teacher itself
+_OF_TRAININGS = (CHOSEN_BY, "lexical_perplexity")  # what the report wants of each; of what is no training, nothing
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def read_results(path: Path) -> list[Result]:
     for number, line in enumerate(lines, start=1):
         try:
             result = Result(**json.loads(line))
-            if not isinstance(result.measures, dict) or not isinstance(result.measures.get(CHOSEN_BY), int | float):
-                raise ValueError(f"its measures have no {CHOSEN_BY}")
+            for measure in _OF_TRAININGS if result.arm in BY_NAME else ():
+                if not isinstance(result.measures, dict) or not isinstance(result.measures.get(measure), int | float):
+                    raise ValueError(f"its measures have no {measure}")
             results.append(result)
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}:{number}: this is no result of the study ({error}); remove the line") from None
