@@ -9,14 +9,14 @@ from scipy import stats
 
 from benchmarks.quality import study, work
 from benchmarks.quality.__main__ import README, REPORT, RESULTS, main
-from benchmarks.quality.measures import LEXICAL, ON_TEXT
+from benchmarks.quality.measures import KNOWLEDGE, ON_TEXT
 from benchmarks.quality.report import PICTURE, SUMMARY_MARKS, render, render_summary, write_report
 from benchmarks.quality.results import Result, append_result, choose, read_results
 from benchmarks.quality.splits import rows_of
 from benchmarks.quality.trainings import wanted_trainings
 from dskd.errors import UserError
 
-MEASURES = (*ON_TEXT, *LEXICAL)
+MEASURES = (*ON_TEXT, *KNOWLEDGE)
 
 
 def _result(arm="kd", value=1.0, perplexity=50.0, seed=100, stage="tune"):
@@ -46,22 +46,26 @@ def test_text_without_a_place_to_cut_is_refused():
 
 
 def test_every_arm_has_the_same_effort_and_no_seed_of_the_test_is_tuned_on():
-    assert {len(set(arm.trials)) for arm in study.ARMS} == {study.NUM_TRIALS}
+    tuned = [arm for arm in study.ARMS if arm.is_tuned]
+    assert {len(set(arm.trials)) for arm in tuned} == {study.NUM_TRIALS}
+    assert [arm.name for arm in study.ARMS if not arm.is_tuned] == ["kd-paper", "dskd-paper"]
+    assert all(not set(arm.trials) & set(arm.beyond) for arm in study.ARMS)
     assert not set(study.TUNING_SEEDS) & set(study.TEST_SEEDS)
     assert not set(study.TUNING_SEEDS) & set(study.FACTOR_SEEDS)
 
 
 def test_every_training_of_the_study_is_one_that_a_config_can_ask_for(tmp_path):
-    results = [_result(arm.name, value, 50 + value) for arm in study.ARMS for value in arm.trials]
+    results = [_result(arm.name, value, 50 + value) for arm in study.ARMS for value in (*arm.trials, *arm.beyond)]
     trainings = list(wanted_trainings(results, ("tune", "test", "factor")))
     wanted = [(factor, arm) for factor in (None, *study.FACTORS) for arm in study.FACTOR_ARMS]
     of_factors = 3 * sum(study.is_wanted(*one) for one in wanted)
-    assert len(trainings) == len(study.ARMS) * (4 + 5) + of_factors
+    tuned = [arm for arm in study.ARMS if arm.is_tuned]
+    assert len(trainings) == len(tuned) * 4 + len(study.BY_NAME["kd"].beyond) + len(study.ARMS) * 5 + of_factors
     rates = set()
     for training in trainings:
         config = work.load_variant(tmp_path, training.variant, dict(training.keys))
         rates.add(config.train.learning_rate)
-        is_plain = training.arm.name in ("ce", "kd", "kd-hidden", "hidden-lexical")
+        is_plain = training.arm.name in ("ce", "kd", "kd-paper", "kd-hidden", "hidden-lexical")
         assert (config.loss.sense_weight == 0) == is_plain
         assert (config.loss.hidden_weight > 0) == ("hidden" in training.arm.name)
         assert (config.loss.kd_weight > 0) == (training.arm.name != "ce")
@@ -70,15 +74,20 @@ def test_every_training_of_the_study_is_one_that_a_config_can_ask_for(tmp_path):
 
 
 def test_what_stands_on_a_choice_waits_for_it():
-    assert {training.arm.on for training in wanted_trainings([], ("tune", "test"))} == {None}
+    wanted = list(wanted_trainings([], ("tune", "test")))
+    assert {training.arm.on for training in wanted} == {None}
+    assert {training.arm.name for training in wanted if training.stage == "test"} == {"kd-paper", "dskd-paper"}
 
 
 def test_the_lowest_perplexity_is_chosen_when_all_trials_are_done():
     results = [_result(value=1.0, perplexity=50), _result(value=2.0, perplexity=40)]
-    assert choose(results, "kd", (1.0, 2.0)) == 2.0
-    assert choose(results, "kd", (1.0, 2.0, 3.0)) is None
-    tested = [*results, _result(value=1.0, perplexity=10, stage="test")]
-    assert choose(tested, "kd", (1.0, 2.0)) == 2.0
+    kd = study.BY_NAME["kd"]
+    two, three = (dataclasses.replace(kd, trials=trials) for trials in ((1.0, 2.0), (1.0, 2.0, 3.0)))
+    assert choose(results, two) == 2.0
+    assert choose(results, three) is None
+    assert choose([*results, _result(value=1.0, perplexity=10, stage="test")], two) == 2.0
+    assert choose([*results, _result(value=4.0, perplexity=10)], two) == 2.0  # looked at, but none of the trials
+    assert choose([], dataclasses.replace(kd, trials=(0.7,))) == 0.7
 
 
 def test_results_outlive_an_interrupted_line(tmp_path):

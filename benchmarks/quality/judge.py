@@ -9,20 +9,24 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.measures import GEOMETRY, HIDDEN, LEXICAL
+from benchmarks.quality.measures import ERROR, GEOMETRY, HIDDEN, ITEMS, LEXICAL
+from benchmarks.quality.results import CHANCE, LETTERS, TEACHER
 from benchmarks.quality.splits import Split, rows_of
 from dskd import evaluate, shards
 from dskd.config import Config
 from dskd.distributed import World
 from dskd.export import find_export
-from dskd.lexical.held_out import build_items, load_items
+from dskd.lexical.held_out import ITEMS_FOLDER, MADE_BY, load_items
+from dskd.lexical.results import Summary
 from dskd.lexical.run import measure_items
 from dskd.lexical.scores import summarize
 from dskd.losses import hidden_distance
+from dskd.manifest import read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
-from dskd.senses.dictionary import load_dictionary
+from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.senses.geometry import COMPARISONS, DISTANCES, measure_geometry
+from dskd.student import find_student
 
 _TEXTS_AT_ONCE = 32
 
@@ -60,15 +64,14 @@ class Judge:
         teacher = load_frozen(find_teacher(config), config, world)
         examples = evaluate.measure(teacher, self._part, self._predictions, world, label="teacher")
         self._states = self._read(teacher)
-        self._items = None
-        if split == "test":
-            build_items(config, find_teacher(config))
-            self._items = load_items(config)
-        self.teacher = examples.values() | self._know_words(teacher) | {HIDDEN: 0.0}
+        self._items = load_items(config) if split == "test" else None
+        words = self._know_words(teacher)
         teacher.close()
-        geometry = measure_geometry(dictionary, seed=0)
-        if geometry is not None:
-            self.teacher |= {GEOMETRY: geometry[DISTANCES[0]][COMPARISONS[0]].value}
+        self.references: dict[str, dict[str, float]] = {
+            TEACHER: examples.values() | _values(words) | _errors(words) | _geometry(dictionary) | {HIDDEN: 0.0},
+            CHANCE: {name: found["chance"] for name, found in words.items()},
+            LETTERS: _of_letters(config) if words else {},
+        }
 
     def measure_run(self, config: Config) -> dict[str, float]:
         """{measure: value} of the exported student of a config's run."""
@@ -79,18 +82,22 @@ class Judge:
         model = load_frozen(folder, self._config, self._world)
         examples = evaluate.measure(model, self._part, self._predictions, self._world, label="measuring")
         states = self._read(model)
-        words = self._know_words(model)
+        words = _values(self._know_words(model))
         model.close()
         total = sum(float(hidden_distance(*pair)[0]) for pair in zip(states, self._states, strict=True))
         return examples.values() | words | {HIDDEN: total / sum(len(part) for part in states)}
 
-    def _know_words(self, model: FrozenModel) -> dict[str, float]:
-        """{measure: value} of LEXICAL, as far as there are items."""
+    def measure_student(self) -> dict[str, float]:
+        """{measure: value} of the student as it was cut."""
+        return self.measure(find_student(self._config))
+
+    def _know_words(self, model: FrozenModel) -> Summary:
+        """LEXICAL, as far as there are items."""
         if self._items is None:
             return {}
         found, _ = measure_items(model, self._items, _TEXTS_AT_ONCE, self._world)
         summary = summarize(found)
-        return {name: summary[name]["value"] for name in LEXICAL if name in summary}
+        return {name: summary[name] for name in LEXICAL if name in summary}
 
     def _read(self, model: FrozenModel) -> list[torch.Tensor]:
         """The last hidden states [targets, D] of each batch."""
@@ -100,6 +107,29 @@ class Judge:
             )
             for batch in self._part.batches()
         ]
+
+
+def _values(words: Summary) -> dict[str, float]:
+    return {name: found["value"] for name, found in words.items()}
+
+
+def _errors(words: Summary) -> dict[str, float]:
+    errors = {ERROR.format(name): found["standard_error"] for name, found in words.items()}
+    return errors | {ITEMS.format(name): found["items"] for name, found in words.items()}
+
+
+def _of_letters(config: Config) -> dict[str, float]:
+    surface = read_manifest(config.path(ITEMS_FOLDER), "lexical-items", made_by=MADE_BY).facts["surface"]
+    return {name: surface[name] for name in LEXICAL if name in surface}
+
+
+def _geometry(dictionary: SenseDictionary) -> dict[str, float]:
+    shares = measure_geometry(dictionary, seed=0)
+    if shares is None:
+        return {}
+    nearer = shares[DISTANCES[0]][COMPARISONS[0]]
+    error = {} if nearer.standard_error is None else {ERROR.format(GEOMETRY): nearer.standard_error}
+    return {GEOMETRY: nearer.value, ITEMS.format(GEOMETRY): nearer.heads} | error
 
 
 def _at_targets(hidden: torch.Tensor, _: torch.Tensor, *, mask: torch.Tensor) -> torch.Tensor:

@@ -1,22 +1,26 @@
 """The report: what the results file says, and no figure that is not in it."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality import study
 from benchmarks.quality.drawing import draw_differences
-from benchmarks.quality.measures import DIGITS, GEOMETRY, LEXICAL, ON_TEXT
-from benchmarks.quality.results import TEACHER, Result, choose
+from benchmarks.quality.measures import DIGITS, ERROR, GEOMETRY, ITEMS, KNOWLEDGE, ON_TEXT
+from benchmarks.quality.results import REFERENCES, TEACHER, Result, choose
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
 
-_FIRST = ON_TEXT[0]
+_FIRST, _LEXICAL = ON_TEXT[0], ON_TEXT[2]
 PICTURE = "differences.svg"
 _TESTED = ("test", None)
 _LEVEL = round(100 * CONFIDENCE)
 _LEXICAL_MEASURES = """Before the word is said, from the state that the sense loss works on: do examples of one sense
-lie together (separation, ROC AUC, chance .5), and is an example's sense the first among those of its lemma (retrieval)?
-And does the model rather put a synonym than an antonym of about the same frequency into a sentence (preference,
-chance .5)? Definitions are in `dskd/lexical`; letters alone give more than chance in the first two."""
+lie together (separation, ROC AUC), and is an example's sense the first among those of its lemma (retrieval)? Does the
+model rather put a synonym than an antonym of about the same frequency into a sentence (preference)? And is a row of P_i
+nearer to the state than every row of N_i (sense_alignment, on the held-out text)? Definitions are in `dskd/lexical`;
+"letters" is what the letters of the text give without a model. Where the teacher is no better than letters, or than the
+student as it was cut, there is nothing to be taught, and the measure cannot tell the arms apart. The items are of all
+held-out text, also of the part that weights were chosen on."""
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
@@ -39,13 +43,15 @@ def write_report(results: Sequence[Result], path: Path) -> None:
 
 SUMMARY_MARKS = ("<!-- of benchmarks/quality -->\n", "<!-- end -->")
 _SUMMARY = {
+    "kd-paper": "ce",
+    "dskd-paper": "kd-paper",
     "kd": "ce",
     "kd-hidden": "kd",
     "kd-own": "kd",
     "kd-synonyms": "kd",
     "dskd": "kd",
     "dskd-papers-rule": "kd",
-} | {name: "kd-hidden" for name in ("hidden-dskd", "hidden-distribution", "hidden-lexical")}
+} | {name: "kd-hidden" for name in ("hidden-dskd", "hidden-distribution", "hidden-distribution-own", "hidden-lexical")}
 _OF_SUMMARY = ("perplexity", "lexical_perplexity", "synonym_preference")
 
 
@@ -56,16 +62,22 @@ def render_summary(results: Sequence[Result]) -> str:
         found = [difference(results, _TESTED, name, _TESTED, other, measure) for measure in _OF_SUMMARY]
         if None not in found:
             cells = [_shown(one, measure) for one, measure in zip(found, _OF_SUMMARY, strict=True)]
-            rows.append([f"`{name}`: {study.BY_NAME[name].what}", f"`{other}`", *cells])
+            arm = study.BY_NAME[name]
+            weight = f"{arm.tuned.rpartition('.')[2]} {choose(results, arm):g}"
+            rows.append([f"`{name}`: {arm.what} ({weight})", f"`{other}`", *cells])
     names = [measure.replace("_", " ") for measure in _OF_SUMMARY]
     if not rows:
         return "Nothing yet.\n"
     of_teacher = next((r.measures for r in results if (r.arm, r.variant) == (TEACHER, None)), {})
     geometry = ""
-    if GEOMETRY in of_teacher:
-        share = f"{of_teacher[GEOMETRY]:.3f}"
-        geometry = f"; of the teacher's pairs of a word's synonym and antonym the synonym is nearer in {share}"
-    return f"{_table(['way to train', 'against', *names], rows)}\n\nMeasured {_when(results)}{geometry}.\n"
+    if ERROR.format(GEOMETRY) in of_teacher:
+        share = f"{of_teacher[GEOMETRY]:.3f} (s.e. {of_teacher[ERROR.format(GEOMETRY)]:.3f})"
+        geometry = f" Of the teacher's pairs of a word's synonym and antonym the synonym is nearer in {share}."
+    of_kd = [result.measures for result in results if (result.stage, result.arm) == ("test", "kd")]
+    means = [statistics.mean(measures[name] for measures in of_kd) for name in (_FIRST, _LEXICAL)]
+    levels = f"{means[0]:.1f}, on targets with relations {means[1]:.0f}"
+    table = _table(["way to train", "against", *names], rows)
+    return f"{table}\n\nMeasured {_when(results)}. The perplexity of `kd` is {levels}.{geometry}\n"
 
 
 def write_summary(results: Sequence[Result], path: Path) -> None:
@@ -84,9 +96,9 @@ def render(results: Sequence[Result]) -> str:
         parts += ["", f"![differences with their intervals]({PICTURE})"]
     for baseline in study.BASELINES:
         parts += ["", f"### Against {baseline}, seed by seed", "", _against(results, baseline, ON_TEXT)]
-    parts += ["", "## What they know of held-out words", "", _LEXICAL_MEASURES, "", _tested(results, LEXICAL)]
+    parts += ["", "## What they know of held-out words", "", _LEXICAL_MEASURES, "", _tested(results, KNOWLEDGE)]
     parts += ["", f"### Against {study.BASELINES[-1]}, seed by seed", ""]
-    parts += [_against(results, study.BASELINES[-1], LEXICAL)]
+    parts += [_against(results, study.BASELINES[-1], KNOWLEDGE)]
     parts += ["", "## One thing changed", "", _factors(results), "", "## Not run", "", _missing(results)]
     return "\n".join(parts) + "\n"
 
@@ -94,14 +106,16 @@ def render(results: Sequence[Result]) -> str:
 def _about(results: Sequence[Result]) -> str:
     if not results:
         return "Nothing has been run: there is no result, and nothing can be said for or against the method."
-    trainings = [result for result in results if result.arm != TEACHER]
+    trainings = [result for result in results if result.arm not in REFERENCES]
     minutes = sum(result.seconds for result in trainings) / 60
     places = "; ".join(sorted({result.machine for result in results}))
     return (
         f"{_when(results)}; {places}. {len(trainings)} trainings, {minutes:.0f} minutes of training and measuring. "
         f"Written by `python -m benchmarks.quality --report` from `results.jsonl`; intervals are of {_LEVEL} %, of "
-        "Student's t over seeds. All seeds start from one student, cut from one teacher: they vary the order of the "
-        "text and the positions of the sense loss, and say nothing about other teachers."
+        "Student's t over seeds. All seeds start from one student, cut from one teacher, and are measured on one text: "
+        "they vary the order of the training's text and the positions of the sense loss. The intervals say nothing of "
+        "other teachers, and nothing of other sentences to measure on, which would move a difference as well: see the "
+        "teacher's standard errors (s.e.) below."
     )
 
 
@@ -114,24 +128,45 @@ def _tuned(results: Sequence[Result]) -> str:
     rows = []
     for arm in study.ARMS:
         done = {
-            result.value: result.measures[_FIRST]
+            result.value: f"{result.value:g}: {result.measures[_FIRST]:.2f} / {result.measures[_LEXICAL]:.1f}"
             for result in results
             if (result.stage, result.arm) == ("tune", arm.name)
         }
-        tried = ", ".join(f"{value:g}: {done[value]:.2f}" for value in arm.trials if value in done) or "none yet"
-        best = choose(results, arm.name, arm.trials)
-        rows.append([arm.name, arm.what, arm.on or "", f"`{arm.tuned}`", tried, "" if best is None else f"{best:g}"])
-    return _table(["arm", "what", "stands on", "tuned", "trials: perplexity on the validation part", "chosen"], rows)
+        if arm.is_tuned:
+            tried = ", ".join(done[value] for value in arm.trials if value in done) or "none yet"
+        else:
+            tried = "not tuned"
+        beside = ", ".join(done[value] for value in arm.beyond if value in done)
+        best = choose(results, arm)
+        chosen = "" if best is None else f"{best:g}"
+        if arm.is_tuned and best in {min(arm.trials), max(arm.trials)}:
+            chosen += ", an end"
+        rows.append([arm.name, arm.what, arm.on or "", f"`{arm.tuned}`", tried, beside, chosen])
+    header = ["arm", "what", "stands on", "tuned", "trials", "looked at besides", "chosen"]
+    return (
+        "Perplexity / perplexity on targets with relations, both on the validation part, one seed. The first chooses "
+        f"among {study.NUM_TRIALS} trials of every arm; what was looked at besides cannot be chosen. Where an end of "
+        "the trials is chosen, the best weight may lie beyond.\n\n" + _table(header, rows)
+    )
 
 
 def _tested(results: Sequence[Result], measures: Sequence[str]) -> str:
     rows = []
-    for name in (TEACHER, *(arm.name for arm in study.ARMS)):
+    for name in (*REFERENCES, *(arm.name for arm in study.ARMS)):
         found = [result for result in results if (result.stage, result.arm) == ("test", name)]
-        if found and all(measure in result.measures for result in found for measure in measures):
-            cells = [_estimate([result.measures[measure] for result in found], measure) for measure in measures]
-            rows.append([name, str(len(found)) if name != TEACHER else "", *cells])
+        cells = [_cell(found, measure) for measure in measures]
+        if any(cells):
+            rows.append([name, str(len(found)) if name not in REFERENCES else "", *cells])
     return _table(["arm", "seeds", *measures], rows) if rows else "Nothing yet."
+
+
+def _cell(found: Sequence[Result], measure: str) -> str:
+    values = [result.measures[measure] for result in found if measure in result.measures]
+    if not values:
+        return ""
+    error, items = (found[0].measures.get(name.format(measure)) for name in (ERROR, ITEMS))
+    beside = "" if error is None else f" (s.e. {error:.{DIGITS[measure]}f}, {items:,.0f} items)"
+    return _estimate(values, measure) + beside
 
 
 def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) -> str:

@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.quality.study import BY_NAME, CHOSEN_BY
+from benchmarks.quality.study import BY_NAME, CHOSEN_BY, Arm
 from dskd.errors import UserError
 
 Stage = Literal["tune", "test", "factor"]
-TEACHER = "teacher"  # the arm of what is no training: the teacher itself
+TEACHER = "teacher"  # arms of what is no training: the teacher itself,
+STUDENT = "student"  # the student as it was cut,
+CHANCE = "chance"  # guessing,
+LETTERS = "letters"  # and what the letters of the text alone give (dskd.lexical.surface)
+REFERENCES = (CHANCE, LETTERS, STUDENT, TEACHER)
 _OF_TRAININGS = (CHOSEN_BY, "lexical_perplexity")  # what the report wants of each; of what is no training, nothing
 
 
@@ -80,13 +84,14 @@ def append_result(path: Path, result: Result) -> None:
         os.fsync(stream.fileno())
 
 
-def choose(results: Iterable[Result], arm: str, trials: Iterable[float]) -> float | None:
+def choose(results: Iterable[Result], arm: Arm) -> float | None:
     """The trial of an arm with the lowest mean perplexity on the validation part; None before all are done."""
+    if not arm.is_tuned:
+        return arm.trials[0]
     by_value: dict[float, list[float]] = {}
     for result in results:
-        if result.stage == "tune" and result.arm == arm and result.value is not None:
+        if result.stage == "tune" and result.arm == arm.name and result.value is not None:
             by_value.setdefault(result.value, []).append(result.measures[CHOSEN_BY])
-    wanted = list(trials)
-    if any(value not in by_value for value in wanted):
+    if any(value not in by_value for value in arm.trials):
         return None
-    return min(wanted, key=lambda value: sum(by_value[value]) / len(by_value[value]))
+    return min(arm.trials, key=lambda value: sum(by_value[value]) / len(by_value[value]))

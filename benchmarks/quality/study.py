@@ -1,7 +1,8 @@
 """What the study is: the arms, what is tried of each, the seeds, and the looks at one factor.
 
 An arm is plain data: the keys in which it differs from `study.yaml`, one key that is tuned, and the arm whose tuned
-weights it stands on. Every arm has as many trials of its own.
+weights it stands on. Every arm has as many trials of its own, but for those with the paper's weights, which are not
+tuned.
 """
 
 from collections.abc import Mapping
@@ -26,9 +27,15 @@ class Arm:
     what: str  # for the report
     keys: Mapping[str, Any]  # that it differs in
     tuned: str  # the key that is tuned
-    trials: tuple[float, ...]
+    trials: tuple[float, ...]  # one alone is taken as it is
     on: str | None = None  # the arm whose keys and tuned value it has too
     shards: str | None = None  # of which variant of the annotation; None: ours
+    beyond: tuple[float, ...] = ()  # what was looked at beside the trials, and is not chosen from
+
+    @property
+    def is_tuned(self) -> bool:
+        """False where there is nothing to choose from."""
+        return len(self.trials) > 1
 
 
 _SENSES = (0.1, 0.3, 1.0, 3.0)
@@ -37,12 +44,28 @@ _DSKD: dict[str, Any] = {"loss.sense_form": "distance"}
 ARMS = (
     Arm(
         "ce",
-        "plain fine-tuning: CE alone. It has no weight, so what is tuned is the weight decay",
+        "plain fine-tuning: CE alone. It has no weight; its weight decay is tried instead",
         {"loss.kd_weight": 0, "loss.sense_weight": 0},
         "train.weight_decay",
         (0.0, 1e-3, 1e-2, 1e-1),
     ),
-    Arm("kd", "CE + KL", {"loss.sense_weight": 0}, "loss.kd_weight", (1.4, 2.8, 5.6, 11.2)),
+    Arm(
+        "kd",
+        "CE + KL",
+        {"loss.sense_weight": 0},
+        "loss.kd_weight",
+        (1.4, 2.8, 5.6, 11.2),
+        # The first grid was 0.35 to 2.8, whose end was best; of the second the end is best again.
+        beyond=(0.35, 0.7, 22.4, 44.8),
+    ),
+    Arm("kd-paper", "CE + KL with the paper's weight", {"loss.sense_weight": 0}, "loss.kd_weight", (0.7,)),
+    Arm(
+        "dskd-paper",
+        "the same + the whole sense loss with the paper's weight",
+        {**_DSKD, "loss.kd_weight": 0.7},
+        "loss.sense_weight",
+        (1.0,),
+    ),
     Arm("kd-hidden", "KD + distance to the teacher's hidden state", {}, "loss.hidden_weight", (3, 10, 30, 100), "kd"),
     Arm(
         "kd-own",
@@ -75,6 +98,14 @@ ARMS = (
         "hidden-distribution",
         "kd-hidden + the sense loss as a divergence of distributions",
         {"loss.sense_form": "distribution"},
+        "loss.sense_weight",
+        _SENSES,
+        "kd-hidden",
+    ),
+    Arm(
+        "hidden-distribution-own",
+        "the same with own and random rows alone, without synonyms and antonyms",
+        {"loss.sense_form": "distribution", "loss.sense_candidates": ("own", "random")},
         "loss.sense_weight",
         _SENSES,
         "kd-hidden",
@@ -120,17 +151,6 @@ FACTORS = (
     Factor("kappa 1", {"annotation.kappa": 1}, _TO_SENSES),
     Factor("teacher trained 3 times as long", {f"{_RECIPE}.train_tokens": 2_550_000}, ("lexicon", "corpus")),
     Factor("teacher of 8 layers", {f"{_RECIPE}.num_layers": 8, "student.layers": 4}, ("lexicon", "corpus")),
-    Factor(
-        "teacher of 8 layers, 320 wide, trained 14 times as long",
-        {
-            f"{_RECIPE}.num_layers": 8,
-            f"{_RECIPE}.hidden_size": 320,
-            f"{_RECIPE}.batch_size": 64,
-            f"{_RECIPE}.train_tokens": 12_000_000,
-            "student.layers": 4,
-        },
-        ("lexicon", "corpus"),
-    ),
     Factor("kappa 10", {"annotation.kappa": 10}, _TO_SENSES),
     Factor("300 steps", {"train.steps": 300}, (*_TO_SENSES, "shards")),
     Factor("1 layer trained", {"student.train_layers": 1}, (*_TO_SENSES, "shards")),

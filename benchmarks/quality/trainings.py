@@ -4,6 +4,7 @@ Starting a process costs more than a small training does. What is done is skippe
 what the study is for: tuning and test of all arms, then one factor after the other.
 """
 
+import dataclasses
 import datetime
 import shutil
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from benchmarks.quality import study, work
 from benchmarks.quality.judge import Judge
-from benchmarks.quality.results import TEACHER, Result, Stage, append_result, choose, read_results
+from benchmarks.quality.results import REFERENCES, STUDENT, TEACHER, Result, Stage, append_result, choose, read_results
 from benchmarks.quality.splits import Split
 from benchmarks.quality.study import Arm
 from benchmarks.report import machine
@@ -53,10 +54,10 @@ def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterat
         if arm.on is not None and arm.on not in chosen:
             continue
         keys = study.keys_of(arm, chosen)
-        for value in arm.trials if "tune" in stages else ():
+        for value in (*(arm.trials if arm.is_tuned else ()), *arm.beyond) if "tune" in stages else ():
             for seed in study.TUNING_SEEDS:
                 yield Training("tune", arm, seed, value, arm.shards, keys | {arm.tuned: value})
-        best = choose(results, arm.name, arm.trials)
+        best = choose(results, arm)
         if best is not None:
             chosen[arm.name] = best
     ready = [arm for arm in study.ARMS if arm.name in chosen]
@@ -155,13 +156,17 @@ class Runner:
             shared = work.load_variant(self._folder, variant, {"run": training.run}, self._base)
             judge = self._judges[variant, split] = Judge(shared, split, self._world)
             if split == "test":
-                stage: Stage = "test" if variant is None else "factor"
-                of_teacher = Result(
-                    stage, TEACHER, 0, variant, {}, None, judge.teacher, self._digest(variant), 0.0, *_where_and_when()
-                )
-                if of_teacher.name not in {result.name for result in read_results(self._path)}:
-                    self._keep(of_teacher)
+                self._keep_references(judge, variant)
         return self._judges[variant, split]
+
+    def _keep_references(self, judge: Judge, variant: str | None) -> None:
+        stage: Stage = "test" if variant is None else "factor"
+        done = {result.name for result in read_results(self._path)}
+        for name in (TEACHER,) if variant is not None else REFERENCES:
+            empty = Result(stage, name, 0, variant, {}, None, {}, self._digest(variant), 0.0, *_where_and_when())
+            if empty.name not in done:
+                measures = judge.measure_student() if name == STUDENT else judge.references[name]
+                self._keep(dataclasses.replace(empty, measures=measures))
 
     def _digest(self, variant: str | None) -> str:
         if variant not in self._digests:

@@ -9,7 +9,9 @@ import yaml
 from benchmarks.quality.study import BASE, FACTORS, PAPERS_RULE, Factor
 from dskd.config import Config
 from dskd.config_file import load_config
+from dskd.lexical.held_out import build_items
 from dskd.lock import hold_lock, release_lock
+from dskd.model_folder import find_teacher
 from dskd.pipeline import LOCK, run_pipeline
 
 MAIN = "main"
@@ -35,15 +37,15 @@ def load_variant(work: Path, variant: str | None, keys: Mapping[str, Any], base:
 
 
 def prepare(work: Path, variant: str | None = None, base: Path = BASE) -> None:
-    """Brings everything up to the shards up to date, as `launcher/pipeline.py` does; one process at a time."""
-    lock = work / ".prepare.lock"
-    hold_lock(lock, "prepares the study", wait_s=_PREPARATION_S)
-    try:
-        if variant is not None:
-            _prepare(work, None, base)
-        _prepare(work, variant, base)
-    finally:
-        release_lock(lock)
+    """Brings everything up to the shards and the lexical items up to date; one process at a time in each folder."""
+    for name in (None, variant) if variant is not None else (None,):
+        folder = _folder(work, name)
+        lock = work / f".{folder.name}.lock"
+        hold_lock(lock, "prepares this part of the study", wait_s=_PREPARATION_S)
+        try:
+            _prepare(work, name, base)
+        finally:
+            release_lock(lock)
 
 
 def _prepare(work: Path, variant: str | None, base: Path) -> None:
@@ -52,6 +54,8 @@ def _prepare(work: Path, variant: str | None, base: Path) -> None:
     if variant is not None:
         _link(_folder(work, None), folder, VARIANTS[variant].shares)
     run_pipeline(base, overrides_of(work, variant, {}), until="shards")
+    config = load_variant(work, variant, {}, base)
+    build_items(config, find_teacher(config))
     release_lock(folder / LOCK)  # it has it until it ends otherwise, and other processes of the study want it too
 
 
