@@ -443,7 +443,8 @@ class EvaluationConfig(Section):
     sample_tokens: int = Field(24, ge=1, description="tokens by which it goes on, greedily")
     wic: str | None = Field(
         None,
-        description="with --lexical. A NAME.data.txt of Words in Context as published, its NAME.gold.txt beside it",
+        description="with --lexical. A NAME.data.txt of Words in Context as published, its NAME.gold.txt beside it. "
+        "One for all runs that are compared: with another, or none, lexical measures are of other data and made anew",
     )
     wic_threshold: str | None = Field(
         None, description="with wic. Another such file, such as that of its training split, to choose the threshold on"
@@ -453,6 +454,13 @@ class EvaluationConfig(Section):
     def _threshold_needs_pairs(self) -> "EvaluationConfig":
         if self.wic_threshold is not None and self.wic is None:
             raise ValueError("wic_threshold needs evaluation.wic, the pairs that the threshold is for; give it, too")
+        if self.wic is not None and self.wic_threshold is not None:
+            place, other = (Path(given).expanduser().resolve() for given in (self.wic, self.wic_threshold))
+            if place == other:
+                raise ValueError(
+                    f"wic_threshold is evaluation.wic itself, {place}, and the threshold would be chosen on what is "
+                    "measured; name another file, such as that of the training split, or leave it out"
+                )
         return self
 
 

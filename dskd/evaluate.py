@@ -13,7 +13,7 @@ What they are made of is kept for each sample too (:mod:`dskd.examples`), so tha
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from dskd import export, samples, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, main_first, on_main, sum_over_ranks
+from dskd.errors import UserError
 from dskd.examples import Examples, Measure, save_examples
 from dskd.head import chunk_size
 from dskd.manifest import Manifest, Recipe, build_artifact, is_current, require_same, write_json
@@ -75,6 +76,44 @@ def candidates(config: Config) -> list[Candidate]:
             )
             found.append(Candidate(run, folder, manifest.facts["mlflow_run_id"], manifest.facts["step"]))
     return found
+
+
+def chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
+    """The candidates of these names, or all of them where `names` is None.
+
+    Raises:
+        UserError: when there is none of a name.
+    """
+    found = candidates(config)
+    there = [candidate.name for candidate in found]
+    missing = [name for name in names or () if name not in there]
+    if missing:
+        remedy = f"; {_export_command(missing[0])} makes it" if missing[0] in config.run_names else ""
+        raise UserError(f"--models {missing[0]}: there is no such model here; there are {', '.join(there)}{remedy}")
+    return [candidate for candidate in found if names is None or candidate.name in names]
+
+
+def require_exports(config: Config, *, run_is_named: bool) -> None:
+    """Says which runs of the config have no export and are left out.
+
+    Args:
+        config: the experiment.
+        run_is_named: the user asked for the config's run by its name, so that it is not to be left out.
+
+    Raises:
+        UserError: when it has no export and is named.
+    """
+    missing = [run for run in config.run_names if not config.path(export.FOLDER, run).is_dir()]
+    if run_is_named and config.run in missing:
+        folder = config.path(export.FOLDER, config.run)
+        raise UserError(f"run={config.run}: {folder} is not there; {_export_command(config.run)} makes it")
+    if missing:
+        them = "run has" if len(missing) == 1 else "runs have"
+        say(f"left out: the {them} no export yet: {', '.join(missing)}; {_export_command(missing[0])} makes one")
+
+
+def _export_command(run: str) -> str:
+    return f"`{export.MADE_BY} run={run}`, when it is trained,"
 
 
 def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe:

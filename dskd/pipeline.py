@@ -149,11 +149,7 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
     stages.append(Stage("evaluation", lambda: not evaluate.stale_candidates(config), ranks("evaluate.py")))
     if names := config.tasks.evaluate:
-        # Behind the overrides, which --tasks would take for names.
-        arguments = ["--config", str(path), *overrides, "--tasks", *names]
-        stages.append(
-            Stage("tasks", lambda: tasks.are_current(config, names), lambda: launch(config, "evaluate.py", arguments))
-        )
+        stages.append(Stage("tasks", lambda: tasks.are_current(config, names), ranks("evaluate.py", "--tasks", *names)))
     return stages
 
 

@@ -56,6 +56,25 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
 
 
+def parse(parser: argparse.ArgumentParser, *options: str) -> argparse.Namespace:
+    """The arguments, in any order: where overrides stand behind an option that takes several names, they are none.
+
+    Args:
+        parser: of :func:`build_parser`.
+        options: those that take several names, which must not have a `=`.
+    """
+    given = parser.parse_intermixed_args()
+    for option in options:
+        words = getattr(given, option)
+        if words is not None:
+            names = [word for word in words if "=" not in word]
+            if not names:
+                parser.error(f"argument --{option}: expected at least one name, found {' '.join(words)}")
+            setattr(given, option, names)
+            given.overrides += [word for word in words if "=" in word]
+    return given
+
+
 def run(action: Callable[[], int | None]) -> int:
     """Runs a program's work and returns its exit code: that of `action`, 0 where it has none, or that of what went
     wrong. A user's mistake is printed without a traceback.

@@ -5,8 +5,8 @@ what they know of words and senses, and writes WORKDIR/lexical/NAME.
 """
 
 from dskd.config import TASKS, Config
-from dskd.distributed import World
-from dskd.program import build_parser, run_on_ranks
+from dskd.distributed import World, on_main
+from dskd.program import build_parser, parse, run_on_ranks
 
 EPILOG = """
 examples:
@@ -14,11 +14,13 @@ examples:
   deepspeed --num_gpus 2 launcher/evaluate.py --config configs/quickstart.yaml --force
   deepspeed launcher/evaluate.py --config mine.yaml tasks.limit=200 --tasks arc_challenge mmlu
   deepspeed launcher/evaluate.py --config mine.yaml --tasks all
+  deepspeed launcher/evaluate.py --config mine.yaml --tasks mmlu --models teacher dskd
   deepspeed launcher/evaluate.py --config mine.yaml --lexical
   deepspeed launcher/evaluate.py --config mine.yaml --lexical --models teacher dskd
 
 The keys under `tasks` say where the benchmarks' files are (`dskd config`).
-`dskd compare` prints the measures side by side. A model whose measures are up to date is skipped.
+`dskd compare` prints the measures side by side. A model whose measures are up to date is skipped. A run without an
+export is left out; where run=NAME asks for it, that is an error.
 """
 
 
@@ -28,9 +30,8 @@ def main() -> None:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        choices=(*TASKS, "all"),
         metavar="TASK",
-        help=f"ask benchmarks instead: {', '.join(TASKS)}, or all; behind any section.key=value",
+        help=f"ask benchmarks instead: {', '.join(TASKS)}, or all",
     )
     parser.add_argument(
         "--lexical",
@@ -41,27 +42,33 @@ def main() -> None:
         "--models",
         nargs="+",
         metavar="NAME",
-        help="with --lexical: only these of teacher, student and the runs; behind any section.key=value",
+        help="with --tasks or --lexical: only these of teacher, student and the runs",
     )
-    given = parser.parse_intermixed_args()
-    if given.models and not given.lexical:
-        parser.error("--models goes with --lexical")
+    given = parse(parser, "tasks", "models")
+    for name in given.tasks or ():
+        if name not in (*TASKS, "all"):
+            parser.error(f"argument --tasks: invalid choice: {name!r} (choose from {', '.join(TASKS)}, all)")
+    if given.models and not (given.tasks or given.lexical):
+        parser.error("--models goes with --tasks or --lexical; the held-out text is read by all models that are there")
     if given.tasks and given.lexical:
         parser.error("--tasks and --lexical are two commands; give one of them at a time")
 
     def work(config: Config, world: World) -> None:
         # After the arguments: --help should not wait for DeepSpeed.
+        from dskd.evaluate import evaluate, require_exports
+
+        if not given.models:
+            run_is_named = any(override.startswith("run=") for override in given.overrides)
+            on_main(lambda: require_exports(config, run_is_named=run_is_named))
         if given.tasks:
             from dskd.tasks.run import run_tasks
 
-            run_tasks(config, world, given.tasks, force=given.force)
+            run_tasks(config, world, given.tasks, given.models, force=given.force)
         elif given.lexical:
             from dskd.lexical.run import run_lexical
 
             run_lexical(config, world, given.models, force=given.force)
         else:
-            from dskd.evaluate import evaluate
-
             evaluate(config, world, force=given.force)
 
     run_on_ranks(given, work)

@@ -194,3 +194,7 @@ def test_letters_alone_tell_senses_apart_where_their_examples_are_alike_as_strin
         Pair("2", "bank", Marked("by the bank", 7, 11), Marked("rich bank by the", 5, 9), False),
     ]
     assert surface_scores([], [], pairs) == {"wic_auc": 1.0}
+    assert surface_scores([], [], pairs, pairs) == {"wic_auc": 1.0, "wic_accuracy": 1.0}
+    turned = [pair._replace(is_same=not pair.is_same) for pair in pairs]
+    # All of them are called the same where the less alike ones are: no threshold is better on `turned`, half are right.
+    assert surface_scores([], [], pairs, turned)["wic_accuracy"] == 0.5

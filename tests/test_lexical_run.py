@@ -128,6 +128,15 @@ def test_what_is_up_to_date_is_not_measured_again_and_only_models_that_are_there
         run_lexical(load_config(config), world, ["nobody"])
 
 
+def test_a_copy_of_the_pairs_is_nothing_to_choose_a_threshold_on(config, measured, world):
+    data = config.parent / "dev.data.txt"
+    other = config.parent / "train.data.txt"
+    other.write_bytes(data.read_bytes().replace(b"\n", b"\r\n"))
+    shutil.copyfile(config.parent / "dev.gold.txt", config.parent / "train.gold.txt")
+    with pytest.raises(UserError, match=r"evaluation.wic_threshold: .*train.data.txt has the pairs of evaluation.wic"):
+        run_lexical(load_config(config, [f"evaluation.wic_threshold={other}"]), world)
+
+
 @pytest.mark.slow
 def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, measured, tmp_path):
     work = tmp_path / "work"
@@ -144,6 +153,3 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
             for key in ("items", "clusters", "chance"):
                 assert one[measure][key] == pytest.approx(two[measure][key]), (name, measure, key)
             assert one[measure]["value"] == pytest.approx(two[measure]["value"], rel=1e-3), (name, measure)
-    refused = run_program("evaluate.py", config, *overrides, "--lexical", "--tasks", "piqa", check=False)
-    assert refused.exit_code == 2
-    assert "give one of them at a time" in refused.output

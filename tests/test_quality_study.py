@@ -1,12 +1,14 @@
 """The study of whether senses help: that its comparison is fair, and that what was done is not done again."""
 
 import dataclasses
+import json
+import sys
 
 import pytest
 from scipy import stats
 
 from benchmarks.quality import study, work
-from benchmarks.quality.__main__ import README, REPORT, RESULTS
+from benchmarks.quality.__main__ import README, REPORT, RESULTS, main
 from benchmarks.quality.measures import KNOWLEDGE, ON_TEXT
 from benchmarks.quality.report import PICTURE, SUMMARY_MARKS, render, render_summary, write_report
 from benchmarks.quality.results import Result, append_result, choose, read_results
@@ -98,13 +100,29 @@ def test_results_outlive_an_interrupted_line(tmp_path):
     assert [result.seed for result in read_results(path)] == [1, 2]
 
 
-def test_a_line_that_is_no_result_is_named(tmp_path):
+@pytest.mark.parametrize("line", ["{}", "[1]", "perplexity: 3", "", '{"measures": {}}', '{"measures": null}'])
+def test_a_line_that_is_no_result_is_named(tmp_path, line):
     path = tmp_path / "results.jsonl"
     append_result(path, _result())
+    if "measures" in line:
+        line = json.dumps(json.loads(path.read_text()) | json.loads(line))
     with path.open("a") as stream:
-        stream.write("{}\n")
-    with pytest.raises(UserError, match=r"results.jsonl:2: "):
+        stream.write(f"{line}\n")
+    with pytest.raises(UserError, match=r"results.jsonl:2: this is no result of the study \("):
         read_results(path)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"arm": "k'])
+def test_without_results_the_report_stays_as_it_is(tmp_path, monkeypatch, capsys, content):
+    path = tmp_path / "typo.jsonl"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr("benchmarks.quality.__main__.REPORT", tmp_path / "README.md")
+    monkeypatch.setattr("benchmarks.quality.__main__.README", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.quality", "--report", "--results", str(path)])
+    assert main() == 2
+    assert f"--results {path}: there are no results in it" in capsys.readouterr().err
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_another_value_seed_or_text_is_another_training():

@@ -186,8 +186,11 @@ def test_mistakes_in_files_are_named_with_file_and_line(tmp_path):
     labels = piqa / "valid-labels.lst"
     labels.write_text("0\n1\n")
     _refused("piqa", "validation", piqa, f"{labels}: there are 2 labels, but 4 lines in valid.jsonl")
-    labels.write_text("0\n1\n2\n0\n")
-    _refused("piqa", "validation", piqa, "valid.jsonl:3:", "its right choice is 2; expected a number from 0 to 1")
+    for wrong in ("2", "²", "-1"):
+        labels.write_text(f"0\n1\n\n{wrong}\n0\n", encoding="utf-8")
+        _refused("piqa", "validation", piqa, f"{labels}:4: expected 0 or 1, which solution is right, found {wrong!r}")
+    labels.write_bytes(b"0\n\xff\n")
+    _refused("piqa", "validation", piqa, f"{labels}: cannot be read as UTF-8 text")
     labels.unlink()
     _refused("piqa", "validation", piqa, "put valid-labels.lst beside it")
 
@@ -202,6 +205,53 @@ def test_mistakes_in_files_are_named_with_file_and_line(tmp_path):
     path = squad / "dev-v2.0.json"
     path.write_text(path.read_text().replace('"question"', '"query"', 1))
     _refused("squad_v2", "validation", squad, f"{path}: question 1:", "KeyError: 'question'")
+
+
+@pytest.mark.parametrize("line", ["[1]", '"abc"', "3", "null"])
+def test_a_line_of_json_that_is_no_object_is_named(tmp_path, line):
+    path = _copy(tmp_path, "piqa") / "valid.jsonl"
+    _, *others = path.read_text().splitlines()
+    path.write_text("\n".join(["", line, *others]))
+    _refused("piqa", "validation", path.parent, f'{path}:2: expected an object, {{"…": …}}, found {line}')
+
+
+@pytest.mark.parametrize("letter", ["", " ", "BC", "AB", "E", "b"])
+def test_an_answer_that_is_no_single_letter_is_no_answer(tmp_path, letter):
+    path = _copy(tmp_path, "mmlu") / "test" / "old_towns_test.csv"
+    path.write_text(f"one,a,b,c,d,A\ntwo,a,b,c,d,{letter}\n")
+    says = f"{path}:2: expected question, four choices and a letter of A to D, found 6 fields, the last of them "
+    _refused("mmlu", "test", path.parents[1], f"{says}{letter!r}")
+
+
+def test_a_quote_that_is_never_closed_is_named_with_the_line_that_opens_it(tmp_path):
+    path = _copy(tmp_path, "mmlu") / "test" / "old_towns_test.csv"
+    for rest in ("two,a,b,c,d,B\n", "two,a,b,c,d,B\n" * 20_000):  # up to the end, and more than csv takes for a field
+        path.write_text(f'one,a,"b\nb",c,d,A\n"two,a,b,c,d,A\n{rest}')
+        _refused("mmlu", "test", path.parents[1], f"{path}:3: ")
+
+
+def test_blank_lines_are_no_examples(tmp_path):
+    for name, split, file in (("piqa", "validation", "valid.jsonl"), ("mmlu", "test", "test/old_towns_test.csv")):
+        path = _copy(tmp_path, name) / file
+        path.write_text("\n" + path.read_text().replace("\n", "\n\n  \n"))
+        assert _read(name, split, tmp_path / name) == _read(name, split)
+
+
+def test_half_of_a_character_is_refused_before_a_tokenizer_meets_it(tmp_path):
+    piqa = _copy(tmp_path, "piqa") / "valid.jsonl"
+    piqa.write_text(piqa.read_text().replace("water a plant", r"water \ud800 a plant"))
+    says = r"'water \ud800 a plant' has half of a character, '\ud800'"
+    _refused("piqa", "validation", piqa.parent, f"{piqa}:2:", says)
+    squad = _copy(tmp_path, "squad_v2") / "dev-v2.0.json"
+    squad.write_text(squad.read_text().replace("seven arches.", r"seven \udc00 arches."))
+    _refused("squad_v2", "validation", squad.parent, f"{squad}:1:", r"has half of a character, '\udc00'")
+
+
+@pytest.mark.parametrize("broken", ['{"qas": ["x"]}', '{"qas": "x"}', '["x"]', '{"qas": [{"answers": ["x"]}]}'])
+def test_a_passage_in_another_form_is_named(tmp_path, broken):
+    path = _copy(tmp_path, "squad_v2") / "dev-v2.0.json"
+    path.write_text(f'{{"data": [{{"paragraphs": [{broken}]}}]}}')
+    _refused("squad_v2", "validation", path.parent, f"{path}: question ", "expected data[].paragraphs[] with context")
 
 
 def test_a_dataset_that_cannot_be_reached_is_named_with_what_to_do_instead(monkeypatch):

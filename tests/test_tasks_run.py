@@ -1,13 +1,15 @@
 """Benchmarks on ranks: what models say is what transformers generates, and their measures are made of that."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import run_program
+from conftest import REPOSITORY, run_program
 from task_files import DATA, PLACES
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +18,7 @@ from dskd.config_file import load_config
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import find_teacher
+from dskd.program import build_parser, parse
 from dskd.student import build_student
 from dskd.tasks.benchmarks import BENCHMARKS
 from dskd.tasks.prompts import Prompter
@@ -144,6 +147,7 @@ def test_what_is_up_to_date_is_not_asked_again(config, results, world, tmp_path,
 
     both = ["piqa: teacher", "piqa: student"]
     assert asked(tasks=["all"]) == []
+    assert asked(model_names=["student"], force=True) == ["piqa: student"]
     assert asked("tasks.batch_size=1") == []
     assert asked(force=True) == both
     assert asked("tasks.seed=1") == both
@@ -219,6 +223,10 @@ def test_data_that_is_missing_is_named_before_a_model_is_loaded(config, world, m
     monkeypatch.setattr("dskd.tasks.run.load_frozen", None)
     with pytest.raises(UserError, match=r"tasks.mmlu: .*arc has neither test/\*_test.csv, as published"):
         run_tasks(load_config(config, [f"tasks.mmlu={DATA / 'arc'}"]), world, ["all"])
+    with pytest.raises(
+        UserError, match=r"--models dskd: there is no such model here; .*, student; `dskd export --config"
+    ):
+        run_tasks(load_config(config), world, ["piqa"], ["dskd"])
     with pytest.raises(UserError, match=r"--tasks arc: no such task; there are arc_challenge, .*squad_v2, and all"):
         run_tasks(load_config(config), world, ["arc"])
 
@@ -228,12 +236,43 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
     """7 batches for 2 ranks are one too few: a rank without questions takes part all the same."""
     shutil.copytree(load_config(config).path("student"), tmp_path / "work" / "student")
     overrides = (f"workdir={tmp_path / 'work'}", "teacher.mode=zero3", "tasks.batch_size=3")
-    finished = run_program("evaluate.py", config, *overrides, "--tasks", "all", ranks=2)
+    finished = run_program("evaluate.py", config, "--tasks", "all", *overrides, ranks=2)
+    assert finished.output.count("left out: the run has no export yet: dskd; `dskd export --config FILE run=dskd`") == 1
     assert finished.output.count("== arc_challenge: teacher") == 1
     assert "tokens/s" in finished.output
     assert _results(load_config(config, overrides)) == results
     again = run_program("evaluate.py", config, *overrides, "--tasks", "all", ranks=1)
     assert again.output.count("up to date: ") == 2
-    refused = run_program("evaluate.py", config, "--tasks", "arc", check=False)
+    refused = run_program("evaluate.py", config, "--tasks", "piqa", "run=nosuch", *overrides, ranks=2, check=False)
     assert refused.exit_code == 2
-    assert "invalid choice: 'arc'" in refused.output
+    assert refused.output.count("error: run=nosuch: ") == 1
+    assert "`dskd export --config FILE run=nosuch`" in refused.output
+    assert "Traceback" not in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tasks", "arc"], "invalid choice: 'arc' (choose from arc_challenge, "),
+        (["--tasks", "tasks.limit=2"], "argument --tasks: expected at least one name, found tasks.limit=2"),
+        (["--tasks", "piqa", "--lexical"], "give one of them at a time"),
+        (["--models", "teacher"], "--models goes with --tasks or --lexical"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_is_done(monkeypatch, capsys, arguments, says):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "no-such-file.yaml", *arguments])
+    with pytest.raises(SystemExit) as exit_of_program:
+        runpy.run_path(str(REPOSITORY / "launcher" / "evaluate.py"), run_name="__main__")
+    assert exit_of_program.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_names(monkeypatch):
+    parser = build_parser(None)
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--models", nargs="+")
+    line = "evaluate.py run=a --tasks piqa tasks.limit=2 mmlu --config FILE seed=1"
+    monkeypatch.setattr(sys, "argv", line.split())
+    given = parse(parser, "tasks", "models")
+    assert (given.tasks, given.models) == (["piqa", "mmlu"], None)
+    assert given.overrides == ["run=a", "seed=1", "tasks.limit=2"]

@@ -75,6 +75,15 @@ def test_a_threshold_without_pairs_is_refused():
         EvaluationConfig(wic_threshold="train.data.txt")
 
 
+def test_a_threshold_from_the_pairs_that_are_asked_is_refused(tmp_path):
+    place = _write(tmp_path, LINES, "FTF")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (place, str(tmp_path / "link" / "dev.data.txt"), str(tmp_path / "x" / ".." / "dev.data.txt")):
+        with pytest.raises(ValueError, match=r"wic_threshold is evaluation.wic itself, /.*dev.data.txt"):
+            EvaluationConfig(wic=place, wic_threshold=other)
+    assert EvaluationConfig(wic=place, wic_threshold=str(tmp_path / "train.data.txt")).wic == place
+
+
 def test_the_threshold_is_the_best_of_all():
     assert best_threshold(np.array([0.1, 0.4, 0.6, 0.9]), np.array([False, False, True, True])) == pytest.approx(0.5)
     assert best_threshold(np.array([0.1, 0.9]), np.array([True, True])) == -np.inf

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.quality import work
+from dskd.errors import UserError
 from dskd.program import run
 
 EPILOG = """
@@ -52,8 +53,11 @@ def main() -> int:
         from benchmarks.quality.results import read_results
 
         if given.report:
-            write_report(read_results(given.results), REPORT)
-            write_summary(read_results(given.results), README)
+            results = read_results(given.results)
+            if not results:
+                raise UserError(f"--results {given.results}: there are no results in it; {REPORT} stays as it is")
+            write_report(results, REPORT)
+            write_summary(results, README)
             print(f"wrote {REPORT} and the table in {README}")
             return 0
         from benchmarks.quality.trainings import Runner  # after the arguments: --help should not wait for DeepSpeed

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.quality.study import CHOSEN_BY, Arm
+from benchmarks.quality.study import BY_NAME, CHOSEN_BY, Arm
 from dskd.errors import UserError
 
 Stage = Literal["tune", "test", "factor"]
@@ -19,6 +19,7 @@ STUDENT = "student"  # the student as it was cut,
 CHANCE = "chance"  # guessing,
 LETTERS = "letters"  # and what the letters of the text alone give (dskd.lexical.surface)
 REFERENCES = (CHANCE, LETTERS, STUDENT, TEACHER)
+_OF_TRAININGS = (CHOSEN_BY, "lexical_perplexity")  # what the report wants of each; of what is no training, nothing
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,18 @@ def read_results(path: Path) -> list[Result]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: this is no file of results ({error})") from None
     results = []
     for number, line in enumerate(lines, start=1):
         try:
-            results.append(Result(**json.loads(line)))
+            result = Result(**json.loads(line))
+            for measure in _OF_TRAININGS if result.arm in BY_NAME else ():
+                if not isinstance(result.measures, dict) or not isinstance(result.measures.get(measure), int | float):
+                    raise ValueError(f"its measures have no {measure}")
+            results.append(result)
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}:{number}: this is no result of the study ({error}); remove the line") from None
     return results

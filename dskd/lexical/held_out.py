@@ -56,19 +56,33 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     """What decides the items.
 
     Raises:
-        UserError: when there is no corpus, no WordNet, or a file of Words in Context is not in its format.
+        UserError: when there is no corpus, no WordNet, or a file of Words in Context is not in its format, or has
+            the threshold's pairs, too.
     """
     inputs = {
         "corpus": read_manifest(config.path(CORPUS_FOLDER), "corpus", made_by=CORPUS_MADE_BY).digest,
         "wordnet": open_wordnet(config.wordnet.path).digest,
     }
+    _read_pairs(config)
     for key in ("wic", "wic_threshold"):
         place = getattr(config.evaluation, key)
         if place is not None:
-            read_wic(place, f"evaluation.{key}")
             data = Path(place).expanduser()
             inputs |= {key: sha256_of_file(data), f"{key}_gold": sha256_of_file(gold_of(data))}
     return Recipe("lexical-items", inputs, {"run_words": RUN_WORDS}, tokenizer=teacher.tokenizer_digest)
+
+
+def _read_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that are asked, and those that the threshold is chosen on; none where the config names no file."""
+    places = {f"evaluation.{key}": getattr(config.evaluation, key) for key in ("wic", "wic_threshold")}
+    asked, threshold = ([] if place is None else read_wic(place, key) for key, place in places.items())
+    if asked and [pair[1:] for pair in asked] == [pair[1:] for pair in threshold]:  # without FILE:LINE
+        raise UserError(
+            f"evaluation.wic_threshold: {config.evaluation.wic_threshold} has the pairs of evaluation.wic, and the "
+            "threshold would be chosen on what is measured; name another file, such as that of the training split, or "
+            "leave it out"
+        )
+    return asked, threshold
 
 
 def build_items(config: Config, teacher: ModelFolder) -> Manifest:
@@ -89,16 +103,12 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
         sources: list[str | Path] = ["WordNet's examples", config.path(CORPUS_FOLDER, "train.parquet")]
         with stage("lexical items: what no training text has", reads=sources, writes=target):
             wordnet = open_wordnet(config.wordnet.path)
-            pairs = [
-                [] if place is None else read_wic(place, f"evaluation.{key}")
-                for key in ("wic", "wic_threshold")
-                for place in [getattr(config.evaluation, key)]
-            ]
             with build_artifact(target, wanted) as building:
                 texts = progress(read_texts(config, "train"), total=None, label="looking for them", unit="documents")
-                items, facts = make_items(wordnet, texts, tokenizer, *pairs)
+                items, facts = make_items(wordnet, texts, tokenizer, *_read_pairs(config))
                 write_text(building.folder / FILE, _ITEMS.dump_json(items).decode())
-                building.facts.update(facts, surface=surface_scores(items.contexts, items.choices, items.wic))
+                surface = surface_scores(items.contexts, items.choices, items.wic, items.wic_threshold)
+                building.facts.update(facts, surface=surface)
             say("  " + ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items()))
             if min(facts["of_both_kinds"], facts["synonyms_against_antonyms"]) < _FEW:
                 say("  that is little to measure on; where the corpus is WordNet, a larger validation_share gives more")

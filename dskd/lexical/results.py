@@ -100,7 +100,7 @@ def load_summary(config: Config, name: str) -> Summary:
 
 def comparison(config: Config, names: Sequence[str]) -> str:
     """Measures × models: value ± standard error; before them chance and what the surface of the text gives
-    (:mod:`dskd.lexical.surface`), and the teacher, the ceiling, last.
+    (:mod:`dskd.lexical.surface`), and the teacher, usually the ceiling, last.
     """
     surface = read_manifest(config.path(ITEMS_FOLDER), "lexical-items", made_by=MADE_BY).facts["surface"]
     order = [name for name in names if name not in (TEACHER, CUT_STUDENT)]

@@ -10,8 +10,7 @@ from dskd import evaluate
 from dskd.config import Config
 from dskd.console import say, stage
 from dskd.distributed import World, main_first, on_main
-from dskd.errors import UserError
-from dskd.evaluate import Candidate, HeldOutText, candidates
+from dskd.evaluate import Candidate, HeldOutText
 from dskd.lexical import alignment, preference, retrieval, separation, wic
 from dskd.lexical.held_out import Items, build_items, load_items
 from dskd.lexical.reading import TARGET, WORD, Tokens, read_likelihoods, read_states
@@ -38,7 +37,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     Raises:
         UserError: when a model of `names` is not there, or there is no corpus.
     """
-    models = main_first(lambda: _chosen(config, names))
+    models = main_first(lambda: evaluate.chosen(config, names))
     manifest = main_first(lambda: build_items(config, find_teacher(config)))
     evaluate.evaluate(config, world)
     teacher = find_teacher(config)
@@ -118,12 +117,3 @@ def _texts_at_once(config: Config, items: Items) -> int:
     rows += [tokens for pair in (*items.wic_tokens, *items.wic_threshold_tokens) for tokens in pair]
     longest = max((len(tokens.input_ids) for tokens in rows), default=1)
     return max(1, config.evaluation.batch_size * config.corpus.sequence_length // longest)
-
-
-def _chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
-    found = candidates(config)
-    there = [candidate.name for candidate in found]
-    missing = [name for name in names or () if name not in there]
-    if missing:
-        raise UserError(f"--models {missing[0]}: there is no such model here; there are {', '.join(there)}")
-    return [candidate for candidate in found if names is None or candidate.name in names]

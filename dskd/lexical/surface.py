@@ -9,6 +9,7 @@ frequent one in the training text.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -29,8 +30,10 @@ def surface_states(texts: Sequence[str]) -> torch.Tensor:
     return torch.from_numpy(counts.transform(texts).toarray())
 
 
-def surface_scores(contexts: Sequence[Context], choices: Sequence[Choice], pairs: Sequence[Pair]) -> dict[str, float]:
-    """{measure: what it gives}, of those that are taken on sentences."""
+def surface_scores(
+    contexts: Sequence[Context], choices: Sequence[Choice], pairs: Sequence[Pair], threshold_pairs: Sequence[Pair] = ()
+) -> dict[str, float]:
+    """{measure: what it gives}, of those that are taken on sentences; a threshold is chosen as for a model."""
     scores = {}
     items = preference.preference(choices, [float(count) for choice in choices for count in choice.frequencies])
     for suffix, ends in (("", [c.stop for c in contexts]), ("_target", [c.start for c in contexts])):
@@ -40,6 +43,14 @@ def surface_scores(contexts: Sequence[Context], choices: Sequence[Choice], pairs
         if contexts:
             scores[f"{name}_pooled"] = separation.pooled(contexts, states)["value"]
     if pairs:
-        states = surface_states([marked.text[: marked.stop] for pair in pairs for marked in (pair.one, pair.other)])
-        scores[wic.AUC] = roc_auc(wic.similarities(states), torch.tensor([pair.is_same for pair in pairs]).numpy())
+        similarities, labels = _surface_of_pairs(pairs)
+        scores[wic.AUC] = roc_auc(similarities, labels)
+        if threshold_pairs:
+            items += wic.accuracy(pairs, similarities, wic.best_threshold(*_surface_of_pairs(threshold_pairs)))
     return {name: one["value"] for name, one in summarize(items).items()} | scores
+
+
+def _surface_of_pairs(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+    """How alike the sentences of each pair are up to the word's end [n], and whether the word means the same [n]."""
+    states = surface_states([marked.text[: marked.stop] for pair in pairs for marked in (pair.one, pair.other)])
+    return wic.similarities(states), np.array([pair.is_same for pair in pairs])

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,7 +48,7 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
     examples = []
     for row_place, row in rows:
         try:
-            examples.append(_PARSERS[benchmark.name](benchmark, row))
+            examples.append(_of_whole_characters(_PARSERS[benchmark.name](benchmark, row)))
         except (_NoExampleError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{error}" if isinstance(error, _NoExampleError) else f"{type(error).__name__}: {error}"
             raise UserError(
@@ -62,6 +62,16 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
     if twice:
         raise UserError(f"tasks.{benchmark.name}: {found} has the id {twice[0]!r} more than once; keep one of them")
     return named
+
+
+def _of_whole_characters(example: Example) -> Example:
+    """The example, unless a text of it has half of a character, which JSON can escape and no tokenizer reads."""
+    for text in (example.name, example.question, *example.answers, *example.choices, example.passage, example.subject):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _NoExampleError(f"{text[:40]!r} has half of a character, {text[error.start]!r}; remove it") from None
+    return example
 
 
 def _named(examples: list[Example], split: str) -> list[Example]:
@@ -114,7 +124,7 @@ def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Place, Row]]:
     for path in files:
         try:
             rows = pq.read_table(path).to_pylist()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: this is not a readable Parquet file ({reason}); was its download cut?") from None
         for number, row in enumerate(rows, start=1):
@@ -147,21 +157,31 @@ def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[P
             for line, row in rows_of.get(benchmark.name, _json_lines)(path):
                 yield f"{path}:{line}", row
         except (UnicodeDecodeError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); fetch it again") from None
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read as UTF-8 text ({error}); fetch it again")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield number, _from_json(line, f"{path}:{number}")
+                row = _from_json(line, f"{path}:{number}")
+                if not isinstance(row, dict):
+                    raise UserError(
+                        f'{path}:{number}: expected an object, {{"…": …}}, found {line.strip()[:20]}; docs/formats.md '
+                        "has the formats"
+                    )
+                yield number, row
 
 
 def _piqa_rows(path: Path) -> Iterator[tuple[int, Row]]:
     labels_path = path.with_name(f"{path.stem}-labels.lst")
     if not labels_path.is_file():
         raise UserError(f"{path}: its labels are missing; put {labels_path.name} beside it")
-    labels = labels_path.read_text(encoding="utf-8").split()
+    labels = _piqa_labels(labels_path)
     rows = list(_json_lines(path))
     if len(rows) != len(labels):
         raise UserError(
@@ -169,24 +189,50 @@ def _piqa_rows(path: Path) -> Iterator[tuple[int, Row]]:
             "to different versions, or a download was cut"
         )
     for (number, row), label in zip(rows, labels, strict=True):
-        yield number, {**row, "label": int(label) if label.isdigit() else label}
+        yield number, {**row, "label": label}
+
+
+def _piqa_labels(path: Path) -> list[int]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (UnicodeDecodeError, OSError) as error:
+        raise _unreadable(path, error) from None
+    labels = []
+    for number, label in enumerate(map(str.strip, lines), start=1):
+        if label not in ("", "0", "1"):
+            raise UserError(f"{path}:{number}: expected 0 or 1, which solution is right, found {label[:20]!r}")
+        labels += [int(label)] if label else []
+    return labels
 
 
 def _mmlu_rows(path: Path) -> Iterator[tuple[int, Row]]:
     subject = path.stem.rsplit("_", 1)[0].replace("_", " ") if path.parent.name != "auxiliary_train" else ""
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream)
-        for record in reader:
-            if len(record) != 6 or record[5].strip() not in LETTERS[:4]:
+        for line, record in _csv_records(path, stream):
+            if len(record) != 6 or record[5].strip() not in tuple(LETTERS[:4]):
                 raise UserError(
-                    f"{path}:{reader.line_num}: expected question, four choices and a letter of A to D, found "
-                    f"{len(record)} fields, the last of them {record[-1][:20] if record else ''!r}"
+                    f"{path}:{line}: expected question, four choices and a letter of A to D, found {len(record)} "
+                    f"field{'s' * (len(record) != 1)}, the last of them {record[-1][:20]!r}"
                 )
             answer = LETTERS.index(record[5].strip())
-            yield (
-                reader.line_num,
-                {"question": record[0], "choices": record[1:5], "answer": answer, "subject": subject},
-            )
+            yield line, {"question": record[0], "choices": record[1:5], "answer": answer, "subject": subject}
+
+
+def _csv_records(path: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not blank, each with the line on which it begins."""
+    reader = csv.reader(stream)
+    while True:
+        line = reader.line_num + 1
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{line}: the record that begins here is not CSV ({error}); is a quote in it never closed?"
+            ) from None
+        if len(record) > 1 or any(field.strip() for field in record):
+            yield line, record
 
 
 def _squad_rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -207,7 +253,7 @@ def _squad_rows(path: Path) -> Iterator[tuple[int, Row]]:
                             "answers": {"text": texts},
                         },
                     )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: question {number}: expected data[].paragraphs[] with context and qas[], as SQuAD v2 is "
             f"published ({type(error).__name__}: {error})"

@@ -22,7 +22,7 @@ from dskd.console import progress_bar, say, stage
 from dskd.continuations import end_tokens, generate_greedily
 from dskd.distributed import World, gather_json, main_first, on_main
 from dskd.errors import UserError
-from dskd.evaluate import Candidate, candidates
+from dskd.evaluate import Candidate, candidates, chosen
 from dskd.manifest import Recipe, build_artifact, is_current, write_json
 from dskd.models import FrozenModel, load_frozen
 from dskd.random_numbers import derived_seed, random_bits
@@ -100,14 +100,28 @@ def are_current(config: Config, names: Sequence[str]) -> bool:
     return all(is_current(_folder(config, *key), it) for key, it in wanted.items())
 
 
-def run_tasks(config: Config, world: World, names: Sequence[str], *, force: bool = False) -> None:
-    """Asks every model what it has not been asked yet, and says how good all of them are.
+def run_tasks(
+    config: Config,
+    world: World,
+    names: Sequence[str],
+    model_names: Sequence[str] | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Asks models what they have not been asked yet, and says how good all of them are.
+
+    Args:
+        config: the experiment.
+        world: the ranks; all of them must call this.
+        names: the benchmarks', or `all`.
+        model_names: teacher, student and runs, or None for all there are.
+        force: ask also what is up to date.
 
     Raises:
-        UserError: when a task or its data is not there, before any model is loaded.
+        UserError: when a model, a task or its data is not there, before any model is loaded.
     """
     benchmarks = benchmarks_named(names)
-    models = main_first(lambda: candidates(config))
+    models = main_first(lambda: chosen(config, model_names))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
     _require_same_data(config, tasks)
     wanted = _recipes(config, models, list(tasks.values()))
