@@ -100,6 +100,9 @@ def test_a_run_that_died_is_gone_on_with_or_marked_so(link, tmp_path):
     alive = {overwriting.run_id: "RUNNING", elsewhere.run_id: "RUNNING"}
     wait_for(lambda: statuses() == alive | {dead.run_id: "FAILED", other.run_id: "FAILED"})
     assert f"by run {overwriting.run_id}" in client.get_run(other.run_id).data.tags["died"]
+    # All trackers here share a folder, in which one run at a time keeps what it has not delivered.
+    for tracker_of_the_dead in (dead, again, other, overwriting):
+        assert tracker_of_the_dead._outbox.wait_until_empty(60)
     # A checkpoint's run comes before the folder's.
     last = start_tracking(config, ONE_RANK, tags={}, start=Start("another", 2, dead.run_id))
     assert last.run_id == dead.run_id
