@@ -181,6 +181,15 @@ def save(
     on_main(lambda: _publish(building, config.train))
 
 
+def remove_leftovers(base: Path) -> None:
+    """Removes what a killed process left under hidden names, which would take the room of the next checkpoint.
+
+    The caller holds the lock of the run, so nothing there belongs to a process that lives.
+    """
+    for path in base.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def require_space(engine: Any, config: Config) -> None:
     """Refuses to begin what the disk cannot take. All ranks call it.
 
@@ -247,6 +256,9 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
         raise UserError(
             f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before is used"
         )
+    if path != checkpoint.path:  # the next checkpoint needs its room
+        barrier()
+        on_main(lambda: shutil.rmtree(path, ignore_errors=True))
 
 
 def _publish(building: Building, train: TrainConfig) -> None:
@@ -264,9 +276,7 @@ def _publish(building: Building, train: TrainConfig) -> None:
     old = [path for number, path in own[: -train.keep_last] if not train.keep_every or number % train.keep_every]
     for path in [*others, *old]:
         shutil.rmtree(path)
-    # The run is this process's own: whatever still has a hidden name was left by one that was killed.
-    for path in base.glob(".step-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove_leftovers(base)
 
 
 def _require_finite(building: Building) -> None:

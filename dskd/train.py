@@ -297,6 +297,7 @@ def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: b
     # What was there before a restart may still be ending.
     wait_s = _LOCK_PATIENCE_S if resume else 0.0
     hold_lock(checkpoint.lock_path(config, config.run), f"trains run {config.run!r}", wait_s=wait_s)
+    checkpoint.remove_leftovers(checkpoint.folder(config))
     if overwrite:
         return None  # the old checkpoints stay until the first new one is whole
     newest = checkpoint.latest(config, verify=True)
