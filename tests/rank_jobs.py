@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from dskd.preflight import preflight
 from dskd.program import run_on_ranks
 from dskd.step import train_step
 from dskd.student_engine import load_student
+from dskd.tracking import start_tracking
+from dskd.tracking.client import load_mlflow
 
 
 def _die_in_hashing(folder: Path, only: object = None) -> dict:
@@ -152,6 +155,19 @@ def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
         os._exit(0)
 
     run_as_rank(run, environment, log)
+
+
+def begin_tracking(config: Path, run: str, at: float, environment: dict[str, str], log: Path) -> None:
+    """Begins to track a run at a moment (`time.time()`), and ends it."""
+
+    def run_it() -> None:
+        loaded = load_config(config, [f"run={run}"])
+        load_mlflow()
+        time.sleep(max(0.0, at - time.time()))
+        start_tracking(loaded, initialize(60), tags={}).finish("FINISHED")
+        os._exit(0)
+
+    run_as_rank(run_it, environment, log)
 
 
 def check_before_the_flight(configs: list[Path], environment: dict[str, str], log: Path) -> None:
