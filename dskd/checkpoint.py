@@ -175,8 +175,8 @@ def save(
     on_main(building.clear)
     with full_disk_is_said(base):
         engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
-    _save_trained(engine, building.folder / TRAINED_FILE, world)
-    _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
+        _save_trained(engine, building.folder / TRAINED_FILE, world)
+        _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
     barrier()
     on_main(lambda: _publish(building, config.train))
 
