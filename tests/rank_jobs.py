@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import signal
+import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +19,12 @@ import dskd.senses.build
 from dskd.causal_lm import sharded_numel
 from dskd.config import Config
 from dskd.config_file import load_config
-from dskd.distributed import gather_json, initialize
+from dskd.distributed import World, gather_json, initialize
 from dskd.loader import Step, count_positions
 from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.pair import Pair
-from dskd.preflight import preflight
 from dskd.program import run_on_ranks
 from dskd.step import train_step
 from dskd.student_engine import load_student
@@ -170,11 +171,20 @@ def begin_tracking(config: Path, run: str, at: float, environment: dict[str, str
     run_as_rank(run_it, environment, log)
 
 
-def check_before_the_flight(configs: list[Path], environment: dict[str, str], log: Path) -> None:
-    """Preflight, each rank with a config of its own."""
+def act_on_nodes(
+    action: Callable[[Config, World], object],
+    configs: list[Path],
+    environment: dict[str, str],
+    log: Path,
+    *,
+    hosts: Sequence[str] = (),
+) -> None:
+    """`preflight` or `train` as a program does it, each rank with a config of its own, and on a host of that name."""
 
     def run() -> None:
-        arguments = argparse.Namespace(config=configs[int(environment["RANK"])], overrides=[])
-        run_on_ranks(arguments, preflight)
+        rank = int(environment["RANK"])
+        if hosts:
+            socket.gethostname = lambda: hosts[rank]
+        run_on_ranks(argparse.Namespace(config=configs[rank], overrides=[]), action)
 
     run_as_rank(run, environment, log)
