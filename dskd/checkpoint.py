@@ -8,6 +8,11 @@ that are not trained are in none of them: they are those of the student's folder
 
 The data order, the drawn positions and the learning rate are functions of seed and step, so the step is all the state
 that loader, generators and schedule have.
+
+Training waits until a checkpoint is written. DeepSpeed's decoupled engine (0.19.8) takes ZeRO-3, but waits for the
+files before the optimizer's next step: it hides less than one step, and what needs them whole (hashes, the name, the
+removal of older ones) would have to come after that. Besides, it makes `spawn` the start method of the loader's workers
+too, moves what lies in host memory to /dev/shm, and returns as if it had saved when its writer is dead.
 """
 
 import re

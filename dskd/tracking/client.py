@@ -52,11 +52,11 @@ def connect(config: Config) -> Any:
 
     uri = tracking_uri(config)
     if sqlite := re.match(r"sqlite[^:]*:///([^?]+)", uri):
-        _make_database(uri, Path(sqlite[1]))
+        _make_database(Path(sqlite[1]))
     return MlflowClient(uri)
 
 
-def _make_database(uri: str, file: Path) -> None:
+def _make_database(file: Path) -> None:
     """Makes an sqlite database that is not there yet, so that it is there whole or not at all, whoever else begins.
 
     MLflow makes its tables in some fifty migrations, without a lock: two runs that start at once on a new work
@@ -72,7 +72,7 @@ def _make_database(uri: str, file: Path) -> None:
         if not file.exists():
             new = file.with_name(f".{file.name}.new")
             new.unlink(missing_ok=True)
-            MlflowClient(uri.replace(str(file), str(new), 1))
+            MlflowClient(f"sqlite:///{new}")
             new.rename(file)
     finally:
         release_lock(lock)
