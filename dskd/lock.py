@@ -55,7 +55,6 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             stream.close()
             if error.errno not in _NO_LOCKS:
                 raise
-            path.unlink(missing_ok=True)
             raise UserError(
                 f"{path}: the file system there gives no locks ({error.strerror}), and without them two processes may "
                 "write the same; have it mounted with them (Lustre: -o flock; NFS: version 4, or lockd on clients and "

@@ -204,14 +204,16 @@ def _check_storage(config: Config, world: World) -> list[str]:
     token = broadcast_json(token)
     if not world.is_main:
         try:
-            if token is None:  # rank 0 has written nothing
-                make_folder(config.path())
+            if (
+                token is None
+            ):  # rank 0 could write nothing; whether it can be written from here decides whose fault it is
+                place = _existing(config.path())
+                if not (place.is_dir() and os.access(place, os.W_OK)):
+                    problem = f"{config.path()}: cannot write there; {_SHARED}"
             elif (folder / "token").read_text() != token:
                 problem = f"{config.path()} holds other files than on rank 0's node; {_SHARED}"
             else:
                 (folder / f"rank-{world.rank}").touch()
-        except UserError as error:
-            problem = f"{error}; {_SHARED}"
         except OSError as error:
             problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror}); {_SHARED}"
     if problem is None and token is not None:

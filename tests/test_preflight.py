@@ -138,3 +138,21 @@ def test_one_node_of_several_without_the_shared_storage_is_no_mistake(copy_of_ti
     assert [rank.wait(0) for rank in ranks] == [1, 1], ended.output
     assert ("rank 1 (node1): " if action is preflight else "error: node1: ") in ended.output
     assert "Traceback" not in ended.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_work_directory_that_cannot_be_written_is_a_mistake_where_no_node_can(tmp_path, everywhere):
+    (tmp_path / "file").touch()
+    good, bad = (
+        write_config(tmp_path / f"{name}.yaml", {"workdir": str(tmp_path / folder), "teacher": {"path": "t"}})
+        for name, folder in (("good", "work"), ("bad", "file/work"))
+    )
+    configs = [bad, bad if everywhere else good]
+    ranks = fork_ranks(act_on_nodes, preflight, configs, ranks=2, hosts=["node0", "node1"])
+    ended = finish(ranks, 60, check=False)
+    assert [rank.wait(0) for rank in ranks] == [2 if everywhere else 1] * 2, ended.output
+    assert "rank 0 (node0): " in ended.output
+    assert ("rank 1 (node1): " in ended.output) == everywhere
+    assert not (tmp_path / "work").exists()
+    assert "Traceback" not in ended.output
