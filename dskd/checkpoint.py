@@ -8,6 +8,11 @@ that are not trained are in none of them: they are those of the student's folder
 
 The data order, the drawn positions and the learning rate are functions of seed and step, so the step is all the state
 that loader, generators and schedule have.
+
+Training waits until a checkpoint is written. DeepSpeed's decoupled engine (0.19.8) takes ZeRO-3, but waits for the
+files before the optimizer's next step: it hides less than one step, and what needs them whole (hashes, the name, the
+removal of older ones) would have to come after that. Besides, it makes `spawn` the start method of the loader's workers
+too, moves what lies in host memory to /dev/shm, and returns as if it had saved when its writer is dead.
 """
 
 import re
@@ -175,10 +180,19 @@ def save(
     on_main(building.clear)
     with full_disk_is_said(base):
         engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
-    _save_trained(engine, building.folder / TRAINED_FILE, world)
-    _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
+        _save_trained(engine, building.folder / TRAINED_FILE, world)
+        _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
     barrier()
     on_main(lambda: _publish(building, config.train))
+
+
+def remove_leftovers(base: Path) -> None:
+    """Removes what a killed process left under hidden names, which would take the room of the next checkpoint.
+
+    The caller holds the lock of the run, so nothing there belongs to a process that lives.
+    """
+    for path in base.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def require_space(engine: Any, config: Config) -> None:
@@ -247,6 +261,9 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
         raise UserError(
             f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before is used"
         )
+    if path != checkpoint.path:  # the next checkpoint needs its room
+        barrier()
+        on_main(lambda: shutil.rmtree(path, ignore_errors=True))
 
 
 def _publish(building: Building, train: TrainConfig) -> None:
@@ -264,9 +281,7 @@ def _publish(building: Building, train: TrainConfig) -> None:
     old = [path for number, path in own[: -train.keep_last] if not train.keep_every or number % train.keep_every]
     for path in [*others, *old]:
         shutil.rmtree(path)
-    # The run is this process's own: whatever still has a hidden name was left by one that was killed.
-    for path in base.glob(".step-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove_leftovers(base)
 
 
 def _require_finite(building: Building) -> None:

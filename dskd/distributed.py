@@ -244,11 +244,20 @@ def on_main(function: Callable[[], Any]) -> Any:
 def main_first(function: Callable[[], T]) -> T:
     """Calls `function` on rank 0, then on the others: for work of which rank 0 leaves the costly part in a cache.
 
-    A UserError of rank 0 is raised on every rank.
+    A UserError of rank 0 is raised on every rank. Where only another rank has one it is no mistake but a fault of that
+    rank's node, as an old view of the shared storage: it becomes an OutageError that names the node.
     """
     mine: list[T] = []
     on_main(lambda: mine.append(function()))
-    return mine[0] if mine else function()
+    if mine:
+        return mine[0]
+    try:
+        return function()
+    except UserError as error:
+        raise OutageError(
+            f"{socket.gethostname()}: {error}\nRank 0 found no such problem, so it is one of this node: it may see an "
+            "old state of the shared storage, or lack it. Start all ranks again, without this node if it stays so"
+        ) from error
 
 
 def _communication_device() -> torch.device:

@@ -2,7 +2,7 @@
 
 A ZeRO-3 checkpoint has one share of every trained parameter, and of its moments, for each rank that wrote it. The
 universal form has them whole, a folder a parameter, and any number of ranks takes its shares from there. It is made
-when it is needed, beside the checkpoint under a hidden name, and is removed when the next checkpoint is written.
+when it is needed, beside the checkpoint under a hidden name, and is removed when every rank has read it.
 """
 
 import contextlib

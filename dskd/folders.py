@@ -3,13 +3,18 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dskd.errors import UserError
 
-_FULL_BYTES = 2**20  # what is left when the next block did not fit
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: a quota is
+_FULL_BYTES = 2**20  # at most what is left when the next block did not fit
 
 
 def replace_folder(new: Path, place: Path) -> None:
@@ -51,13 +56,30 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_is_said(folder: Path) -> Iterator[None]:
-    """Turns what torch raises when it cannot write into an error of the operating system, where the disk is full."""
+    """Turns what torch and safetensors raise when they cannot write into an error of the operating system, where the
+    disk or a quota is full.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if shutil.disk_usage(folder).free > _FULL_BYTES:
+    except (RuntimeError, SafetensorError) as error:
+        number = _full_by(error, folder)
+        if number is None:
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def _full_by(error: Exception, folder: Path) -> int | None:
+    """The number of the system's error behind another one, where that says that the folder's disk or quota is full."""
+    # safetensors says the number, and has removed what it wrote. torch does neither, so there it is tried.
+    if said := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(said[1]) if int(said[1]) in DISK_IS_FULL else None
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.posix_fallocate(probe.fileno(), 0, _FULL_BYTES)
+            os.fsync(probe.fileno())  # a network file system may know no sooner
+    except OSError as found:
+        return found.errno if found.errno in DISK_IS_FULL else None
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -13,6 +14,7 @@ from dskd.errors import OutageError, UserError
 from dskd.folders import make_folder
 
 _held: dict[Path, Any] = {}
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
@@ -25,7 +27,8 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             that a node is dead.
 
     Raises:
-        UserError: when another process has it; an OutageError where it was waited for.
+        UserError: when another process has it, an OutageError where it was waited for; or when the file system has no
+            locks.
     """
     if path in _held:
         return
@@ -47,6 +50,15 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             raise error(
                 f"{path}: another process ({holder}) {what}; wait for it or end it. After a kill of the pipeline or "
                 "the launcher its ranks may still run"
+            ) from None
+        except OSError as error:
+            stream.close()
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise UserError(
+                f"{path}: the file system there gives no locks ({error.strerror}), and without them two processes may "
+                "write the same; have it mounted with them (Lustre: -o flock; NFS: version 4, or lockd on clients and "
+                "server), or set workdir to another one"
             ) from None
         if _is_file(path, stream):
             break

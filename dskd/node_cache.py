@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dskd.distributed import World, barrier, gather_json
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 
 _LOCK_NAME = "owner.lock"
 _SHARED_MEMORY = Path("/dev/shm")
@@ -33,7 +33,8 @@ def open_node_cache(base: str | None, world: World) -> Path:
         world: the ranks.
 
     Raises:
-        UserError: when the place cannot be written to, or belongs to another user.
+        UserError: when the place cannot be written to, or belongs to another user; an OutageError where that is some of
+            the nodes, and others may do.
     """
     folder, problem = None, None
     if world.local_rank == 0:
@@ -43,7 +44,8 @@ def open_node_cache(base: str | None, world: World) -> Path:
             problem = f"{socket.gethostname()}: {error}"
     replies = gather_json({"folder": folder, "problem": problem})
     if problems := [reply["problem"] for reply in replies if reply["problem"]]:
-        raise UserError("\n".join(problems), known_to_all_ranks=True)
+        error_type = OutageError if any(reply["folder"] for reply in replies) else UserError
+        raise error_type("\n".join(problems), known_to_all_ranks=True)
     return Path(replies[world.rank - world.local_rank]["folder"])
 
 

@@ -26,6 +26,7 @@ from dskd.console import say
 from dskd.distributed import World, barrier, broadcast_json, gather_json, sum_over_ranks
 from dskd.errors import OutageError, UserError, listed
 from dskd.folders import make_folder
+from dskd.lock import hold_lock, release_lock
 from dskd.manifest import package_versions
 from dskd.node_cache import open_node_cache
 from dskd.text_table import table
@@ -34,6 +35,7 @@ _CLOCK_TOLERANCE_S = 2.0  # more, and logs and metrics of two nodes cannot be la
 _SMALLEST_SHARED_MEMORY_GB = 1.0  # the loader's workers hand batches over in it
 _REDUCED = 2**24  # elements: 64 MB
 _ROUNDS = 3
+_SHARED = "workdir has to be on storage that all nodes share"
 
 
 def preflight(config: Config, world: World) -> None:
@@ -184,35 +186,57 @@ def _look(config: Config, world: World) -> dict[str, Any]:
 
 
 def _check_storage(config: Config, world: World) -> list[str]:
-    """Whether all ranks see one work directory: each must find what rank 0 wrote, and rank 0 what each wrote."""
+    """Whether all ranks see one work directory: each must find what rank 0 wrote, and rank 0 what each wrote; and
+    whether each can lock a file there.
+
+    What is wrong with one node is a problem of its ranks alone, so that the node can be told from a mistake.
+    """
     folder = config.path(".preflight")
     problem, token = None, None
     if world.is_main:
-        token = os.urandom(16).hex()
         try:
             shutil.rmtree(folder, ignore_errors=True)
             make_folder(folder)
+            token = os.urandom(16).hex()
             (folder / "token").write_text(token)
         except (OSError, UserError) as error:
-            problem = str(error)
+            problem, token = f"{error}; {_SHARED}", None
     token = broadcast_json(token)
     if not world.is_main:
         try:
-            if (folder / "token").read_text() != token:
-                problem = f"{config.path()} holds other files than on rank 0's node"
-            (folder / f"rank-{world.rank}").touch()
+            if (
+                token is None
+            ):  # rank 0 could write nothing; whether it can be written from here decides whose fault it is
+                place = _existing(config.path())
+                if not (place.is_dir() and os.access(place, os.W_OK)):
+                    problem = f"{config.path()}: cannot write there; {_SHARED}"
+            elif (folder / "token").read_text() != token:
+                problem = f"{config.path()} holds other files than on rank 0's node; {_SHARED}"
+            else:
+                (folder / f"rank-{world.rank}").touch()
         except OSError as error:
-            problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror})"
-    barrier()
-    problems = [f"{problem}; workdir has to be on storage that all nodes share"] if problem else []
-    if world.is_main and not problem:
-        missing = [rank for rank in range(1, world.world_size) if not (folder / f"rank-{rank}").exists()]
-        if missing:
-            problems.append(f"{config.path()}: what ranks {missing} write there is not seen here")
+            problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror}); {_SHARED}"
+    if problem is None and token is not None:
+        problem = _check_lock(folder / f"lock-{world.rank}")
+    reports = gather_json(problem)
+    if world.is_main and problem is None:
+        # Ranks that have a problem themselves say so.
+        sound = [rank for rank, own in enumerate(reports) if own is None and rank != 0]
+        if missing := [rank for rank in sound if not (folder / f"rank-{rank}").exists()]:
+            problem = f"{config.path()}: what ranks {missing} write there is not seen here"
     barrier()
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)
-    return problems
+    return [problem] if problem else []
+
+
+def _check_lock(path: Path) -> str | None:
+    try:
+        hold_lock(path, "looks whether there are locks")
+        release_lock(path)
+    except UserError as problem:
+        return str(problem)
+    return None
 
 
 def _check_shards(config: Config) -> list[str]:
@@ -229,10 +253,12 @@ def _check_shards(config: Config) -> list[str]:
 
 
 def _check_cache(config: Config, world: World) -> list[str]:
+    own = f"{socket.gethostname()}: "
     try:
         open_node_cache(config.train.shard_cache, world)
     except UserError as problem:  # of any node, with its name
-        return str(problem).splitlines() if world.is_main else []
+        lines = str(problem).splitlines()
+        return [line.removeprefix(own) for line in lines if line.startswith(own)] if world.local_rank == 0 else []
     return []
 
 

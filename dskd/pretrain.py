@@ -18,6 +18,7 @@ from dskd.corpus.build import MADE_BY as CORPUS_MADE_BY
 from dskd.corpus.build import read_texts
 from dskd.distributed import uses_gpu
 from dskd.errors import UserError
+from dskd.folders import full_disk_is_said
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import TEACHER_FOLDER
 from dskd.packing import pack
@@ -69,7 +70,8 @@ def build_teacher(config: Config) -> None:
             model = build_llama(settings, len(tokenizer), sequence_length, tokenizer, config.seed)
             loss = train_model(model, open_sequences(file), settings, config.seed, config.precision)
             file.unlink()
-            model.save_pretrained(building.folder, safe_serialization=True)
+            with full_disk_is_said(building.folder):
+                model.save_pretrained(building.folder, safe_serialization=True)
             building.facts.update(final_loss=loss, parameters=sum(p.numel() for p in model.parameters()))
         say(f"  {sum(p.numel() for p in model.parameters()):,} parameters, training perplexity {math.exp(loss):.1f}")
 

@@ -23,11 +23,11 @@ from dskd.config_file import load_config
 from dskd.console import say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
 from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
+from dskd.folders import DISK_IS_FULL
 from dskd.peers import meet_peers
 from dskd.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 
 _RANK_0_SPEAKS_FIRST_S = 4.0
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OVERRIDES_HELP = (
     "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
     "`dskd config` explains every key"
@@ -92,7 +92,7 @@ def run(action: Callable[[], int | None]) -> int:
         if error.errno == errno.EPIPE:  # whoever read what is printed has seen enough, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        if error.errno not in _DISK_IS_FULL:
+        if error.errno not in DISK_IS_FULL:
             raise
         place = f" ({error.filename})" if error.filename else ""
         print(

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from dskd.config import Config, StudentConfig
 from dskd.console import progress, say, stage
 from dskd.errors import UserError
+from dskd.folders import full_disk_is_said
 from dskd.manifest import Recipe, build_artifact, read_manifest, write_json
 from dskd.model_folder import (
     LAYER_NAME,
@@ -134,7 +135,8 @@ def write_weights(
     def flush() -> None:
         nonlocal pending_bytes
         if pending:
-            save_file(pending, target / f"part-{len(files)}", metadata={"format": "pt"})
+            with full_disk_is_said(target):
+                save_file(pending, target / f"part-{len(files)}", metadata={"format": "pt"})
             files.append(list(pending))
             pending.clear()
             pending_bytes = 0

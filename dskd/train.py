@@ -39,7 +39,7 @@ _NOT_IN_RECIPE = {
     *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
     *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
 }
-_LOCK_PATIENCE_S = 60.0
+_LOCK_PATIENCE_S = 150.0  # an NFS server keeps the locks of a dead node for its lease, usually 90 s
 
 # By `loss.sense_form`, beside the other terms.
 _SENSE_METRICS = {
@@ -89,7 +89,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
         wanted = _recipe(config, inputs)
         schedule = main_first(lambda: plan_schedule(config, inputs.shards, world.world_size))
         step = on_main(lambda: _starting_step(config, wanted, resume=resume, overwrite=overwrite))
-        start = None if step is None else checkpoint.at_step(config, step)
+        start = None if step is None else main_first(lambda: checkpoint.at_step(config, step))
         if start is not None and start.step >= schedule.total_steps:
             say(f"  run {config.run!r} is at its end already: {start.step} of {schedule.total_steps} steps")
             return
@@ -297,6 +297,7 @@ def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: b
     # What was there before a restart may still be ending.
     wait_s = _LOCK_PATIENCE_S if resume else 0.0
     hold_lock(checkpoint.lock_path(config, config.run), f"trains run {config.run!r}", wait_s=wait_s)
+    checkpoint.remove_leftovers(checkpoint.folder(config))
     if overwrite:
         return None  # the old checkpoints stay until the first new one is whole
     newest = checkpoint.latest(config, verify=True)

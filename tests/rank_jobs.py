@@ -4,6 +4,9 @@ import argparse
 import json
 import os
 import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,16 +19,17 @@ import dskd.senses.build
 from dskd.causal_lm import sharded_numel
 from dskd.config import Config
 from dskd.config_file import load_config
-from dskd.distributed import gather_json, initialize
+from dskd.distributed import World, gather_json, initialize
 from dskd.loader import Step, count_positions
 from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.pair import Pair
-from dskd.preflight import preflight
 from dskd.program import run_on_ranks
 from dskd.step import train_step
 from dskd.student_engine import load_student
+from dskd.tracking import start_tracking
+from dskd.tracking.client import load_mlflow
 
 
 def _die_in_hashing(folder: Path, only: object = None) -> dict:
@@ -154,11 +158,33 @@ def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
     run_as_rank(run, environment, log)
 
 
-def check_before_the_flight(configs: list[Path], environment: dict[str, str], log: Path) -> None:
-    """Preflight, each rank with a config of its own."""
+def begin_tracking(config: Path, run: str, at: float, environment: dict[str, str], log: Path) -> None:
+    """Begins to track a run at a moment (`time.time()`), and ends it."""
+
+    def run_it() -> None:
+        loaded = load_config(config, [f"run={run}"])
+        load_mlflow()
+        time.sleep(max(0.0, at - time.time()))
+        start_tracking(loaded, initialize(60), tags={}).finish("FINISHED")
+        os._exit(0)
+
+    run_as_rank(run_it, environment, log)
+
+
+def act_on_nodes(
+    action: Callable[[Config, World], object],
+    configs: list[Path],
+    environment: dict[str, str],
+    log: Path,
+    *,
+    hosts: Sequence[str] = (),
+) -> None:
+    """`preflight` or `train` as a program does it, each rank with a config of its own, and on a host of that name."""
 
     def run() -> None:
-        arguments = argparse.Namespace(config=configs[int(environment["RANK"])], overrides=[])
-        run_on_ranks(arguments, preflight)
+        rank = int(environment["RANK"])
+        if hosts:
+            socket.gethostname = lambda: hosts[rank]
+        run_on_ranks(argparse.Namespace(config=configs[rank], overrides=[]), action)
 
     run_as_rank(run, environment, log)

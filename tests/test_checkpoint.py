@@ -139,6 +139,22 @@ def test_a_disk_without_room_is_named_before_anything_is_trained(copy_of_tiny, w
     assert 0.9 * size < asked[0] < 1.5 * size
 
 
+def test_what_killed_processes_left_takes_no_room_from_those_that_go_on(copy_of_tiny, world, monkeypatch):
+    """The disk has room only where nothing is left: for the start, for the form of another number of ranks, and for the
+    checkpoint after it."""
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
+    base = checkpoint.folder(config)
+    shutil.rmtree(base / "step-00000006")
+    for left in (".step-00000006.partial", ".step-00000003.universal", ".step-00000003.universal.partial"):
+        (base / left).mkdir()
+        (base / left / "half.pt").write_bytes(b"half")
+    (base / ".step-00000006.lock").touch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if [*base.glob(".step-*")] else 10**18))
+    train(config, world, resume=True)
+    assert checkpoint.latest(config, verify=True).step == 6
+    assert not [*base.glob(".step-*")]
+
+
 def test_a_cached_teacher_makes_it_another_run(copy_of_tiny, world, capsys):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     assert report_status(load_config(path))

@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 from conftest import BEFORE_TRAINING, TINY, finish, losses_of, run_program, start_ranks
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from dskd import checkpoint
 from dskd.config_file import load_config
@@ -63,11 +65,31 @@ def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, cop
 
 def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk):
     folder = tmp_path / "small"
-    small_disk(folder, 2**17)
+    small_disk(folder, 2**21)
+    large = torch.zeros(2**20)  # 4 MiB
+    # safetensors removes what it wrote, and then there is room again
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as full, full_disk_is_said(folder):
+        save_file({"x": large}, folder / "x.safetensors")
+    assert full.value.errno == errno.ENOSPC
+    assert shutil.disk_usage(folder).free == 2**21
+    with pytest.raises(SafetensorError), full_disk_is_said(folder):
+        save_file({"x": large}, folder / "no" / "x.safetensors")
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), full_disk_is_said(folder):
-        torch.save(torch.zeros(2**18), folder / "x.pt")
+        torch.save(large, folder / "x.pt")
     with pytest.raises(RuntimeError, match="another"), full_disk_is_said(tmp_path):
         raise RuntimeError("another")
+    assert [path.name for path in folder.iterdir()] == ["x.pt"]
+
+
+def test_a_quota_is_a_full_disk_where_there_is_room_for_others(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)  # as the system answers who is over it
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+        raise RuntimeError("what torch says")
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+        raise SafetensorError(f"Error while serializing: I/O error: so it is (os error {errno.EDQUOT})")
 
 
 @pytest.mark.parametrize("damage", ["missing", "corrupted"])

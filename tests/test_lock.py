@@ -1,12 +1,17 @@
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 import threading
 
 import pytest
-from conftest import REPOSITORY
+from conftest import ONE_RANK, REPOSITORY
 
+from dskd.config import Config
 from dskd.errors import OutageError, UserError
 from dskd.lock import hold_lock, release_lock
+from dskd.preflight import preflight
 
 HOLDER = "import sys; from pathlib import Path; from dskd.lock import hold_lock; " + (
     "hold_lock(Path(sys.argv[1]), 'works'); print('held', flush=True); sys.stdin.read()"
@@ -34,3 +39,17 @@ def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path
     holder.wait(10)
     hold_lock(path, "trains run 'a'")
     release_lock(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)  # NFS without lockd, Lustre without -o flock
+    with pytest.raises(UserError, match=rf"lock: .* no locks \({os.strerror(number)}\).*-o flock") as refused:
+        hold_lock(tmp_path / "lock", "works", wait_s=30)
+    assert refused.value.exit_code == 2
+    config = Config(workdir=str(tmp_path), teacher={"path": "t"})
+    with pytest.raises(UserError, match=r"preflight: (.|\n)*rank 0 .*: .*no locks"):
+        preflight(config, ONE_RANK)

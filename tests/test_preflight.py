@@ -4,12 +4,14 @@ import copy
 import shutil
 
 import pytest
+import yaml
 from conftest import BEFORE_TRAINING, ONE_RANK, finish, fork_ranks, start_ranks, write_config
-from rank_jobs import check_before_the_flight
+from rank_jobs import act_on_nodes
 
 from dskd.config_file import load_config
 from dskd.errors import UserError
 from dskd.preflight import find_problems, preflight
+from dskd.train import train
 
 
 def _report(rank, host, **changes):
@@ -107,7 +109,7 @@ def test_ranks_that_do_not_come_are_named_with_their_node(copy_of_tiny):
 @pytest.mark.slow
 def test_ranks_find_storage_that_is_not_shared_and_shards_that_are_damaged(copy_of_tiny, tmp_path):
     config = copy_of_tiny(*BEFORE_TRAINING)
-    ended = finish(fork_ranks(check_before_the_flight, [config, config], ranks=2), 60)
+    ended = finish(fork_ranks(act_on_nodes, preflight, [config, config], ranks=2), 60)
     assert "everything is as training needs it" in ended.output
     assert not load_config(config).path(".preflight").exists()
 
@@ -115,10 +117,42 @@ def test_ranks_find_storage_that_is_not_shared_and_shards_that_are_damaged(copy_
     loaded = {"workdir": str(tmp_path / "other"), "teacher": {"path": "t"}}
     other = write_config(tmp_path / "other.yaml", loaded)
     next((tmp_path / "other" / "shards" / "train").glob("*.mds*")).unlink()
-    ended = finish(fork_ranks(check_before_the_flight, [config, other], ranks=2), 60, check=False)
+    ended = finish(fork_ranks(act_on_nodes, preflight, [config, other], ranks=2), 60, check=False)
     assert ended.exit_code == 2
     assert ended.output.count("error: preflight: not everything is as training needs it") == 1
-    for expected in ("other is not the folder that rank 0 writes to", "it is missing", "what ranks [1] write there"):
+    for expected in ("other is not the folder that rank 0 writes to", "it is missing"):
         assert expected in ended.output, ended.output
     assert "rank 1 (" in ended.output
+    assert "rank 0 (" not in ended.output  # for what rank 1 says itself
+    assert "Traceback" not in ended.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", [preflight, train])
+def test_one_node_of_several_without_the_shared_storage_is_no_mistake(copy_of_tiny, tmp_path, action):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    base = {"workdir": str(tmp_path / "other"), "teacher": {"path": "t"}}
+    lacks_it = write_config(tmp_path / "other.yaml", yaml.safe_load(config.read_text()), **base)
+    ranks = fork_ranks(act_on_nodes, action, [config, lacks_it], ranks=2, hosts=["node0", "node1"])
+    ended = finish(ranks, 60, check=False)
+    assert [rank.wait(0) for rank in ranks] == [1, 1], ended.output
+    assert ("rank 1 (node1): " if action is preflight else "error: node1: ") in ended.output
+    assert "Traceback" not in ended.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_work_directory_that_cannot_be_written_is_a_mistake_where_no_node_can(tmp_path, everywhere):
+    (tmp_path / "file").touch()
+    good, bad = (
+        write_config(tmp_path / f"{name}.yaml", {"workdir": str(tmp_path / folder), "teacher": {"path": "t"}})
+        for name, folder in (("good", "work"), ("bad", "file/work"))
+    )
+    configs = [bad, bad if everywhere else good]
+    ranks = fork_ranks(act_on_nodes, preflight, configs, ranks=2, hosts=["node0", "node1"])
+    ended = finish(ranks, 60, check=False)
+    assert [rank.wait(0) for rank in ranks] == [2 if everywhere else 1] * 2, ended.output
+    assert "rank 0 (node0): " in ended.output
+    assert ("rank 1 (node1): " in ended.output) == everywhere
+    assert not (tmp_path / "work").exists()
     assert "Traceback" not in ended.output

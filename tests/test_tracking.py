@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
@@ -11,9 +12,10 @@ import mlflow
 import pytest
 import torch
 import yaml
-from conftest import BEFORE_TRAINING, ONE_RANK, run_program
+from conftest import BEFORE_TRAINING, ONE_RANK, finish, fork_ranks, run_program, write_config
 from mlflow import MlflowClient
 from mlflow_server import SAME, tracking_config
+from rank_jobs import begin_tracking
 from transformers import AutoModelForCausalLM
 
 from dskd import checkpoint
@@ -129,6 +131,20 @@ def test_looking_where_nothing_was_tracked_makes_no_database(tmp_path):
         with pytest.raises(UserError, match=r"mlflow.db: nothing was tracked here yet; train first"):
             look()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_runs_that_start_at_once_on_a_new_work_directory_make_one_database(tmp_path):
+    base = {"workdir": str(tmp_path), "teacher": {"path": "t"}, "tracking": {"system_metrics": False}}
+    path = write_config(tmp_path / "x.yaml", base)
+    names = ["a", "b", "c"]
+    (tmp_path / ".mlflow.db.new").write_bytes(b"half a database, of a process that was killed")
+    at = time.time() + 2
+    finish([rank for name in names for rank in fork_ranks(begin_tracking, path, name, at)], 120)
+    assert sorted((run.name, run.status) for run in read_runs(load_config(path))) == [
+        (name, "FINISHED") for name in names
+    ]
+    assert not [*tmp_path.glob(".mlflow.db*")]
 
 
 def test_an_sqlite_file_that_is_none_is_refused(tmp_path):

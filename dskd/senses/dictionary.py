@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from dskd.config import Config
 from dskd.errors import UserError
+from dskd.folders import full_disk_is_said
 from dskd.manifest import Manifest, read_manifest, require_same
 from dskd.model_folder import ModelFolder, open_safetensors
 from dskd.senses.entries import Entries
@@ -69,7 +70,8 @@ def save_dictionary(
     """Writes the file; `vectors` [R, D] bf16, `counts` [R], `entry_offsets` [E+1]."""
     tensors = {"vectors": vectors.to(torch.bfloat16), "counts": counts, "entry_offsets": entry_offsets}
     tensors |= entries.tensors()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with full_disk_is_said(path.parent):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def dictionary_folder(config: Config) -> Path:

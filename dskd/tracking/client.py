@@ -5,10 +5,12 @@ import functools
 import logging
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from dskd.config import Config
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
+from dskd.lock import hold_lock, release_lock
 
 # Defaults for what the environment leaves open: no telemetry, and an unreachable server is noticed in seconds.
 _ENVIRONMENT = {
@@ -20,6 +22,7 @@ _ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _ANSWERS_WITHIN_S = 5
+_DATABASE_PATIENCE_S = 300.0
 # What a server answers that will answer so again. Anything else can pass: no connection, a time-out, a lapsed login.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
 
@@ -47,7 +50,32 @@ def connect(config: Config) -> Any:
     load_mlflow()
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri(config))
+    uri = tracking_uri(config)
+    if sqlite := re.match(r"sqlite[^:]*:///([^?]+)", uri):
+        _make_database(Path(sqlite[1]))
+    return MlflowClient(uri)
+
+
+def _make_database(file: Path) -> None:
+    """Makes an sqlite database that is not there yet, so that it is there whole or not at all, whoever else begins.
+
+    MLflow makes its tables in some fifty migrations, without a lock: two runs that start at once on a new work
+    directory would spoil them for each other, and one that is killed for itself.
+    """
+    from mlflow import MlflowClient
+
+    if file.exists() or not file.parent.is_dir():
+        return
+    lock = file.with_name(f".{file.name}.lock")
+    hold_lock(lock, f"makes {file}", wait_s=_DATABASE_PATIENCE_S)
+    try:
+        if not file.exists():
+            new = file.with_name(f".{file.name}.new")
+            new.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{new}")
+            new.rename(file)
+    finally:
+        release_lock(lock)
 
 
 @functools.cache  # of a server that answered once
@@ -67,7 +95,8 @@ def require_answer(uri: str) -> None:
 def is_refusal(error: BaseException) -> bool:
     """True when the same would be answered again: MLflow has understood and will not take it, or the fault is here."""
     if isinstance(error, UserError | ValueError | TypeError | LookupError | AttributeError | ImportError):
-        return not isinstance(error, OSError)  # requests' error of an answer that is no JSON is both
+        # requests' error of an answer that is no JSON is both
+        return not isinstance(error, OSError | OutageError)
     return getattr(error, "error_code", None) in _REFUSALS
 
 

@@ -230,6 +230,8 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
         run_id, started_ms = run.info.run_id, run.info.start_time
     except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
         if not candidates:
+            if isinstance(error, UserError):
+                raise
             raise UserError(
                 f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be used "
                 f"({first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
