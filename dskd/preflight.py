@@ -204,9 +204,8 @@ def _check_storage(config: Config, world: World) -> list[str]:
     token = broadcast_json(token)
     if not world.is_main:
         try:
-            if (
-                token is None
-            ):  # rank 0 could write nothing; whether it can be written from here decides whose fault it is
+            if token is None:
+                # Rank 0 could write nothing. Whether others can decides whose fault that is.
                 place = _existing(config.path())
                 if not (place.is_dir() and os.access(place, os.W_OK)):
                     problem = f"{config.path()}: cannot write there; {_SHARED}"
