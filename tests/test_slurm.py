@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +36,10 @@ class Site:
     folder: Path
     config: Path
 
-    def submit(self, *overrides: str, env: str = "") -> int:
+    def submit(self, *overrides: str, env: str = "", gpus: Collection[str] = ("--gpus-per-node=2",)) -> int:
         """Submits a training on both nodes, with more lines of cluster.env."""
         file = self.write_env(env)
-        options = ["--nodes=2", "--gpus-per-node=2", f"--chdir={REPOSITORY}", f"--output={self.folder}/%j.log"]
+        options = ["--nodes=2", *gpus, f"--chdir={REPOSITORY}", f"--output={self.folder}/%j.log"]
         return self.slurm.submit(TRAIN, *overrides, options=options, env={"DSKD_ENV": str(file), **PYTHON})
 
     def write_env(self, more: str = "") -> Path:
@@ -201,6 +201,17 @@ def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
     log = site.log(job)
     assert log.count("nothing would be trained") == 1
     assert "Traceback" not in log
+
+
+def test_a_node_has_a_rank_for_each_gpu_that_was_asked_for(site):
+    """The job takes whole nodes, and its batch script sees both GPUs of one; ranks must not outnumber what steps see."""
+    environment = site.stand_in("counting", 'sed "s/^/listed /" "$2"; echo "sees $CUDA_VISIBLE_DEVICES"; exit 2')
+    for options, seen, slots in ((["--gpus-per-node=1"], "0", 1), (["--gres=gpu:2"], "0,1", 2), ([], "", 1)):
+        job = site.submit("run=counting", env=f"DSKD_VENV={environment}", gpus=options)
+        site.wait(job, "FAILED")
+        assert set(re.findall(r"sees (.*)", site.log(job))) == {seen}
+        listed = re.findall(r"listed (.*)", site.log(job))
+        assert set(listed) == {f"{node} slots={slots}" for node in ("node1", "node2")}
 
 
 def test_a_step_that_reaches_no_node_is_a_fault(site):

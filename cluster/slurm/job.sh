@@ -22,8 +22,10 @@ mkdir -p "$notes"
 # Every node's launcher knows the same nodes in the same order, the first of which is the master; jobs that share a node
 # have ports of their own.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-printf "%s slots=${DSKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}\n" "${nodes[@]}" >"$notes/hostfile"
-export DSKD_VENV DSKD_HOSTFILE=$notes/hostfile
+printf '%s\n' "${nodes[@]}" >"$notes/nodes"
+export DSKD_VENV DSKD_RANKS_PER_NODE DSKD_NOTES=$notes
+# This script sees all GPUs of its node (--exclusive), its steps only those that were asked for: node.sh counts them.
+unset SLURM_GPUS_ON_NODE
 export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 
 say() { echo "== job $SLURM_JOB_ID, attempt $attempt: $*" >&2; }

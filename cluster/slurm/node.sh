@@ -8,7 +8,10 @@ exits=$1 kind=$2
 shift 2
 [[ -z ${DSKD_VENV:-} ]] || PATH=$(realpath "$DSKD_VENV")/bin:$PATH
 if [[ $kind == ranks ]]; then
-    set -- deepspeed --hostfile "$DSKD_HOSTFILE" --no_ssh --node_rank "$SLURM_NODEID" \
+    # A rank for each GPU that this step sees. All nodes have as many; a file each, for none waits for another's.
+    hostfile=$DSKD_NOTES/hostfile-$SLURM_NODEID
+    sed "s/$/ slots=${DSKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}/" "$DSKD_NOTES/nodes" >"$hostfile"
+    set -- deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$SLURM_NODEID" \
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
 fi
 
