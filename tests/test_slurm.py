@@ -204,7 +204,7 @@ def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
 
 
 def test_a_node_has_a_rank_for_each_gpu_that_was_asked_for(site):
-    """The job takes whole nodes, and its batch script sees both GPUs of one; ranks must not outnumber what steps see."""
+    """The job takes whole nodes, and its batch script sees both GPUs of one; ranks see what a step has."""
     environment = site.stand_in("counting", 'sed "s/^/listed /" "$2"; echo "sees $CUDA_VISIBLE_DEVICES"; exit 2')
     for options, seen, slots in ((["--gpus-per-node=1"], "0", 1), (["--gres=gpu:2"], "0,1", 2), ([], "", 1)):
         job = site.submit("run=counting", env=f"DSKD_VENV={environment}", gpus=options)
@@ -246,6 +246,45 @@ def test_faults_are_tried_again_only_so_often_without_progress(site, tiny):
     assert said[:2] == [("0", "fault 1 of at most 1"), ("1", "fault 1 of at most 1")]
     assert said[2:] == [("2", "fault 2 without progress, no more retries (DSKD_RETRIES=1)")]
     assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
+
+
+def test_a_node_that_ends_without_a_word_is_a_fault(site):
+    """As when its memory is full. The other node is asked to stop because of it, which nobody else has asked for."""
+    ready = site.folder / "ready"
+    environment = site.stand_in(
+        "killed",
+        f"""[ "$SLURM_NODEID" = 0 ] && {_stops_when_asked(f'open("{ready}", "w")')}
+        until [ -e {ready} ]; do sleep 0.1; done
+        kill -KILL $PPID $$""",
+    )
+    job = site.submit("run=killed", env=f"DSKD_RETRIES=0 DSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "1:0"), site.log(job)
+    assert "step 1 ended with 137 (nodes said: 75); fault 1" in site.log(job)
+
+
+def test_a_mistake_is_one_also_where_nodes_cannot_say_it(site):
+    environment = site.stand_in("mute", 'rm -r "${2%/*}"/exits-*; exit 2')
+    job = site.submit("run=mute", env=f"DSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "2:0"), site.log(job)
+
+
+def test_a_warning_before_the_ranks_are_started_is_not_lost(site):
+    """srun runs a prolog of the user's before its tasks."""
+    environment = site.stand_in("warned", _stops_when_asked())
+    prolog = environment / "prolog"
+    prolog.write_text("#!/bin/bash\nscancel --batch --signal=USR1 $SLURM_JOB_ID\nsleep 3\n")
+    prolog.chmod(0o755)
+    job = site.submit("run=warned", env=f"DSKD_SRUN_OPTIONS=(--prolog={prolog}) DSKD_VENV={environment}")
+    site.wait_for_line(job, "stopped, and saved")
+    site.slurm.cancel_all()
+
+
+def _stops_when_asked(first: str = "") -> str:
+    """Becomes a program that does something, and then nothing until it is asked to save and stop."""
+    lines = f"import signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n{first}\nsignal.pause()"
+    return f"exec {sys.executable} -c '{lines}'"
 
 
 def test_a_dead_node_is_no_fault(site):

@@ -4,7 +4,7 @@
 #
 #   a step said 0             the next one runs; after the last the job is COMPLETED
 #   2, a user's mistake       the job is FAILED with 2: it would fail in the same way again
-#   75, stopped on request    the job is requeued, and goes on from what the ranks saved
+#   75 or 0 of every node     stopped on request: the job is requeued, and goes on from what the ranks saved
 #   anything else             a fault: requeued too, but at most DSKD_RETRIES times without progress in between
 #
 # A job that SLURM itself is ending, after scancel or the death of a node, is left to it.
@@ -71,33 +71,43 @@ start_on() {
 }
 
 run_step() {
-    local exits code=0 said one worst=0
+    local exits code=0 said=() one worst=0
     [[ -z $told ]] || requeue "stopped between two steps"
     steps=$((steps + 1))
     exits=$notes/exits-$attempt-$steps # a file a node: of several codes srun tells only the highest
     start_on "$1" "$exits" "${@:2}" &
     running=$!
     while kill -0 "$running" 2>/dev/null; do # a signal ends the wait, not the step
-        code=0
-        wait "$running" || code=$?
+        if [[ -z $told ]]; then
+            wait "$running" || true
+        else
+            # Again: an srun that has not started its tasks yet has nobody to pass a signal on to.
+            kill -USR1 "$running" 2>/dev/null || true
+            (trap '' USR1 TERM && exec sleep 2)
+        fi
     done
+    wait "$running" || code=$?
     running=
-    said=" $(cat "$exits"/* 2>/dev/null | tr '\n' ' ' || true)" # nothing, where no node could be reached
+    mapfile -t said < <(cat "$exits"/* 2>/dev/null) # nothing, where no node could be reached
     # A node that is ended because another one failed says 75 too: a fault of any node is a fault.
-    for one in $said; do
+    for one in "${said[@]}"; do
         case $one in
             0) ;;
-            2)
-                say "a mistake in the input, see above; the job fails and is not tried again"
-                exit 2
-                ;;
+            2) fail ;;
             75) ((worst != 0)) || worst=75 ;;
             *) worst=$one ;;
         esac
     done
-    ((worst != 75)) || requeue "stopped, and saved"
+    ((${#said[@]} != 0 || code != 2)) || fail # whatever keeps nodes from writing: a mistake stays one
+    # A node that died without a word, for its memory was full, has saved nothing; the others were ended because of it.
+    ((worst != 75 || ${#said[@]} < $1)) || requeue "stopped, and saved"
     [[ -z $told ]] || requeue "stopped"
-    ((code == 0)) || fault "step $steps ended with $code (nodes said:${said% })"
+    ((code == 0 && worst == 0)) || fault "step $steps ended with $code (nodes said: ${said[*]})"
+}
+
+fail() {
+    say "a mistake in the input, see above; the job fails and is not tried again"
+    exit 2
 }
 
 # What a job has got done so far, where that can be said; train.sbatch does.

@@ -42,6 +42,6 @@ code=$?
 while kill -0 -- "-$group" 2>/dev/null; do (trap '' USR1 TERM && exec sleep 0.2); done
 
 [[ -z $told || $code -eq 0 || $code -eq 2 ]] || code=75
-echo "$code" >"$exits/$SLURM_NODEID"
+echo "$code" >"$exits/$SLURM_NODEID" || exit "$code"
 ((code != 75)) || exit 0
 exit "$code"
