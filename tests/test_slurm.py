@@ -123,7 +123,8 @@ class Site:
             time.sleep(0.1)
 
 
-PYTHON = {"PYTHONPATH": str(REPOSITORY)}
+# Where jobs are submitted from: their ranks import the clone all the same.
+PYTHON = {"PYTHONPATH": "/elsewhere"}
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +213,14 @@ def test_a_node_has_a_rank_for_each_gpu_that_was_asked_for(site):
         assert set(re.findall(r"sees (.*)", site.log(job))) == {seen}
         listed = re.findall(r"listed (.*)", site.log(job))
         assert set(listed) == {f"{node} slots={slots}" for node in ("node1", "node2")}
+
+
+def test_a_container_that_begins_in_another_folder_runs_the_clones_programs(site):
+    """As one of Pyxis does, whose image may have a package of another version."""
+    environment = site.stand_in("elsewhere", 'echo "in $PWD, imports from ${PYTHONPATH%%:*}"; exit 2')
+    job = site.submit("run=elsewhere", env=f"DSKD_VENV={environment} DSKD_CONTAINER=(env --chdir=/)")
+    site.wait(job, "FAILED")
+    assert site.log(job).count(f"in /, imports from {REPOSITORY}\n") == 2
 
 
 def test_a_step_that_reaches_no_node_is_a_fault(site):

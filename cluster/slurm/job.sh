@@ -24,6 +24,8 @@ mkdir -p "$notes"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 printf '%s\n' "${nodes[@]}" >"$notes/nodes"
 export DSKD_VENV DSKD_RANKS_PER_NODE DSKD_NOTES=$notes
+# The programs of launcher/ and the package that they import are of one version, this clone's, whatever an image has.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # This script sees all GPUs of its node (--exclusive), its steps only those that were asked for: node.sh counts them.
 unset SLURM_GPUS_ON_NODE
 export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
@@ -67,7 +69,7 @@ start_on() {
     mkdir -p "$2"
     # All CPUs of the node for its one task. When one node fails the others are ended, for they would only wait for it.
     exec srun --export=ALL --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
-        "${DSKD_SRUN_OPTIONS[@]}" "${DSKD_CONTAINER[@]}" bash cluster/slurm/node.sh "${@:2}"
+        "${DSKD_SRUN_OPTIONS[@]}" "${DSKD_CONTAINER[@]}" bash "$PWD/cluster/slurm/node.sh" "${@:2}"
 }
 
 run_step() {
