@@ -18,8 +18,9 @@ fi
 told=
 trap 'told=1' USR1 TERM
 
-# DeepSpeed's launchers would die of a signal that the ranks still work on. What is ignored here is ignored by them; the
-# ranks set their own handlers, and so does a pipeline.
+# DeepSpeed's launchers would die of a USR1 that the ranks still work on. It is ignored here, and so by them; the ranks
+# set their own handlers, and so does a pipeline. Of TERM that holds only until a node's launcher is up, which has a handler
+# for it: it ends its ranks then, and kills them 30 s later. From here it gets USR1 alone; see README.md, How it works.
 (
     trap '' USR1 TERM
     exec setsid "$@"
