@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +36,10 @@ class Site:
     folder: Path
     config: Path
 
-    def submit(self, *overrides: str, env: str = "") -> int:
+    def submit(self, *overrides: str, env: str = "", gpus: Collection[str] = ("--gpus-per-node=2",)) -> int:
         """Submits a training on both nodes, with more lines of cluster.env."""
         file = self.write_env(env)
-        options = ["--nodes=2", "--gpus-per-node=2", f"--chdir={REPOSITORY}", f"--output={self.folder}/%j.log"]
+        options = ["--nodes=2", *gpus, f"--chdir={REPOSITORY}", f"--output={self.folder}/%j.log"]
         return self.slurm.submit(TRAIN, *overrides, options=options, env={"DSKD_ENV": str(file), **PYTHON})
 
     def write_env(self, more: str = "") -> Path:
@@ -123,7 +123,8 @@ class Site:
             time.sleep(0.1)
 
 
-PYTHON = {"PYTHONPATH": str(REPOSITORY)}
+# Where jobs are submitted from: their ranks import the clone all the same.
+PYTHON = {"PYTHONPATH": "/elsewhere"}
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,25 @@ def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
     assert "Traceback" not in log
 
 
+def test_a_node_has_a_rank_for_each_gpu_that_was_asked_for(site):
+    """The job takes whole nodes, and its batch script sees both GPUs of one; ranks see what a step has."""
+    environment = site.stand_in("counting", 'sed "s/^/listed /" "$2"; echo "sees $CUDA_VISIBLE_DEVICES"; exit 2')
+    for options, seen, slots in ((["--gpus-per-node=1"], "0", 1), (["--gres=gpu:2"], "0,1", 2), ([], "", 1)):
+        job = site.submit("run=counting", env=f"DSKD_VENV={environment}", gpus=options)
+        site.wait(job, "FAILED")
+        assert set(re.findall(r"sees (.*)", site.log(job))) == {seen}
+        listed = re.findall(r"listed (.*)", site.log(job))
+        assert set(listed) == {f"{node} slots={slots}" for node in ("node1", "node2")}
+
+
+def test_a_container_that_begins_in_another_folder_runs_the_clones_programs(site):
+    """As one of Pyxis does, whose image may have a package of another version."""
+    environment = site.stand_in("elsewhere", 'echo "in $PWD, imports from ${PYTHONPATH%%:*}"; exit 2')
+    job = site.submit("run=elsewhere", env=f"DSKD_VENV={environment} DSKD_CONTAINER=(env --chdir=/)")
+    site.wait(job, "FAILED")
+    assert site.log(job).count(f"in /, imports from {REPOSITORY}\n") == 2
+
+
 def test_a_step_that_reaches_no_node_is_a_fault(site):
     job = site.submit("run=nowhere", env="DSKD_RETRIES=1\nDSKD_SRUN_OPTIONS=(--nodelist=node9)")
     shown = site.wait(job, "FAILED")
@@ -235,6 +255,45 @@ def test_faults_are_tried_again_only_so_often_without_progress(site, tiny):
     assert said[:2] == [("0", "fault 1 of at most 1"), ("1", "fault 1 of at most 1")]
     assert said[2:] == [("2", "fault 2 without progress, no more retries (DSKD_RETRIES=1)")]
     assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
+
+
+def test_a_node_that_ends_without_a_word_is_a_fault(site):
+    """As when its memory is full. The other node is asked to stop because of it, which nobody else has asked for."""
+    ready = site.folder / "ready"
+    environment = site.stand_in(
+        "killed",
+        f"""[ "$SLURM_NODEID" = 0 ] && {_stops_when_asked(f'open("{ready}", "w")')}
+        until [ -e {ready} ]; do sleep 0.1; done
+        kill -KILL $PPID $$""",
+    )
+    job = site.submit("run=killed", env=f"DSKD_RETRIES=0 DSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "1:0"), site.log(job)
+    assert "step 1 ended with 137 (nodes said: 75); fault 1" in site.log(job)
+
+
+def test_a_mistake_is_one_also_where_nodes_cannot_say_it(site):
+    environment = site.stand_in("mute", 'rm -r "${2%/*}"/exits-*; exit 2')
+    job = site.submit("run=mute", env=f"DSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "2:0"), site.log(job)
+
+
+def test_a_warning_before_the_ranks_are_started_is_not_lost(site):
+    """srun runs a prolog of the user's before its tasks."""
+    environment = site.stand_in("warned", _stops_when_asked())
+    prolog = environment / "prolog"
+    prolog.write_text("#!/bin/bash\nscancel --batch --signal=USR1 $SLURM_JOB_ID\nsleep 3\n")
+    prolog.chmod(0o755)
+    job = site.submit("run=warned", env=f"DSKD_SRUN_OPTIONS=(--prolog={prolog}) DSKD_VENV={environment}")
+    site.wait_for_line(job, "stopped, and saved")
+    site.slurm.cancel_all()
+
+
+def _stops_when_asked(first: str = "") -> str:
+    """Becomes a program that does something, and then nothing until it is asked to save and stop."""
+    lines = f"import signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n{first}\nsignal.pause()"
+    return f"exec {sys.executable} -c '{lines}'"
 
 
 def test_a_dead_node_is_no_fault(site):

@@ -16,11 +16,11 @@ def submit(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     sbatch = programs / "sbatch"
-    sbatch.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/submitted\necho 17\n')
+    sbatch.write_text(f'#!/bin/sh\necho "$DSKD_ENV $*" >>"{tmp_path}/submitted"\necho 17\n')
     sbatch.chmod(0o755)
 
     def run(*arguments, env=""):
-        file = tmp_path / "my.env"
+        file = tmp_path / "my,own.env"
         own = (SLURM / "cluster.env").read_text(encoding="utf-8")
         config = REPOSITORY / "configs" / "smoke.yaml"
         file.write_text(f"{own}\nDSKD_VENV={sys.prefix}\nDSKD_LOGS={tmp_path}\nDSKD_CONFIG={config}\n{env}\n")
@@ -76,12 +76,23 @@ def test_a_run_that_the_pipeline_would_train_is_looked_at_before_the_queue(submi
 
 
 def test_a_settings_file_that_is_no_bash_is_refused_with_its_line(submit, tmp_path):
-    for line in ("DSKD_NODES = 2", "DSKD_LOGS=$NOT_SET/logs", "DSKD_RUNS=(one"):
+    for line, blanks in (("DSKD_NODES = 2", True), ("modul load cuda", False), ("DSKD_RUNS=(one", False)):
         finished = submit("train", env=line)
         assert finished.returncode == 2
+        assert ("no blanks around the =" in finished.stderr) == blanks
         assert "error: DSKD_ENV: bash cannot read the settings file" in finished.stderr
-        assert f"{tmp_path / 'my.env'}: line " in finished.stderr
+        assert f"{tmp_path / 'my,own.env'}: line " in finished.stderr
     assert submit.submitted() == []
+
+
+def test_a_settings_file_may_load_modules_which_read_what_is_not_set(submit):
+    module = """module() { [ "$1-$NEVER_SET" = load- ] || echo "no such module: $2" >&2; [ "$2" = cuda ]; }\n"""
+    finished = submit("train", env=f"{module}module load cuda")
+    assert finished.returncode == 0, finished.stderr
+    finished = submit("train", env=f"{module}module load cudo")
+    assert finished.returncode == 2
+    assert "or a command in it fails" in finished.stderr
+    assert len(submit.submitted()) == 1
 
 
 def test_what_is_neither_training_nor_pipeline_is_refused(submit):
@@ -99,7 +110,7 @@ def test_a_settings_file_that_is_not_there_is_named(tmp_path):
     assert f"error: DSKD_ENV: there is no settings file {tmp_path / 'no.env'}" in finished.stderr
 
 
-def test_settings_become_options_of_sbatch(submit):
+def test_settings_become_options_of_sbatch(submit, tmp_path):
     finished = submit(
         "train", "run=kd", env="DSKD_NODES=3\nDSKD_PARTITION=gpu\nDSKD_TIME=\nDSKD_SBATCH_OPTIONS=(--qos=long)"
     )
@@ -107,5 +118,6 @@ def test_settings_become_options_of_sbatch(submit):
     (asked,) = submit.submitted()
     for option in ("--nodes=3", "--partition=gpu", "--gpus-per-node=1", "--qos=long", "train.sbatch run=kd"):
         assert option in asked
+    assert asked.startswith(f"{tmp_path / 'my,own.env'} ") and "--export=ALL " in asked
     assert "--time" not in asked
     assert finished.stdout == "17 train\n"

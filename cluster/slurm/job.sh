@@ -4,7 +4,7 @@
 #
 #   a step said 0             the next one runs; after the last the job is COMPLETED
 #   2, a user's mistake       the job is FAILED with 2: it would fail in the same way again
-#   75, stopped on request    the job is requeued, and goes on from what the ranks saved
+#   75 or 0 of every node     stopped on request: the job is requeued, and goes on from what the ranks saved
 #   anything else             a fault: requeued too, but at most DSKD_RETRIES times without progress in between
 #
 # A job that SLURM itself is ending, after scancel or the death of a node, is left to it.
@@ -22,8 +22,12 @@ mkdir -p "$notes"
 # Every node's launcher knows the same nodes in the same order, the first of which is the master; jobs that share a node
 # have ports of their own.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-printf "%s slots=${DSKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}\n" "${nodes[@]}" >"$notes/hostfile"
-export DSKD_VENV DSKD_HOSTFILE=$notes/hostfile
+printf '%s\n' "${nodes[@]}" >"$notes/nodes"
+export DSKD_VENV DSKD_RANKS_PER_NODE DSKD_NOTES=$notes
+# The programs of launcher/ and the package that they import are of one version, this clone's, whatever an image has.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# This script sees all GPUs of its node (--exclusive), its steps only those that were asked for: node.sh counts them.
+unset SLURM_GPUS_ON_NODE
 export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 
 say() { echo "== job $SLURM_JOB_ID, attempt $attempt: $*" >&2; }
@@ -65,37 +69,47 @@ start_on() {
     mkdir -p "$2"
     # All CPUs of the node for its one task. When one node fails the others are ended, for they would only wait for it.
     exec srun --export=ALL --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
-        "${DSKD_SRUN_OPTIONS[@]}" "${DSKD_CONTAINER[@]}" bash cluster/slurm/node.sh "${@:2}"
+        "${DSKD_SRUN_OPTIONS[@]}" "${DSKD_CONTAINER[@]}" bash "$PWD/cluster/slurm/node.sh" "${@:2}"
 }
 
 run_step() {
-    local exits code=0 said one worst=0
+    local exits code=0 said=() one worst=0
     [[ -z $told ]] || requeue "stopped between two steps"
     steps=$((steps + 1))
     exits=$notes/exits-$attempt-$steps # a file a node: of several codes srun tells only the highest
     start_on "$1" "$exits" "${@:2}" &
     running=$!
     while kill -0 "$running" 2>/dev/null; do # a signal ends the wait, not the step
-        code=0
-        wait "$running" || code=$?
+        if [[ -z $told ]]; then
+            wait "$running" || true
+        else
+            # Again: an srun that has not started its tasks yet has nobody to pass a signal on to.
+            kill -USR1 "$running" 2>/dev/null || true
+            (trap '' USR1 TERM && exec sleep 2)
+        fi
     done
+    wait "$running" || code=$?
     running=
-    said=" $(cat "$exits"/* 2>/dev/null | tr '\n' ' ' || true)" # nothing, where no node could be reached
+    mapfile -t said < <(cat "$exits"/* 2>/dev/null) # nothing, where no node could be reached
     # A node that is ended because another one failed says 75 too: a fault of any node is a fault.
-    for one in $said; do
+    for one in "${said[@]}"; do
         case $one in
             0) ;;
-            2)
-                say "a mistake in the input, see above; the job fails and is not tried again"
-                exit 2
-                ;;
+            2) fail ;;
             75) ((worst != 0)) || worst=75 ;;
             *) worst=$one ;;
         esac
     done
-    ((worst != 75)) || requeue "stopped, and saved"
+    ((${#said[@]} != 0 || code != 2)) || fail # whatever keeps nodes from writing: a mistake stays one
+    # A node that died without a word, for its memory was full, has saved nothing; the others were ended because of it.
+    ((worst != 75 || ${#said[@]} < $1)) || requeue "stopped, and saved"
     [[ -z $told ]] || requeue "stopped"
-    ((code == 0)) || fault "step $steps ended with $code (nodes said:${said% })"
+    ((code == 0 && worst == 0)) || fault "step $steps ended with $code (nodes said: ${said[*]})"
+}
+
+fail() {
+    say "a mistake in the input, see above; the job fails and is not tried again"
+    exit 2
 }
 
 # What a job has got done so far, where that can be said; train.sbatch does.

@@ -8,14 +8,18 @@ fi
 # Those of the shell that submits are no settings of the job.
 for name in $(compgen -v DSKD_); do [[ $name == DSKD_ENV ]] || unset "$name"; done
 # In a shell of its own first: what is no bash would end this one with a line that says neither what it is nor what to do.
+# Unset variables are no mistake in it: what modules and conda run does not care for them.
 # shellcheck disable=SC2016 # expanded there
-if ! said=$(bash -euo pipefail -c 'source "$1"' bash "$DSKD_ENV" 2>&1 >/dev/null); then
-    echo "error: DSKD_ENV: bash cannot read the settings file; it takes lines NAME=value without blanks around the =:" >&2
+if ! said=$(bash -eo pipefail -c 'source "$1"' bash "$DSKD_ENV" 2>&1 >/dev/null); then
+    echo "error: DSKD_ENV: bash cannot read the settings file, or a command in it fails:" >&2
     echo "  ${said:-$DSKD_ENV: a command in it fails and says nothing}" >&2
+    [[ ! $said =~ DSKD_[A-Z_]*:\ command\ not\ found ]] || echo "  NAME=value takes no blanks around the =" >&2
     exit 2
 fi
+set +u
 # shellcheck source=cluster/slurm/cluster.env
 source "$DSKD_ENV"
+set -u
 
 problems=()
 

@@ -8,6 +8,7 @@
 set -euo pipefail
 
 DSKD_ENV=$(realpath -m "${DSKD_ENV:-$(dirname "$0")/cluster.env}")
+export DSKD_ENV # jobs read it too; as an option of sbatch it would end at a comma
 cd "$(dirname "$0")/../.."
 # shellcheck source=cluster/slurm/settings.sh
 source cluster/slurm/settings.sh
@@ -31,7 +32,7 @@ if [[ -n $DSKD_VENV ]]; then
 fi
 mkdir -p "$DSKD_LOGS"
 
-common=(--parsable --chdir="$PWD" --output="$DSKD_LOGS/%x-%j.log" --export="ALL,DSKD_ENV=$DSKD_ENV")
+common=(--parsable --chdir="$PWD" --output="$DSKD_LOGS/%x-%j.log" --export=ALL)
 [[ -z $DSKD_ACCOUNT ]] || common+=(--account="$DSKD_ACCOUNT")
 [[ -z $DSKD_PARTITION ]] || common+=(--partition="$DSKD_PARTITION")
 [[ -z $DSKD_TIME ]] || common+=(--time="$DSKD_TIME")
