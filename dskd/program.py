@@ -27,7 +27,7 @@ from dskd.folders import DISK_IS_FULL
 from dskd.peers import meet_peers
 from dskd.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 
-_RANK_0_SPEAKS_FIRST_S = 4.0
+_RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine it takes the launcher seconds to end the other ranks
 _OVERRIDES_HELP = (
     "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
     "`dskd config` explains every key"
