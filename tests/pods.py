@@ -55,7 +55,8 @@ class Kubelet:
         root = own / "root"
         root.mkdir()
         user = pod.spec["securityContext"]["runAsUser"]
-        mounts = self._image() + self._volumes(pod, own, user)
+        # A volume comes before what lies below it: this checkout may lie in /tmp, and pods have one of their own.
+        mounts = sorted([*self._image(), *self._volumes(pod, own, user)], key=lambda line: line.split()[-1])
         (own / "mounts").write_text("".join(f"{line}\n" for line in mounts))
         environment = {
             "PATH": PATH,  # of the image
