@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, ONE_RANK, copy_work, open_dataset, run_apart, run_program, update_manifest
+from conftest import BEFORE_TRAINING, ONE_RANK, copy_work, open_dataset, run_program, update_manifest
+from plain_reading import run_apart
 from safetensors.torch import load_file
 from test_lexical_items import GLOSSES, SYNSETS
 from test_wic import LINES

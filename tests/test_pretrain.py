@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import run_apart
+from plain_reading import run_apart
 from tiny_models import word_tokenizer
 from torch.nn import functional as F
 

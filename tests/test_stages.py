@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import TINY, open_dataset, run_apart, run_program, update_manifest
+from conftest import TINY, open_dataset, run_program, update_manifest
+from plain_reading import run_apart
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer

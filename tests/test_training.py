@@ -13,11 +13,11 @@ from conftest import (
     TINY,
     losses_of,
     open_dataset,
-    run_apart,
     run_program,
     start_ranks,
     update_manifest,
 )
+from plain_reading import run_apart
 from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F

@@ -1,0 +1,24 @@
+"""Packed documents read by transformers alone, one by one: what our own reading of them is held against."""
+
+from typing import Any
+
+import torch
+
+
+def run_apart(model: Any, sequences: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a transformers model computes for each of the documents in packed sequences [B, T], one by one.
+
+    A document goes to the end-of-text token, or the end of its sequence. Returns logits [B·T, V], last hidden states
+    [B·T, D], and where a target goes on with its document [B·T] bool.
+    """
+    documents: list[list[int]] = []
+    for row in sequences.tolist():
+        documents.append([])
+        for token in row:
+            if documents[-1][-1:] == [end]:
+                documents.append([])
+            documents[-1].append(token)
+    outputs = [model(torch.tensor([document]), output_hidden_states=True) for document in documents]
+    logits = torch.cat([output.logits[0] for output in outputs])
+    states = torch.cat([output.hidden_states[-1][0] for output in outputs])
+    return logits, states, torch.tensor([i + 1 < len(document) for document in documents for i in range(len(document))])
