@@ -74,10 +74,12 @@ def render_summary(results: Sequence[Result]) -> str:
         share = f"{of_teacher[GEOMETRY]:.3f} (s.e. {of_teacher[ERROR.format(GEOMETRY)]:.3f})"
         geometry = f" Of the teacher's pairs of a word's synonym and antonym the synonym is nearer in {share}."
     of_kd = [result.measures for result in results if (result.stage, result.arm) == ("test", "kd")]
-    means = [statistics.mean(measures[name] for measures in of_kd) for name in (_FIRST, _LEXICAL)]
-    levels = f"{means[0]:.1f}, on targets with relations {means[1]:.0f}"
+    levels = ""
+    if of_kd:
+        whole, lexical = (statistics.mean(measures[name] for measures in of_kd) for name in (_FIRST, _LEXICAL))
+        levels = f" The perplexity of `kd` is {whole:.1f}, on targets with relations {lexical:.0f}."
     table = _table(["way to train", "against", *names], rows)
-    return f"{table}\n\nMeasured {_when(results)}. The perplexity of `kd` is {levels}.{geometry}\n"
+    return f"{table}\n\nMeasured {_when(results)}.{levels}{geometry}\n"
 
 
 def write_summary(results: Sequence[Result], path: Path) -> None:
