@@ -35,9 +35,7 @@ def make_folder(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()  # each process tries with a name of its own
     except OSError as error:
         raise UserError(
             f"{path}: cannot write there ({error.strerror}); set workdir to a folder you may write"

@@ -7,6 +7,7 @@ Every rank looks at its own node and tells what it sees; where ranks should agre
 are named. Nothing that training needs is changed.
 """
 
+import contextlib
 import os
 import platform
 import shutil
@@ -35,6 +36,8 @@ _CLOCK_TOLERANCE_S = 2.0  # more, and logs and metrics of two nodes cannot be la
 _SMALLEST_SHARED_MEMORY_GB = 1.0  # the loader's workers hand batches over in it
 _REDUCED = 2**24  # elements: 64 MB
 _ROUNDS = 3
+_FOLDER = ".preflight-"  # in workdir; of one preflight, with letters of its own behind it
+_LEFTOVER_AFTER_S = 24 * 3600.0  # no preflight takes so long
 _SHARED = "workdir has to be on storage that all nodes share"
 
 
@@ -186,33 +189,29 @@ def _look(config: Config, world: World) -> dict[str, Any]:
 
 
 def _check_storage(config: Config, world: World) -> list[str]:
-    """Whether all ranks see one work directory: each must find what rank 0 wrote, and rank 0 what each wrote; and
-    whether each can lock a file there.
+    """Whether all ranks see one work directory: each must find the folder that rank 0 made, and rank 0 what each wrote
+    in it; and whether each can lock a file there.
 
     What is wrong with one node is a problem of its ranks alone, so that the node can be told from a mistake.
     """
-    folder = config.path(".preflight")
     problem, token = None, None
     if world.is_main:
+        token = os.urandom(16).hex()
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            make_folder(folder)
-            token = os.urandom(16).hex()
-            (folder / "token").write_text(token)
-        except (OSError, UserError) as error:
+            _remove_leftovers(config.path())
+            make_folder(config.path(f"{_FOLDER}{token}"))
+        except UserError as error:
             problem, token = f"{error}; {_SHARED}", None
     token = broadcast_json(token)
+    # Of this preflight alone: jobs on one work directory, such as two runs to be compared, may start at once.
+    folder = config.path(f"{_FOLDER}{token}")
     if not world.is_main:
         try:
-            if token is None:
-                # Rank 0 could write nothing. Whether others can decides whose fault that is.
-                place = _existing(config.path())
-                if not (place.is_dir() and os.access(place, os.W_OK)):
-                    problem = f"{config.path()}: cannot write there; {_SHARED}"
-            elif (folder / "token").read_text() != token:
-                problem = f"{config.path()} holds other files than on rank 0's node; {_SHARED}"
-            else:
+            if token is not None:
                 (folder / f"rank-{world.rank}").touch()
+            # Rank 0 could write nothing. Whether others can decides whose fault that is.
+            elif not ((place := _existing(config.path())).is_dir() and os.access(place, os.W_OK)):
+                problem = f"{config.path()}: cannot write there; {_SHARED}"
         except OSError as error:
             problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror}); {_SHARED}"
     if problem is None and token is not None:
@@ -227,6 +226,14 @@ def _check_storage(config: Config, world: World) -> list[str]:
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     return [problem] if problem else []
+
+
+def _remove_leftovers(workdir: Path) -> None:
+    """Removes what preflights left that were killed."""
+    for folder in workdir.glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):  # another job's does the same, or has just ended
+            if time.time() - folder.stat().st_mtime > _LEFTOVER_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_lock(path: Path) -> str | None:

@@ -142,7 +142,7 @@ def undisturbed(site):
     job = site.submit("run=undisturbed", env="DSKD_PREFLIGHT=1")
     shown = site.wait(job, "COMPLETED")
     assert "preflight: everything is as training needs it" in site.log(job)
-    assert shown["Restarts"] == "0"
+    assert shown["Restarts"] == "0", site.log(job)
     (run,) = site.runs("undisturbed")
     assert (run.status, run.tags["world_size"]) == ("FINISHED", "4")
     assert (run.tags["job.scheduler"], run.tags["job.id"]) == ("slurm", str(job))
@@ -169,7 +169,7 @@ def test_a_preempted_run_goes_on_where_it_was_and_ends_like_an_undisturbed_one(s
     assert [run.status for run in site.runs("preempted")] == ["KILLED"]
 
     shown = site.wait(job, "COMPLETED")
-    assert shown["Restarts"] == "1"
+    assert shown["Restarts"] == "1", site.log(job)
     assert f"from step {stopped_at}" in site.log(job)
     assert site.losses("preempted") == undisturbed
 
