@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +26,7 @@ from dskd.errors import UserError
 from dskd.manifest import read_manifest
 from dskd.tracking import (
     Start,
+    context,
     describe_dataset,
     log_evaluation,
     log_export,
@@ -239,6 +241,26 @@ def test_datasets_are_described_with_digests_that_mlflow_takes_and_no_secrets(ti
     described = describe_dataset("shards", "training", "s3://key:secret@bucket/shards", manifest, {"a": "int32"})
     assert described["source"] == "s3://***@bucket/shards"
     assert described["digest"] == manifest.digest[:36]
+
+
+def test_the_commit_is_the_checkouts_or_the_one_that_an_image_was_built_from(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(context, "_PROJECT", tmp_path)
+    assert context.git_commit() is None
+    git("init")
+    (tmp_path / "file").touch()
+    git("add", "file")
+    git("commit", "--message", "first")
+    commit = git("rev-parse", "HEAD")
+    assert context.git_commit() == commit
+    (tmp_path / "file").write_text("changed")
+    assert context.git_commit() == f"{commit}-dirty"
+    (tmp_path / "COMMIT").write_text("0123\n")  # as cluster/docker/Dockerfile writes it
+    assert context.git_commit() == "0123"
 
 
 def test_nodes_of_one_name_get_a_number():

@@ -16,6 +16,8 @@ import yaml
 from dskd.config import Config
 from dskd.tracking.client import without_secrets
 
+_PROJECT = Path(__file__).parents[2]
+
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as {dotted key: text}, the form in which MLflow compares parameters."""
@@ -48,8 +50,13 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package lies in, marked when it has changes; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the checkout this package lies in, marked when it has changes; or the one that an image was built
+    from, where its builder named it. None where neither is known.
+    """
+    built_from = _PROJECT / "COMMIT"
+    if built_from.is_file():
+        return built_from.read_text(encoding="utf-8").strip()
+    command = ["git", "-C", str(_PROJECT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
