@@ -17,6 +17,7 @@ too, moves what lies in host memory to /dev/shm, and returns as if it had saved 
 
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +78,33 @@ def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
         UserError: when there are checkpoints and all of them are damaged.
     """
     base = folder(config)
-    newest, steps = _named_latest(base), sorted(_steps(base), reverse=True)
+    while True:
+        named = _read_latest(base)
+        found, problems, damaged = _newest_whole(base, named, verify=verify)
+        # Training may have published the next one meanwhile, and removed what was looked at here.
+        if (found is not None and not problems) or _read_latest(base) == named:
+            break
+    for problem in problems:
+        warn(problem)
+    if found is None and damaged:
+        raise UserError(
+            listed(f"{base}: none of the checkpoints is whole; restore one, or start anew with --overwrite", damaged)
+        )
+    return found
+
+
+def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Checkpoint | None, list[str], list[str]]:
+    """The newest whole checkpoint as far as the one that `latest` names; what is wrong with that file and with those
+    that were passed over; and the latter alone.
+    """
+    problems, damaged = [], []
+    step_named = _STEP_FOLDER.match(named) if named is not None else None
+    newest = int(step_named[1]) if step_named else None
+    if named is not None and newest is None:
+        problems.append(f"{base / LATEST_FILE}: it names no checkpoint; looking for the newest whole one")
+    steps = sorted(_steps(base), reverse=True)
     if newest is not None and newest not in dict(steps):
-        warn(f"{base / LATEST_FILE}: it names step {newest}, which is not there; looking for the one before")
-    problems = []
+        problems.append(f"{base / LATEST_FILE}: it names step {newest}, which is not there; looking for the one before")
     for step, path in steps:
         # A later one was not published yet, or is of a run that is being overwritten.
         if newest is not None and step > newest:
@@ -90,16 +114,12 @@ def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
             _require_facts(path, manifest)
             if verify:
                 verify_files(path, manifest, made_by=MADE_BY)
-        except UserError as problem:
-            warn(f"{problem}; passing over this checkpoint")
-            problems.append(str(problem))
+        except (UserError, FileNotFoundError) as problem:  # a file that goes while it is read
+            damaged.append(str(problem))
+            problems.append(f"{problem}; passing over this checkpoint")
             continue
-        return Checkpoint(path, step, manifest)
-    if problems:
-        raise UserError(
-            listed(f"{base}: none of the checkpoints is whole; restore one, or start anew with --overwrite", problems)
-        )
-    return None
+        return Checkpoint(path, step, manifest), problems, damaged
+    return None, problems, damaged
 
 
 def _require_facts(path: Path, manifest: Manifest) -> None:
@@ -280,7 +300,9 @@ def _publish(building: Building, train: TrainConfig) -> None:
     own = [(number, path) for number, path in steps if path not in others]
     old = [path for number, path in own[: -train.keep_last] if not train.keep_every or number % train.keep_every]
     for path in [*others, *old]:
-        shutil.rmtree(path)
+        # No folder with some of its files gone, and no end of the run where one cannot go: on NFS a file that another
+        # process has open stays, under a name of its own.
+        path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}"))
     remove_leftovers(base)
 
 
@@ -328,15 +350,11 @@ def _save_probe(engine: Any, student_logits: Callable[[torch.Tensor], torch.Tens
         save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu().contiguous()}, path)
 
 
-def _named_latest(base: Path) -> int | None:
-    """The step that the file `latest` names."""
-    file = base / LATEST_FILE
-    if not file.exists():
-        return None
+def _read_latest(base: Path) -> str | None:
+    """What stands in the file `latest`; None where there is none."""
     try:
-        named = _STEP_FOLDER.match(file.read_text(encoding="utf-8").strip())
+        return (base / LATEST_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
     except (OSError, UnicodeDecodeError):
-        named = None
-    if named is None:
-        warn(f"{file}: it names no checkpoint; looking for the newest whole one")
-    return int(named.group(1)) if named else None
+        return ""

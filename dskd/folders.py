@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,9 +83,20 @@ def _full_by(error: Exception, folder: Path) -> int | None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replaced_file(path) as new, new.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` when the block has come to its end. Of several processes
+    that do so at once the last one's stays.
+    """
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -35,7 +35,13 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
     make_folder(path.parent)
     deadline = time.monotonic() + wait_s
     while True:
-        stream = path.open("a+")
+        try:
+            stream = path.open("a+")
+        except PermissionError as refused:
+            raise UserError(
+                f"{path}: {refused.strerror}; it is of user {path.stat().st_uid}, whose process holds it, or was "
+                "killed: when none of theirs works here, remove this file"
+            ) from None
         try:
             # Not flock: a forked loader worker would inherit that lock and hold it for seconds after its rank has died.
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -196,25 +196,27 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
 
 
 def _digest_of_model(folder: Path, cache: Path) -> str:
-    """Digest over config and weights. Hashes of large files are remembered beside their size and time of change."""
+    """Digest over config and weights. Hashes of large files are remembered by path, size and time of change: a path may
+    be another file on each node.
+    """
     names = sorted({"config.json", *_tensor_files(folder).values()})
     known: dict[str, Any] = {}
     if cache.is_file():
         with _ignoring_damage():
             known = json.loads(cache.read_text(encoding="utf-8"))
-    digests, seen = {}, {}
+    digests, new = {}, {}
     for name in names:
         path = (folder / name).resolve()
         if not path.is_file():
             raise UserError(f"{folder / name}: {WEIGHTS_INDEX} names this file, but it is missing; fetch it again")
         status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        entry = known.get(str(path))
-        digests[name] = entry["sha256"] if entry and entry["stamp"] == stamp else sha256_of_file(path)
-        seen[str(path)] = {"stamp": stamp, "sha256": digests[name]}
-    if seen != known and cache.parent.is_dir():
+        key = f"{path} {status.st_size} {status.st_mtime_ns}"
+        digests[name] = known.get(key) or sha256_of_file(path)
+        if key not in known:
+            new[key] = digests[name]
+    if new and cache.parent.is_dir():
         with _ignoring_damage():
-            write_json(cache, seen)
+            write_json(cache, known | new)
     return digest_of_json(digests)
 
 

@@ -56,24 +56,34 @@ def streaming_names(folder: Path, world: World) -> Iterator[None]:
     By itself it takes, for each kind of segment, the first number without one, and of these the highest: where a killed
     job, or one that goes just now, left some kinds and not others, that number is in use, and the start fails, or
     silently goes on with the old content. A number with a lock file in the folder of temporary files it passes over, so
-    every number in use gets one, in a folder that is this job's own. Jobs of a node choose one after the other.
+    every number in use gets one, in a folder that is this job's own. Jobs of a node choose one after the other, and all
+    jobs wait for their nodes in the same order, so none has a node that another waits for with one that it has.
     """
     from streaming.base.constant import BARRIER_FILELOCK  # the library takes seconds to import
 
     before = tempfile.tempdir
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        if world.local_rank == 0 and _SHARED_MEMORY.is_dir():
-            stack.enter_context(_one_job_at_a_time())
-            for segment in _SHARED_MEMORY.iterdir():
-                if match := re.match(r"\d{6}_", segment.name):
-                    (folder / f"{match.group()}{BARRIER_FILELOCK}").touch()
-        barrier()
+        for leader in _leaders_by_host(world):
+            if world.rank == leader and _SHARED_MEMORY.is_dir():
+                stack.enter_context(_one_job_at_a_time())
+                for segment in _SHARED_MEMORY.iterdir():
+                    if match := re.match(r"\d{6}_", segment.name):
+                        (folder / f"{match.group()}{BARRIER_FILELOCK}").touch()
+            barrier()
         tempfile.tempdir = str(folder)
         try:
             yield
         finally:
             tempfile.tempdir = before
+
+
+def _leaders_by_host(world: World) -> list[int]:
+    """The first rank of each node, in the order of the nodes' names. Every rank must call it."""
+    nodes = gather_json({"host": socket.gethostname(), "is_leader": world.local_rank == 0})
+    return sorted(
+        (rank for rank, node in enumerate(nodes) if node["is_leader"]), key=lambda rank: (nodes[rank]["host"], rank)
+    )
 
 
 @contextlib.contextmanager

@@ -51,6 +51,8 @@ def preflight(config: Config, world: World) -> None:
     gigabytes_per_s = _reduce(world)
     mine = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}
     reports = gather_json(mine)
+    nodes = Counter(_node(report) for report in reports)
+    reports = [report | {"ranks_on_node": nodes[_node(report)]} for report in reports]
     for line in describe(reports):
         say(line)
     problems = find_problems(reports)
@@ -62,6 +64,11 @@ def preflight(config: Config, world: World) -> None:
         error = UserError if everywhere else OutageError
         raise error(listed("preflight: not everything is as training needs it", problems), known_to_all_ranks=True)
     say("preflight: everything is as training needs it")
+
+
+def _node(report: Mapping[str, Any]) -> int:
+    """The first rank of a rank's node, whatever it is called."""
+    return int(report["rank"] - report["local_rank"])
 
 
 def find_problems(reports: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -181,7 +188,6 @@ def _look(config: Config, world: World) -> dict[str, Any]:
         "clock_s": clock_s,
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": torch.cuda.get_device_name(world.device) if is_cuda else "cpu",
-        "ranks_on_node": int(os.environ["LOCAL_WORLD_SIZE"]),
         "free_gb": shutil.disk_usage(_existing(config.path())).free / 1e9,
         "shared_memory_gb": shared_gb,
         "problems": problems,

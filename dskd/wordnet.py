@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import sys
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -303,9 +304,8 @@ def _completed_copy(source: Path, folder: Path) -> Path:
 @contextmanager
 def _private_folder(target: Path) -> Iterator[Path]:
     """A folder that becomes `target` when the block ends; several processes may do it at once, one of them wins."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(
@@ -313,8 +313,11 @@ def _private_folder(target: Path) -> Iterator[Path]:
         ) from None
     try:
         yield partial
-        if not target.exists():
+        try:
             partial.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

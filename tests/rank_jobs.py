@@ -1,6 +1,7 @@
 """What ranks run in tests that start them without a program of `launcher/` (see forked_rank.py)."""
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -15,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import dskd.annotate
 import dskd.manifest
+import dskd.node_cache
 import dskd.senses.build
 from dskd.causal_lm import sharded_numel
 from dskd.config import Config
 from dskd.config_file import load_config
-from dskd.distributed import World, gather_json, initialize
+from dskd.distributed import World, barrier, gather_json, initialize
 from dskd.loader import Step, count_positions
 from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
@@ -169,6 +171,33 @@ def begin_tracking(config: Path, run: str, at: float, environment: dict[str, str
         os._exit(0)
 
     run_as_rank(run_it, environment, log)
+
+
+def name_segments_on_nodes(
+    folder: Path, hosts: Sequence[str], jobs: int, environment: dict[str, str], log: Path
+) -> None:
+    """Every rank on a node of its own, with a folder in the place of its shared memory: chooses names there at the same
+    time as the other jobs, and says whether one of that node did so meanwhile."""
+
+    def run() -> None:
+        host = hosts[int(environment["RANK"])]
+        socket.gethostname = lambda: host
+        world = dataclasses.replace(initialize(60), local_rank=0)
+        dskd.node_cache._SHARED_MEMORY = folder / host
+        (folder / f"ready-{os.getpid()}").touch()
+        while len(list(folder.glob("ready-*"))) < jobs * len(hosts):
+            time.sleep(0.01)
+        time.sleep(0.5 * world.rank)  # the first rank of every job is there before the others
+        with dskd.node_cache.streaming_names(folder / f"cache-{os.getpid()}", world):
+            mark = folder / host / "chosen"
+            mark.touch(exist_ok=False)
+            time.sleep(0.5)
+            mark.unlink()
+            barrier()
+        print(f"alone on {host}", flush=True)
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
 
 
 def act_on_nodes(

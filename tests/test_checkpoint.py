@@ -92,6 +92,25 @@ def test_a_damaged_pointer_costs_nothing_and_is_said(copy_of_tiny, capsys, conte
     assert f"{checkpoint.folder(config) / 'latest'}: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_look_at_checkpoints_while_training_replaces_them_finds_one(copy_of_tiny, capsys, monkeypatch, verify):
+    config = load_config(copy_of_tiny("checkpoints"))
+    base = checkpoint.folder(config)
+    (base / "latest").write_text("step-00000003\n")  # the newer one is being written still
+    read_name = "verify_files" if verify else "read_manifest"
+    read = getattr(checkpoint, read_name)
+
+    def read_after_training_went_on(path, *arguments, **options):
+        if path.name == "step-00000003":
+            (base / "latest").write_text("step-00000006\n")
+            shutil.rmtree(path)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, read_name, read_after_training_went_on)
+    assert checkpoint.latest(config, verify=verify).step == 6
+    assert capsys.readouterr().err == ""
+
+
 def test_a_manifest_that_does_not_say_how_long_the_run_is_makes_no_checkpoint(copy_of_tiny, capsys):
     config = load_config(copy_of_tiny("checkpoints"))
     path = checkpoint.folder(config) / "step-00000006" / "manifest.json"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import ONE_RANK, REPOSITORY
@@ -39,6 +40,21 @@ def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path
     holder.wait(10)
     hold_lock(path, "trains run 'a'")
     release_lock(path)
+
+
+def test_a_lock_file_of_somebody_else_is_named_with_what_to_do(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    path.touch()
+    may_open = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == path:  # root, who runs tests too, may open everything
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return may_open(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=rf"{path}: Permission denied; it is of user {os.getuid()}.* remove this file"):
+        hold_lock(path, "works")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

@@ -6,7 +6,8 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import pytest
-from conftest import ONE_RANK, REPOSITORY
+from conftest import ONE_RANK, REPOSITORY, finish, fork_ranks
+from rank_jobs import name_segments_on_nodes
 from streaming import MDSWriter, StreamingDataset
 
 from dskd.errors import UserError
@@ -51,6 +52,17 @@ def test_a_place_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write there"):
         open_node_cache(str(tmp_path / "file"), ONE_RANK)
+
+
+@pytest.mark.slow
+def test_two_jobs_on_the_same_two_nodes_do_not_wait_for_each_other_for_ever(tmp_path):
+    """In one job the first rank is on node1, in the other on node2."""
+    for name in ("node1", "node2"):
+        (tmp_path / name).mkdir()
+    nodes = (["node1", "node2"], ["node2", "node1"])
+    jobs = [fork_ranks(name_segments_on_nodes, tmp_path, hosts, len(nodes), ranks=2) for hosts in nodes]
+    for ranks in jobs:
+        assert finish(ranks, 40).output.count("alone on node") == 2
 
 
 def test_no_number_that_anybody_has_in_shared_memory_is_taken(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from dskd import wordnet
 from dskd.errors import UserError
-from dskd.wordnet import DICTIONARY_FILES, open_wordnet
+from dskd.wordnet import DICTIONARY_FILES, _private_folder, open_wordnet
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,16 @@ def test_nltks_own_data_comes_before_a_download_and_may_be_zipped(nowhere, bare,
     nltk.data.path.append(str(data))
     monkeypatch.setattr(nltk, "download", lambda *a, **o: pytest.fail("a download was tried"))
     assert open_wordnet().reader.synset("entity.n.01")
+
+
+def test_processes_may_complete_it_at_once(tmp_path):
+    target = tmp_path / "corpora" / "wordnet"
+    with _private_folder(target) as first:
+        (first / "lexnames").touch()
+        with _private_folder(target) as second:
+            (second / "lexnames").touch()
+    assert list(target.parent.iterdir()) == [target]
+    assert (target / "lexnames").is_file()
 
 
 def test_there_are_forty_five_lexicographer_files():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dskd.folders import make_folder
+from dskd.folders import make_folder, replaced_file
 
 _BAR_WIDTH = 40
 _DPI = 150
@@ -63,15 +63,14 @@ def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
 
 
 def save_figure(figure: object, path: Path) -> None:
-    """Writes a figure as PNG under a temporary name beside its place, and renames it.
+    """Writes a figure as PNG.
 
     Raises:
         UserError: when the folder cannot be written to.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, dpi=_DPI, format="png")  # type: ignore[attr-defined]
-    temporary.replace(path)
+    with replaced_file(path) as new:
+        figure.savefig(new, dpi=_DPI, format="png")  # type: ignore[attr-defined]
 
 
 def _bar(count: int, most: int) -> int:

@@ -1,5 +1,6 @@
 """What a run is recorded with: its parameters, environment, commit, and the manifests of its inputs."""
 
+import contextlib
 import json
 import os
 import platform
@@ -68,11 +69,12 @@ def write_context(config: Config, folder: Path) -> list[Path]:
     files = [folder / "config.yaml", folder / "environment.json"]
     files[0].write_text(without_secrets(yaml.safe_dump(config.as_dict(), sort_keys=False)), encoding="utf-8")
     files[1].write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-    for manifest in sorted(config.path().glob("*/manifest.json")) + sorted(
-        config.path().glob("shards/*/manifest.json")
-    ):
-        name = "-".join(manifest.parent.relative_to(config.path()).parts)
-        copy = folder / f"manifest-{name}.json"
-        copy.write_bytes(manifest.read_bytes())
-        files.append(copy)
-    return files
+    for manifest in [*config.path().glob("*/manifest.json"), *config.path().glob("shards/*/manifest.json")]:
+        parts = manifest.parent.relative_to(config.path()).parts
+        if parts[-1].startswith("."):  # not whole yet, or not any more
+            continue
+        copy = folder / f"manifest-{'-'.join(parts)}.json"
+        with contextlib.suppress(FileNotFoundError):  # another job replaces it just now
+            copy.write_bytes(manifest.read_bytes())
+            files.append(copy)
+    return sorted(files)

@@ -111,16 +111,21 @@ def refresh_parent(client: Any, run_id: str) -> None:
     parent_id = run.data.tags.get(PARENT_TAG)
     if parent_id is None or find_run(client, parent_id) is None:
         return
-    children = client.search_runs([run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent_id}'")
+    told = None
+    # Again until it is so still: of two children that end at once each may have seen the other one run.
+    while (together := _status_of_children(client, run.info.experiment_id, parent_id)) not in (told, None):
+        if together == "RUNNING":
+            client.update_run(parent_id, status=together)
+        else:
+            client.set_terminated(parent_id, together)
+        told = together
+
+
+def _status_of_children(client: Any, experiment_id: str, parent_id: str) -> str | None:
+    """That of one that runs, then the worst end; None where there is neither."""
+    children = client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent_id}'")
     statuses = {child.info.status for child in children}
-    # One that runs decides first, then the worst end.
-    worst = next(
-        status for status in ("RUNNING", "FAILED", "KILLED", "FINISHED", run.info.status) if status in statuses
-    )
-    if worst == "RUNNING":
-        client.update_run(parent_id, status=worst)
-    else:
-        client.set_terminated(parent_id, worst)
+    return next((status for status in ("RUNNING", "FAILED", "KILLED", "FINISHED") if status in statuses), None)
 
 
 def _parent(client: Any, experiment_id: str, name: str) -> str:

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from dskd.config import Config
 from dskd.console import say, warn
 from dskd.distributed import World, gather_json, launcher_job, on_main
-from dskd.errors import UserError
-from dskd.tracking.client import connect, first_line, tracking_uri, without_secrets
+from dskd.errors import OutageError, UserError
+from dskd.tracking.client import connect, first_line, is_refusal, tracking_uri, without_secrets
 from dskd.tracking.context import write_context
 from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Outbox
@@ -232,7 +232,8 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
         if not candidates:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
+            # A server that restarts, or a database that others hold just now, may do better the next time.
+            raise (UserError if is_refusal(error) else OutageError)(
                 f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be used "
                 f"({first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
             ) from error
