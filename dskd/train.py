@@ -296,7 +296,9 @@ def _run(
 def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: bool) -> int | None:
     # What was there before a restart may still be ending.
     wait_s = _LOCK_PATIENCE_S if resume else 0.0
-    hold_lock(checkpoint.lock_path(config, config.run), f"trains run {config.run!r}", wait_s=wait_s)
+    # An export or evaluation holds it too, for as long as it tells MLflow of the run.
+    what = f"trains run {config.run!r}, or sends its results to MLflow"
+    hold_lock(checkpoint.lock_path(config, config.run), what, wait_s=wait_s)
     checkpoint.remove_leftovers(checkpoint.folder(config))
     if overwrite:
         return None  # the old checkpoints stay until the first new one is whole
