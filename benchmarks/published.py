@@ -1,4 +1,4 @@
-"""Our training step against a plain implementation of the algorithm as it was published (method, sections 3 and 4).
+"""Our training step against a plain implementation of the published algorithm (docs/method.md, sections 3 and 4).
 
     python -m benchmarks.published
 

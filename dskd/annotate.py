@@ -1,4 +1,4 @@
-"""Annotation: for every position, the rows of the sense dictionary it is pulled to or pushed from (method, section 3).
+"""Annotation: rows of the sense dictionary that each position is pulled to or pushed from (docs/method.md, section 3).
 
 With C(e) the rows of entry e, t_i the teacher's state at position i and y_i its target token:
 

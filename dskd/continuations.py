@@ -1,4 +1,4 @@
-"""The teacher goes on with texts, greedily: training samples are text and continuation (method, section 4).
+"""The teacher goes on with texts, greedily: training samples are text and continuation (docs/method.md, section 4).
 
 The end-of-text token that ends a text is taken off, and the teacher adds c tokens, where c in 1 … N is a function of
 (seed, sequence): the paper cuts its sequences at a random point within the continuation. N is the config's, or less for

@@ -24,7 +24,7 @@ class CachedTeacher(NamedTuple):
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-log p(label) in nats (method, section 4: CE), and its gradient.
+    """-log p(label) in nats (docs/method.md, section 4: CE), and its gradient.
 
     Args:
         logits: [N, V], of any floating dtype; the result is float32 or wider.
@@ -43,7 +43,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 def divergence(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, kind: str = "forward_kl"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The divergence of two distributions at each position in nats, both softened (method, section 4: KL).
+    """The divergence of two distributions at each position in nats, both softened (docs/method.md, section 4: KL).
 
     Zero exactly where the two give the same distribution. Without the factor T², which is the caller's.
 

@@ -25,7 +25,7 @@ class Schedule:
         return self.micro_batch_size * self.accumulation_steps
 
     def learning_rate(self, step: int, peak: float, warmup_share: float) -> float:
-        """The rate of step 0, 1, …: a linear rise over the warm-up, then a cosine to 0 (method, section 4)."""
+        """The rate of step 0, 1, …: a linear rise over the warm-up, then a cosine to 0 (docs/method.md, section 4)."""
         warmup = round(warmup_share * self.total_steps)
         if step < warmup:
             return peak * (step + 1) / warmup

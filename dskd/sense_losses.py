@@ -45,7 +45,7 @@ def sense_loss(
     gradient: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> SenseSums:
-    """The sense loss (method, section 4) with D(h, s) = |h - s|² / D.
+    """The sense loss (docs/method.md, section 4) with D(h, s) = |h - s|² / D.
 
     At a relation position i: synonym_weight · mean over P_i of D + antonym_weight · mean over N_i of
     max(0, margin - D). At an own position i: mean over O_i of D. A mean over no rows is 0.

@@ -32,7 +32,7 @@ TOY = {
 }
 # The 70B configuration is an example of scale and not of the paper: of its batch a part will do, and of WordNet.
 OF_SCALE = {"train.global_batch_size": 8, "wordnet.path": "wordnet", "corpus.sequence_length": 32}
-# By the method's sections, a key and its value (method, sections 1 to 5).
+# By the method's sections, a key and its value (docs/method.md, sections 1 to 5).
 PAPER = {
     "lexicon.wordnet": False,
     "senses.key": "predicted",

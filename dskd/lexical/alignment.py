@@ -5,8 +5,8 @@
 | row_agreement | of the rows C(y_i) of its target, two or more, the teacher's nearest is the model's too | 1/C |
 | sense_alignment | the nearest row of P_i is nearer than every row of N_i (:mod:`dskd.evaluate`) | P/(P + N) |
 
-Nearest is by L2, ties to the lower row, as annotation found the teacher's (method, section 3). The teacher's own
-row_agreement is 1 but for rounding. Positions of one sample are one cluster.
+Nearest is by L2, ties to the lower row, as annotation found the teacher's (docs/method.md, section 3). The teacher's
+own row_agreement is 1 but for rounding. Positions of one sample are one cluster.
 """
 
 import torch

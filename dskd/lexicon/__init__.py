@@ -1,4 +1,4 @@
-"""The lexicon (method, section 1): lexical resources to synonyms and antonyms.
+"""The lexicon (docs/method.md, section 1): lexical resources to synonyms and antonyms.
 
 relations          what a relation is, the rules that make a table of them, and the table on disk
 reading            text files of lexical resources, streamed, with what is wrong in them remembered

@@ -1,4 +1,4 @@
-"""Negation polarity (method, section 1): a word with a negating affix counts as its base with polarity -1.
+"""Negation polarity (docs/method.md, section 1): a word with a negating affix counts as its base with polarity -1.
 
 *Which affix.* The prefix that begins the word, or the suffix that ends it, when it is one of the negating ones; where
 both are, the prefix is tried first. An affix further inside negates a part of the word, not the word.

@@ -1,4 +1,4 @@
-"""The sense dictionary (method, section 2): tokens and spans to sense embeddings.
+"""The sense dictionary (docs/method.md, section 2): tokens and spans to sense embeddings.
 
 entries     which tokens and spans there are, and which are synonyms and antonyms of which token
 gather      the teacher's states, sent to the rank that owns their token

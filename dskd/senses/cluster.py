@@ -1,4 +1,4 @@
-"""Sampled states of many tokens to their sense embeddings (method, section 2)."""
+"""Sampled states of many tokens to their sense embeddings (docs/method.md, section 2)."""
 
 from dataclasses import dataclass
 

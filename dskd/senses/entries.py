@@ -1,7 +1,7 @@
 """Words to entries of the sense dictionary: which tokens have relations, and to which tokens and spans.
 
 A head must be one token as " word" and longer than two letters; a neighbour may be a span of one to three tokens
-(method, section 1). Entries 0…V-1 are the tokens, entries from V on are spans of two or three tokens.
+(docs/method.md, section 1). Entries 0…V-1 are the tokens, entries from V on are spans of two or three tokens.
 """
 
 from collections import Counter

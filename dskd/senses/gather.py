@@ -1,4 +1,4 @@
-"""The teacher's states, sampled per token on all ranks (method, section 2).
+"""The teacher's states, sampled per token on all ranks (docs/method.md, section 2).
 
 Every position's state belongs to a token: the one the teacher predicts there, or the actual next one (`senses.key`).
 Each state is sent to the rank that owns its token, which keeps a bounded random sample (:mod:`dskd.senses.reservoir`).

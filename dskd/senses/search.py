@@ -1,4 +1,4 @@
-"""The rows of the sense dictionary nearest to the teacher's states: O_i, P_i and N_i (method, section 3).
+"""The rows of the sense dictionary nearest to the teacher's states: O_i, P_i and N_i (docs/method.md, section 3).
 
 Positions with the same target share their candidates, so they are put together: a tile is one target token with up to
 16 of its positions, and tiles with similarly many candidates become one batched matrix product. The rows of frequent

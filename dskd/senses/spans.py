@@ -1,4 +1,4 @@
-"""Senses of spans of two and three tokens, composed of their tokens' senses (method, section 2)."""
+"""Senses of spans of two and three tokens, composed of their tokens' senses (docs/method.md, section 2)."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""Which positions of a sample get a sense term (method, section 4)."""
+"""Which positions of a sample get a sense term (docs/method.md, section 4)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _RELATION_DRAW, _OWN_DRAW = 0, 1
 
 @dataclass(frozen=True)
 class SensePositions:
-    """Which positions get a sense term (method, section 4): a function of seed, epoch and sample, not of the rank."""
+    """Which positions get a sense term (docs/method.md, section 4): a function of seed, epoch and sample alone."""
 
     seed: int
     relation_share: float

@@ -1,4 +1,4 @@
-"""The training splits of the benchmarks as documents, a prompt each (method, section 4); `corpus.source: tasks`.
+"""`corpus.source: tasks`: the benchmarks' training splits as documents, a prompt each (docs/method.md, section 4).
 
 Of each task but SQuAD a share of the training split is trained on, and as many documents as `corpus.validation_share`
 says are held out, from what is left of it; where nothing is left, training gives way. Nothing that is evaluated on is

@@ -1,4 +1,4 @@
-"""Few-shot prompts: an instruction, examples with their answers, and a question (method, section 5).
+"""Few-shot prompts: an instruction, examples with their answers, and a question (docs/method.md, section 5).
 
 With the tokenizer's chat template an example is a turn of the user and one of the assistant, and the instruction begins
 the first of the user's turns, since not every template knows a system's. A tokenizer without a template gets a plain

@@ -1,4 +1,4 @@
-"""From what a model says to scores, and from scores to measures (method, section 5).
+"""From what a model says to scores, and from scores to measures (docs/method.md, section 5).
 
 A label is right or wrong: exact match. An answer to a SQuAD question is scored by the F1 of its tokens as SQuAD's own
 script does it, after lower case, without punctuation, articles and extra white space, against the best of the right
