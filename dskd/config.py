@@ -301,7 +301,7 @@ class StudentConfig(Section):
             kept = len(right)
         wanted = self.train_layers
         if isinstance(wanted, int) and wanted > kept:
-            problems.append(f"train_layers: the student has {kept} layers, so it cannot train the last {wanted}")
+            problems.append(f"train_layers: at most {kept} can be trained, for `layers` keeps as many, found {wanted}")
         elif isinstance(wanted, tuple) and (missing := sorted({layer for layer in wanted if layer >= kept})):
             problems.append(f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}")
         if problems:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 from conftest import REPOSITORY
@@ -223,6 +225,12 @@ def test_what_a_value_has_to_be_is_said_in_plain_words(tmp_path, override, messa
     with pytest.raises(UserError) as error:
         load_config(_write(tmp_path, MINIMAL), [override])
     assert f": {message}" in f"{error.value}\n"
+
+
+def test_the_documented_keys_are_those_that_the_command_prints():
+    text = (REPOSITORY / "docs" / "config.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"```text\n(.*)```\n", text, flags=re.DOTALL)
+    assert printed == f"{describe()}\n", "docs/config.md is not up to date: `make docs` renews it"
 
 
 def test_a_run_that_does_not_exist_is_refused(tmp_path):

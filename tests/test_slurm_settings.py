@@ -123,7 +123,7 @@ def test_the_pipeline_trains_all_runs_of_the_config_or_those_that_are_named(subm
     # Behind the overrides, among which another one may be chosen.
     assert _trained(submit) == [["train.steps=5", "run=two", "run=one"], ["train.steps=5", "run=two", "run=two"]]
     assert "17 train-one\n17 train-two\n17 evaluate\n" in finished.stdout
-    finished = submit("pipeline", env=f"DSKD_OVERRIDES=({runs})\nDSKD_RUNS=(two)")
+    finished = submit("pipeline", env=f"DSKD_OVERRIDES=({runs} run=one)\nDSKD_RUNS=(two)")
     assert finished.returncode == 0, finished.stderr
     assert _trained(submit)[2:] == [["run=two"]]
 

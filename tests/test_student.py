@@ -20,7 +20,7 @@ def test_the_cut_student_is_the_teacher_without_the_other_layers(tmp_path, archi
     config = Config(
         workdir=str(tmp_path / "work"),
         teacher={"path": str(tmp_path / "teacher")},
-        student={"layers": tuple(layers)},
+        student={"layers": tuple(layers), "train_layers": 1},
     )
     build_student(config)
     student = AutoModelForCausalLM.from_pretrained(find_student(config).path)
