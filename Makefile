@@ -5,6 +5,7 @@
 #   make test         formatter, linter, type checker and test suite
 #   make test-fast    the same without the tests that start ranks, servers or the whole pipeline
 #   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
+#   make docs         docs/config.md, what `dskd config` prints
 #
 # ARGS has more arguments of pytest for these three: make test-fast ARGS="-k senses -x"
 
@@ -17,7 +18,7 @@ PY     := $(VENV)/bin/python
 # What is skipped is named with its reason.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS)
 
-.PHONY: quickstart test test-fast test-cluster check env wordnet browser clean
+.PHONY: quickstart test test-fast test-cluster check docs env wordnet browser clean
 .DELETE_ON_ERROR:
 
 quickstart: env wordnet
@@ -38,6 +39,10 @@ check: env
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: env
+	@{ printf '%s\n' '# Keys of a configuration' '' 'What `dskd config` prints; `make docs` writes this file.' '' '```text'; \
+		$(PY) -m dskd config; echo '```'; } >docs/config.md
 
 env: $(VENV)/.installed
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from dskd import __version__
 from dskd.compare.command import add_compare_parser, run_comparison
 from dskd.config import Config
 from dskd.config_file import load_config
@@ -21,6 +22,31 @@ examples:
   dskd preflight --config configs/quickstart.yaml                                    this machine, one rank
   deepspeed --hostfile hosts --module dskd preflight --config FILE                   the ranks that training will have
 """
+CONFIG_EPILOG = """
+examples:
+  dskd config                                                                        every key
+  dskd config | grep train                                                           some of them
+  dskd config --config configs/quickstart.yaml loss.margin=2                         check a file and an override
+  dskd config --config configs/quickstart.yaml --run-names                           the runs that it describes
+"""
+STATUS_EPILOG = """
+examples:
+  dskd status --config configs/quickstart.yaml                                       of the run that `run` chooses
+  dskd status --config FILE run=kd || deepspeed launcher/train.py --config FILE --resume run=kd
+"""
+WORDNET_EPILOG = """
+examples:
+  dskd wordnet                                                                       where it is, or how to get it
+  dskd wordnet --path /shared/wordnet/dict                                           whether it is there
+"""
+# What one may look for among the verbs, and is started otherwise.
+_ON_RANKS = {
+    "train": "training is `deepspeed launcher/train.py --config FILE`",
+    "annotate": "annotation is `deepspeed launcher/annotate.py --config FILE`",
+    "evaluate": "evaluation is `deepspeed launcher/evaluate.py --config FILE`",
+    "build_senses": "building the sense dictionary is `deepspeed launcher/build_senses.py --config FILE`",
+    "pipeline": "the pipeline is `python launcher/pipeline.py --config FILE`",
+}
 STATUS_HELP = "say how far a run is trained; exit code 0 when to its end, 3 when not"
 UNFINISHED_EXIT_CODE = 3
 DESCRIPTION = """
@@ -48,10 +74,22 @@ def _export(config: Config) -> None:
     build_export(config)
 
 
-_VERBS: dict[str, tuple[Callable[[Config], None], str]] = {
-    "lexicon": (_lexicon, "read synonyms and antonyms, and write WORKDIR/lexicon/relations.parquet"),
-    "student": (_student, "cut the student from the teacher's safetensors, and write WORKDIR/student"),
-    "export": (_export, "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run"),
+_VERBS: dict[str, tuple[Callable[[Config], None], str, str]] = {
+    "lexicon": (
+        _lexicon,
+        "read synonyms and antonyms, and write WORKDIR/lexicon/relations.parquet",
+        "dskd lexicon --config FILE 'lexicon.tsv=[pairs.tsv]' lexicon.indirect_antonyms=true",
+    ),
+    "student": (
+        _student,
+        "cut the student from the teacher's safetensors, and write WORKDIR/student",
+        "dskd student --config FILE 'student.layers=[0, 2, 4]' student.train_layers=1",
+    ),
+    "export": (
+        _export,
+        "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run",
+        "dskd export --config FILE run=kd",
+    ),
 }
 
 
@@ -67,8 +105,10 @@ def _preflight(given: argparse.Namespace) -> NoReturn:
     run_on_ranks(given, preflight)
 
 
-def _explain_config(path: Path | None, overrides: list[str]) -> None:
-    if path is None:
+def _explain_config(path: Path | None, overrides: list[str], *, run_names: bool) -> None:
+    if path is not None and run_names:
+        print("\n".join(load_config(path, overrides).run_names))
+    elif path is None:
         from dskd.config_file import describe
 
         print(describe())
@@ -84,35 +124,44 @@ def _find_wordnet(path: str | None) -> None:
     print(f"WordNet: {open_wordnet(path).folder}")
 
 
+def _add_verb(verbs: argparse._SubParsersAction, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def main() -> int:
     """Parses the verb and runs it."""
     parser = argparse.ArgumentParser(
         prog="dskd", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"dskd {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (_, text) in _VERBS.items():
-        add_config_arguments(verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."))
-    config = verbs.add_parser("config", help=CONFIG_HELP, description=f"{CONFIG_HELP[0].upper()}{CONFIG_HELP[1:]}.")
+    for name, (_, text, example) in _VERBS.items():
+        examples = f"examples:\n  dskd {name} --config configs/quickstart.yaml\n  {example}"
+        add_config_arguments(_add_verb(verbs, name, text, examples))
+    config = _add_verb(verbs, "config", CONFIG_HELP, CONFIG_EPILOG)
     config.add_argument("--config", type=Path, metavar="FILE", help="YAML file of an experiment")
-    config.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over it")
-    wordnet = verbs.add_parser("wordnet", help="find WordNet, and say where it is")
-    wordnet.add_argument("--path", help="a folder with WordNet's dictionary files, instead of looking for one")
-    status = verbs.add_parser("status", help=STATUS_HELP, description=f"{STATUS_HELP[0].upper()}{STATUS_HELP[1:]}.")
-    add_config_arguments(status)
-    checks = verbs.add_parser(
-        "preflight",
-        help=PREFLIGHT_HELP,
-        description=f"{PREFLIGHT_HELP[0].upper()}{PREFLIGHT_HELP[1:]}.",
-        epilog=PREFLIGHT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    config.add_argument(
+        "--run-names", action="store_true", help="with --config: print the names of its runs, one a line"
     )
-    add_config_arguments(checks)
+    config.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over it")
+    wordnet = _add_verb(verbs, "wordnet", "find WordNet, and say where it is", WORDNET_EPILOG)
+    wordnet.add_argument("--path", help="a folder with WordNet's dictionary files, instead of looking for one")
+    add_config_arguments(_add_verb(verbs, "status", STATUS_HELP, STATUS_EPILOG))
+    add_config_arguments(_add_verb(verbs, "preflight", PREFLIGHT_HELP, PREFLIGHT_EPILOG))
     # DeepSpeed's launcher puts it before the verb; ranks are read from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add_compare_parser(verbs)
     add_inspect_parser(verbs)
     add_plan_parser(verbs)
     add_senses_parser(verbs)
+    if (verb := next((word for word in sys.argv[1:] if not word.startswith("-")), "")) in _ON_RANKS:
+        parser.error(f"{verb!r} is no verb, for it runs on several ranks: {_ON_RANKS[verb]}")
     given, extra = parser.parse_known_args()
     if given.verb == "inspect":
         return run_inspection(given, extra, parser)
@@ -125,7 +174,10 @@ def main() -> int:
     if given.verb == "plan":
         return run_plan(given)
     if given.verb == "config":
-        return run(lambda: _explain_config(given.config, given.overrides))
+        if given.config is None and (given.overrides or given.run_names):
+            what = given.overrides[0] if given.overrides else "--run-names"
+            parser.error(f"{what} is of a config file, and there is none: add --config FILE")
+        return run(lambda: _explain_config(given.config, given.overrides, run_names=given.run_names))
     if given.verb == "senses":
         return run_senses(given)
     if given.verb == "preflight":
@@ -134,7 +186,7 @@ def main() -> int:
         return run(lambda: _status(load_config(given.config, given.overrides)))
     if given.verb == "wordnet":
         return run(lambda: _find_wordnet(given.path))
-    action, _ = _VERBS[given.verb]
+    action, *_ = _VERBS[given.verb]
     return run(lambda: action(load_config(given.config, given.overrides)))
 
 

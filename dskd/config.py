@@ -24,14 +24,14 @@ class Section(BaseModel):
 class TeacherRecipe(Section):
     """A small Llama-architecture teacher, trained from scratch on the corpus, for use where no model can be had."""
 
-    vocab_size: int = Field(4096, ge=300, description="tokens of the byte-pair encoding trained on the corpus")
-    num_layers: int = Field(8, ge=2, description="decoder layers")
+    vocab_size: int = Field(4096, ge=300, description="size of the byte-pair encoding that is trained on the corpus")
+    num_layers: int = Field(8, ge=2, description="number of decoder layers")
     hidden_size: int = Field(256, ge=16, description="width of the hidden states (D)")
-    num_heads: int = Field(4, ge=1, description="attention heads; must divide hidden_size")
-    train_tokens: int = Field(1_000_000, ge=1000, description="token budget of the training")
-    batch_size: int = Field(16, ge=1, description="sequences a step")
-    learning_rate: float = Field(0.02, gt=0, description="Muon's, for the weight matrices of the layers")
-    embedding_learning_rate: float = Field(0.003, gt=0, description="AdamW's, for embeddings, head and norms")
+    num_heads: int = Field(4, ge=1, description="number of attention heads; must divide hidden_size")
+    train_tokens: int = Field(1_000_000, ge=1000, description="number of tokens to train on")
+    batch_size: int = Field(16, ge=1, description="sequences in one optimizer step")
+    learning_rate: float = Field(0.02, gt=0, description="learning rate of Muon, for the weight matrices of the layers")
+    embedding_learning_rate: float = Field(0.003, gt=0, description="learning rate of AdamW, for all else")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "TeacherRecipe":
@@ -47,17 +47,17 @@ class TeacherConfig(Section):
 
     path: str | None = Field(None, description="Hugging Face folder or model name of the teacher")
     revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless you trust it")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model: only for one you trust")
     mode: Literal["resident", "zero3", "cached"] = Field(
         "zero3",
-        description="resident: every rank holds all of it; zero3: each holds its share; cached: training reads the "
-        "distributions that annotation stored (annotation.teacher_top_n) and loads no teacher",
+        description="resident: every rank holds all of the teacher; zero3: each holds a share of it; cached: training "
+        "reads the distributions that annotation stored (annotation.teacher_top_n) and loads no teacher",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
-        "cpu", description="with mode: zero3. Where a rank keeps its share of the teacher"
+        "cpu", description="with mode: zero3. Where a rank keeps its share: on the device, in memory, on disk"
     )
-    nvme_path: str | None = Field(None, description="with offload: nvme. A node-local folder for the shares")
-    train_from_scratch: TeacherRecipe | None = Field(None, description="make a small teacher from the corpus instead")
+    nvme_path: str | None = Field(None, description="with offload: nvme. Node-local folder for the shares")
+    train_from_scratch: TeacherRecipe | None = Field(None, description="train a small teacher on the corpus instead")
 
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherConfig":
@@ -87,33 +87,41 @@ class CorpusConfig(Section):
 
     source: Literal["wordnet", "files", "huggingface", "tasks"] = Field(
         "wordnet",
-        description="WordNet's glosses and examples, own files, a dataset that `datasets` can load, or prompts of the "
-        "paper's benchmarks (section tasks)",
+        description="where text comes from. wordnet: glosses and examples; files: your own; huggingface: a dataset "
+        "that `datasets` can load; tasks: prompts of the paper's benchmarks (section tasks)",
     )
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = Field(
-        TASKS, description="with source: tasks. Whose training splits become few-shot prompts (method, section 4)"
+        TASKS,
+        description="with source: tasks. Benchmarks whose training splits become few-shot prompts (docs/method.md, "
+        "section 4)",
     )
     train: tuple[str, ...] = Field(
         (),
         description="with source: files. Paths, folders or globs of .txt and .jsonl (also .gz), .parquet, and folders "
         "of MDS shards",
     )
-    validation: tuple[str, ...] = Field((), description="held-out files; empty: a share of the training documents")
-    dataset: str | None = Field(None, description="with source: huggingface. Name on the hub, or a folder")
+    validation: tuple[str, ...] = Field(
+        (), description="with source: files. Held-out files; empty: a share of the training documents"
+    )
+    dataset: str | None = Field(None, description="with source: huggingface. Its name on the hub, or a folder")
     dataset_config: str | None = Field(None, description="configuration of the dataset, where it has several")
     dataset_revision: str | None = Field(None, description="branch, tag or commit of a dataset on the hub")
     train_split: str = Field("train", min_length=1, description="split of the dataset to train on")
     validation_split: str | None = Field(None, description="held-out split; null: a share of the training documents")
-    text_field: str = Field("text", min_length=1, description="key or column of the text, where it has a name")
-    validation_share: float = Field(0.05, gt=0, lt=0.5, description="documents held out, by hash of their identity")
-    sequence_length: int = Field(128, ge=8, description="tokens a training sequence (T)")
+    text_field: str = Field(
+        "text", min_length=1, description="key or column that holds the text, where there are several"
+    )
+    validation_share: float = Field(0.05, gt=0, lt=0.5, description="share of documents held out, chosen by a hash")
+    sequence_length: int = Field(128, ge=8, description="number of tokens in a training sequence")
     packing: Literal["documents", "stream", "none"] = Field(
         "documents",
         description="how documents fill sequences. documents: end to end, each by itself (attention and positions "
-        "begin anew); stream: end to end as one text; none: one sample a document, padded",
+        "begin anew); stream: end to end as one text; none: each document is one sample, padded",
     )
-    max_sequences: int | None = Field(None, ge=1, description="stop after so many training sequences")
-    max_validation_sequences: int | None = Field(None, ge=1, description="stop after so many held-out sequences")
+    max_sequences: int | None = Field(None, ge=1, description="number of training sequences at most; null: all")
+    max_validation_sequences: int | None = Field(
+        None, ge=1, description="number of held-out sequences at most; null: all"
+    )
 
     @model_validator(mode="after")
     def _keys_fit_the_source(self) -> "CorpusConfig":
@@ -134,30 +142,35 @@ class CorpusConfig(Section):
 
 
 class WordNetConfig(Section):
-    """Where WordNet is, when it should not be looked for."""
+    """Where WordNet lies."""
 
-    path: str | None = Field(None, description="folder with WordNet's dictionary files (data.noun, index.noun, …)")
+    path: str | None = Field(
+        None, description="folder with WordNet's dictionary files (data.noun, index.noun, …); null: search"
+    )
 
 
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}$")]
 
 
 class LexiconConfig(Section):
-    """Synonyms and antonyms (method, section 1)."""
+    """Where synonyms and antonyms come from (docs/method.md, section 1)."""
 
-    wordnet: bool = Field(True, description="lemma synonyms within a synset, and direct antonyms")
+    wordnet: bool = Field(True, description="take from WordNet the lemmas of a synset as synonyms, and direct antonyms")
     indirect_antonyms: bool = Field(
-        False, description="of English adjectives, through the adjectives they are similar to"
+        False, description="also indirect antonyms of English adjectives, through adjectives they are similar to"
     )
     languages: Annotated[tuple[Language, ...], Field(min_length=1)] = Field(
-        ("eng",), description="WordNet's, as ISO 639-3 codes; others than eng need Open Multilingual WordNet"
+        ("eng",),
+        description="WordNet's languages, as ISO 639-3 codes; others than eng need Open Multilingual WordNet",
     )
-    wiktionary: tuple[str, ...] = Field((), description="files of Wiktextract (kaikki.org): .jsonl or .jsonl.gz")
-    wiktionary_language: str = Field("English", min_length=1, description="which entries of them, by their `lang`")
-    dict2vec: tuple[str, ...] = Field((), description="Dict2Vec's pair lists: two synonyms a line")
-    tsv: tuple[str, ...] = Field((), description="own lists: head<TAB>synonym|antonym<TAB>tail; # begins a comment")
+    wiktionary: tuple[str, ...] = Field((), description="files of Wiktextract (kaikki.org), .jsonl or .jsonl.gz")
+    wiktionary_language: str = Field(
+        "English", min_length=1, description="language of the entries to read, their `lang`"
+    )
+    dict2vec: tuple[str, ...] = Field((), description="pair lists of Dict2Vec, two synonyms in a line")
+    tsv: tuple[str, ...] = Field((), description="your own lists of WORD<TAB>synonym|antonym<TAB>WORD; # is a comment")
     morpholex: str | None = Field(
-        None, description="MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
+        None, description="file of MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
     )
 
     @model_validator(mode="after")
@@ -174,31 +187,32 @@ class LexiconConfig(Section):
 
 
 class SensesConfig(Section):
-    """The sense dictionary (method, section 2)."""
+    """How the sense dictionary is built (docs/method.md, section 2)."""
 
     path: str | None = Field(
-        None, description="a finished dictionary to use instead of building one, such as `dskd senses merge` writes"
+        None, description="folder of a finished dictionary to use instead, such as `dskd senses merge` writes"
     )
     key: Literal["predicted", "target"] = Field(
-        "predicted", description="file a state under the token the teacher predicts (the paper), or the actual next one"
+        "predicted",
+        description="token to store a state under: the one the teacher predicts (the paper), or the next",
     )
-    k: int = Field(10, ge=1, description="senses a token at most")
+    k: int = Field(10, ge=1, description="largest number of senses of a token")
     states_per_sense: int | None = Field(
-        None,
-        ge=1,
-        description="one sense for so many kept states of a token, up to k; default: always k",
+        None, ge=1, description="kept states of a token for each of its senses, up to k senses; null: always k"
     )
-    max_states: int = Field(100, ge=1, description="states kept a token, drawn at random")
-    batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
+    max_states: int = Field(100, ge=1, description="number of states kept for a token, drawn at random")
+    batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass of the teacher")
     memory_budget: float = Field(
-        4.0, gt=0, description="GB (2^30 bytes) of states a rank holds in memory; beyond them they are spilled to disk"
+        4.0, gt=0, description="GB (2^30 bytes) of states that a rank holds in memory; more are written to disk"
     )
-    save_minutes: float = Field(10.0, ge=0, description="minutes between points an interrupted gathering goes on from")
+    save_minutes: float = Field(
+        10.0, ge=0, description="minutes between saved points, from which an interrupted gathering of states goes on"
+    )
     keep_states: bool = Field(
-        False, description="keep the sampled states on disk: another k or restarts then need no teacher"
+        False, description="keep the sampled states on disk; changing k or restarts then needs no teacher"
     )
-    restarts: int = Field(1, ge=1, description="k-means runs a token; the best is kept")
-    max_iterations: int = Field(50, ge=1, description="Lloyd iterations a k-means run at most")
+    restarts: int = Field(1, ge=1, description="number of k-means runs for each token; the best is kept")
+    max_iterations: int = Field(50, ge=1, description="largest number of Lloyd iterations in a k-means run")
 
     @model_validator(mode="after")
     def _more_states_than_senses(self) -> "SensesConfig":
@@ -210,35 +224,41 @@ class SensesConfig(Section):
         return self
 
     surface_forms: tuple[Literal["capitalized", "sentence_initial"], ...] = Field(
-        (), description="beside ' word' (the paper) also ' Word', and 'Word' at the beginning of a text, if one token"
+        (),
+        description="forms of a word beside ' word' (the paper), where they are one token. capitalized: ' Word'; "
+        "sentence_initial: 'Word' at the beginning of a text",
     )
 
 
 class AnnotationConfig(Section):
-    """The streaming shards (method, section 3)."""
+    """How the streaming shards are made (docs/method.md, section 3).
 
-    kappa: int = Field(5, ge=1, description="rows of the sense dictionary a position is pulled to, or pushed from")
-    batch_size: int = Field(16, ge=1, description="sequences in one forward pass of the teacher")
-    shard_size_mb: int = Field(64, ge=1, description="size of a shard before compression")
+    A target token that stands for a sense has rows of the sense dictionary: its own (O_i), those of its synonyms (P_i)
+    and those of its antonyms (N_i).
+    """
+
+    kappa: int = Field(5, ge=1, description="number of sense rows that a position is pulled to, and pushed from")
+    batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass of the teacher")
+    shard_size_mb: int = Field(64, ge=1, description="size of a shard in MB before compression")
     memory_budget: float = Field(
-        4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; the others are read"
+        4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; others are read"
     )
     own_among_antonyms: bool = Field(
         False,
-        description="the rows of a target that has antonyms compete for N_i too, as in the paper's published code: a "
-        "row can then be pulled and pushed at once",
+        description="let the own rows of a target that has antonyms compete for N_i too, as in the paper's published "
+        "code: a row can then be pulled and pushed at once",
     )
     teacher_top_n: int = Field(
         0,
         ge=0,
-        description="store the teacher's so many most probable next tokens at every position, for teacher.mode: "
-        "cached; 0 stores none",
+        description="number of most probable next tokens of the teacher stored per position, for teacher.mode: cached; "
+        "0: none",
     )
     continuation_tokens: int = Field(
         0,
         ge=0,
-        description="with corpus.packing: none. The teacher goes on with each training text by 1 to so many tokens, "
-        "greedily; the text with them is the sample (method, section 4)",
+        description="with corpus.packing: none. The teacher continues each training text greedily, by 1 to this number "
+        "of tokens; text and continuation are the sample (docs/method.md, section 4). 0: none",
     )
 
 
@@ -254,19 +274,39 @@ def _on_or_off(value: object) -> object:
 class StudentConfig(Section):
     """How the student is cut from the teacher, and which of its parameters are trained."""
 
-    layers: Count | Layers = Field(16, description="how many of the teacher's layers to keep, or their indices")
-    spacing: Literal["first", "even"] = Field("first", description="which layers, when `layers` is a number")
+    layers: Count | Layers = Field(16, description="number of the teacher's layers to keep, or a list of their indices")
+    spacing: Literal["first", "even"] = Field(
+        "first", description="with a number in `layers`. first: the lowest; even: first, last, and evenly between"
+    )
     train_layers: Annotated[int, Field(ge=0)] | Layers = Field(
-        2, description="train the last so many layers, or these indices"
+        2, description="number of last layers to train, or a list of layer indices (of the student, from 0)"
     )
     train_embeddings: bool = Field(False, description="train the input embeddings (and a head that is tied to them)")
     train_final_norm: bool = Field(False, description="train the norm before the head")
     train_lm_head: bool = Field(False, description="train the output head")
     shared_trunk: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
         "auto",
-        description="compute the frozen lower layers once, in the teacher. auto: where that is exact; on: refuse to "
-        "train where it is not",
+        description="compute frozen lower layers once, in the teacher. auto: where that is exact; on: refuse "
+        "to train where it is not; off: never",
     )
+
+    @model_validator(mode="after")
+    def _layers_are_there(self) -> "StudentConfig":
+        problems = []
+        kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
+        if isinstance(self.layers, tuple) and list(self.layers) != (right := sorted(set(self.layers))):
+            problems.append(
+                f"layers: expected different layers in ascending order, such as {right}, found {[*self.layers]}"
+            )
+            kept = len(right)
+        wanted = self.train_layers
+        if isinstance(wanted, int) and wanted > kept:
+            problems.append(f"train_layers: at most {kept} can be trained, for `layers` keeps as many, found {wanted}")
+        elif isinstance(wanted, tuple) and (missing := sorted({layer for layer in wanted if layer >= kept})):
+            problems.append(f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 _KEYS_OF_SENSE_FORMS = {
@@ -276,64 +316,69 @@ _KEYS_OF_SENSE_FORMS = {
 
 
 class LossConfig(Section):
-    """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (method, section 4).
+    """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (docs/method.md, section 4).
 
-    KL stands for the divergence that `divergence` names. All but L_sense are means over the positions whose target
-    counts; CE and KL are weighted ones, Σ w_i x_i / Σ w_i with w_i = `lexical_weight` where the target has a synonym or
-    antonym and 1 elsewhere.
+    h and t are the last hidden states of student and teacher, D is their width, T is `temperature`, and KL is the
+    divergence that `divergence` names. All but L_sense are means over the positions whose target counts; CE and KL are
+    weighted means, Σ w_i x_i / Σ w_i with w_i = `lexical_weight` where the target has a synonym or antonym, else 1.
 
     L_sense in the form `distance` is the paper's. In the form `distribution` it is the mean, over the positions that
     the paper's form draws, each once, of KL(p_teacher || p_student), where p is the softmax over candidates s of
-    -D(h, s) / `sense_temperature`. The candidates of a position are rows of the dictionary, each once: its own (O_i),
-    its synonyms' (P_i) and antonyms' (N_i), and random ones, the same at all positions of a step.
+    -d(h, s) / `sense_temperature` and d is `sense_distance`. The candidates of a position are rows of the dictionary,
+    each once: those of its own token (O_i), of its synonyms (P_i) and antonyms (N_i), and random ones, the same at all
+    positions of a step.
     """
 
-    ce_weight: float = Field(1.0, ge=0, description="cross-entropy with the actual next token")
-    kd_weight: float = Field(0.7, ge=0, description="alpha: the divergence of teacher and student")
+    ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy with the actual next token")
+    kd_weight: float = Field(0.7, ge=0, description="alpha, weight of the divergence between teacher and student")
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = Field(
         "forward_kl",
-        description="forward_kl: KL(teacher || student), the paper's; reverse_kl: KL(student || teacher); "
-        "jensen_shannon: the mean of both's KL to their mixture",
+        description="forward_kl: KL(teacher || student), as in the paper; reverse_kl: KL(student || teacher); "
+        "jensen_shannon: the mean of the KL of each to the mixture of both",
     )
-    temperature: float = Field(2.0, gt=0, description="T, of both distributions in that divergence")
+    temperature: float = Field(2.0, gt=0, description="T, temperature of both distributions in that divergence")
     lexical_weight: float = Field(
         1.0,
         gt=0,
-        description="how much positions whose target has a synonym or antonym count in CE and KL, which stay means: a "
+        description="weight in CE and KL, which stay means, of positions whose target has a synonym or antonym: a "
         "control for what a sense loss gains",
     )
-    sense_weight: float = Field(1.0, ge=0, description="lambda: the sense loss; 0 is plain distillation")
+    sense_weight: float = Field(1.0, ge=0, description="lambda, weight of the sense loss; 0 is plain distillation")
     sense_form: Literal["distance", "distribution"] = Field(
         "distance",
-        description="distance: the paper's pull and push; distribution: KL(teacher || student) between their softmax "
-        "of -distance / sense_temperature over the same candidate rows",
+        description="distance: pull and push, as in the paper; distribution: KL(teacher || student) of the softmax of "
+        "-distance / sense_temperature over the same candidate rows",
     )
-    sense_temperature: float = Field(0.1, gt=0, description="with sense_form: distribution. In units of the distance")
+    sense_temperature: float = Field(
+        0.1, gt=0, description="with sense_form: distribution. Temperature of its softmax, in units of the distance"
+    )
     sense_distance: Literal["squared", "cosine"] = Field(
         "squared",
-        description="with sense_form: distribution. squared: |h-s|²/D; cosine: 1 - cos(h, s), which no state's length "
-        "changes",
+        description="with sense_form: distribution. Distance of a state h and a row s. squared: |h-s|²/D; cosine: "
+        "1 - cos(h, s), which does not depend on lengths",
     )
     sense_candidates: Annotated[tuple[Literal["own", "synonym", "antonym", "random"], ...], Field(min_length=1)] = (
         Field(
             ("own", "synonym", "antonym", "random"),
-            description="with sense_form: distribution. Which rows take part: O_i, P_i, N_i, and random ones",
+            description="with sense_form: distribution. Which rows are candidates: O_i, P_i, N_i, and random ones",
         )
     )
     sense_random_candidates: int = Field(
-        128, ge=1, description="with random in sense_candidates. Rows drawn each step from the whole dictionary"
+        128, ge=1, description="with random in sense_candidates. Rows drawn from the whole dictionary in each step"
     )
-    margin: float = Field(1.0, ge=0, description="m: antonym rows farther than this (|h-s|²/D) are left alone")
+    margin: float = Field(1.0, ge=0, description="m: antonym rows s farther than this (|h-s|²/D) are not pushed from")
     relative_margin: float | None = Field(
-        None, ge=0, description="instead of margin: so many times the teacher's own mean distance to antonym rows"
+        None, ge=0, description="instead of margin: a multiple of the teacher's own mean distance to antonym rows"
     )
     synonym_weight: float = Field(
-        1.0, ge=0, description="the pull to synonyms; the paper's is 1. With 0, and antonym_weight 0, own senses only"
+        1.0,
+        ge=0,
+        description="weight of the pull to synonyms (paper: 1); with 0, and antonym_weight 0, own senses only",
     )
-    antonym_weight: float = Field(1.0, ge=0, description="w_n: the push from antonyms beside the pull to synonyms")
-    relation_share: float = Field(0.4, ge=0, le=1, description="share of a sequence's lexical positions in each step")
-    min_relations: int = Field(25, ge=0, description="but at least so many of them, or all")
-    hidden_weight: float = Field(0.0, ge=0, description="mean squared distance to the teacher's state: an ablation")
+    antonym_weight: float = Field(1.0, ge=0, description="w_n, weight of the push from antonyms")
+    relation_share: float = Field(0.4, ge=0, le=1, description="share of positions with relations that a step draws")
+    min_relations: int = Field(25, ge=0, description="number of such positions at least, or all")
+    hidden_weight: float = Field(0.0, ge=0, description="weight of the squared distance to the teacher's state")
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> "LossConfig":
@@ -382,72 +427,71 @@ def _remote_folder(place: str) -> str:
 
 
 class TrainConfig(Section):
-    """Optimisation and checkpoints."""
+    """Optimizer, batches, checkpoints and loading."""
 
-    learning_rate: float = Field(5e-5, gt=0, description="AdamW's peak")
-    weight_decay: float = Field(1e-3, ge=0, description="AdamW's")
-    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up; then a cosine to 0")
-    epochs: float = Field(2.0, gt=0, description="passes over the shards, when `steps` is not given")
-    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    global_batch_size: int = Field(16, ge=1, description="sequences an optimizer step, over all ranks")
-    micro_batch_size: int = Field(4, ge=1, description="sequences a rank runs at once; the rest is accumulated")
-    gradient_clipping: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one is always written at the end")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    keep_every: int | None = Field(None, ge=1, description="checkpoints of multiples of it are kept for good")
-    num_workers: int = Field(2, ge=0, description="loader processes a rank")
-    shard_cache: str | None = Field(
-        None, description="node-local folder for unpacked shards; default: a private one in /tmp"
+    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of steps that warm up; a cosine to 0 follows")
+    epochs: float = Field(2.0, gt=0, description="number of passes over the shards, where `steps` is not given")
+    steps: int | None = Field(None, ge=1, description="number of optimizer steps, instead of epochs")
+    global_batch_size: int = Field(16, ge=1, description="number of sequences in an optimizer step, over all ranks")
+    micro_batch_size: int = Field(
+        4, ge=1, description="number of sequences a rank runs at once; others are accumulated"
     )
+    gradient_clipping: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one is always written at the end")
+    keep_last: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
+    keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are never removed")
+    num_workers: int = Field(2, ge=0, description="number of loader processes of each rank")
+    shard_cache: str | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
     shard_remote: Annotated[str, AfterValidator(_remote_folder)] | None = Field(
         None,
-        description="where shards are read from instead of WORKDIR/shards: a copy of it, such as s3://BUCKET/shards; "
-        "WORKDIR keeps their manifests",
+        description="place to read shards from instead of WORKDIR/shards: a copy of that folder, such as "
+        "s3://BUCKET/shards; WORKDIR keeps their manifests",
     )
     loss_chunk_size: int | None = Field(
-        None, ge=1, description="positions whose logits exist at one time; default: as many as fit the device's caches"
+        None, ge=1, description="positions whose logits exist at one time; null: what fits the device's caches"
     )
     compile_losses: bool = Field(False, description="fuse the losses with torch.compile, which takes a minute to start")
     sense_bank: Literal["host", "device"] = Field(
-        "host",
-        description="host: a batch brings the sense embeddings it needs; device: every rank holds all of them",
+        "host", description="where sense embeddings lie. host: a batch brings its own; device: every rank holds all"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    collective_timeout_s: int = Field(1800, ge=10, description="a rank that waits longer gives up, non-zero")
+    collective_timeout_s: int = Field(
+        1800, ge=10, description="seconds a rank waits in a collective operation before it exits with an error"
+    )
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """What goes to MLflow."""
 
-    enabled: bool = Field(True, description="track runs at all")
-    uri: str | None = Field(None, description="tracking URI; by default sqlite in the work directory")
-    experiment: str = Field("dskd", min_length=1, description="experiment that the runs belong to")
+    enabled: bool = Field(True, description="track runs in MLflow")
+    uri: str | None = Field(None, description="tracking URI; null: a sqlite database in the work directory")
+    experiment: str = Field("dskd", min_length=1, description="name of the MLflow experiment that the runs belong to")
     parent: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$",
-        description="name of a run of the experiment that this one is shown below, such as a sweep's; made if missing",
+        description="name of the MLflow parent run under which this run is nested; it is created where it is missing",
     )
-    log_every: int = Field(1, ge=1, description="steps between logged metrics")
+    log_every: int = Field(1, ge=1, description="number of steps between logged metrics")
     system_metrics: bool = Field(True, description="record the use of processors, memory and GPUs of every node")
-    system_metrics_every_s: float = Field(10.0, ge=1, description="seconds between two of these samples")
-    log_model: bool = Field(
-        False, description="export also uploads the model to its run, for mlflow.transformers.load_model"
-    )
+    system_metrics_every_s: float = Field(10.0, ge=1, description="seconds between two records of system metrics")
+    log_model: bool = Field(False, description="upload exports to their run, for mlflow.transformers.load_model")
 
 
 class EvaluationConfig(Section):
-    """Measures on held-out text."""
+    """Measures on held-out text, and lexical ones."""
 
-    batch_size: int = Field(16, ge=1, description="sequences in one forward pass")
-    samples: int = Field(4, ge=0, description="held-out texts that every model goes on with; 0 is none")
-    sample_tokens: int = Field(24, ge=1, description="tokens by which it goes on, greedily")
+    batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass")
+    samples: int = Field(4, ge=0, description="number of held-out texts that every model continues; 0: none")
+    sample_tokens: int = Field(24, ge=1, description="number of tokens of each continuation, chosen greedily")
     wic: str | None = Field(
         None,
-        description="with --lexical. A NAME.data.txt of Words in Context as published, its NAME.gold.txt beside it. "
-        "One for all runs that are compared: with another, or none, lexical measures are of other data and made anew",
+        description="with --lexical. File NAME.data.txt of Words in Context as published, NAME.gold.txt beside it. Use "
+        "one for all runs that are compared: with another, or none, lexical measures are of other data",
     )
     wic_threshold: str | None = Field(
-        None, description="with wic. Another such file, such as that of its training split, to choose the threshold on"
+        None, description="with wic. Another such file, of the training split say, on which the threshold is chosen"
     )
 
     @model_validator(mode="after")
@@ -465,7 +509,7 @@ class EvaluationConfig(Section):
 
 
 class TasksConfig(Section):
-    """The paper's benchmarks, to evaluate on and to train on (method, sections 4 and 5).
+    """The paper's benchmarks, to evaluate on and to train on (docs/method.md, sections 4 and 5).
 
     Each is a folder with the benchmark's files, as published or as on the hub, or the name of a dataset of the hub.
     """
@@ -476,28 +520,25 @@ class TasksConfig(Section):
     mmlu: str = Field("cais/mmlu", min_length=1, description="folder or dataset of MMLU")
     squad_v2: str = Field("rajpurkar/squad_v2", min_length=1, description="folder or dataset of SQuAD v2")
     evaluate: tuple[TaskName, ...] = Field(
-        (), description="benchmarks that launcher/pipeline.py asks all models at its end, as evaluate.py --tasks does"
+        (), description="benchmarks that all models are evaluated on at the end of launcher/pipeline.py"
     )
-    choice_shots: int = Field(5, ge=0, description="examples in a prompt, of all tasks but squad_v2")
-    squad_shots: int = Field(1, ge=0, description="examples in a prompt of squad_v2")
-    choice_tokens: int = Field(2, ge=1, description="tokens a model may answer with, in all tasks but squad_v2")
-    squad_tokens: int = Field(10, ge=1, description="tokens a model may answer with in squad_v2")
+    choice_shots: int = Field(5, ge=0, description="number of examples in a prompt, in all tasks but squad_v2")
+    squad_shots: int = Field(1, ge=0, description="number of examples in a prompt of squad_v2")
+    choice_tokens: int = Field(2, ge=1, description="largest number of tokens in an answer, in all tasks but squad_v2")
+    squad_tokens: int = Field(10, ge=1, description="largest number of tokens in an answer in squad_v2")
     limit: int | None = Field(
-        None, ge=1, description="evaluate on so many examples a task, of mmlu a subject, drawn at random; default: all"
+        None, ge=1, description="number of examples, drawn at random, per task (mmlu: per subject); null: all"
     )
-    batch_size: int = Field(16, ge=1, description="prompts that a rank runs at once")
+    batch_size: int = Field(16, ge=1, description="number of prompts that a rank runs at once")
     train_share: float = Field(
-        0.25,
-        gt=0,
-        le=1,
-        description="with corpus.source: tasks. Share of the training splits, of all tasks but squad_v2",
+        0.25, gt=0, le=1, description="with corpus.source: tasks. Share of training splits to use, but for squad_v2"
     )
     seed: int = Field(
         0,
         ge=0,
         lt=2**63,
-        description="of the prompts' examples and of every other choice; not that of the run, since all are asked the "
-        "same",
+        description="seed for drawing few-shot examples, tasks.limit and training splits; separate from `seed`, so "
+        "that all runs get the same questions",
     )
 
 
@@ -505,7 +546,7 @@ class PipelineConfig(Section):
     """How `launcher/pipeline.py` starts the stages that run on several ranks."""
 
     launcher_args: tuple[str, ...] | None = Field(
-        None, description="arguments of `deepspeed`; by default all GPUs, or two ranks where there is none"
+        None, description="arguments of `deepspeed`; null: all GPUs of this machine, or two ranks where there is none"
     )
 
 
@@ -515,6 +556,12 @@ def _not_reserved(name: str) -> str:
     return name
 
 
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if again := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        raise ValueError(f"{', '.join(map(str, again))} is there more than once: runs of one seed are the same run")
+    return seeds
+
+
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_not_reserved)]
 
 
@@ -522,13 +569,18 @@ class Config(Section):
     """The whole experiment. Paths that are not absolute start at the current directory."""
 
     workdir: str = Field(min_length=1, description="folder for every artifact of this experiment")
-    run: RunName = Field("dskd", description="the training run: a key of `runs`")
-    runs: dict[RunName, dict[str, Any]] = Field({}, description="named runs, each with the keys in which it differs")
-    seed: int = Field(0, ge=0, lt=2**63, description="of every random choice")
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
-        (), description="train each run once with each of these, as RUN-s0, …; the first is also that of what all share"
+    run: RunName = Field(
+        "dskd",
+        description="name of the run to train; not given: dskd where `runs` is empty or has it, else the first there",
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    runs: dict[RunName, dict[str, Any]] = Field({}, description="runs by name, each with the keys in which it differs")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random choice, except those of tasks.seed")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], AfterValidator(_each_once)] = Field(
+        (), description="train each run with each of these, as RUN-s0, …; what all share is made with the first"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="type to compute in; auto: bf16 where the hardware has it"
+    )
     teacher: TeacherConfig
     corpus: CorpusConfig = CorpusConfig()  # type: ignore[call-arg]
     wordnet: WordNetConfig = WordNetConfig()  # type: ignore[call-arg]

@@ -5,6 +5,7 @@ at once, each with its line, before anything is loaded. A config never changes a
 """
 
 import difflib
+import inspect
 import json
 import re
 import textwrap
@@ -20,6 +21,16 @@ from dskd.errors import UserError, listed
 
 # Runs share every artifact up to the shards, so they may differ only in what comes after.
 KEYS_A_RUN_MAY_CHANGE = ("loss", "train", "seed")
+# By pydantic's types of errors.
+_EXPECTED = {
+    "list_type": "a list, such as [a, b]",
+    "tuple_type": "a list, such as [a, b]",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -44,8 +55,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             problems.append(f"{override!r}: the value is not YAML ({problem})")
             continue
         overridden[key] = override
-    merged = _merge(data, changes)
-    merged = _with_seeds(merged)
+    merged = _with_seeds(_with_run(_merge(data, changes)))
     merged, run_problems = _apply_run(merged, changes)
     problems += [f"{_place(path, lines, overridden, key)}{message}" for key, message in run_problems]
     try:
@@ -76,11 +86,12 @@ def describe() -> str:
 
 def _described(model: type[Section], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        sections = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((s for s in sections if isinstance(s, type) and issubclass(s, Section)), None)
+        section = _section_of(field.annotation)
         key = f"{prefix}{name}"
         if section is not None:
-            yield f"\n{key}: {(section.__doc__ or '').splitlines()[0]}"
+            first, *more = inspect.getdoc(section).split("\n\n")  # type: ignore[union-attr] # every section has one
+            yield "\n" + textwrap.fill(first, 118, initial_indent=f"{key}: ", subsequent_indent="    ")
+            yield from (textwrap.indent(textwrap.fill(part, 114), "    ") for part in more)
             yield from _described(section, f"{key}.")
             continue
         default = "required" if field.is_required() else json.dumps(field.get_default(), default=list)
@@ -158,12 +169,22 @@ def _merge(base: Any, changes: Any) -> Any:
     return changes
 
 
+def _with_run(merged: dict[str, Any]) -> dict[str, Any]:
+    """Where no run is chosen and none is called `dskd`, the first of `runs` is."""
+    runs, default = merged.get("runs"), Config.model_fields["run"].default
+    if "run" in merged or not isinstance(runs, dict) or not runs or default in runs:
+        return merged
+    return {**merged, "run": next(iter(runs))}
+
+
 def _with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
     """Instead of each run one for each of `seeds`: `kd-s0` is `kd` with seed 0. The chosen run's name stands for the
-    first of its own. What is no list of numbers is left as it is, for the check of all keys to find.
+    first of its own. What is no list of different numbers is left as it is, for the check of all keys to find.
     """
     seeds, runs, run = merged.get("seeds"), merged.get("runs") or {}, merged.get("run", "dskd")
     if not seeds or not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        return merged
+    if len(set(seeds)) < len(seeds):
         return merged
     if not isinstance(runs, dict) or not all(isinstance(keys, dict) for keys in runs.values()):
         return merged
@@ -211,7 +232,8 @@ def _check(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]]:
     """(dotted key, message) of each of pydantic's errors, in words that say what to do."""
-    explained: dict[str, str] = {}
+    explained: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
     for error in errors:
         # A union's members each report; the part of the location that names the member is no key of the file.
         location = [str(part) for part in error["loc"]]
@@ -233,20 +255,52 @@ def _explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str
         elif error["type"] == "value_error":
             message = str(error["ctx"]["error"])
         else:
-            found = json.dumps(error["input"], default=str)
-            message = f"{error['msg'][0].lower()}{error['msg'][1:]}, found {found}"
-        explained[key] = f"{explained[key]}; or {message}" if key in explained else message
-    return list(explained.items())
+            message = _expected(error, location)
+            found[key] = f", found {json.dumps(error['input'], default=str, ensure_ascii=False)}"
+            if error["type"] == "string_type" and isinstance(error["input"], (bool, int, float)):
+                found[key] += "; put it in quotes"
+        said = explained.setdefault(key, [])
+        said.append(message.removeprefix("expected ") if said else message)
+    return [(key, f"{', or '.join(messages)}{found.get(key, '')}") for key, messages in explained.items()]
+
+
+def _expected(error: Any, location: list[str]) -> str:
+    """What a value has to be, in YAML's terms and not in those of Python and JSON."""
+    kind = error["type"].split("_")[0]
+    if kind in ("model", "dict"):
+        section = _section(location)
+        if section is None:
+            return "expected keys, such as NAME: {}"
+        name, field = next(iter(section.model_fields.items()))
+        value = "VALUE" if field.get_default() is None else str(field.get_default()).lower()
+        return f"expected keys, such as {'.'.join([*location, name])}={value}"
+    if error["type"] in _EXPECTED:
+        return f"expected {_EXPECTED[error['type']]}"
+    message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return re.sub("^input should be (?=greater|less)", "expected a number ", message).replace(
+        "input should be", "expected"
+    )
+
+
+def _section(location: Sequence[str]) -> type[Section] | None:
+    """The section at a dotted key's parts, or None where that is none."""
+    model: type[Section] | None = Config
+    for part in location:
+        field = model.model_fields.get(part) if model else None
+        model = _section_of(field.annotation) if field else None
+    return model
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type is, also where it may be null."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def _suggestion(location: list[str]) -> str:
-    model: Any = Config
-    for part in location[:-1]:
-        field = model.model_fields.get(part)
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
-        if model is None:
-            return ""
+    model = _section(location[:-1])
+    if model is None:
+        return ""
     near = difflib.get_close_matches(location[-1], model.model_fields, n=1)
     parent = "".join(f"{part}." for part in location[:-1])
     return f"; did you mean {parent}{near[0]}?" if near else f"; known here: {', '.join(model.model_fields)}"

@@ -41,6 +41,12 @@ SCHEMA_VERSIONS = {
     "lexical-items": 1,
     "lexical": 2,
 }
+_MISSING = {
+    "senses": "is no sense dictionary here; make it",
+    "shards": "are no shards here; make them",
+    "sequences": "are no sequences here; make them",
+    "states": "are no states here; make them",
+}
 _PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
 
 
@@ -180,7 +186,7 @@ def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool =
     """
     manifest = _load_manifest(path)
     if manifest is None:
-        raise UserError(f"{path}: there is no {kind} here; make it with `{made_by}`")
+        raise UserError(f"{path}: there {_MISSING.get(kind, f'is no {kind} here; make it')} with `{made_by}`")
     if manifest.kind != kind:
         raise UserError(f"{path}: expected a {kind}, found a {manifest.kind}; name the right folder")
     if manifest.schema_version != SCHEMA_VERSIONS[kind]:

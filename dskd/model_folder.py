@@ -24,7 +24,7 @@ from dskd.manifest import digest_of_json, read_manifest, sha256_of_file, write_j
 LAYER_NAME = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 TEACHER_FOLDER = "teacher"
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-TEACHER_MADE_BY = "launcher/pipeline.py --config FILE"
+TEACHER_MADE_BY = "python launcher/pipeline.py --config FILE"
 
 
 @dataclass(frozen=True)

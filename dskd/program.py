@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,19 +56,20 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
 
 
-def parse(parser: argparse.ArgumentParser, *options: str) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, *options: str, may_be_empty: Sequence[str] = ()) -> argparse.Namespace:
     """The arguments, in any order: where overrides stand behind an option that takes several names, they are none.
 
     Args:
         parser: of :func:`build_parser`.
         options: those that take several names, which must not have a `=`.
+        may_be_empty: those of them that may be given without a name (`nargs="*"`).
     """
     given = parser.parse_intermixed_args()
     for option in options:
         words = getattr(given, option)
         if words is not None:
             names = [word for word in words if "=" not in word]
-            if not names:
+            if not names and option not in may_be_empty:
                 parser.error(f"argument --{option}: expected at least one name, found {' '.join(words)}")
             setattr(given, option, names)
             given.overrides += [word for word in words if "=" in word]

@@ -76,12 +76,9 @@ def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
     """
     wanted = student.layers
     if isinstance(wanted, tuple):
-        wrong = [layer for layer in wanted if not 0 <= layer < num_layers]
-        if wrong or list(wanted) != sorted(set(wanted)):
-            raise UserError(
-                f"student.layers: expected different layers from 0 to {num_layers - 1} in ascending order, "
-                f"found {list(wanted)}"
-            )
+        missing = [layer for layer in wanted if layer >= num_layers]
+        if missing:
+            raise UserError(f"student.layers: the teacher has layers 0 to {num_layers - 1}, so there is no {missing}")
         return list(wanted)
     if not 1 <= wanted <= num_layers:
         raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {wanted}")

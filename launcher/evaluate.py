@@ -1,10 +1,11 @@
 """Measures teacher, cut student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME.
 
-With --tasks it asks them the paper's benchmarks instead, and writes WORKDIR/tasks/NAME/TASK; with --lexical it measures
-what they know of words and senses, and writes WORKDIR/lexical/NAME.
+With --tasks it evaluates them on the paper's benchmarks instead, and writes WORKDIR/tasks/NAME/TASK; with --lexical it
+measures what they know of words and senses, and writes WORKDIR/lexical/NAME.
 """
 
 from dskd.config import TASKS, Config
+from dskd.console import say
 from dskd.distributed import World, on_main
 from dskd.program import build_parser, parse, run_on_ranks
 
@@ -14,6 +15,7 @@ examples:
   deepspeed --num_gpus 2 launcher/evaluate.py --config configs/quickstart.yaml --force
   deepspeed launcher/evaluate.py --config mine.yaml tasks.limit=200 --tasks arc_challenge mmlu
   deepspeed launcher/evaluate.py --config mine.yaml --tasks all
+  deepspeed launcher/evaluate.py --config mine.yaml --tasks                 those of tasks.evaluate
   deepspeed launcher/evaluate.py --config mine.yaml --tasks mmlu --models teacher dskd
   deepspeed launcher/evaluate.py --config mine.yaml --lexical
   deepspeed launcher/evaluate.py --config mine.yaml --lexical --models teacher dskd
@@ -29,9 +31,9 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="evaluate also what is up to date")
     parser.add_argument(
         "--tasks",
-        nargs="+",
+        nargs="*",
         metavar="TASK",
-        help=f"ask benchmarks instead: {', '.join(TASKS)}, or all",
+        help=f"evaluate on benchmarks instead: {', '.join(TASKS)}, or all; without a name on those of tasks.evaluate",
     )
     parser.add_argument(
         "--lexical",
@@ -44,26 +46,31 @@ def main() -> None:
         metavar="NAME",
         help="with --tasks or --lexical: only these of teacher, student and the runs",
     )
-    given = parse(parser, "tasks", "models")
+    given = parse(parser, "tasks", "models", may_be_empty=["tasks"])
+    on_tasks = given.tasks is not None
     for name in given.tasks or ():
         if name not in (*TASKS, "all"):
             parser.error(f"argument --tasks: invalid choice: {name!r} (choose from {', '.join(TASKS)}, all)")
-    if given.models and not (given.tasks or given.lexical):
+    if given.models and not (on_tasks or given.lexical):
         parser.error("--models goes with --tasks or --lexical; the held-out text is read by all models that are there")
-    if given.tasks and given.lexical:
+    if on_tasks and given.lexical:
         parser.error("--tasks and --lexical are two commands; give one of them at a time")
 
     def work(config: Config, world: World) -> None:
         # After the arguments: --help should not wait for DeepSpeed.
         from dskd.evaluate import evaluate, require_exports
 
+        tasks = given.tasks or config.tasks.evaluate
+        if on_tasks and not tasks:
+            say("tasks.evaluate is empty and --tasks names no benchmark: there is nothing to evaluate on")
+            return
         if not given.models:
             run_is_named = any(override.startswith("run=") for override in given.overrides)
             on_main(lambda: require_exports(config, run_is_named=run_is_named))
-        if given.tasks:
+        if on_tasks:
             from dskd.tasks.run import run_tasks
 
-            run_tasks(config, world, given.tasks, given.models, force=given.force)
+            run_tasks(config, world, tasks, given.models, force=given.force)
         elif given.lexical:
             from dskd.lexical.run import run_lexical
 

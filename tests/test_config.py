@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 from conftest import REPOSITORY
@@ -93,7 +95,7 @@ def test_seeds_need_no_runs_and_may_stand_on_the_command_line(tmp_path):
     assert load_config(path, ["seeds=[0, 1]"]).run_names == ("only-s0", "only-s1")
     chosen = load_config(path, ["seeds=[0, 1]", "run=only-s1"])
     assert (chosen.run, chosen.seed, chosen.run_names) == ("only-s1", 1, ("only-s0", "only-s1"))
-    with pytest.raises(UserError, match=r"override 'seeds=\[0, x\]': seeds.1: input should be a valid integer"):
+    with pytest.raises(UserError, match=r"override 'seeds=\[0, x\]': seeds.1: expected a whole number, found \"x\""):
         load_config(path, ["seeds=[0, x]"])
 
 
@@ -142,6 +144,10 @@ def test_names_that_yaml_reads_otherwise_can_be_chosen(tmp_path, name):
         "student.layers=[]",
         "student.layers=0",
         "student.train_layers=-1",
+        "student.layers=[3, 1, 1]",
+        "student.train_layers=17",
+        "student.train_layers=[16]",
+        "seeds=[0, 1, 0]",
         "loss.temperature=.nan",
     ],
 )
@@ -173,6 +179,58 @@ def test_keys_of_another_source_of_text_are_all_named(tmp_path, corpus, messages
         load_config(_write(tmp_path, {**MINIMAL, "corpus": corpus}))
     for message in messages:
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("runs", "run"), [(["b", "a"], "b"), (["b", "dskd"], "dskd"), ([], "dskd")], ids=["others", "one", "none"]
+)
+def test_a_run_that_is_not_chosen_is_dskd_or_the_first_of_the_file(tmp_path, runs, run):
+    path = _write(
+        tmp_path, f"workdir: w\nteacher: {{path: a/b}}\nruns: {{{', '.join(f'{name}: {{}}' for name in runs)}}}"
+    )
+    assert load_config(path).run == run
+    assert load_config(path, ["seeds=[4, 5]"]).run == f"{run}-s4"
+    assert load_config(path, ["seeds=[4, 5]"]).run_names == tuple(f"{r}-s{s}" for r in runs or [run] for s in (4, 5))
+
+
+def test_layers_are_compared_with_each_other(tmp_path):
+    path = _write(tmp_path, {**MINIMAL, "student": {"layers": [5, 1, 5], "train_layers": [1, 2]}})
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert "student: layers: expected different layers in ascending order, such as [1, 5], found [5, 1, 5]" in str(
+        error.value
+    )
+    assert "train_layers: the student has layers 0 to 1, so there is no [2]" in str(error.value)
+    assert load_config(path, ["student.layers=[1, 5, 7]"]).student.train_layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss=3", "loss: expected keys, such as loss.ce_weight=1.0, found 3"),
+        ("teacher=x", 'teacher: expected keys, such as teacher.path=VALUE, found "x"'),
+        ("runs=[a]", "runs: expected keys, such as NAME: {}, found"),
+        ("lexicon.tsv=a.tsv", 'lexicon.tsv: expected a list, such as [a, b], found "a.tsv"'),
+        ("student.layers=x", 'student.layers: expected a whole number, or a list, such as [a, b], found "x"'),
+        ("train.steps=1.5", "train.steps: expected a whole number, found 1.5"),
+        ("loss.margin=x", 'loss.margin: expected a number, found "x"'),
+        ("loss.margin=-1", "loss.margin: expected a number greater than or equal to 0, found -1"),
+        ("tracking.enabled=1", "tracking.enabled: expected true or false, found 1"),
+        ("tracking.experiment=7", "tracking.experiment: expected text, found 7; put it in quotes"),
+        ("tracking.experiment=[7]", "tracking.experiment: expected text, found [7]\n"),
+        ("teacher.mode=whole", "teacher.mode: expected 'resident', 'zero3' or 'cached', found \"whole\""),
+    ],
+)
+def test_what_a_value_has_to_be_is_said_in_plain_words(tmp_path, override, message):
+    with pytest.raises(UserError) as error:
+        load_config(_write(tmp_path, MINIMAL), [override])
+    assert f": {message}" in f"{error.value}\n"
+
+
+def test_the_documented_keys_are_those_that_the_command_prints():
+    text = (REPOSITORY / "docs" / "config.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"```text\n(.*)```\n", text, flags=re.DOTALL)
+    assert printed == f"{describe()}\n", "docs/config.md is not up to date: `make docs` renews it"
 
 
 def test_a_run_that_does_not_exist_is_refused(tmp_path):
@@ -215,6 +273,7 @@ def test_a_config_cannot_be_changed():
 
 def test_every_key_is_described():
     text = describe()
+    assert "its own (O_i), those of its synonyms" in text  # a section is told of to the end
     for section, field in Config.model_fields.items():
         assert section in text
         annotation = field.annotation

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -62,6 +63,23 @@ def test_a_mistake_of_the_manifest_is_named_and_not_to_be_retried(start, argumen
     _, said = process.communicate(timeout=30)
     assert process.returncode == 2, said
     assert f"error: {message}" in said
+
+
+def test_verbs_of_one_process_run_on_pod_0_and_the_others_are_done(start, tmp_path):
+    """Without the other pods: none of them has an address here."""
+    config = (*CONFIG, f"workdir={tmp_path / 'work'}", "train.shard_cache=/scratch/shards")
+    there = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    running = {
+        verb: start(verb, *config, PATH=there, PYTHONPATH=str(REPOSITORY)) for verb in ("export", "compare", "status")
+    }
+    others = [start(verb, *config, JOB_COMPLETION_INDEX="1") for verb in running]
+    said = {verb: process.communicate(timeout=300)[1] for verb, process in running.items()}
+    assert [process.wait(30) for process in others] == [0, 0, 0]
+    # There is neither a checkpoint nor a tracked run: mistakes. That nothing is trained yet is none.
+    assert {verb: process.returncode for verb, process in running.items()} == {"export": 2, "compare": 2, "status": 0}
+    assert "there is no checkpoint; train with" in said["export"]
+    assert said["compare"].count("error: ") == 1
+    assert "Traceback" not in "".join(said.values())
 
 
 def test_a_node_that_does_not_come_is_named_and_the_pod_may_be_retried(start):

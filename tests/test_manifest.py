@@ -101,7 +101,7 @@ def test_other_artifacts_are_refused(tmp_path, change, message):
 
 
 def test_a_missing_artifact_says_how_to_make_it(tmp_path):
-    with pytest.raises(UserError, match="there is no senses here; make it with `make senses`"):
+    with pytest.raises(UserError, match="there is no sense dictionary here; make it with `make senses`"):
         _read(tmp_path / "a")
 
 

@@ -93,7 +93,7 @@ def test_all_that_cannot_be_merged_is_named_at_once(merged, tmp_path):
     with pytest.raises(UserError) as refused:
         merge_dictionaries(config, [tmp_path / "other teacher", tmp_path / "nothing"], tmp_path / "out")
     assert "made with different teachers" in str(refused.value)
-    assert "there is no senses here" in str(refused.value)
+    assert "there is no sense dictionary here" in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 

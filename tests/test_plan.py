@@ -318,7 +318,7 @@ def test_a_file_that_is_no_config_of_a_decoder_is_named(tmp_path, monkeypatch, c
     _config(tmp_path)
     (tmp_path / "x.json").write_text(text)
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", tmp_path / "x.json", *MACHINES]
-    code, _, error = _run(monkeypatch, capsys, *options, "student.layers=1")
+    code, _, error = _run(monkeypatch, capsys, *options, "student.layers=1", "student.train_layers=1")
     assert code == 2 and part in error and "Traceback" not in error
 
 

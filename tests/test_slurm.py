@@ -355,18 +355,20 @@ def test_the_pipeline_is_a_chain_of_jobs(site):
     work = site.folder / "pipeline"
     for artifact in ("corpus", "lexicon", "teacher"):
         shutil.copytree(site.folder / "work" / artifact, work / artifact)
-    file = site.write_env(f"DSKD_OVERRIDES=(workdir={work} train.steps=2)\nDSKD_RUNS=(one)")
-    text = site.config.read_text().replace("run: dskd", "run: one")
-    site.config.write_text(f"{text}\nruns: {{one: {{loss: {{sense_weight: 0.5, min_relations: 3}}}}}}\n")
+    file = site.write_env(f"DSKD_OVERRIDES=(workdir={work} train.steps=2)")
+    text = site.config.read_text().replace("run: dskd", "")
+    site.config.write_text(f"{text}\nruns: {{one: {{loss: {{sense_weight: 0.5, min_relations: 3}}}}, two: {{}}}}\n")
     script = str(REPOSITORY / "cluster" / "slurm" / "submit.sh")
     printed = site.slurm.run("env", f"DSKD_ENV={file}", f"PYTHONPATH={REPOSITORY}", script, "pipeline")
     jobs = dict(reversed(line.split()) for line in printed.splitlines())
-    assert list(jobs) == ["prepare", "senses", "annotate", "train-one", "evaluate"]
+    assert list(jobs) == ["prepare", "senses", "annotate", "train-one", "train-two", "evaluate"]
     for name, job in jobs.items():
         shown = site.slurm.wait(int(job), JOB_S)
         log = (site.folder / f"dskd-{name}-{job}.log").read_text(errors="replace")
         assert shown["JobState"] == "COMPLETED", log
-    assert re.search(r"^one  +[\d,.]+  +0\.\d+", log, re.MULTILINE), log
+    for run in ("one", "two"):
+        assert re.search(rf"^{run}  +[\d,.]+  +0\.\d+", log, re.MULTILINE), log
+    assert "tasks.evaluate is empty" in log
     shards = yaml.safe_load((work / "shards" / "train" / "manifest.json").read_text())
     assert shards["kind"] == "shards"
 

@@ -30,7 +30,7 @@ def submit(tmp_path):
             env={**environment, "PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     submitted = tmp_path / "submitted"
@@ -99,6 +99,41 @@ def test_what_is_neither_training_nor_pipeline_is_refused(submit):
     finished = submit("eval")
     assert finished.returncode == 2
     assert "error: 'eval' is neither train nor pipeline" in finished.stderr
+
+
+@pytest.mark.parametrize(("arguments", "exit_code"), [(("--help",), 0), (("foo",), 2), ((), 2)])
+def test_usage_needs_no_settings(tmp_path, arguments, exit_code):
+    environment = {**os.environ, "DSKD_ENV": str(tmp_path / "no.env")}
+    finished = subprocess.run(
+        [str(SLURM / "submit.sh"), *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == exit_code
+    assert "submit.sh train|pipeline [section.key=value …]" in finished.stdout + finished.stderr
+    assert "no.env" not in finished.stderr
+
+
+def _trained(submit):
+    return [line.split("train.sbatch")[1].split() for line in submit.submitted() if "train.sbatch" in line]
+
+
+def test_the_pipeline_trains_all_runs_of_the_config_or_those_that_are_named(submit):
+    runs = "'runs={one: {}, two: {}}'"
+    finished = submit("pipeline", "train.steps=5", "run=two", env=f"DSKD_OVERRIDES=({runs})")
+    assert finished.returncode == 0, finished.stderr
+    # Behind the overrides, among which another one may be chosen.
+    assert _trained(submit) == [["train.steps=5", "run=two", "run=one"], ["train.steps=5", "run=two", "run=two"]]
+    assert "17 train-one\n17 train-two\n17 evaluate\n" in finished.stdout
+    finished = submit("pipeline", env=f"DSKD_OVERRIDES=({runs} run=one)\nDSKD_RUNS=(two)")
+    assert finished.returncode == 0, finished.stderr
+    assert _trained(submit)[2:] == [["run=two"]]
+
+
+def test_where_the_config_cannot_be_read_its_run_is_trained_and_it_is_said(submit):
+    finished = submit("pipeline", env="DSKD_VENV=")
+    assert finished.returncode == 0, finished.stderr
+    assert _trained(submit) == [[]]
+    assert "name others in DSKD_RUNS" in finished.stderr
+    assert "DSKD_RUNS" not in submit("train", env="DSKD_VENV=").stderr
 
 
 def test_a_settings_file_that_is_not_there_is_named(tmp_path):

@@ -14,6 +14,7 @@ from task_files import DATA, PLACES
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dskd.config import TASKS
 from dskd.config_file import load_config
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
@@ -241,7 +242,9 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
     assert finished.output.count("== arc_challenge: teacher") == 1
     assert "tokens/s" in finished.output
     assert _results(load_config(config, overrides)) == results
-    again = run_program("evaluate.py", config, *overrides, "--tasks", "all", ranks=1)
+    # Those of the config: all of them, none of which is left to do.
+    evaluate = f"tasks.evaluate=[{', '.join(TASKS)}]"
+    again = run_program("evaluate.py", config, "--tasks", *overrides, evaluate, ranks=1)
     assert again.output.count("up to date: ") == 2
     refused = run_program("evaluate.py", config, "--tasks", "piqa", "run=nosuch", *overrides, ranks=2, check=False)
     assert refused.exit_code == 2
@@ -254,7 +257,8 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
     ("arguments", "says"),
     [
         (["--tasks", "arc"], "invalid choice: 'arc' (choose from arc_challenge, "),
-        (["--tasks", "tasks.limit=2"], "argument --tasks: expected at least one name, found tasks.limit=2"),
+        (["--tasks", "piqa", "--models"], "argument --models: expected at least one argument"),
+        (["--tasks", "--models", "seed=2"], "argument --models: expected at least one name, found seed=2"),
         (["--tasks", "piqa", "--lexical"], "give one of them at a time"),
         (["--models", "teacher"], "--models goes with --tasks or --lexical"),
     ],
@@ -276,3 +280,12 @@ def test_overrides_may_stand_behind_names(monkeypatch):
     given = parse(parser, "tasks", "models")
     assert (given.tasks, given.models) == (["piqa", "mmlu"], None)
     assert given.overrides == ["run=a", "seed=1", "tasks.limit=2"]
+
+
+def test_benchmarks_need_no_names_also_before_overrides(monkeypatch):
+    for behind in ([], ["tasks.limit=2"]):
+        parser = build_parser(None)
+        parser.add_argument("--tasks", nargs="*")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "FILE", "--tasks", *behind])
+        given = parse(parser, "tasks", may_be_empty=["tasks"])
+        assert (given.tasks, given.overrides) == ([], behind)

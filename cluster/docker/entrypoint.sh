@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The first process of every pod of cluster/kubernetes/: starts the ranks of its node, and turns TERM into save-and-stop.
 #
-#   entrypoint.sh PROGRAM [ARGUMENT …]     a program of launcher/, or preflight; and its arguments
+#   entrypoint.sh PROGRAM [ARGUMENT …]     a program of launcher/, or a verb of dskd; and its arguments
 #
 # train.py, build_senses.py, annotate.py, evaluate.py and preflight run on DSKD_NODES pods with DSKD_RANKS_PER_NODE ranks
-# each; pipeline.py, which starts ranks by itself, on one pod. Training always goes on from the run's last checkpoint, and
-# looks at the nodes first (dskd preflight), where DSKD_PREFLIGHT is 1.
+# each; pipeline.py, which starts ranks by itself, on one pod; export, compare and status in one process on pod 0, while
+# the other pods have nothing to do. Training always goes on from the run's last checkpoint, and looks at the nodes first
+# (dskd preflight), where DSKD_PREFLIGHT is 1.
 #
 # The exit code is the program's: 0 done, 2 the user's mistake (do not retry), 75 stopped on request and to be gone on
-# with, anything else a fault or a lost peer (retry).
+# with, anything else a fault or a lost peer (retry). That a run is not trained to its end, status only prints: 0.
 # shellcheck disable=SC2329  # what the trap calls does get called
 set -uo pipefail
 
@@ -106,11 +107,14 @@ end() {
 }
 
 program=${1:-}
-[[ -n $program ]] || refuse "no program: the first argument is one of launcher/, train.py for example"
+[[ -n $program ]] || refuse "no program: the first argument is one of launcher/, train.py for example, or a verb of dskd"
 shift
 case $program in
-    train.py | build_senses.py | annotate.py | evaluate.py | pipeline.py | preflight) ;;
-    *) refuse "'$program': expected train.py, build_senses.py, annotate.py, evaluate.py, pipeline.py or preflight" ;;
+    train.py | build_senses.py | annotate.py | evaluate.py | pipeline.py | preflight | export | compare | status) ;;
+    *)
+        refuse "'$program': expected train.py, build_senses.py, annotate.py, evaluate.py, pipeline.py, preflight, export, \
+compare or status"
+        ;;
 esac
 for argument; do
     [[ $argument != --overwrite ]] ||
@@ -134,6 +138,15 @@ if [[ $program == pipeline.py ]]; then
     start python "$root/launcher/$program" "$@"
     finish
     end $?
+fi
+
+if [[ $program == export || $program == compare || $program == status ]]; then
+    ((JOB_COMPLETION_INDEX == 0)) || exit 0
+    start dskd "$program" "$@"
+    finish
+    code=$?
+    [[ $program != status || $code != 3 ]] || code=0   # an answer, which would be the same again
+    end "$code"
 fi
 
 if [[ $program == train.py ]]; then

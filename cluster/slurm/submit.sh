@@ -7,28 +7,53 @@
 # Prints a line a job: its number and what it does. DSKD_ENV=FILE names another file than cluster/slurm/cluster.env.
 set -euo pipefail
 
+usage="usage: $0 train|pipeline [section.key=value …]"
+what=${1:-}
+case $what in
+    train | pipeline) ;;
+    -h | --help)
+        cat <<END
+$usage
+
+Submits training, or the whole pipeline as jobs that wait for each other, as cluster/slurm/cluster.env says, or the file
+that DSKD_ENV names. Prints a line for each job: its number and what it does. cluster/slurm/README.md has the rest.
+
+examples:
+  cluster/slurm/submit.sh pipeline
+  cluster/slurm/submit.sh train run=kd train.steps=2000
+  DSKD_ENV=mine.env cluster/slurm/submit.sh pipeline
+END
+        exit 0
+        ;;
+    *)
+        echo "error: '$what' is neither train nor pipeline; $usage" >&2
+        exit 2
+        ;;
+esac
+
 DSKD_ENV=$(realpath -m "${DSKD_ENV:-$(dirname "$0")/cluster.env}")
 export DSKD_ENV # jobs read it too; as an option of sbatch it would end at a comma
 cd "$(dirname "$0")/../.."
 # shellcheck source=cluster/slurm/settings.sh
 source cluster/slurm/settings.sh
 
-what=${1:-}
-if [[ $what != train && $what != pipeline ]]; then
-    echo "error: '$what' is neither train nor pipeline; usage: $0 train|pipeline [section.key=value …]" >&2
-    exit 2
-fi
 overrides=("${@:2}")
+config=(--config "$DSKD_CONFIG" "${DSKD_OVERRIDES[@]}" "${overrides[@]}")
 runs=("")
-[[ $what != pipeline ]] || runs=("${DSKD_RUNS[@]-}")
 
 # What is wrong with the config is said now, and not when the job has come through the queue: as it stands, which is what
-# the stages read, and for each run. (Where there is only a container it may be of another machine.)
+# the stages read, with all of its runs, and for each that is named. (Where there is only a container it may be of another machine.)
 if [[ -n $DSKD_VENV ]]; then
-    for run in "" ${runs[0]:+"${runs[@]}"}; do
-        "$DSKD_VENV/bin/python" -m dskd config --config "$DSKD_CONFIG" "${DSKD_OVERRIDES[@]}" "${overrides[@]}" \
-            ${run:+"run=$run"} >/dev/null || exit 2
+    names=$("$DSKD_VENV/bin/python" -m dskd config "${config[@]}" --run-names) || exit 2
+    [[ $what != pipeline ]] || mapfile -t runs <<<"$names"
+fi
+if [[ $what == pipeline ]] && ((${#DSKD_RUNS[@]})); then
+    runs=("${DSKD_RUNS[@]}")
+    for run in ${DSKD_VENV:+"${runs[@]}"}; do
+        "$DSKD_VENV/bin/python" -m dskd config "${config[@]}" "run=$run" >/dev/null || exit 2
     done
+elif [[ $what == pipeline && -z $DSKD_VENV ]]; then
+    echo "without DSKD_VENV the config is not read here: only its \`run\` is trained; name others in DSKD_RUNS" >&2
 fi
 mkdir -p "$DSKD_LOGS"
 
@@ -44,26 +69,27 @@ submit() {
     local options=(--job-name="dskd-$name" --nodes="$nodes")
     # A job whose predecessor failed would wait for ever.
     [[ -z $after ]] || options+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes)
-    job=$(sbatch "${common[@]}" "${options[@]}" "${DSKD_SBATCH_OPTIONS[@]}" "${@:4}" "${overrides[@]}")
+    job=$(sbatch "${common[@]}" "${options[@]}" "${DSKD_SBATCH_OPTIONS[@]}" "${@:4}")
     submitted=${job%%;*}
     echo "$submitted $name"
 }
 
 case $what in
     train)
-        submit train "$DSKD_NODES" "" cluster/slurm/train.sbatch
+        submit train "$DSKD_NODES" "" cluster/slurm/train.sbatch "${overrides[@]}"
         ;;
     pipeline)
-        submit prepare 1 "" cluster/slurm/pipeline.sbatch prepare
-        submit senses "$DSKD_NODES" "$submitted" cluster/slurm/pipeline.sbatch senses
-        submit annotate "$DSKD_NODES" "$submitted" cluster/slurm/pipeline.sbatch annotate
+        submit prepare 1 "" cluster/slurm/pipeline.sbatch prepare "${overrides[@]}"
+        submit senses "$DSKD_NODES" "$submitted" cluster/slurm/pipeline.sbatch senses "${overrides[@]}"
+        submit annotate "$DSKD_NODES" "$submitted" cluster/slurm/pipeline.sbatch annotate "${overrides[@]}"
         annotate=$submitted
         trained=()
         for run in "${runs[@]}"; do
-            submit "train${run:+-$run}" "$DSKD_NODES" "$annotate" cluster/slurm/train.sbatch ${run:+"run=$run"}
+            submit "train${run:+-$run}" "$DSKD_NODES" "$annotate" cluster/slurm/train.sbatch \
+                "${overrides[@]}" ${run:+"run=$run"} # last: overrides may choose another
             trained+=("$submitted")
         done
         after=$(IFS=:; echo "${trained[*]}")
-        submit evaluate "$DSKD_NODES" "$after" cluster/slurm/pipeline.sbatch evaluate
+        submit evaluate "$DSKD_NODES" "$after" cluster/slurm/pipeline.sbatch evaluate "${overrides[@]}"
         ;;
 esac

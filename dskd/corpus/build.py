@@ -23,7 +23,7 @@ from dskd.tasks import documents as tasks
 from dskd.wordnet import WordNet, open_wordnet
 
 FOLDER = "corpus"
-MADE_BY = "launcher/pipeline.py --config FILE"
+MADE_BY = "python launcher/pipeline.py --config FILE"
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
 _TASKS_SCHEMA = _SCHEMA.append(pa.field("continuation_tokens", pa.int32()))
