@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from dskd.console import say
 from dskd.errors import OutageError, UserError
 from dskd.folders import make_folder
 
@@ -34,6 +35,7 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
         return
     make_folder(path.parent)
     deadline = time.monotonic() + wait_s
+    is_waiting = False
     while True:
         stream = path.open("a+")
         try:
@@ -44,6 +46,9 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             holder = stream.read().strip() or "unknown"
             stream.close()
             if time.monotonic() < deadline:
+                if not is_waiting:
+                    say(f"{path}: another process ({holder}) {what}; waits for it up to {wait_s:.0f} s")
+                    is_waiting = True
                 time.sleep(0.5)
                 continue
             error = OutageError if wait_s else UserError
