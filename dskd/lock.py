@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dskd.console import say
 from dskd.errors import OutageError, UserError
 from dskd.folders import make_folder
 
@@ -47,6 +46,8 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             stream.close()
             if time.monotonic() < deadline:
                 if not is_waiting:
+                    from dskd.console import say  # brings torch, which takes seconds to import
+
                     say(f"{path}: another process ({holder}) {what}; waits for it up to {wait_s:.0f} s")
                     is_waiting = True
                 time.sleep(0.5)

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dskd.console import say
 from dskd.errors import UserError
 from dskd.folders import flush_folder, make_folder, replace_folder, write_text
 from dskd.lock import hold_lock, lock_if_free, release_lock
@@ -178,6 +177,8 @@ def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
     if not is_current(path, recipe):
         return False
     release_lock(_lock(path))
+    from dskd.console import say  # brings torch, which takes seconds to import
+
     say(f"  kept: {path}, which another process made meanwhile")
     return True
 
