@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, finish, fork_ranks, replace_at_loading, write_config
+from conftest import finish, fork_ranks, replace_at_loading, write_config
 from rank_jobs import act_on_nodes
 
 from dskd import evaluate as evaluation
@@ -86,7 +86,7 @@ def test_ranks_that_find_different_models_are_named_with_their_node(copy_of_tiny
 
 
 def test_a_second_pipeline_says_at_once_for_whom_it_waits_and_is_to_be_tried_again(tmp_path, monkeypatch, capsys):
-    config = write_config(tmp_path / "config.yaml", TINY, workdir=str(tmp_path / "work"))
+    config = write_config(tmp_path / "config.yaml", {"workdir": str(tmp_path / "work"), "teacher": {"path": "t"}})
     monkeypatch.setattr("dskd.stopping.listen", lambda: None)  # signals to this process are pytest's
     monkeypatch.setattr(pipeline, "LOCK_PATIENCE_S", 0.1)
     lock = tmp_path / "work" / pipeline.LOCK
