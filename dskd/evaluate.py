@@ -13,6 +13,7 @@ What they are made of is kept for each sample too (:mod:`dskd.examples`), so tha
 
 import functools
 import json
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,20 @@ from torch.nn import functional as F
 from dskd import export, samples, shards
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
-from dskd.distributed import World, main_first, on_main, sum_over_ranks
-from dskd.errors import UserError
+from dskd.distributed import World, gather_json, main_first, on_main, sum_over_ranks
+from dskd.errors import OutageError, UserError
 from dskd.examples import Examples, Measure, save_examples
 from dskd.head import chunk_size
-from dskd.manifest import Manifest, Recipe, build_artifact, is_current, require_same, write_json
+from dskd.manifest import (
+    Manifest,
+    Recipe,
+    build_artifact,
+    is_current,
+    read_file,
+    require_same,
+    was_made_meanwhile,
+    write_json,
+)
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
 from dskd.node_cache import open_node_cache
@@ -93,6 +103,54 @@ def chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
     return [candidate for candidate in found if names is None or candidate.name in names]
 
 
+def same_on_all_ranks(find: Callable[[], list[Candidate]]) -> list[Candidate]:
+    """What `find` finds, where every rank finds the same; every rank must call it.
+
+    Raises:
+        OutageError: naming the node of a rank that finds others than rank 0.
+    """
+    found = main_first(find)
+    seen = gather_json([socket.gethostname(), {candidate.name: candidate.folder.digest for candidate in found}])
+    for host, models in seen:
+        if models != seen[0][1]:
+            raise OutageError(
+                f"{host} finds the models {_with_digests(models)}, and rank 0 {_with_digests(seen[0][1])}; another "
+                "job may have exported meanwhile, or that node sees an old state of the shared storage. Start all "
+                "ranks again",
+                known_to_all_ranks=True,
+            )
+    return found
+
+
+def _with_digests(models: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({digest[:12]}…)" for name, digest in models.items())
+
+
+def load_candidate(candidate: Candidate, config: Config, world: World) -> FrozenModel:
+    """The model of a candidate, which may have been found hours before.
+
+    Raises:
+        OutageError: when another one lies in its place by now, whose measures would pass for those of this one.
+    """
+    model = load_frozen(candidate.folder, config, world)
+    on_main(lambda: _require_unchanged(candidate, config))
+    return model
+
+
+def _require_unchanged(candidate: Candidate, config: Config) -> None:
+    if candidate.name == TEACHER:
+        now = find_teacher(config)
+    elif candidate.name == CUT_STUDENT:
+        now = find_student(config)
+    else:
+        now, _ = export.find_export(config, candidate.name)
+    if now.digest != candidate.folder.digest:
+        raise OutageError(
+            f"{now.path}: this is not the model that was here when this began ({now.digest[:12]}…, and not "
+            f"{candidate.folder.digest[:12]}…), so it is not measured; start it again"
+        )
+
+
 def require_exports(config: Config, *, run_is_named: bool) -> None:
     """Says which runs of the config have no export and are left out.
 
@@ -154,35 +212,36 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
             tokenizer=teacher.tokenizer_digest,
         )
     )
-    stale = main_first(lambda: candidates(config) if force else stale_candidates(config))
+    found = same_on_all_ranks(lambda: candidates(config))
+    wanted = main_first(lambda: {candidate.name: recipe(config, candidate, teacher) for candidate in found})
     # Rank 0's word counts: all ranks must evaluate the same models.
-    names = on_main(lambda: [candidate.name for candidate in stale])
+    names = on_main(lambda: [n for n, it in wanted.items() if force or not is_current(config.path(FOLDER, n), it)])
     if not names:
         say(f"up to date: {config.path(FOLDER)}")
         return
     # The teacher goes first: its predictions are what the others are compared with.
-    stale = [candidate for candidate in candidates(config) if candidate.name in names]
+    stale = [candidate for candidate in found if candidate.name in names]
     text = HeldOutText(config, validation, dictionary.path, world)
     prompts = text.prompts(config)
     predictions: list[torch.Tensor] = []
     if TEACHER not in names:
-        model = load_frozen(teacher, config, world)
+        model = load_candidate(Candidate(TEACHER, teacher), config, world)
         measure(model, text, predictions, world, label="teacher's predictions")
         model.close()
     for candidate in stale:
         target = config.path(FOLDER, candidate.name)
         sources = [candidate.folder.path, config.path(shards.FOLDER, "validation")]
         with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
-            model = load_frozen(candidate.folder, config, world)
+            model = load_candidate(candidate, config, world)
             examples = measure(model, text, predictions, world, label="evaluating")
             continuations = samples.continue_prompts(model, prompts)
             model.close()
-            wanted = recipe(config, candidate, teacher)
 
             def write(folder: Path, name: str = candidate.name, said: list[list[int]] = continuations) -> None:
                 samples.write_samples(folder, teacher, prompts, said, name=name, beside=config.path(FOLDER, TEACHER))
 
-            on_main(functools.partial(_publish, config, candidate, wanted, examples, write if len(prompts) else None))
+            recipe_of_it, written = wanted[candidate.name], write if len(prompts) else None
+            on_main(functools.partial(_publish, config, candidate, recipe_of_it, examples, written, force=force))
 
 
 class HeldOutText:
@@ -301,9 +360,9 @@ def load_measures(config: Config) -> dict[str, dict[str, float]]:
     names = [TEACHER, CUT_STUDENT, *config.run_names]
     found = {}
     for name in names:
-        path = config.path(FOLDER, name, FILE)
-        if path.is_file():
-            found[name] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_file(config.path(FOLDER, name), FILE)
+        if content is not None:
+            found[name] = json.loads(content)
     return found
 
 
@@ -346,8 +405,12 @@ def _publish(
     wanted: Recipe,
     examples: Examples,
     write_samples: Callable[[Path], None] | None,
+    *,
+    force: bool,
 ) -> None:
     target, measures = config.path(FOLDER, candidate.name), examples.values()
+    if not force and was_made_meanwhile(target, wanted):
+        return
     with build_artifact(target, wanted) as building:
         write_json(building.folder / FILE, measures)
         save_examples(building.folder / EXAMPLES_FILE, examples)

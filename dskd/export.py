@@ -14,7 +14,7 @@ from dskd import checkpoint
 from dskd.config import Config
 from dskd.console import say, stage
 from dskd.errors import UserError
-from dskd.manifest import MANIFEST_NAME, Manifest, Recipe, build_artifact, read_manifest, verify_files
+from dskd.manifest import MANIFEST_NAME, Manifest, Recipe, build_artifact, is_current, read_manifest, verify_files
 from dskd.model_folder import WEIGHTS_INDEX, ModelFolder, TensorReader, load_tokenizer, tokenizer_digest
 from dskd.student import find_student, write_weights
 from dskd.tracking import log_export
@@ -30,7 +30,9 @@ def recipe(found: checkpoint.Checkpoint) -> Recipe:
 
 
 def build_export(config: Config) -> None:
-    """Writes `WORKDIR/export/RUN` from the newest checkpoint of the config's run.
+    """Writes `WORKDIR/export/RUN` from the newest checkpoint of the config's run, where it is not up to date.
+
+    MLflow is told in either case: what it was not told before is sent now.
 
     Raises:
         UserError: when there is no checkpoint, or the export does not compute what the student did in training.
@@ -45,6 +47,16 @@ def build_export(config: Config) -> None:
             f"{student.path} ({student.digest[:12]}…); train anew with `{checkpoint.MADE_BY}`"
         )
     target = config.path(FOLDER, config.run)
+    if is_current(target, recipe(found)):
+        say(f"up to date: {target}")
+    else:
+        _build(config, found, student, target)
+    run_id = found.manifest.facts["mlflow_run_id"]
+    if run_id and config.tracking.enabled:
+        log_export(config, config.run, run_id, target)
+
+
+def _build(config: Config, found: checkpoint.Checkpoint, student: ModelFolder, target: Path) -> None:
     with stage(f"export: run {config.run!r}", reads=[student.path, found.path], writes=target):
         verify_files(found.path, found.manifest, made_by=checkpoint.MADE_BY)
         with build_artifact(target, recipe(found)) as building:
@@ -55,9 +67,6 @@ def build_export(config: Config) -> None:
                 step=found.step, mlflow_run_id=found.manifest.facts["mlflow_run_id"], run=config.run, logits_error=error
             )
         say(f"  step {found.step}; reloaded, its logits differ from the trained student's by {error:.1e} (relative)")
-        run_id = found.manifest.facts["mlflow_run_id"]
-        if run_id and config.tracking.enabled:
-            log_export(config, config.run, run_id, target)
 
 
 def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:

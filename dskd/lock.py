@@ -34,6 +34,7 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
         return
     make_folder(path.parent)
     deadline = time.monotonic() + wait_s
+    is_waiting = False
     while True:
         try:
             stream = path.open("a+")
@@ -50,6 +51,11 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             holder = stream.read().strip() or "unknown"
             stream.close()
             if time.monotonic() < deadline:
+                if not is_waiting:
+                    from dskd.console import say  # brings torch, which takes seconds to import
+
+                    say(f"{path}: another process ({holder}) {what}; waits for it up to {wait_s:.0f} s")
+                    is_waiting = True
                 time.sleep(0.5)
                 continue
             error = OutageError if wait_s else UserError

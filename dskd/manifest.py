@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,9 +19,14 @@ from typing import Any
 
 from dskd.errors import UserError
 from dskd.folders import flush_folder, make_folder, replace_folder, write_text
-from dskd.lock import hold_lock, release_lock
+from dskd.lock import hold_lock, lock_if_free, release_lock
 
 MANIFEST_NAME = "manifest.json"
+# How long to wait for a lock. An NFS server keeps those of a dead node for its lease, usually 90 s, and what was there
+# before a restart may still be ending.
+LOCK_PATIENCE_S = 150.0
+# A reader may come while a new artifact is put in the place of an old one, and looks again.
+_LOOKS, _LOOK_AGAIN_S = 3, 0.2
 _RECIPE_NAME = ".recipe"  # of a build that can go on after an interruption
 
 # Raised by one when the format of a kind changes: artifacts of another version are rebuilt, or refused where they are
@@ -111,7 +117,7 @@ class Building:
     @property
     def folder(self) -> Path:
         """The temporary folder, beside the artifact's place so that renaming stays within one file system."""
-        return self.path.with_name(f".{self.path.name}.partial")
+        return _partial_folder(self.path)
 
     def clear(self) -> None:
         """Makes `folder` anew and empty, whatever an earlier, interrupted build left there.
@@ -119,9 +125,9 @@ class Building:
         From here on until it is published the artifact belongs to this process.
 
         Raises:
-            UserError: when another process makes the same artifact.
+            OutageError: when another process makes the same artifact, and goes on with it longer than is waited.
         """
-        hold_lock(self._lock, f"makes {self.path}")
+        _hold(self.path)
         shutil.rmtree(self.folder, ignore_errors=True)
         make_folder(self.folder)
 
@@ -132,9 +138,9 @@ class Building:
         are notes of the stage: they do not get into the artifact.
 
         Raises:
-            UserError: when another process makes the same artifact.
+            OutageError: when another process makes the same artifact, and goes on with it longer than is waited.
         """
-        hold_lock(self._lock, f"makes {self.path}")
+        _hold(self.path)
         wanted = [asdict(self.recipe), SCHEMA_VERSIONS[self.recipe.kind], package_versions()]
         recipe_file = self.folder / _RECIPE_NAME
         if not recipe_file.is_file() or recipe_file.read_text(encoding="utf-8") != digest_of_json(wanted):
@@ -165,11 +171,42 @@ class Building:
 
     def release(self) -> None:
         """Lets other processes make the artifact."""
-        release_lock(self._lock)
+        release_lock(_lock(self.path))
 
-    @property
-    def _lock(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.lock")
+
+def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
+    """Whether another process has made this very artifact while this one prepared what goes into it.
+
+    A process that is at it is waited for. Where nobody has made it, it belongs to this process until it is published.
+    """
+    _hold(path)
+    if not is_current(path, recipe):
+        return False
+    release_lock(_lock(path))
+    from dskd.console import say  # brings torch, which takes seconds to import
+
+    say(f"  kept: {path}, which another process made meanwhile")
+    return True
+
+
+def remove_partial(path: Path) -> None:
+    """Removes what an interrupted build of the artifact left, unless another process is at it."""
+    if _partial_folder(path).exists():
+        with lock_if_free(_lock(path)) as is_free:
+            if is_free:
+                shutil.rmtree(_partial_folder(path), ignore_errors=True)
+
+
+def _partial_folder(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _hold(path: Path) -> None:
+    hold_lock(_lock(path), f"makes {path}", wait_s=LOCK_PATIENCE_S)
 
 
 def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool = True) -> Manifest:
@@ -184,7 +221,7 @@ def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool =
     Raises:
         UserError: when it is missing, not readable, of another kind or version, or its files' sizes do not fit.
     """
-    manifest = _load_manifest(path)
+    manifest, misfits = _look_at(path, kind) if files_are_here else (_load_manifest(path), {})
     if manifest is None:
         raise UserError(f"{path}: there {_MISSING.get(kind, f'is no {kind} here; make it')} with `{made_by}`")
     if manifest.kind != kind:
@@ -194,34 +231,39 @@ def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool =
             f"{path}: this {kind} has format {manifest.schema_version}, this version of dskd reads "
             f"{SCHEMA_VERSIONS[kind]}; make it anew with `{made_by}`"
         )
-    for name, entry in manifest.files.items() if files_are_here else ():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["size_bytes"]:
-            found = "it is missing" if size is None else f"it has {size} bytes"
-            raise UserError(
-                f"{file}: the manifest says {entry['size_bytes']} bytes, but {found}; it was damaged after it "
-                f"was made. Remove {path} and make it anew with `{made_by}`"
-            )
+    for name, size in misfits.items():
+        found = "it is missing" if size is None else f"it has {size} bytes"
+        raise UserError(
+            f"{path / name}: the manifest says {manifest.files[name]['size_bytes']} bytes, but {found}; it was damaged "
+            f"after it was made. Remove {path} and make it anew with `{made_by}`"
+        )
     return manifest
 
 
 def is_current(path: Path, recipe: Recipe) -> bool:
     """True when the artifact at `path` is whole and was made by this very recipe."""
-    manifest = _load_manifest(path)
+    manifest, misfits = _look_at(path, recipe.kind)
     return (
         manifest is not None
+        and not misfits
         and manifest.kind == recipe.kind
         and manifest.schema_version == SCHEMA_VERSIONS[recipe.kind]
         and manifest.inputs == dict(recipe.inputs)
         and manifest.config == _as_json(recipe.config)
         and manifest.teacher == recipe.teacher
         and manifest.tokenizer == recipe.tokenizer
-        and all(
-            (path / name).is_file() and (path / name).stat().st_size == entry["size_bytes"]
-            for name, entry in manifest.files.items()
-        )
     )
+
+
+def read_file(path: Path, name: str) -> bytes | None:
+    """A file of the artifact at `path`, or None where there is none, and not only for as long as it is replaced."""
+    for _ in range(_LOOKS):
+        try:
+            return (path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            if path.with_name(f".{path.name}.old").exists():  # replace_folder is between its two renames
+                time.sleep(_LOOK_AGAIN_S)
+    return None
 
 
 def verify_files(path: Path, manifest: Manifest, *, made_by: str) -> None:
@@ -300,14 +342,37 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _load_manifest(path: Path) -> Manifest | None:
-    file = path / MANIFEST_NAME
-    if not file.is_file():
-        return None
+def _look_at(path: Path, kind: str) -> tuple[Manifest | None, dict[str, int | None]]:
+    """The manifest at `path`, and where it is of this kind its files of another size: {name: size, None if missing}."""
+    manifest, misfits = _load_manifest(path), {}
+    for turn in range(_LOOKS):
+        if manifest is None or (manifest.kind, manifest.schema_version) != (kind, SCHEMA_VERSIONS[kind]):
+            return manifest, {}
+        sizes = {name: _size_of(path / name) for name in manifest.files}
+        misfits = {name: size for name, size in sizes.items() if size != manifest.files[name]["size_bytes"]}
+        if not misfits:
+            break
+        if turn + 1 < _LOOKS:  # manifest and files may be of two artifacts, of which one has just replaced the other
+            time.sleep(_LOOK_AGAIN_S)
+            manifest = _load_manifest(path)
+    return manifest, misfits
+
+
+def _size_of(file: Path) -> int | None:
     try:
-        return Manifest(**json.loads(file.read_text(encoding="utf-8")))
+        return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _load_manifest(path: Path) -> Manifest | None:
+    try:
+        content = read_file(path, MANIFEST_NAME)
+        return None if content is None else Manifest(**json.loads(content))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: this is not a manifest ({error}); remove {path} and make it anew") from None
+        raise UserError(
+            f"{path / MANIFEST_NAME}: this is not a manifest ({error}); remove {path} and make it anew"
+        ) from None
 
 
 def _as_json(value: Any) -> Any:

@@ -30,7 +30,7 @@ from dskd.distributed import free_port, uses_gpu
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
 from dskd.lexicon import build as lexicon
 from dskd.lock import hold_lock
-from dskd.manifest import Recipe, is_current
+from dskd.manifest import LOCK_PATIENCE_S, Recipe, is_current
 from dskd.model_folder import TEACHER_FOLDER, find_teacher
 from dskd.senses import build as senses
 from dskd.tasks import run as tasks
@@ -70,7 +70,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     """
     stopping.listen()
     config = load_config(path, overrides)
-    hold_lock(config.path(LOCK), "runs the pipeline in this work directory")
+    hold_lock(config.path(LOCK), "runs the pipeline in this work directory", wait_s=LOCK_PATIENCE_S)
     started = time.perf_counter()
     stages = plan_stages(config, path, overrides)
     if until is not None:

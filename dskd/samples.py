@@ -15,7 +15,7 @@ import torch
 
 from dskd.config import Config
 from dskd.continuations import end_tokens, generate_greedily
-from dskd.manifest import write_json
+from dskd.manifest import read_file, write_json
 from dskd.model_folder import ModelFolder
 from dskd.models import FrozenModel
 
@@ -85,16 +85,16 @@ def write_samples(
         columns[_PROMPT].append(tokenizer.decode(row[:start], skip_special_tokens=True))
         rest = row[start : min(end, start + prompts.num_tokens)]
         columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
-    if (beside / TABLE_FILE).is_file():
-        columns["teacher"] = _read_column(beside / TABLE_FILE, "teacher")  # replaced where this is the teacher
+    if (teachers := read_file(beside, TABLE_FILE)) is not None:
+        columns["teacher"] = _column_of(teachers, "teacher")  # replaced where this is the teacher
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / TABLE_FILE, {"columns": list(columns), "data": rows})
     (folder / TEXT_FILE).write_text(_as_markdown(list(columns), rows), encoding="utf-8")
 
 
-def _read_column(file: Path, name: str) -> list[str]:
-    table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+def _column_of(content: bytes, name: str) -> list[str]:
+    table: dict[str, Any] = json.loads(content)
     index = table["columns"].index(name)
     return [row[index] for row in table["data"]]
 

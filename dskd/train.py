@@ -19,7 +19,7 @@ from dskd.distributed import World, any_rank, main_first, on_main
 from dskd.errors import UserError, listed
 from dskd.loader import load_steps
 from dskd.lock import hold_lock
-from dskd.manifest import Manifest, Recipe, digest_of_json, read_manifest, verify_files
+from dskd.manifest import LOCK_PATIENCE_S, Manifest, Recipe, digest_of_json, read_manifest, verify_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.node_cache import open_node_cache
 from dskd.pair import load_pair
@@ -39,7 +39,6 @@ _NOT_IN_RECIPE = {
     *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
     *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
 }
-_LOCK_PATIENCE_S = 150.0  # an NFS server keeps the locks of a dead node for its lease, usually 90 s
 
 # By `loss.sense_form`, beside the other terms.
 _SENSE_METRICS = {
@@ -295,7 +294,7 @@ def _run(
 
 def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: bool) -> int | None:
     # What was there before a restart may still be ending.
-    wait_s = _LOCK_PATIENCE_S if resume else 0.0
+    wait_s = LOCK_PATIENCE_S if resume else 0.0
     # An export or evaluation holds it too, for as long as it tells MLflow of the run.
     what = f"trains run {config.run!r}, or sends its results to MLflow"
     hold_lock(checkpoint.lock_path(config, config.run), what, wait_s=wait_s)

@@ -33,6 +33,7 @@ from dskd.lexicon.relations import resolve
 from dskd.lexicon.wordnet_relations import read_wordnet
 from dskd.lock import release_lock
 from dskd.manifest import hash_files
+from dskd.models import load_frozen
 from dskd.node_cache import streaming_names
 from dskd.tracking import read_history, read_runs, tracker
 from dskd.wordnet import open_wordnet
@@ -229,6 +230,18 @@ def update_manifest(folder: Path, **changes: object) -> None:
     manifest = folder / "manifest.json"
     content = {**json.loads(manifest.read_text()), "files": hash_files(folder), **changes}
     manifest.write_text(json.dumps(content))
+
+
+def replace_at_loading(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Puts another model into `folder` when an evaluation loads its first one, as another job's export would."""
+
+    def load(*arguments: Any) -> Any:
+        with (folder / "config.json").open("a") as stream:
+            stream.write("\n")
+        update_manifest(folder)
+        return load_frozen(*arguments)
+
+    monkeypatch.setattr("dskd.evaluate.load_frozen", load)
 
 
 def write_config(path: Path, base: dict, **changes: object) -> Path:

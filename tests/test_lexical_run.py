@@ -7,7 +7,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, ONE_RANK, copy_work, open_dataset, run_program, update_manifest
+from conftest import (
+    BEFORE_TRAINING,
+    ONE_RANK,
+    copy_work,
+    open_dataset,
+    replace_at_loading,
+    run_program,
+    update_manifest,
+)
 from plain_reading import run_apart
 from safetensors.torch import load_file
 from test_lexical_items import GLOSSES, SYNSETS
@@ -16,8 +24,9 @@ from tiny_wordnet import write_wordnet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.config_file import load_config
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.examples import read_examples
+from dskd.lexical.held_out import build_items
 from dskd.lexical.results import load_summary
 from dskd.lexical.run import run_lexical
 from dskd.tracking import Start, read_artifact, read_history, read_run, start_tracking
@@ -136,6 +145,26 @@ def test_a_copy_of_the_pairs_is_nothing_to_choose_a_threshold_on(config, measure
     shutil.copyfile(config.parent / "dev.gold.txt", config.parent / "train.gold.txt")
     with pytest.raises(UserError, match=r"evaluation.wic_threshold: .*train.data.txt has the pairs of evaluation.wic"):
         run_lexical(load_config(config, [f"evaluation.wic_threshold={other}"]), world)
+
+
+def test_models_and_items_that_another_job_replaced_are_not_measured(config, measured, world, tmp_path, monkeypatch):
+    work = shutil.copytree(measured.path(), tmp_path / "work", ignore=shutil.ignore_patterns("mlflow*", "mlart*"))
+    loaded = load_config(config, [f"workdir={work}", "tracking.enabled=false"])
+    with pytest.MonkeyPatch.context() as patch:
+        replace_at_loading(patch, work / "student")
+        with pytest.raises(OutageError, match="student: this is not the model that was here when this began"):
+            run_lexical(loaded, world, ["student"], force=True)
+
+    def build_then_lose(*arguments):
+        manifest = build_items(*arguments)
+        items = json.loads((work / "lexical_items" / "items.json").read_text())
+        (work / "lexical_items" / "items.json").write_text(json.dumps({**items, "choices": []}))
+        update_manifest(work / "lexical_items")
+        return manifest
+
+    monkeypatch.setattr("dskd.lexical.run.build_items", build_then_lose)
+    with pytest.raises(OutageError, match=r"items\.json: these are not the items that were made for this config"):
+        run_lexical(loaded, world, ["teacher"], force=True)
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 import json
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import REPOSITORY
 
-from dskd.errors import UserError
-from dskd.manifest import Recipe, build_artifact, is_current, read_manifest, require_same, verify_files
+from dskd import manifest as manifests
+from dskd.errors import OutageError, UserError
+from dskd.manifest import Recipe, build_artifact, is_current, read_file, read_manifest, require_same, verify_files
 
 HOLDER = (
     "import sys; from pathlib import Path; from dskd.manifest import Building, Recipe; "
@@ -110,14 +113,48 @@ def test_a_misfit_names_both_sides():
         require_same("teachers", expected="one", found="two", between="a and b", remedy="make it anew")
 
 
-def test_two_processes_never_make_the_same_artifact(tmp_path):
+def test_two_processes_never_make_the_same_artifact(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(manifests, "LOCK_PATIENCE_S", 0.1)
     _build(tmp_path / "a")
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "a")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY)
     assert holder.stdout.readline() == b"clear\n"
-    with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*\) makes .*a; wait for it"):
+    says = rf"another process \(pid {holder.pid} on .*\) makes .*a; wait"
+    with pytest.raises(OutageError, match=says):
         _build(tmp_path / "a", b"other")
+    assert len(re.findall(says, capsys.readouterr().err)) == 1
     holder.kill()
     holder.wait(10)
     _build(tmp_path / "a", b"other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]  # no lock, no partial folder
+
+
+def test_a_reader_that_meets_a_replacement_reads_the_new_artifact(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifests, "_LOOK_AGAIN_S", 0)
+    load = manifests._load_manifest
+    contents = [b"longer", b"still longer"]
+
+    def load_then_replace(path):
+        manifest = load(path)
+        if contents:
+            _build(path, contents.pop(0))
+        return manifest
+
+    for look in (_read, lambda path: is_current(path, RECIPE)):
+        _build(tmp_path / "a")
+        contents[:] = [b"longer", b"still longer"]
+        with monkeypatch.context() as patch:
+            patch.setattr(manifests, "_load_manifest", load_then_replace)
+            found = look(tmp_path / "a")
+        assert found is True or found.files == _read(tmp_path / "a").files
+        assert not contents
+
+
+def test_an_artifact_that_is_away_while_it_is_replaced_is_waited_for(tmp_path, monkeypatch):
+    _build(tmp_path / "a")
+    place, old = tmp_path / "a", tmp_path / ".a.old"
+    monkeypatch.setattr(time, "sleep", lambda _: old.rename(place))  # as the other process does meanwhile
+    for look in (_read, lambda path: is_current(path, RECIPE), lambda path: read_file(path, "inner/file") == b"data"):
+        place.rename(old)
+        assert look(place)
+    assert read_file(place, "inner/none") is None

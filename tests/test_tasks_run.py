@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, run_program
+from conftest import REPOSITORY, replace_at_loading, run_program
 from task_files import DATA, PLACES
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.config import TASKS
 from dskd.config_file import load_config
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import find_teacher
 from dskd.program import build_parser, parse
@@ -160,6 +160,13 @@ def test_what_is_up_to_date_is_not_asked_again(config, results, world, tmp_path,
     assert asked("tasks.limit=2", "tasks.choice_tokens=1", f"tasks.piqa={data}") == both
     rows = pq.read_table(tmp_path / "work" / "tasks" / "teacher" / "piqa" / "examples.parquet").to_pylist()
     assert [row["gold"] for row in rows] == [["1"], ["1"]]
+
+
+def test_a_model_that_was_replaced_before_its_turn_is_not_asked(config, results, world, tmp_path, monkeypatch):
+    shutil.copytree(load_config(config).path(), tmp_path / "work")
+    replace_at_loading(monkeypatch, tmp_path / "work" / "student")
+    with pytest.raises(OutageError, match="student: this is not the model that was here when this began"):
+        run_tasks(load_config(config, [f"workdir={tmp_path / 'work'}"]), world, ["piqa"], force=True)
 
 
 def test_the_tracked_run_has_its_scores(config, results, world, tmp_path):

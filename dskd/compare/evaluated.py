@@ -14,6 +14,7 @@ from dskd.config import TASKS, Config
 from dskd.errors import UserError, listed
 from dskd.examples import Examples, Measure, read_examples
 from dskd.lexical import results as lexical
+from dskd.manifest import read_file
 from dskd.tasks import run as tasks
 from dskd.tracking import EVALUATION_FOLDER, TrackedRun, data_tag, read_artifact
 
@@ -192,9 +193,10 @@ def _read_local(config: Config, kind: Kind) -> dict[str, tuple[str, dict[str, fl
     found = {}
     for model in (evaluate.TEACHER, evaluate.CUT_STUDENT, *config.run_names):
         path = kind.path(config, model)
-        if path.is_file():
+        content = read_file(path.parent, path.name)
+        if content is not None:
             try:
-                examples = _named(read_examples(path.read_bytes()), kind)
+                examples = _named(read_examples(content), kind)
             except ValueError as error:
                 raise UserError(f"{path}: {error}; evaluate it again with `{kind.made_by}`") from None
             found[model] = (examples.data, examples.values())

@@ -6,6 +6,7 @@ corpus is WordNet's own text these are examples of held-out synsets; of other co
 holds for sentences of Words in Context, many of which are WordNet's.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from dskd.console import progress, say, stage
 from dskd.corpus.build import FOLDER as CORPUS_FOLDER
 from dskd.corpus.build import MADE_BY as CORPUS_MADE_BY
 from dskd.corpus.build import read_texts
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.folders import write_text
 from dskd.lexical.contexts import Context, read_contexts
 from dskd.lexical.preference import Choice, choices, phrases_of
@@ -28,7 +29,7 @@ from dskd.lexical.separation import lemmas_with_both, lemmas_with_pairs
 from dskd.lexical.surface import surface_scores
 from dskd.lexical.training_text import RUN_WORDS, Phrase, count_phrases, is_new, runs_of
 from dskd.lexical.wic import Pair, gold_of, read_wic
-from dskd.manifest import Manifest, Recipe, build_artifact, is_current, read_manifest, sha256_of_file
+from dskd.manifest import Manifest, Recipe, build_artifact, is_current, read_file, read_manifest, sha256_of_file
 from dskd.model_folder import ModelFolder
 from dskd.wordnet import WordNet, open_wordnet
 
@@ -115,9 +116,19 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
     return read_manifest(target, "lexical-items", made_by=MADE_BY)
 
 
-def load_items(config: Config) -> Items:
-    """The items of `WORKDIR/lexical_items`."""
-    return _ITEMS.validate_json(config.path(ITEMS_FOLDER, FILE).read_bytes())
+def load_items(config: Config, manifest: Manifest) -> Items:
+    """The items of `WORKDIR/lexical_items` that the manifest is of: another config's replace them.
+
+    Raises:
+        OutageError: when there are others by now.
+    """
+    content = read_file(config.path(ITEMS_FOLDER), FILE) or b""
+    if hashlib.sha256(content).hexdigest() != manifest.files[FILE]["sha256"]:
+        raise OutageError(
+            f"{config.path(ITEMS_FOLDER, FILE)}: these are not the items that were made for this config; another job "
+            "may have made those of its own config meanwhile. Start it again when that has ended"
+        )
+    return _ITEMS.validate_json(content)
 
 
 def make_items(

@@ -13,7 +13,7 @@ from dskd.evaluate import CUT_STUDENT, TEACHER, Candidate
 from dskd.examples import Examples, Measure, read_examples, save_examples
 from dskd.lexical.alignment import MEASURES as OF_POSITIONS
 from dskd.lexical.scores import Item, clustered_error, columns_of, summarize
-from dskd.manifest import Recipe, build_artifact, digest_of_json, read_manifest, write_json
+from dskd.manifest import Manifest, Recipe, build_artifact, digest_of_json, was_made_meanwhile, write_json
 from dskd.text_table import table
 from dskd.tracking import log_results
 
@@ -57,9 +57,18 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
 
 
 def publish(
-    config: Config, candidate: Candidate, wanted: Recipe, items: Sequence[Item], areas: Summary, *, text: str
+    config: Config,
+    candidate: Candidate,
+    wanted: Recipe,
+    items: Sequence[Item],
+    areas: Summary,
+    *,
+    text: str,
+    force: bool,
 ) -> None:
     """Writes a model's measures and what it scored on each item, and tells MLflow, where it is a tracked run's.
+
+    What another process made of the same recipe meanwhile is kept.
 
     Args:
         config: the experiment.
@@ -68,11 +77,14 @@ def publish(
         items: what it scored.
         areas: summaries of measures that are no mean over items.
         text: digest of the held-out tokens.
+        force: replace also what is up to date.
     """
     summary = summarize(items) | areas | _perplexity(config, candidate)
     clusters, columns = columns_of(items)
     names = list(dict.fromkeys(item.measure for item in items))
     target = config.path(FOLDER, candidate.name)
+    if not force and was_made_meanwhile(target, wanted):
+        return
     data = digest_of_json({"items": wanted.inputs["items"], "text": text})
     with build_artifact(target, wanted) as building:
         write_json(building.folder / FILE, summary)
@@ -98,11 +110,11 @@ def load_summary(config: Config, name: str) -> Summary:
     return json.loads(config.path(FOLDER, name, FILE).read_text(encoding="utf-8"))
 
 
-def comparison(config: Config, names: Sequence[str]) -> str:
+def comparison(config: Config, names: Sequence[str], items: Manifest) -> str:
     """Measures × models: value ± standard error; before them chance and what the surface of the text gives
     (:mod:`dskd.lexical.surface`), and the teacher, usually the ceiling, last.
     """
-    surface = read_manifest(config.path(ITEMS_FOLDER), "lexical-items", made_by=MADE_BY).facts["surface"]
+    surface = items.facts["surface"]
     order = [name for name in names if name not in (TEACHER, CUT_STUDENT)]
     order = [n for n in (CUT_STUDENT, *order, TEACHER) if n in names]
     summaries = {name: load_summary(config, name) for name in order}

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from dskd import evaluate
 from dskd.config import Config
 from dskd.console import say, stage
 from dskd.distributed import World, main_first, on_main
-from dskd.evaluate import Candidate, HeldOutText
+from dskd.evaluate import Candidate, HeldOutText, load_candidate, same_on_all_ranks
 from dskd.lexical import alignment, preference, retrieval, separation, wic
 from dskd.lexical.held_out import Items, build_items, load_items
 from dskd.lexical.reading import TARGET, WORD, Tokens, read_likelihoods, read_states
@@ -18,7 +19,7 @@ from dskd.lexical.results import FOLDER, Summary, comparison, publish
 from dskd.lexical.scores import Item, area
 from dskd.manifest import Manifest, Recipe, is_current
 from dskd.model_folder import ModelFolder, find_teacher
-from dskd.models import FrozenModel, load_frozen
+from dskd.models import FrozenModel
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.shards import load_manifest
 
@@ -37,16 +38,18 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     Raises:
         UserError: when a model of `names` is not there, or there is no corpus.
     """
-    models = main_first(lambda: evaluate.chosen(config, names))
-    manifest = main_first(lambda: build_items(config, find_teacher(config)))
+    models = same_on_all_ranks(lambda: evaluate.chosen(config, names))
+    # Rank 0's on every rank: another job may make the items of its own config at any time.
+    manifest = Manifest(**on_main(lambda: asdict(build_items(config, find_teacher(config)))))
+    items = main_first(lambda: load_items(config, manifest))
     evaluate.evaluate(config, world)
-    teacher = find_teacher(config)
-    wanted = {model.name: recipe(config, model, teacher, manifest) for model in models}
+    teacher = main_first(lambda: find_teacher(config))
+    wanted = main_first(lambda: {model.name: recipe(config, model, teacher, manifest) for model in models})
     # Rank 0's word counts: all ranks must measure the same models.
     stale = on_main(lambda: [n for n, it in wanted.items() if force or not is_current(config.path(FOLDER, n), it)])
-    items = load_items(config)
-    dictionary, _ = load_dictionary(config)
-    text = HeldOutText(config, load_manifest(config, "validation"), dictionary.path, world) if stale else None
+    dictionary, _ = main_first(lambda: load_dictionary(config))
+    validation = main_first(lambda: load_manifest(config, "validation"))
+    text = HeldOutText(config, validation, dictionary.path, world) if stale else None
     for model in models:
         if model.name not in stale:
             say(f"up to date: {config.path(FOLDER, model.name)}")
@@ -54,11 +57,12 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
         assert text is not None
         target = config.path(FOLDER, model.name)
         with stage(f"lexical knowledge: {model.name}", reads=[model.folder.path, "lexical items"], writes=target):
-            frozen = load_frozen(model.folder, config, world)
+            frozen = load_candidate(model, config, world)
             found, summary = measure(frozen, items, text, dictionary, _texts_at_once(config, items), world)
             frozen.close()
-            on_main(functools.partial(publish, config, model, wanted[model.name], found, summary, text=text.digest))
-    on_main(lambda: say(f"\n{comparison(config, [model.name for model in models])}"))
+            publish_it = functools.partial(publish, config, model, wanted[model.name], found, summary)
+            on_main(functools.partial(publish_it, text=text.digest, force=force))
+    on_main(lambda: say(f"\n{comparison(config, [model.name for model in models], manifest)}"))
 
 
 def recipe(config: Config, candidate: Candidate, teacher: ModelFolder, items: Manifest) -> Recipe:

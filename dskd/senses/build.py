@@ -14,7 +14,7 @@ from dskd.console import progress_bar, say, stage
 from dskd.distributed import World, barrier, main_first, on_main
 from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
 from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
-from dskd.manifest import Building, Recipe, is_current, read_manifest
+from dskd.manifest import Building, Recipe, is_current, read_manifest, remove_partial
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.senses.assemble import assemble, write_part
@@ -59,7 +59,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     if not force and on_main(lambda: is_current(target, wanted)):
         say(f"up to date: {target}")
         if not config.senses.keep_states:
-            on_main(lambda: shutil.rmtree(config.path(f".{STATES}.partial"), ignore_errors=True))
+            on_main(lambda: remove_partial(config.path(STATES)))
         return
     sources = [config.path(name) for name in ("lexicon", "sequences")]
     with stage("senses: teacher states to sense embeddings", reads=sources, writes=target / FILE):
@@ -102,9 +102,9 @@ def _prepare(building: Building, states: Building, *, force: bool) -> None:
 
 def _finish(building: Building, states: Building, *, keep_states: bool) -> None:
     building.publish()
-    states.release()
     if not keep_states:
         shutil.rmtree(states.folder)
+    states.release()
 
 
 def _sample(config: Config, source: ModelFolder, sequences: Sequences, folder: Path, world: World) -> list[Path]:

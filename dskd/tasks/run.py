@@ -22,9 +22,9 @@ from dskd.console import progress_bar, say, stage
 from dskd.continuations import end_tokens, generate_greedily
 from dskd.distributed import World, gather_json, main_first, on_main
 from dskd.errors import UserError
-from dskd.evaluate import Candidate, candidates, chosen
-from dskd.manifest import Recipe, build_artifact, is_current, write_json
-from dskd.models import FrozenModel, load_frozen
+from dskd.evaluate import Candidate, candidates, chosen, load_candidate, same_on_all_ranks
+from dskd.manifest import Recipe, build_artifact, is_current, was_made_meanwhile, write_json
+from dskd.models import FrozenModel
 from dskd.random_numbers import derived_seed, random_bits
 from dskd.tasks.benchmarks import Benchmark, Example, benchmarks_named
 from dskd.tasks.prompts import Prompter, Question, digest_of, with_shots
@@ -121,10 +121,10 @@ def run_tasks(
         UserError: when a model, a task or its data is not there, before any model is loaded.
     """
     benchmarks = benchmarks_named(names)
-    models = main_first(lambda: chosen(config, model_names))
+    models = same_on_all_ranks(lambda: chosen(config, model_names))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
     _require_same_data(config, tasks)
-    wanted = _recipes(config, models, list(tasks.values()))
+    wanted = main_first(lambda: _recipes(config, models, list(tasks.values())))
     # Rank 0's word counts: all ranks must run the same models.
     stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])
     for candidate in models:
@@ -135,7 +135,7 @@ def run_tasks(
         prompter = Prompter(candidate.folder.load_tokenizer())
         if not prompter.has_template:
             say(f"{candidate.folder.path}: the tokenizer has no chat template; prompts are plain text")
-        model = load_frozen(candidate.folder, config, world)
+        model = load_candidate(candidate, config, world)
         for task in todo:
             target = _folder(config, candidate.name, task.name)
             sources = [candidate.folder.path, getattr(config.tasks, task.name)]
@@ -143,7 +143,8 @@ def run_tasks(
                 runner = _Runner(model, prompter, task, config, world)
                 answers = runner.run()
                 recipe_of_it = wanted[candidate.name, task.name]
-                on_main(functools.partial(_publish, config, candidate, target, recipe_of_it, task, answers))
+                publish = functools.partial(_publish, config, candidate, target, recipe_of_it, task, answers)
+                on_main(functools.partial(publish, force=force))
         model.close()
     on_main(lambda: say(f"\n{summary(config, [model.name for model in models], benchmarks)}"))
 
@@ -261,8 +262,17 @@ class _Runner:
 
 
 def _publish(
-    config: Config, candidate: Candidate, target: Path, wanted: Recipe, task: Task, answers: Sequence[dict[str, Any]]
+    config: Config,
+    candidate: Candidate,
+    target: Path,
+    wanted: Recipe,
+    task: Task,
+    answers: Sequence[dict[str, Any]],
+    *,
+    force: bool,
 ) -> None:
+    if not force and was_made_meanwhile(target, wanted):
+        return
     benchmark, examples = task.benchmark, [question.example for question in task.questions]
     said = [answer_of(benchmark, answer["generated"]) for answer in answers]
     scores = [score_of(benchmark, example, text) for example, text in zip(examples, said, strict=True)]
