@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dskd import checkpoint
 from dskd.config import Config
 from dskd.console import say, stage
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.manifest import MANIFEST_NAME, Manifest, Recipe, build_artifact, is_current, read_manifest, verify_files
 from dskd.model_folder import WEIGHTS_INDEX, ModelFolder, TensorReader, load_tokenizer, tokenizer_digest
 from dskd.student import find_student, write_weights
@@ -35,7 +35,8 @@ def build_export(config: Config) -> None:
     MLflow is told in either case: what it was not told before is sent now.
 
     Raises:
-        UserError: when there is no checkpoint, or the export does not compute what the student did in training.
+        UserError: when there is no checkpoint, or the export does not compute what the student did in training; an
+            OutageError when the checkpoint goes meanwhile.
     """
     found = checkpoint.latest(config)
     if found is None:
@@ -50,7 +51,14 @@ def build_export(config: Config) -> None:
     if is_current(target, recipe(found)):
         say(f"up to date: {target}")
     else:
-        _build(config, found, student, target)
+        try:
+            _build(config, found, student, target)
+        except FileNotFoundError as error:
+            if found.path.exists():
+                raise
+            raise OutageError(
+                f"{found.path}: training has replaced this checkpoint while it was exported; export again"
+            ) from error
     run_id = found.manifest.facts["mlflow_run_id"]
     if run_id and config.tracking.enabled:
         log_export(config, config.run, run_id, target)

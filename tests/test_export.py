@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dskd import checkpoint
+from dskd import checkpoint, export
 from dskd.config_file import load_config
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.export import build_export
 
 pytestmark = pytest.mark.slow
@@ -78,3 +78,13 @@ def test_without_a_checkpoint_or_with_another_student_there_is_no_export(copy_of
     shutil.rmtree(config.path("checkpoints"))
     with pytest.raises(UserError, match="there is no checkpoint; train with"):
         build_export(config)
+
+
+def test_a_checkpoint_that_training_replaces_meanwhile_is_said(copy_of_tiny, monkeypatch):
+    config = load_config(copy_of_tiny("teacher", "student", "checkpoints"))
+    newest = checkpoint.latest(config)
+    monkeypatch.setattr(export, "verify_files", lambda path, *_, **__: shutil.rmtree(path))  # as it goes just then
+    with pytest.raises(OutageError, match=r"step-00000006: training has replaced this checkpoint.*export again"):
+        build_export(config)
+    assert not newest.path.exists()
+    assert not [*config.path("export").glob("*")]
