@@ -21,7 +21,7 @@ from dskd.lexical.results import Summary
 from dskd.lexical.run import measure_items
 from dskd.lexical.scores import summarize
 from dskd.losses import hidden_distance
-from dskd.manifest import read_manifest
+from dskd.manifest import Manifest, read_manifest
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
@@ -64,7 +64,7 @@ class Judge:
         teacher = load_frozen(find_teacher(config), config, world)
         examples = evaluate.measure(teacher, self._part, self._predictions, world, label="teacher")
         self._states = self._read(teacher)
-        self._items = load_items(config) if split == "test" else None
+        self._items = load_items(config, _manifest_of_items(config)) if split == "test" else None
         words = self._know_words(teacher)
         teacher.close()
         self.references: dict[str, dict[str, float]] = {
@@ -118,8 +118,12 @@ def _errors(words: Summary) -> dict[str, float]:
     return errors | {ITEMS.format(name): found["items"] for name, found in words.items()}
 
 
+def _manifest_of_items(config: Config) -> Manifest:
+    return read_manifest(config.path(ITEMS_FOLDER), "lexical-items", made_by=MADE_BY)
+
+
 def _of_letters(config: Config) -> dict[str, float]:
-    surface = read_manifest(config.path(ITEMS_FOLDER), "lexical-items", made_by=MADE_BY).facts["surface"]
+    surface = _manifest_of_items(config).facts["surface"]
     return {name: surface[name] for name in LEXICAL if name in surface}
 
 
