@@ -176,7 +176,7 @@ class Soak:
         self._undisturbed = self._result("undisturbed")
 
     def annotate_killed(self, kills: int) -> None:
-        """Annotates anew, killed so many times."""
+        """Annotates again, killed so many times."""
         config = self._config("undisturbed")
         expected = self._shards()
         shutil.rmtree(config.path("shards"))

@@ -56,7 +56,7 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
     settings = config.annotation.as_dict() | {"precision": config.precision}
     for key in ("batch_size", "memory_budget"):
         del settings[key]
-    # Keys that change nothing stay out: what was made without them is not made anew.
+    # Keys that change nothing stay out: what was made without them is not made again.
     if not _teacher_top_n(config, split):
         del settings["teacher_top_n"]
     if not config.annotation.own_among_antonyms:

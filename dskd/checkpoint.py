@@ -87,9 +87,8 @@ def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
     for problem in problems:
         warn(problem)
     if found is None and damaged:
-        raise UserError(
-            listed(f"{base}: none of the checkpoints is whole; restore one, or start anew with --overwrite", damaged)
-        )
+        remedy = "restore one, or start from scratch with --overwrite"
+        raise UserError(listed(f"{base}: none of the checkpoints is whole; {remedy}", damaged))
     return found
 
 
@@ -167,7 +166,7 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
         raise UserError(
             listed(
                 f"{checkpoint.path}: this checkpoint is of another run than {config.run!r} is now; put the "
-                "config back, name another run, or start anew with --overwrite",
+                "config back, name another run, or start from scratch with --overwrite",
                 changes,
             )
         )
@@ -229,7 +228,7 @@ def require_space(engine: Any, config: Config) -> None:
         if free < needed:
             raise UserError(
                 f"{base}: a checkpoint takes {needed / 1e9:.2f} GB, and there are {free / 1e9:.2f} GB free; what was "
-                "complete stays. Free some, or set workdir to another disk, and go on with --resume"
+                "complete stays. Free some, or set workdir to another disk, and continue with --resume"
             )
 
     on_main(check)
@@ -262,7 +261,7 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
     if then != trunk_depth:
         raise UserError(
             f"{checkpoint.path}: written with a shared trunk of {then} layers, and it has {trunk_depth} now; set "
-            f"student.shared_trunk to {'on' if then else 'off'}, or start anew with --overwrite",
+            f"student.shared_trunk to {'on' if then else 'off'}, or start from scratch with --overwrite",
             known_to_all_ranks=True,
         )
     path = checkpoint.path
@@ -277,7 +276,7 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
             load_module_strict=False,
             load_lr_scheduler_states=False,
         )
-    if loaded is None:  # DeepSpeed says so with a warning only, and training would begin anew in silence
+    if loaded is None:  # DeepSpeed says so with a warning only, and training would begin from scratch in silence
         raise UserError(
             f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before is used"
         )

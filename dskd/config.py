@@ -116,7 +116,7 @@ class CorpusConfig(Section):
     packing: Literal["documents", "stream", "none"] = Field(
         "documents",
         description="how documents fill sequences. documents: end to end, each by itself (attention and positions "
-        "begin anew); stream: end to end as one text; none: each document is one sample, padded",
+        "begin again); stream: end to end as one text; none: each document is one sample, padded",
     )
     max_sequences: int | None = Field(None, ge=1, description="number of training sequences at most; null: all")
     max_validation_sequences: int | None = Field(

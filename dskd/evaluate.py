@@ -82,7 +82,7 @@ def candidates(config: Config) -> list[Candidate]:
                 expected=teacher.digest,
                 found=manifest.teacher,
                 between=f"{folder.path} and what is here now",
-                remedy=f"train and export it anew, or remove {folder.path}",
+                remedy=f"train and export it again, or remove {folder.path}",
             )
             found.append(Candidate(run, folder, manifest.facts["mlflow_run_id"], manifest.facts["step"]))
     return found

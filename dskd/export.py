@@ -45,7 +45,7 @@ def build_export(config: Config) -> None:
     if student.digest != found.manifest.inputs["student"]:
         raise UserError(
             f"{found.path}: trained from another student ({found.manifest.inputs['student'][:12]}…) than "
-            f"{student.path} ({student.digest[:12]}…); train anew with `{checkpoint.MADE_BY}`"
+            f"{student.path} ({student.digest[:12]}…); train again with `{checkpoint.MADE_BY}`"
         )
     target = config.path(FOLDER, config.run)
     if is_current(target, recipe(found)):
@@ -109,7 +109,7 @@ def check(folder: Path, probe: Path, dtype: torch.dtype, trust_remote_code: bool
     if not error <= tolerance:
         raise UserError(
             f"{folder}: the exported model's logits differ from the trained student's by {error:.1e} (relative), more "
-            f"than {tolerance:.0e}; nothing was published. Train anew, or report this with the manifest of the "
+            f"than {tolerance:.0e}; nothing was published. Train again, or report this with the manifest of the "
             "checkpoint"
         )
     return error

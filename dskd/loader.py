@@ -146,7 +146,7 @@ class StepSamples(IterableDataset):
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             yield Unreadable(
                 f"{self._place}: a shard of the training data cannot be read ({reason}); put it there as it was made, "
-                "or see to the access, and go on with --resume",
+                "or see to the access, and continue with --resume",
                 may_mend_itself=not shards.is_lasting(error),
             )
 

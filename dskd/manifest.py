@@ -120,7 +120,7 @@ class Building:
         return _partial_folder(self.path)
 
     def clear(self) -> None:
-        """Makes `folder` anew and empty, whatever an earlier, interrupted build left there.
+        """Makes `folder` again and empty, whatever an earlier, interrupted build left there.
 
         From here on until it is published the artifact belongs to this process.
 
@@ -132,7 +132,7 @@ class Building:
         make_folder(self.folder)
 
     def resume_or_clear(self) -> None:
-        """Keeps what an interrupted build of the very same recipe left in `folder`; otherwise makes it anew and empty.
+        """Keeps what an interrupted build of the very same recipe left in `folder`; otherwise makes it again and empty.
 
         For stages that know which of their files there are whole. Files and folders whose names begin with a dot
         are notes of the stage: they do not get into the artifact.
@@ -229,13 +229,13 @@ def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool =
     if manifest.schema_version != SCHEMA_VERSIONS[kind]:
         raise UserError(
             f"{path}: this {kind} has format {manifest.schema_version}, this version of dskd reads "
-            f"{SCHEMA_VERSIONS[kind]}; make it anew with `{made_by}`"
+            f"{SCHEMA_VERSIONS[kind]}; make it again with `{made_by}`"
         )
     for name, size in misfits.items():
         found = "it is missing" if size is None else f"it has {size} bytes"
         raise UserError(
             f"{path / name}: the manifest says {manifest.files[name]['size_bytes']} bytes, but {found}; it was damaged "
-            f"after it was made. Remove {path} and make it anew with `{made_by}`"
+            f"after it was made. Remove {path} and make it again with `{made_by}`"
         )
     return manifest
 
@@ -277,7 +277,7 @@ def verify_files(path: Path, manifest: Manifest, *, made_by: str) -> None:
         if found[name]["sha256"] != entry["sha256"]:
             raise UserError(
                 f"{path / name}: the content is not what the manifest says (sha256 {found[name]['sha256'][:12]}…, "
-                f"expected {entry['sha256'][:12]}…); remove {path} and make it anew with `{made_by}`"
+                f"expected {entry['sha256'][:12]}…); remove {path} and make it again with `{made_by}`"
             )
 
 
@@ -371,7 +371,7 @@ def _load_manifest(path: Path) -> Manifest | None:
         return None if content is None else Manifest(**json.loads(content))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path / MANIFEST_NAME}: this is not a manifest ({error}); remove {path} and make it anew"
+            f"{path / MANIFEST_NAME}: this is not a manifest ({error}); remove {path} and make it again"
         ) from None
 
 

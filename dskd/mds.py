@@ -38,7 +38,7 @@ def read_index(index: Path) -> list[dict[str, Any]]:
             raise UserError(f"{index}: expected shards of the format 'mds', found {kind!r}; write the text as MDS")
         for place in files_of(shard):
             if not (index.parent / place).resolve().is_relative_to(index.parent.resolve()):
-                raise UserError(f"{index}: it names {place}, which lies outside of its folder; write the shards anew")
+                raise UserError(f"{index}: it names {place}, which lies outside of its folder; write the shards again")
     return shards
 
 
@@ -93,7 +93,7 @@ def _unpacked(folder: Path, reader: Any) -> tuple[Path, bytes]:
         raise UserError(f"{path}: cannot be read ({error.strerror}), but {INDEX} names it; fetch it again") from None
     for algorithm, expected in (stored.hashes or {}).items():
         if get_hash(algorithm, data) != expected:
-            raise UserError(f"{path}: the content is not what {INDEX} says: cut or changed; fetch or make it anew")
+            raise UserError(f"{path}: the content is not what {INDEX} says: cut or changed; fetch or make it again")
     if not raw:
         try:
             data = decompress(reader.compression, data)

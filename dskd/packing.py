@@ -1,6 +1,6 @@
 """Documents to sequences of equal length, in one of three ways (`corpus.packing`).
 
-| packing | a sequence holds | attention and positions begin anew |
+| packing | a sequence holds | attention and positions start again |
 |---|---|---|
 | documents | documents end to end; one that is cut goes on in the next sequence | at each document, and each sequence |
 | stream | the same | at each sequence |
@@ -52,7 +52,7 @@ def pack(
         texts: the documents.
         tokenizer: the teacher's.
         path: the safetensors file to write: `input_ids` [S, T] int32; `starts` [S, T] uint8, 1 where attention and
-            positions begin anew; `lengths` [S] int32, the real tokens of each sequence.
+            positions start again; `lengths` [S] int32, the real tokens of each sequence.
         sequence_length: T.
         packing: as in the table above.
         max_sequences: stop after so many.

@@ -26,7 +26,7 @@ _LENGTHS = 7, 5
 def check_documents(
     run: Callable[..., torch.Tensor], decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype
 ) -> None:
-    """Refuses a model that lets documents in one sequence see each other although their positions begin anew.
+    """Refuses a model that lets documents in one sequence see each other although their positions start again.
 
     Two short documents are packed in both orders. What comes first cannot depend on what follows, so each document's
     result must be the same in both places. How much would change if they did see each other is measured in the same

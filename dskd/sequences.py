@@ -29,7 +29,7 @@ class TokenBatch:
     input_ids: torch.Tensor  # [B, T] int64
     position_ids: torch.Tensor | None  # [B, T] int64, from 0 in each document; None where they only count up
     has_target: torch.Tensor  # [B, T] bool, True where x_{i+1} goes on with the document of x_i
-    starts: torch.Tensor  # [B, T] uint8, 1 where attention and positions begin anew
+    starts: torch.Tensor  # [B, T] uint8, 1 where attention and positions start again
     num_tokens: int  # real ones
     continuation_tokens: torch.Tensor | None = None  # [B] int64, the teacher may go on by so many; None: by any number
 
@@ -162,7 +162,7 @@ def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[S
         expected=tokenizer_digest,
         found=manifest.tokenizer,
         between=f"the teacher and {folder}",
-        remedy=f"make the sequences anew with `{MADE_BY}`",
+        remedy=f"make the sequences again with `{MADE_BY}`",
     )
     return open_sequences(folder / _file(split)), manifest
 

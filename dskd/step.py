@@ -145,6 +145,6 @@ def _require_finite(
     named = "; ".join(f"{name} on samples {sorted(samples)}" for name, samples in culprits.items())
     raise UserError(
         f"step {step}: the loss is not finite: {named}. The run stops; the last checkpoint is as it was. Look at those "
-        "samples of the training shards, lower train.learning_rate, or use precision: fp32, and go on with --resume",
+        "samples of the training shards, lower train.learning_rate, or use precision: fp32, and continue with --resume",
         known_to_all_ranks=True,
     )

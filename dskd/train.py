@@ -72,7 +72,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
         config: the experiment, with the run's keys laid over it.
         world: the ranks.
         resume: go on from the last checkpoint, if there is one.
-        overwrite: begin anew; the run's old checkpoints go when the first new one is whole.
+        overwrite: start from scratch; the run's old checkpoints go when the first new one is whole.
 
     Raises:
         UserError: when inputs do not fit, or checkpoints exist and neither flag says what to do with them.
@@ -280,7 +280,7 @@ def _run(
                         checkpoint.save(engine, pair.student_logits, config, wanted, facts, world)
                     if stops and not is_last:
                         raise stopping.Stopped(
-                            f"stopped at step {done} of {schedule.total_steps}, as asked; go on with --resume"
+                            f"stopped at step {done} of {schedule.total_steps}, as asked; continue with --resume"
                         )
             status = "FINISHED"
             say(f"  loss {result.loss:.4f}; {trained_seconds / (schedule.total_steps - first_step):.2f} s a step")
@@ -308,7 +308,7 @@ def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: b
     if not resume and not newest.is_final:
         raise UserError(
             f"{newest.path}: run {config.run!r} was stopped at step {newest.step} of "
-            f"{newest.manifest.facts['total_steps']}; go on with --resume, or start anew with --overwrite"
+            f"{newest.manifest.facts['total_steps']}; continue with --resume, or start from scratch with --overwrite"
         )
     return newest.step
 

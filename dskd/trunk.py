@@ -50,7 +50,7 @@ def trunk_depth(config: Config, *, kept: Sequence[int], same_teacher: bool, tied
             "no term of the loss reads the teacher" if not config.loss.needs_teacher else "teacher.mode is cached"
         )
     if not same_teacher:
-        raise TrunkError("the student was cut from another teacher; cut it anew with `dskd student`")
+        raise TrunkError("the student was cut from another teacher; cut it again with `dskd student`")
     if trains_embeddings(student, tied=tied):
         raise TrunkError("the student's embeddings are trained")
     trained = trained_layers(student, len(kept))

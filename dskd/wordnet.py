@@ -236,7 +236,7 @@ def _open(folder: Path) -> WordNet:
     except Exception as error:  # nltk raises what the damage makes it raise
         raise UserError(
             f"{folder}: nltk cannot read this WordNet ({type(error).__name__}: {error}); remove the folder, and it is "
-            "made or downloaded anew"
+            "made or downloaded again"
         ) from error
     names = [name for name in DICTIONARY_FILES if (folder / name).is_file()]
     return WordNet(reader, folder, digest_of_json({name: sha256_of_file(folder / name) for name in names}))

@@ -16,7 +16,7 @@ that is up to date is left as it is.
 
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--force", action="store_true", help="build also what is up to date; gathers anew")
+    parser.add_argument("--force", action="store_true", help="build also what is up to date; gathers again")
     given = parser.parse_intermixed_args()
 
     def work(config: Config, world: World) -> None:

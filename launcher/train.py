@@ -17,9 +17,9 @@ launcher/pipeline.py makes everything that training reads.
 
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, if there is one")
+    parser.add_argument("--resume", action="store_true", help="from the run's last checkpoint, if there is one")
     parser.add_argument(
-        "--overwrite", action="store_true", help="start anew; the run's old checkpoints go when there is a new one"
+        "--overwrite", action="store_true", help="from scratch; the run's old checkpoints go when there is a new one"
     )
     given = parser.parse_intermixed_args()
     if given.resume and given.overwrite:

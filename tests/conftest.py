@@ -256,7 +256,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         metavar="FOLDER",
         help="keep the work directory that many tests share, and use it again; for work on tests, since a change of "
-        "the code does not make it anew",
+        "the code does not make it again",
     )
 
 

@@ -47,7 +47,7 @@ def start(tmp_path):
     [
         ((), {}, "no program: the first argument is one of launcher/"),
         (("fit.py", *CONFIG), {}, "'fit.py': expected train.py, build_senses.py"),
-        (("train.py", *CONFIG, "--overwrite"), {}, "--overwrite: every restart of the pod would begin anew"),
+        (("train.py", *CONFIG, "--overwrite"), {}, "--overwrite: every restart of the pod would start from scratch"),
         (("train.py", *CONFIG), {"DSKD_NODES": "two"}, "DSKD_NODES: expected a whole number, found 'two'"),
         (("train.py", *CONFIG), {"DSKD_NODES": None}, "DSKD_NODES: expected a whole number, found ''"),
         (("train.py", *CONFIG), {"JOB_COMPLETION_INDEX": None}, "JOB_COMPLETION_INDEX: expected a whole number"),

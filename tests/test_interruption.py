@@ -130,7 +130,7 @@ def test_damaged_saved_states_are_gathered_anew(prepared, undisturbed, tmp_path)
     for run in states.glob("rank*"):
         run.write_bytes(run.read_bytes()[:-5])
     assert _finish(_start("senses", config)) == [0], _log(config)
-    assert "damaged; the states are gathered anew" in _log(config)
+    assert "damaged; the states are gathered again" in _log(config)
     assert _content(_work(config), "senses") == _content(_work(reference), "senses")
 
 

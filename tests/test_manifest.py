@@ -109,8 +109,8 @@ def test_a_missing_artifact_says_how_to_make_it(tmp_path):
 
 
 def test_a_misfit_names_both_sides():
-    with pytest.raises(UserError, match=r"a and b: made with different teachers \(one… and two…\); make it anew"):
-        require_same("teachers", expected="one", found="two", between="a and b", remedy="make it anew")
+    with pytest.raises(UserError, match=r"a and b: made with different teachers \(one… and two…\); make it again"):
+        require_same("teachers", expected="one", found="two", between="a and b", remedy="make it again")
 
 
 def test_two_processes_never_make_the_same_artifact(tmp_path, monkeypatch, capsys):

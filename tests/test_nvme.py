@@ -37,7 +37,7 @@ def _why_not():
     if not AsyncIOBuilder().is_compatible(verbose=False):
         return "libaio or its headers are missing"
     for library in Path(get_default_build_root()).rglob("async_io.so"):
-        ninja = shutil.which("ninja")  # the one that torch calls: another version begins its log anew
+        ninja = shutil.which("ninja")  # the one that torch calls: another version begins its log again
         command = [ninja or "true", "-n"]
         # Compiled from this very installation: from another one it is compiled again.
         is_own = str(Path(deepspeed.__file__).parent) in (library.parent / "build.ninja").read_text()

@@ -157,7 +157,7 @@ def test_zero3_gathers_every_weight_once_and_ahead_only_as_far_as_is_allowed():
     small = gather(_modules(100, 20_000_000), persistent=1000, backward=False)
     # Three ahead with each that runs, until a billion elements are whole or on their way.
     assert 0.9e9 <= small.forward <= 1.2e9
-    # What is used again soon stays: the backward pass gathers nothing anew.
+    # What is used again soon stays: the backward pass gathers nothing again.
     assert gather(_modules(2, 300_000_000), persistent=1000, backward=True).travelled == 600_000_000
     assert gather(_modules(2, 1000), persistent=1000, backward=True).travelled == 0
 

@@ -288,7 +288,7 @@ def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, w
     config = load_config(path)
     shutil.rmtree(checkpoint.folder(config) / "step-00000006")
     with pytest.raises(
-        UserError, match="was stopped at step 3 of 6; go on with --resume, or start anew with --overwrite"
+        UserError, match="was stopped at step 3 of 6; continue with --resume, or start from scratch with --overwrite"
     ):
         train(config, world)
     with pytest.raises(UserError, match=r"loss.margin: 1.0 then, 7.0 now"):

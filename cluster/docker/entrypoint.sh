@@ -118,7 +118,7 @@ compare or status"
 esac
 for argument; do
     [[ $argument != --overwrite ]] ||
-        refuse "--overwrite: every restart of the pod would begin anew; remove the run's checkpoints instead"
+        refuse "--overwrite: every restart of the pod would start from scratch; remove the run's checkpoints instead"
 done
 for name in JOB_COMPLETION_INDEX DSKD_NODES DSKD_RANKS_PER_NODE DSKD_MASTER_PORT DSKD_PEERS_TIMEOUT_S; do
     require_number "$name"

@@ -72,7 +72,7 @@ def read_relations(config: Config, **options: Any) -> pa.Table:
     try:
         return pq.read_table(path, **options)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); make it anew with `{MADE_BY}`") from None
+        raise UserError(f"{path}: cannot be read ({error}); make it again with `{MADE_BY}`") from None
 
 
 def if_there(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:

@@ -43,7 +43,7 @@ def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manife
         expected=senses.digest,
         found=manifest.inputs.get("senses"),
         between=f"{folder} and the sense dictionary that is here now",
-        remedy=f"make the shards anew with `{MADE_BY}`",
+        remedy=f"make the shards again with `{MADE_BY}`",
     )
     return folder, manifest
 

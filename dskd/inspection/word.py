@@ -226,7 +226,7 @@ def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int]
 
 def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> None:
     if senses.manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
-        notes.append("the lexicon was made anew since the sense dictionary was: the two may differ in their relations")
+        notes.append("the lexicon was made again since the sense dictionary was: the two may differ in their relations")
 
 
 def _replaced(config: Config, word: str) -> str:

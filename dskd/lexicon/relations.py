@@ -148,5 +148,5 @@ def load_lexicon(config: Config) -> list[Relation]:
     try:
         columns = pq.read_table(folder / FILE, schema=SCHEMA).to_pydict()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{folder / FILE}: cannot be read ({error}); make it anew with `{MADE_BY}`") from None
+        raise UserError(f"{folder / FILE}: cannot be read ({error}); make it again with `{MADE_BY}`") from None
     return [Relation(*row) for row in zip(*(columns[name] for name in SCHEMA.names), strict=True)]

@@ -327,7 +327,7 @@ def stages_before(
 
 
 def _cache_bytes(config: Config, architecture: Architecture, size: int) -> int:
-    """Keys and values of whole prompts that the teacher goes on with, and of a layer once more: it is made anew."""
+    """Keys and values of whole prompts that the teacher goes on with, and of a layer once more: it is made again."""
     values = architecture.values()
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
     width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)

@@ -47,7 +47,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
 def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     """Gathers states on all ranks, clusters them where they are owned, and writes the dictionary on rank 0.
 
-    A dictionary that is up to date is left as it is, but with `force`; then also the states are gathered anew.
+    A dictionary that is up to date is left as it is, but with `force`; then also the states are gathered again.
     """
     if config.senses.path is not None:
         main_first(lambda: load_fitting_dictionary(config, find_teacher(config)))

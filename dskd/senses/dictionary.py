@@ -128,7 +128,7 @@ def read_dictionary(path: Path) -> SenseDictionary:
     if len(offsets) != entries.num_entries + 1 or int(offsets[-1]) != shape[0] or len(tensors["counts"]) != shape[0]:
         raise UserError(
             f"{path}: the tensors do not fit each other ({shape[0]} vectors, {len(tensors['counts'])} counts, "
-            f"{len(offsets) - 1} entries that end at row {int(offsets[-1])}); make it anew with `{MADE_BY}`"
+            f"{len(offsets) - 1} entries that end at row {int(offsets[-1])}); make it again with `{MADE_BY}`"
         )
     return SenseDictionary(path, entries.vocab_size, shape[1], tensors["counts"], offsets, entries)
 
@@ -141,7 +141,7 @@ def require_fitting(
     Raises:
         UserError: naming both sides.
     """
-    remedy = f"make the dictionary anew with `{MADE_BY}`"
+    remedy = f"make the dictionary again with `{MADE_BY}`"
     if dictionary.hidden_size != hidden_size:
         raise UserError(
             f"{dictionary.path}: its sense embeddings have {dictionary.hidden_size} dimensions, the model's hidden "

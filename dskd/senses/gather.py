@@ -56,7 +56,7 @@ def read_progress(folder: Path) -> Progress:
     except (ValueError, TypeError):
         damaged = [_PROGRESS]
     if damaged:
-        warn(f"{folder}: {', '.join(damaged)} damaged; the states are gathered anew")
+        warn(f"{folder}: {', '.join(damaged)} damaged; the states are gathered again")
         return Progress(0, [])
     return progress
 

@@ -2,7 +2,7 @@
 
 A row stands for the states behind it: the rows of all dictionaries are clustered by k-means in which each has the
 weight of its states. So what is merged are centroids, not the states themselves, which are gone by then; to sample
-states over several corpora, name them all in one config's `corpus.train`. Spans are composed anew from the merged
+states over several corpora, name them all in one config's `corpus.train`. Spans are composed again from the merged
 tokens.
 """
 
@@ -46,7 +46,7 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
     if len(keys) > 1:
         raise UserError(
             f"these dictionaries cannot be merged: their senses.key are {' and '.join(sorted(keys))}, so their rows "
-            "mean different things; build one of them anew"
+            "mean different things; build one of them again"
         )
     lexicon = read_manifest(config.path(LEXICON_FOLDER), "lexicon", made_by=LEXICON_MADE_BY)
     settings = {key: value for key, value in config.senses.as_dict().items() if key in _MERGING}

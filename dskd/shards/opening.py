@@ -94,7 +94,7 @@ def _require_same_index(config: Config, split: str, index: Path) -> None:
     if found != expected:
         raise UserError(
             f"{place(config, split)}: its {INDEX} is not that of {config.path(FOLDER, split)} (sha256 {found[:12]}…, "
-            f"expected {expected[:12]}…): it has other shards; copy {config.path(FOLDER)} there anew, or correct "
+            f"expected {expected[:12]}…): it has other shards; copy {config.path(FOLDER)} there again, or correct "
             "train.shard_remote",
             known_to_all_ranks=True,
         )

@@ -51,7 +51,7 @@ def require_fitting(
         UserError: naming both sides, or the file that was changed.
     """
     folder = config.path(FOLDER, split)
-    remedy = f"make the shards anew with `{MADE_BY}`"
+    remedy = f"make the shards again with `{MADE_BY}`"
     for what, expected, found in (
         ("tokenizers", tokenizer, manifest.tokenizer),
         ("teachers", teacher, manifest.teacher),
@@ -66,19 +66,19 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
     """Refuses shards without the teacher's distributions, or with those over another number of tokens.
 
     Raises:
-        UserError: naming the command that makes them anew.
+        UserError: naming the command that makes them again.
     """
     wanted, found = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
     if found and found != wanted:
         raise UserError(
             f"annotation.teacher_top_n: {wanted}, but {config.path(FOLDER, split)} holds the teacher's {found} most "
-            f"probable tokens; set it to {found}, or make the shards anew with `{MADE_BY}`"
+            f"probable tokens; set it to {found}, or make the shards again with `{MADE_BY}`"
         )
     if not found:
         raise UserError(
             f"{config.path(FOLDER, split)}: the shards hold no distributions of the teacher, and teacher.mode: cached "
             f"with loss.kd_weight {config.loss.kd_weight:g} reads them; set annotation.teacher_top_n (64, say) and "
-            f"make the shards anew with `{MADE_BY}`"
+            f"make the shards again with `{MADE_BY}`"
         )
 
 

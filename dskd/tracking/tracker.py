@@ -163,7 +163,7 @@ class MLflowTracker:
         self.put(kind="metrics", metrics=[[name, float(value), now, step] for name, value in metrics.items()])
 
     def before_checkpoint(self) -> None:
-        """Writes what is unsent to disk; now and then the picture of the loss is drawn anew, by the sending thread."""
+        """Writes what is unsent to disk; now and then the picture of the loss is drawn again, by the sending thread."""
         if time.monotonic() - self._curves_at > _CURVES_EVERY_S and not self._away:
             self._curves_at = time.monotonic()
             self.put(kind="curves")
