@@ -115,7 +115,7 @@ def test_what_is_not_there_is_said_in_a_line(copy_of_tiny, inspect):
         code, out, _ = inspect(*arguments, "--config", config)
         assert code == 0
         assert f"(no {what}: " in out
-        assert "make it with `deepspeed launcher/annotate.py --config FILE`)" in out
+        assert "with `deepspeed launcher/annotate.py --config FILE`)" in out
 
 
 def test_row_numbers_of_another_dictionary_are_not_looked_up(copy_of_tiny, inspect):

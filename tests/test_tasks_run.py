@@ -228,7 +228,7 @@ def test_prompts_that_do_not_fit_are_counted(config, results, world, tmp_path, c
 
 
 def test_data_that_is_missing_is_named_before_a_model_is_loaded(config, world, monkeypatch):
-    monkeypatch.setattr("dskd.tasks.run.load_frozen", None)
+    monkeypatch.setattr("dskd.tasks.run.load_candidate", None)
     with pytest.raises(UserError, match=r"tasks.mmlu: .*arc has neither test/\*_test.csv, as published"):
         run_tasks(load_config(config, [f"tasks.mmlu={DATA / 'arc'}"]), world, ["all"])
     with pytest.raises(
