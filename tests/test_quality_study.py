@@ -132,6 +132,14 @@ def test_another_value_seed_or_text_is_another_training():
     assert dataclasses.replace(one, seconds=9.0, date="later", measures={}).name == one.name
 
 
+def test_arms_are_compared_at_the_same_positions():
+    """The teacher's perplexity at lexical positions is another one where these are others."""
+    of_teacher = {r.variant: r.measures["lexical_perplexity"] for r in read_results(RESULTS) if r.arm == "teacher"}
+    kept = [factor.name for factor in study.FACTORS if factor.keeps_baseline and factor.name in of_teacher]
+    assert kept
+    assert {of_teacher[name] for name in kept} == {of_teacher[None]}
+
+
 def test_the_committed_report_is_that_of_the_committed_results():
     assert REPORT.read_text(encoding="utf-8") == render(read_results(RESULTS))
 

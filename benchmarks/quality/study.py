@@ -133,9 +133,12 @@ class Factor:
     shares: tuple[str, ...]  # artifacts that are those of the study itself
 
     @property
-    def is_of_senses(self) -> bool:
-        """True where an arm without senses is what it is without the change."""
-        return all(key.startswith(("senses.", "annotation.")) for key in self.keys)
+    def keeps_baseline(self) -> bool:
+        """True where an arm without senses is what it is without the change, and is measured at the same positions.
+
+        By `senses.key` other words have senses, and so other targets count as lexical.
+        """
+        return set(self.keys) <= {"senses.k", "annotation.kappa"}
 
 
 _TO_TEACHER = ("lexicon", "corpus", "teacher")
@@ -165,7 +168,7 @@ FACTORS = (
 
 def is_wanted(factor: Factor | None, arm: str) -> bool:
     """Whether an arm is trained with a factor changed; None: as the study is, with the weight of the factors."""
-    if arm == FACTOR_BASELINE and (factor is None or factor.is_of_senses):
+    if arm == FACTOR_BASELINE and (factor is None or factor.keeps_baseline):
         return False  # it is what the test has
     return arm in FACTOR_ARMS
 
