@@ -58,7 +58,8 @@ def main() -> None:
 
     def work(config: Config, world: World) -> None:
         # After the arguments: --help should not wait for DeepSpeed.
-        from dskd.evaluate import evaluate, require_exports
+        from dskd.evaluate import evaluate
+        from dskd.evaluated_models import require_exports
 
         tasks = given.tasks or config.tasks.evaluate
         if on_tasks and not tasks:

@@ -241,7 +241,7 @@ def replace_at_loading(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         update_manifest(folder)
         return load_frozen(*arguments)
 
-    monkeypatch.setattr("dskd.evaluate.load_frozen", load)
+    monkeypatch.setattr("dskd.evaluated_models.load_frozen", load)
 
 
 def write_config(path: Path, base: dict, **changes: object) -> Path:

@@ -12,6 +12,7 @@ from dskd.compare.choosing import Selection
 from dskd.compare.metrics import EVALUATED
 from dskd.config import TASKS, Config
 from dskd.errors import UserError, listed
+from dskd.evaluated_models import CUT_STUDENT, TEACHER
 from dskd.examples import Examples, Measure, read_examples
 from dskd.lexical import results as lexical
 from dskd.manifest import read_file
@@ -191,7 +192,7 @@ def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure])
 def _read_local(config: Config, kind: Kind) -> dict[str, tuple[str, dict[str, float]]]:
     """{model: (digest of the data, its measures)} of what was evaluated in the work directory."""
     found = {}
-    for model in (evaluate.TEACHER, evaluate.CUT_STUDENT, *config.run_names):
+    for model in (TEACHER, CUT_STUDENT, *config.run_names):
         path = kind.path(config, model)
         content = read_file(path.parent, path.name)
         if content is not None:
@@ -217,7 +218,7 @@ def _references(
     wanted = {
         name: digest
         for name, (digest, _) in local.items()
-        if name in (evaluate.TEACHER, evaluate.CUT_STUDENT) or not (selection or name in measured)
+        if name in (TEACHER, CUT_STUDENT) or not (selection or name in measured)
     }
     if data is None:
         by_digest: dict[str, list[str]] = {}

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 
-from dskd import evaluate
 from dskd.compare.comparison import Comparison
 from dskd.compare.group_tests import Test
 from dskd.compare.groups import Group
 from dskd.compare.metrics import COST, COVERAGE, EVALUATED, TRAINED, Best
 from dskd.compare.statistics import Estimate
+from dskd.evaluated_models import CUT_STUDENT, TEACHER
 from dskd.examples import Measure
 
 MINUS, TIMES = "−", "×"
@@ -27,7 +27,7 @@ _LABELS = {
     "coverage/with_synonyms": "targets with synonyms",
     "coverage/with_antonyms": "targets with antonyms",
 }
-_REFERENCES = {evaluate.TEACHER: "teacher", evaluate.CUT_STUDENT: "cut student, untrained"}
+_REFERENCES = {TEACHER: "teacher", CUT_STUDENT: "cut student, untrained"}
 
 
 def label(metric: str) -> str:

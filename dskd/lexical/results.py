@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from dskd import evaluate
 from dskd.config import Config
-from dskd.evaluate import CUT_STUDENT, TEACHER, Candidate
+from dskd.evaluated_models import CUT_STUDENT, TEACHER, Candidate
 from dskd.examples import Examples, Measure, read_examples, save_examples
 from dskd.lexical.alignment import MEASURES as OF_POSITIONS
 from dskd.lexical.scores import Item, clustered_error, columns_of, summarize

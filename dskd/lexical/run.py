@@ -11,7 +11,8 @@ from dskd import evaluate
 from dskd.config import Config
 from dskd.console import say, stage
 from dskd.distributed import World, main_first, on_main
-from dskd.evaluate import Candidate, HeldOutText, load_candidate, same_on_all_ranks
+from dskd.evaluate import HeldOutText
+from dskd.evaluated_models import Candidate, chosen, load_candidate, same_on_all_ranks
 from dskd.lexical import alignment, preference, retrieval, separation, wic
 from dskd.lexical.held_out import Items, build_items, load_items
 from dskd.lexical.reading import TARGET, WORD, Tokens, read_likelihoods, read_states
@@ -38,7 +39,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     Raises:
         UserError: when a model of `names` is not there, or there is no corpus.
     """
-    models = same_on_all_ranks(lambda: evaluate.chosen(config, names))
+    models = same_on_all_ranks(lambda: chosen(config, names))
     # Rank 0's on every rank: another job may make the items of its own config at any time.
     manifest = Manifest(**on_main(lambda: asdict(build_items(config, find_teacher(config)))))
     items = main_first(lambda: load_items(config, manifest))

@@ -22,7 +22,7 @@ from dskd.console import progress_bar, say, stage
 from dskd.continuations import end_tokens, generate_greedily
 from dskd.distributed import World, gather_json, main_first, on_main
 from dskd.errors import UserError
-from dskd.evaluate import Candidate, candidates, chosen, load_candidate, same_on_all_ranks
+from dskd.evaluated_models import Candidate, candidates, chosen, load_candidate, same_on_all_ranks
 from dskd.manifest import Recipe, build_artifact, is_current, was_made_meanwhile, write_json
 from dskd.models import FrozenModel
 from dskd.random_numbers import derived_seed, random_bits
