@@ -1,0 +1,127 @@
+"""The typed, frozen configuration of an experiment: sections, keys, defaults and what they mean.
+
+:mod:`dskd.config_file` reads one from a YAML file. One file can describe several training runs that share everything up
+to the shards: `runs` maps a run's name to the keys in which it differs, and `run` says which of them a process trains.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
+from dskd.config.evaluation import TASKS, EvaluationConfig, TaskName, TasksConfig
+from dskd.config.models import StudentConfig, TeacherConfig, TeacherRecipe
+from dskd.config.section import Section
+from dskd.config.training import LossConfig, PipelineConfig, TrackingConfig, TrainConfig
+
+__all__ = [
+    "TASKS",
+    "AnnotationConfig",
+    "Config",
+    "CorpusConfig",
+    "EvaluationConfig",
+    "LexiconConfig",
+    "LossConfig",
+    "PipelineConfig",
+    "Section",
+    "SensesConfig",
+    "StudentConfig",
+    "TaskName",
+    "TasksConfig",
+    "TeacherConfig",
+    "TeacherRecipe",
+    "TrackingConfig",
+    "TrainConfig",
+    "WordNetConfig",
+]
+
+
+def _not_reserved(name: str) -> str:
+    if name in ("teacher", "student"):
+        raise ValueError(f"{name!r} is what the evaluation calls another model; choose another name for the run")
+    return name
+
+
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if again := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        raise ValueError(f"{', '.join(map(str, again))} is there more than once: runs of one seed are the same run")
+    return seeds
+
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_not_reserved)]
+
+
+class Config(Section):
+    """The whole experiment. Paths that are not absolute start at the current directory."""
+
+    workdir: str = Field(min_length=1, description="folder for every artifact of this experiment")
+    run: RunName = Field(
+        "dskd",
+        description="name of the run to train; not given: dskd where `runs` is empty or has it, else the first there",
+    )
+    runs: dict[RunName, dict[str, Any]] = Field({}, description="runs by name, each with the keys in which it differs")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random choice, except those of tasks.seed")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], AfterValidator(_each_once)] = Field(
+        (), description="train each run with each of these, as RUN-s0, …; what all share is made with the first"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="type to compute in; auto: bf16 where the hardware has it"
+    )
+    teacher: TeacherConfig
+    corpus: CorpusConfig = CorpusConfig()  # type: ignore[call-arg]
+    wordnet: WordNetConfig = WordNetConfig()  # type: ignore[call-arg]
+    lexicon: LexiconConfig = LexiconConfig()  # type: ignore[call-arg]
+    senses: SensesConfig = SensesConfig()  # type: ignore[call-arg]
+    annotation: AnnotationConfig = AnnotationConfig()  # type: ignore[call-arg]
+    student: StudentConfig = StudentConfig()  # type: ignore[call-arg]
+    loss: LossConfig = LossConfig()  # type: ignore[call-arg]
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
+    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    tasks: TasksConfig = TasksConfig()  # type: ignore[call-arg]
+    pipeline: PipelineConfig = PipelineConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "Config":
+        problems = []
+        if self.teacher.mode == "cached":
+            if self.loss.kd_weight and not self.annotation.teacher_top_n:
+                problems.append(
+                    "teacher.mode: cached needs annotation.teacher_top_n, how many tokens are stored (64, say)"
+                )
+            if self.loss.hidden_weight:
+                problems.append(
+                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached has not: set it to "
+                    "0, or teacher.mode to resident or zero3"
+                )
+            if self.loss.compares_sense_distributions:
+                problems.append(
+                    "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached has not: set "
+                    "it to distance, or teacher.mode to resident or zero3"
+                )
+            if self.student.shared_trunk == "on":
+                problems.append(
+                    "student.shared_trunk: on needs a teacher in training, and teacher.mode: cached has none"
+                )
+        if self.annotation.continuation_tokens and self.corpus.packing != "none":
+            problems.append(
+                "annotation.continuation_tokens needs corpus.packing: none, where each text has a sample of its own"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def run_names(self) -> tuple[str, ...]:
+        """The runs this file describes, in its order."""
+        return tuple(self.runs) or (self.run,)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True when training runs the teacher."""
+        return self.loss.needs_teacher and self.teacher.mode != "cached"
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the work directory."""
+        return Path(self.workdir).expanduser().joinpath(*parts)

@@ -1,0 +1,194 @@
+"""The sections of what is made before training: `corpus`, `wordnet`, `lexicon`, `senses` and `annotation`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dskd.config.evaluation import TASKS, TaskName
+from dskd.config.section import Section
+
+_KEYS_OF_SOURCES = {
+    "files": ("train", "validation"),
+    "huggingface": ("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split"),
+    "tasks": ("tasks",),
+}
+
+
+class CorpusConfig(Section):
+    """The text that senses are gathered from and students are trained on."""
+
+    source: Literal["wordnet", "files", "huggingface", "tasks"] = Field(
+        "wordnet",
+        description="where text comes from. wordnet: glosses and examples; files: your own; huggingface: a dataset "
+        "that `datasets` can load; tasks: prompts of the paper's benchmarks (section tasks)",
+    )
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = Field(
+        TASKS,
+        description="with source: tasks. Benchmarks whose training splits become few-shot prompts (docs/method.md, "
+        "section 4)",
+    )
+    train: tuple[str, ...] = Field(
+        (),
+        description="with source: files. Paths, folders or globs of .txt and .jsonl (also .gz), .parquet, and folders "
+        "of MDS shards",
+    )
+    validation: tuple[str, ...] = Field(
+        (), description="with source: files. Held-out files; empty: a share of the training documents"
+    )
+    dataset: str | None = Field(None, description="with source: huggingface. Its name on the hub, or a folder")
+    dataset_config: str | None = Field(None, description="configuration of the dataset, where it has several")
+    dataset_revision: str | None = Field(None, description="branch, tag or commit of a dataset on the hub")
+    train_split: str = Field("train", min_length=1, description="split of the dataset to train on")
+    validation_split: str | None = Field(None, description="held-out split; null: a share of the training documents")
+    text_field: str = Field(
+        "text", min_length=1, description="key or column that holds the text, where there are several"
+    )
+    validation_share: float = Field(0.05, gt=0, lt=0.5, description="share of documents held out, chosen by a hash")
+    sequence_length: int = Field(128, ge=8, description="number of tokens in a training sequence")
+    packing: Literal["documents", "stream", "none"] = Field(
+        "documents",
+        description="how documents fill sequences. documents: end to end, each by itself (attention and positions "
+        "begin again); stream: end to end as one text; none: each document is one sample, padded",
+    )
+    max_sequences: int | None = Field(None, ge=1, description="number of training sequences at most; null: all")
+    max_validation_sequences: int | None = Field(
+        None, ge=1, description="number of held-out sequences at most; null: all"
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit_the_source(self) -> "CorpusConfig":
+        problems = []
+        if self.source == "files" and not self.train:
+            problems.append("source: files needs corpus.train, a list of paths or globs")
+        if self.source == "huggingface" and not self.dataset:
+            problems.append("source: huggingface needs corpus.dataset, a name on the hub or a folder")
+        for source, keys in _KEYS_OF_SOURCES.items():
+            fields = type(self).model_fields
+            wrong = [f"corpus.{key}" for key in keys if getattr(self, key) != fields[key].default]
+            if self.source != source and wrong:
+                verb = "needs" if len(wrong) == 1 else "need"
+                problems.append(f"{' and '.join(wrong)} {verb} source: {source}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class WordNetConfig(Section):
+    """Where WordNet lies."""
+
+    path: str | None = Field(
+        None, description="folder with WordNet's dictionary files (data.noun, index.noun, …); null: search"
+    )
+
+
+Language = Annotated[str, Field(pattern=r"^[a-z]{3}$")]
+
+
+class LexiconConfig(Section):
+    """Where synonyms and antonyms come from (docs/method.md, section 1)."""
+
+    wordnet: bool = Field(True, description="take from WordNet the lemmas of a synset as synonyms, and direct antonyms")
+    indirect_antonyms: bool = Field(
+        False, description="also indirect antonyms of English adjectives, through adjectives they are similar to"
+    )
+    languages: Annotated[tuple[Language, ...], Field(min_length=1)] = Field(
+        ("eng",),
+        description="WordNet's languages, as ISO 639-3 codes; others than eng need Open Multilingual WordNet",
+    )
+    wiktionary: tuple[str, ...] = Field((), description="files of Wiktextract (kaikki.org), .jsonl or .jsonl.gz")
+    wiktionary_language: str = Field(
+        "English", min_length=1, description="language of the entries to read, their `lang`"
+    )
+    dict2vec: tuple[str, ...] = Field((), description="pair lists of Dict2Vec, two synonyms in a line")
+    tsv: tuple[str, ...] = Field((), description="your own lists of WORD<TAB>synonym|antonym<TAB>WORD; # is a comment")
+    morpholex: str | None = Field(
+        None, description="file of MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
+    )
+
+    @model_validator(mode="after")
+    def _some_source(self) -> "LexiconConfig":
+        if not (self.wordnet or self.wiktionary or self.dict2vec or self.tsv):
+            raise ValueError(
+                "no source of relations: set wordnet: true, or wiktionary, dict2vec or tsv to a list of files"
+            )
+        if not self.wordnet and self.languages != ("eng",):
+            raise ValueError("languages are WordNet's: set wordnet: true, or remove them")
+        if self.indirect_antonyms and not (self.wordnet and "eng" in self.languages):
+            raise ValueError("indirect_antonyms are WordNet's, in English: set wordnet: true and have eng in languages")
+        return self
+
+
+class SensesConfig(Section):
+    """How the sense dictionary is built (docs/method.md, section 2)."""
+
+    path: str | None = Field(
+        None, description="folder of a finished dictionary to use instead, such as `dskd senses merge` writes"
+    )
+    key: Literal["predicted", "target"] = Field(
+        "predicted",
+        description="token to store a state under: the one the teacher predicts (the paper), or the next",
+    )
+    k: int = Field(10, ge=1, description="largest number of senses of a token")
+    states_per_sense: int | None = Field(
+        None, ge=1, description="kept states of a token for each of its senses, up to k senses; null: always k"
+    )
+    max_states: int = Field(100, ge=1, description="number of states kept for a token, drawn at random")
+    batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass of the teacher")
+    memory_budget: float = Field(
+        4.0, gt=0, description="GB (2^30 bytes) of states that a rank holds in memory; more are written to disk"
+    )
+    save_minutes: float = Field(
+        10.0, ge=0, description="minutes between saved points, from which an interrupted gathering of states goes on"
+    )
+    keep_states: bool = Field(
+        False, description="keep the sampled states on disk; changing k or restarts then needs no teacher"
+    )
+    restarts: int = Field(1, ge=1, description="number of k-means runs for each token; the best is kept")
+    max_iterations: int = Field(50, ge=1, description="largest number of Lloyd iterations in a k-means run")
+
+    @model_validator(mode="after")
+    def _more_states_than_senses(self) -> "SensesConfig":
+        if self.k > self.max_states:
+            raise ValueError(
+                f"k {self.k} is more than max_states {self.max_states}: no token keeps so many states; lower k, or "
+                "raise max_states"
+            )
+        return self
+
+    surface_forms: tuple[Literal["capitalized", "sentence_initial"], ...] = Field(
+        (),
+        description="forms of a word beside ' word' (the paper), where they are one token. capitalized: ' Word'; "
+        "sentence_initial: 'Word' at the beginning of a text",
+    )
+
+
+class AnnotationConfig(Section):
+    """How the streaming shards are made (docs/method.md, section 3).
+
+    A target token that stands for a sense has rows of the sense dictionary: its own (O_i), those of its synonyms (P_i)
+    and those of its antonyms (N_i).
+    """
+
+    kappa: int = Field(5, ge=1, description="number of sense rows that a position is pulled to, and pushed from")
+    batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass of the teacher")
+    shard_size_mb: int = Field(64, ge=1, description="size of a shard in MB before compression")
+    memory_budget: float = Field(
+        4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; others are read"
+    )
+    own_among_antonyms: bool = Field(
+        False,
+        description="let the own rows of a target that has antonyms compete for N_i too, as in the paper's published "
+        "code: a row can then be pulled and pushed at once",
+    )
+    teacher_top_n: int = Field(
+        0,
+        ge=0,
+        description="number of most probable next tokens of the teacher stored per position, for teacher.mode: cached; "
+        "0: none",
+    )
+    continuation_tokens: int = Field(
+        0,
+        ge=0,
+        description="with corpus.packing: none. The teacher continues each training text greedily, by 1 to this number "
+        "of tokens; text and continuation are the sample (docs/method.md, section 4). 0: none",
+    )

@@ -1,0 +1,74 @@
+"""The sections `evaluation` and `tasks`, which say what models are measured on."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
+
+from dskd.config.section import Section
+
+TaskName = Literal["arc_challenge", "commonsense_qa", "piqa", "mmlu", "squad_v2"]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
+
+
+class EvaluationConfig(Section):
+    """Measures on held-out text, and lexical ones."""
+
+    batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass")
+    samples: int = Field(4, ge=0, description="number of held-out texts that every model continues; 0: none")
+    sample_tokens: int = Field(24, ge=1, description="number of tokens of each continuation, chosen greedily")
+    wic: str | None = Field(
+        None,
+        description="with --lexical. File NAME.data.txt of Words in Context as published, NAME.gold.txt beside it. Use "
+        "one for all runs that are compared: with another, or none, lexical measures are of other data",
+    )
+    wic_threshold: str | None = Field(
+        None, description="with wic. Another such file, of the training split say, on which the threshold is chosen"
+    )
+
+    @model_validator(mode="after")
+    def _threshold_needs_pairs(self) -> "EvaluationConfig":
+        if self.wic_threshold is not None and self.wic is None:
+            raise ValueError("wic_threshold needs evaluation.wic, the pairs that the threshold is for; give it, too")
+        if self.wic is not None and self.wic_threshold is not None:
+            place, other = (Path(given).expanduser().resolve() for given in (self.wic, self.wic_threshold))
+            if place == other:
+                raise ValueError(
+                    f"wic_threshold is evaluation.wic itself, {place}, and the threshold would be chosen on what is "
+                    "measured; name another file, such as that of the training split, or leave it out"
+                )
+        return self
+
+
+class TasksConfig(Section):
+    """The paper's benchmarks, to evaluate on and to train on (docs/method.md, sections 4 and 5).
+
+    Each is a folder with the benchmark's files, as published or as on the hub, or the name of a dataset of the hub.
+    """
+
+    arc_challenge: str = Field("allenai/ai2_arc", min_length=1, description="folder or dataset of ARC-Challenge")
+    commonsense_qa: str = Field("tau/commonsense_qa", min_length=1, description="folder or dataset of CommonsenseQA")
+    piqa: str = Field("baber/piqa", min_length=1, description="folder or dataset of PIQA")
+    mmlu: str = Field("cais/mmlu", min_length=1, description="folder or dataset of MMLU")
+    squad_v2: str = Field("rajpurkar/squad_v2", min_length=1, description="folder or dataset of SQuAD v2")
+    evaluate: tuple[TaskName, ...] = Field(
+        (), description="benchmarks that all models are evaluated on at the end of launcher/pipeline.py"
+    )
+    choice_shots: int = Field(5, ge=0, description="number of examples in a prompt, in all tasks but squad_v2")
+    squad_shots: int = Field(1, ge=0, description="number of examples in a prompt of squad_v2")
+    choice_tokens: int = Field(2, ge=1, description="largest number of tokens in an answer, in all tasks but squad_v2")
+    squad_tokens: int = Field(10, ge=1, description="largest number of tokens in an answer in squad_v2")
+    limit: int | None = Field(
+        None, ge=1, description="number of examples, drawn at random, per task (mmlu: per subject); null: all"
+    )
+    batch_size: int = Field(16, ge=1, description="number of prompts that a rank runs at once")
+    train_share: float = Field(
+        0.25, gt=0, le=1, description="with corpus.source: tasks. Share of training splits to use, but for squad_v2"
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed for drawing few-shot examples, tasks.limit and training splits; separate from `seed`, so "
+        "that all runs get the same questions",
+    )

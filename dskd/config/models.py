@@ -1,0 +1,105 @@
+"""The sections `teacher` and `student`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dskd.config.section import Section
+
+
+class TeacherRecipe(Section):
+    """A small Llama-architecture teacher, trained from scratch on the corpus, for use where no model can be had."""
+
+    vocab_size: int = Field(4096, ge=300, description="size of the byte-pair encoding that is trained on the corpus")
+    num_layers: int = Field(8, ge=2, description="number of decoder layers")
+    hidden_size: int = Field(256, ge=16, description="width of the hidden states (D)")
+    num_heads: int = Field(4, ge=1, description="number of attention heads; must divide hidden_size")
+    train_tokens: int = Field(1_000_000, ge=1000, description="number of tokens to train on")
+    batch_size: int = Field(16, ge=1, description="sequences in one optimizer step")
+    learning_rate: float = Field(0.02, gt=0, description="learning rate of Muon, for the weight matrices of the layers")
+    embedding_learning_rate: float = Field(0.003, gt=0, description="learning rate of AdamW, for all else")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "TeacherRecipe":
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_heads ({self.num_heads}) times an even number"
+            )
+        return self
+
+
+class TeacherConfig(Section):
+    """The frozen decoder that is distilled; either `path` or `train_from_scratch`."""
+
+    path: str | None = Field(None, description="Hugging Face folder or model name of the teacher")
+    revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model: only for one you trust")
+    mode: Literal["resident", "zero3", "cached"] = Field(
+        "zero3",
+        description="resident: every rank holds all of the teacher; zero3: each holds a share of it; cached: training "
+        "reads the distributions that annotation stored (annotation.teacher_top_n) and loads no teacher",
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "cpu", description="with mode: zero3. Where a rank keeps its share: on the device, in memory, on disk"
+    )
+    nvme_path: str | None = Field(None, description="with offload: nvme. Node-local folder for the shares")
+    train_from_scratch: TeacherRecipe | None = Field(None, description="train a small teacher on the corpus instead")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TeacherConfig":
+        if (self.path is None) == (self.train_from_scratch is None):
+            raise ValueError("give either path (a model) or train_from_scratch (a recipe), and not both")
+        if self.offload == "nvme" and self.nvme_path is None:
+            raise ValueError("offload: nvme needs nvme_path, a folder on a local disk of each node")
+        if self.nvme_path is not None and self.offload != "nvme":
+            raise ValueError("nvme_path needs offload: nvme")
+        if self.offload == "nvme" and self.mode == "resident":
+            raise ValueError("offload: nvme needs mode: zero3; a resident teacher lies on the device")
+        return self
+
+
+Count = Annotated[int, Field(ge=1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
+def _on_or_off(value: object) -> object:
+    # on and off without quotes are truth values in YAML
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+class StudentConfig(Section):
+    """How the student is cut from the teacher, and which of its parameters are trained."""
+
+    layers: Count | Layers = Field(16, description="number of the teacher's layers to keep, or a list of their indices")
+    spacing: Literal["first", "even"] = Field(
+        "first", description="with a number in `layers`. first: the lowest; even: first, last, and evenly between"
+    )
+    train_layers: Annotated[int, Field(ge=0)] | Layers = Field(
+        2, description="number of last layers to train, or a list of layer indices (of the student, from 0)"
+    )
+    train_embeddings: bool = Field(False, description="train the input embeddings (and a head that is tied to them)")
+    train_final_norm: bool = Field(False, description="train the norm before the head")
+    train_lm_head: bool = Field(False, description="train the output head")
+    shared_trunk: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
+        "auto",
+        description="compute frozen lower layers once, in the teacher. auto: where that is exact; on: refuse "
+        "to train where it is not; off: never",
+    )
+
+    @model_validator(mode="after")
+    def _layers_are_there(self) -> "StudentConfig":
+        problems = []
+        kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
+        if isinstance(self.layers, tuple) and list(self.layers) != (right := sorted(set(self.layers))):
+            problems.append(
+                f"layers: expected different layers in ascending order, such as {right}, found {[*self.layers]}"
+            )
+            kept = len(right)
+        wanted = self.train_layers
+        if isinstance(wanted, int) and wanted > kept:
+            problems.append(f"train_layers: at most {kept} can be trained, for `layers` keeps as many, found {wanted}")
+        elif isinstance(wanted, tuple) and (missing := sorted({layer for layer in wanted if layer >= kept})):
+            problems.append(f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

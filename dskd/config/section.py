@@ -1,0 +1,15 @@
+"""What every section of a configuration is."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The section as plain JSON-like data."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,185 @@
+"""The sections of training: `loss`, `train`, `tracking`, and `pipeline`, which starts it and all else."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from dskd.config.section import Section
+
+_KEYS_OF_SENSE_FORMS = {
+    "distance": ("margin", "relative_margin", "synonym_weight", "antonym_weight"),
+    "distribution": ("sense_temperature", "sense_distance", "sense_candidates", "sense_random_candidates"),
+}
+
+
+class LossConfig(Section):
+    """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (docs/method.md, section 4).
+
+    h and t are the last hidden states of student and teacher, D is their width, T is `temperature`, and KL is the
+    divergence that `divergence` names. All but L_sense are means over the positions whose target counts; CE and KL are
+    weighted means, Σ w_i x_i / Σ w_i with w_i = `lexical_weight` where the target has a synonym or antonym, else 1.
+
+    L_sense in the form `distance` is the paper's. In the form `distribution` it is the mean, over the positions that
+    the paper's form draws, each once, of KL(p_teacher || p_student), where p is the softmax over candidates s of
+    -d(h, s) / `sense_temperature` and d is `sense_distance`. The candidates of a position are rows of the dictionary,
+    each once: those of its own token (O_i), of its synonyms (P_i) and antonyms (N_i), and random ones, the same at all
+    positions of a step.
+    """
+
+    ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy with the actual next token")
+    kd_weight: float = Field(0.7, ge=0, description="alpha, weight of the divergence between teacher and student")
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = Field(
+        "forward_kl",
+        description="forward_kl: KL(teacher || student), as in the paper; reverse_kl: KL(student || teacher); "
+        "jensen_shannon: the mean of the KL of each to the mixture of both",
+    )
+    temperature: float = Field(2.0, gt=0, description="T, temperature of both distributions in that divergence")
+    lexical_weight: float = Field(
+        1.0,
+        gt=0,
+        description="weight in CE and KL, which stay means, of positions whose target has a synonym or antonym: a "
+        "control for what a sense loss gains",
+    )
+    sense_weight: float = Field(1.0, ge=0, description="lambda, weight of the sense loss; 0 is plain distillation")
+    sense_form: Literal["distance", "distribution"] = Field(
+        "distance",
+        description="distance: pull and push, as in the paper; distribution: KL(teacher || student) of the softmax of "
+        "-distance / sense_temperature over the same candidate rows",
+    )
+    sense_temperature: float = Field(
+        0.1, gt=0, description="with sense_form: distribution. Temperature of its softmax, in units of the distance"
+    )
+    sense_distance: Literal["squared", "cosine"] = Field(
+        "squared",
+        description="with sense_form: distribution. Distance of a state h and a row s. squared: |h-s|²/D; cosine: "
+        "1 - cos(h, s), which does not depend on lengths",
+    )
+    sense_candidates: Annotated[tuple[Literal["own", "synonym", "antonym", "random"], ...], Field(min_length=1)] = (
+        Field(
+            ("own", "synonym", "antonym", "random"),
+            description="with sense_form: distribution. Which rows are candidates: O_i, P_i, N_i, and random ones",
+        )
+    )
+    sense_random_candidates: int = Field(
+        128, ge=1, description="with random in sense_candidates. Rows drawn from the whole dictionary in each step"
+    )
+    margin: float = Field(1.0, ge=0, description="m: antonym rows s farther than this (|h-s|²/D) are not pushed from")
+    relative_margin: float | None = Field(
+        None, ge=0, description="instead of margin: a multiple of the teacher's own mean distance to antonym rows"
+    )
+    synonym_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the pull to synonyms (paper: 1); with 0, and antonym_weight 0, own senses only",
+    )
+    antonym_weight: float = Field(1.0, ge=0, description="w_n, weight of the push from antonyms")
+    relation_share: float = Field(0.4, ge=0, le=1, description="share of positions with relations that a step draws")
+    min_relations: int = Field(25, ge=0, description="number of such positions at least, or all")
+    hidden_weight: float = Field(0.0, ge=0, description="weight of the squared distance to the teacher's state")
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "LossConfig":
+        if not any((self.ce_weight, self.kd_weight, self.sense_weight, self.hidden_weight)):
+            raise ValueError("every weight is 0: there is nothing to minimise")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_have_a_use(self) -> "LossConfig":
+        problems = []
+        for form, keys in _KEYS_OF_SENSE_FORMS.items():
+            fields = type(self).model_fields
+            wrong = [f"loss.{key}" for key in keys if getattr(self, key) != fields[key].default]
+            if self.sense_form != form and wrong:
+                one = len(wrong) == 1
+                problems.append(
+                    f"{' and '.join(wrong)} {'needs' if one else 'need'} sense_form: {form}, and it is "
+                    f"{self.sense_form}; leave {'it at its default' if one else 'them at their defaults'}, or change it"
+                )
+        random = type(self).model_fields["sense_random_candidates"].default
+        if self.sense_random_candidates != random and "random" not in self.sense_candidates:
+            problems.append(
+                "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
+            )
+        if self.lexical_weight != 1 and not (self.ce_weight or self.kd_weight):
+            problems.append("loss.lexical_weight is of CE and KL, whose weights are 0; remove it, or set one of them")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def compares_sense_distributions(self) -> bool:
+        """True when there is a sense loss in the form that reads the teacher's hidden states."""
+        return self.sense_weight > 0 and self.sense_form == "distribution"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True when a term of the loss reads the teacher's hidden states."""
+        return self.kd_weight > 0 or self.hidden_weight > 0 or self.compares_sense_distributions
+
+
+def _remote_folder(place: str) -> str:
+    if not re.match(r"[a-z0-9]+://[^/\s]|/", place):
+        raise ValueError(f"{place!r} is no remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /")
+    return place
+
+
+class TrainConfig(Section):
+    """Optimizer, batches, checkpoints and loading."""
+
+    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of steps that warm up; a cosine to 0 follows")
+    epochs: float = Field(2.0, gt=0, description="number of passes over the shards, where `steps` is not given")
+    steps: int | None = Field(None, ge=1, description="number of optimizer steps, instead of epochs")
+    global_batch_size: int = Field(16, ge=1, description="number of sequences in an optimizer step, over all ranks")
+    micro_batch_size: int = Field(
+        4, ge=1, description="number of sequences a rank runs at once; others are accumulated"
+    )
+    gradient_clipping: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one is always written at the end")
+    keep_last: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
+    keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are never removed")
+    num_workers: int = Field(2, ge=0, description="number of loader processes of each rank")
+    shard_cache: str | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
+    shard_remote: Annotated[str, AfterValidator(_remote_folder)] | None = Field(
+        None,
+        description="place to read shards from instead of WORKDIR/shards: a copy of that folder, such as "
+        "s3://BUCKET/shards; WORKDIR keeps their manifests",
+    )
+    loss_chunk_size: int | None = Field(
+        None, ge=1, description="positions whose logits exist at one time; null: what fits the device's caches"
+    )
+    compile_losses: bool = Field(False, description="fuse the losses with torch.compile, which takes a minute to start")
+    sense_bank: Literal["host", "device"] = Field(
+        "host", description="where sense embeddings lie. host: a batch brings its own; device: every rank holds all"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    collective_timeout_s: int = Field(
+        1800, ge=10, description="seconds a rank waits in a collective operation before it exits with an error"
+    )
+
+
+class TrackingConfig(Section):
+    """What goes to MLflow."""
+
+    enabled: bool = Field(True, description="track runs in MLflow")
+    uri: str | None = Field(None, description="tracking URI; null: a sqlite database in the work directory")
+    experiment: str = Field("dskd", min_length=1, description="name of the MLflow experiment that the runs belong to")
+    parent: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$",
+        description="name of the MLflow parent run under which this run is nested; it is created where it is missing",
+    )
+    log_every: int = Field(1, ge=1, description="number of steps between logged metrics")
+    system_metrics: bool = Field(True, description="record the use of processors, memory and GPUs of every node")
+    system_metrics_every_s: float = Field(10.0, ge=1, description="seconds between two records of system metrics")
+    log_model: bool = Field(False, description="upload exports to their run, for mlflow.transformers.load_model")
+
+
+class PipelineConfig(Section):
+    """How `launcher/pipeline.py` starts the stages that run on several ranks."""
+
+    launcher_args: tuple[str, ...] | None = Field(
+        None, description="arguments of `deepspeed`; null: all GPUs of this machine, or two ranks where there is none"
+    )
