@@ -14,6 +14,7 @@ _FIRST, _LEXICAL = ON_TEXT[0], ON_TEXT[2]
 PICTURE = "differences.svg"
 _TESTED = ("test", None)
 _LEVEL = round(100 * CONFIDENCE)
+Trained = tuple[str, str | None]  # a stage, and what was changed
 _LEXICAL_MEASURES = """Before the word is said, from the state that the sense loss works on: do examples of one sense
 lie together (separation, ROC AUC), and is an example's sense the first among those of its lemma (retrieval)? Does the
 model rather put a synonym than an antonym of about the same frequency into a sentence (preference)? And is a row of P_i
@@ -211,10 +212,13 @@ def _factors(results: Sequence[Result]) -> str:
                 of_teacher = teachers[0].measures if teachers else {}
                 perplexity = f"{of_teacher[_FIRST]:.1f}" if _FIRST in of_teacher else ""
                 geometry = f"{of_teacher[GEOMETRY]:.3f}" if GEOMETRY in of_teacher else ""
-                rows.append([variant or "nothing", perplexity, geometry, name, *cells])
+                rows.append(
+                    [variant or "nothing", perplexity, geometry, _mean_baseline(results, baseline), name, *cells]
+                )
     if not rows:
         return "Nothing yet."
-    header = ["changed", "teacher's perplexity", GEOMETRY, "arm", *ON_TEXT[:3]]
+    against = f"{study.FACTOR_BASELINE}: {_FIRST}, {_LEXICAL}"
+    header = ["changed", "teacher's perplexity", GEOMETRY, against, "arm", *ON_TEXT[:3]]
     return (
         f"Differences to {study.FACTOR_BASELINE} by seed, with its weights tuned above and a sense weight of "
         f"{study.FACTOR_SENSE_WEIGHT:g}, the paper's, since those that tuning chose are too small to show anything. "
@@ -222,6 +226,15 @@ def _factors(results: Sequence[Result]) -> str:
         "teacher: of pairs of a synonym and an antonym of one word, in how many the synonym is nearer.\n\n"
         + _table(header, rows)
     )
+
+
+def _mean_baseline(results: Sequence[Result], trained: Trained) -> str:
+    of_baseline = [
+        r.measures
+        for r in results
+        if (r.stage, r.variant, r.arm) == (*trained, study.FACTOR_BASELINE) and r.seed in study.FACTOR_SEEDS
+    ]
+    return ", ".join(f"{statistics.mean(m[name] for m in of_baseline):.1f}" for name in (_FIRST, _LEXICAL))
 
 
 def _missing(results: Sequence[Result]) -> str:
@@ -237,9 +250,6 @@ def _missing(results: Sequence[Result]) -> str:
         if done < wanted:
             lines.append(f"- {variant or 'nothing changed but the sense weight'}: {done} of {wanted} trainings")
     return "\n".join(lines) or "All that the study asks for was run."
-
-
-Trained = tuple[str, str | None]  # a stage, and what was changed
 
 
 def difference(
