@@ -7,7 +7,7 @@
 #   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
 #   make docs         docs/config.md, what `dskd config` prints
 #
-# ARGS has more arguments of pytest for these three: make test-fast ARGS="-k senses -x"
+# ARGS has more arguments of pytest for the tests: make test-fast ARGS="-k senses -x"
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
