@@ -69,14 +69,13 @@ def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe
     )
 
 
-def stale_candidates(config: Config) -> list[Candidate]:
-    """Those whose measures are missing or of another model or text."""
+def are_current(config: Config) -> bool:
+    """True when the measures of every model are there, and are of that model and this text."""
     teacher = find_teacher(config)
-    return [
-        candidate
+    return all(
+        is_current(config.path(FOLDER, candidate.name), recipe(config, candidate, teacher))
         for candidate in candidates(config)
-        if not is_current(config.path(FOLDER, candidate.name), recipe(config, candidate, teacher))
-    ]
+    )
 
 
 def evaluate(config: Config, world: World, *, force: bool = False) -> None:

@@ -147,7 +147,7 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     ]
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
-    stages.append(Stage("evaluation", lambda: not evaluate.stale_candidates(config), ranks("evaluate.py")))
+    stages.append(Stage("evaluation", lambda: evaluate.are_current(config), ranks("evaluate.py")))
     if names := config.tasks.evaluate:
         stages.append(Stage("tasks", lambda: tasks.are_current(config, names), ranks("evaluate.py", "--tasks", *names)))
     return stages
