@@ -177,7 +177,9 @@ def test_negation_in_the_stage(tmp_path, sources):
         "flips": 4,
         "kept": 0,
         "bases": 1,
-        "cycles": 0,
+        "bases_by_affix": {"un": 1},
+        "words_before": 8,
+        "words_gone": 1,
     }
 
 

@@ -62,17 +62,21 @@ def build_lexicon(config: Config) -> None:
             morpholex = read_morpholex(Path(name).expanduser(), report) if name else None
             pairs = Pairs(read_sources(config.lexicon, config.wordnet.path, report), report.dropped)
             if morpholex is not None:
-                negation = find_negation(morpholex.words, pairs.words())
+                words = pairs.words()
+                negation = find_negation(morpholex.words, words, config.lexicon.negating_affixes)
+                pairs = Pairs(negation.apply(pairs), report.dropped)
+                negation.write(building.folder)
                 building.facts["negation"] = {
                     "morpholex_words": len(morpholex.words),
                     "morpholex_repeated": morpholex.repeated,
+                    **negation.facts(),
                 }
-                pairs = Pairs(negation.apply(pairs), report.dropped)
-                negation.write(building.folder)
-                building.facts["negation"] |= negation.facts()
             relations = pairs.resolved()
             if not relations:
                 raise UserError(f"the sources of the lexicon ({', '.join(sources)}) give no pair of words")
+            if morpholex is not None:
+                heads = {relation.head for relation in relations}
+                building.facts["negation"] |= {"words_before": len(words), "words_gone": len(words - heads)}
             write_relations(building.folder / FILE, relations)
             by_relation, by_source = count_pairs(relations)
             building.facts.update(
@@ -137,7 +141,13 @@ def _say(facts: dict[str, Any]) -> None:
     say("  dropped " + ", ".join(f"{number:,} {why}" for why, number in dropped.items()))
     if "negation" in facts:
         found = facts["negation"]
+        affixes = ", ".join(f"{affix} {count:,}" for affix, count in found["bases_by_affix"].items())
         say(
             f"  negation: {found['flips']:,} pairs changed their relation ({FLIPS_FILE}), both directions counted, and "
-            f"{found['bases']:,} words were replaced by their bases ({BASES_FILE}); {found['cycles']:,} cycles cut"
+            f"{found['bases']:,} words were replaced by their bases ({BASES_FILE}; by affix: "
+            f"{affixes or 'none'})"
+        )
+        say(
+            f"  {found['words_gone']:,} of the {found['words_before']:,} words that the sources relate have no relation "
+            "left, mostly because their bases stand for them"
         )
