@@ -1,16 +1,19 @@
 """Negation polarity, on words whose bases are plain to see; MorphoLEX as the workbook it is."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from openpyxl import Workbook
 
 from dskd.config import LexiconConfig
+from dskd.config_file import load_config
 from dskd.errors import UserError
+from dskd.lexicon.build import build_lexicon
 from dskd.lexicon.morpholex import parse_segmentation, read_morpholex
 from dskd.lexicon.negation import Base, find_negation
 from dskd.lexicon.reading import MalformedError, Report
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Relation, load_lexicon, resolve
 
 AFFIXES = LexiconConfig.model_fields["negating_affixes"].default
 SHARED = Path(__file__).parents[2] / "shared"
@@ -248,18 +251,36 @@ def real_words():
 
 def test_negations_of_the_real_morpholex(real_words):
     bases = find_negation(real_words, {"Cline"}, AFFIXES).bases
-    for word in "illegal illogical invisible inaccurate irregular irrelevant immoral impossible ignoble".split():
+    for word in ("illegal", "illogical", "invisible", "inaccurate", "irregular", "immoral", "impossible", "ignoble"):
         assert bases[word].polarity == -1, word
         assert bases[word].word == word[2:]
-    for word, base in {
-        "unhappy": "happy",
-        "dishonest": "honest",
-        "nonviolent": "violent",
-        "penniless": "penny",
-    }.items():
-        assert word not in real_words or bases[word] == Base(base, -1, bases[word].affix)
-    no_negations = """import inside increase income input alive awake arise amount ashamed decrease decline deport depart
-        describe impress inspire disappoint discount dismiss dispatch distract impair indifferent priceless regardless
-        uncanny unravel infidel antibody disease discover display unless until under"""
+    for word, base in (("unhappy", "happy"), ("dishonest", "honest"), ("nonviolent", "violent"), ("careless", "care")):
+        assert (bases[word].word, bases[word].polarity) == (base, -1)
+    no_negations = """import inside increase income input alive awake arise amount ashamed decrease decline deport
+        depart describe impress inspire disappoint discount dismiss dispatch distract impair indifferent priceless
+        regardless uncanny unravel infidel antibody disease discover display unless until under"""
     assert not bases.keys() & set(no_negations.split())
     assert len(bases) > 1_500
+
+
+@pytest.mark.parametrize("name", ["case.yaml", "case_onebadsheet.yaml"])
+def test_opposites_that_share_no_negation_stay_antonyms(tmp_path, monkeypatch, name):
+    case = SHARED / "cases" / "morpholex"
+    if not case.is_dir():
+        pytest.skip(f"{case} is not there")
+    for file in case.iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(tmp_path / name)
+    build_lexicon(config)
+    pairs = {(r.head, r.relation, r.tail) for r in load_lexicon(config) if r.head < r.tail}
+    assert pairs == {
+        ("export", "antonym", "import"),
+        ("inside", "antonym", "outside"),
+        ("alive", "antonym", "dead"),
+        ("asleep", "antonym", "awake"),
+        ("decrease", "antonym", "increase"),
+        ("legal", "synonym", "licit"),
+        ("unseen", "antonym", "visible"),
+        ("regular", "antonym", "uneven"),
+    }

@@ -148,6 +148,6 @@ def _say(facts: dict[str, Any]) -> None:
             f"{affixes or 'none'})"
         )
         say(
-            f"  {found['words_gone']:,} of the {found['words_before']:,} words that the sources relate have no relation "
-            "left, mostly because their bases stand for them"
+            f"  {found['words_gone']:,} of the {found['words_before']:,} words that the sources relate have none left, "
+            "mostly because their bases stand for them"
         )
