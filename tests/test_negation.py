@@ -172,6 +172,12 @@ def _workbook(path, **sheets):
     return path
 
 
+def test_a_pointer_of_git_lfs_is_no_workbook(tmp_path):
+    (tmp_path / "m.xlsx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="this is a pointer of git-lfs"):
+        read_morpholex(tmp_path / "m.xlsx", Report())
+
+
 def test_all_sheets_with_both_columns_are_read(tmp_path):
     path = _workbook(
         tmp_path / "morpholex.xlsx",

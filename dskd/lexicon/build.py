@@ -21,7 +21,8 @@ from dskd.lexicon.tsv import read_tsv
 from dskd.lexicon.wiktionary import read_wiktionary
 from dskd.lexicon.wordnet_relations import ENGLISH, read_indirect_antonyms, read_other_language, read_wordnet
 from dskd.manifest import Recipe, build_artifact, fingerprint, sha256_of_file
-from dskd.wordnet import find_language, open_wordnet
+from dskd.multilingual_wordnet import find_language
+from dskd.wordnet import WordNet, open_wordnet
 
 # Config key -> what a file under it has to be.
 _FILES = {
@@ -43,7 +44,7 @@ def recipe(config: Config) -> Recipe:
     for key, path in _files(lexicon):
         inputs[f"{key}:{path}"] = sha256_of_file(path) if key == "tsv" else fingerprint(path)
     if lexicon.wordnet:
-        inputs["wordnet"] = open_wordnet(config.wordnet.path).digest
+        inputs["wordnet"] = _open_wordnet(lexicon, config.wordnet.path).digest
         for code in lexicon.languages:
             if code != ENGLISH:
                 inputs[f"wordnet:{code}"] = find_language(code).digest
@@ -92,8 +93,9 @@ def read_sources(config: LexiconConfig, wordnet_path: str | None, report: Report
     for path in own:
         yield from read_tsv(path, _list_name(path, own), report)
     if config.wordnet:
-        wordnet = open_wordnet(wordnet_path)
-        for code in dict.fromkeys(config.languages):
+        wordnet = _open_wordnet(config, wordnet_path)
+        # Other languages first: a WordNet that does not fit them is found at once.
+        for code in sorted(set(config.languages), key=lambda code: (code == ENGLISH, code)):
             yield from read_wordnet(wordnet) if code == ENGLISH else read_other_language(wordnet, code, report)
         if config.indirect_antonyms:
             yield from read_indirect_antonyms(wordnet)
@@ -102,6 +104,10 @@ def read_sources(config: LexiconConfig, wordnet_path: str | None, report: Report
             yield from read_wiktionary(path, config.wiktionary_language, report)
         elif key == "dict2vec":
             yield from read_dict2vec(path, report)
+
+
+def _open_wordnet(config: LexiconConfig, path: str | None) -> WordNet:
+    return open_wordnet(path, other_languages=any(code != ENGLISH for code in config.languages))
 
 
 def _list_name(path: Path, own: list[Path]) -> str:

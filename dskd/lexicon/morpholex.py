@@ -15,6 +15,7 @@ from openpyxl import load_workbook
 
 from dskd.console import progress, warn
 from dskd.errors import UserError, listed
+from dskd.git_lfs import GIT_LFS_POINTER, is_git_lfs_pointer
 from dskd.lexicon.reading import MalformedError, Report
 
 WORD, SEGMENTATION = "Word", "MorphoLexSegm"
@@ -116,6 +117,10 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
 
 
 def _open(stream: Any, path: Path) -> Any:
+    beginning = stream.read(256)
+    stream.seek(0)
+    if is_git_lfs_pointer(beginning):
+        raise UserError(f"{path}: {GIT_LFS_POINTER}")
     try:
         return load_workbook(stream, read_only=True, data_only=True)
     except Exception as error:  # openpyxl raises what the damage makes it raise

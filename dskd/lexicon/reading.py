@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from dskd.console import progress_bar, warn
 from dskd.errors import UserError
+from dskd.git_lfs import GIT_LFS_POINTER, is_git_lfs_pointer
 
 SHOWN_LINES = 20
 # Longer than any entry of Wiktionary by far. A file without line ends must not be read into memory whole.
@@ -149,9 +150,11 @@ def is_storable(text: str) -> bool:
 
 @contextmanager
 def _uncompressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
-    magic = raw.read(len(_GZIP_MAGIC))
+    beginning = raw.read(_BUFFER_BYTES)
     raw.seek(0)
-    if magic == _GZIP_MAGIC:
+    if is_git_lfs_pointer(beginning):
+        raise UserError(f"{path}: {GIT_LFS_POINTER}")
+    if beginning.startswith(_GZIP_MAGIC):
         with gzip.GzipFile(fileobj=raw) as inner, io.BufferedReader(inner, _BUFFER_BYTES) as stream:
             yield stream
     elif path.suffix == ".gz":
