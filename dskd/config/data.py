@@ -82,6 +82,7 @@ class WordNetConfig(Section):
 
 
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}$")]
+Affix = Annotated[str, Field(pattern=r"^([a-z]+-|-[a-z]+)$")]
 
 
 class LexiconConfig(Section):
@@ -103,6 +104,11 @@ class LexiconConfig(Section):
     tsv: tuple[str, ...] = Field((), description="your own lists of WORD<TAB>synonym|antonym<TAB>WORD; # is a comment")
     morpholex: str | None = Field(
         None, description="file of MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
+    )
+    negating_affixes: tuple[Affix, ...] = Field(
+        ("un-", "dis-", "non-", "im-", "anti-", "-less"),
+        description="with morpholex: its labels of affixes that negate, prefixes as un-, suffixes as -less. im- is its "
+        "label of the negating in-, il- and ir- too, in- is that of into (docs/method.md, section 1)",
     )
 
     @model_validator(mode="after")
