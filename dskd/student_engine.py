@@ -106,7 +106,7 @@ def load_student(
     student = Student(Decoder(causal_lm.base_model), head, names)
     # Activations are recomputed in training mode only. Dropout was taken out of the architecture when it was built.
     student.train()
-    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
     if config.corpus.packing == "documents" and not trunk_depth:
         check_documents(engine, student.decoder, folder, world, dtype)

@@ -56,7 +56,17 @@ class TasksConfig(Section):
     )
     choice_shots: int = Field(5, ge=0, description="number of examples in a prompt, in all tasks but squad_v2")
     squad_shots: int = Field(1, ge=0, description="number of examples in a prompt of squad_v2")
+    squad_shots_from: Literal["other_passages", "same_passage"] = Field(
+        "other_passages",
+        description="where the examples of squad_v2 are from. other_passages: of the training split, drawn at random; "
+        "same_passage: answerable questions about the question's own passage, or none if it has none (the paper)",
+    )
     choice_tokens: int = Field(2, ge=1, description="largest number of tokens in an answer, in all tasks but squad_v2")
+    piqa_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="the same in piqa, whose digits are two tokens for some tokenizers; null: choice_tokens",
+    )
     squad_tokens: int = Field(10, ge=1, description="largest number of tokens in an answer in squad_v2")
     limit: int | None = Field(
         None, ge=1, description="number of examples, drawn at random, per task (mmlu: per subject); null: all"

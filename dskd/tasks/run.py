@@ -75,9 +75,10 @@ def load_task(config: Config, benchmark: Benchmark) -> Task:
     settings = config.tasks
     place = getattr(settings, benchmark.name)
     examples = _some(read_examples(benchmark, place, benchmark.evaluated), benchmark, settings.limit, settings.seed)
-    num_shots = benchmark.shots(settings)
-    pool = read_examples(benchmark, place, benchmark.shots_from) if num_shots else []
-    questions = list(with_shots(benchmark, examples, pool, num_shots, settings.seed))
+    num_shots, own_passage = benchmark.shots(settings), benchmark.shows_own_passage(settings)
+    pool_split = benchmark.evaluated if own_passage else benchmark.shots_from
+    pool = read_examples(benchmark, place, pool_split) if num_shots else []
+    questions = list(with_shots(benchmark, examples, pool, num_shots, settings.seed, own_passage=own_passage))
     return Task(benchmark, questions, digest_of(questions))
 
 

@@ -180,6 +180,8 @@ def _log_params(client: Any, run_id: str, config: Config) -> None:
     from mlflow.entities import Param
 
     params = [Param(key, without_secrets(value)) for key, value in flatten(config.as_dict()).items() if value]
+    if config.train.learning_rate_batch_size is not None:  # else it is train.learning_rate
+        params.append(Param("train.peak_learning_rate", str(config.train.peak_learning_rate)))
     for start in range(0, len(params), 100):  # the most that one request may have
         client.log_batch(run_id, params=params[start : start + 100])
 
