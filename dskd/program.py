@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from dskd.config import Config
 from dskd.config_file import load_config
-from dskd.console import say
+from dskd.console import allow_any_text, say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
 from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
 from dskd.folders import DISK_IS_FULL
@@ -36,6 +36,7 @@ _OVERRIDES_HELP = (
 
 def build_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
     """A parser with the arguments that every program of `launcher/` has."""
+    allow_any_text()  # before the parser prints its help
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,6 +100,17 @@ def run(action: Callable[[], int | None]) -> int:
         print(
             f"error: {error.strerror}{place}; what was complete stays. Free some, or set workdir to another disk, and "
             "the same command goes on from there",
+            file=sys.stderr,
+            flush=True,
+        )
+        return USER_ERROR_EXIT_CODE
+    except UnicodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8":
+            raise
+        print(
+            f"error: {error}. The locale's encoding is {encoding}, which lacks this character; set LC_ALL=C.UTF-8, and "
+            "unset PYTHONUTF8",
             file=sys.stderr,
             flush=True,
         )
