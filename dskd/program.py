@@ -24,6 +24,7 @@ from dskd.console import allow_any_text, say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
 from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
 from dskd.folders import DISK_IS_FULL
+from dskd.node_cache import shared_memory_shortage
 from dskd.peers import meet_peers
 from dskd.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 
@@ -97,6 +98,9 @@ def run(action: Callable[[], int | None]) -> int:
         if error.errno not in DISK_IS_FULL:
             raise
         place = f" ({error.filename})" if error.filename else ""
+        if not place and (shortage := shared_memory_shortage()):
+            print(f"error: {error.strerror}; {shortage}. What was complete stays", file=sys.stderr, flush=True)
+            return USER_ERROR_EXIT_CODE
         print(
             f"error: {error.strerror}{place}; what was complete stays. Free some, or set workdir to another disk, and "
             "the same command goes on from there",
@@ -126,6 +130,11 @@ def run(action: Callable[[], int | None]) -> int:
         return 130
 
 
+def _is_of_shared_memory(error: RuntimeError) -> bool:
+    """Returns whether torch says that a loader's worker found no room for a batch, or died of a bus error."""
+    return "shared memory" in str(error) or "Bus error" in str(error)
+
+
 def _rank_0_spoke(end: StopRequest) -> bool:
     """Most mistakes are met by every rank: whether rank 0 has said it and ended, so that this one is to end too."""
     deadline = time.monotonic() + _RANK_0_SPEAKS_FIRST_S
@@ -153,6 +162,8 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
         except RuntimeError as error:  # what torch raises when a collective fails, and much else
             lost = peers.find_lost()
             if lost is None:
+                if _is_of_shared_memory(error) and (shortage := shared_memory_shortage()):
+                    raise UserError(f"{shortage}. What was complete stays") from error
                 raise
             raise LostPeerError(
                 f"[rank {world.rank}, {peers.host}] {lost}; this rank ends too, for it cannot go on without. Start all "
