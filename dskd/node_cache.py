@@ -89,21 +89,25 @@ def _require_shared_memory(world: World) -> None:
         raise UserError("\n".join(problems), known_to_all_ranks=True)
 
 
-def shared_memory_shortage() -> str | None:
+def shared_memory_shortage(*, is_known: bool = False) -> str | None:
     """Returns what to do about this node's shared memory if next to nothing of it is free, otherwise None.
 
     Whoever writes more to it than there is gets a bus error, which ends the process without a word, or the error of a
     full disk.
+
+    Args:
+        is_known: it was full a moment ago, and whoever filled it may have died of that.
     """
     if not _SHARED_MEMORY.is_dir():
         return None
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if free >= _LEAST_SHARED_MEMORY:
+    usage = shutil.disk_usage(_SHARED_MEMORY)
+    if usage.free >= _LEAST_SHARED_MEMORY and not is_known:
         return None
     return (
-        f"{socket.gethostname()}: {_SHARED_MEMORY} is full: {free / 2**20:.1f} MiB are free, and the loader keeps "
-        f"batches there. Remove what killed jobs left (`ls -l {_SHARED_MEMORY}`), or give the container more (docker: "
-        "--shm-size=8g; Kubernetes: an emptyDir of medium Memory)"
+        f"{socket.gethostname()}: {_SHARED_MEMORY}, where the loader keeps batches, is full or too small: "
+        f"{usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB are free. Remove what killed jobs left there "
+        f"(`ls -l {_SHARED_MEMORY}`), give the container more (docker: --shm-size=8g; Kubernetes: an emptyDir of "
+        "medium Memory), or lower train.num_workers"
     )
 
 

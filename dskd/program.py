@@ -162,7 +162,7 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
         except RuntimeError as error:  # what torch raises when a collective fails, and much else
             lost = peers.find_lost()
             if lost is None:
-                if _is_of_shared_memory(error) and (shortage := shared_memory_shortage()):
+                if _is_of_shared_memory(error) and (shortage := shared_memory_shortage(is_known=True)):
                     raise UserError(f"{shortage}. What was complete stays") from error
                 raise
             raise LostPeerError(

@@ -74,7 +74,10 @@ def test_a_node_without_shared_memory_is_named_before_training(copy_of_tiny, tmp
     ranks = fork_ranks(run_launcher_on_node, "train.py", arguments, [("node1", memory)], ranks=1)
     ended = finish(ranks, 120, check=False)
     assert ended.exit_code == 2, ended.output  # not -7, a bus error
-    assert "error: node1: /dev/shm is full: 0.1 MiB are free" in ended.output
+    assert (
+        "error: node1: /dev/shm, where the loader keeps batches, is full or too small: 0.1 of 0.1 MiB are free"
+        in ended.output
+    )
     assert "set workdir" not in ended.output
     assert "Traceback" not in ended.output
 
@@ -92,7 +95,7 @@ def test_shared_memory_that_fills_up_is_not_taken_for_a_full_disk(tmp_path, smal
     (memory / "left").write_bytes(bytes(2**22 + 1))
     assert run(fail) == 2
     said = capsys.readouterr().err
-    assert f"{memory} is full: 4.0 MiB are free" in said
+    assert f"{memory}, where the loader keeps batches, is full or too small: 4.0 of 8.0 MiB" in said
     assert "set workdir" not in said
 
 
