@@ -228,9 +228,10 @@ def _why_no_store(address: str, port: int, error: Exception) -> str:
     try:
         socket.create_server(("", port)).close()
     except OSError as refused:
+        reason = os.strerror(refused.errno or 0)
         return (
-            f"{host}: rank 0 cannot listen on port {port} ({refused.strerror}); wait for the job that uses it, or name "
-            "another port with `deepspeed --master_port PORT` (MASTER_PORT)"
+            f"{host}: rank 0 cannot listen on port {port} ({reason}); wait for the job that uses it, or name another "
+            "port with `deepspeed --master_port PORT` (MASTER_PORT)"
         )
     said = str(error).strip().splitlines()[0]
     return (

@@ -70,7 +70,9 @@ def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(tiny, copy_of_tin
         printed = _launch("train.py", config, *overrides)
     assert f"1 rank on {device}" in printed
     for term in ("loss", "ce", "kl", "sense_synonym", "sense_own"):
-        assert _values(config, term) == pytest.approx(_values(tiny, term), rel=tolerance), term
+        # A small divergence is a difference of two large numbers, which are the ones that are rounded.
+        expected = pytest.approx(_values(tiny, term), rel=tolerance, abs=1e-2 * tolerance)
+        assert _values(config, term) == expected, term
 
 
 @needs_gpu
