@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import JSONWriter, MDSWriter
 
-from dskd.corpus import files
-from dskd.corpus.files import fingerprint, read_file
+from dskd.corpus import finding
+from dskd.corpus.files import read_file
+from dskd.corpus.finding import fingerprint
 from dskd.errors import UserError
 
 
@@ -21,7 +22,7 @@ def _texts(path, field="text"):
 
 
 def expand(patterns, key, workdir="/no/work"):
-    return files.expand(patterns, key, workdir=Path(workdir))
+    return finding.find_files(patterns, key, workdir=Path(workdir)).files
 
 
 def _write_mds(folder, samples, columns=None, **options):
