@@ -10,6 +10,9 @@ import yaml
 from dskd.errors import UserError
 
 
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML as people mean it: 5e-5 is a number, and a key given twice is a mistake."""
 
@@ -33,30 +36,51 @@ def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         node = loader.get_single_node()
         if node is None:
             return None, None
-        _refuse_repeated_keys(loader, node, ())
+        _merge_mappings(loader, node, (), set())
         return loader.construct_document(node), node
     finally:
         loader.dispose()
 
 
-def _refuse_repeated_keys(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.Node, ...]) -> None:
-    """Looks at keys as they were written: once the loader has merged mappings it cannot tell which were given twice."""
+def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.Node, ...], done: set[int]) -> None:
+    """Replaces `<<` by the keys it brings, in a node and all below it, and refuses keys that are given twice.
+
+    Of a list of mappings the first that has a key counts, as YAML's definition of `<<` says. PyYAML is not left to do
+    it, because its versions disagree on that, and because it cannot tell afterwards which keys were given twice.
+    """
     if node in around:
         raise UserError(f"line {node.start_mark.line + 1}: this contains itself through an alias; write it out")
-    children = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if id(node) in done:  # an alias of what was read already
+        return
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _merge_mappings(loader, child, (*around, node), done)
     if isinstance(node, yaml.MappingNode):
         seen: dict[Any, int] = {}
+        own, brought = [], []
         for key_node, value_node in node.value:
-            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            is_merge = key_node.tag == _MERGE_TAG
             key = key_node.value if is_merge else loader.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if key in seen:
                 remedy = "merge a list, <<: [*ONE, *OTHER]" if is_merge else "keep one of them"
                 raise UserError(f"line {line}: {key!r} is given twice (first on line {seen[key]}); {remedy}")
             seen[key] = line
-            children.append(value_node)
-    for child in children:
-        _refuse_repeated_keys(loader, child, (*around, node))
+            _merge_mappings(loader, value_node, (*around, node), done)
+            if is_merge:
+                brought = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            else:
+                own.append((key_node, value_node))
+        for mapping in brought:
+            if not isinstance(mapping, yaml.MappingNode):
+                raise UserError(f"line {seen['<<']}: << takes *NAME of a mapping, or a list of them")
+            for key_node, value_node in mapping.value:
+                key = loader.construct_object(key_node, deep=True)
+                if key not in seen:
+                    seen[key] = key_node.start_mark.line + 1
+                    own.append((key_node, value_node))
+        node.value = own
+    done.add(id(node))
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -390,7 +390,7 @@ runs:
         ("x-a: &a {k: 3, k: 4}\nsenses: {<<: *a}\n", r"line 3: 'k' is given twice"),
         ("x-a: &a {k: 3}\nsenses:\n  <<: *a\n  <<: *a\n", r"line 6: '<<' is given twice .* merge a list"),
         ("x-a: &a {kk: 3}\nsenses:\n  <<: *a\n", r"config\.yaml:3: senses\.kk: unknown key; did you mean senses\.k\?"),
-        ("senses: {<<: 3}\n", r"expected a mapping or list of mappings for merging"),
+        ("senses: {<<: 3}\n", r"line 3: << takes \*NAME of a mapping"),
         ("senses: &a {k: *a}\n", r"line 3: this contains itself|unconstructable recursive"),
         ("y-a: 3\n", r"config\.yaml:3: y-a: unknown key"),
     ],
@@ -431,7 +431,9 @@ def test_variables_are_expanded_in_paths_only(tmp_path, monkeypatch):
 
 def test_a_variable_that_is_not_set_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH", raising=False)
-    path = _write(tmp_path, {**MINIMAL, "workdir": "$NO_SUCH/x", "corpus": {"source": "files", "train": ["${NO_SUCH}"]}})
+    path = _write(
+        tmp_path, {**MINIMAL, "workdir": "$NO_SUCH/x", "corpus": {"source": "files", "train": ["${NO_SUCH}"]}}
+    )
     with pytest.raises(UserError) as error:
         load_config(path, ["tracking.uri=http://me:$NO_SUCH@host"])
     for part in (
