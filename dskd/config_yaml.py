@@ -9,7 +9,6 @@ import yaml
 
 from dskd.errors import UserError
 
-
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 

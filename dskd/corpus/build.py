@@ -5,6 +5,7 @@ both sides.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,13 @@ def read_texts(config: Config, split: str) -> Iterator[str]:
 def read_continuation_tokens(config: Config, split: str) -> Iterator[int] | None:
     """By how many tokens the teacher may go on with each text at most; None where that is the same for all."""
     return _read_column(config, split, "continuation_tokens") if config.corpus.source == "tasks" else None
+
+
+def name_of_document(config: Config, split: str, number: int) -> str:
+    """The name of a document of `WORKDIR/corpus` by its number, from 0."""
+    names = _read_column(config, split, "document")
+    name: str = next(itertools.islice(names, number, None))
+    return name
 
 
 def _read_column(config: Config, split: str, name: str) -> Iterator[Any]:
