@@ -54,8 +54,8 @@ def without_compression(name: str) -> str:
 
 
 @contextlib.contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Opens a file of UTF-8 text, compressed as its ending says.
+def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
+    """Opens a file of UTF-8 text, compressed as its ending says; `newline` is that of :func:`open`.
 
     Raises:
         UserError: if it is a pointer of git, empty although compressed, compressed without saying so, or a server's
@@ -75,7 +75,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
         buffered = io.BufferedReader(_Raw(unpacked), buffer_size=2**18) if opener is _open_zstd else unpacked
         head = buffered.peek(_HEAD_CHARACTERS)[:_HEAD_CHARACTERS]
         _refuse_other_content(path, head)
-        yield stack.enter_context(io.TextIOWrapper(buffered, encoding="utf-8-sig"))
+        yield stack.enter_context(io.TextIOWrapper(buffered, encoding="utf-8-sig", newline=newline))
 
 
 class _Raw(io.RawIOBase):
