@@ -56,7 +56,8 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
             _merge_mappings(loader, child, (*around, node), done)
     if isinstance(node, yaml.MappingNode):
         seen: dict[Any, int] = {}
-        own, brought = [], []
+        own: list[tuple[yaml.Node, yaml.Node]] = []
+        brought: list[yaml.Node] = []
         for key_node, value_node in node.value:
             is_merge = key_node.tag == _MERGE_TAG
             key = key_node.value if is_merge else loader.construct_object(key_node, deep=True)

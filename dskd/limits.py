@@ -53,8 +53,10 @@ def check_limits(config: Config, folder: Path, model_config: Any, tokenizer: Any
             f"(max_position_embeddings of its config.json); set it to {limit} at most"
         )
     size = vocabulary_size(model_config)
-    inserted = [] if size is None else [text_end(tokenizer), *tokenizer("", verbose=False)["input_ids"]]
-    for token in dict.fromkeys(token for token in inserted if token is not None and token >= size):
+    inserted = [text_end(tokenizer), *tokenizer("", verbose=False)["input_ids"]]
+    for token in dict.fromkeys(inserted):
+        if size is None or token is None or token < size:
+            continue
         problems.append(
             f"the tokenizer puts {tokenizer.convert_ids_to_tokens(token)!r} at the ends of texts, whose id is {token}, "
             f"but the model has {size} tokens (vocab_size of its config.json), 0 to {size - 1}; use the tokenizer that "

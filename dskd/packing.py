@@ -81,7 +81,7 @@ def pack(
                 documents = tokenizing.read(
                     batch,
                     bar.update,
-                    lambda number, first=first: name_of(first + number),
+                    _counted_from(first, name_of),
                     None if limit is None else limit - spooled,
                 )
                 first += len(batch)
@@ -101,6 +101,10 @@ def pack(
                 if limit is not None and spooled >= limit:
                     break
         return _write(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
+
+
+def _counted_from(first: int, name_of: Callable[[int], str]) -> Callable[[int], str]:
+    return lambda number: name_of(first + number)
 
 
 def _starts_of(sizes: np.ndarray) -> np.ndarray:

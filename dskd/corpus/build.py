@@ -175,7 +175,7 @@ def _read_files(config: Config, key: str) -> Iterator[Document]:
 
 
 def _require_unchanged(before: Recipe, after: Recipe) -> None:
-    changed = [name for name in before.inputs | after.inputs if before.inputs.get(name) != after.inputs.get(name)]
+    changed = [name for name in {**before.inputs, **after.inputs} if before.inputs.get(name) != after.inputs.get(name)]
     if changed:
         raise UserError(
             f"{', '.join(changed[:_SHOWN])}: changed while it was read; start again when nothing writes there any more"

@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 
@@ -34,8 +34,8 @@ _MAGIC = {
 }
 
 
-def _open_zstd(path: Path) -> IO[bytes]:
-    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")  # type: ignore[return-value] # it is a file to io
+def _open_zstd(path: Path) -> Any:
+    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
 
 
 _OPENERS: Mapping[str, Callable[[Path], Any]] = {
