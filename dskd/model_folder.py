@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from dskd.config import Config, TeacherConfig
 from dskd.errors import UserError, listed
+from dskd.limits import check_limits
 from dskd.manifest import digest_of_json, read_manifest, sha256_of_file, write_json
 
 # The number of the layer that a parameter belongs to, as all decoders of transformers name them.
@@ -38,9 +39,7 @@ class ModelFolder:
 
     def load_config(self) -> Any:
         """The model's `PretrainedConfig`."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        return _load_config(self.path, self.trust_remote_code)
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -61,8 +60,15 @@ def find_teacher(config: Config) -> ModelFolder:
     folder = _local_or_hub(teacher)
     check_model_folder(folder, named_by="teacher.path")
     tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
+    check_limits(config, folder, _load_config(folder, teacher.trust_remote_code), tokenizer)
     digest = _digest_of_model(folder, cache=config.path(".teacher_digests.json"))
     return ModelFolder(folder, digest, tokenizer_digest(tokenizer), teacher.trust_remote_code)
+
+
+def _load_config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def check_model_folder(folder: Path, *, named_by: str) -> None:

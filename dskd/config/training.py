@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dskd.config.section import Section
+from dskd.config.section import PathText, Section
 
 _KEYS_OF_SENSE_FORMS = {
     "distance": ("margin", "relative_margin", "synonym_weight", "antonym_weight"),
@@ -153,8 +153,8 @@ class TrainConfig(Section):
     keep_last: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
     keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are never removed")
     num_workers: int = Field(2, ge=0, description="number of loader processes of each rank")
-    shard_cache: str | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
-    shard_remote: Annotated[str, AfterValidator(_remote_folder)] | None = Field(
+    shard_cache: PathText | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
+    shard_remote: Annotated[PathText, AfterValidator(_remote_folder)] | None = Field(
         None,
         description="place to read shards from instead of WORKDIR/shards: a copy of that folder, such as "
         "s3://BUCKET/shards; WORKDIR keeps their manifests",
@@ -193,11 +193,23 @@ class TrainConfig(Section):
         return self.learning_rate * (ratio if self.learning_rate_rule == "linear" else math.sqrt(ratio))
 
 
+def _without_variables(uri: str) -> str:
+    if found := re.search(r"\$(\w+|\{\w+\})", uri):
+        raise ValueError(
+            f"{found[0]} is not expanded here, because the address is kept with every run; write the address itself "
+            "(%24 is a dollar sign), and give MLflow credentials in MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
+    return uri
+
+
 class TrackingConfig(Section):
     """What goes to MLflow."""
 
     enabled: bool = Field(True, description="track runs in MLflow")
-    uri: str | None = Field(None, description="tracking URI; null: a sqlite database in the work directory")
+    uri: Annotated[str, AfterValidator(_without_variables)] | None = Field(
+        None, description="tracking URI; null: a sqlite database in the work directory"
+    )
     experiment: str = Field("dskd", min_length=1, description="name of the MLflow experiment that the runs belong to")
     parent: str | None = Field(
         None,
