@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.errors import UserError
-from dskd.git_lfs import GIT_LFS_POINTER, is_git_lfs_pointer
+from dskd.pointers import refuse_pointer_beginning
 from dskd.wordnet import WordNet
 
 # Open Multilingual WordNet as nltk distributes it, the newest first, and the WordNet whose synsets it names.
@@ -100,8 +100,7 @@ def open_language(wordnet: WordNet, code: str) -> Language:
             f"{wordnet.origin} is WordNet {version}; {_PRINCETONS}"
         )
     file = find_language(code)
-    if is_git_lfs_pointer(file.content):
-        raise UserError(f"{file.name}: {GIT_LFS_POINTER}")
+    refuse_pointer_beginning(file.content, file.name)
     try:
         lines = file.content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Pointers that git-lfs and git-annex leave where a file has not been fetched."""
+"""Pointers: small texts that git-lfs and git-annex leave in the place of a file that has not been fetched."""
 
 from pathlib import Path
 
@@ -19,7 +19,19 @@ def refuse_pointer(path: Path) -> None:
         UserError: with the command that fetches the file.
     """
     with path.open("rb") as stream:
-        start = stream.read(_LONGEST)
+        refuse_pointer_beginning(stream.read(_LONGEST), path)
+
+
+def refuse_pointer_beginning(beginning: bytes, name: object) -> None:
+    """Does the same for a file of which some first bytes are known.
+
+    Args:
+        beginning: the file's first bytes.
+        name: the file, for the message.
+
+    Raises:
+        UserError: with the command that fetches the file.
+    """
     for mark, command in _POINTERS.items():
-        if start.startswith(mark):
-            raise UserError(f"{path}: this is only a pointer of git to the file; fetch the file itself with {command}")
+        if beginning.startswith(mark):
+            raise UserError(f"{name}: this is only a pointer of git to the file; fetch the file itself with {command}")

@@ -4,7 +4,6 @@ Embeddings, final norm and head are copied. No model is built and no more than o
 student from a teacher of any size takes as long as copying the files.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def build_student(config: Config) -> None:
     teacher = find_teacher(config)
     target = config.path(FOLDER)
     with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
-        model_config = json.loads((teacher.path / "config.json").read_text(encoding="utf-8"))
+        model_config = teacher.config_values()
         layers = choose_layers(config.student, teacher.load_config().num_hidden_layers)
         with build_artifact(target, recipe(config, teacher)) as building:
             size = cut(teacher.path, layers, building.folder)

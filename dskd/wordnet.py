@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from dskd.errors import UserError
-from dskd.git_lfs import GIT_LFS_POINTER, is_git_lfs_pointer
 from dskd.manifest import digest_of_json, sha256_of_file
+from dskd.pointers import refuse_pointer
 
 # The second is where the Makefile unpacks the Debian package for users who may not install it.
 DICTIONARY_FOLDERS = (Path("/usr/share/wordnet"), Path(sys.prefix) / "share" / "wordnet")
@@ -118,10 +118,12 @@ def _open(folder: Path, origin: Path) -> WordNet:
             reader = EnglishReader(str(folder), omw_reader=None)
         reader.synset("entity.n.01")
     except Exception as error:  # nltk raises what the damage makes it raise
-        pointers = [name for name in DICTIONARY_FILES if is_git_lfs_pointer((folder / name).read_bytes())]
-        reason = f"{pointers[0]}: {GIT_LFS_POINTER}" if pointers else f"{type(error).__name__}: {error}"
+        for name in DICTIONARY_FILES:
+            refuse_pointer(folder / name)
         remedy = "remove the folder, and it is downloaded again" if folder == origin else "mend the files there"
-        raise UserError(f"{origin}: nltk cannot read this WordNet ({reason}); {remedy}") from error
+        raise UserError(
+            f"{origin}: nltk cannot read this WordNet ({type(error).__name__}: {error}); {remedy}"
+        ) from error
     return WordNet(reader, folder, origin, _digest(folder, DICTIONARY_FILES))
 
 

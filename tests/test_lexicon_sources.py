@@ -68,7 +68,7 @@ READERS = {
         (b"\x7fELF\x00\x01\n", r"file:1: this is a binary file"),
         (b"caf\xe9 bistro\n", r"file:1: this is not UTF-8 text .* byte 4 of the line"),
         (gzip.compress(b"\x00\x01\x02", mtime=0), r"file:1: this is a binary file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"file: this is a pointer of git-lfs"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"file: this is only a pointer of git"),
         (gzip.compress(b"big large\n" * 999)[:-9], r"file: the gzip file ends early"),
     ],
 )

@@ -172,9 +172,9 @@ def _workbook(path, **sheets):
     return path
 
 
-def test_a_pointer_of_git_lfs_is_no_workbook(tmp_path):
+def test_a_pointer_of_git_is_no_workbook(tmp_path):
     (tmp_path / "m.xlsx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(UserError, match="this is a pointer of git-lfs"):
+    with pytest.raises(UserError, match="this is only a pointer of git"):
         read_morpholex(tmp_path / "m.xlsx", Report())
 
 

@@ -15,8 +15,8 @@ from openpyxl import load_workbook
 
 from dskd.console import progress, warn
 from dskd.errors import UserError, listed
-from dskd.git_lfs import GIT_LFS_POINTER, is_git_lfs_pointer
 from dskd.lexicon.reading import MalformedError, Report
+from dskd.pointers import refuse_pointer_beginning
 
 WORD, SEGMENTATION = "Word", "MorphoLexSegm"
 _EXPECTED = "words with a segmentation"
@@ -119,8 +119,7 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
 def _open(stream: Any, path: Path) -> Any:
     beginning = stream.read(256)
     stream.seek(0)
-    if is_git_lfs_pointer(beginning):
-        raise UserError(f"{path}: {GIT_LFS_POINTER}")
+    refuse_pointer_beginning(beginning, path)
     try:
         return load_workbook(stream, read_only=True, data_only=True)
     except Exception as error:  # openpyxl raises what the damage makes it raise

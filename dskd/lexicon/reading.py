@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from dskd.console import progress_bar, warn
 from dskd.errors import UserError
-from dskd.git_lfs import GIT_LFS_POINTER, is_git_lfs_pointer
+from dskd.pointers import refuse_pointer_beginning
 
 SHOWN_LINES = 20
 # Longer than any entry of Wiktionary by far. A file without line ends must not be read into memory whole.
@@ -152,8 +152,7 @@ def is_storable(text: str) -> bool:
 def _uncompressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
     beginning = raw.read(_BUFFER_BYTES)
     raw.seek(0)
-    if is_git_lfs_pointer(beginning):
-        raise UserError(f"{path}: {GIT_LFS_POINTER}")
+    refuse_pointer_beginning(beginning, path)
     if beginning.startswith(_GZIP_MAGIC):
         with gzip.GzipFile(fileobj=raw) as inner, io.BufferedReader(inner, _BUFFER_BYTES) as stream:
             yield stream
