@@ -163,10 +163,14 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
     """
     changes = changes_since(checkpoint, recipe)
     if changes:
+        then, now = (found.get("precision") for found in (checkpoint.manifest.config, recipe.config))
+        machine = ""
+        if config.precision == "auto" and then != now:
+            machine = f". precision: auto is {now} on this machine; set it to {then} to continue as before"
         raise UserError(
             listed(
                 f"{checkpoint.path}: this checkpoint is of another run than {config.run!r} is now; put the "
-                "config back, name another run, or start from scratch with --overwrite",
+                f"config back, name another run, or start from scratch with --overwrite{machine}",
                 changes,
             )
         )

@@ -303,9 +303,7 @@ def test_accumulation_scales_bf16_gradients_by_its_own_number_and_not_by_that_nu
     gradients = []
     for scale in (1.0, 1 / steps):
         hidden.grad = weight.grad = None
-        loss, _ = head(
-            hidden, labels=case["labels"], loss_mask=case["loss_mask"], normalizers=Normalizers(1.0, 1.0)
-        )
+        loss, _ = head(hidden, labels=case["labels"], loss_mask=case["loss_mask"], normalizers=Normalizers(1.0, 1.0))
         (loss * scale).backward()
         gradients.append((hidden.grad.double(), weight.grad.double()))
     for whole, scaled in zip(*gradients, strict=True):
