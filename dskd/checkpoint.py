@@ -32,7 +32,7 @@ from dskd.console import say, warn
 from dskd.distributed import World, barrier, on_main
 from dskd.elastic import make_universal, no_pickles, universal_folder
 from dskd.errors import UserError, listed
-from dskd.folders import full_disk_is_said, make_folder, write_text
+from dskd.folders import full_disk_is_said, make_folder, remove_tree, write_text
 from dskd.manifest import Building, Manifest, Recipe, is_current, read_manifest, verify_files
 
 FOLDER = "checkpoints"
@@ -215,7 +215,7 @@ def remove_leftovers(base: Path) -> None:
     The caller holds the lock of the run, so nothing there belongs to a process that lives.
     """
     for path in base.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        remove_tree(path)
 
 
 def require_space(engine: Any, config: Config) -> None:
