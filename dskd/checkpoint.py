@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dskd.agreement import PROBE_TOKENS, probe_inputs
 from dskd.config import Config, TrainConfig
 from dskd.config_file import differences
 from dskd.console import say, warn
@@ -39,7 +40,7 @@ FOLDER = "checkpoints"
 MADE_BY = "deepspeed launcher/train.py --config FILE"
 LATEST_FILE = "latest"
 TRAINED_FILE, PROBE_FILE = "trained.safetensors", "probe.safetensors"
-PROBE_TOKENS = 16
+REHEARSAL = ".rehearsal"  # where the untouched student is exported to before the first step
 _STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
 
 
@@ -178,7 +179,7 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
 
 def save(
     engine: Any,
-    student_logits: Callable[[torch.Tensor], torch.Tensor],
+    student_logits: Callable[..., torch.Tensor],
     config: Config,
     recipe: Recipe,
     facts: dict[str, Any],
@@ -188,7 +189,7 @@ def save(
 
     Args:
         engine: the student's.
-        student_logits: logits [B, T, V] of token ids [B, T].
+        student_logits: logits [1, T, V] of what :func:`dskd.agreement.probe_inputs` returns.
         config: the experiment.
         recipe: of the run.
         facts: for the manifest.
@@ -204,7 +205,7 @@ def save(
     with full_disk_is_said(base):
         engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
         _save_trained(engine, building.folder / TRAINED_FILE, world)
-        _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
+        _save_probe(engine, student_logits, config, building.folder / PROBE_FILE, world)
     barrier()
     on_main(lambda: _publish(building, config.train))
 
@@ -214,7 +215,7 @@ def remove_leftovers(base: Path) -> None:
 
     The caller holds the lock of the run, so nothing there belongs to a process that lives.
     """
-    for path in base.glob(".step-*"):
+    for path in (*base.glob(".step-*"), base / REHEARSAL):
         remove_tree(path)
 
 
@@ -344,13 +345,18 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _save_probe(engine: Any, student_logits: Callable[[torch.Tensor], torch.Tensor], path: Path, world: World) -> None:
-    """Logits of the student as it is in training, on the first tokens of the vocabulary."""
-    vocab_size = engine.module.head.weight.ds_shape[0]
-    input_ids = torch.arange(PROBE_TOKENS, device=world.device).unsqueeze(0) * 7 % vocab_size
-    logits = student_logits(input_ids)
+def _save_probe(
+    engine: Any, student_logits: Callable[..., torch.Tensor], config: Config, path: Path, world: World
+) -> None:
+    """Logits of the student as it is in training, on the tokens that the export is compared on."""
+    module = engine.module
+    inputs = probe_inputs(
+        module.decoder.base, module.head.weight.ds_shape[0], config.corpus.sequence_length, world.device
+    )
+    logits = student_logits(**inputs)
     if world.is_main:
-        save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu().contiguous()}, path)
+        tensors = {name: tensor.cpu() for name, tensor in inputs.items()}
+        save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path)
 
 
 def _read_latest(base: Path) -> str | None:

@@ -6,6 +6,7 @@ Where its lower layers are frozen copies of the teacher's, it starts from the te
 
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,12 +39,20 @@ class Student(nn.Module):
         self.head = head
         self.hub_names = hub_names
 
-    def forward(self, inputs: torch.Tensor, position_ids: torch.Tensor | None = None, **loss_inputs: Any) -> Any:
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        *,
+        decoder_options: Mapping[str, Any] | None = None,
+        **loss_inputs: Any,
+    ) -> Any:
         """What :meth:`dskd.head.DistillationHead.forward` makes of the last hidden states and `loss_inputs`.
 
         `inputs` are token ids [B, T], or, with a shared trunk, the states [B, T, D] that it ends with.
+        `decoder_options` go to the base model.
         """
-        return self.head(self.decoder(inputs, position_ids), **loss_inputs)
+        return self.head(self.decoder(inputs, position_ids, **(decoder_options or {})), **loss_inputs)
 
 
 def load_student(

@@ -25,6 +25,7 @@ from dskd.node_cache import open_node_cache
 from dskd.pair import load_pair
 from dskd.precision import compute_dtype, resolve_precision
 from dskd.random_numbers import derived_seed
+from dskd.rehearsal import rehearse_export
 from dskd.schedule import Schedule, plan_schedule
 from dskd.senses.bank import load_bank
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
@@ -214,6 +215,7 @@ def _run(
     )
     engine = pair.engine
     checkpoint.require_space(engine, config)
+    rehearse_export(pair, inputs.student, config, world)
     if start is not None:
         checkpoint.load(engine, start, world, trunk_depth=pair.trunk_depth)
     first_step = start.step if start is not None else 0
