@@ -35,11 +35,17 @@ from dskd.student import MADE_BY as STUDENT_MADE_BY
 from dskd.student import find_student
 from dskd.tracking import Start, describe_dataset, git_commit, start_tracking
 
-# Settings of `train` that change how a run is carried out, and not what comes out but for rounding. Out of memory, a
-# user lowers micro_batch_size and resumes.
+# Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
 _NOT_IN_RECIPE = {
-    "micro_batch_size",
-    *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
+    *(
+        "micro_batch_size",
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+        "num_workers",
+        "collective_timeout_s",
+        "shard_cache",
+    ),
     *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
 }
 
