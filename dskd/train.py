@@ -37,16 +37,9 @@ from dskd.tracking import Start, describe_dataset, git_commit, start_tracking
 
 # Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
 _NOT_IN_RECIPE = {
-    *(
-        "micro_batch_size",
-        "checkpoint_every",
-        "keep_last",
-        "keep_every",
-        "num_workers",
-        "collective_timeout_s",
-        "shard_cache",
-    ),
+    *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
     *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
+    "micro_batch_size",
 }
 
 # By `loss.sense_form`, beside the other terms.
