@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dskd.distributed import World, sum_over_ranks
 from dskd.errors import UserError
 from dskd.model_folder import ModelFolder
+from dskd.stored_names import base_model_name
 
 # The largest difference, as a share of what crossing the boundary changes. Where documents stay apart rounding is all
 # that differs; seven architectures that let them cross had 0.5 to 1.0, in either type.
@@ -75,7 +76,7 @@ def check_head(causal_lm: Any, folder: ModelFolder) -> None:
     import deepspeed  # here: commands that load no model do not wait for it
 
     weight = causal_lm.get_output_embeddings().weight
-    prefix = causal_lm.base_model_prefix
+    prefix = base_model_name(causal_lm)
     base_model = getattr(causal_lm, prefix)
     with deepspeed.zero.GatheredParameters(list(causal_lm.get_output_embeddings().parameters())), torch.no_grad():
         states = torch.linspace(-3, 3, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
