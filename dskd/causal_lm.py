@@ -13,11 +13,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
+from dskd.cut_config import compare_layers, cut_config
 from dskd.distributed import World
 from dskd.errors import UserError, listed
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader, renumber_layer
 from dskd.probes import check_head
-from dskd.student import cut_config
 
 
 def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
@@ -94,15 +94,9 @@ def empty_model(folder: ModelFolder, *, first_layer: int = 0) -> Any:
 
 
 def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
-    """False where the layers from `first_layer` on are built in another way when they are the lowest ones."""
-    reader, model = TensorReader(folder.path), empty_model(folder, first_layer=first_layer)
-    for name, parameter in model.named_parameters():
-        if not LAYER_NAME.search(name):
-            continue
-        stored_name = _stored_name(shift_layer(name, first_layer), reader, model)
-        if stored_name is None or reader.shape(stored_name) != tuple(parameter.shape):
-            return False
-    return True
+    """False if the layers from `first_layer` on are built in another way when they are the lowest ones."""
+    upper = list(range(first_layer, folder.load_config().num_hidden_layers))
+    return not compare_layers(empty_model(folder), empty_model(folder, first_layer=first_layer), upper)
 
 
 def copy_weights(

@@ -221,6 +221,6 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
 
         engine, *_ = deepspeed.initialize(model=module, config=settings)
         engine.eval()
-    if config.corpus.packing == "documents":
-        check_documents(engine, module.decoder, folder, world, dtype)
+    packed = config.corpus.packing == "documents"
+    check_documents(engine, module.decoder, folder, world, dtype, packed=packed)
     return FrozenModel(engine, folder, world.device, model_config.vocab_size, model_config.hidden_size, nvme_folder)
