@@ -110,13 +110,15 @@ class FrozenModel:
         module = self.engine if isinstance(self.engine, FrozenDecoder) else self.engine.module
         return module.decoder
 
-    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         """Last hidden states [B, T, D] of `input_ids` [B, T], on the model's device. All ranks must call it equally
         often, and in the same order as :meth:`read`.
 
-        Where `position_ids` [B, T] start again from 0, attention starts again too.
+        Where `position_ids` [B, T] start again from 0, attention starts again too. `options` go to the base model.
         """
-        return self._run(input_ids, position_ids)
+        return self._run(input_ids, position_ids, **options)
 
     def read(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, readout: Readout, **options: Any) -> Any:
         """What `readout` makes of the last hidden states [B, T, D] and the output matrix [V, D].

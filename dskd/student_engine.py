@@ -6,15 +6,18 @@ Where its lower layers are frozen copies of the teacher's, it starts from the te
 
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from dskd.causal_lm import _stored_name as stored_name
 from dskd.causal_lm import build_sharded, engine_settings, output_name, shift_layer
 from dskd.config import Config, StudentConfig
 from dskd.distributed import World
 from dskd.errors import UserError
+from dskd.final_norm import final_norm_names
 from dskd.head import DistillationHead, chunk_size
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.models import Decoder
@@ -36,12 +39,20 @@ class Student(nn.Module):
         self.head = head
         self.hub_names = hub_names
 
-    def forward(self, inputs: torch.Tensor, position_ids: torch.Tensor | None = None, **loss_inputs: Any) -> Any:
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        *,
+        decoder_options: Mapping[str, Any] | None = None,
+        **loss_inputs: Any,
+    ) -> Any:
         """What :meth:`dskd.head.DistillationHead.forward` makes of the last hidden states and `loss_inputs`.
 
         `inputs` are token ids [B, T], or, with a shared trunk, the states [B, T, D] that it ends with.
+        `decoder_options` go to the base model.
         """
-        return self.head(self.decoder(inputs, position_ids), **loss_inputs)
+        return self.head(self.decoder(inputs, position_ids, **(decoder_options or {})), **loss_inputs)
 
 
 def load_student(
@@ -160,12 +171,13 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         The parameters that are trained, each once.
 
     Raises:
-        UserError: when a layer index does not exist, or nothing is trained.
+        UserError: when a layer index does not exist, nothing is trained, or it cannot be told what the final norm is.
     """
     layers = trained_layers(student, first_layer + causal_lm.config.num_hidden_layers)
     head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
     embeddings = set() if first_layer else {id(p) for p in causal_lm.get_input_embeddings().parameters()}
     tied = bool(head & embeddings)
+    norm = final_norm_names(causal_lm) if student.train_final_norm else set()
     trained = []
     for name, parameter in causal_lm.named_parameters():
         layer = LAYER_NAME.search(name)
@@ -176,7 +188,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         elif layer:
             chosen = first_layer + int(layer.group(1)) in layers
         else:
-            chosen = student.train_final_norm
+            chosen = name in norm
         parameter.requires_grad_(chosen)
         if chosen:
             trained.append(parameter)
@@ -209,8 +221,11 @@ def _drop_embeddings(causal_lm: Any) -> None:
 def _hub_names(causal_lm: Any, folder: ModelFolder, first_layer: int) -> dict[str, str]:
     """{name of a parameter in :class:`Student`: its name in the Hugging Face folder}."""
     prefix = causal_lm.base_model.base_model_prefix  # empty when the base model has none
+    reader = TensorReader(folder.path)
     names = {}
     for name, _ in causal_lm.base_model.named_parameters():
         whole = shift_layer(name, first_layer)
-        names[f"decoder.base.{name}"] = f"{prefix}.{whole}" if prefix else whole
-    return names | {"head.weight": output_name(causal_lm, TensorReader(folder.path))}
+        hub_name = stored_name(f"{prefix}.{whole}" if prefix else whole, reader, causal_lm)
+        if hub_name is not None:
+            names[f"decoder.base.{name}"] = hub_name
+    return names | {"head.weight": output_name(causal_lm, reader)}

@@ -23,8 +23,9 @@ from dskd.manifest import LOCK_PATIENCE_S, Manifest, Recipe, digest_of_json, rea
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.node_cache import open_node_cache
 from dskd.pair import load_pair
-from dskd.precision import compute_dtype
+from dskd.precision import compute_dtype, resolve_precision
 from dskd.random_numbers import derived_seed
+from dskd.rehearsal import rehearse_export
 from dskd.schedule import Schedule, plan_schedule
 from dskd.senses.bank import load_bank
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
@@ -34,8 +35,10 @@ from dskd.student import MADE_BY as STUDENT_MADE_BY
 from dskd.student import find_student
 from dskd.tracking import Start, describe_dataset, git_commit, start_tracking
 
-# Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
+# Settings of `train` that change how a run is carried out, and not what comes out but for rounding. Out of memory, a
+# user lowers micro_batch_size and resumes.
 _NOT_IN_RECIPE = {
+    "micro_batch_size",
     *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
     *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
 }
@@ -212,6 +215,7 @@ def _run(
     )
     engine = pair.engine
     checkpoint.require_space(engine, config)
+    rehearse_export(pair, inputs.student, config, world)
     if start is not None:
         checkpoint.load(engine, start, world, trunk_depth=pair.trunk_depth)
     first_step = start.step if start is not None else 0
@@ -321,7 +325,7 @@ def _recipe(config: Config, inputs: Inputs) -> Recipe:
         "train": train,
         "student": student,
         "seed": config.seed,
-        "precision": config.precision,
+        "precision": resolve_precision(config.precision),
         # Another objective, where the shards have fewer than all tokens.
         "teacher": {"mode": "cached" if _reads_teacher_cache(config) else "loaded"},
     }

@@ -70,6 +70,20 @@ def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
         assert torch.equal(tensor, undisturbed[name]), name
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro_batch_size):
+    """As after running out of memory: only the number of accumulated micro-batches changes."""
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    shutil.rmtree(checkpoint.folder(load_config(config)) / "step-00000006")
+    train(load_config(config, [f"train.micro_batch_size={micro_batch_size}"]), world, resume=True)
+    expected = [value for _, value in losses_of(tiny)[3:]]
+    assert [value for _, value in losses_of(config)] == pytest.approx(expected, rel=2e-4)
+    (step, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
+    assert step == 6
+    for name, tensor in resumed.items():
+        torch.testing.assert_close(tensor, undisturbed[name], rtol=1e-3, atol=2e-5)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
     # 12 steps an epoch: the run ends in its second.
     settings = {**TINY["train"], "steps": 14, "checkpoint_every": 4, "num_workers": 2}

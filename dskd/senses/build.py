@@ -17,6 +17,7 @@ from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
 from dskd.manifest import Building, Recipe, is_current, read_manifest, remove_partial
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
+from dskd.precision import resolve_precision
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
 from dskd.senses.dictionary import FILE, FOLDER, load_fitting_dictionary
@@ -87,7 +88,7 @@ def _sampling(config: Config, teacher: ModelFolder) -> Recipe:
     return Recipe(
         "states",
         {"sequences": sequences.digest},
-        settings | {"seed": config.seed, "precision": config.precision},
+        settings | {"seed": config.seed, "precision": resolve_precision(config.precision)},
         teacher=teacher.digest,
         tokenizer=teacher.tokenizer_digest,
     )

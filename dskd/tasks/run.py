@@ -25,6 +25,7 @@ from dskd.errors import UserError
 from dskd.evaluated_models import Candidate, candidates, chosen, load_candidate, same_on_all_ranks
 from dskd.manifest import Recipe, build_artifact, is_current, was_made_meanwhile, write_json
 from dskd.models import FrozenModel
+from dskd.precision import resolve_precision
 from dskd.random_numbers import derived_seed, random_bits
 from dskd.tasks.benchmarks import Benchmark, Example, benchmarks_named
 from dskd.tasks.prompts import Prompter, Question, digest_of, with_shots
@@ -87,7 +88,7 @@ def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter)
         "task": task.name,
         "new_tokens": task.benchmark.new_tokens(config.tasks),
         "prompts": prompter.format,
-        "precision": config.precision,
+        "precision": resolve_precision(config.precision),
     }
     inputs = {"model": candidate.folder.digest, "questions": task.digest}
     return Recipe("task", inputs, settings, tokenizer=candidate.folder.tokenizer_digest)
