@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dskd.causal_lm import _stored_name as stored_name
 from dskd.errors import UserError, listed
 from dskd.model_folder import TensorReader
+from dskd.stored_names import StoredNames
 
 PROBE_TOKENS = 32
 # The difference of a token's logits that needs no explanation, as a share of their length.
@@ -80,7 +80,8 @@ def check_agreement(
     """
     model = _load(folder, dtype, trust_remote_code, remedy)
     reader, names = TensorReader(folder), list(names)
-    parameters = {stored_name(name, reader, model): p for name, p in model.named_parameters(remove_duplicate=False)}
+    stored_names = StoredNames(model, reader)
+    parameters = {stored_names.find(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     problems = []
     for name in names:
         if name not in parameters:

@@ -10,7 +10,8 @@ from dskd.causal_lm import empty_model
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.model_folder import LAYER_NAME, ModelFolder
-from dskd.probes import accepts, base_model_of, check_head
+from dskd.probes import accepts, check_head
+from dskd.stored_names import base_model
 
 
 def check_architecture(folder: ModelFolder, config: Config) -> Any:
@@ -29,12 +30,12 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
     model = empty_model(folder)
     where = f"{folder.path}: {type(model).__name__}"
     check_head(model, folder)
-    base, count = base_model_of(model), model.config.num_hidden_layers
+    base, count = base_model(model), model.config.num_hidden_layers
     numbers = {int(layer.group(1)) for name, _ in model.named_parameters() if (layer := LAYER_NAME.search(name))}
     if numbers != set(range(count)):
         raise UserError(
-            f"{where}: config.json names {count} layers, but their parameters are not called layers.N, h.N or blocks.N; "
-            "a student cannot be cut from such a model"
+            f"{where}: config.json names {count} layers, but their parameters are not called layers.N, h.N or "
+            "blocks.N; a student cannot be cut from such a model"
         )
     if missing := [name for name in ("input_ids", "inputs_embeds", "use_cache") if not accepts(base, name)]:
         raise UserError(f"{where} cannot be run here: its forward does not take {', '.join(missing)}")

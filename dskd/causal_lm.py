@@ -1,23 +1,28 @@
 """Causal language models of transformers from a folder's safetensors: sharded by ZeRO-3, or whole.
 
-Sharded ones are built the same way at every size: the architecture is constructed under `zero.Init`, so that each rank
-only ever holds its share of a parameter, and the weights are copied from the safetensors one tensor at a time. No rank
-holds a whole model at any moment.
+All are built the same way at every size: the architecture is constructed with empty parameters, which are then read
+from the safetensors one tensor at a time. Under ZeRO-3 each rank keeps its share of a tensor before the next is read:
+no rank holds a whole model at any moment.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 
 from dskd.cut_config import compare_layers, cut_config
 from dskd.distributed import World
-from dskd.errors import UserError, listed
-from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader, renumber_layer
+from dskd.errors import UserError
+from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.probes import check_head
+from dskd.stored_names import (
+    StoredNames,
+    check_stored_tensors,
+    parameter_names,
+    persistent_buffers,
+)
 
 
 def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
@@ -38,59 +43,86 @@ def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro
     }
 
 
-def build_sharded(folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype, *, first_layer: int = 0) -> Any:
+def build_sharded(
+    folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype, world: World, *, first_layer: int = 0
+) -> Any:
     """A causal LM whose parameters are sharded from birth, with the folder's weights.
 
-    With `first_layer` it has no lower layers, and its input embeddings are not filled in.
+    Rank 0 reads each tensor, and every rank keeps its share. With `first_layer` the model has no lower layers, and its
+    input embeddings stay on the meta device.
     """
     import deepspeed  # here: commands that load no model do not wait for it
 
-    with deepspeed.zero.Init(config_dict_or_path=settings), _no_init_weights():
-        causal_lm = _architecture(folder, dtype, first_layer=first_layer)
-    causal_lm.tie_weights()  # part of the initialisation that was skipped
-    embeddings = causal_lm.get_input_embeddings().weight
-    tied = embeddings is causal_lm.get_output_embeddings().weight
-    leave_out = embeddings if first_layer and not tied else None
-    copy_weights(causal_lm, TensorReader(folder.path), folder, first_layer=first_layer, leave_out=leave_out)
+    swapper = None
+
+    def shard(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
+        nonlocal swapper
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        if tensor is not None:
+            value.copy_(tensor)
+        holder = nn.ParameterList([nn.Parameter(value, requires_grad=value.is_floating_point())])
+        # It sends rank 0's values to the others, and leaves each with its share, where `settings` says.
+        init = deepspeed.zero.Init(module=holder, config_dict_or_path=settings, param_swapper=swapper)
+        swapper = init.param_swapper
+        return holder[0]
+
+    causal_lm = empty_model(folder, dtype, first_layer=first_layer)
+    _fill(causal_lm, folder, world, shard, first_layer=first_layer, reads=world.is_main)
+    mark_experts(causal_lm)
     check_head(causal_lm, folder)
     return causal_lm
 
 
 def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World) -> Any:
     """A causal LM of transformers, all of it on this rank's device."""
-    from transformers import AutoModelForCausalLM
 
-    reader = TensorReader(folder.path)
-    try:
-        causal_lm, found = AutoModelForCausalLM.from_pretrained(
-            folder.path,
-            config=_config_without_dropout(folder),
-            dtype=dtype,
-            trust_remote_code=folder.trust_remote_code,
-            # Both kinds of misfit are to be named, all at once.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (ValueError, ImportError, OSError, SafetensorError) as error:
-        raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
-    shapes = {name: list(parameter.shape) for name, parameter in causal_lm.named_parameters(remove_duplicate=False)}
-    problems = [f"there is no tensor {name}" for name in sorted(found["missing_keys"])]
-    for entry in sorted(found["mismatched_keys"]):
-        name = entry if isinstance(entry, str) else entry[0]  # transformers 5 has the shapes beside the name
-        stored_name = _stored_name(name, reader, causal_lm) or name
-        stored = list(reader.shape(stored_name))
-        problems.append(f"{stored_name} has shape {stored}, config.json asks for {shapes[name]}")
-    if problems:
-        raise UserError(listed(f"{folder.path}: the weights do not fit the architecture", problems))
-    causal_lm = causal_lm.to(world.device).eval()
-    check_head(causal_lm, folder)
+    def place(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
+        assert tensor is not None, "every rank reads"
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        return nn.Parameter(value.copy_(tensor), requires_grad=value.is_floating_point())
+
+    causal_lm = empty_model(folder, dtype)
+    _fill(causal_lm, folder, world, place)
+    check_head(causal_lm.eval(), folder)
     return causal_lm
 
 
-def empty_model(folder: ModelFolder, *, first_layer: int = 0) -> Any:
-    """The architecture, of the layers from `first_layer` on; its parameters have shapes and no memory."""
-    with torch.device("meta"):
-        return _architecture(folder, first_layer=first_layer)
+def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_layer: int = 0) -> Any:
+    """The architecture, of the layers from `first_layer` on; its parameters have shapes and no memory.
+
+    Buffers have the values that transformers gives them when it loads a model: built under `zero.Init` they would be
+    computed in the parameters' type, in which a table of rotations is useless at late positions.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.accelerate import init_empty_weights
+
+    model_config = _config_without_dropout(folder)
+    if first_layer:
+        layers = list(range(first_layer, model_config.num_hidden_layers))
+        model_config = type(model_config).from_dict(cut_config(model_config.to_dict(), layers))
+    try:
+        with init_empty_weights(), _no_init_weights():
+            causal_lm = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, trust_remote_code=folder.trust_remote_code
+            )
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
+    causal_lm.tie_weights()  # part of the initialisation that was skipped
+    if dtype == torch.bfloat16:
+        _keep_in_fp32(causal_lm)
+    return causal_lm
+
+
+def _keep_in_fp32(causal_lm: Any) -> None:
+    """Makes those parameters float32 again that transformers loads as such whatever the type of the rest."""
+    kept = getattr(causal_lm, "_keep_in_fp32_modules_strict", None)
+    if not kept:
+        return
+    pattern = re.compile("|".join(rf"((^|\.){name}($|\.))" for name in kept))
+    for name, parameter in list(causal_lm.named_parameters()):
+        if pattern.search(name):
+            owner, _, attribute = name.rpartition(".")
+            setattr(causal_lm.get_submodule(owner), attribute, nn.Parameter(parameter.float()))
 
 
 def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
@@ -99,79 +131,77 @@ def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
     return not compare_layers(empty_model(folder), empty_model(folder, first_layer=first_layer), upper)
 
 
-def copy_weights(
-    model: nn.Module,
-    reader: TensorReader,
+def mark_experts(model: nn.Module) -> None:
+    """Has ZeRO-3 gather a mixture of experts as one module.
+
+    Ranks choose experts by their own tokens: gathered one by one, a rank would wait for the share of an expert that
+    another rank does not run, or be handed that of another expert.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for name, module in model.named_modules():
+        if LAYER_NAME.search(f"{name}.") and any(isinstance(m, nn.ModuleList) for m in module.children()):
+            set_z3_leaf_module(module, True)
+
+
+def _fill(
+    causal_lm: Any,
     folder: ModelFolder,
+    world: World,
+    make: Callable[[nn.Parameter, torch.Tensor | None], nn.Parameter],
     *,
     first_layer: int = 0,
-    leave_out: nn.Parameter | None = None,
+    reads: bool = True,
 ) -> None:
-    """Copies weights into a model whose parameters are sharded by ZeRO-3, one tensor at a time.
+    """Gives an empty model the folder's weights, one tensor at a time, and moves its buffers to the device.
 
     Args:
-        model: what to copy into.
-        reader: the stored tensors.
-        folder: where they are, for messages.
-        first_layer: the stored layer that the model's first one is.
-        leave_out: a parameter that is not copied.
+        causal_lm: the model.
+        folder: the weights.
+        world: the ranks.
+        make: the parameter to take the place of an empty one, from it and the tensor that was read.
+        first_layer: the stored layer that the model's first one is; above 0 the input embeddings stay empty, unless
+            they are the output matrix too.
+        reads: False on a rank that reads no parameters, for which `make` gets None.
 
     Raises:
-        UserError: with every weight that is missing or of another shape.
+        UserError: with every tensor that does not fit.
     """
-    import deepspeed  # here: commands that load no model do not wait for it
-
-    problems = []
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    for name, parameter in model.named_parameters():
+    reader = TensorReader(folder.path)
+    embeddings = causal_lm.get_input_embeddings().weight
+    tied = embeddings is causal_lm.get_output_embeddings().weight
+    leave_out = embeddings if first_layer and not tied else None
+    check_stored_tensors(causal_lm, reader, folder, first_layer=first_layer, leave_out=leave_out)
+    names = StoredNames(causal_lm, reader, first_layer=first_layer)
+    for parameter, aliases in parameter_names(causal_lm):
         if parameter is leave_out:
             continue
-        stored_name = _stored_name(shift_layer(name, first_layer), reader, model)
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if stored_name is None:
-            problems.append(f"there is no tensor {shift_layer(name, first_layer)}")
-            continue
-        stored_shape = reader.shape(stored_name)
-        if stored_shape != shape:
-            problems.append(f"{stored_name} has shape {list(stored_shape)}, config.json asks for {list(shape)}")
-            continue
-        tensor = reader.read(stored_name) if writes else None
-        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
-            if tensor is not None:
-                parameter.data.copy_(tensor)
-    if problems:
-        raise UserError(listed(f"{folder.path}: the weights do not fit the architecture", problems))
+        stored = names.find_any(aliases)
+        assert stored is not None, "checked before"
+        filled = make(parameter, reader.read(stored) if reads else None)
+        for alias in aliases:
+            owner, _, attribute = alias.rpartition(".")
+            setattr(causal_lm.get_submodule(owner), attribute, filled)
+    for name, buffer in persistent_buffers(causal_lm).items():
+        stored = names.find(name)
+        assert stored is not None, "checked before"
+        buffer.copy_(reader.read(stored))
+    _move_buffers(causal_lm, world.device)
 
 
-def shift_layer(name: str, by: int) -> str:
-    """The name of the same parameter, so many layers further up."""
-    layer = LAYER_NAME.search(name)
-    return name if layer is None else renumber_layer(name, int(layer.group(1)) + by)
-
-
-def output_name(causal_lm: Any, reader: TensorReader) -> str:
-    """The name under which the folder stores the output matrix; that of the embeddings where the two are tied."""
-    weight = causal_lm.get_output_embeddings().weight
-    names = [name for name, parameter in causal_lm.named_parameters(remove_duplicate=False) if parameter is weight]
-    return next(stored for name in names if (stored := _stored_name(name, reader, causal_lm)) is not None)
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Moves buffers, and tensors that are plain attributes, as copies that some architectures keep of their buffers."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                setattr(module, name, value.to(device))
 
 
 def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
     """Elements of ZeRO-3 parameters that this rank holds."""
     return sum(parameter.ds_tensor.numel() for parameter in parameters)  # type: ignore[attr-defined]
-
-
-def _architecture(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_layer: int = 0) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model_config = _config_without_dropout(folder)
-    if first_layer:
-        layers = list(range(first_layer, model_config.num_hidden_layers))
-        model_config = type(model_config).from_dict(cut_config(model_config.to_dict(), layers))
-    try:
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=folder.trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
 
 
 def _config_without_dropout(folder: ModelFolder) -> Any:
@@ -181,12 +211,6 @@ def _config_without_dropout(folder: ModelFolder) -> Any:
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             setattr(model_config, name, 0.0)
     return model_config
-
-
-def _stored_name(name: str, reader: TensorReader, model: Any) -> str | None:
-    """The folder's name for the parameter `name`, or None; some folders leave out the base model's prefix."""
-    bare = name.removeprefix(f"{model.base_model_prefix}.")
-    return next((alias for alias in (name, bare) if alias in reader), None)
 
 
 def _no_init_weights() -> Any:

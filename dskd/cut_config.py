@@ -91,7 +91,10 @@ def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequ
         start, end = (chosen[0], chosen[-1]) if chosen else (len(layers), len(layers))
         _choose(
             result,
-            ({"moe_layer_interval": n, "moe_layer_start_index": start, "moe_layer_end_index": end} for n in _counts(layers)),
+            (
+                {"moe_layer_interval": n, "moe_layer_start_index": start, "moe_layer_end_index": end}
+                for n in _counts(layers)
+            ),
             _is_sparse_in_ernie,
             wanted,
         )

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from dskd import checkpoint
 from dskd.agreement import check_agreement
-from dskd.causal_lm import _stored_name as stored_name
 from dskd.causal_lm import empty_model
 from dskd.config import Config
 from dskd.console import say, stage, warn
@@ -32,6 +31,7 @@ from dskd.manifest import (
     write_json,
 )
 from dskd.model_folder import WEIGHTS_INDEX, ModelFolder, TensorReader, load_tokenizer, tokenizer_digest
+from dskd.stored_names import StoredNames
 from dskd.student import find_student, write_weights
 from dskd.tracking import log_export
 
@@ -185,9 +185,10 @@ class _InFloat32(TensorReader):
 
 def _other_names(student: ModelFolder, trained: Mapping[str, torch.Tensor]) -> set[str]:
     """Names of stored copies of trained tensors: a folder may store both of two tied matrices."""
-    reader, model = TensorReader(student.path), empty_model(student)
+    model = empty_model(student)
+    stored_names = StoredNames(model, TensorReader(student.path))
     stored: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (found := stored_name(name, reader, model)) is not None:
+        if (found := stored_names.find(name)) is not None:
             stored.setdefault(id(parameter), set()).add(found)
     return {name for names in stored.values() if names & set(trained) for name in names - set(trained)}

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dskd.errors import UserError
 from dskd.model_folder import LAYER_NAME
+from dskd.stored_names import base_model
 
 
 def final_norm_names(causal_lm: Any) -> set[str]:
@@ -23,7 +24,7 @@ def final_norm_names(causal_lm: Any) -> set[str]:
     Raises:
         UserError: when it cannot be told which module is the final norm.
     """
-    inside = set(causal_lm.base_model.modules()) - {causal_lm.get_input_embeddings()}
+    inside = set(base_model(causal_lm).modules()) - {causal_lm.get_input_embeddings()}
     norms = {
         name: module
         for name, module in causal_lm.named_modules()
@@ -59,7 +60,7 @@ def _names_after_last_layer(causal_lm: Any) -> set[str] | None:
             for name, module in twin.named_modules():
                 module.register_forward_hook(lambda *_, name=name: ran.append(name))
             ids = torch.zeros(1, 2, dtype=torch.long)
-            twin.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            base_model(twin)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception:  # there is no end to what a model may raise when it asks for a value
         return None
     last = max((place for place, name in enumerate(ran) if LAYER_NAME.search(f"{name}.")), default=None)

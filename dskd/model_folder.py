@@ -142,6 +142,14 @@ class TensorReader:
         """
         return tuple(self._file(name).get_slice(name).get_shape())
 
+    def stored_type(self, name: str) -> str:
+        """The type a tensor has on disk, as safetensors names it, such as F32, BF16 or I8.
+
+        Raises:
+            UserError: when its file is damaged.
+        """
+        return str(self._file(name).get_slice(name).get_dtype())
+
     def _file(self, name: str) -> Any:
         file = self._file_of[name]
         if file not in self._open:

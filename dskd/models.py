@@ -25,6 +25,7 @@ from dskd.nvme import nvme_settings, open_nvme_folder
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents
 from dskd.sequences import TokenBatch
+from dskd.stored_names import base_model
 
 
 class Decoder(nn.Module):
@@ -214,9 +215,9 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
             largest = max(parameter.numel() for parameter in empty_model(folder).parameters())
             offload, aio = nvme_settings(nvme_folder, largest, world, pin_memory=pin)
             settings["zero_optimization"]["offload_param"], settings["aio"] = offload, aio
-        causal_lm = build_sharded(folder, settings, dtype)
+        causal_lm = build_sharded(folder, settings, dtype, world)
     head = OutputMatrix(causal_lm.get_output_embeddings().weight) if with_head else None
-    module = FrozenDecoder(Decoder(causal_lm.base_model), head).requires_grad_(False).eval()
+    module = FrozenDecoder(Decoder(base_model(causal_lm)), head).requires_grad_(False).eval()
     engine: Any = module
     if config.teacher.mode != "resident":
         import deepspeed  # here: commands that load no model do not wait for it

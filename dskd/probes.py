@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dskd.distributed import World, sum_over_ranks
 from dskd.errors import UserError
 from dskd.model_folder import ModelFolder
+from dskd.stored_names import base_model
 
 _LENGTHS = 7, 5
 _TRIALS = 4
@@ -143,19 +144,6 @@ def measure_crossing(
     )
 
 
-def base_model_of(causal_lm: Any) -> Any:
-    """The decoder of a causal LM, without its head.
-
-    Some (Gemma 3, Llama 4) name a prefix for it that is none of their attributes.
-    """
-    from transformers import PreTrainedModel
-
-    if causal_lm.base_model is not causal_lm:
-        return causal_lm.base_model
-    models = [child for child in causal_lm.children() if isinstance(child, PreTrainedModel)]
-    return models[0] if len(models) == 1 else causal_lm
-
-
 @torch.no_grad()
 def check_head(causal_lm: Any, folder: ModelFolder) -> None:
     """Refuses a model whose logits are more than last hidden state times output matrix.
@@ -170,9 +158,9 @@ def check_head(causal_lm: Any, folder: ModelFolder) -> None:
     name = type(causal_lm).__name__
     where = f"{folder.path}: {name}"
     head = causal_lm.get_output_embeddings()
-    base = base_model_of(causal_lm)
-    if head is None or base is causal_lm:
-        raise UserError(f"{where} has no output matrix beside a base model; such a model is not supported")
+    base = base_model(causal_lm)
+    if head is None:
+        raise UserError(f"{where} has no output matrix; such a model is not supported")
     if getattr(head, "bias", None) is not None:
         raise UserError(f"{where} adds a bias to its logits (lm_head.bias); such a model is not supported yet")
     weight = torch.linspace(-1, 1, 11 * 8).view(11, 8).sin()

@@ -154,7 +154,11 @@ def _compare_names(model: Any, reader: TensorReader) -> list[str]:
     tied = {name.removeprefix(prefix) for name in getattr(model, "_tied_weights_keys", None) or ()}
     return [
         *(f"there is no tensor {name}" for name in sorted(expected.keys() - stored.keys() - tied)),
-        *(f"{name} has another shape" for name in sorted(expected.keys() & stored.keys()) if expected[name] != stored[name]),
+        *(
+            f"{name} has another shape"
+            for name in sorted(expected.keys() & stored.keys())
+            if expected[name] != stored[name]
+        ),
     ]
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dskd.causal_lm import _stored_name as stored_name
-from dskd.causal_lm import build_sharded, engine_settings, output_name, shift_layer
+from dskd.causal_lm import build_sharded, engine_settings
 from dskd.config import Config, StudentConfig
 from dskd.distributed import World
 from dskd.errors import UserError
@@ -23,6 +22,7 @@ from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.models import Decoder
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents
+from dskd.stored_names import StoredNames, base_model, base_model_name, output_name
 
 REDUCE_BUCKET = 50_000_000  # elements of gradients that are summed up over the ranks together
 
@@ -97,7 +97,7 @@ def load_student(
         "checkpoint": {"load_universal": load_universal},
     }
     settings["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
-    causal_lm = build_sharded(folder, settings, dtype, first_layer=trunk_depth)
+    causal_lm = build_sharded(folder, settings, dtype, world, first_layer=trunk_depth)
     if train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = choose_trained(causal_lm, config.student, first_layer=trunk_depth)
@@ -114,7 +114,7 @@ def load_student(
         margin=margin,
         compile_losses=train.compile_losses,
     )
-    student = Student(Decoder(causal_lm.base_model), head, names)
+    student = Student(Decoder(base_model(causal_lm)), head, names)
     # Activations are recomputed in training mode only. Dropout was taken out of the architecture when it was built.
     student.train()
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
@@ -175,7 +175,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     """
     layers = trained_layers(student, first_layer + causal_lm.config.num_hidden_layers)
     head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
-    embeddings = set() if first_layer else {id(p) for p in causal_lm.get_input_embeddings().parameters()}
+    embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
     tied = bool(head & embeddings)
     norm = final_norm_names(causal_lm) if student.train_final_norm else set()
     trained = []
@@ -184,7 +184,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         if id(parameter) in head:
             chosen = trains_head(student, tied=tied)
         elif id(parameter) in embeddings:
-            chosen = trains_embeddings(student, tied=tied)
+            chosen = not first_layer and trains_embeddings(student, tied=tied)
         elif layer:
             chosen = first_layer + int(layer.group(1)) in layers
         else:
@@ -212,7 +212,7 @@ def _teacher_matrix(
 
 def _drop_embeddings(causal_lm: Any) -> None:
     embeddings = causal_lm.get_input_embeddings()
-    for module in causal_lm.base_model.modules():
+    for module in base_model(causal_lm).modules():
         for name, child in module.named_children():
             if child is embeddings:
                 setattr(module, name, nn.Identity())
@@ -220,12 +220,11 @@ def _drop_embeddings(causal_lm: Any) -> None:
 
 def _hub_names(causal_lm: Any, folder: ModelFolder, first_layer: int) -> dict[str, str]:
     """{name of a parameter in :class:`Student`: its name in the Hugging Face folder}."""
-    prefix = causal_lm.base_model.base_model_prefix  # empty when the base model has none
-    reader = TensorReader(folder.path)
+    stored = StoredNames(causal_lm, TensorReader(folder.path), first_layer=first_layer)
+    prefix = base_model_name(causal_lm)
     names = {}
-    for name, _ in causal_lm.base_model.named_parameters():
-        whole = shift_layer(name, first_layer)
-        hub_name = stored_name(f"{prefix}.{whole}" if prefix else whole, reader, causal_lm)
+    for name, _ in base_model(causal_lm).named_parameters():
+        hub_name = stored.find(f"{prefix}.{name}")
         if hub_name is not None:
             names[f"decoder.base.{name}"] = hub_name
-    return names | {"head.weight": output_name(causal_lm, reader)}
+    return names | {"head.weight": output_name(causal_lm, TensorReader(folder.path))}

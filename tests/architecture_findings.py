@@ -33,6 +33,7 @@ from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.pair import load_pair
 from dskd.probes import check_documents
+from dskd.rehearsal import rehearse_export
 from dskd.student import build_student, find_student
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -175,20 +176,17 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
     if thorough:
         if pair.trunk is not None:
             _examine_trunk_in_bf16(folder, packing, layers, world, finding)
+        rehearse_export(pair, find_student(config), config, world)
         _examine_step(folder, pair, world, finding)
     if pair.trunk is not None:
         pair.trunk.close()
     pair.engine.destroy()
 
 
-def _examine_trunk_in_bf16(
-    folder: Path, packing: str, layers: Sequence[int], world: World, finding: Finding
-) -> None:
+def _examine_trunk_in_bf16(folder: Path, packing: str, layers: Sequence[int], world: World, finding: Finding) -> None:
     config = _config(folder, packing, torch.bfloat16, student={"layers": layers, "shared_trunk": "on"})
     try:
-        pair = load_pair(
-            config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1
-        )
+        pair = load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
     except UserError as error:
         finding["faults"].append(f"a shared trunk in fp32 and not in bf16: {_reason(error, folder)}")
         return

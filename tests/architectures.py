@@ -251,7 +251,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "jamba": _mixture(
         "Jamba",
         "JambaConfig",
-        **{**_SHAPE, "num_experts": EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+        **{
+            **_SHAPE,
+            "num_experts": EXPERTS,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
         **{"mamba_d_state": 8, "mamba_dt_rank": 4},
     ),
     "granite-hybrid": _mixture(
@@ -280,7 +286,9 @@ def save_architecture(folder: Path, name: str, *, seed: int = 0) -> Any:
         for parameter in model.parameters():
             if parameter.ndim >= 2 and 0 < parameter.std() < _USUAL_DEVIATION:
                 parameter.mul_(_DEVIATION / parameter.std())
-            elif parameter.ndim < 2 or not parameter.any():  # norms and biases that are all alike could be exchanged for one another
+            elif (
+                parameter.ndim < 2 or not parameter.any()
+            ):  # norms and biases that are all alike could be exchanged for one another
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for key, buffer in model.named_buffers():
             # Not tables that follow from the config.

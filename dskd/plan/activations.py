@@ -20,7 +20,7 @@ from dskd.head import DistillationHead, Normalizers
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize
 from dskd.plan.shapes import Architecture
-from dskd.probes import base_model_of
+from dskd.stored_names import base_model
 from dskd.student_engine import choose_trained
 
 _ATTENTION = "dskd_plan"
@@ -61,7 +61,7 @@ def teacher_activations(architecture: Architecture, batch: Batch, dtype: torch.d
     layers = list(range(min(_TEACHER_LAYERS, architecture.values()["num_hidden_layers"])))
     way, model = _build(architecture, layers)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        base = base_model_of(materialize(model, dtype)).eval()
+        base = base_model(materialize(model, dtype)).eval()
         with torch.no_grad(), LiveBytes() as live:
             ids = torch.empty(batch.size, batch.length, dtype=torch.int64)
             trunk = torch.empty(batch.size, batch.length, base.config.hidden_size, dtype=dtype)
@@ -92,7 +92,7 @@ def student_activations(
         if checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         causal_lm.train()
-        base, output = base_model_of(causal_lm), causal_lm.get_output_embeddings().weight
+        base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size, vocab_size = base.config.hidden_size, output.shape[0]
         copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None
         head = DistillationHead(output, copy, loss, chunk_size=chunk_size)

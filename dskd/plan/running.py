@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dskd.errors import UserError
 from dskd.plan.shapes import Architecture
-from dskd.probes import base_model_of
+from dskd.stored_names import base_model
 
 _ATTEMPTED = 1, 8  # B, T of the run that shows whether it can be run so
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
@@ -80,7 +80,7 @@ def _attempt(architecture: Architecture, way: Way) -> None:
         ids = torch.zeros(_ATTEMPTED, dtype=torch.int64)
         size, length = _ATTEMPTED
         mask = {"attention_mask": torch.ones(size, 1, length, length, dtype=torch.bool)} if way.takes_mask else {}
-        states = base_model_of(model)(input_ids=ids, use_cache=False, **mask).last_hidden_state
+        states = base_model(model)(input_ids=ids, use_cache=False, **mask).last_hidden_state
         if tuple(states.shape[:2]) != _ATTEMPTED:
             raise ValueError(f"its states have the shape {list(states.shape)}")
 
