@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dskd.architecture import check_architecture
 from dskd.causal_lm import build_sharded, empty_model, engine_settings, load_resident
 from dskd.config import Config
 from dskd.distributed import World
@@ -200,6 +201,7 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
             it does not keep documents apart where they are packed, or there is no disk to offload it to.
     """
     dtype = compute_dtype(config.precision, world.device)
+    check_architecture(folder, config)
     model_config = folder.load_config()
     nvme_folder: Path | None = None
     if config.teacher.mode == "resident":

@@ -177,7 +177,8 @@ def check_head(causal_lm: Any, folder: ModelFolder) -> None:
     except (AttributeError, TypeError, RuntimeError, NotImplementedError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{where} reads more of its base model than last hidden states ({reason}); such a model is not supported yet"
+            f"{where} reads more of its base model than last hidden states ({reason}); such a model is not supported "
+            "yet"
         ) from None
     if not same:
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dskd.architecture import check_architecture
 from dskd.causal_lm import empty_model
 from dskd.config import Config, StudentConfig
 from dskd.console import progress, say, stage
@@ -54,11 +55,12 @@ def build_student(config: Config) -> None:
         values = json.loads((teacher.path / "config.json").read_text(encoding="utf-8"))
         full = teacher.load_config()
         layers = choose_layers(config.student, full.num_hidden_layers)
+        whole = check_architecture(teacher, config)
         with build_artifact(target, recipe(config, teacher)) as building:
             write_json(building.folder / "config.json", cut_config(values, layers, full.to_dict()))
             copy_other_files(teacher, building.folder)
             student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
-            check_kinds(empty_model(teacher), empty_model(student), layers)
+            check_kinds(whole, empty_model(student), layers)
             size = cut(teacher.path, layers, building.folder)
             check_student(student)
             building.facts.update(layers=layers, size_bytes=size)

@@ -14,12 +14,12 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, LAYERS, VOCABULARY, save_architecture
+from architectures import ARCHITECTURES, VOCABULARY, save_architecture
 from forked_rank import run_as_rank
 from torch.nn import functional as F
 
@@ -29,7 +29,7 @@ from dskd.cut_config import _layers_of
 from dskd.distributed import World, barrier, gather_json, initialize
 from dskd.errors import UserError
 from dskd.head import Normalizers
-from dskd.model_folder import ModelFolder, find_teacher
+from dskd.model_folder import find_teacher
 from dskd.models import load_frozen
 from dskd.pair import load_pair
 from dskd.probes import check_documents

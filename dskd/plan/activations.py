@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dskd.config import LossConfig, StudentConfig
 from dskd.head import DistillationHead, Normalizers
 from dskd.plan.live_bytes import LiveBytes
-from dskd.plan.running import Way, find_way, materialize
+from dskd.plan.running import Way, find_way, materialize, without_values
 from dskd.plan.shapes import Architecture
 from dskd.stored_names import base_model
 from dskd.student_engine import choose_trained
@@ -60,7 +58,7 @@ def teacher_activations(architecture: Architecture, batch: Batch, dtype: torch.d
     """Bytes of the teacher's forward pass, with the states that it gives."""
     layers = list(range(min(_TEACHER_LAYERS, architecture.values()["num_hidden_layers"])))
     way, model = _build(architecture, layers)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_values(architecture):
         base = base_model(materialize(model, dtype)).eval()
         with torch.no_grad(), LiveBytes() as live:
             ids = torch.empty(batch.size, batch.length, dtype=torch.int64)
@@ -86,12 +84,12 @@ def student_activations(
 ) -> Activations:
     """Bytes of the student's forward, loss and backward, with what teacher and batch bring to them."""
     way, model = _build(architecture, layers, trunk)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_values(architecture):
         causal_lm = materialize(model, dtype)
         choose_trained(causal_lm, student, first_layer=trunk)
         if checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        causal_lm.train()
+        causal_lm.train(checkpointing)  # there is no dropout, and some models draw numbers in training
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size, vocab_size = base.config.hidden_size, output.shape[0]
         copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None

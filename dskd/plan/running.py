@@ -5,14 +5,16 @@ with attention of their own run it. A mixture of experts chooses experts by valu
 as many tokens as all of them together.
 """
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dskd.errors import UserError
 from dskd.plan.shapes import Architecture
@@ -36,6 +38,9 @@ class Way:
     def prepare(self, model: Any) -> Any:
         """The model, changed so that it can be run."""
         model.set_attn_implementation(self.attention)
+        for module in model.modules():
+            if hasattr(module, "rope_type"):  # some kinds look at positions to choose their factors
+                module.rope_type = "default"
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(getattr(child, "experts", None), nn.ModuleList):
@@ -65,16 +70,30 @@ def find_way(architecture: Architecture, attention: str) -> Way:
             reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
             continue
         return way
-    what = "a mixture of experts that cannot be" if "expert" in reason or _is_mixture(architecture) else "not"
-    raise UserError(
-        f"{architecture.named_by}: this architecture is {what} planned: it cannot be run without its weights ({reason}). "
-        "Try it with its weights: training says what it needs"
+    raise _cannot_be_planned(architecture, reason)
+
+
+@contextlib.contextmanager
+def without_values(architecture: Architecture) -> Iterator[None]:
+    """Runs a model under FakeTensorMode; what it cannot do without values is a refusal of the plan."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    except DataDependentOutputException as error:
+        raise _cannot_be_planned(architecture, str(error)) from None
+
+
+def _cannot_be_planned(architecture: Architecture, reason: str) -> UserError:
+    what = "this mixture of experts" if _is_mixture(architecture) else "this architecture"
+    return UserError(
+        f"{architecture.named_by}: {what} cannot be planned, for it cannot be run without its weights ({reason}); "
+        "training is not affected"
     )
 
 
 def _attempt(architecture: Architecture, way: Way) -> None:
     layers = list(range(min(2, architecture.values()["num_hidden_layers"])))
-    model = way.prepare(architecture.build(layers=layers))
+    model = way.prepare(architecture.build(layers=layers)).eval()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         materialize(model, torch.float32)
         ids = torch.zeros(_ATTEMPTED, dtype=torch.int64)
