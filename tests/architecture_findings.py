@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import traceback
 import warnings
@@ -22,22 +21,28 @@ import torch
 from architectures import ARCHITECTURES, VOCABULARY, save_architecture
 from forked_rank import run_as_rank
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from dskd.architecture import check_architecture
 from dskd.config import Config
 from dskd.cut_config import _layers_of
 from dskd.distributed import World, barrier, gather_json, initialize
 from dskd.errors import UserError
+from dskd.final_norm import final_norm_names
 from dskd.head import Normalizers
 from dskd.model_folder import find_teacher
 from dskd.models import load_frozen
 from dskd.pair import load_pair
+from dskd.plan import GB
+from dskd.plan.cluster import Cluster
+from dskd.plan.plan import make_plan
+from dskd.plan.shapes import find_architecture
 from dskd.probes import check_documents
 from dskd.rehearsal import rehearse_export
 from dskd.student import build_student, find_student
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change
+DOCUMENTS = 16  # where packed documents meet neither chunks nor other factors
 CUT, LOWEST = (0, 1, 3), (0, 1)
 # Relative to the largest state. In bf16 kernels may add up in another order.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -93,7 +98,7 @@ def _config(folder: Path, packing: str, dtype: torch.dtype = torch.float32, **se
         precision="fp32" if dtype == torch.float32 else "bf16",
         teacher=teacher,
         student=student,
-        corpus={"packing": packing, "sequence_length": LENGTH},
+        corpus={"packing": packing, "sequence_length": DOCUMENTS if packing == "documents" else LENGTH},
         loss={"sense_weight": 0.0},
         train={"global_batch_size": world_size(), "micro_batch_size": 1},
         **sections,
@@ -128,6 +133,7 @@ def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: 
         _compare(finding, f"{where}: logits", logits, output.logits, dtype)
         _compare_buffers(finding, where, teacher.decoder.base, expected)
         try:
+            check_architecture(teacher.folder, _config(folder, "documents"))
             check_documents(teacher.engine, teacher.decoder, teacher.folder, world, dtype)
             verdicts.append(None)
         except UserError as error:
@@ -161,7 +167,8 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
     layers = LOWEST if refusals[1] else CUT
     packing = "stream" if finding["documents"] else "documents"
     options = {"margin": 1.0, "accumulation_steps": 1, "teacher": teacher}
-    config = _config(folder, packing, student={"layers": layers, "shared_trunk": "on", "train_final_norm": True})
+    norm = bool(_final_norm(folder))
+    config = _config(folder, packing, student={"layers": layers, "shared_trunk": "on", "train_final_norm": norm})
     if refusals[1] and world.is_main:
         build_student(config)
     barrier()
@@ -171,11 +178,11 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
         finding["trunk"] = _reason(error, folder)
         if not thorough:
             return
-        config = _config(folder, packing, student={"layers": layers, "shared_trunk": "off", "train_final_norm": True})
+        config = _config(folder, packing, student={"layers": layers, "shared_trunk": "off", "train_final_norm": norm})
         pair = load_pair(config, world, find_teacher(config), find_student(config), **options)
     if thorough:
         if pair.trunk is not None:
-            _examine_trunk_in_bf16(folder, packing, layers, world, finding)
+            _examine_trunk_in_bf16(folder, layers, world, finding)
         rehearse_export(pair, find_student(config), config, world)
         _examine_step(folder, pair, world, finding)
     if pair.trunk is not None:
@@ -183,8 +190,17 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
     pair.engine.destroy()
 
 
-def _examine_trunk_in_bf16(folder: Path, packing: str, layers: Sequence[int], world: World, finding: Finding) -> None:
-    config = _config(folder, packing, torch.bfloat16, student={"layers": layers, "shared_trunk": "on"})
+def _final_norm(folder: Path) -> set[str]:
+    """Names of its parameters; none where it has none, as OLMo's."""
+    try:
+        return final_norm_names(_from_pretrained(folder / "teacher"))
+    except UserError:
+        return set()
+
+
+def _examine_trunk_in_bf16(folder: Path, layers: Sequence[int], world: World, finding: Finding) -> None:
+    """At late positions, and in the other type."""
+    config = _config(folder, "stream", torch.bfloat16, student={"layers": layers, "shared_trunk": "on"})
     try:
         pair = load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
     except UserError as error:
@@ -225,9 +241,9 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> No
     kl = F.kl_div((logits / 2).log_softmax(-1), (wanted / 2).log_softmax(-1), log_target=True, reduction="batchmean")
     (F.cross_entropy(logits, ids[:, 1:].flatten()) + 0.7 * 4 * kl).backward()
     parameters = dict(student.named_parameters())
-    last = f".{student.config.num_hidden_layers - 1}."
+    last, norm = f".{student.config.num_hidden_layers - 1}.", _final_norm(folder)
     unknown = sorted(set(found) - set(parameters))
-    others = [name for name in found if last not in name and not re.search(r"(norm|ln_f|layer_norm)\w*\.", name)]
+    others = [name for name in found if last not in name and name not in norm]
     if unknown or others:
         finding["faults"].append(f"step: trained are {others}, and names of no parameter are {unknown}")
         return
@@ -258,8 +274,6 @@ def _bypass(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -303,8 +317,26 @@ def find(names: Sequence[str], *, thorough: bool, timeout_s: float) -> dict[str,
         return {name: json.loads(Path(folder, f"{name}.json").read_text()) for name in names}
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    chosen = sys.argv[1:] or list(ARCHITECTURES)
-    for name, finding in find(chosen, thorough="quick" not in os.environ, timeout_s=1800).items():
-        print(name, json.dumps(finding, indent=1))
+def check_plan(folder: Path, name: str, *, is_refused: bool) -> str | None:
+    """What is wrong with the plan for an architecture: it is to refuse what training refuses, and nothing else but what
+    cannot be run without weights.
+    """
+    ARCHITECTURES[name].config().save_pretrained(folder)
+    config = Config(
+        workdir=str(folder / "work"),
+        teacher={"path": str(folder)},
+        student={"layers": LOWEST, "train_layers": 1},
+        corpus={"packing": "stream", "sequence_length": 16},
+    )
+    machine = Cluster(1, 1, 80 * GB, 500 * GB, "cpu", 40 * GB, 25 * GB, 5 * GB, 1e14)
+    try:
+        plan = make_plan(config, machine, find_architecture(config, None))
+    except UserError as error:
+        return None if is_refused or "cannot be planned" in str(error) else f"refused by the plan alone: {error}"
+    if is_refused:
+        return "planned, and refused in training"
+    whole = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
+    head = whole.get_output_embeddings().weight
+    is_tied = head is whole.get_input_embeddings().weight
+    expected = sum(parameter.numel() for parameter in whole.parameters()) - head.numel() * (not is_tied)
+    return None if plan.teacher.numel == expected else f"{plan.teacher.numel} parameters planned, not {expected}"

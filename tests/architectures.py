@@ -167,7 +167,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama4-dense": _dense(
         "Llama 4 (text) without experts",
         "Llama4TextConfig",
-        **{**_SHAPE, "head_dim": 8, "intermediate_size_mlp": 48, "moe_layers": [], "attention_chunk_size": 8},
+        **{**_SHAPE, "head_dim": 8, "intermediate_size_mlp": 48, "moe_layers": [], "attention_chunk_size": 16},
         no_rope_layer_interval=2,
     ),
     "mamba": _dense("Mamba", "MambaConfig", **_NAMED, hidden_size=WIDTH, num_hidden_layers=LAYERS),
@@ -224,7 +224,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Llama 4 (text)",
         "Llama4TextConfig",
         **{**_SHAPE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": EXPERTS},
-        **{"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": 8},
+        **{"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": 16},
     ),
     "dbrx": _mixture(
         "DBRX",

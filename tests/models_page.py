@@ -2,10 +2,11 @@
 
 import re
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
-from architecture_findings import Finding, find
+from architecture_findings import Finding, check_plan, find
 from architectures import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -91,6 +92,10 @@ def main() -> int:
     warnings.simplefilter("ignore")
     findings = find(list(ARCHITECTURES), thorough=True, timeout_s=3600)
     PAGE.write_text(page(findings), encoding="utf-8")
+    for name, finding in findings.items():
+        with tempfile.TemporaryDirectory() as folder:
+            problem = check_plan(Path(folder), name, is_refused=finding["refused"] is not None)
+        finding["faults"] += [f"plan: {problem}"] if problem else []
     faults = [f"{name}: {fault}" for name, finding in findings.items() for fault in finding["faults"]]
     print("\n".join([*faults, f"wrote {PAGE}; {len(faults)} faults"]))
     return 1 if faults else 0
