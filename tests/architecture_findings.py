@@ -39,6 +39,7 @@ from dskd.plan.plan import make_plan
 from dskd.plan.shapes import find_architecture
 from dskd.probes import check_documents
 from dskd.rehearsal import rehearse_export
+from dskd.stored_names import base_model
 from dskd.student import build_student, find_student
 
 LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change
@@ -294,12 +295,9 @@ def _compare(finding: Finding, what: str, found: torch.Tensor, expected: torch.T
 
 
 def _compare_buffers(finding: Finding, where: str, base: Any, expected: Any) -> None:
-    theirs = {name: buffer for name, buffer in expected.named_buffers()}
+    theirs = dict(base_model(expected).named_buffers())
     for name, buffer in base.named_buffers():
-        matching = [their for full, their in theirs.items() if full == name or full.endswith(f".{name}")]
-        if len(matching) != 1:
-            finding["faults"].append(f"{where}: buffer {name} is not one of transformers' model")
-        elif buffer.dtype != matching[0].dtype or not torch.equal(buffer, matching[0]):
+        if buffer.dtype != theirs[name].dtype or not torch.equal(buffer, theirs[name]):
             finding["faults"].append(f"{where}: buffer {name} is another one than transformers' model has")
 
 
