@@ -5,7 +5,9 @@ export are such folders, and all of them load with `AutoModelForCausalLM` and no
 """
 
 import functools
+import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +19,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dskd.config import Config, TeacherConfig
+from dskd.console import say
 from dskd.errors import UserError, listed
 from dskd.manifest import digest_of_json, read_manifest, sha256_of_file, write_json
+from dskd.model_config import block_fp8, read_model_config
 
 # The number of the layer that a parameter belongs to, as all decoders of transformers name them.
 LAYER_NAME = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 TEACHER_FOLDER = "teacher"
+_SCALE = "_scale_inv"  # what block FP8 appends to the name of a matrix
+_LFS_POINTER = b"version https://git-lfs"
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TEACHER_MADE_BY = "python launcher/pipeline.py --config FILE"
 
@@ -36,11 +42,25 @@ class ModelFolder:
     tokenizer_digest: str
     trust_remote_code: bool = False
 
-    def load_config(self) -> Any:
-        """The model's `PretrainedConfig`."""
-        from transformers import AutoConfig
+    def config_values(self) -> dict[str, Any]:
+        """Its config.json, as :func:`dskd.model_config.read_model_config` translates it."""
+        return read_model_config(self.path, trust_remote_code=self.trust_remote_code)
 
-        return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+    def load_config(self) -> Any:
+        """The model's `PretrainedConfig`.
+
+        Raises:
+            UserError: when the installed transformers cannot read it.
+        """
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        values = self.config_values()
+        try:
+            if "auto_map" in values and self.trust_remote_code:
+                return AutoConfig.from_pretrained(self.path, trust_remote_code=True)
+            return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            raise UserError(f"{self.path / 'config.json'}: transformers cannot read it ({error})") from None
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -59,17 +79,17 @@ def find_teacher(config: Config) -> ModelFolder:
         manifest = read_manifest(folder, "teacher", made_by=TEACHER_MADE_BY)
         return ModelFolder(folder, manifest.digest, tokenizer_digest(load_tokenizer(folder)))
     folder = _local_or_hub(teacher)
-    check_model_folder(folder, named_by="teacher.path")
+    check_model_folder(folder, named_by="teacher.path", trust_remote_code=teacher.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
     digest = _digest_of_model(folder, cache=config.path(".teacher_digests.json"))
     return ModelFolder(folder, digest, tokenizer_digest(tokenizer), teacher.trust_remote_code)
 
 
-def check_model_folder(folder: Path, *, named_by: str) -> None:
-    """Refuses a folder that lacks what a model needs.
+def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:
+    """Refuses a folder that lacks what a model needs, or holds a model that cannot be read.
 
     Raises:
-        UserError: with everything that is missing.
+        UserError: with everything that is missing, or with what the model is.
     """
     problems = []
     if not (folder / "config.json").is_file():
@@ -77,11 +97,30 @@ def check_model_folder(folder: Path, *, named_by: str) -> None:
     if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX).is_file():
         others = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
         hint = f" (there is {others[0]}: convert it, dskd does not read pickles)" if others else ""
+        if (folder / "adapter_config.json").is_file():
+            hint = (
+                " (there is adapter_config.json: this is a LoRA adapter; merge it into its base model, and save that)"
+            )
         problems.append(f"there are no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}{hint}")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    tokenizer_files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in tokenizer_files):
         problems.append("there is no tokenizer: neither tokenizer.json nor tokenizer.model nor vocab.json")
+    weights = sorted(file.name for file in folder.glob("model*.safetensors*"))
+    problems += [
+        f"{name} is a git-lfs pointer and not the file itself; fetch it with `git lfs pull`"
+        for name in ("config.json", *tokenizer_files, *weights)
+        if _is_lfs_pointer(folder / name)
+    ]
     if problems:
         raise UserError(listed(f"{named_by}: {folder} is not a Hugging Face model folder", problems))
+    read_model_config(folder, named_by=named_by, trust_remote_code=trust_remote_code)
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def renumber_layer(name: str, number: int) -> str:
@@ -97,10 +136,42 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    with _without_false_alarm():
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+            needs = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+            missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+            remedy = "; its tokenizer.model needs two packages: pip install sentencepiece protobuf" * (
+                needs and bool(missing)
+            )
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason}){remedy}") from None
+
+
+def _is_installed(package: str) -> bool:
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({error})") from None
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
+
+
+@contextmanager
+def _without_false_alarm() -> Iterator[None]:
+    """Leaves out one warning of transformers 4.57, which takes any local folder without `transformers_version` in its
+    config.json, and any of a version up to 4.57.2, for a Mistral tokenizer with a wrong regular expression. Nothing
+    would be mended by the option it names: a tokenizer is used as the teacher was trained with it.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "fix_mistral_regex" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -111,28 +182,48 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 class TensorReader:
-    """The tensors of a folder's safetensors files by name, one at a time, through memory maps."""
+    """The tensors of a folder's safetensors files by name, one at a time, through memory maps.
+
+    Matrices in block FP8 are read in the type that config.json names for the model (bfloat16 if it names none): codes
+    times scales. The scales are no tensors of their own.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file_of = _tensor_files(folder)
         self._open: dict[str, Any] = {}
+        values = _json_or_empty(folder / "config.json")
+        self._block = block_fp8(values)
+        stored_type = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
+        self._type = getattr(torch, str(stored_type).removeprefix("torch."), torch.bfloat16)
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors, in the order of their files."""
-        return list(self._file_of)
+        return [name for name in self._file_of if not self._is_scale(name)]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._file_of and not self._is_scale(name)
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor.
 
         Raises:
-            UserError: when its file is damaged.
+            UserError: when its file is damaged, or it is in FP8 without scales that fit.
         """
-        return self._file(name).get_tensor(name)
+        tensor = self._file(name).get_tensor(name)
+        if self._block is None or name + _SCALE not in self._file_of:
+            return tensor
+        scales = self._file(name + _SCALE).get_tensor(name + _SCALE).float()
+        rows, columns = self._block
+        blocks = tuple(-(-size // by) for size, by in zip(tensor.shape, self._block, strict=False))
+        if tensor.ndim != 2 or tuple(scales.shape) != blocks:
+            raise UserError(
+                f"{self._folder}: {name}{_SCALE} has shape {list(scales.shape)}; {name}, of shape "
+                f"{list(tensor.shape)}, needs one of {list(blocks)} for blocks of {rows} × {columns}"
+            )
+        scales = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return (tensor.float() * scales[: tensor.shape[0], : tensor.shape[1]]).to(self._type)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read for it.
@@ -143,12 +234,17 @@ class TensorReader:
         return tuple(self._file(name).get_slice(name).get_shape())
 
     def stored_type(self, name: str) -> str:
-        """The type a tensor has on disk, as safetensors names it, such as F32, BF16 or I8.
+        """The type in which a tensor is read, as safetensors names it, such as F32, BF16 or I8.
 
         Raises:
             UserError: when its file is damaged.
         """
+        if self._block is not None and name + _SCALE in self._file_of:
+            return "F32"
         return str(self._file(name).get_slice(name).get_dtype())
+
+    def _is_scale(self, name: str) -> bool:
+        return self._block is not None and name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._file_of
 
     def _file(self, name: str) -> Any:
         file = self._file_of[name]
@@ -169,14 +265,31 @@ def open_safetensors(path: Path) -> Any:
         raise UserError(f"{path}: not a readable safetensors file ({error}); was its download or copy cut?") from None
 
 
+def _json_or_empty(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # refused elsewhere, with the reason
+        return {}
+
+
 def _tensor_files(folder: Path) -> dict[str, str]:
+    """{name of a tensor: its file}. Of two sets of weights it is the single file, as transformers chooses."""
     index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
-    return dict.fromkeys(open_safetensors(folder / WEIGHTS_FILE).keys(), WEIGHTS_FILE)
+    if (folder / WEIGHTS_FILE).is_file():
+        if index.is_file():
+            _say_once(
+                f"  {folder}: {WEIGHTS_FILE} is read, as transformers does; {WEIGHTS_INDEX} and its files are not"
+            )
+        return dict.fromkeys(open_safetensors(folder / WEIGHTS_FILE).keys(), WEIGHTS_FILE)
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    say(message)
 
 
 @functools.cache  # one question to the hub a process
@@ -184,6 +297,11 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
     assert teacher.path is not None
     folder = Path(teacher.path).expanduser()
     if folder.is_dir():
+        if teacher.revision is not None:
+            raise UserError(
+                f"teacher.revision: {teacher.revision!r} is of a model of the hub, and teacher.path is the folder "
+                f"{folder}; leave it out, or name the model as ORGANISATION/NAME"
+            )
         return folder
     if folder.is_absolute() or teacher.path.startswith((".", "~")) or teacher.path.count("/") != 1:
         raise UserError(
@@ -195,7 +313,15 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * teacher.trust_remote_code
     try:
-        return Path(snapshot_download(teacher.path, revision=teacher.revision, allow_patterns=patterns))
+        # Some models have their weights once more in another format, which would be fetched for nothing.
+        return Path(
+            snapshot_download(
+                teacher.path,
+                revision=teacher.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["consolidated*", "original/*"],
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

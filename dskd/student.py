@@ -4,7 +4,6 @@ Embeddings, final norm and head are copied. No more than one tensor is in memory
 any size takes as long as copying the files. What was written is loaded as anybody would load it, large ones by shapes.
 """
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -52,8 +51,7 @@ def build_student(config: Config) -> None:
     teacher = find_teacher(config)
     target = config.path(FOLDER)
     with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
-        values = json.loads((teacher.path / "config.json").read_text(encoding="utf-8"))
-        full = teacher.load_config()
+        values, full = teacher.config_values(), teacher.load_config()
         layers = choose_layers(config.student, full.num_hidden_layers)
         whole = check_architecture(teacher, config)
         with build_artifact(target, recipe(config, teacher)) as building:
