@@ -177,12 +177,11 @@ def test_heads_of_every_structure_are_tried(name):
     ("name", "apart"),
     [("llama", True), ("qwen3-moe", True), ("lfm2", False), ("llama4-dense", False), ("bloom", False)],
 )
-def test_both_types_judge_packed_documents_alike(dtype, name, apart):
-    torch.manual_seed(0)
-    model_config = architectures.ARCHITECTURES[name].config()
-    if name == "llama4-dense":
-        model_config.attention_chunk_size = 8  # the second document meets a boundary that it does not meet alone
-    base = base_model(AutoModelForCausalLM.from_config(model_config, dtype=dtype).eval())
+def test_both_types_judge_packed_documents_alike(tmp_path, dtype, name, apart):
+    architectures.save_architecture(tmp_path, name)
+    if name == "llama4-dense":  # the second document meets a boundary that it does not meet alone
+        architectures.edit_config(tmp_path, attention_chunk_size=8)
+    base = base_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval())
 
     def run(input_ids, position_ids):
         return base(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
