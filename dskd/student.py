@@ -1,7 +1,7 @@
 """The student is a file operation: some of the teacher's layers, cut from its safetensors tensor by tensor.
 
 Embeddings, final norm and head are copied. No more than one tensor is in memory, so cutting a student from a teacher of
-any size takes as long as copying the files. What was written is loaded as anybody would load it, large ones by shapes.
+any size takes as long as copying the files. The result is loaded as anybody would load it, a large one without weights.
 """
 
 import math
@@ -31,6 +31,7 @@ from dskd.model_folder import (
     renumber_layer,
     tokenizer_digest,
 )
+from dskd.stored_names import check_stored_tensors
 
 FOLDER = "student"
 MADE_BY = "dskd student --config FILE"
@@ -110,20 +111,16 @@ def copy_other_files(teacher: ModelFolder, target: Path) -> None:
 
 
 def check_student(student: ModelFolder) -> None:
-    """Loads a cut student as anybody would: every tensor of the architecture is stored, and nothing else is.
-
-    Large ones are compared by the names and shapes of their tensors, without reading these.
+    """Accounts for every tensor of a cut student, and loads it as anybody would, if it is not large.
 
     Raises:
         UserError: with all that does not fit.
     """
-    reader, model = TensorReader(student.path), empty_model(student)
-    sizes = [reader.shape(name) for name in reader.names]
-    if sum(math.prod(size) for size in sizes) <= _LOADED_ELEMENTS:
-        problems = _load_as_anybody(student)
-    else:
-        problems = _compare_names(model, reader)
-    if problems:
+    reader = TensorReader(student.path)
+    check_stored_tensors(empty_model(student), reader, student)
+    if sum(math.prod(reader.shape(name)) for name in reader.names) > _LOADED_ELEMENTS:
+        return
+    if problems := _load_as_anybody(student):
         raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))
 
 
@@ -144,21 +141,6 @@ def _load_as_anybody(student: ModelFolder) -> list[str]:
         *(f"there is no tensor {name}" for name in sorted(found["missing_keys"])),
         *(f"nothing in the architecture takes the tensor {name}" for name in sorted(found["unexpected_keys"])),
         *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in found["mismatched_keys"]),
-    ]
-
-
-def _compare_names(model: Any, reader: TensorReader) -> list[str]:
-    prefix = f"{model.base_model_prefix}."
-    stored = {name.removeprefix(prefix): reader.shape(name) for name in reader.names}
-    expected = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = {name.removeprefix(prefix) for name in getattr(model, "_tied_weights_keys", None) or ()}
-    return [
-        *(f"there is no tensor {name}" for name in sorted(expected.keys() - stored.keys() - tied)),
-        *(
-            f"{name} has another shape"
-            for name in sorted(expected.keys() & stored.keys())
-            if expected[name] != stored[name]
-        ),
     ]
 
 
