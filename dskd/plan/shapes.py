@@ -143,18 +143,12 @@ def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
             yield ModelFolder(Path(path), "", "")
         except UserError as error:
             raise UserError(str(error).replace(path, named_by)) from None
-        except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
+        except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"{named_by}: transformers cannot build this architecture ({reason}); name the config.json of a "
                 "decoder with --teacher-config"
             ) from None
-
-
-def _aliases(architecture: Architecture) -> dict[str, str]:
-    """{usual name of a size: the name that the architecture uses}."""
-    with _folder_of(architecture.config, architecture.named_by) as folder:
-        return dict(folder.load_config().attribute_map)
 
 
 @functools.cache
@@ -272,14 +266,13 @@ def _read(path: Path, *, named_by: str) -> Architecture:
         raise UserError(f"{named_by}: {path} is not a readable config.json ({error})") from None
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UserError(f"{named_by}: {path} has no model_type; it is not the config.json of a Hugging Face model")
-    architecture = Architecture(json.dumps(values), f"{named_by}: {path}")
-    _require_decoder(values, architecture)
-    return architecture
+    _require_decoder(values, f"{named_by}: {path}")
+    return Architecture(json.dumps(values), f"{named_by}: {path}")
 
 
-def _require_decoder(values: dict[str, Any], architecture: Architecture) -> None:
+def _require_decoder(values: dict[str, Any], where: str) -> None:
     """Refuses what is no config.json of a decoder, with all that is wrong in it."""
-    where = architecture.named_by
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
@@ -290,10 +283,10 @@ def _require_decoder(values: dict[str, Any], architecture: Architecture) -> None
             f"{where}: model_type {model_type!r} is {what}; a teacher is a decoder (a causal language model)"
         )
     problems = []
-    aliases, completed = _aliases(architecture), architecture.values()
+    aliases = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
     for key in _SIZES:
         named = [name for name in (key, aliases.get(key, key)) if name in values]
-        value = completed.get(key) if named else None
+        value = values[named[0]] if named else None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             found = f"found {value!r}" if named else "it is missing"
             problems.append(f"{key}: expected a number, 1 or more; {found}")
