@@ -7,6 +7,7 @@
 #   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
 #   make test-nvme    the tests of teacher.offload: nvme; compiles DeepSpeed's async_io first, which takes minutes
 #   make docs         docs/config.md, what `dskd config` prints
+#   make models       docs/models.md, what is found when every architecture of transformers is tried; a quarter of an hour
 #
 # ARGS has more arguments of pytest for the tests: make test-fast ARGS="-k senses -x"
 
@@ -19,7 +20,7 @@ PY     := $(VENV)/bin/python
 # What is skipped is named with its reason.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS)
 
-.PHONY: quickstart test test-fast test-cluster test-nvme check docs env wordnet browser clean
+.PHONY: quickstart test test-fast test-cluster test-nvme check docs models env wordnet browser clean
 .DELETE_ON_ERROR:
 
 quickstart: env wordnet
@@ -53,6 +54,9 @@ check: env
 docs: env
 	@{ printf '%s\n' '# Keys of a configuration' '' 'What `dskd config` prints; `make docs` writes this file.' '' '```text'; \
 		$(PY) -m dskd config; echo '```'; } >docs/config.md
+
+models: env
+	PYTHONPATH=. $(PY) tests/models_page.py
 
 env: $(VENV)/.installed
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dskd.architecture import check_architecture
 from dskd.causal_lm import build_sharded, empty_model, engine_settings, load_resident
 from dskd.config import Config
 from dskd.distributed import World
@@ -201,6 +202,7 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
             it does not keep documents apart where they are packed, or there is no disk to offload it to.
     """
     dtype = compute_dtype(config.precision, world.device)
+    check_architecture(folder, config)
     model_config = folder.load_config()
     nvme_folder: Path | None = None
     if config.teacher.mode == "resident":
@@ -226,6 +228,6 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
         engine, *_ = deepspeed.initialize(model=module, config=settings)
         engine.eval()
     compare_with_transformers(engine, module.decoder, folder, world, dtype)
-    if config.corpus.packing == "documents":
-        check_documents(engine, module.decoder, folder, world, dtype)
+    packed = config.corpus.packing == "documents"
+    check_documents(engine, module.decoder, folder, world, dtype, packed=packed)
     return FrozenModel(engine, folder, world.device, model_config.vocab_size, model_config.hidden_size, nvme_folder)

@@ -104,6 +104,7 @@ def load_pair(
         engine,
         twin=kept[depth],
         packed=config.corpus.packing == "documents",
+        length=config.corpus.sequence_length,
         world=world,
         dtype=compute_dtype(config.precision, world.device),
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from dskd import annotate, checkpoint, evaluate, export, pretrain, sequences, stopping, student, train
+from dskd.architecture import check_architecture
 from dskd.compare.evaluated import DifferentDataError
 from dskd.compare.summary import compare
 from dskd.config import Config
@@ -81,11 +82,15 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
         if until not in names:
             raise UserError(f"--until {until}: there is no such stage; stages of this config: {', '.join(names)}")
         stages = stages[: names.index(until) + 1]
-    current = []
+    current: list[str] = []
+    is_checked = config.teacher.path is None  # one that is trained from scratch is of a kind that works
     for stage in stages:
         if stage.is_current():
             current.append(stage.name)
             continue
+        if not is_checked:
+            check_architecture(find_teacher(config), config)
+            is_checked = True
         if current:
             say(f"up to date: {', '.join(current)}")
             current = []

@@ -171,7 +171,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         first_layer: how many layers below are missing.
 
     Returns:
-        The parameters that are trained, each once.
+        The parameters that are trained, each once; never the routers of a mixture of experts.
 
     Raises:
         UserError: when a layer index does not exist, nothing is trained, or it cannot be told what the final norm is.
@@ -181,6 +181,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
     tied = bool(head & embeddings)
     norm = final_norm_names(causal_lm) if student.train_final_norm else set()
+    routers = _router_names(causal_lm)
     trained = []
     for name, parameter in causal_lm.named_parameters():
         layer = LAYER_NAME.search(name)
@@ -189,7 +190,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         elif id(parameter) in embeddings:
             chosen = not first_layer and trains_embeddings(student, tied=tied)
         elif layer:
-            chosen = first_layer + int(layer.group(1)) in layers
+            chosen = first_layer + int(layer.group(1)) in layers and name not in routers
         else:
             chosen = name in norm
         parameter.requires_grad_(chosen)
@@ -198,6 +199,17 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     if not trained:
         raise UserError("student: nothing would be trained; set student.train_layers to 1 or more")
     return trained
+
+
+def _router_names(causal_lm: Any) -> set[str]:
+    """The parameters that choose experts. They stay as they are: no term of the loss balances the experts' load."""
+    return {
+        f"{path}.{name}.{parameter}"
+        for path, module in causal_lm.named_modules()
+        for name, child in module.named_children()
+        if name == "router" or (name == "gate" and hasattr(module, "experts"))
+        for parameter, _ in child.named_parameters()
+    }
 
 
 def _teacher_matrix(
