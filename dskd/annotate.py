@@ -38,6 +38,7 @@ from dskd.head import chunk_size
 from dskd.manifest import Building, Recipe, is_current, verify_files, write_json
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel, load_frozen
+from dskd.precision import resolve_precision
 from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, load_fitting_dictionary
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.senses.search import Searcher
@@ -53,7 +54,7 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
     """What decides the content of a split's shards. The batch size does not."""
     _, senses = load_dictionary(config)
     _, sequences = load_sequences(config, split, teacher.tokenizer_digest)
-    settings = config.annotation.as_dict() | {"precision": config.precision}
+    settings = config.annotation.as_dict() | {"precision": resolve_precision(config.precision)}
     for key in ("batch_size", "memory_budget"):
         del settings[key]
     # Keys that change nothing stay out: what was made without them is not made again.

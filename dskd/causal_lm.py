@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dskd.cut_config import compare_layers, cut_config
 from dskd.distributed import World
 from dskd.errors import UserError
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
@@ -22,7 +23,6 @@ from dskd.stored_names import (
     parameter_names,
     persistent_buffers,
 )
-from dskd.student import cut_config
 
 
 def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
@@ -126,16 +126,9 @@ def _keep_in_fp32(causal_lm: Any) -> None:
 
 
 def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
-    """False where the layers from `first_layer` on are built in another way when they are the lowest ones."""
-    reader, model = TensorReader(folder.path), empty_model(folder, first_layer=first_layer)
-    names = StoredNames(model, reader, first_layer=first_layer)
-    for name, parameter in model.named_parameters():
-        if not LAYER_NAME.search(name):
-            continue
-        stored_name = names.find(name)
-        if stored_name is None or reader.shape(stored_name) != tuple(parameter.shape):
-            return False
-    return True
+    """False if the layers from `first_layer` on are built in another way when they are the lowest ones."""
+    upper = list(range(first_layer, folder.load_config().num_hidden_layers))
+    return not compare_layers(empty_model(folder), empty_model(folder, first_layer=first_layer), upper)
 
 
 def mark_experts(model: nn.Module) -> None:

@@ -26,20 +26,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dskd.agreement import PROBE_TOKENS, probe_inputs
 from dskd.config import Config, TrainConfig
 from dskd.config_file import differences
 from dskd.console import say, warn
 from dskd.distributed import World, barrier, on_main
 from dskd.elastic import make_universal, no_pickles, universal_folder
 from dskd.errors import UserError, listed
-from dskd.folders import full_disk_is_said, make_folder, write_text
+from dskd.folders import full_disk_is_said, make_folder, remove_tree, write_text
 from dskd.manifest import Building, Manifest, Recipe, is_current, read_manifest, verify_files
 
 FOLDER = "checkpoints"
 MADE_BY = "deepspeed launcher/train.py --config FILE"
 LATEST_FILE = "latest"
 TRAINED_FILE, PROBE_FILE = "trained.safetensors", "probe.safetensors"
-PROBE_TOKENS = 16
+REHEARSAL = ".rehearsal"  # where the untouched student is exported to before the first step
 _STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
 
 
@@ -163,10 +164,14 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
     """
     changes = changes_since(checkpoint, recipe)
     if changes:
+        then, now = (found.get("precision") for found in (checkpoint.manifest.config, recipe.config))
+        machine = ""
+        if config.precision == "auto" and then != now:
+            machine = f". precision: auto is {now} on this machine; set it to {then} to continue as before"
         raise UserError(
             listed(
                 f"{checkpoint.path}: this checkpoint is of another run than {config.run!r} is now; put the "
-                "config back, name another run, or start from scratch with --overwrite",
+                f"config back, name another run, or start from scratch with --overwrite{machine}",
                 changes,
             )
         )
@@ -174,7 +179,7 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
 
 def save(
     engine: Any,
-    student_logits: Callable[[torch.Tensor], torch.Tensor],
+    student_logits: Callable[..., torch.Tensor],
     config: Config,
     recipe: Recipe,
     facts: dict[str, Any],
@@ -184,7 +189,7 @@ def save(
 
     Args:
         engine: the student's.
-        student_logits: logits [B, T, V] of token ids [B, T].
+        student_logits: logits [1, T, V] of what :func:`dskd.agreement.probe_inputs` returns.
         config: the experiment.
         recipe: of the run.
         facts: for the manifest.
@@ -200,7 +205,7 @@ def save(
     with full_disk_is_said(base):
         engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
         _save_trained(engine, building.folder / TRAINED_FILE, world)
-        _save_probe(engine, student_logits, building.folder / PROBE_FILE, world)
+        _save_probe(engine, student_logits, config, building.folder / PROBE_FILE, world)
     barrier()
     on_main(lambda: _publish(building, config.train))
 
@@ -210,8 +215,8 @@ def remove_leftovers(base: Path) -> None:
 
     The caller holds the lock of the run, so nothing there belongs to a process that lives.
     """
-    for path in base.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in (*base.glob(".step-*"), base / REHEARSAL):
+        remove_tree(path)
 
 
 def require_space(engine: Any, config: Config) -> None:
@@ -340,13 +345,18 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _save_probe(engine: Any, student_logits: Callable[[torch.Tensor], torch.Tensor], path: Path, world: World) -> None:
-    """Logits of the student as it is in training, on the first tokens of the vocabulary."""
-    vocab_size = engine.module.head.weight.ds_shape[0]
-    input_ids = torch.arange(PROBE_TOKENS, device=world.device).unsqueeze(0) * 7 % vocab_size
-    logits = student_logits(input_ids)
+def _save_probe(
+    engine: Any, student_logits: Callable[..., torch.Tensor], config: Config, path: Path, world: World
+) -> None:
+    """Logits of the student as it is in training, on the tokens that the export is compared on."""
+    module = engine.module
+    inputs = probe_inputs(
+        module.decoder.base, module.head.weight.ds_shape[0], config.corpus.sequence_length, world.device
+    )
+    logits = student_logits(**inputs)
     if world.is_main:
-        save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu().contiguous()}, path)
+        tensors = {name: tensor.cpu() for name, tensor in inputs.items()}
+        save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path)
 
 
 def _read_latest(base: Path) -> str | None:

@@ -40,6 +40,7 @@ from dskd.manifest import (
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel
 from dskd.node_cache import open_node_cache
+from dskd.precision import resolve_precision
 from dskd.senses.dictionary import load_dictionary, map_vectors
 from dskd.tracking import log_evaluation
 
@@ -63,7 +64,7 @@ def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe
     return Recipe(
         "evaluation",
         {"model": candidate.folder.digest, "shards": validation.digest, "senses": senses.digest},
-        {"precision": config.precision, **samples.settings(config)},
+        {"precision": resolve_precision(config.precision), **samples.settings(config)},
         teacher.digest,
         teacher.tokenizer_digest,
     )

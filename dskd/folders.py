@@ -18,14 +18,59 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: a quota is
 _FULL_BYTES = 2**20  # at most what is left when the next block did not fit
 
 
+def real_place(path: Path) -> Path:
+    """Returns where a file or folder really is: elsewhere if `path` is a symbolic link, as to a larger disk."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def old_folder(place: Path) -> Path:
+    """Returns the name that a folder has while another one takes its place."""
+    place = real_place(place)
+    return place.with_name(f".{place.name}.old")
+
+
 def replace_folder(new: Path, place: Path) -> None:
-    """Moves `new` to `place`. A crash in between leaves the old folder, the new one or none, never a mixture."""
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Moves `new` to `place`. A crash in between leaves the old folder, the new one or none, never a mixture.
+
+    If `place` is a symbolic link it stays, and what it points to is replaced.
+    """
+    old = old_folder(place)
+    remove_tree(old)
+    place = real_place(place)
     if place.exists():
         place.rename(old)
     new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_tree(old)
+
+
+def require_replaceable(place: Path) -> None:
+    """Refuses a place that :func:`replace_folder` could not replace, before anyone works for hours on what goes there.
+
+    Raises:
+        UserError: when it is a file, a mount point, or a link to a disk that is not there.
+    """
+    real = real_place(place)
+    where = f"{place}: this is a link to {real}, which" if place.is_symlink() else f"{place}: this"
+    if place.is_symlink() and not real.parent.is_dir():
+        raise UserError(
+            f"{where} is not there, nor is {real.parent}; mount that disk, make the folder, or remove the link"
+        )
+    if real.exists() and not real.is_dir():
+        raise UserError(f"{where} is not a folder; remove it, or set workdir to another folder")
+    if os.path.ismount(real):
+        raise UserError(
+            f"{where} is a mount point, so it cannot be replaced by a new artifact; make {place} a link to a folder "
+            "inside of that file system"
+        )
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder with all that is in it, or a file, as far as that works; of a symbolic link only the link."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:
@@ -38,6 +83,10 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()  # each process tries with a name of its own
     except OSError as error:
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path}: this is a link to {path.resolve()}, which is not there; make that folder, or remove the link"
+            ) from None
         raise UserError(
             f"{path}: cannot write there ({error.strerror}); set workdir to a folder you may write"
         ) from None
@@ -92,8 +141,9 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the place of `path` when the block has come to its end. Of several processes
-    that do so at once the last one's stays.
+    that do so at once the last one's stays. If `path` is a symbolic link it stays, and what it points to is replaced.
     """
+    path = real_place(path)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield new

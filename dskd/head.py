@@ -138,7 +138,9 @@ class DistillationHead(nn.Module):
         senses: dict[str, torch.Tensor] | None,
         token_weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The loss and its terms [1 + len(TERMS)]; its gradients by all states [N, D] and by the output matrix."""
+        """The loss and its terms [1 + len(TERMS)]; its gradients by all states [N, D], and by the output matrix in
+        float32.
+        """
         weights, states = self.loss, flat[valid]
         coefficients = _Coefficients(
             # As tensors: a compiled function would be compiled again for every new number.
@@ -177,7 +179,7 @@ class DistillationHead(nn.Module):
             for name, value in sums.items():
                 terms[1 + TERMS.index(name)] = value
             terms[0] += scale * sums["sense"]
-        return terms, hidden_grad, None if weight_grad is None else weight_grad.to(self.weight.dtype)
+        return terms, hidden_grad, weight_grad
 
     def _sense_sums(
         self, flat: torch.Tensor, senses: dict[str, torch.Tensor], gradient: torch.Tensor, scale: float
@@ -243,8 +245,10 @@ def _logit_losses(
 
 
 class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients by the hidden states and by the output matrix are known already. They are given once, and
-    scaled in place: a copy of the matrix's would be the largest tensor of the step.
+    """A loss whose gradients by the hidden states and by the output matrix are known already. They are given once.
+
+    They are scaled in float32: in bf16 a factor such as 1/3 would itself be rounded, and all gradients with it to one
+    side. The matrix's gradient is scaled in place, since a copy would be the largest tensor of the step.
     """
 
     @staticmethod
@@ -257,17 +261,21 @@ class _GivenGradients(torch.autograd.Function):
         weight: torch.Tensor,
     ) -> torch.Tensor:
         """`loss`, which depends on `hidden` and `weight`."""
-        ctx.gradients = hidden_grad, weight_grad
+        ctx.gradients = hidden_grad, weight_grad, weight.dtype
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients, times that of the loss."""
-        hidden_grad, weight_grad = ctx.gradients
+        hidden_grad, weight_grad, weight_dtype = ctx.gradients
         del ctx.gradients
-        for gradient in (hidden_grad, *([] if weight_grad is None else [weight_grad])):
-            gradient.mul_(output_grads[0].to(gradient.dtype))
-        return None, None, None, hidden_grad if ctx.needs_input_grad[3] else None, weight_grad
+        scale = output_grads[0].to(_accumulator(hidden_grad))
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(scale).to(weight_dtype)
+        if not ctx.needs_input_grad[3]:
+            return None, None, None, None, weight_grad
+        # With one dimension a scalar takes part in choosing the type of the product; with none it would be rounded.
+        return None, None, None, (hidden_grad * scale.view(1)).to(hidden_grad.dtype), weight_grad
 
 
 def _accumulator(tensor: torch.Tensor) -> torch.dtype:

@@ -8,7 +8,6 @@ does not fit, naming both sides; the pipeline compares manifests to skip what is
 import hashlib
 import importlib.metadata
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from dskd.errors import UserError
-from dskd.folders import flush_folder, make_folder, replace_folder, write_text
+from dskd.folders import (
+    flush_folder,
+    make_folder,
+    old_folder,
+    real_place,
+    remove_tree,
+    replace_folder,
+    require_replaceable,
+    write_text,
+)
 from dskd.lock import hold_lock, lock_if_free, release_lock
 
 MANIFEST_NAME = "manifest.json"
@@ -100,7 +108,7 @@ def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
     try:
         yield building
     except BaseException:  # an interruption too leaves nothing half behind; it is raised on
-        shutil.rmtree(building.folder, ignore_errors=True)
+        remove_tree(building.folder)
         building.release()
         raise
     building.publish()
@@ -116,7 +124,9 @@ class Building:
 
     @property
     def folder(self) -> Path:
-        """The temporary folder, beside the artifact's place so that renaming stays within one file system."""
+        """The temporary folder, next to the artifact so that renaming stays within one file system: next to the real
+        folder if the artifact's place is a symbolic link.
+        """
         return _partial_folder(self.path)
 
     def clear(self) -> None:
@@ -128,7 +138,7 @@ class Building:
             OutageError: when another process makes the same artifact, and goes on with it longer than is waited.
         """
         _hold(self.path)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_tree(self.folder)
         make_folder(self.folder)
 
     def resume_or_clear(self) -> None:
@@ -163,7 +173,7 @@ class Building:
         write_json(self.folder / MANIFEST_NAME, asdict(manifest))
         # Last, so that a build that is killed while its files are hashed can still be gone on with.
         for note in self.folder.glob(".*"):
-            shutil.rmtree(note) if note.is_dir() else note.unlink()
+            remove_tree(note)
         flush_folder(self.folder)  # before it has its name: after a power cut it would look whole
         replace_folder(self.folder, self.path)
         self.release()
@@ -194,18 +204,21 @@ def remove_partial(path: Path) -> None:
     if _partial_folder(path).exists():
         with lock_if_free(_lock(path)) as is_free:
             if is_free:
-                shutil.rmtree(_partial_folder(path), ignore_errors=True)
+                remove_tree(_partial_folder(path))
 
 
 def _partial_folder(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+    real = real_place(path)
+    return real.with_name(f".{real.name}.partial")
 
 
 def _lock(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")
+    real = real_place(path)  # two work directories may have links to one folder
+    return real.with_name(f".{real.name}.lock")
 
 
 def _hold(path: Path) -> None:
+    require_replaceable(path)
     hold_lock(_lock(path), f"makes {path}", wait_s=LOCK_PATIENCE_S)
 
 
@@ -261,7 +274,7 @@ def read_file(path: Path, name: str) -> bytes | None:
         try:
             return (path / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            if path.with_name(f".{path.name}.old").exists():  # replace_folder is between its two renames
+            if old_folder(path).exists():  # replace_folder is between its two renames
                 time.sleep(_LOOK_AGAIN_S)
     return None
 

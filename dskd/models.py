@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dskd.architecture import check_architecture
 from dskd.causal_lm import build_sharded, empty_model, engine_settings, load_resident
 from dskd.config import Config
 from dskd.distributed import World
@@ -112,13 +113,15 @@ class FrozenModel:
         module = self.engine if isinstance(self.engine, FrozenDecoder) else self.engine.module
         return module.decoder
 
-    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         """Last hidden states [B, T, D] of `input_ids` [B, T], on the model's device. All ranks must call it equally
         often, and in the same order as :meth:`read`.
 
-        Where `position_ids` [B, T] start again from 0, attention starts again too.
+        Where `position_ids` [B, T] start again from 0, attention starts again too. `options` go to the base model.
         """
-        return self._run(input_ids, position_ids)
+        return self._run(input_ids, position_ids, **options)
 
     def read(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, readout: Readout, **options: Any) -> Any:
         """What `readout` makes of the last hidden states [B, T, D] and the output matrix [V, D].
@@ -199,6 +202,7 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
             it does not keep documents apart where they are packed, or there is no disk to offload it to.
     """
     dtype = compute_dtype(config.precision, world.device)
+    check_architecture(folder, config)
     model_config = folder.load_config()
     nvme_folder: Path | None = None
     if config.teacher.mode == "resident":
@@ -224,6 +228,6 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
         engine, *_ = deepspeed.initialize(model=module, config=settings)
         engine.eval()
     compare_with_transformers(engine, module.decoder, folder, world, dtype)
-    if config.corpus.packing == "documents":
-        check_documents(engine, module.decoder, folder, world, dtype)
+    packed = config.corpus.packing == "documents"
+    check_documents(engine, module.decoder, folder, world, dtype, packed=packed)
     return FrozenModel(engine, folder, world.device, model_config.vocab_size, model_config.hidden_size, nvme_folder)

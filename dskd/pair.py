@@ -33,19 +33,24 @@ class Pair:
         return 0 if self.trunk is None else self.trunk.depth
 
     def run_teacher(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The teacher's last hidden states [B, T, D] of `input_ids` [B, T], where there is one, and what the student
-        begins with: its trunk's states [B, T, D], or the token ids.
+        begins with: its trunk's states [B, T, D], or the token ids. `options` go to the teacher's base model.
         """
-        states = None if self.teacher is None else self.teacher.hidden_states(input_ids, position_ids)
+        states = None if self.teacher is None else self.teacher.hidden_states(input_ids, position_ids, **options)
         return states, input_ids if self.trunk is None else self.trunk.take()
 
     @torch.no_grad()
-    def student_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of the student as it is in training. Every rank must call it."""
-        _, inputs = self.run_teacher(input_ids)
-        return self.engine(inputs)
+    def student_logits(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
+        """Logits [B, T, V] of the student as it is in training. Every rank must call it.
+
+        `options`, such as an attention mask, go to the base models.
+        """
+        _, inputs = self.run_teacher(input_ids, position_ids, **options)
+        return self.engine(inputs, position_ids, decoder_options=options)
 
 
 def load_pair(
@@ -99,6 +104,7 @@ def load_pair(
         engine,
         twin=kept[depth],
         packed=config.corpus.packing == "documents",
+        length=config.corpus.sequence_length,
         world=world,
         dtype=compute_dtype(config.precision, world.device),
     )

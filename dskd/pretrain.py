@@ -22,7 +22,7 @@ from dskd.folders import full_disk_is_said
 from dskd.manifest import Recipe, build_artifact, read_manifest
 from dskd.model_folder import TEACHER_FOLDER
 from dskd.packing import pack
-from dskd.precision import compute_dtype
+from dskd.precision import compute_dtype, resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.sequences import Sequences, TokenBatch, open_sequences
 
@@ -38,7 +38,7 @@ def recipe(config: Config) -> Recipe:
         "sequence_length": config.corpus.sequence_length,
         "packing": config.corpus.packing,
         "seed": config.seed,
-        "precision": config.precision,
+        "precision": resolve_precision(config.precision),
     }
     return Recipe("teacher", {"corpus": documents.digest}, settings)
 

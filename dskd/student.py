@@ -1,19 +1,22 @@
 """The student is a file operation: some of the teacher's layers, cut from its safetensors tensor by tensor.
 
-Embeddings, final norm and head are copied. No model is built and no more than one tensor is in memory, so cutting a
-student from a teacher of any size takes as long as copying the files.
+Embeddings, final norm and head are copied. No more than one tensor is in memory, so cutting a student from a teacher of
+any size takes as long as copying the files. The result is loaded as anybody would load it, a large one without weights.
 """
 
+import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from dskd.architecture import check_architecture
+from dskd.causal_lm import empty_model
 from dskd.config import Config, StudentConfig
 from dskd.console import progress, say, stage
-from dskd.errors import UserError
+from dskd.cut_config import check_kinds, cut_config
+from dskd.errors import UserError, listed
 from dskd.folders import full_disk_is_said
 from dskd.manifest import Recipe, build_artifact, read_manifest, write_json
 from dskd.model_folder import (
@@ -27,11 +30,14 @@ from dskd.model_folder import (
     renumber_layer,
     tokenizer_digest,
 )
+from dskd.stored_names import check_stored_tensors
 
 FOLDER = "student"
 MADE_BY = "dskd student --config FILE"
 _FILE_BYTES = 4 * 2**30
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json")
+_LOADED_ELEMENTS = 2**30  # a student of up to so many parameters is loaded to try it
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
@@ -41,15 +47,24 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
 
 
 def build_student(config: Config) -> None:
-    """Cuts the student and writes `WORKDIR/student`."""
+    """Cuts the student and writes `WORKDIR/student`.
+
+    Raises:
+        UserError: when the teacher is refused, or no student can be made of these layers.
+    """
     teacher = find_teacher(config)
     target = config.path(FOLDER)
     with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
-        model_config = teacher.config_values()
-        layers = choose_layers(config.student, teacher.load_config().num_hidden_layers)
+        values, full = teacher.config_values(), teacher.load_config()
+        layers = choose_layers(config.student, full.num_hidden_layers)
+        whole = check_architecture(teacher, config)
         with build_artifact(target, recipe(config, teacher)) as building:
+            write_json(building.folder / "config.json", cut_config(values, layers, full.to_dict()))
+            copy_other_files(teacher, building.folder)
+            student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
+            check_kinds(whole, empty_model(student), layers)
             size = cut(teacher.path, layers, building.folder)
-            write_json(building.folder / "config.json", cut_config(model_config, layers))
+            check_student(student)
             building.facts.update(layers=layers, size_bytes=size)
         say(f"  the teacher's layers {', '.join(map(str, layers))}; {size / 1e6:,.1f} MB")
 
@@ -62,9 +77,9 @@ def find_student(config: Config) -> ModelFolder:
     """
     folder = config.path(FOLDER)
     manifest = read_manifest(folder, "student", made_by=MADE_BY)
-    return ModelFolder(
-        folder, manifest.digest, tokenizer_digest(load_tokenizer(folder)), config.teacher.trust_remote_code
-    )
+    trusted = config.teacher.trust_remote_code
+    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
+    return ModelFolder(folder, manifest.digest, digest, trusted)
 
 
 def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
@@ -87,16 +102,56 @@ def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
     return [0] if wanted == 1 else [round(i * (num_layers - 1) / (wanted - 1)) for i in range(wanted)]
 
 
+def copy_other_files(teacher: ModelFolder, target: Path) -> None:
+    """Copies the tokenizer, the generation config and, where that may be run, the model's own code.
+
+    An adapter beside merged weights is not copied: whoever loads the student would look for the adapter's base model.
+    """
+    for pattern in (*_COPIED, *(["*.py"] if teacher.trust_remote_code else [])):
+        for file in teacher.path.glob(pattern):
+            if file.name not in _NOT_COPIED:
+                shutil.copyfile(file, target / file.name)
+
+
+def check_student(student: ModelFolder) -> None:
+    """Accounts for every tensor of a cut student, and loads it as anybody would, if it is not large.
+
+    Raises:
+        UserError: with all that does not fit.
+    """
+    reader = TensorReader(student.path)
+    check_stored_tensors(empty_model(student), reader, student)
+    if sum(math.prod(reader.shape(name)) for name in reader.names) > _LOADED_ELEMENTS:
+        return
+    if problems := _load_as_anybody(student):
+        raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))
+
+
+def _load_as_anybody(student: ModelFolder) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        _, found = AutoModelForCausalLM.from_pretrained(
+            student.path,
+            dtype="auto",
+            trust_remote_code=student.trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError) as error:
+        return [f"transformers: {error}"]
+    return [
+        *(f"there is no tensor {name}" for name in sorted(found["missing_keys"])),
+        *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in found["mismatched_keys"]),
+    ]
+
+
 def cut(teacher: Path, layers: list[int], target: Path) -> int:
-    """Writes the teacher's files with only `layers`, renumbered from 0, into `target`.
+    """Writes the teacher's weights with only `layers`, renumbered from 0, into `target`.
 
     Returns:
         Bytes of weights.
     """
-    for pattern in _COPIED:
-        for file in teacher.glob(pattern):
-            if file.name not in ("config.json", WEIGHTS_INDEX, "manifest.json"):
-                shutil.copyfile(file, target / file.name)
     reader = TensorReader(teacher)
     new_number = {old: new for new, old in enumerate(layers)}
     kept = {}
@@ -156,18 +211,3 @@ def write_weights(
         weight_map |= dict.fromkeys(names, file)
     write_json(target / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
-
-
-def cut_config(model_config: dict[str, Any], layers: list[int]) -> dict[str, Any]:
-    """The teacher's `config.json` for the student: the number of layers, and lists with an item a layer."""
-    old_count_keys = [key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in model_config]
-    old_count = model_config[old_count_keys[0]]
-    result = dict(model_config)
-    for key, value in model_config.items():
-        if key in old_count_keys:
-            result[key] = len(layers)
-        elif isinstance(value, list) and len(value) == old_count and "layer" in key:
-            result[key] = [value[layer] for layer in layers]
-        elif key == "max_window_layers":
-            result[key] = sum(layer < value for layer in layers)
-    return result

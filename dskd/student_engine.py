@@ -6,6 +6,7 @@ Where its lower layers are frozen copies of the teacher's, it starts from the te
 
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dskd.causal_lm import build_sharded, engine_settings
 from dskd.config import Config, StudentConfig
 from dskd.distributed import World
 from dskd.errors import UserError
+from dskd.final_norm import final_norm_names
 from dskd.head import DistillationHead, chunk_size
 from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.models import Decoder
@@ -38,12 +40,20 @@ class Student(nn.Module):
         self.head = head
         self.hub_names = hub_names
 
-    def forward(self, inputs: torch.Tensor, position_ids: torch.Tensor | None = None, **loss_inputs: Any) -> Any:
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        *,
+        decoder_options: Mapping[str, Any] | None = None,
+        **loss_inputs: Any,
+    ) -> Any:
         """What :meth:`dskd.head.DistillationHead.forward` makes of the last hidden states and `loss_inputs`.
 
         `inputs` are token ids [B, T], or, with a shared trunk, the states [B, T, D] that it ends with.
+        `decoder_options` go to the base model.
         """
-        return self.head(self.decoder(inputs, position_ids), **loss_inputs)
+        return self.head(self.decoder(inputs, position_ids, **(decoder_options or {})), **loss_inputs)
 
 
 def load_student(
@@ -108,7 +118,7 @@ def load_student(
     student = Student(Decoder(base_model(causal_lm)), head, names)
     # Activations are recomputed in training mode only. Dropout was taken out of the architecture when it was built.
     student.train()
-    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
     if not trunk_depth:
         compare_with_transformers(engine, student.decoder, folder, world, dtype)
@@ -161,15 +171,17 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         first_layer: how many layers below are missing.
 
     Returns:
-        The parameters that are trained, each once.
+        The parameters that are trained, each once; never the routers of a mixture of experts.
 
     Raises:
-        UserError: when a layer index does not exist, or nothing is trained.
+        UserError: when a layer index does not exist, nothing is trained, or it cannot be told what the final norm is.
     """
     layers = trained_layers(student, first_layer + causal_lm.config.num_hidden_layers)
     head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
     embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
     tied = bool(head & embeddings)
+    norm = final_norm_names(causal_lm) if student.train_final_norm else set()
+    routers = _router_names(causal_lm)
     trained = []
     for name, parameter in causal_lm.named_parameters():
         layer = LAYER_NAME.search(name)
@@ -178,15 +190,26 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         elif id(parameter) in embeddings:
             chosen = not first_layer and trains_embeddings(student, tied=tied)
         elif layer:
-            chosen = first_layer + int(layer.group(1)) in layers
+            chosen = first_layer + int(layer.group(1)) in layers and name not in routers
         else:
-            chosen = student.train_final_norm
+            chosen = name in norm
         parameter.requires_grad_(chosen)
         if chosen:
             trained.append(parameter)
     if not trained:
         raise UserError("student: nothing would be trained; set student.train_layers to 1 or more")
     return trained
+
+
+def _router_names(causal_lm: Any) -> set[str]:
+    """The parameters that choose experts. They stay as they are: no term of the loss balances the experts' load."""
+    return {
+        f"{path}.{name}.{parameter}"
+        for path, module in causal_lm.named_modules()
+        for name, child in module.named_children()
+        if name == "router" or (name == "gate" and hasattr(module, "experts"))
+        for parameter, _ in child.named_parameters()
+    }
 
 
 def _teacher_matrix(

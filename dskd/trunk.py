@@ -19,6 +19,7 @@ from torch import nn
 from dskd.config import Config
 from dskd.distributed import World, sum_over_ranks
 from dskd.errors import UserError
+from dskd.probes import accepts
 from dskd.student_engine import trained_layers, trains_embeddings
 
 # The largest difference of the lowest trained layer's result, as a share of what the layer changes. Same weights and
@@ -87,27 +88,39 @@ class HandOver:
 
 
 @torch.no_grad()
-def difference(teacher: Any, engine: Any, *, twin: int, packed: bool, world: World, dtype: torch.dtype) -> str | None:
+def difference(
+    teacher: Any, engine: Any, *, twin: int, packed: bool, length: int, world: World, dtype: torch.dtype
+) -> str | None:
     """How the student's lowest layer computes something else than the teacher's, or None. Every rank must call it.
 
-    The teacher's own states go into the student, and what comes out of its lowest layer is compared.
+    The teacher's own states go into the student, and what comes out of its lowest layer is compared: at the first
+    positions, and at the last ones, where rotary positions differ most and some architectures use other factors.
 
     Args:
         teacher: the :class:`dskd.models.FrozenModel`.
         engine: the student's engine, with the teacher's weights still.
         twin: the teacher's layer that the student's lowest is a copy of.
         packed: whether documents stand in one sequence.
+        length: tokens of a sequence in training.
         world: the ranks.
         dtype: of the parameters.
     """
     input_ids = torch.arange(1, 25, device=world.device).view(2, 12) * 7 % teacher.vocab_size
-    positions = torch.tensor([[*range(7), *range(5)], [*range(5), *range(7)]], device=world.device) if packed else None
-    with _watched(teacher.decoder.layers[twin]) as expected:
-        teacher.hidden_states(input_ids, positions)
-    with _watched(engine.module.decoder.layers[0]) as found:
-        engine(expected["input"], positions)
-    limit = _TOLERANCE[dtype] * float((expected["output"] - expected["input"]).float().norm())
-    differs = [float(float((expected[name] - found[name]).float().norm()) > limit) for name in ("input", "output")]
+    start = torch.tensor([[*range(7), *range(5)], [*range(5), *range(7)]]) if packed else None
+    places = [start]
+    if length > input_ids.shape[1] and accepts(teacher.decoder.base, "position_ids"):
+        places.append(torch.arange(length - 12, length).expand(2, -1))
+    differs = [0.0, 0.0]
+    for place in places:
+        positions = None if place is None else place.to(world.device)
+        with _watched(teacher.decoder.layers[twin]) as expected:
+            teacher.hidden_states(input_ids, positions)
+        with _watched(engine.module.decoder.layers[0]) as found:
+            engine(expected["input"], positions)
+        limit = _TOLERANCE[dtype] * float((expected["output"] - expected["input"]).float().norm())
+        for index, name in enumerate(("input", "output")):
+            # A difference that is not a number is one too.
+            differs[index] += not float((expected[name] - found[name]).float().norm()) <= limit
     # Ranks must take the same way, also where their hardware rounds differently.
     changes_input, changes_output = sum_over_ranks(torch.tensor(differs, device=world.device)).tolist()
     name = type(engine.module.decoder.base).__name__

@@ -27,7 +27,7 @@ from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.pair import Pair
-from dskd.program import run_on_ranks
+from dskd.program import run, run_on_ranks
 from dskd.step import train_step
 from dskd.student_engine import load_student
 from dskd.tracking import start_tracking
@@ -217,6 +217,35 @@ def act_on_nodes(
         run_on_ranks(argparse.Namespace(config=configs[rank], overrides=[]), action)
 
     run_as_rank(run, environment, log)
+
+
+def join_as_launched(
+    without: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    *,
+    hosts: Sequence[str] | None = None,
+    port: int | None = None,
+) -> None:
+    """Joins the ranks without some of the launcher's variables, on hosts of other names or at another port, and prints
+    [rank, local rank, local ranks]."""
+
+    def join() -> None:
+        rank = int(environment["RANK"])
+        for name in without:
+            del os.environ[name]
+        if hosts is not None:
+            socket.gethostname = lambda: hosts[rank]
+        if port is not None:
+            os.environ["MASTER_PORT"] = str(port)
+
+        def joined() -> None:
+            world = initialize(30)
+            print(json.dumps([world.rank, world.local_rank, int(os.environ["LOCAL_WORLD_SIZE"])]), flush=True)
+
+        os._exit(run(joined))
+
+    run_as_rank(join, environment, log)
 
 
 def experts_by_ranks(folder: Path, lengths: Sequence[int], environment: dict[str, str], log: Path) -> None:

@@ -294,6 +294,23 @@ def test_a_teacher_of_another_width_is_fine_without_a_hidden_state_term(case):
     assert torch.isfinite(total)
 
 
+@pytest.mark.parametrize("steps", [3, 6, 7, 12])
+def test_accumulation_scales_bf16_gradients_by_its_own_number_and_not_by_that_number_rounded(case, steps):
+    """1/3 is .33398 in bf16, so every gradient would be .2 % too large: more than its own rounding, and to one side."""
+    hidden = case["hidden"].bfloat16().requires_grad_(True)
+    weight = nn.Parameter(case["weight"].bfloat16())
+    head = DistillationHead(weight, None, LossConfig(kd_weight=0, sense_weight=0), chunk_size=64)
+    gradients = []
+    for scale in (1.0, 1 / steps):
+        hidden.grad = weight.grad = None
+        loss, _ = head(hidden, labels=case["labels"], loss_mask=case["loss_mask"], normalizers=Normalizers(1.0, 1.0))
+        (loss * scale).backward()
+        gradients.append((hidden.grad.double(), weight.grad.double()))
+    for whole, scaled in zip(*gradients, strict=True):
+        ratio = (whole * scaled).sum() / whole.square().sum()
+        assert float(ratio) * steps == pytest.approx(1, abs=6e-4)
+
+
 def test_without_labels_the_head_gives_logits(case):
     head = DistillationHead(nn.Parameter(case["weight"]), None, LossConfig(), chunk_size=4)
     torch.testing.assert_close(head(case["hidden"]), case["hidden"] @ case["weight"].T)

@@ -65,6 +65,52 @@ def test_a_build_that_fails_publishes_nothing_and_keeps_the_old(tmp_path):
     assert _read(tmp_path / "a").facts == {"n": 3}
 
 
+def test_a_link_to_a_larger_disk_stays_and_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    place = tmp_path / "work" / "senses"
+    place.parent.mkdir()
+    place.symlink_to(tmp_path / "disk" / "of_work")
+    for content in (b"first", b"second", b"third"):
+        with build_artifact(place, RECIPE) as building:
+            assert building.folder.parent == tmp_path / "disk"  # renaming stays within that file system
+            (building.folder / "file").write_bytes(content)
+        assert place.is_symlink()
+        assert (tmp_path / "disk" / "of_work" / "file").read_bytes() == content
+        assert is_current(place, RECIPE)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["of_work"]
+    assert [path.name for path in place.parent.iterdir()] == ["senses"]
+
+
+def test_leftovers_behind_a_link_are_removed(tmp_path):
+    (tmp_path / "disk" / ".real.partial").mkdir(parents=True)
+    (tmp_path / "disk" / ".real.partial" / "leftover").write_bytes(b"x")
+    (tmp_path / "a").symlink_to(tmp_path / "disk" / "real")
+    manifests.remove_partial(tmp_path / "a")
+    assert not [*(tmp_path / "disk").iterdir()]
+    # Someone has linked the temporary folder itself.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "leftover").write_bytes(b"x")
+    (tmp_path / ".b.partial").symlink_to(tmp_path / "elsewhere")
+    _build(tmp_path / "b")
+    assert list(_read(tmp_path / "b").files) == ["inner/file"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("not mounted/senses", r"a: this is a link to .*senses, which is not there, nor is .*not mounted; mount that"),
+        ("file", r"a: this is a link to .*file, which is not a folder; remove it"),
+        ("/proc", r"a: this is a link to /proc, which is a mount point, so it cannot be replaced"),
+    ],
+)
+def test_a_place_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, target, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "a").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=message), build_artifact(tmp_path / "a", RECIPE):
+        raise AssertionError("the work has begun")
+    assert not (tmp_path / "not mounted").exists()
+
+
 def test_leftovers_of_a_killed_build_do_not_get_into_the_next(tmp_path):
     (tmp_path / ".a.partial").mkdir()
     (tmp_path / ".a.partial" / "leftover").write_bytes(b"x")

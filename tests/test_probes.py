@@ -1,19 +1,24 @@
 """Documents that share a sequence stay apart in the engines, or the model is refused."""
 
+from pathlib import Path
+
+import architectures
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, save_model
+from conftest import ONE_RANK
+from tiny_models import ARCHITECTURES, SHAPE, save_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, MambaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, GPTNeoConfig, MambaConfig
 
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.head import Normalizers
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import Decoder, load_frozen
-from dskd.probes import check_documents
+from dskd.probes import check_documents, check_head
 from dskd.sequences import position_ids_of
+from dskd.stored_names import base_model
 from dskd.student_engine import load_student
 
 # Two sequences of documents: of 1, 9 and 14 tokens, and of 24 (longer than Mistral's window of 8).
@@ -132,18 +137,72 @@ def test_a_model_that_takes_no_positions_is_refused(tmp_path, world):
         check_documents(decoder, decoder, ModelFolder(tmp_path, "", ""), world, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=1),
-        OPTConfig(vocab_size=120, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32),
-    ],
-    ids=["mamba", "opt"],
-)
-def test_a_model_whose_head_cannot_be_tried_is_refused(tmp_path, world, config):
+def test_a_model_whose_head_cannot_be_tried_is_refused(tmp_path, world):
     save_model(tmp_path / "teacher")
     (tmp_path / "teacher" / "config.json").unlink()
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    model_config = MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(model_config).save_pretrained(tmp_path / "teacher")
     config = _config(tmp_path)
     with pytest.raises(UserError, match="reads more of its base model than last hidden states"):
         load_frozen(find_teacher(config), config, world)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gemma2", r"more than a matrix product .*\(final_logit_softcapping: 30.0\)"),
+        ("cohere", r"\(logit_scale: 0.0625\)"),
+        ("granite", r"\(logits_scaling: 4.0\)"),
+        ("phi", "adds a bias to its logits"),
+    ],
+)
+def test_what_a_head_does_shows_before_there_are_weights(name, message):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architectures.ARCHITECTURES[name].config())
+    with pytest.raises(UserError, match=message):
+        check_head(model, ModelFolder(Path("teacher"), "", ""))
+
+
+@pytest.mark.parametrize("name", ["opt", "gemma3", "mixtral", "gpt-oss"])
+def test_heads_of_every_structure_are_tried(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architectures.ARCHITECTURES[name].config())
+    before = dict(model.named_modules())
+    check_head(model, ModelFolder(Path("teacher"), "", ""))
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "apart"),
+    [("llama", True), ("qwen3-moe", True), ("lfm2", False), ("llama4-dense", False), ("bloom", False)],
+)
+def test_both_types_judge_packed_documents_alike(tmp_path, dtype, name, apart):
+    architectures.save_architecture(tmp_path, name)
+    if name == "llama4-dense":  # the second document meets a boundary that it does not meet alone
+        architectures.edit_config(tmp_path, attention_chunk_size=8)
+    base = base_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval())
+
+    def run(input_ids, position_ids):
+        return base(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+    def check():
+        decoder = Decoder(base)
+        check_documents(run, decoder, ModelFolder(Path("teacher"), "", ""), ONE_RANK, dtype)
+
+    if apart:
+        check()
+    else:
+        with pytest.raises(UserError, match="does not keep documents apart"):
+            check()
+
+
+def test_a_model_that_looks_ahead_is_no_decoder(tmp_path, world):
+    save_model(tmp_path / "teacher")
+    (tmp_path / "teacher" / "config.json").unlink()
+    model_config = Gemma3TextConfig(**SHAPE, head_dim=8, use_bidirectional_attention=True)
+    AutoModelForCausalLM.from_config(model_config).save_pretrained(tmp_path / "teacher")
+    for packing in ("documents", "none"):
+        config = _config(tmp_path, corpus={"packing": packing})
+        with pytest.raises(UserError, match="depends on the tokens after it"):
+            load_frozen(find_teacher(config), config, world)

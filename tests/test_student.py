@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from architectures import save_architecture
 from tiny_models import ARCHITECTURES, save_model
 from transformers import AutoModelForCausalLM
 
@@ -135,3 +136,61 @@ def test_the_digest_of_a_teacher_follows_its_content(tmp_path):
     other = find_teacher(_teacher(tmp_path))
     assert first.digest == again.digest != other.digest
     assert first.tokenizer_digest == other.tokenizer_digest
+
+
+def test_rules_become_lists_that_give_each_layer_the_kind_it_had():
+    rule = {"num_hidden_layers": 6, "sliding_window_pattern": 3}
+    full = {**rule, "layer_types": ["sliding", "sliding", "full"] * 2}
+    assert cut_config(rule, [0, 2, 5], full) == {"num_hidden_layers": 3, "layer_types": ["sliding", "full", "full"]}
+    sparse = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}  # experts in 1 and 5
+    assert cut_config(sparse, [1, 2, 3, 5]) == {
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1, 2],
+    }
+    numbered = {"num_hidden_layers": 6, "moe_layers": [1, 3, 5], "interleave_moe_layer_step": 2}
+    assert cut_config(numbered, [0, 1, 5]) == {"num_hidden_layers": 3, "moe_layers": [1, 2]}
+    dense_first = {"num_hidden_layers": 6, "first_k_dense_replace": 2}
+    assert cut_config(dense_first, [0, 3, 5]) == {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+
+
+def test_a_rule_without_a_list_is_replaced_by_another_or_the_layers_are_refused():
+    ernie = {"num_hidden_layers": 6, "moe_layer_interval": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 5}
+    assert cut_config(ernie, [0, 3, 5]) == {  # experts in 1, 3 and 5
+        "num_hidden_layers": 3,
+        "moe_layer_interval": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+    }
+    with pytest.raises(UserError, match="gives the kinds of layers by a rule"):
+        cut_config(ernie, [1, 2, 3, 4])
+    jamba = {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1}
+    cut = cut_config(jamba, [0, 2, 3])  # attention in 1, 3 and 5
+    assert [layer % cut["attn_layer_period"] == cut["attn_layer_offset"] for layer in range(3)] == [False, False, True]
+
+
+def test_layers_that_would_be_of_another_kind_are_refused(tmp_path):
+    torch.manual_seed(0)
+    save_architecture(tmp_path / "teacher", "diffllama")  # a factor in its attention depends on a layer's number
+    config = Config(
+        workdir=str(tmp_path / "work"),
+        teacher={"path": str(tmp_path / "teacher")},
+        student={"layers": (0, 2), "train_layers": 1},
+    )
+    with pytest.raises(UserError, match=r"layer 1, the teacher's 2: self_attn.lambda_init is") as error:
+        build_student(config)
+    assert "keep others, for example the lowest ones" in str(error.value)
+    assert not (tmp_path / "work" / "student").exists()
+
+
+def test_an_adapter_beside_merged_weights_is_left_behind(tmp_path):
+    save_model(tmp_path / "teacher")
+    (tmp_path / "teacher" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    config = Config(
+        workdir=str(tmp_path / "work"),
+        teacher={"path": str(tmp_path / "teacher")},
+        student={"layers": 2, "train_layers": 1},
+    )
+    build_student(config)
+    assert not (tmp_path / "work" / "student" / "adapter_config.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "student")

@@ -34,7 +34,7 @@ from dskd.manifest import read_manifest
 from dskd.random_numbers import derived_seed
 from dskd.schedule import plan_schedule
 from dskd.tracking import read_runs
-from dskd.train import train
+from dskd.train import report_status, train
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +68,20 @@ def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
     assert step == 6
     for name, tensor in resumed.items():
         assert torch.equal(tensor, undisturbed[name]), name
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro_batch_size):
+    """As after running out of memory: only the number of accumulated micro-batches changes."""
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    shutil.rmtree(checkpoint.folder(load_config(config)) / "step-00000006")
+    train(load_config(config, [f"train.micro_batch_size={micro_batch_size}"]), world, resume=True)
+    expected = [value for _, value in losses_of(tiny)[3:]]
+    assert [value for _, value in losses_of(config)] == pytest.approx(expected, rel=2e-4)
+    (step, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
+    assert step == 6
+    for name, tensor in resumed.items():
+        torch.testing.assert_close(tensor, undisturbed[name], rtol=1e-3, atol=2e-5)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
@@ -201,6 +215,30 @@ def _sense_divergences(config, step, samples, vectors, states, target_states):
             )
             divergences.append(kl_divergence(p, q))
     return divergences
+
+
+def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(copy_of_tiny, capsys):
+    """A quarter of the rate for a quarter of the batch: the run of the whole rate, shown as such."""
+    whole = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
+    quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
+    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], **quarter})
+    shown = "peak learning rate 0.001, from 0.00025 at a batch of 2 (linear rule)"
+    assert shown in run_program("train.py", path).output
+    assert "peak learning rate 0.001;" in f"{run_program('train.py', whole).output};".replace("\n", ";")
+    assert losses_of(path) == losses_of(whole)
+    rates = dict(losses_of(path, "train/learning_rate"))
+    assert max(rates.values()) == pytest.approx(1e-3)
+    config = load_config(path)
+    (run,) = read_runs(config)
+    assert run.params["train.peak_learning_rate"] == "0.001"
+    capsys.readouterr()
+    assert report_status(config)
+    assert shown in capsys.readouterr().out
+    # The same run, given by its rate; and another one, of another batch's.
+    unset = ["train.learning_rate=1e-3", "train.learning_rate_batch_size=null"]
+    assert report_status(load_config(path, unset))
+    assert not report_status(load_config(path, ["train.learning_rate_batch_size=4"]))
+    assert "train.learning_rate: 0.001 then, 0.0005 now" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny, tmp_path):

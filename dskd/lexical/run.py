@@ -21,6 +21,7 @@ from dskd.lexical.scores import Item, area
 from dskd.manifest import Manifest, Recipe, is_current
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import FrozenModel
+from dskd.precision import resolve_precision
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.shards import load_manifest
 
@@ -70,7 +71,9 @@ def recipe(config: Config, candidate: Candidate, teacher: ModelFolder, items: Ma
     """What decides a model's results. The batch size does not."""
     evaluated = evaluate.recipe(config, candidate, teacher)
     inputs = {**evaluated.inputs, "items": items.digest}
-    return Recipe("lexical", inputs, {"precision": config.precision}, teacher.digest, teacher.tokenizer_digest)
+    return Recipe(
+        "lexical", inputs, {"precision": resolve_precision(config.precision)}, teacher.digest, teacher.tokenizer_digest
+    )
 
 
 def measure(

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dskd.config import LossConfig, StudentConfig
 from dskd.head import DistillationHead, Normalizers
 from dskd.plan.live_bytes import LiveBytes
+from dskd.plan.running import Way, find_way, materialize, without_values
 from dskd.plan.shapes import Architecture
+from dskd.stored_names import base_model
 from dskd.student_engine import choose_trained
 
 _ATTENTION = "dskd_plan"
@@ -57,13 +57,13 @@ class Activations:
 def teacher_activations(architecture: Architecture, batch: Batch, dtype: torch.dtype) -> int:
     """Bytes of the teacher's forward pass, with the states that it gives."""
     layers = list(range(min(_TEACHER_LAYERS, architecture.values()["num_hidden_layers"])))
-    model = _build(architecture, layers)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        base = _materialize(model, dtype).base_model.eval()
+    way, model = _build(architecture, layers)
+    with without_values(architecture):
+        base = base_model(materialize(model, dtype)).eval()
         with torch.no_grad(), LiveBytes() as live:
             ids = torch.empty(batch.size, batch.length, dtype=torch.int64)
             trunk = torch.empty(batch.size, batch.length, base.config.hidden_size, dtype=dtype)
-            states = base(input_ids=ids, use_cache=False, **_mask(batch)).last_hidden_state
+            states = base(input_ids=ids, use_cache=False, **_mask(batch, way)).last_hidden_state
             del trunk, states
     return live.peak
 
@@ -83,14 +83,14 @@ def student_activations(
     with_teacher: bool,
 ) -> Activations:
     """Bytes of the student's forward, loss and backward, with what teacher and batch bring to them."""
-    model = _build(architecture, layers, trunk)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        causal_lm = _materialize(model, dtype)
+    way, model = _build(architecture, layers, trunk)
+    with without_values(architecture):
+        causal_lm = materialize(model, dtype)
         choose_trained(causal_lm, student, first_layer=trunk)
         if checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        causal_lm.train()
-        base, output = causal_lm.base_model, causal_lm.get_output_embeddings().weight
+        causal_lm.train(checkpointing)  # there is no dropout, and some models draw numbers in training
+        base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size, vocab_size = base.config.hidden_size, output.shape[0]
         copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None
         head = DistillationHead(output, copy, loss, chunk_size=chunk_size)
@@ -104,7 +104,7 @@ def student_activations(
                 inputs = {"input_ids": torch.empty(*shape, dtype=torch.int64)}
             with live.uncounted():  # what the loader brings is counted where it brings it
                 brought = _brought(batch, vocab_size, hidden_size)
-            hidden = base(**inputs, use_cache=False, **_mask(batch)).last_hidden_state
+            hidden = base(**inputs, use_cache=False, **_mask(batch, way)).last_hidden_state
             kept, forward = live.now, live.restart_peak()
             total, sums = head(hidden, teacher_hidden=teacher_hidden, normalizers=Normalizers(1.0, 1.0), **brought)
             of_loss = live.restart_peak()
@@ -122,28 +122,14 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _materialize(model: Any, dtype: torch.dtype) -> Any:
-    """The model, with parameters and buffers that are not there. Called under FakeTensorMode."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if id(weight) not in made:
-                made[id(weight)] = nn.Parameter(torch.empty(weight.shape, dtype=dtype), False)
-            module.register_parameter(name, made[id(weight)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-    return model
-
-
-def _build(architecture: Architecture, layers: Sequence[int], first_layer: int = 0) -> Any:
+def _build(architecture: Architecture, layers: Sequence[int], first_layer: int = 0) -> tuple[Way, Any]:
     _register_attention()
-    model = architecture.build(layers=list(layers), first_layer=first_layer)
-    model.set_attn_implementation(_ATTENTION)
-    return model
+    way = find_way(architecture, _ATTENTION)
+    return way, way.prepare(architecture.build(layers=list(layers), first_layer=first_layer))
 
 
-def _mask(batch: Batch) -> dict[str, torch.Tensor]:
-    if not batch.is_packed and not _always_makes_masks():
+def _mask(batch: Batch, way: Way) -> dict[str, torch.Tensor]:
+    if not way.takes_mask or (not batch.is_packed and not _always_makes_masks()):
         return {}
     return {"attention_mask": torch.empty(batch.size, 1, batch.length, batch.length, dtype=torch.bool)}
 

@@ -87,6 +87,7 @@ def make_plan(
             layers.
     """
     micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
+    architecture.check(config)
     student = cut_student(config, architecture)
     teacher = teacher_shapes(architecture)
     annotated = _shard_samples(config)

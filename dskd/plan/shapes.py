@@ -1,21 +1,25 @@
 """The shapes of a job's models: the teacher's config.json, and the student that is cut from it, without any weights."""
 
+import contextlib
 import functools
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from dskd.architecture import check_architecture
 from dskd.causal_lm import empty_model
 from dskd.config import Config, StudentConfig
+from dskd.cut_config import check_kinds, cut_config
 from dskd.errors import UserError, listed
 from dskd.model_folder import ModelFolder
 from dskd.plan.known_models import known_model
 from dskd.pretrain import intermediate_size
-from dskd.student import choose_layers, cut_config
+from dskd.student import choose_layers
 from dskd.student_engine import choose_trained
 from dskd.trunk import TrunkError, trunk_depth
 
@@ -92,8 +96,12 @@ class Architecture:
     named_by: str
 
     def values(self) -> dict[str, Any]:
-        """The config.json."""
-        return json.loads(self.config)
+        """The config.json as transformers completes it, with sizes under the names that most architectures use.
+
+        Raises:
+            UserError: when transformers cannot read it.
+        """
+        return _complete(self.config, self.named_by)
 
     def build(self, *, layers: list[int] | None = None, first_layer: int = 0) -> Any:
         """The causal LM on the meta device, of those layers of it; with `first_layer` without so many of the lowest.
@@ -101,19 +109,54 @@ class Architecture:
         Raises:
             UserError: when transformers knows no such architecture.
         """
-        values = self.values()
+        values = json.loads(self.config)
         if layers is not None:
-            values = cut_config(values, layers)
-        with tempfile.TemporaryDirectory(prefix="dskd-plan-") as folder:
-            Path(folder, "config.json").write_text(json.dumps(values), encoding="utf-8")
-            try:
-                return empty_model(ModelFolder(Path(folder), "", ""), first_layer=first_layer)
-            except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UserError(
-                    f"{self.named_by}: transformers cannot build this architecture ({reason}); name the config.json of "
-                    "a decoder with --teacher-config"
-                ) from None
+            values = cut_config(values, layers, self.values())
+        with _folder_of(json.dumps(values), self.named_by) as folder:
+            return empty_model(folder, first_layer=first_layer)
+
+    def check(self, config: Config) -> None:
+        """Refuses what training would refuse at its start.
+
+        Raises:
+            UserError: with the reason.
+        """
+        with _folder_of(self.config, self.named_by) as folder:
+            check_architecture(folder, config)
+
+    def check_kinds(self, layers: list[int]) -> None:
+        """Refuses layers of which no student can be made.
+
+        Raises:
+            UserError: with the reason.
+        """
+        if layers != list(range(len(layers))):
+            check_kinds(self.build(), self.build(layers=layers), layers)
+
+
+@contextlib.contextmanager
+def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
+    """A model folder with a config.json and nothing else; messages about it name where it is from."""
+    with tempfile.TemporaryDirectory(prefix="dskd-plan-") as path:
+        Path(path, "config.json").write_text(config, encoding="utf-8")
+        try:
+            yield ModelFolder(Path(path), "", "")
+        except UserError as error:
+            raise UserError(str(error).replace(path, named_by)) from None
+        except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{named_by}: transformers cannot build this architecture ({reason}); name the config.json of a "
+                "decoder with --teacher-config"
+            ) from None
+
+
+@functools.cache
+def _complete(config: str, named_by: str) -> dict[str, Any]:
+    with _folder_of(config, named_by) as folder:
+        built = folder.load_config()
+    sizes = {key: getattr(built, key, None) for key in (*_SIZES, "num_key_value_heads", "head_dim")}
+    return {**built.to_dict(), **{key: value for key, value in sizes.items() if isinstance(value, int)}}
 
 
 @dataclass(frozen=True)
@@ -175,6 +218,7 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
             cannot be.
     """
     layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    architecture.check_kinds(layers)
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     why = None
     try:
@@ -228,6 +272,7 @@ def _read(path: Path, *, named_by: str) -> Architecture:
 
 def _require_decoder(values: dict[str, Any], where: str) -> None:
     """Refuses what is no config.json of a decoder, with all that is wrong in it."""
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
@@ -238,10 +283,12 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
             f"{where}: model_type {model_type!r} is {what}; a teacher is a decoder (a causal language model)"
         )
     problems = []
+    aliases = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
     for key in _SIZES:
-        value = values.get(key)
+        named = [name for name in (key, aliases.get(key, key)) if name in values]
+        value = values[named[0]] if named else None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            found = f"found {value!r}" if key in values else "it is missing"
+            found = f"found {value!r}" if named else "it is missing"
             problems.append(f"{key}: expected a number, 1 or more; {found}")
     if problems:
         raise UserError(listed(f"{where} is not the config.json of a decoder", problems))

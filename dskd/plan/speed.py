@@ -7,11 +7,13 @@ is small: norms, the optimizer, checkpoints; and the loader, which works ahead.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from dskd.config import Config
 from dskd.model_folder import LAYER_NAME
 from dskd.plan.cluster import Cluster
 from dskd.plan.memory import Memory
+from dskd.plan.running import experts_per_token
 from dskd.plan.shapes import Architecture, Shapes, Student
 
 
@@ -94,7 +96,8 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
     heads = values["num_attention_heads"]
     width = heads * (values.get("head_dim") or values["hidden_size"] // heads)
     attention = 4 * (config.corpus.sequence_length / 2) * width  # half of the pairs are masked
-    of_teacher, of_student = _layers(teacher), _layers(student.shapes)
+    share = _share_of_experts(values)
+    of_teacher, of_student = _layers(teacher, share), _layers(student.shapes, share)
     trained = {number for number, (_, is_trained) in of_student.items() if is_trained}
     embeddings_trained = next(iter(student.shapes.weights)).is_trained
     lowest = -1 if embeddings_trained and not student.trunk else min(trained, default=len(of_student))
@@ -114,12 +117,20 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
     }
 
 
-def _layers(shapes: Shapes) -> dict[int, tuple[int, bool]]:
-    """Of each layer the elements of its matrices, and whether it is trained."""
-    layers: dict[int, tuple[int, bool]] = {}
+def _layers(shapes: Shapes, share_of_experts: float = 1.0) -> dict[int, tuple[float, bool]]:
+    """Of each layer the elements of its matrices that a token meets, and whether it is trained."""
+    layers: dict[int, tuple[float, bool]] = {}
     for weight in shapes.weights:
         layer = LAYER_NAME.search(weight.name)
         if layer is not None:
             numel, trained = layers.get(int(layer.group(1)), (0, False))
-            layers[int(layer.group(1))] = (numel + weight.numel * weight.is_matrix, trained or weight.is_trained)
+            met = weight.numel * weight.is_matrix * (share_of_experts if ".experts." in weight.name else 1)
+            layers[int(layer.group(1))] = (numel + met, trained or weight.is_trained)
     return layers
+
+
+def _share_of_experts(values: dict[str, Any]) -> float:
+    """Of a mixture's experts, the share that a token meets."""
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    count = next((value for key in keys if isinstance(value := values.get(key), int) and value), 1)
+    return min(1.0, experts_per_token(values) / count)

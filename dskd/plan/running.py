@@ -1,0 +1,146 @@
+"""How an architecture can be run without its weights, for a plan: under FakeTensorMode, where values are not there.
+
+Attention of transformers' own interface is replaced by something that keeps what a fused kernel keeps; architectures
+with attention of their own run it. A mixture of experts chooses experts by values: in its place one expert runs over
+as many tokens as all of them together.
+"""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from dskd.errors import UserError
+from dskd.plan.shapes import Architecture
+from dskd.stored_names import base_model
+
+_ATTEMPTED = 1, 8  # B, T of the run that shows whether it can be run so
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to run an architecture: the name of its attention, whether it takes a mask of all pairs of positions, and
+    whether its mixtures of experts return their router's logits too.
+    """
+
+    attention: str
+    takes_mask: bool
+    returns_router: bool
+
+    def prepare(self, model: Any) -> Any:
+        """The model, changed so that it can be run."""
+        model.set_attn_implementation(self.attention)
+        for module in model.modules():
+            if hasattr(module, "rope_type"):  # some kinds look at positions to choose their factors
+                module.rope_type = "default"
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(getattr(child, "experts", None), nn.ModuleList):
+                    setattr(parent, name, _OneExpert(child, model.config, self.returns_router))
+        return model
+
+
+@functools.cache
+def find_way(architecture: Architecture, attention: str) -> Way:
+    """The first way in which the architecture can be run.
+
+    Args:
+        architecture: the model.
+        attention: the name of the attention that stands in for fused kernels.
+
+    Raises:
+        UserError: when there is none.
+    """
+    reason = ""
+    for name, takes_mask, returns_router in itertools.product((attention, "eager"), (True, False), (True, False)):
+        way = Way(name, takes_mask, returns_router)
+        try:
+            _attempt(architecture, way)
+        except UserError:
+            raise
+        except Exception as error:  # there is no end to what a model may raise when it asks for a value
+            reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
+            continue
+        return way
+    raise _cannot_be_planned(architecture, reason)
+
+
+@contextlib.contextmanager
+def without_values(architecture: Architecture) -> Iterator[None]:
+    """Runs a model under FakeTensorMode; what it cannot do without values is a refusal of the plan."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    except DataDependentOutputException as error:
+        raise _cannot_be_planned(architecture, str(error)) from None
+
+
+def _cannot_be_planned(architecture: Architecture, reason: str) -> UserError:
+    what = "this mixture of experts" if _is_mixture(architecture) else "this architecture"
+    return UserError(
+        f"{architecture.named_by}: {what} cannot be planned, for it cannot be run without its weights ({reason}); "
+        "training is not affected"
+    )
+
+
+def _attempt(architecture: Architecture, way: Way) -> None:
+    layers = list(range(min(2, architecture.values()["num_hidden_layers"])))
+    model = way.prepare(architecture.build(layers=layers)).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        materialize(model, torch.float32)
+        ids = torch.zeros(_ATTEMPTED, dtype=torch.int64)
+        size, length = _ATTEMPTED
+        mask = {"attention_mask": torch.ones(size, 1, length, length, dtype=torch.bool)} if way.takes_mask else {}
+        states = base_model(model)(input_ids=ids, use_cache=False, **mask).last_hidden_state
+        if tuple(states.shape[:2]) != _ATTEMPTED:
+            raise ValueError(f"its states have the shape {list(states.shape)}")
+
+
+def materialize(model: Any, dtype: torch.dtype) -> Any:
+    """The model, with parameters and buffers that are not there. Called under FakeTensorMode."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if id(weight) not in made:
+                made[id(weight)] = nn.Parameter(torch.empty(weight.shape, dtype=dtype), False)
+            module.register_parameter(name, made[id(weight)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return model
+
+
+def experts_per_token(values: Any) -> int:
+    """How many experts a token has; 1 without experts."""
+    get = values.get if isinstance(values, dict) else lambda key: getattr(values, key, None)
+    return next((value for key in _EXPERTS_PER_TOKEN if isinstance(value := get(key), int)), 1)
+
+
+def _is_mixture(architecture: Architecture) -> bool:
+    return any("expert" in key for key in architecture.values())
+
+
+class _OneExpert(nn.Module):
+    """In the place of a mixture: one of its experts, over the tokens of all of them."""
+
+    def __init__(self, block: nn.Module, model_config: Any, returns_router: bool) -> None:
+        super().__init__()
+        self.expert = block.experts[0]  # type: ignore[index,union-attr]
+        self.shared = next((getattr(block, name) for name in _SHARED if hasattr(block, name)), None)
+        self.times = experts_per_token(model_config)
+        self.returns_router = returns_router
+
+    def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """States [B, T, D] of states [B, T, D]."""
+        rows = states.flatten(0, -2).repeat_interleave(self.times, dim=0)
+        result = self.expert(rows).view(-1, self.times, states.shape[-1]).sum(1).view(states.shape)
+        if self.shared is not None:
+            result = result + self.shared(states)
+        return (result, None) if self.returns_router else result
