@@ -5,6 +5,7 @@
 #   make test         formatter, linter, type checker and test suite
 #   make test-fast    the same without the tests that start ranks, servers or the whole pipeline
 #   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
+#   make test-nvme    the tests of teacher.offload: nvme; compiles DeepSpeed's async_io first, which takes minutes
 #   make docs         docs/config.md, what `dskd config` prints
 #   make models       docs/models.md, what is found when every architecture of transformers is tried; a quarter of an hour
 #
@@ -19,7 +20,7 @@ PY     := $(VENV)/bin/python
 # What is skipped is named with its reason.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS)
 
-.PHONY: quickstart test test-fast test-cluster check docs models env wordnet browser clean
+.PHONY: quickstart test test-fast test-cluster test-nvme check docs models env wordnet browser clean
 .DELETE_ON_ERROR:
 
 quickstart: env wordnet
@@ -35,6 +36,15 @@ test-fast: check wordnet
 test-cluster: env wordnet
 	@[ "$$(id -u)" != 0 ] || dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 || { $(call debian,$(CLUSTER_PACKAGES)); }
 	$(PYTEST) -m cluster
+
+# libaio's headers, and the operator. torch compiles with the ninja that is first on the PATH, and with another version
+# begins again: it is the virtual environment's here and in the tests.
+test-nvme: export PATH := $(abspath $(VENV))/bin:$(PATH)
+test-nvme: export DSKD_TEST_NVME := 1
+test-nvme: env
+	@echo '#include <libaio.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || { $(call debian,libaio-dev); }
+	$(PY) -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as Builder; Builder().load(verbose=False)'
+	$(PY) -m pytest -rs tests/test_nvme.py $(ARGS)
 
 check: env
 	$(VENV)/bin/ruff format --check .

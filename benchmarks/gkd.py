@@ -157,7 +157,7 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
             per_device_train_batch_size=train.micro_batch_size,
             gradient_accumulation_steps=train.global_batch_size // train.micro_batch_size,
             max_steps=given.warm_up + given.steps,
-            learning_rate=train.learning_rate,
+            learning_rate=train.peak_learning_rate,
             weight_decay=train.weight_decay,
             max_grad_norm=train.gradient_clipping,
             lr_scheduler_type="cosine",

@@ -129,7 +129,7 @@ class PublishedTraining:
         self._student = _load(find_student(config).path, dtype, device).train()
         trained = choose_trained(self._student, config.student)
         self._optimizer = torch.optim.AdamW(
-            trained, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+            trained, lr=config.train.peak_learning_rate, weight_decay=config.train.weight_decay
         )
         self._sequences = torch.from_numpy(read_tokens(config)).long()
         # Everything a target can be in this benchmark; a continuation may bring others, which then have no senses.

@@ -10,6 +10,8 @@ from dskd import __version__
 from dskd.compare.command import add_compare_parser, run_comparison
 from dskd.config import Config
 from dskd.config_file import load_config
+from dskd.console import allow_any_text
+from dskd.distributed import leave_launcher
 from dskd.inspection.command import add_inspect_parser, run_inspection
 from dskd.plan.command import add_plan_parser, run_plan
 from dskd.program import add_config_arguments, run, run_on_ranks
@@ -136,6 +138,7 @@ def _add_verb(verbs: argparse._SubParsersAction, name: str, text: str, epilog: s
 
 def main() -> int:
     """Parses the verb and runs it."""
+    allow_any_text()
     parser = argparse.ArgumentParser(
         prog="dskd", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,6 +166,8 @@ def main() -> int:
     if (verb := next((word for word in sys.argv[1:] if not word.startswith("-")), "")) in _ON_RANKS:
         parser.error(f"{verb!r} is no verb, for it runs on several ranks: {_ON_RANKS[verb]}")
     given, extra = parser.parse_known_args()
+    if given.verb != "preflight":
+        leave_launcher()
     if given.verb == "inspect":
         return run_inspection(given, extra, parser)
     if extra and hasattr(given, "overrides") and not any(argument.startswith("-") for argument in extra):

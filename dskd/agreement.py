@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from dskd.errors import UserError, listed
@@ -21,8 +22,9 @@ PROBE_TOKENS = 32
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.01}
 # In bf16 other kernels made a difference of .01 to .06 at 2 to 32 layers, more with depth and with sharper attention; a
 # table of rotations in bf16 .3 to .9 at 2,048 tokens where attention is sharp. So the limit is a multiple of what the
-# model's own rounding is, measured against float32: other kernels had .9 times that.
-_TIMES_ROUNDING, _LARGEST_TOLERANCE = 3, 0.3
+# model's own rounding is, measured against float32: other kernels had .9 times that. _USUAL_ROUNDING is for machines
+# that have no memory for the model in float32.
+_TIMES_ROUNDING, _LARGEST_TOLERANCE, _USUAL_ROUNDING = 3, 0.3, 0.03
 _CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError)
 
 
@@ -100,8 +102,7 @@ def check_agreement(
     error, token = _difference(logits, probe["logits"])
     limit = _TOLERANCE[dtype]
     if not error <= limit and dtype != torch.float32:
-        own, _ = _difference(logits, model.float()(**inputs).logits)
-        limit = min(max(limit, _TIMES_ROUNDING * own), _LARGEST_TOLERANCE)
+        limit = max(limit, min(_TIMES_ROUNDING * _own_rounding(model, inputs, logits), _LARGEST_TOLERANCE))
     if not error <= limit:
         position = int(inputs["position_ids"][0, token]) if "position_ids" in inputs else token
         raise UserError(
@@ -126,6 +127,13 @@ def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool, remedy: str
             listed(f"{folder}: transformers fills these in at random, since they are not stored; {remedy}", missing)
         )
     return model.eval()
+
+
+def _own_rounding(model: Any, inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> float:
+    """Returns how far a model's logits are from what it computes in float32, in which it is left."""
+    if 4 * sum(parameter.numel() for parameter in model.parameters()) > psutil.virtual_memory().available:
+        return _USUAL_ROUNDING
+    return _difference(logits, model.float()(**inputs).logits)[0]
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:

@@ -96,7 +96,7 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_
     from transformers import AutoModelForCausalLM
     from transformers.integrations.accelerate import init_empty_weights
 
-    model_config = _config_without_dropout(folder)
+    model_config = config_without_dropout(folder)
     if first_layer:
         layers = list(range(first_layer, model_config.num_hidden_layers))
         model_config = type(model_config).from_dict(cut_config(model_config.to_dict(), layers))
@@ -204,8 +204,8 @@ def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.ds_tensor.numel() for parameter in parameters)  # type: ignore[attr-defined]
 
 
-def _config_without_dropout(folder: ModelFolder) -> Any:
-    # A run is to be a function of its config, seed and data alone, and the teacher is only read.
+def config_without_dropout(folder: ModelFolder) -> Any:
+    """The folder's `PretrainedConfig` with every dropout at 0: a run is a function of its config, seed and data."""
     model_config = folder.load_config()
     for name, value in model_config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):

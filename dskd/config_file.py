@@ -7,20 +7,24 @@ at once, each with its line, before anything is loaded. A config never changes a
 import difflib
 import inspect
 import json
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from dskd.config import Config, Section
+from dskd.config.section import EXPANDED
+from dskd.config_yaml import load_yaml, read_yaml
 from dskd.errors import UserError, listed
 
 # Runs share every artifact up to the shards, so they may differ only in what comes after.
 KEYS_A_RUN_MAY_CHANGE = ("loss", "train", "seed")
+_VARIABLE = re.compile(r"\$\$|\$(\w+)|\$\{(\w+)\}")
 # By pydantic's types of errors.
 _EXPECTED = {
     "list_type": "a list, such as [a, b]",
@@ -40,7 +44,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         UserError: with every problem found, each with its file and line or the override it came from.
     """
     path = Path(path)
-    data, lines = _read_yaml(path)
+    data, lines = read_yaml(path)
     problems: list[str] = []
     overridden: dict[str, str] = {}
     changes: dict[str, Any] = {}
@@ -50,14 +54,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             problems.append(f"{override!r}: an override is section.key=value, for example loss.sense_weight=0")
             continue
         try:
-            _set_dotted(changes, key, yaml.load(text, Loader=_StrictLoader))
-        except (yaml.YAMLError, UserError) as problem:
+            _set_dotted(changes, key, load_yaml(text)[0])
+        except (yaml.YAMLError, UserError, TypeError, RecursionError) as problem:
             problems.append(f"{override!r}: the value is not YAML ({problem})")
             continue
         overridden[key] = override
-    merged = _with_seeds(_with_run(_merge(data, changes)))
-    merged, run_problems = _apply_run(merged, changes)
-    problems += [f"{_place(path, lines, overridden, key)}{message}" for key, message in run_problems]
+    merged = _with_run(_merge(data, changes))
+    found = _seed_problems(merged, changes)
+    merged, run_problems = _apply_run(_with_seeds(merged), changes)
+    merged, path_problems = _expand_variables(merged)
+    problems += [
+        f"{_place(path, lines, overridden, key)}{message}" for key, message in (*found, *run_problems, *path_problems)
+    ]
     try:
         config = Config.model_validate_json(json.dumps(merged, default=str))
     except ValidationError as error:
@@ -97,56 +105,6 @@ def _described(model: type[Section], prefix: str) -> Iterator[str]:
         default = "required" if field.is_required() else json.dumps(field.get_default(), default=list)
         text = f"{field.description or ''} [{default}]"
         yield textwrap.fill(text, 118, initial_indent=f"  {key:<38} ", subsequent_indent=" " * 41)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML as people mean it: 5e-5 is a number, and a key given twice is a mistake."""
-
-
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            line = key_node.start_mark.line + 1
-            raise UserError(f"line {line}: {key!r} is given twice (first on line {seen[key]}); keep one of them")
-        seen[key] = key_node.start_mark.line + 1
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-# A copy, so that the loader of every other user of PyYAML stays as it is. YAML 1.1 wants a dot in 5e-5.
-_StrictLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such config file; the shipped ones are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the config file cannot be read ({error})") from None
-    try:
-        data = yaml.load(text, Loader=_StrictLoader)
-        node = yaml.compose(text, Loader=_StrictLoader)
-    except UserError as problem:
-        raise UserError(f"{path}: {problem}") from None
-    except (yaml.YAMLError, TypeError, RecursionError) as error:  # TypeError: a key that is a list or a mapping
-        raise UserError(f"{path}: this is not YAML that a configuration can be: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', found {type(data).__name__}")
-    return data, dict(_lines_of(node, ""))
-
-
-def _lines_of(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key_node, value_node in node.value:
-            key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
-            yield key, key_node.start_mark.line + 1
-            yield from _lines_of(value_node, key)
 
 
 def _set_dotted(target: dict[str, Any], dotted: str, value: Any) -> None:
@@ -195,6 +153,70 @@ def _with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
     }
     first = f"{run}-s{seeds[0]}"
     return {**merged, "seeds": [], "runs": expanded, "run": first if first in expanded and run not in expanded else run}
+
+
+def _seed_problems(merged: dict[str, Any], overrides: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, message) of every seed that would take the place of those that `seeds` gives."""
+    runs = merged.get("runs")
+    if not merged.get("seeds"):
+        return []
+    own = (
+        [name for name, keys in runs.items() if isinstance(keys, dict) and "seed" in keys]
+        if isinstance(runs, dict)
+        else []
+    )
+    problems = [
+        (f"runs.{name}.seed", "`seeds` trains this run with each of its own; remove this seed, or `seeds`")
+        for name in own
+    ]
+    if "seed" in overrides:
+        problems.append(
+            ("seed", "the runs of `seeds` would all have this seed; choose one of them with run=NAME-sSEED")
+        )
+    return problems
+
+
+def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Replaces environment variables in every key that is a path; also returns (key, message) of what is not set."""
+    problems: list[tuple[str, str]] = []
+
+    def expanded(value: Any, key: str) -> Any:
+        if isinstance(value, list):
+            return [expanded(each, f"{key}.{number}") for number, each in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        missing = [name for name in _variables(value) if name not in os.environ]
+        if missing:
+            names = " and ".join(f"${name}" for name in missing)
+            problems.append(
+                (key, f"{names} is not set in the environment; export it, or write the path ($$ is a dollar sign)")
+            )
+            return value
+        return _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]] if found[1] or found[2] else "$", value)
+
+    def walked(model: type[Section], data: Any, prefix: str) -> Any:
+        if not isinstance(data, dict):
+            return data
+        changed = dict(data)
+        for name, field in model.model_fields.items():
+            if name not in data:
+                continue
+            section = _section_of(field.annotation)
+            if section is not None:
+                changed[name] = walked(section, data[name], f"{prefix}{name}.")
+            elif EXPANDED in field.metadata or _mentions_path(field.annotation):
+                changed[name] = expanded(data[name], f"{prefix}{name}")
+        return changed
+
+    return walked(Config, merged, ""), problems
+
+
+def _variables(text: str) -> list[str]:
+    return [found[1] or found[2] for found in _VARIABLE.finditer(text) if found[1] or found[2]]
+
+
+def _mentions_path(annotation: Any) -> bool:
+    return EXPANDED in getattr(annotation, "__metadata__", ()) or any(map(_mentions_path, get_args(annotation)))
 
 
 def _apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -1,5 +1,6 @@
 """What a person at the terminal sees: stage headings, progress bars with rates, plain lines; from rank 0 only."""
 
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,13 @@ from tqdm import tqdm
 from dskd.distributed import is_main_process
 
 T = TypeVar("T")
+
+
+def allow_any_text() -> None:
+    """Makes standard output and error take every character: one that the locale lacks is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(message: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dskd.errors import LostPeerError, OutageError, UserError
+from dskd.errors import LostPeerError, OutageError, UserError, listed
 
 T = TypeVar("T")
 
@@ -48,13 +48,22 @@ class World:
 
 
 def current_rank() -> int:
-    """The rank the launcher gave this process; 0 when nothing launched it."""
-    return int(os.environ.get("RANK", "0"))
+    """The rank the launcher gave this process; 0 when nothing launched it, or not with a number."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
 
 
 def is_main_process() -> bool:
     """True on rank 0, also before the process group exists."""
     return current_rank() == 0
+
+
+def leave_launcher() -> None:
+    """Makes this process one without ranks, whatever variables of a job it has inherited. Call it in programs of one
+    process: in a pod or an interactive job all of them would otherwise be silent but on rank 0.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 def launcher_job() -> dict[str, str]:
@@ -76,41 +85,114 @@ def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
 
     A collective that waits longer than `timeout_s` raises on every rank: a lost peer ends the job, it does not hang it.
     """
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    timeout = datetime.timedelta(seconds=timeout_s)
+    _read_launcher()
+    rank, world_size = current_rank(), int(os.environ["WORLD_SIZE"])
+    store = None
+    if not dist.is_initialized():
+        store = _meet_at_store(timeout)
+        _find_local_ranks(store, rank, world_size)
     # deepspeed's launcher says LOCAL_SIZE, mosaicml-streaming reads LOCAL_WORLD_SIZE: without it every rank would
     # believe that it leads its node, and the second one dies on the first one's shared memory.
-    if "LOCAL_SIZE" in os.environ:
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
+    local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if uses_gpu() else torch.device("cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Each rank would take all cores, and the ranks of a node would fight for them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if device.type == "cuda":
+        _require_device(local_rank)
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if store is not None:
         import deepspeed
         import deepspeed.ops
 
         # The shared-memory op of CPU ranks is compiled at first use and needs a C++ compiler; gloo needs neither.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
-        store = _meet_at_store(timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
-            store=store,
-            rank=current_rank(),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            store=dist.PrefixStore("dskd", store),
+            rank=rank,
+            world_size=world_size,
             timeout=timeout,
             device_id=device
             if device.type == "cuda"
             else None,  # without it NCCL guesses, and says so at every barrier
         )
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # takes over what is there
-    return World(current_rank(), dist.get_world_size(), local_rank, device)
+    return World(rank, world_size, local_rank, device)
+
+
+def _read_launcher() -> None:
+    """Checks the launcher's variables before anything waits for other ranks, and fills in what needs none of them.
+
+    Raises:
+        UserError: naming every variable that is missing or wrong.
+    """
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        # One process: a single one's WORLD_SIZE or LOCAL_RANK says nothing.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        return
+    if "LOCAL_SIZE" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
+        os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # what torchrun calls it
+    problems, numbers = [], {}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT")
+    for name in names:
+        text = os.environ.get(name)
+        if text is not None and not text.isdecimal():
+            problems.append(f"{name}: expected a whole number, found {text!r}")
+        elif text is not None:
+            numbers[name] = int(text)
+    given = [f"{name}={os.environ[name]}" for name in (*names, "MASTER_ADDR") if name in os.environ]
+    required = ["RANK", "WORLD_SIZE"]
+    if numbers.get("WORLD_SIZE", 1) > 1:
+        required += ["MASTER_ADDR", "MASTER_PORT"]
+    problems += [f"{name}: is not set, although {', '.join(given)}" for name in required if name not in os.environ]
+    for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE"), ("LOCAL_RANK", "WORLD_SIZE")):
+        if name in numbers and limit in numbers and numbers[name] >= numbers[limit]:
+            problems.append(f"{name}: is {numbers[name]} of {limit}={numbers[limit]} (ranks count from 0)")
+            break
+    if not 0 < numbers.get("MASTER_PORT", 1) < 65536:
+        problems.append(f"MASTER_PORT: expected 1 to 65535, found {numbers['MASTER_PORT']}")
+    if problems:
+        raise UserError(
+            listed("the environment does not describe this rank", problems)
+            + "\nStart with a launcher that sets these variables (`deepspeed`, `torchrun`), or unset RANK and "
+            "WORLD_SIZE for a single process"
+        )
+    if numbers["WORLD_SIZE"] == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("LOCAL_SIZE", "1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+
+
+def _find_local_ranks(store: dist.Store, rank: int, world_size: int) -> None:
+    """Sets LOCAL_RANK and LOCAL_SIZE where the launcher did not, as Kubernetes' PyTorchJob: by the host names of all
+    ranks. Every rank must have put its own into the store.
+    """
+    if "LOCAL_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
+        return
+    hosts = [host.decode() for host in store.multi_get([f"rank {other}" for other in range(world_size)])]
+    os.environ.setdefault("LOCAL_RANK", str(hosts[:rank].count(hosts[rank])))
+    os.environ.setdefault("LOCAL_SIZE", str(hosts.count(hosts[rank])))
+
+
+def _require_device(local_rank: int) -> None:
+    """Refuses a rank for which its node has no GPU.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    devices = torch.cuda.device_count()
+    if local_rank >= devices:
+        raise UserError(
+            f"{socket.gethostname()}: LOCAL_RANK is {local_rank} (from 0), and this node has {devices} "
+            f"GPU{'s' * (devices != 1)}; start as many ranks as there are GPUs (`deepspeed --num_gpus {devices}`; "
+            "CUDA_VISIBLE_DEVICES hides some), or use the CPU with DS_ACCELERATOR=cpu"
+        )
 
 
 def _meet_at_store(timeout: datetime.timedelta) -> dist.Store:
@@ -129,7 +211,7 @@ def _meet_at_store(timeout: datetime.timedelta) -> dist.Store:
         store.set(f"rank {rank}", socket.gethostname())
     except dist.DistNetworkError as error:
         if rank == 0:
-            raise  # its port is taken, which torch says
+            raise OutageError(_why_no_store(address, port, error)) from error
         raise LostPeerError(f"[rank {rank}, {socket.gethostname()}] rank 0 has ended; {remedy}") from error
     try:
         store.wait([f"rank {other}" for other in range(world_size)], timeout)
@@ -138,7 +220,23 @@ def _meet_at_store(timeout: datetime.timedelta) -> dist.Store:
             f"[rank {rank}, {socket.gethostname()}] {_who_is_missing(store, world_size)} within "
             f"{timeout.total_seconds():.0f} s; {remedy}"
         ) from error
-    return dist.PrefixStore("dskd", store)
+    return store
+
+
+def _why_no_store(address: str, port: int, error: Exception) -> str:
+    host = socket.gethostname()
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as refused:
+        reason = os.strerror(refused.errno or 0)
+        return (
+            f"{host}: rank 0 cannot listen on port {port} ({reason}); wait for the job that uses it, or name another "
+            "port with `deepspeed --master_port PORT` (MASTER_PORT)"
+        )
+    said = str(error).strip().splitlines()[0]
+    return (
+        f"{host}: rank 0 cannot be reached at {address}, port {port} ({said}); MASTER_ADDR must name the node of rank 0"
+    )
 
 
 def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
@@ -163,7 +261,7 @@ def _who_is_missing(store: dist.Store, world_size: int) -> str:
         came = sorted({store.get(f"rank {rank}").decode() for rank in range(world_size) if rank not in missing})
     except dist.DistError:
         return "not every rank came, and rank 0 has ended: see what it says"
-    nodes = sorted({rank // int(os.environ["LOCAL_WORLD_SIZE"]) for rank in missing})
+    nodes = sorted({rank // int(os.environ.get("LOCAL_SIZE", "1")) for rank in missing})
     return (
         f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, of node{'s' * (len(nodes) > 1)} "
         f"{', '.join(map(str, nodes))} (from 0, as in the hostfile), did not come (there are: {', '.join(came)})"

@@ -31,7 +31,7 @@ from dskd.manifest import (
     write_json,
 )
 from dskd.model_folder import WEIGHTS_INDEX, ModelFolder, TensorReader, load_tokenizer, tokenizer_digest
-from dskd.stored_names import StoredNames
+from dskd.stored_names import StoredNames, parameter_names
 from dskd.student import find_student, write_weights
 from dskd.tracking import log_export
 
@@ -186,9 +186,10 @@ class _InFloat32(TensorReader):
 def _other_names(student: ModelFolder, trained: Mapping[str, torch.Tensor]) -> set[str]:
     """Names of stored copies of trained tensors: a folder may store both of two tied matrices."""
     model = empty_model(student)
-    stored_names = StoredNames(model, TensorReader(student.path))
-    stored: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (found := stored_names.find(name)) is not None:
-            stored.setdefault(id(parameter), set()).add(found)
-    return {name for names in stored.values() if names & set(trained) for name in names - set(trained)}
+    names = StoredNames(model, TensorReader(student.path))
+    stale: set[str] = set()
+    for _, aliases in parameter_names(model):
+        stored = {found for alias in aliases if (found := names.find(alias)) is not None}
+        if stored & set(trained):
+            stale |= stored - set(trained)
+    return stale

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from dskd.config import Config, TeacherConfig
 from dskd.console import say
 from dskd.errors import UserError, listed
+from dskd.limits import check_limits
 from dskd.manifest import digest_of_json, read_manifest, sha256_of_file, write_json
 from dskd.model_config import block_fp8, read_model_config
 
@@ -82,7 +83,9 @@ def find_teacher(config: Config) -> ModelFolder:
     check_model_folder(folder, named_by="teacher.path", trust_remote_code=teacher.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
     digest = _digest_of_model(folder, cache=config.path(".teacher_digests.json"))
-    return ModelFolder(folder, digest, tokenizer_digest(tokenizer), teacher.trust_remote_code)
+    found = ModelFolder(folder, digest, tokenizer_digest(tokenizer), teacher.trust_remote_code)
+    check_limits(config, folder, found.load_config(), tokenizer)
+    return found
 
 
 def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:

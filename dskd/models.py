@@ -25,6 +25,7 @@ from dskd.model_folder import ModelFolder
 from dskd.nvme import nvme_settings, open_nvme_folder
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents
+from dskd.reference import compare_with_transformers
 from dskd.sequences import TokenBatch
 from dskd.stored_names import base_model
 
@@ -226,6 +227,7 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
 
         engine, *_ = deepspeed.initialize(model=module, config=settings)
         engine.eval()
+    compare_with_transformers(engine, module.decoder, folder, world, dtype)
     packed = config.corpus.packing == "documents"
     check_documents(engine, module.decoder, folder, world, dtype, packed=packed)
     return FrozenModel(engine, folder, world.device, model_config.vocab_size, model_config.hidden_size, nvme_folder)

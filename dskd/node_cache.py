@@ -23,6 +23,7 @@ from dskd.errors import OutageError, UserError
 _LOCK_NAME = "owner.lock"
 _SHARED_MEMORY = Path("/dev/shm")
 _PATIENCE_S = 60
+_LEAST_SHARED_MEMORY = 4 * 2**20  # bytes; the smallest runs of the tests take one of them
 
 
 def open_node_cache(base: str | None, world: World) -> Path:
@@ -58,9 +59,13 @@ def streaming_names(folder: Path, world: World) -> Iterator[None]:
     silently goes on with the old content. A number with a lock file in the folder of temporary files it passes over, so
     every number in use gets one, in a folder that is this job's own. Jobs of a node choose one after the other, and all
     jobs wait for their nodes in the same order, so none has a node that another waits for with one that it has.
+
+    Raises:
+        UserError: if the shared memory of a node is full.
     """
     from streaming.base.constant import BARRIER_FILELOCK  # the library takes seconds to import
 
+    _require_shared_memory(world)
     before = tempfile.tempdir
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -76,6 +81,34 @@ def streaming_names(folder: Path, world: World) -> Iterator[None]:
             yield
         finally:
             tempfile.tempdir = before
+
+
+def _require_shared_memory(world: World) -> None:
+    shortages = gather_json(shared_memory_shortage() if world.local_rank == 0 else None)
+    if problems := sorted({shortage for shortage in shortages if shortage}):
+        raise UserError("\n".join(problems), known_to_all_ranks=True)
+
+
+def shared_memory_shortage(*, is_known: bool = False) -> str | None:
+    """Returns what to do about this node's shared memory if next to nothing of it is free, otherwise None.
+
+    Whoever writes more to it than there is gets a bus error, which ends the process without a word, or the error of a
+    full disk.
+
+    Args:
+        is_known: it was full a moment ago, and whoever filled it may have died of that.
+    """
+    if not _SHARED_MEMORY.is_dir():
+        return None
+    usage = shutil.disk_usage(_SHARED_MEMORY)
+    if usage.free >= _LEAST_SHARED_MEMORY and not is_known:
+        return None
+    return (
+        f"{socket.gethostname()}: {_SHARED_MEMORY}, where the loader keeps batches, is full or too small: "
+        f"{usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB are free. Remove what killed jobs left there "
+        f"(`ls -l {_SHARED_MEMORY}`), give the container more (docker: --shm-size=8g; Kubernetes: an emptyDir of "
+        "medium Memory), or lower train.num_workers"
+    )
 
 
 def _leaders_by_host(world: World) -> list[int]:

@@ -12,7 +12,7 @@ Tokens go through a temporary file: memory does not grow with the corpus. Shapes
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 from dskd.console import progress_bar
 from dskd.corpus.build import BATCH_DOCUMENTS
 from dskd.tensor_file import create_tensors
+from dskd.tokenizing import Tokenizing
 
 _BATCH_CHARACTERS = 4_000_000
 _COPIED_TOKENS = 4_000_000
@@ -43,6 +44,8 @@ def pack(
     packing: str,
     max_sequences: int | None = None,
     continuation_tokens: Iterator[int] | None = None,
+    vocab_size: int | None = None,
+    name_of: Callable[[int], str] = "document {}".format,
 ) -> Packed:
     """Tokenizes documents, each ended by the tokenizer's end-of-text token, and writes them as sequences.
 
@@ -57,10 +60,14 @@ def pack(
         packing: as in the table above.
         max_sequences: stop after so many.
         continuation_tokens: with packing: none. A number of each document, kept as a tensor [S] int32.
+        vocab_size: tokens from this on are refused.
+        name_of: the name of a document by its number from 0, for messages.
+
+    Raises:
+        UserError: for a token that the model does not have.
     """
-    separator = next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
-    end = [] if separator is None else [separator]
-    padding = end[0] if end else 0
+    tokenizing = Tokenizing(tokenizer, vocab_size)
+    padding = tokenizing.end[0] if tokenizing.end else 0
     limit = None if max_sequences is None else max_sequences * sequence_length
     spooled = 0
     with contextlib.ExitStack() as stack:
@@ -68,8 +75,18 @@ def pack(
         names = ("input_ids", "starts", "lengths", "continuation_tokens")
         spool = {name: stack.enter_context(Path(folder, name).open("w+b")) for name in names}
         with progress_bar(total=limit, label="tokenizing", unit="tokens") as bar:
+            first = 0  # the number of the batch's first document
             for batch in _batched(texts):
-                tokens, sizes = _tokenize(batch, tokenizer, end)
+                before = bar.n
+                documents = tokenizing.read(
+                    batch,
+                    bar.update,
+                    _counted_from(first, name_of),
+                    None if limit is None else limit - spooled,
+                )
+                first += len(batch)
+                sizes = np.array([len(tokens) for tokens in documents if len(tokens)], np.int64)
+                tokens = np.concatenate(documents)
                 if packing == "none":
                     tokens, lengths = _own_rows(tokens, sizes, sequence_length, padding)
                     lengths.tofile(spool["lengths"])
@@ -80,18 +97,14 @@ def pack(
                     _starts_of(sizes).tofile(spool["starts"])
                 tokens.tofile(spool["input_ids"])
                 spooled += len(tokens)
-                bar.update(len(tokens))
+                bar.update(len(tokens) - (bar.n - before))  # the padding
                 if limit is not None and spooled >= limit:
                     break
         return _write(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
 
 
-def _tokenize(texts: list[str], tokenizer: Any, end: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of all texts end to end [n] int32, and how many each has [documents] int64."""
-    ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    documents = [piece if piece[-1:] == end else [*piece, *end] for piece in ids]
-    sizes = np.array([len(piece) for piece in documents if piece], np.int64)
-    return np.fromiter(itertools.chain.from_iterable(documents), np.int32, sizes.sum()), sizes
+def _counted_from(first: int, name_of: Callable[[int], str]) -> Callable[[int], str]:
+    return lambda number: name_of(first + number)
 
 
 def _starts_of(sizes: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from dskd.corpus import build as corpus
 from dskd.distributed import free_port, uses_gpu
 from dskd.errors import USER_ERROR_EXIT_CODE, UserError
 from dskd.lexicon import build as lexicon
+from dskd.limits import vocabulary_size
 from dskd.lock import hold_lock
 from dskd.manifest import LOCK_PATIENCE_S, Recipe, is_current
 from dskd.model_folder import TEACHER_FOLDER, find_teacher
@@ -73,6 +74,8 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     config = load_config(path, overrides)
     hold_lock(config.path(LOCK), "runs the pipeline in this work directory", wait_s=LOCK_PATIENCE_S)
     started = time.perf_counter()
+    if config.teacher.path is not None:
+        find_teacher(config)  # what does not fit to the model is refused before the corpus is read
     stages = plan_stages(config, path, overrides)
     if until is not None:
         names = [stage.name for stage in stages]
@@ -226,7 +229,9 @@ def run_override(name: str) -> str:
 
 def _build_sequences(config: Config) -> None:
     teacher = find_teacher(config)
-    sequences.build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    sequences.build_sequences(
+        config, teacher.load_tokenizer(), teacher.tokenizer_digest, vocabulary_size(teacher.load_config())
+    )
 
 
 def _launcher_arguments(config: Config) -> Sequence[str]:

@@ -20,10 +20,11 @@ from typing import NoReturn
 
 from dskd.config import Config
 from dskd.config_file import load_config
-from dskd.console import say
+from dskd.console import allow_any_text, say
 from dskd.distributed import World, current_rank, initialize, is_main_process, shutdown
 from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
 from dskd.folders import DISK_IS_FULL
+from dskd.node_cache import shared_memory_shortage
 from dskd.peers import meet_peers
 from dskd.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 
@@ -36,6 +37,7 @@ _OVERRIDES_HELP = (
 
 def build_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
     """A parser with the arguments that every program of `launcher/` has."""
+    allow_any_text()  # before the parser prints its help
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,9 +98,23 @@ def run(action: Callable[[], int | None]) -> int:
         if error.errno not in DISK_IS_FULL:
             raise
         place = f" ({error.filename})" if error.filename else ""
+        if not place and (shortage := shared_memory_shortage()):
+            print(f"error: {error.strerror}; {shortage}. What was complete stays", file=sys.stderr, flush=True)
+            return USER_ERROR_EXIT_CODE
         print(
             f"error: {error.strerror}{place}; what was complete stays. Free some, or set workdir to another disk, and "
             "the same command goes on from there",
+            file=sys.stderr,
+            flush=True,
+        )
+        return USER_ERROR_EXIT_CODE
+    except UnicodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8":
+            raise
+        print(
+            f"error: {error}. The locale's encoding is {encoding}, which lacks this character; set LC_ALL=C.UTF-8, and "
+            "unset PYTHONUTF8",
             file=sys.stderr,
             flush=True,
         )
@@ -112,6 +128,11 @@ def run(action: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         say("interrupted; what was complete stays")
         return 130
+
+
+def _is_of_shared_memory(error: RuntimeError) -> bool:
+    """Returns whether torch says that a loader's worker found no room for a batch, or died of a bus error."""
+    return "shared memory" in str(error) or "Bus error" in str(error)
 
 
 def _rank_0_spoke(end: StopRequest) -> bool:
@@ -141,6 +162,8 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
         except RuntimeError as error:  # what torch raises when a collective fails, and much else
             lost = peers.find_lost()
             if lost is None:
+                if _is_of_shared_memory(error) and (shortage := shared_memory_shortage(is_known=True)):
+                    raise UserError(f"{shortage}. What was complete stays") from error
                 raise
             raise LostPeerError(
                 f"[rank {world.rank}, {peers.host}] {lost}; this rank ends too, for it cannot go on without. Start all "

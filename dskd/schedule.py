@@ -59,6 +59,15 @@ def count_steps(train: TrainConfig, num_samples: int) -> int:
     )
 
 
+def describe_learning_rate(train: TrainConfig) -> str:
+    """Says the peak of a run's learning rate and, when the batch decides it, from what it was computed."""
+    text = f"peak learning rate {train.peak_learning_rate:.4g}"
+    if train.learning_rate_batch_size is None:
+        return text
+    rule = train.learning_rate_rule.replace("_", " ")
+    return f"{text}, from {train.learning_rate:.4g} at a batch of {train.learning_rate_batch_size} ({rule} rule)"
+
+
 def share_out(train: TrainConfig, world_size: int) -> tuple[int, int]:
     """Samples of a micro-batch, and how many of these a rank runs in a step.
 

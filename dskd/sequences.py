@@ -4,6 +4,7 @@ Documents are tokenized by the teacher's tokenizer and packed to `corpus.sequenc
 Nothing but the evaluation reads the held-out part.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from dskd.config import Config
 from dskd.console import say, stage
 from dskd.corpus.build import FOLDER as CORPUS_FOLDER
-from dskd.corpus.build import MADE_BY, SPLITS, read_continuation_tokens, read_texts
+from dskd.corpus.build import MADE_BY, SPLITS, name_of_document, read_continuation_tokens, read_texts
 from dskd.manifest import Manifest, Recipe, build_artifact, read_manifest, require_same
 from dskd.packing import pack
 from dskd.tensor_file import map_tensor, tensor_names
@@ -124,8 +125,12 @@ def recipe(config: Config, tokenizer_digest: str) -> Recipe:
     )
 
 
-def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str) -> None:
-    """Tokenizes and packs the documents, and writes `WORKDIR/sequences/{train,validation}.safetensors`."""
+def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab_size: int | None = None) -> None:
+    """Tokenizes and packs the documents, and writes `WORKDIR/sequences/{train,validation}.safetensors`.
+
+    Raises:
+        UserError: for a document with a token that is not below `vocab_size`, the number of the model's tokens.
+    """
     target = config.path(FOLDER)
     corpus = config.corpus
     with stage("sequences: documents to tokens", reads=[config.path(CORPUS_FOLDER)], writes=target):
@@ -141,6 +146,8 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str) -> No
                     packing=corpus.packing,
                     max_sequences=limits[split],
                     continuation_tokens=read_continuation_tokens(config, split),
+                    vocab_size=vocab_size,
+                    name_of=functools.partial(name_of_document, config, split),
                 )
                 building.facts[split] = packed._asdict()
                 say(

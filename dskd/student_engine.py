@@ -22,6 +22,7 @@ from dskd.model_folder import LAYER_NAME, ModelFolder, TensorReader
 from dskd.models import Decoder
 from dskd.precision import compute_dtype
 from dskd.probes import check_documents
+from dskd.reference import compare_with_transformers
 from dskd.stored_names import StoredNames, base_model, base_model_name, output_name
 
 REDUCE_BUCKET = 50_000_000  # elements of gradients that are summed up over the ranks together
@@ -117,8 +118,10 @@ def load_student(
     student = Student(Decoder(base_model(causal_lm)), head, names)
     # Activations are recomputed in training mode only. Dropout was taken out of the architecture when it was built.
     student.train()
-    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
+    if not trunk_depth:
+        compare_with_transformers(engine, student.decoder, folder, world, dtype)
     if config.corpus.packing == "documents" and not trunk_depth:
         check_documents(engine, student.decoder, folder, world, dtype)
     return engine

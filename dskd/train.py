@@ -26,7 +26,7 @@ from dskd.pair import load_pair
 from dskd.precision import compute_dtype, resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.rehearsal import rehearse_export
-from dskd.schedule import Schedule, plan_schedule
+from dskd.schedule import Schedule, describe_learning_rate, plan_schedule
 from dskd.senses.bank import load_bank
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.senses.dictionary import dictionary_folder, load_dictionary, require_fitting
@@ -35,12 +35,12 @@ from dskd.student import MADE_BY as STUDENT_MADE_BY
 from dskd.student import find_student
 from dskd.tracking import Start, describe_dataset, git_commit, start_tracking
 
-# Settings of `train` that change how a run is carried out, and not what comes out but for rounding. Out of memory, a
-# user lowers micro_batch_size and resumes.
+# Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
 _NOT_IN_RECIPE = {
-    "micro_batch_size",
     *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
     *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
+    *("learning_rate_batch_size", "learning_rate_rule"),  # the recipe has the rate that they give
+    "micro_batch_size",
 }
 
 # By `loss.sense_form`, beside the other terms.
@@ -110,7 +110,10 @@ def report_status(config: Config) -> bool:
     if changes := checkpoint.changes_since(newest, recipe(config)):
         print(listed(f"run {config.run!r}: step {step} of {total}, of another config", changes))
         return False
-    print(f"run {config.run!r}: {'finished, ' if newest.is_final else ''}step {step} of {total}")
+    print(
+        f"run {config.run!r}: {'finished, ' if newest.is_final else ''}step {step} of {total}; "
+        f"{describe_learning_rate(config.train)}"
+    )
     return newest.is_final
 
 
@@ -250,7 +253,7 @@ def _run(
                     started = time.perf_counter()
                     step_batches = next(steps)
                     waited = time.perf_counter() - started
-                    rate = schedule.learning_rate(step, train_settings.learning_rate, train_settings.warmup_share)
+                    rate = schedule.learning_rate(step, train_settings.peak_learning_rate, train_settings.warmup_share)
                     for group in engine.optimizer.param_groups:
                         group["lr"] = rate
                     result = train_step(
@@ -319,6 +322,7 @@ def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: b
 
 def _recipe(config: Config, inputs: Inputs) -> Recipe:
     train = {key: value for key, value in config.train.as_dict().items() if key not in _NOT_IN_RECIPE}
+    train["learning_rate"] = config.train.peak_learning_rate  # however it was given
     student = {key: value for key, value in config.student.as_dict().items() if key.startswith("train_")}
     settings = {
         "loss": config.loss.as_dict(),
@@ -395,6 +399,6 @@ def _say_what_runs(config: Config, world: World, engine: Any, schedule: Schedule
         f"{trained:,} of {sum(p.ds_numel for p in parameters):,} parameters are trained\n"
         f"  {schedule.total_steps} steps of {schedule.global_batch_size} sequences "
         f"({schedule.accumulation_steps} × {schedule.micro_batch_size} a rank), "
-        f"{schedule.total_steps / schedule.steps_per_epoch:.2f} epochs"
+        f"{schedule.total_steps / schedule.steps_per_epoch:.2f} epochs; {describe_learning_rate(config.train)}"
         + (f"; from step {first_step}" if first_step else "")
     )

@@ -6,6 +6,7 @@ evaluation; tasks, where the config's `tasks.evaluate` names benchmarks.
 
 import sys
 
+from dskd.distributed import leave_launcher
 from dskd.program import build_parser, run
 
 EPILOG = """
@@ -23,6 +24,7 @@ def main() -> int:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--until", metavar="STAGE", help="the last stage to run; what comes after it is left as it is")
     given = parser.parse_intermixed_args()
+    leave_launcher()
     from dskd.pipeline import StageFailedError, exit_code_of, run_pipeline  # --help should not wait for DeepSpeed
 
     try:

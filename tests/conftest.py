@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -376,6 +377,27 @@ def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) ->
         else:
             shutil.copytree(source / artifact, target / artifact)
     return write_config(folder / "config.yaml", base, **{"workdir": str(target), **changes})
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], None]]:
+    """Makes a folder one that this process may only read: for root, who may write everywhere, as a mount."""
+    with contextlib.ExitStack() as undo:
+
+        def protect(folder: Path) -> None:
+            if os.geteuid():
+                mode = folder.stat().st_mode
+                folder.chmod(0o500)
+                undo.callback(folder.chmod, mode)
+                return
+            mount = ["mount", "--bind", folder, folder]
+            tried = subprocess.run(mount, capture_output=True, text=True)
+            if tried.returncode:
+                pytest.skip(f"root may write everywhere, and cannot mount here: {tried.stderr.strip()}")
+            undo.callback(subprocess.run, ["umount", folder], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+        yield protect
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from dskd.manifest import hash_files
 from dskd.model_folder import ModelFolder, find_teacher
 from dskd.models import load_frozen
 from dskd.pair import Pair
-from dskd.program import run_on_ranks
+from dskd.program import run, run_on_ranks
 from dskd.step import train_step
 from dskd.student_engine import load_student
 from dskd.tracking import start_tracking
@@ -215,5 +215,81 @@ def act_on_nodes(
         if hosts:
             socket.gethostname = lambda: hosts[rank]
         run_on_ranks(argparse.Namespace(config=configs[rank], overrides=[]), action)
+
+    run_as_rank(run, environment, log)
+
+
+def join_as_launched(
+    without: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    *,
+    hosts: Sequence[str] | None = None,
+    port: int | None = None,
+) -> None:
+    """Joins the ranks without some of the launcher's variables, on hosts of other names or at another port, and prints
+    [rank, local rank, local ranks]."""
+
+    def join() -> None:
+        rank = int(environment["RANK"])
+        for name in without:
+            del os.environ[name]
+        if hosts is not None:
+            socket.gethostname = lambda: hosts[rank]
+        if port is not None:
+            os.environ["MASTER_PORT"] = str(port)
+
+        def joined() -> None:
+            world = initialize(30)
+            print(json.dumps([world.rank, world.local_rank, int(os.environ["LOCAL_WORLD_SIZE"])]), flush=True)
+
+        os._exit(run(joined))
+
+    run_as_rank(join, environment, log)
+
+
+def experts_by_ranks(folder: Path, lengths: Sequence[int], environment: dict[str, str], log: Path) -> None:
+    """States of a frozen mixture of experts, and gradients of one in training, with tokens of its own on each rank.
+
+    Rank r has `lengths[r]` tokens and writes its states to `states-r.safetensors`; rank 0 writes the gradients of the
+    mean of all ranks' squared states, which :func:`dskd.causal_lm.build_sharded` has trained, to
+    `gradients.safetensors`.
+    """
+
+    def run() -> None:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_grad
+
+        from dskd.causal_lm import build_sharded, engine_settings
+        from dskd.models import Decoder
+        from dskd.stored_names import base_model
+
+        world = initialize(60)
+        config = Config(
+            workdir=str(folder),
+            teacher={"path": str(folder / "teacher")},
+            precision="fp32",
+            corpus={"packing": "stream"},
+        )
+        model_folder = find_teacher(config)
+        ids = (torch.arange(lengths[world.rank])[None] * 7 + 3 + 31 * world.rank) % 120
+        teacher = load_frozen(model_folder, config, world, with_head=False)
+        save_file({"states": teacher.hidden_states(ids)}, folder / f"states-{world.rank}.safetensors")
+        settings = engine_settings(torch.float32, world, 32, micro_batch_size=1)
+        settings["zero_allow_untested_optimizer"] = True
+        decoder = Decoder(base_model(build_sharded(model_folder, settings, torch.float32, world)))
+        trained = [parameter for name, parameter in decoder.named_parameters() if "layers.3." in name]
+        for parameter in decoder.parameters():
+            parameter.requires_grad_(any(parameter is one for one in trained))
+        engine, *_ = deepspeed.initialize(model=decoder, optimizer=torch.optim.AdamW(trained), config=settings)
+        engine.backward(engine(ids).square().sum())
+        gradients = {
+            name.removeprefix("base."): safe_get_full_grad(parameter).clone()
+            for name, parameter in decoder.named_parameters()
+            if parameter.requires_grad
+        }
+        if world.is_main:
+            save_file(gradients, folder / "gradients.safetensors")
+        os._exit(0)
 
     run_as_rank(run, environment, log)

@@ -38,7 +38,7 @@ _TEMPLATE = "{% for m in messages %}{{ 'user: ' if m.role == 'user' else 'it: ' 
 _TOY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 LAYERS_OF_LARGE = 9  # instead of 80, of which the student has 7: DeepSpeed takes its time for each
 _EXAMPLES = 24  # of each benchmark with choices: a quarter of them is one with five to show
-_PASSAGES = 30  # a twentieth of them is two, one with another to show
+_PASSAGES = 15  # with two questions each, one for the other to show
 
 
 def write_inputs(folder: Path, config: Config) -> None:
@@ -141,9 +141,13 @@ def _write_squad(folder: Path) -> None:
         for number in range(_PASSAGES):
             passage = _sentence(number + 1000 * split, 14)
             answers = [{"text": passage.split()[3], "answer_start": 0}] if number % 2 else []
-            question = {"id": f"{split}-{number}", "question": _sentence(number + 2000 + 1000 * split, 5)}
-            question |= {"answers": answers, "is_impossible": not answers}
-            paragraphs.append({"context": passage, "qas": [question]})
+            asked = [
+                {"id": f"{split}-{number}", "answers": answers, "is_impossible": not answers},
+                {"id": f"{split}-{number}-other", "answers": [{"text": passage.split()[7], "answer_start": 0}]},
+            ]
+            for place, question in enumerate(asked):
+                question["question"] = _sentence(number + 2000 + 4000 * place + 1000 * split, 5)
+            paragraphs.append({"context": passage, "qas": asked})
         _write(folder / name, json.dumps({"version": "v2.0", "data": [{"title": "toys", "paragraphs": paragraphs}]}))
 
 

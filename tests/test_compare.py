@@ -382,6 +382,23 @@ def test_a_choice_of_what_is_not_there_says_what_is(tracked, dskd, arguments, sa
     assert "Traceback" not in err
 
 
+def test_a_work_directory_that_one_may_only_read_is_compared_and_nothing_is_written(dskd, tracked, tmp_path, read_only):
+    work = tmp_path / "work"
+    shutil.copytree(load_config(tracked[0]).path(), work)
+    (work / "curves.png").unlink(missing_ok=True)
+    kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    read_only(work)
+    arguments = ("compare", "--config", tracked[0], f"workdir={work}", "--html", tmp_path / "report.html")
+    code, out, err = dskd(*arguments)
+    assert (code, err) == (0, "")
+    _, expected, _ = dskd("compare", "--config", tracked[0])
+    # All but where the picture and the database of MLflow's page are.
+    assert expected.split("Loss curves: ")[0] in out
+    assert f"No picture of the loss curves: {work / 'curves.png'}: the picture cannot be written there" in out
+    assert (tmp_path / "report.html").is_file()
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == kept
+
+
 def test_the_link_is_mlflows_own(tracked):
     path, ids = tracked
     config = load_config(path)

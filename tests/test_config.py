@@ -76,9 +76,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
 
 
 def test_seeds_make_a_run_of_each(tmp_path):
-    path = _write(
-        tmp_path, {**MINIMAL, "run": "b", "seeds": [3, 5], "runs": {"a": {"loss": {"margin": 3.0}}, "b": {"seed": 9}}}
-    )
+    path = _write(tmp_path, {**MINIMAL, "run": "b", "seeds": [3, 5], "runs": {"a": {"loss": {"margin": 3.0}}, "b": {}}})
     config = load_config(path)
     assert config.run_names == ("a-s3", "a-s5", "b-s3", "b-s5")
     assert (config.run, config.seed) == ("b-s3", 3)
@@ -360,3 +358,107 @@ def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
 def test_an_offload_is_given_whole(tmp_path, teacher, message):
     with pytest.raises(UserError, match=message):
         load_config(_write(tmp_path, {**MINIMAL, "teacher": {"path": "a/b", **teacher}}))
+
+
+def test_merged_keys_are_read_and_may_be_given_again(tmp_path):
+    path = _write(
+        tmp_path,
+        """
+x-common: &common {margin: 2.0, kd_weight: 3.0}
+workdir: w
+teacher: {path: a/b}
+loss: &base
+  <<: *common
+  kd_weight: 4.0
+runs:
+  one: {loss: {<<: *base, margin: 5.0}}
+  two:
+    loss:
+      <<: [{margin: 6.0}, *base]
+""",
+    )
+    config = load_config(path)
+    assert (config.loss.margin, config.loss.kd_weight) == (5.0, 4.0)
+    two = load_config(path, ["run=two"])
+    assert (two.loss.margin, two.loss.kd_weight) == (6.0, 4.0)  # of a list, the first mapping that has the key counts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x-a: &a {k: 3}\nsenses:\n  <<: *a\n  k: 4\n  k: 5\n", r"line 7: 'k' is given twice \(first on line 6\)"),
+        ("x-a: &a {k: 3, k: 4}\nsenses: {<<: *a}\n", r"line 3: 'k' is given twice"),
+        ("x-a: &a {k: 3}\nsenses:\n  <<: *a\n  <<: *a\n", r"line 6: '<<' is given twice .* merge a list"),
+        ("x-a: &a {kk: 3}\nsenses:\n  <<: *a\n", r"config\.yaml:3: senses\.kk: unknown key; did you mean senses\.k\?"),
+        ("senses: {<<: 3}\n", r"line 3: << takes \*NAME of a mapping"),
+        ("senses: &a {k: *a}\n", r"line 3: this contains itself|unconstructable recursive"),
+        ("y-a: 3\n", r"config\.yaml:3: y-a: unknown key"),
+    ],
+)
+def test_mistakes_around_merged_keys_have_their_lines(tmp_path, text, message):
+    path = _write(tmp_path, f"workdir: w\nteacher: {{path: a/b}}\n{text}")
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+def test_a_seed_that_would_undo_seeds_is_refused(tmp_path):
+    path = _write(tmp_path, {**MINIMAL, "seeds": [3, 5], "runs": {"a": {}, "b": {"seed": 9}}})
+    with pytest.raises(UserError, match=r"config\.yaml:\d+: runs\.b\.seed: `seeds` trains this run"):
+        load_config(path)
+    path = _write(tmp_path, {**MINIMAL, "seed": 1, "seeds": [3, 5]})
+    assert load_config(path).seed == 3
+    with pytest.raises(UserError, match=r"override 'seed=4': seed: the runs of `seeds` would all have this seed"):
+        load_config(path, ["seed=4"])
+
+
+def test_variables_are_expanded_in_paths_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    path = _write(
+        tmp_path,
+        {
+            "workdir": "$SCRATCH/x$$y",
+            "teacher": {"path": "${SCRATCH}/teacher", "offload": "nvme", "nvme_path": "$SCRATCH"},
+            "corpus": {"source": "files", "train": ["a.txt", "$SCRATCH/b"], "text_field": "$SCRATCH"},
+            "tracking": {"experiment": "$SCRATCH"},
+        },
+    )
+    config = load_config(path, ["tasks.piqa=$SCRATCH/piqa"])
+    assert (config.workdir, config.teacher.path) == ("/scratch/me/x$y", "/scratch/me/teacher")
+    assert (config.teacher.nvme_path, config.tasks.piqa) == ("/scratch/me", "/scratch/me/piqa")
+    assert config.corpus.train == ("a.txt", "/scratch/me/b")
+    assert (config.corpus.text_field, config.tracking.experiment) == ("$SCRATCH", "$SCRATCH")
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    path = _write(
+        tmp_path, {**MINIMAL, "workdir": "$NO_SUCH/x", "corpus": {"source": "files", "train": ["${NO_SUCH}"]}}
+    )
+    with pytest.raises(UserError) as error:
+        load_config(path, ["tracking.uri=http://me:$NO_SUCH@host"])
+    for part in (
+        "workdir: $NO_SUCH is not set in the environment",
+        "corpus.train.0: $NO_SUCH is not set",
+        "tracking.uri: $NO_SUCH is not expanded here",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("runs", "seeds", "message"),
+    [
+        ({"r" * 300: {}}, [], "at most 128 characters, .* this one has 300"),
+        ({"r" * 127: {}}, [0], "at most 128 characters, .* this one has 130"),
+        ({"KD": {}, "kd": {}}, [], "'KD' and 'kd' differ in capitals only"),
+        ({"..": {}}, [], "runs"),
+        ({"a/b": {}}, [], "runs"),
+    ],
+)
+def test_names_that_no_folder_can_have_are_refused(tmp_path, runs, seeds, message):
+    path = _write(tmp_path, {**MINIMAL, "runs": runs, "seeds": seeds})
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+    if seeds or len(runs) > 1:
+        return
+    with pytest.raises(UserError):
+        load_config(_write(tmp_path, {**MINIMAL, "run": next(iter(runs))}))

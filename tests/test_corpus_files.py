@@ -1,7 +1,9 @@
 """Every kind of file that text is read from, written by the tools that users write them with."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import JSONWriter, MDSWriter
 
-from dskd.corpus import files
-from dskd.corpus.files import fingerprint, read_file
+from dskd.corpus import finding, records
+from dskd.corpus.files import read_file
+from dskd.corpus.finding import fingerprint
 from dskd.errors import UserError
 
 
@@ -21,7 +24,7 @@ def _texts(path, field="text"):
 
 
 def expand(patterns, key, workdir="/no/work"):
-    return files.expand(patterns, key, workdir=Path(workdir))
+    return finding.find_files(patterns, key, workdir=Path(workdir)).files
 
 
 def _write_mds(folder, samples, columns=None, **options):
@@ -46,10 +49,34 @@ def test_paragraphs_and_lines_become_documents_with_their_line_numbers(tmp_path)
     [("a.txt", "one\nstill one\n\ntwo ünï\n"), ("a.jsonl", '{"text": "one\\nstill one"}\n{"text": "two ünï"}\n')],
 )
 def test_compressed_files_hold_what_the_plain_ones_do(tmp_path, name, content):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as stream:
-        stream.write(content)
-    assert _texts(tmp_path / name) == _texts(tmp_path / f"{name}.gz") == ["one\nstill one", "two ünï"]
+    data = content.encode()
+    compressed = {
+        "": data,
+        ".gz": gzip.compress(data),
+        ".zst": _zstd(data[:9]) + _zstd(data[9:]),  # several frames
+        ".bz2": bz2.compress(data),
+        ".xz": lzma.compress(data),
+        ".GZ": gzip.compress(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")),
+    }
+    for ending, packed in compressed.items():
+        (tmp_path / f"{name}{ending}").write_bytes(packed)
+        assert _texts(tmp_path / f"{name}{ending}") == ["one\nstill one", "two ünï"], ending
+
+
+@pytest.mark.parametrize("size", [0, 3, 5000])
+def test_an_array_of_objects_is_read_in_parts(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(records, "_CHUNK_CHARACTERS", 100)
+    rows = [{"id": number, "text": f"text {number} " + "[{,é" * (number % 40)} for number in range(size)]
+    (tmp_path / "a.json").write_text("\n " + json.dumps(rows, indent=1) + "\n")
+    (tmp_path / "b.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    expected = [row["text"].strip() for row in rows]
+    assert _texts(tmp_path / "a.json") == _texts(tmp_path / "b.json") == expected
+
+
+def test_json_with_an_object_a_line_is_read_whatever_it_is_called(tmp_path):
+    for name in ("a.json", "a.ndjson", "a.jsonl"):
+        (tmp_path / name).write_text('\n{"text": "one"}\r\n{"text": "two"}')
+        assert [document.name.rsplit(":", 1)[1] for document in read_file(tmp_path / name, "text")] == ["2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +203,15 @@ def _write_cut_parquet(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def _zstd(data):
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+HTML = b"\n<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head></html>\n"
+ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -189,6 +225,53 @@ def _write_cut_parquet(path):
         ("a.txt.gz", b"plain text", r"a.txt.gz: this is not whole gzip data \(Not a gzipped file"),
         ("a.parquet", _write_cut_parquet, r"a.parquet: this is not a readable Parquet file"),
         ("a.parquet", b"", r"a.parquet: this is not a readable Parquet file"),
+        ("a.txt", gzip.compress(b"text"), r"a\.txt: this is no plain text: its content is that of a \.gz file"),
+        ("a.jsonl", _zstd(b"{}"), r"a\.jsonl: this is no plain text: its content is that of a \.zst file"),
+        ("a.jsonl.zst", _zstd(b'{"text": "x"}\n' * 999)[:-3], r"a\.jsonl\.zst: .*ends too early"),
+        ("a.jsonl.zst", b"plain", r"a\.jsonl\.zst: cannot be read \(ZSTD decompress failed"),
+        ("a.jsonl.zst", b"", r"a\.jsonl\.zst: the compressed file is empty"),
+        ("a.txt.gz", b"", r"a\.txt\.gz: the compressed file is empty"),
+        ("a.txt.bz2", bz2.compress(b"text" * 999)[:-9], r"a\.txt\.bz2: the compressed file ends too early"),
+        ("a.txt.bz2", b"plain", r"a\.txt\.bz2: cannot be read"),
+        ("a.txt.xz", lzma.compress(b"text" * 999)[:-9], r"a\.txt\.xz: the compressed file ends too early"),
+        ("a.txt.xz", b"plain text", r"a\.txt\.xz: this is not whole xz data"),
+        *((f"a.{ending}", LFS, r"only a pointer of git .* `git lfs pull`") for ending in ENDINGS),
+        *((name, HTML, r": this is a page of a web server") for name in ("a.txt", "a.jsonl", "a.json")),
+        ("a.txt.gz", gzip.compress(HTML), r"a\.txt\.gz: this is a page of a web server"),
+        ("a.txt", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", r"this is a page of a web server"),
+        ("a.txt", "text".encode("utf-16"), r"a\.txt: .*looks like UTF-16"),
+        ("a.txt", "a longer text".encode("utf-16-le"), r"a\.txt: .*looks like UTF-16"),
+        ("a.txt", "fünf".encode("latin-1"), r"a\.txt: this is not UTF-8 text .*iconv"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ["y"]}\n', r'a\.jsonl:2: .* that is \["y"\]'),
+        ("a.jsonl", b'{"text": "x"}\n{"id": 3}\n', r"a\.jsonl:2: .* it has id; name the key"),
+        ("a.jsonl", b'{"instruction": "x", "output": "y"}', r"a\.jsonl:1: .* an instruction and its answer.*training"),
+        ("a.json", b'{\n  "text": "x"\n}\n', r"a\.json:1: this line is not JSON .* an object a line, or one array"),
+        (
+            "a.json",
+            b'[{"text": "x"}, {"text": 3}]',
+            r"a\.json:2: expected an object with a text under 'text', but that is 3",
+        ),
+        ("a.json", b'[{"text": "x"}', r"a\.json: after element 1 of the array: expected , or \], found the end"),
+        ("a.json", b'[{"text": "x"}, {"te', r"a\.json: element 2 of the array is not JSON"),
+        ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]', r"a\.json: there is more text after its array"),
+        ("a.json", b'[{"text": "x"},]', r"a\.json: after element 1 of the array: a comma, and no element"),
+        ("a.arrow", b"ARROW1", r"a\.arrow: this is not a readable Arrow file"),
+        ("a.arrow", b"", r"a\.arrow: "),
+        (
+            "a.parquet",
+            lambda path: pq.write_table(pa.table({"text": pa.array([b"x"], pa.binary())}), path),
+            r"a\.parquet: expected a column 'text' of strings, but it has text \(binary\); cast it",
+        ),
+        (
+            "a.parquet",
+            lambda path: pq.write_table(pa.table({"messages": [[{"role": "user", "content": "Hi"}]]}), path),
+            r"a\.parquet: expected a column 'text' .* 'messages' holds chats.*docs/training\.md",
+        ),
+        (
+            "a.parquet",
+            lambda path: pq.write_table(pa.table({"text": [{"body": "x"}]}), path),
+            r"a\.parquet: expected a column 'text' of strings, but it has text \(struct<",
+        ),
         (
             "a.parquet",
             lambda path: pq.write_table(pa.table({"body": ["x"], "id": [1]}), path),
@@ -235,9 +318,10 @@ def test_what_is_no_text_is_left_out_and_said(tmp_path, capsys, name, content, l
     )
 
 
-def test_null_is_no_document(tmp_path):
+def test_null_is_no_document(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "two"}\n')
     assert [document.text for document in read_file(tmp_path / "a.jsonl", "text")] == ["two"]
+    assert "1 records without a text (null) are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

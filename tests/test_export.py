@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dskd import checkpoint, export
+from dskd.agreement import check_agreement
 from dskd.config_file import load_config
 from dskd.errors import OutageError, UserError
 from dskd.export import build_export
@@ -62,10 +63,12 @@ def test_an_export_that_computes_something_else_is_not_published(copy_of_tiny):
     save_file({**probe, "logits": probe["logits"] + 1}, newest.path / checkpoint.PROBE_FILE)
     with pytest.raises(UserError, match=r"probe.safetensors: the content is not what the manifest says"):
         build_export(config)
-    from dskd import export
-
-    with pytest.raises(UserError, match=r"logits differ from the trained student's"):
-        export.check(config.path("student"), newest.path / checkpoint.PROBE_FILE, torch.float32, False)
+    # The untrained student is not what was trained.
+    trained = load_file(newest.path / checkpoint.TRAINED_FILE)
+    with pytest.raises(UserError, match=r"student: reloaded, the model's logits differ .*; train again"):
+        check_agreement(config.path("student"), probe, trained, torch.float32, False, remedy="train again")
+    with pytest.raises(UserError, match=r"not the one that was written; train again[^$]*q_proj: transformers does not"):
+        check_agreement(config.path("student"), probe, ["model.q_proj"], torch.float32, False, remedy="train again")
     assert not config.path("export").exists() or not list(config.path("export").iterdir())
 
 

@@ -1,6 +1,7 @@
 """Exports of what users bring: any stored type, the names of the hub, both of two tied matrices, an adapter's file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,33 @@ def test_an_adapters_file_is_left_out(tmp_path, world):
     write_export(student, {}, tmp_path / "target")
     assert not (tmp_path / "target" / "adapter_config.json").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_models_own_code_is_exported_where_it_is_trusted(tmp_path, trusted):
+    _save(tmp_path / "teacher", LlamaConfig(**SHAPE))
+    config = _config(tmp_path)
+    build_student(config)
+    student = replace(find_student(config), trust_remote_code=trusted)
+    (student.path / "modeling_own.py").write_text("raise ImportError")
+    (tmp_path / "target").mkdir()
+    write_export(student, {}, tmp_path / "target")
+    assert (tmp_path / "target" / "modeling_own.py").exists() == trusted
+
+
+def test_checkpoints_and_exports_may_be_links_to_another_disk(tmp_path, world):
+    _save(tmp_path / "teacher", LlamaConfig(**SHAPE))
+    config = _config(tmp_path)
+    for name in ("checkpoints", "export"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
+        config.path(name).mkdir(parents=True)
+        config.path(name, config.run).symlink_to(tmp_path / "disk" / name)
+    trained, export = _train_and_export(config, world)
+    assert export.is_symlink()
+    assert checkpoint.folder(config).is_symlink()
+    assert (tmp_path / "disk" / "checkpoints" / "step-00000001").is_dir()
+    assert trained.keys() <= load_file(tmp_path / "disk" / "export" / "model.safetensors").keys()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoints", "export"]
 
 
 def test_a_trained_value_that_float16_cannot_hold_is_kept_in_float32(tmp_path):

@@ -9,13 +9,15 @@ import time
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, TINY, finish, losses_of, run_program, start_ranks
+from conftest import BEFORE_TRAINING, TINY, finish, fork_ranks, losses_of, run_program, start_ranks
+from forked_rank import run_launcher_on_node, why_no_nodes
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dskd import checkpoint
+from dskd import checkpoint, node_cache
 from dskd.config_file import load_config
 from dskd.folders import full_disk_is_said
+from dskd.program import run
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +63,40 @@ def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, cop
     small_disk(loaded.path("checkpoints"), 10 * size)
     run_program("train.py", config, "--resume", ranks=2)
     assert losses_of(config) == losses_of(tiny)
+
+
+@pytest.mark.skipif(why_no_nodes() is not None, reason=f"{why_no_nodes()}")
+def test_a_node_without_shared_memory_is_named_before_training(copy_of_tiny, tmp_path, small_disk):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    memory = tmp_path / "shm"
+    small_disk(memory, 2**16)
+    arguments = ["--config", str(config)]
+    ranks = fork_ranks(run_launcher_on_node, "train.py", arguments, [("node1", memory)], ranks=1)
+    ended = finish(ranks, 120, check=False)
+    assert ended.exit_code == 2, ended.output  # not -7, a bus error
+    assert (
+        "error: node1: /dev/shm, where the loader keeps batches, is full or too small: 0.1 of 0.1 MiB are free"
+        in ended.output
+    )
+    assert "set workdir" not in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_shared_memory_that_fills_up_is_not_taken_for_a_full_disk(tmp_path, small_disk, monkeypatch, capsys):
+    memory = tmp_path / "shm"
+    small_disk(memory, 2**23)
+    monkeypatch.setattr(node_cache, "_SHARED_MEMORY", memory)
+
+    def fail():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a semaphore does, which names no file
+
+    assert run(fail) == 2
+    assert "set workdir to another disk" in capsys.readouterr().err
+    (memory / "left").write_bytes(bytes(2**22 + 1))
+    assert run(fail) == 2
+    said = capsys.readouterr().err
+    assert f"{memory}, where the loader keeps batches, is full or too small: 4.0 of 8.0 MiB" in said
+    assert "set workdir" not in said
 
 
 def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk):

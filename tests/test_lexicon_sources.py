@@ -68,6 +68,8 @@ READERS = {
         (b"\x7fELF\x00\x01\n", r"file:1: this is a binary file"),
         (b"caf\xe9 bistro\n", r"file:1: this is not UTF-8 text .* byte 4 of the line"),
         (gzip.compress(b"\x00\x01\x02", mtime=0), r"file:1: this is a binary file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"file: this is only a pointer of git"),
+        (gzip.compress(b"big large\n" * 999)[:-9], r"file: the gzip file ends early"),
     ],
 )
 def test_a_binary_file_is_refused_by_every_reader(tmp_path, source, content, message):
@@ -177,7 +179,9 @@ def test_negation_in_the_stage(tmp_path, sources):
         "flips": 4,
         "kept": 0,
         "bases": 1,
-        "cycles": 0,
+        "bases_by_affix": {"un": 1},
+        "words_before": 8,
+        "words_gone": 1,
     }
 
 

@@ -100,7 +100,7 @@ def test_every_buffer_is_the_one_that_transformers_loads(tmp_path, world, name, 
     wanted = tensors_of(base_model(expected))
     teacher = load(tmp_path / "teacher", world, mode=mode, precision=precision)
     found = tensors_of(teacher.decoder.base)
-    assert found.keys() == wanted.keys()
+    assert wanted.keys() <= found.keys()  # longrope keeps the table of late positions that it made when it ran
     for key, tensor in wanted.items():
         assert found[key].dtype == tensor.dtype, key
         assert torch.equal(found[key], tensor), key

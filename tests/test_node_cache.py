@@ -41,9 +41,8 @@ def test_jobs_have_folders_of_their_own_and_take_away_only_what_dead_ones_left(t
     assert [str(path) for path in tmp_path.iterdir()] == [str(mine)]  # a job that ends takes its folder with it
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, read_only):
+    read_only(tmp_path)
     with pytest.raises(UserError, match=r"set train\.shard_cache"):
         open_node_cache(str(tmp_path), ONE_RANK)
 

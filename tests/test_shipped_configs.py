@@ -18,6 +18,7 @@ from dskd.corpus.build import build_corpus
 from dskd.lexicon.build import build_lexicon
 from dskd.manifest import read_manifest
 from dskd.model_folder import find_teacher
+from dskd.schedule import share_out
 from dskd.sequences import build_sequences
 from dskd.student import build_student
 
@@ -50,7 +51,8 @@ PAPER = {
     "tasks.train_share": 0.25,
     "tasks.choice_shots": 5,
     "tasks.squad_shots": 1,
-    "tasks.choice_tokens": 2,
+    "tasks.squad_shots_from": "same_passage",
+    "tasks.choice_tokens": 1,
     "tasks.squad_tokens": 10,
     "loss.ce_weight": 1.0,
     "loss.kd_weight": 0.7,
@@ -69,9 +71,10 @@ PAPER = {
 }
 LLAMA, MISTRAL, LARGE = "llama3-8b-16layers.yaml", "mistral-7b-16layers.yaml", "llama3-70b-to-8b.yaml"
 OF_TEACHER = {
-    LLAMA: {"senses.k": 10, "loss.sense_weight": 1.0, "train.learning_rate": 5e-5},
-    MISTRAL: {"senses.k": 5, "loss.sense_weight": 1.5, "train.learning_rate": 2e-5},
+    LLAMA: {"senses.k": 10, "loss.sense_weight": 1.0, "tasks.piqa_tokens": None},
+    MISTRAL: {"senses.k": 5, "loss.sense_weight": 1.5, "tasks.piqa_tokens": 2},
 }
+RATE_OF_A_RANK = {LLAMA: 5e-5, MISTRAL: 2e-5}  # in the published program, where each has one sequence
 # The teacher's layers that are kept, and the student's that are trained.
 LAYERS = {LLAMA: (32, 16, [14, 15]), MISTRAL: (32, 16, [14, 15]), LARGE: (LAYERS_OF_LARGE, 7, [5, 6])}
 
@@ -99,6 +102,25 @@ def test_the_papers_configurations_have_its_values(name):
     assert list(differences(config.as_dict()["loss"], kd.as_dict()["loss"])) == [
         ("sense_weight", OF_TEACHER[name]["loss.sense_weight"], 0.0)
     ]
+
+
+@pytest.mark.parametrize("name", RATE_OF_A_RANK)
+@pytest.mark.parametrize("batch", [3, 8, 16, 64])
+def test_the_papers_rate_follows_the_batch(name, batch):
+    """The published program multiplies the rate by its ranks, which run one sequence each; it was run on three."""
+    train = load_config(REPOSITORY / "configs" / name, [f"train.global_batch_size={batch}"]).train
+    assert train.peak_learning_rate == pytest.approx(batch * RATE_OF_A_RANK[name])
+    assert train.learning_rate_batch_size == 3
+    epoch = 155_506
+    assert train.peak_learning_rate * (epoch / batch) == pytest.approx(3 * RATE_OF_A_RANK[name] * (epoch / 3))
+
+
+@pytest.mark.parametrize("name", RATE_OF_A_RANK)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_papers_batch_is_shared_out_over_the_gpus_of_a_node(name, ranks):
+    train = load_config(REPOSITORY / "configs" / name).train
+    micro_batch, accumulation = share_out(train, ranks)
+    assert micro_batch * accumulation * ranks == train.global_batch_size == 8
 
 
 @pytest.mark.slow

@@ -80,6 +80,21 @@ def test_a_document_ends_where_the_answer_begins_and_shows_answers_to_others(tmp
             assert answer == labels[goal]
 
 
+def test_with_examples_of_the_same_passage_a_prompt_has_one_passage(tmp_path):
+    config = _config(tmp_path, tasks=("squad_v2",), squad_shots_from="same_passage")
+    build_corpus(config)
+    shown = [text for side in ("train", "validation") for text in read_texts(config, side)]
+    assert len(shown) == 9
+    assert {text.count("Passage: ") for text in shown} == {1}
+    assert {text.count("Question: ") for text in shown} == {1, 2}
+    for text in shown:
+        *_, asked = text.split("\n\n")
+        assert asked.endswith("\nAnswer:")
+        answers = [part.rsplit("Answer: ", 1)[1] for part in text.split("\n\n") if "Answer: " in part]
+        assert len(answers) == text.count("Question: ") - 1
+        assert "No answer" not in answers
+
+
 def test_a_split_takes_its_share_and_no_group_stands_on_both_sides():
     benchmark = BENCHMARKS["squad_v2"]
     examples = [
@@ -105,7 +120,8 @@ def test_a_split_takes_its_share_and_no_group_stands_on_both_sides():
 def test_what_decides_the_documents_is_in_the_recipe(tmp_path):
     wanted = recipe(_config(tmp_path))
     assert recipe(_config(tmp_path)) == wanted
-    for change in ({"seed": 1}, {"train_share": 0.6}, {"choice_shots": 1}, {"squad_tokens": 9}):
+    changes = [{"seed": 1}, {"train_share": 0.6}, {"choice_shots": 1}, {"squad_tokens": 9}, {"piqa_tokens": 1}]
+    for change in (*changes, {"squad_shots_from": "same_passage"}):
         assert recipe(_config(tmp_path, **change)) != wanted, change
     assert recipe(_config(tmp_path, batch_size=1, limit=3)) == wanted
 

@@ -129,6 +129,56 @@ def test_a_prompt_never_shows_its_own_question_or_passage():
         assert question.example.passage not in {shot.passage for shot in question.shots}
 
 
+def _squad(name, question, *answers, passage="The mill stands by the river, said Ann."):
+    return Example(name, question, answers, passage=passage)
+
+
+def test_an_example_of_the_questions_passage_is_another_answerable_one_that_does_not_give_its_answer_away():
+    asked = _squad("1", "Where is the mill?", "by the river", "river")
+    unanswerable = _squad("2", "Who built it?")
+    shot = _squad("3", "Who said so?", "Ann")
+    same_answer = _squad("4", "What is near?", "The river")
+    longer_answer = _squad("5", "What was said?", "stands by the river")
+    elsewhere = _squad("6", "Who rows?", "Tom", passage="Tom rows.")
+    pool = [asked, unanswerable, shot, same_answer, longer_answer, elsewhere]
+    found = {
+        question.example.name: [shown.name for shown in question.shots]
+        for seed in range(9)
+        for question in with_shots(BENCHMARKS["squad_v2"], pool, pool, 9, seed, own_passage=True)
+    }
+    assert found["1"] == ["3"]
+    assert found["2"] == ["1", "3", "4", "5"]  # nothing gives away that there is no answer
+    assert found["3"] == ["1", "4", "5"]
+    assert found["4"] == found["5"] == ["3"]
+    assert found["6"] == []  # as in the published program: no example
+    one = list(with_shots(BENCHMARKS["squad_v2"], [unanswerable, asked], pool, 1, 0, own_passage=True))
+    assert one[:1] == list(with_shots(BENCHMARKS["squad_v2"], [unanswerable], pool, 1, 0, own_passage=True))
+    drawn = {
+        next(with_shots(BENCHMARKS["squad_v2"], [unanswerable], pool, 1, seed, own_passage=True)).shots[0].name
+        for seed in range(40)
+    }
+    assert drawn == {"1", "3", "4", "5"}
+
+
+def test_a_passage_that_examples_share_with_the_question_is_shown_once():
+    passage = "The mill stands by the river, said Ann."
+    shots = (_squad("3", "Who said so?", "Ann"), _squad("4", "What stands?", "The mill"))
+    question = Question(BENCHMARKS["squad_v2"], _squad("1", "Where is it?", "river"), shots)
+    turns = [
+        f"Passage: {passage}\nQuestion: Who said so?\nAnswer: Ann",
+        "Question: What stands?\nAnswer: The mill",
+        "Question: Where is it?\nAnswer:",
+    ]
+    assert question.plain(2).split("\n\n")[1:] == turns
+    assert question.plain(1).split("\n\n")[1:] == [f"Passage: {passage}\n{turns[1]}", turns[2]]
+    assert question.plain(0).split("\n\n")[1:] == [f"Passage: {passage}\n{turns[2]}"]
+    chat = question.messages(2)
+    assert [message["content"] for message in chat[2:]] == ["Question: What stands?\nAnswer:", "The mill", turns[2]]
+    assert chat[0]["content"].count(passage) == 1
+    other = Question(question.benchmark, question.example, (_squad("6", "Who rows?", "Tom", passage="Tom rows."),))
+    assert other.plain(1).endswith(f"Passage: {passage}\nQuestion: Where is it?\nAnswer:")
+
+
 def test_too_few_examples_are_a_users_error():
     with pytest.raises(
         UserError, match=r"tasks.mmlu: a prompt shows 6 examples about old towns, .* only 5 .*choice_shots"
@@ -148,3 +198,7 @@ def test_shots_and_tokens_are_the_papers():
     asked = {name: (b.shots(settings), b.new_tokens(settings)) for name, b in BENCHMARKS.items()}
     assert asked.pop("squad_v2") == (1, 10)
     assert set(asked.values()) == {(5, 2)}
+    # Mistral's digits are two tokens, its letters one.
+    settings = TasksConfig(choice_tokens=1, piqa_tokens=2)
+    asked = {name: b.new_tokens(settings) for name, b in BENCHMARKS.items()}
+    assert asked == {"arc_challenge": 1, "commonsense_qa": 1, "piqa": 2, "mmlu": 1, "squad_v2": 10}

@@ -7,12 +7,14 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import REPOSITORY
 from task_files import DATA
 
 from dskd.errors import UserError
 from dskd.tasks.benchmarks import BENCHMARKS, Example
 from dskd.tasks.reading import read_examples
 
+SHARED = REPOSITORY.parent / "shared"
 FOLDERS = {
     "arc_challenge": "arc",
     "commonsense_qa": "commonsense_qa",
@@ -190,7 +192,7 @@ def test_mistakes_in_files_are_named_with_file_and_line(tmp_path):
         labels.write_text(f"0\n1\n\n{wrong}\n0\n", encoding="utf-8")
         _refused("piqa", "validation", piqa, f"{labels}:4: expected 0 or 1, which solution is right, found {wrong!r}")
     labels.write_bytes(b"0\n\xff\n")
-    _refused("piqa", "validation", piqa, f"{labels}: cannot be read as UTF-8 text")
+    _refused("piqa", "validation", piqa, f"{labels}: this is not UTF-8 text")
     labels.unlink()
     _refused("piqa", "validation", piqa, "put valid-labels.lst beside it")
 
@@ -259,3 +261,26 @@ def test_a_dataset_that_cannot_be_reached_is_named_with_what_to_do_instead(monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     _refused("mmlu", "test", "cais/no-such-data-set", "tasks.mmlu: split 'test' of", "and name their folder here")
+
+
+@pytest.mark.parametrize("name", sorted(FOLDERS))
+def test_compressed_files_have_the_examples_of_the_plain_ones(tmp_path, name):
+    split = BENCHMARKS[name].evaluated
+    shutil.copytree(DATA / FOLDERS[name], tmp_path / "zst")
+    for path in [path for path in (tmp_path / "zst").rglob("*") if path.is_file() and path.suffix != ".lst"]:
+        path.with_name(f"{path.name}.zst").write_bytes(pa.compress(path.read_bytes(), codec="zstd", asbytes=True))
+        path.unlink()
+    assert _read(name, split, tmp_path / "zst") == _read(name, split)
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real files are in ../shared/data, which is not there")
+@pytest.mark.parametrize(
+    ("name", "folder", "labels"), [("arc_challenge", "arc", 4), ("commonsense_qa", "csqa", 5), ("piqa", "piqa", 2)]
+)
+def test_the_published_files_are_read_whole(name, folder, labels):
+    (file,) = [
+        path for pattern in BENCHMARKS[name].files["validation"] for path in (SHARED / "data" / folder).glob(pattern)
+    ]
+    examples = _read(name, "validation", SHARED / "data" / folder)
+    assert len(examples) == sum(1 for line in file.read_text(encoding="utf-8").split("\n") if line.strip())
+    assert {answer for example in examples for answer in example.answers} == set(BENCHMARKS[name].labels[:labels])

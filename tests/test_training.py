@@ -34,7 +34,7 @@ from dskd.manifest import read_manifest
 from dskd.random_numbers import derived_seed
 from dskd.schedule import plan_schedule
 from dskd.tracking import read_runs
-from dskd.train import train
+from dskd.train import report_status, train
 
 pytestmark = pytest.mark.slow
 
@@ -215,6 +215,30 @@ def _sense_divergences(config, step, samples, vectors, states, target_states):
             )
             divergences.append(kl_divergence(p, q))
     return divergences
+
+
+def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(copy_of_tiny, capsys):
+    """A quarter of the rate for a quarter of the batch: the run of the whole rate, shown as such."""
+    whole = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
+    quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
+    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], **quarter})
+    shown = "peak learning rate 0.001, from 0.00025 at a batch of 2 (linear rule)"
+    assert shown in run_program("train.py", path).output
+    assert "peak learning rate 0.001;" in f"{run_program('train.py', whole).output};".replace("\n", ";")
+    assert losses_of(path) == losses_of(whole)
+    rates = dict(losses_of(path, "train/learning_rate"))
+    assert max(rates.values()) == pytest.approx(1e-3)
+    config = load_config(path)
+    (run,) = read_runs(config)
+    assert run.params["train.peak_learning_rate"] == "0.001"
+    capsys.readouterr()
+    assert report_status(config)
+    assert shown in capsys.readouterr().out
+    # The same run, given by its rate; and another one, of another batch's.
+    unset = ["train.learning_rate=1e-3", "train.learning_rate_batch_size=null"]
+    assert report_status(load_config(path, unset))
+    assert not report_status(load_config(path, ["train.learning_rate_batch_size=4"]))
+    assert "train.learning_rate: 0.001 then, 0.0005 now" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny, tmp_path):

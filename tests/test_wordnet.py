@@ -90,3 +90,72 @@ def test_there_are_forty_five_lexicographer_files():
     lines = wordnet._lexnames().splitlines()
     assert len(lines) == 45
     assert (lines[3], lines[5], lines[38]) == ("03\tnoun.Tops\t1", "05\tnoun.animal\t1", "38\tverb.motion\t2")
+
+
+def test_an_incomplete_folder_is_named_with_what_it_lacks_and_mending_it_helps(nowhere, bare, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(bare, folder)
+    (folder / "noun.exc").rename(tmp_path / "noun.exc")
+    with pytest.raises(UserError, match=rf"wordnet\.path: {folder} is not a complete .* lacks noun\.exc"):
+        open_wordnet(str(folder))
+    (tmp_path / "noun.exc").rename(folder / "noun.exc")
+    data = (folder / "index.adv").read_bytes()
+    (folder / "index.adv").write_bytes(b"junk junk junk\n" * 9)
+    with pytest.raises(UserError, match=rf"^{folder}: nltk cannot read this WordNet .* mend the files there"):
+        open_wordnet(str(folder))
+    (folder / "index.adv").write_bytes(data)
+    assert open_wordnet(str(folder)).origin == folder
+    (folder / "data.noun").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 15300280\n")
+    open_wordnet.cache_clear()
+    with pytest.raises(UserError, match=rf"{folder}.data\.noun: this is only a pointer of git"):
+        open_wordnet(str(folder))
+
+
+def test_an_incomplete_wordnet_of_nltks_is_named_and_not_passed_over(nowhere, bare, monkeypatch):
+    import nltk
+
+    folder = nowhere / "nltk_data" / "corpora" / "wordnet"
+    shutil.copytree(bare, folder)
+    (folder / "verb.exc").unlink()
+    nltk.data.path.append(str(nowhere / "nltk_data"))
+    monkeypatch.setattr(wordnet, "DICTIONARY_FOLDERS", (bare,))
+    with pytest.raises(UserError, match=rf"{folder}: this WordNet is incomplete: it lacks verb\.exc, lexnames"):
+        open_wordnet()
+
+
+def test_for_other_languages_nltks_wordnet_comes_before_debians(nowhere, bare, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(wordnet, "DICTIONARY_FOLDERS", (bare,))
+    assert open_wordnet().origin == bare
+    princetons = nowhere / "princetons" / "wordnet"
+    shutil.copytree(bare, princetons)
+    (princetons / "lexnames").write_text(wordnet._lexnames())
+    tried = []
+
+    def download(name, download_dir, **options):
+        tried.append(name)
+        shutil.make_archive(f"{download_dir}/corpora/{name}", "zip", princetons.parent, name)
+
+    monkeypatch.setattr(nltk, "download", download)
+    open_wordnet.cache_clear()
+    assert open_wordnet().origin == bare
+    assert not tried  # what was found once does for English
+    found = open_wordnet(other_languages=True).folder
+    assert tried == ["wordnet"]
+    assert found.name.startswith("wordnet-zip-")
+    open_wordnet.cache_clear()
+    assert open_wordnet(other_languages=True).folder == open_wordnet().folder == found
+    assert tried == ["wordnet"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no zip", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_damaged_zip_is_named(nowhere, content):
+    import nltk
+
+    archive = nowhere / "nltk_data" / "corpora" / "wordnet.zip"
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(content)
+    nltk.data.path.append(str(nowhere / "nltk_data"))
+    with pytest.raises(UserError, match=rf"{archive}: this zip file has no WordNet"):
+        open_wordnet()

@@ -5,14 +5,14 @@ import shutil
 import pytest
 from tiny_wordnet import write_wordnet
 
-from dskd import wordnet
-from dskd.config import Config
+from dskd.config import Config, LexiconConfig
 from dskd.errors import UserError
-from dskd.lexicon.build import build_lexicon, recipe
+from dskd.lexicon.build import build_lexicon, read_sources, recipe
 from dskd.lexicon.reading import Report
 from dskd.lexicon.relations import load_lexicon
 from dskd.lexicon.wordnet_relations import read_indirect_antonyms, read_other_language, read_wordnet
 from dskd.manifest import read_manifest
+from dskd.multilingual_wordnet import find_language
 from dskd.wordnet import open_wordnet
 
 
@@ -113,6 +113,46 @@ def test_malformed_lines_of_a_language_are_left_out_and_numbered(tiny_wordnet, t
     assert not words & {"auto", "rien"}
 
 
+def test_a_wordnet_with_other_offsets_is_refused_by_its_name(tiny_wordnet, tmp_path):
+    path = _write_french(tmp_path, tiny_wordnet, ["00613018-v\tfra:lemma\toublier", "00607780-v\tfra:lemma\tretenir"])
+    with pytest.raises(UserError) as error:
+        list(read_other_language(_open(tmp_path), "fra", Report()))
+    message = str(error.value)
+    for part in (
+        f"the WordNet in {tmp_path / 'dict'} is not the one",
+        f"2 of 2 verb lines of {path / 'fra' / 'wn-data-fra.tab'}",
+        "python -m nltk.downloader wordnet",
+        "wordnet.path",
+    ):
+        assert part in message
+
+
+def test_a_language_that_does_not_fit_is_refused_before_english_is_read(tiny_wordnet, tmp_path):
+    _write_french(tmp_path, tiny_wordnet, ["00613018-v\tfra:lemma\toublier"])
+    config = LexiconConfig(languages=("eng", "fra"))
+    with pytest.raises(UserError, match="is not the one"):
+        next(read_sources(config, str(tmp_path / "dict"), Report()))
+
+
+def test_joints_and_gaps_of_open_multilingual_wordnet_are_no_letters(tiny_wordnet, tmp_path):
+    lines = [
+        f"{tiny_wordnet['large']}\tcmn:lemma\t大+的",
+        f"{tiny_wordnet['large']}\tcmn:lemma\t巨大+的",
+        f"{tiny_wordnet['large']}\tcmn:lemma\tC++",
+        f"{tiny_wordnet['small']}\tcmn:lemma\t+小",
+        f"{tiny_wordnet['car']}\tcmn:lemma\tGAP!",
+        f"{tiny_wordnet['car']}\tcmn:lemma\t汽车",
+    ]
+    folder = tmp_path / "nltk" / "corpora" / "omw-1.4" / "cmn"
+    folder.mkdir(parents=True)
+    (folder / "wn-data-cmn.tab").write_text("\n".join(lines), encoding="utf-8")
+    report = Report()
+    relations = list(read_other_language(_open(tmp_path), "cmn", report))
+    assert _of(relations, "synonym") == _both(("大的", "巨大的"), ("大的", "C++"), ("巨大的", "C++"))
+    assert ("大的", "小") in _of(relations, "antonym")
+    assert report.dropped["gaps of Open Multilingual WordNet"] == 1
+
+
 def test_the_package_may_be_zipped(tiny_wordnet, tmp_path):
     package = _write_french(tmp_path, tiny_wordnet, package="omw-2.0")
     shutil.make_archive(str(package), "zip", package.parent, package.name)
@@ -158,4 +198,4 @@ def test_the_stage_names_each_wordnet_as_a_source(tiny_wordnet, tmp_path):
     before = recipe(config)
     path.write_text(path.read_text(encoding="utf-8").replace("torride", "tropical"), encoding="utf-8")
     assert recipe(config) != before
-    assert wordnet.find_language("fra").name == str(path)
+    assert find_language("fra").name == str(path)

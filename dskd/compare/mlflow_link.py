@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def mlflow_link(config: Config, runs: Sequence[TrackedRun]) -> MLflowLink:
         return MLflowLink(re.sub(r"://[^/@]*@", "://", uri).rstrip("/") + page, None)  # a browser asks for the password
     program = Path(sys.executable).with_name("mlflow")  # the one beside this Python: it need not be on the PATH
     shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
-    return MLflowLink(_LOCAL + page, f"{shown} ui --backend-store-uri {without_secrets(uri)}")
+    return MLflowLink(_LOCAL + page, shlex.join([str(shown), "ui", "--backend-store-uri", without_secrets(uri)]))
 
 
 def _as_parameter(values: Sequence[str]) -> str:

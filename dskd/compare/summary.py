@@ -4,6 +4,7 @@ from dskd.compare.comparison import Comparison, make_comparison
 from dskd.compare.pictures import draw_curves
 from dskd.compare.text import format_comparison
 from dskd.config import Config
+from dskd.errors import UserError
 
 PICTURE = "curves.png"
 
@@ -19,9 +20,12 @@ def compare(config: Config) -> str:
 
 
 def summarize(comparison: Comparison) -> str:
-    """The comparison as text; saves the picture of its curves beside the artifacts."""
+    """Returns the comparison as text; saves the picture of its curves in the work directory, if it may write there."""
     if not comparison.runs:
         return format_comparison(comparison, None)
     picture = comparison.config.path(PICTURE)
-    draw_curves(comparison, picture)
+    try:
+        draw_curves(comparison, picture)
+    except UserError as error:
+        return f"{format_comparison(comparison, None)}\n\nNo picture of the loss curves: {error}"
     return format_comparison(comparison, picture)

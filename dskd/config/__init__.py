@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
 from dskd.config.evaluation import TASKS, EvaluationConfig, TaskName, TasksConfig
 from dskd.config.models import StudentConfig, TeacherConfig, TeacherRecipe
-from dskd.config.section import Section
+from dskd.config.section import PathText, Section
 from dskd.config.training import LossConfig, PipelineConfig, TrackingConfig, TrainConfig
 
 __all__ = [
@@ -37,7 +37,16 @@ __all__ = [
 ]
 
 
+# Folders and files are called after runs, and file systems take names of 255 bytes: the rest is for what is added.
+LONGEST_RUN_NAME = 128
+
+
 def _not_reserved(name: str) -> str:
+    if len(name) > LONGEST_RUN_NAME:
+        raise ValueError(
+            f"a run's name has at most {LONGEST_RUN_NAME} characters, with the -sSEED of `seeds`, and this one has "
+            f"{len(name)}; shorten it"
+        )
     if name in ("teacher", "student"):
         raise ValueError(f"{name!r} is what the evaluation calls another model; choose another name for the run")
     return name
@@ -49,18 +58,38 @@ def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
+def _different_folders(runs: dict[str, Any]) -> dict[str, Any]:
+    seen: dict[str, str] = {}
+    for name in runs:
+        if (other := seen.setdefault(name.lower(), name)) != name:
+            raise ValueError(
+                f"{other!r} and {name!r} differ in capitals only, which some file systems do not tell apart; rename one"
+            )
+    return runs
+
+
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_not_reserved)]
 
 
 class Config(Section):
-    """The whole experiment. Paths that are not absolute start at the current directory."""
+    """The whole experiment. Paths that are not absolute start at the current directory.
 
-    workdir: str = Field(min_length=1, description="folder for every artifact of this experiment")
+    In paths of a config file, ~ and environment variables ($NAME or ${NAME}) are expanded; $$ is a dollar sign.
+    Top-level keys that begin with x- are for YAML anchors to be merged elsewhere (<<: *NAME), and mean nothing else.
+    """
+
+    workdir: PathText = Field(
+        min_length=1,
+        description="folder for every artifact of this experiment; here and in all other paths ~, $NAME and ${NAME} "
+        "are expanded, and $$ is a dollar sign",
+    )
     run: RunName = Field(
         "dskd",
         description="name of the run to train; not given: dskd where `runs` is empty or has it, else the first there",
     )
-    runs: dict[RunName, dict[str, Any]] = Field({}, description="runs by name, each with the keys in which it differs")
+    runs: Annotated[dict[RunName, dict[str, Any]], AfterValidator(_different_folders)] = Field(
+        {}, description="runs by name, each with the keys in which it differs"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random choice, except those of tasks.seed")
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], AfterValidator(_each_once)] = Field(
         (), description="train each run with each of these, as RUN-s0, …; what all share is made with the first"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dskd.config.evaluation import TASKS, TaskName
-from dskd.config.section import Section
+from dskd.config.section import PathText, Section
 
 _KEYS_OF_SOURCES = {
     "files": ("train", "validation"),
@@ -27,15 +27,15 @@ class CorpusConfig(Section):
         description="with source: tasks. Benchmarks whose training splits become few-shot prompts (docs/method.md, "
         "section 4)",
     )
-    train: tuple[str, ...] = Field(
+    train: tuple[PathText, ...] = Field(
         (),
-        description="with source: files. Paths, folders or globs of .txt and .jsonl (also .gz), .parquet, and folders "
-        "of MDS shards",
+        description="with source: files. Paths, folders or globs of .txt, .jsonl and .json (also .gz, .zst, .bz2, "
+        ".xz), .parquet, .arrow, and folders of MDS shards or of Dataset.save_to_disk",
     )
-    validation: tuple[str, ...] = Field(
+    validation: tuple[PathText, ...] = Field(
         (), description="with source: files. Held-out files; empty: a share of the training documents"
     )
-    dataset: str | None = Field(None, description="with source: huggingface. Its name on the hub, or a folder")
+    dataset: PathText | None = Field(None, description="with source: huggingface. Its name on the hub, or a folder")
     dataset_config: str | None = Field(None, description="configuration of the dataset, where it has several")
     dataset_revision: str | None = Field(None, description="branch, tag or commit of a dataset on the hub")
     train_split: str = Field("train", min_length=1, description="split of the dataset to train on")
@@ -76,12 +76,13 @@ class CorpusConfig(Section):
 class WordNetConfig(Section):
     """Where WordNet lies."""
 
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="folder with WordNet's dictionary files (data.noun, index.noun, …); null: search"
     )
 
 
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}$")]
+Affix = Annotated[str, Field(pattern=r"^([a-z]+-|-[a-z]+)$")]
 
 
 class LexiconConfig(Section):
@@ -95,14 +96,21 @@ class LexiconConfig(Section):
         ("eng",),
         description="WordNet's languages, as ISO 639-3 codes; others than eng need Open Multilingual WordNet",
     )
-    wiktionary: tuple[str, ...] = Field((), description="files of Wiktextract (kaikki.org), .jsonl or .jsonl.gz")
+    wiktionary: tuple[PathText, ...] = Field((), description="files of Wiktextract (kaikki.org), .jsonl or .jsonl.gz")
     wiktionary_language: str = Field(
         "English", min_length=1, description="language of the entries to read, their `lang`"
     )
-    dict2vec: tuple[str, ...] = Field((), description="pair lists of Dict2Vec, two synonyms in a line")
-    tsv: tuple[str, ...] = Field((), description="your own lists of WORD<TAB>synonym|antonym<TAB>WORD; # is a comment")
-    morpholex: str | None = Field(
+    dict2vec: tuple[PathText, ...] = Field((), description="pair lists of Dict2Vec, two synonyms in a line")
+    tsv: tuple[PathText, ...] = Field(
+        (), description="your own lists of WORD<TAB>synonym|antonym<TAB>WORD; # is a comment"
+    )
+    morpholex: PathText | None = Field(
         None, description="file of MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
+    )
+    negating_affixes: tuple[Affix, ...] = Field(
+        ("un-", "dis-", "non-", "im-", "anti-", "-less"),
+        description="with morpholex: its labels of affixes that negate, prefixes as un-, suffixes as -less. im- is its "
+        "label of the negating in-, il- and ir- too, in- is that of into (docs/method.md, section 1)",
     )
 
     @model_validator(mode="after")
@@ -121,7 +129,7 @@ class LexiconConfig(Section):
 class SensesConfig(Section):
     """How the sense dictionary is built (docs/method.md, section 2)."""
 
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="folder of a finished dictionary to use instead, such as `dskd senses merge` writes"
     )
     key: Literal["predicted", "target"] = Field(

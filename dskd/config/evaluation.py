@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from dskd.config.section import Section
+from dskd.config.section import PathText, Section
 
 TaskName = Literal["arc_challenge", "commonsense_qa", "piqa", "mmlu", "squad_v2"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
@@ -17,12 +17,12 @@ class EvaluationConfig(Section):
     batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass")
     samples: int = Field(4, ge=0, description="number of held-out texts that every model continues; 0: none")
     sample_tokens: int = Field(24, ge=1, description="number of tokens of each continuation, chosen greedily")
-    wic: str | None = Field(
+    wic: PathText | None = Field(
         None,
         description="with --lexical. File NAME.data.txt of Words in Context as published, NAME.gold.txt beside it. Use "
         "one for all runs that are compared: with another, or none, lexical measures are of other data",
     )
-    wic_threshold: str | None = Field(
+    wic_threshold: PathText | None = Field(
         None, description="with wic. Another such file, of the training split say, on which the threshold is chosen"
     )
 
@@ -46,17 +46,29 @@ class TasksConfig(Section):
     Each is a folder with the benchmark's files, as published or as on the hub, or the name of a dataset of the hub.
     """
 
-    arc_challenge: str = Field("allenai/ai2_arc", min_length=1, description="folder or dataset of ARC-Challenge")
-    commonsense_qa: str = Field("tau/commonsense_qa", min_length=1, description="folder or dataset of CommonsenseQA")
-    piqa: str = Field("baber/piqa", min_length=1, description="folder or dataset of PIQA")
-    mmlu: str = Field("cais/mmlu", min_length=1, description="folder or dataset of MMLU")
-    squad_v2: str = Field("rajpurkar/squad_v2", min_length=1, description="folder or dataset of SQuAD v2")
+    arc_challenge: PathText = Field("allenai/ai2_arc", min_length=1, description="folder or dataset of ARC-Challenge")
+    commonsense_qa: PathText = Field(
+        "tau/commonsense_qa", min_length=1, description="folder or dataset of CommonsenseQA"
+    )
+    piqa: PathText = Field("baber/piqa", min_length=1, description="folder or dataset of PIQA")
+    mmlu: PathText = Field("cais/mmlu", min_length=1, description="folder or dataset of MMLU")
+    squad_v2: PathText = Field("rajpurkar/squad_v2", min_length=1, description="folder or dataset of SQuAD v2")
     evaluate: tuple[TaskName, ...] = Field(
         (), description="benchmarks that all models are evaluated on at the end of launcher/pipeline.py"
     )
     choice_shots: int = Field(5, ge=0, description="number of examples in a prompt, in all tasks but squad_v2")
     squad_shots: int = Field(1, ge=0, description="number of examples in a prompt of squad_v2")
+    squad_shots_from: Literal["other_passages", "same_passage"] = Field(
+        "other_passages",
+        description="where the examples of squad_v2 are from. other_passages: of the training split, drawn at random; "
+        "same_passage: answerable questions about the question's own passage, or none if it has none (the paper)",
+    )
     choice_tokens: int = Field(2, ge=1, description="largest number of tokens in an answer, in all tasks but squad_v2")
+    piqa_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="the same in piqa, whose digits are two tokens for some tokenizers; null: choice_tokens",
+    )
     squad_tokens: int = Field(10, ge=1, description="largest number of tokens in an answer in squad_v2")
     limit: int | None = Field(
         None, ge=1, description="number of examples, drawn at random, per task (mmlu: per subject); null: all"

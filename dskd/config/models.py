@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dskd.config.section import Section
+from dskd.config.section import PathText, Section
 
 
 class TeacherRecipe(Section):
@@ -31,7 +31,7 @@ class TeacherRecipe(Section):
 class TeacherConfig(Section):
     """The frozen decoder that is distilled; either `path` or `train_from_scratch`."""
 
-    path: str | None = Field(None, description="Hugging Face folder or model name of the teacher")
+    path: PathText | None = Field(None, description="Hugging Face folder or model name of the teacher")
     revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
     trust_remote_code: bool = Field(False, description="run code that comes with the model: only for one you trust")
     mode: Literal["resident", "zero3", "cached"] = Field(
@@ -42,7 +42,7 @@ class TeacherConfig(Section):
     offload: Literal["none", "cpu", "nvme"] = Field(
         "cpu", description="with mode: zero3. Where a rank keeps its share: on the device, in memory, on disk"
     )
-    nvme_path: str | None = Field(None, description="with offload: nvme. Node-local folder for the shares")
+    nvme_path: PathText | None = Field(None, description="with offload: nvme. Node-local folder for the shares")
     train_from_scratch: TeacherRecipe | None = Field(None, description="train a small teacher on the corpus instead")
 
     @model_validator(mode="after")

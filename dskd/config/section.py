@@ -1,8 +1,12 @@
 """What every section of a configuration is."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict
+
+EXPANDED = "environment variables are expanded"
+# A path in a config file, in which $NAME and ${NAME} stand for environment variables (dskd/config_file.py).
+PathText = Annotated[str, EXPANDED]
 
 
 class Section(BaseModel):

@@ -1,11 +1,12 @@
 """The sections of training: `loss`, `train`, `tracking`, and `pipeline`, which starts it and all else."""
 
+import math
 import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dskd.config.section import Section
+from dskd.config.section import PathText, Section
 
 _KEYS_OF_SENSE_FORMS = {
     "distance": ("margin", "relative_margin", "synonym_weight", "antonym_weight"),
@@ -128,6 +129,17 @@ class TrainConfig(Section):
     """Optimizer, batches, checkpoints and loading."""
 
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    learning_rate_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="global_batch_size that learning_rate is meant for; with another one the peak is scaled by "
+        "learning_rate_rule. null: learning_rate is the peak, whatever the batch",
+    )
+    learning_rate_rule: Literal["linear", "square_root"] = Field(
+        "linear",
+        description="with learning_rate_batch_size. What the peak grows with when the batch does. linear: the batch, "
+        "so that rate × steps of an epoch stays the same; square_root: its square root, the usual advice for Adam",
+    )
     weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
     warmup_share: float = Field(0.1, ge=0, lt=1, description="share of steps that warm up; a cosine to 0 follows")
     epochs: float = Field(2.0, gt=0, description="number of passes over the shards, where `steps` is not given")
@@ -141,8 +153,8 @@ class TrainConfig(Section):
     keep_last: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
     keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are never removed")
     num_workers: int = Field(2, ge=0, description="number of loader processes of each rank")
-    shard_cache: str | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
-    shard_remote: Annotated[str, AfterValidator(_remote_folder)] | None = Field(
+    shard_cache: PathText | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
+    shard_remote: Annotated[PathText, AfterValidator(_remote_folder)] | None = Field(
         None,
         description="place to read shards from instead of WORKDIR/shards: a copy of that folder, such as "
         "s3://BUCKET/shards; WORKDIR keeps their manifests",
@@ -159,12 +171,45 @@ class TrainConfig(Section):
         1800, ge=10, description="seconds a rank waits in a collective operation before it exits with an error"
     )
 
+    @model_validator(mode="after")
+    def _rule_needs_a_batch(self) -> "TrainConfig":
+        if self.learning_rate_batch_size is None and self.learning_rate_rule != "linear":
+            raise ValueError(
+                f"learning_rate_rule: {self.learning_rate_rule} needs train.learning_rate_batch_size, the batch that "
+                "learning_rate is meant for; give it, or remove the rule"
+            )
+        return self
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The rate at the end of the warm-up: `learning_rate`, scaled to the batch when it is meant for another one.
+
+        `linear` is the rule of the paper's program (docs/method.md, section 4); `square_root` keeps the noise of Adam's
+        steps alike (Malladi et al., arXiv 2205.10287, who also change its other constants).
+        """
+        if self.learning_rate_batch_size is None:
+            return self.learning_rate
+        ratio = self.global_batch_size / self.learning_rate_batch_size
+        return self.learning_rate * (ratio if self.learning_rate_rule == "linear" else math.sqrt(ratio))
+
+
+def _without_variables(uri: str) -> str:
+    if found := re.search(r"\$(\w+|\{\w+\})", uri):
+        raise ValueError(
+            f"{found[0]} is not expanded here, because the address is kept with every run; write the address itself "
+            "(%24 is a dollar sign), and give MLflow credentials in MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
+    return uri
+
 
 class TrackingConfig(Section):
     """What goes to MLflow."""
 
     enabled: bool = Field(True, description="track runs in MLflow")
-    uri: str | None = Field(None, description="tracking URI; null: a sqlite database in the work directory")
+    uri: Annotated[str, AfterValidator(_without_variables)] | None = Field(
+        None, description="tracking URI; null: a sqlite database in the work directory"
+    )
     experiment: str = Field("dskd", min_length=1, description="name of the MLflow experiment that the runs belong to")
     parent: str | None = Field(
         None,

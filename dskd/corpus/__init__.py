@@ -1,6 +1,7 @@
 """Text to documents: `WORKDIR/corpus`.
 
-build  the stage: WordNet's text, files, a dataset or benchmarks to documents, split into training and held-out ones
-files  documents of .txt, .jsonl, .parquet and MDS folders
-hub    documents of a Hugging Face dataset
+build    the stage: WordNet's text, files, a dataset or benchmarks to documents, split into training and held-out ones
+finding  paths, folders and globs to files of text, and what is left out
+files    documents of a file: text, JSON, Parquet, Arrow or MDS (opening, records, tables)
+hub      documents of a Hugging Face dataset
 """

@@ -5,6 +5,7 @@ both sides.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dskd.config import Config, CorpusConfig
-from dskd.console import progress, progress_bar, say, stage
-from dskd.corpus import files, hub
-from dskd.corpus.files import Document, expand, read_file
+from dskd.console import progress, progress_bar, say, stage, warn
+from dskd.corpus import hub
+from dskd.corpus.files import Document, read_file
+from dskd.corpus.finding import Found, find_files, fingerprint
 from dskd.corpus.hub import read_dataset
 from dskd.errors import UserError
 from dskd.manifest import Recipe, build_artifact
@@ -28,6 +30,8 @@ SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
 _TASKS_SCHEMA = _SCHEMA.append(pa.field("continuation_tokens", pa.int32()))
 BATCH_DOCUMENTS = 1000
+_BATCH_CHARACTERS = 32_000_000  # of documents in memory: books do not wait until there are a thousand of them
+_SHOWN = 20
 _READ_KEYS = (
     "source",
     "train",
@@ -52,8 +56,8 @@ def recipe(config: Config) -> Recipe:
     elif corpus.source == "tasks":
         inputs = tasks.fingerprint(config)
     else:
-        paths = [*_find(config, "train"), *_find(config, "validation")]
-        inputs = {str(path): files.fingerprint(path) for path in paths}
+        paths = [*_find(config, "train").files, *_find(config, "validation").files]
+        inputs = {str(path): fingerprint(path) for path in paths}
     return Recipe("corpus", inputs, {key: corpus.as_dict()[key] for key in _READ_KEYS})
 
 
@@ -69,6 +73,9 @@ def build_corpus(config: Config) -> None:
     }[corpus.source]
     with stage("corpus: text to documents", reads=sources, writes=target):
         wanted = recipe(config)
+        for key in ("train", "validation") if corpus.source == "files" else ():
+            if getattr(corpus, key):
+                say("\n".join([f"  corpus.{key}:", *_find(config, key).describe()]))
         with build_artifact(target, wanted) as building:
             counts = _write_splits(building.folder, _read_documents(config), corpus)
             for split in SPLITS:
@@ -77,6 +84,7 @@ def build_corpus(config: Config) -> None:
                         f"the corpus has no {split} documents (read from {', '.join(sources)}); "
                         + ("add text" if split == "train" else "add text, or raise corpus.validation_share")
                     )
+            _require_unchanged(wanted, recipe(config))
             building.facts["documents"] = counts
         say(f"  {counts['train']:,} documents for training, {counts['validation']:,} held out")
 
@@ -89,6 +97,13 @@ def read_texts(config: Config, split: str) -> Iterator[str]:
 def read_continuation_tokens(config: Config, split: str) -> Iterator[int] | None:
     """By how many tokens the teacher may go on with each text at most; None where that is the same for all."""
     return _read_column(config, split, "continuation_tokens") if config.corpus.source == "tasks" else None
+
+
+def name_of_document(config: Config, split: str, number: int) -> str:
+    """The name of a document of `WORKDIR/corpus` by its number, from 0."""
+    names = _read_column(config, split, "document")
+    name: str = next(itertools.islice(names, number, None))
+    return name
 
 
 def _read_column(config: Config, split: str, name: str) -> Iterator[Any]:
@@ -145,17 +160,36 @@ def _sources(config: Config) -> tuple[Iterator[Document], Iterator[Document] | N
 
 
 def _read_files(config: Config, key: str) -> Iterator[Document]:
-    for path in _find(config, key):
-        yield from read_file(path, config.corpus.text_field)
+    without: list[str] = []
+    for path in _find(config, key).files:
+        documents = read_file(path, config.corpus.text_field)
+        first = next(documents, None)
+        if first is None:
+            without.append(str(path))
+        else:
+            yield first
+            yield from documents
+    if without:
+        shown = ", ".join(without[:_SHOWN]) + (", …" if len(without) > _SHOWN else "")
+        warn(f"corpus.{key}: {len(without):,} files have no document: {shown}")
 
 
-def _find(config: Config, key: str) -> list[Path]:
-    return expand(getattr(config.corpus, key), f"corpus.{key}", workdir=config.path())
+def _require_unchanged(before: Recipe, after: Recipe) -> None:
+    changed = [name for name in {**before.inputs, **after.inputs} if before.inputs.get(name) != after.inputs.get(name)]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed[:_SHOWN])}: changed while it was read; start again when nothing writes there any more"
+        )
+
+
+def _find(config: Config, key: str) -> Found:
+    return find_files(getattr(config.corpus, key), f"corpus.{key}", workdir=config.path())
 
 
 def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpus: CorpusConfig) -> dict[str, int]:
     counts = dict.fromkeys(SPLITS, 0)
     pending: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    characters = dict.fromkeys(SPLITS, 0)
     schema = _TASKS_SCHEMA if corpus.source == "tasks" else _SCHEMA
     writers = {split: pq.ParquetWriter(folder / f"{split}.parquet", schema, compression="zstd") for split in SPLITS}
 
@@ -166,17 +200,18 @@ def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpu
             "continuation_tokens": [document.continuation_tokens for document in pending[split]],
         }
         writers[split].write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema))
+        bar.update(len(pending[split]))
         pending[split].clear()
+        characters[split] = 0
 
     with progress_bar(total=None, label="reading", unit="documents") as bar:
         for split, document in documents:
             counts[split] += 1
             pending[split].append(document)
-            if len(pending[split]) == BATCH_DOCUMENTS:
+            characters[split] += len(document.text)
+            if len(pending[split]) == BATCH_DOCUMENTS or characters[split] >= _BATCH_CHARACTERS:
                 flush(split)
-                bar.update(BATCH_DOCUMENTS)
         for split in SPLITS:
-            bar.update(len(pending[split]))
             flush(split)
             writers[split].close()
     return counts

@@ -9,7 +9,9 @@ from typing import Any
 
 from dskd import manifest
 from dskd.config import CorpusConfig
-from dskd.corpus.files import Document, as_documents, text_of
+from dskd.corpus.files import Document, as_documents
+from dskd.corpus.finding import DATASET_SPLITS, DATASET_STATE
+from dskd.corpus.records import text_of
 from dskd.errors import UserError
 from dskd.manifest import digest_of_json
 
@@ -43,10 +45,10 @@ def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
     yield from as_documents(name, _texts(rows, corpus.text_field, name))
 
 
-def _texts(rows: Iterator[Any], text_field: str, name: str) -> Iterator[tuple[int, str]]:
+def _texts(rows: Iterator[Any], text_field: str, name: str) -> Iterator[tuple[int, str | None]]:
     for number, row in enumerate(rows):
-        if text_field not in row or row[text_field] is not None:
-            yield number, text_of(row, text_field, f"{name}:{number}")
+        is_null = text_field in row and row[text_field] is None
+        yield number, None if is_null else text_of(row, text_field, f"{name}:{number}")
 
 
 def read_rows(
@@ -81,6 +83,13 @@ def read_rows(
             f"`pip install 'datasets>=4,<6'`, {instead}"
         ) from None
     folder = Path(dataset).expanduser()
+    if (folder / DATASET_STATE).is_file() or (folder / DATASET_SPLITS).is_file():
+        remedy = (
+            f"set corpus.source: files and corpus.train: [{folder}], which reads it"
+            if key == "corpus.dataset"
+            else "write it as Parquet files"
+        )
+        raise UserError(f"{key}: {folder} was written by save_to_disk, which load_dataset does not read; {remedy}")
     try:
         loaded = load_dataset(
             str(folder) if folder.is_dir() else dataset, config, split=split, revision=revision, streaming=True

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dskd.folders import make_folder, replaced_file
+from dskd.errors import UserError
+from dskd.folders import DISK_IS_FULL, replaced_file
 
 _BAR_WIDTH = 40
 _DPI = 150
@@ -66,11 +67,19 @@ def save_figure(figure: object, path: Path) -> None:
     """Writes a figure as PNG.
 
     Raises:
-        UserError: when the folder cannot be written to.
+        UserError: if the place cannot be written to; a full disk remains an OSError.
     """
-    make_folder(path.parent)
-    with replaced_file(path) as new:
-        figure.savefig(new, dpi=_DPI, format="png")  # type: ignore[attr-defined]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as new:
+            figure.savefig(new, dpi=_DPI, format="png")  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.errno in DISK_IS_FULL:
+            raise
+        raise UserError(
+            f"{path}: the picture cannot be written there ({error.strerror}); set workdir to a folder you may write "
+            "(`dskd inspect plot`: or name a file with --output), or leave the picture out"
+        ) from None
 
 
 def _bar(count: int, most: int) -> int:

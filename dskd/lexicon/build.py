@@ -21,7 +21,8 @@ from dskd.lexicon.tsv import read_tsv
 from dskd.lexicon.wiktionary import read_wiktionary
 from dskd.lexicon.wordnet_relations import ENGLISH, read_indirect_antonyms, read_other_language, read_wordnet
 from dskd.manifest import Recipe, build_artifact, fingerprint, sha256_of_file
-from dskd.wordnet import find_language, open_wordnet
+from dskd.multilingual_wordnet import find_language
+from dskd.wordnet import WordNet, open_wordnet
 
 # Config key -> what a file under it has to be.
 _FILES = {
@@ -43,7 +44,7 @@ def recipe(config: Config) -> Recipe:
     for key, path in _files(lexicon):
         inputs[f"{key}:{path}"] = sha256_of_file(path) if key == "tsv" else fingerprint(path)
     if lexicon.wordnet:
-        inputs["wordnet"] = open_wordnet(config.wordnet.path).digest
+        inputs["wordnet"] = _open_wordnet(lexicon, config.wordnet.path).digest
         for code in lexicon.languages:
             if code != ENGLISH:
                 inputs[f"wordnet:{code}"] = find_language(code).digest
@@ -62,17 +63,21 @@ def build_lexicon(config: Config) -> None:
             morpholex = read_morpholex(Path(name).expanduser(), report) if name else None
             pairs = Pairs(read_sources(config.lexicon, config.wordnet.path, report), report.dropped)
             if morpholex is not None:
-                negation = find_negation(morpholex.words, pairs.words())
+                words = pairs.words()
+                negation = find_negation(morpholex.words, words, config.lexicon.negating_affixes)
+                pairs = Pairs(negation.apply(pairs), report.dropped)
+                negation.write(building.folder)
                 building.facts["negation"] = {
                     "morpholex_words": len(morpholex.words),
                     "morpholex_repeated": morpholex.repeated,
+                    **negation.facts(),
                 }
-                pairs = Pairs(negation.apply(pairs), report.dropped)
-                negation.write(building.folder)
-                building.facts["negation"] |= negation.facts()
             relations = pairs.resolved()
             if not relations:
                 raise UserError(f"the sources of the lexicon ({', '.join(sources)}) give no pair of words")
+            if morpholex is not None:
+                heads = {relation.head for relation in relations}
+                building.facts["negation"] |= {"words_before": len(words), "words_gone": len(words - heads)}
             write_relations(building.folder / FILE, relations)
             by_relation, by_source = count_pairs(relations)
             building.facts.update(
@@ -88,8 +93,9 @@ def read_sources(config: LexiconConfig, wordnet_path: str | None, report: Report
     for path in own:
         yield from read_tsv(path, _list_name(path, own), report)
     if config.wordnet:
-        wordnet = open_wordnet(wordnet_path)
-        for code in dict.fromkeys(config.languages):
+        wordnet = _open_wordnet(config, wordnet_path)
+        # Other languages first: a WordNet that does not fit them is found at once.
+        for code in sorted(set(config.languages), key=lambda code: (code == ENGLISH, code)):
             yield from read_wordnet(wordnet) if code == ENGLISH else read_other_language(wordnet, code, report)
         if config.indirect_antonyms:
             yield from read_indirect_antonyms(wordnet)
@@ -98,6 +104,10 @@ def read_sources(config: LexiconConfig, wordnet_path: str | None, report: Report
             yield from read_wiktionary(path, config.wiktionary_language, report)
         elif key == "dict2vec":
             yield from read_dict2vec(path, report)
+
+
+def _open_wordnet(config: LexiconConfig, path: str | None) -> WordNet:
+    return open_wordnet(path, other_languages=any(code != ENGLISH for code in config.languages))
 
 
 def _list_name(path: Path, own: list[Path]) -> str:
@@ -137,7 +147,13 @@ def _say(facts: dict[str, Any]) -> None:
     say("  dropped " + ", ".join(f"{number:,} {why}" for why, number in dropped.items()))
     if "negation" in facts:
         found = facts["negation"]
+        affixes = ", ".join(f"{affix} {count:,}" for affix, count in found["bases_by_affix"].items())
         say(
             f"  negation: {found['flips']:,} pairs changed their relation ({FLIPS_FILE}), both directions counted, and "
-            f"{found['bases']:,} words were replaced by their bases ({BASES_FILE}); {found['cycles']:,} cycles cut"
+            f"{found['bases']:,} words were replaced by their bases ({BASES_FILE}; by affix: "
+            f"{affixes or 'none'})"
+        )
+        say(
+            f"  {found['words_gone']:,} of the {found['words_before']:,} words that the sources relate have none left, "
+            "mostly because their bases stand for them"
         )

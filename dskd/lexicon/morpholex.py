@@ -13,11 +13,13 @@ from typing import Any
 
 from openpyxl import load_workbook
 
-from dskd.console import progress
+from dskd.console import progress, warn
 from dskd.errors import UserError, listed
 from dskd.lexicon.reading import MalformedError, Report
+from dskd.pointers import refuse_pointer_beginning
 
 WORD, SEGMENTATION = "Word", "MorphoLexSegm"
+_EXPECTED = "words with a segmentation"
 _MORPHEME = re.compile(r"<(?P<prefix>[^<>(){}]+)<|\((?P<root>[^<>(){}]+)\)|>(?P<suffix>[^<>(){}]+)>|[{}]")
 
 
@@ -61,15 +63,18 @@ def parse_segmentation(text: str) -> Segmentation:
 
 
 def read_morpholex(path: Path, report: Report) -> MorphoLex:
-    """The words of all sheets. Rows without a word or a segmentation go into the report, by sheet.
+    """Reads the words of all sheets. Rows without a word or a segmentation go into the report, by sheet.
+
+    A sheet most of whose rows are malformed is left out whole and named in a warning, as long as another one is good.
 
     Raises:
-        UserError: when the file is no workbook, no sheet has both columns, or most rows of a sheet are malformed.
+        UserError: when the file is no workbook, no sheet has both columns, or all that have are mostly malformed.
     """
     words: dict[str, Segmentation] = {}
     repeated = 0
     headers: dict[str, list[str]] = {}
-    tables = 0
+    good = 0
+    odd: list[str] = []
     with path.open("rb") as stream:
         workbook = _open(stream, path)
         for sheet in workbook.worksheets:
@@ -80,22 +85,30 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
             headers[sheet.title] = header
             if WORD not in header or SEGMENTATION not in header:
                 continue
-            tables += 1
             place = [None if cell is None else str(cell).strip() for cell in first]
             columns = place.index(WORD), place.index(SEGMENTATION)
             name, count = f"{path}[{sheet.title}]", 0
+            entries = []
             for number, row in progress(rows, total=None, label=f"reading {path.name} {sheet.title}", unit="rows"):
                 count += 1
                 try:
-                    word, segmentation = _entry(row, columns)
+                    entries.append(_entry(row, columns))
                 except MalformedError as malformed:
                     report.add_malformed(name, number, str(malformed))
-                    continue
+            if report.is_mostly_malformed(name, count):
+                odd.append(f"{name}: {report.describe(name, count, _EXPECTED)}")
+                continue
+            good += 1
+            report.finish(name, count, _EXPECTED)
+            for word, segmentation in entries:
                 repeated += word in words
                 words.setdefault(word, segmentation)
-            report.finish(name, count, "words with a segmentation")
         workbook.close()
-    if not tables:
+    if odd and not good:
+        raise UserError(listed(f"{path}: no sheet has words with a segmentation; name the workbook of MorphoLEX", odd))
+    for sheet_problem in odd:
+        warn(f"{sheet_problem}; the whole sheet is left out")
+    if not good:
         found = [f"{title}: {', '.join(header) or 'empty'}" for title, header in headers.items()]
         raise UserError(
             listed(f"{path}: no sheet has the columns {WORD} and {SEGMENTATION}; name the workbook of MorphoLEX", found)
@@ -104,6 +117,9 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
 
 
 def _open(stream: Any, path: Path) -> Any:
+    beginning = stream.read(256)
+    stream.seek(0)
+    refuse_pointer_beginning(beginning, path)
     try:
         return load_workbook(stream, read_only=True, data_only=True)
     except Exception as error:  # openpyxl raises what the damage makes it raise

@@ -1,34 +1,37 @@
 """Negation polarity (docs/method.md, section 1): a word with a negating affix counts as its base with polarity -1.
 
-*Which affix.* The prefix that begins the word, or the suffix that ends it, when it is one of the negating ones; where
-both are, the prefix is tried first. An affix further inside negates a part of the word, not the word.
+*Which affix.* The prefix that begins the word, or the suffix that ends it, when MorphoLEX's label of it is one of
+`lexicon.negating_affixes`; when both are, the prefix is tried first. An affix further inside negates a part of the
+word, not the word. A label has several spellings: MorphoLEX writes the in- of *invisible*, *illegal* and *irregular* as
+`<im<`, and the in- of *inside*, which is no negation, as `<in<`.
 
-*Which base.* The word without the affix's letters, when that is a known word (one of MorphoLEX, or of the relations);
-otherwise, when the negating affix is the only affix, the root, when that is one (penniless, penni, penny). A word
-without a known base is left as it is. Words are compared in lower case; a base is spelled as the relations spell it
-(un-American, American).
+*Which base.* The word without the affix as the word spells it, when that is a known word: one of the relations, or of
+MorphoLEX unless the relations spell it with a capital only (*Cline* is no base of *decline*). An i before a suffix may
+stand for a y (penniless, penny). A word without a known base is left as it is, and so are those in
+:mod:`dskd.lexicon.not_negated`. Words are compared in lower case.
 
-*Chains and cycles.* A base may be negated itself: it is followed to the end, and polarities are multiplied. A chain
-that comes back to itself is a cycle: the words on it keep themselves, with polarity 1, and words that lead into it end
-where they reach it.
+*Chains.* A base may be negated itself: it is followed to the end, and polarities are multiplied. Every base is shorter
+than its word, so no chain comes back to itself.
 
 *Pairs.* Each negated word is replaced by its base. When the polarities of the two words multiply to -1, synonym becomes
 antonym and antonym becomes synonym: a flip. (happy, unhappy, antonym) becomes (happy, happy, synonym): a self-pair.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dskd.lexicon.morpholex import Segmentation
+from dskd.lexicon.not_negated import is_not_negated
 from dskd.lexicon.relations import RELATIONS, Relation
 
-NEGATING_PREFIXES = frozenset(("un", "dis", "non", "in", "im", "il", "ir", "anti", "de", "a", "an"))
-NEGATING_SUFFIXES = frozenset(("less", "free"))
+# MorphoLEX's labels that words spell in several ways; every other label is spelled as it is.
+SPELLINGS = {"im-": ("in", "im", "il", "ir", "ig"), "a-": ("an", "a")}
 FLIPS_FILE, BASES_FILE = "flips.parquet", "bases.parquet"
 FLIPS_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("head", "tail", "relation", "source", "head_base", "tail_base", "new_relation")]
@@ -64,7 +67,6 @@ class Negation:
     """The bases of all negated words, and what they have done to the relations that went through :meth:`apply`."""
 
     bases: Mapping[str, Base]
-    cycles: int
     flips: set[Flip] = field(default_factory=set)  # both directions of every pair
     acted: set[str] = field(default_factory=set)  # the negated words that stood in a pair
     kept: int = 0  # pairs of which a word was replaced and the relation stayed, as given
@@ -92,9 +94,17 @@ class Negation:
                 self.kept += 1
             yield Relation(head, tail, kind, relation.source)
 
-    def facts(self) -> dict[str, int]:
-        """Counts for people: flips in both directions, pairs with words replaced but no flip, bases, and cycles."""
-        return {"flips": len(self.flips), "kept": self.kept, "bases": len(self.acted), "cycles": self.cycles}
+    def facts(self) -> dict[str, Any]:
+        """Returns counts for people: flips in both directions, pairs with words replaced but no flip, the words
+        replaced in all and by affix.
+        """
+        affixes = Counter(self.bases[word].affix for word in self.acted)
+        return {
+            "flips": len(self.flips),
+            "kept": self.kept,
+            "bases": len(self.acted),
+            "bases_by_affix": dict(affixes.most_common()),
+        }
 
     def write(self, folder: Path) -> None:
         """Writes `flips.parquet` and `bases.parquet`, both sorted."""
@@ -111,69 +121,53 @@ class Negation:
         pq.write_table(pa.table(table, schema=BASES_SCHEMA), folder / BASES_FILE, compression="zstd")
 
 
-def find_negation(words: Mapping[str, Segmentation], known: Iterable[str]) -> Negation:
-    """The bases of all words, followed to their ends.
+def find_negation(words: Mapping[str, Segmentation], related: Iterable[str], affixes: Iterable[str]) -> Negation:
+    """Finds the bases of all words, followed to their ends.
 
     Args:
         words: MorphoLEX, in lower case.
-        known: the words of the relations; the words of MorphoLEX are known as well.
+        related: the words of the relations, as they spell them.
+        affixes: the negating ones, as `lexicon.negating_affixes` has them (`un-`, `-less`).
     """
-    # Where a word is spelled in several ways the one in lower case counts, then the last in alphabetical order.
-    spelled = {word.lower(): word for word in sorted(known)}
-    spelled |= {word: word for word in known if word == word.lower()}
+    related = set(related)
+    in_lower_case = {word for word in related if word == word.lower()}
+    names = {word.lower() for word in related} - in_lower_case
+    known = in_lower_case | (words.keys() - names)
+    negating = {affix: SPELLINGS.get(affix, (affix.strip("-"),)) for affix in affixes}
     steps = {}
     for word, segmentation in words.items():
-        step = _step(word, segmentation, words, spelled)
+        step = _step(word, segmentation, known, negating)
         if step is not None:
             steps[word] = step
-    on_cycle, cycles = _cycles({word: base for word, (base, _) in steps.items()})
     bases = {}
     for word in steps:
-        end, affixes = word, []
-        while end in steps and end not in on_cycle:
+        end, taken = word, []
+        while end in steps:
             end, affix = steps[end]
-            affixes.append(affix)
-        if affixes:
-            bases[word] = Base(spelled.get(end, end), (-1) ** len(affixes), "+".join(affixes))
-    return Negation(bases, cycles)
+            taken.append(affix)
+        bases[word] = Base(end, (-1) ** len(taken), "+".join(taken))
+    return Negation(bases)
 
 
 def _step(
-    word: str, segmentation: Segmentation, words: Mapping[str, Segmentation], known: Collection[str]
+    word: str, segmentation: Segmentation, known: Set[str], negating: Mapping[str, tuple[str, ...]]
 ) -> tuple[str, str] | None:
-    """(base, affix) when the word is negated."""
+    """Returns (base, affix) when the word is negated, with the affix as MorphoLEX labels it."""
+    if is_not_negated(word):
+        return None
     (first_kind, first), (last_kind, last) = segmentation.morphemes[0], segmentation.morphemes[-1]
-    affixes = []
-    if first_kind == "prefix" and first in NEGATING_PREFIXES:
-        affixes.append((first, word.removeprefix(first)))
-    if last_kind == "suffix" and last in NEGATING_SUFFIXES:
-        affixes.append((last, word.removesuffix(last)))
-    for affix, rest in affixes:
+    rests = []
+    if first_kind == "prefix" and f"{first}-" in negating:
+        rests += [(word.removeprefix(letters), first) for letters in negating[f"{first}-"] if word.startswith(letters)]
+    if last_kind == "suffix" and f"-{last}" in negating:
+        for letters in negating[f"-{last}"]:
+            if word.endswith(letters):
+                rest = word.removesuffix(letters)
+                rests.append((rest, last))
+                if rest.endswith("i"):
+                    rests.append((f"{rest[:-1]}y", last))
+    for rest, affix in rests:
         base = rest.strip("-")
-        if base != word and (base in words or base in known):
+        if base != word and base in known:
             return base, affix
-    roots = segmentation.of_kind("root")
-    if len(affixes) == 1 and len(segmentation.morphemes) == 2 and len(roots) == 1:
-        (root,) = roots
-        if root != word and (root in words or root in known):
-            return root, affixes[0][0]
     return None
-
-
-def _cycles(base_of: Mapping[str, str]) -> tuple[set[str], int]:
-    """The words that come back to themselves, and how many cycles they form."""
-    on_cycle: set[str] = set()
-    seen: set[str] = set()
-    cycles = 0
-    for start in base_of:
-        path: dict[str, None] = {}
-        word = start
-        while word in base_of and word not in seen:
-            seen.add(word)
-            path[word] = None
-            word = base_of[word]
-        if word in path:
-            cycles += 1
-            walked = list(path)
-            on_cycle.update(walked[walked.index(word) :])
-    return on_cycle, cycles

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from dskd.console import progress_bar, warn
 from dskd.errors import UserError
+from dskd.pointers import refuse_pointer_beginning
 
 SHOWN_LINES = 20
 # Longer than any entry of Wiktionary by far. A file without line ends must not be read into memory whole.
@@ -66,15 +67,27 @@ class Report:
         Raises:
             UserError: when it is most of the lines: then the file is of another format.
         """
-        found = self.malformed.get(file)
-        if found is None:
+        if file not in self.malformed:
             return
-        lines += self.unreadable[file]
-        numbers = ", ".join(map(str, found.first)) + (", …" if found.lines > len(found.first) else "")
-        what = f"{found.lines:,} of {lines:,} lines are not {expected} (line {found.first[0]}: {found.example})"
-        if found.lines * 2 > lines:
+        what = self.describe(file, lines, expected)
+        if self.is_mostly_malformed(file, lines):
             raise UserError(f"{file}: {what}; this is a file of another format: name the right one, or remove it")
-        warn(f"{file}: {what}; they are left out: {numbers}")
+        numbers = self.malformed[file]
+        more = ", …" if numbers.lines > len(numbers.first) else ""
+        warn(f"{file}: {what}; they are left out: {', '.join(map(str, numbers.first))}{more}")
+
+    def is_mostly_malformed(self, file: str, lines: int) -> bool:
+        """Returns whether more than half of a file's lines are malformed; `lines` as in :meth:`finish`."""
+        found = self.malformed.get(file)
+        return found is not None and found.lines * 2 > lines + self.unreadable[file]
+
+    def describe(self, file: str, lines: int, expected: str) -> str:
+        """Returns how many lines of a file are malformed, and in which way the first of them is."""
+        found = self.malformed[file]
+        return (
+            f"{found.lines:,} of {lines + self.unreadable[file]:,} lines are not {expected} (line {found.first[0]}: "
+            f"{found.example})"
+        )
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """`malformed` as it stands in the manifest."""
@@ -137,9 +150,10 @@ def is_storable(text: str) -> bool:
 
 @contextmanager
 def _uncompressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
-    magic = raw.read(len(_GZIP_MAGIC))
+    beginning = raw.read(_BUFFER_BYTES)
     raw.seek(0)
-    if magic == _GZIP_MAGIC:
+    refuse_pointer_beginning(beginning, path)
+    if beginning.startswith(_GZIP_MAGIC):
         with gzip.GzipFile(fileobj=raw) as inner, io.BufferedReader(inner, _BUFFER_BYTES) as stream:
             yield stream
     elif path.suffix == ".gz":

@@ -1,5 +1,6 @@
 """WordNet's synonyms and antonyms, in English and in the languages of Open Multilingual WordNet."""
 
+import re
 from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
@@ -7,11 +8,18 @@ from typing import Any
 from dskd.console import progress
 from dskd.lexicon.reading import Report
 from dskd.lexicon.relations import Relation
-from dskd.wordnet import WordNet, open_language
+from dskd.multilingual_wordnet import open_language
+from dskd.wordnet import WordNet
 
 SOURCE = "wordnet"
 INDIRECT_SOURCE = "wordnet-indirect"
 ENGLISH = "eng"
+GAPS = "gaps of Open Multilingual WordNet"
+# What some languages have in place of a lemma: they lack a word for the synset.
+_GAPS = frozenset(("GAP!", "PSEUDOGAP!"))
+# Languages whose lemmas have a + between a word and its ending, as 友善+的 (friendly), or before a word.
+_JOINED_LANGUAGES = frozenset(("cmn", "nno", "slk"))
+_JOINT = re.compile(r"^\++(?=\w)|(?<=\w)\+(?=\w)")
 
 
 def read_wordnet(wordnet: WordNet) -> Iterator[Relation]:
@@ -56,7 +64,8 @@ def read_other_language(wordnet: WordNet, code: str, report: Report) -> Iterator
     """Synonyms and antonyms of a language of Open Multilingual WordNet, which gives the synsets lemmas in it.
 
     Lemmas of one synset are synonyms. Open Multilingual WordNet has no antonyms, so they are taken over from English:
-    the lemmas of two synsets are antonyms when English lemmas of these synsets are direct antonyms.
+    the lemmas of two synsets are antonyms when English lemmas of these synsets are direct antonyms. Marks of lexical
+    gaps are no lemmas; they are dropped and counted.
 
     Raises:
         UserError: when Open Multilingual WordNet is not there, or lacks the language.
@@ -68,6 +77,7 @@ def read_other_language(wordnet: WordNet, code: str, report: Report) -> Iterator
     report.finish(tab.name, tab.lines, "a synset, a kind and a value, separated by tabs")
     for synset in _synsets(wordnet, f"reading WordNet ({code})"):
         words = _words(synset, code)
+        report.dropped[GAPS] += any(name in _GAPS for name in synset.lemma_names(code))
         if not words:
             continue
         yield from _synonyms(words, source)
@@ -89,7 +99,9 @@ def _synonyms(words: list[str], source: str) -> Iterator[Relation]:
 
 
 def _words(synset: Any, code: str) -> list[str]:
-    names = (name.replace("_", " ").strip() for name in synset.lemma_names(code))
+    names = (name.replace("_", " ").strip() for name in synset.lemma_names(code) if name not in _GAPS)
+    if code in _JOINED_LANGUAGES:
+        names = (_JOINT.sub("", name) for name in names)
     return list(dict.fromkeys(filter(None, names)))
 
 

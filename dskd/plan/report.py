@@ -5,6 +5,7 @@ from dskd.plan.changes import Change
 from dskd.plan.disk import sample_bytes
 from dskd.plan.memory import RESERVED_ON_HOST
 from dskd.plan.plan import Plan
+from dskd.schedule import describe_learning_rate
 from dskd.text_table import table
 
 _PARTS = {
@@ -106,7 +107,7 @@ def _headline(plan: Plan) -> str:
             f"{_gb(cluster.gpu_memory)} GB each and {_gb(cluster.host_memory)} GB of host memory (GB are 2^30 bytes)",
             f"A step: {config.train.global_batch_size} sequences of {config.corpus.sequence_length:,} tokens, "
             f"{accumulated} × {plan.micro_batch_size} a rank, "
-            f"{str(cluster.dtype(config.precision)).removeprefix('torch.')}",
+            f"{str(cluster.dtype(config.precision)).removeprefix('torch.')}; {describe_learning_rate(config.train)}",
         ]
     )
 

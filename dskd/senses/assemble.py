@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from dskd.config import Config
 from dskd.console import progress_bar, say
 from dskd.errors import UserError
-from dskd.lexicon.relations import load_lexicon
 from dskd.manifest import Building
 from dskd.senses.cluster import TokenSenses, ranges
 from dskd.senses.dictionary import FILE, tensor_types
-from dskd.senses.entries import Entries, build_entries
+from dskd.senses.entries import Entries, load_entries
 from dskd.senses.spans import compose_spans, span_sizes
 from dskd.tensor_file import create_tensors, map_tensor
 
@@ -57,7 +56,7 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
     """Puts the parts together in the order of tokens, adds the spans, and removes the parts; the facts are complete.
 
     Raises:
-        UserError: when no token has a sense.
+        UserError: when no token has a sense, or the tokenizer knows no pair of the lexicon.
     """
     maps = [{name: map_tensor(path, name, kind) for name, kind in _PART_TYPES} for path in parts]
     token_sizes = torch.zeros(vocab_size, dtype=torch.int64)
@@ -66,7 +65,7 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
     if not token_sizes.any():
         raise UserError("the teacher's states belong to no token at all: the training sequences have no target")
     token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
-    entries, facts = build_entries(load_lexicon(config), tokenizer, vocab_size, config.senses.surface_forms)
+    entries, facts = load_entries(config, tokenizer, vocab_size)
     sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, config.senses.k)
     entry_offsets = torch.cat([token_offsets, token_offsets[-1] + sizes_of_spans.cumsum(0)])
 

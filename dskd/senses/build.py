@@ -21,6 +21,7 @@ from dskd.precision import resolve_precision
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
 from dskd.senses.dictionary import FILE, FOLDER, load_fitting_dictionary
+from dskd.senses.entries import load_entries
 from dskd.senses.gather import Progress, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
 from dskd.sequences import Sequences, load_sequences
@@ -65,6 +66,9 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     sources = [config.path(name) for name in ("lexicon", "sequences")]
     with stage("senses: teacher states to sense embeddings", reads=sources, writes=target / FILE):
         sequences, _ = load_sequences(config, "train", source.tokenizer_digest)
+        vocab_size = source.load_config().vocab_size
+        # Hours of gathering are not to end with a lexicon in another language than the tokenizer's.
+        on_main(lambda: _check_lexicon(config, source, vocab_size))
         building = Building(target, wanted)
         states = Building(config.path(STATES), main_first(lambda: _sampling(config, source)))
         on_main(lambda: _prepare(building, states, force=force))
@@ -74,9 +78,12 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         _cluster_own(config, runs, part, world)
         barrier()
         parts = [building.folder / f"part-{rank}.safetensors" for rank in range(world.world_size)]
-        vocab_size = source.load_config().vocab_size
         on_main(lambda: assemble(config, building, parts, vocab_size, source.load_tokenizer()))
         on_main(lambda: _finish(building, states, keep_states=config.senses.keep_states))
+
+
+def _check_lexicon(config: Config, source: ModelFolder, vocab_size: int) -> None:
+    load_entries(config, source.load_tokenizer(), vocab_size)
 
 
 def _sampling(config: Config, teacher: ModelFolder) -> Recipe:

@@ -2,8 +2,12 @@
 
 A head must be one token as " word" and longer than two letters; a neighbour may be a span of one to three tokens
 (docs/method.md, section 1). Entries 0…V-1 are the tokens, entries from V on are spans of two or three tokens.
+
+A word counts only when its tokens say it: without the unknown token or another special one, and with the word as what
+they decode to. Otherwise one token would collect the relations of all words that the tokenizer does not know.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +15,9 @@ from typing import Any
 
 import torch
 
-from dskd.lexicon.relations import Relation
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.lexicon.relations import Relation, load_lexicon
 
 MAX_SPAN_TOKENS = 3
 MIN_HEAD_LETTERS = 3
@@ -42,6 +48,29 @@ class Entries:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "vocab_size"}
 
 
+def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
+    """Builds the entries of `WORKDIR/lexicon`, as :func:`build_entries` does.
+
+    Raises:
+        UserError: when there is no lexicon, or no pair of it can be used with this tokenizer.
+    """
+    relations = load_lexicon(config)
+    entries, counts = build_entries(relations, tokenizer, vocab_size, config.senses.surface_forms)
+    if not counts["synonym_pairs"] and not counts["antonym_pairs"]:
+        words = sorted({relation.head for relation in relations})
+        reasons = {why: count for why, count in counts.items() if why.startswith(("head_", "neighbour_"))}
+        reported = ", ".join(f"{count:,} pairs: {why.replace('_', ' ')}" for why, count in reasons.items())
+        lexicon = "the lexicon"
+        if config.lexicon.wordnet:
+            lexicon += f" (WordNet: {', '.join(config.lexicon.languages)})"
+        raise UserError(
+            f"no pair of {lexicon} can be used with the tokenizer of {tokenizer.name_or_path or 'the teacher'}: none "
+            f"of its {len(words):,} words ({', '.join(words[:3])}, …) is one token behind a space with a neighbour of "
+            f"one to three tokens ({reported}). Take a lexicon in the teacher's language, or another teacher"
+        )
+    return entries, counts
+
+
 def build_entries(
     relations: Iterable[Relation], tokenizer: Any, vocab_size: int, surface_forms: Sequence[str] = ()
 ) -> tuple[Entries, dict[str, int]]:
@@ -52,14 +81,14 @@ def build_entries(
     with the neighbours of the word, and a neighbour of the word's heads.
 
     Returns:
-        The entries, and counts for people: usable pairs, pairs dropped by reason, and for each form how many tokens are
-        heads and neighbours in it.
+        The entries, and counts for people: usable pairs, pairs dropped by reason, words that the tokenizer does not
+        know, and for each form how many tokens are heads and neighbours in it.
     """
     relations = list(relations)
     words = sorted({word for relation in relations for word in (relation.head, relation.tail)})
     tokens_of = dict(zip(words, tokenize_words(words, tokenizer), strict=True))
     forms_of = {form: tokenize_form(words, form, tokenizer) for form in dict.fromkeys(surface_forms)}
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(unknown_words=sum(not tokens for tokens in tokens_of.values()))
     pairs: dict[str, set[tuple[int, tuple[int, ...]]]] = {"synonym": set(), "antonym": set()}
     for relation in relations:
         heads, tails = [tokens_of[relation.head]], [tokens_of[relation.tail]]
@@ -68,11 +97,13 @@ def build_entries(
         heads = [head for head in heads if len(head) == 1]
         tails = [tail for tail in tails if 1 <= len(tail) <= MAX_SPAN_TOKENS]
         if not heads:
-            counts["head_is_not_one_token"] += 1
+            known = bool(tokens_of[relation.head])
+            counts["head_is_not_one_token" if known else "head_is_unknown_to_the_tokenizer"] += 1
         elif len(relation.head) < MIN_HEAD_LETTERS:
             counts["head_is_shorter_than_three_letters"] += 1
         elif not tails:
-            counts["neighbour_is_longer_than_three_tokens"] += 1
+            known = bool(tokens_of[relation.tail])
+            counts["neighbour_is_longer_than_three_tokens" if known else "neighbour_is_unknown_to_the_tokenizer"] += 1
         else:
             pairs[relation.relation] |= {(head[0], tail) for head in heads for tail in tails if head != tail}
     # Different words can be one to the tokenizer (it may drop case or accents), so rows are kept apart here once more:
@@ -104,31 +135,51 @@ def build_entries(
 
 
 def tokenize_words(words: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
-    """Token ids of each word as it stands inside a text, behind a space: " word".
+    """Returns the token ids of each word as it stands inside a text, behind a space: " word".
 
     The word is tokenized behind another one and that one's tokens are taken off again. Tokenizing " word" by itself
-    would be another thing for tokenizers that mark the beginning of a text with a space of their own.
+    would be another thing for tokenizers that mark the beginning of a text with a space of their own. A word that the
+    tokenizer does not know has no ids.
     """
     if not words:
         return []
     before = "the"
     prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
     batch = tokenizer([f"{before} {word}" for word in words], add_special_tokens=False)["input_ids"]
-    return [tuple(ids[len(prefix) :]) if ids[: len(prefix)] == prefix else () for ids in batch]
+    tokens = [tuple(ids[len(prefix) :]) if ids[: len(prefix)] == prefix else () for ids in batch]
+    return _that_say(words, tokens, tokenizer)
 
 
 def tokenize_form(words: list[str], form: str, tokenizer: Any) -> dict[str, tuple[int, ...]]:
-    """The words that are one token in a surface form (see :func:`build_entries`), with that token."""
+    """Returns the words that are one token in a surface form (see :func:`build_entries`), with that token."""
     capitalized = {word: upper + word[1:] for word in words if word[0].islower() and len(upper := word[0].upper()) == 1}
     if not capitalized:
         return {}
     texts = list(capitalized.values())
     if form == "sentence_initial":
-        tokens = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        batch = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        tokens = _that_say(texts, batch, tokenizer)
     else:
         tokens = tokenize_words(texts, tokenizer)
-    unknown = (tokenizer.unk_token_id,)
-    return {word: ids for word, ids in zip(capitalized, tokens, strict=True) if len(ids) == 1 and ids != unknown}
+    return {word: ids for word, ids in zip(capitalized, tokens, strict=True) if len(ids) == 1}
+
+
+def _that_say(words: list[str], tokens: list[tuple[int, ...]], tokenizer: Any) -> list[tuple[int, ...]]:
+    """Returns the tokens of each word if they say it, otherwise none: with a special token among them, or when they
+    decode to something else, as with tokenizers that drop case, accents, or characters they do not know.
+    """
+    special = {*tokenizer.all_special_ids, *(i for i, added in tokenizer.added_tokens_decoder.items() if added.special)}
+    texts = tokenizer.batch_decode([list(ids) for ids in tokens], clean_up_tokenization_spaces=False)
+    return [
+        ids if special.isdisjoint(ids) and _comparable(word) == _comparable(text) else ()
+        for word, ids, text in zip(words, tokens, texts, strict=True)
+    ]
+
+
+def _comparable(text: str) -> str:
+    # Decoders put spaces between pieces or take them away, and some leave sentencepiece's sign for a space. Tokenizers
+    # normalise full-width letters and composed accents, which changes no word.
+    return "".join(unicodedata.normalize("NFKC", text).replace("▁", " ").split())
 
 
 def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,8 +67,14 @@ class Benchmark:
         return settings.choice_shots if self.is_choice else settings.squad_shots
 
     def new_tokens(self, settings: TasksConfig) -> int:
-        """How many tokens a model may answer with."""
+        """Returns how many tokens a model may answer with."""
+        if self.name == "piqa" and settings.piqa_tokens is not None:
+            return settings.piqa_tokens
         return settings.choice_tokens if self.is_choice else settings.squad_tokens
+
+    def shows_own_passage(self, settings: TasksConfig) -> bool:
+        """Returns True when a prompt's examples are about the passage of its question."""
+        return not self.is_choice and settings.squad_shots_from == "same_passage"
 
 
 _LETTER = "Answer the question with the letter of the right choice and nothing else."

@@ -76,9 +76,10 @@ def _questions(config: Config, benchmark: Benchmark) -> tuple[list[Question], li
         seed=settings.seed,
     )
     num_shots = benchmark.shots(settings)
+    options = {"own_passage": benchmark.shows_own_passage(settings)}
     return (
-        list(with_shots(benchmark, train, train, num_shots, settings.seed)),
-        list(with_shots(benchmark, held_out, rest, num_shots, settings.seed)),
+        list(with_shots(benchmark, train, train, num_shots, settings.seed, **options)),
+        list(with_shots(benchmark, held_out, rest, num_shots, settings.seed, **options)),
     )
 
 

@@ -18,6 +18,7 @@ from dskd.errors import UserError
 from dskd.manifest import digest_of_json
 from dskd.random_numbers import derived_seed
 from dskd.tasks.benchmarks import Benchmark, Example
+from dskd.tasks.scoring import normalize
 
 # Templates may write the day into the prompt, or let the model think first: all are asked the same, for an answer.
 _TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
@@ -34,39 +35,46 @@ class Question:
     @property
     def identity(self) -> list[Any]:
         """All that decides what is asked and what is right, as JSON-like data."""
-        turns = [[_question_text(self.benchmark, shot), shot.gold] for shot in self.shots]
-        return [self.example.name, self._instruction, turns, self._asked, list(self.example.answers)]
+        *shown, (asked, _) = self._turns(len(self.shots))
+        turns = [list(turn) for turn in shown]
+        return [self.example.name, self._instruction, turns, asked, list(self.example.answers)]
 
     def messages(self, num_shots: int) -> list[dict[str, str]]:
         """The chat, with the last `num_shots` of the examples."""
         messages = []
-        for shot in self._last(num_shots):
-            messages.append({"role": "user", "content": _question_text(self.benchmark, shot)})
-            messages.append({"role": "assistant", "content": shot.gold})
-        messages.append({"role": "user", "content": self._asked})
+        *shown, (asked, _) = self._turns(num_shots)
+        for text, answer in shown:
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": asked})
         messages[0]["content"] = f"{self._instruction}\n\n{messages[0]['content']}"
         return messages
 
     def plain(self, num_shots: int) -> str:
         """The text for a model without a chat template, with the last `num_shots` of the examples."""
-        shown = [f"{_question_text(self.benchmark, shot)} {shot.gold}" for shot in self._last(num_shots)]
-        return "\n\n".join([self._instruction, *shown, self._asked])
+        *shown, (asked, _) = self._turns(num_shots)
+        return "\n\n".join([self._instruction, *(f"{text} {answer}" for text, answer in shown), asked])
 
-    def _last(self, num_shots: int) -> tuple[Example, ...]:
-        return self.shots[len(self.shots) - num_shots :]
+    def _turns(self, num_shots: int) -> list[tuple[str, str]]:
+        """Returns the last `num_shots` examples and the question, each with its answer.
+
+        A passage that examples share with the question is in the first of the turns only.
+        """
+        shown = [*self.shots[len(self.shots) - num_shots :], self.example]
+        turns = []
+        for number, example in enumerate(shown):
+            is_repeated = number > 0 and shown[number - 1].passage == example.passage == self.example.passage
+            turns.append((_question_text(self.benchmark, example, has_passage=not is_repeated), example.gold))
+        return turns
 
     @property
     def _instruction(self) -> str:
         subject = self.example.subject
         return self.benchmark.instruction.format(subject=f" about {subject}" if subject else "")
 
-    @property
-    def _asked(self) -> str:
-        return _question_text(self.benchmark, self.example)
 
-
-def _question_text(benchmark: Benchmark, example: Example) -> str:
-    lines = [f"Passage: {example.passage}"] if example.passage else []
+def _question_text(benchmark: Benchmark, example: Example, *, has_passage: bool) -> str:
+    lines = [f"Passage: {example.passage}"] if example.passage and has_passage else []
     lines.append(f"{benchmark.question_label}: {example.question}")
     lines += [f"{label}. {choice}" for label, choice in zip(benchmark.labels, example.choices, strict=False)]
     return "\n".join([*lines, "Answer:"])
@@ -78,16 +86,29 @@ def digest_of(questions: Sequence[Question]) -> str:
 
 
 def with_shots(
-    benchmark: Benchmark, examples: Sequence[Example], pool: Sequence[Example], num_shots: int, seed: int
+    benchmark: Benchmark,
+    examples: Sequence[Example],
+    pool: Sequence[Example],
+    num_shots: int,
+    seed: int,
+    *,
+    own_passage: bool = False,
 ) -> Iterator[Question]:
-    """Each example as a question, with `num_shots` examples of its subject from the pool before it.
+    """Yields each example as a question, with `num_shots` examples of its subject from the pool before it.
 
-    An example of the question's own group is never shown: it could give the answer away. Where the pool has just so
-    many as are shown, as MMLU's does, they keep its order.
+    An example of the question's own group is never shown: it could give the answer away. When the pool has just as many
+    as are shown, as MMLU's does, they keep its order.
+
+    With `own_passage` the examples are others of the question's passage that have an answer, as in the paper's program;
+    fewer, or none, when the passage has no more. One whose answer contains the question's, or is contained in it, is
+    not shown.
 
     Raises:
-        UserError: when the pool has fewer.
+        UserError: when the pool has fewer, without `own_passage`.
     """
+    if own_passage:
+        yield from _with_shots_of_the_passage(benchmark, examples, pool, num_shots, seed)
+        return
     pools: dict[str, list[Example]] = {}
     for candidate in pool:
         pools.setdefault(candidate.subject, []).append(candidate)
@@ -106,6 +127,30 @@ def with_shots(
                 f"to choose from; lower tasks.{'choice_shots' if benchmark.is_choice else 'squad_shots'}, or add data"
             )
         yield Question(benchmark, example, tuple(candidates[number] for number in chosen))
+
+
+def _with_shots_of_the_passage(
+    benchmark: Benchmark, examples: Sequence[Example], pool: Sequence[Example], num_shots: int, seed: int
+) -> Iterator[Question]:
+    of_passage: dict[str, list[Example]] = {}
+    for candidate in pool:
+        if candidate.answers:
+            of_passage.setdefault(candidate.passage, []).append(candidate)
+    for example in examples:
+        candidates = [
+            candidate
+            for candidate in of_passage.get(example.passage, [])
+            if candidate.name != example.name and not _gives_away(candidate, example)
+        ]
+        order = _order(len(candidates), num_shots, seed, benchmark.name, "shots", example.name)
+        yield Question(benchmark, example, tuple(candidates[number] for number in itertools.islice(order, num_shots)))
+
+
+def _gives_away(shot: Example, example: Example) -> bool:
+    """Returns True when the answer shown with `shot` contains a right answer of `example`, or is contained in one."""
+    shown = f" {normalize(shot.gold)} "
+    right = [f" {normalize(answer)} " for answer in example.answers]
+    return shot.question == example.question or any(shown in answer or answer in shown for answer in right)
 
 
 def _order(count: int, wanted: int, seed: int, *parts: str) -> Iterator[int]:

@@ -19,11 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dskd.corpus.hub import read_rows
+from dskd.corpus.opening import COMPRESSIONS, open_text, reading_errors, without_compression
 from dskd.errors import UserError
+from dskd.pointers import refuse_pointer
 from dskd.tasks.benchmarks import LETTERS, Benchmark, Example
 
 Row = Any  # what JSON or Parquet has for one record
@@ -88,7 +89,8 @@ def _named(examples: list[Example], split: str) -> list[Example]:
 def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str, Iterator[tuple[Place, Row]]]:
     """Where the rows of a split were found, and the rows with their places."""
     for pattern in benchmark.files[split]:
-        files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+        endings = ("", *COMPRESSIONS)
+        files = sorted(path for ending in endings for path in folder.rglob(pattern + ending) if path.is_file())
         if files:
             _require_one_version(benchmark, folder, pattern, files)
             return ", ".join(map(str, files[:3])), _published_rows(benchmark, files)
@@ -103,10 +105,10 @@ def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str
 
 
 def _require_one_version(benchmark: Benchmark, folder: Path, pattern: str, files: list[Path]) -> None:
-    names = [path.name for path in files]
+    names = [without_compression(path.name) for path in files]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        places = ", ".join(str(path) for path in files if path.name == twice[0])
+        places = ", ".join(str(path) for path, name in zip(files, names, strict=True) if name == twice[0])
         raise UserError(
             f"tasks.{benchmark.name}: {folder} has {twice[0]} more than once ({places}); name the folder that has the "
             "right one only"
@@ -122,11 +124,9 @@ def _parquet_files(benchmark: Benchmark, folder: Path, split: str) -> list[Path]
 
 def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Place, Row]]:
     for path in files:
-        try:
+        with reading_errors(path):
+            refuse_pointer(path)
             rows = pq.read_table(path).to_pylist()
-        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: this is not a readable Parquet file ({reason}); was its download cut?") from None
         for number, row in enumerate(rows, start=1):
             yield f"{path}:{number}", row
 
@@ -153,19 +153,13 @@ def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[P
         "squad_v2": _squad_rows,
     }
     for path in files:
-        try:
+        with reading_errors(path):
             for line, row in rows_of.get(benchmark.name, _json_lines)(path):
                 yield f"{path}:{line}", row
-        except (UnicodeDecodeError, OSError) as error:
-            raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read as UTF-8 text ({error}); fetch it again")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig") as stream:
+    with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 row = _from_json(line, f"{path}:{number}")
@@ -178,7 +172,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _piqa_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    labels_path = path.with_name(f"{path.stem}-labels.lst")
+    name = path.name[: len(without_compression(path.name))]
+    labels_path = path.with_name(f"{Path(name).stem}-labels.lst")
     if not labels_path.is_file():
         raise UserError(f"{path}: its labels are missing; put {labels_path.name} beside it")
     labels = _piqa_labels(labels_path)
@@ -193,10 +188,8 @@ def _piqa_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _piqa_labels(path: Path) -> list[int]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (UnicodeDecodeError, OSError) as error:
-        raise _unreadable(path, error) from None
+    with reading_errors(path), open_text(path) as stream:
+        lines = stream.read().split("\n")
     labels = []
     for number, label in enumerate(map(str.strip, lines), start=1):
         if label not in ("", "0", "1"):
@@ -206,8 +199,9 @@ def _piqa_labels(path: Path) -> list[int]:
 
 
 def _mmlu_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    subject = path.stem.rsplit("_", 1)[0].replace("_", " ") if path.parent.name != "auxiliary_train" else ""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    stem = Path(path.name[: len(without_compression(path.name))]).stem
+    subject = stem.rsplit("_", 1)[0].replace("_", " ") if path.parent.name != "auxiliary_train" else ""
+    with open_text(path, newline="") as stream:
         for line, record in _csv_records(path, stream):
             if len(record) != 6 or record[5].strip() not in tuple(LETTERS[:4]):
                 raise UserError(
@@ -236,7 +230,8 @@ def _csv_records(path: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
 
 
 def _squad_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    content = _from_json(path.read_text(encoding="utf-8-sig"), str(path))
+    with open_text(path) as stream:
+        content = _from_json(stream.read(), str(path))
     number = 0
     try:
         for article in content["data"]:

@@ -23,6 +23,7 @@ from dskd.continuations import end_tokens, generate_greedily
 from dskd.distributed import World, gather_json, main_first, on_main
 from dskd.errors import UserError
 from dskd.evaluated_models import Candidate, candidates, chosen, load_candidate, same_on_all_ranks
+from dskd.limits import check_new_tokens, position_limit
 from dskd.manifest import Recipe, build_artifact, is_current, was_made_meanwhile, write_json
 from dskd.models import FrozenModel
 from dskd.precision import resolve_precision
@@ -76,9 +77,10 @@ def load_task(config: Config, benchmark: Benchmark) -> Task:
     settings = config.tasks
     place = getattr(settings, benchmark.name)
     examples = _some(read_examples(benchmark, place, benchmark.evaluated), benchmark, settings.limit, settings.seed)
-    num_shots = benchmark.shots(settings)
-    pool = read_examples(benchmark, place, benchmark.shots_from) if num_shots else []
-    questions = list(with_shots(benchmark, examples, pool, num_shots, settings.seed))
+    num_shots, own_passage = benchmark.shots(settings), benchmark.shows_own_passage(settings)
+    pool_split = benchmark.evaluated if own_passage else benchmark.shots_from
+    pool = read_examples(benchmark, place, pool_split) if num_shots else []
+    questions = list(with_shots(benchmark, examples, pool, num_shots, settings.seed, own_passage=own_passage))
     return Task(benchmark, questions, digest_of(questions))
 
 
@@ -133,6 +135,10 @@ def run_tasks(
         if not todo:
             say(f"up to date: {candidate.name}")
             continue
+        model_config = candidate.folder.load_config()
+        for task in todo:
+            key = "tasks.choice_tokens" if task.benchmark.is_choice else "tasks.squad_tokens"
+            check_new_tokens(key, task.benchmark.new_tokens(config.tasks), candidate.folder.path, model_config)
         prompter = Prompter(candidate.folder.load_tokenizer())
         if not prompter.has_template:
             say(f"{candidate.folder.path}: the tokenizer has no chat template; prompts are plain text")
@@ -213,7 +219,7 @@ class _Runner:
         self._world = world
         self._tokenizer = model.folder.load_tokenizer()
         self._ends = end_tokens(model.folder)[1]
-        self._max_positions: int | None = getattr(model.folder.load_config(), "max_position_embeddings", None)
+        self._max_positions = position_limit(model.folder.load_config())
 
     def run(self) -> list[dict[str, Any]]:
         """What is kept of each question, in their order, on every rank."""

@@ -10,7 +10,14 @@ from typing import Any
 
 from dskd.config import Config
 from dskd.errors import OutageError, UserError
-from dskd.lock import hold_lock, release_lock
+from dskd.tracking.database import (
+    artifacts_folder,
+    correct_addresses,
+    database_file,
+    database_uri,
+    make_database,
+    readable_file,
+)
 
 # Defaults for what the environment leaves open: no telemetry, and an unreachable server is noticed in seconds.
 _ENVIRONMENT = {
@@ -22,14 +29,13 @@ _ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _ANSWERS_WITHIN_S = 5
-_DATABASE_PATIENCE_S = 300.0
 # What a server answers that will answer so again. Anything else can pass: no connection, a time-out, a lapsed login.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
 
 
 def tracking_uri(config: Config) -> str:
-    """The configured URI, or sqlite in the work directory."""
-    return config.tracking.uri or f"sqlite:///{config.path('mlflow.db').resolve()}"
+    """Returns the configured URI, or that of the database in the work directory."""
+    return config.tracking.uri or database_uri(database_file(config))
 
 
 def load_mlflow() -> None:
@@ -46,36 +52,35 @@ def load_mlflow() -> None:
 
 
 def connect(config: Config) -> Any:
-    """MLflow's client for the config's tracking URI. What it raises is mlflow's, sqlalchemy's or requests'."""
+    """Returns MLflow's client for the config's tracking URI. What it raises is mlflow's, sqlalchemy's or requests'."""
     load_mlflow()
     from mlflow import MlflowClient
 
-    uri = tracking_uri(config)
-    if sqlite := re.match(r"sqlite[^:]*:///([^?]+)", uri):
-        _make_database(Path(sqlite[1]))
-    return MlflowClient(uri)
+    if config.tracking.uri is None:
+        file = database_file(config)
+        make_database(file)
+        correct_addresses(file, artifacts_folder(config))
+    elif config.tracking.uri.startswith("sqlite"):
+        from sqlalchemy.engine import make_url
+
+        if name := make_url(config.tracking.uri).database:
+            make_database(Path(name))
+    return MlflowClient(tracking_uri(config))
 
 
-def _make_database(file: Path) -> None:
-    """Makes an sqlite database that is not there yet, so that it is there whole or not at all, whoever else begins.
-
-    MLflow makes its tables in some fifty migrations, without a lock: two runs that start at once on a new work
-    directory would spoil them for each other, and one that is killed for itself.
-    """
+def connect_to_read(config: Config) -> Any:
+    """Like :func:`connect`, and writes nothing in a work directory that this process may only read."""
+    if config.tracking.uri is not None:
+        return connect(config)
+    file = database_file(config)
+    readable = readable_file(file)
+    if readable == file:
+        return connect(config)
+    load_mlflow()
     from mlflow import MlflowClient
 
-    if file.exists() or not file.parent.is_dir():
-        return
-    lock = file.with_name(f".{file.name}.lock")
-    hold_lock(lock, f"makes {file}", wait_s=_DATABASE_PATIENCE_S)
-    try:
-        if not file.exists():
-            new = file.with_name(f".{file.name}.new")
-            new.unlink(missing_ok=True)
-            MlflowClient(f"sqlite:///{new}")
-            new.rename(file)
-    finally:
-        release_lock(lock)
+    correct_addresses(readable, artifacts_folder(config))
+    return MlflowClient(database_uri(readable))
 
 
 @functools.cache  # of a server that answered once

@@ -9,8 +9,9 @@ from typing import Any
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.tracking.client import cause_of, connect, require_answer, tracking_uri, without_secrets
-from dskd.tracking.runs import KIND_TAG, PARENT
+from dskd.tracking.client import cause_of, connect_to_read, require_answer, tracking_uri, without_secrets
+from dskd.tracking.database import FILE
+from dskd.tracking.runs import KIND_TAG, PARENT, require_active
 
 _PAGE = 1000  # runs a request
 
@@ -44,6 +45,7 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
         for name in dict.fromkeys(experiments or (config.tracking.experiment,)):
             experiment = client.get_experiment_by_name(name)
             if experiment is not None:
+                require_active(config, experiment)
                 runs += [
                     _tracked(run, name)
                     for run in _all_pages(client, experiment.experiment_id)
@@ -100,7 +102,7 @@ def read_artifact(config: Config, run_id: str, path: str) -> bytes | None:
 
 def _is_there(config: Config) -> bool:
     """False where nothing was tracked in this work directory yet: MLflow would make a database to look into."""
-    return config.tracking.uri is not None or config.path("mlflow.db").exists()
+    return config.tracking.uri is not None or config.path(FILE).exists()
 
 
 @contextmanager
@@ -111,7 +113,7 @@ def _reading(config: Config) -> Iterator[Any]:
     uri = tracking_uri(config)
     try:
         require_answer(uri)
-        yield connect(config)
+        yield connect_to_read(config)
     except UserError:
         raise
     except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors

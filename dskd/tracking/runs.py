@@ -4,9 +4,8 @@ A process that is killed cannot say so, and its run would be RUNNING for ever. N
 in the same work directory knows better: it holds the lock of that run (:func:`dskd.lock.hold_lock`).
 """
 
-import contextlib
 import json
-import os
+import shlex
 import time
 import uuid
 from collections.abc import Mapping
@@ -15,15 +14,19 @@ from typing import Any
 
 from dskd import checkpoint
 from dskd.config import Config
+from dskd.errors import UserError
 from dskd.folders import make_folder, write_text
-from dskd.tracking.client import without_secrets
+from dskd.lock import hold_lock, release_lock
+from dskd.tracking.client import tracking_uri, without_secrets
 from dskd.tracking.context import flatten
+from dskd.tracking.database import artifacts_folder
 
 FOLDER, RUN_FILE = "tracking", "run.json"
 PARENT = "parent"
 KIND_TAG, WORK_DIRECTORY_TAG = "dskd.kind", "dskd.work_directory"
 PARENT_TAG = "mlflow.parentRunId"
 _ID_FILE = ".tracking-id"
+_ID_PATIENCE_S = 60.0
 _SETTLED_AFTER_S = 1.0
 
 
@@ -80,8 +83,9 @@ def fail_dead_runs(client: Any, config: Config, name: str, *, keep: str) -> None
         [experiment.experiment_id], f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
     )
     here = _work_directory(config)
+    is_own = config.tracking.uri is None  # and so is every run in it, though the directory may have been moved since
     for run in running:
-        if run.info.run_id != keep and run.data.tags.get(WORK_DIRECTORY_TAG) == here:
+        if run.info.run_id != keep and (is_own or run.data.tags.get(WORK_DIRECTORY_TAG) == here):
             note = f"found still running by run {keep} at {_now()}, when no process trained it any more"
             client.set_tag(run.info.run_id, "died", note)
             client.set_terminated(run.info.run_id, "FAILED")
@@ -147,16 +151,32 @@ def _parents(client: Any, experiment_id: str, name: str) -> list[str]:
 
 
 def _work_directory(config: Config) -> str:
-    """The path of the work directory, and an id of its own: on two clusters one path can be two directories."""
+    """Returns the path of the work directory, and an id of its own: on two clusters one path can be two directories."""
     file = config.path(_ID_FILE)
     if not file.is_file():
-        make_folder(file.parent)
-        mine = file.with_name(f"{_ID_FILE}.{uuid.uuid4().hex}")
-        write_text(mine, mine.suffix[1:])
-        with contextlib.suppress(FileExistsError):  # another run of this work directory starts just now
-            os.link(mine, file)
-        mine.unlink()
+        # Not a hard link to a file of this process, which some file systems refuse.
+        lock = file.with_name(f"{_ID_FILE}.lock")
+        hold_lock(lock, f"makes {file}", wait_s=_ID_PATIENCE_S)
+        try:
+            if not file.is_file():
+                write_text(file, uuid.uuid4().hex)
+        finally:
+            release_lock(lock)
     return f"{config.path().resolve()} {file.read_text(encoding='utf-8').strip()}"
+
+
+def require_active(config: Config, experiment: Any) -> None:
+    """Refuses an experiment that was deleted, which MLflow keeps and does not take runs for.
+
+    Raises:
+        UserError: saying how to restore it.
+    """
+    if experiment.lifecycle_stage != "active":
+        uri = shlex.quote(without_secrets(tracking_uri(config)))
+        raise UserError(
+            f"tracking.experiment: {experiment.name!r} was deleted in MLflow. Restore it with `MLFLOW_TRACKING_URI="
+            f"{uri} mlflow experiments restore --experiment-id {experiment.experiment_id}`, or name another experiment"
+        )
 
 
 def _experiment_id(client: Any, config: Config) -> str:
@@ -165,14 +185,15 @@ def _experiment_id(client: Any, config: Config) -> str:
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server decides where files go; without one they belong into the work directory, not below where we stand.
-        location = None if config.tracking.uri else config.path("mlartifacts").resolve().as_uri()
+        # A server decides where files go; without one they belong in the work directory, not in the current one.
+        location = None if config.tracking.uri else artifacts_folder(config).as_uri()
         try:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException as error:  # another run that starts just now has made it
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             experiment = client.get_experiment_by_name(name)
+    require_active(config, experiment)
     return experiment.experiment_id
 
 
@@ -180,6 +201,8 @@ def _log_params(client: Any, run_id: str, config: Config) -> None:
     from mlflow.entities import Param
 
     params = [Param(key, without_secrets(value)) for key, value in flatten(config.as_dict()).items() if value]
+    if config.train.learning_rate_batch_size is not None:  # else it is train.learning_rate
+        params.append(Param("train.peak_learning_rate", str(config.train.peak_learning_rate)))
     for start in range(0, len(params), 100):  # the most that one request may have
         client.log_batch(run_id, params=params[start : start + 100])
 

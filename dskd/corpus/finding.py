@@ -1,0 +1,314 @@
+"""Which files the text is read from: paths, folders and globs to files, and what of a folder is left out.
+
+A file that the config names is read as what it is. Of folders and globs only text is taken: checksums, licences,
+READMEs and the descriptions of datasets and models are left out, as are files with endings that are no text.
+:attr:`Found.left_out` counts them, for the stage to print.
+"""
+
+import glob
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dskd import mds
+from dskd.corpus.opening import COMPRESSIONS, without_compression
+from dskd.corpus.tables import saved_files
+from dskd.errors import UserError, listed
+from dskd.manifest import digest_of_json
+from dskd.manifest import fingerprint as fingerprint_of_file
+
+TEXT_SUFFIX = ".txt"
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+DATASET_STATE = "state.json"  # in a folder of Dataset.save_to_disk
+DATASET_SPLITS = "dataset_dict.json"  # in a folder of DatasetDict.save_to_disk, with a folder a split
+READABLE = (
+    f"{', '.join((TEXT_SUFFIX, *JSON_SUFFIXES))} (also with {', '.join(COMPRESSIONS)}), {', '.join(TABLE_SUFFIXES)}, "
+    "or a folder of MDS shards or of Dataset.save_to_disk"
+)
+# Files beside text, by their names in lower case without the endings.
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|checksums?|(md5|sha\d+)(sums?)?)([._-].*)?|.*[._-](readme|licen[cs]e|checksums?|(md5|sha\d+)(sums?)?)"
+    r"|copying|notice|changelog|citation|authors|contributing|requirements|manifest"
+)
+_DESCRIPTIONS = re.compile(
+    r"(dataset_infos?|dataset_dict|state|config|generation_config|index|metadata|stats|manifest|package|vocab"
+    r"|tokenizer.*|special_tokens_map|added_tokens|.*\.index|.*[._-]metadata)\.json"
+)
+_CHECKSUM = re.compile(r"\s*(?:[0-9a-fA-F]{32,128}\s+\*?\S.*|(?:MD5|SHA\d+) ?\(.+\) ?= ?[0-9a-fA-F]{32,128})\s*")
+_CHECKSUM_LINES = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files with text, and what was passed over in looking for them."""
+
+    files: list[Path]
+    left_out: Counter[str] = field(default_factory=Counter)  # {ending, or name and reason: number}
+    notes: list[str] = field(default_factory=list)  # what people should know of the choice
+
+    def describe(self) -> list[str]:
+        """Lines for people: how many files of each ending are read, and what is left out."""
+        lines = [f"  reads {_counted(Counter(map(_ending, self.files)))}"]
+        if self.left_out:
+            lines.append(f"  leaves out {_counted(self.left_out)}")
+        return [*lines, *(f"  {note}" for note in self.notes)]
+
+
+def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> Found:
+    """Finds the files with text that paths, folders and globs name, sorted, each once; for MDS shards, their index.
+
+    Args:
+        patterns: what the config names.
+        key: the config's key, for messages.
+        workdir: what is made from the text; folders around it, and globs that reach into it, are taken without it.
+
+    Raises:
+        UserError: with every pattern that names nothing readable.
+    """
+    files: dict[Path, Path] = {}  # by what they really are: one file has many names
+    left_out: Counter[str] = Counter()
+    notes: list[str] = []
+    problems: list[str] = []
+    seen_twice: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        outside = not _real(_fixed_part(path)).is_relative_to(_real(workdir))
+        search = _Search(key, notes, problems, excluded=_real(workdir) if outside else None)
+        if path.is_file():
+            found = {path}
+            problems += [] if _is_readable(path) else [f"{key}: {path}: expected {READABLE}"]
+        else:
+            named = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+            found = search.below(named)
+        if not found:
+            problems.append(
+                f"{key}: {pattern!r} names no file with text; give {READABLE}, or a folder or glob of them"
+                + (f" (left out there: {_counted(search.left_out)})" if search.left_out else "")
+            )
+        left_out |= search.left_out  # patterns can overlap: the larger number of each kind
+        for file in sorted(found):
+            real = _real(file)
+            if real in files and path.is_file():
+                seen_twice.add(file)
+            files.setdefault(real, file)
+    if problems:
+        raise UserError(listed("the text of the corpus cannot be found", list(dict.fromkeys(problems))))
+    if seen_twice:
+        notes.append(f"named more than once, and read once: {', '.join(map(str, sorted(seen_twice)))}")
+    chosen = sorted(_without_parts(files))
+    _note_mixture(chosen, notes)
+    return Found(chosen, left_out, list(dict.fromkeys(notes)))
+
+
+def fingerprint(path: Path) -> str:
+    """Returns a digest that changes with the content of what :func:`find_files` found, without reading it.
+
+    Large corpora are not read only to find that nothing changed: sizes and times of change stand for the content.
+    """
+    if path.name == mds.INDEX:
+        named = [path.parent / name for shard in mds.read_index(path) for name in mds.files_of(shard)]
+    elif path.name == DATASET_STATE:
+        named = saved_files(path)
+    else:
+        return fingerprint_of_file(path)
+    return digest_of_json([fingerprint_of_file(file) for file in [path, *named] if file.is_file()])
+
+
+class _Search:
+    """A search for text below folders, and what it passes over."""
+
+    def __init__(self, key: str, notes: list[str], problems: list[str], *, excluded: Path | None) -> None:
+        self._key = key
+        self._excluded = excluded
+        self._notes = notes
+        self._problems = problems
+        self._counted: set[Path] = set()
+        self.left_out: Counter[str] = Counter()
+
+    def below(self, places: Iterable[Path]) -> set[Path]:
+        """Returns the files with text among these places and below them."""
+        found: set[Path] = set()
+        for place in places:
+            if self._excluded is not None and _real(place).is_relative_to(self._excluded):
+                continue
+            if place.is_dir():
+                found |= self._in_folder(place)
+            elif place.is_symlink() and not place.exists():
+                self._problems.append(f"{self._key}: {place} is a link to what is not there")
+            elif not _is_readable(place):
+                self._problems.append(f"{self._key}: {place}: expected {READABLE}")
+            else:
+                found |= self._text_of([place])
+        return found
+
+    def _in_folder(self, folder: Path) -> set[Path]:
+        """Every readable file below a folder, also through links, except hidden ones."""
+        found: set[Path] = set()
+        visited: set[tuple[int, int]] = set()
+
+        def report(error: OSError) -> None:
+            self._problems.append(f"{self._key}: {error.filename}: cannot be read ({error.strerror})")
+
+        for place, folders, names in os.walk(folder, followlinks=True, onerror=report):
+            status = os.stat(place)  # noqa: PTH116
+            is_excluded = self._excluded is not None and _real(Path(place)) == self._excluded
+            if is_excluded or (status.st_dev, status.st_ino) in visited:  # a link that leads back
+                folders.clear()
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            visible = [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+            if DATASET_SPLITS in names:
+                self._choose_split(Path(place), folders)
+            dangling = [file for file in visible if file.is_symlink() and not file.exists()]
+            self._problems += [
+                f"{self._key}: {file} is a link to what is not there" for file in dangling if _has_ending(file)
+            ]
+            found |= self._text_of(file for file in visible if file.is_file())
+        return found
+
+    def _choose_split(self, folder: Path, folders: list[str]) -> None:
+        """Leaves the folder of one split of a `DatasetDict` to search: its others are not to be trained on."""
+        wanted = "validation" if self._key.endswith("validation") else "train"
+        splits = [name for name in folders if (folder / name / DATASET_STATE).is_file()]
+        if wanted in splits:
+            folders[:] = [wanted]
+            if others := [name for name in splits if name != wanted]:
+                self._notes.append(
+                    f"{folder}: reads the split {wanted!r}; {', '.join(others)} can be named as {folder}/SPLIT"
+                )
+        elif len(splits) > 1 or (splits and wanted == "validation"):
+            folders.clear()
+            self._problems.append(
+                f"{self._key}: {folder} has the splits {', '.join(splits)}, and none is called {wanted!r}; name one of "
+                f"them: {folder}/SPLIT"
+            )
+
+    def _text_of(self, files: Iterable[Path]) -> set[Path]:
+        """Returns what of these files is text, and counts the others."""
+        files = list(files)
+        states = [file for file in files if file.name == DATASET_STATE and _is_dataset_state(file)]
+        in_saved = {file.parent: {part.name for part in saved_files(file)} for file in states}
+        found: set[Path] = set()
+        for file in files:
+            if file in states:
+                found.add(file)
+                continue
+            name = without_compression(file.name)
+            if file.parent in in_saved and (file.suffix == ".arrow" or _DESCRIPTIONS.fullmatch(name)):
+                if file.suffix == ".arrow" and file.name not in in_saved[file.parent]:
+                    self._leave_out(file, ".arrow that its state.json does not name")
+            elif file.name == mds.INDEX and _is_mds_index(file):
+                found.add(file)
+            elif not _has_ending(file):
+                if ".mds" not in file.suffixes:  # its index stands for it
+                    self._leave_out(file, _ending(file))
+            elif name.endswith(JSON_SUFFIXES) and _DESCRIPTIONS.fullmatch(name):
+                self._leave_out(file, f"{file.name} (a description)")
+            elif _ABOUT.fullmatch(name.rsplit(".", 1)[0]) and name.endswith(TEXT_SUFFIX):
+                self._leave_out(file, f"{file.name} (by its name about the data)")
+            elif name.endswith(TEXT_SUFFIX) and _holds_checksums(file):
+                self._leave_out(file, f"{file.name} (checksums)")
+            else:
+                found.add(file)
+        return found
+
+    def _leave_out(self, file: Path, reason: str) -> None:
+        if _real(file) not in self._counted:
+            self._counted.add(_real(file))
+            self.left_out[reason] += 1
+
+
+def _note_mixture(files: Sequence[Path], notes: list[str]) -> None:
+    texts = [file for file in files if without_compression(file.name).endswith(TEXT_SUFFIX)]
+    folders = {file.parent for file in files if file not in texts}
+    if beside := [file for file in texts if file.parent in folders]:
+        shown = ", ".join(file.name for file in beside[:3]) + (", …" if len(beside) > 3 else "")
+        notes.append(
+            f"warning: {len(beside):,} .txt beside files of records ({shown}) are read too, as paragraphs of text; if "
+            "they are not text, name the others by a pattern"
+        )
+
+
+def _real(path: Path) -> Path:
+    """The path without links; unlike `Path.resolve` it does not raise where links lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """A pattern's path up to its first wildcard."""
+    parts = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    return Path(*parts)
+
+
+def _without_parts(files: Mapping[Path, Path]) -> list[Path]:
+    """Leaves out the index of MDS shards that another one names as well: shards written in parallel have both."""
+    named: dict[Path, set[Path]] = {
+        real: {_real(real.parent / name) for shard in mds.read_index(real) for name in mds.files_of(shard)}
+        for real in files
+        if real.name == mds.INDEX
+    }
+    return [
+        file
+        for real, file in files.items()
+        if not any(real in named and other != real and named[real] < shards for other, shards in named.items())
+    ]
+
+
+def _is_readable(file: Path) -> bool:
+    return _is_mds_index(file) if file.name == mds.INDEX else _has_ending(file)
+
+
+def _has_ending(file: Path) -> bool:
+    name = file.name.lower()
+    return name.endswith(TABLE_SUFFIXES) or without_compression(name).endswith((TEXT_SUFFIX, *JSON_SUFFIXES))
+
+
+def _is_mds_index(file: Path) -> bool:
+    content = _json_of(file)
+    return isinstance(content, dict) and isinstance(content.get("shards"), list)
+
+
+def _is_dataset_state(file: Path) -> bool:
+    content = _json_of(file)
+    return isinstance(content, dict) and "_data_files" in content
+
+
+def _json_of(file: Path) -> object:
+    try:
+        content: object = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content
+
+
+def _holds_checksums(file: Path) -> bool:
+    """Tells whether the first lines of a text are checksums of files; compressed texts are not looked into."""
+    if file.suffix.lower() != TEXT_SUFFIX:
+        return False
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            lines = [line for line in itertools.islice(stream, _CHECKSUM_LINES) if line.strip()]
+    except OSError:
+        return False
+    return bool(lines) and all(_CHECKSUM.fullmatch(line) for line in lines)
+
+
+def _ending(file: Path) -> str:
+    if file.name == mds.INDEX:
+        return "folder of MDS shards"
+    if file.name == DATASET_STATE:
+        return "folder of Dataset.save_to_disk"
+    suffixes = file.suffixes[-2:] if file.suffix.lower() in COMPRESSIONS else file.suffixes[-1:]
+    return "".join(suffixes).lower() or "without an ending"
+
+
+def _counted(numbers: Mapping[str, int], limit: int = 12) -> str:
+    shown = [f"{number:,} {name}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))]
+    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} other kinds" if len(shown) > limit else "")

@@ -1,0 +1,146 @@
+"""Opening files of text: compressed or not, and refusing at once what is no text.
+
+Everything is read as a stream, so that no file is in memory whole.
+"""
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+
+from dskd.errors import UserError
+from dskd.pointers import refuse_pointer
+
+_HEAD_CHARACTERS = 4096
+_MARKUP = ("<!doctype html", "<html")
+_SERVER_ERROR = "<error>"  # of an object store, as XML
+_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# The first bytes of compressed files, to recognise those whose names hide it.
+_MAGIC = {
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ\x00": ".xz",
+    b"PK\x03\x04": ".zip",
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+}
+
+
+def _open_zstd(path: Path) -> Any:
+    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+
+
+_OPENERS: Mapping[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".zst": _open_zstd,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+COMPRESSIONS = tuple(_OPENERS)
+
+
+def without_compression(name: str) -> str:
+    """Returns a file's name in lower case, without the ending of its compression."""
+    name = name.lower()
+    return next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
+
+
+@contextlib.contextmanager
+def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
+    """Opens a file of UTF-8 text, compressed as its ending says; `newline` is that of :func:`open`.
+
+    Raises:
+        UserError: if it is a pointer of git, empty although compressed, compressed without saying so, or a server's
+            error page. Use :func:`reading_errors` around the block, for what is found later.
+    """
+    refuse_pointer(path)
+    ending = path.suffix.lower()
+    with path.open("rb") as raw:
+        start = raw.read(16)
+    opener = _OPENERS.get(ending)
+    if opener is not None and not start:
+        raise UserError(f"{path}: the compressed file is empty; was its download or copy cut?")
+    if opener is None:
+        _refuse_hidden_kind(path, start)
+    with contextlib.ExitStack() as stack:
+        unpacked = stack.enter_context(opener(path) if opener else path.open("rb"))
+        buffered = io.BufferedReader(_Raw(unpacked), buffer_size=2**18) if opener is _open_zstd else unpacked
+        head = buffered.peek(_HEAD_CHARACTERS)[:_HEAD_CHARACTERS]
+        _refuse_other_content(path, head)
+        yield stack.enter_context(io.TextIOWrapper(buffered, encoding="utf-8-sig", newline=newline))
+
+
+class _Raw(io.RawIOBase):
+    """A stream of Arrow as a raw stream of Python, which can be buffered and looked into."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        """Returns True: that is all it can do."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads up to as many bytes as fit into the buffer."""
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@contextlib.contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turns what readers raise for a file that is damaged, or is no UTF-8 text, into a :class:`UserError`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: this is not UTF-8 text ({error}); convert it (iconv -f LATIN1 -t UTF-8, where it is Latin-1), or "
+            "leave it out"
+        ) from None
+    except EOFError:
+        raise UserError(f"{path}: the compressed file ends too early; was its download or copy cut?") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: this is not whole gzip data ({error}); fetch it again, or leave it out") from None
+    except lzma.LZMAError as error:
+        raise UserError(f"{path}: this is not whole xz data ({error}); fetch it again, or leave it out") from None
+    except pa.ArrowException as error:
+        kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: this is not a readable {kind} file ({reason}); was its download cut?") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if "Truncated compressed stream" in reason:
+            reason = "the compressed file ends too early; was its download or copy cut?"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+
+
+def _refuse_hidden_kind(path: Path, start: bytes) -> None:
+    for magic, ending in _MAGIC.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"{path}: this is no plain text: its content is that of a {ending} file; give it that ending, or "
+                "unpack it"
+            )
+
+
+def _refuse_other_content(path: Path, head: bytes) -> None:
+    """Refuses text whose first bytes show that it is not the text that the name promises."""
+    if head.startswith(_UTF_16_MARKS) or head.count(0) > len(head) // 4:
+        raise UserError(
+            f"{path}: this is not UTF-8 text: it looks like UTF-16, or is no text; convert it (iconv -f UTF-16 -t "
+            "UTF-8), or leave it out"
+        )
+    text = head.decode("utf-8", errors="ignore").lstrip("\ufeff \t\r\n").lower()
+    if text.startswith(_MARKUP) or (text.startswith("<?xml") and _SERVER_ERROR in text):
+        raise UserError(
+            f"{path}: this is a page of a web server, perhaps an error message instead of the file: it begins with "
+            f"{text[:40]!r}; fetch the file again, or leave it out"
+        )

@@ -1,0 +1,160 @@
+"""Texts of JSON: files with an object a line, or with one array of objects; and the text of one record."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from dskd.corpus.opening import open_text
+from dskd.errors import UserError
+
+CHATS = "docs/training.md#chat-and-instruction-data"
+_CHUNK_CHARACTERS = 2**20
+_LARGEST_ELEMENT = 2**30  # characters; an array that is no JSON must not be read into memory whole
+_INSTRUCTION_KEYS = ({"instruction", "output"}, {"prompt", "completion"}, {"prompt", "response"})
+
+
+def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
+    """Texts of a JSON file by line, or by number in its array from 1; None where the text is null.
+
+    Raises:
+        UserError: naming the line or element that is no object with a text.
+    """
+    with open_text(path) as stream:
+        start = stream.readline(_CHUNK_CHARACTERS)
+        blank = 0
+        while start.isspace():
+            blank += 1
+            start = stream.readline(_CHUNK_CHARACTERS)
+        is_array = start.lstrip().startswith("[")
+        found = _elements(path, start, stream) if is_array else _lines(path, start, stream, blank)
+        for number, record in found:
+            is_null = isinstance(record, dict) and record.get(text_field, "") is None
+            yield number, None if is_null else text_of(record, text_field, f"{path}:{number}")
+
+
+def text_of(record: Any, text_field: str, place: str) -> str:
+    """The text of a record.
+
+    Raises:
+        UserError: when there is none under `text_field`, with what there is.
+    """
+    if isinstance(record, dict) and isinstance(record.get(text_field), str):
+        text: str = record[text_field]
+        return text
+    expected = f"{place}: expected an object with a text under {text_field!r}, but"
+    if not isinstance(record, dict):
+        raise UserError(f"{expected} it is no object")
+    if chat := _chat(record):
+        raise UserError(
+            f"{expected} this is a chat: {chat}. Chats are not read as they are: write each as a text with the "
+            f"teacher's chat template, as {CHATS} shows"
+        )
+    if any(keys <= record.keys() for keys in _INSTRUCTION_KEYS):
+        raise UserError(
+            f"{expected} it has {', '.join(map(str, record))}: an instruction and its answer. Write both as one text, "
+            f"as {CHATS} shows"
+        )
+    if text_field in record:
+        raise UserError(f"{expected} that is {json.dumps(record[text_field])[:60]}")
+    raise UserError(
+        f"{expected} it has {', '.join(map(str, record)) or 'no keys'}; name the key of the text with corpus.text_field"
+    )
+
+
+def is_chat(turns: Any) -> bool:
+    """Tells whether a value is a list of turns: objects with who speaks and what."""
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(
+            isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
+            for turn in turns
+        )
+    )
+
+
+def _chat(record: dict[str, Any]) -> str:
+    """Describes the chat in a record; empty where there is none."""
+    for key, turns in record.items():
+        if is_chat(turns):
+            speaker = turns[0].get("role", turns[0].get("from"))
+            return f"{key!r} has {len(turns)} turn{'s' * (len(turns) != 1)}, the first by {speaker!r}"
+        if key in ("messages", "conversations", "conversation") and isinstance(turns, list):
+            return f"{key!r} is a list of {len(turns)}"
+    return ""
+
+
+def _lines(path: Path, start: str, stream: TextIO, blank: int) -> Iterator[tuple[int, Any]]:
+    # A first line may be longer than what was read of it.
+    line = start if start.endswith("\n") else start + stream.readline()
+    number = blank
+    while line:
+        number += 1
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                hint = ""
+                if number == blank + 1 and line.strip() in ("{", "[", '{"'):
+                    hint = "; expected an object a line, or one array of objects"
+                raise UserError(f"{path}:{number}: this line is not JSON ({error}){hint}") from None
+            yield number, record
+        line = stream.readline()
+
+
+def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any]]:
+    """The elements of an array, one after the other, so that it is never in memory whole."""
+    decoder = json.JSONDecoder()
+    buffer, at, number = start.lstrip(), 1, 0
+    is_whole = False  # whether the buffer has the end of the file
+
+    def fill() -> None:
+        nonlocal buffer, at, is_whole
+        # As much again as an unfinished element has: reading it takes time in proportion to its length.
+        more = stream.read(max(_CHUNK_CHARACTERS, len(buffer) - at))
+        is_whole = not more
+        buffer, at = buffer[at:] + more, 0
+
+    def skip_blanks() -> None:
+        nonlocal at
+        while True:
+            while at < len(buffer) and buffer[at] in " \t\r\n":
+                at += 1
+            if at < len(buffer) or is_whole:
+                return
+            fill()
+
+    def expect(found: str, expected: str) -> None:
+        if found not in expected or not found:
+            here = repr(found) if found else "the end of the file"
+            raise UserError(
+                f"{path}: after element {number} of the array: expected {' or '.join(expected)}, found {here}; was its "
+                "download cut?"
+            )
+
+    skip_blanks()
+    while buffer[at : at + 1] != "]":
+        while True:
+            try:
+                element, end = decoder.raw_decode(buffer, at)
+                # A number could go on in what is not read yet.
+                if end < len(buffer) or is_whole:
+                    break
+            except (ValueError, RecursionError) as error:
+                if is_whole or isinstance(error, RecursionError) or len(buffer) - at > _LARGEST_ELEMENT:
+                    raise UserError(f"{path}: element {number + 1} of the array is not JSON ({error})") from None
+            fill()
+        number, at = number + 1, end
+        yield number, element
+        skip_blanks()
+        expect(buffer[at : at + 1], ",]")
+        if buffer[at] == ",":
+            at += 1
+            skip_blanks()
+            if buffer[at : at + 1] in ("]", ""):
+                raise UserError(f"{path}: after element {number} of the array: a comma, and no element after it")
+    at += 1
+    skip_blanks()
+    if at < len(buffer):
+        raise UserError(f"{path}: there is more text after its array; expected one array, or an object a line")

@@ -1,0 +1,137 @@
+"""Texts of files with columns: Parquet, Arrow, folders that `datasets` saved, and MDS shards."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dskd import mds
+from dskd.corpus.opening import reading_errors
+from dskd.corpus.records import CHATS
+from dskd.errors import UserError
+from dskd.pointers import refuse_pointer
+
+_PARQUET_ROWS = 1000
+_PARQUET_BUFFER_BYTES = 2**20
+_ARROW_FILE_MAGIC = b"ARROW1"
+_ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
+    """Texts of the column `text_field`, by row from 1; None where they are null."""
+    refuse_pointer(path)
+    with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
+        _require_text_column(path, text_field, file.schema_arrow)
+        number = 0
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_field]):
+            for text in batch.column(0):
+                number += 1
+                yield number, text.as_py()
+
+
+def read_arrow(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
+    """Texts of an Arrow file, in the format for streams or for files, by row from 1; None where they are null."""
+    refuse_pointer(path)
+    with pa.memory_map(str(path)) as source:
+        size = source.size()
+        if source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC:
+            source.seek(0)
+            reader = pa.ipc.open_file(source)
+            batches: Iterator[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            source.seek(max(0, size - len(_ARROW_STREAM_END)))
+            if source.read(len(_ARROW_STREAM_END)) != _ARROW_STREAM_END:  # a stream that was cut can look whole
+                raise UserError(f"{path}: the Arrow stream has no end; was its download or copy cut?")
+            source.seek(0)
+            reader = pa.ipc.open_stream(source)
+            batches = iter(reader)
+        _require_text_column(path, text_field, reader.schema)
+        number = 0
+        for batch in batches:
+            for text in batch.column(text_field):
+                number += 1
+                yield number, text.as_py()
+
+
+def saved_files(state: Path) -> list[Path]:
+    """The Arrow files that the `state.json` of a folder saved by `datasets` names, in its order.
+
+    Raises:
+        UserError: when it is not one of `Dataset.save_to_disk`, or names what this cannot read.
+    """
+    refuse_pointer(state)
+    try:
+        content = json.loads(state.read_text(encoding="utf-8"))
+        names = [entry["filename"] for entry in content["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{state}: this is not the state of a dataset that `datasets` saved ({error!r})") from None
+    if content.get("_indices_data_files"):
+        raise UserError(
+            f"{state}: the dataset was saved with a selection of its rows apart from them; save it again with "
+            "flatten_indices().save_to_disk(FOLDER)"
+        )
+    for name in names:
+        if not (state.parent / name).resolve().is_relative_to(state.parent.resolve()):
+            raise UserError(f"{state}: it names {name}, which lies outside of its folder; save the dataset again")
+    return [state.parent / name for name in names]
+
+
+def read_saved_dataset(state: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
+    """Texts of the folder of `Dataset.save_to_disk` whose `state.json` is given, by row from 1 over all files."""
+    number = 0
+    for path in saved_files(state):
+        if not path.is_file():
+            raise UserError(f"{path}: this file is missing, but {state.name} names it; copy the folder again")
+        with reading_errors(path):
+            for _, text in read_arrow(path, text_field):
+                number += 1
+                yield number, text
+
+
+def read_mds(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    """Samples of the shards that an index names, numbered from 0 as mosaicml-streaming numbers them."""
+    refuse_pointer(path)
+    for shard in mds.read_index(path):
+        columns = dict(zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False))
+        if columns.get(text_field) != "str":
+            raise UserError(_no_text_column(path, text_field, columns))
+    for number, sample in enumerate(mds.read_samples(path, column=text_field)):
+        yield number, sample[text_field]
+
+
+def _require_text_column(path: Path, text_field: str, schema: pa.Schema) -> None:
+    columns = {field.name: field.type for field in schema}
+    if text_field not in columns or not _holds_strings(columns[text_field]):
+        raise UserError(_no_text_column(path, text_field, columns))
+
+
+def _holds_strings(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_strings(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _no_text_column(path: Path, text_field: str, columns: Mapping[str, Any]) -> str:
+    has = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no columns"
+    chats = [name for name, kind in columns.items() if _holds_chats(kind)]
+    remedy = "name it with corpus.text_field"
+    if chats:
+        remedy = (
+            f"{chats[0]!r} holds chats, which are not read as they are: write each as a text with the teacher's chat "
+            f"template, as {CHATS} shows"
+        )
+    elif isinstance(columns.get(text_field), pa.DataType) and pa.types.is_binary(columns[text_field]):
+        remedy = "cast it to strings, or name another one with corpus.text_field"
+    return f"{path}: expected a column {text_field!r} of strings, but it has {has}; {remedy}"
+
+
+def _holds_chats(kind: Any) -> bool:
+    if not isinstance(kind, pa.DataType) or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    if not pa.types.is_struct(kind.value_type):
+        return False
+    names = {field.name for field in kind.value_type}
+    return {"role", "content"} <= names or {"from", "value"} <= names

@@ -1,0 +1,29 @@
+"""English words that begin or end like a negation and are none, though MorphoLEX labels their affix as a negating one.
+
+They were found by reading all words of MorphoLEX for which :mod:`dskd.lexicon.negation` finds a base. Three kinds: the
+affix has another meaning (dismiss is not the opposite of miss, unravel is the same as ravel), the meaning has gone its
+own way (uncanny, listless), or the rest is another word that is spelled alike (impair, discord).
+"""
+
+_FAMILIES = (
+    # un-: the same as the base, or to remove what it names
+    "unbosom unearth unhand unhing unloose unnerve unpick unravel unthaw",
+    # dis-: apart, away
+    "disabuse disaffect disappoint disbar discard discharg disclos discommod disconcert discord discount discriminat",
+    "disfigur disguis dislocat dismantl dismember dismiss dispatch displac disport dispose disposi dissever dissolu",
+    "distemper distend distort distract distribut",
+    # im-: into, in, or an intensive
+    "immemorial impair impartially impassion impassive impediment inclose incommod incorporat indifferen inflam",
+    "inflorescence inlay inordinate invaluable irrespective",
+    # anti-: against a thing, which is not its opposite
+    "antiaircraft antibiotic antibod antigen antimacassar antipersonnel antitrust",
+    # -less
+    "bootless handless listless priceless regardless shiftless wireless",
+)
+_BEGINNINGS = tuple(" ".join(_FAMILIES).split())
+_WORDS = frozenset(("infidel", "uncanny", "unman", "unmanning", "unmans", "untoward"))
+
+
+def is_not_negated(word: str) -> bool:
+    """Returns whether a word, in lower case, is one of these: by itself, or as one of a family (discard, discarded)."""
+    return word in _WORDS or word.startswith(_BEGINNINGS)

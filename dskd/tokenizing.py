@@ -1,0 +1,146 @@
+"""Texts to token ids, also of texts that are too long to be tokenized at once.
+
+A tokenizer needs some hundred bytes a token, and shows nothing until it has read all of a text. So a long text is
+tokenized in pieces. It is cut only at places where the tokens around the cut are those of the uncut text.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dskd.errors import UserError
+
+PIECE_CHARACTERS = 1_000_000
+_PIECES_AT_ONCE = 4  # a fast tokenizer works on them in parallel
+_AROUND = 400  # characters on each side of a cut, of which the tokens are compared
+_TRIES = 40
+
+
+class Tokenizing:
+    """Texts to tokens [n] int32, each ended by the tokenizer's end-of-text token."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int | None = None) -> None:
+        """Takes a Hugging Face tokenizer; tokens from `vocab_size` on are refused, where it is given."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        separator = text_end(tokenizer)
+        self.end = [] if separator is None else [separator]
+
+    def read(
+        self, texts: list[str], advance: Callable[[int], object], name_of: Callable[[int], str], enough: int | None
+    ) -> list[np.ndarray]:
+        """Tokenizes texts; a long one only until there are `enough` tokens of it, where that is given.
+
+        Args:
+            texts: documents.
+            advance: called with the number of tokens, whenever there are more.
+            name_of: the name of a text by its number here, for messages.
+            enough: how many tokens are needed at most.
+
+        Raises:
+            UserError: for a token that the model does not know.
+        """
+        short = [number for number, text in enumerate(texts) if len(text) <= PIECE_CHARACTERS]
+        ids = self._ids([texts[number] for number in short], special=True)
+        documents: dict[int, np.ndarray] = dict(zip(short, map(self._ended, ids), strict=True))
+        advance(sum(map(len, documents.values())))
+        for number, text in enumerate(texts):
+            if number not in documents:
+                documents[number] = self._read_long(text, advance, enough)
+            self._require_known(documents[number], name_of, number)
+        return [documents[number] for number in range(len(texts))]
+
+    def _read_long(self, text: str, advance: Callable[[int], object], enough: int | None) -> np.ndarray:
+        added = self._added()
+        if added is None:
+            (ids,) = self._ids([text], special=True)
+            advance(len(ids))
+            return self._ended(ids)
+        parts = [np.array(added[0], np.int32)]
+        count = 0
+        for pieces in _batched(self._pieces(text)):
+            for ids in self._ids(pieces, special=False):
+                parts.append(np.array(ids, np.int32))
+                count += len(ids)
+                advance(len(ids))
+            if enough is not None and count >= enough:
+                return np.concatenate(parts)
+        return np.concatenate([*parts, self._ended(added[1])])
+
+    def _ended(self, ids: list[int]) -> np.ndarray:
+        return np.array(ids if ids[-1:] == self.end else [*ids, *self.end], np.int32)
+
+    def _ids(self, texts: list[str], *, special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(
+            texts, add_special_tokens=special, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return ids
+
+    def _added(self) -> tuple[list[int], list[int]] | None:
+        """The tokens that the tokenizer puts before and after every text; None where that cannot be told."""
+        (whole,), (bare,) = self._ids(["a"], special=True), self._ids(["a"], special=False)
+        for at in range(len(whole) - len(bare) + 1):
+            if whole[at : at + len(bare)] == bare:
+                return whole[:at], whole[at + len(bare) :]
+        return None
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        start = 0
+        target = PIECE_CHARACTERS
+        while target < len(text):
+            cut = self._cut(text, start, target)
+            target += PIECE_CHARACTERS
+            if cut is not None:
+                stop, next_start = cut
+                yield text[start:stop]
+                start, target = next_start, next_start + PIECE_CHARACTERS
+        yield text[start:]
+
+    def _cut(self, text: str, start: int, target: int) -> tuple[int, int] | None:
+        """Where a piece ends and the next one starts; None where no cut near `target` leaves the tokens as they are."""
+        for place in _places(text, start, target):
+            left, right = text[max(start, place - _AROUND) : place], text[place : place + _AROUND]
+            whole, head, tail = self._ids([left + right, left, right], special=False)
+            if whole == head + tail:
+                return place, place
+            # Some tokenizers put a space before every text: it takes the place of the one at the cut.
+            if right[0] == " " and whole == head + self._ids([right[1:]], special=False)[0]:
+                return place, place + 1
+        return None
+
+    def _require_known(self, tokens: np.ndarray, name_of: Callable[[int], str], number: int) -> None:
+        if self._vocab_size is None or not len(tokens) or (largest := int(tokens.max())) < self._vocab_size:
+            return
+        raise UserError(
+            f"{name_of(number)}: it has the token {self._tokenizer.convert_ids_to_tokens(largest)!r}, whose id is "
+            f"{largest}, but the model has {self._vocab_size} tokens (vocab_size), 0 to {self._vocab_size - 1}; use "
+            "the tokenizer that belongs to the model, give the model more embeddings "
+            "(model.resize_token_embeddings(len(tokenizer))), or remove the token from the text"
+        )
+
+
+def text_end(tokenizer: Any) -> int | None:
+    """Returns the token that ends a text: the tokenizer's end of text, or its beginning; None without both."""
+    return next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
+
+
+def _places(text: str, start: int, target: int) -> Iterator[int]:
+    """Places to cut at, before `target`: spaces, where nearly every tokenizer begins a word, then any others."""
+    lowest = max(start + 1, target - PIECE_CHARACTERS // 2)
+    place = target
+    for _ in range(_TRIES):
+        place = text.rfind(" ", lowest, place)
+        if place < 0:
+            break
+        if not text[place - 1].isspace() and text[place + 1 : place + 2].isalnum():
+            yield place
+    yield from range(target, max(lowest, target - _TRIES), -1)
+
+
+def _batched(pieces: Iterator[str]) -> Iterator[list[str]]:
+    while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+        yield batch

@@ -1,0 +1,145 @@
+"""The sqlite database in a work directory: its address, and what changes with the directory's path and rights.
+
+MLflow stores the absolute address of the artifacts with every experiment and run. A work directory that was moved or
+copied has other ones, so they are corrected when the database is opened. A database that one may only read is read
+from a copy, since MLflow writes to whatever it opens.
+"""
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import sqlite3
+import tempfile
+from pathlib import Path
+from urllib.parse import quote, unquote, urlparse
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.lock import hold_lock, release_lock
+
+FILE, ARTIFACTS = "mlflow.db", "mlartifacts"
+_PATIENCE_S = 300.0  # while another process makes the database
+_BUSY_S = 20.0  # while another process writes to it, as MLflow waits
+_ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+def database_file(config: Config) -> Path:
+    """Returns the path of the work directory's database, without symbolic links."""
+    return config.path(FILE).resolve()
+
+
+def artifacts_folder(config: Config) -> Path:
+    """Returns the folder of the artifacts of the runs in that database."""
+    return config.path().resolve() / ARTIFACTS
+
+
+def database_uri(file: Path) -> str:
+    """Returns the URI by which MLflow opens an sqlite file, whatever characters its path has.
+
+    SQLAlchemy decodes percent signs and takes `?` for the start of options. MLflow makes the parent folder of whatever
+    is written after `sqlite:///`, undecoded. So a path that has to be encoded gets the longer scheme, whose paths
+    MLflow leaves to SQLAlchemy.
+
+    Raises:
+        UserError: if the path is not valid UTF-8, which no URI of SQLAlchemy can express.
+    """
+    try:
+        quoted = quote(str(file))
+    except UnicodeEncodeError:
+        raise UserError(
+            f"workdir: {os.fsencode(file)!r} is not UTF-8, and MLflow cannot open a database there; rename the folder, "
+            "or set tracking.uri to a server or tracking.enabled=false"
+        ) from None
+    return f"sqlite:///{file}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
+
+
+def make_database(file: Path) -> None:
+    """Makes a database that does not exist yet. It exists completely or not at all, however many processes start.
+
+    MLflow makes its tables in some fifty migrations, without a lock: two runs that start at once on a new work
+    directory would spoil them for each other, and one that is killed for itself.
+    """
+    from mlflow import MlflowClient
+
+    if file.exists() or not file.parent.is_dir():
+        return
+    lock = file.with_name(f".{file.name}.lock")
+    hold_lock(lock, f"makes {file}", wait_s=_PATIENCE_S)
+    try:
+        if not file.exists():
+            new = file.with_name(f".{file.name}.new")
+            new.unlink(missing_ok=True)
+            MlflowClient(database_uri(new))
+            new.rename(file)
+    finally:
+        release_lock(lock)
+
+
+def correct_addresses(file: Path, artifacts: Path) -> None:
+    """Makes experiments and runs name `artifacts`, if they name the artifacts of a work directory that was elsewhere.
+
+    The folder that they name is left if it is the same one under another path, such as another mount; or if it exists
+    and there is none at `artifacts`, since then only the database was copied.
+
+    Args:
+        file: the database.
+        artifacts: the folder of artifacts beside it.
+    """
+    here = artifacts.as_uri()
+    with contextlib.closing(sqlite3.connect(file, timeout=_BUSY_S)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "experiments" not in tables:  # MLflow has not made its tables; it says what is wrong with such a file
+            return
+        known = [place for (place,) in database.execute("SELECT DISTINCT artifact_location FROM experiments")]
+        outdated = [place for place in known if place and place != here and _was_elsewhere(place, artifacts)]
+        if not outdated:
+            return
+        with database:  # one transaction
+            for old in outdated:
+                for table, column in _ADDRESSES:
+                    if table in tables:
+                        database.execute(
+                            f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                            f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                            (here, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                        )
+
+
+def _was_elsewhere(place: str, artifacts: Path) -> bool:
+    """Returns whether an experiment's address names the artifacts of a work directory that is `artifacts` now."""
+    parsed = urlparse(place)
+    old = Path(unquote(parsed.path))
+    if parsed.scheme != "file" or old.name != artifacts.name:
+        return False  # somebody made this experiment with a place of their own
+    if not old.exists():
+        return True
+    return artifacts.exists() and not artifacts.samefile(old)
+
+
+@functools.cache
+def readable_file(file: Path) -> Path:
+    """Returns the database itself if this process may write to it, otherwise a copy that goes with the process.
+
+    Raises:
+        sqlite3.Error: if it cannot be read.
+    """
+    if os.access(file, os.W_OK) and os.access(file.parent, os.W_OK):
+        return file
+    folder = Path(tempfile.mkdtemp(prefix="dskd-mlflow-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = folder / FILE
+    # The backup takes the locks that a copy of the file would not: nobody writes meanwhile.
+    with (
+        contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+    return copy
