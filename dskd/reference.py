@@ -16,9 +16,9 @@ from torch import nn
 from dskd.causal_lm import config_without_dropout, empty_model
 from dskd.console import say
 from dskd.distributed import World, any_rank, on_main
-from dskd.errors import UserError
+from dskd.errors import UserError, listed
 from dskd.model_folder import ModelFolder, TensorReader
-from dskd.stored_names import StoredNames, base_model, base_model_name
+from dskd.stored_names import StoredNames, base_model, base_model_name, persistent_buffers
 
 # Of the norm of the states. In the same type on the same device healthy architectures have almost none.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}
@@ -48,6 +48,7 @@ def compare_with_transformers(
     Raises:
         UserError: on every rank, with the layer and the difference.
     """
+    _check_buffers(decoder, folder, dtype)
     config = decoder.base.config
     longest = getattr(config, "max_position_embeddings", None) or _TOKENS
     tokens = min(_TOKENS, longest)
@@ -96,6 +97,24 @@ def compare_with_transformers(
         )
     part = "" if chosen is None else f", in layers {', '.join(map(str, chosen))}"
     say(f"  {folder.path}: the states are those of transformers' own model (difference {worst:.0e}{part})")
+
+
+def _check_buffers(decoder: Any, folder: ModelFolder, dtype: torch.dtype) -> None:
+    """Refuses a model whose computed buffers are not, bit for bit, those that transformers makes without ZeRO."""
+    causal_lm = empty_model(folder, dtype)
+    base, stored = base_model(causal_lm), persistent_buffers(base_model(causal_lm))
+    found = dict(decoder.base.named_buffers())
+    wrong = [
+        name
+        for name, buffer in base.named_buffers()
+        if name not in stored
+        and (found[name].dtype != buffer.dtype or not torch.equal(found[name].to(buffer.device), buffer))
+    ]
+    if wrong:
+        raise UserError(
+            listed(f"{folder.path}: buffers were changed after the model was built; report this", wrong),
+            known_to_all_ranks=True,
+        )
 
 
 def _refuse_lookahead(
