@@ -39,6 +39,11 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
         )
     if missing := [name for name in ("input_ids", "inputs_embeds", "use_cache") if not accepts(base, name)]:
         raise UserError(f"{where} cannot be run here: its forward does not take {', '.join(missing)}")
+    if noise := getattr(model.config, "router_jitter_noise", None):
+        raise UserError(
+            f"{where} is a mixture of experts that chooses them by chance in training (router_jitter_noise: {noise}), "
+            "so a run would not be a function of its seed; such a model is not supported"
+        )
     _check_sequences(model.config, config, where, takes_positions=accepts(base, "position_ids"))
     return model
 
