@@ -112,7 +112,8 @@ def _translate_rotations(values: dict[str, Any], where: str) -> dict[str, Any]:
         return values
     accepted = _accepted(values["model_type"])
     layers = {kind: rope for kind, rope in given.items() if isinstance(rope, dict)}
-    full, added = given, {}
+    added: dict[str, Any] = {}
+    full = given
     if layers:
         if set(given) - {"full_attention", "sliding_attention"} or "full_attention" not in layers:
             raise _unknown_rotations(values, where, f"kinds of layers {', '.join(given)}")
