@@ -13,6 +13,9 @@ from dskd.model_folder import LAYER_NAME, ModelFolder
 from dskd.probes import accepts, check_head
 from dskd.stored_names import base_model
 
+# Tried on two ranks with different tokens, under ZeRO-3 with all experts gathered as one.
+_UNGATHERABLE = ("dbrx",)
+
 
 def check_architecture(folder: ModelFolder, config: Config) -> Any:
     """Refuses a teacher that cannot be distilled here.
@@ -39,6 +42,16 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
         )
     if missing := [name for name in ("input_ids", "inputs_embeds", "use_cache") if not accepts(base, name)]:
         raise UserError(f"{where} cannot be run here: its forward does not take {', '.join(missing)}")
+    if noise := getattr(model.config, "router_jitter_noise", None):
+        raise UserError(
+            f"{where} is a mixture of experts that chooses them by chance in training (router_jitter_noise: {noise}), "
+            "so a run would not be a function of its seed; such a model is not supported"
+        )
+    if model.config.model_type in _UNGATHERABLE:
+        raise UserError(
+            f"{where} is a mixture of experts whose weights are read outside of the module that holds them: ranks with "
+            "different tokens cannot gather them; such a model is not supported"
+        )
     _check_sequences(model.config, config, where, takes_positions=accepts(base, "position_ids"))
     return model
 

@@ -140,7 +140,8 @@ def mark_experts(model: nn.Module) -> None:
     from deepspeed.utils import set_z3_leaf_module
 
     for name, module in model.named_modules():
-        if LAYER_NAME.search(f"{name}.") and any(isinstance(m, nn.ModuleList) for m in module.children()):
+        has_experts = hasattr(module, "experts") or any(isinstance(m, nn.ModuleList) for m in module.children())
+        if LAYER_NAME.search(f"{name}.") and has_experts:
             set_z3_leaf_module(module, True)
 
 

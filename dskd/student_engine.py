@@ -182,6 +182,8 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     tied = bool(head & embeddings)
     norm = final_norm_names(causal_lm) if student.train_final_norm else set()
     routers = _router_names(causal_lm)
+    # ZeRO-3 trains one type; transformers keeps two factors of Apertus's activation in bf16 whatever the others are.
+    dtype = causal_lm.get_output_embeddings().weight.dtype
     trained = []
     for name, parameter in causal_lm.named_parameters():
         layer = LAYER_NAME.search(name)
@@ -193,6 +195,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
             chosen = first_layer + int(layer.group(1)) in layers and name not in routers
         else:
             chosen = name in norm
+        chosen = chosen and parameter.dtype == dtype
         parameter.requires_grad_(chosen)
         if chosen:
             trained.append(parameter)

@@ -19,7 +19,6 @@ from torch import nn
 from dskd.config import Config
 from dskd.distributed import World, sum_over_ranks
 from dskd.errors import UserError
-from dskd.probes import accepts
 from dskd.student_engine import trained_layers, trains_embeddings
 
 # The largest difference of the lowest trained layer's result, as a share of what the layer changes. Same weights and
@@ -93,8 +92,8 @@ def difference(
 ) -> str | None:
     """How the student's lowest layer computes something else than the teacher's, or None. Every rank must call it.
 
-    The teacher's own states go into the student, and what comes out of its lowest layer is compared: at the first
-    positions, and at the last ones, where rotary positions differ most and some architectures use other factors.
+    The teacher's own states go into the student, and what comes out of its lowest layer is compared: in short documents
+    and in a whole sequence, at whose end rotary positions differ most and some architectures use other factors.
 
     Args:
         teacher: the :class:`dskd.models.FrozenModel`.
@@ -105,14 +104,11 @@ def difference(
         world: the ranks.
         dtype: of the parameters.
     """
-    input_ids = torch.arange(1, 25, device=world.device).view(2, 12) * 7 % teacher.vocab_size
-    start = torch.tensor([[*range(7), *range(5)], [*range(5), *range(7)]]) if packed else None
-    places = [start]
-    if length > input_ids.shape[1] and accepts(teacher.decoder.base, "position_ids"):
-        places.append(torch.arange(length - 12, length).expand(2, -1))
+    short = torch.arange(1, 25, device=world.device).view(2, 12) * 7 % teacher.vocab_size
+    start = torch.tensor([[*range(7), *range(5)], [*range(5), *range(7)]], device=world.device) if packed else None
+    whole = torch.arange(1, length + 1, device=world.device).view(1, -1) * 7 % teacher.vocab_size
     differs = [0.0, 0.0]
-    for place in places:
-        positions = None if place is None else place.to(world.device)
+    for input_ids, positions in ((short, start), (whole, None)):
         with _watched(teacher.decoder.layers[twin]) as expected:
             teacher.hidden_states(input_ids, positions)
         with _watched(engine.module.decoder.layers[0]) as found:

@@ -29,6 +29,8 @@ does not fit is refused before work begins, with the reason.
 - **shared trunk**: frozen lower layers are computed once, in the teacher (`student.shared_trunk`). No: the student
   computes all of its layers, which takes time and changes no result.
 
+In float32 two factors of Apertus's activation, which transformers keeps in bf16, are not trained.
+
 Not supported yet are heads that cap, scale or shift logits, quantised weights, and models of images or sound.
 
 {dense}

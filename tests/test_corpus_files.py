@@ -52,7 +52,7 @@ def test_compressed_files_hold_what_the_plain_ones_do(tmp_path, name, content):
     data = content.encode()
     compressed = {
         "": data,
-        ".gz": gzip.compress(data),
+        ".gz": gzip.compress(data, mtime=0),
         ".zst": _zstd(data[:9]) + _zstd(data[9:]),  # several frames
         ".bz2": bz2.compress(data),
         ".xz": lzma.compress(data),
@@ -225,7 +225,11 @@ ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
         ("a.txt.gz", b"plain text", r"a.txt.gz: this is not whole gzip data \(Not a gzipped file"),
         ("a.parquet", _write_cut_parquet, r"a.parquet: this is not a readable Parquet file"),
         ("a.parquet", b"", r"a.parquet: this is not a readable Parquet file"),
-        ("a.txt", gzip.compress(b"text"), r"a\.txt: this is no plain text: its content is that of a \.gz file"),
+        (
+            "a.txt",
+            gzip.compress(b"text", mtime=0),
+            r"a\.txt: this is no plain text: its content is that of a \.gz file",
+        ),
         ("a.jsonl", _zstd(b"{}"), r"a\.jsonl: this is no plain text: its content is that of a \.zst file"),
         ("a.jsonl.zst", _zstd(b'{"text": "x"}\n' * 999)[:-3], r"a\.jsonl\.zst: .*ends too early"),
         ("a.jsonl.zst", b"plain", r"a\.jsonl\.zst: cannot be read \(ZSTD decompress failed"),
@@ -237,7 +241,7 @@ ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
         ("a.txt.xz", b"plain text", r"a\.txt\.xz: this is not whole xz data"),
         *((f"a.{ending}", LFS, r"only a pointer of git .* `git lfs pull`") for ending in ENDINGS),
         *((name, HTML, r": this is a page of a web server") for name in ("a.txt", "a.jsonl", "a.json")),
-        ("a.txt.gz", gzip.compress(HTML), r"a\.txt\.gz: this is a page of a web server"),
+        ("a.txt.gz", gzip.compress(HTML, mtime=0), r"a\.txt\.gz: this is a page of a web server"),
         ("a.txt", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", r"this is a page of a web server"),
         ("a.txt", "text".encode("utf-16"), r"a\.txt: .*looks like UTF-16"),
         ("a.txt", "a longer text".encode("utf-16-le"), r"a\.txt: .*looks like UTF-16"),

@@ -130,10 +130,10 @@ def _is_mixture(architecture: Architecture) -> bool:
 class _OneExpert(nn.Module):
     """In the place of a mixture: one of its experts, over the tokens of all of them."""
 
-    def __init__(self, block: nn.Module, model_config: Any, returns_router: bool) -> None:
+    def __init__(self, block: Any, model_config: Any, returns_router: bool) -> None:
         super().__init__()
-        self.expert = block.experts[0]  # type: ignore[index,union-attr]
-        self.shared = next((getattr(block, name) for name in _SHARED if hasattr(block, name)), None)
+        self.expert = block.experts[0]
+        self.shared: nn.Module | None = next((getattr(block, name) for name in _SHARED if hasattr(block, name)), None)
         self.times = experts_per_token(model_config)
         self.returns_router = returns_router
 
