@@ -72,8 +72,9 @@ def block_fp8(values: dict[str, Any]) -> tuple[int, int] | None:
     if not isinstance(declared, dict) or declared.get("quant_method") != "fp8":
         return None
     size = declared.get("weight_block_size")
-    is_pair = isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
-    return (size[0], size[1]) if is_pair else None
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
+        return size[0], size[1]
+    return None
 
 
 def _refuse_other_models(values: dict[str, Any], where: str) -> None:

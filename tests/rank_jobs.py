@@ -269,7 +269,7 @@ def experts_by_ranks(folder: Path, lengths: Sequence[int], environment: dict[str
             workdir=str(folder),
             teacher={"path": str(folder / "teacher")},
             precision="fp32",
-            corpus={"packing": "stream"},
+            corpus={"packing": "stream", "sequence_length": 32},
         )
         model_folder = find_teacher(config)
         ids = (torch.arange(lengths[world.rank])[None] * 7 + 3 + 31 * world.rank) % 120

@@ -77,7 +77,7 @@ def load(folder, world, *, mode="zero3", precision="bf16"):
         workdir=str(folder.parent),
         teacher={"path": str(folder), "mode": mode},
         precision=precision,
-        corpus={"packing": "stream"},
+        corpus={"packing": "stream", "sequence_length": 32},
     )
     return load_frozen(find_teacher(config), config, world)
 

@@ -22,7 +22,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
