@@ -5,7 +5,9 @@ product, and whether documents that share a sequence stay apart.
 """
 
 import contextlib
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -86,9 +88,13 @@ def check_documents(
     if packed and not takes_positions:
         raise UserError(_not_apart(folder, name), known_to_all_ranks=True)
     found = measure_crossing(run, decoder.base.config.vocab_size, world.device, with_positions=takes_positions)
-    failed = torch.tensor([float(found.looks_ahead(dtype)), float(found.crosses(dtype))], device=world.device)
+    # States that are not finite are refused when the text is read, which names the position.
+    is_spoiled = not all(map(math.isfinite, dataclasses.astuple(found)))
+    failed = [is_spoiled, found.looks_ahead(dtype), found.crosses(dtype)]
     # Ranks must take the same way, also where their hardware rounds differently.
-    looks_ahead, crosses = (sum_over_ranks(failed) > 0).tolist()
+    is_spoiled, looks_ahead, crosses = (sum_over_ranks(torch.tensor(failed, device=world.device).float()) > 0).tolist()
+    if is_spoiled:
+        return
     if looks_ahead:
         raise UserError(
             f"{folder.path}: {name} is no decoder: its state of a token depends on the tokens after it. A teacher is a "
