@@ -44,7 +44,7 @@ test-nvme: export DSKD_TEST_NVME := 1
 test-nvme: env
 	@echo '#include <libaio.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || { $(call debian,libaio-dev); }
 	$(PY) -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as Builder; Builder().load(verbose=False)'
-	$(PY) -m pytest -rs tests/test_nvme.py $(ARGS)
+	$(PY) -m pytest -rs tests/models/test_nvme.py $(ARGS)
 
 check: env
 	$(VENV)/bin/ruff format --check .
@@ -56,7 +56,7 @@ docs: env
 		$(PY) -m dskd config; echo '```'; } >docs/config.md
 
 models: env
-	PYTHONPATH=. $(PY) tests/models_page.py
+	PYTHONPATH=.:tests $(PY) tests/support/models_page.py
 
 env: $(VENV)/.installed
 

@@ -20,13 +20,13 @@ from tqdm import tqdm
 from benchmarks.flops import Shape
 from benchmarks.report import build_parser, machine, parse, publish
 from benchmarks.synthetic import draw_tokens, write_dictionary, write_teacher
-from dskd.annotate import TextReader, _annotate_block
 from dskd.config import Config
-from dskd.distributed import initialize
-from dskd.model_folder import ModelFolder
-from dskd.models import load_frozen
-from dskd.senses.search import Searcher
-from dskd.sequences import Sequences, open_sequences
+from dskd.corpus.sequences import Sequences, open_sequences
+from dskd.distributed.rendezvous import initialize
+from dskd.models.folder import ModelFolder
+from dskd.models.frozen import load_frozen
+from dskd.shards.annotate import TextReader, _annotate_block
+from dskd.shards.search import Searcher
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

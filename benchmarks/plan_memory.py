@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.flops import Shape
 from benchmarks.report import build_parser, default_device, give_result, machine, parse, publish, run_ranks
 from benchmarks.workload import OurTraining, Preset, read_config, write_work_directory
-from dskd.distributed import gather_json, initialize, shutdown
+from dskd.distributed.collectives import gather_json
+from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.plan import GB
 from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan

@@ -30,12 +30,12 @@ from benchmarks.workload import (
     work_directory,
 )
 from dskd.config import Config, LossConfig
-from dskd.distributed import initialize, shutdown
-from dskd.model_folder import find_teacher
-from dskd.precision import compute_dtype
+from dskd.distributed.rendezvous import initialize, shutdown
+from dskd.models.cutting import find_student
+from dskd.models.folder import find_teacher
+from dskd.models.precision import compute_dtype
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
-from dskd.student import find_student
-from dskd.student_engine import choose_trained
+from dskd.training.student import choose_trained
 
 _NEIGHBOURS = 25  # synonyms, or antonyms, that are looked at
 _NEW_TOKENS = 10

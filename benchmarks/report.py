@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from dskd.distributed import free_port, uses_gpu
-from dskd.manifest import write_json
-from dskd.text_table import table
+from dskd.artifacts.manifest import write_json
+from dskd.console import table
+from dskd.distributed.rendezvous import free_port
+from dskd.distributed.world import uses_gpu
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _QUIET = 0.3  # a load that is nobody's work

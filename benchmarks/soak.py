@@ -30,12 +30,13 @@ from typing import Any
 import psutil
 
 from benchmarks.report import REPOSITORY, build_parser, machine, parse, publish
-from dskd import checkpoint
+from dskd.artifacts import kinds
+from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
-from dskd.config_file import load_config
-from dskd.distributed import free_port
-from dskd.manifest import Manifest, read_manifest
+from dskd.config.reading import load_config
+from dskd.distributed.rendezvous import free_port
 from dskd.tracking import read_history
+from dskd.training import checkpoint
 
 CONFIG = REPOSITORY / "configs" / "smoke.yaml"
 _WHO = ("a rank", "launcher and ranks", "launcher alone")
@@ -223,7 +224,7 @@ class Soak:
         if when == "in its steps":
             time.sleep(self._draw.uniform(0, self._steps_s))
             return True
-        base = checkpoint.folder(config)
+        base = kinds.folder(config)
         is_writing = job.wait_until(lambda: any(base.glob(".step-*.partial")))
         time.sleep(self._draw.uniform(0, 0.1))
         return is_writing

@@ -32,8 +32,9 @@ from benchmarks.workload import (
     work_directory,
 )
 from dskd.config import Config
-from dskd.distributed import World, initialize, shutdown
-from dskd.precision import compute_dtype
+from dskd.distributed.rendezvous import initialize, shutdown
+from dskd.distributed.world import World
+from dskd.models.precision import compute_dtype
 
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 _PAIRS = {

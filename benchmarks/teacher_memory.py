@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.report import give_result, machine, parse, publish, run_ranks
 from benchmarks.workload import build_workload_parser, load_teacher, read_config, teacher_tensors, work_directory
-from dskd.distributed import gather_json, initialize, shutdown
+from dskd.distributed.collectives import gather_json
+from dskd.distributed.rendezvous import initialize, shutdown
 
 _MODES = ("resident", "zero3")
 

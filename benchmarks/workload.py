@@ -24,22 +24,24 @@ from benchmarks.flops import Shape
 from benchmarks.report import build_parser, default_device
 from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary, write_teacher
 from dskd import shards
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, LossConfig
-from dskd.config_file import load_config
-from dskd.distributed import World, uses_gpu
-from dskd.head import DistillationHead, Normalizers, chunk_size
-from dskd.loader import load_steps
-from dskd.manifest import Recipe, build_artifact
-from dskd.model_folder import find_teacher
-from dskd.models import load_frozen
-from dskd.node_cache import open_node_cache
-from dskd.pair import load_pair
-from dskd.schedule import plan_schedule
+from dskd.config.reading import load_config
+from dskd.distributed.node_cache import open_node_cache
+from dskd.distributed.world import World, uses_gpu
+from dskd.losses.head import DistillationHead, Normalizers
+from dskd.models.cutting import build_student
+from dskd.models.folder import find_teacher
+from dskd.models.frozen import load_frozen
+from dskd.models.readouts import chunk_size
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.senses.dictionary import FOLDER as DICTIONARY_FOLDER
-from dskd.step import StepResult, train_step
-from dskd.student import build_student
-from dskd.train import build_collator, load_inputs, load_sense_bank
+from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
+from dskd.training.loader import load_steps
+from dskd.training.pair import load_pair
+from dskd.training.schedule import plan_schedule
+from dskd.training.step import StepResult, train_step
 
 _SENSES_PER_TOKEN, _SYNONYMS, _KAPPA = 10, 8, 5
 _TOKENS_FILE = "tokens.npy"
@@ -210,7 +212,7 @@ def build_loss(
     def run(
         hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor, senses: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss to call backward on, and the sums of its terms (:data:`dskd.head.TERMS`)."""
+        """The loss to call backward on, and the sums of its terms (:data:`dskd.losses.head.TERMS`)."""
         positions = 0 if senses is None else len(senses["relation_positions"]) + len(senses["own_positions"])
         return head(
             hidden[None],

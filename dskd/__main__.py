@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from dskd import __version__
-from dskd.compare.command import add_compare_parser, run_comparison
+from dskd.cli.compare import add_compare_parser, run_comparison
+from dskd.cli.inspect import add_inspect_parser, run_inspection
+from dskd.cli.plan import add_plan_parser, run_plan
+from dskd.cli.program import add_config_arguments, run, run_on_ranks
+from dskd.cli.senses import add_senses_parser, run_senses
 from dskd.config import Config
-from dskd.config_file import load_config
+from dskd.config.reading import load_config
 from dskd.console import allow_any_text
-from dskd.distributed import leave_launcher
-from dskd.inspection.command import add_inspect_parser, run_inspection
-from dskd.plan.command import add_plan_parser, run_plan
-from dskd.program import add_config_arguments, run, run_on_ranks
-from dskd.senses.command import add_senses_parser, run_senses
+from dskd.distributed.collectives import leave_launcher
 
 CONFIG_HELP = "explain every key of a configuration file; with --config, check one and print all that it says"
 PREFLIGHT_HELP = "check the nodes of a job before it: all-reduce, storage, clocks, versions, shards"
@@ -65,13 +65,13 @@ def _lexicon(config: Config) -> None:
 
 
 def _student(config: Config) -> None:
-    from dskd.student import build_student
+    from dskd.models.cutting import build_student
 
     build_student(config)
 
 
 def _export(config: Config) -> None:
-    from dskd.export import build_export
+    from dskd.training.export import build_export
 
     build_export(config)
 
@@ -96,13 +96,13 @@ _VERBS: dict[str, tuple[Callable[[Config], None], str, str]] = {
 
 
 def _status(config: Config) -> int:
-    from dskd.train import report_status
+    from dskd.training.records import report_status
 
     return 0 if report_status(config) else UNFINISHED_EXIT_CODE
 
 
 def _preflight(given: argparse.Namespace) -> NoReturn:
-    from dskd.preflight import preflight
+    from dskd.plan.preflight import preflight
 
     run_on_ranks(given, preflight)
 
@@ -111,7 +111,7 @@ def _explain_config(path: Path | None, overrides: list[str], *, run_names: bool)
     if path is not None and run_names:
         print("\n".join(load_config(path, overrides).run_names))
     elif path is None:
-        from dskd.config_file import describe
+        from dskd.config.messages import describe
 
         print(describe())
     else:
@@ -121,7 +121,7 @@ def _explain_config(path: Path | None, overrides: list[str], *, run_names: bool)
 
 
 def _find_wordnet(path: str | None) -> None:
-    from dskd.wordnet import open_wordnet
+    from dskd.lexicon.wordnet import open_wordnet
 
     print(f"WordNet: {open_wordnet(path).folder}")
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from dskd.distributed import is_main_process
+from dskd.distributed.world import is_main_process
 
 T = TypeVar("T")
 
@@ -62,3 +62,16 @@ def stage(name: str, *, reads: Sequence[Path | str], writes: Path | str) -> Iter
     started = time.perf_counter()
     yield
     say(f"  done in {time.perf_counter() - started:.1f} s")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Text columns: the first `left` of them to the left, the others, numbers, to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

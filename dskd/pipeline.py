@@ -5,13 +5,6 @@ them. Whether a stage came to its end is read from its artifact: the launcher's 
 killed.
 """
 
-import contextlib
-import os
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,25 +12,30 @@ from pathlib import Path
 
 import yaml
 
-from dskd import annotate, checkpoint, evaluate, export, pretrain, sequences, stopping, student, train
-from dskd.architecture import check_architecture
-from dskd.compare.evaluated import DifferentDataError
-from dskd.compare.summary import compare
+from dskd.artifacts.building import LOCK_PATIENCE_S
+from dskd.artifacts.lock import hold_lock
+from dskd.artifacts.manifest import Recipe, is_current
+from dskd.cli.launching import StageFailedError, launch
+from dskd.compare.results import DifferentDataError
+from dskd.compare.text import compare
 from dskd.config import Config
-from dskd.config_file import load_config
+from dskd.config.reading import load_config
 from dskd.console import say
 from dskd.corpus import build as corpus
-from dskd.distributed import free_port, uses_gpu
-from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+from dskd.corpus import sequences
+from dskd.distributed import stopping
+from dskd.errors import UserError
+from dskd.evaluation import held_out_text, tasks
 from dskd.lexicon import build as lexicon
-from dskd.limits import vocabulary_size
-from dskd.lock import hold_lock
-from dskd.manifest import LOCK_PATIENCE_S, Recipe, is_current
-from dskd.model_folder import TEACHER_FOLDER, find_teacher
+from dskd.lexicon import relations
+from dskd.models import cutting
+from dskd.models.architecture import check_architecture
+from dskd.models.folder import TEACHER_FOLDER, find_teacher
+from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
-from dskd.tasks import run as tasks
+from dskd.shards import annotate
+from dskd.training import checkpoint, export, inputs, teacher_from_scratch
 
-LAUNCHERS = Path(__file__).resolve().parent.parent / "launcher"
 LOCK = ".pipeline.lock"  # in the work directory
 
 
@@ -48,14 +46,6 @@ class Stage:
     name: str
     is_current: Callable[[], bool]
     build: Callable[[], None]
-
-
-class StageFailedError(Exception):
-    """A stage of several ranks did not come to its end; it has said why itself."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = None) -> None:
@@ -120,7 +110,7 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
 
     stages = [
         Stage(
-            "lexicon", artifact(lexicon.FOLDER, lambda: lexicon.recipe(config)), lambda: lexicon.build_lexicon(config)
+            "lexicon", artifact(relations.FOLDER, lambda: lexicon.recipe(config)), lambda: lexicon.build_lexicon(config)
         ),
         Stage("corpus", artifact(corpus.FOLDER, lambda: corpus.recipe(config)), lambda: corpus.build_corpus(config)),
     ]
@@ -128,8 +118,8 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         stages.append(
             Stage(
                 "teacher",
-                artifact(TEACHER_FOLDER, lambda: pretrain.recipe(config)),
-                lambda: pretrain.build_teacher(config),
+                artifact(TEACHER_FOLDER, lambda: teacher_from_scratch.recipe(config)),
+                lambda: teacher_from_scratch.build_teacher(config),
             )
         )
     stages += [
@@ -140,8 +130,8 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         ),
         Stage(
             "student",
-            artifact(student.FOLDER, lambda: student.recipe(config, find_teacher(config))),
-            lambda: student.build_student(config),
+            artifact(cutting.FOLDER, lambda: cutting.recipe(config, find_teacher(config))),
+            lambda: cutting.build_student(config),
         ),
         Stage(
             "senses",
@@ -155,46 +145,17 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     ]
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
-    stages.append(Stage("evaluation", lambda: evaluate.are_current(config), ranks("evaluate.py")))
+    stages.append(Stage("evaluation", lambda: held_out_text.are_current(config), ranks("evaluate.py")))
     if names := config.tasks.evaluate:
         stages.append(Stage("tasks", lambda: tasks.are_current(config, names), ranks("evaluate.py", "--tasks", *names)))
     return stages
-
-
-def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
-    """Starts a program of `launcher/` on all ranks and waits for it.
-
-    Raises:
-        StageFailedError: when it failed.
-    """
-    executable = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if executable is None:
-        raise UserError("there is no `deepspeed` beside this Python; install the package with its dependencies")
-    shown = [*_launcher_arguments(config), str(LAUNCHERS / program), *arguments]
-    say(f"$ deepspeed {shlex.join(shown)}")
-    command = [executable, "--quiet", *shown]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    # A session of its own: a signal to the launcher alone would leave the ranks running. The launcher inherits that it
-    # ignores USR1, and the ranks listen to it.
-    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=sys.stderr)
-    signal.signal(signal.SIGUSR1, handler)
-    try:
-        exit_code = _wait(process)
-    except stopping.Stopped:  # the ranks have ended by themselves
-        raise
-    except BaseException:  # an interruption too ends the ranks, which would train on by themselves; it is raised on
-        _end(process)
-        raise
-    if exit_code:
-        raise StageFailedError(f"`{program}` failed with exit code {exit_code}", exit_code)
 
 
 def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
     """Training and export of one run."""
 
     def build() -> None:
-        wanted = train.recipe(config)
+        wanted = inputs.recipe(config)
         newest = checkpoint.latest(config)
         # Checkpoints of another config are stale artifacts, as everywhere in the pipeline; the tracked run stays.
         other = newest is not None and bool(checkpoint.changes_since(newest, wanted))
@@ -206,7 +167,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         return newest is not None and is_current(config.path(export.FOLDER, config.run), export.recipe(newest))
 
     return [
-        Stage(f"train {config.run}", lambda: checkpoint.is_finished(config, train.recipe(config)), build),
+        Stage(f"train {config.run}", lambda: checkpoint.is_finished(config, inputs.recipe(config)), build),
         Stage(f"export {config.run}", exported, lambda: export.build_export(config)),
     ]
 
@@ -232,43 +193,3 @@ def _build_sequences(config: Config) -> None:
     sequences.build_sequences(
         config, teacher.load_tokenizer(), teacher.tokenizer_digest, vocabulary_size(teacher.load_config())
     )
-
-
-def _launcher_arguments(config: Config) -> Sequence[str]:
-    given = config.pipeline.launcher_args
-    if given is None:
-        given = () if uses_gpu() else ("--num_gpus", str(min(2, os.cpu_count() or 1)))
-    if any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in given):
-        return given
-    # Two pipelines on one machine must not meet at the launcher's default port.
-    return ("--master_port", str(free_port()), *given)
-
-
-def _wait(process: subprocess.Popen) -> int:
-    """The launcher's exit code; when this process is asked to stop, so are the ranks, and their end is waited for."""
-    try:
-        return process.wait()
-    except stopping.Stopped:
-        say("stopping: the ranks come to a place from which they go on")
-        while process.poll() is None:
-            # Again and again: ranks that are still importing do not listen yet.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGUSR1)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)
-        raise
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends the launcher and all of its ranks."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sent)
-            process.wait(10)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
-
-
-def exit_code_of(error: StageFailedError) -> int:
-    """A user's mistake in a rank stays one for the caller, and so does a stop; any other failure is 1."""
-    return error.exit_code if error.exit_code in (USER_ERROR_EXIT_CODE, stopping.STOPPED_EXIT_CODE) else 1

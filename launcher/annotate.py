@@ -1,8 +1,8 @@
 """Finds the sense rows of every position with the teacher, and writes WORKDIR/shards/{train,validation}."""
 
+from dskd.cli.program import build_parser, run_on_ranks
 from dskd.config import Config
-from dskd.distributed import World
-from dskd.program import build_parser, run_on_ranks
+from dskd.distributed.world import World
 
 EPILOG = """
 examples:
@@ -19,7 +19,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
 
     def work(config: Config, world: World) -> None:
-        from dskd.annotate import annotate  # after the arguments: --help should not wait for DeepSpeed
+        from dskd.shards.annotate import annotate  # after the arguments: --help should not wait for DeepSpeed
 
         annotate(config, world, force=given.force)
 

@@ -1,8 +1,8 @@
 """Gathers the teacher's states over the training text, clusters them, and writes WORKDIR/senses."""
 
+from dskd.cli.program import build_parser, run_on_ranks
 from dskd.config import Config
-from dskd.distributed import World
-from dskd.program import build_parser, run_on_ranks
+from dskd.distributed.world import World
 
 EPILOG = """
 examples:

@@ -4,10 +4,11 @@ With --tasks it evaluates them on the paper's benchmarks instead, and writes WOR
 measures what they know of words and senses, and writes WORKDIR/lexical/NAME.
 """
 
+from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import TASKS, Config
 from dskd.console import say
-from dskd.distributed import World, on_main
-from dskd.program import build_parser, parse, run_on_ranks
+from dskd.distributed.collectives import on_main
+from dskd.distributed.world import World
 
 EPILOG = """
 examples:
@@ -58,8 +59,8 @@ def main() -> None:
 
     def work(config: Config, world: World) -> None:
         # After the arguments: --help should not wait for DeepSpeed.
-        from dskd.evaluate import evaluate
-        from dskd.evaluated_models import require_exports
+        from dskd.evaluation.held_out_text import evaluate
+        from dskd.evaluation.models import require_exports
 
         tasks = given.tasks or config.tasks.evaluate
         if on_tasks and not tasks:
@@ -69,11 +70,11 @@ def main() -> None:
             run_is_named = any(override.startswith("run=") for override in given.overrides)
             on_main(lambda: require_exports(config, run_is_named=run_is_named))
         if on_tasks:
-            from dskd.tasks.run import run_tasks
+            from dskd.evaluation.tasks import run_tasks
 
             run_tasks(config, world, tasks, given.models, force=given.force)
         elif given.lexical:
-            from dskd.lexical.run import run_lexical
+            from dskd.evaluation.lexical.run import run_lexical
 
             run_lexical(config, world, given.models, force=given.force)
         else:

@@ -6,8 +6,8 @@ evaluation; tasks, where the config's `tasks.evaluate` names benchmarks.
 
 import sys
 
-from dskd.distributed import leave_launcher
-from dskd.program import build_parser, run
+from dskd.cli.program import build_parser, run
+from dskd.distributed.collectives import leave_launcher
 
 EPILOG = """
 examples:
@@ -25,7 +25,8 @@ def main() -> int:
     parser.add_argument("--until", metavar="STAGE", help="the last stage to run; what comes after it is left as it is")
     given = parser.parse_intermixed_args()
     leave_launcher()
-    from dskd.pipeline import StageFailedError, exit_code_of, run_pipeline  # --help should not wait for DeepSpeed
+    from dskd.cli.launching import StageFailedError, exit_code_of
+    from dskd.pipeline import run_pipeline  # --help should not wait for DeepSpeed
 
     try:
         return run(lambda: run_pipeline(given.config, given.overrides, until=given.until))

@@ -1,8 +1,8 @@
 """Trains a student from annotated shards, and writes WORKDIR/checkpoints/RUN."""
 
+from dskd.cli.program import build_parser, run_on_ranks
 from dskd.config import Config
-from dskd.distributed import World
-from dskd.program import build_parser, run_on_ranks
+from dskd.distributed.world import World
 
 EPILOG = """
 examples:
@@ -26,7 +26,7 @@ def main() -> None:
         parser.error("--resume goes on from the checkpoints that --overwrite removes: give one of them")
 
     def work(config: Config, world: World) -> None:
-        from dskd.train import train  # after the arguments: --help should not wait for DeepSpeed
+        from dskd.training.train import train  # after the arguments: --help should not wait for DeepSpeed
 
         train(config, world, resume=given.resume, overwrite=given.overwrite)
 

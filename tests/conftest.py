@@ -26,18 +26,19 @@ from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
 
+from dskd.artifacts.hashing import hash_files
+from dskd.artifacts.lock import release_lock
 from dskd.config import Config
-from dskd.config_file import load_config
+from dskd.config.reading import load_config
 from dskd.corpus.build import read_wordnet_documents
-from dskd.distributed import World, free_port, initialize
+from dskd.distributed.node_cache import streaming_names
+from dskd.distributed.rendezvous import free_port, initialize
+from dskd.distributed.world import World
 from dskd.lexicon.relations import resolve
+from dskd.lexicon.wordnet import open_wordnet
 from dskd.lexicon.wordnet_relations import read_wordnet
-from dskd.lock import release_lock
-from dskd.manifest import hash_files
-from dskd.models import load_frozen
-from dskd.node_cache import streaming_names
+from dskd.models.frozen import load_frozen
 from dskd.tracking import read_history, read_runs, tracker
-from dskd.wordnet import open_wordnet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Ranks of one machine share its cores, and sums in another order differ in their last bits: one thread for everything
@@ -190,7 +191,7 @@ def _fork_server() -> Any:
     # The server imports what is preloaded with no path but Python's own.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(REPOSITORY / "tests"), str(REPOSITORY), *([before] if before else [])]
+        [*(str(REPOSITORY / place) for place in ("tests/support", "tests", ".")), *([before] if before else [])]
     )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_LATE)
@@ -242,7 +243,7 @@ def replace_at_loading(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         update_manifest(folder)
         return load_frozen(*arguments)
 
-    monkeypatch.setattr("dskd.evaluated_models.load_frozen", load)
+    monkeypatch.setattr("dskd.evaluation.models.load_frozen", load)
 
 
 def write_config(path: Path, base: dict, **changes: object) -> Path:
@@ -320,7 +321,7 @@ def _make_tiny(folder: Path) -> None:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(pipeline, "launch", launch_forked)
-        patch.setattr("dskd.stopping.listen", lambda: None)  # signals to this process are pytest's
+        patch.setattr("dskd.distributed.stopping.listen", lambda: None)  # signals to this process are pytest's
         pipeline.run_pipeline(config, [])
     release_lock(folder / "work" / pipeline.LOCK)
     MlflowClient(f"sqlite:///{folder / NO_RUNS}").search_experiments()

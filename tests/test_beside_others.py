@@ -11,15 +11,16 @@ import yaml
 from conftest import finish, fork_ranks, replace_at_loading, write_config
 from rank_jobs import act_on_nodes
 
-from dskd import evaluate as evaluation
 from dskd import pipeline
-from dskd.config_file import load_config
+from dskd.artifacts.building import Building
+from dskd.artifacts.lock import hold_lock
+from dskd.artifacts.manifest import Recipe
+from dskd.config.reading import load_config
 from dskd.errors import OutageError
-from dskd.evaluate import evaluate
-from dskd.export import build_export
-from dskd.lock import hold_lock
-from dskd.manifest import Building, Recipe
+from dskd.evaluation import held_out_text as evaluation
+from dskd.evaluation.held_out_text import evaluate
 from dskd.senses.build import build_senses
+from dskd.training.export import build_export
 
 pytestmark = pytest.mark.slow
 _OTHERS = multiprocessing.get_context("fork")
@@ -87,7 +88,7 @@ def test_ranks_that_find_different_models_are_named_with_their_node(copy_of_tiny
 
 def test_a_second_pipeline_says_at_once_for_whom_it_waits_and_is_to_be_tried_again(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path / "config.yaml", {"workdir": str(tmp_path / "work"), "teacher": {"path": "t"}})
-    monkeypatch.setattr("dskd.stopping.listen", lambda: None)  # signals to this process are pytest's
+    monkeypatch.setattr("dskd.distributed.stopping.listen", lambda: None)  # signals to this process are pytest's
     monkeypatch.setattr(pipeline, "LOCK_PATIENCE_S", 0.1)
     lock = tmp_path / "work" / pipeline.LOCK
     with _held_by_another_process(lock), pytest.raises(OutageError, match="runs the pipeline in this work directory"):

@@ -16,11 +16,12 @@ import pytest
 import torch
 from conftest import BEFORE_TRAINING, REPOSITORY, losses_of, open_dataset, run_program
 
-from dskd import checkpoint, shards
+from dskd import shards
+from dskd.artifacts import kinds
 from dskd.config import LossConfig
-from dskd.config_file import load_config
-from dskd.distributed import free_port
-from dskd.head import TERMS, DistillationHead, Normalizers
+from dskd.config.reading import load_config
+from dskd.distributed.rendezvous import free_port
+from dskd.losses.head import TERMS, DistillationHead, Normalizers
 from dskd.senses.kmeans import kmeans
 
 pytestmark = pytest.mark.slow
@@ -81,7 +82,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING)
     _launch("train.py", config)
     undisturbed = losses_of(config)
-    base = checkpoint.folder(load_config(config))
+    base = kinds.folder(load_config(config))
     shutil.rmtree(base / "step-00000006")
     _launch("train.py", config, "--resume")
     (_, again), (_, once) = zip(*losses_of(config)[-3:], strict=True), zip(*undisturbed[-3:], strict=True)

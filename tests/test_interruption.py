@@ -11,12 +11,12 @@ import yaml
 from conftest import Rank, fork_ranks
 from tiny_models import save_model
 
-from dskd.config_file import load_config
+from dskd.artifacts.manifest import read_manifest, verify_files
+from dskd.config.reading import load_config
 from dskd.corpus.build import SPLITS, build_corpus
+from dskd.corpus.sequences import build_sequences
 from dskd.lexicon.build import build_lexicon
-from dskd.manifest import read_manifest, verify_files
-from dskd.model_folder import find_teacher
-from dskd.sequences import build_sequences
+from dskd.models.folder import find_teacher
 
 pytestmark = pytest.mark.slow
 ARTIFACTS = {"senses": ("senses",), "shards": tuple(f"shards/{split}" for split in SPLITS)}

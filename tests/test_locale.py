@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY, write_config
 
 from dskd.__main__ import main
-from dskd.program import run
+from dskd.cli.program import run
 
 HELP = [["--help"], ["config"], *([verb, "--help"] for verb in ("compare", "plan", "senses", "config", "status"))]
 

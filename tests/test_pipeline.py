@@ -13,19 +13,19 @@ from tiny_models import ARCHITECTURES, save_model
 from transformers import AutoModelForCausalLM
 
 from dskd import pipeline
-from dskd.annotate import annotate
-from dskd.compare.summary import compare
+from dskd.compare.text import compare
 from dskd.config import Config
-from dskd.config_file import load_config
+from dskd.config.reading import load_config
 from dskd.corpus.build import build_corpus
-from dskd.evaluate import evaluate
-from dskd.export import build_export
+from dskd.corpus.sequences import build_sequences
+from dskd.evaluation.held_out_text import evaluate
 from dskd.lexicon.build import build_lexicon
-from dskd.model_folder import find_teacher
+from dskd.models.cutting import build_student
+from dskd.models.folder import find_teacher
 from dskd.senses.build import build_senses
-from dskd.sequences import build_sequences
-from dskd.student import build_student
-from dskd.train import train
+from dskd.shards.annotate import annotate
+from dskd.training.export import build_export
+from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
 

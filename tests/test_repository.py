@@ -21,7 +21,7 @@ def test_every_link_and_every_file_named_exists(path):
 
 
 def test_every_invariant_names_a_test_that_exists():
-    links = re.findall(r"\[(test_\w+)\]\(\.\./(tests/\w+\.py)\)", (REPOSITORY / "docs/invariants.md").read_text())
+    links = re.findall(r"\[(test_\w+)\]\(\.\./(tests/[\w/]+\.py)\)", (REPOSITORY / "docs/invariants.md").read_text())
     assert len(links) > 20
     for name, file in links:
         assert f"def {name}(" in (REPOSITORY / file).read_text(encoding="utf-8"), name
@@ -40,7 +40,6 @@ def test_every_program_teaches_its_use(program):
 def test_only_one_package_imports_mlflow_and_one_reads_the_launchers_variables():
     sources = {path: path.read_text(encoding="utf-8") for path in (REPOSITORY / "dskd").rglob("*.py")}
     importers = {p.parent.name for p, text in sources.items() if re.search(r"^\s*(?:from|import) mlflow", text, re.M)}
+    readers = {p.parent.name for p, text in sources.items() if re.search(r'"(?:RANK|WORLD_SIZE|LOCAL_RANK)"', text)}
     assert importers == {"tracking"}
-    assert [p.name for p, text in sources.items() if re.search(r'"(?:RANK|WORLD_SIZE|LOCAL_RANK)"', text)] == [
-        "distributed.py"
-    ]
+    assert readers == {"distributed"}

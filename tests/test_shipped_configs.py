@@ -12,15 +12,16 @@ from shipped_inputs import LAYERS_OF_LARGE, write_inputs
 from tiny_wordnet import write_wordnet
 from transformers import AutoConfig
 
-from dskd import checkpoint
-from dskd.config_file import differences, load_config
+from dskd.artifacts import kinds
+from dskd.artifacts.manifest import read_manifest
+from dskd.config.reading import differences, load_config
 from dskd.corpus.build import build_corpus
+from dskd.corpus.sequences import build_sequences
 from dskd.lexicon.build import build_lexicon
-from dskd.manifest import read_manifest
-from dskd.model_folder import find_teacher
-from dskd.schedule import share_out
-from dskd.sequences import build_sequences
-from dskd.student import build_student
+from dskd.models.cutting import build_student
+from dskd.models.folder import find_teacher
+from dskd.training import checkpoint
+from dskd.training.schedule import share_out
 
 # Two steps instead of two epochs, a checkpoint of each, and shorter texts. The loader reads in the rank itself, and
 # MLflow is left out, for time.
@@ -152,7 +153,7 @@ def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeyp
         assert all(weight.equal(layers[number][key]) for key, weight in weights.items())
     losses = {}
     for run in config.run_names:
-        steps = [checkpoint.folder(config) / ".." / run / f"step-{step:08d}" for step in (1, 2)]
+        steps = [kinds.folder(config) / ".." / run / f"step-{step:08d}" for step in (1, 2)]
         losses[run] = [read_manifest(step, "checkpoint", made_by="-").facts["loss"] for step in steps]
         assert all(math.isfinite(loss) and loss > 0 for loss in losses[run])
         weights = load_file(steps[-1] / checkpoint.TRAINED_FILE)

@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dskd.annotate import annotate
-from dskd.config_file import load_config
+from dskd.artifacts.hashing import sha256_of_file
+from dskd.artifacts.manifest import read_manifest
+from dskd.config.reading import load_config
 from dskd.corpus.build import SPLITS
-from dskd.evaluate import evaluate
-from dskd.examples import read_examples
-from dskd.manifest import read_manifest, sha256_of_file
-from dskd.model_folder import find_teacher
-from dskd.sequences import build_sequences
+from dskd.corpus.sequences import build_sequences
+from dskd.evaluation.held_out_text import evaluate
+from dskd.evaluation.scores_by_example import read_examples
+from dskd.models.folder import find_teacher
 from dskd.shards import COLUMNS, TEACHER_COLUMNS
+from dskd.shards.annotate import annotate
 from dskd.tracking import read_artifact, read_runs
 
 pytestmark = pytest.mark.slow

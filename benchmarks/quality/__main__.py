@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from benchmarks.quality import work
+from dskd.cli.program import run
 from dskd.errors import UserError
-from dskd.program import run
 
 EPILOG = """
 examples:
@@ -61,7 +61,7 @@ def main() -> int:
             print(f"wrote {REPORT} and the table in {README}")
             return 0
         from benchmarks.quality.trainings import Runner  # after the arguments: --help should not wait for DeepSpeed
-        from dskd.distributed import initialize
+        from dskd.distributed.rendezvous import initialize
 
         work.prepare(given.work)
         runner = Runner(given.work, given.results, initialize())

@@ -1,6 +1,6 @@
 """What a trained student is measured by: the measures of `launcher/evaluate.py` over one part of the held-out text
 alone and the distance of its states to the teacher's there; and where it is tested, what it knows of held-out words
-(:mod:`dskd.lexical`).
+(:mod:`dskd.evaluation.lexical`).
 """
 
 import functools
@@ -12,26 +12,27 @@ import torch
 from benchmarks.quality.measures import ERROR, GEOMETRY, HIDDEN, ITEMS, LEXICAL
 from benchmarks.quality.results import CHANCE, LETTERS, TEACHER
 from benchmarks.quality.splits import Split, rows_of
-from dskd import evaluate, shards
+from dskd import shards
+from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
-from dskd.distributed import World
-from dskd.export import find_export
-from dskd.lexical.held_out import ITEMS_FOLDER, MADE_BY, load_items
-from dskd.lexical.results import Summary
-from dskd.lexical.run import measure_items
-from dskd.lexical.scores import summarize
-from dskd.losses import hidden_distance
-from dskd.manifest import Manifest, read_manifest
-from dskd.model_folder import ModelFolder, find_teacher
-from dskd.models import FrozenModel, load_frozen
+from dskd.distributed.world import World
+from dskd.evaluation import held_out_text
+from dskd.evaluation.lexical.items import load_items
+from dskd.evaluation.lexical.results import ITEMS_FOLDER, MADE_BY, Summary
+from dskd.evaluation.lexical.run import measure_items
+from dskd.evaluation.lexical.scores import summarize
+from dskd.inspection.geometry import COMPARISONS, DISTANCES, measure_geometry
+from dskd.losses.logits import hidden_distance
+from dskd.models.cutting import find_student
+from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
-from dskd.senses.geometry import COMPARISONS, DISTANCES, measure_geometry
-from dskd.student import find_student
+from dskd.training.export import find_export
 
 _TEXTS_AT_ONCE = 32
 
 
-class _Part(evaluate.HeldOutText):
+class _Part(held_out_text.HeldOutText):
     """One part of the held-out shards, kept in memory."""
 
     def __init__(self, config: Config, split: Split, vectors_path: Path, world: World) -> None:
@@ -62,7 +63,7 @@ class Judge:
         self._part = _Part(config, split, dictionary.path, world)
         self._predictions: list[torch.Tensor] = []
         teacher = load_frozen(find_teacher(config), config, world)
-        examples = evaluate.measure(teacher, self._part, self._predictions, world, label="teacher")
+        examples = held_out_text.measure(teacher, self._part, self._predictions, world, label="teacher")
         self._states = self._read(teacher)
         self._items = load_items(config, _manifest_of_items(config)) if split == "test" else None
         words = self._know_words(teacher)
@@ -80,7 +81,7 @@ class Judge:
     def measure(self, folder: ModelFolder) -> dict[str, float]:
         """{measure: value} of a model."""
         model = load_frozen(folder, self._config, self._world)
-        examples = evaluate.measure(model, self._part, self._predictions, self._world, label="measuring")
+        examples = held_out_text.measure(model, self._part, self._predictions, self._world, label="measuring")
         states = self._read(model)
         words = _values(self._know_words(model))
         model.close()

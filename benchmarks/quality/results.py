@@ -17,7 +17,7 @@ Stage = Literal["tune", "test", "factor"]
 TEACHER = "teacher"  # arms of what is no training: the teacher itself,
 STUDENT = "student"  # the student as it was cut,
 CHANCE = "chance"  # guessing,
-LETTERS = "letters"  # and what the letters of the text alone give (dskd.lexical.surface)
+LETTERS = "letters"  # and what the letters of the text alone give (dskd.evaluation.lexical.surface)
 REFERENCES = (CHANCE, LETTERS, STUDENT, TEACHER)
 _OF_TRAININGS = (CHOSEN_BY, "lexical_perplexity")  # what the report wants of each; of what is no training, nothing
 

@@ -19,12 +19,13 @@ from benchmarks.quality.results import REFERENCES, STUDENT, TEACHER, Result, Sta
 from benchmarks.quality.splits import Split
 from benchmarks.quality.study import Arm
 from benchmarks.report import machine
-from dskd import checkpoint, shards
+from dskd import shards
+from dskd.artifacts import kinds
+from dskd.artifacts.lock import lock_if_free
 from dskd.console import say
-from dskd.distributed import World
-from dskd.export import FOLDER, build_export
-from dskd.lock import lock_if_free
-from dskd.train import train
+from dskd.distributed.world import World
+from dskd.training.export import FOLDER, build_export
+from dskd.training.train import train
 
 _WAIT_S = 5.0  # for what other processes are at, and what may stand on it
 
@@ -140,7 +141,7 @@ class Runner:
         began = time.monotonic()
         train(config, self._world, overwrite=True)
         build_export(config)
-        shutil.rmtree(checkpoint.folder(config))
+        shutil.rmtree(kinds.folder(config))
         result = self._result(training, judge.measure_run(config), time.monotonic() - began)
         if training.stage == "tune":  # nobody looks at them again
             shutil.rmtree(config.path(FOLDER, training.run))

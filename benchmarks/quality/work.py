@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 from benchmarks.quality.study import BASE, FACTORS, PAPERS_RULE, Factor
+from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.config import Config
-from dskd.config_file import load_config
-from dskd.lexical.held_out import build_items
-from dskd.lock import hold_lock, release_lock
-from dskd.model_folder import find_teacher
+from dskd.config.reading import load_config
+from dskd.evaluation.lexical.items import build_items
+from dskd.models.folder import find_teacher
 from dskd.pipeline import LOCK, run_pipeline
 
 MAIN = "main"

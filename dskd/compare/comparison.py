@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dskd import evaluate
 from dskd.compare.choosing import Chosen, Selection, choose_runs
-from dskd.compare.evaluated import HELD_OUT, Results, read_results
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
 from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
+from dskd.compare.results import HELD_OUT, Results, read_results
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.examples import Examples, Measure
+from dskd.evaluation import held_out_text
+from dskd.evaluation.scores_by_example import Examples, Measure
 from dskd.tracking import TrackedRun
 
 
@@ -96,7 +96,7 @@ def make_comparison(
         config: says where MLflow is, and which experiment counts.
         selection: which runs.
         baseline: the group that the others are tested against, by its name; by default the first.
-        without: names of the kinds of results (:mod:`dskd.compare.evaluated`) that are left out.
+        without: names of the kinds of results (:mod:`dskd.compare.results`) that are left out.
 
     Raises:
         DifferentDataError: when runs were evaluated on different data.
@@ -110,7 +110,7 @@ def make_comparison(
     if not groups and (selection or not any(of_kind.references for of_kind in results)):
         raise UserError(
             f"{config.workdir}: nothing to compare yet; train with `deepspeed launcher/train.py`, evaluate with "
-            f"`{evaluate.MADE_BY}`, or do it all with `python launcher/pipeline.py`"
+            f"`{held_out_text.MADE_BY}`, or do it all with `python launcher/pipeline.py`"
             + ("" if config.tracking.enabled else "; tracking.enabled is false, so no tracked run was looked for")
         )
     base = _find_baseline(groups, baseline)

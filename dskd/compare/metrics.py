@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dskd import evaluate
 from dskd.config import Config
+from dskd.evaluation import held_out_text
 from dskd.tracking import TrackedRun, read_histories
 
 EVALUATED, TRAINED, COVERAGE = "eval/", "train/", "coverage/"
@@ -34,7 +34,7 @@ def read_metrics(
     final: dict[str, dict[str, float]] = {}
     best: dict[str, dict[str, Best]] = {}
     histories: dict[str, dict[str, History]] = {}
-    smaller_is_better = {f"{EVALUATED}{measure.name}": measure.lower_is_better for measure in evaluate.MEASURES}
+    smaller_is_better = {f"{EVALUATED}{measure.name}": measure.lower_is_better for measure in held_out_text.MEASURES}
     prefixes = (TRAINED, COVERAGE, COST, *SPEEDS, *((EVALUATED,) if with_measures else ()))
     for run in runs:
         metrics = {m: value for m, value in run.metrics.items() if m.startswith(prefixes) and m not in _NOT_LOSSES}

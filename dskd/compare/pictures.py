@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from dskd.artifacts.files import save_figure
 from dskd.compare import wording
 from dskd.compare.comparison import Comparison
 from dskd.compare.group_tests import Test
 from dskd.compare.metrics import EVALUATED, TERMS, History
-from dskd.inspection.histogram import save_figure
 
 _SMOOTHING = 0.9  # of the exponential mean drawn over the raw curve
 _PIXELS_AN_INCH = 93  # of a screen: three panels fill the page

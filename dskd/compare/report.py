@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from dskd.artifacts.files import write_text
 from dskd.compare import wording
 from dskd.compare.comparison import Comparison
 from dskd.compare.group_tests import Test
@@ -23,7 +24,6 @@ from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import bars_svg, color_of, curves_svg, differences_svg, slug
 from dskd.errors import UserError
-from dskd.folders import write_text
 from dskd.tracking import git_commit
 
 TEMPLATE = "report.html.jinja"

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dskd.compare import wording
-from dskd.compare.comparison import Comparison
-from dskd.compare.evaluated import HELD_OUT
+from dskd.compare.comparison import Comparison, make_comparison
 from dskd.compare.group_tests import Test
 from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
-from dskd.text_table import table
+from dskd.compare.pictures import draw_curves
+from dskd.compare.results import HELD_OUT
+from dskd.config import Config
+from dskd.console import table
+from dskd.errors import UserError
+
+PICTURE = "curves.png"
 
 
 def format_comparison(comparison: Comparison, picture: Path | None) -> str:
@@ -101,3 +106,25 @@ def _groups_table(comparison: Comparison) -> str:
         rows.append([wording.label(metric), *(wording.estimate(metric, g.estimate(values)) for g in groups)])
     rows += [[label, *cells] for label, cells in wording.cost_rows(comparison)]
     return table(["", *(group.label for group in groups)], rows)
+
+
+def compare(config: Config) -> str:
+    """The newest run of each name, as text; saves the picture of their curves beside the artifacts.
+
+    Raises:
+        DifferentDataError: when they were evaluated on different data.
+        UserError: when nothing was trained or evaluated yet.
+    """
+    return summarize(make_comparison(config))
+
+
+def summarize(comparison: Comparison) -> str:
+    """Returns the comparison as text; saves the picture of its curves in the work directory, if it may write there."""
+    if not comparison.runs:
+        return format_comparison(comparison, None)
+    picture = comparison.config.path(PICTURE)
+    try:
+        draw_curves(comparison, picture)
+    except UserError as error:
+        return f"{format_comparison(comparison, None)}\n\nNo picture of the loss curves: {error}"
+    return format_comparison(comparison, picture)

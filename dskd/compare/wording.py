@@ -8,8 +8,8 @@ from dskd.compare.group_tests import Test
 from dskd.compare.groups import Group
 from dskd.compare.metrics import COST, COVERAGE, EVALUATED, TRAINED, Best
 from dskd.compare.statistics import Estimate
-from dskd.evaluated_models import CUT_STUDENT, TEACHER
-from dskd.examples import Measure
+from dskd.evaluation.models import CUT_STUDENT, TEACHER
+from dskd.evaluation.scores_by_example import Measure
 
 MINUS, TIMES = "−", "×"
 _OF_ANY_SIZE = ("train/", "speed/")

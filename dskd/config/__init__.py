@@ -1,7 +1,8 @@
 """The typed, frozen configuration of an experiment: sections, keys, defaults and what they mean.
 
-:mod:`dskd.config_file` reads one from a YAML file. One file can describe several training runs that share everything up
-to the shards: `runs` maps a run's name to the keys in which it differs, and `run` says which of them a process trains.
+:mod:`dskd.config.reading` reads one from a YAML file. One file can describe several training runs that share everything
+up to the shards: `runs` maps a run's name to the keys in which it differs, and `run` says which of them a process
+trains.
 """
 
 from pathlib import Path

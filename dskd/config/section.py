@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict
 
 EXPANDED = "environment variables are expanded"
-# A path in a config file, in which $NAME and ${NAME} stand for environment variables (dskd/config_file.py).
+# A path in a config file, in which $NAME and ${NAME} stand for environment variables (dskd/config/reading.py).
 PathText = Annotated[str, EXPANDED]
 
 

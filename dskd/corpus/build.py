@@ -13,16 +13,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, CorpusConfig
 from dskd.console import progress, progress_bar, say, stage, warn
 from dskd.corpus import hub
 from dskd.corpus.files import Document, read_file
 from dskd.corpus.finding import Found, find_files, fingerprint
 from dskd.corpus.hub import read_dataset
+from dskd.corpus.tasks import documents as tasks
 from dskd.errors import UserError
-from dskd.manifest import Recipe, build_artifact
-from dskd.tasks import documents as tasks
-from dskd.wordnet import WordNet, open_wordnet
+from dskd.lexicon.wordnet import WordNet, open_wordnet
 
 FOLDER = "corpus"
 MADE_BY = "python launcher/pipeline.py --config FILE"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dskd import mds
+from dskd.artifacts import mds
 from dskd.console import say, warn
 from dskd.corpus import records, tables
 from dskd.corpus.finding import DATASET_STATE

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dskd import mds
+from dskd.artifacts import mds
+from dskd.artifacts.hashing import digest_of_json
+from dskd.artifacts.hashing import fingerprint as fingerprint_of_file
 from dskd.corpus.opening import COMPRESSIONS, without_compression
 from dskd.corpus.tables import saved_files
 from dskd.errors import UserError, listed
-from dskd.manifest import digest_of_json
-from dskd.manifest import fingerprint as fingerprint_of_file
 
 TEXT_SUFFIX = ".txt"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")

@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
+from dskd.artifacts.pointers import refuse_pointer
 from dskd.errors import UserError
-from dskd.pointers import refuse_pointer
 
 _HEAD_CHARACTERS = 4096
 _MARKUP = ("<!doctype html", "<html")

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dskd import mds
+from dskd.artifacts import mds
+from dskd.artifacts.pointers import refuse_pointer
 from dskd.corpus.opening import reading_errors
 from dskd.corpus.records import CHATS
 from dskd.errors import UserError
-from dskd.pointers import refuse_pointer
 
 _PARQUET_ROWS = 1000
 _PARQUET_BUFFER_BYTES = 2**20

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.lexicon.relations import FILE, FOLDER, MADE_BY
-from dskd.manifest import Manifest, read_manifest
-from dskd.model_folder import ModelFolder, find_teacher
+from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 
 T = TypeVar("T")

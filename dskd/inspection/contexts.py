@@ -1,7 +1,7 @@
 """Example contexts from the training shards: places whose nearest sense is a given row of the sense dictionary.
 
-The shards are read from their files (:mod:`dskd.mds`): mosaicml-streaming's own datasets would unpack them into a
-cache, and take names in shared memory that a training on this machine uses.
+The shards are read from their files (:mod:`dskd.artifacts.mds`): mosaicml-streaming's own datasets would unpack them
+into a cache, and take names in shared memory that a training on this machine uses.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from dskd.artifacts.manifest import Manifest, require_same
+from dskd.artifacts.mds import INDEX, read_samples
 from dskd.config import Config
 from dskd.console import progress
-from dskd.manifest import Manifest, require_same
-from dskd.mds import INDEX, read_samples
 from dskd.shards import FOLDER, MADE_BY, load_manifest
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 16, 8

@@ -1,15 +1,13 @@
 """The picture of :mod:`dskd.inspection.plot`, with matplotlib."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dskd.inspection.histogram import save_figure
+from dskd.artifacts.files import save_figure
 from dskd.inspection.labels import place_labels
-
-if TYPE_CHECKING:
-    from dskd.inspection.plot import DrawnEntry, Picture
 
 _DPI = 150
 _AREAS = {"word": (60.0, 420.0), "synonym": (22.0, 150.0), "antonym": (22.0, 150.0)}  # points², fewest to most states
@@ -143,3 +141,24 @@ def _add_labels(figure: Any, axes: Any, picture: "Picture", colors: list[str]) -
 
 def _slice(entry: "DrawnEntry") -> slice:
     return slice(entry.points.start, entry.points.stop)
+
+
+@dataclass(frozen=True)
+class DrawnEntry:
+    """An entry of the picture, with the given word that it is there for."""
+
+    text: str
+    of_word: int
+    kind: str  # "word", "synonym" or "antonym"
+    points: range  # which points of the picture are its senses
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn: P points, each a sense."""
+
+    words: tuple[str, ...]
+    entries: tuple[DrawnEntry, ...]
+    points: np.ndarray  # [P, 2]
+    counts: np.ndarray  # [P], states behind each
+    title: str

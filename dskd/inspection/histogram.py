@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 
-from dskd.errors import UserError
-from dskd.folders import DISK_IS_FULL, replaced_file
+from dskd.artifacts.files import save_figure
 
 _BAR_WIDTH = 40
-_DPI = 150
 _MOST_SINGLE_VALUES = 16
 
 Histogram = list[tuple[str, int]]  # (the values of a bin, how many there are), ascending
@@ -61,25 +59,6 @@ def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
     figure.tight_layout()
     save_figure(figure, path)
     plt.close(figure)
-
-
-def save_figure(figure: object, path: Path) -> None:
-    """Writes a figure as PNG.
-
-    Raises:
-        UserError: if the place cannot be written to; a full disk remains an OSError.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path) as new:
-            figure.savefig(new, dpi=_DPI, format="png")  # type: ignore[attr-defined]
-    except OSError as error:
-        if error.errno in DISK_IS_FULL:
-            raise
-        raise UserError(
-            f"{path}: the picture cannot be written there ({error.strerror}); set workdir to a folder you may write "
-            "(`dskd inspect plot`: or name a file with --output), or leave the picture out"
-        ) from None
 
 
 def _bar(count: int, most: int) -> int:

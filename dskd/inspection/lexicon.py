@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
+from dskd.artifacts.manifest import Manifest, is_current
 from dskd.config import Config
+from dskd.console import table
 from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher, if_there, lexicon_manifest, open_senses, open_teacher, read_relations
 from dskd.inspection.tokens import whole_words
 from dskd.lexicon.build import recipe
 from dskd.lexicon.relations import FILE, FOLDER, RELATIONS, load_lexicon
-from dskd.manifest import Manifest, is_current
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
-from dskd.text_table import table
 
 _WHY_UNUSABLE = ("head_", "neighbour_")
 

@@ -2,48 +2,26 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from dskd.artifacts.hashing import digest_of_json
 from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
-from dskd.inspection.entries import neighbours_of, rows_of_entry
+from dskd.inspection.drawing import DrawnEntry, Picture
 from dskd.inspection.neighbours import read_rows
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.relations import RELATIONS
-from dskd.manifest import digest_of_json
-from dskd.senses.dictionary import SenseDictionary, map_vectors
-from dskd.senses.entries import tokenize_words
+from dskd.senses.dictionary import SenseDictionary, map_vectors, rows_of_entry
+from dskd.senses.entries import neighbours_of, tokenize_words
 
 Method = Literal["pca", "tsne"]
 _MIN_POINTS = 3
 _MOST_PERPLEXITY = 30.0
 _WORDS_IN_A_FILE_NAME = 4
-
-
-@dataclass(frozen=True)
-class DrawnEntry:
-    """An entry of the picture, with the given word that it is there for."""
-
-    text: str
-    of_word: int
-    kind: str  # "word", "synonym" or "antonym"
-    points: range  # which points of the picture are its senses
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What is drawn: P points, each a sense."""
-
-    words: tuple[str, ...]
-    entries: tuple[DrawnEntry, ...]
-    points: np.ndarray  # [P, 2]
-    counts: np.ndarray  # [P], states behind each
-    title: str
 
 
 def plot_words(

@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from dskd.config import Config
+from dskd.console import table
+from dskd.corpus.sequences import load_sequences
 from dskd.inspection.artifacts import if_there, open_teacher
 from dskd.inspection.contexts import open_training_shards
 from dskd.inspection.histogram import Histogram, draw_histograms, histogram, histogram_text, log2_histogram
 from dskd.inspection.tokens import readable, token_texts
-from dskd.model_folder import tokenizer_digest
+from dskd.models.folder import tokenizer_digest
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
-from dskd.sequences import load_sequences
-from dskd.text_table import table
 
 _FREQUENT = 10
 

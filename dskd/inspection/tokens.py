@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dskd.inspection.entries import tokens_of_entry
-from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, tokenize_words
+from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, tokenize_words, tokens_of_entry
 
 _BEFORE = "the"
 

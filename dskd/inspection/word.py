@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dskd.config import Config
+from dskd.console import table
 from dskd.errors import UserError
 from dskd.inspection.artifacts import (
     Senses,
@@ -19,14 +20,20 @@ from dskd.inspection.artifacts import (
     read_relations,
 )
 from dskd.inspection.contexts import find_contexts, open_training_shards
-from dskd.inspection.entries import entry_of_tokens, neighbours_of, rows_of_tokens
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.negation import BASES_FILE
 from dskd.lexicon.relations import FOLDER, RELATIONS
-from dskd.senses.dictionary import SenseDictionary
-from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_form, tokenize_words
-from dskd.text_table import table
+from dskd.senses.dictionary import SenseDictionary, rows_of_tokens
+from dskd.senses.entries import (
+    MAX_SPAN_TOKENS,
+    MIN_HEAD_LETTERS,
+    Entries,
+    entry_of_tokens,
+    neighbours_of,
+    tokenize_form,
+    tokenize_words,
+)
 
 _NEAR_SPELLINGS = 5
 

@@ -2,7 +2,9 @@
 
 relations          what a relation is, the rules that make a table of them, and the table on disk
 reading            text files of lexical resources, streamed, with what is wrong in them remembered
-wordnet_relations  WordNet in English and other languages
+wordnet            finding WordNet, and opening it
+languages          the Open Multilingual Wordnet
+wordnet_relations  relations of WordNet in English and other languages
 wiktionary         Wiktionary as Wiktextract's JSON lines
 dict2vec           Dict2Vec's pair lists
 tsv                the user's own lists

@@ -9,20 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.hashing import fingerprint, sha256_of_file
+from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, LexiconConfig
 from dskd.console import say, stage
 from dskd.errors import UserError, listed
 from dskd.lexicon.dict2vec import read_dict2vec
+from dskd.lexicon.languages import find_language
 from dskd.lexicon.morpholex import read_morpholex
 from dskd.lexicon.negation import BASES_FILE, FLIPS_FILE, find_negation
 from dskd.lexicon.reading import Report
 from dskd.lexicon.relations import FILE, FOLDER, Pairs, Relation, count_pairs, write_relations
 from dskd.lexicon.tsv import read_tsv
 from dskd.lexicon.wiktionary import read_wiktionary
+from dskd.lexicon.wordnet import WordNet, open_wordnet
 from dskd.lexicon.wordnet_relations import ENGLISH, read_indirect_antonyms, read_other_language, read_wordnet
-from dskd.manifest import Recipe, build_artifact, fingerprint, sha256_of_file
-from dskd.multilingual_wordnet import find_language
-from dskd.wordnet import WordNet, open_wordnet
 
 # Config key -> what a file under it has to be.
 _FILES = {

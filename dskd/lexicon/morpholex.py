@@ -13,10 +13,10 @@ from typing import Any
 
 from openpyxl import load_workbook
 
+from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.console import progress, warn
 from dskd.errors import UserError, listed
 from dskd.lexicon.reading import MalformedError, Report
-from dskd.pointers import refuse_pointer_beginning
 
 WORD, SEGMENTATION = "Word", "MorphoLexSegm"
 _EXPECTED = "words with a segmentation"

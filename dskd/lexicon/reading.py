@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.console import progress_bar, warn
 from dskd.errors import UserError
-from dskd.pointers import refuse_pointer_beginning
 
 SHOWN_LINES = 20
 # Longer than any entry of Wiktionary by far. A file without line ends must not be read into memory whole.

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.manifest import read_manifest
 
 FOLDER, FILE = "lexicon", "relations.parquet"
 MADE_BY = "dskd lexicon --config FILE"

@@ -6,10 +6,10 @@ from itertools import permutations
 from typing import Any
 
 from dskd.console import progress
+from dskd.lexicon.languages import open_language
 from dskd.lexicon.reading import Report
 from dskd.lexicon.relations import Relation
-from dskd.multilingual_wordnet import open_language
-from dskd.wordnet import WordNet
+from dskd.lexicon.wordnet import WordNet
 
 SOURCE = "wordnet"
 INDIRECT_SOURCE = "wordnet-indirect"

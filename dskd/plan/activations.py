@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from dskd.config import LossConfig, StudentConfig
-from dskd.head import DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, Normalizers
+from dskd.models.stored_names import base_model
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values
 from dskd.plan.shapes import Architecture
-from dskd.stored_names import base_model
-from dskd.student_engine import choose_trained
+from dskd.training.student import choose_trained
 
 _ATTENTION = "dskd_plan"
 _TEACHER_LAYERS = 2  # without gradients a layer leaves nothing behind: more of them take no more

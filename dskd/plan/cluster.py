@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from dskd.precision import compute_dtype
+from dskd.models.precision import compute_dtype
 
 # Assumptions, each an option of `dskd plan`.
 TFLOPS = {"cuda": 400.0, "cpu": 0.1}  # 40 % of an H100's 989 dense bf16; two cores or so of a processor

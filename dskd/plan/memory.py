@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from dskd.config import Config
-from dskd.head import chunk_size
+from dskd.models.readouts import chunk_size
 from dskd.plan import GB
 from dskd.plan.activations import Activations, Batch, student_activations, teacher_activations
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import PERSISTENT_WIDTHS, Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
-from dskd.student_engine import REDUCE_BUCKET
+from dskd.training.student import REDUCE_BUCKET
 
 # What a process takes beside tensors. Assumptions: on a GPU the contexts of CUDA and NCCL, and what the allocator
 # cannot give out because it lies in pieces; in the host's memory Python, torch and DeepSpeed.

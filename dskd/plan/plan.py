@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.manifest import read_manifest
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
 from dskd.plan.memory import Memory, StageMemory, compute_memory, stages_before
 from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes
 from dskd.plan.speed import Speed, compute_speed
-from dskd.schedule import count_steps, share_out
 from dskd.shards import FOLDER as SHARDS_FOLDER
 from dskd.shards import MADE_BY as SHARDS_MADE_BY
+from dskd.training.schedule import count_steps, share_out
 
 RELATIONS = 0.2  # share of the targets with a synonym or antonym, where nobody knows it: more than WordNet gives
 

@@ -1,12 +1,12 @@
 """A plan as text."""
 
+from dskd.console import table
 from dskd.plan import GB
 from dskd.plan.changes import Change
 from dskd.plan.disk import sample_bytes
 from dskd.plan.memory import RESERVED_ON_HOST
 from dskd.plan.plan import Plan
-from dskd.schedule import describe_learning_rate
-from dskd.text_table import table
+from dskd.training.schedule import describe_learning_rate
 
 _PARTS = {
     "teacher": "teacher",

@@ -17,8 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dskd.errors import UserError
+from dskd.models.stored_names import base_model
 from dskd.plan.shapes import Architecture
-from dskd.stored_names import base_model
 
 _ATTEMPTED = 1, 8  # B, T of the run that shows whether it can be run so
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")

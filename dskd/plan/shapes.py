@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from dskd.architecture import check_architecture
-from dskd.causal_lm import empty_model
 from dskd.config import Config, StudentConfig
-from dskd.cut_config import check_kinds, cut_config
 from dskd.errors import UserError, listed
-from dskd.model_folder import ModelFolder
+from dskd.models.architecture import check_architecture
+from dskd.models.causal_lm import empty_model
+from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.cutting import choose_layers
+from dskd.models.folder import ModelFolder
 from dskd.plan.known_models import known_model
-from dskd.pretrain import intermediate_size
-from dskd.student import choose_layers
-from dskd.student_engine import choose_trained
-from dskd.trunk import TrunkError, trunk_depth
+from dskd.training.student import choose_trained
+from dskd.training.teacher_from_scratch import intermediate_size
+from dskd.training.trunk import TrunkError, trunk_depth
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dskd.config import Config
-from dskd.model_folder import LAYER_NAME
+from dskd.models.weights import LAYER_NAME
 from dskd.plan.cluster import Cluster
 from dskd.plan.memory import Memory
 from dskd.plan.running import experts_per_token

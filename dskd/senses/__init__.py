@@ -5,12 +5,9 @@ gather      the teacher's states, sent to the rank that owns their token
 reservoir   a random sample of each token's states, in bounded memory
 kmeans      the states of thousands of tokens at once to their centroids
 cluster     sampled states to sense embeddings
-search      the rows nearest to the teacher's states, for the annotation
 spans       spans of two and three tokens, composed of their tokens' senses
 assemble    what the ranks computed, and the spans, to one file
 dictionary  the file format, and reading rows of it without loading it
 build       the stage that ties these together
 merge       one dictionary of several
-geometry    whether synonyms are nearer than antonyms
-command     the arguments of `dskd senses`
 """

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dskd.artifacts.building import Building
+from dskd.artifacts.tensor_file import create_tensors, map_tensor
 from dskd.config import Config
 from dskd.console import progress_bar, say
 from dskd.errors import UserError
-from dskd.manifest import Building
 from dskd.senses.cluster import TokenSenses, ranges
 from dskd.senses.dictionary import FILE, tensor_types
 from dskd.senses.entries import Entries, load_entries
 from dskd.senses.spans import compose_spans, span_sizes
-from dskd.tensor_file import create_tensors, map_tensor
 
 _CHUNK_BYTES = 64 * 2**20  # of vectors that are copied at one time
 

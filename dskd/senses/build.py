@@ -9,22 +9,24 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from dskd.artifacts.building import Building, remove_partial
+from dskd.artifacts.manifest import Recipe, is_current, read_manifest
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
-from dskd.distributed import World, barrier, main_first, on_main
+from dskd.corpus.sequences import Sequences, load_sequences
+from dskd.distributed.collectives import barrier, main_first, on_main
+from dskd.distributed.world import World
 from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
 from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
-from dskd.manifest import Building, Recipe, is_current, read_manifest, remove_partial
-from dskd.model_folder import ModelFolder, find_teacher
-from dskd.models import load_frozen
-from dskd.precision import resolve_precision
+from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.frozen import load_frozen
+from dskd.models.precision import resolve_precision
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
 from dskd.senses.dictionary import FILE, FOLDER, load_fitting_dictionary
 from dskd.senses.entries import load_entries
 from dskd.senses.gather import Progress, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
-from dskd.sequences import Sequences, load_sequences
 
 # What does not change which states are sampled, and what does not change the dictionary either.
 _CLUSTERING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")

@@ -3,6 +3,7 @@
 docs/formats.md describes the tensors. R rows, D hidden, V vocabulary, E entries (V tokens, then spans).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.manifest import Manifest, read_manifest, require_same
+from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.folders import full_disk_is_said
-from dskd.manifest import Manifest, read_manifest, require_same
-from dskd.model_folder import ModelFolder, open_safetensors
-from dskd.senses.entries import Entries
-from dskd.tensor_file import map_tensor
+from dskd.models.folder import ModelFolder
+from dskd.models.weights import open_safetensors
+from dskd.senses.entries import Entries, entry_of_tokens
 
 FOLDER, FILE = "senses", "senses.safetensors"
 MADE_BY = "deepspeed launcher/build_senses.py --config FILE"
@@ -158,3 +160,14 @@ def map_vectors(path: Path) -> np.ndarray:
     The loader's workers use it: they touch a few thousand rows a batch of a file that may have tens of gigabytes.
     """
     return map_tensor(path, "vectors", "BF16")
+
+
+def rows_of_entry(dictionary: SenseDictionary, entry: int) -> range:
+    """The rows of an entry."""
+    return range(int(dictionary.entry_offsets[entry]), int(dictionary.entry_offsets[entry + 1]))
+
+
+def rows_of_tokens(dictionary: SenseDictionary, tokens: Sequence[int]) -> range:
+    """The rows of the entry with these tokens; empty where there is no such entry, or it has no sense."""
+    entry = entry_of_tokens(dictionary.entries, tokens)
+    return range(0) if entry is None else rows_of_entry(dictionary, entry)

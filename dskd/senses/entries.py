@@ -188,3 +188,28 @@ def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> tuple[torch.Tensor
     offsets = torch.zeros(vocab_size + 1, dtype=torch.int64)
     offsets[1:] = torch.bincount(heads, minlength=vocab_size).cumsum(0)
     return offsets, torch.tensor([entry for _, entry in edges], dtype=torch.int32)
+
+
+def tokens_of_entry(entries: Entries, number: int) -> list[int]:
+    """The token ids of an entry: one for a token, two or three for a span."""
+    if number < entries.vocab_size:
+        return [number]
+    return [token for token in entries.span_tokens[number - entries.vocab_size].tolist() if token >= 0]
+
+
+def entry_of_tokens(entries: Entries, tokens: Sequence[int]) -> int | None:
+    """The entry that has just these tokens; None where there is none."""
+    if len(tokens) == 1:
+        return tokens[0]
+    width = entries.span_tokens.shape[1]
+    if not 1 < len(tokens) <= width or not len(entries.span_tokens):
+        return None
+    wanted = entries.span_tokens.new_tensor([*tokens, *[-1] * (width - len(tokens))])
+    found = (entries.span_tokens == wanted).all(-1).nonzero()
+    return entries.vocab_size + int(found[0]) if len(found) else None
+
+
+def neighbours_of(entries: Entries, token: int, relation: str) -> list[int]:
+    """The entries that are synonyms or antonyms of a token."""
+    offsets, tails = getattr(entries, f"{relation}_offsets"), getattr(entries, f"{relation}_entries")
+    return tails[int(offsets[token]) : int(offsets[token + 1])].tolist()

@@ -18,19 +18,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
+from dskd.artifacts.manifest import write_json
+from dskd.artifacts.tensor_file import is_whole
 from dskd.config import SensesConfig
 from dskd.console import progress_bar, say, warn
-from dskd.distributed import World, broadcast_json, gather_json, on_main
-from dskd.manifest import write_json
-from dskd.models import FrozenModel
+from dskd.corpus.sequences import Sequences, TokenBatch
+from dskd.distributed.collectives import broadcast_json, gather_json, on_main
+from dskd.distributed.world import World
+from dskd.models.frozen import FrozenModel
+from dskd.models.readouts import predict
 from dskd.random_numbers import derived_seed, random_bits
 from dskd.senses.reservoir import Reservoir
-from dskd.sequences import Sequences, TokenBatch
-from dskd.tensor_file import is_whole
 
-_LOGITS_CHUNK = 1024
 _PROGRESS = "progress.json"
 
 
@@ -138,12 +138,6 @@ def rank_batches(
 
 def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
     return predict(hidden[positions], head_weight)
-
-
-def predict(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
-    """The most probable next token [N] behind each of the states [N, D]; logits exist for one chunk at a time."""
-    parts = [F.linear(part, head_weight).argmax(-1) for part in hidden.split(_LOGITS_CHUNK)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=hidden.device)
 
 
 def _continue(folder: Path) -> Progress:

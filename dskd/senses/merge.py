@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dskd.artifacts.building import Building, build_artifact
+from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.config import Config
 from dskd.console import progress_bar, stage
 from dskd.errors import UserError, listed
 from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
 from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
-from dskd.manifest import Building, Manifest, Recipe, build_artifact, read_manifest, verify_files
-from dskd.model_folder import ModelFolder, find_teacher
+from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
 from dskd.senses.dictionary import FILE, MADE_BY, SenseDictionary, map_vectors, read_dictionary, require_fitting

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dskd.tensor_file import create_tensors, map_tensor
+from dskd.artifacts.tensor_file import create_tensors, map_tensor
 
 _CHUNK_BYTES = 32 * 2**20  # of states that are copied at one time
 _SPILL_SHARE = 0.75  # a reservoir that is still as full as this after dropping what is not wanted goes to disk

@@ -4,13 +4,15 @@ schema     the columns, and which shards fit a config, a teacher and a sense dic
 writing    blocks of samples, and one dataset of many blocks
 opening    the dataset, from the work directory or a remote copy
 dataset    what is opened: mosaicml-streaming's, whose samples say which they are
-positions  which positions get a sense term
-collator   samples to batches, with the rows they point to
+batches    samples as batches of tokens, and the rows they point to
+annotate   the stage: which rows of the dictionary each position gets
+search     the rows nearest to the teacher's states
+continuations
+           texts that the teacher goes on with
 """
 
-from dskd.shards.collator import Collator, collate_tokens, gather_rows
+from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.opening import is_lasting, open_shards, place, require_remote
-from dskd.shards.positions import SensePositions
 from dskd.shards.schema import (
     COLUMNS,
     FOLDER,
@@ -29,8 +31,6 @@ __all__ = [
     "FOLDER",
     "MADE_BY",
     "TEACHER_COLUMNS",
-    "Collator",
-    "SensePositions",
     "collate_tokens",
     "columns_of",
     "gather_rows",

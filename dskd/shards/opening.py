@@ -4,12 +4,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dskd.artifacts.hashing import sha256_of_file
+from dskd.artifacts.mds import INDEX
 from dskd.config import Config
-from dskd.distributed import World, on_main
+from dskd.distributed.collectives import on_main
+from dskd.distributed.node_cache import streaming_names
+from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError
-from dskd.manifest import sha256_of_file
-from dskd.mds import INDEX
-from dskd.node_cache import streaming_names
 from dskd.shards.schema import FOLDER, HASH, load_manifest
 
 if TYPE_CHECKING:

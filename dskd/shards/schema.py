@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from dskd.artifacts.manifest import Manifest, read_manifest, require_same, verify_files
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.manifest import Manifest, read_manifest, require_same, verify_files
 
 FOLDER = "shards"
 MADE_BY = "deepspeed launcher/annotate.py --config FILE"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dskd.manifest import write_json
+from dskd.artifacts.manifest import write_json
 from dskd.shards.schema import COLUMNS, COMPRESSION, HASH
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dskd import checkpoint
+from dskd.artifacts import kinds
+from dskd.artifacts.lock import lock_if_free
 from dskd.config import Config
 from dskd.console import say, warn
-from dskd.lock import lock_if_free
 from dskd.tracking.client import first_line
 from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Message, Outbox
@@ -89,7 +89,7 @@ def _tell(config: Config, run: str, run_id: str, *messages: Message) -> None:
     """Delivers; a server that is away costs a warning, and is told by the next process that comes here or trains."""
     named = [{"run_id": run_id, **message} for message in messages]
     delivery = Delivery(config, run)
-    with lock_if_free(checkpoint.lock_path(config, run)) as is_free:
+    with lock_if_free(kinds.lock_path(config, run)) as is_free:
         if not is_free:  # the process that trains the run now has what was unsent before
             _tell_at_once(delivery, run, named)
             return

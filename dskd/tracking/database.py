@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from urllib.parse import quote, unquote, urlparse
 
+from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.lock import hold_lock, release_lock
 
 FILE, ARTIFACTS = "mlflow.db", "mlartifacts"
 _PATIENCE_S = 300.0  # while another process makes the database

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dskd.manifest import Manifest
+from dskd.artifacts.manifest import Manifest
 from dskd.tracking.client import without_secrets
 
 _DIGEST_LENGTH = 36  # MLflow takes no longer one

@@ -27,11 +27,18 @@ from typing import Any
 from dskd.config import Config
 from dskd.console import warn
 from dskd.tracking.client import connect, first_line, is_refusal
-from dskd.tracking.curves import draw_curves
 from dskd.tracking.datasets import log_datasets
 from dskd.tracking.outbox import Message
 from dskd.tracking.registered_model import log_model
 from dskd.tracking.runs import fail_dead_runs, load_run, note_restart, refresh_parent, run_folder
+
+_PANELS = {
+    "train/loss": "loss",
+    "train/ce": "cross-entropy (nats)",
+    "train/kl": "divergence from the teacher (nats)",
+    "train/sense": "sense loss",
+    "train/hidden": "hidden-state distance",
+}
 
 CURVES_FILE = "loss.png"
 
@@ -129,3 +136,30 @@ class Delivery:
             picture = Path(folder) / CURVES_FILE
             if draw_curves(self.client, run_id, picture):
                 self.client.log_artifact(run_id, str(picture))
+
+
+def draw_curves(client: Any, run_id: str, path: Path) -> bool:
+    """A panel for each term of the loss that the run has, over all of its restarts; False when it has none.
+
+    The points are MLflow's: this process knows only those since the last restart.
+    """
+    # Not pyplot, whose state is the process's: this runs in a thread beside the training.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    run = client.get_run(run_id)
+    names = [name for name in _PANELS if name in run.data.metrics]
+    if not names:
+        return False
+    figure = Figure(figsize=(4.2 * len(names), 3.4))
+    for number, name in enumerate(names, start=1):
+        points = sorted({point.step: point.value for point in client.get_metric_history(run_id, name)}.items())
+        panel = figure.add_subplot(1, len(names), number)
+        panel.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) == 1 else None)
+        panel.set_title(_PANELS[name])
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    figure.suptitle(run.info.run_name)
+    figure.tight_layout()
+    FigureCanvasAgg(figure).print_png(str(path))
+    return True

@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from dskd.folders import write_text
+from dskd.artifacts.files import write_text
 
 Message = dict[str, Any]
 

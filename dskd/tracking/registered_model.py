@@ -5,8 +5,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dskd.artifacts.hashing import MANIFEST_NAME
+from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
-from dskd.manifest import MANIFEST_NAME, read_manifest
 from dskd.tracking.client import tracking_uri
 
 NAME = "student"

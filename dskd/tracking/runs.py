@@ -1,7 +1,7 @@
 """Which run of MLflow a training is: a new one, the one it goes on with, and what becomes of those that died.
 
 A process that is killed cannot say so, and its run would be RUNNING for ever. Nobody but the next start of the same run
-in the same work directory knows better: it holds the lock of that run (:func:`dskd.lock.hold_lock`).
+in the same work directory knows better: it holds the lock of that run (:func:`dskd.artifacts.lock.hold_lock`).
 """
 
 import json
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dskd import checkpoint
+from dskd.artifacts import kinds
+from dskd.artifacts.files import make_folder, write_text
+from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.folders import make_folder, write_text
-from dskd.lock import hold_lock, release_lock
 from dskd.tracking.client import tracking_uri, without_secrets
 from dskd.tracking.context import flatten
 from dskd.tracking.database import artifacts_folder
@@ -32,7 +32,7 @@ _SETTLED_AFTER_S = 1.0
 
 def run_folder(config: Config, run: str) -> Path:
     """Where the record of a run is, and what is unsent about it: it goes with the checkpoints."""
-    return config.path(checkpoint.FOLDER, run, FOLDER)
+    return config.path(kinds.FOLDER, run, FOLDER)
 
 
 def load_run(folder: Path) -> dict[str, Any] | None:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from dskd.config import Config
 from dskd.console import say, warn
-from dskd.distributed import World, gather_json, launcher_job, on_main
+from dskd.distributed.collectives import gather_json, on_main
+from dskd.distributed.world import World, launcher_job
 from dskd.errors import OutageError, UserError
 from dskd.tracking.client import connect, first_line, is_refusal, tracking_uri, without_secrets
 from dskd.tracking.context import write_context

@@ -1,0 +1,49 @@
+"""Digests of files, folders and JSON values, by which artifacts are compared."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+
+
+def hash_files(folder: Path, only: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """sha256 and size of every file under `folder` but its manifest and notes, in the order of their names."""
+    names = sorted(only) if only is not None else sorted(_names(folder))
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashlib releases the interpreter's lock
+        digests = pool.map(lambda name: sha256_of_file(folder / name), names)
+    return {
+        name: {"sha256": digest, "size_bytes": (folder / name).stat().st_size}
+        for name, digest in zip(names, digests, strict=True)
+    }
+
+
+def _names(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and str(name) != MANIFEST_NAME and not any(part.startswith(".") for part in name.parts):
+            yield str(name)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Identity of a file too large to be read only to find that nothing changed: its name, size and time of change."""
+    status = path.stat()
+    return digest_of_json([str(path), status.st_size, status.st_mtime_ns])
+
+
+def digest_of_json(value: Any) -> str:
+    """Hex digest of a JSON-like value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(_as_json(value), sort_keys=True).encode()).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))

@@ -1,0 +1,113 @@
+"""A lock file that one process holds while it lives: two of them must not write the same artifacts."""
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from dskd.artifacts.files import make_folder
+from dskd.errors import OutageError, UserError
+
+_held: dict[Path, Any] = {}
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
+    """Takes the lock at `path` until the process ends, however it ends. Taking it again is nothing.
+
+    Args:
+        path: the lock file; it goes with the lock, and stays after a kill, when nobody has the lock any more.
+        what: what the holder does, for the message.
+        wait_s: how long to wait for another process that may be ending, or for a file server that has not noticed yet
+            that a node is dead.
+
+    Raises:
+        UserError: when another process has it, an OutageError where it was waited for; or when the file system has no
+            locks.
+    """
+    if path in _held:
+        return
+    make_folder(path.parent)
+    deadline = time.monotonic() + wait_s
+    is_waiting = False
+    while True:
+        try:
+            stream = path.open("a+")
+        except PermissionError as refused:
+            raise UserError(
+                f"{path}: {refused.strerror}; it is of user {path.stat().st_uid}, whose process holds it, or was "
+                "killed: when none of theirs works here, remove this file"
+            ) from None
+        try:
+            # Not flock: a forked loader worker would inherit that lock and hold it for seconds after its rank has died.
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            stream.seek(0)
+            holder = stream.read().strip() or "unknown"
+            stream.close()
+            if time.monotonic() < deadline:
+                if not is_waiting:
+                    from dskd.console import say  # brings torch, which takes seconds to import
+
+                    say(f"{path}: another process ({holder}) {what}; waits for it up to {wait_s:.0f} s")
+                    is_waiting = True
+                time.sleep(0.5)
+                continue
+            error = OutageError if wait_s else UserError
+            raise error(
+                f"{path}: another process ({holder}) {what}; wait for it or end it. After a kill of the pipeline or "
+                "the launcher its ranks may still run"
+            ) from None
+        except OSError as error:
+            stream.close()
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise UserError(
+                f"{path}: the file system there gives no locks ({error.strerror}), and without them two processes may "
+                "write the same; have it mounted with them (Lustre: -o flock; NFS: version 4, or lockd on clients and "
+                "server), or set workdir to another one"
+            ) from None
+        if _is_file(path, stream):
+            break
+        stream.close()  # its last holder removed this file just after it was opened here
+    stream.truncate(0)
+    stream.write(f"pid {os.getpid()} on {os.uname().nodename}")
+    stream.flush()
+    _held[path] = stream
+    atexit.register(release_lock, path)
+
+
+@contextlib.contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Has the lock at `path` while it lasts, unless another process has it; yields whether it has."""
+    had = path in _held
+    try:
+        hold_lock(path, "")
+    except UserError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if not had:
+            release_lock(path)
+
+
+def _is_file(path: Path, stream: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def release_lock(path: Path) -> None:
+    """Gives the lock back."""
+    stream = _held.pop(path, None)
+    if stream is not None:
+        path.unlink(missing_ok=True)
+        stream.close()

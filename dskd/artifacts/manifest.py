@@ -1,0 +1,191 @@
+"""Provenance of every artifact: what it is, what it was made from, and whether it is complete.
+
+An artifact is a folder with a `manifest.json`. It is built under a temporary name beside its place and renamed when it
+is whole, so a folder with the right name is always complete. A stage reads the manifests of its inputs and refuses what
+does not fit, naming both sides; the pipeline compares manifests to skip what is up to date.
+"""
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dskd.artifacts.files import old_folder, write_text
+from dskd.artifacts.hashing import MANIFEST_NAME, _as_json, digest_of_json, hash_files
+from dskd.artifacts.kinds import _MISSING, SCHEMA_VERSIONS
+from dskd.errors import UserError
+
+# A reader may come while a new artifact is put in the place of an old one, and looks again.
+_LOOKS, _LOOK_AGAIN_S = 3, 0.2
+
+_PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the content of an artifact. Two equal recipes make the same artifact."""
+
+    kind: str
+    inputs: Mapping[str, str] = field(default_factory=dict)  # name of an input -> its digest
+    config: Mapping[str, Any] = field(default_factory=dict)  # the part of the configuration the stage reads
+    teacher: str | None = None  # digest of the teacher whose states or weights are in it
+    tokenizer: str | None = None  # digest of the tokenizer whose ids are in it
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds. `facts` are what the stage measured while building, for people and later stages."""
+
+    kind: str
+    schema_version: int
+    inputs: dict[str, str]
+    config: dict[str, Any]
+    teacher: str | None
+    tokenizer: str | None
+    files: dict[str, dict[str, Any]]  # relative path -> {"sha256", "size_bytes"}
+    facts: dict[str, Any]
+    packages: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Identity by content: equal for two artifacts of one kind with the same files."""
+        content = {name: entry["sha256"] for name, entry in self.files.items()}
+        return digest_of_json([self.kind, self.schema_version, content])
+
+
+def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool = True) -> Manifest:
+    """The manifest of the artifact at `path`.
+
+    Args:
+        path: the artifact's folder.
+        kind: what it must be.
+        made_by: the command that makes it, for the error message.
+        files_are_here: False where its files may lie elsewhere; their sizes are not looked at then.
+
+    Raises:
+        UserError: when it is missing, not readable, of another kind or version, or its files' sizes do not fit.
+    """
+    manifest, misfits = _look_at(path, kind) if files_are_here else (_load_manifest(path), {})
+    if manifest is None:
+        raise UserError(f"{path}: there {_MISSING.get(kind, f'is no {kind} here; make it')} with `{made_by}`")
+    if manifest.kind != kind:
+        raise UserError(f"{path}: expected a {kind}, found a {manifest.kind}; name the right folder")
+    if manifest.schema_version != SCHEMA_VERSIONS[kind]:
+        raise UserError(
+            f"{path}: this {kind} has format {manifest.schema_version}, this version of dskd reads "
+            f"{SCHEMA_VERSIONS[kind]}; make it again with `{made_by}`"
+        )
+    for name, size in misfits.items():
+        found = "it is missing" if size is None else f"it has {size} bytes"
+        raise UserError(
+            f"{path / name}: the manifest says {manifest.files[name]['size_bytes']} bytes, but {found}; it was damaged "
+            f"after it was made. Remove {path} and make it again with `{made_by}`"
+        )
+    return manifest
+
+
+def is_current(path: Path, recipe: Recipe) -> bool:
+    """True when the artifact at `path` is whole and was made by this very recipe."""
+    manifest, misfits = _look_at(path, recipe.kind)
+    return (
+        manifest is not None
+        and not misfits
+        and manifest.kind == recipe.kind
+        and manifest.schema_version == SCHEMA_VERSIONS[recipe.kind]
+        and manifest.inputs == dict(recipe.inputs)
+        and manifest.config == _as_json(recipe.config)
+        and manifest.teacher == recipe.teacher
+        and manifest.tokenizer == recipe.tokenizer
+    )
+
+
+def read_file(path: Path, name: str) -> bytes | None:
+    """A file of the artifact at `path`, or None where there is none, and not only for as long as it is replaced."""
+    for _ in range(_LOOKS):
+        try:
+            return (path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            if old_folder(path).exists():  # replace_folder is between its two renames
+                time.sleep(_LOOK_AGAIN_S)
+    return None
+
+
+def verify_files(path: Path, manifest: Manifest, *, made_by: str) -> None:
+    """Compares the content of every file with the manifest. Reads everything: for artifacts that fit that.
+
+    Raises:
+        UserError: naming the first file that was changed after the artifact was made.
+    """
+    found = hash_files(path, only=manifest.files)
+    for name, entry in manifest.files.items():
+        if found[name]["sha256"] != entry["sha256"]:
+            raise UserError(
+                f"{path / name}: the content is not what the manifest says (sha256 {found[name]['sha256'][:12]}…, "
+                f"expected {entry['sha256'][:12]}…); remove {path} and make it again with `{made_by}`"
+            )
+
+
+def require_same(what: str, *, expected: str | None, found: str | None, between: str, remedy: str) -> None:
+    """Refuses two artifacts that were not made from the same thing.
+
+    Raises:
+        UserError: naming both sides when `expected` and `found` differ.
+    """
+    if expected != found:
+        raise UserError(f"{between}: made with different {what} ({_short(expected)} and {_short(found)}); {remedy}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file is either the old one or the whole new one."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a stage computes."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _look_at(path: Path, kind: str) -> tuple[Manifest | None, dict[str, int | None]]:
+    """The manifest at `path`, and where it is of this kind its files of another size: {name: size, None if missing}."""
+    manifest, misfits = _load_manifest(path), {}
+    for turn in range(_LOOKS):
+        if manifest is None or (manifest.kind, manifest.schema_version) != (kind, SCHEMA_VERSIONS[kind]):
+            return manifest, {}
+        sizes = {name: _size_of(path / name) for name in manifest.files}
+        misfits = {name: size for name, size in sizes.items() if size != manifest.files[name]["size_bytes"]}
+        if not misfits:
+            break
+        if turn + 1 < _LOOKS:  # manifest and files may be of two artifacts, of which one has just replaced the other
+            time.sleep(_LOOK_AGAIN_S)
+            manifest = _load_manifest(path)
+    return manifest, misfits
+
+
+def _size_of(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _load_manifest(path: Path) -> Manifest | None:
+    try:
+        content = read_file(path, MANIFEST_NAME)
+        return None if content is None else Manifest(**json.loads(content))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path / MANIFEST_NAME}: this is not a manifest ({error}); remove {path} and make it again"
+        ) from None
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:12]}…" if digest else "none"

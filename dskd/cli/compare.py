@@ -1,0 +1,104 @@
+"""The arguments of `dskd compare`, and what it prints and writes."""
+
+import argparse
+from pathlib import Path
+
+from dskd.cli.program import add_config_arguments, run
+from dskd.config import TASKS, Config
+from dskd.config.reading import load_config
+from dskd.errors import UserError
+
+HELP = "compare runs: settings, measures with intervals and tests, speed, cost; --html writes a report"
+DESCRIPTION = """
+Runs side by side: the settings that differ, what they score on held-out text, words and benchmarks, final and best
+metrics, speed, cost, and coverage. Runs that differ in nothing but their seed are one group, shown as mean ± 95 %
+interval; groups are tested against the baseline (the first group, unless --baseline names one) on the results of each
+example, and over seeds where there are two or more. Runs that were evaluated on different data are refused (exit code
+2).
+
+Without --experiment, --run or --tag it is the newest run of each name in the config's experiment. Where several of
+these are given, a run has to fit all of them; of each of --experiment and --run it is enough to fit one.
+"""
+EPILOG = """
+examples:
+  dskd compare --config configs/quickstart.yaml                                   the newest run of each name
+  dskd compare --config FILE --run kd --run dskd --html report.html               these, and a report of one file
+  dskd compare --config FILE --run 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --run dskd    one by its id in MLflow
+  dskd compare --config FILE --experiment kd --experiment dskd                    all settings of two experiments
+  dskd compare --config FILE --tag evaluation_data=HASH --baseline kd             what was evaluated on this data
+  dskd compare --config FILE --without lexical                                    but for some results
+  dskd compare --config FILE --without-measures                                   settings, speed and cost only
+
+Runs of several seeds are trained, exported and evaluated by one command, below one parent in MLflow:
+  python launcher/pipeline.py --config FILE 'seeds=[0, 1, 2]' tracking.parent=seeds
+  dskd compare --config FILE 'seeds=[0, 1, 2]'
+One of them by itself: deepspeed launcher/train.py --config FILE 'seeds=[0, 1, 2]' run=dskd-s1
+"""
+
+
+def add_compare_parser(verbs: argparse._SubParsersAction) -> None:
+    """`compare`."""
+    parser = verbs.add_parser(
+        "compare",
+        help=HELP,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--experiment", action="append", default=[], metavar="NAME", help="of MLflow; default: tracking.experiment"
+    )
+    parser.add_argument("--run", action="append", default=[], metavar="NAME_OR_ID", help="a run; may be repeated")
+    parser.add_argument(
+        "--tag", action="append", default=[], type=_tag, metavar="KEY=VALUE", help="of a run in MLflow; may be repeated"
+    )
+    parser.add_argument("--baseline", metavar="GROUP", help="what the other groups are tested against [the first]")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write a report of one file, which needs no network"
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=("evaluation", "lexical", *TASKS),
+        metavar="KIND",
+        help=f"leave out results: evaluation (the held-out text), lexical, {', '.join(TASKS)}; may be repeated",
+    )
+    parser.add_argument(
+        "--without-measures", action="store_true", help="leave out all that depends on the data evaluated on"
+    )
+
+
+def run_comparison(given: argparse.Namespace) -> int:
+    """Runs the verb."""
+    return run(lambda: _compare_as_asked(load_config(given.config, given.overrides), given))
+
+
+def _compare_as_asked(config: Config, given: argparse.Namespace) -> None:
+    from dskd.compare.choosing import Selection
+    from dskd.compare.comparison import make_comparison
+    from dskd.compare.report import require_writable, write_report
+    from dskd.compare.results import KINDS
+    from dskd.compare.text import summarize
+
+    tags: dict[str, str] = {}
+    for key, value in given.tag:
+        if tags.setdefault(key, value) != value:
+            raise UserError(f"--tag {key}={value}: also {key}={tags[key]} is asked for, and a run has one of them only")
+    if given.html is not None:
+        require_writable(given.html)
+    without = list(KINDS) if given.without_measures else given.without
+    selection = Selection(given.experiment, given.run, tags)
+    comparison = make_comparison(config, selection, baseline=given.baseline, without=without)
+    print(summarize(comparison))
+    if given.html is not None:
+        write_report(comparison, given.html)
+        print(f"Report: {given.html}")
+
+
+def _tag(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as device=cuda, found {text!r}")
+    return key, value

@@ -1,0 +1,97 @@
+"""Starts a program of `launcher/` on all ranks, and waits for it."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dskd.config import Config
+from dskd.console import say
+from dskd.distributed import stopping
+from dskd.distributed.rendezvous import free_port
+from dskd.distributed.world import uses_gpu
+from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+
+LAUNCHERS = Path(__file__).resolve().parent.parent.parent / "launcher"
+
+
+class StageFailedError(Exception):
+    """A stage of several ranks did not come to its end; it has said why itself."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
+    """Starts a program of `launcher/` on all ranks and waits for it.
+
+    Raises:
+        StageFailedError: when it failed.
+    """
+    executable = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if executable is None:
+        raise UserError("there is no `deepspeed` beside this Python; install the package with its dependencies")
+    shown = [*_launcher_arguments(config), str(LAUNCHERS / program), *arguments]
+    say(f"$ deepspeed {shlex.join(shown)}")
+    command = [executable, "--quiet", *shown]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # A session of its own: a signal to the launcher alone would leave the ranks running. The launcher inherits that it
+    # ignores USR1, and the ranks listen to it.
+    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=sys.stderr)
+    signal.signal(signal.SIGUSR1, handler)
+    try:
+        exit_code = _wait(process)
+    except stopping.Stopped:  # the ranks have ended by themselves
+        raise
+    except BaseException:  # an interruption too ends the ranks, which would train on by themselves; it is raised on
+        _end(process)
+        raise
+    if exit_code:
+        raise StageFailedError(f"`{program}` failed with exit code {exit_code}", exit_code)
+
+
+def _launcher_arguments(config: Config) -> Sequence[str]:
+    given = config.pipeline.launcher_args
+    if given is None:
+        given = () if uses_gpu() else ("--num_gpus", str(min(2, os.cpu_count() or 1)))
+    if any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in given):
+        return given
+    # Two pipelines on one machine must not meet at the launcher's default port.
+    return ("--master_port", str(free_port()), *given)
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """The launcher's exit code; when this process is asked to stop, so are the ranks, and their end is waited for."""
+    try:
+        return process.wait()
+    except stopping.Stopped:
+        say("stopping: the ranks come to a place from which they go on")
+        while process.poll() is None:
+            # Again and again: ranks that are still importing do not listen yet.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGUSR1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+        raise
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the launcher and all of its ranks."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+            process.wait(10)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def exit_code_of(error: StageFailedError) -> int:
+    """A user's mistake in a rank stays one for the caller, and so does a stop; any other failure is 1."""
+    return error.exit_code if error.exit_code in (USER_ERROR_EXIT_CODE, stopping.STOPPED_EXIT_CODE) else 1

@@ -1,0 +1,183 @@
+"""The arguments of `dskd plan`, and what it prints."""
+
+import argparse
+import math
+from pathlib import Path
+
+from dskd.cli.program import add_config_arguments, run
+from dskd.config import Config
+from dskd.config.reading import load_config
+from dskd.console import say
+from dskd.plan import GB
+from dskd.plan.cluster import BANDWIDTH, DISK_BANDWIDTH, HOST_BANDWIDTH, TFLOPS, Cluster
+from dskd.plan.known_models import KNOWN_MODELS
+
+UNFIT_EXIT_CODE = 3
+HELP = "say what a job needs before it runs: memory, time and disk; exit code 3 when it will not fit"
+DESCRIPTION = """
+Says what training needs on given machines: memory of each GPU and host, expected tokens/s and hours, disk. It looks at
+shapes alone: the teacher's config.json and your configuration, no weights. GB are 2^30 bytes. Tokens/s and hours are
+those of training.
+
+A job that will not fit, in training or in the stages before that are still to be run, is refused with exit code 3, and
+the smallest change that makes it fit is named. Memory is
+counted, and was compared with real training (benchmarks/README.md). Speed is an estimate from the rates below.
+"""
+EPILOG = f"""
+The shapes of these models of the hub are known without looking: {", ".join(sorted(KNOWN_MODELS))}.
+Any other is looked at in its folder or on the hub; --teacher-config FILE.json names a config.json instead.
+
+examples:
+  dskd plan --config configs/llama3-8b-16layers.yaml --nodes 1 --gpus-per-node 8 --gpu-memory 80 --host-memory 1000
+  dskd plan --config configs/llama3-70b-to-8b.yaml --nodes 4 --gpus-per-node 8 --gpu-memory 80 --host-memory 1000 \\
+      --bandwidth 40 --samples 1000000
+  dskd plan --config mine.yaml --nodes 2 --gpus-per-node 4 --gpu-memory 40 --host-memory 500 teacher.mode=resident
+  dskd plan --config configs/quickstart.yaml --device cpu --nodes 1 --gpus-per-node 2 --gpu-memory 8 --host-memory 16
+"""
+
+
+def add_plan_parser(verbs: argparse._SubParsersAction) -> None:
+    """`plan`."""
+    parser = verbs.add_parser(
+        "plan", help=HELP, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    machines = parser.add_argument_group("machines")
+    machines.add_argument("--nodes", type=_count, required=True, metavar="N", help="how many")
+    machines.add_argument("--gpus-per-node", type=_count, required=True, metavar="G", help="GPUs, or ranks, of each")
+    machines.add_argument("--gpu-memory", type=_positive, required=True, metavar="GB", help="of each GPU")
+    machines.add_argument("--host-memory", type=_positive, required=True, metavar="GB", help="of each node")
+    machines.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: ranks have no GPU; --gpus-per-node is the ranks of a node, --gpu-memory what each may take of its "
+        "memory [cuda]",
+    )
+    rates = parser.add_argument_group("rates, for the speed")
+    rates.add_argument(
+        "--bandwidth",
+        type=_positive,
+        metavar="GB/s",
+        help=f"that a GPU receives from the others [{BANDWIDTH['one node']:.0f} on one node: NVLink; "
+        f"{BANDWIDTH['nodes']:.0f} on several: a 400 Gbit/s adapter each; {BANDWIDTH['cpu']:.0f} without GPUs]",
+    )
+    rates.add_argument(
+        "--tflops",
+        type=_positive,
+        metavar="TFLOP/s",
+        help=f"that a GPU sustains [{TFLOPS['cuda']:.0f}: 40 %% of an H100's dense bf16; {TFLOPS['cpu']:g} without]",
+    )
+    rates.add_argument(
+        "--host-bandwidth",
+        type=_positive,
+        default=HOST_BANDWIDTH,
+        metavar="GB/s",
+        help=f"from the host's memory to each GPU, for teacher.offload [{HOST_BANDWIDTH:.0f}: PCIe 4.0 x16]",
+    )
+    rates.add_argument(
+        "--disk-bandwidth",
+        type=_positive,
+        default=DISK_BANDWIDTH,
+        metavar="GB/s",
+        help=f"of a node's local disks, for teacher.offload: nvme [{DISK_BANDWIDTH:.0f}]",
+    )
+    parser.add_argument(
+        "--teacher-config",
+        type=Path,
+        metavar="FILE",
+        help="config.json of the teacher, in place of what teacher.path names",
+    )
+    parser.add_argument(
+        "--samples",
+        type=_count,
+        metavar="N",
+        help="training sequences; default: those of WORKDIR/shards, if there, or corpus.max_sequences",
+    )
+    parser.add_argument(
+        "--relations",
+        type=_share,
+        metavar="SHARE",
+        help="of the targets that have a synonym or antonym, as `dskd inspect senses` says it [0.2]",
+    )
+
+
+def run_plan(given: argparse.Namespace) -> int:
+    """Prints the plan, or why the job will not fit."""
+    return run(lambda: _plan(given))
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from dskd.plan.changes import Change, smallest_change
+    from dskd.plan.plan import RELATIONS, Plan, make_plan
+    from dskd.plan.report import format_offload, format_plan, format_refusal
+    from dskd.plan.shapes import find_architecture
+
+    config = load_config(given.config, given.overrides)
+    architecture = find_architecture(config, given.teacher_config)
+    cluster = _cluster(given, given.nodes)
+    relations = RELATIONS if given.relations is None else given.relations
+
+    def plan_of(config: Config, cluster: Cluster) -> Plan:
+        return make_plan(config, cluster, architecture, samples=given.samples, relations=relations)
+
+    def replan(change: Change) -> Plan:
+        changed = load_config(given.config, [*given.overrides, *change.overrides])
+        return plan_of(changed, cluster if change.nodes is None else _cluster(given, change.nodes))
+
+    plan = plan_of(config, cluster)
+    print(format_plan(plan))
+    without = None
+    if config.needs_teacher and cluster.device == "cuda":
+        nvme = () if config.teacher.nvme_path is None else ("teacher.nvme_path=null",)
+        without = replan(Change(("teacher.mode=zero3", "teacher.offload=none", *nvme)))
+    if config.needs_teacher == (without is not None):
+        print(f"\n{format_offload(plan, without)}")
+    if plan.fits:
+        print("\nfits")
+        return 0
+    print(flush=True)
+    say("looking for the smallest change that fits …")
+    print(format_refusal(plan, smallest_change(plan, replan)))
+    return UNFIT_EXIT_CODE
+
+
+def _cluster(given: argparse.Namespace, nodes: int) -> Cluster:
+    default = BANDWIDTH["cpu" if given.device == "cpu" else "one node" if nodes == 1 else "nodes"]
+    return Cluster(
+        nodes,
+        given.gpus_per_node,
+        round(given.gpu_memory * GB),
+        round(given.host_memory * GB),
+        given.device,
+        (given.bandwidth or default) * GB,
+        given.host_bandwidth * GB,
+        given.disk_bandwidth * GB,
+        (given.tflops or TFLOPS[given.device]) * 1e12,
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number, 1 or more, found {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text!r}")
+    return value

@@ -1,0 +1,188 @@
+"""What the programs of `launcher/` and the `dskd` command share: arguments, ranks, errors and exit codes.
+
+Exit codes: 0 done; 1 a fault of ours, with a traceback, an outage, or lost other ranks; 2 bad input, with a message and
+no traceback (a scheduler must not retry it); 75 stopped by TERM or USR1, and the same command goes on (training:
+with `--resume`); 130 interrupted from the keyboard.
+"""
+
+import argparse
+import atexit
+import contextlib
+import errno
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dskd.artifacts.files import DISK_IS_FULL
+from dskd.config import Config
+from dskd.config.reading import load_config
+from dskd.console import allow_any_text, say
+from dskd.distributed.node_cache import shared_memory_shortage
+from dskd.distributed.peers import meet_peers
+from dskd.distributed.rendezvous import initialize, shutdown
+from dskd.distributed.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
+from dskd.distributed.world import World, current_rank, is_main_process
+from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
+
+_RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine it takes the launcher seconds to end the other ranks
+_OVERRIDES_HELP = (
+    "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
+    "`dskd config` explains every key"
+)
+
+
+def build_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser with the arguments that every program of `launcher/` has."""
+    allow_any_text()  # before the parser prints its help
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    # DeepSpeed's launcher passes it; ranks are read from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE`, and overrides."""
+    add_config_argument(parser)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES_HELP)
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE`."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
+
+
+def parse(parser: argparse.ArgumentParser, *options: str, may_be_empty: Sequence[str] = ()) -> argparse.Namespace:
+    """The arguments, in any order: where overrides stand behind an option that takes several names, they are none.
+
+    Args:
+        parser: of :func:`build_parser`.
+        options: those that take several names, which must not have a `=`.
+        may_be_empty: those of them that may be given without a name (`nargs="*"`).
+    """
+    given = parser.parse_intermixed_args()
+    for option in options:
+        words = getattr(given, option)
+        if words is not None:
+            names = [word for word in words if "=" not in word]
+            if not names and option not in may_be_empty:
+                parser.error(f"argument --{option}: expected at least one name, found {' '.join(words)}")
+            setattr(given, option, names)
+            given.overrides += [word for word in words if "=" in word]
+    return given
+
+
+def run(action: Callable[[], int | None]) -> int:
+    """Runs a program's work and returns its exit code: that of `action`, 0 where it has none, or that of what went
+    wrong. A user's mistake is printed without a traceback.
+    """
+    try:
+        return action() or 0
+    except UserError as error:
+        with deferred() as end:  # the launcher ends the ranks that are left when the first one has ended
+            if is_main_process():
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            elif not error.known_to_all_ranks and not _rank_0_spoke(end):
+                print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read what is printed has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in DISK_IS_FULL:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        if not place and (shortage := shared_memory_shortage()):
+            print(f"error: {error.strerror}; {shortage}. What was complete stays", file=sys.stderr, flush=True)
+            return USER_ERROR_EXIT_CODE
+        print(
+            f"error: {error.strerror}{place}; what was complete stays. Free some, or set workdir to another disk, and "
+            "the same command goes on from there",
+            file=sys.stderr,
+            flush=True,
+        )
+        return USER_ERROR_EXIT_CODE
+    except UnicodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8":
+            raise
+        print(
+            f"error: {error}. The locale's encoding is {encoding}, which lacks this character; set LC_ALL=C.UTF-8, and "
+            "unset PYTHONUTF8",
+            file=sys.stderr,
+            flush=True,
+        )
+        return USER_ERROR_EXIT_CODE
+    except LostPeerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return FAULT_EXIT_CODE
+    except Stopped as stopped:
+        say(f"{str(stopped) or 'stopped, as asked; what was complete stays'}")
+        return STOPPED_EXIT_CODE
+    except KeyboardInterrupt:
+        say("interrupted; what was complete stays")
+        return 130
+
+
+def _is_of_shared_memory(error: RuntimeError) -> bool:
+    """Returns whether torch says that a loader's worker found no room for a batch, or died of a bus error."""
+    return "shared memory" in str(error) or "Bus error" in str(error)
+
+
+def _rank_0_spoke(end: StopRequest) -> bool:
+    """Most mistakes are met by every rank: whether rank 0 has said it and ended, so that this one is to end too."""
+    deadline = time.monotonic() + _RANK_0_SPEAKS_FIRST_S
+    with contextlib.suppress(KeyboardInterrupt):
+        while not end.is_pending and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return end.is_pending
+    return True
+
+
+def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
+    """Like :func:`run` on all ranks: reads the config, joins the ranks and calls `action` with both; then exits."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    def joined() -> None:
+        try:
+            config = load_config(given.config, given.overrides)
+        except UserError as error:
+            raise UserError(str(error), known_to_all_ranks=True) from None
+        listen()  # the launcher too ends its ranks with TERM, and the tracked run is then marked as ended
+        world = initialize(config.train.collective_timeout_s)
+        peers = meet_peers(world)
+        try:
+            action(config, world)
+        except RuntimeError as error:  # what torch raises when a collective fails, and much else
+            lost = peers.find_lost()
+            if lost is None:
+                if _is_of_shared_memory(error) and (shortage := shared_memory_shortage(is_known=True)):
+                    raise UserError(f"{shortage}. What was complete stays") from error
+                raise
+            raise LostPeerError(
+                f"[rank {world.rank}, {peers.host}] {lost}; this rank ends too, for it cannot go on without. Start all "
+                f"ranks again (training: with --resume). It was noticed by: {str(error).strip().splitlines()[0]}"
+            ) from error
+        shutdown()
+
+    try:
+        exit_code = run(joined)
+    finally:
+        ignore()
+        # Python would wait for them: a loader's worker can hang in mosaicml-streaming after a shard that it could not
+        # fetch, and ignores the TERM with which Python ends it (see dskd/training/loader.py).
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    # Threads of gloo can still hold tensors when the interpreter is taken down, and then abort a process that has done
+    # its work (pytorch issue 190489). So the interpreter is not taken down: exit handlers run, and the process ends.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

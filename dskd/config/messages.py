@@ -1,0 +1,118 @@
+"""Mistakes in a configuration, and its keys, in words."""
+
+import difflib
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dskd.config import Config, Section
+
+# By pydantic's types of errors.
+_EXPECTED = {
+    "list_type": "a list, such as [a, b]",
+    "tuple_type": "a list, such as [a, b]",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+}
+
+
+def describe() -> str:
+    """Every key of a configuration with its type, default and meaning, section by section."""
+    return "\n".join(_described(Config, ""))
+
+
+def _described(model: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        key = f"{prefix}{name}"
+        if section is not None:
+            first, *more = inspect.getdoc(section).split("\n\n")  # type: ignore[union-attr] # every section has one
+            yield "\n" + textwrap.fill(first, 118, initial_indent=f"{key}: ", subsequent_indent="    ")
+            yield from (textwrap.indent(textwrap.fill(part, 114), "    ") for part in more)
+            yield from _described(section, f"{key}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.get_default(), default=list)
+        text = f"{field.description or ''} [{default}]"
+        yield textwrap.fill(text, 118, initial_indent=f"  {key:<38} ", subsequent_indent=" " * 41)
+
+
+def _explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]]:
+    """(dotted key, message) of each of pydantic's errors, in words that say what to do."""
+    explained: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for error in errors:
+        # A union's members each report; the part of the location that names the member is no key of the file.
+        location = [str(part) for part in error["loc"]]
+        keys: list[str] = []
+        here: Any = data
+        for part in location:
+            if isinstance(here, dict) and part in here:
+                here = here[part]
+            elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+                here = here[int(part)]
+            elif error["type"] != "missing" or part != location[-1]:
+                continue
+            keys.append(part)
+        key = ".".join(keys)
+        if error["type"] == "extra_forbidden":
+            message = f"unknown key{_suggestion(location)}"
+        elif error["type"] == "missing":
+            message = "is missing and has no default"
+        elif error["type"] == "value_error":
+            message = str(error["ctx"]["error"])
+        else:
+            message = _expected(error, location)
+            found[key] = f", found {json.dumps(error['input'], default=str, ensure_ascii=False)}"
+            if error["type"] == "string_type" and isinstance(error["input"], (bool, int, float)):
+                found[key] += "; put it in quotes"
+        said = explained.setdefault(key, [])
+        said.append(message.removeprefix("expected ") if said else message)
+    return [(key, f"{', or '.join(messages)}{found.get(key, '')}") for key, messages in explained.items()]
+
+
+def _expected(error: Any, location: list[str]) -> str:
+    """What a value has to be, in YAML's terms and not in those of Python and JSON."""
+    kind = error["type"].split("_")[0]
+    if kind in ("model", "dict"):
+        section = _section(location)
+        if section is None:
+            return "expected keys, such as NAME: {}"
+        name, field = next(iter(section.model_fields.items()))
+        value = "VALUE" if field.get_default() is None else str(field.get_default()).lower()
+        return f"expected keys, such as {'.'.join([*location, name])}={value}"
+    if error["type"] in _EXPECTED:
+        return f"expected {_EXPECTED[error['type']]}"
+    message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return re.sub("^input should be (?=greater|less)", "expected a number ", message).replace(
+        "input should be", "expected"
+    )
+
+
+def _section(location: Sequence[str]) -> type[Section] | None:
+    """The section at a dotted key's parts, or None where that is none."""
+    model: type[Section] | None = Config
+    for part in location:
+        field = model.model_fields.get(part) if model else None
+        model = _section_of(field.annotation) if field else None
+    return model
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type is, also where it may be null."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _suggestion(location: list[str]) -> str:
+    model = _section(location[:-1])
+    if model is None:
+        return ""
+    near = difflib.get_close_matches(location[-1], model.model_fields, n=1)
+    parent = "".join(f"{part}." for part in location[:-1])
+    return f"; did you mean {parent}{near[0]}?" if near else f"; known here: {', '.join(model.model_fields)}"

@@ -1,0 +1,165 @@
+"""Reading a configuration: one YAML file, and `section.key=value` overrides.
+
+Reading is strict and complete: unknown keys, keys given twice, values of a wrong type or out of range are all reported
+at once, each with its line, before anything is loaded. A config never changes after loading.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from dskd.config import Config, Section
+from dskd.config.messages import _explain, _section_of
+from dskd.config.runs import _apply_run, _merge, _with_run, _with_seeds
+from dskd.config.section import EXPANDED
+from dskd.config.yaml_file import load_yaml, read_yaml
+from dskd.errors import UserError, listed
+
+_VARIABLE = re.compile(r"\$\$|\$(\w+)|\$\{(\w+)\}")
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, lays the chosen run's keys and then `section.key=value` overrides over it.
+
+    Raises:
+        UserError: with every problem found, each with its file and line or the override it came from.
+    """
+    path = Path(path)
+    data, lines = read_yaml(path)
+    problems: list[str] = []
+    overridden: dict[str, str] = {}
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            problems.append(f"{override!r}: an override is section.key=value, for example loss.sense_weight=0")
+            continue
+        try:
+            _set_dotted(changes, key, load_yaml(text)[0])
+        except (yaml.YAMLError, UserError, TypeError, RecursionError) as problem:
+            problems.append(f"{override!r}: the value is not YAML ({problem})")
+            continue
+        overridden[key] = override
+    merged = _with_run(_merge(data, changes))
+    found = _seed_problems(merged, changes)
+    merged, run_problems = _apply_run(_with_seeds(merged), changes)
+    merged, path_problems = _expand_variables(merged)
+    problems += [
+        f"{_place(path, lines, overridden, key)}{message}" for key, message in (*found, *run_problems, *path_problems)
+    ]
+    try:
+        config = Config.model_validate_json(json.dumps(merged, default=str))
+    except ValidationError as error:
+        problems += [
+            f"{_place(path, lines, overridden, key)}{message}" for key, message in _explain(error.errors(), merged)
+        ]
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise UserError(listed(f"{count} in the configuration", problems))
+    return config
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, value in `one`, value in `other`) wherever two JSON-like configs differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
+    elif one != other:
+        yield prefix, one, other
+
+
+def _set_dotted(target: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{dotted} is set after a key that it is part of")
+        target = child
+    target[last] = value
+
+
+def _seed_problems(merged: dict[str, Any], overrides: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, message) of every seed that would take the place of those that `seeds` gives."""
+    runs = merged.get("runs")
+    if not merged.get("seeds"):
+        return []
+    own = (
+        [name for name, keys in runs.items() if isinstance(keys, dict) and "seed" in keys]
+        if isinstance(runs, dict)
+        else []
+    )
+    problems = [
+        (f"runs.{name}.seed", "`seeds` trains this run with each of its own; remove this seed, or `seeds`")
+        for name in own
+    ]
+    if "seed" in overrides:
+        problems.append(
+            ("seed", "the runs of `seeds` would all have this seed; choose one of them with run=NAME-sSEED")
+        )
+    return problems
+
+
+def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Replaces environment variables in every key that is a path; also returns (key, message) of what is not set."""
+    problems: list[tuple[str, str]] = []
+
+    def expanded(value: Any, key: str) -> Any:
+        if isinstance(value, list):
+            return [expanded(each, f"{key}.{number}") for number, each in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        missing = [name for name in _variables(value) if name not in os.environ]
+        if missing:
+            names = " and ".join(f"${name}" for name in missing)
+            problems.append(
+                (key, f"{names} is not set in the environment; export it, or write the path ($$ is a dollar sign)")
+            )
+            return value
+        return _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]] if found[1] or found[2] else "$", value)
+
+    def walked(model: type[Section], data: Any, prefix: str) -> Any:
+        if not isinstance(data, dict):
+            return data
+        changed = dict(data)
+        for name, field in model.model_fields.items():
+            if name not in data:
+                continue
+            section = _section_of(field.annotation)
+            if section is not None:
+                changed[name] = walked(section, data[name], f"{prefix}{name}.")
+            elif EXPANDED in field.metadata or _mentions_path(field.annotation):
+                changed[name] = expanded(data[name], f"{prefix}{name}")
+        return changed
+
+    return walked(Config, merged, ""), problems
+
+
+def _variables(text: str) -> list[str]:
+    return [found[1] or found[2] for found in _VARIABLE.finditer(text) if found[1] or found[2]]
+
+
+def _mentions_path(annotation: Any) -> bool:
+    return EXPANDED in getattr(annotation, "__metadata__", ()) or any(map(_mentions_path, get_args(annotation)))
+
+
+def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: str) -> str:
+    """Where `key` was given: the override, the line of the file, or the line of the section it belongs to."""
+    shown = f"{key}: " if key else ""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        is_whole = length == len(parts)
+        given = [
+            text for name, text in overridden.items() if name == prefix or (is_whole and name.startswith(f"{prefix}."))
+        ]
+        if given:
+            return f"override {given[0]!r}: {shown}"
+        if prefix in lines:
+            return f"{path}:{lines[prefix]}: {shown}"
+    return f"{path}: {shown}"

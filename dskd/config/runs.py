@@ -1,0 +1,84 @@
+"""One of the runs that a configuration describes, with one of its seeds."""
+
+import json
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from dskd.config import Config
+from dskd.config.messages import _explain
+
+# Runs share every artifact up to the shards, so they may differ only in what comes after.
+KEYS_A_RUN_MAY_CHANGE = ("loss", "train", "seed")
+
+
+def _merge(base: Any, changes: Any) -> Any:
+    """`changes` over `base`; mappings are merged key by key, anything else is replaced."""
+    if isinstance(base, dict) and isinstance(changes, dict):
+        return {
+            key: _merge(base[key], changes[key]) if key in base and key in changes else changes.get(key, base.get(key))
+            for key in [*base, *(k for k in changes if k not in base)]
+        }
+    return changes
+
+
+def _with_run(merged: dict[str, Any]) -> dict[str, Any]:
+    """Where no run is chosen and none is called `dskd`, the first of `runs` is."""
+    runs, default = merged.get("runs"), Config.model_fields["run"].default
+    if "run" in merged or not isinstance(runs, dict) or not runs or default in runs:
+        return merged
+    return {**merged, "run": next(iter(runs))}
+
+
+def _with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
+    """Instead of each run one for each of `seeds`: `kd-s0` is `kd` with seed 0. The chosen run's name stands for the
+    first of its own. What is no list of different numbers is left as it is, for the check of all keys to find.
+    """
+    seeds, runs, run = merged.get("seeds"), merged.get("runs") or {}, merged.get("run", "dskd")
+    if not seeds or not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        return merged
+    if len(set(seeds)) < len(seeds):
+        return merged
+    if not isinstance(runs, dict) or not all(isinstance(keys, dict) for keys in runs.values()):
+        return merged
+    expanded = {
+        f"{name}-s{seed}": {**keys, "seed": seed}
+        for name, keys in (runs or {re.sub(r"-s\d+$", "", str(run)): {}}).items()
+        for seed in seeds
+    }
+    first = f"{run}-s{seeds[0]}"
+    return {**merged, "seeds": [], "runs": expanded, "run": first if first in expanded and run not in expanded else run}
+
+
+def _apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Puts the chosen run's keys over the file's, and the command line's over those."""
+    runs, run = merged.get("runs"), merged.get("run", "dskd")
+    if not runs:
+        return merged, []
+    if not isinstance(runs, dict) or not all(isinstance(run_keys, dict) for run_keys in runs.values()):
+        return merged, [("runs", "expected a mapping from a run's name to the keys in which it differs, like kd: {}")]
+    problems = []
+    for name, keys in runs.items():
+        for key in keys:
+            if key not in KEYS_A_RUN_MAY_CHANGE:
+                allowed = ", ".join(KEYS_A_RUN_MAY_CHANGE)
+                problems.append((f"runs.{name}.{key}", f"a run may differ in {allowed}; the rest is shared"))
+        if name != run and not problems:
+            problems += [
+                (f"runs.{name}.{key}", message)
+                for key, message in _check(_merge({k: v for k, v in merged.items() if k != "runs"}, keys))
+                if key.split(".")[0] in keys and key not in dict(_check(merged))
+            ]
+    if run not in runs:
+        problems.append(("run", f"{run!r} is none of the runs of this file: {', '.join(runs)}"))
+        return merged, problems
+    return _merge(_merge(merged, runs[run]), overrides), problems
+
+
+def _check(data: dict[str, Any]) -> list[tuple[str, str]]:
+    try:
+        Config.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        return _explain(error.errors(), data)
+    return []

@@ -1,0 +1,179 @@
+"""Documents to token sequences: `WORKDIR/sequences`, what every later stage reads.
+
+Documents are tokenized by the teacher's tokenizer and packed to `corpus.sequence_length` as `corpus.packing` says.
+Nothing but the evaluation reads the held-out part.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, require_same
+from dskd.artifacts.tensor_file import map_tensor, tensor_names
+from dskd.config import Config
+from dskd.console import say, stage
+from dskd.corpus.build import FOLDER as CORPUS_FOLDER
+from dskd.corpus.build import MADE_BY, SPLITS, name_of_document, read_continuation_tokens, read_texts
+from dskd.corpus.packing import pack
+
+FOLDER = "sequences"
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences as the models read them: B sequences of T tokens."""
+
+    input_ids: torch.Tensor  # [B, T] int64
+    position_ids: torch.Tensor | None  # [B, T] int64, from 0 in each document; None where they only count up
+    has_target: torch.Tensor  # [B, T] bool, True where x_{i+1} goes on with the document of x_i
+    starts: torch.Tensor  # [B, T] uint8, 1 where attention and positions start again
+    num_tokens: int  # real ones
+    continuation_tokens: torch.Tensor | None = None  # [B] int64, the teacher may go on by so many; None: by any number
+
+    def without_targets(self) -> "TokenBatch":
+        """The same tokens for a rank that has no work left, and must still take part in a forward pass."""
+        return replace(self, has_target=torch.zeros_like(self.has_target), num_tokens=0)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Packed token sequences on disk: S sequences of T tokens, read by slices through a memory map.
+
+    `lengths` [S] counts the real tokens of each; what follows is padding that no loss looks at.
+    `continuation_tokens` [S] says by how many tokens the teacher may go on with each.
+    """
+
+    path: Path
+    lengths: np.ndarray
+    sequence_length: int
+    continuation_tokens: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens in all sequences."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def frequencies(self, vocab_size: int) -> torch.Tensor:
+        """How often each token [V] is a target, in a sample of about a million positions."""
+        size = max(1, 16_384 // self.sequence_length)
+        starts = np.unique(np.linspace(0, max(0, len(self) - size), 64).astype(np.int64) // size * size)
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for start in starts.tolist():
+            batch = self.batch(start, start + size)
+            targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
+            counts += torch.bincount(targets, minlength=vocab_size)
+        return counts
+
+    def batch(self, start: int, stop: int) -> TokenBatch:
+        """The sequences from `start` to `stop`."""
+        return self.select(slice(start, stop))
+
+    def select(self, rows: slice | np.ndarray) -> TokenBatch:
+        """Any sequences, by a slice or their numbers."""
+        input_ids = torch.from_numpy(map_tensor(self.path, "input_ids", "I32")[rows].astype(np.int64))
+        starts = torch.from_numpy(np.array(map_tensor(self.path, "starts", "U8")[rows]))
+        lengths = torch.from_numpy(self.lengths[rows].astype(np.int64))
+        has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
+        has_target[:, :-1] &= starts[:, 1:] == 0
+        may_go_on = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
+        return TokenBatch(
+            input_ids,
+            position_ids_of(starts),
+            has_target,
+            starts,
+            int(lengths.sum()),
+            None if may_go_on is None else torch.from_numpy(may_go_on),
+        )
+
+
+def open_sequences(path: Path) -> Sequences:
+    """The sequences in a file that :func:`dskd.corpus.packing.pack` wrote."""
+    sequence_length = map_tensor(path, "input_ids", "I32").shape[1]
+    lengths = np.array(map_tensor(path, "lengths", "I32"))
+    if "continuation_tokens" not in tensor_names(path):
+        return Sequences(path, lengths, sequence_length)
+    return Sequences(path, lengths, sequence_length, np.array(map_tensor(path, "continuation_tokens", "I32")))
+
+
+def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
+    """Positions [B, T] int64 that count from each start in `starts` [B, T]; None where all of them are at position 0.
+
+    Without them models take their fast path, in which a position sees all before it in its sequence.
+    """
+    if not starts[:, 1:].any():
+        return None
+    place = torch.arange(starts.shape[1])
+    return place - (place * starts).cummax(dim=1).values
+
+
+def recipe(config: Config, tokenizer_digest: str) -> Recipe:
+    """What decides the content of the sequences."""
+    documents = read_manifest(config.path(CORPUS_FOLDER), "corpus", made_by=MADE_BY)
+    keys = ("sequence_length", "packing", "max_sequences", "max_validation_sequences")
+    return Recipe(
+        "sequences",
+        {"corpus": documents.digest},
+        {key: config.corpus.as_dict()[key] for key in keys},
+        tokenizer=tokenizer_digest,
+    )
+
+
+def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab_size: int | None = None) -> None:
+    """Tokenizes and packs the documents, and writes `WORKDIR/sequences/{train,validation}.safetensors`.
+
+    Raises:
+        UserError: for a document with a token that is not below `vocab_size`, the number of the model's tokens.
+    """
+    target = config.path(FOLDER)
+    corpus = config.corpus
+    with stage("sequences: documents to tokens", reads=[config.path(CORPUS_FOLDER)], writes=target):
+        wanted = recipe(config, tokenizer_digest)
+        limits = {"train": corpus.max_sequences, "validation": corpus.max_validation_sequences}
+        with build_artifact(target, wanted) as building:
+            for split in SPLITS:
+                packed = pack(
+                    read_texts(config, split),
+                    tokenizer,
+                    building.folder / _file(split),
+                    sequence_length=corpus.sequence_length,
+                    packing=corpus.packing,
+                    max_sequences=limits[split],
+                    continuation_tokens=read_continuation_tokens(config, split),
+                    vocab_size=vocab_size,
+                    name_of=functools.partial(name_of_document, config, split),
+                )
+                building.facts[split] = packed._asdict()
+                say(
+                    f"  {split}: {packed.sequences:,} sequences of {corpus.sequence_length}, {packed.tokens:,} tokens; "
+                    f"{packed.left_over:,} at the end fill none and are left out"
+                )
+
+
+def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[Sequences, Manifest]:
+    """The packed sequences of a split, and the manifest of `WORKDIR/sequences`.
+
+    Raises:
+        UserError: when they are missing, or were tokenized with another tokenizer.
+    """
+    folder = config.path(FOLDER)
+    manifest = read_manifest(folder, "sequences", made_by=MADE_BY)
+    require_same(
+        "tokenizers",
+        expected=tokenizer_digest,
+        found=manifest.tokenizer,
+        between=f"the teacher and {folder}",
+        remedy=f"make the sequences again with `{MADE_BY}`",
+    )
+    return open_sequences(folder / _file(split)), manifest
+
+
+def _file(split: str) -> str:
+    return f"{split}.safetensors"

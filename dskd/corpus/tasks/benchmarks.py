@@ -1,0 +1,161 @@
+"""What each benchmark is: its splits, the labels of its choices, how it is asked, and where its files are.
+
+An example is a question with choices, of which the label of the right one is the answer, or a question about a passage,
+of which any of several texts is, or none.
+"""
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dskd.config import TASKS, TasksConfig
+from dskd.errors import UserError
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+LETTERS = "ABCDEFGHIJ"
+NO_ANSWER = "No answer"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question of a benchmark."""
+
+    name: str  # its id in the benchmark, or its place in the files
+    question: str
+    answers: tuple[str, ...]  # the right label; without choices every text that is right, none where there is no answer
+    choices: tuple[str, ...] = ()
+    passage: str = ""
+    subject: str = ""  # MMLU's
+
+    @property
+    def group(self) -> str:
+        """What examples that belong together have in common: on one side of a split, all of them are."""
+        return self.passage or self.question
+
+    @property
+    def gold(self) -> str:
+        """The answer that a prompt's example gives."""
+        return self.answers[0] if self.answers else NO_ANSWER
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What all examples of a benchmark have in common."""
+
+    name: str
+    instruction: str  # with the place `{subject}` where examples have one
+    evaluated: str  # the split that scores are of
+    shots_from: str  # the split of the examples in its prompts
+    trained: str  # the split to train on
+    files: dict[str, tuple[str, ...]]  # split: patterns of its published files, the first that is there counts
+    hub_config: str | None = None
+    labels: str = LETTERS  # of the choices, in their order
+    question_label: str = "Question"
+    one_score_a_subject: bool = False  # the score is the mean over subjects of the mean over each one's examples
+
+    @property
+    def is_choice(self) -> bool:
+        """True where the answer is a label; its score is an accuracy, otherwise a token F1."""
+        return self.name != "squad_v2"
+
+    @property
+    def metric(self) -> str:
+        """What a score is the mean of."""
+        return "accuracy" if self.is_choice else "f1"
+
+    def shots(self, settings: TasksConfig) -> int:
+        """How many examples a prompt shows."""
+        return settings.choice_shots if self.is_choice else settings.squad_shots
+
+    def new_tokens(self, settings: TasksConfig) -> int:
+        """Returns how many tokens a model may answer with."""
+        if self.name == "piqa" and settings.piqa_tokens is not None:
+            return settings.piqa_tokens
+        return settings.choice_tokens if self.is_choice else settings.squad_tokens
+
+    def shows_own_passage(self, settings: TasksConfig) -> bool:
+        """Returns True when a prompt's examples are about the passage of its question."""
+        return not self.is_choice and settings.squad_shots_from == "same_passage"
+
+
+_LETTER = "Answer the question with the letter of the right choice and nothing else."
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "arc_challenge",
+            _LETTER,
+            evaluated="validation",
+            shots_from="train",
+            trained="train",
+            files={"train": ("ARC-Challenge-Train.jsonl",), "validation": ("ARC-Challenge-Dev.jsonl",)},
+            hub_config="ARC-Challenge",
+        ),
+        Benchmark(
+            "commonsense_qa",
+            _LETTER,
+            evaluated="validation",
+            shots_from="train",
+            trained="train",
+            files={"train": ("train_rand_split.jsonl",), "validation": ("dev_rand_split.jsonl",)},
+        ),
+        Benchmark(
+            "piqa",
+            "Answer with the number of the solution that reaches the goal and nothing else.",
+            evaluated="validation",
+            shots_from="train",
+            trained="train",
+            files={"train": ("train.jsonl",), "validation": ("valid.jsonl", "dev.jsonl")},
+            labels="01",
+            question_label="Goal",
+        ),
+        Benchmark(
+            "mmlu",
+            "Answer the question{subject} with the letter of the right choice and nothing else.",
+            evaluated="test",
+            shots_from="dev",
+            trained="auxiliary_train",
+            files={
+                "test": ("test/*_test.csv",),
+                "dev": ("dev/*_dev.csv",),
+                "auxiliary_train": ("auxiliary_train/*.csv",),
+            },
+            hub_config="all",
+            one_score_a_subject=True,
+        ),
+        Benchmark(
+            "squad_v2",
+            "Answer the question with a few words of the passage and nothing else; if it does not answer the question, "
+            f"with: {NO_ANSWER}",
+            evaluated="validation",
+            shots_from="train",
+            trained="train",
+            files={"train": ("train-v2.0.json",), "validation": ("dev-v2.0.json",)},
+            hub_config="squad_v2",
+            labels="",
+        ),
+    )
+}
+assert tuple(BENCHMARKS) == TASKS
+
+
+def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks of these names, or all of them, in the paper's order.
+
+    Raises:
+        UserError: with every name that is none.
+    """
+    unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
+    if unknown:
+        raise UserError(f"--tasks {' '.join(unknown)}: no such task; there are {', '.join(BENCHMARKS)}, and {ALL}")
+    return [benchmark for name, benchmark in BENCHMARKS.items() if name in names or ALL in names]
+
+
+def normalize(text: str) -> str:
+    """A text as SQuAD's script compares it."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())

@@ -1,0 +1,243 @@
+"""Few-shot prompts: an instruction, examples with their answers, and a question (docs/method.md, section 5).
+
+With the tokenizer's chat template an example is a turn of the user and one of the assistant, and the instruction begins
+the first of the user's turns, since not every template knows a system's. A tokenizer without a template gets a plain
+text: instruction, examples and question with empty lines between them, each answer behind its `Answer:`.
+
+Which examples a question gets is a function of seed, task and question, so all models are asked the same.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dskd.artifacts.hashing import digest_of_json
+from dskd.corpus.tasks.benchmarks import Benchmark, Example, normalize
+from dskd.errors import UserError
+from dskd.random_numbers import derived_seed
+
+# Templates may write the day into the prompt, or let the model think first: all are asked the same, for an answer.
+_TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the examples that are shown before it; whatever the model, this is what it is asked."""
+
+    benchmark: Benchmark
+    example: Example
+    shots: tuple[Example, ...]
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that decides what is asked and what is right, as JSON-like data."""
+        *shown, (asked, _) = self._turns(len(self.shots))
+        turns = [list(turn) for turn in shown]
+        return [self.example.name, self._instruction, turns, asked, list(self.example.answers)]
+
+    def messages(self, num_shots: int) -> list[dict[str, str]]:
+        """The chat, with the last `num_shots` of the examples."""
+        messages = []
+        *shown, (asked, _) = self._turns(num_shots)
+        for text, answer in shown:
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": asked})
+        messages[0]["content"] = f"{self._instruction}\n\n{messages[0]['content']}"
+        return messages
+
+    def plain(self, num_shots: int) -> str:
+        """The text for a model without a chat template, with the last `num_shots` of the examples."""
+        *shown, (asked, _) = self._turns(num_shots)
+        return "\n\n".join([self._instruction, *(f"{text} {answer}" for text, answer in shown), asked])
+
+    def _turns(self, num_shots: int) -> list[tuple[str, str]]:
+        """Returns the last `num_shots` examples and the question, each with its answer.
+
+        A passage that examples share with the question is in the first of the turns only.
+        """
+        shown = [*self.shots[len(self.shots) - num_shots :], self.example]
+        turns = []
+        for number, example in enumerate(shown):
+            is_repeated = number > 0 and shown[number - 1].passage == example.passage == self.example.passage
+            turns.append((_question_text(self.benchmark, example, has_passage=not is_repeated), example.gold))
+        return turns
+
+    @property
+    def _instruction(self) -> str:
+        subject = self.example.subject
+        return self.benchmark.instruction.format(subject=f" about {subject}" if subject else "")
+
+
+def _question_text(benchmark: Benchmark, example: Example, *, has_passage: bool) -> str:
+    lines = [f"Passage: {example.passage}"] if example.passage and has_passage else []
+    lines.append(f"{benchmark.question_label}: {example.question}")
+    lines += [f"{label}. {choice}" for label, choice in zip(benchmark.labels, example.choices, strict=False)]
+    return "\n".join([*lines, "Answer:"])
+
+
+def digest_of(questions: Sequence[Question]) -> str:
+    """Identity of a task by all that is asked and what is right."""
+    return digest_of_json([question.identity for question in questions])
+
+
+def with_shots(
+    benchmark: Benchmark,
+    examples: Sequence[Example],
+    pool: Sequence[Example],
+    num_shots: int,
+    seed: int,
+    *,
+    own_passage: bool = False,
+) -> Iterator[Question]:
+    """Yields each example as a question, with `num_shots` examples of its subject from the pool before it.
+
+    An example of the question's own group is never shown: it could give the answer away. When the pool has just as many
+    as are shown, as MMLU's does, they keep its order.
+
+    With `own_passage` the examples are others of the question's passage that have an answer, as in the paper's program;
+    fewer, or none, when the passage has no more. One whose answer contains the question's, or is contained in it, is
+    not shown.
+
+    Raises:
+        UserError: when the pool has fewer, without `own_passage`.
+    """
+    if own_passage:
+        yield from _with_shots_of_the_passage(benchmark, examples, pool, num_shots, seed)
+        return
+    pools: dict[str, list[Example]] = {}
+    for candidate in pool:
+        pools.setdefault(candidate.subject, []).append(candidate)
+    groups = {subject: [candidate.group for candidate in members] for subject, members in pools.items()}
+    for example in examples:
+        candidates = pools.get(example.subject, [])
+        chosen: list[int] = []
+        if num_shots:
+            order = _order(len(candidates), num_shots, seed, benchmark.name, "shots", example.name)
+            others = (number for number in order if groups[example.subject][number] != example.group)
+            chosen = list(itertools.islice(others, num_shots))
+        if len(chosen) < num_shots:
+            about = f" about {example.subject}" if example.subject else ""
+            raise UserError(
+                f"tasks.{benchmark.name}: a prompt shows {num_shots} examples{about}, but there are only {len(chosen)} "
+                f"to choose from; lower tasks.{'choice_shots' if benchmark.is_choice else 'squad_shots'}, or add data"
+            )
+        yield Question(benchmark, example, tuple(candidates[number] for number in chosen))
+
+
+def _with_shots_of_the_passage(
+    benchmark: Benchmark, examples: Sequence[Example], pool: Sequence[Example], num_shots: int, seed: int
+) -> Iterator[Question]:
+    of_passage: dict[str, list[Example]] = {}
+    for candidate in pool:
+        if candidate.answers:
+            of_passage.setdefault(candidate.passage, []).append(candidate)
+    for example in examples:
+        candidates = [
+            candidate
+            for candidate in of_passage.get(example.passage, [])
+            if candidate.name != example.name and not _gives_away(candidate, example)
+        ]
+        order = _order(len(candidates), num_shots, seed, benchmark.name, "shots", example.name)
+        yield Question(benchmark, example, tuple(candidates[number] for number in itertools.islice(order, num_shots)))
+
+
+def _gives_away(shot: Example, example: Example) -> bool:
+    """Returns True when the answer shown with `shot` contains a right answer of `example`, or is contained in one."""
+    shown = f" {normalize(shot.gold)} "
+    right = [f" {normalize(answer)} " for answer in example.answers]
+    return shot.question == example.question or any(shown in answer or answer in shown for answer in right)
+
+
+def _order(count: int, wanted: int, seed: int, *parts: str) -> Iterator[int]:
+    """The numbers below `count`, each once, in an order that seed and parts decide; ascending where all are wanted."""
+    if count <= wanted:
+        yield from range(count)
+        return
+    seen: set[int] = set()
+    for turn in itertools.count():
+        if len(seen) == count:
+            return
+        number = derived_seed(seed, *parts, turn) % count
+        if number not in seen:
+            seen.add(number)
+            yield number
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as a model reads it."""
+
+    text: str
+    input_ids: list[int]
+    num_shots: int  # fewer than the question has where they do not fit
+    is_cut: bool  # the question alone does not fit: its beginning is missing
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+class Prompter:
+    """Writes prompts for a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def has_template(self) -> bool:
+        """True where prompts are chats."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    @property
+    def format(self) -> str:
+        """What decides the form of the prompts: `plain`, or the digest of the chat template."""
+        return digest_of_json(self._tokenizer.chat_template) if self.has_template else "plain"
+
+    def text(self, question: Question, num_shots: int | None = None) -> str:
+        """The prompt as the text whose tokens the model reads.
+
+        Raises:
+            UserError: when the chat template refuses it.
+        """
+        num_shots = len(question.shots) if num_shots is None else num_shots
+        if not self.has_template:
+            return question.plain(num_shots)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                question.messages(num_shots), tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+            )
+        except Exception as error:  # templates raise what they like
+            raise UserError(
+                f"the tokenizer's chat template refuses turns of user and assistant ({type(error).__name__}: {error}); "
+                "correct it, or remove it from the tokenizer's folder: prompts are plain then"
+            ) from None
+        # The tokenizer writes its own beginning before every text, and would write a second one.
+        return text.removeprefix(self._own_start) if self._own_start else text
+
+    def prompt(self, question: Question, max_tokens: int | None) -> Prompt:
+        """The question in at most `max_tokens` tokens: first examples are left out, then the beginning of the text."""
+        for num_shots in range(len(question.shots), -1, -1):
+            text = self.text(question, num_shots)
+            ids = self.tokens(text)
+            if max_tokens is None or len(ids) <= max_tokens:
+                break
+        is_cut = max_tokens is not None and len(ids) > max_tokens
+        return Prompt(text, ids[-max_tokens:] if max_tokens is not None else ids, num_shots, is_cut)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a prompt. One that ends texts has no place behind it."""
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+
+    @cached_property
+    def _own_start(self) -> str:
+        """The text of the token that the tokenizer puts before every text; empty where it puts none."""
+        ids = self._tokenizer("a", verbose=False)["input_ids"]
+        start = self._tokenizer.bos_token
+        return start if start and ids[:1] == [self._tokenizer.bos_token_id] and len(ids) > 1 else ""

@@ -1,0 +1,321 @@
+"""Examples of a benchmark, from a folder with its published files or with the hub's Parquet files, or from the hub.
+
+| benchmark | published as |
+|---|---|
+| arc_challenge, commonsense_qa | JSON lines: `question` with `stem` and `choices` (`label`, `text`); `answerKey` |
+| piqa | JSON lines: `goal`, `sol1`, `sol2`; beside them `NAME-labels.lst` with a 0 or 1 a line |
+| mmlu | a CSV a subject without a header: question, four choices, the letter of the right one |
+| squad_v2 | one JSON: `data[].paragraphs[]` with `context` and `qas[]`: `question`, `answers[].text`, `is_impossible` |
+
+The hub has the same as rows. A folder may hold either, at any depth. Examples keep the order of the files, and a
+mistake is named with its file and line.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow.parquet as pq
+
+from dskd.artifacts.pointers import refuse_pointer
+from dskd.corpus.hub import read_rows
+from dskd.corpus.opening import COMPRESSIONS, open_text, reading_errors, without_compression
+from dskd.corpus.tasks.benchmarks import LETTERS, Benchmark, Example
+from dskd.errors import UserError
+
+Row = Any  # what JSON or Parquet has for one record
+Place = str  # FILE:LINE
+
+
+class _NoExampleError(ValueError):
+    """A record that is not what the benchmark's format says."""
+
+
+def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]:
+    """The examples of a split, from the folder `place` or the dataset of the hub of that name.
+
+    Raises:
+        UserError: when there is none, or a record is not in the benchmark's format.
+    """
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        found, rows = _rows_of_folder(benchmark, folder, split)
+    else:
+        found, rows = f"{place}, split {split!r}", _rows_of_hub(benchmark, place, split)
+    examples = []
+    for row_place, row in rows:
+        try:
+            examples.append(_of_whole_characters(_PARSERS[benchmark.name](benchmark, row)))
+        except (_NoExampleError, KeyError, TypeError, AttributeError, IndexError) as error:
+            reason = f"{error}" if isinstance(error, _NoExampleError) else f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{row_place}: this is no example of {benchmark.name} as it is published ({reason}); "
+                "docs/formats.md has the formats"
+            ) from None
+    if not examples:
+        raise UserError(f"tasks.{benchmark.name}: {found} has no examples; is it whole?")
+    named = _named(examples, split)
+    twice = [name for name, count in Counter(example.name for example in named).items() if count > 1]
+    if twice:
+        raise UserError(f"tasks.{benchmark.name}: {found} has the id {twice[0]!r} more than once; keep one of them")
+    return named
+
+
+def _of_whole_characters(example: Example) -> Example:
+    """The example, unless a text of it has half of a character, which JSON can escape and no tokenizer reads."""
+    for text in (example.name, example.question, *example.answers, *example.choices, example.passage, example.subject):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _NoExampleError(f"{text[:40]!r} has half of a character, {text[error.start]!r}; remove it") from None
+    return example
+
+
+def _named(examples: list[Example], split: str) -> list[Example]:
+    """Numbers examples without ids within their subject or split: they are called the same in each published form."""
+    numbers = Counter[str]()
+    named = []
+    for example in examples:
+        kind = example.subject or split
+        numbers[kind] += 1
+        named.append(example if example.name else replace(example, name=f"{kind}:{numbers[kind]}"))
+    return named
+
+
+def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str, Iterator[tuple[Place, Row]]]:
+    """Where the rows of a split were found, and the rows with their places."""
+    for pattern in benchmark.files[split]:
+        endings = ("", *COMPRESSIONS)
+        files = sorted(path for ending in endings for path in folder.rglob(pattern + ending) if path.is_file())
+        if files:
+            _require_one_version(benchmark, folder, pattern, files)
+            return ", ".join(map(str, files[:3])), _published_rows(benchmark, files)
+    files = _parquet_files(benchmark, folder, split)
+    if files:
+        return ", ".join(map(str, files[:3])), _parquet_rows(files)
+    wanted = " or ".join(benchmark.files[split])
+    raise UserError(
+        f"tasks.{benchmark.name}: {folder} has neither {wanted}, as published, nor {split}-*.parquet, as on the hub; "
+        "name the folder that has them"
+    )
+
+
+def _require_one_version(benchmark: Benchmark, folder: Path, pattern: str, files: list[Path]) -> None:
+    names = [without_compression(path.name) for path in files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        places = ", ".join(str(path) for path, name in zip(files, names, strict=True) if name == twice[0])
+        raise UserError(
+            f"tasks.{benchmark.name}: {folder} has {twice[0]} more than once ({places}); name the folder that has the "
+            "right one only"
+        )
+
+
+def _parquet_files(benchmark: Benchmark, folder: Path, split: str) -> list[Path]:
+    """The hub's Parquet files of a split; those of the benchmark's configuration, where there are several."""
+    files = sorted({*folder.rglob(f"{split}-*.parquet"), *folder.rglob(f"{split}/*.parquet")})
+    of_config = [path for path in files if benchmark.hub_config in path.relative_to(folder).parts]
+    return of_config or files
+
+
+def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Place, Row]]:
+    for path in files:
+        with reading_errors(path):
+            refuse_pointer(path)
+            rows = pq.read_table(path).to_pylist()
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}:{number}", row
+
+
+def _rows_of_hub(benchmark: Benchmark, place: str, split: str) -> Iterator[tuple[Place, Row]]:
+    rows = read_rows(
+        place,
+        split,
+        benchmark.hub_config,
+        key=f"tasks.{benchmark.name}",
+        instead="or fetch the benchmark's files where the hub can be reached, and name their folder here",
+    )
+    for number, row in enumerate(rows):
+        yield f"{place}/{split}:{number}", row
+
+
+# --------------------------------------------------------------------------------------------- published files to rows
+
+
+def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[Place, Row]]:
+    rows_of: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
+        "piqa": _piqa_rows,
+        "mmlu": _mmlu_rows,
+        "squad_v2": _squad_rows,
+    }
+    for path in files:
+        with reading_errors(path):
+            for line, row in rows_of.get(benchmark.name, _json_lines)(path):
+                yield f"{path}:{line}", row
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    with open_text(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                row = _from_json(line, f"{path}:{number}")
+                if not isinstance(row, dict):
+                    raise UserError(
+                        f'{path}:{number}: expected an object, {{"…": …}}, found {line.strip()[:20]}; docs/formats.md '
+                        "has the formats"
+                    )
+                yield number, row
+
+
+def _piqa_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    name = path.name[: len(without_compression(path.name))]
+    labels_path = path.with_name(f"{Path(name).stem}-labels.lst")
+    if not labels_path.is_file():
+        raise UserError(f"{path}: its labels are missing; put {labels_path.name} beside it")
+    labels = _piqa_labels(labels_path)
+    rows = list(_json_lines(path))
+    if len(rows) != len(labels):
+        raise UserError(
+            f"{labels_path}: there are {len(labels):,} labels, but {len(rows):,} lines in {path.name}; the two belong "
+            "to different versions, or a download was cut"
+        )
+    for (number, row), label in zip(rows, labels, strict=True):
+        yield number, {**row, "label": label}
+
+
+def _piqa_labels(path: Path) -> list[int]:
+    with reading_errors(path), open_text(path) as stream:
+        lines = stream.read().split("\n")
+    labels = []
+    for number, label in enumerate(map(str.strip, lines), start=1):
+        if label not in ("", "0", "1"):
+            raise UserError(f"{path}:{number}: expected 0 or 1, which solution is right, found {label[:20]!r}")
+        labels += [int(label)] if label else []
+    return labels
+
+
+def _mmlu_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    stem = Path(path.name[: len(without_compression(path.name))]).stem
+    subject = stem.rsplit("_", 1)[0].replace("_", " ") if path.parent.name != "auxiliary_train" else ""
+    with open_text(path, newline="") as stream:
+        for line, record in _csv_records(path, stream):
+            if len(record) != 6 or record[5].strip() not in tuple(LETTERS[:4]):
+                raise UserError(
+                    f"{path}:{line}: expected question, four choices and a letter of A to D, found {len(record)} "
+                    f"field{'s' * (len(record) != 1)}, the last of them {record[-1][:20]!r}"
+                )
+            answer = LETTERS.index(record[5].strip())
+            yield line, {"question": record[0], "choices": record[1:5], "answer": answer, "subject": subject}
+
+
+def _csv_records(path: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not blank, each with the line on which it begins."""
+    reader = csv.reader(stream)
+    while True:
+        line = reader.line_num + 1
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{line}: the record that begins here is not CSV ({error}); is a quote in it never closed?"
+            ) from None
+        if len(record) > 1 or any(field.strip() for field in record):
+            yield line, record
+
+
+def _squad_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    with open_text(path) as stream:
+        content = _from_json(stream.read(), str(path))
+    number = 0
+    try:
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    number += 1
+                    texts = [] if question.get("is_impossible") else [each["text"] for each in question["answers"]]
+                    yield (
+                        number,
+                        {
+                            "id": question["id"],
+                            "context": paragraph["context"],
+                            "question": question["question"],
+                            "answers": {"text": texts},
+                        },
+                    )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: question {number}: expected data[].paragraphs[] with context and qas[], as SQuAD v2 is "
+            f"published ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _from_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: this is not JSON ({error}); was its download cut?") from None
+
+
+# ---------------------------------------------------------------------------------------------------- rows to examples
+
+
+def _parse_labelled(benchmark: Benchmark, row: Row) -> Example:
+    """ARC and CommonsenseQA. Some questions of ARC have numbers for labels: letters take their place."""
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, dict):
+        pairs = list(zip(choices["label"], choices["text"], strict=False))
+    else:
+        pairs = [(choice["label"], choice["text"]) for choice in choices]
+    labels = [label for label, _ in pairs]
+    if row["answerKey"] not in labels:
+        raise _NoExampleError(f"the answerKey {row['answerKey']!r} is none of its labels {', '.join(labels)}")
+    texts = tuple(text for _, text in pairs)
+    return _choice(benchmark, str(row["id"]), question, texts, labels.index(row["answerKey"]))
+
+
+def _parse_piqa(benchmark: Benchmark, row: Row) -> Example:
+    return _choice(benchmark, "", row["goal"], (row["sol1"], row["sol2"]), row["label"])
+
+
+def _parse_mmlu(benchmark: Benchmark, row: Row) -> Example:
+    subject = str(row.get("subject") or "").replace("_", " ")
+    return _choice(benchmark, "", row["question"], tuple(row["choices"]), row["answer"], subject)
+
+
+def _choice(
+    benchmark: Benchmark, name: str, question: str, choices: tuple[str, ...], right: Any, subject: str = ""
+) -> Example:
+    texts = (question, *choices)
+    if not all(isinstance(text, str) for text in texts):
+        raise _NoExampleError("question and choices are to be strings")
+    if not 2 <= len(choices) <= len(benchmark.labels):
+        raise _NoExampleError(f"it has {len(choices)} choices, 2 to {len(benchmark.labels)} can be asked for")
+    if not isinstance(right, int) or not 0 <= right < len(choices):
+        raise _NoExampleError(f"its right choice is {right!r}; expected a number from 0 to {len(choices) - 1}")
+    stripped = tuple(choice.strip() for choice in choices)
+    return Example(name, question.strip(), (benchmark.labels[right],), stripped, subject=subject)
+
+
+def _parse_squad(benchmark: Benchmark, row: Row) -> Example:
+    texts = (row["question"], row["context"], *row["answers"]["text"])
+    if not all(isinstance(text, str) for text in texts):
+        raise _NoExampleError("question, context and answers are to be strings")
+    question, passage, *answers = (text.strip() for text in texts)
+    return Example(str(row["id"]), question, tuple(answers), passage=passage)
+
+
+_PARSERS: dict[str, Callable[[Benchmark, Row], Example]] = {
+    "arc_challenge": _parse_labelled,
+    "commonsense_qa": _parse_labelled,
+    "piqa": _parse_piqa,
+    "mmlu": _parse_mmlu,
+    "squad_v2": _parse_squad,
+}

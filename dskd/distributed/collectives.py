@@ -1,0 +1,120 @@
+"""Ranks, reductions and seeds; the only reader of the launcher's environment variables.
+
+Everything here also works in a plain process that no launcher started: then there is one rank, and collectives are
+the identity.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dskd.distributed.world import World, is_main_process
+from dskd.errors import OutageError, UserError
+
+T = TypeVar("T")
+
+
+if not torch.cuda.is_available():
+    # What deepspeed finds out by itself, with a warning in every process.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def leave_launcher() -> None:
+    """Makes this process one without ranks, whatever variables of a job it has inherited. Call it in programs of one
+    process: in a pod or an interactive job all of them would otherwise be silent but on rank 0.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum of `values` over all ranks, in place; every rank must call it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(value: bool, world: World) -> bool:
+    """Whether `value` is true on any rank; every rank must call it."""
+    return bool(sum_over_ranks(torch.tensor([value], dtype=torch.int32, device=world.device)).item())
+
+
+def barrier() -> None:
+    """Waits until every rank has come here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's `value` on every rank. JSON, so that nothing is unpickled between machines."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return json.loads(json.dumps(value))
+    device = _communication_device()
+    payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([payload.numel()], device=device)
+    dist.broadcast(size, src=0)
+    if not is_main_process():
+        payload = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(payload, src=0)
+    return json.loads(bytes(payload.tolist()))
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's JSON-like `value`, on every rank, in the order of ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    device = _communication_device()
+    payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([payload.numel()], device=device))
+    longest = max(int(size) for size in sizes)
+    parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(parts, torch.nn.functional.pad(payload, (0, longest - payload.numel())))
+    return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """Runs `function` on rank 0 and gives every rank its JSON-like result, or raises its UserError on every rank.
+
+    Every rank must call it, outside any other collective. While rank 0 works the others wait, within the time-out.
+    """
+    result: Any = None
+    error: str | None = None
+    is_outage = False
+    if is_main_process():
+        try:
+            result = function()
+        except UserError as problem:
+            error, is_outage = str(problem), isinstance(problem, OutageError)
+    reply = broadcast_json({"result": result, "error": error, "is_outage": is_outage})
+    if reply["error"] is not None:
+        raise (OutageError if reply["is_outage"] else UserError)(reply["error"], known_to_all_ranks=True)
+    return reply["result"]
+
+
+def main_first(function: Callable[[], T]) -> T:
+    """Calls `function` on rank 0, then on the others: for work of which rank 0 leaves the costly part in a cache.
+
+    A UserError of rank 0 is raised on every rank. Where only another rank has one it is no mistake but a fault of that
+    rank's node, as an old view of the shared storage: it becomes an OutageError that names the node.
+    """
+    mine: list[T] = []
+    on_main(lambda: mine.append(function()))
+    if mine:
+        return mine[0]
+    try:
+        return function()
+    except UserError as error:
+        raise OutageError(
+            f"{socket.gethostname()}: {error}\nRank 0 found no such problem, so it is one of this node: it may see an "
+            "old state of the shared storage, or lack it. Start all ranks again, without this node if it stays so"
+        ) from error
+
+
+def _communication_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,11 @@
+"""Evaluations of the teacher, the untrained student and trained runs.
+
+held_out_text, continued_texts
+                    perplexity, agreement with the teacher, and how a model continues a text
+tasks, task_questions, task_scoring
+                    the paper's benchmarks
+lexical/            knowledge of words and senses
+models              the models that are evaluated
+scores_by_example   what each example scored, on disk
+batching            batches of texts of like lengths
+"""

@@ -1,0 +1,30 @@
+"""Texts of different lengths in batches for all ranks, for what is only read: questions, sentences.
+
+The longest come first, so that a lack of memory shows at once and there is little padding, and the batches do not
+depend on the number of ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dskd.distributed.world import World
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, world: World) -> Iterator[list[int]]:
+    """The numbers of this rank's texts, by batch; equally many on every rank, and the last may be empty."""
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for turn in range(-(-len(batches) // world.world_size)):
+        number = turn * world.world_size + world.rank
+        yield batches[number] if number < len(batches) else []
+
+
+def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Token ids [B, T], padded with 0 on the right.
+
+    A rank without texts takes part all the same, with one token: where a model is sharded, the others wait for it.
+    """
+    rows = rows or [[0]]
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])

@@ -1,0 +1,109 @@
+"""How the models go on with the same few held-out texts, side by side: `WORKDIR/evaluation/NAME/samples.{json,md}`.
+
+A prompt is the first half of a document of the validation shards, and every model adds the tokens that it finds most
+probable. `samples.json` is a table as `mlflow.load_table` reads it; `samples.md` is the same for people.
+"""
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd.artifacts.manifest import read_file, write_json
+from dskd.config import Config
+from dskd.models.folder import ModelFolder
+from dskd.models.frozen import FrozenModel
+from dskd.models.generation import end_tokens, generate_greedily
+
+TABLE_FILE, TEXT_FILE = "samples.json", "samples.md"
+_PROMPT, _TEXT = "prompt", "the text itself"
+
+
+def settings(config: Config) -> dict[str, int]:
+    """The part of the config that decides the samples; {} when there are to be none."""
+    if not config.evaluation.samples:
+        return {}
+    return {"samples": config.evaluation.samples, "sample_tokens": config.evaluation.sample_tokens}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts to go on with: tokens [B, T], how many of each row are the prompt [B] and the document [B]."""
+
+    input_ids: torch.Tensor
+    prompt_lengths: torch.Tensor
+    document_lengths: torch.Tensor
+    num_tokens: int
+
+    @classmethod
+    def of(cls, config: Config, batch: Mapping[str, torch.Tensor]) -> "Prompts":
+        """The first document of each of the first rows of `batch`, collated validation samples."""
+        count = config.evaluation.samples
+        input_ids, mask = batch["input_ids"][:count].long().cpu(), batch["loss_mask"][:count].cpu()
+        # A document has a target at every token but its last.
+        document_lengths = mask.long().cumprod(dim=1).sum(dim=1) + 1
+        prompt_lengths = (document_lengths // 2).clamp(min=1)
+        room = input_ids.shape[1] - int(prompt_lengths.max()) if count else 0
+        return cls(input_ids, prompt_lengths, document_lengths, max(1, min(config.evaluation.sample_tokens, room)))
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+
+def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
+    """What the model says behind each prompt, up to the token that ends its text. All ranks must call it."""
+    if not len(prompts):
+        return []
+    last = prompts.input_ids.shape[1] - 1
+    added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
+    _, ends = end_tokens(model.folder)
+    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in added]
+
+
+def write_samples(
+    folder: Path, teacher: ModelFolder, prompts: Prompts, continuations: list[list[int]], *, name: str, beside: Path
+) -> None:
+    """Writes what the model `name` says into `folder`, in a column next to the teacher's.
+
+    Args:
+        folder: the evaluation of this model.
+        teacher: whose tokenizer all models have.
+        prompts: what was asked.
+        continuations: what the model said.
+        name: of the model.
+        beside: the evaluation of the teacher, which may be this one.
+    """
+    tokenizer = teacher.load_tokenizer()
+    columns: dict[str, list[str]] = {_PROMPT: [], _TEXT: []}
+    for row, start, end in zip(
+        prompts.input_ids, prompts.prompt_lengths.tolist(), prompts.document_lengths.tolist(), strict=True
+    ):
+        columns[_PROMPT].append(tokenizer.decode(row[:start], skip_special_tokens=True))
+        rest = row[start : min(end, start + prompts.num_tokens)]
+        columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
+    if (teachers := read_file(beside, TABLE_FILE)) is not None:
+        columns["teacher"] = _column_of(teachers, "teacher")  # replaced where this is the teacher
+    columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    write_json(folder / TABLE_FILE, {"columns": list(columns), "data": rows})
+    (folder / TEXT_FILE).write_text(_as_markdown(list(columns), rows), encoding="utf-8")
+
+
+def _column_of(content: bytes, name: str) -> list[str]:
+    table: dict[str, Any] = json.loads(content)
+    index = table["columns"].index(name)
+    return [row[index] for row in table["data"]]
+
+
+def _as_markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([_cell(text) for text in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text as one cell of a table: neither a bar, a line break nor a tag of the model's making ends it."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())

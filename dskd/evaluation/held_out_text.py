@@ -1,0 +1,297 @@
+"""Evaluation on held-out text: what a model says next, how far it agrees with the teacher, and where its states lie.
+
+| measure | definition, over target positions of the validation shards |
+|---|---|
+| perplexity | exp of the mean cross-entropy |
+| accuracy | share at which the most probable token is the actual next one |
+| agreement | share at which the most probable token is the teacher's |
+| lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
+| sense_alignment | share at which the state is nearer to some row of P_i than to every row of N_i, where both exist |
+
+What they are made of is kept for each sample too (:mod:`dskd.evaluation.scores_by_example`), so that runs can be
+compared sample by sample.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dskd import shards
+from dskd.artifacts.building import build_artifact, was_made_meanwhile
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_file, write_json
+from dskd.config import Config
+from dskd.console import progress_bar, say, stage
+from dskd.distributed.collectives import main_first, on_main, sum_over_ranks
+from dskd.distributed.node_cache import open_node_cache
+from dskd.distributed.world import World
+from dskd.evaluation import continued_texts
+from dskd.evaluation.models import CUT_STUDENT, TEACHER, Candidate, candidates, load_candidate, same_on_all_ranks
+from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
+from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.frozen import FrozenModel
+from dskd.models.precision import resolve_precision
+from dskd.models.readouts import chunk_size, next_token
+from dskd.senses.dictionary import load_dictionary, map_vectors
+from dskd.tracking import log_evaluation
+
+FOLDER, FILE, EXAMPLES_FILE = "evaluation", "measures.json", "examples.parquet"
+MADE_BY = "deepspeed launcher/evaluate.py --config FILE"
+MEASURES = (
+    Measure("perplexity", "nll", "tokens", lower_is_better=True, is_exponential=True),
+    Measure("accuracy", "correct", "tokens"),
+    Measure("agreement", "agree", "tokens"),
+    Measure("lexical_perplexity", "lexical_nll", "lexical_tokens", lower_is_better=True, is_exponential=True),
+    Measure("sense_alignment", "aligned", "alignable"),
+)
+_SUMS = ("nll", "tokens", "correct", "agree", "lexical_nll", "lexical_tokens", "aligned", "alignable")  # of a sample
+_NOT_INTEGERS = ("nll", "lexical_nll")
+
+
+def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe:
+    """What decides the measures of a model. The batch size does not."""
+    _, senses = load_dictionary(config)
+    validation = shards.load_manifest(config, "validation")
+    return Recipe(
+        "evaluation",
+        {"model": candidate.folder.digest, "shards": validation.digest, "senses": senses.digest},
+        {"precision": resolve_precision(config.precision), **continued_texts.settings(config)},
+        teacher.digest,
+        teacher.tokenizer_digest,
+    )
+
+
+def are_current(config: Config) -> bool:
+    """True when the measures of every model are there, and are of that model and this text."""
+    teacher = find_teacher(config)
+    return all(
+        is_current(config.path(FOLDER, candidate.name), recipe(config, candidate, teacher))
+        for candidate in candidates(config)
+    )
+
+
+def evaluate(config: Config, world: World, *, force: bool = False) -> None:
+    """Measures every model whose measures are not up to date, and writes `WORKDIR/evaluation/NAME`."""
+    teacher = main_first(lambda: find_teacher(config))
+    dictionary, senses = main_first(lambda: load_dictionary(config))
+    validation = main_first(lambda: shards.load_manifest(config, "validation"))
+    on_main(
+        lambda: shards.require_fitting(
+            config,
+            "validation",
+            validation,
+            senses=senses.digest,
+            teacher=teacher.digest,
+            tokenizer=teacher.tokenizer_digest,
+        )
+    )
+    found = same_on_all_ranks(lambda: candidates(config))
+    wanted = main_first(lambda: {candidate.name: recipe(config, candidate, teacher) for candidate in found})
+    # Rank 0's word counts: all ranks must evaluate the same models.
+    names = on_main(lambda: [n for n, it in wanted.items() if force or not is_current(config.path(FOLDER, n), it)])
+    if not names:
+        say(f"up to date: {config.path(FOLDER)}")
+        return
+    # The teacher goes first: its predictions are what the others are compared with.
+    stale = [candidate for candidate in found if candidate.name in names]
+    text = HeldOutText(config, validation, dictionary.path, world)
+    prompts = text.prompts(config)
+    predictions: list[torch.Tensor] = []
+    if TEACHER not in names:
+        model = load_candidate(Candidate(TEACHER, teacher), config, world)
+        measure(model, text, predictions, world, label="teacher's predictions")
+        model.close()
+    for candidate in stale:
+        target = config.path(FOLDER, candidate.name)
+        sources = [candidate.folder.path, config.path(shards.FOLDER, "validation")]
+        with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
+            model = load_candidate(candidate, config, world)
+            examples = measure(model, text, predictions, world, label="evaluating")
+            continuations = continued_texts.continue_prompts(model, prompts)
+            model.close()
+
+            def write(folder: Path, name: str = candidate.name, said: list[list[int]] = continuations) -> None:
+                continued_texts.write_samples(
+                    folder, teacher, prompts, said, name=name, beside=config.path(FOLDER, TEACHER)
+                )
+
+            recipe_of_it, written = wanted[candidate.name], write if len(prompts) else None
+            on_main(functools.partial(_publish, config, candidate, recipe_of_it, examples, written, force=force))
+
+
+class HeldOutText:
+    """The validation shards, read in the same batches again and again."""
+
+    def __init__(self, config: Config, validation: Manifest, vectors_path: Path, world: World) -> None:
+        cache = open_node_cache(config.train.shard_cache, world)
+        self._dataset = shards.open_shards(config, "validation", cache, world, batch_size=1)
+        self._vectors = map_vectors(vectors_path)
+        self._batch_size = config.evaluation.batch_size
+        self._world = world
+        self.num_samples = validation.facts["samples"]  # the dataset's own length is only a rank's share
+        self.digest = text_digest(validation)
+        # What measures are of beside the text.
+        self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
+        self._loss_chunk_size = config.train.loss_chunk_size
+
+    def logits_chunk(self, model: FrozenModel) -> int:
+        """How many positions have logits at one time."""
+        return chunk_size(self._loss_chunk_size, model.vocab_size, self._world.device)
+
+    def prompts(self, config: Config) -> continued_texts.Prompts:
+        """What the models are asked to go on with."""
+        first = range(max(1, min(config.evaluation.samples, self.num_samples)))
+        return continued_texts.Prompts.of(config, shards.collate_tokens([self._dataset[index] for index in first]))
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields this rank's batches; equally many on every rank, and the last may have no targets.
+
+        `samples` [B] are the numbers of a batch's samples.
+        """
+        starts = range(0, self.num_samples, self._batch_size)
+        for turn in range(-(-len(starts) // self._world.world_size)):
+            number = turn * self._world.world_size + self._world.rank
+            start = starts[number] if number < len(starts) else 0
+            stop = min(start + self._batch_size, self.num_samples)
+            samples = [self._dataset[index] for index in range(start, stop)]
+            batch = shards.collate_tokens(samples)
+            synonyms = torch.stack([torch.tensor(sample["synonym_ids"]) for sample in samples])
+            antonyms = torch.stack([torch.tensor(sample["antonym_ids"]) for sample in samples])
+            if number >= len(starts):
+                batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+            batch["samples"] = torch.arange(start, stop)
+            # The row among the target's own that the teacher's state is nearest to; -1 where it has none.
+            batch["nearest_sense"] = torch.stack([torch.tensor(sample["sense_ids"][:, 0]) for sample in samples])
+            batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
+            both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
+            batch["aligned_positions"] = both.nonzero().squeeze(-1)
+            near, far = synonyms.flatten(0, 1)[both].numpy(), antonyms.flatten(0, 1)[both].numpy()
+            batch["sense_rows"], (batch["near"], batch["far"]) = shards.gather_rows(self._vectors, [near, far])
+            yield batch
+
+
+def text_digest(validation: Manifest) -> str:
+    """Identity of the held-out tokens, whatever they are annotated with; that of the shards, of older ones."""
+    return validation.facts.get("text", validation.digest)
+
+
+def measure(
+    model: FrozenModel, text: HeldOutText, predictions: list[torch.Tensor], world: World, *, label: str
+) -> Examples:
+    """What the measures of a model are made of, sample by sample, from all ranks, on each of them.
+
+    `predictions` holds the teacher's predicted tokens by batch. When it is empty, `model` is the teacher and fills it.
+    """
+    is_teacher = not predictions
+    # Each sample is one rank's, and adding the others' zeros changes no bit: the number of ranks does not matter.
+    sums = torch.zeros(text.num_samples, len(_SUMS), dtype=torch.float64)
+    with progress_bar(total=text.num_samples, label=label, unit="sequences") as bar:
+        for number, batch in enumerate(text.batches()):
+            mask = batch["loss_mask"].to(world.device)
+            labels = batch["labels"].to(world.device)[mask]
+            hidden, (nll, predicted) = model.read(
+                batch["input_ids"],
+                batch.get("position_ids"),
+                functools.partial(_read_next_token, mask=mask, labels=labels, chunk_size=text.logits_chunk(model)),
+            )
+            if is_teacher:
+                predictions.append(predicted)
+            lexical = batch["lexical"].to(world.device)[mask]
+            alignable = torch.zeros_like(mask)
+            alignable.view(-1)[batch["aligned_positions"].to(world.device)] = True
+            parts = (
+                _by_sample(nll, mask),
+                mask.sum(-1),
+                _by_sample(predicted == labels, mask),
+                _by_sample(predicted == predictions[number], mask),
+                _by_sample(nll.masked_fill(~lexical, 0.0), mask),
+                _by_sample(lexical, mask),
+                _by_sample(alignment(hidden.flatten(0, 1), batch, world.device), alignable),
+                alignable.sum(-1),
+            )
+            sums[batch["samples"]] += torch.stack([part.double() for part in parts], dim=-1).cpu()
+            bar.update(min(len(mask) * world.world_size, bar.total - bar.n))
+    columns = sum_over_ranks(sums.to(world.device)).T.cpu().numpy()
+    return Examples(
+        text.digest,
+        [str(number) for number in range(text.num_samples)],
+        {
+            name: column if name in _NOT_INTEGERS else column.astype(np.int64)
+            for name, column in zip(_SUMS, columns, strict=True)
+        },
+        [replace(one, data=text.measured_with.get(one.name)) for one in MEASURES],
+    )
+
+
+def _by_sample(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sums [B] of what stands at the positions of `mask` [B, T]."""
+    return (
+        torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_scatter(mask, values.double()).sum(-1)
+    )
+
+
+def load_measures(config: Config) -> dict[str, dict[str, float]]:
+    """{model: its measures}, of the models evaluated so far, teacher and cut student first."""
+    names = [TEACHER, CUT_STUDENT, *config.run_names]
+    found = {}
+    for name in names:
+        content = read_file(config.path(FOLDER, name), FILE)
+        if content is not None:
+            found[name] = json.loads(content)
+    return found
+
+
+def _read_next_token(
+    hidden: torch.Tensor, head_weight: torch.Tensor, *, mask: torch.Tensor, labels: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    return hidden, next_token(hidden[mask], labels, head_weight, chunk_size)
+
+
+def alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Whether the nearest row of P_i is nearer than the nearest of N_i, at the positions where both exist."""
+    positions = batch["aligned_positions"].to(device)
+    if not len(positions):
+        return torch.zeros(0, dtype=torch.bool, device=device)
+    at, rows = states[positions].float(), batch["sense_rows"].to(device).float()
+    nearest = []
+    for name in ("near", "far"):
+        index = batch[name].to(device)
+        squares = (at.unsqueeze(1) - rows[index.clamp(min=0)]).square().sum(-1)
+        nearest.append(squares.masked_fill(index < 0, torch.inf).min(-1).values)
+    return nearest[0] < nearest[1]
+
+
+def _publish(
+    config: Config,
+    candidate: Candidate,
+    wanted: Recipe,
+    examples: Examples,
+    write_samples: Callable[[Path], None] | None,
+    *,
+    force: bool,
+) -> None:
+    target, measures = config.path(FOLDER, candidate.name), examples.values()
+    if not force and was_made_meanwhile(target, wanted):
+        return
+    with build_artifact(target, wanted) as building:
+        write_json(building.folder / FILE, measures)
+        save_examples(building.folder / EXAMPLES_FILE, examples)
+        if write_samples is not None:
+            write_samples(building.folder)
+    say("  " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()))
+    if candidate.mlflow_run_id and config.tracking.enabled:
+        log_evaluation(
+            config,
+            candidate.name,
+            candidate.mlflow_run_id,
+            measures,
+            target / EXAMPLES_FILE,
+            data=examples.data,
+            step=candidate.step,
+            tables=[target / continued_texts.TABLE_FILE],
+            files=[target / continued_texts.TEXT_FILE],
+        )

@@ -1,0 +1,73 @@
+"""Senses of held-out positions: whether the model's state lies where the teacher's does among sense embeddings.
+
+| measure | at a held-out position | chance |
+|---|---|---|
+| row_agreement | of the rows C(y_i) of its target, two or more, the teacher's nearest is the model's too | 1/C |
+| sense_alignment | the nearest row of P_i is nearer than every row of N_i (:mod:`dskd.evaluation.held_out_text`) | P/(P
++ N) |
+
+Nearest is by L2, ties to the lower row, as annotation found the teacher's (docs/method.md, section 3). The teacher's
+own row_agreement is 1 but for rounding. Positions of one sample are one cluster.
+"""
+
+import torch
+
+from dskd.console import progress_bar
+from dskd.distributed.collectives import sum_over_ranks
+from dskd.distributed.world import World
+from dskd.evaluation.held_out_text import HeldOutText, alignment
+from dskd.evaluation.lexical.scores import Item
+from dskd.models.frozen import FrozenModel
+from dskd.senses.dictionary import SenseDictionary, map_vectors
+from dskd.shards import gather_rows
+
+MEASURES = AGREEMENT, ALIGNMENT = "row_agreement", "sense_alignment"
+_POSITIONS = 2048  # that are compared with their rows at one time
+
+
+def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: SenseDictionary, world: World) -> list[Item]:
+    """An item a sample and measure, from all ranks, on each of them."""
+    sums = torch.zeros(text.num_samples, 2, 3, dtype=torch.float64)
+    vectors = map_vectors(dictionary.path)
+    with progress_bar(total=text.num_samples, label="senses of positions", unit="sequences") as bar:
+        for batch in text.batches():
+            hidden = model.hidden_states(batch["input_ids"], batch.get("position_ids")).flatten(0, 1)
+            sample = batch["samples"].repeat_interleave(batch["input_ids"].shape[1])
+            targets, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()
+            sizes = dictionary.entry_offsets.diff()[targets.where(mask, 0)]
+            several = (mask & (sizes > 1)).nonzero().squeeze(-1)
+            for part in several.split(_POSITIONS) if len(several) else ():
+                starts, counts = dictionary.entry_offsets[targets[part]], sizes[part]
+                place = torch.arange(int(counts.max()))
+                rows = torch.where(place < counts[:, None], starts[:, None] + place, -1)
+                used, (index,) = gather_rows(vectors, [rows.int().numpy()])
+                nearest = nearest_of(hidden[part.to(world.device)], used.to(world.device), index.to(world.device))
+                agree = starts + nearest.cpu() == batch["nearest_sense"].flatten()[part]
+                _add(sums[:, 0], sample[part], agree, 1 / counts.double())
+            both = batch["aligned_positions"]
+            near, far = ((batch[name] >= 0).sum(dim=1).double() for name in ("near", "far"))
+            _add(sums[:, 1], sample[both], alignment(hidden, batch, world.device).cpu(), near / (near + far))
+            bar.update(min(len(batch["input_ids"]) * world.world_size, bar.total - bar.n))
+    sums = sum_over_ranks(sums.to(world.device)).cpu()
+    return [
+        Item(measure, f"sample:{number}", f"sample:{number}", total, chance, int(count))
+        for kind, measure in enumerate((AGREEMENT, ALIGNMENT))
+        for number, (total, count, chance) in enumerate(sums[:, kind].tolist())
+    ]
+
+
+def nearest_of(states: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The place [n] of each state's nearest candidate; the first of equal ones.
+
+    Args:
+        states: [n, D].
+        rows: [R, D].
+        index: [n, C] into `rows`, padded with -1 on the right.
+    """
+    squares = (states.float().unsqueeze(1) - rows.float()[index.clamp(min=0)]).square().sum(-1)
+    return squares.masked_fill(index < 0, torch.inf).min(dim=-1).indices
+
+
+def _add(sums: torch.Tensor, samples: torch.Tensor, hits: torch.Tensor, chances: torch.Tensor) -> None:
+    values = torch.stack([hits.double(), torch.ones(len(hits), dtype=torch.float64), chances.double()], dim=-1)
+    sums.index_add_(0, samples, values)

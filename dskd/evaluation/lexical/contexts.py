@@ -1,0 +1,92 @@
+"""Words in WordNet's example sentences, each with the sense that the example illustrates.
+
+An example belongs to a synset. It counts for a lemma of this synset that stands in it exactly once, as it is or in a
+form that WordNet's own morphology (morphy) takes back to it, and behind another word: a decoder's state at the first
+word of a text knows nothing of its sense.
+
+A context's synonyms are the synset's other lemmas, and of an adjective those of the synsets that it is similar to. Its
+antonyms are the direct ones of the lemma in the synset, and of an adjective also those of the synsets that it is
+similar to: WordNet's indirect antonyms, as in :mod:`dskd.lexicon.wordnet_relations`. What is both is neither.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dskd.console import progress
+from dskd.lexicon.wordnet import WordNet
+
+_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
+_SATELLITE, _ADJECTIVE = "s", "a"
+
+
+@dataclass(frozen=True)
+class Context:
+    """An example sentence of a synset, and where one of its lemmas stands in it."""
+
+    lemma: str  # as it is spelled, with spaces
+    part_of_speech: str  # n, v, a, r
+    synset: str  # such as bank.n.01
+    text: str
+    start: int  # text[start:stop] is the word
+    stop: int
+    synonyms: tuple[str, ...] = ()
+    antonyms: tuple[str, ...] = ()
+
+    @property
+    def word(self) -> str:
+        """As it stands there, perhaps inflected."""
+        return self.text[self.start : self.stop]
+
+    @property
+    def cluster(self) -> str:
+        """Lemma and part of speech: what its items have in common, so that they are not independent."""
+        return f"{self.lemma}.{self.part_of_speech}"
+
+
+def read_contexts(wordnet: WordNet) -> list[Context]:
+    """All of them, sorted."""
+    found: set[Context] = set()
+    for synset in progress(wordnet.reader.all_synsets(), total=None, label="reading examples", unit="synsets"):
+        for text in synset.examples():
+            found.update(_contexts_of(wordnet, synset, text))
+    return sorted(found, key=lambda c: (c.lemma, c.part_of_speech, c.synset, c.text))
+
+
+def _contexts_of(wordnet: WordNet, synset: Any, text: str) -> Iterator[Context]:
+    part = _ADJECTIVE if synset.pos() == _SATELLITE else synset.pos()
+    similar = [lemma for other in synset.similar_tos() for lemma in other.lemmas()]
+    for lemma in synset.lemmas():
+        word = spelled(lemma.name())
+        places = _places(wordnet, word, part, text)
+        if len(places) != 1 or not _WORD.search(text, 0, places[0][0]):
+            continue
+        synonyms = {spelled(other.name()) for other in (*synset.lemmas(), *similar)} - {word}
+        antonyms = {spelled(antonym.name()) for other in (lemma, *similar) for antonym in other.antonyms()} - {word}
+        yield Context(
+            word.lower(),
+            part,
+            synset.name(),
+            text,
+            *places[0],
+            synonyms=tuple(sorted(synonyms - antonyms)),
+            antonyms=tuple(sorted(antonyms - synonyms)),
+        )
+
+
+def _places(wordnet: WordNet, word: str, part: str, text: str) -> list[tuple[int, int]]:
+    if not _WORD.fullmatch(word):  # of several words: as it is
+        return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)]
+    wanted = word.lower()
+    return [
+        match.span()
+        for match in _WORD.finditer(text)
+        if (form := match.group().lower()) == wanted
+        or (form[:1] == wanted[:1] and wordnet.reader.morphy(form, part) == wanted)
+    ]
+
+
+def spelled(name: str) -> str:
+    """A lemma's name as text has it; "(p)" and the like say where an adjective may stand."""
+    return name.split("(")[0].replace("_", " ")

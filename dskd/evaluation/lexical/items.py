@@ -1,0 +1,178 @@
+"""The items that all models are asked: `WORKDIR/lexical_items`, made from WordNet when they are first needed.
+
+An example of WordNet is used when it is no training text of this config: no run of `RUN_WORDS` of its words, or of all
+of them where it has fewer, stands in `WORKDIR/corpus/train.parquet` (:mod:`dskd.evaluation.lexical.training_text`).
+Where the corpus is WordNet's own text these are examples of held-out synsets; of other corpora most examples are left.
+The same holds for sentences of Words in Context, many of which are WordNet's.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.files import write_text
+from dskd.artifacts.hashing import sha256_of_file
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_file, read_manifest
+from dskd.config import Config
+from dskd.console import progress, say, stage
+from dskd.corpus.build import FOLDER as CORPUS_FOLDER
+from dskd.corpus.build import MADE_BY as CORPUS_MADE_BY
+from dskd.corpus.build import read_texts
+from dskd.errors import OutageError, UserError
+from dskd.evaluation.lexical.contexts import Context, read_contexts
+from dskd.evaluation.lexical.preference import Choice, choices, phrases_of
+from dskd.evaluation.lexical.results import ITEMS_FOLDER, MADE_BY
+from dskd.evaluation.lexical.separation import lemmas_with_both, lemmas_with_pairs
+from dskd.evaluation.lexical.states import Tokens, tokenize
+from dskd.evaluation.lexical.surface import surface_scores
+from dskd.evaluation.lexical.training_text import RUN_WORDS, Phrase, count_phrases, is_new, runs_of
+from dskd.evaluation.lexical.wic import Pair, gold_of, read_wic
+from dskd.lexicon.wordnet import WordNet, open_wordnet
+from dskd.models.folder import ModelFolder
+
+FILE = "items.json"
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is held out, in words and in tokens."""
+
+    contexts: list[Context]  # of lemmas that have several
+    context_tokens: list[Tokens]
+    choices: list[Choice]
+    wic: list[Pair]
+    wic_tokens: list[tuple[Tokens, Tokens]]
+    wic_threshold: list[Pair]
+    wic_threshold_tokens: list[tuple[Tokens, Tokens]]
+
+
+_ITEMS = TypeAdapter(Items)
+_FEW = 100
+
+
+def recipe(config: Config, teacher: ModelFolder) -> Recipe:
+    """What decides the items.
+
+    Raises:
+        UserError: when there is no corpus, no WordNet, or a file of Words in Context is not in its format, or has
+            the threshold's pairs, too.
+    """
+    inputs = {
+        "corpus": read_manifest(config.path(CORPUS_FOLDER), "corpus", made_by=CORPUS_MADE_BY).digest,
+        "wordnet": open_wordnet(config.wordnet.path).digest,
+    }
+    _read_pairs(config)
+    for key in ("wic", "wic_threshold"):
+        place = getattr(config.evaluation, key)
+        if place is not None:
+            data = Path(place).expanduser()
+            inputs |= {key: sha256_of_file(data), f"{key}_gold": sha256_of_file(gold_of(data))}
+    return Recipe("lexical-items", inputs, {"run_words": RUN_WORDS}, tokenizer=teacher.tokenizer_digest)
+
+
+def _read_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that are asked, and those that the threshold is chosen on; none where the config names no file."""
+    places = {f"evaluation.{key}": getattr(config.evaluation, key) for key in ("wic", "wic_threshold")}
+    asked, threshold = ([] if place is None else read_wic(place, key) for key, place in places.items())
+    if asked and [pair[1:] for pair in asked] == [pair[1:] for pair in threshold]:  # without FILE:LINE
+        raise UserError(
+            f"evaluation.wic_threshold: {config.evaluation.wic_threshold} has the pairs of evaluation.wic, and the "
+            "threshold would be chosen on what is measured; name another file, such as that of the training split, or "
+            "leave it out"
+        )
+    return asked, threshold
+
+
+def build_items(config: Config, teacher: ModelFolder) -> Manifest:
+    """Makes the items when they are not up to date, and returns their manifest.
+
+    Raises:
+        UserError: as :func:`recipe`, and when the tokenizer does not say which letters a token has.
+    """
+    target = config.path(ITEMS_FOLDER)
+    wanted = recipe(config, teacher)
+    if not is_current(target, wanted):
+        tokenizer = teacher.load_tokenizer()
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{teacher.path}: {type(tokenizer).__name__} does not say which letters a token has, and without that "
+                "no word is found in a sentence; put a tokenizer.json of it into the folder"
+            )
+        sources: list[str | Path] = ["WordNet's examples", config.path(CORPUS_FOLDER, "train.parquet")]
+        with stage("lexical items: what no training text has", reads=sources, writes=target):
+            wordnet = open_wordnet(config.wordnet.path)
+            with build_artifact(target, wanted) as building:
+                texts = progress(read_texts(config, "train"), total=None, label="looking for them", unit="documents")
+                items, facts = make_items(wordnet, texts, tokenizer, *_read_pairs(config))
+                write_text(building.folder / FILE, _ITEMS.dump_json(items).decode())
+                surface = surface_scores(items.contexts, items.choices, items.wic, items.wic_threshold)
+                building.facts.update(facts, surface=surface)
+            say("  " + ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items()))
+            if min(facts["of_both_kinds"], facts["synonyms_against_antonyms"]) < _FEW:
+                say("  that is little to measure on; where the corpus is WordNet, a larger validation_share gives more")
+    return read_manifest(target, "lexical-items", made_by=MADE_BY)
+
+
+def load_items(config: Config, manifest: Manifest) -> Items:
+    """The items of `WORKDIR/lexical_items` that the manifest is of: another config's replace them.
+
+    Raises:
+        OutageError: when there are others by now.
+    """
+    content = read_file(config.path(ITEMS_FOLDER), FILE) or b""
+    if hashlib.sha256(content).hexdigest() != manifest.files[FILE]["sha256"]:
+        raise OutageError(
+            f"{config.path(ITEMS_FOLDER, FILE)}: these are not the items that were made for this config; another job "
+            "may have made those of its own config meanwhile. Start it again when that has ended"
+        )
+    return _ITEMS.validate_json(content)
+
+
+def make_items(
+    wordnet: WordNet, training_texts: Iterable[str], tokenizer: Any, wic: list[Pair], wic_threshold: list[Pair]
+) -> tuple[Items, dict[str, int]]:
+    """The items that are in no training text, and how many there were before and after."""
+    everything = read_contexts(wordnet)
+    pairs = [*wic, *wic_threshold]
+    sentences = {
+        *(context.text for context in everything),
+        *(marked.text for p in pairs for marked in (p.one, p.other)),
+    }
+    phrases: set[Phrase] = phrases_of(everything)
+    phrases.update(run for text in sentences for run in runs_of(text))
+    counts = count_phrases(training_texts, phrases)
+    new = {text for text in sentences if is_new(text, counts)}
+    held_out = [context for context in everything if context.text in new]
+    read = [(context, tokenize(tokenizer, context.text, context.start, context.stop)) for context in held_out]
+    whole = [(context, tokens) for context, tokens in read if tokens is not None and tokens.first > 0]
+    of_lemmas = lemmas_with_pairs([context for context, _ in whole])
+    kept = [whole[number] for numbers in of_lemmas.values() for number in numbers]
+    asked, threshold = (_held_out_pairs(some, new, tokenizer) for some in (wic, wic_threshold))
+    items = Items(
+        [context for context, _ in kept],
+        [tokens for _, tokens in kept],
+        choices(held_out, counts, tokenizer),
+        *map(list, zip(*asked, strict=True)) if asked else ([], []),
+        *map(list, zip(*threshold, strict=True)) if threshold else ([], []),
+    )
+    facts = {
+        "examples": len({context.text for context in everything}),
+        "held_out_examples": len({context.text for context in held_out}),
+        "words_in_them": len(items.contexts),
+        "lemmas_with_pairs": len(of_lemmas),
+        "of_both_kinds": len(lemmas_with_both(items.contexts)),
+        "synonyms_against_antonyms": len(items.choices),
+    }
+    for name, given, used in (("wic", wic, items.wic), ("wic_threshold", wic_threshold, items.wic_threshold)):
+        facts |= {f"{name}_pairs": len(given), f"held_out_{name}_pairs": len(used)} if given else {}
+    return items, facts
+
+
+def _held_out_pairs(pairs: list[Pair], new: set[str], tokenizer: Any) -> list[tuple[Pair, tuple[Tokens, Tokens]]]:
+    unseen = [pair for pair in pairs if pair.one.text in new and pair.other.text in new]
+    return [(pair, tokens) for pair in unseen if (tokens := pair.tokenize(tokenizer)) is not None]

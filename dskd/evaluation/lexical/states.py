@@ -1,0 +1,103 @@
+"""What a model makes of sentences: its states at a word, and how probable a sentence is.
+
+Sentences are read one by one, not packed: a sentence has no context but itself. Shapes: B sentences, T tokens,
+D hidden, N texts.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from dskd.console import progress_bar
+from dskd.distributed.collectives import sum_over_ranks
+from dskd.distributed.world import World
+from dskd.evaluation.batching import batches_by_length, padded
+from dskd.models.frozen import FrozenModel
+from dskd.models.readouts import chunk_size, next_token
+
+WORD, TARGET = 0, 1  # of the states: where the word ends, and where the model is about to say it
+_REDUCED_ELEMENTS = 2**24  # of states that are added up over ranks at one time
+
+
+class Tokens(NamedTuple):
+    """A text as a model reads it; the word in it is `input_ids[first : last + 1]`."""
+
+    input_ids: list[int]
+    first: int
+    last: int
+
+
+def tokenize(tokenizer: Any, text: str, start: int, stop: int) -> Tokens | None:
+    """The tokens of a text and of the word `text[start:stop]`; None where a token of the word has more than the word.
+
+    A space or the mark of one may be part of its first token. The text begins as the training text does, with what the
+    tokenizer puts there; an end of text that it adds is left out.
+    """
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    while ids and ids[-1] == tokenizer.eos_token_id and spans[-1][0] == spans[-1][1]:
+        ids, spans = ids[:-1], spans[:-1]
+    inside = [number for number, (left, right) in enumerate(spans) if left < stop and right > start]
+    if not inside or spans[inside[-1]][1] > stop or text[spans[inside[0]][0] : start].strip():
+        return None
+    return Tokens(ids, inside[0], inside[-1])
+
+
+def read_states(
+    model: FrozenModel, texts: Sequence[Tokens], batch_size: int, world: World, *, label: str = "reading"
+) -> torch.Tensor:
+    """Last hidden states [N, 2, D] float32, after the final norm, on every rank: at the last token of each text's word
+    (`WORD`), and at the token before it, whose target is the word's first (`TARGET`; 0 where there is none).
+
+    All ranks must call it. Neither their number nor, but for rounding, the size of the batches changes a state.
+    """
+    states = torch.zeros(len(texts), 2, model.hidden_size)
+    for batch, input_ids in _batches(texts, batch_size, world, label):
+        places = torch.tensor([[texts[n].last, max(texts[n].first - 1, 0)] for n in batch] or [[0, 0]])
+        hidden = model.hidden_states(input_ids)
+        rows = torch.arange(len(places), device=hidden.device)[:, None]
+        taken = hidden[rows, places.to(hidden.device)].float().cpu()
+        if batch:
+            taken[[texts[n].first == 0 for n in batch], TARGET] = 0.0
+            states[batch] = taken
+    for part in states.split(max(1, _REDUCED_ELEMENTS // max(1, 2 * model.hidden_size))):
+        part.copy_(sum_over_ranks(part.to(world.device)))  # a text is one rank's, the others add zeros
+    return states
+
+
+def read_likelihoods(
+    model: FrozenModel, texts: Sequence[Tokens], batch_size: int, world: World, *, label: str = "reading"
+) -> torch.Tensor:
+    """Log-likelihood [N] float64 in nats of each text's tokens behind its first one, on every rank.
+
+    All ranks must call it. Neither their number nor, but for rounding, the size of the batches changes one.
+    """
+    likelihoods = torch.zeros(len(texts), dtype=torch.float64)
+    logits_chunk = chunk_size(None, model.vocab_size, world.device)
+    for batch, input_ids in _batches(texts, batch_size, world, label):
+        sizes = torch.tensor([len(texts[n].input_ids) for n in batch] or [0])
+        mask = torch.arange(1, input_ids.shape[1]) < sizes[:, None]
+        labels = input_ids[:, 1:][mask].to(world.device)
+        readout = functools.partial(_losses, mask=mask.to(world.device), labels=labels, logits_chunk=logits_chunk)
+        losses = torch.zeros(mask.shape, dtype=torch.float64)
+        losses[mask] = model.read(input_ids, None, readout).cpu()
+        if batch:
+            likelihoods[batch] = -losses.sum(dim=1)
+    return sum_over_ranks(likelihoods.to(world.device)).cpu()
+
+
+def _batches(texts: Sequence[Tokens], batch_size: int, world: World, label: str) -> Any:
+    """(numbers of this rank's texts, their tokens [B, T]) by batch, under a progress bar."""
+    lengths = [len(text.input_ids) for text in texts]
+    with progress_bar(total=len(texts), label=label, unit="texts") as bar:
+        for batch in batches_by_length(lengths, batch_size, world):
+            yield batch, padded([texts[number].input_ids for number in batch])
+            bar.update(min(len(batch) * world.world_size, bar.total - bar.n))
+
+
+def _losses(
+    hidden: torch.Tensor, head_weight: torch.Tensor, *, mask: torch.Tensor, labels: torch.Tensor, logits_chunk: int
+) -> torch.Tensor:
+    return next_token(hidden[:, :-1][mask], labels, head_weight, logits_chunk)[0]

@@ -1,0 +1,67 @@
+"""A benchmark as it is asked with a config: its questions, the same on all ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dskd.config import Config
+from dskd.corpus.tasks.benchmarks import Benchmark, Example
+from dskd.corpus.tasks.prompts import Question, digest_of, with_shots
+from dskd.corpus.tasks.reading import read_examples
+from dskd.distributed.collectives import gather_json
+from dskd.errors import UserError
+from dskd.random_numbers import derived_seed, random_bits
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark as it is asked with a config: its questions, and their identity."""
+
+    benchmark: Benchmark
+    questions: Sequence[Question]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """The benchmark's."""
+        return self.benchmark.name
+
+
+def load_task(config: Config, benchmark: Benchmark) -> Task:
+    """The questions of the evaluated split, each with the examples it is shown with.
+
+    Raises:
+        UserError: when its data is missing or not in its format.
+    """
+    settings = config.tasks
+    place = getattr(settings, benchmark.name)
+    examples = _some(read_examples(benchmark, place, benchmark.evaluated), benchmark, settings.limit, settings.seed)
+    num_shots, own_passage = benchmark.shots(settings), benchmark.shows_own_passage(settings)
+    pool_split = benchmark.evaluated if own_passage else benchmark.shots_from
+    pool = read_examples(benchmark, place, pool_split) if num_shots else []
+    questions = list(with_shots(benchmark, examples, pool, num_shots, settings.seed, own_passage=own_passage))
+    return Task(benchmark, questions, digest_of(questions))
+
+
+def _some(examples: list[Example], benchmark: Benchmark, limit: int | None, seed: int) -> list[Example]:
+    """At most `limit` examples of each subject, drawn at random, in their order."""
+    if limit is None:
+        return examples
+    drawn = random_bits(derived_seed(seed, benchmark.name, "limit"), torch.arange(len(examples))).tolist()
+    of_subject: dict[str, list[int]] = {}
+    for number in sorted(range(len(examples)), key=drawn.__getitem__):
+        of_subject.setdefault(examples[number].subject, []).append(number)
+    return [examples[number] for number in sorted(n for numbers in of_subject.values() for n in numbers[:limit])]
+
+
+def _require_same_data(config: Config, tasks: dict[str, Task]) -> None:
+    digests = gather_json({name: task.digest for name, task in tasks.items()})
+    for name in tasks:
+        others = [rank for rank, found in enumerate(digests) if found[name] != digests[0][name]]
+        if others:
+            raise UserError(
+                f"tasks.{name}: rank {others[0]} finds other data under {getattr(config.tasks, name)!r} than rank 0; "
+                "give all nodes the same files",
+                known_to_all_ranks=True,
+            )

@@ -1,0 +1,102 @@
+"""From what a model says to scores, and from scores to measures (docs/method.md, section 5).
+
+A label is right or wrong: exact match. An answer to a SQuAD question is scored by the F1 of its tokens as SQuAD's own
+script does it, after lower case, without punctuation, articles and extra white space, against the best of the right
+answers. A question that the passage does not answer scores 1 for "No answer", and 0 for anything else; so does silence,
+which the official script would take for an abstention.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dskd.corpus.tasks.benchmarks import NO_ANSWER, Benchmark, Example, normalize
+
+_AROUND_A_LABEL = " \t()[].:*\"'"
+
+
+def answer_of(benchmark: Benchmark, generated: str) -> str:
+    """What is scored of a generated text: its first line that is not empty; of a label, without signs around it.
+
+    The whole line has to be the label: "Because" does not answer B.
+    """
+    line = next((line.strip() for line in generated.splitlines() if line.strip()), "")
+    return line.strip(_AROUND_A_LABEL) if benchmark.is_choice else line
+
+
+def score_of(benchmark: Benchmark, example: Example, answer: str) -> float:
+    """0 to 1."""
+    if benchmark.is_choice:
+        return float(answer in example.answers)
+    answers = [text for text in example.answers if normalize(text)]
+    abstains = normalize(answer) == normalize(NO_ANSWER)
+    if not answers or abstains:
+        return float(abstains and not answers)
+    return max(token_f1(answer, text) for text in answers)
+
+
+def token_f1(answer: str, right: str) -> float:
+    """Harmonic mean of precision and recall of an answer's tokens, as bags, after :func:`normalize`."""
+    given, wanted = normalize(answer).split(), normalize(right).split()
+    if not given or not wanted:
+        return float(given == wanted)
+    common = (Counter(given) & Counter(wanted)).total()
+    return 2 * common / (len(given) + len(wanted))
+
+
+def weights_of(benchmark: Benchmark, subjects: Sequence[str]) -> list[float]:
+    """How much each example counts in the score: 1, or so that each subject counts the same; N altogether.
+
+    The score is the sum of weight times score, divided by the sum of weights.
+    """
+    if not benchmark.one_score_a_subject:
+        return [1.0] * len(subjects)
+    sizes = Counter(subjects)
+    return [len(subjects) / (len(sizes) * sizes[subject]) for subject in subjects]
+
+
+def measures_of(benchmark: Benchmark, examples: Sequence[Example], scores: Sequence[float]) -> dict[str, Any]:
+    """The measures of a task, from the score of each example.
+
+    Standard errors are those of the examples as a sample: s / sqrt(n), s with n - 1. The mean over S subjects has
+    sqrt(sum of their squares) / S. There is none of a single example.
+    """
+    measures: dict[str, Any] = {"metric": benchmark.metric, **_mean(scores)}
+    if benchmark.one_score_a_subject:
+        by_subject = dict(_by(examples, scores, lambda example: example.subject))
+        measures = {"metric": benchmark.metric, **_mean_of_means(by_subject), "n": len(scores), "subjects": by_subject}
+    if benchmark.is_choice:
+        weights = weights_of(benchmark, [example.subject for example in examples])
+        chances = [weight / len(example.choices) for weight, example in zip(weights, examples, strict=True)]
+        measures["chance"] = math.fsum(chances) / math.fsum(weights)
+    else:
+        measures |= dict(_by(examples, scores, lambda e: "answerable" if e.answers else "unanswerable"))
+        measures["chance"] = measures.get("unanswerable", {"n": 0})["n"] / len(scores)  # of abstaining always
+    return measures
+
+
+def _mean(scores: Sequence[float]) -> dict[str, float]:
+    n = len(scores)
+    mean = math.fsum(scores) / n
+    if n == 1:
+        return {"score": mean, "n": n}
+    variance = math.fsum((score - mean) ** 2 for score in scores) / (n - 1)
+    return {"score": mean, "standard_error": math.sqrt(variance / n), "n": n}
+
+
+def _mean_of_means(by_subject: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    means = [measures["score"] for measures in by_subject.values()]
+    result = {"score": math.fsum(means) / len(means)}
+    errors = [measures.get("standard_error") for measures in by_subject.values()]
+    if None not in errors:
+        result["standard_error"] = math.sqrt(math.fsum(error**2 for error in errors if error is not None)) / len(means)
+    return result
+
+
+def _by(examples: Sequence[Example], scores: Sequence[float], kind: Any) -> Iterator[tuple[str, dict[str, float]]]:
+    grouped: dict[str, list[float]] = {}
+    for example, score in zip(examples, scores, strict=True):
+        grouped.setdefault(kind(example), []).append(score)
+    for name in sorted(grouped):
+        yield name, _mean(grouped[name])

@@ -1,0 +1,139 @@
+"""`dskd senses geometry`: how synonyms and antonyms lie in the teacher's space; the sense loss can give no more.
+
+Antonyms stand in the same contexts as synonyms do, and many a teacher has them as near. Where it does, a student learns
+nothing of their difference by being pulled to the one and pushed from the other: measure it before a training.
+
+A word is here the mean of its sense embeddings, each as often as there are states behind it. Of heads that have both a
+synonym and an antonym it is asked which of two words is nearer; chance is .5. Words are single tokens: the rows of
+longer ones are made of other words' states.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dskd.config import Config
+from dskd.console import table
+from dskd.errors import UserError
+from dskd.senses.dictionary import SenseDictionary, load_dictionary, map_vectors
+
+OTHERS = 64  # words without a relation to it that each head's synonyms and antonyms are compared with
+COMPARISONS = ("synonym nearer than antonym", "synonym nearer than another word", "antonym nearer than another word")
+DISTANCES = ("L2", "cosine")
+
+
+class Share(NamedTuple):
+    """Of pairs, the mean over heads of each one's share."""
+
+    value: float
+    standard_error: float | None  # over heads; None of a single one
+    heads: int
+
+
+def report_geometry(config: Config) -> None:
+    """Prints the shares of the config's sense dictionary.
+
+    Raises:
+        UserError: when there is no dictionary, or no head in it has both a synonym and an antonym.
+    """
+    dictionary, _ = load_dictionary(config)
+    shares = measure_geometry(dictionary, seed=config.seed)
+    if shares is None:
+        raise UserError(
+            f"{dictionary.path}: no word has senses, and a synonym and an antonym of one token with senses; the corpus "
+            "or the lexicon is too small"
+        )
+    rows = [[name, *(_shown(shares[distance][name]) for distance in DISTANCES)] for name in COMPARISONS]
+    heads = shares[DISTANCES[0]][COMPARISONS[0]].heads
+    print(
+        f"{dictionary.path}: {heads} words with both synonyms and antonyms; chance is .500, ± is the standard error\n"
+    )
+    print(table(["", *DISTANCES], rows))
+
+
+def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dict[str, Share]] | None:
+    """{distance: {comparison: share}}; None where no head has both a synonym and an antonym.
+
+    Args:
+        dictionary: of V tokens.
+        seed: of the other words, which are drawn from the heads with relations.
+    """
+    entries = dictionary.entries
+    neighbours = [
+        _neighbours(dictionary, entries.synonym_offsets, entries.synonym_entries),
+        _neighbours(dictionary, entries.antonym_offsets, entries.antonym_entries),
+    ]
+    has_senses = dictionary.entry_offsets[: dictionary.vocab_size + 1].diff() > 0
+    related = {token for of in neighbours for token in of} & set(has_senses.nonzero().flatten().tolist())
+    heads = sorted(token for token in related if all(token in of for of in neighbours))
+    words = sorted(related.union(*(of[head] for of in neighbours for head in heads)))
+    if not heads:
+        return None
+    place = {word: number for number, word in enumerate(words)}
+    centroids = _centroids(dictionary, words)
+    generator = np.random.default_rng(seed)
+    pool = np.array(sorted(related))
+    shares: dict[str, dict[str, list[float]]] = {d: {name: [] for name in COMPARISONS} for d in DISTANCES}
+    for head in heads:
+        synonyms, antonyms = (of[head] for of in neighbours)
+        others = sorted(set(generator.choice(pool, min(OTHERS, len(pool)), replace=False).tolist()))
+        others = [word for word in others if word not in {head, *synonyms, *antonyms}]
+        groups = [centroids[[place[word] for word in group]] for group in (synonyms, antonyms, others)]
+        for distance in DISTANCES:
+            near = [_distances(centroids[place[head]], group, distance) for group in groups]
+            for name, (one, other) in zip(COMPARISONS, ((0, 1), (0, 2), (1, 2)), strict=True):
+                if len(near[other]):
+                    shares[distance][name].append(_share_nearer(near[one], near[other]))
+    return {d: {name: _mean(values) for name, values in of.items()} for d, of in shares.items()}
+
+
+def _neighbours(dictionary: SenseDictionary, offsets: torch.Tensor, entries: torch.Tensor) -> dict[int, list[int]]:
+    """The neighbours of each head that are single tokens and have senses."""
+    heads = torch.arange(dictionary.vocab_size).repeat_interleave(offsets.diff())
+    found: dict[int, list[int]] = {}
+    sizes = dictionary.entry_offsets.diff()
+    kept = (entries < dictionary.vocab_size) & (sizes[entries.long()] > 0)
+    for head, entry in zip(heads[kept].tolist(), entries[kept].tolist(), strict=True):
+        found.setdefault(head, []).append(entry)
+    return found
+
+
+def _centroids(dictionary: SenseDictionary, tokens: list[int]) -> torch.Tensor:
+    """[n, D]: the mean of each token's rows by the states behind them."""
+    vectors = map_vectors(dictionary.path)
+    centroids = torch.empty(len(tokens), dictionary.hidden_size)
+    for number, token in enumerate(tokens):
+        start, stop = dictionary.entry_offsets[token : token + 2].tolist()
+        rows = torch.from_numpy(np.array(vectors[start:stop])).view(torch.bfloat16).float()
+        weights = dictionary.counts[start:stop].clamp(min=1).float()
+        centroids[number] = (weights @ rows) / weights.sum()
+    return centroids
+
+
+def _distances(one: torch.Tensor, others: torch.Tensor, distance: str) -> torch.Tensor:
+    if distance == "cosine":
+        return 1 - F.cosine_similarity(one[None], others)
+    return (others - one).square().mean(dim=-1)
+
+
+def _share_nearer(near: torch.Tensor, far: torch.Tensor) -> float:
+    """Of all pairs of one of each, those in which the first is nearer; a tie is half."""
+    difference = far[None, :] - near[:, None]
+    return float((0.5 + 0.5 * difference.sign()).mean())
+
+
+def _mean(values: list[float]) -> Share:
+    if not values:
+        return Share(math.nan, None, 0)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Share(float(np.mean(values)), error, len(values))
+
+
+def _shown(share: Share) -> str:
+    if not share.heads:
+        return "none"
+    error = "" if share.standard_error is None else f" ± {share.standard_error:.3f}"
+    return f"{share.value:.3f}{error}".replace("0.", ".")

@@ -1,0 +1,265 @@
+"""Finding WordNet, and opening it through nltk's reader.
+
+Places are tried in a fixed order: the config's `wordnet.path`, nltk's data folders, `nltk.download`, and the dictionary
+files of Debian's `wordnet-base`. Dictionary files alone are not what nltk expects (there is no `lexnames`, and nltk
+refuses folders outside its data path), so they are copied into a cache folder, by their content, and completed there.
+
+Debian's files have other offsets than Princeton's WordNet 3.0, so they do not do for other languages
+(:mod:`dskd.lexicon.languages`): there a download is tried even if they are found.
+"""
+
+import functools
+import io
+import os
+import shutil
+import socket
+import sys
+import uuid
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dskd.artifacts.hashing import digest_of_json, sha256_of_file
+from dskd.artifacts.pointers import refuse_pointer
+from dskd.errors import UserError
+
+# The second is where the Makefile unpacks the Debian package for users who may not install it.
+DICTIONARY_FOLDERS = (Path("/usr/share/wordnet"), Path(sys.prefix) / "share" / "wordnet")
+_PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+DICTIONARY_FILES = tuple(f"{kind}.{part}" for kind in ("data", "index") for part in _PARTS_OF_SPEECH)
+_EXCEPTION_FILES = tuple(f"{part}.exc" for part in _PARTS_OF_SPEECH)  # nltk does not open a WordNet without them
+_COPIES = "wordnet-found"  # beginning of the names of the copies of DICTIONARY_FOLDERS
+
+# The lexicographer files of WordNet 3.0 in the order of their numbers (lexnames(5WN)); nltk reads them from `lexnames`.
+_NOUN_FILES = (
+    "Tops act animal artifact attribute body cognition communication event feeling food group location motive object "
+    "person phenomenon plant possession process quantity relation shape state substance time"
+)
+_VERB_FILES = (
+    "body change cognition communication competition consumption contact creation emotion motion perception possession "
+    "social stative weather"
+)
+
+
+@dataclass(frozen=True)
+class WordNet:
+    """An opened WordNet: nltk's reader, the folder it reads, the one that is a copy of (or itself), and its digest."""
+
+    reader: Any
+    folder: Path
+    origin: Path
+    digest: str
+
+
+@functools.cache  # nltk parses a synset when it is first read: the stages of one process share that work
+def open_wordnet(path: str | None = None, *, allow_download: bool = True, other_languages: bool = False) -> WordNet:
+    """Opens the first WordNet that is found.
+
+    Args:
+        path: the config's `wordnet.path`; when given, no other place is tried.
+        allow_download: try `nltk.download` when none is on disk.
+        other_languages: try to download nltk's, Princeton's WordNet 3.0, also when another one was found before.
+
+    Raises:
+        UserError: when there is none, with the ways to get one, or the first one is incomplete.
+    """
+    import nltk
+
+    cache = _cache_folder()
+    if str(cache) not in nltk.data.path:
+        nltk.data.path.append(str(cache))
+    if path is not None:
+        folder = Path(path).expanduser()
+        missing = _missing_files(folder)
+        if missing:
+            raise UserError(
+                f"wordnet.path: {folder} is not a complete WordNet dictionary folder: it lacks {', '.join(missing)}; "
+                "add them, name the folder that has data.noun, index.noun, noun.exc, …, or remove the key to let "
+                "WordNet be looked for"
+            )
+        return _open(_completed_copy(folder, cache, "wordnet"), folder)
+    found = _in_nltk_data()
+    debian = next((folder for folder in DICTIONARY_FOLDERS if _is_dictionary(folder)), None)
+    copy = None if found else _earlier_copy(cache, debian)
+    if found is None and allow_download and (copy is None or other_languages):
+        found = _downloaded(cache)
+    if found is not None:
+        return _open(found, found)
+    if copy is None and debian is not None:
+        copy = _completed_copy(debian, cache, _COPIES)
+    if copy is None:
+        raise UserError(
+            "WordNet was found neither in nltk's data folders nor in "
+            f"{' or '.join(str(folder) for folder in DICTIONARY_FOLDERS)}, and nltk could not download it. Three ways "
+            "out:\n"
+            "  with the internet:   python -m nltk.downloader wordnet\n"
+            "  on Debian or Ubuntu: apt-get install wordnet-base\n"
+            "  from another place:  wordnet.path=FOLDER, a folder with WordNet's data.noun, index.noun, …"
+        )
+    return _open(copy, debian or copy)
+
+
+def _open(folder: Path, origin: Path) -> WordNet:
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+    class EnglishReader(WordNetCorpusReader):
+        """nltk's reader without the map to other WordNet versions, which needs files that dictionaries lack."""
+
+        def map_wn(self, version: str = "wordnet") -> None:
+            return None
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "multilingual functions are not available"
+            reader = EnglishReader(str(folder), omw_reader=None)
+        reader.synset("entity.n.01")
+    except Exception as error:  # nltk raises what the damage makes it raise
+        for name in DICTIONARY_FILES:
+            refuse_pointer(folder / name)
+        remedy = "remove the folder, and it is downloaded again" if folder == origin else "mend the files there"
+        raise UserError(
+            f"{origin}: nltk cannot read this WordNet ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    return WordNet(reader, folder, origin, _digest(folder, DICTIONARY_FILES))
+
+
+def _digest(folder: Path, names: Iterable[str]) -> str:
+    return digest_of_json({name: sha256_of_file(folder / name) for name in names})
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dskd" / "nltk_data"
+
+
+def _missing_files(folder: Path) -> list[str]:
+    return [name for name in (*DICTIONARY_FILES, *_EXCEPTION_FILES) if not (folder / name).is_file()]
+
+
+def _is_dictionary(folder: Path, also: tuple[str, ...] = ()) -> bool:
+    """Returns whether a folder is a whole dictionary; one that has a part of the files is refused.
+
+    Raises: UserError when some files are there and some are not.
+    """
+    missing = [*_missing_files(folder), *(name for name in also if not (folder / name).is_file())]
+    if missing and any((folder / name).is_file() for name in DICTIONARY_FILES):
+        raise UserError(
+            f"{folder}: this WordNet is incomplete: it lacks {', '.join(missing)}; complete it, or remove the folder "
+            "to let WordNet be looked for elsewhere"
+        )
+    return not missing
+
+
+def _in_nltk_data() -> Path | None:
+    """The unpacked `corpora/wordnet` of one of nltk's data folders; a `wordnet.zip` is unpacked into the cache."""
+    import nltk
+
+    for base in map(Path, nltk.data.path):
+        folder = base / "corpora" / "wordnet"
+        # Earlier versions put their copy of Debian's files there, without the index of senses that nltk's has.
+        is_copy = base == _cache_folder() and not (folder / "index.sense").is_file()
+        if not is_copy and _is_dictionary(folder, ("lexnames",)):
+            return folder
+    for base in nltk.data.path:
+        archive = Path(base) / "corpora" / "wordnet.zip"
+        if archive.is_file():
+            return _unpacked(archive)
+    return None
+
+
+def _unpacked(archive: Path) -> Path:
+    """Unpacks a `wordnet.zip` into the cache, once for each content, and returns the folder."""
+    folder = _cache_folder() / "corpora" / f"wordnet-zip-{sha256_of_file(archive)[:12]}"
+    if not folder.is_dir():
+        with _private_folder(folder) as partial:
+            try:
+                shutil.unpack_archive(archive, partial)
+                for file in (partial / "wordnet").iterdir():
+                    file.rename(partial / file.name)
+            except (shutil.ReadError, zipfile.BadZipFile, OSError) as error:
+                raise UserError(
+                    f"{archive}: this zip file has no WordNet that can be read ({error}); fetch it again"
+                ) from None
+            _is_dictionary(partial, ("lexnames",))
+    return folder
+
+
+def _downloaded(cache: Path) -> Path | None:
+    import nltk
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # nltk sets none, and a network that swallows packets would hang for minutes
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        nltk.download("wordnet", download_dir=str(cache), quiet=True, print_error_to=io.StringIO())
+    except (OSError, ValueError):
+        return None
+    finally:
+        socket.setdefaulttimeout(before)
+    return _in_nltk_data()
+
+
+def _earlier_copy(cache: Path, source: Path | None) -> Path | None:
+    """Returns the copy of `source` in the cache, or the last one of any when the source is not there any more."""
+    if source is not None:
+        copy = _copy_folder(source, cache, _COPIES)
+        return copy if copy.is_dir() else None
+    copies = sorted((cache / "corpora").glob(f"{_COPIES}-*"), key=lambda folder: folder.stat().st_mtime)
+    return copies[-1] if copies else None
+
+
+def _copy_folder(source: Path, cache: Path, name: str) -> Path:
+    return cache / "corpora" / f"{name}-{_digest(source, (*DICTIONARY_FILES, *_EXCEPTION_FILES))[:12]}"
+
+
+def _completed_copy(source: Path, cache: Path, name: str) -> Path:
+    """Copies the files in `source` into the cache, with what nltk wants in addition, and returns the folder.
+
+    The content is in the folder's name: a source that was mended has another copy.
+    """
+    folder = _copy_folder(source, cache, name)
+    if not folder.is_dir():
+        with _private_folder(folder) as partial:
+            for file in sorted(source.iterdir()):
+                if file.is_file():
+                    shutil.copyfile(file, partial / file.name)
+            for notice in (Path("/usr/share/doc/wordnet-base/copyright"), source / "copyright"):
+                if notice.is_file():  # Princeton's licence asks that its notice goes with every copy
+                    shutil.copyfile(notice, partial / "LICENSE")
+            if not (partial / "lexnames").is_file():
+                (partial / "lexnames").write_text(_lexnames(), encoding="ascii")
+    return folder
+
+
+@contextmanager
+def _private_folder(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` when the block ends; several processes may do it at once, one of them wins."""
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{partial.parent}: cannot write there ({error.strerror}); set XDG_CACHE_HOME to a folder you may write"
+        ) from None
+    try:
+        yield partial
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lexnames() -> str:
+    names = ["adj.all", "adj.pert", "adv.all"]
+    names += [f"noun.{name}" for name in _NOUN_FILES.split()]
+    names += [f"verb.{name}" for name in _VERB_FILES.split()]
+    names += ["adj.ppl"]
+    numbers = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
+    return "".join(f"{i:02d}\t{name}\t{numbers[name.split('.')[0]]}\n" for i, name in enumerate(names))

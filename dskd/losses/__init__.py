@@ -1,0 +1,7 @@
+"""The loss (docs/method.md, section 4), as sums over positions; the step divides, once.
+
+head                the output matrix and all terms, chunk by chunk
+logits              cross-entropy, divergence from the teacher, distance of hidden states
+sense_distance      the sense loss as distances
+sense_distribution  the sense loss as a divergence of distributions
+"""

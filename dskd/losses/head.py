@@ -1,0 +1,274 @@
+"""The output head of the student in training: one pass over last hidden states gives every term of the loss.
+
+Logits of student and teacher exist for one chunk of positions at a time, and gradients are formed in that same pass, so
+memory is that of one chunk whatever the length of the sequences. The head is the module that *owns* the output
+matrices: ZeRO-3 gathers a parameter for the module it belongs to, and outside of its forward a matrix would be empty.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dskd.config import LossConfig
+from dskd.losses.logits import CachedTeacher, cached_divergence, cross_entropy, divergence, hidden_distance
+from dskd.losses.sense_distance import sense_loss
+from dskd.losses.sense_distribution import sense_divergence
+
+# What `DistillationHead.forward` reports, in this order: sums over this rank's micro-batch, without weights.
+TERMS = ("ce", "kl", "hidden", "sense", "synonym", "antonym", "own", "active_hinges", "hinges", "teacher_entropy")
+
+
+class Normalizers(NamedTuple):
+    """What the sums are divided by: counts over all ranks and accumulation steps, times what DeepSpeed divides by.
+
+    DeepSpeed averages gradients over ranks and accumulation steps, while the terms are sums over all of them: a
+    micro-batch's sum is therefore scaled by world_size · accumulation_steps / count.
+    """
+
+    tokens: float  # for CE, KL and the hidden-state distance
+    senses: float  # for the sense loss
+
+
+class DistillationHead(nn.Module):
+    """Owns the output matrices and computes L of :class:`dskd.config.LossConfig`."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        teacher_weight: torch.Tensor | None,
+        loss: LossConfig,
+        *,
+        chunk_size: int,
+        margin: float | None = None,
+        compile_losses: bool = False,
+    ) -> None:
+        """Takes over `weight` [V, D]; `teacher_weight` [V', D'] is the teacher's, read only.
+
+        Args:
+            weight: the student's output matrix.
+            teacher_weight: the teacher's, or None where that is the student's: the same matrix, and not trained. Also
+                None where no term reads the teacher's logits.
+            loss: weights and settings of the terms.
+            chunk_size: positions whose logits exist at one time.
+            margin: the margin in units of D where it is not `loss.margin`.
+            compile_losses: fuse what is done with a chunk's logits, with torch.compile.
+        """
+        super().__init__()
+        self.weight = weight
+        self.teacher_weight = None if teacher_weight is None else nn.Parameter(teacher_weight, requires_grad=False)
+        self.loss = loss
+        self.chunk_size = chunk_size
+        self.margin = loss.margin if margin is None else margin
+        self._logit_losses: Callable[..., Any] = torch.compile(_logit_losses) if compile_losses else _logit_losses
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        *,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        normalizers: Normalizers | None = None,
+        teacher_hidden: torch.Tensor | None = None,
+        teacher_cache: dict[str, torch.Tensor] | None = None,
+        senses: dict[str, torch.Tensor] | None = None,
+        token_weights: torch.Tensor | None = None,
+    ) -> Any:
+        """The loss to call backward on, and the sums of its terms; without labels the logits [B, T, V].
+
+        Args:
+            hidden: [B, T, D], the student's last hidden states.
+            labels: [B, T], the token after each position; read only where `loss_mask` is True.
+            loss_mask: [B, T] bool.
+            normalizers: what to multiply the sums with.
+            teacher_hidden: [B, T, D'], with a term that reads the teacher.
+            teacher_cache: instead of it, what :class:`dskd.losses.logits.CachedTeacher` holds, [B, T, …] each.
+            senses: what a batch brings for the sense loss in the form of `loss` (:mod:`dskd.losses.sense_distance`),
+                with positions into B·T.
+            token_weights: [B, T], how much each position counts in CE and KL; None: all of them 1.
+
+        Returns:
+            A scalar, and the detached sums [len(TERMS)] float32.
+        """
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        assert loss_mask is not None and normalizers is not None
+        flat = hidden.flatten(0, 1)
+        # A matrix product over the positions that count, and not one over padding.
+        valid = loss_mask.flatten().nonzero().squeeze(-1)
+        teacher_states = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[valid]
+        cache = None
+        if teacher_cache is not None:
+            cache = CachedTeacher(**{name: values.flatten(0, 1)[valid] for name, values in teacher_cache.items()})
+        if senses is not None and self.loss.sense_form == "distribution":
+            assert teacher_hidden is not None
+            senses = {**senses, "teacher_hidden": teacher_hidden.flatten(0, 1)}
+        with torch.no_grad():
+            terms, hidden_grad, weight_grad = self._terms_and_gradients(
+                flat,
+                valid,
+                labels.flatten()[valid],
+                normalizers,
+                teacher_states,
+                cache,
+                senses,
+                None if token_weights is None else token_weights.flatten()[valid],
+            )
+        loss = _GivenGradients.apply(terms[0], hidden_grad, weight_grad, flat, self.weight)
+        return loss, terms[1:].float()
+
+    def _terms_and_gradients(
+        self,
+        flat: torch.Tensor,
+        valid: torch.Tensor,
+        labels: torch.Tensor,
+        normalizers: Normalizers,
+        teacher_states: torch.Tensor | None,
+        cache: CachedTeacher | None,
+        senses: dict[str, torch.Tensor] | None,
+        token_weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The loss and its terms [1 + len(TERMS)]; its gradients by all states [N, D], and by the output matrix in
+        float32.
+        """
+        weights, states = self.loss, flat[valid]
+        coefficients = _Coefficients(
+            # As tensors: a compiled function would be compiled again for every new number.
+            ce=torch.tensor(weights.ce_weight * normalizers.tokens, dtype=torch.float64),
+            kl=torch.tensor(weights.kd_weight * weights.temperature**2 * normalizers.tokens, dtype=torch.float64),
+            temperature=weights.temperature,
+            divergence=weights.divergence,
+        )
+        # Frozen matrices of a frozen decoder still need gradients of the states, wherever anything is trained.
+        at_valid = torch.empty_like(states)
+        weight_grad = None
+        if self.weight.requires_grad:
+            weight_grad = torch.zeros_like(self.weight, dtype=_accumulator(self.weight))
+        terms = flat.new_zeros(1 + len(TERMS), dtype=_accumulator(flat))
+        for start in range(0, len(states), self.chunk_size):
+            part = slice(start, start + self.chunk_size)
+            logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
+            known = teacher if cache is None else CachedTeacher(*(values[part] for values in cache))
+            of_part = None if token_weights is None else token_weights[part]
+            sums, logits_grad = self._logit_losses(logits, labels[part], known, coefficients, of_part)
+            terms[:3] += sums
+            logits_grad = logits_grad.to(states.dtype)
+            at_valid[part] = logits_grad @ self.weight
+            if weight_grad is not None:
+                weight_grad += logits_grad.T @ states[part]
+        if weights.hidden_weight:
+            assert teacher_states is not None
+            scale = weights.hidden_weight * normalizers.tokens
+            terms[3], gradient = hidden_distance(states, teacher_states)
+            terms[0] += scale * terms[3]
+            at_valid += gradient.mul_(scale).to(at_valid.dtype)
+        hidden_grad = torch.zeros_like(flat).index_copy_(0, valid, at_valid)
+        if senses is not None and weights.sense_weight:
+            scale = weights.sense_weight * normalizers.senses
+            sums = self._sense_sums(flat, senses, hidden_grad, scale)
+            for name, value in sums.items():
+                terms[1 + TERMS.index(name)] = value
+            terms[0] += scale * sums["sense"]
+        return terms, hidden_grad, weight_grad
+
+    def _sense_sums(
+        self, flat: torch.Tensor, senses: dict[str, torch.Tensor], gradient: torch.Tensor, scale: float
+    ) -> dict[str, torch.Tensor]:
+        """{term: its sum} of the sense loss in the form that is asked for; its gradient is added to `gradient`."""
+        loss, given = self.loss, dict[str, Any](senses, gradient=gradient, scale=scale)
+        if loss.sense_form == "distribution":
+            total, entropy = sense_divergence(
+                flat, temperature=loss.sense_temperature, distance=loss.sense_distance, **given
+            )
+            return {"sense": total, "teacher_entropy": entropy}
+        given |= {"synonym_weight": loss.synonym_weight, "antonym_weight": loss.antonym_weight}
+        sums = sense_loss(flat, margin=self.margin, **given)
+        return {"sense": sums.total} | {name: value for name, value in sums._asdict().items() if name != "total"}
+
+    def _logits(
+        self, states: torch.Tensor, teacher_states: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [n, V] of the student, and of the teacher where a term reads them."""
+        if teacher_states is None or not self.loss.kd_weight:
+            return F.linear(states, self.weight), None
+        if self.teacher_weight is None:  # one product reads the matrix once for both
+            logits, teacher_logits = F.linear(torch.cat([states, teacher_states]), self.weight).chunk(2)
+            return logits, teacher_logits
+        return F.linear(states, self.weight), F.linear(teacher_states, self.teacher_weight)
+
+
+class _Coefficients(NamedTuple):
+    ce: torch.Tensor  # scalars
+    kl: torch.Tensor
+    temperature: float
+    divergence: str
+
+
+def _logit_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | CachedTeacher | None,
+    coefficients: _Coefficients,
+    token_weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted loss, CE sum, KL sum) [3] of a chunk, and the gradient of the first by the logits [n, V].
+
+    `teacher` has logits [n, V'] or a cached distribution. Where vocabularies are padded to different sizes, the
+    divergence is over the tokens that both have. `token_weights` [n] are in the loss and not in the sums of its terms.
+    """
+    ce, gradient = cross_entropy(logits, labels)
+    gradient.mul_(coefficients.ce)
+    kl = torch.zeros_like(ce)
+    settings = coefficients.temperature, coefficients.divergence
+    if isinstance(teacher, CachedTeacher):
+        kl, kl_gradient = cached_divergence(logits, teacher, *settings)
+        gradient.add_(kl_gradient.mul_(coefficients.kl))
+    elif teacher is not None:
+        shared = min(logits.shape[-1], teacher.shape[-1])
+        kl, kl_gradient = divergence(logits[:, :shared], teacher[:, :shared], *settings)
+        gradient[:, :shared].add_(kl_gradient.mul_(coefficients.kl))
+    values = coefficients.ce * ce + coefficients.kl * kl
+    if token_weights is not None:
+        values = values * token_weights
+        gradient.mul_(token_weights.unsqueeze(-1))
+    return torch.stack([values.sum(), ce.sum(), kl.sum()]), gradient
+
+
+class _GivenGradients(torch.autograd.Function):
+    """A loss whose gradients by the hidden states and by the output matrix are known already. They are given once.
+
+    They are scaled in float32: in bf16 a factor such as 1/3 would itself be rounded, and all gradients with it to one
+    side. The matrix's gradient is scaled in place, since a copy would be the largest tensor of the step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: torch.Tensor,
+        hidden_grad: torch.Tensor,
+        weight_grad: torch.Tensor | None,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        """`loss`, which depends on `hidden` and `weight`."""
+        ctx.gradients = hidden_grad, weight_grad, weight.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients, times that of the loss."""
+        hidden_grad, weight_grad, weight_dtype = ctx.gradients
+        del ctx.gradients
+        scale = output_grads[0].to(_accumulator(hidden_grad))
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(scale).to(weight_dtype)
+        if not ctx.needs_input_grad[3]:
+            return None, None, None, None, weight_grad
+        # With one dimension a scalar takes part in choosing the type of the product; with none it would be rounded.
+        return None, None, None, (hidden_grad * scale.view(1)).to(hidden_grad.dtype), weight_grad
+
+
+def _accumulator(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,116 @@
+"""The sense loss and its gradient, as pure functions, in two forms: distances to rows of the sense dictionary
+(:func:`sense_loss`, the paper's), and the divergence of two distributions over rows (:func:`sense_divergence`).
+
+Values are *sums* over positions, as in :mod:`dskd.losses`. Rows are gathered for a few positions at a time, in bounded
+memory; only where the rows of one position are more than that (thousands) are they the bound.
+
+Shapes: N positions, D hidden, R rows of the sense dictionary, K = kappa.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from dskd.losses.logits import at_least_float32
+
+
+class SenseSums(NamedTuple):
+    """Sums over the sampled positions of a micro-batch; scalars."""
+
+    total: torch.Tensor  # relation terms and own terms together: the numerator of L_sense
+    synonym: torch.Tensor  # of the mean distance to P_i, before synonym_weight
+    antonym: torch.Tensor  # of the mean hinge over N_i, before antonym_weight
+    own: torch.Tensor  # of the mean distance to O_i
+    active_hinges: torch.Tensor  # antonym rows within the margin
+    hinges: torch.Tensor  # antonym rows
+
+
+# Floats of gathered rows that exist at one time: 8 MB, 128 MB.
+_GATHERED = {"cpu": 2**21, "cuda": 2**25}
+
+
+def sense_loss(
+    hidden: torch.Tensor,
+    sense_rows: torch.Tensor,
+    *,
+    relation_positions: torch.Tensor,
+    synonym_index: torch.Tensor,
+    antonym_index: torch.Tensor,
+    own_positions: torch.Tensor,
+    own_index: torch.Tensor,
+    margin: float,
+    antonym_weight: float,
+    synonym_weight: float = 1.0,
+    gradient: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> SenseSums:
+    """The sense loss (docs/method.md, section 4) with D(h, s) = |h - s|² / D.
+
+    At a relation position i: synonym_weight · mean over P_i of D + antonym_weight · mean over N_i of
+    max(0, margin - D). At an own position i: mean over O_i of D. A mean over no rows is 0.
+
+    Args:
+        hidden: [N, D], the student's last hidden states.
+        sense_rows: [R, D], rows of the sense dictionary.
+        relation_positions: [n] different indices into `hidden`.
+        synonym_index: [n, K] indices into `sense_rows`, P_i, padded with -1.
+        antonym_index: [n, K], N_i, padded with -1.
+        own_positions: [m] different indices into `hidden`.
+        own_index: [m, K], O_i, padded with -1.
+        margin: m, in units of D.
+        antonym_weight: w_n.
+        synonym_weight: of the pull to P_i; 1 in the paper.
+        gradient: [N, D], to which `scale` times the gradient of the total by `hidden` is added in place.
+        scale: what for.
+    """
+    kappa = synonym_index.shape[-1]
+    sums = hidden.new_zeros(5, dtype=at_least_float32(hidden[:0]).dtype)
+    groups = (
+        (relation_positions, torch.cat([synonym_index, antonym_index], dim=-1), kappa),
+        (own_positions, own_index, own_index.shape[-1]),
+    )
+    for is_own, (positions, index, pulling) in enumerate(groups):
+        for part in _parts(len(positions), index.shape[-1] * hidden.shape[-1], hidden.device.type):
+            at, named = positions[part], index[part]
+            exists = named >= 0
+            states = at_least_float32(hidden[at])
+            rows = sense_rows[named.clamp(min=0)].to(states.dtype) if len(sense_rows) else None
+            if rows is None:
+                continue
+            distance = _distance(states, rows)
+            near, far = exists[:, :pulling], exists[:, pulling:]
+            pull = near / near.sum(-1, keepdim=True).clamp(min=1)
+            push = far / far.sum(-1, keepdim=True).clamp(min=1)
+            hinge = (margin - distance[:, pulling:]).clamp(min=0)
+            active = far & (hinge > 0)
+            attraction = (distance[:, :pulling] * pull).sum()
+            if is_own:
+                sums[2] += attraction
+            else:
+                sums += torch.stack(
+                    [attraction, (hinge * push).sum(), torch.zeros_like(attraction), active.sum(), far.sum()]
+                )
+            if gradient is not None:
+                # By h: Σ_k w_k · 2(h - s_k) / D, where w_k is the derivative by the distance of row k.
+                pulled = (1.0 if is_own else synonym_weight) * pull.to(states.dtype)
+                weights = torch.cat([pulled, -antonym_weight * (push * active).to(states.dtype)], dim=-1)
+                towards = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+                change = (states * weights.sum(-1, keepdim=True) - towards) * (2 * scale / hidden.shape[-1])
+                # Positions are different within a group, so nothing is lost and no atomic addition makes runs differ.
+                gradient[at] = (gradient[at] + change).to(gradient.dtype)
+    synonym, antonym, own, active_hinges, hinges = sums
+    total = synonym_weight * synonym + antonym_weight * antonym + own
+    return SenseSums(total, synonym, antonym, own, active_hinges, hinges)
+
+
+def _distance(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """D(h, s) [n, K] of states [n, D] to rows [n, K, D]."""
+    # |h - s|² = |h|² - 2 h·s + |s|²: one batched product, and no [n, K, D] difference.
+    products = torch.bmm(rows, states.unsqueeze(-1)).squeeze(-1)
+    squares = rows.square().sum(-1) - 2 * products + states.square().sum(-1, keepdim=True)
+    return squares.clamp(min=0) / states.shape[-1]
+
+
+def _parts(count: int, row_size: int, device: str) -> list[slice]:
+    size = max(1, _GATHERED[device] // max(row_size, 1))
+    return [slice(start, start + size) for start in range(0, count, size)]

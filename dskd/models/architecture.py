@@ -1,0 +1,85 @@
+"""Checks of a teacher's architecture before anything is built from it, by its config.json alone.
+
+The model is built without memory for its parameters. What only its weights can show is found out when it is first
+loaded (:mod:`dskd.models.probes`).
+"""
+
+from typing import Any
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.models.causal_lm import empty_model
+from dskd.models.folder import ModelFolder
+from dskd.models.probes import accepts, check_head
+from dskd.models.stored_names import base_model
+from dskd.models.weights import LAYER_NAME
+
+# Tried on two ranks with different tokens, under ZeRO-3 with all experts gathered as one.
+_UNGATHERABLE = ("dbrx",)
+
+
+def check_architecture(folder: ModelFolder, config: Config) -> Any:
+    """Refuses a teacher that cannot be distilled here.
+
+    Args:
+        folder: the teacher; only its config.json is read.
+        config: the experiment.
+
+    Returns:
+        The model, on the meta device.
+
+    Raises:
+        UserError: with the reason.
+    """
+    model = empty_model(folder)
+    where = f"{folder.path}: {type(model).__name__}"
+    check_head(model, folder)
+    base, count = base_model(model), model.config.num_hidden_layers
+    numbers = {int(layer.group(1)) for name, _ in model.named_parameters() if (layer := LAYER_NAME.search(name))}
+    if numbers != set(range(count)):
+        raise UserError(
+            f"{where}: config.json names {count} layers, but their parameters are not called layers.N, h.N or "
+            "blocks.N; a student cannot be cut from such a model"
+        )
+    if missing := [name for name in ("input_ids", "inputs_embeds", "use_cache") if not accepts(base, name)]:
+        raise UserError(f"{where} cannot be run here: its forward does not take {', '.join(missing)}")
+    if noise := getattr(model.config, "router_jitter_noise", None):
+        raise UserError(
+            f"{where} is a mixture of experts that chooses them by chance in training (router_jitter_noise: {noise}), "
+            "so a run would not be a function of its seed; such a model is not supported"
+        )
+    if model.config.model_type in _UNGATHERABLE:
+        raise UserError(
+            f"{where} is a mixture of experts whose weights are read outside of the module that holds them: ranks with "
+            "different tokens cannot gather them; such a model is not supported"
+        )
+    _check_sequences(model.config, config, where, takes_positions=accepts(base, "position_ids"))
+    return model
+
+
+def _check_sequences(model_config: Any, config: Config, where: str, *, takes_positions: bool) -> None:
+    """Refuses packed documents where a document's states depend on what else is computed with it."""
+    if config.corpus.packing == "documents" and not takes_positions:
+        raise UserError(
+            f"{where} does not keep documents apart that stand in one sequence: it takes no positions. Set "
+            "corpus.packing to stream, where they may see each other, or to none, where each has a sequence of its own"
+        )
+    length = config.corpus.sequence_length
+    chunk = getattr(model_config, "attention_chunk_size", None)
+    if config.corpus.packing == "documents" and chunk and length > chunk:
+        raise UserError(
+            f"{where} attends in chunks of {chunk} positions (attention_chunk_size), which packed documents would meet "
+            f"in other places than alone; set corpus.sequence_length, now {length}, to at most {chunk}, or "
+            "corpus.packing to stream or none"
+        )
+    scaling = getattr(model_config, "rope_scaling", None) or {}
+    original = getattr(model_config, "original_max_position_embeddings", None) or scaling.get(
+        "original_max_position_embeddings"
+    )
+    is_longrope = scaling.get("rope_type", scaling.get("type")) == "longrope"
+    if config.corpus.packing != "stream" and is_longrope and original and length > original:
+        raise UserError(
+            f"{where} has one set of rotary factors for batches of up to {original} positions and another for longer "
+            "ones (longrope), so its states would depend on which sequences share a batch; set corpus.sequence_length, "
+            f"now {length}, to at most {original}, or corpus.packing to stream"
+        )

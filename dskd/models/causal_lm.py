@@ -1,0 +1,219 @@
+"""Causal language models of transformers from a folder's safetensors: sharded by ZeRO-3, or whole.
+
+All are built the same way at every size: the architecture is constructed with empty parameters, which are then read
+from the safetensors one tensor at a time. Under ZeRO-3 each rank keeps its share of a tensor before the next is read:
+no rank holds a whole model at any moment.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dskd.distributed.world import World
+from dskd.errors import UserError
+from dskd.models.cut_config import compare_layers, cut_config
+from dskd.models.folder import ModelFolder
+from dskd.models.probes import check_head
+from dskd.models.stored_names import StoredNames, check_stored_tensors, parameter_names, persistent_buffers
+from dskd.models.weights import LAYER_NAME, TensorReader
+
+
+def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed's settings that teacher and student have in common."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # By default gradients of micro-batches are added up in bf16, of which many together keep little.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": 3,
+            # Norms and biases stay gathered, everything larger is sharded: the rule transformers uses for "auto".
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+            "overlap_comm": world.device.type == "cuda",
+        },
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_sharded(
+    folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype, world: World, *, first_layer: int = 0
+) -> Any:
+    """A causal LM whose parameters are sharded from birth, with the folder's weights.
+
+    Rank 0 reads each tensor, and every rank keeps its share. With `first_layer` the model has no lower layers, and its
+    input embeddings stay on the meta device.
+    """
+    import deepspeed  # here: commands that load no model do not wait for it
+
+    swapper = None
+
+    def shard(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
+        nonlocal swapper
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        if tensor is not None:
+            value.copy_(tensor)
+        holder = nn.ParameterList([nn.Parameter(value, requires_grad=value.is_floating_point())])
+        # It sends rank 0's values to the others, and leaves each with its share, where `settings` says.
+        init = deepspeed.zero.Init(module=holder, config_dict_or_path=settings, param_swapper=swapper)
+        swapper = init.param_swapper
+        return holder[0]
+
+    causal_lm = empty_model(folder, dtype, first_layer=first_layer)
+    _fill(causal_lm, folder, world, shard, first_layer=first_layer, reads=world.is_main)
+    mark_experts(causal_lm)
+    check_head(causal_lm, folder)
+    return causal_lm
+
+
+def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World) -> Any:
+    """A causal LM of transformers, all of it on this rank's device."""
+
+    def place(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
+        assert tensor is not None, "every rank reads"
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        return nn.Parameter(value.copy_(tensor), requires_grad=value.is_floating_point())
+
+    causal_lm = empty_model(folder, dtype)
+    _fill(causal_lm, folder, world, place)
+    check_head(causal_lm.eval(), folder)
+    return causal_lm
+
+
+def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_layer: int = 0) -> Any:
+    """The architecture, of the layers from `first_layer` on; its parameters have shapes and no memory.
+
+    Buffers have the values that transformers gives them when it loads a model: built under `zero.Init` they would be
+    computed in the parameters' type, in which a table of rotations is useless at late positions.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.accelerate import init_empty_weights
+
+    model_config = config_without_dropout(folder)
+    if first_layer:
+        layers = list(range(first_layer, model_config.num_hidden_layers))
+        model_config = type(model_config).from_dict(cut_config(model_config.to_dict(), layers))
+    try:
+        with init_empty_weights(), _no_init_weights():
+            causal_lm = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, trust_remote_code=folder.trust_remote_code
+            )
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
+    causal_lm.tie_weights()  # part of the initialisation that was skipped
+    if dtype == torch.bfloat16:
+        _keep_in_fp32(causal_lm)
+    return causal_lm
+
+
+def _keep_in_fp32(causal_lm: Any) -> None:
+    """Makes those parameters float32 again that transformers loads as such whatever the type of the rest."""
+    kept = getattr(causal_lm, "_keep_in_fp32_modules_strict", None)
+    if not kept:
+        return
+    pattern = re.compile("|".join(rf"((^|\.){name}($|\.))" for name in kept))
+    for name, parameter in list(causal_lm.named_parameters()):
+        if pattern.search(name):
+            owner, _, attribute = name.rpartition(".")
+            setattr(causal_lm.get_submodule(owner), attribute, nn.Parameter(parameter.float()))
+
+
+def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
+    """False if the layers from `first_layer` on are built in another way when they are the lowest ones."""
+    upper = list(range(first_layer, folder.load_config().num_hidden_layers))
+    return not compare_layers(empty_model(folder), empty_model(folder, first_layer=first_layer), upper)
+
+
+def mark_experts(model: nn.Module) -> None:
+    """Has ZeRO-3 gather a mixture of experts as one module.
+
+    Ranks choose experts by their own tokens: gathered one by one, a rank would wait for the share of an expert that
+    another rank does not run, or be handed that of another expert.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for name, module in model.named_modules():
+        has_experts = hasattr(module, "experts") or any(isinstance(m, nn.ModuleList) for m in module.children())
+        if LAYER_NAME.search(f"{name}.") and has_experts:
+            set_z3_leaf_module(module, True)
+
+
+def _fill(
+    causal_lm: Any,
+    folder: ModelFolder,
+    world: World,
+    make: Callable[[nn.Parameter, torch.Tensor | None], nn.Parameter],
+    *,
+    first_layer: int = 0,
+    reads: bool = True,
+) -> None:
+    """Gives an empty model the folder's weights, one tensor at a time, and moves its buffers to the device.
+
+    Args:
+        causal_lm: the model.
+        folder: the weights.
+        world: the ranks.
+        make: the parameter to take the place of an empty one, from it and the tensor that was read.
+        first_layer: the stored layer that the model's first one is; above 0 the input embeddings stay empty, unless
+            they are the output matrix too.
+        reads: False on a rank that reads no parameters, for which `make` gets None.
+
+    Raises:
+        UserError: with every tensor that does not fit.
+    """
+    reader = TensorReader(folder.path)
+    embeddings = causal_lm.get_input_embeddings().weight
+    tied = embeddings is causal_lm.get_output_embeddings().weight
+    leave_out = embeddings if first_layer and not tied else None
+    check_stored_tensors(causal_lm, reader, folder, first_layer=first_layer, leave_out=leave_out)
+    names = StoredNames(causal_lm, reader, first_layer=first_layer)
+    for parameter, aliases in parameter_names(causal_lm):
+        if parameter is leave_out:
+            continue
+        stored = names.find_any(aliases)
+        assert stored is not None, "checked before"
+        filled = make(parameter, reader.read(stored) if reads else None)
+        for alias in aliases:
+            owner, _, attribute = alias.rpartition(".")
+            setattr(causal_lm.get_submodule(owner), attribute, filled)
+    for name, buffer in persistent_buffers(causal_lm).items():
+        stored = names.find(name)
+        assert stored is not None, "checked before"
+        buffer.copy_(reader.read(stored))
+    _move_buffers(causal_lm, world.device)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Moves buffers, and tensors that are plain attributes, as copies that some architectures keep of their buffers."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                setattr(module, name, value.to(device))
+
+
+def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
+    """Elements of ZeRO-3 parameters that this rank holds."""
+    return sum(parameter.ds_tensor.numel() for parameter in parameters)  # type: ignore[attr-defined]
+
+
+def config_without_dropout(folder: ModelFolder) -> Any:
+    """The folder's `PretrainedConfig` with every dropout at 0: a run is a function of its config, seed and data."""
+    model_config = folder.load_config()
+    for name, value in model_config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(model_config, name, 0.0)
+    return model_config
+
+
+def _no_init_weights() -> Any:
+    """The random initialisation would be overwritten, and indexes parameters of which a rank holds only a share."""
+    try:
+        from transformers.initialization import no_init_weights  # transformers 5
+    except ImportError:
+        from transformers.modeling_utils import no_init_weights
+    return no_init_weights()

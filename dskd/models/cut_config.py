@@ -1,0 +1,214 @@
+"""A teacher's `config.json` for some of its layers, each still of the kind it has in the teacher.
+
+Many architectures have layers of several kinds: with a sliding window or without, with rotary positions or without,
+dense or with experts. Some config.json name each layer's kind in a list. Others give a rule, such as "every fourth
+layer", which would give a student with other layers than the first ones other kinds. Lists are cut; rules become the
+lists that transformers makes of them, or, where the architecture knows no list, a rule with the same result.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from dskd.errors import UserError, listed
+from dskd.models.weights import LAYER_NAME
+
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# Lists of layer numbers.
+_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
+# Layers below this number are of one kind, the others of another.
+_THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
+# Rules, and the list that takes the place of each.
+_RULES = {
+    "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "full_attn_idxs": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "interleave_moe_layer_step": "moe_layers",
+}
+_NOT_OF_A_KIND = ("training", *_RULES)
+# Lists with an item a layer have "layer" in their names, or are sizes that other models give once for all layers.
+_SIZE_PREFIXES, _SIZE_SUFFIXES = ("num_",), ("_size", "_topk", "_top_k", "_heads", "_multipliers")
+
+Rule = Callable[[Mapping[str, Any], int], bool]
+
+
+def cut_config(
+    values: Mapping[str, Any], layers: Sequence[int], full: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The config.json of a student.
+
+    Args:
+        values: the teacher's.
+        layers: the teacher's layers that are kept, ascending.
+        full: the teacher's as transformers completes it (`PretrainedConfig.to_dict`), with the lists that it makes of
+            rules. Without it there must be no rules.
+
+    Raises:
+        UserError: when the architecture has no way to express the kept layers' kinds.
+    """
+    full = values if full is None else full
+    count_keys = [key for key in _COUNTS if isinstance(full.get(key), int)]
+    count = full[count_keys[0]]
+    new_number = {old: new for new, old in enumerate(layers)}
+    result = dict(values)
+    for key in count_keys:
+        if full[key] == count:
+            result[key] = len(layers)
+    for key, value in full.items():
+        if key in _INDEX_LISTS and isinstance(value, list):
+            result[key] = [new_number[layer] for layer in value if layer in new_number]
+        elif is_per_layer(key, value, count):
+            result[key] = [value[layer] for layer in layers]
+        elif key in _THRESHOLDS and isinstance(value, int):
+            result[key] = sum(layer < value for layer in layers)
+    for rule, replacement in _RULES.items():
+        if isinstance(full.get(replacement), list):
+            result.pop(rule, None)
+    _replace_rules(result, full, layers)
+    return result
+
+
+def is_per_layer(key: str, value: Any, count: int) -> bool:
+    """True for a list with an item for each of `count` layers."""
+    named = "layer" in key or key.startswith(_SIZE_PREFIXES) or key.endswith(_SIZE_SUFFIXES)
+    return isinstance(value, list) and len(value) == count and named and key not in _INDEX_LISTS
+
+
+def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequence[int]) -> None:
+    """Rules that no list of the architecture can replace."""
+    numbers = range(len(layers))
+    if _has(full, "decoder_sparse_step"):  # Qwen: every so manieth layer has experts, but for those of a list
+        dense = [new for new, old in enumerate(layers) if not _is_sparse_in_qwen(full, old)]
+        result |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if isinstance(full.get("attention_types"), list) and "attention_layers" in full:  # GPT-Neo
+        result["attention_types"] = [[[full["attention_layers"][layer] for layer in layers], 1]]
+    if _has(full, "moe_layer_interval"):  # ERNIE
+        wanted = [_is_sparse_in_ernie(full, layer) for layer in layers]
+        chosen = [number for number in numbers if wanted[number]]
+        start, end = (chosen[0], chosen[-1]) if chosen else (len(layers), len(layers))
+        _choose(
+            result,
+            (
+                {"moe_layer_interval": n, "moe_layer_start_index": start, "moe_layer_end_index": end}
+                for n in _counts(layers)
+            ),
+            _is_sparse_in_ernie,
+            wanted,
+        )
+    for kind in ("attn", "expert"):  # Jamba
+        period, offset = f"{kind}_layer_period", f"{kind}_layer_offset"
+        if _has(full, period):
+
+            def is_chosen(values: Mapping[str, Any], layer: int, period: str = period, offset: str = offset) -> bool:
+                return layer % values[period] == values[offset]
+
+            candidates = ({period: n, offset: first} for n in _counts(layers) for first in range(n))
+            _choose(result, candidates, is_chosen, [is_chosen(full, layer) for layer in layers])
+
+
+def _has(values: Mapping[str, Any], key: str) -> bool:
+    return isinstance(values.get(key), int)
+
+
+def _counts(layers: Sequence[int]) -> range:
+    return range(1, len(layers) + 2)
+
+
+def _is_sparse_in_qwen(values: Mapping[str, Any], layer: int) -> bool:
+    return layer not in (values.get("mlp_only_layers") or ()) and (layer + 1) % values["decoder_sparse_step"] == 0
+
+
+def _is_sparse_in_ernie(values: Mapping[str, Any], layer: int) -> bool:
+    start, end = values["moe_layer_start_index"], values["moe_layer_end_index"]
+    return (layer + 1) % values["moe_layer_interval"] == 0 and start <= layer <= end
+
+
+def _choose(result: dict[str, Any], candidates: Iterable[dict[str, int]], rule: Rule, wanted: list[bool]) -> None:
+    """Takes the first values with which a rule gives the layers their kinds."""
+    for candidate in candidates:
+        if [rule(candidate, layer) for layer in range(len(wanted))] == wanted:
+            result.update(candidate)
+            return
+    raise UserError(
+        f"student.layers: these layers cannot be a model of their own: config.json gives the kinds of layers by a rule "
+        f"({', '.join(candidate)}), and no such rule gives the kept ones theirs; keep others, for example the lowest "
+        "ones (student.spacing: first)"
+    )
+
+
+def check_kinds(teacher: nn.Module, student: Any, layers: Sequence[int]) -> None:
+    """Refuses a student whose layers are other ones than the teacher's.
+
+    Args:
+        teacher: the teacher, which may be on the meta device.
+        student: the model of the cut config.json, likewise.
+        layers: the teacher's layers that the student consists of.
+
+    Raises:
+        UserError: with all differences.
+    """
+    differences = compare_layers(teacher, student, layers)
+    if _reads_layer_numbers(student.config) and list(layers) != list(range(len(layers))):
+        differences.append("config.json scales attention by a layer's number (scale_attn_by_inverse_layer_idx)")
+    if differences:
+        raise UserError(
+            listed(
+                f"student.layers: {type(student).__name__} with the teacher's layers {', '.join(map(str, layers))} "
+                "would compute something else than these layers do in the teacher; keep others, for example the lowest "
+                "ones (student.spacing: first)",
+                differences[:10],
+            )
+        )
+
+
+def compare_layers(whole: nn.Module, part: nn.Module, layers: Sequence[int]) -> list[str]:
+    """Differences between layers of two models in their modules, settings and shapes: none when they compute the same.
+
+    Args:
+        whole: a model.
+        part: another one, whose layer i should be `layers[i]` of the first.
+        layers: numbers of layers of the first.
+    """
+    theirs, ours = _layers_of(whole), _layers_of(part)
+    if len(ours) != len(layers):
+        return [f"it has {len(ours)} layers, {len(layers)} were kept"]
+    differences = []
+    for new, old in enumerate(layers):
+        expected, found = _kind(theirs[old], old), _kind(ours[new], new)
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                differences.append(
+                    f"layer {new}, the teacher's {old}: {name} is {found.get(name)}, there {expected.get(name)}"
+                )
+    return differences
+
+
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers, by the names of their parameters."""
+    found: dict[int, nn.Module] = {}
+    for name, _ in model.named_parameters():
+        if layer := LAYER_NAME.search(name):
+            found.setdefault(int(layer.group(1)), model.get_submodule(name[: layer.end() - 1]))
+    return [found[number] for number in sorted(found)]
+
+
+def _kind(layer: nn.Module, number: int) -> dict[str, Any]:
+    """{name of a setting or tensor in a layer: its value or shape}, without the layer's own number."""
+    kind: dict[str, Any] = {}
+    for path, module in layer.named_modules():
+        prefix = f"{path}." if path else ""
+        kind[f"{prefix}class"] = type(module).__name__
+        for name, value in vars(module).items():
+            is_number = ("layer" in name or "idx" in name) and type(value) is int and value in (number, number + 1)
+            if isinstance(value, bool | int | float | str | None) and name not in _NOT_OF_A_KIND and not is_number:
+                kind[prefix + name] = value
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            kind[prefix + name] = list(getattr(tensor, "ds_shape", tensor.shape))
+    return kind
+
+
+def _reads_layer_numbers(model_config: Any) -> bool:
+    return bool(getattr(model_config, "scale_attn_by_inverse_layer_idx", False))

@@ -1,0 +1,151 @@
+"""The student is a file operation: some of the teacher's layers, cut from its safetensors tensor by tensor.
+
+Embeddings, final norm and head are copied. No more than one tensor is in memory, so cutting a student from a teacher of
+any size takes as long as copying the files. The result is loaded as anybody would load it, a large one without weights.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.manifest import Recipe, read_manifest, write_json
+from dskd.config import Config, StudentConfig
+from dskd.console import say, stage
+from dskd.errors import UserError, listed
+from dskd.models.architecture import check_architecture
+from dskd.models.causal_lm import empty_model
+from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.folder import ModelFolder, find_teacher, load_tokenizer, tokenizer_digest
+from dskd.models.stored_names import check_stored_tensors
+from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
+
+FOLDER = "student"
+MADE_BY = "dskd student --config FILE"
+_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json")
+_LOADED_ELEMENTS = 2**30  # a student of up to so many parameters is loaded to try it
+
+
+def recipe(config: Config, teacher: ModelFolder) -> Recipe:
+    """What decides the cut student; which layers are trained is not part of it."""
+    settings = {key: config.student.as_dict()[key] for key in ("layers", "spacing")}
+    return Recipe("student", {}, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
+
+
+def build_student(config: Config) -> None:
+    """Cuts the student and writes `WORKDIR/student`.
+
+    Raises:
+        UserError: when the teacher is refused, or no student can be made of these layers.
+    """
+    teacher = find_teacher(config)
+    target = config.path(FOLDER)
+    with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
+        values, full = teacher.config_values(), teacher.load_config()
+        layers = choose_layers(config.student, full.num_hidden_layers)
+        whole = check_architecture(teacher, config)
+        with build_artifact(target, recipe(config, teacher)) as building:
+            write_json(building.folder / "config.json", cut_config(values, layers, full.to_dict()))
+            copy_other_files(teacher, building.folder)
+            student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
+            check_kinds(whole, empty_model(student), layers)
+            size = cut(teacher.path, layers, building.folder)
+            check_student(student)
+            building.facts.update(layers=layers, size_bytes=size)
+        say(f"  the teacher's layers {', '.join(map(str, layers))}; {size / 1e6:,.1f} MB")
+
+
+def find_student(config: Config) -> ModelFolder:
+    """The cut student of a work directory.
+
+    Raises:
+        UserError: when it is missing, or damaged.
+    """
+    folder = config.path(FOLDER)
+    manifest = read_manifest(folder, "student", made_by=MADE_BY)
+    trusted = config.teacher.trust_remote_code
+    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
+    return ModelFolder(folder, manifest.digest, digest, trusted)
+
+
+def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
+    """Which of the teacher's layers the student keeps, ascending.
+
+    Raises:
+        UserError: when the teacher has no such layers.
+    """
+    wanted = student.layers
+    if isinstance(wanted, tuple):
+        missing = [layer for layer in wanted if layer >= num_layers]
+        if missing:
+            raise UserError(f"student.layers: the teacher has layers 0 to {num_layers - 1}, so there is no {missing}")
+        return list(wanted)
+    if not 1 <= wanted <= num_layers:
+        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {wanted}")
+    if student.spacing == "first":
+        return list(range(wanted))
+    # First and last layer always, the others evenly between them.
+    return [0] if wanted == 1 else [round(i * (num_layers - 1) / (wanted - 1)) for i in range(wanted)]
+
+
+def copy_other_files(teacher: ModelFolder, target: Path) -> None:
+    """Copies the tokenizer, the generation config and, where that may be run, the model's own code.
+
+    An adapter beside merged weights is not copied: whoever loads the student would look for the adapter's base model.
+    """
+    for pattern in (*_COPIED, *(["*.py"] if teacher.trust_remote_code else [])):
+        for file in teacher.path.glob(pattern):
+            if file.name not in _NOT_COPIED:
+                shutil.copyfile(file, target / file.name)
+
+
+def check_student(student: ModelFolder) -> None:
+    """Accounts for every tensor of a cut student, and loads it as anybody would, if it is not large.
+
+    Raises:
+        UserError: with all that does not fit.
+    """
+    reader = TensorReader(student.path)
+    check_stored_tensors(empty_model(student), reader, student)
+    if sum(math.prod(reader.shape(name)) for name in reader.names) > _LOADED_ELEMENTS:
+        return
+    if problems := _load_as_anybody(student):
+        raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))
+
+
+def _load_as_anybody(student: ModelFolder) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        _, found = AutoModelForCausalLM.from_pretrained(
+            student.path,
+            dtype="auto",
+            trust_remote_code=student.trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError) as error:
+        return [f"transformers: {error}"]
+    return [
+        *(f"there is no tensor {name}" for name in sorted(found["missing_keys"])),
+        *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in found["mismatched_keys"]),
+    ]
+
+
+def cut(teacher: Path, layers: list[int], target: Path) -> int:
+    """Writes the teacher's weights with only `layers`, renumbered from 0, into `target`.
+
+    Returns:
+        Bytes of weights.
+    """
+    reader = TensorReader(teacher)
+    new_number = {old: new for new, old in enumerate(layers)}
+    kept = {}
+    for name in reader.names:
+        layer = LAYER_NAME.search(name)
+        if layer is None:
+            kept[name] = name
+        elif int(layer.group(1)) in new_number:
+            kept[name] = renumber_layer(name, new_number[int(layer.group(1))])
+    return write_weights(target, reader, kept)

@@ -1,0 +1,243 @@
+"""Hugging Face model folders on disk: found, checked, identified, and read tensor by tensor.
+
+Nothing here builds a model. A folder is the exchange format between stages: the teacher, the cut student and every
+export are such folders, and all of them load with `AutoModelForCausalLM` and nothing of this package.
+"""
+
+import functools
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dskd.artifacts.hashing import digest_of_json, sha256_of_file
+from dskd.artifacts.manifest import read_manifest, write_json
+from dskd.config import Config, TeacherConfig
+from dskd.errors import UserError, listed
+from dskd.models.limits import check_limits
+from dskd.models.model_config import read_model_config
+from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, _tensor_files
+
+TEACHER_FOLDER = "teacher"
+_LFS_POINTER = b"version https://git-lfs"
+TEACHER_MADE_BY = "python launcher/pipeline.py --config FILE"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A Hugging Face folder with safetensors weights, and the digests that identify it."""
+
+    path: Path
+    digest: str
+    tokenizer_digest: str
+    trust_remote_code: bool = False
+
+    def config_values(self) -> dict[str, Any]:
+        """Its config.json, as :func:`dskd.models.model_config.read_model_config` translates it."""
+        return read_model_config(self.path, trust_remote_code=self.trust_remote_code)
+
+    def load_config(self) -> Any:
+        """The model's `PretrainedConfig`.
+
+        Raises:
+            UserError: when the installed transformers cannot read it.
+        """
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        values = self.config_values()
+        try:
+            if "auto_map" in values and self.trust_remote_code:
+                return AutoConfig.from_pretrained(self.path, trust_remote_code=True)
+            return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            raise UserError(f"{self.path / 'config.json'}: transformers cannot read it ({error})") from None
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+
+
+def find_teacher(config: Config) -> ModelFolder:
+    """The teacher's folder: made by the pipeline, named by a path, or fetched from the hub.
+
+    Raises:
+        UserError: when it is missing, or is no model folder with safetensors weights.
+    """
+    teacher = config.teacher
+    if teacher.path is None:
+        folder = config.path(TEACHER_FOLDER)
+        manifest = read_manifest(folder, "teacher", made_by=TEACHER_MADE_BY)
+        return ModelFolder(folder, manifest.digest, tokenizer_digest(load_tokenizer(folder)))
+    folder = _local_or_hub(teacher)
+    check_model_folder(folder, named_by="teacher.path", trust_remote_code=teacher.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
+    digest = _digest_of_model(folder, cache=config.path(".teacher_digests.json"))
+    found = ModelFolder(folder, digest, tokenizer_digest(tokenizer), teacher.trust_remote_code)
+    check_limits(config, folder, found.load_config(), tokenizer)
+    return found
+
+
+def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:
+    """Refuses a folder that lacks what a model needs, or holds a model that cannot be read.
+
+    Raises:
+        UserError: with everything that is missing, or with what the model is.
+    """
+    problems = []
+    if not (folder / "config.json").is_file():
+        problems.append("there is no config.json")
+    if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX).is_file():
+        others = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
+        hint = f" (there is {others[0]}: convert it, dskd does not read pickles)" if others else ""
+        if (folder / "adapter_config.json").is_file():
+            hint = (
+                " (there is adapter_config.json: this is a LoRA adapter; merge it into its base model, and save that)"
+            )
+        problems.append(f"there are no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}{hint}")
+    tokenizer_files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in tokenizer_files):
+        problems.append("there is no tokenizer: neither tokenizer.json nor tokenizer.model nor vocab.json")
+    weights = sorted(file.name for file in folder.glob("model*.safetensors*"))
+    problems += [
+        f"{name} is a git-lfs pointer and not the file itself; fetch it with `git lfs pull`"
+        for name in ("config.json", *tokenizer_files, *weights)
+        if _is_lfs_pointer(folder / name)
+    ]
+    if problems:
+        raise UserError(listed(f"{named_by}: {folder} is not a Hugging Face model folder", problems))
+    read_model_config(folder, named_by=named_by, trust_remote_code=trust_remote_code)
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        UserError: when transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    with _without_false_alarm():
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+            needs = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+            missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+            remedy = "; its tokenizer.model needs two packages: pip install sentencepiece protobuf" * (
+                needs and bool(missing)
+            )
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason}){remedy}") from None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
+
+
+@contextmanager
+def _without_false_alarm() -> Iterator[None]:
+    """Leaves out one warning of transformers 4.57, which takes any local folder without `transformers_version` in its
+    config.json, and any of a version up to 4.57.2, for a Mistral tokenizer with a wrong regular expression. Nothing
+    would be mended by the option it names: a tokenizer is used as the teacher was trained with it.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "fix_mistral_regex" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Identity of a tokenizer by what it does: equal for copies of it in different folders."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return digest_of_json([type(tokenizer).__name__, vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id])
+
+
+@functools.cache  # one question to the hub a process
+def _local_or_hub(teacher: TeacherConfig) -> Path:
+    assert teacher.path is not None
+    folder = Path(teacher.path).expanduser()
+    if folder.is_dir():
+        if teacher.revision is not None:
+            raise UserError(
+                f"teacher.revision: {teacher.revision!r} is of a model of the hub, and teacher.path is the folder "
+                f"{folder}; leave it out, or name the model as ORGANISATION/NAME"
+            )
+        return folder
+    if folder.is_absolute() or teacher.path.startswith((".", "~")) or teacher.path.count("/") != 1:
+        raise UserError(
+            f"teacher.path: there is no folder {folder}; name a Hugging Face model folder, or a model of the hub as "
+            "ORGANISATION/NAME"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * teacher.trust_remote_code
+    try:
+        # Some models have their weights once more in another format, which would be fetched for nothing.
+        return Path(
+            snapshot_download(
+                teacher.path,
+                revision=teacher.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["consolidated*", "original/*"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"teacher.path: {teacher.path!r} is no folder here, and cannot be fetched from the hub ({reason})"
+        ) from None
+
+
+def _digest_of_model(folder: Path, cache: Path) -> str:
+    """Digest over config and weights. Hashes of large files are remembered by path, size and time of change: a path may
+    be another file on each node.
+    """
+    names = sorted({"config.json", *_tensor_files(folder).values()})
+    known: dict[str, Any] = {}
+    if cache.is_file():
+        with _ignoring_damage():
+            known = json.loads(cache.read_text(encoding="utf-8"))
+    digests, new = {}, {}
+    for name in names:
+        path = (folder / name).resolve()
+        if not path.is_file():
+            raise UserError(f"{folder / name}: {WEIGHTS_INDEX} names this file, but it is missing; fetch it again")
+        status = path.stat()
+        key = f"{path} {status.st_size} {status.st_mtime_ns}"
+        digests[name] = known.get(key) or sha256_of_file(path)
+        if key not in known:
+            new[key] = digests[name]
+    if new and cache.parent.is_dir():
+        with _ignoring_damage():
+            write_json(cache, known | new)
+    return digest_of_json(digests)
+
+
+@contextmanager
+def _ignoring_damage() -> Iterator[None]:
+    """The cache of hashes only saves time: one that cannot be read or written costs nothing but that."""
+    try:
+        yield
+    except (OSError, ValueError):
+        return

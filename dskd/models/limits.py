@@ -1,0 +1,85 @@
+"""Limits between text and model: how many positions a model has, and which tokens.
+
+Without these checks they are met in a forward pass, as an IndexError on the CPU and as a fault of the device on a GPU.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from dskd.config import Config
+from dskd.errors import UserError, listed
+from dskd.models.tokenizing import text_end
+
+# Kinds of RoPE scaling whose config.json names the positions before scaling.
+_SCALED = ("linear", "dynamic", "yarn")
+
+
+def position_limit(model_config: Any) -> int | None:
+    """Returns how many positions a model has, or was trained for; None where nothing in its config limits them.
+
+    Models with learned positions have no others. Those with rotary ones compute any, but were not trained on more.
+    """
+    text = model_config.get_text_config()
+    if getattr(text, "alibi", False) or _of_attention(text, "alibi") or text.model_type == "bloom":
+        return None
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    scaling = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in _SCALED and isinstance(factor := scaling.get("factor"), (int, float)):
+        return max(limit, int((scaling.get("original_max_position_embeddings") or limit) * factor))
+    return limit
+
+
+def vocabulary_size(model_config: Any) -> int | None:
+    """Returns the number of tokens that a model has; None where its config does not say."""
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def check_limits(config: Config, folder: Path, model_config: Any, tokenizer: Any) -> None:
+    """Refuses sequences that are longer than the model's positions, and tokens at the ends of texts that it lacks.
+
+    Raises:
+        UserError: with both numbers of everything that does not fit.
+    """
+    problems = []
+    limit = position_limit(model_config)
+    length = config.corpus.sequence_length
+    if limit is not None and length > limit:
+        problems.append(
+            f"corpus.sequence_length: {length} is more than the {limit} positions that the model was made for "
+            f"(max_position_embeddings of its config.json); set it to {limit} at most"
+        )
+    size = vocabulary_size(model_config)
+    inserted = [text_end(tokenizer), *tokenizer("", verbose=False)["input_ids"]]
+    for token in dict.fromkeys(inserted):
+        if size is None or token is None or token < size:
+            continue
+        problems.append(
+            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(token)!r} at the ends of texts, whose id is {token}, "
+            f"but the model has {size} tokens (vocab_size of its config.json), 0 to {size - 1}; use the tokenizer that "
+            "belongs to it, or give it more embeddings (model.resize_token_embeddings(len(tokenizer))) and save both"
+        )
+    if problems:
+        raise UserError(listed(f"text and model do not fit together ({folder})", problems))
+
+
+def check_new_tokens(key: str, new_tokens: int, folder: Path, model_config: Any) -> None:
+    """Refuses answers that leave no position for a question.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    limit = position_limit(model_config)
+    if limit is not None and new_tokens >= limit:
+        raise UserError(
+            f"{key}: {new_tokens} leaves no room for a prompt in the {limit} positions that {folder} has; lower it",
+            known_to_all_ranks=True,
+        )
+
+
+def _of_attention(text: Any, key: str) -> Any:
+    attention = getattr(text, "attn_config", None)  # of MPT
+    return attention.get(key) if isinstance(attention, dict) else getattr(attention, key, None)

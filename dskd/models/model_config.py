@@ -1,0 +1,229 @@
+"""A model's config.json: read, translated for the installed transformers, or refused.
+
+What a key means is decided here, before anything is built: a key that the installed library does not read is a part of
+the function that would be missing, without a word.
+"""
+
+import functools
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dskd.console import say
+from dskd.errors import UserError, listed
+
+# Keys with parts of a model that reads more than text.
+_OTHER_INPUTS = ("vision_config", "audio_config", "vision_tower", "mm_projector_type", "text_config", "visual")
+_NO_DECODERS = ("ForMaskedLM", "ForConditionalGeneration")
+# Names of keys that change what a model computes. Authors put much else into config.json.
+_CHANGES_FUNCTION = re.compile(
+    r"rope|rotary|attn|attention|norm|scal|cap\b|capping|window|expert|rout|act\b|activation|bias|position|moe|gate|topk"
+    r"|layer|head|mult|sparse|chunk"
+)
+_HARMLESS = re.compile(r"^_|^unsloth|transformers_version|auto_map|^quantization_config$|dropout|pdrop|initializer")
+# Models whose rope_scaling is checked by 4.57 to have these keys and no others.
+_LONGROPE_BY_TYPE = ("phi3", "phimoe")
+
+
+def read_model_config(folder: Path, *, named_by: str = "", trust_remote_code: bool = False) -> dict[str, Any]:
+    """The config.json of a folder as the installed transformers has to be given it.
+
+    Keys of transformers 5 are translated and kept, so that both versions read the result alike. The declaration of a
+    quantisation that :class:`dskd.models.weights.TensorReader` undoes is left out.
+
+    Raises:
+        UserError: when it is no JSON, is of no decoder for text, is of a quantised model that cannot be read, or has a
+            key that changes the function and that the installed transformers does not know.
+    """
+    file = folder / "config.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable config.json ({error})") from None
+    where = f"{named_by}: {file}" if named_by else str(file)
+    _refuse_other_models(values, where)
+    _refuse_quantised(values, where)
+    values = {key: value for key, value in values.items() if key != "quantization_config"}
+    if "auto_map" in values and trust_remote_code:
+        return values  # what its own code makes of the keys is for that code to say
+    if "auto_map" in values and not _is_known(values.get("model_type")):
+        raise UserError(
+            f"{where}: the model brings its own code, which runs only with teacher.trust_remote_code: true; read that "
+            "code first"
+        )
+    if not _is_known(values.get("model_type")):
+        raise UserError(
+            f"{where}: the installed transformers {_installed()} has no causal language model of the type "
+            f"{values.get('model_type')!r} (the file was written by {values.get('transformers_version', 'another')})"
+        )
+    values = _translate_rotations(values, where)
+    _check_keys(values, where)
+    return values
+
+
+def block_fp8(values: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale where config.json declares block FP8 as DeepSeek has it; None otherwise."""
+    declared = values.get("quantization_config")
+    if not isinstance(declared, dict) or declared.get("quant_method") != "fp8":
+        return None
+    size = declared.get("weight_block_size")
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
+        return size[0], size[1]
+    return None
+
+
+def _refuse_other_models(values: dict[str, Any], where: str) -> None:
+    parts = [key for key in _OTHER_INPUTS if values.get(key)]
+    name = ", ".join(values.get("architectures") or []) or str(values.get("model_type"))
+    if parts:
+        raise UserError(
+            f"{where}: {name} is a multimodal model ({parts[0]}); only decoders for text are supported. Use a folder "
+            "with the text model alone"
+        )
+    if values.get("is_encoder_decoder"):
+        raise UserError(f"{where}: {name} is an encoder-decoder; only decoders are supported")
+    if any(str(one).endswith(_NO_DECODERS) for one in values.get("architectures") or []):
+        raise UserError(f"{where}: {name} is no decoder that predicts the next token; only decoders are supported")
+
+
+def _refuse_quantised(values: dict[str, Any], where: str) -> None:
+    declared = values.get("quantization_config")
+    if not declared or block_fp8(values) is not None:
+        return
+    method = declared.get("quant_method", "unnamed method") if isinstance(declared, dict) else declared
+    raise UserError(
+        f"{where}: the weights are quantised ({method}); only unquantised weights and block FP8 (quant_method fp8 with "
+        "weight_block_size) can be read. Use the model that this one was made from"
+    )
+
+
+def _translate_rotations(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Adds what transformers 4 reads in place of `rope_parameters`.
+
+    Raises:
+        UserError: when it cannot be said in the keys of transformers 4.
+    """
+    given = values.get("rope_parameters")
+    if not given:
+        return values
+    accepted = _accepted(values["model_type"])
+    layers = {kind: rope for kind, rope in given.items() if isinstance(rope, dict)}
+    added: dict[str, Any] = {}
+    full = given
+    if layers:
+        if set(given) - {"full_attention", "sliding_attention"} or "full_attention" not in layers:
+            raise _unknown_rotations(values, where, f"kinds of layers {', '.join(given)}")
+        full = layers["full_attention"]
+        local = layers.get("sliding_attention", full)
+        local_key = next((key for key in ("rope_local_base_freq", "local_rope_theta") if key in accepted), None)
+        if local_key is not None:
+            if local.get("rope_type", "default") != "default":
+                raise _unknown_rotations(values, where, f"rope_type {local['rope_type']} in layers with a window")
+            added[local_key] = local.get("rope_theta")
+        elif local != full:
+            # OLMo 3 scales the rotations of its full layers only, in either version.
+            same_base = local.get("rope_theta") == full.get("rope_theta")
+            if not (values["model_type"] == "olmo3" and same_base and local.get("rope_type") == "default"):
+                raise _unknown_rotations(values, where, "different rotations by the kind of a layer")
+    rest = {key: value for key, value in full.items() if value is not None}
+    base_key = next((key for key in ("rope_theta", "global_rope_theta", "rotary_emb_base") if key in accepted), None)
+    base = rest.pop("rope_theta", None)
+    if base is not None:
+        if base_key is None:
+            raise _unknown_rotations(values, where, "rope_theta")
+        added[base_key] = base
+    part = rest.pop("partial_rotary_factor", None)
+    if part is not None:
+        added["rotary_pct" if "rotary_pct" in accepted else "partial_rotary_factor"] = part
+    kind = rest.pop("rope_type", rest.pop("type", "default"))
+    rest.pop("type", None)
+    if values["model_type"] in _LONGROPE_BY_TYPE and kind != "default":
+        original = rest.pop("original_max_position_embeddings", None)
+        if original is not None:
+            added["original_max_position_embeddings"] = original
+        rest["type"] = kind
+    else:
+        rest["rope_type"] = kind
+    if kind != "default":
+        if "rope_scaling" not in accepted:
+            raise _unknown_rotations(values, where, f"rope_type {kind}")
+        added["rope_scaling"] = rest
+    added = {key: value for key, value in added.items() if value is not None}
+    for key, value in added.items():
+        if values.get(key) not in (None, value):
+            raise UserError(f"{where}: {key} is {values[key]}, and rope_parameters says {value}; remove the wrong one")
+    return values | added
+
+
+def _unknown_rotations(values: dict[str, Any], where: str, what: str) -> UserError:
+    return UserError(
+        f"{where}: rope_parameters (written by transformers {values.get('transformers_version', '5')}) has {what}, "
+        f"which the installed transformers {_installed()} cannot compute for {values['model_type']}"
+    )
+
+
+def _check_keys(values: dict[str, Any], where: str) -> None:
+    """Refuses keys of a newer transformers that change the function, and warns of others that may."""
+    known = _accepted(values["model_type"]) | {"rope_parameters", "partial_rotary_factor"}
+    unknown = [
+        key
+        for key, value in values.items()
+        if key not in known
+        and value not in (None, False, [], {})
+        and _CHANGES_FUNCTION.search(key)
+        and not _HARMLESS.search(key)
+    ]
+    if not unknown:
+        return
+    written_by = str(values.get("transformers_version", "an unnamed version"))
+    if _major(written_by) > _major(_installed()):
+        raise UserError(
+            listed(
+                f"{where}: written by transformers {written_by}, with keys that change the function and that the "
+                f"installed {_installed()} does not know",
+                [f"{key}: {json.dumps(values[key])[:80]}" for key in unknown],
+            )
+        )
+    _warn_once(where, written_by, tuple(unknown))
+
+
+@functools.cache
+def _warn_once(where: str, written_by: str, unknown: tuple[str, ...]) -> None:
+    say(
+        f"warning: {where} (transformers {written_by}): transformers {_installed()} does not know "
+        f"{', '.join(unknown)}; they change nothing"
+    )
+
+
+@functools.cache
+def _accepted(model_type: str) -> frozenset[str]:
+    """The keys that the config class of a model type reads."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    config_class = CONFIG_MAPPING[model_type]
+    names = set(vars(PretrainedConfig())) | set(config_class.attribute_map)
+    for parent in config_class.__mro__:
+        names |= set(inspect.signature(parent.__init__).parameters) | set(vars(parent))
+    return frozenset(names | {"dtype", "torch_dtype"})
+
+
+def _is_known(model_type: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _installed() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def _major(version: str) -> int:
+    number = re.match(r"\d+", version)
+    return int(number.group()) if number else 0

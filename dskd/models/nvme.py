@@ -1,0 +1,69 @@
+"""Parameters on a local disk (`teacher.offload: nvme`): where DeepSpeed puts them, and with what settings.
+
+DeepSpeed reads and writes them with its operator `async_io`, which it compiles at first use and which needs the headers
+of libaio. What is missing is said before anything is loaded.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dskd.distributed.node_cache import make_own_folder
+from dskd.distributed.world import World
+from dskd.errors import UserError
+
+_BUFFERS = 8  # shares in memory at one time: those of one module, and of those that are read ahead
+
+
+def open_nvme_folder(nvme_path: str) -> Path:
+    """A folder below `nvme_path` for one rank and one model. It goes when the process ends, or, where that was killed,
+    with the next one that needs a folder there.
+
+    Raises:
+        UserError: when there is no such folder, it cannot be written to, or DeepSpeed's `async_io` cannot be used.
+    """
+    path = Path(nvme_path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"teacher.nvme_path: there is no folder {path} on this node; make it, on a local disk")
+    problem = _async_io_problem()
+    if problem:
+        raise UserError(f"teacher.offload: nvme needs DeepSpeed's async_io, but {problem}, or set teacher.offload: cpu")
+    try:
+        # DeepSpeed empties the folder that it is given: no two models may share one.
+        return make_own_folder(path)
+    except OSError as error:
+        raise UserError(f"teacher.nvme_path: {path} cannot be written to ({error.strerror})") from None
+
+
+def nvme_settings(
+    folder: Path, largest_numel: int, world: World, *, pin_memory: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """DeepSpeed's sections `offload_param` and `aio` for a model whose largest parameter has `largest_numel` elements.
+
+    Each of the buffers in memory holds a rank's share of any parameter.
+    """
+    offload = {
+        "device": "nvme",
+        "nvme_path": str(folder),
+        "buffer_count": _BUFFERS,
+        "buffer_size": -(-largest_numel // world.world_size) + 1024,
+        "pin_memory": pin_memory,
+    }
+    aio = {"block_size": 2**20, "queue_depth": 16, "single_submit": False, "overlap_events": True}
+    return offload, aio
+
+
+@cache
+def _async_io_problem() -> str | None:
+    """Why `async_io` cannot be used, with what to do; None when it can. Compiles it at first use."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        return "libaio or its headers are missing; install them (libaio-dev on Debian, libaio-devel on Fedora)"
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # a compiler, ninja or a library that is missing: each raises errors of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"it cannot be compiled here ({reason}); it needs ninja and a C++ compiler"
+    return None

@@ -1,0 +1,247 @@
+"""A loaded model is compared with transformers' own before hours are spent on it.
+
+A small model is loaded once more by transformers, on rank 0, and runs on the tokens of every rank. Of a large one only
+some layers are: the first, the last, and one of each other kind, which get the states that the loaded model had there.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dskd.console import say
+from dskd.distributed.collectives import on_main
+from dskd.distributed.world import World
+from dskd.errors import UserError, listed
+from dskd.models.causal_lm import config_without_dropout, empty_model
+from dskd.models.folder import ModelFolder
+from dskd.models.stored_names import StoredNames, base_model, base_model_name, persistent_buffers
+from dskd.models.weights import TensorReader
+
+# Of the norm of the states. In the same type on the same device healthy architectures have almost none.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}
+_SMALL_BYTES = 2 * 2**30
+_TOKENS = 16
+_RANKS = 8  # whose states are compared; every rank takes part
+_KINDS = 6  # of layers, at most
+
+
+@torch.no_grad()
+def compare_with_transformers(
+    engine: Any, decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, *, small: int = _SMALL_BYTES
+) -> None:
+    """Refuses a model whose states or buffers are not those of transformers' own.
+
+    Tokens differ between ranks. They are at the first positions, and at the last ones that config.json allows, where
+    scaled rotations differ most.
+
+    Args:
+        engine: what runs the model, from token ids and position ids [B, T].
+        decoder: the :class:`dskd.models.frozen.Decoder` in it.
+        folder: the model's folder.
+        world: the ranks; all of them must call this.
+        dtype: of the model's parameters.
+        small: bytes up to which the whole model is loaded once more.
+
+    Raises:
+        UserError: on every rank, with the layer and the difference.
+    """
+    _check_buffers(decoder, folder, dtype)
+    config = decoder.base.config
+    longest = getattr(config, "max_position_embeddings", None) or _TOKENS
+    tokens = min(_TOKENS, longest)
+    numbers = torch.arange(tokens, device=world.device)[None]
+    input_ids = (7 * numbers + 3 + 11 * world.rank) % config.vocab_size
+    parameters = inspect.signature(decoder.base.forward).parameters
+    starts = [longest - tokens, 0] if "position_ids" in parameters and longest > tokens else [0]
+    reader = TensorReader(folder.path)
+    size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * dtype.itemsize
+    chosen = None if size <= small else _one_of_each_kind(decoder.layers)
+    watched = [] if chosen is None else [decoder.layers[layer] for layer in chosen]
+    found = []
+    for start in starts:
+        with _watched(decoder, watched) as seen:
+            engine(input_ids, *([numbers + start] if start else []))
+        found.append(torch.stack(seen))
+    everyone = _gather(torch.stack(found), world)  # [ranks][starts, 2 a watched layer + 1, 1, T, D]
+    compared = min(world.world_size, _RANKS)
+
+    def compare() -> list[Any]:
+        reference = _whole(folder, dtype) if chosen is None else _some_layers(decoder, folder, dtype, chosen)
+        reference = reference.to(world.device).eval()
+        worst, place = 0.0, "the last hidden states"
+        for rank in range(compared):
+            ids = (7 * numbers + 3 + 11 * rank) % config.vocab_size
+            for number, start in enumerate(starts):
+                positions = {"position_ids": numbers + start} if start else {}
+                theirs = _run_reference(type(decoder)(reference), ids, positions, everyone[rank][number], chosen or [])
+                for name, ours, expected in theirs:
+                    error = _difference(ours.float(), expected.float())
+                    if not error <= worst:
+                        worst, place = error, f"{name} on rank {rank}, at positions from {start}"
+        return [worst, place]
+
+    worst, place = on_main(compare)
+    if not worst <= _TOLERANCE[dtype]:
+        sharded = world.world_size > 1 and hasattr(next(decoder.parameters()), "ds_id")
+        remedy = "; try teacher.mode: resident" if sharded else ""
+        raise UserError(
+            f"{folder.path}: {type(decoder.base).__name__}, as it is loaded here, computes something else than "
+            f"transformers does: {place} differ by {worst:.1e} of their norm, more than {_TOLERANCE[dtype]:.0e}; this "
+            f"architecture is not supported{remedy}",
+            known_to_all_ranks=True,
+        )
+    part = "" if chosen is None else f", in layers {', '.join(map(str, chosen))}"
+    say(f"  {folder.path}: the states are those of transformers' own model (difference {worst:.0e}{part})")
+
+
+def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference as a share of the norm. Damaged weights are not the architecture's fault: states that
+    are not finite in either model are left to :meth:`dskd.models.frozen.FrozenModel.states_of`, which names them.
+    """
+    finite = expected.isfinite()
+    if not torch.equal(finite, ours.isfinite()):
+        return float("inf")
+    ours, expected = ours[finite], expected[finite]
+    return float((ours - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _check_buffers(decoder: Any, folder: ModelFolder, dtype: torch.dtype) -> None:
+    """Refuses a model whose computed buffers are not, bit for bit, those that transformers makes without ZeRO."""
+    causal_lm = empty_model(folder, dtype)
+    base, stored = base_model(causal_lm), persistent_buffers(base_model(causal_lm))
+    found = dict(decoder.base.named_buffers())
+    wrong = [
+        name
+        for name, buffer in base.named_buffers()
+        if name not in stored
+        and (found[name].dtype != buffer.dtype or not torch.equal(found[name].to(buffer.device), buffer))
+    ]
+    if wrong:
+        raise UserError(
+            listed(f"{folder.path}: buffers were changed after the model was built; report this", wrong),
+            known_to_all_ranks=True,
+        )
+
+
+def _one_of_each_kind(layers: nn.ModuleList) -> list[int]:
+    """The first layer, the last, and the first of each other kind."""
+    first_of: dict[Any, int] = {}
+    for number, layer in enumerate(layers):
+        settings = {
+            (path, name, value)
+            for path, module in layer.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str)) and not name.startswith(("_", "ds_")) and "idx" not in name
+        }
+        names = {name for name, _ in layer.named_parameters()}
+        first_of.setdefault(frozenset(settings | names), number)
+    others = sorted(set(first_of.values()) - {0, len(layers) - 1})[:_KINDS]
+    return sorted({0, *others, len(layers) - 1})
+
+
+@contextmanager
+def _watched(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """What goes into each layer and comes out of it, in their order, and the last hidden states."""
+    seen: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+        seen.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
+    hooks.append(decoder.register_forward_hook(lambda module, args, output: seen.append(output.detach())))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _gather(states: torch.Tensor, world: World) -> list[torch.Tensor]:
+    if world.world_size == 1:
+        return [states]
+    parts = [torch.empty_like(states) for _ in range(world.world_size)]
+    dist.all_gather(parts, states.contiguous())
+    return parts
+
+
+def _whole(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    """The base model as transformers loads it from the folder's tensors."""
+    from transformers.utils import logging
+
+    reader = TensorReader(folder.path)
+    architecture = type(empty_model(folder, dtype))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of tensors that are left over the account was given before
+    try:
+        causal_lm = architecture.from_pretrained(
+            None,
+            config=config_without_dropout(folder),
+            state_dict={name: reader.read(name) for name in reader.names},
+            dtype=dtype,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    return base_model(causal_lm)
+
+
+def _some_layers(decoder: Any, folder: ModelFolder, dtype: torch.dtype, chosen: list[int]) -> Any:
+    """The base model, of whose layers only some have weights; the others pass states through."""
+    causal_lm = empty_model(folder, dtype)
+    base = base_model(causal_lm)
+    reader = TensorReader(folder.path)
+    names, prefix = StoredNames(causal_lm, reader), base_model_name(causal_lm)
+    layers = type(decoder)(base).layers
+    passed = {id(module) for number, layer in enumerate(layers) if number not in chosen for module in layer.modules()}
+    for number, layer in enumerate(layers):
+        if number not in chosen:
+            layer.forward = _pass_through
+    for path, module in base.named_modules():
+        for name in [*module._parameters, *module._buffers]:
+            stored = names.find(f"{prefix}.{path}.{name}" if path else f"{prefix}.{name}")
+            old = getattr(module, name)
+            if old is None or (stored is None and not old.is_meta):
+                continue
+            if id(module) in passed:
+                setattr(module, name, None)
+            else:
+                assert stored is not None, "every tensor was accounted for"
+                value = reader.read(stored).to(old.dtype)
+                is_parameter = isinstance(old, nn.Parameter)
+                setattr(module, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    return base
+
+
+def _pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return hidden_states
+
+
+def _run_reference(
+    decoder: Any, input_ids: torch.Tensor, positions: dict[str, Any], states: torch.Tensor, chosen: list[int]
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, ours, expected) of what the reference computes from the same tokens and states."""
+    layers = [decoder.layers[layer] for layer in chosen]
+    hooks = []
+    for number, layer in enumerate(layers):
+        given = states[2 * number]
+
+        def replace(module: nn.Module, args: Any, kwargs: Any, given: torch.Tensor = given) -> Any:
+            return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
+
+        hooks.append(layer.register_forward_pre_hook(replace, with_kwargs=True))
+    try:
+        with torch.no_grad(), _watched(decoder, layers) as expected:
+            decoder(input_ids, **positions)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    compared = [
+        (f"what layer {layer} computes", states[2 * number + 1], expected[2 * number + 1])
+        for number, layer in enumerate(chosen)
+    ]
+    return [*compared, ("the last hidden states", states[-1], expected[-1])]

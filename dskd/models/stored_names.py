@@ -1,0 +1,173 @@
+"""The names under which a folder stores a model's tensors, and an account of every tensor on both sides.
+
+A folder may leave out the base model's prefix, store one of two tied matrices or both, and hold tensors of layers that
+are not built. Everything else must fit: a tensor that nothing takes is a part of the function that would be missing.
+"""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from dskd.errors import UserError, listed
+from dskd.models.folder import ModelFolder
+from dskd.models.weights import LAYER_NAME, TensorReader, renumber_layer
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class StoredNames:
+    """Where a folder stores the parameters and buffers of a causal LM.
+
+    Args:
+        causal_lm: the model, which may be without its lowest layers.
+        reader: the stored tensors.
+        first_layer: the stored layer that the model's first one is.
+    """
+
+    def __init__(self, causal_lm: Any, reader: TensorReader, *, first_layer: int = 0) -> None:
+        self._reader = reader
+        self._first_layer = first_layer
+        self._prefix = f"{base_model_name(causal_lm)}."
+
+    def find(self, name: str) -> str | None:
+        """The folder's name of the parameter or buffer that the model calls `name`, or None if it stores none."""
+        whole = shift_layer(name, self._first_layer)
+        aliases = (whole, whole.removeprefix(self._prefix))
+        return next((alias for alias in aliases if alias in self._reader), None)
+
+    def find_any(self, names: list[str]) -> str | None:
+        """The folder's name of a tensor that the model knows by several names, as a tied matrix."""
+        return next((stored for name in names if (stored := self.find(name)) is not None), None)
+
+    def expected(self, name: str) -> str:
+        """The name to report when :meth:`find` finds none."""
+        return shift_layer(name, self._first_layer)
+
+
+def base_model_name(causal_lm: Any) -> str:
+    """The attribute of a causal LM that is its base model: the child that has the input embeddings.
+
+    `base_model_prefix` is no authority: Gemma 3's and Llama 4's name an attribute that their text models lack.
+    """
+    embeddings = causal_lm.get_input_embeddings()
+    for name, child in causal_lm.named_children():
+        if any(module is embeddings for module in child.modules()) and child is not embeddings:
+            return name
+    raise UserError(
+        f"{type(causal_lm).__name__} has no base model of its own, from token ids to last hidden states; such a model "
+        "is not supported"
+    )
+
+
+def base_model(causal_lm: Any) -> Any:
+    """The base model of a causal LM: from token ids to last hidden states."""
+    return getattr(causal_lm, base_model_name(causal_lm))
+
+
+def parameter_names(causal_lm: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
+    """Every parameter once, with all its names, the one that decides first.
+
+    Where an output matrix is tied to the embeddings, transformers ties after it has loaded: the embeddings' values win.
+    """
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
+        parameters[id(parameter)] = parameter
+        names.setdefault(id(parameter), []).append(name)
+    source = next(
+        (name for name, module in causal_lm.named_modules() if module is causal_lm.get_input_embeddings()),  # type: ignore[operator]
+        "",
+    )
+    return [(parameters[key], sorted(names[key], key=lambda name: name != f"{source}.weight")) for key in parameters]
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Any]:
+    """The buffers that are stored with a model, by name."""
+    stored = set(model.state_dict(keep_vars=True))
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def check_stored_tensors(
+    causal_lm: Any,
+    reader: TensorReader,
+    folder: ModelFolder,
+    *,
+    first_layer: int = 0,
+    leave_out: nn.Parameter | None = None,
+) -> None:
+    """Accounts for every tensor of a model and of its folder, before any is read.
+
+    Args:
+        causal_lm: the model; only shapes matter.
+        reader: the stored tensors.
+        folder: where they are, for messages.
+        first_layer: the stored layer that the model's first one is.
+        leave_out: a parameter that is not to be read.
+
+    Raises:
+        UserError: with every tensor that is missing, has another shape, is no floating-point one where the model has
+            one, or that nothing takes.
+    """
+    names = StoredNames(causal_lm, reader, first_layer=first_layer)
+    problems, taken = [], set()
+    wanted = [(aliases, parameter) for parameter, aliases in parameter_names(causal_lm)]
+    wanted += [([name], buffer) for name, buffer in persistent_buffers(causal_lm).items()]
+    for aliases, tensor in wanted:
+        taken |= {stored for alias in aliases if (stored := names.find(alias)) is not None}
+        stored = names.find_any(aliases)
+        if tensor is leave_out:
+            continue
+        if stored is None:
+            problems.append(f"there is no tensor {names.expected(aliases[0])}")
+        elif reader.shape(stored) != tuple(tensor.shape):
+            shapes = f"{list(reader.shape(stored))}, config.json asks for {list(tensor.shape)}"
+            problems.append(f"{stored} has shape {shapes}")
+        elif tensor.is_floating_point() and reader.stored_type(stored) not in _FLOATS:
+            problems.append(
+                f"{stored} is stored as {reader.stored_type(stored)}: a quantised model that config.json does not "
+                "declare; use the one it was made from"
+            )
+    problems += [
+        f"{name}: the architecture has no such tensor, so what it does would be missing"
+        for name in _left_over(causal_lm, reader, taken, first_layer)
+    ]
+    if problems:
+        raise UserError(listed(f"{folder.path}: the weights do not fit the architecture", problems))
+
+
+def shift_layer(name: str, by: int) -> str:
+    """The name of the same parameter, so many layers further up."""
+    layer = LAYER_NAME.search(name)
+    return name if layer is None else renumber_layer(name, int(layer.group(1)) + by)
+
+
+def output_name(causal_lm: Any, reader: TensorReader) -> str:
+    """The name under which the folder stores the output matrix; that of the embeddings where the two are tied."""
+    weight = causal_lm.get_output_embeddings().weight
+    aliases = next(aliases for parameter, aliases in parameter_names(causal_lm) if parameter is weight)
+    stored = StoredNames(causal_lm, reader).find_any(aliases)
+    assert stored is not None, "loaded without it"
+    return stored
+
+
+def _left_over(causal_lm: Any, reader: TensorReader, taken: set[str], first_layer: int) -> list[str]:
+    """Stored tensors that nothing took, but for those that are known to change nothing."""
+    prefix = f"{base_model_name(causal_lm)}."
+    buffers = {shift_layer(name, first_layer) for name, _ in causal_lm.named_buffers()}
+    ignored = list(getattr(causal_lm, "_keys_to_ignore_on_load_unexpected", None) or [])
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        ignored.append(r"rotary_emb\.inv_freq")  # once a buffer of every layer, and computed from config.json
+    count = first_layer + causal_lm.config.num_hidden_layers
+    # Layers that predict further tokens; no architecture of transformers runs them.
+    further = range(count, count + int(getattr(causal_lm.config, "num_nextn_predict_layers", None) or 0))
+
+    def changes_nothing(name: str) -> bool:
+        layer = LAYER_NAME.search(name)
+        if layer is not None and (int(layer.group(1)) < first_layer or int(layer.group(1)) in further):
+            return True
+        if {name, prefix + name} & buffers:
+            return True  # computed when the model is built
+        return any(re.search(pattern, name) for pattern in ignored)
+
+    return [name for name in reader.names if name not in taken and not changes_nothing(name)]

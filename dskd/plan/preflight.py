@@ -1,0 +1,279 @@
+"""Preflight: what is wrong with the nodes of a job, said in seconds and by name, before hours are spent on it.
+
+    dskd preflight --config FILE                                            this machine
+    deepspeed --hostfile HOSTS --module dskd preflight --config FILE        the ranks that training will have
+
+Every rank looks at its own node and tells what it sees; where ranks should agree, those that differ from most others
+are named. Nothing that training needs is changed.
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd import shards
+from dskd.artifacts.files import make_folder
+from dskd.artifacts.lock import hold_lock, release_lock
+from dskd.artifacts.manifest import package_versions
+from dskd.config import Config
+from dskd.console import say, table
+from dskd.distributed.collectives import barrier, broadcast_json, gather_json, sum_over_ranks
+from dskd.distributed.node_cache import open_node_cache
+from dskd.distributed.world import World
+from dskd.errors import OutageError, UserError, listed
+
+_CLOCK_TOLERANCE_S = 2.0  # more, and logs and metrics of two nodes cannot be laid side by side
+_SMALLEST_SHARED_MEMORY_GB = 1.0  # the loader's workers hand batches over in it
+_REDUCED = 2**24  # elements: 64 MB
+_ROUNDS = 3
+_FOLDER = ".preflight-"  # in workdir; of one preflight, with letters of its own behind it
+_LEFTOVER_AFTER_S = 24 * 3600.0  # no preflight takes so long
+_SHARED = "workdir has to be on storage that all nodes share"
+
+
+def preflight(config: Config, world: World) -> None:
+    """Checks ranks, storage, clocks, versions and shards, and prints a line a node.
+
+    Raises:
+        UserError: with everything that is wrong, each with its node; an OutageError where that is some of the nodes,
+            and others may do.
+    """
+    gigabytes_per_s = _reduce(world)
+    mine = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}
+    reports = gather_json(mine)
+    nodes = Counter(_node(report) for report in reports)
+    reports = [report | {"ranks_on_node": nodes[_node(report)]} for report in reports]
+    for line in describe(reports):
+        say(line)
+    problems = find_problems(reports)
+    if problems:
+        everywhere = all(
+            any(report["problems"] for report in reports if report["host"] == host)
+            for host in {report["host"] for report in reports}
+        )
+        error = UserError if everywhere else OutageError
+        raise error(listed("preflight: not everything is as training needs it", problems), known_to_all_ranks=True)
+    say("preflight: everything is as training needs it")
+
+
+def _node(report: Mapping[str, Any]) -> int:
+    """The first rank of a rank's node, whatever it is called."""
+    return int(report["rank"] - report["local_rank"])
+
+
+def find_problems(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong, in words, of what all ranks have seen."""
+    problems = []
+    for report in reports:
+        where = f"rank {report['rank']} ({report['host']})"
+        if not report["reduced"]:
+            problems.append(f"{where}: a sum over all ranks came out wrong there; do not use this node")
+        problems += [f"{where}: {text}" for text in report["problems"]]
+    leaders = [report for report in reports if report["local_rank"] == 0]
+    problems += _wrong_clocks(leaders)
+    for what, remedy in (
+        ("versions", "install the same environment on every node"),
+        ("device", "use nodes of one kind"),
+        ("ranks_on_node", "start as many ranks on every node"),
+    ):
+        problems += _odd_ones(leaders, what, remedy)
+    return problems
+
+
+def describe(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table with a line a node."""
+    header = ("node", "ranks", "device", "free, GB", "shared memory, GB", "all-reduce, GB/s")
+    rows = []
+    for leader in (report for report in reports if report["local_rank"] == 0):
+        ranks = [report for report in reports if report["host"] == leader["host"]]
+        slowest = min(report["rate"] for report in ranks)
+        free, shared = (leader[name] for name in ("free_gb", "shared_memory_gb"))
+        rows.append(
+            [leader["host"], str(len(ranks)), leader["device"], f"{free:,.0f}", f"{shared:.1f}", f"{slowest:.2f}"]
+        )
+    return table(header, rows).splitlines()
+
+
+def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> list[str]:
+    """Reports that differ from most others in `what`, a value or a mapping."""
+
+    def values(report: Mapping[str, Any]) -> Mapping[str, Any]:
+        return report[what] if isinstance(report[what], Mapping) else {what.replace("_", " "): report[what]}
+
+    found = []
+    for name in sorted({name for report in reports for name in values(report)}):
+        counts = Counter(values(report).get(name) for report in reports).most_common(2)
+        usual = counts[0][0]
+        if len(counts) == 2 and counts[0][1] == counts[1][1]:  # nobody is in the majority
+            seen = "; ".join(f"{value} on {_hosts_with(reports, values, name, value)}" for value, _ in counts)
+            found.append(f"{name} differs: {seen}; {remedy}")
+            continue
+        for report in reports:
+            own = values(report).get(name)
+            if own != usual:
+                found.append(f"{report['host']}: {name} {own}, elsewhere {usual}; {remedy}")
+    return found
+
+
+def _hosts_with(
+    reports: Sequence[Mapping[str, Any]],
+    values: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    name: str,
+    value: Any,
+) -> str:
+    return ", ".join(report["host"] for report in reports if values(report).get(name) == value)
+
+
+def _wrong_clocks(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Reports, one a node, whose clocks are far from most others'."""
+    clocks = sorted((report["clock_s"], report["host"]) for report in reports)
+    if len(clocks) == 2:
+        (early, behind), (late, ahead) = clocks
+        if late - early <= _CLOCK_TOLERANCE_S:
+            return []
+        return [
+            f"the clocks of {behind} and {ahead} are {late - early:.0f} s apart ({ahead}'s is ahead); set them (NTP)"
+        ]
+    usual = statistics.median(clock for clock, _ in clocks)
+    return [
+        f"{host}: its clock is {abs(clock - usual):.0f} s {'ahead' if clock > usual else 'behind'}; set it (NTP)"
+        for clock, host in clocks
+        if abs(clock - usual) > _CLOCK_TOLERANCE_S
+    ]
+
+
+def _reduce(world: World) -> float:
+    """GB/s of a sum over all ranks, or 0 where it is not what it should be."""
+    expected = world.world_size * (world.world_size - 1) / 2
+    seconds = []
+    for _ in range(_ROUNDS):
+        values = torch.full((_REDUCED,), float(world.rank), device=world.device)
+        barrier()
+        started = time.perf_counter()
+        total = sum_over_ranks(values)
+        is_right = bool((total == expected).all())  # also waits for a GPU
+        seconds.append(time.perf_counter() - started)
+        if not is_right:
+            return 0.0
+    return 4 * _REDUCED / min(seconds) / 1e9
+
+
+def _look(config: Config, world: World) -> dict[str, Any]:
+    """What this rank sees of its node."""
+    problems = [*_check_storage(config, world), *_check_shards(config), *_check_cache(config, world)]
+    barrier()
+    clock_s = time.time()  # at one moment, to the few milliseconds in which ranks leave a barrier
+    shared = Path("/dev/shm")
+    shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else 0.0
+    if config.train.num_workers and shared_gb < _SMALLEST_SHARED_MEMORY_GB:
+        problems.append(
+            f"/dev/shm has {shared_gb:.2f} GB, and the loader's workers hand batches over in it; give the container at "
+            f"least {_SMALLEST_SHARED_MEMORY_GB:.0f} GB (docker: --shm-size), or set train.num_workers=0"
+        )
+    is_cuda = world.device.type == "cuda"
+    return {
+        "rank": world.rank,
+        "local_rank": world.local_rank,
+        "host": socket.gethostname(),
+        "clock_s": clock_s,
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "device": torch.cuda.get_device_name(world.device) if is_cuda else "cpu",
+        "free_gb": shutil.disk_usage(_existing(config.path())).free / 1e9,
+        "shared_memory_gb": shared_gb,
+        "problems": problems,
+    }
+
+
+def _check_storage(config: Config, world: World) -> list[str]:
+    """Whether all ranks see one work directory: each must find the folder that rank 0 made, and rank 0 what each wrote
+    in it; and whether each can lock a file there.
+
+    What is wrong with one node is a problem of its ranks alone, so that the node can be told from a mistake.
+    """
+    problem, token = None, None
+    if world.is_main:
+        token = os.urandom(16).hex()
+        try:
+            _remove_leftovers(config.path())
+            make_folder(config.path(f"{_FOLDER}{token}"))
+        except UserError as error:
+            problem, token = f"{error}; {_SHARED}", None
+    token = broadcast_json(token)
+    # Of this preflight alone: jobs on one work directory, such as two runs to be compared, may start at once.
+    folder = config.path(f"{_FOLDER}{token}")
+    if not world.is_main:
+        try:
+            if token is not None:
+                (folder / f"rank-{world.rank}").touch()
+            # Rank 0 could write nothing. Whether others can decides whose fault that is.
+            elif not ((place := _existing(config.path())).is_dir() and os.access(place, os.W_OK)):
+                problem = f"{config.path()}: cannot write there; {_SHARED}"
+        except OSError as error:
+            problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror}); {_SHARED}"
+    if problem is None and token is not None:
+        problem = _check_lock(folder / f"lock-{world.rank}")
+    reports = gather_json(problem)
+    if world.is_main and problem is None:
+        # Ranks that have a problem themselves say so.
+        sound = [rank for rank, own in enumerate(reports) if own is None and rank != 0]
+        if missing := [rank for rank in sound if not (folder / f"rank-{rank}").exists()]:
+            problem = f"{config.path()}: what ranks {missing} write there is not seen here"
+    barrier()
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [problem] if problem else []
+
+
+def _remove_leftovers(workdir: Path) -> None:
+    """Removes what preflights left that were killed."""
+    for folder in workdir.glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):  # another job's does the same, or has just ended
+            if time.time() - folder.stat().st_mtime > _LEFTOVER_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_lock(path: Path) -> str | None:
+    try:
+        hold_lock(path, "looks whether there are locks")
+        release_lock(path)
+    except UserError as problem:
+        return str(problem)
+    return None
+
+
+def _check_shards(config: Config) -> list[str]:
+    """Whether this rank's node has the training shards, where they have been made."""
+    if not config.path(shards.FOLDER, "train").exists():
+        return []
+    try:
+        shards.load_manifest(config, "train")
+        if config.train.shard_remote is not None:
+            shards.require_remote(config, "train")
+    except UserError as problem:
+        return [str(problem)]
+    return []
+
+
+def _check_cache(config: Config, world: World) -> list[str]:
+    own = f"{socket.gethostname()}: "
+    try:
+        open_node_cache(config.train.shard_cache, world)
+    except UserError as problem:  # of any node, with its name
+        lines = str(problem).splitlines()
+        return [line.removeprefix(own) for line in lines if line.startswith(own)] if world.local_rank == 0 else []
+    return []
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -1,0 +1,321 @@
+"""Annotation: rows of the sense dictionary that each position is pulled to or pushed from (docs/method.md, section 3).
+
+With C(e) the rows of entry e, t_i the teacher's state at position i and y_i its target token:
+
+    O_i  the kappa rows of C(y_i) nearest to t_i
+    P_i  the kappa rows nearest to t_i among C(y_i) and the C(e) of all synonyms e of y_i
+    N_i  the kappa rows nearest to t_i among the C(e) of all antonyms e of y_i
+
+by L2, ties to the lower row number (:mod:`dskd.shards.search`). P_i and N_i are empty where y_i has neither synonym nor
+antonym. With `annotation.own_among_antonyms` C(y_i) competes for N_i too, where y_i has antonyms. Where the config asks
+for it the teacher also goes on with the training texts first (:mod:`dskd.shards.continuations`), and what it thinks
+most probable is kept (:mod:`dskd.models.readouts`).
+
+The result is written as streaming shards in blocks of sequences whose size does not depend on the ranks, so
+that any number of ranks writes the same files, and blocks that were written before an interruption are kept.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dskd.artifacts.building import Building
+from dskd.artifacts.manifest import Recipe, is_current, verify_files, write_json
+from dskd.config import Config
+from dskd.console import progress_bar, say, stage
+from dskd.corpus.build import SPLITS
+from dskd.corpus.sequences import Sequences, TokenBatch, load_sequences
+from dskd.distributed.collectives import barrier, main_first, on_main
+from dskd.distributed.world import World, is_main_process
+from dskd.errors import UserError
+from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.frozen import FrozenModel, load_frozen
+from dskd.models.precision import resolve_precision
+from dskd.models.readouts import TopTokens, chunk_size, top_tokens
+from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, load_fitting_dictionary
+from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
+from dskd.shards import FOLDER, columns_of, join_blocks, write_block
+from dskd.shards.continuations import Continuer
+from dskd.shards.search import Searcher
+
+_MIN_BLOCKS = 16  # a small corpus is cut into at least so many blocks, so that several ranks have work
+_COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
+_COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
+
+
+def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
+    """What decides the content of a split's shards. The batch size does not."""
+    _, senses = load_dictionary(config)
+    _, sequences = load_sequences(config, split, teacher.tokenizer_digest)
+    settings = config.annotation.as_dict() | {"precision": resolve_precision(config.precision)}
+    for key in ("batch_size", "memory_budget"):
+        del settings[key]
+    # Keys that change nothing stay out: what was made without them is not made again.
+    if not _teacher_top_n(config, split):
+        del settings["teacher_top_n"]
+    if not config.annotation.own_among_antonyms:
+        del settings["own_among_antonyms"]
+    if _continuation_tokens(config, split):
+        settings["seed"] = config.seed
+    else:
+        del settings["continuation_tokens"]
+    return Recipe(
+        "shards",
+        {"senses": senses.digest, "sequences": sequences.digest},
+        settings,
+        teacher=teacher.digest,
+        tokenizer=teacher.tokenizer_digest,
+    )
+
+
+def annotate(config: Config, world: World, *, force: bool = False) -> None:
+    """Writes `WORKDIR/shards/train` and `WORKDIR/shards/validation` on all ranks; skips what is up to date."""
+    source = main_first(lambda: find_teacher(config))
+    dictionary = main_first(lambda: _load_verified_dictionary(config, source))
+    wanted = main_first(lambda: {split: recipe(config, split, source) for split in SPLITS})
+    # Rank 0's word counts: all ranks must take the same way.
+    stale = on_main(lambda: [s for s in SPLITS if force or not is_current(config.path(FOLDER, s), wanted[s])])
+    if not stale:
+        say(f"up to date: {config.path(FOLDER)}")
+        return
+    on_main(lambda: _require_tokens(config.annotation.teacher_top_n, source))
+    reads_logits = any(_continuation_tokens(config, split) or _teacher_top_n(config, split) for split in stale)
+    teacher = load_frozen(source, config, world, with_head=reads_logits)
+    opened = {split: load_sequences(config, split, source.tokenizer_digest) for split in stale}
+    splits = {split: sequences for split, (sequences, _) in opened.items()}
+    searcher = Searcher(
+        dictionary,
+        config.annotation.kappa,
+        world.device,
+        splits[stale[0]].frequencies(dictionary.vocab_size),
+        int(config.annotation.memory_budget * 2**30),
+        own_among_antonyms=config.annotation.own_among_antonyms,
+    )
+    for split, sequences in splits.items():
+        max_tokens = _continuation_tokens(config, split)
+        reader = TextReader(
+            teacher,
+            Continuer(teacher, max_tokens, config.seed) if max_tokens else None,
+            _teacher_top_n(config, split),
+            # Not the config's: a run's key is not to change the last digits of what is stored for all of them.
+            chunk_size(None, teacher.vocab_size, world.device),
+        )
+        text = opened[split][1].files[sequences.path.name]["sha256"]
+        _annotate_split(config, split, sequences, text, reader, searcher, wanted[split], world)
+    teacher.close()
+
+
+@dataclass(frozen=True)
+class TextRead:
+    """A batch, continued where that is wanted, with the teacher's states [B, T, D] and what else is stored of it."""
+
+    batch: TokenBatch
+    hidden: torch.Tensor
+    top: TopTokens | None  # of the positions that have a target
+    continued_tokens: int
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """What the teacher does with a batch of sequences: the same passes for each, since all ranks must take part."""
+
+    teacher: FrozenModel
+    continuer: Continuer | None
+    top_n: int
+    chunk_size: int
+
+    def read(self, batch: TokenBatch, first: int) -> TextRead:
+        """Runs the teacher on a batch whose first sequence has the number `first`."""
+        added = 0
+        if self.continuer is not None:
+            batch, added = self.continuer.extend(batch, first)
+        if not self.top_n:
+            return TextRead(batch, self.teacher.states_of(batch, first), None, added)
+        has_target = batch.has_target.to(self.teacher.device)
+        hidden, top = self.teacher.read_states_of(
+            batch, first, lambda hidden, weight: top_tokens(hidden[has_target], weight, self.top_n, self.chunk_size)
+        )
+        return TextRead(batch, hidden, top, added)
+
+
+def _continuation_tokens(config: Config, split: str) -> int:
+    return config.annotation.continuation_tokens if split == "train" else 0
+
+
+def _teacher_top_n(config: Config, split: str) -> int:
+    # Held-out text is read with the teacher itself.
+    return config.annotation.teacher_top_n if split == "train" else 0
+
+
+def _require_tokens(top_n: int, teacher: ModelFolder) -> None:
+    vocab_size = teacher.load_config().vocab_size
+    if top_n > vocab_size:
+        raise UserError(
+            f"annotation.teacher_top_n: {top_n} is more than the {vocab_size} tokens that {teacher.path} has; set it "
+            "to 64, say, or 0 to store none"
+        )
+
+
+def _load_verified_dictionary(config: Config, teacher: ModelFolder) -> SenseDictionary:
+    dictionary, manifest = load_fitting_dictionary(config, teacher)
+    if is_main_process():
+        verify_files(dictionary.path.parent, manifest, made_by=SENSES_MADE_BY)
+    return dictionary
+
+
+def _annotate_split(
+    config: Config,
+    split: str,
+    sequences: Sequences,
+    text: str,
+    reader: TextReader,
+    searcher: Searcher,
+    wanted: Recipe,
+    world: World,
+) -> None:
+    target = config.path(FOLDER, split)
+    sources = [config.path("sequences"), dictionary_folder(config) / FILE]
+    with stage(f"annotate: rows of the sense dictionary for every position ({split})", reads=sources, writes=target):
+        building = Building(target, wanted)
+        on_main(building.resume_or_clear)
+        blocks = _blocks(len(sequences), sequences.sequence_length, config, split)
+        is_done = on_main(lambda: [_block_folder(building.folder, block).is_dir() for block in blocks])
+        left = [block for block, done in zip(blocks, is_done, strict=True) if not done]
+        if len(left) < len(blocks):
+            say(f"  goes on with {len(left)} of {len(blocks)} blocks, the others were written before an interruption")
+        mine = left[world.rank :: world.world_size]
+        turns = [-(-len(block) // config.annotation.batch_size) for block in left]
+        # A forward pass under ZeRO-3 needs all ranks: those with less work make up for it at the end.
+        most = max(sum(turns[rank :: world.world_size]) for rank in range(world.world_size))
+        tokens_left = sum(int(sequences.lengths[block.start : block.stop].sum()) for block in left)
+        with (
+            progress_bar(
+                total=sequences.num_tokens,
+                initial=sequences.num_tokens - tokens_left,
+                label="annotating",
+                unit="tokens",
+            ) as bar,
+            # The teacher goes on while a block is compressed and written.
+            ThreadPoolExecutor(max_workers=1) as writer,
+        ):
+            written: Future[None] | None = None
+            for block in mine:
+                samples, counts = _annotate_block(block, sequences, reader, searcher, config, world, bar)
+                if written is not None:
+                    written.result()
+                folder = _block_folder(building.folder, block)
+                written = writer.submit(_write_block, folder, samples, columns_of(teacher_top_n=reader.top_n), counts)
+            if written is not None:
+                written.result()
+        done_turns = sum(turns[world.rank :: world.world_size])
+        for _ in range(most - done_turns):
+            reader.read(sequences.batch(0, 1).without_targets(), 0)
+        barrier()
+        on_main(lambda: _publish(building, blocks, text))
+
+
+def _annotate_block(
+    block: range,
+    sequences: Sequences,
+    reader: TextReader,
+    searcher: Searcher,
+    config: Config,
+    world: World,
+    bar: tqdm,
+) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
+    """The samples of a block of sequences, and its counts."""
+    samples: list[dict[str, np.ndarray]] = []
+    counts = Counter[str]()
+    for first in range(block.start, block.stop, config.annotation.batch_size):
+        unread = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
+        read = reader.read(unread, first)
+        batch, hidden = read.batch, read.hidden
+        targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
+        found = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
+        columns = {
+            "input_ids": batch.input_ids.int().numpy(),
+            "loss_mask": batch.has_target.to(torch.uint8).numpy(),
+            "document_starts": batch.starts.numpy(),
+        }
+        for name, rows in (("sense_ids", found.own), ("synonym_ids", found.synonyms), ("antonym_ids", found.antonyms)):
+            columns[name] = _column(batch, rows, torch.int32, fill=-1)
+        if read.top is not None:
+            columns["teacher_token_ids"] = _column(batch, read.top.token_ids, torch.int32, fill=-1)
+            columns["teacher_logprobs"] = _column(batch, read.top.logprobs, torch.float16, fill=0)
+            columns["teacher_rest_logprob"] = _column(batch, read.top.rest_logprob, torch.float32, fill=0)
+        samples += ({name: column[index] for name, column in columns.items()} for index in range(len(hidden)))
+        counts["targets"] += len(targets)
+        counts["with_senses"] += int((found.own[:, 0] >= 0).sum())
+        counts["with_synonyms"] += int(searcher.has_synonyms[targets].sum())
+        counts["with_antonyms"] += int((found.antonyms[:, 0] >= 0).sum())
+        counts["antonym_distance"] += float(found.antonym_distance.double().sum())  # type: ignore[assignment]
+        counts["continued_tokens"] += read.continued_tokens
+        bar.update(min(unread.num_tokens * world.world_size, bar.total - bar.n))
+    return samples, dict(counts)
+
+
+def _column(batch: TokenBatch, values: torch.Tensor, dtype: torch.dtype, *, fill: float) -> np.ndarray:
+    """`values` [targets, any] at the positions that have a target, and `fill` at the others: [B, T, any]."""
+    column = torch.full((*batch.input_ids.shape, *values.shape[1:]), fill, dtype=dtype)
+    column[batch.has_target] = values.to("cpu", dtype)
+    return column.numpy()
+
+
+def _write_block(
+    folder: Path, samples: Sequence[dict[str, np.ndarray]], columns: dict[str, str], counts: dict[str, float]
+) -> None:
+    """Writes a block, which is whole when it has its name."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_block(partial, iter(samples), columns)
+    write_json(partial / _COUNTS_FILE, counts)
+    partial.rename(folder)
+
+
+def _publish(building: Building, blocks: list[range], text: str) -> None:
+    folders = [_block_folder(building.folder, block) for block in blocks]
+    counts = Counter[str]()
+    for folder in folders:
+        counts.update(json.loads((folder / _COUNTS_FILE).read_text(encoding="utf-8")))
+    samples = join_blocks(building.folder, folders)
+    targets = counts["targets"]
+    coverage = {name: counts[name] / max(targets, 1) for name in _COVERAGE}
+    building.facts.update(
+        samples=samples,
+        targets=targets,
+        coverage=coverage,
+        text=text,  # identity of the tokens alone: shards of other senses can have the same
+        # The unit of `loss.relative_margin`: mean over positions with antonyms of the mean D(t_i, s) over N_i.
+        teacher_antonym_distance=counts["antonym_distance"] / max(counts["with_antonyms"], 1),
+    )
+    continued = "continuation_tokens" in building.recipe.config
+    if continued:
+        building.facts["continued_tokens"] = counts["continued_tokens"]
+    building.publish()
+    shares = ", ".join(f"{100 * share:.1f} % {name.replace('_', ' ')}" for name, share in coverage.items())
+    say(f"  {samples:,} samples, {targets:,} target positions: {shares}")
+    if continued:
+        say(f"  the teacher went on with these texts by {counts['continued_tokens']:,} tokens")
+
+
+def _blocks(num_sequences: int, sequence_length: int, config: Config, split: str) -> list[range]:
+    """Ranges of sequences, a shard each; all but the last of one size, which depends on nothing but these arguments."""
+    annotation = config.annotation
+    top_n = _teacher_top_n(config, split)
+    of_teacher = top_n * (4 + 2) + 4 * (top_n > 0)
+    sample_bytes = sequence_length * (4 + 2 + 3 * 4 * annotation.kappa + of_teacher)
+    by_size = annotation.shard_size_mb * 2**20 // sample_bytes
+    size = max(1, min(by_size, -(-num_sequences // _MIN_BLOCKS)))
+    return [range(start, min(start + size, num_sequences)) for start in range(0, num_sequences, size)]
+
+
+def _block_folder(folder: Path, block: range) -> Path:
+    return folder / ".blocks" / f"{block.start:012d}"

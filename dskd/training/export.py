@@ -1,0 +1,190 @@
+"""A checkpoint becomes an ordinary Hugging Face folder: the student's files with the trained tensors put in.
+
+`AutoModelForCausalLM.from_pretrained` loads it with nothing of this package. The export is checked before it is
+published: it is loaded that way, and its logits are compared with those that the student gave in training. It has the
+type of the teacher: what was trained in float32 is rounded where the teacher is stored in bfloat16 or float16, which
+is measured and reported.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from dskd.artifacts import kinds
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.hashing import MANIFEST_NAME
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest, verify_files, write_json
+from dskd.config import Config
+from dskd.console import say, stage, warn
+from dskd.errors import OutageError, UserError
+from dskd.models.agreement import check_agreement
+from dskd.models.causal_lm import empty_model
+from dskd.models.cutting import find_student
+from dskd.models.folder import ModelFolder, load_tokenizer, tokenizer_digest
+from dskd.models.stored_names import StoredNames, parameter_names
+from dskd.models.weights import WEIGHTS_INDEX, TensorReader, write_weights
+from dskd.tracking import log_export
+from dskd.training import checkpoint
+
+FOLDER = "export"
+MADE_BY = "dskd export --config FILE"
+
+
+def recipe(found: checkpoint.Checkpoint) -> Recipe:
+    """What decides an export."""
+    manifest = found.manifest
+    return Recipe("export", {"checkpoint": manifest.digest}, {}, manifest.teacher, manifest.tokenizer)
+
+
+def build_export(config: Config) -> None:
+    """Writes `WORKDIR/export/RUN` from the newest checkpoint of the config's run, where it is not up to date.
+
+    MLflow is told in either case: what it was not told before is sent now.
+
+    Raises:
+        UserError: when there is no checkpoint, or the export does not compute what the student did in training; an
+            OutageError when the checkpoint goes meanwhile.
+    """
+    found = checkpoint.latest(config)
+    if found is None:
+        raise UserError(f"{kinds.folder(config)}: there is no checkpoint; train with `{kinds.MADE_BY}`")
+    student = find_student(config)
+    if student.digest != found.manifest.inputs["student"]:
+        raise UserError(
+            f"{found.path}: trained from another student ({found.manifest.inputs['student'][:12]}…) than "
+            f"{student.path} ({student.digest[:12]}…); train again with `{kinds.MADE_BY}`"
+        )
+    target = config.path(FOLDER, config.run)
+    if is_current(target, recipe(found)):
+        say(f"up to date: {target}")
+    else:
+        try:
+            _build(config, found, student, target)
+        except FileNotFoundError as error:
+            if found.path.exists():
+                raise
+            raise OutageError(
+                f"{found.path}: training has replaced this checkpoint while it was exported; export again"
+            ) from error
+    run_id = found.manifest.facts["mlflow_run_id"]
+    if run_id and config.tracking.enabled:
+        log_export(config, config.run, run_id, target)
+
+
+def _build(config: Config, found: checkpoint.Checkpoint, student: ModelFolder, target: Path) -> None:
+    with stage(f"export: run {config.run!r}", reads=[student.path, found.path], writes=target):
+        verify_files(found.path, found.manifest, made_by=kinds.MADE_BY)
+        with build_artifact(target, recipe(found)) as building:
+            trained = load_file(found.path / checkpoint.TRAINED_FILE)
+            types = write_export(student, trained, building.folder)
+            agreement = check_agreement(
+                building.folder,
+                load_file(found.path / checkpoint.PROBE_FILE),
+                trained,
+                getattr(torch, found.manifest.facts["dtype"]),
+                student.trust_remote_code,
+                trained=trained,
+                remedy="nothing was published. Train again, or report this with the manifest of the checkpoint",
+            )
+            building.facts.update(
+                step=found.step,
+                mlflow_run_id=found.manifest.facts["mlflow_run_id"],
+                run=config.run,
+                logits_error=agreement.error,
+                rounding_error=agreement.rounding,
+            )
+        say(
+            f"  step {found.step}; reloaded, its logits differ from the trained student's by {agreement.error:.1e} "
+            "(relative)"
+        )
+        if agreement.rounding:
+            stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+            say(
+                f"  trained tensors are rounded to {stored}, in which the student is stored: this changes logits by "
+                f"{agreement.rounding:.1e} (relative)"
+            )
+
+
+def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
+    """The exported model of a run, and its manifest.
+
+    Raises:
+        UserError: when it is missing or damaged.
+    """
+    folder = config.path(FOLDER, run)
+    manifest = read_manifest(folder, "export", made_by=MADE_BY)
+    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code))
+    return ModelFolder(folder, manifest.digest, digest, config.teacher.trust_remote_code), manifest
+
+
+def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], target: Path) -> set[torch.dtype]:
+    """Writes the student's folder with the trained tensors put in, in the type the student stores them in.
+
+    A value that float16 cannot hold would be infinite there: then all that is float16 is stored in float32.
+
+    Args:
+        student: the model that was trained.
+        trained: {name in the folder: tensor}.
+        target: an empty folder.
+
+    Returns:
+        The types in which the trained tensors are stored.
+
+    Raises:
+        UserError: when the student has no tensor of such a name.
+    """
+    reader = TensorReader(student.path)
+    if unknown := sorted(set(trained) - set(reader.names)):
+        raise UserError(f"{student.path}: the student has no tensor {', '.join(unknown)}")
+    replaced = {name: tensor.to(reader.read(name).dtype) for name, tensor in trained.items()}
+    copy_files(student, target)
+    too_large = [name for name, tensor in replaced.items() if tensor.isinf().any() and not trained[name].isinf().any()]
+    if too_large:
+        warn(
+            f"{', '.join(too_large)}: trained values that {replaced[too_large[0]].dtype} cannot hold; stored in float32"
+        )
+        reader = _InFloat32(student.path)
+        replaced = {name: tensor.float() for name, tensor in trained.items()}
+        model_config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        named = {key: "float32" for key in ("torch_dtype", "dtype") if key in model_config}
+        write_json(target / "config.json", model_config | named)
+    stale = _other_names(student, trained)
+    write_weights(target, reader, {name: name for name in reader.names if name not in stale}, replaced)
+    return {tensor.dtype for tensor in replaced.values()}
+
+
+def copy_files(student: ModelFolder, target: Path) -> None:
+    """Copies what is in a model's folder in addition to its weights; code only where it is trusted.
+
+    An adapter's configuration is left out: its weights are not in the folder, and transformers would load the model
+    that it was made for in place of this one.
+    """
+    left_out = (WEIGHTS_INDEX, MANIFEST_NAME, "adapter_config.json")
+    endings = (".safetensors", *(() if student.trust_remote_code else (".py",)))
+    for file in student.path.iterdir():
+        if file.is_file() and file.suffix not in endings and file.name not in left_out:
+            shutil.copyfile(file, target / file.name)
+
+
+class _InFloat32(TensorReader):
+    """The tensors of a folder, those in float16 widened."""
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = super().read(name)
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def _other_names(student: ModelFolder, trained: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of stored copies of trained tensors: a folder may store both of two tied matrices."""
+    model = empty_model(student)
+    names = StoredNames(model, TensorReader(student.path))
+    stale: set[str] = set()
+    for _, aliases in parameter_names(model):
+        stored = {found for alias in aliases if (found := names.find(alias)) is not None}
+        if stored & set(trained):
+            stale |= stored - set(trained)
+    return stale

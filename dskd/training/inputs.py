@@ -1,0 +1,150 @@
+"""What training reads: opened, checked against each other, and hashed into the run's recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dskd import shards
+from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_files
+from dskd.config import Config
+from dskd.distributed.world import World
+from dskd.errors import UserError
+from dskd.models.cutting import MADE_BY as STUDENT_MADE_BY
+from dskd.models.cutting import find_student
+from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.precision import resolve_precision
+from dskd.random_numbers import derived_seed
+from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
+from dskd.senses.dictionary import load_dictionary, require_fitting
+from dskd.training.candidates import Candidates
+from dskd.training.collator import Collator
+from dskd.training.positions import SensePositions
+from dskd.training.schedule import Schedule
+from dskd.training.sense_bank import load_bank
+
+# Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
+_NOT_IN_RECIPE = {
+    *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
+    *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
+    *("learning_rate_batch_size", "learning_rate_rule"),  # the recipe has the rate that they give
+    "micro_batch_size",
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, checked to fit together."""
+
+    teacher: ModelFolder
+    student: ModelFolder
+    senses: Manifest
+    shards: Manifest
+    vectors_path: Path
+    num_senses: int  # rows of the sense dictionary
+
+
+def recipe(config: Config) -> Recipe:
+    """What decides the result of a run. The number of ranks does not."""
+    inputs = load_inputs(config)
+    return _recipe(config, inputs)
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Finds the inputs of training and refuses what does not fit together.
+
+    Raises:
+        UserError: naming both sides of the first misfit.
+    """
+    teacher, student = find_teacher(config), find_student(config)
+    dictionary, senses = load_dictionary(config)
+    hidden_size = student.load_config().hidden_size
+    require_fitting(
+        dictionary, senses, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest, hidden_size=hidden_size
+    )
+    train_shards = shards.load_manifest(config, "train")
+    if _reads_teacher_cache(config):
+        shards.require_teacher_cache(config, "train", train_shards)
+        _require_one_vocabulary(teacher, student)
+    return Inputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows)
+
+
+def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> Collator:
+    """What makes the batches that the loss of the run reads."""
+    loss = config.loss
+    positions = candidates = None
+    if loss.sense_weight:
+        positions = SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
+    if loss.compares_sense_distributions:
+        candidates = Candidates.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
+    return Collator(
+        None if _bank_on_device(config) else inputs.vectors_path,
+        positions,
+        micro_batch_size=schedule.micro_batch_size,
+        candidates=candidates,
+        lexical=loss.lexical_weight != 1,
+        teacher_cache=_reads_teacher_cache(config),
+    )
+
+
+def load_sense_bank(config: Config, inputs: Inputs, world: World) -> torch.Tensor | None:
+    """All sense embeddings [R, D] on the device, where batches bring none."""
+    return load_bank(inputs.vectors_path, world.device) if _bank_on_device(config) else None
+
+
+def _bank_on_device(config: Config) -> bool:
+    return config.loss.sense_weight > 0 and config.train.sense_bank == "device"
+
+
+def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
+    # A distribution over n tokens and the rest cannot be restricted to the tokens that both have.
+    sizes = [folder.load_config().vocab_size for folder in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"teacher.mode: cached needs teacher and student of one vocabulary size, but {teacher.path} has {sizes[0]} "
+            f"tokens and {student.path} has {sizes[1]}; cut the student from the teacher (`dskd student`), or set "
+            "teacher.mode to zero3 or resident"
+        )
+
+
+def _reads_teacher_cache(config: Config) -> bool:
+    return config.teacher.mode == "cached" and config.loss.kd_weight > 0
+
+
+def _verify_inputs(config: Config, inputs: Inputs) -> None:
+    """Reads every file of the inputs and compares it with its manifest."""
+    verify_files(inputs.vectors_path.parent, inputs.senses, made_by=SENSES_MADE_BY)
+    student = read_manifest(inputs.student.path, "student", made_by=STUDENT_MADE_BY)
+    verify_files(inputs.student.path, student, made_by=STUDENT_MADE_BY)
+    shards.require_fitting(
+        config,
+        "train",
+        inputs.shards,
+        senses=inputs.senses.digest,
+        teacher=inputs.teacher.digest,
+        tokenizer=inputs.teacher.tokenizer_digest,
+    )
+
+
+def _recipe(config: Config, inputs: Inputs) -> Recipe:
+    train = {key: value for key, value in config.train.as_dict().items() if key not in _NOT_IN_RECIPE}
+    train["learning_rate"] = config.train.peak_learning_rate  # however it was given
+    student = {key: value for key, value in config.student.as_dict().items() if key.startswith("train_")}
+    settings = {
+        "loss": config.loss.as_dict(),
+        "train": train,
+        "student": student,
+        "seed": config.seed,
+        "precision": resolve_precision(config.precision),
+        # Another objective, where the shards have fewer than all tokens.
+        "teacher": {"mode": "cached" if _reads_teacher_cache(config) else "loaded"},
+    }
+    digests = {"student": inputs.student.digest, "shards": inputs.shards.digest, "senses": inputs.senses.digest}
+    return Recipe("checkpoint", digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)
+
+
+def _margin(config: Config, manifest: Manifest) -> float:
+    """The margin in units of |h - s|² / D: the config's, or a multiple of what the teacher itself keeps."""
+    if config.loss.relative_margin is None:
+        return config.loss.margin
+    return config.loss.relative_margin * manifest.facts["teacher_antonym_distance"]

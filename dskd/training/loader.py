@@ -1,0 +1,185 @@
+"""The loader of training: shards to the micro-batches of each optimizer step, ready on the device ahead of the step.
+
+A worker process reads the samples of a rank's whole step, collates them (:class:`dskd.training.collator.Collator`) and
+sends them as one buffer: one segment of shared memory, one pinned block and one copy to the device for a step, whatever
+its number of micro-batches and tensors. While a step runs, the next one is copied on a CUDA stream of its own.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dskd import shards
+from dskd.config import Config
+from dskd.distributed import stopping
+from dskd.distributed.world import World
+from dskd.errors import OutageError, UserError
+from dskd.random_numbers import derived_seed
+from dskd.training.packed_step import CudaCopier, PackedStep, Step, copy_ahead
+from dskd.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from dskd.shards.dataset import ShardDataset
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
+
+_PREFETCHED_STEPS = 2  # by each worker
+
+
+def load_steps(
+    config: Config,
+    schedule: Schedule,
+    collate: Collate,
+    cache: Path,
+    world: World,
+    *,
+    start_step: int,
+    sense_bank: torch.Tensor | None = None,
+) -> Generator[Step, None, None]:
+    """Yields this rank's part of each step from `start_step` to the last.
+
+    An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; where in it a step begins
+    follows from the step's number. Only `num_canonical_nodes: 1` gives every number of nodes the same global batches.
+
+    Args:
+        config: the experiment.
+        schedule: steps and batches.
+        collate: a rank's samples of a step to its micro-batches; runs in the workers.
+        cache: the node's folder for unpacked shards.
+        world: the ranks.
+        start_step: the first step, from 0.
+        sense_bank: [R, D], all sense embeddings on the device, where batches bring none
+            (:func:`dskd.training.sense_bank.load_bank`).
+    """
+    dataset = shards.open_shards(
+        config,
+        "train",
+        cache,
+        world,
+        shuffle=True,
+        shuffle_seed=derived_seed(config.seed, "train", "order") % 2**31,
+        batch_size=schedule.samples_per_rank,
+        epoch_size=schedule.steps_per_epoch * schedule.global_batch_size,
+        num_canonical_nodes=1,
+    )
+    epoch, steps_done = divmod(start_step, schedule.steps_per_epoch)
+    dataset.load_state_dict(
+        {
+            "epoch": epoch,
+            "sample_in_epoch": steps_done * schedule.global_batch_size,
+            "num_canonical_nodes": 1,
+            "shuffle_seed": dataset.shuffle_seed,
+            "initial_physical_nodes": 1,
+        }
+    )
+    on_cuda = world.device.type == "cuda"
+    workers = config.train.num_workers
+    loader = DataLoader(
+        StepSamples(dataset, schedule, start_step, place=shards.place(config, "train")),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=functools.partial(_collate_packed, collate),
+        pin_memory=on_cuda,
+        prefetch_factor=_PREFETCHED_STEPS if workers else None,
+        worker_init_fn=_end_with_rank,
+        # A worker waits for ever for a shard that another rank's worker was to fetch and could not.
+        timeout=config.train.collective_timeout_s if workers else 0,
+    )
+    packed = itertools.islice(_steps_in(loader), schedule.total_steps - start_step)
+    for step in copy_ahead(packed, CudaCopier(world.device)) if on_cuda else packed:
+        yield step.unpack(sense_bank)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Why a worker has no more samples: an exception of its own would come out of it as a traceback in a message."""
+
+    message: str
+    may_mend_itself: bool
+
+
+class StepSamples(IterableDataset):
+    """Yields a rank's samples of a step, epoch after epoch: its workers live as long as the run, with no gap between.
+
+    The loader takes turns with its workers, and the first step of each epoch is worker 0's: where the workers have not
+    equally many steps of an epoch, the others yield an empty one.
+    """
+
+    def __init__(self, dataset: "ShardDataset", schedule: Schedule, start_step: int, *, place: str) -> None:
+        self._dataset = dataset
+        self._place = place
+        self._schedule = schedule
+        self._start_step = start_step
+
+    def __iter__(self) -> Iterator["list[dict[str, Any]] | Unreadable"]:
+        """Yields the samples of this worker's steps; an :class:`Unreadable` is the last that it yields."""
+        try:
+            yield from self._steps()
+        except Exception as error:  # of the file system, the object store, the decoder, each of their own kind
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            yield Unreadable(
+                f"{self._place}: a shard of the training data cannot be read ({reason}); put it there as it was made, "
+                "or see to the access, and continue with --resume",
+                may_mend_itself=not shards.is_lasting(error),
+            )
+
+    def _steps(self) -> Iterator[list[dict[str, Any]]]:
+        worker = get_worker_info()
+        own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        step, schedule = self._start_step, self._schedule
+        # Not past the last step: a worker would wait for those of other ranks at the gate of an epoch nobody trains on.
+        while step < schedule.total_steps:
+            epoch, steps_done = divmod(step, schedule.steps_per_epoch)
+            left = min(schedule.steps_per_epoch - steps_done, schedule.total_steps - step)
+            self._dataset.current_epoch = epoch
+            samples = iter(self._dataset)
+            for turn in range(-(-left // num_workers)):
+                wanted = schedule.samples_per_rank if turn * num_workers + own < left else 0
+                self._dataset.current_step = step + turn * num_workers + own
+                # Asked for also where there are none: workers wait for each other when an epoch begins.
+                of_step = list(itertools.islice(samples, schedule.samples_per_rank))
+                if len(of_step) < wanted:
+                    raise self._dataset.failure or EOFError(f"{len(of_step)} samples of a step where it has {wanted}")
+                yield of_step
+            step += left
+            if step < schedule.total_steps:
+                next(samples, None)  # the epoch is over when its iterator says so
+
+
+def _collate_packed(collate: Collate, samples: list[dict[str, Any]] | Unreadable) -> PackedStep | Unreadable | None:
+    if isinstance(samples, Unreadable):
+        return samples
+    return PackedStep.of(collate(samples)) if samples else None
+
+
+def _steps_in(loader: Iterable[PackedStep | Unreadable | None]) -> Iterator[PackedStep]:
+    for step in loader:
+        if isinstance(step, Unreadable):
+            raise (OutageError if step.may_mend_itself else UserError)(step.message)
+        if step is not None:
+            yield step
+
+
+def _end_with_rank(worker_id: int) -> None:
+    """Ends a worker when its rank has ended, and not before: not by a signal to the whole job, after which the rank
+    still finishes a step; and wherever it waits when the rank is killed, for mosaicml-streaming's barriers wait for
+    ever.
+    """
+    stopping.ignore()
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+
+    def watch() -> None:
+        rank.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

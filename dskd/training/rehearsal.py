@@ -1,0 +1,77 @@
+"""The rehearsal of an export: before the first step the untouched student is exported, reloaded and compared.
+
+What would fail after hours of training fails here, in seconds: a name that transformers does not read, a file that is
+not copied, a table that training has and the reloaded model has not.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dskd.artifacts import kinds
+from dskd.artifacts.files import full_disk_is_said, make_folder, remove_tree
+from dskd.config import Config
+from dskd.console import say
+from dskd.distributed.collectives import on_main
+from dskd.distributed.world import World
+from dskd.models.agreement import check_agreement, probe_inputs
+from dskd.models.folder import ModelFolder
+from dskd.models.precision import compute_dtype
+from dskd.models.weights import TensorReader
+from dskd.training import checkpoint
+from dskd.training.export import copy_files, write_export
+from dskd.training.pair import Pair
+
+# Bytes of a student that is written once more; a larger one is read from where it is.
+_WRITTEN = 2**30
+# Bytes in float32 of a student that is reloaded; a larger one takes minutes.
+_RELOADED = 40 * 10**9
+_REMEDY = "an export of this student would not be the student that was trained, so nothing is trained"
+
+
+def rehearse_export(pair: Pair, student: ModelFolder, config: Config, world: World) -> None:
+    """Exports the student that the engine has been loaded with, and compares. All ranks call it, before any step.
+
+    Raises:
+        UserError: on every rank, when an export could not be made or would be another model.
+    """
+    engine = pair.engine
+    device, dtype = world.device, compute_dtype(config.precision, world.device)
+    base, vocab_size = engine.module.decoder.base, engine.module.head.weight.ds_shape[0]
+    inputs = probe_inputs(base, vocab_size, config.corpus.sequence_length, device)
+    probe = {"logits": pair.student_logits(**inputs), **inputs}
+    hub_names = engine.module.hub_names
+    names = [hub_names[name] for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+
+    def rehearse() -> None:
+        on_cpu = {name: tensor.cpu() for name, tensor in probe.items()}
+        scratch = kinds.folder(config) / checkpoint.REHEARSAL
+        remove_tree(scratch)
+        make_folder(scratch)
+        try:
+            with full_disk_is_said(scratch):
+                _rehearse(student, scratch, on_cpu, names, dtype)
+        finally:
+            remove_tree(scratch)
+
+    on_main(rehearse)
+
+
+def _rehearse(student: ModelFolder, scratch: Path, probe: dict[str, Any], names: list[str], dtype: torch.dtype) -> None:
+    reader = TensorReader(student.path)
+    files = [*student.path.glob("*.safetensors")]
+    if sum(file.stat().st_size for file in files) <= _WRITTEN:
+        write_export(student, {name: reader.read(name) for name in names}, scratch)
+    else:
+        copy_files(student, scratch)
+        for file in (*files, *student.path.glob("*.safetensors.index.json")):
+            (scratch / file.name).symlink_to(file.resolve())
+    # In bf16, and then in float32 where the differences are to be explained by rounding.
+    size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * 4
+    if size > min(_RELOADED, psutil.virtual_memory().available // 2):
+        say(f"  the export is not tried beforehand: reloading the student would take {size / 1e9:,.0f} GB of memory")
+        return
+    found = check_agreement(scratch, probe, names, dtype, student.trust_remote_code, remedy=_REMEDY)
+    say(f"  the export was rehearsed: the untrained student, reloaded, has the same logits but for {found.error:.1e}")

@@ -1,0 +1,197 @@
+"""Writing a checkpoint, and loading one into an engine."""
+
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dskd.artifacts.building import Building
+from dskd.artifacts.files import full_disk_is_said, make_folder, remove_tree, write_text
+from dskd.artifacts.kinds import folder
+from dskd.artifacts.manifest import Recipe, is_current
+from dskd.config import Config, TrainConfig
+from dskd.console import say
+from dskd.distributed.collectives import barrier, on_main
+from dskd.distributed.world import World
+from dskd.errors import UserError
+from dskd.models.agreement import PROBE_TOKENS, probe_inputs
+from dskd.training.checkpoint import LATEST_FILE, PROBE_FILE, REHEARSAL, TRAINED_FILE, Checkpoint, _steps
+from dskd.training.universal_checkpoint import make_universal, no_pickles, universal_folder
+
+
+def save(
+    engine: Any,
+    student_logits: Callable[..., torch.Tensor],
+    config: Config,
+    recipe: Recipe,
+    facts: dict[str, Any],
+    world: World,
+) -> None:
+    """Writes the checkpoint of `facts["step"]`, then removes what it replaces. All ranks call it.
+
+    Args:
+        engine: the student's.
+        student_logits: logits [1, T, V] of what :func:`dskd.models.agreement.probe_inputs` returns.
+        config: the experiment.
+        recipe: of the run.
+        facts: for the manifest.
+        world: the ranks.
+
+    Raises:
+        UserError: when there is no space, or the student's weights are not finite; nothing is removed then.
+    """
+    base = folder(config)
+    require_space(engine, config)
+    building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
+    on_main(building.clear)
+    with full_disk_is_said(base):
+        engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
+        _save_trained(engine, building.folder / TRAINED_FILE, world)
+        _save_probe(engine, student_logits, config, building.folder / PROBE_FILE, world)
+    barrier()
+    on_main(lambda: _publish(building, config.train))
+
+
+def remove_leftovers(base: Path) -> None:
+    """Removes what a killed process left under hidden names, which would take the room of the next checkpoint.
+
+    The caller holds the lock of the run, so nothing there belongs to a process that lives.
+    """
+    for path in (*base.glob(".step-*"), base / REHEARSAL):
+        remove_tree(path)
+
+
+def require_space(engine: Any, config: Config) -> None:
+    """Refuses to begin what the disk cannot take. All ranks call it.
+
+    Raises:
+        UserError: when there is less space than a checkpoint needs.
+    """
+    needed, base = required_bytes(engine), folder(config)
+
+    def check() -> None:
+        make_folder(base)
+        free = shutil.disk_usage(base).free
+        if free < needed:
+            raise UserError(
+                f"{base}: a checkpoint takes {needed / 1e9:.2f} GB, and there are {free / 1e9:.2f} GB free; what was "
+                "complete stays. Free some, or set workdir to another disk, and continue with --resume"
+            )
+
+    on_main(check)
+
+
+def required_bytes(engine: Any) -> int:
+    """What a checkpoint takes: the trained parameters and AdamW's two moments in float32, by DeepSpeed; the parameters
+    again, for export; the probe's logits; and little things.
+    """
+    module = engine.module
+    trained = [parameter.ds_numel for parameter in module.parameters() if parameter.requires_grad]
+    probe = PROBE_TOKENS * module.head.weight.ds_shape[0]
+    return 16 * sum(trained) + 4 * probe + engine.world_size * (2**16 + 2**12 * len(trained))
+
+
+def needs_universal(checkpoint: Checkpoint | None, world: World) -> bool:
+    """True when the checkpoint was written by another number of ranks."""
+    return checkpoint is not None and checkpoint.manifest.facts["world_size"] != world.world_size
+
+
+def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int) -> None:
+    """Puts engine and optimizer into the state of the checkpoint, whatever number of ranks wrote it.
+
+    The engine must have been made for :func:`needs_universal`.
+
+    Raises:
+        UserError: when it was written by a student with another shared trunk, or DeepSpeed does not take it.
+    """
+    then = checkpoint.manifest.facts.get("trunk_depth", 0)
+    if then != trunk_depth:
+        raise UserError(
+            f"{checkpoint.path}: written with a shared trunk of {then} layers, and it has {trunk_depth} now; set "
+            f"student.shared_trunk to {'on' if then else 'off'}, or start from scratch with --overwrite",
+            known_to_all_ranks=True,
+        )
+    path = checkpoint.path
+    if needs_universal(checkpoint, world):
+        say(f"  written by {checkpoint.manifest.facts['world_size']} ranks: it is made into one for any number of them")
+        on_main(lambda: make_universal(checkpoint.path))
+        path = universal_folder(path)
+    with no_pickles():
+        loaded, _ = engine.load_checkpoint(
+            str(path.parent),
+            tag=path.name,
+            load_module_strict=False,
+            load_lr_scheduler_states=False,
+        )
+    if loaded is None:  # DeepSpeed says so with a warning only, and training would begin from scratch in silence
+        raise UserError(
+            f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before is used"
+        )
+    if path != checkpoint.path:  # the next checkpoint needs its room
+        barrier()
+        on_main(lambda: shutil.rmtree(path, ignore_errors=True))
+
+
+def _publish(building: Building, train: TrainConfig) -> None:
+    base, step = building.path.parent, building.facts["step"]
+    # DeepSpeed puts scripts beside its files that load them as pickles; ours are read by `dskd export`.
+    for script in base.glob("zero_to_*.py"):
+        script.unlink()
+    _require_finite(building)
+    building.publish()
+    write_text(base / LATEST_FILE, f"{building.path.name}\n")
+    # Only now that there is a new one do older ones go: those of a run that is overwritten, and those not to be kept.
+    steps = sorted(_steps(base))
+    others = [path for number, path in steps if number > step or not is_current(path, building.recipe)]
+    own = [(number, path) for number, path in steps if path not in others]
+    old = [path for number, path in own[: -train.keep_last] if not train.keep_every or number % train.keep_every]
+    for path in [*others, *old]:
+        # No folder with some of its files gone, and no end of the run where one cannot go: on NFS a file that another
+        # process has open stays, under a name of its own.
+        path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}"))
+    remove_leftovers(base)
+
+
+def _require_finite(building: Building) -> None:
+    for file in (TRAINED_FILE, PROBE_FILE):
+        for name, tensor in load_file(building.folder / file).items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                shutil.rmtree(building.folder)
+                building.release()
+                raise UserError(
+                    f"step {building.facts['step']}: {name} of the student is not finite; the run stops, and no "
+                    "checkpoint of this step is written. Lower train.learning_rate, or use precision: fp32"
+                )
+
+
+def _save_trained(engine: Any, path: Path, world: World) -> None:
+    """The trained parameters in full precision by their Hugging Face names; gathered one at a time, kept by rank 0."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    names = engine.module.hub_names
+    tensors = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            full = safe_get_full_fp32_param(parameter)
+            if world.is_main:
+                tensors[names[name]] = full.detach().cpu().clone()
+    if world.is_main:
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _save_probe(
+    engine: Any, student_logits: Callable[..., torch.Tensor], config: Config, path: Path, world: World
+) -> None:
+    """Logits of the student as it is in training, on the tokens that the export is compared on."""
+    module = engine.module
+    inputs = probe_inputs(
+        module.decoder.base, module.head.weight.ds_shape[0], config.corpus.sequence_length, world.device
+    )
+    logits = student_logits(**inputs)
+    if world.is_main:
+        tensors = {name: tensor.cpu() for name, tensor in inputs.items()}
+        save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path)

@@ -1,0 +1,91 @@
+"""How many optimizer steps a run has, of what size, and at which learning rate."""
+
+import math
+from dataclasses import dataclass
+
+from dskd import shards
+from dskd.artifacts.manifest import Manifest
+from dskd.config import Config, TrainConfig
+from dskd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps there are, and of what."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int  # micro-batches a rank runs in a step
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Samples of a step that one rank runs."""
+        return self.micro_batch_size * self.accumulation_steps
+
+    def learning_rate(self, step: int, peak: float, warmup_share: float) -> float:
+        """The rate of step 0, 1, …: a linear rise over the warm-up, then a cosine to 0 (docs/method.md, section 4)."""
+        warmup = round(warmup_share * self.total_steps)
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
+
+
+def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedule:
+    """Steps and batches of a run.
+
+    Raises:
+        UserError: when the global batch cannot be shared out, or there is less data than one batch.
+    """
+    train = config.train
+    global_batch = train.global_batch_size
+    micro_batch, accumulation_steps = share_out(train, world_size)
+    shards.require_samples(
+        manifest, config.path(shards.FOLDER, "train"), global_batch, "train.global_batch_size, one step"
+    )
+    steps_per_epoch = manifest.facts["samples"] // global_batch
+    return Schedule(
+        global_batch, micro_batch, accumulation_steps, steps_per_epoch, count_steps(train, manifest.facts["samples"])
+    )
+
+
+def count_steps(train: TrainConfig, num_samples: int) -> int:
+    """Optimizer steps of a run over so many samples."""
+    return (
+        train.steps
+        if train.steps is not None
+        else max(1, round(train.epochs * (num_samples // train.global_batch_size)))
+    )
+
+
+def describe_learning_rate(train: TrainConfig) -> str:
+    """Says the peak of a run's learning rate and, when the batch decides it, from what it was computed."""
+    text = f"peak learning rate {train.peak_learning_rate:.4g}"
+    if train.learning_rate_batch_size is None:
+        return text
+    rule = train.learning_rate_rule.replace("_", " ")
+    return f"{text}, from {train.learning_rate:.4g} at a batch of {train.learning_rate_batch_size} ({rule} rule)"
+
+
+def share_out(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """Samples of a micro-batch, and how many of these a rank runs in a step.
+
+    Raises:
+        UserError: when the global batch cannot be shared out.
+    """
+    global_batch = train.global_batch_size
+    if global_batch % world_size:
+        raise UserError(
+            f"train.global_batch_size: {global_batch} sequences cannot be shared out over {world_size} ranks; "
+            f"set it to a multiple of {world_size}, or take "
+            f"{next(ranks for ranks in range(world_size - 1, 0, -1) if global_batch % ranks == 0)} ranks"
+        )
+    per_rank = global_batch // world_size
+    micro_batch = min(train.micro_batch_size, per_rank)
+    if per_rank % micro_batch:
+        raise UserError(
+            f"train.micro_batch_size: each of {world_size} ranks has {per_rank} sequences a step, which is no multiple "
+            f"of {micro_batch}; set it to a divisor of {per_rank}"
+        )
+    return micro_batch, per_rank // micro_batch

@@ -1,0 +1,151 @@
+"""One optimizer step: the table of contents of distillation.
+
+Every term is a sum over positions divided, once, by the count over all ranks and accumulation steps:
+docs/invariants.md.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dskd.config import LossConfig
+from dskd.distributed.collectives import gather_json, sum_over_ranks
+from dskd.distributed.world import World
+from dskd.errors import UserError
+from dskd.losses.head import TERMS, Normalizers
+from dskd.training.packed_step import Counts, Step
+from dskd.training.pair import Pair
+
+_LOSS_TERMS = ("ce", "kl", "hidden", "sense")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over all ranks."""
+
+    loss: float  # the weighted sum that was minimised
+    terms: dict[str, float]  # each term by itself, a mean over its positions, without weight
+    tokens: int  # target positions
+    grad_norm: float  # before clipping
+    stop_requested: bool  # of any rank, when the step began
+
+
+def train_step(
+    pair: Pair,
+    step_batches: Step,
+    loss: LossConfig,
+    world: World,
+    *,
+    step: int,
+    stop_requested: bool = False,
+) -> StepResult:
+    """Runs the micro-batches of one optimizer step and updates the student.
+
+    Args:
+        pair: student and teacher.
+        step_batches: this rank's micro-batches, as many as the engine accumulates, and the positions in them.
+        loss: weights and settings of the terms.
+        world: the ranks.
+        step: its number, for messages.
+        stop_requested: this rank has been asked to stop; every rank learns of it with this step.
+
+    Raises:
+        UserError: when a term is not finite, naming it and the samples; the student's weights are then untouched.
+    """
+    micro_batches = step_batches.micro_batches
+    mine = torch.tensor([*step_batches.counts, stop_requested], device=world.device)
+    *of_all, stops = sum_over_ranks(mine).tolist()
+    counts = Counts(*of_all)
+    normalizers = _normalizers(counts, world, len(micro_batches))
+    engine = pair.engine
+    losses, terms = [], []
+    for number, batch in enumerate(micro_batches):
+        position_ids = batch.get("position_ids")
+        teacher_hidden, student_inputs = pair.run_teacher(batch["input_ids"], position_ids)
+        total, sums = engine(
+            student_inputs,
+            position_ids,
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            normalizers=normalizers,
+            teacher_hidden=teacher_hidden,
+            teacher_cache=batch.get("teacher_cache"),
+            senses=batch.get("senses"),
+            token_weights=_token_weights(batch["lexical"], loss, counts) if "lexical" in batch else None,
+        )
+        losses.append(total.detach().float())
+        engine.backward(total)
+        terms.append(sums)
+        if number + 1 < len(micro_batches):
+            engine.step()
+    of_step = torch.cat([torch.stack(losses).unsqueeze(-1), torch.stack(terms)], dim=-1)
+    total_loss, *sums = sum_over_ranks(of_step.double().sum(0)).tolist()
+    _require_finite(sums, terms, micro_batches, step)
+    engine.step()
+    grad_norm = float(engine.get_global_grad_norm())
+    if not math.isfinite(grad_norm):
+        raise UserError(
+            f"step {step}: the gradient norm is {grad_norm} although every term of the loss is finite; the run stops "
+            "before a checkpoint is written. Lower train.learning_rate, or use precision: fp32",
+            known_to_all_ranks=True,
+        )
+    mean_loss = total_loss / (world.world_size * len(micro_batches))
+    return StepResult(mean_loss, _means(sums, counts), counts.targets, grad_norm, stops > 0)
+
+
+def _normalizers(counts: Counts, world: World, accumulation_steps: int) -> Normalizers:
+    divided_by_deepspeed = world.world_size * accumulation_steps
+    return Normalizers(
+        tokens=divided_by_deepspeed / max(counts.targets, 1), senses=divided_by_deepspeed / max(counts.senses, 1)
+    )
+
+
+def _token_weights(lexical: torch.Tensor, loss: LossConfig, counts: Counts) -> torch.Tensor:
+    """[B, T] float32: `lexical_weight` where `lexical` [B, T], 1 elsewhere, over what these add up to by target.
+
+    Their mean over the targets of the step is 1, and what is weighted with them and divided by the number of targets
+    is a weighted mean: another weight is another emphasis, and no other learning rate.
+    """
+    added_up = counts.targets + (loss.lexical_weight - 1) * counts.lexical
+    return (1 + (loss.lexical_weight - 1) * lexical.float()) * (counts.targets / max(added_up, 1e-12))
+
+
+def _means(sums: list[float], counts: Counts) -> dict[str, float]:
+    tokens, senses, relations = (max(count, 1) for count in counts[:3])
+    of = dict(zip(TERMS, sums, strict=True))
+    return {
+        "ce": of["ce"] / tokens,
+        "kl": of["kl"] / tokens,
+        "hidden": of["hidden"] / tokens,
+        "sense": of["sense"] / senses,
+        "sense_synonym": of["synonym"] / relations,
+        "sense_antonym": of["antonym"] / relations,
+        "sense_own": of["own"] / max(senses - relations, 1),
+        "active_hinges": of["active_hinges"] / max(of["hinges"], 1),
+        "sense_teacher_entropy": of["teacher_entropy"] / senses,
+    }
+
+
+def _require_finite(
+    sums: list[float], terms: Sequence[torch.Tensor], micro_batches: Sequence[dict[str, Any]], step: int
+) -> None:
+    if all(math.isfinite(value) for value in sums):
+        return
+    mine = [
+        (name, batch["sample_ids"].tolist())
+        for values, batch in zip(terms, micro_batches, strict=True)
+        for name, value in zip(TERMS, values.tolist(), strict=True)
+        if name in _LOSS_TERMS and not math.isfinite(value)
+    ]
+    culprits: dict[str, list[int]] = {}
+    for name, samples in (item for rank in gather_json(mine) for item in rank):
+        culprits.setdefault(name, []).extend(samples)
+    named = "; ".join(f"{name} on samples {sorted(samples)}" for name, samples in culprits.items())
+    raise UserError(
+        f"step {step}: the loss is not finite: {named}. The run stops; the last checkpoint is as it was. Look at those "
+        "samples of the training shards, lower train.learning_rate, or use precision: fp32, and continue with --resume",
+        known_to_all_ranks=True,
+    )

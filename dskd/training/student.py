@@ -1,0 +1,251 @@
+"""The student in training: its layers under a ZeRO-3 engine, with the head that computes the losses.
+
+Where its lower layers are frozen copies of the teacher's, it starts from the teacher's hidden states at that depth
+(:mod:`dskd.training.trunk`) and those layers are not loaded. Shapes: B batch, T tokens, D hidden, V vocabulary.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dskd.config import Config, StudentConfig
+from dskd.distributed.world import World
+from dskd.errors import UserError
+from dskd.losses.head import DistillationHead
+from dskd.models.causal_lm import build_sharded, engine_settings
+from dskd.models.final_norm import final_norm_names
+from dskd.models.folder import ModelFolder
+from dskd.models.frozen import Decoder
+from dskd.models.precision import compute_dtype
+from dskd.models.probes import check_documents
+from dskd.models.readouts import chunk_size
+from dskd.models.reference import compare_with_transformers
+from dskd.models.stored_names import StoredNames, base_model, base_model_name, output_name
+from dskd.models.weights import LAYER_NAME, TensorReader
+
+REDUCE_BUCKET = 50_000_000  # elements of gradients that are summed up over the ranks together
+
+
+class Student(nn.Module):
+    """The decoder that is trained, with the head that holds its output matrix and computes the losses.
+
+    `hub_names` maps each parameter's name to that in the Hugging Face folder.
+    """
+
+    def __init__(self, decoder: Decoder, head: DistillationHead, hub_names: dict[str, str]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.head = head
+        self.hub_names = hub_names
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        *,
+        decoder_options: Mapping[str, Any] | None = None,
+        **loss_inputs: Any,
+    ) -> Any:
+        """What :meth:`dskd.losses.head.DistillationHead.forward` makes of the last hidden states and `loss_inputs`.
+
+        `inputs` are token ids [B, T], or, with a shared trunk, the states [B, T, D] that it ends with.
+        `decoder_options` go to the base model.
+        """
+        return self.head(self.decoder(inputs, position_ids, **(decoder_options or {})), **loss_inputs)
+
+
+def load_student(
+    folder: ModelFolder,
+    config: Config,
+    world: World,
+    *,
+    teacher: ModelFolder | None,
+    margin: float,
+    accumulation_steps: int,
+    trunk_depth: int = 0,
+    load_universal: bool = False,
+) -> Any:
+    """The student's ZeRO-3 engine, with AdamW over the parameters that `student.train_*` names.
+
+    Args:
+        folder: the model to start from.
+        config: the experiment.
+        world: the ranks.
+        teacher: whose output matrix the head needs, or None when no term of the loss reads its logits.
+        margin: of the sense loss, in units of |h - s|² / D.
+        accumulation_steps: micro-batches a rank runs for an optimizer step.
+        trunk_depth: how many of the lowest layers the teacher computes; neither they nor the embeddings are loaded.
+        load_universal: it goes on from a checkpoint in DeepSpeed's universal form
+            (:mod:`dskd.training.universal_checkpoint`).
+
+    Raises:
+        UserError: when weights are missing, nothing would be trained, or the model does not keep documents apart where
+            they are packed.
+    """
+    import deepspeed  # here: commands that load no model do not wait for it
+
+    dtype = compute_dtype(config.precision, world.device)
+    train = config.train
+    if train.compile_losses and world.device.type == "cpu":
+        _require_compiler()
+    settings = engine_settings(
+        dtype, world, folder.load_config().hidden_size, micro_batch_size=train.micro_batch_size
+    ) | {
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": train.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": load_universal},
+    }
+    settings["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
+    causal_lm = build_sharded(folder, settings, dtype, world, first_layer=trunk_depth)
+    if train.activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = choose_trained(causal_lm, config.student, first_layer=trunk_depth)
+    names = _hub_names(causal_lm, folder, trunk_depth)
+    teacher_matrix = None if teacher is None else _teacher_matrix(causal_lm, folder, teacher, dtype)
+    if trunk_depth:
+        _drop_embeddings(causal_lm)
+    output_weight = causal_lm.get_output_embeddings().weight
+    head = DistillationHead(
+        output_weight,
+        teacher_matrix,
+        config.loss,
+        chunk_size=chunk_size(train.loss_chunk_size, output_weight.ds_shape[0], world.device),
+        margin=margin,
+        compile_losses=train.compile_losses,
+    )
+    student = Student(Decoder(base_model(causal_lm)), head, names)
+    # Activations are recomputed in training mode only. Dropout was taken out of the architecture when it was built.
+    student.train()
+    optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
+    if not trunk_depth:
+        compare_with_transformers(engine, student.decoder, folder, world, dtype)
+    if config.corpus.packing == "documents" and not trunk_depth:
+        check_documents(engine, student.decoder, folder, world, dtype)
+    return engine
+
+
+def _require_compiler() -> None:
+    """On a CPU torch.compile writes C++; on a GPU it brings what it needs."""
+    wanted = os.environ.get("CXX", "g++")
+    if shutil.which(wanted) is None:
+        raise UserError(
+            f"train.compile_losses: torch.compile needs a C++ compiler, and there is no {wanted}; install one (g++ on "
+            "Debian), name one in the variable CXX, or set train.compile_losses to false",
+            known_to_all_ranks=True,
+        )
+
+
+def trained_layers(student: StudentConfig, count: int) -> set[int]:
+    """Which of the student's `count` layers are trained.
+
+    Raises:
+        UserError: when one does not exist.
+    """
+    wanted = student.train_layers
+    layers = set(range(max(0, count - wanted), count)) if isinstance(wanted, int) else set(wanted)
+    missing = sorted(layers - set(range(count)))
+    if missing:
+        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
+    return layers
+
+
+def trains_embeddings(student: StudentConfig, *, tied: bool) -> bool:
+    """True when the input embeddings are trained; where they are tied to the head, training either trains both."""
+    return student.train_embeddings or (tied and student.train_lm_head)
+
+
+def trains_head(student: StudentConfig, *, tied: bool) -> bool:
+    """True when the output matrix is trained."""
+    return student.train_lm_head or (tied and student.train_embeddings)
+
+
+def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int = 0) -> list[nn.Parameter]:
+    """Sets `requires_grad` as `student.train_*` says.
+
+    Args:
+        causal_lm: the model, of the student's layers from `first_layer` on.
+        student: what is trained.
+        first_layer: how many layers below are missing.
+
+    Returns:
+        The parameters that are trained, each once; never the routers of a mixture of experts.
+
+    Raises:
+        UserError: when a layer index does not exist, nothing is trained, or it cannot be told what the final norm is.
+    """
+    layers = trained_layers(student, first_layer + causal_lm.config.num_hidden_layers)
+    head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
+    embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
+    tied = bool(head & embeddings)
+    norm = final_norm_names(causal_lm) if student.train_final_norm else set()
+    routers = _router_names(causal_lm)
+    # ZeRO-3 trains one type; transformers keeps two factors of Apertus's activation in bf16 whatever the others are.
+    dtype = causal_lm.get_output_embeddings().weight.dtype
+    trained = []
+    for name, parameter in causal_lm.named_parameters():
+        layer = LAYER_NAME.search(name)
+        if id(parameter) in head:
+            chosen = trains_head(student, tied=tied)
+        elif id(parameter) in embeddings:
+            chosen = not first_layer and trains_embeddings(student, tied=tied)
+        elif layer:
+            chosen = first_layer + int(layer.group(1)) in layers and name not in routers
+        else:
+            chosen = name in norm
+        chosen = chosen and parameter.dtype == dtype
+        parameter.requires_grad_(chosen)
+        if chosen:
+            trained.append(parameter)
+    if not trained:
+        raise UserError("student: nothing would be trained; set student.train_layers to 1 or more")
+    return trained
+
+
+def _router_names(causal_lm: Any) -> set[str]:
+    """The parameters that choose experts. They stay as they are: no term of the loss balances the experts' load."""
+    return {
+        f"{path}.{name}.{parameter}"
+        for path, module in causal_lm.named_modules()
+        for name, child in module.named_children()
+        if name == "router" or (name == "gate" and hasattr(module, "experts"))
+        for parameter, _ in child.named_parameters()
+    }
+
+
+def _teacher_matrix(
+    causal_lm: Any, student: ModelFolder, teacher: ModelFolder, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The teacher's output matrix [V, D], or None where the student's is the same and stays so."""
+    reader, own = TensorReader(teacher.path), TensorReader(student.path)
+    matrix = reader.read(output_name(causal_lm, reader))
+    if not causal_lm.get_output_embeddings().weight.requires_grad:
+        stored = own.read(output_name(causal_lm, own))
+        if stored.shape == matrix.shape and stored.dtype == matrix.dtype and torch.equal(stored, matrix):
+            return None
+    return matrix.to(dtype)
+
+
+def _drop_embeddings(causal_lm: Any) -> None:
+    embeddings = causal_lm.get_input_embeddings()
+    for module in base_model(causal_lm).modules():
+        for name, child in module.named_children():
+            if child is embeddings:
+                setattr(module, name, nn.Identity())
+
+
+def _hub_names(causal_lm: Any, folder: ModelFolder, first_layer: int) -> dict[str, str]:
+    """{name of a parameter in :class:`Student`: its name in the Hugging Face folder}."""
+    stored = StoredNames(causal_lm, TensorReader(folder.path), first_layer=first_layer)
+    prefix = base_model_name(causal_lm)
+    names = {}
+    for name, _ in base_model(causal_lm).named_parameters():
+        hub_name = stored.find(f"{prefix}.{name}")
+        if hub_name is not None:
+            names[f"decoder.base.{name}"] = hub_name
+    return names | {"head.weight": output_name(causal_lm, TensorReader(folder.path))}

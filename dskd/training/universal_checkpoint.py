@@ -1,0 +1,99 @@
+"""Checkpoints for another number of ranks: DeepSpeed's own files, made into its universal form.
+
+A ZeRO-3 checkpoint has one share of every trained parameter, and of its moments, for each rank that wrote it. The
+universal form has them whole, a folder a parameter, and any number of ranks takes its shares from there. It is made
+when it is needed, beside the checkpoint under a hidden name, and is removed when every rank has read it.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dskd.artifacts.files import full_disk_is_said, replace_folder
+from dskd.errors import UserError
+
+
+def universal_folder(checkpoint: Path) -> Path:
+    """Where the universal form of a checkpoint is."""
+    return checkpoint.with_name(f".{checkpoint.name}.universal")
+
+
+def make_universal(checkpoint: Path) -> None:
+    """Writes the universal form of a checkpoint. One process calls it; it reads one rank's share at a time.
+
+    Raises:
+        UserError: when there is less space than it needs.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    target = universal_folder(checkpoint)
+    partial = target.with_name(f"{target.name}.partial")
+    for left in (target, partial):
+        shutil.rmtree(left, ignore_errors=True)
+    _require_space(checkpoint)
+    options = SimpleNamespace(
+        input_folder=str(checkpoint),
+        output_folder=str(partial),
+        num_extract_workers=1,  # 1 is this process: only here do the classes count that may be in the files
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    printed = io.StringIO()
+    try:
+        with (
+            no_pickles(),
+            full_disk_is_said(checkpoint.parent),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+        ):
+            ds_to_universal.main(options)
+    except BaseException:  # whatever it was, what is half made only takes space; it is raised on
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    (checkpoint.parent / "latest_universal").unlink()  # we always name the folder
+    replace_folder(partial, target)
+
+
+def _require_space(checkpoint: Path) -> None:
+    shares = sum(path.stat().st_size for path in checkpoint.glob("*_optim_states.pt"))
+    needed = 2 * shares  # what is cut out of the ranks' shares lies beside what is made of it
+    free = shutil.disk_usage(checkpoint).free
+    if free < needed:
+        raise UserError(
+            f"{checkpoint}: to go on with another number of ranks takes {needed / 1e9:.2f} GB for a while, and there "
+            f"are {free / 1e9:.2f} GB free; free some, set workdir to another disk, or go on with as many ranks as "
+            "before"
+        )
+
+
+@contextlib.contextmanager
+def no_pickles() -> Iterator[None]:
+    """Makes torch.load refuse anything but tensors and plain values, also where DeepSpeed asks for more."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(_classes_in_checkpoints()):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def _classes_in_checkpoints() -> list[Any]:
+    """The classes of DeepSpeed's that its files name beside tensors and plain values; none runs code when loaded."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]

@@ -1,0 +1,168 @@
+"""What clusters do to a run: a full disk, shards that are gone, a slow rank. It says so, and goes on after it."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import BEFORE_TRAINING, TINY, finish, fork_ranks, losses_of, run_program, start_ranks
+from forked_rank import run_launcher_on_node, why_no_nodes
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from dskd.artifacts import kinds
+from dskd.artifacts.files import full_disk_is_said
+from dskd.cli.program import run
+from dskd.config.reading import load_config
+from dskd.distributed import node_cache
+from dskd.training import checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes at a folder, and makes it larger."""
+    if os.geteuid():
+        pytest.skip("to mount a small file system needs root")
+    mounted = []
+
+    def resize(folder, size_bytes):
+        options = f"size={size_bytes}"
+        if folder in mounted:
+            options += ",remount"
+        else:
+            folder.mkdir(parents=True)
+        tried = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if tried.returncode:
+            pytest.skip(f"a file system cannot be mounted here: {tried.stderr.strip()}")
+        mounted.append(folder)
+
+    yield resize
+    for folder in set(mounted):
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, copy_of_tiny, small_disk):
+    settings = {**TINY["train"], "checkpoint_every": 2, "keep_last": 1}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    loaded = load_config(config)
+    newest = checkpoint.latest(load_config(tiny))
+    size = sum(entry["size_bytes"] for entry in newest.manifest.files.values())
+    small_disk(loaded.path("checkpoints"), int(1.9 * size))
+    ended = run_program("train.py", config, ranks=2, check=False)
+    assert ended.exit_code == 2, ended.output
+    assert ended.output.count("error: ") == 1
+    assert "a checkpoint takes 0.00 GB, and there are 0.00 GB free; what was complete stays" in ended.output
+    assert "Traceback" not in ended.output
+    assert checkpoint.latest(loaded, verify=True).step == 2
+    assert [path.name for path in kinds.folder(loaded).glob(".step-*")] in ([], [".step-00000004.lock"])
+
+    small_disk(loaded.path("checkpoints"), 10 * size)
+    run_program("train.py", config, "--resume", ranks=2)
+    assert losses_of(config) == losses_of(tiny)
+
+
+@pytest.mark.skipif(why_no_nodes() is not None, reason=f"{why_no_nodes()}")
+def test_a_node_without_shared_memory_is_named_before_training(copy_of_tiny, tmp_path, small_disk):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    memory = tmp_path / "shm"
+    small_disk(memory, 2**16)
+    arguments = ["--config", str(config)]
+    ranks = fork_ranks(run_launcher_on_node, "train.py", arguments, [("node1", memory)], ranks=1)
+    ended = finish(ranks, 120, check=False)
+    assert ended.exit_code == 2, ended.output  # not -7, a bus error
+    assert (
+        "error: node1: /dev/shm, where the loader keeps batches, is full or too small: 0.1 of 0.1 MiB are free"
+        in ended.output
+    )
+    assert "set workdir" not in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_shared_memory_that_fills_up_is_not_taken_for_a_full_disk(tmp_path, small_disk, monkeypatch, capsys):
+    memory = tmp_path / "shm"
+    small_disk(memory, 2**23)
+    monkeypatch.setattr(node_cache, "_SHARED_MEMORY", memory)
+
+    def fail():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a semaphore does, which names no file
+
+    assert run(fail) == 2
+    assert "set workdir to another disk" in capsys.readouterr().err
+    (memory / "left").write_bytes(bytes(2**22 + 1))
+    assert run(fail) == 2
+    said = capsys.readouterr().err
+    assert f"{memory}, where the loader keeps batches, is full or too small: 4.0 of 8.0 MiB" in said
+    assert "set workdir" not in said
+
+
+def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk):
+    folder = tmp_path / "small"
+    small_disk(folder, 2**21)
+    large = torch.zeros(2**20)  # 4 MiB
+    # safetensors removes what it wrote, and then there is room again
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as full, full_disk_is_said(folder):
+        save_file({"x": large}, folder / "x.safetensors")
+    assert full.value.errno == errno.ENOSPC
+    assert shutil.disk_usage(folder).free == 2**21
+    with pytest.raises(SafetensorError), full_disk_is_said(folder):
+        save_file({"x": large}, folder / "no" / "x.safetensors")
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), full_disk_is_said(folder):
+        torch.save(large, folder / "x.pt")
+    with pytest.raises(RuntimeError, match="another"), full_disk_is_said(tmp_path):
+        raise RuntimeError("another")
+    assert [path.name for path in folder.iterdir()] == ["x.pt"]
+
+
+def test_a_quota_is_a_full_disk_where_there_is_room_for_others(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)  # as the system answers who is over it
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+        raise RuntimeError("what torch says")
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+        raise SafetensorError(f"Error while serializing: I/O error: so it is (os error {errno.EDQUOT})")
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupted"])
+def test_a_shard_that_is_gone_at_the_remote_is_named_and_the_run_goes_on_when_it_is_back(
+    tiny, copy_of_tiny, tmp_path, damage
+):
+    remote = tmp_path / "remote"
+    shutil.copytree(load_config(tiny).path("shards"), remote)
+    config = copy_of_tiny(
+        *BEFORE_TRAINING, train={**TINY["train"], "shard_remote": str(remote), "collective_timeout_s": 15}
+    )
+    kept = {}
+    for shard in (remote / "train").glob("*.mds*"):
+        kept[shard] = shard.read_bytes()
+        shard.unlink() if damage == "missing" else shard.write_bytes(kept[shard][:-7] + b"garbage")
+    ended = run_program("train.py", config, ranks=2, check=False)
+    assert ended.exit_code == 2, ended.output
+    assert f"{remote}/train: a shard of the training data cannot be read (" in ended.output
+    assert "Traceback" not in ended.output
+    for shard, content in kept.items():
+        shard.write_bytes(content)
+    run_program("train.py", config, "--resume", "run=again", ranks=2)
+    again = copy_of_tiny(run="again")
+    assert losses_of(again) == losses_of(tiny)
+
+
+def test_a_rank_that_is_slow_for_a_while_changes_nothing(tiny, copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    ranks = start_ranks("train.py", config, ranks=2)
+    deadline = time.monotonic() + 120
+    while "steps of" not in ranks[0].output and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(ranks[1].pid, signal.SIGSTOP)
+    time.sleep(5)
+    assert all(rank.is_running() for rank in ranks)
+    os.killpg(ranks[1].pid, signal.SIGCONT)
+    finish(ranks, 120)
+    assert losses_of(config) == losses_of(tiny)

@@ -1,0 +1,177 @@
+"""What benchmarks compute with, against independent truths; how fast anything is, no test asks."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.flops import Shape, step_flops
+from benchmarks.published import Lexicon, logit_losses, sense_loss
+from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish, ratios, take_turns
+from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary
+from benchmarks.workload import Preset, build_loss, write_work_directory
+from dskd.config import LossConfig
+from dskd.losses.head import TERMS
+from dskd.shards.search import Searcher
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+PARTS = ("__init__", "flops", "profiling", "report", "synthetic", "workload")
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_benchmark_says_how_it_is_used(name, capsys):
+    module = importlib.import_module(f"benchmarks.{name}")
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"python -m benchmarks.{name}" in printed and "--output" in printed
+    assert f"python -m benchmarks.{name}" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_without_trl_its_benchmark_says_how_to_install_it(monkeypatch, capsys):
+    from benchmarks import gkd
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        gkd.main([])
+    assert ended.value.code == 2
+    assert 'pip install -e ".[benchmarks]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shared_trunk", [False, True])
+def test_flops_of_a_step_are_those_that_torch_counts(shared_trunk):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
+
+    def llama(layers):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocab_size,
+                hidden_size=shape.hidden_size,
+                intermediate_size=shape.intermediate_size,
+                num_hidden_layers=layers,
+                num_attention_heads=shape.num_heads,
+                num_key_value_heads=shape.num_kv_heads,
+                attn_implementation="eager",  # plain matrix products, which the counter knows on every device
+            )
+        )
+
+    teacher, student = llama(4).requires_grad_(False), llama(2 if shared_trunk else 3).requires_grad_(False)
+    for layer in student.model.layers[-2:]:
+        layer.requires_grad_(True)
+    ids = torch.arange(2 * 16).view(2, 16)
+    with FlopCounterMode(display=False) as counter:
+        wanted = teacher(ids, output_hidden_states=True)
+        inputs = {"inputs_embeds": wanted.hidden_states[1]} if shared_trunk else {"input_ids": ids}
+        (student(**inputs).logits - wanted.logits).square().sum().backward()
+    rotary = 2 * 2 * len(ids[0]) * (shape.hidden_size // shape.num_heads // 2)  # both models' angles are a product too
+    expected = sum(step_flops(shape, shared_trunk=shared_trunk, causal=False).values())
+    assert counter.get_total_flops() == expected * ids.numel() + rotary
+
+
+def test_the_published_algorithm_has_our_losses(tmp_path):
+    vocab_size, hidden_size, length, kappa = 40, 12, 30, 3
+    dictionary = write_dictionary(tmp_path / "senses.safetensors", vocab_size, hidden_size, k=4, synonyms=6)
+    generator = torch.Generator().manual_seed(1)
+    hidden, teacher_hidden = torch.randn(2, length, hidden_size, generator=generator)
+    weight, teacher_weight = torch.randn(2, vocab_size, hidden_size, generator=generator)
+    targets = torch.randint(0, vocab_size, (length,), generator=generator)
+    loss = LossConfig(temperature=2.0, margin=2.5, antonym_weight=0.5)
+
+    lexicon = Lexicon.of(dictionary, set(range(vocab_size)), torch.device("cpu"))
+    related = [i for i, y in enumerate(targets.tolist()) if y in lexicon.synonyms]
+    relation, own = related[:4], list(range(3, 12))
+    assert len(relation) == 4
+    ce, kl = logit_losses(hidden @ weight.T, teacher_hidden @ teacher_weight.T, targets, loss.temperature)
+    sense = sense_loss(hidden, teacher_hidden, targets.tolist(), relation, own, lexicon, loss, kappa)
+
+    found = Searcher(dictionary, kappa, torch.device("cpu")).search(teacher_hidden, targets)
+    senses = {
+        "sense_rows": dictionary.vectors(),
+        "relation_positions": torch.tensor(relation),
+        "synonym_index": found.synonyms[relation].long(),
+        "antonym_index": found.antonyms[relation].long(),
+        "own_positions": torch.tensor(own),
+        "own_index": found.own[own].long(),
+    }
+    ours = build_loss(torch.nn.Parameter(weight), teacher_weight, loss, torch.device("cpu"), chunk_size=7)
+    total, sums = ours(hidden, teacher_hidden, targets, senses)
+    terms = dict(zip(TERMS, sums.tolist(), strict=True))
+    assert terms["ce"] / length == pytest.approx(float(ce), rel=1e-5)
+    assert terms["kl"] / length == pytest.approx(float(kl), rel=1e-4)
+    assert terms["sense"] / (len(relation) + len(own)) == pytest.approx(float(sense), rel=1e-5)
+    assert terms["active_hinges"] > 0
+    weighted = loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl + loss.sense_weight * sense
+    assert total.item() == pytest.approx(weighted.item(), rel=1e-5)
+
+
+def test_synthetic_rows_are_of_the_right_entries(tmp_path):
+    dictionary = write_dictionary(tmp_path / "senses.safetensors", 50, 4, k=3, synonyms=2)
+    tokens = draw_tokens(20, 16, 50)
+    columns = draw_annotation(tokens, dictionary, kappa=5)
+    entries = dictionary.entries
+    for sample, position in ((s, p) for s in range(20) for p in range(15)):
+        target = int(tokens[sample, position + 1])
+        assert set(columns["sense_ids"][sample, position] // 3) == {target}
+        for kind in ("synonym", "antonym"):
+            offsets, of = getattr(entries, f"{kind}_offsets"), getattr(entries, f"{kind}_entries")
+            neighbours = set(of[offsets[target] : offsets[target + 1]].tolist())
+            assert bool(neighbours) == (target % 5 == 4)
+            rows = columns[f"{kind}_ids"][sample, position]
+            assert set((rows // 3).tolist()) <= (neighbours or {-1})
+    assert all((column[:, -1] == -1).all() for column in columns.values())
+
+
+def test_variants_take_turns_and_ratios_are_round_by_round():
+    ran = []
+    seconds = take_turns({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, rounds=2)
+    assert ran == ["a", "b", "b", "a", "a", "b"] and [len(values) for values in seconds.values()] == [2, 2]
+    assert ratios({"a": [1, 4, 9], "b": [2, 4, 3]}, "a", "b") == Spread(1.0, 0.75, 2.0)
+
+
+def test_peak_memory_sees_what_is_gone_at_the_end():
+    with PeakMemory(torch.device("cpu")) as memory:
+        held = torch.ones(64 * 2**20, dtype=torch.uint8)
+        time.sleep(0.2)  # long enough to be looked at on a busy machine
+        del held
+    assert 60 * 2**20 < memory.peak_bytes < 90 * 2**20
+
+
+def test_a_result_has_its_command_and_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--rounds", "2"])
+    given = build_parser("").parse_args(["--output", str(tmp_path / "new" / "x.json")])
+    publish(given, "benchmarks.x", ("", "figure"), [["speed", "3"]], {"speed": 3.0}, machine())
+    written = json.loads((tmp_path / "new" / "x.json").read_text())
+    assert written["command"] == "python -m benchmarks.x --rounds 2" and written["results"] == {"speed": 3.0}
+    assert {"date", "device", "cores", "threads", "load", "torch"} <= written["machine"].keys()
+    assert "speed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_step_trains_and_reports_what_it_measured(tmp_path):
+    preset = Preset(Shape(300, 32, 48, 4, 2, 4, 3, 1, 32), global_batch_size=4, micro_batch_size=2)
+    write_work_directory(tmp_path / "toy", preset, steps=6)
+    options = ["--folder", tmp_path, "--preset", "toy", "--rounds", 2, "--warm-up", 1, "--output", tmp_path / "x.json"]
+    # Not the rank that this process has become.
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
+    command = [sys.executable, "-m", "benchmarks.step", *map(str, options)]
+    subprocess.run(command, cwd=FOLDER.parent, env=environment, check=True)
+    results = json.loads((tmp_path / "x.json").read_text())["results"]
+    use, shape = results["use"], preset.shape
+    assert use["flops_per_token"] == step_flops(shape, shared_trunk=True)
+    assert use["flops_per_s"] == pytest.approx(sum(use["flops_per_token"].values()) * use["tokens_per_s"])
+    assert use["utilisation"] == pytest.approx(use["flops_per_s"] / use["matrix_flops_per_s"])
+    assert use["tokens_per_s"] == pytest.approx(4 * 32 / use["step_s"]["median"], rel=0.5)
+    assert 0 < use["data_wait_share"] < 1
+    expected = [sum(step_flops(shape, shared_trunk=shared).values()) for shared in (True, False)]
+    assert results["trunk"]["flops_ratio"] == pytest.approx(expected[0] / expected[1])

@@ -1,0 +1,196 @@
+"""A user's mistakes, at the programs themselves: one clear message, exit code 2, no traceback, nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BEFORE_TRAINING, REPOSITORY, run_program, update_manifest
+from safetensors.torch import load_file, save_file
+
+from dskd.config.reading import load_config
+from dskd.errors import UserError
+from dskd.senses.build import build_senses
+from dskd.shards.annotate import annotate
+from dskd.training.train import train
+
+pytestmark = pytest.mark.slow
+
+
+def _refused(stage, config, world, *overrides, says):
+    """The stage itself, in this process; what a program makes of its error is the first test's business."""
+    with pytest.raises(UserError) as error:
+        stage(load_config(config, overrides), world)
+    for part in says:
+        assert part in str(error.value)
+
+
+def _command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "dskd", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_program_says_a_mistake_once_without_a_traceback_and_exits_with_2(copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    for mistake, says in (
+        ("loss.sens_weight=1", "did you mean loss.sense_weight?"),
+        ("train.micro_batch_size=3", "divisor of 4"),
+    ):
+        finished = run_program("train.py", config, mistake, ranks=2, check=False)
+        assert finished.exit_code == 2, finished.output
+        assert finished.output.count("error: ") == 1, finished.output
+        assert says in finished.output
+        assert "Traceback" not in finished.output
+    assert not load_config(config).path("checkpoints").exists()
+
+
+def test_shards_of_another_sense_dictionary_are_refused(copy_of_tiny, world):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    path = load_config(config).path("senses")
+    tensors = load_file(path / "senses.safetensors")
+    tensors["vectors"] += 1
+    save_file(tensors, path / "senses.safetensors")
+    update_manifest(path)
+    _refused(train, config, world, says=["different sense dictionaries (", "launcher/annotate.py"])
+
+
+def test_shards_of_another_tokenizer_are_refused(copy_of_tiny, world):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    path = load_config(config).path("shards", "train", "manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": "f" * 64}))
+    _refused(
+        train,
+        config,
+        world,
+        says=["shards/train and what is here now: made with different tokenizers (", "ffffffffffff…"],
+    )
+
+
+def test_a_truncated_and_a_tampered_shard_are_named(copy_of_tiny, world):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    shard = load_config(config).path("shards", "train", "shard.00003.mds.zstd")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-7])
+    _refused(train, config, world, says=["shard.00003.mds.zstd: the manifest says", "launcher/annotate.py"])
+    shard.write_bytes(whole[:-7] + bytes(7))
+    _refused(train, config, world, says=["shard.00003.mds.zstd: the content is not what the manifest says"])
+
+
+def test_a_sense_file_of_another_hidden_size_is_refused(copy_of_tiny, world):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    path = load_config(config).path("senses")
+    tensors = load_file(path / "senses.safetensors")
+    tensors["vectors"] = tensors["vectors"].repeat(1, 2)
+    save_file(tensors, path / "senses.safetensors")
+    update_manifest(path)
+    _refused(annotate, config, world, says=["128 dimensions, the model's hidden states 64"])
+
+
+def test_a_dictionary_of_another_teacher_is_refused(copy_of_tiny, world):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    path = load_config(config).path("senses", "manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "teacher": "e" * 64}))
+    _refused(
+        annotate, config, world, says=["senses and the teacher: made with different teachers (", "build_senses.py"]
+    )
+
+
+def test_a_missing_stage_is_named_with_the_command_that_makes_it(copy_of_tiny, world):
+    config = copy_of_tiny("corpus", "teacher", "sequences")
+    _refused(build_senses, config, world, says=["there is no lexicon here; make it with `dskd lexicon --config FILE`"])
+
+
+def test_too_large_a_batch_and_one_that_cannot_be_shared_out_are_refused(copy_of_tiny, world):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    _refused(train, config, world, "train.global_batch_size=400", says=["there are 96 samples, fewer than"])
+    _refused(train, config, world, "train.micro_batch_size=3", says=["set it to a divisor of 8"])
+
+
+def test_a_teacher_without_weights_is_refused_by_the_student(copy_of_tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    config = copy_of_tiny()
+    finished = _command(
+        "student", "--config", str(config), "teacher.train_from_scratch=null", f"teacher.path={tmp_path / 'empty'}"
+    )
+    assert finished.returncode == 2
+    assert "there are no weights" in finished.stderr
+    assert not (tmp_path / "work" / "student").exists()
+
+
+def test_a_wrong_line_in_a_tsv_is_named_by_the_command(copy_of_tiny, tmp_path):
+    (tmp_path / "bad.tsv").write_text("a\tsimilar\tb\n", encoding="utf-8")
+    config = copy_of_tiny(lexicon={"wordnet": False, "tsv": [str(tmp_path / "bad.tsv")]})
+    finished = _command("lexicon", "--config", str(config))
+    assert finished.returncode == 2
+    assert "bad.tsv:1: the relation must be synonym or antonym, found 'similar'" in finished.stderr
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_an_unwritable_work_directory_is_refused(copy_of_tiny, tmp_path, read_only):
+    (tmp_path / "locked").mkdir()
+    read_only(tmp_path / "locked")
+    config = copy_of_tiny(workdir=str(tmp_path / "locked" / "work"))
+    finished = _command("lexicon", "--config", str(config))
+    assert finished.returncode == 2
+    assert "set workdir to a folder you may write" in finished.stderr
+
+
+@pytest.mark.parametrize("name", ["student/model.safetensors", "senses/senses.safetensors"])
+def test_a_tampered_input_of_training_is_named(copy_of_tiny, world, name):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    file = load_config(config).path(name)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    _refused(train, config, world, says=[f"{name}: the content is not what the manifest says"])
+
+
+def test_a_work_directory_in_which_nobody_may_write_is_refused(copy_of_tiny):
+    finished = _command("lexicon", "--config", str(copy_of_tiny(workdir="/proc/work")))
+    assert finished.returncode == 2
+    assert "set workdir to a folder you may write" in finished.stderr
+
+
+def test_a_work_directory_that_is_a_file_is_refused(copy_of_tiny, tmp_path):
+    (tmp_path / "file").write_text("x")
+    config = copy_of_tiny(workdir=str(tmp_path / "file" / "work"))
+    finished = _command(
+        "lexicon", "--config", str(config), "lexicon.wordnet=false", f"lexicon.tsv=[{tmp_path / 'file'}]"
+    )
+    assert finished.returncode == 2
+    finished = _command("lexicon", "--config", str(config))
+    assert finished.returncode == 2
+    assert "cannot write there" in finished.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    base = load_config(config).path("checkpoints", "dskd")
+    cut = next((base / "step-00000006").glob("*optim_states.pt"))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    finished = run_program("train.py", config, "--resume", ranks=2)
+    assert "passing over this checkpoint" in finished.output
+    assert (base / "step-00000006" / "manifest.json").is_file()
+
+
+def test_a_checkpoint_that_brings_code_is_not_run(copy_of_tiny, tmp_path):
+    """DeepSpeed's files are read as tensors and plain values only; a pickle that calls something is refused."""
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    base = load_config(config).path("checkpoints", "dskd")
+    shutil.rmtree(base / "step-00000006")
+    marker = tmp_path / "code-was-run"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (marker,))
+
+    for file in (base / "step-00000003").glob("*.pt"):
+        torch.save({"module": Evil()}, file)
+    update_manifest(base / "step-00000003")
+    finished = run_program("train.py", config, "--resume", ranks=2, check=False)
+    assert finished.exit_code != 0
+    assert not marker.exists()

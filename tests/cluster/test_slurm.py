@@ -1,0 +1,386 @@
+"""The batch scripts of `cluster/slurm/` on a real SLURM: two nodes with two ranks each.
+
+What happens to a run there, preemption, a warning, a killed launcher, must not be seen in its losses.
+"""
+
+import contextlib
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_lab.slurm import PREEMPTOR_PARTITION, Slurm
+from conftest import BEFORE_TRAINING, REPOSITORY, TINY, copy_work, losses_of, write_config
+
+from dskd.config.reading import load_config
+from dskd.tracking import read_runs
+from dskd.training import checkpoint
+
+pytestmark = pytest.mark.cluster
+
+TRAIN = REPOSITORY / "cluster" / "slurm" / "train.sbatch"
+STEPS = 60
+JOB_S = 400
+
+
+@dataclass(frozen=True)
+class Site:
+    """A work directory on the disk that the nodes share, and a cluster.env for it."""
+
+    slurm: Slurm
+    folder: Path
+    config: Path
+
+    def submit(self, *overrides: str, env: str = "", gpus: Collection[str] = ("--gpus-per-node=2",)) -> int:
+        """Submits a training on both nodes, with more lines of cluster.env."""
+        file = self.write_env(env)
+        options = ["--nodes=2", *gpus, f"--chdir={REPOSITORY}", f"--output={self.folder}/%j.log"]
+        return self.slurm.submit(TRAIN, *overrides, options=options, env={"DSKD_ENV": str(file), **PYTHON})
+
+    def write_env(self, more: str = "") -> Path:
+        """The repository's own file with the values of this place behind its own."""
+        own = (REPOSITORY / "cluster" / "slurm" / "cluster.env").read_text(encoding="utf-8")
+        file = self.folder / f"{len(list(self.folder.glob('*.env')))}.env"
+        values = {"VENV": sys.prefix, "CONFIG": self.config, "LOGS": self.folder, "NODES": 2, "GPUS_PER_NODE": 2}
+        lines = [f"DSKD_{name}='{value}'" for name, value in values.items()]
+        # It starts all ranks once more: left out where it is not what the test is about.
+        file.write_text("\n".join([own, *lines, "DSKD_PREFLIGHT=", more, ""]), encoding="utf-8")
+        return file
+
+    def log(self, job: int) -> str:
+        """What a job has printed."""
+        return (self.folder / f"{job}.log").read_text(errors="replace")
+
+    def wait(self, job: int, state: str) -> dict[str, str]:
+        """Waits for the job's end, which must be in `state`."""
+        shown = self.slurm.wait(job, JOB_S)
+        assert shown["JobState"] == state, self.log(job)
+        return shown
+
+    def wait_for_checkpoint(self, job: int, run: str, step: int = 1) -> int:
+        """Waits until a run has a checkpoint of that step or a later one; returns its step."""
+        loaded = load_config(self.config, [f"run={run}"])
+
+        def step_of_newest() -> int:
+            newest = checkpoint.latest(loaded)
+            return 0 if newest is None else newest.step
+
+        self.until(lambda: step_of_newest() >= step, job)
+        return step_of_newest()
+
+    def wait_for_attempt(self, job: int, number: int) -> None:
+        """Waits until a job runs for the time `number`, the first being 0."""
+        self.until(lambda: f"Restarts={number}" in self.shown(job) and "JobState=RUNNING" in self.shown(job), job)
+
+    def shown(self, job: int) -> str:
+        """What `scontrol show job` prints."""
+        return self.slurm.run("scontrol", "--oneliner", "show", "job", str(job))
+
+    def wait_for_line(self, job: int, text: str, times: int = 1) -> None:
+        """Waits until a job has printed a text that often."""
+        log = self.folder / f"{job}.log"
+        self.until(lambda: log.exists() and self.log(job).count(text) >= times, job)
+
+    @contextlib.contextmanager
+    def dead(self, host: str) -> Iterator[None]:
+        """A host without power, and with power and its node daemon again afterwards."""
+        self.slurm.lab.halt(host)
+        try:
+            yield
+        finally:
+            self.slurm.lab.boot(host)
+            self.slurm.start_node(host)
+
+    def stand_in(self, name: str, deepspeed: str) -> Path:
+        """An environment in which `deepspeed` is another program, lines of a shell's."""
+        programs = self.folder / name / "bin"
+        programs.mkdir(parents=True)
+        for program, lines in (("deepspeed", deepspeed), ("python", f'exec {sys.executable} "$@"')):
+            (programs / program).write_text(f"#!/bin/bash\n{lines}\n")
+            (programs / program).chmod(0o755)
+        return programs.parent
+
+    def runs(self, run: str) -> list:
+        """The tracked runs of that name."""
+        return [one for one in read_runs(load_config(self.config)) if one.name == run]
+
+    def losses(self, run: str) -> list[tuple[int, float]]:
+        """(step, loss) of a run; there must be one tracked run of that name."""
+        config = yaml.safe_load(self.config.read_text())
+        return losses_of(write_config(self.folder / f"{run}.yaml", config, run=run))
+
+    def until(self, condition: Callable[[], bool], job: int) -> None:
+        """Waits for a condition while the job has not ended."""
+        deadline = time.monotonic() + JOB_S
+        while not condition():
+            assert self.slurm.state(job) in ("PENDING", "RUNNING", "COMPLETING"), self.log(job)
+            assert time.monotonic() < deadline, self.log(job)
+            time.sleep(0.1)
+
+
+# Where jobs are submitted from: their ranks import the clone all the same.
+PYTHON = {"PYTHONPATH": "/elsewhere"}
+
+
+@pytest.fixture(scope="module")
+def site(slurm, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    settings = {**TINY["train"], "steps": STEPS, "checkpoint_every": 10, "collective_timeout_s": 60}
+    config = copy_work(tiny, folder, *BEFORE_TRAINING, train=settings)
+    yield Site(slurm, folder, config)
+    slurm.cancel_all()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site):
+    """The losses of a run that nothing happened to."""
+    job = site.submit("run=undisturbed", env="DSKD_PREFLIGHT=1")
+    shown = site.wait(job, "COMPLETED")
+    assert "preflight: everything is as training needs it" in site.log(job)
+    assert shown["Restarts"] == "0", site.log(job)
+    (run,) = site.runs("undisturbed")
+    assert (run.status, run.tags["world_size"]) == ("FINISHED", "4")
+    assert (run.tags["job.scheduler"], run.tags["job.id"]) == ("slurm", str(job))
+    assert "finished, step 60 of 60" in site.log(job)
+    return site.losses("undisturbed")
+
+
+def test_a_submitted_run_is_trained_on_all_ranks_of_both_nodes(undisturbed):
+    assert [step for step, _ in undisturbed] == list(range(1, STEPS + 1))
+    assert undisturbed[-1][1] < undisturbed[0][1]
+
+
+def test_a_preempted_run_goes_on_where_it_was_and_ends_like_an_undisturbed_one(site, undisturbed):
+    job = site.submit("run=preempted")
+    site.wait_for_checkpoint(job, "preempted")
+    other = site.folder / "other.sbatch"
+    other.write_text("#!/bin/sh\nsleep 1\n")
+    options = [f"--partition={PREEMPTOR_PARTITION}", "--nodes=2", "--exclusive", f"--output={site.folder}/%j.log"]
+    preemptor = site.slurm.submit(other, options=options)
+    site.wait(preemptor, "COMPLETED")
+    stopped_at = site.wait_for_checkpoint(job, "preempted")
+    assert f"stopped at step {stopped_at} of {STEPS}" in site.log(job)
+    assert "User defined signal" not in site.log(job)
+    assert [run.status for run in site.runs("preempted")] == ["KILLED"]
+
+    shown = site.wait(job, "COMPLETED")
+    assert shown["Restarts"] == "1", site.log(job)
+    assert f"from step {stopped_at}" in site.log(job)
+    assert site.losses("preempted") == undisturbed
+
+
+def test_a_warning_and_a_killed_launcher_cost_steps_and_change_nothing(site, undisturbed):
+    job = site.submit("run=disturbed", env="DSKD_RETRIES=1")
+    site.wait_for_checkpoint(job, "disturbed")
+    # As SLURM warns before a job's time is up: only the shell of the batch script gets it.
+    site.slurm.run("scancel", "--batch", "--signal=USR1", str(job))
+    site.wait_for_attempt(job, 1)
+    stopped_at = site.wait_for_checkpoint(job, "disturbed")
+    assert f"stopped at step {stopped_at} of {STEPS}" in site.log(job)
+    assert not (site.folder / f"job-{job}" / "faults").exists()
+
+    site.wait_for_checkpoint(job, "disturbed", stopped_at + 10)
+    lab = site.slurm.lab
+    launcher = lab.run("node2", "pgrep", "-f", r"deepspeed\.launcher\.launch")
+    lab.run("node2", "kill", "-KILL", *launcher.split())
+    site.wait_for_attempt(job, 2)
+    faults = (site.folder / f"job-{job}" / "faults").read_text().splitlines()
+    assert len(faults) == 1
+    site.wait(job, "COMPLETED")
+    assert site.losses("disturbed") == undisturbed
+
+
+def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
+    job = site.submit("run=mistaken", "student.train_layers=0")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "2:0")
+    log = site.log(job)
+    assert log.count("nothing would be trained") == 1
+    assert "Traceback" not in log
+
+
+def test_a_node_has_a_rank_for_each_gpu_that_was_asked_for(site):
+    """The job takes whole nodes, and its batch script sees both GPUs of one; ranks see what a step has."""
+    environment = site.stand_in("counting", 'sed "s/^/listed /" "$2"; echo "sees $CUDA_VISIBLE_DEVICES"; exit 2')
+    for options, seen, slots in ((["--gpus-per-node=1"], "0", 1), (["--gres=gpu:2"], "0,1", 2), ([], "", 1)):
+        job = site.submit("run=counting", env=f"DSKD_VENV={environment}", gpus=options)
+        site.wait(job, "FAILED")
+        assert set(re.findall(r"sees (.*)", site.log(job))) == {seen}
+        listed = re.findall(r"listed (.*)", site.log(job))
+        assert set(listed) == {f"{node} slots={slots}" for node in ("node1", "node2")}
+
+
+def test_a_container_that_begins_in_another_folder_runs_the_clones_programs(site):
+    """As one of Pyxis does, whose image may have a package of another version."""
+    environment = site.stand_in("elsewhere", 'echo "in $PWD, imports from ${PYTHONPATH%%:*}"; exit 2')
+    job = site.submit("run=elsewhere", env=f"DSKD_VENV={environment} DSKD_CONTAINER=(env --chdir=/)")
+    site.wait(job, "FAILED")
+    assert site.log(job).count(f"in /, imports from {REPOSITORY}\n") == 2
+
+
+def test_a_step_that_reaches_no_node_is_a_fault(site):
+    job = site.submit("run=nowhere", env="DSKD_RETRIES=1\nDSKD_SRUN_OPTIONS=(--nodelist=node9)")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("1", "1:0")
+    assert "fault 1 of at most 1" in site.log(job)
+    assert "fault 2 without progress, no more retries" in site.log(job)
+
+
+def test_faults_are_tried_again_only_so_often_without_progress(site, tiny):
+    """The first step fails on one node each time, in the first two attempts with a later checkpoint than before."""
+    work = Path(yaml.safe_load(tiny.read_text())["workdir"])
+    kept = sorted((work / "checkpoints" / TINY["run"]).glob("step-*"))
+    assert len(kept) >= 2
+    runs = site.folder / "work" / "checkpoints"
+    environment = site.stand_in(
+        "faulty",
+        f"""[ "$SLURM_NODEID-$SLURM_RESTART_COUNT" = 0-2 ] && exec sleep 600  # it is ended with the other one
+        [ "$SLURM_NODEID" = 0 ] && exit 0
+        mkdir -p {runs}/faulty
+        case ${{SLURM_RESTART_COUNT:-0}} in
+            0) cp -r {kept[-2]} {runs}/faulty/ ;;
+            1) cp -r {kept[-1]} {runs}/faulty/ ;;
+        esac
+        exit 1""",
+    )
+    job = site.submit("run=faulty", env=f"DSKD_RETRIES=1 DSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("2", "1:0"), site.log(job)
+    said = re.findall(r"attempt (\d): .*; (fault \d [^;]*)", site.log(job))
+    assert said[:2] == [("0", "fault 1 of at most 1"), ("1", "fault 1 of at most 1")]
+    assert said[2:] == [("2", "fault 2 without progress, no more retries (DSKD_RETRIES=1)")]
+    assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
+
+
+def test_a_node_that_ends_without_a_word_is_a_fault(site):
+    """As when its memory is full. The other node is asked to stop because of it, which nobody else has asked for."""
+    ready = site.folder / "ready"
+    environment = site.stand_in(
+        "killed",
+        f"""[ "$SLURM_NODEID" = 0 ] && {_stops_when_asked(f'open("{ready}", "w")')}
+        until [ -e {ready} ]; do sleep 0.1; done
+        kill -KILL $PPID $$""",
+    )
+    job = site.submit("run=killed", env=f"DSKD_RETRIES=0 DSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "1:0"), site.log(job)
+    assert "step 1 ended with 137 (nodes said: 75); fault 1" in site.log(job)
+
+
+def test_a_mistake_is_one_also_where_nodes_cannot_say_it(site):
+    environment = site.stand_in("mute", 'rm -r "${2%/*}"/exits-*; exit 2')
+    job = site.submit("run=mute", env=f"DSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "2:0"), site.log(job)
+
+
+def test_a_warning_before_the_ranks_are_started_is_not_lost(site):
+    """srun runs a prolog of the user's before its tasks."""
+    environment = site.stand_in("warned", _stops_when_asked())
+    prolog = environment / "prolog"
+    prolog.write_text("#!/bin/bash\nscancel --batch --signal=USR1 $SLURM_JOB_ID\nsleep 3\n")
+    prolog.chmod(0o755)
+    job = site.submit("run=warned", env=f"DSKD_SRUN_OPTIONS=(--prolog={prolog}) DSKD_VENV={environment}")
+    site.wait_for_line(job, "stopped, and saved")
+    site.slurm.cancel_all()
+
+
+def _stops_when_asked(first: str = "") -> str:
+    """Becomes a program that does something, and then nothing until it is asked to save and stop."""
+    lines = f"import signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n{first}\nsignal.pause()"
+    return f"exec {sys.executable} -c '{lines}'"
+
+
+def test_a_dead_node_is_no_fault(site):
+    """The other node's ranks fail for it: once when its part was done, and SLURM only does not hear of it any more; and
+    once in the middle, when SLURM ends and requeues the job itself."""
+    slurm = site.slurm
+    fails = site.folder / "fails"
+    environment = site.stand_in(
+        "orphaned",
+        f"""echo "begun ${{SLURM_RESTART_COUNT:-0}}"
+        [ "${{SLURM_RESTART_COUNT:-0}}$SLURM_NODEID" != 01 ] || exit 0
+        until [ -e {fails} ]; do sleep 0.2; done
+        exit 1""",
+    )
+    job = site.submit("run=orphaned", env=f"DSKD_RETRIES=0 DSKD_VENV={environment}")
+    site.until(lambda: (site.folder / f"job-{job}" / "exits-0-1" / "1").exists(), job)
+    with site.dead("node2"):
+        # What SLURM finds out in its own time (SlurmdTimeout) it is told.
+        slurm.run("scontrol", "update", "nodename=node2", "state=noresp")
+        fails.touch()
+        # Whichever of the two is the first to see that the node is gone: the script, or SLURM after all.
+        seen = ("not counted as a fault, for SLURM has lost node2", "DUE TO NODE FAILURE")
+        site.until(lambda: any(text in site.log(job) for text in seen), job)
+        fails.unlink()
+    site.wait_for_line(job, "begun 1", 2)
+    with site.dead("node2"):
+        failures = site.log(job).count("DUE TO NODE FAILURE")
+        slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=dead")
+        site.wait_for_line(job, "DUE TO NODE FAILURE", failures + 1)
+    site.wait_for_line(job, "begun 2", 2)
+    assert not (site.folder / f"job-{job}" / "faults").exists()
+    slurm.cancel_all()
+
+
+def test_a_job_comes_back_when_its_time_is_over_and_not_when_it_is_cancelled(site):
+    """First its ranks are killed before they have saved; when it is cancelled they end as soon as they are asked to."""
+    asked = "lambda *_: sys.exit(75) if attempt == '1' else None"
+    program = f"""import os, signal, sys, time
+attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+signal.signal(signal.SIGUSR1, {asked})
+print("begun", attempt, flush=True)
+time.sleep(600)
+"""
+    environment = site.stand_in("quick", f"exec python -c '{program}'".replace("'1'", '"1"'))
+    job = site.submit("run=cancelled", env=f"DSKD_VENV={environment}")
+    site.wait_for_line(job, "begun 0", 2)
+    site.slurm.run("scontrol", "update", f"jobid={job}", "timelimit=5", "endtime=now+1seconds")
+    site.wait_for_line(job, "begun 1", 2)  # SLURM looks at the time every 30 s
+    assert "DUE TO TIME LIMIT" in site.log(job)
+    site.slurm.run("scancel", str(job))
+    site.wait(job, "CANCELLED")
+    time.sleep(8)  # a requeued job would be back after 6 s
+    shown = site.slurm.show(job)
+    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "1"), site.log(job)
+    assert "SLURM ends this job or requeues it itself" in site.log(job)
+
+
+def test_the_pipeline_is_a_chain_of_jobs(site):
+    work = site.folder / "pipeline"
+    for artifact in ("corpus", "lexicon", "teacher"):
+        shutil.copytree(site.folder / "work" / artifact, work / artifact)
+    file = site.write_env(f"DSKD_OVERRIDES=(workdir={work} train.steps=2)")
+    text = site.config.read_text().replace("run: dskd", "")
+    site.config.write_text(f"{text}\nruns: {{one: {{loss: {{sense_weight: 0.5, min_relations: 3}}}}, two: {{}}}}\n")
+    script = str(REPOSITORY / "cluster" / "slurm" / "submit.sh")
+    printed = site.slurm.run("env", f"DSKD_ENV={file}", f"PYTHONPATH={REPOSITORY}", script, "pipeline")
+    jobs = dict(reversed(line.split()) for line in printed.splitlines())
+    assert list(jobs) == ["prepare", "senses", "annotate", "train-one", "train-two", "evaluate"]
+    for name, job in jobs.items():
+        shown = site.slurm.wait(int(job), JOB_S)
+        log = (site.folder / f"dskd-{name}-{job}.log").read_text(errors="replace")
+        assert shown["JobState"] == "COMPLETED", log
+    for run in ("one", "two"):
+        assert re.search(rf"^{run}  +[\d,.]+  +0\.\d+", log, re.MULTILINE), log
+    assert "tasks.evaluate is empty" in log
+    shards = yaml.safe_load((work / "shards" / "train" / "manifest.json").read_text())
+    assert shards["kind"] == "shards"
+
+
+def test_a_stage_whose_predecessor_fails_does_not_wait_for_ever(site):
+    # What only the first stage finds out: submit.sh has looked at the config itself.
+    file = site.write_env(
+        f"DSKD_OVERRIDES=(workdir={site.folder}/elsewhere 'corpus.train=[{site.folder}/nowhere.txt]')"
+    )
+    script = str(REPOSITORY / "cluster" / "slurm" / "submit.sh")
+    printed = site.slurm.run("env", f"DSKD_ENV={file}", f"PYTHONPATH={REPOSITORY}", script, "pipeline")
+    prepare, *others = (int(line.split()[0]) for line in printed.splitlines())
+    assert site.slurm.wait(prepare, JOB_S)["ExitCode"] == "2:0"
+    for job in others:
+        assert site.slurm.wait(job, JOB_S)["JobState"] == "CANCELLED"

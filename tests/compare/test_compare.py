@@ -1,0 +1,460 @@
+"""`dskd compare` on runs that the project's own tracker wrote, and its report in a real browser."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from urllib.parse import parse_qs
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ONE_RANK
+from PIL import Image
+from scipy import stats
+
+from dskd.__main__ import main
+from dskd.compare.choosing import Selection
+from dskd.compare.comparison import make_comparison
+from dskd.compare.mlflow_link import mlflow_link
+from dskd.compare.pictures import color_of
+from dskd.compare.results import KINDS
+from dskd.compare.text import compare
+from dskd.config.reading import load_config
+from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
+from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
+from dskd.pipeline import compare_or_say_why_not
+from dskd.tracking import log_evaluation, log_results, read_runs, start_tracking
+
+pytestmark = pytest.mark.slow
+
+EXPERIMENT, OTHER = "senses & <b>words</b>", "other"
+N, STEPS, DATA, OTHER_DATA = 60, 8, "d" * 64, "e" * 64
+TOKENS = np.random.default_rng(5).integers(20, 40, N)
+TAGS = {"device": "cpu", "world_size": "2", "teacher": "7" * 64, "student": "8" * 64, "sense_dictionary": "9" * 64}
+
+
+def _examples(better, seed, data=DATA):
+    """What a model could score: the texts are as hard for all, and `better` nats a token are its own."""
+    hard, mine = np.random.default_rng(1), np.random.default_rng([2, seed])
+    per_token = 5 + hard.normal(0, 0.5, N) - better + mine.normal(0, 0.02, N)
+    lexical, alignable = TOKENS // 4, TOKENS // 10
+    columns = {
+        "nll": per_token * TOKENS,
+        "tokens": TOKENS,
+        "correct": mine.binomial(TOKENS, 0.3 + better / 2),
+        "agree": mine.binomial(TOKENS, 0.5 + better / 2),
+        "lexical_nll": (per_token + 0.3) * lexical,
+        "lexical_tokens": lexical,
+        "aligned": mine.binomial(alignable, 0.6),
+        "alignable": alignable,
+    }
+    return Examples(data, [str(number) for number in range(N)], columns, MEASURES)
+
+
+def _track(config_path, name, *overrides, better=0.0, seed=0, data=DATA, evaluated=True, tags=()):
+    """A run as training and evaluation leave it."""
+    config = load_config(config_path, [f"run={name}", f"seed={seed}", *overrides])
+    tracker = start_tracking(config, ONE_RANK, tags=TAGS | dict(tags))
+    tracker.log_metrics({"coverage/with_senses": 0.62, "coverage/with_synonyms": 0.25}, 0)
+    noise = np.random.default_rng(seed).normal(0, 0.05, STEPS)
+    for step in range(1, STEPS + 1):
+        loss = 3 + 4 / step - better + noise[step - 1]
+        tracker.log_metrics(
+            {"train/loss": loss, "train/ce": loss / 2, "train/grad_norm": 1.0 / step, "speed/step_s": 0.5}
+            | {"speed/tokens_per_s": 10.0 if step == 1 else 1000.0 + seed, "cost/device_hours": step / 10},
+            step,
+        )
+    tracker.finish("FINISHED")
+    if evaluated:
+        examples = _examples(better, seed + 10 * len(name), data)
+        file = config.path(EXAMPLES_FILE)
+        save_examples(file, examples)
+        log_evaluation(config, name, tracker.run_id, examples.values(), file, data=data, step=STEPS)
+    return tracker.run_id
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """A config, and {name: run id}: two settings with two seeds each, one run of a third, and the parent of a sweep; in
+    another experiment a run that was evaluated on other data."""
+    folder = tmp_path_factory.mktemp("compare")
+    path = folder / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {"workdir": str(folder / "work"), "teacher": {"path": "a/b"}, "tracking": {"experiment": EXPERIMENT}}
+        )
+    )
+    (folder / "work").mkdir()
+    ids = {}
+    for seed in (0, 1):
+        ids[f"kd-s{seed}"] = _track(path, f"kd-s{seed}", "loss.sense_weight=0", seed=seed)
+        ids[f"dskd-s{seed}"] = _track(path, f"dskd-s{seed}", better=0.05, seed=seed)
+    ids["margin"] = _track(path, "margin", "loss.margin=0.5", better=0.004, seed=7, evaluated=False)
+    parent = start_tracking(load_config(path, ["run=sweep"]), ONE_RANK, tags={"dskd.kind": "parent"})
+    parent.finish("FINISHED")
+    ids["sweep"] = parent.run_id
+    elsewhere = [f"tracking.experiment={OTHER}", "loss.sense_weight=0.5"]
+    ids["far"] = _track(path, "far", *elsewhere, data=OTHER_DATA, tags={"device": "cuda"})
+    return path, ids
+
+
+@pytest.fixture(scope="module")
+def comparison(tracked):
+    return make_comparison(load_config(tracked[0]))
+
+
+@pytest.fixture(scope="module")
+def report(tracked, tmp_path_factory):
+    """The report of the default selection, as the command writes it."""
+    path = tmp_path_factory.mktemp("report") / "new folder" / "report.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["dskd", "compare", "--config", str(tracked[0]), "--html", str(path)])
+        assert main() == 0
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    return path
+
+
+@pytest.fixture
+def dskd(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dskd", *map(str, arguments)])
+        code = main()
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def _perplexity(better, seed, name):
+    columns = _examples(better, seed + 10 * len(name)).columns
+    return math.exp(columns["nll"].sum() / columns["tokens"].sum())
+
+
+def test_runs_that_differ_in_their_seed_are_one_group_with_an_interval(comparison):
+    assert [(group.name, len(group.runs)) for group in comparison.groups] == [("kd", 2), ("dskd", 2), ("margin", 1)]
+    assert comparison.baseline.name == "kd"
+    perplexities = [_perplexity(0, seed, "kd-s0") for seed in (0, 1)]
+    found = comparison.groups[0].estimate(comparison.final["eval/perplexity"])
+    assert found.mean == pytest.approx(np.mean(perplexities))
+    low, high = stats.ttest_1samp(perplexities, 0).confidence_interval(0.95)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+
+
+def test_only_settings_that_differ_are_shown(comparison):
+    assert dict(comparison.differences) == {
+        "loss.sense_weight": ["0.0", "1.0", "1.0"],
+        "loss.margin": ["1.0", "1.0", "0.5"],
+    }
+
+
+def test_final_and_best_values_speed_and_cost(comparison, tracked):
+    _, ids = tracked
+    losses = [3 + 4 / step + noise for step, noise in enumerate(np.random.default_rng(1).normal(0, 0.05, STEPS), 1)]
+    assert comparison.final["train/loss"][ids["kd-s1"]] == pytest.approx(losses[-1])
+    best = comparison.best["train/loss"][ids["kd-s1"]]
+    assert (best.value, best.step) == (pytest.approx(min(losses)), int(np.argmin(losses)) + 1)
+    assert "train/grad_norm" not in comparison.final  # no better, and nothing to read in its last value
+    assert comparison.final["speed/tokens_per_s"][ids["kd-s1"]] == 1001  # whatever the first step took
+    assert comparison.final["cost/device_hours"][ids["kd-s1"]] == pytest.approx(STEPS / 10)
+
+
+def test_example_tests_compare_the_groups_means_over_seeds(comparison):
+    tests = {test.measure.name: test for test in comparison.example_tests}
+    assert set(tests) == {measure.name for measure in MEASURES}  # of dskd: the third group was not evaluated
+    assert {test.group.name for test in tests.values()} == {"dskd"}
+    for name, mean in (("perplexity", np.log), ("accuracy", np.asarray)):
+        values = comparison.final[f"eval/{name}"]
+        kd, dskd = (mean([values[run.run_id] for run in group.runs]).mean() for group in comparison.groups[:2])
+        assert tests[name].difference.value == pytest.approx(dskd - kd)
+        assert tests[name].difference.count == N
+    kd, dskd = (
+        np.mean([_examples(better, seed + 10 * len(name)).columns["nll"] for seed in (0, 1)], axis=0)
+        for better, name in ((0, "kd-s0"), (0.05, "dskd-s0"))
+    )
+    # A sign-flip permutation of the same sums, which knows no normal distribution.
+    permuted = stats.permutation_test(
+        (dskd, kd), lambda a, b, axis: (a - b).sum(axis), permutation_type="samples", n_resamples=2000, rng=1
+    )
+    assert permuted.pvalue < 0.001
+    assert tests["perplexity"].difference.p_value < 0.001
+    assert tests["perplexity"].is_better is True
+
+
+@pytest.fixture
+def empty(tracked, tmp_path):
+    """A config whose experiment has no runs yet, in a database that is there already: to make one takes seconds."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b"}}))
+    (tmp_path / "work").mkdir()
+    shutil.copy(load_config(tracked[0]).path("mlflow.db"), tmp_path / "work")
+    return path
+
+
+def _add_results(path, name, run_id, folder, scores, *, data="a" * 64, measure="score", of=None):
+    """Results with one score an example, as tasks and lexical measures leave them."""
+    config = load_config(path)
+    columns = {measure: np.asarray(scores), f"{measure}_items": np.ones(len(scores), dtype=np.int64)}
+    table = Examples(
+        data, [f"w{n}.n" for n in range(len(scores))], columns, [Measure(measure, measure, f"{measure}_items", data=of)]
+    )
+    save_examples(config.path(EXAMPLES_FILE), table)
+    log_results(config, name, run_id, folder, table.values(), config.path(EXAMPLES_FILE), data=data, step=STEPS)
+    return config, table
+
+
+@pytest.mark.parametrize(
+    ("folder", "measure", "shown", "kind"),
+    [
+        ("lexical", "sense_separation", "sense_separation", "lexical"),
+        ("tasks/piqa", "accuracy", "piqa_accuracy", "piqa"),
+    ],
+)
+def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd, folder, measure, shown, kind):
+    scores = {name: np.random.default_rng(seed).random(40) for seed, name in enumerate(("kd", "dskd", "other"))}
+    ids = {}
+    for name in ("kd", "dskd"):
+        ids[name] = _track(empty, name, f"loss.sense_weight={len(name)}")
+        config, table = _add_results(empty, name, ids[name], folder, scores[name], measure=measure)
+    _, table = _add_results(empty, "kd", ids["kd"], folder, scores["kd"], measure=measure)
+    teacher = config.path(*KINDS[kind].path(config, "teacher").relative_to(config.path()).parts)
+    teacher.parent.mkdir(parents=True)
+    save_examples(teacher, table)
+    comparison = make_comparison(load_config(empty), baseline="kd")
+    assert comparison.final[f"eval/{shown}"] == {ids[name]: pytest.approx(scores[name].mean()) for name in ids}
+    assert comparison.references["teacher"] == {shown: pytest.approx(scores["kd"].mean())}
+    (test,) = [test for test in comparison.example_tests if test.measure.name == shown]
+    expected = stats.ttest_rel(scores["dskd"], scores["kd"])
+    assert test.difference.p_value == pytest.approx(expected.pvalue)
+    assert test.difference.value == pytest.approx(scores["dskd"].mean() - scores["kd"].mean())
+    assert comparison.notes == []
+    code, out, _ = dskd("compare", "--config", empty)
+    assert code == 0
+    assert re.search(rf"^{KINDS[kind].title}:\n.*{shown.replace('_', ' ')}", out, re.MULTILINE)
+
+    ids["other"] = _track(empty, "other", "loss.sense_weight=9")
+    assert f"without {kind}: other" in make_comparison(load_config(empty)).notes[-1]
+    _add_results(empty, "other", ids["other"], folder, scores["other"], data="b" * 64, measure=measure)
+    code, out, err = dskd("compare", "--config", empty)
+    assert (code, out) == (2, "")
+    assert f"{'b' * 64}: other ({ids['other'][:8]})" in err
+    assert re.search(rf"{'a' * 64}: .*kd \({ids['kd'][:8]}\)", err)
+    assert f"--without {kind}" in err
+    code, out, _ = dskd("compare", "--config", empty, "--without", kind)
+    assert code == 0
+    assert "perplexity" in out
+    assert shown.replace("_", " ") not in out
+
+
+def test_what_is_of_other_senses_is_left_out_and_the_rest_compared(empty):
+    """As where senses.k differs: the text is the same, and a measure that looks at sense embeddings is not."""
+    ids = {name: _track(empty, name, f"senses.k={k}") for name, k in (("five", 5), ("ten", 10))}
+    for name, of in (("five", "1" * 64), ("ten", "2" * 64)):
+        _add_results(empty, name, ids[name], "lexical", [0.5, 1.0], measure="row_agreement", of=of)
+    comparison = make_comparison(load_config(empty))
+    assert set(comparison.final["eval/perplexity"]) == set(ids.values())
+    assert "eval/row_agreement" not in comparison.final
+    assert "row_agreement" not in comparison.measured()
+    assert "row_agreement is of different teachers or sense embeddings, and left out" in comparison.notes[-1]
+    assert "111111111111: five" in comparison.notes[-1]
+
+
+def test_a_measure_over_other_positions_is_left_out(empty):
+    config = load_config(empty)
+    for number, name in enumerate(("one", "two")):
+        run_id = _track(empty, name, f"senses.k={number + 3}")
+        examples = _examples(0, 3)
+        columns = dict(examples.columns, lexical_tokens=examples.columns["lexical_tokens"] + number)
+        save_examples(config.path(EXAMPLES_FILE), Examples(DATA, examples.ids, columns, MEASURES))
+        log_evaluation(config, name, run_id, {"perplexity": 5.0}, config.path(EXAMPLES_FILE), data=DATA, step=STEPS)
+    comparison = make_comparison(config)
+    assert "lexical_perplexity" not in comparison.measured()
+    assert {"perplexity", "accuracy"} < set(comparison.measured())
+    assert "lexical_perplexity counts other positions" in comparison.notes[-1]
+
+
+def test_seed_tests_are_paired_by_seed(comparison):
+    (test,) = [test for test in comparison.seed_tests if test.measure.name == "accuracy"]
+    values = comparison.final["eval/accuracy"]
+    kd, dskd = ([values[run.run_id] for run in group.runs] for group in comparison.groups[:2])
+    assert test.difference.p_value == pytest.approx(stats.ttest_rel(dskd, kd).pvalue)
+    assert (test.difference.test, test.difference.count) == ("paired t", 2)
+
+
+def test_the_text_says_what_was_found_and_what_not(tracked):
+    path, _ = tracked
+    printed = compare(load_config(path))
+    assert re.search(r"^kd \(2 seeds\)  +1\d\d\.\d\d ± \d+\.\d\d  ", printed, re.MULTILINE)
+    assert re.search(
+        r"^dskd +ln perplexity \(nats\) +−0\.0[45]\d\d +\[.+\] +× 0\.9\d\d +< 0\.001 +better", printed, re.MULTILINE
+    )
+    assert re.search(r"^CPU rank hours a run +0\.8 ± 0 +0\.8 ± 0 +0\.8$", printed, re.MULTILINE)
+    assert re.search(r"^targets with senses +62\.0 ± 0\.0 % ", printed, re.MULTILINE)
+    assert f"evaluated on {DATA}" in printed
+    assert "- 1 seed, so no interval: margin" in printed
+    assert "- not evaluated: margin;" in printed
+    assert "does not cover how much another seed would change" in printed
+    assert "sweep" not in printed  # the parent of a sweep trained nothing
+
+
+def test_what_was_evaluated_on_different_data_is_refused(tracked, dskd):
+    path, ids = tracked
+    both = ("compare", "--config", path, "--experiment", EXPERIMENT, "--experiment", OTHER)
+    code, out, err = dskd(*both)
+    assert code == 2
+    assert not out
+    assert re.search(rf"^  {DATA}: kd-s0 \({ids['kd-s0'][:8]}\), ", err, re.MULTILINE)
+    assert re.search(rf"^  {OTHER_DATA}: far \({ids['far'][:8]}\)$", err, re.MULTILINE)
+    assert "launcher/evaluate.py" in err
+    assert "Traceback" not in err
+
+    code, out, _ = dskd(*both, "--without-measures")
+    assert code == 0
+    assert re.search(r"^GPU hours a run +- +- +- +0\.8$", out, re.MULTILINE)
+    assert "perplexity" not in out
+
+    code, out, _ = dskd(*both, "--tag", f"evaluation_data={OTHER_DATA}")
+    assert code == 0
+    assert f"evaluated on {OTHER_DATA}" in out
+    assert "kd-s0" not in out
+
+
+def test_the_pipeline_says_it_and_does_not_fail(tracked):
+    config = load_config(tracked[0], [f"tracking.experiment={OTHER}", "run=far"])
+    assert "far" in compare_or_say_why_not(config)
+    _log_table(config, tracked[1]["far"], DATA)  # under another digest: the one is not the other
+    said = compare_or_say_why_not(config)
+    _log_table(config, tracked[1]["far"], OTHER_DATA)
+    assert said.startswith("Not compared: ")
+    assert DATA in said
+    assert OTHER_DATA in said
+
+
+def _log_table(config, run_id, data):
+    table = config.path(EXAMPLES_FILE)
+    save_examples(table, _examples(0, 30, data))
+    log_evaluation(config, "far", run_id, {}, table, data=OTHER_DATA, step=STEPS)
+
+
+def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
+    path, ids = tracked
+    config = load_config(path)
+
+    def names(**selection):
+        return [run.name for run in make_comparison(config, Selection(**selection), without=list(KINDS)).runs]
+
+    assert names(runs=["dskd-s1", "kd-s0"]) == ["dskd-s1", "kd-s0"]
+    assert names(runs=[ids["far"], "margin"]) == ["far", "margin"]
+    assert names(experiments=[OTHER]) == ["far"]
+    assert sorted(names(tags={"evaluation_data": DATA})) == ["dskd-s0", "dskd-s1", "kd-s0", "kd-s1"]
+    assert "sweep" not in names(experiments=[EXPERIMENT])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["--run", "dskd-s7"],
+            "--run dskd-s7: experiment senses & <b>words</b> has no run of this name; did you mean dskd-s",
+        ),
+        (["--run", "0" * 32], f"--run {'0' * 32}: there is no run of this id"),
+        (["--experiment", "kdd"], "experiment 'kdd': MLflow at sqlite:"),
+        (["--tag", "device=tpu"], "none has the tags device=tpu; there are: device=cpu"),
+        (["--baseline", "kdd"], "--baseline kdd: there is no such group; there are: kd, dskd, margin"),
+        (["--html", "/proc/report.html"], "--html /proc/report.html: cannot write there"),
+        (
+            ["tracking.uri=http://127.0.0.1:9"],
+            "http://127.0.0.1:9 cannot be read (Connection refused); start its server",
+        ),
+        (["--html", ""], "--html '.': that is a folder; name a file"),
+        (["--html", "/tmp"], "--html '/tmp': that is a folder; name a file"),
+        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda: also device=cpu is asked for"),
+        (["--experiment", EXPERIMENT, "--run", "FAR"], "'far' is of experiment 'other', which is none of --experiment"),
+    ],
+)
+def test_a_choice_of_what_is_not_there_says_what_is(tracked, dskd, arguments, says):
+    path, ids = tracked
+    code, _, err = dskd("compare", "--config", path, *(ids["far"] if one == "FAR" else one for one in arguments))
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_a_work_directory_that_one_may_only_read_is_compared_and_nothing_is_written(dskd, tracked, tmp_path, read_only):
+    work = tmp_path / "work"
+    shutil.copytree(load_config(tracked[0]).path(), work)
+    (work / "curves.png").unlink(missing_ok=True)
+    kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    read_only(work)
+    arguments = ("compare", "--config", tracked[0], f"workdir={work}", "--html", tmp_path / "report.html")
+    code, out, err = dskd(*arguments)
+    assert (code, err) == (0, "")
+    _, expected, _ = dskd("compare", "--config", tracked[0])
+    # All but where the picture and the database of MLflow's page are.
+    assert expected.split("Loss curves: ")[0] in out
+    assert f"No picture of the loss curves: {work / 'curves.png'}: the picture cannot be written there" in out
+    assert (tmp_path / "report.html").is_file()
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == kept
+
+
+def test_the_link_is_mlflows_own(tracked):
+    path, ids = tracked
+    config = load_config(path)
+    runs = [run for run in read_runs(config) if run.name in ("kd-s0", "margin")]
+    wanted = {"runs": [ids["margin"], ids["kd-s0"]], "experiments": [runs[0].experiment_id]}
+    local = mlflow_link(config, runs)
+    assert local.command.endswith(f"mlflow ui --backend-store-uri sqlite:///{config.path('mlflow.db').resolve()}")
+    served = mlflow_link(load_config(path, ["tracking.uri=https://me:secret@mlflow.example.org/base/"]), runs)
+    assert served.command is None
+    for link, server in ((local, "http://127.0.0.1:5000"), (served, "https://mlflow.example.org/base")):
+        start, question = link.address.split("?")
+        assert start == f"{server}/#/compare-runs"
+        assert {key: json.loads(value) for key, (value,) in parse_qs(question).items()} == wanted
+
+
+def test_the_report_is_one_file_that_points_nowhere_but_to_mlflow(report):
+    page = report.read_text(encoding="utf-8")
+    targets = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)""", page)
+    outside = [target for target in targets if not target.startswith("#")]
+    assert len(outside) == 1
+    assert outside[0].startswith("http://127.0.0.1:5000/#/compare-runs?runs=")
+    assert not re.search(r"<script|@import|url\((?!#)|<link|<iframe", page)
+    assert "<b>words</b>" not in page
+    assert "senses &amp; &lt;b&gt;words&lt;/b&gt;" in page
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)  # those of one picture are not another's
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser that shows a file, with no name to be resolved and no address to be reached."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no chromium; `make test` installs it where it is root: apt-get install chromium")
+
+    def show(page, *options):
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-proxy-server"]
+        command += ["--host-resolver-rules=MAP * ~NOTFOUND", *options, page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return show
+
+
+def test_a_browser_without_network_shows_the_report(report, browser, tmp_path):
+    browser(report, f"--screenshot={tmp_path / 'report.png'}", "--window-size=1280,2400")
+    pixels = np.asarray(Image.open(tmp_path / "report.png").convert("RGB"))
+    assert pixels.shape == (2400, 1280, 3)
+    assert (pixels == 255).all(-1).mean() > 0.5  # dark on white
+    assert (pixels.max(-1) < 90).mean() > 0.01  # text
+    for number in range(2):  # bars, and not only the small squares beside a group's name
+        color = [int(color_of(number)[at : at + 2], 16) for at in (1, 3, 5)]
+        assert (np.abs(pixels.astype(int) - color).max(-1) < 3).sum() > 5000, number
+
+    shown = browser(report, "--dump-dom")
+    parts = ("held-out-text", "tests", "settings", "curves", "runs")
+    assert [shown.count(f'<section id="{part}">') for part in parts] == [1] * 5
+    assert len(re.findall(r"<figure[^>]*><svg [^>]*>", shown)) == 4  # bars, two kinds of tests, curves
+    for cell in (r"kd</th>", r"<td[^>]*>loss\.sense_weight|<th[^>]*>loss\.sense_weight</th>", r"better</td>"):
+        assert re.search(cell, shown), cell

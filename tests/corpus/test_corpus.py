@@ -1,0 +1,109 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from streaming import MDSWriter
+from tiny_models import word_tokenizer
+
+from dskd.config import Config
+from dskd.corpus.build import build_corpus, read_texts, recipe
+from dskd.corpus.sequences import build_sequences, load_sequences
+from dskd.errors import UserError
+from dskd.lexicon.wordnet import open_wordnet
+
+
+def _config(tmp_path, **corpus):
+    return Config(
+        workdir=str(tmp_path / "work"),
+        teacher={"path": "unused"},
+        corpus={"source": "files", "sequence_length": 8, **corpus},
+    )
+
+
+def _texts(config, split):
+    return list(read_texts(config, split))
+
+
+def test_documents_are_split_by_content_wherever_they_stand(tmp_path):
+    texts = [f"text number {index}" for index in range(200)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    lines = "\n".join(json.dumps({"text": text}) for text in reversed(texts))
+    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
+    config = _config(tmp_path, train=(str(tmp_path),), validation_share=0.2)
+    build_corpus(config)
+    train, validation = _texts(config, "train"), _texts(config, "validation")
+    assert set(train) | set(validation) == set(texts)
+    assert not set(train) & set(validation)  # every text stands in both files, and on one side
+    assert len(train) + len(validation) == 400
+    assert 20 <= len(set(validation)) <= 60
+
+
+def test_held_out_files_are_held_out_whole(tmp_path):
+    (tmp_path / "train.txt").write_text("one\n\ntwo", encoding="utf-8")
+    (tmp_path / "held.txt").write_text("three", encoding="utf-8")
+    config = _config(tmp_path, train=(str(tmp_path / "train.txt"),), validation=(str(tmp_path / "held.txt"),))
+    build_corpus(config)
+    assert (_texts(config, "train"), _texts(config, "validation")) == (["one", "two"], ["three"])
+
+
+def test_a_training_text_that_is_held_out_is_left_out(tmp_path):
+    (tmp_path / "train.txt").write_text("one\n\ntwo\n\nthree", encoding="utf-8")
+    (tmp_path / "held.txt").write_text("three\n\nfour", encoding="utf-8")
+    config = _config(tmp_path, train=(str(tmp_path / "train.txt"),), validation=(str(tmp_path / "held.txt"),))
+    build_corpus(config)
+    assert (_texts(config, "train"), _texts(config, "validation")) == (["one", "two"], ["three", "four"])
+
+
+def test_every_kind_of_file_comes_to_one_corpus(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("one", encoding="utf-8")
+    (data / "b.jsonl").write_text('{"text": "two"}', encoding="utf-8")
+    pq.write_table(pa.table({"text": ["three", "four"]}), data / "c.parquet")
+    with MDSWriter(out=str(data / "d"), columns={"text": "str"}, compression="zstd") as writer:
+        writer.write({"text": "five"})
+    (tmp_path / "held.txt").write_text("four\n\nsix", encoding="utf-8")
+    config = _config(tmp_path, train=(str(data),), validation=(str(tmp_path / "held.txt"),))
+    build_corpus(config)
+    assert _texts(config, "train") == ["one", "two", "three", "five"]
+    assert _texts(config, "validation") == ["four", "six"]
+    wanted = recipe(config)
+    pq.write_table(pa.table({"text": ["three", "seven"]}), data / "c.parquet")
+    assert recipe(config).inputs != wanted.inputs
+
+
+def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n")
+    config = _config(tmp_path, train=(str(tmp_path / "a.txt"),))
+    with pytest.raises(UserError, match="the corpus has no train documents"):
+        build_corpus(config)
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_sequences_of_another_tokenizer_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"a b w{i}" for i in range(100)), encoding="utf-8")
+    config = _config(tmp_path, train=(str(tmp_path / "a.txt"),), validation_share=0.3)
+    build_corpus(config)
+    build_sequences(config, word_tokenizer(["a", "b"]), "0123456789abcdef")
+    sequences, _ = load_sequences(config, "train", "0123456789abcdef")
+    assert sequences.batch(1, 3).input_ids.shape == (2, 8)
+    with pytest.raises(UserError, match=r"different tokenizers \(fedcba987654… and 0123456789ab…\)"):
+        load_sequences(config, "train", "fedcba9876543210")
+
+
+@pytest.mark.slow
+def test_wordnet_is_split_by_synset_and_definition(tmp_path):
+    config = Config(workdir=str(tmp_path), teacher={"path": "unused"}, corpus={"source": "wordnet"})
+    build_corpus(config)
+    train, validation = _texts(config, "train"), _texts(config, "validation")
+    assert len(train) + len(validation) == 117_659
+    assert 0.03 < len(validation) / 117_659 < 0.07
+    reader = open_wordnet().reader
+    (found,) = [text for text in (*train, *validation) if text.startswith("happy: enjoying or showing")]
+    assert "a happy smile." in found
+    sides = []
+    for split in ("train", "validation"):
+        names = pq.read_table(config.path("corpus", f"{split}.parquet"))["document"].to_pylist()
+        sides.append({reader.synset(name).definition() for name in names})
+    assert not sides[0] & sides[1]

@@ -1,0 +1,86 @@
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import pytest
+from conftest import ONE_RANK, REPOSITORY, finish, fork_ranks
+from rank_jobs import name_segments_on_nodes
+from streaming import MDSWriter, StreamingDataset
+
+from dskd.distributed.node_cache import open_node_cache, streaming_names
+from dskd.errors import UserError
+
+JOB = """
+import sys, torch
+from dskd.distributed.world import World
+from dskd.distributed.node_cache import open_node_cache
+print(open_node_cache(sys.argv[1], World(0, 1, 0, torch.device("cpu"))), flush=True)
+sys.stdin.read()
+"""
+
+
+def _job(base):
+    process = subprocess.Popen(
+        [sys.executable, "-c", JOB, str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    return process, process.stdout.readline().strip()
+
+
+def test_jobs_have_folders_of_their_own_and_take_away_only_what_dead_ones_left(tmp_path):
+    (live, live_folder), (dead, dead_folder) = _job(tmp_path), _job(tmp_path)
+    assert live_folder != dead_folder
+    os.kill(dead.pid, signal.SIGKILL)
+    dead.wait(10)
+    assert Path(dead_folder).is_dir()
+    mine = open_node_cache(str(tmp_path), ONE_RANK)
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([live_folder, str(mine)])
+    live.communicate(timeout=10)
+    assert [str(path) for path in tmp_path.iterdir()] == [str(mine)]  # a job that ends takes its folder with it
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, read_only):
+    read_only(tmp_path)
+    with pytest.raises(UserError, match=r"set train\.shard_cache"):
+        open_node_cache(str(tmp_path), ONE_RANK)
+
+
+def test_a_place_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write there"):
+        open_node_cache(str(tmp_path / "file"), ONE_RANK)
+
+
+@pytest.mark.slow
+def test_two_jobs_on_the_same_two_nodes_do_not_wait_for_each_other_for_ever(tmp_path):
+    """In one job the first rank is on node1, in the other on node2."""
+    for name in ("node1", "node2"):
+        (tmp_path / name).mkdir()
+    nodes = (["node1", "node2"], ["node2", "node1"])
+    jobs = [fork_ranks(name_segments_on_nodes, tmp_path, hosts, len(nodes), ranks=2) for hosts in nodes]
+    for ranks in jobs:
+        assert finish(ranks, 40).output.count("alone on node") == 2
+
+
+def test_no_number_that_anybody_has_in_shared_memory_is_taken(tmp_path):
+    """A killed job leaves some kinds of segments and not others; mosaicml-streaming would take a number in use."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    samples = tmp_path / "samples"
+    with MDSWriter(out=str(samples), columns={"x": "int"}) as writer:
+        writer.write({"x": 7})
+    names = {path.name for path in Path("/dev/shm").glob("0*_*")}
+    highest = max((int(name[:6]) for name in names), default=-1) + 2
+    missing = {f"{highest:06}_locals", *(f"{number:06}_barrier" for number in range(highest))} - names
+    left = [SharedMemory(name, create=True, size=36) for name in missing]
+    try:
+        with streaming_names(folder, ONE_RANK):
+            dataset = StreamingDataset(remote=str(samples), local=str(folder / "a"), batch_size=1)
+        assert dataset[0] == {"x": 7}
+        assert dataset._shm_prefix_int == highest + 1
+    finally:
+        for segment in left:
+            segment.close()
+            segment.unlink()

@@ -1,0 +1,120 @@
+"""A request to stop: ranks agree on a step, save, and say so by their exit code; the run goes on as if undisturbed."""
+
+import os
+import signal
+import time
+
+import pytest
+from conftest import BEFORE_TRAINING, TINY, finish, losses_of, run_program, start_ranks
+
+from dskd.__main__ import main
+from dskd.cli.program import run
+from dskd.config.reading import load_config
+from dskd.distributed import stopping
+from dskd.errors import UserError
+from dskd.tracking import read_runs
+from dskd.training import checkpoint
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_request_stops_a_program_with_its_own_exit_code(handlers, number):
+    def work():
+        stopping.listen()
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    assert run(work) == 75
+
+
+def test_a_deferred_request_is_remembered_and_cuts_nothing_off(handlers):
+    stopping.listen()
+    with stopping.deferred() as request:
+        assert not request.is_pending
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.is_pending
+    os.kill(os.getpid(), signal.SIGTERM)  # requests are repeated: this one must not cut off what comes after
+
+
+def test_without_a_request_everything_is_as_before(handlers):
+    stopping.listen()
+    with stopping.deferred():
+        pass
+    with pytest.raises(stopping.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_launcher_that_ends_a_rank_does_not_cut_off_its_mistake(handlers, monkeypatch, capsys, is_main):
+    """With TERM and USR1 at once, as from a batch script, while the rank says what is wrong or waits for rank 0 to."""
+
+    def asked():
+        for number in stopping.SIGNALS:
+            os.kill(os.getpid(), number)
+        return is_main
+
+    def work():
+        stopping.listen()
+        raise UserError("bad input")
+
+    monkeypatch.setattr("dskd.cli.program.is_main_process", asked)
+    assert run(work) == 2
+    assert capsys.readouterr().err.count("bad input") == is_main  # rank 0 has said it, the other one does not
+
+
+def test_work_that_stops_is_not_asked_again(handlers):
+    stopping.listen()
+    with pytest.raises(stopping.Stopped, match="at a good place"), stopping.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise stopping.Stopped("at a good place")
+    for number in stopping.SIGNALS:
+        os.kill(os.getpid(), number)
+
+
+def _status(monkeypatch, config):
+    monkeypatch.setattr("sys.argv", ["dskd", "status", "--config", str(config)])
+    return main()
+
+
+@pytest.mark.slow
+def test_ranks_asked_at_different_times_stop_at_one_step_and_go_on(tiny, copy_of_tiny, monkeypatch, capsys):
+    settings = {**TINY["train"], "steps": 40, "checkpoint_every": 4, "num_workers": 2}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    loaded = load_config(config)
+    assert _status(monkeypatch, config) == 3
+    ranks = start_ranks("train.py", config, ranks=2)
+    try:
+        deadline = time.monotonic() + 120
+        while checkpoint.latest(loaded) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        # All processes of a rank get it, its loader's workers too, as from a scheduler.
+        os.killpg(ranks[1].pid, signal.SIGUSR1)
+        time.sleep(0.1)
+        os.killpg(ranks[0].pid, signal.SIGTERM)
+        assert finish(ranks, 60, check=False).exit_code == 75
+        assert [rank.wait(1) for rank in ranks] == [75, 75]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    stopped_at = checkpoint.latest(loaded).step
+    assert 4 <= stopped_at < 40
+    assert f"stopped at step {stopped_at} of 40" in ranks[0].output
+    assert _status(monkeypatch, config) == 3
+    assert f"step {stopped_at} of 40" in capsys.readouterr().out
+    assert [one.status for one in read_runs(loaded) if one.name == loaded.run] == ["KILLED"]
+
+    run_program("train.py", config, "--resume", ranks=2)
+    assert _status(monkeypatch, config) == 0
+    resumed = losses_of(config)
+    assert [step for step, _ in resumed] == list(range(1, 41))
+    undisturbed = copy_of_tiny(train=settings, run="undisturbed")
+    run_program("train.py", undisturbed, ranks=2)
+    assert resumed == losses_of(undisturbed)

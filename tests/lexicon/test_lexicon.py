@@ -1,0 +1,89 @@
+import pyarrow.parquet as pq
+import pytest
+
+from dskd.errors import UserError
+from dskd.lexicon.reading import Report
+from dskd.lexicon.relations import SCHEMA, Relation, resolve, write_relations
+from dskd.lexicon.tsv import read_tsv
+from dskd.lexicon.wordnet import open_wordnet
+from dskd.lexicon.wordnet_relations import read_wordnet
+
+
+def _pairs(relations):
+    return {(r.head, r.relation, r.tail) for r in relations}
+
+
+def test_relations_are_symmetric_and_free_of_self_pairs_repeats_and_contradictions():
+    kept, dropped = resolve(
+        [
+            Relation("big", "large", "synonym", "a"),
+            Relation("large", "big", "synonym", "a"),
+            Relation("big", "large", "synonym", "a"),
+            Relation("big", "large", "synonym", "b"),
+            Relation("big", "big", "synonym", "a"),
+            Relation("king", "queen", "synonym", "a"),
+            Relation("queen", "king", "antonym", "b"),
+            Relation("hot", "cold", "antonym", "a"),
+        ]
+    )
+    assert _pairs(kept) == {
+        ("big", "synonym", "large"),
+        ("large", "synonym", "big"),
+        ("hot", "antonym", "cold"),
+        ("cold", "antonym", "hot"),
+    }
+    assert [r.source for r in kept if r.head == "big"] == ["a", "b"]  # both sources stay visible
+    assert dict(dropped) == {"self-pairs": 1, "contradictory pairs": 2, "repeated": 1}
+
+
+def test_the_table_has_the_documented_columns(tmp_path):
+    write_relations(tmp_path / "relations.parquet", [Relation("big", "large", "synonym", "test")])
+    table = pq.read_table(tmp_path / "relations.parquet")
+    assert table.schema.equals(SCHEMA)
+    assert table.column_names == ["head", "tail", "relation", "source"]
+    assert table.to_pylist() == [{"head": "big", "tail": "large", "relation": "synonym", "source": "test"}]
+
+
+def test_tsv_is_read_with_comments_and_empty_lines(tmp_path):
+    path = tmp_path / "own.tsv"
+    path.write_text("\ufeff# a comment\nbig\tsynonym\tvery large\n\nbig\tantonym\tsmall\n", encoding="utf-8")
+    assert _pairs(read_tsv(path, path.name, Report())) == {
+        ("big", "synonym", "very large"),
+        ("big", "antonym", "small"),
+    }
+
+
+def test_every_bad_line_of_a_tsv_is_named(tmp_path):
+    path = tmp_path / "own.tsv"
+    path.write_text("big\tsynonym\tlarge\nbig\tsynonim\thuge\nbig\tlarge\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        list(read_tsv(path, path.name, Report()))
+    message = str(error.value)
+    assert f"{path}:2: the relation must be synonym or antonym, found 'synonim'" in message
+    assert f"{path}:3: expected head<TAB>synonym|antonym<TAB>tail" in message
+    assert f"{path}:1" not in message
+
+
+def test_a_binary_tsv_is_refused(tmp_path):
+    path = tmp_path / "own.tsv"
+    path.write_bytes(b"\x80\x81\xff\x00")
+    with pytest.raises(UserError, match="is a binary file"):
+        list(read_tsv(path, path.name, Report()))
+
+
+@pytest.mark.slow
+def test_wordnet_gives_the_relations_its_browser_shows():
+    relations, dropped = resolve(read_wordnet(open_wordnet()))
+    pairs = _pairs(relations)
+    assert {
+        ("happy", "antonym", "unhappy"),
+        ("unhappy", "antonym", "happy"),
+        ("car", "synonym", "automobile"),
+        ("dog", "synonym", "domestic dog"),  # a lemma of two words, with a space
+        ("hot", "antonym", "cold"),
+    } <= pairs
+    assert ("car", "synonym", "car") not in pairs
+    assert not {(h, t) for h, r, t in pairs if r == "synonym"} & {(h, t) for h, r, t in pairs if r == "antonym"}
+    assert all("_" not in head and "(" not in head for head, _, _ in pairs)
+    assert dropped["contradictory pairs"] > 0
+    assert len(pairs) > 300_000

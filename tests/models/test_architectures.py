@@ -1,0 +1,99 @@
+"""Decoders of the table: numbers are those of transformers, and docs/models.md says what was found.
+
+Some are examined here as `make models` examines all of them, the others by what needs no ranks.
+"""
+
+import pytest
+import torch
+from architecture_findings import CUT, LOWEST, check_plan, find
+from architectures import ARCHITECTURES, save_architecture
+from conftest import ONE_RANK
+from models_page import PAGE, row
+from transformers import AutoModelForCausalLM
+
+from dskd.artifacts.manifest import write_json
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.models.architecture import check_architecture
+from dskd.models.causal_lm import empty_model
+from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.folder import ModelFolder
+from dskd.models.frozen import Decoder
+from dskd.models.probes import check_documents
+from dskd.models.stored_names import base_model
+
+pytestmark = pytest.mark.slow
+
+# One for each way to be different: rotary factors, windows, kinds of layers, positions, buffers, forms of experts.
+EXAMINED = ["llama-yarn", "phi3-longrope", "gemma3", "smollm3", "gpt2", "opt", "apertus"]
+EXAMINED += ["deepseek-v3", "mixtral", "qwen3-moe-sparse", "gpt-oss", "llama4"]
+PLANNED = [
+    *EXAMINED,
+    "llama-dynamic",
+    "bloom",
+    "gpt-neo",
+    "mpt",
+    "falcon-alibi",
+    "xglm",
+    "lfm2",
+    "gemma2",
+    "olmoe",
+    "dbrx",
+]
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return find(EXAMINED, thorough=False, timeout_s=400)
+
+
+def _rows():
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+
+
+@pytest.mark.parametrize("name", EXAMINED)
+def test_numbers_are_those_of_transformers_and_the_page_says_what_is_supported(findings, name):
+    assert findings[name]["faults"] == []
+    assert row(name, findings[name]) == _rows()[ARCHITECTURES[name].example]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_page_says_what_is_refused(tmp_path, name):
+    written = _rows()[ARCHITECTURES[name].example]
+    model_config = ARCHITECTURES[name].config()
+    model_config.save_pretrained(tmp_path)
+    folder = ModelFolder(tmp_path, "", "")
+    config = Config(workdir="work", teacher={"path": "teacher"}, corpus={"packing": "stream", "sequence_length": 16})
+    try:
+        whole = check_architecture(folder, config)
+    except UserError:
+        assert "| no | no |" in written
+        return
+    teacher, cut, documents = written.split(" | ")[1:4]
+    assert teacher == "yes"
+    refused = []
+    for layers in (LOWEST, CUT):
+        (tmp_path / "student").mkdir(exist_ok=True)
+        try:
+            values = cut_config(model_config.to_dict(), layers, folder.load_config().to_dict())
+            write_json(tmp_path / "student" / "config.json", values)
+            check_kinds(whole, empty_model(ModelFolder(tmp_path / "student", "", "")), layers)
+        except UserError:
+            refused.append(layers)
+    assert cut == ("some layers" if refused else "yes")
+
+    save_architecture(tmp_path, name)
+    decoder = Decoder(base_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()))
+    try:
+        check_documents(decoder, decoder, folder, ONE_RANK, torch.bfloat16)
+        apart = True
+    except UserError:
+        apart = False
+    assert documents == ("yes" if apart else "no")
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_refuses_what_training_refuses_and_raises_nothing_else(tmp_path, name):
+    is_refused = "| no | no |" in _rows()[ARCHITECTURES[name].example]
+    assert check_plan(tmp_path, name, is_refused=is_refused) is None

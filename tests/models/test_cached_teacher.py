@@ -1,0 +1,48 @@
+"""The tokens that annotation keeps of the teacher's distributions, against torch's log_softmax and sorting."""
+
+import pytest
+import torch
+
+from dskd.models.readouts import top_tokens
+
+P, D, V = 37, 8, 50
+
+
+def _states_and_weight(scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(P, D, generator=generator) * scale, torch.randn(V, D, generator=generator)
+
+
+@pytest.mark.parametrize("n", [1, 5, V - 1, V])
+@pytest.mark.parametrize("chunk_size", [1, 10, 100])
+def test_top_tokens_are_those_of_a_sorted_log_softmax(n, chunk_size):
+    states, weight = _states_and_weight()
+    top = top_tokens(states, weight, n, chunk_size)
+    logprobs, order = (states @ weight.T).double().log_softmax(-1).sort(dim=-1, descending=True)
+    assert torch.equal(top.token_ids, order[:, :n])
+    torch.testing.assert_close(top.logprobs.double(), logprobs[:, :n], rtol=1e-5, atol=1e-5)
+    rest = logprobs[:, n:].logsumexp(-1) if n < V else torch.full((P,), -torch.inf, dtype=torch.float64)
+    torch.testing.assert_close(top.rest_logprob.double(), rest, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mass_of_the_rest_keeps_its_digits_where_the_teacher_is_sure():
+    states, weight = _states_and_weight(scale=30.0)
+    rest = top_tokens(states, weight, 3, 10).rest_logprob
+    expected = (states.double() @ weight.double().T).log_softmax(-1).sort(dim=-1, descending=True).values
+    expected = expected[:, 3:].logsumexp(-1)
+    assert expected.min() < -40  # 1 - sum is 0 there
+    torch.testing.assert_close(rest.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_of_equally_probable_tokens_the_lower_comes_first():
+    logits = torch.tensor([[1.0, 3.0, 3.0, -2.0, 3.0, 1.0, -2.0, 0.0, -0.0]])
+    states = torch.eye(9)[:1] * 0 + logits  # the matrix is the identity: the states are the logits
+    top = top_tokens(states, torch.eye(9), 9, 4)
+    assert top.token_ids.tolist() == [[1, 2, 4, 0, 5, 7, 8, 3, 6]]
+    assert top_tokens(states, torch.eye(9), 2, 4).token_ids.tolist() == [[1, 2]]
+
+
+def test_no_position_gives_no_rows():
+    top = top_tokens(torch.empty(0, D), torch.randn(V, D), 4, 10)
+    assert top.token_ids.shape == top.logprobs.shape == (0, 4)
+    assert top.rest_logprob.shape == (0,)

@@ -1,0 +1,50 @@
+"""Mixtures of experts under ZeRO-3 on two ranks, whose tokens choose different experts, against transformers."""
+
+import pytest
+import torch
+from conftest import finish, fork_ranks
+from rank_jobs import experts_by_ranks
+from safetensors.torch import load_file
+from test_loading_buffers import CONFIGS, MHA, save
+from transformers import AutoModelForCausalLM, Dots1Config, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
+
+from dskd.models.stored_names import base_model
+
+EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+CONFIGS |= {
+    "glm4_moe": lambda: Glm4MoeConfig(**MHA, **EXPERTS, head_dim=8),
+    "dots1": lambda: Dots1Config(**MHA, **EXPERTS, head_dim=8),
+    "mixtral": lambda: MixtralConfig(**MHA, num_local_experts=8),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **MHA, head_dim=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [(24, 17), (1, 40)])
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "dots1", "mixtral", "qwen3_moe"])
+def test_each_rank_runs_its_own_experts(tmp_path, name, lengths):
+    save(tmp_path / "teacher", name)
+    finish(fork_ranks(experts_by_ranks, tmp_path, lengths, ranks=2), 120)
+    model = base_model(AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=torch.float32).eval())
+    for rank, length in enumerate(lengths):
+        ids = (torch.arange(length)[None] * 7 + 3 + 31 * rank) % 120
+        states = model(input_ids=ids).last_hidden_state
+        found = load_file(tmp_path / f"states-{rank}.safetensors")["states"]
+        torch.testing.assert_close(found, states.detach(), rtol=1e-4, atol=1e-5)
+        (states.square().sum() / 2).backward()
+    gradients = load_file(tmp_path / "gradients.safetensors")
+    expected = {key: p.grad for key, p in model.named_parameters() if "layers.3." in key}
+    assert gradients.keys() == expected.keys()
+    for key, gradient in expected.items():
+        wanted = torch.zeros_like(gradients[key]) if gradient is None else gradient
+        torch.testing.assert_close(gradients[key], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max() + 1))

@@ -1,0 +1,57 @@
+"""What is loaded is compared with transformers' own model, whole or layer by layer."""
+
+import pytest
+import torch
+from test_loading_buffers import CONFIGS, load, save
+
+from dskd.errors import UserError
+from dskd.models.reference import compare_with_transformers
+
+
+def _compare(teacher, world, precision, **options):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    compare_with_transformers(teacher.engine, teacher.decoder, teacher.folder, world, dtype, **options)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("mode", ["zero3", "resident"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_healthy_models_pass_whole_and_layer_by_layer(tmp_path, world, capsys, name, mode, precision):
+    save(tmp_path / "teacher", name)
+    teacher = load(tmp_path / "teacher", world, mode=mode, precision=precision)
+    assert "the states are those of transformers' own model" in capsys.readouterr().err
+    _compare(teacher, world, precision, small=0)
+    assert "in layers 0, " in capsys.readouterr().err
+    teacher.close()
+
+
+def test_a_buffer_that_was_cast_is_named(tmp_path, world):
+    save(tmp_path / "teacher", "yarn")
+    teacher = load(tmp_path / "teacher", world)
+    rotations = teacher.decoder.base.rotary_emb
+    rotations.inv_freq = rotations.inv_freq.bfloat16()
+    with pytest.raises(UserError, match=r"buffers were changed(.|\n)*rotary_emb.inv_freq"):
+        _compare(teacher, world, "bf16")
+    teacher.close()
+
+
+@pytest.mark.parametrize("small", [0, 2**30])
+def test_a_table_rounded_to_bf16_is_found_at_late_positions(tmp_path, world, small):
+    save(tmp_path / "teacher", "longrope")
+    teacher = load(tmp_path / "teacher", world, mode="resident", precision="fp32")
+    rotations = teacher.decoder.base.rotary_emb
+    rotations.long_inv_freq = rotations.long_inv_freq.bfloat16().float()
+    with pytest.raises(UserError, match="at positions from 4080 differ by"):
+        _compare(teacher, world, "fp32", small=small)
+    teacher.close()
+
+
+@pytest.mark.parametrize("small", [0, 2**30])
+def test_a_wrong_layer_is_named(tmp_path, world, small):
+    save(tmp_path / "teacher", "deepseek_v3")
+    teacher = load(tmp_path / "teacher", world, mode="resident", precision="fp32")
+    teacher.decoder.layers[1].mlp.gate.e_score_correction_bias.zero_()
+    found = "what layer 1 computes" if small == 0 else "the last hidden states"
+    with pytest.raises(UserError, match=f"{found} on rank 0"):
+        _compare(teacher, world, "fp32", small=small)
+    teacher.close()

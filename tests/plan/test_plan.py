@@ -1,0 +1,392 @@
+"""What `dskd plan` says: against counts that others publish, sums by hand, and what training really allocates."""
+
+import json
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, finish, fork_ranks
+from forked_rank import run_launcher
+from tiny_models import SHAPE, save_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.flops import Shape, step_flops
+from dskd.__main__ import main
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.manifest import Recipe
+from dskd.config.reading import load_config
+from dskd.errors import UserError
+from dskd.models.cutting import build_student
+from dskd.plan import GB
+from dskd.plan.activations import Batch, student_activations
+from dskd.plan.changes import Change, smallest_change
+from dskd.plan.cluster import Cluster
+from dskd.plan.gathering import gather
+from dskd.plan.known_models import KNOWN_MODELS
+from dskd.plan.live_bytes import LiveBytes
+from dskd.plan.plan import make_plan
+from dskd.plan.shapes import Architecture, Shapes, Weight, cut_student, find_architecture, teacher_shapes
+from dskd.plan.speed import flops_per_token
+
+MACHINES = ["--nodes", "1", "--gpus-per-node", "2", "--gpu-memory", "80", "--host-memory", "500"]
+LLAMA = {"model_type": "llama", **SHAPE}
+SHIPPED = {
+    "llama3-8b-16layers.yaml": ("llama", 2),
+    "mistral-7b-16layers.yaml": ("mistral", 2),
+    "llama3-70b-to-8b.yaml": ("llama", 1),
+}
+
+
+def _cluster(ranks=1, device="cpu", memory=80, host=500):
+    return Cluster(1, ranks, round(memory * GB), round(host * GB), device, 40 * GB, 25 * GB, 5 * GB, 1e14)
+
+
+def _config(tmp_path, *overrides, **teacher):
+    path = tmp_path / "config.yaml"
+    sections = {"workdir": str(tmp_path / "work"), "teacher": {"path": "nobody/nothing", **teacher}}
+    path.write_text(json.dumps(sections), encoding="utf-8")
+    return load_config(path, ["student.layers=3", "student.train_layers=2", "corpus.sequence_length=16", *overrides])
+
+
+def _shapes_file(tmp_path, **values):
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps({**LLAMA, **values}), encoding="utf-8")
+    return path
+
+
+def _run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dskd", "plan", *map(str, arguments)])
+    code = main()
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("meta-llama/meta-llama-3-8b", 8_030_261_248),
+        ("meta-llama/meta-llama-3-70b", 70_553_706_496),
+        ("meta-llama/llama-3.1-405b", 405_853_388_800),
+        ("mistralai/mistral-7b-instruct-v0.1", 7_241_732_096),
+    ],
+)
+def test_known_shapes_have_the_parameters_that_their_authors_publish(name, published):
+    model = Architecture(json.dumps(KNOWN_MODELS[name]), name).build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == published
+
+
+@pytest.mark.parametrize("trunk", ["on", "off"])
+def test_flops_are_those_of_the_formula(tmp_path, trunk):
+    config = _config(tmp_path, f"student.shared_trunk='{trunk}'")
+    architecture = Architecture(json.dumps(LLAMA), "llama")
+    student = cut_student(config, architecture)
+    shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
+    found = flops_per_token(config, architecture, teacher_shapes(architecture), student)
+    assert found == step_flops(shape, shared_trunk=trunk == "on")
+
+
+def test_live_bytes_are_counted_until_nobody_holds_them():
+    with LiveBytes() as live:
+        one = torch.ones(100)
+        view = one[:50].view(5, 10)
+        two = one * 2
+        assert live.now == 800  # a view takes nothing
+        del one
+        assert live.now == 800  # its memory is the view's
+        del view, two
+    assert live.now == 0
+    assert live.peak == 800
+
+
+def test_what_a_layer_keeps_is_what_autograd_saves(tmp_path):
+    """Independent of the counter: the tensors that autograd saves, storage by storage, in a real forward pass."""
+    config = _config(tmp_path, "student.layers=2", "student.shared_trunk='off'", "loss.kd_weight=0")
+    batch = Batch(2, 16, False, 0, 0, 5, 0)
+    planned = student_activations(
+        Architecture(json.dumps(LLAMA), "llama"),
+        (0, 1),
+        0,
+        config.student,
+        config.loss,
+        batch,
+        torch.float32,
+        chunk_size=8,
+        checkpointing=False,
+        with_teacher=False,
+    )
+    save_model(tmp_path / "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation="sdpa")
+    model.model.layers = model.model.layers[:2]
+    model.requires_grad_(False)
+    model.model.layers.requires_grad_(True)
+    saved, held = {}, []
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        held.append(tensor)  # or its memory would be another one's
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ids = torch.zeros(2, 16, dtype=torch.int64)
+        result = model.model(ids, use_cache=False).last_hidden_state
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = sum(size for pointer, size in saved.items() if pointer not in weights)
+    kept += result.untyped_storage().nbytes()
+    assert planned.kept == pytest.approx(kept, rel=0.1)
+
+
+def test_the_optimizer_takes_sixteen_bytes_for_each_trained_element(tmp_path):
+    config = _config(tmp_path, "precision=fp32")
+    architecture = Architecture(json.dumps(LLAMA), "llama")
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+    for ranks in (1, 2, 4):
+        memory = make_plan(config, _cluster(ranks), architecture).memory
+        held = 16 * 2 * layer / ranks + 50_000_000 * 4  # two layers, and the bucket that gradients are summed up in
+        assert 0 <= memory.gpu.optimizer - held <= 12 * 2 * layer  # what the step needs for a moment
+
+
+def _modules(count, numel):
+    return Shapes(tuple((Weight(f"layers.{number}.weight", numel, True),) for number in range(count)))
+
+
+def test_zero3_gathers_every_weight_once_and_ahead_only_as_far_as_is_allowed():
+    large = gather(_modules(20, 300_000_000), persistent=1000, backward=False)
+    assert large.travelled == 20 * 300_000_000
+    assert large.forward == 2 * 300_000_000  # the one that runs, and the next: one is more than is read ahead
+    small = gather(_modules(100, 20_000_000), persistent=1000, backward=False)
+    # Three ahead with each that runs, until a billion elements are whole or on their way.
+    assert 0.9e9 <= small.forward <= 1.2e9
+    # What is used again soon stays: the backward pass gathers nothing again.
+    assert gather(_modules(2, 300_000_000), persistent=1000, backward=True).travelled == 600_000_000
+    assert gather(_modules(2, 1000), persistent=1000, backward=True).travelled == 0
+
+
+def test_a_job_that_does_not_fit_is_refused_and_the_change_that_is_named_makes_it_fit(tmp_path, monkeypatch, capsys):
+    # A vocabulary that makes the teacher the largest part: 2 · 200,000 · 256 elements in float32 and more.
+    shapes = _shapes_file(tmp_path, vocab_size=200_000, hidden_size=256, num_hidden_layers=4)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"workdir": str(tmp_path), "teacher": {"path": "a/b", "mode": "resident"}}))
+    options = ["--config", config, "--teacher-config", shapes, "--nodes", 1, "--gpus-per-node", 4, "--host-memory", 200]
+    settings = ["student.layers=2", "corpus.sequence_length=256", "train.micro_batch_size=4"]
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80, *settings)
+    assert code == 0 and printed.rstrip().endswith("fits")
+    stages = re.findall(
+        r"^(?:at one time.*|gathering states|annotation) +([\d.]+) +[\d.]+$", printed, flags=re.MULTILINE
+    )
+    assert len(stages) == 3
+    needed = max(map(float, stages))
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.05, *settings)
+    assert code == 3
+    change = re.search(r"The smallest change that fits: (.*)", printed).group(1)
+    code, printed, _ = _run(
+        monkeypatch, capsys, *options, "--gpu-memory", needed - 0.05, *settings, *shlex.split(change)
+    )
+    assert code == 0, printed
+
+
+def test_a_stage_before_training_that_does_not_fit_is_refused_until_it_is_over(tmp_path, monkeypatch, capsys):
+    """Annotation reads more texts at once than training, and has the teacher's output matrix beside."""
+    shapes = _shapes_file(tmp_path, vocab_size=200_000, hidden_size=256)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b", "mode": "zero3"}}))
+    options = ["--config", config, "--teacher-config", shapes, "--nodes", 1, "--gpus-per-node", 2, "--host-memory", 200]
+    options += ["student.layers=2", "student.train_layers=1", "annotation.batch_size=64", "senses.batch_size=1"]
+    options += ["train.global_batch_size=2"]
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80)
+    training, annotation = (
+        float(re.search(rf"^{name}.* +([\d.]+) +[\d.]+$", printed, flags=re.MULTILINE).group(1))
+        for name in ("at one time", "annotation")
+    )
+    assert code == 0 and training < annotation - 0.1
+    options += ["--gpu-memory", annotation - 0.05]
+    code, printed, _ = _run(monkeypatch, capsys, *options)
+    assert code == 3 and f"for annotation each GPU needs {annotation:g} GB" in printed
+    change = re.search(r"The smallest change that fits: (.*)", printed).group(1)
+    assert change.startswith("annotation.")
+    assert _run(monkeypatch, capsys, *options, change)[0] == 0
+    with build_artifact(tmp_path / "work" / "shards" / "train", Recipe("shards", {}, {})) as building:
+        building.facts["samples"] = 64
+    code, printed, _ = _run(monkeypatch, capsys, *options)
+    assert code == 0 and "the shards are there" in printed
+
+
+def test_the_speed_of_a_change_is_that_of_the_plan_with_it(tmp_path, monkeypatch, capsys):
+    """More nodes talk over another network than the GPUs of one."""
+    shapes = _shapes_file(tmp_path, vocab_size=100_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    _config(tmp_path, mode="zero3")
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", shapes, "--nodes", 1, "--gpus-per-node", 8]
+    options += ["--host-memory", 500, "student.layers=3", "student.train_layers=3", "student.train_lm_head=true"]
+    options += ["senses.memory_budget=0.01", "annotation.memory_budget=0.01", "senses.batch_size=1"]
+    options += ["annotation.batch_size=1", "train.micro_batch_size=1", "train.loss_chunk_size=64"]
+    options += ["train.activation_checkpointing=true", "train.global_batch_size=64", "teacher.offload=nvme"]
+    options += ["teacher.nvme_path=/local", "loss.hidden_weight=1"]
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80)
+    needed = float(re.search(r"at one time.* +([\d.]+) +[\d.]+\n", printed).group(1))
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.02)
+    assert code == 3
+    nodes, speed = re.search(r"fits: --nodes (\d+)\n.* ([\d,]+) tokens/s are expected", printed).groups()
+    options[options.index("--nodes") + 1] = nodes
+    code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.02)
+    assert code == 0
+    assert re.search(rf"tokens/s of all ranks +{speed}$", printed, re.MULTILINE)
+
+
+def test_annotation_has_the_keys_and_values_of_what_the_teacher_goes_on_with(tmp_path):
+    def of_annotation(*overrides):
+        config = _config(tmp_path, "corpus.packing=none", "annotation.batch_size=64", *overrides)
+        plan = make_plan(config, _cluster(1, "cuda"), Architecture(json.dumps(LLAMA), "llama"))
+        return next(stage.gpu for stage in plan.before if stage.name == "annotation")
+
+    of_cache = 2 * 4 * 64 * 16 * 2 * 8 * 2  # keys and values of 4 layers: 64 texts of 16 tokens, 2 heads of 8, bf16
+    added = of_annotation("annotation.continuation_tokens=2") - of_annotation()
+    assert of_cache <= added <= 1.3 * of_cache
+
+
+def _refused(tmp_path):
+    """A plan that does not fit, and one that does."""
+    config = _config(tmp_path, "train.global_batch_size=48")
+    small, large = (
+        make_plan(config, _cluster(1, "cuda", memory), Architecture(json.dumps(LLAMA), "llama")) for memory in (1, 80)
+    )
+    assert (small.fits, large.fits) == (False, True)
+    return small, large
+
+
+@pytest.mark.parametrize("needed", [3, 4, 5, 65])
+def test_as_few_nodes_as_fit_are_named(tmp_path, needed):
+    small, large = _refused(tmp_path)
+
+    def replan(change):
+        if change.nodes is not None and change.nodes == 66:
+            raise UserError("cannot be shared out")
+        return large if (change.nodes or 1) >= needed else small
+
+    change, found = smallest_change(small, replan)
+    assert (change, found) == (Change((), needed), large)
+
+
+def test_no_setting_is_named_that_it_fits_without(tmp_path):
+    small, large = _refused(tmp_path)
+    wanted = {"train.activation_checkpointing=true", "train.loss_chunk_size=64", "train.micro_batch_size=1"}
+    change, _ = smallest_change(small, lambda change: large if wanted <= set(change.overrides) else small)
+    assert set(change.overrides) == wanted
+    assert smallest_change(small, lambda change: small) is None
+
+
+def test_a_host_that_is_too_small_makes_no_offload_needed(tmp_path, monkeypatch, capsys):
+    _config(tmp_path)
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", _shapes_file(tmp_path), *MACHINES]
+    code, printed, _ = _run(monkeypatch, capsys, *options, "student.layers=2", "--host-memory", 1)
+    assert code == 3 and "Offload: not needed" in printed
+    assert "the processes of 2 ranks alone are taken to need 4 GB" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({}, ("'nobody/nothing'", "cannot be fetched", "--teacher-config FILE")),
+        ({"path": "./nothing"}, ("there is no folder ./nothing", "--teacher-config FILE")),
+    ],
+)
+def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
+    tmp_path, monkeypatch, capsys, change, parts
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _config(tmp_path, **change)
+    code, _, error = _run(monkeypatch, capsys, "--config", tmp_path / "config.yaml", *MACHINES)
+    assert code == 2
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "is not a readable config.json"),
+        ('{"hidden_size": 3}', "has no model_type"),
+        ('{"model_type": "llama"}', "num_hidden_layers: expected a number, 1 or more; it is missing"),
+        (json.dumps(LLAMA | {"num_attention_heads": 0}), "num_attention_heads: expected a number, 1 or more; found 0"),
+        (json.dumps(LLAMA | {"vocab_size": "many"}), "vocab_size: expected a number, 1 or more; found 'many'"),
+        (json.dumps(LLAMA | {"hidden_act": "none"}), "transformers cannot build this architecture"),
+        ('{"model_type": "nonsense", "num_hidden_layers": 2}', "'nonsense' is none that transformers knows"),
+        ('{"model_type": "bert", "num_hidden_layers": 2}', "'bert' is an encoder"),
+    ],
+)
+def test_a_file_that_is_no_config_of_a_decoder_is_named(tmp_path, monkeypatch, capsys, text, part):
+    _config(tmp_path)
+    (tmp_path / "x.json").write_text(text)
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", tmp_path / "x.json", *MACHINES]
+    code, _, error = _run(monkeypatch, capsys, *options, "student.layers=1", "student.train_layers=1")
+    assert code == 2 and part in error and "Traceback" not in error
+
+
+def test_a_batch_that_training_would_refuse_is_refused_here(tmp_path, monkeypatch, capsys):
+    _config(tmp_path)
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", _shapes_file(tmp_path), *MACHINES]
+    code, _, error = _run(monkeypatch, capsys, *options, "student.layers=2", "train.global_batch_size=7")
+    assert code == 2 and "train.global_batch_size: 7 sequences cannot be shared out over 2 ranks" in error
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_is_accepted_at_toy_width(tmp_path, monkeypatch, capsys, name):
+    architecture, layers = SHIPPED[name]
+    save_model(tmp_path / "teacher", architecture)
+    path = REPOSITORY / "configs" / name
+    toy = [
+        *(f"workdir={tmp_path / 'work'}", f"teacher.path={tmp_path / 'teacher'}", f"student.layers={layers}"),
+        *("student.train_layers=1", "corpus.sequence_length=32"),
+    ]
+    for run in load_config(path).run_names:
+        code, printed, error = _run(monkeypatch, capsys, "--config", path, *MACHINES, *toy, f"run={run}")
+        assert code == 0, printed + error
+    config = load_config(path, toy)
+    build_student(config)
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "student")
+    planned = cut_student(config, find_architecture(config, None))
+    assert planned.whole_numel == sum(parameter.numel() for parameter in cut.parameters())
+    assert len(planned.layers) == cut.config.num_hidden_layers == layers
+
+
+def _documented():
+    text = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    return re.findall(r"```console\n\$ (dskd plan (?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_documented_plans_are_what_the_command_prints(monkeypatch, capsys, number):
+    monkeypatch.chdir(REPOSITORY)
+    command, expected = _documented()[number]
+    _, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
+    code, printed, _ = _run(monkeypatch, capsys, *arguments)
+    assert printed == expected and code == 0
+
+
+def test_the_documented_refusal_is_what_the_command_prints(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    text = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    (expected,) = re.findall(r"With GPUs of 16 GB.*?```\n(.*?)```", text, flags=re.DOTALL)
+    _, *arguments = shlex.split(_documented()[0][0].replace("\\\n", " "))[1:]
+    code, printed, _ = _run(monkeypatch, capsys, *arguments, "--gpu-memory", 16)
+    assert expected in printed and code == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, ranks):
+    from benchmarks.plan_memory import plan_bytes
+    from benchmarks.report import read_result
+    from benchmarks.workload import Preset, write_work_directory
+
+    folder = tmp_path_factory.getbasetemp() / "plan"
+    if not (folder / "config.yaml").is_file():
+        shape = Shape(4096, 512, 1536, 8, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=64)
+        write_work_directory(folder, Preset(shape, global_batch_size=8, micro_batch_size=4), steps=3)
+    settings = ["teacher.mode=zero3", "teacher.offload=none", "precision=fp32", f"train.global_batch_size={4 * ranks}"]
+    arguments = ["--child", str(folder / "config.yaml"), *settings]
+    processes = fork_ranks(run_launcher, REPOSITORY / "benchmarks" / "plan_memory.py", arguments, ranks=ranks)
+    finish(processes)
+    measured = read_result(arguments, 0, processes[0].output)
+    assert plan_bytes(folder / "config.yaml", ranks, settings) == pytest.approx(max(measured), rel=0.1)

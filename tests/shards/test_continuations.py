@@ -1,0 +1,176 @@
+"""The teacher's continuations against transformers' own greedy generation, and what becomes of the sequences."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from safetensors.torch import save_file
+from tiny_models import ARCHITECTURES, save_model
+
+from dskd.config import Config
+from dskd.corpus.sequences import open_sequences
+from dskd.distributed.rendezvous import free_port
+from dskd.models.folder import find_teacher
+from dskd.models.frozen import load_frozen
+from dskd.shards.continuations import Continuer
+
+T, N, END = 24, 6, 0
+# A text and its end in each; the last three are a text without room, one that goes on in the next row, and only an end.
+SIZES = [3, 15, 22, 9, 23]
+
+
+def _sequences(folder):
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(2, 100, (8, T), generator=generator).int()
+    lengths = torch.tensor([size + 1 for size in SIZES] + [T, T, 1])
+    for row, size in enumerate(SIZES):
+        rows[row, size:] = END
+    rows[5, -1] = 1  # neither does a full row that does not end its text
+    rows[7] = END
+    starts = torch.zeros(8, T, dtype=torch.uint8)
+    starts[:, 0] = 1
+    path = folder / "sequences.safetensors"
+    save_file({"input_ids": rows, "starts": starts, "lengths": lengths.int()}, path)
+    return open_sequences(path)
+
+
+def _config(tmp_path, mode="zero3"):
+    teacher = {"path": str(tmp_path / "teacher"), "mode": mode}
+    corpus = {"packing": "none", "sequence_length": T}
+    return Config(workdir=str(tmp_path), teacher=teacher, corpus=corpus, precision="fp32")
+
+
+def _generated(model, sequences, wanted):
+    """{row: the tokens that transformers generates behind its text}, one text at a time, without padding."""
+    expected = {}
+    for row, size in enumerate(SIZES):
+        prompt = sequences.batch(row, row + 1).input_ids[:, :size]
+        output = model.generate(prompt, max_new_tokens=N, do_sample=False, eos_token_id=END, pad_token_id=END)
+        count = min(int(wanted[row]), T - size)
+        expected[row] = output[0, size : size + count].tolist()
+    return expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_continuation_is_what_transformers_generates(tmp_path, world, architecture):
+    model = save_model(tmp_path / "teacher", architecture)
+    sequences = _sequences(tmp_path)
+    config = _config(tmp_path, "resident" if architecture == "qwen2" else "zero3")
+    teacher = load_frozen(find_teacher(config), config, world)
+    continuer = Continuer(teacher, N, seed=3)
+    before = sequences.batch(0, 8)
+    batch, added = continuer.extend(before, 0)
+    expected = _generated(model, sequences, continuer.wanted_tokens(0, 8))
+    for row, tokens in expected.items():
+        size, end = SIZES[row], SIZES[row] + len(tokens)
+        assert batch.input_ids[row, :end].tolist() == [*before.input_ids[row, :size].tolist(), *tokens]
+        assert batch.has_target[row].tolist() == [True] * (end - 1) + [False] * (T - end + 1)
+    assert added == sum(len(tokens) for tokens in expected.values()) > 8
+    assert torch.equal(batch.input_ids[5:], before.input_ids[5:])
+    assert torch.equal(batch.has_target[5:], before.has_target[5:])
+    assert batch.num_tokens == sum(SIZES) + added + T + T + 1
+    teacher.close()
+
+
+def test_an_end_of_text_is_kept_and_ends_the_continuation(tmp_path, world):
+    model = save_model(tmp_path / "teacher")
+    sequences = _sequences(tmp_path)
+    config = _config(tmp_path, "resident")
+    prompt = sequences.batch(0, 1).input_ids[:, : SIZES[0]]
+    second = int(model.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)[0, -1])
+    # The model's own end of text, beside the tokenizer's.
+    file = tmp_path / "teacher" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [END, second]}))
+    teacher = load_frozen(find_teacher(config), config, world)
+    continuer = Continuer(teacher, N, seed=next(seed for seed in range(99) if _wants(teacher, seed) > 3))
+    batch, added = continuer.extend(sequences.batch(0, 1), 0)
+    assert added == 2
+    assert int(batch.input_ids[0, SIZES[0] + 1]) == second
+    assert batch.has_target[0].sum() == SIZES[0] + 1
+    teacher.close()
+
+
+def _wants(teacher, seed):
+    return int(Continuer(teacher, N, seed).wanted_tokens(0, 1))
+
+
+def test_how_far_a_text_goes_on_is_a_function_of_seed_and_sequence(tmp_path, world):
+    save_model(tmp_path / "teacher")
+    config = _config(tmp_path, "resident")
+    teacher = load_frozen(find_teacher(config), config, world)
+    wanted = Continuer(teacher, N, seed=1).wanted_tokens(0, 600)
+    assert torch.equal(torch.bincount(wanted).clamp(max=1), torch.tensor([0] + [1] * N))
+    assert torch.bincount(wanted)[1:].min() > 60  # 100 of each are expected
+    assert torch.equal(Continuer(teacher, N, seed=1).wanted_tokens(250, 9), wanted[250:259])
+    assert not torch.equal(Continuer(teacher, N, seed=2).wanted_tokens(0, 600), wanted)
+    teacher.close()
+
+
+TWO_RANKS = """
+import json, sys
+from pathlib import Path
+from dskd.shards.annotate import TextReader
+from dskd.config import Config
+from dskd.shards.continuations import Continuer
+from dskd.distributed.rendezvous import initialize; from dskd.distributed.collectives import gather_json
+from dskd.models.folder import find_teacher
+from dskd.models.frozen import load_frozen
+from dskd.corpus.sequences import open_sequences
+world = initialize()
+folder = Path(sys.argv[1])
+config = Config.model_validate_json(sys.argv[2])
+sequences = open_sequences(folder / "sequences.safetensors")
+teacher = load_frozen(find_teacher(config), config, world)
+reader = TextReader(teacher, Continuer(teacher, 6, 3), 5, 16)
+# The second rank has one batch less, and makes up for it.
+batches = [(0, 3), (6, 8)] if world.rank == 0 else [(3, 6)]
+rows = {}
+for first, stop in batches:
+    read = reader.read(sequences.batch(first, stop), first)
+    targets = read.batch.has_target.sum(dim=1).tolist()
+    tops = read.top.token_ids.split(targets)
+    for row in range(stop - first):
+        rows[first + row] = [read.batch.input_ids[row].tolist(), tops[row].tolist()]
+if world.rank == 1:
+    reader.read(sequences.batch(0, 1).without_targets(), 0)
+teacher.close()
+everyone = gather_json(rows)
+if world.is_main:
+    print("RESULT", json.dumps({**everyone[0], **everyone[1]}))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_continue_as_one_does(tmp_path, world):
+    from dskd.shards.annotate import TextReader
+
+    save_model(tmp_path / "teacher", "mistral")
+    sequences = _sequences(tmp_path)
+    config = _config(tmp_path, "resident")
+    teacher = load_frozen(find_teacher(config), config, world)
+    read = TextReader(teacher, Continuer(teacher, N, 3), 5, 16).read(sequences.batch(0, 8), 0)
+    tops = read.top.token_ids.split(read.batch.has_target.sum(dim=1).tolist())
+    teacher.close()
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(tmp_path), _config(tmp_path).model_dump_json()],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output, _ = (process.communicate(timeout=240)[0] for process in processes)
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT "))
+    assert len(found) == 8
+    for row, (input_ids, top) in found.items():
+        assert input_ids == read.batch.input_ids[int(row)].tolist()
+        assert top == tops[int(row)].tolist()

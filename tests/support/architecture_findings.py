@@ -1,0 +1,342 @@
+"""What is supported of each architecture of the table, found out by doing it: on two ranks with different tokens, every
+number against transformers' own model. `make models` writes docs/models.md from it.
+
+A numeric difference is a fault, which a test refuses; a refusal is a finding, which the page has.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import ARCHITECTURES, VOCABULARY, save_architecture
+from forked_rank import run_as_rank
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from dskd.config import Config
+from dskd.distributed.collectives import barrier, gather_json
+from dskd.distributed.rendezvous import initialize
+from dskd.distributed.world import World
+from dskd.errors import UserError
+from dskd.losses.head import Normalizers
+from dskd.models.architecture import check_architecture
+from dskd.models.cut_config import _layers_of
+from dskd.models.cutting import build_student, find_student
+from dskd.models.final_norm import final_norm_names
+from dskd.models.folder import find_teacher
+from dskd.models.frozen import load_frozen
+from dskd.models.probes import check_documents
+from dskd.models.stored_names import base_model
+from dskd.plan import GB
+from dskd.plan.cluster import Cluster
+from dskd.plan.plan import make_plan
+from dskd.plan.shapes import find_architecture
+from dskd.training.pair import load_pair
+from dskd.training.rehearsal import rehearse_export
+
+LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change
+DOCUMENTS = 16  # where packed documents meet neither chunks nor other factors
+CUT, LOWEST = (0, 1, 3), (0, 1)
+# Relative to the largest state. In bf16 kernels may add up in another order.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+Finding = dict[str, Any]
+
+
+def examine(names: Sequence[str], folder: Path, thorough: bool, environment: dict[str, str], log: Path) -> None:
+    """Examines some architectures as a rank; rank 0 writes `FOLDER/NAME.json` each."""
+
+    def run() -> None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
+        world = initialize(90)
+        for name in names:
+            print(name, flush=True)
+            finding = _examine(name, folder / name, world, thorough=thorough)
+            everyone = gather_json(finding)
+            if world.is_main:
+                faults = list(dict.fromkeys(fault for one in everyone for fault in one["faults"]))
+                (folder / f"{name}.json").write_text(json.dumps({**everyone[0], "faults": faults}))
+                shutil.rmtree(folder / name)
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
+
+
+def _examine(name: str, folder: Path, world: World, *, thorough: bool) -> Finding:
+    finding: Finding = {"refused": None, "documents": None, "cut": None, "trunk": None, "faults": []}
+    if world.is_main:
+        save_architecture(folder / "teacher", name)
+    barrier()
+    config = _config(folder, "stream")
+    try:
+        check_architecture(find_teacher(config), config)
+        with contextlib.redirect_stderr(io.StringIO()):
+            teacher = _examine_teacher(folder, world, finding, thorough=thorough)
+            _examine_student(folder, world, teacher, finding, thorough=thorough)
+        teacher.close()
+    except UserError as error:
+        finding["refused"] = _reason(error, folder)
+    except Exception:  # a fault of this architecture alone: the others are examined
+        finding["faults"].append(traceback.format_exc())
+    return finding
+
+
+def _config(folder: Path, packing: str, dtype: torch.dtype = torch.float32, **sections: Any) -> Config:
+    student = {"layers": CUT, "train_layers": 1, **sections.pop("student", {})}
+    teacher = {"path": str(folder / "teacher"), "offload": "none", **sections.pop("teacher", {})}
+    return Config(
+        workdir=str(folder / "work"),
+        precision="fp32" if dtype == torch.float32 else "bf16",
+        teacher=teacher,
+        student=student,
+        corpus={"packing": packing, "sequence_length": DOCUMENTS if packing == "documents" else LENGTH},
+        loss={"sense_weight": 0.0},
+        train={"global_batch_size": world_size(), "micro_batch_size": 1},
+        **sections,
+    )
+
+
+def world_size() -> int:
+    """Ranks of this job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _tokens(rank: int) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(rank))
+
+
+@torch.no_grad()
+def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: bool) -> Any:
+    """The teacher in fp32 under ZeRO-3, after all kinds of teachers were compared with transformers."""
+    verdicts: list[str | None] = []
+    kept: Any = None
+    kinds = [(torch.float32, "zero3")]
+    if thorough:
+        kinds += [(torch.bfloat16, "zero3"), (torch.float32, "resident"), (torch.bfloat16, "resident")]
+    for dtype, mode in kinds:
+        config = _config(folder, "stream", dtype, teacher={"mode": mode})
+        teacher = load_frozen(find_teacher(config), config, world)
+        expected = _from_pretrained(folder / "teacher", dtype)
+        ids, where = _tokens(world.rank), f"teacher, {dtype}, {mode}".replace("torch.", "")
+        hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
+        output = expected(ids, output_hidden_states=True, use_cache=False)
+        _compare(finding, f"{where}: states", hidden, _last_states(expected, ids), dtype)
+        _compare(finding, f"{where}: logits", logits, output.logits, dtype)
+        _compare_buffers(finding, where, teacher.decoder.base, expected)
+        try:
+            check_architecture(teacher.folder, _config(folder, "documents"))
+            check_documents(teacher.engine, teacher.decoder, teacher.folder, world, dtype)
+            verdicts.append(None)
+        except UserError as error:
+            verdicts.append(_reason(error, folder))
+        if kept is None:
+            kept = teacher
+        else:
+            teacher.close()
+    finding["documents"] = verdicts[0]
+    if len(set(verdicts)) > 1:
+        finding["faults"].append(f"packed documents: {verdicts}, by type and mode")
+    return kept
+
+
+def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding, *, thorough: bool) -> None:
+    """Cuts students, compares them with the pruned teacher, and trains one by a step."""
+    refusals = []
+    for layers in (LOWEST, CUT):
+        config = _config(folder, "stream", student={"layers": layers})
+        refusal = None
+        if world.is_main:
+            try:
+                build_student(config)
+                _compare_with_pruned(folder, layers, finding)
+            except UserError as error:
+                refusal = _reason(error, folder)
+        refusals.append(gather_json(refusal)[0])
+    finding["cut"] = next((refusal for refusal in refusals if refusal), None)
+    if all(refusals):
+        return
+    layers = LOWEST if refusals[1] else CUT
+    packing = "stream" if finding["documents"] else "documents"
+    options = {"margin": 1.0, "accumulation_steps": 1, "teacher": teacher}
+    norm = bool(_final_norm(folder))
+    config = _config(folder, packing, student={"layers": layers, "shared_trunk": "on", "train_final_norm": norm})
+    if refusals[1] and world.is_main:
+        build_student(config)
+    barrier()
+    try:
+        pair = load_pair(config, world, find_teacher(config), find_student(config), **options)
+    except UserError as error:
+        finding["trunk"] = _reason(error, folder)
+        if not thorough:
+            return
+        config = _config(folder, packing, student={"layers": layers, "shared_trunk": "off", "train_final_norm": norm})
+        pair = load_pair(config, world, find_teacher(config), find_student(config), **options)
+    if thorough:
+        if pair.trunk is not None:
+            _examine_trunk_in_bf16(folder, layers, world, finding)
+        rehearse_export(pair, find_student(config), config, world)
+        _examine_step(folder, pair, world, finding)
+    if pair.trunk is not None:
+        pair.trunk.close()
+    pair.engine.destroy()
+
+
+def _final_norm(folder: Path) -> set[str]:
+    """Names of its parameters; none where it has none, as OLMo's."""
+    try:
+        return final_norm_names(_from_pretrained(folder / "teacher"))
+    except UserError:
+        return set()
+
+
+def _examine_trunk_in_bf16(folder: Path, layers: Sequence[int], world: World, finding: Finding) -> None:
+    """At late positions, and in the other type."""
+    config = _config(folder, "stream", torch.bfloat16, student={"layers": layers, "shared_trunk": "on"})
+    try:
+        pair = load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
+    except UserError as error:
+        finding["faults"].append(f"a shared trunk in fp32 and not in bf16: {_reason(error, folder)}")
+        return
+    pair.engine.destroy()
+    pair.teacher.close()  # type: ignore[union-attr]
+
+
+def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> None:
+    """Loss and gradients of a step against plain autograd of transformers' models over the tokens of all ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    states, inputs = pair.run_teacher(_tokens(world.rank))
+    mask = torch.ones(1, LENGTH, dtype=torch.bool)
+    mask[:, -1] = False
+    count = world.world_size * (LENGTH - 1)
+    loss, _ = pair.engine(
+        inputs,
+        labels=_tokens(world.rank).roll(-1, 1),
+        loss_mask=mask,
+        normalizers=Normalizers(world.world_size / count, 1.0),
+        teacher_hidden=states,
+    )
+    pair.engine.backward(loss)
+    module = pair.engine.module
+    found = {
+        module.hub_names[name]: safe_get_full_grad(parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+    student, teacher = _from_pretrained(folder / "work" / "student"), _from_pretrained(folder / "teacher")
+    ids = torch.cat([_tokens(rank) for rank in range(world.world_size)])
+    logits = student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    with torch.no_grad():
+        wanted = teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    kl = F.kl_div((logits / 2).log_softmax(-1), (wanted / 2).log_softmax(-1), log_target=True, reduction="batchmean")
+    (F.cross_entropy(logits, ids[:, 1:].flatten()) + 0.7 * 4 * kl).backward()
+    parameters = dict(student.named_parameters())
+    last, norm = f".{student.config.num_hidden_layers - 1}.", _final_norm(folder)
+    unknown = sorted(set(found) - set(parameters))
+    others = [name for name in found if last not in name and name not in norm]
+    if unknown or others:
+        finding["faults"].append(f"step: trained are {others}, and names of no parameter are {unknown}")
+        return
+    largest = max(float(p.grad.abs().max()) for p in parameters.values() if p.grad is not None)
+    for name, gradient in found.items():
+        expected = parameters[name].grad
+        expected = torch.zeros_like(parameters[name]) if expected is None else expected
+        error = float((gradient - expected).abs().max()) / largest
+        if not error <= 1e-4:
+            finding["faults"].append(f"step: gradient of {name} off by {error:.1e} of the largest")
+
+
+@torch.no_grad()
+def _compare_with_pruned(folder: Path, layers: Sequence[int], finding: Finding) -> None:
+    """The cut student against the teacher with its other layers bypassed."""
+    student, teacher = _from_pretrained(folder / "work" / "student"), _from_pretrained(folder / "teacher")
+    for number, layer in enumerate(_layers_of(teacher)):
+        if number not in layers:
+            layer.register_forward_hook(_bypass, with_kwargs=True)
+    ids = _tokens(0)
+    expected = teacher(ids, use_cache=False).logits
+    _compare(finding, f"student of layers {layers}", student(ids, use_cache=False).logits, expected, torch.float32)
+
+
+def _bypass(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    states = args[0] if args else kwargs["hidden_states"]
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def _last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What goes into the output matrix: found by a hook, whatever the model calls its parts."""
+    seen = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(ids, use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
+def _compare(finding: Finding, what: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    found, expected = found.double(), expected.double()
+    error = float((found - expected).abs().max() / expected.abs().max())
+    if not error <= TOLERANCE[dtype]:
+        finding["faults"].append(f"{what}: off by {error:.1e} (relative)")
+
+
+def _compare_buffers(finding: Finding, where: str, base: Any, expected: Any) -> None:
+    theirs = dict(base_model(expected).named_buffers())
+    for name, buffer in base.named_buffers():
+        if buffer.dtype != theirs[name].dtype or not torch.equal(buffer, theirs[name]):
+            finding["faults"].append(f"{where}: buffer {name} is another one than transformers' model has")
+
+
+def _reason(error: UserError, folder: Path) -> str:
+    text = str(error).replace(f"{folder}/teacher: ", "").replace(f"{folder}/work/student: ", "")
+    return re.sub(r"\s+", " ", text)
+
+
+def find(names: Sequence[str], *, thorough: bool, timeout_s: float) -> dict[str, Finding]:
+    """Examines architectures on two ranks."""
+    from conftest import finish, fork_ranks
+
+    with tempfile.TemporaryDirectory() as folder:
+        finish(fork_ranks(examine, names, Path(folder), thorough, ranks=2), timeout_s)
+        return {name: json.loads(Path(folder, f"{name}.json").read_text()) for name in names}
+
+
+def check_plan(folder: Path, name: str, *, is_refused: bool) -> str | None:
+    """What is wrong with the plan for an architecture: it is to refuse what training refuses, and nothing else but what
+    cannot be run without weights.
+    """
+    ARCHITECTURES[name].config().save_pretrained(folder)
+    config = Config(
+        workdir=str(folder / "work"),
+        teacher={"path": str(folder)},
+        student={"layers": LOWEST, "train_layers": 1},
+        corpus={"packing": "stream", "sequence_length": 16},
+    )
+    machine = Cluster(1, 1, 80 * GB, 500 * GB, "cpu", 40 * GB, 25 * GB, 5 * GB, 1e14)
+    try:
+        plan = make_plan(config, machine, find_architecture(config, None))
+    except UserError as error:
+        return None if is_refused or "cannot be planned" in str(error) else f"refused by the plan alone: {error}"
+    if is_refused:
+        return "planned, and refused in training"
+    whole = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
+    head = whole.get_output_embeddings().weight
+    is_tied = head is whole.get_input_embeddings().weight
+    expected = sum(parameter.numel() for parameter in whole.parameters()) - head.numel() * (not is_tied)
+    return None if plan.teacher.numel == expected else f"{plan.teacher.numel} parameters planned, not {expected}"

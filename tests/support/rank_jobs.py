@@ -1,0 +1,298 @@
+"""What ranks run in tests that start them without a program of `launcher/` (see forked_rank.py)."""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from forked_rank import run_as_rank
+from safetensors.torch import load_file, save_file
+
+import dskd.artifacts.building
+import dskd.artifacts.manifest
+import dskd.distributed.node_cache
+import dskd.senses.build
+import dskd.shards.annotate
+from dskd.artifacts.hashing import hash_files
+from dskd.cli.program import run, run_on_ranks
+from dskd.config import Config
+from dskd.config.reading import load_config
+from dskd.distributed.collectives import barrier, gather_json
+from dskd.distributed.rendezvous import initialize
+from dskd.distributed.world import World
+from dskd.models.causal_lm import sharded_numel
+from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.frozen import load_frozen
+from dskd.tracking import start_tracking
+from dskd.tracking.client import load_mlflow
+from dskd.training.packed_step import Step, count_positions
+from dskd.training.pair import Pair
+from dskd.training.step import train_step
+from dskd.training.student import load_student
+
+
+def _die_in_hashing(folder: Path, only: object = None) -> dict:
+    """Stands in for the hashing of a new artifact; what is only compared is hashed as ever."""
+    if only is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return hash_files(folder, only)
+
+
+def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, dies_in_hashing: bool = False) -> None:
+    """Builds senses or shards. It can be made to be killed while it publishes."""
+
+    def run() -> None:
+        if dies_in_hashing:
+            dskd.artifacts.building.hash_files = _die_in_hashing
+        loaded = load_config(config)
+        world = initialize(60)
+        if stage == "senses":
+            dskd.senses.build.build_senses(loaded, world)
+        else:
+            dskd.shards.annotate.annotate(loaded, world)
+        os._exit(0)  # as the programs do: gloo's threads can abort an interpreter that is taken down
+
+    run_as_rank(run, environment, log)
+
+
+def head_gradients(
+    folder: Path, architecture: str, divergence: str, form: str, environment: dict[str, str], log: Path
+) -> None:
+    """One step of a student with a trained head in two micro-batches a rank; rank 0 writes gradients and terms.
+
+    Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`.
+    """
+
+    def run() -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        world = initialize(60)
+        batch = load_file(folder / "batch.safetensors")
+        distribution = form == "distribution"
+
+        def senses_of(row: int) -> dict[str, torch.Tensor]:
+            """Of position 0, and in all but the last row of position 1."""
+            both = 1 + (row < 3)
+            if distribution:
+                index = torch.tensor([[0, 1], [1, -1]])[:both]
+                return {
+                    "positions": torch.arange(both),
+                    "candidate_index": index,
+                    "random_index": torch.tensor([2]),
+                }
+            return {
+                "relation_positions": torch.tensor([0]),
+                "synonym_index": torch.tensor([[0, -1]]),
+                "antonym_index": torch.tensor([[1, -1]]),
+                "own_positions": torch.arange(1, both),
+                "own_index": torch.full((both - 1, 1), 2),
+            }
+
+        of_form = {"sense_form": form, "sense_temperature": 0.2, "lexical_weight": 1.7} if distribution else {}
+        config = Config(
+            workdir=str(folder),
+            precision="fp32",
+            teacher={"path": str(folder / f"{architecture}-teacher")},
+            corpus={"packing": "stream"},
+            student={"train_layers": 1, "train_lm_head": True, "shared_trunk": "off"},
+            loss={"hidden_weight": 0.3, "sense_weight": 0.8, "divergence": divergence, **of_form},
+            train={"global_batch_size": 4, "micro_batch_size": 1, "loss_chunk_size": 5},
+        )
+        student = ModelFolder(folder / f"{architecture}-student", "", "")
+        teacher = find_teacher(config)
+        engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
+        pair = Pair(load_frozen(teacher, config, world, with_head=False), engine)
+        mine = range(2 * world.rank, 2 * world.rank + 2)
+        micro_batches = [
+            {
+                "input_ids": batch["input_ids"][row][None],
+                "labels": batch["input_ids"][row][None].roll(-1, 1),
+                "loss_mask": batch["loss_mask"][row][None].bool(),
+                "senses": {"sense_rows": batch["rows"], **senses_of(row)},
+                **({"lexical": batch["input_ids"][row][None] % 2 == 0} if distribution else {}),
+            }
+            for row in mine
+        ]
+        step = Step(micro_batches, count_positions(micro_batches))
+        gradients = {}
+
+        def keep_gradients() -> None:
+            for name, parameter in engine.module.named_parameters():
+                if parameter.requires_grad:
+                    gradients[engine.module.hub_names[name]] = safe_get_full_grad(parameter).clone()
+            step_engine()
+
+        step_engine, engine.step = engine.step, lambda: keep_gradients()
+        result = train_step(pair, step, config.loss, world, step=1)
+        if world.is_main:
+            save_file(gradients | {"loss": torch.tensor(result.loss)}, folder / f"{architecture}.safetensors")
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
+
+
+def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
+    """What each rank holds of a frozen model, and what it computes with it; rank 0 writes `held.json`."""
+
+    def run() -> None:
+        world = initialize(60)
+        config = Config(workdir=str(folder), teacher={"path": str(folder / "teacher")}, precision="fp32")
+        teacher = load_frozen(find_teacher(config), config, world)
+        ids = torch.arange(24).view(2, 12) + world.rank
+        hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
+        parameters = list(teacher.engine.module.parameters())
+        mine = {
+            "held": sharded_numel(parameters),
+            "all": sum(p.ds_numel for p in parameters),
+            "gathered": sum(p.numel() for p in parameters if p.ds_numel > 10 * 32),
+            "devices": sorted({str(p.ds_tensor.device) for p in parameters}),
+            "sum": float(hidden.double().sum()),
+            "logits": float(logits.double().abs().sum()),
+        }
+        everyone = gather_json(mine)
+        if world.is_main:
+            (folder / "held.json").write_text(json.dumps(everyone))
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
+
+
+def begin_tracking(config: Path, run: str, at: float, environment: dict[str, str], log: Path) -> None:
+    """Begins to track a run at a moment (`time.time()`), and ends it."""
+
+    def run_it() -> None:
+        loaded = load_config(config, [f"run={run}"])
+        load_mlflow()
+        time.sleep(max(0.0, at - time.time()))
+        start_tracking(loaded, initialize(60), tags={}).finish("FINISHED")
+        os._exit(0)
+
+    run_as_rank(run_it, environment, log)
+
+
+def name_segments_on_nodes(
+    folder: Path, hosts: Sequence[str], jobs: int, environment: dict[str, str], log: Path
+) -> None:
+    """Every rank on a node of its own, with a folder in the place of its shared memory: chooses names there at the same
+    time as the other jobs, and says whether one of that node did so meanwhile."""
+
+    def run() -> None:
+        host = hosts[int(environment["RANK"])]
+        socket.gethostname = lambda: host
+        world = dataclasses.replace(initialize(60), local_rank=0)
+        dskd.distributed.node_cache._SHARED_MEMORY = folder / host
+        (folder / f"ready-{os.getpid()}").touch()
+        while len(list(folder.glob("ready-*"))) < jobs * len(hosts):
+            time.sleep(0.01)
+        time.sleep(0.5 * world.rank)  # the first rank of every job is there before the others
+        with dskd.distributed.node_cache.streaming_names(folder / f"cache-{os.getpid()}", world):
+            mark = folder / host / "chosen"
+            mark.touch(exist_ok=False)
+            time.sleep(0.5)
+            mark.unlink()
+            barrier()
+        print(f"alone on {host}", flush=True)
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
+
+
+def act_on_nodes(
+    action: Callable[[Config, World], object],
+    configs: list[Path],
+    environment: dict[str, str],
+    log: Path,
+    *,
+    hosts: Sequence[str] = (),
+) -> None:
+    """`preflight` or `train` as a program does it, each rank with a config of its own, and on a host of that name."""
+
+    def run() -> None:
+        rank = int(environment["RANK"])
+        if hosts:
+            socket.gethostname = lambda: hosts[rank]
+        run_on_ranks(argparse.Namespace(config=configs[rank], overrides=[]), action)
+
+    run_as_rank(run, environment, log)
+
+
+def join_as_launched(
+    without: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    *,
+    hosts: Sequence[str] | None = None,
+    port: int | None = None,
+) -> None:
+    """Joins the ranks without some of the launcher's variables, on hosts of other names or at another port, and prints
+    [rank, local rank, local ranks]."""
+
+    def join() -> None:
+        rank = int(environment["RANK"])
+        for name in without:
+            del os.environ[name]
+        if hosts is not None:
+            socket.gethostname = lambda: hosts[rank]
+        if port is not None:
+            os.environ["MASTER_PORT"] = str(port)
+
+        def joined() -> None:
+            world = initialize(30)
+            print(json.dumps([world.rank, world.local_rank, int(os.environ["LOCAL_WORLD_SIZE"])]), flush=True)
+
+        os._exit(run(joined))
+
+    run_as_rank(join, environment, log)
+
+
+def experts_by_ranks(folder: Path, lengths: Sequence[int], environment: dict[str, str], log: Path) -> None:
+    """States of a frozen mixture of experts, and gradients of one in training, with tokens of its own on each rank.
+
+    Rank r has `lengths[r]` tokens and writes its states to `states-r.safetensors`; rank 0 writes the gradients of the
+    mean of all ranks' squared states, which :func:`dskd.models.causal_lm.build_sharded` has trained, to
+    `gradients.safetensors`.
+    """
+
+    def run() -> None:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_grad
+
+        from dskd.models.causal_lm import build_sharded, engine_settings
+        from dskd.models.frozen import Decoder
+        from dskd.models.stored_names import base_model
+
+        world = initialize(60)
+        config = Config(
+            workdir=str(folder),
+            teacher={"path": str(folder / "teacher")},
+            precision="fp32",
+            corpus={"packing": "stream", "sequence_length": 32},
+        )
+        model_folder = find_teacher(config)
+        ids = (torch.arange(lengths[world.rank])[None] * 7 + 3 + 31 * world.rank) % 120
+        teacher = load_frozen(model_folder, config, world, with_head=False)
+        save_file({"states": teacher.hidden_states(ids)}, folder / f"states-{world.rank}.safetensors")
+        settings = engine_settings(torch.float32, world, 32, micro_batch_size=1)
+        settings["zero_allow_untested_optimizer"] = True
+        decoder = Decoder(base_model(build_sharded(model_folder, settings, torch.float32, world)))
+        trained = [parameter for name, parameter in decoder.named_parameters() if "layers.3." in name]
+        for parameter in decoder.parameters():
+            parameter.requires_grad_(any(parameter is one for one in trained))
+        engine, *_ = deepspeed.initialize(model=decoder, optimizer=torch.optim.AdamW(trained), config=settings)
+        engine.backward(engine(ids).square().sum())
+        gradients = {
+            name.removeprefix("base."): safe_get_full_grad(parameter).clone()
+            for name, parameter in decoder.named_parameters()
+            if parameter.requires_grad
+        }
+        if world.is_main:
+            save_file(gradients, folder / "gradients.safetensors")
+        os._exit(0)
+
+    run_as_rank(run, environment, log)

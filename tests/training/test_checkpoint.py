@@ -1,0 +1,200 @@
+"""Checkpoints: which one counts, which are kept, whether they fit the disk, and going on with other ranks."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BEFORE_TRAINING, TINY, losses_of, run_program
+from safetensors.torch import load_file
+
+from dskd.artifacts import kinds
+from dskd.config.reading import load_config
+from dskd.errors import UserError
+from dskd.training import checkpoint, saving
+from dskd.training.records import report_status
+from dskd.training.train import train
+from dskd.training.universal_checkpoint import make_universal
+
+pytestmark = pytest.mark.slow
+
+
+def _names(config):
+    names = {path.name for path in kinds.folder(load_config(config)).iterdir()}
+    return sorted(names - {"tracking"})  # what MLflow is told
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(tiny, copy_of_tiny):
+    """A step or two with each number of ranks, more and fewer than before: the losses, and what was trained, are those
+    of two ranks undisturbed."""
+    settings = {**TINY["train"], "micro_batch_size": 1, "checkpoint_every": 1, "keep_last": 9}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    loaded = load_config(config)
+    for ranks, stops_at in ((2, 2), (4, 3), (1, 5), (2, 6)):
+        output = run_program("train.py", config, "--resume", ranks=ranks).output
+        assert ("is made into one for any number of them" in output) == (stops_at > 2)
+        for path in kinds.folder(loaded).glob("step-*"):  # as if it had been stopped there
+            if int(path.name[5:]) > stops_at:
+                shutil.rmtree(path)
+    last = checkpoint.latest(loaded, verify=True)
+    assert _names(config) == ["latest", *(f"step-{step:08d}" for step in range(1, 7))]  # and no hidden folder
+    resumed, undisturbed = losses_of(config), losses_of(tiny)
+    assert [step for step, _ in resumed] == list(range(1, 7))
+    assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in undisturbed], rel=2e-4)
+    expected = load_file(checkpoint.latest(load_config(tiny)).path / checkpoint.TRAINED_FILE)
+    for name, tensor in load_file(last.path / checkpoint.TRAINED_FILE).items():
+        # Moments that were not carried over, or a step that was not counted, would show in the weights at once.
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def _spoil(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [_spoil, _truncate])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy_of_tiny, capsys, damage):
+    config = load_config(copy_of_tiny("checkpoints"))
+    newest = checkpoint.latest(config, verify=True)
+    assert newest.step == 6
+    damage(next(newest.path.glob("*optim_states.pt")))
+    assert checkpoint.latest(config, verify=True).step == 3
+    assert "passing over this checkpoint" in capsys.readouterr().err
+    shutil.rmtree(kinds.folder(config) / "step-00000003")
+    with pytest.raises(UserError, match=r"none of the checkpoints is whole.*--overwrite"):
+        checkpoint.latest(config, verify=True)
+
+
+def test_the_pointer_says_which_checkpoint_counts(copy_of_tiny):
+    config = load_config(copy_of_tiny("checkpoints"))
+    (kinds.folder(config) / "latest").write_text("step-00000003\n")
+    assert checkpoint.latest(config).step == 3
+    (kinds.folder(config) / "latest").unlink()
+    assert checkpoint.latest(config).step == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "it names no checkpoint; looking for the newest whole one"),
+        (b"", "it names no checkpoint; looking for the newest whole one"),
+        (b"step-00000099\n", "it names step 99, which is not there; looking for the one before"),
+    ],
+)
+def test_a_damaged_pointer_costs_nothing_and_is_said(copy_of_tiny, capsys, content, message):
+    config = load_config(copy_of_tiny("checkpoints"))
+    (kinds.folder(config) / "latest").write_bytes(content)
+    assert checkpoint.latest(config).step == 6
+    assert f"{kinds.folder(config) / 'latest'}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_look_at_checkpoints_while_training_replaces_them_finds_one(copy_of_tiny, capsys, monkeypatch, verify):
+    config = load_config(copy_of_tiny("checkpoints"))
+    base = kinds.folder(config)
+    (base / "latest").write_text("step-00000003\n")  # the newer one is being written still
+    read_name = "verify_files" if verify else "read_manifest"
+    read = getattr(checkpoint, read_name)
+
+    def read_after_training_went_on(path, *arguments, **options):
+        if path.name == "step-00000003":
+            (base / "latest").write_text("step-00000006\n")
+            shutil.rmtree(path)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, read_name, read_after_training_went_on)
+    assert checkpoint.latest(config, verify=verify).step == 6
+    assert capsys.readouterr().err == ""
+
+
+def test_a_manifest_that_does_not_say_how_long_the_run_is_makes_no_checkpoint(copy_of_tiny, capsys):
+    config = load_config(copy_of_tiny("checkpoints"))
+    path = kinds.folder(config) / "step-00000006" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["facts"]["total_steps"]
+    path.write_text(json.dumps(content))
+    assert checkpoint.latest(config).step == 3
+    assert "its manifest does not say total_steps; passing over this checkpoint" in capsys.readouterr().err
+
+
+def test_a_finished_run_with_a_damaged_checkpoint_is_not_called_finished(copy_of_tiny, capsys):
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"))
+    assert report_status(config)
+    _spoil(next(checkpoint.latest(config).path.glob("*optim_states.pt")))
+    assert not report_status(config)
+    assert "run 'dskd': step 3 of 6" in capsys.readouterr().out
+
+
+def test_room_for_another_number_of_ranks_is_looked_for_before_anything_is_written(copy_of_tiny, monkeypatch):
+    newest = checkpoint.latest(load_config(copy_of_tiny("checkpoints")))
+    before = sorted(newest.path.parent.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(UserError, match=r"another number of ranks takes .* GB for a while, and there are 0.00 GB free"):
+        make_universal(newest.path)
+    assert sorted(newest.path.parent.iterdir()) == before
+
+
+def test_multiples_are_kept_beside_the_newest(copy_of_tiny, world):
+    settings = {**TINY["train"], "num_workers": 0, "checkpoint_every": 1, "keep_last": 2, "keep_every": 3}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    train(load_config(config, ["tracking.enabled=false"]), world)
+    assert _names(config) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
+
+
+def test_a_disk_without_room_is_named_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
+    asked = []
+    real = saving.required_bytes
+    monkeypatch.setattr(saving, "required_bytes", lambda engine: asked.append(real(engine)) or 10**18)
+    with pytest.raises(UserError, match=r"a checkpoint takes 1000000000.00 GB, and there are .* free.*--resume"):
+        train(config, world, overwrite=True)
+    newest = checkpoint.latest(config)
+    assert newest.step == 6
+    size = sum(entry["size_bytes"] for entry in newest.manifest.files.values())
+    assert 0.9 * size < asked[0] < 1.5 * size
+
+
+def test_what_killed_processes_left_takes_no_room_from_those_that_go_on(copy_of_tiny, world, monkeypatch):
+    """The disk has room only where nothing is left: for the start, for the form of another number of ranks, and for the
+    checkpoint after it."""
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
+    base = kinds.folder(config)
+    shutil.rmtree(base / "step-00000006")
+    for left in (".step-00000006.partial", ".step-00000003.universal", ".step-00000003.universal.partial"):
+        (base / left).mkdir()
+        (base / left / "half.pt").write_bytes(b"half")
+    (base / ".step-00000006.lock").touch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if [*base.glob(".step-*")] else 10**18))
+    train(config, world, resume=True)
+    assert checkpoint.latest(config, verify=True).step == 6
+    assert not [*base.glob(".step-*")]
+
+
+def test_a_cached_teacher_makes_it_another_run(copy_of_tiny, world, capsys):
+    path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    assert report_status(load_config(path))
+    assert not report_status(load_config(path, ["teacher.mode=cached"]))
+    assert "teacher.mode" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another run than 'dskd' is now"):
+        train(load_config(path, ["teacher.mode=cached"]), world, resume=True)
+    # What only takes more or less memory does not.
+    assert report_status(load_config(path, ["train.loss_chunk_size=7", "train.activation_checkpointing=true"]))
+
+
+def test_a_cached_teacher_of_another_vocabulary_is_refused(copy_of_tiny, world, monkeypatch):
+    from dskd.training import inputs
+
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING), ["teacher.mode=cached"])
+    student = SimpleNamespace(path="student", load_config=lambda: SimpleNamespace(vocab_size=7))
+    teacher = SimpleNamespace(path="teacher", load_config=lambda: SimpleNamespace(vocab_size=9))
+    with pytest.raises(UserError, match=r"teacher has 9 tokens and student has 7"):
+        inputs._require_one_vocabulary(teacher, student)
+    inputs.load_inputs(config)
+    with pytest.raises(UserError, match=r"teacher_top_n: 3, but .* holds the teacher's 4 most"):
+        inputs.load_inputs(load_config(copy_of_tiny(), ["teacher.mode=cached", "annotation.teacher_top_n=3"]))

@@ -1,0 +1,292 @@
+"""The loader of training on real shards: any number of workers, any start, packed and unpacked, copied ahead."""
+
+import contextlib
+import os
+import select
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ONE_RANK, open_dataset
+from safetensors.torch import save_file
+
+from dskd import shards
+from dskd.artifacts.tensor_file import map_tensor
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.shards import COLUMNS, join_blocks, require_teacher_cache, write_block
+from dskd.training.candidates import Candidates
+from dskd.training.collator import Collator
+from dskd.training.loader import load_steps
+from dskd.training.packed_step import Counts, CudaCopier, PackedStep, copy_ahead, count_positions
+from dskd.training.positions import SensePositions
+from dskd.training.schedule import Schedule
+from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
+
+T, K, SAMPLES, ROWS = 24, 2, 43, 30
+SCHEDULE = Schedule(global_batch_size=8, micro_batch_size=2, accumulation_steps=4, steps_per_epoch=5, total_steps=13)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A work directory with shards of samples of many lengths, and a sense dictionary's vectors."""
+    folder = tmp_path_factory.mktemp("loader")
+    random = np.random.default_rng(0)
+    samples = []
+    for _ in range(SAMPLES):
+        columns = {name: random.integers(0, ROWS, (T, K)).astype(np.int32) for name in COLUMNS if "ids" in name}
+        columns["input_ids"] = random.integers(0, 99, T).astype(np.int32)
+        columns["loss_mask"] = (np.arange(T) < random.integers(0, T)).astype(np.uint8)
+        columns["document_starts"] = (np.arange(T) == 0).astype(np.uint8)
+        samples.append(columns)
+    target = folder / "shards" / "train"
+    blocks = [target / ".blocks" / str(number) for number in range(3)]
+    for number, block in enumerate(blocks):
+        write_block(block, iter(samples[number::3]))
+    join_blocks(target, blocks)
+    save_file({"vectors": torch.randn(ROWS, 4).bfloat16()}, folder / "senses.safetensors")
+    return folder
+
+
+def _config(folder, num_workers=0, **sections):
+    return Config(
+        workdir=str(folder), teacher={"train_from_scratch": {}}, train={"num_workers": num_workers}, **sections
+    )
+
+
+def _steps(folder, cache, num_workers=0, start_step=0, collate=None, **options):
+    collate = collate or Collator(None, None, micro_batch_size=SCHEDULE.micro_batch_size)
+    config = _config(folder, num_workers)
+    return load_steps(config, SCHEDULE, collate, cache, ONE_RANK, start_step=start_step, **options)
+
+
+def _sample_ids(step):
+    return [batch["sample_ids"].tolist() for batch in step.micro_batches]
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder, tmp_path_factory):
+    """The samples of each step without worker processes."""
+    return [_sample_ids(step) for step in _steps(folder, tmp_path_factory.mktemp("whole"))]
+
+
+def test_an_epoch_has_each_sample_at_most_once(whole_run):
+    assert len(whole_run) == SCHEDULE.total_steps
+    flat = [[i for batch in step for i in batch] for step in whole_run]
+    assert all(len(step) == SCHEDULE.global_batch_size for step in flat)
+    for epoch in (flat[:5], flat[5:10], flat[10:]):
+        seen = [i for step in epoch for i in step]
+        assert len(set(seen)) == len(seen)
+        assert set(seen) <= set(range(SAMPLES))
+    assert flat[:5] != flat[5:10]
+
+
+# 5, 4 and 3 steps of an epoch are no multiples of the numbers of workers, and 13 steps end within one.
+@pytest.mark.parametrize(("workers", "start"), [(1, 0), (2, 0), (3, 1), (2, 5), (2, 12), (0, 7)])
+def test_any_number_of_workers_and_any_start_give_the_same_steps(folder, tmp_path, whole_run, workers, start):
+    steps = _steps(folder, tmp_path, workers, start)
+    assert [_sample_ids(step) for step in steps] == whole_run[start:]
+
+
+def test_sense_positions_follow_the_epoch_in_workers_that_live_through_several(folder, tmp_path):
+    rule = SensePositions(1, 0.3, 0)
+    collate = Collator(None, rule, micro_batch_size=8)
+    drawn = {}
+    for number, step in enumerate(_steps(folder, tmp_path, 2, collate=collate)):
+        (batch,) = step.micro_batches
+        for name in ("relation_positions", "own_positions"):
+            row, place = np.divmod(batch["senses"][name].numpy(), batch["input_ids"].shape[1])
+            for index, sample_id in enumerate(batch["sample_ids"].tolist()):
+                key = (number // SCHEDULE.steps_per_epoch, sample_id)
+                drawn.setdefault(key, {})[name] = place[row == index].tolist()
+    samples = _samples(folder, tmp_path / "again")
+    assert len({epoch for epoch, _ in drawn}) == 3
+    for (epoch, sample_id), positions in drawn.items():
+        relation, own = rule.draw(samples[sample_id], sample_id, epoch)
+        assert positions == {"relation_positions": relation.tolist(), "own_positions": own.tolist()}
+
+
+@pytest.mark.parametrize(("workers", "start"), [(2, 0), (3, 7)])
+def test_random_candidates_follow_the_step_whoever_makes_its_batches(folder, tmp_path, workers, start):
+    candidates = Candidates(seed=5, kinds=("own", "random"), num_random=6, num_rows=ROWS)
+    collate = Collator(None, SensePositions(1, 0.3, 0), micro_batch_size=2, candidates=candidates, lexical=True)
+    steps = list(_steps(folder, tmp_path, workers, start, collate=collate))
+    assert len(steps) == SCHEDULE.total_steps - start
+    for number, step in enumerate(steps, start):
+        for batch in step.micro_batches:
+            assert batch["senses"]["random_index"].tolist() == candidates.draw(number).tolist()
+        positions = sum(len(batch["senses"]["positions"]) for batch in step.micro_batches)
+        targets = sum(int(batch["loss_mask"].sum()) for batch in step.micro_batches)
+        assert step.counts == (targets, positions, 0, targets)  # all of these targets have synonyms
+
+
+def _samples(folder, cache):
+    dataset = open_dataset(folder / "shards" / "train", cache)
+    return [dataset[index] for index in range(SAMPLES)]
+
+
+def test_a_bank_gives_the_batches_the_rows_that_they_would_bring(folder, tmp_path):
+    rule, path = SensePositions(1, 0.3, 0), folder / "senses.safetensors"
+    bank = load_bank(path, torch.device("cpu"))
+    on_host = _steps(folder, tmp_path / "host", 1, collate=Collator(path, rule, micro_batch_size=2))
+    on_device = _steps(folder, tmp_path / "bank", collate=Collator(None, rule, micro_batch_size=2), sense_bank=bank)
+    for host, device in zip(on_host, on_device, strict=True):
+        assert host.counts == device.counts
+        for brought, banked in zip(host.micro_batches, device.micro_batches, strict=True):
+            one, other = brought["senses"], banked["senses"]
+            assert other["sense_rows"].data_ptr() == bank.data_ptr()
+            for index in ("synonym_index", "antonym_index", "own_index"):
+                assert one["sense_rows"][one[index]].equal(other["sense_rows"][other[index]])
+
+
+def test_a_bank_is_the_whole_of_the_vectors_however_it_is_cut(folder):
+    path = folder / "senses.safetensors"
+    vectors = map_tensor(path, "vectors", "BF16")
+    mapped = load_bank(path, torch.device("cpu"))
+    assert mapped.dtype == torch.bfloat16
+    assert np.array_equal(mapped.view(torch.int16).numpy().view(np.uint16), vectors)
+    for piece_bytes in (1, 8 * 7, 2**20):  # a row has 8 bytes, and 7 rows leave 2 at the end
+        bank = copy_in_pieces(vectors, torch.zeros(ROWS, 4, dtype=torch.bfloat16), piece_bytes)
+        assert bank.equal(mapped)
+
+
+def test_a_bank_that_does_not_fit_is_refused_with_both_sizes(folder):
+    require_room(folder, 10, 10)
+    with pytest.raises(UserError, match=r"have 10\.0 GB, and the device has 4\.5 GB free; set sense_bank: host"):
+        require_room(folder, 10 * 2**30, 9 * 2**29)
+
+
+def test_a_step_in_one_buffer_is_the_step(folder):
+    batches = [
+        {
+            "input_ids": torch.randint(0, 9, (2, 5)).t(),  # not contiguous
+            "loss_mask": torch.rand(2, 5) < 0.5,
+            "sample_ids": torch.tensor([7, 8]),
+            "senses": {"sense_rows": torch.randn(3, 5).bfloat16(), "none": torch.empty(0, 2, dtype=torch.int64)},
+            "teacher_cache": {"logprobs": torch.randn(2, 5, 3).half(), "rest_logprob": torch.randn(2, 5)},
+        },
+        {"loss_mask": torch.ones(1, 3, dtype=torch.bool), "sample_ids": torch.tensor([2])},
+    ]
+    batches[0]["senses"] |= {"relation_positions": torch.arange(3), "own_positions": torch.arange(2)}
+    step = PackedStep.of(batches).unpack()
+    assert step.counts == (int(batches[0]["loss_mask"].sum()) + 3, 5, 3, 0)
+
+    def same(one, other):
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.dtype == other.dtype and one.equal(other)
+
+    assert all(same(batch, unpacked) for batch, unpacked in zip(batches, step.micro_batches, strict=True))
+
+
+def test_padding_is_never_counted(folder, tmp_path):
+    samples = _samples(folder, tmp_path / "again")
+    for step in _steps(folder, tmp_path / "steps", 2, start_step=9):
+        ids = [i for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
+        assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0, 0)
+        assert count_positions(step.micro_batches) == step.counts
+
+
+def test_the_next_step_is_copied_while_one_runs():
+    calls = []
+
+    class Recorded:
+        def start(self, step):
+            calls.append(f"start {step}")
+            return step
+
+        def finish(self, started):
+            calls.append(f"finish {started}")
+            return started
+
+    for step in copy_ahead(iter("abc"), Recorded()):
+        calls.append(f"run {step}")
+    expected = "start a, start b, finish a, run a, start c, finish b, run b, finish c, run c"
+    assert calls == expected.split(", ")
+    assert list(copy_ahead(iter(""), Recorded())) == []
+
+
+def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypatch):
+    """The order of calls only: there may be no GPU here."""
+    calls = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            calls.append(f"event on {self.name}")
+            return f"event of {self.name}"
+
+        def wait_event(self, event):
+            calls.append(f"{self.name} waits for {event}")
+
+    class Buffer:
+        def to(self, device, non_blocking):
+            assert non_blocking
+            calls.append("copy")
+            return self
+
+        def record_stream(self, stream):
+            calls.append(f"memory is used on {stream.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        calls.append(f"on {stream.name}")
+        yield
+        calls.append(f"off {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    copier = CudaCopier(torch.device("cuda", 0))
+    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0)))
+    assert calls == ["on side", "copy", "off side", "event on side"]
+    calls.clear()
+    copier.finish(started)
+    assert calls == ["main waits for event of side", "memory is used on main"]
+
+
+def test_shards_without_the_teachers_distributions_are_refused(folder):
+    class Shards:
+        config = {"kappa": 5, "teacher_top_n": 0}
+
+    config = _config(folder, annotation={"teacher_top_n": 4})
+    with pytest.raises(UserError, match=r"hold no distributions of the teacher.*launcher/annotate.py"):
+        require_teacher_cache(config, "train", Shards())
+    Shards.config = {"teacher_top_n": 4}
+    require_teacher_cache(config, "train", Shards())
+
+
+def test_workers_end_with_a_rank_that_is_killed_wherever_they_wait(folder, tmp_path, monkeypatch):
+    """At the gate of an epoch mosaicml-streaming waits for other ranks' workers, and looks at nothing else."""
+    read, write = os.pipe()
+
+    class Waiting:
+        shuffle_seed = 0
+
+        def load_state_dict(self, state):
+            pass
+
+        def __iter__(self):
+            os.write(write, b".")
+            time.sleep(60)
+            yield {}
+
+    monkeypatch.setattr(shards, "open_shards", lambda *arguments, **options: Waiting())
+    rank = os.fork()
+    if rank == 0:
+        try:
+            next(_steps(folder, tmp_path, 1))
+        finally:
+            os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b"."  # the worker waits
+    os.kill(rank, signal.SIGKILL)
+    os.waitpid(rank, 0)
+    ends, _, _ = select.select([read], [], [], 20)
+    assert ends  # the pipe's other end is closed when the last process that inherited it is gone
+    assert os.read(read, 1) == b""
+    os.close(read)

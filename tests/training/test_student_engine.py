@@ -1,0 +1,123 @@
+"""The student's engine: what many micro-batches add up to."""
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+from tiny_models import SHAPE, save_model
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MptConfig,
+    OlmoConfig,
+    OPTConfig,
+)
+
+from dskd.config import Config, StudentConfig
+from dskd.errors import UserError
+from dskd.losses.head import Normalizers
+from dskd.models.cutting import build_student, find_student
+from dskd.models.folder import find_teacher
+from dskd.training.student import choose_trained, load_student
+
+HEADS = {"vocab_size": 120, "n_layer": 2, "n_head": 4}
+
+
+def _gradients(config, world, micro_batches):
+    engine = load_student(
+        find_student(config),
+        config,
+        world,
+        teacher=find_teacher(config),
+        margin=1.0,
+        accumulation_steps=micro_batches,
+    )
+    ids = (torch.arange(24) * 11 % 117).view(1, 24)
+    states = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for number in range(micro_batches):
+        total, _ = engine(
+            ids,
+            labels=ids.roll(-1, 1),
+            loss_mask=torch.ones(1, 24, dtype=torch.bool),
+            normalizers=Normalizers(1 / 24, 1.0),
+            teacher_hidden=states,
+        )
+        engine.backward(total)
+        if number + 1 < micro_batches:
+            engine.step()
+    gradients = {n: safe_get_full_grad(p).float() for n, p in engine.module.named_parameters() if p.requires_grad}
+    engine.destroy()
+    return gradients
+
+
+def test_compiled_losses_without_a_compiler_are_refused(monkeypatch, tmp_path, world):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    config = Config(workdir=str(tmp_path), teacher={"path": "t"}, train={"compile_losses": True})
+    with pytest.raises(UserError, match=r"train.compile_losses: .* there is no .*no-such-compiler; install one"):
+        load_student(None, config, world, teacher=None, margin=1.0, accumulation_steps=1)
+
+
+def test_many_micro_batches_in_bf16_add_up_to_what_one_of_them_is(tmp_path, world):
+    """In bf16 a sum of 256 equal gradients is off by a tenth: small ones are lost beside the sum."""
+    save_model(tmp_path / "teacher")
+    config = Config(
+        workdir=str(tmp_path),
+        precision="bf16",
+        teacher={"path": str(tmp_path / "teacher")},
+        corpus={"packing": "stream"},
+        student={"layers": 3, "train_layers": 1, "shared_trunk": "off"},
+        loss={"sense_weight": 0.0},
+        train={"micro_batch_size": 1},
+    )
+    build_student(config)
+    one, many = (_gradients(config, world, number) for number in (1, 256))
+    for name, gradient in one.items():
+        assert (many[name] - gradient).norm() < 0.01 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("config", "norm"),
+    [
+        (LlamaConfig(**SHAPE), {"model.norm.weight"}),
+        # Has learned positions too.
+        (GPT2Config(**HEADS, n_embd=32, n_positions=64), {"transformer.ln_f.weight", "transformer.ln_f.bias"}),
+        # Has a norm of its embeddings too.
+        (BloomConfig(**HEADS, hidden_size=32), {"transformer.ln_f.weight", "transformer.ln_f.bias"}),
+        # Constructs it before the layers, and has projections and learned positions.
+        (
+            OPTConfig(
+                vocab_size=120,
+                hidden_size=32,
+                word_embed_proj_dim=16,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            ),
+            {"model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias"},
+        ),
+        (
+            GPTNeoXConfig(**{key: SHAPE[key] for key in SHAPE if key != "num_key_value_heads"}),
+            {"gpt_neox.final_layer_norm.weight", "gpt_neox.final_layer_norm.bias"},
+        ),
+        # Calls it embedding_norm.
+        (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"] * 2), {"model.embedding_norm.weight"}),
+        (MptConfig(vocab_size=120, d_model=32, n_heads=4, n_layers=2), {"transformer.norm_f.weight"}),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_the_final_norm_is_what_runs_after_the_last_layer_and_nothing_else(config, norm):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    chosen = choose_trained(model, StudentConfig(train_layers=0, train_final_norm=True))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == norm
+    assert len(chosen) == len(norm)
+
+
+def test_a_final_norm_that_has_no_parameters_is_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(OlmoConfig(**SHAPE))
+    with pytest.raises(UserError, match=r"student.train_final_norm: .* OlmoForCausalLM .* set it to false"):
+        choose_trained(model, StudentConfig(train_layers=1, train_final_norm=True))

@@ -1,0 +1,393 @@
+"""Training, on real shards and real ranks: against a plain loop, one rank against two, stopped against not stopped."""
+
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    BEFORE_TRAINING,
+    ONE_RANK,
+    TINY,
+    losses_of,
+    open_dataset,
+    run_program,
+    start_ranks,
+    update_manifest,
+)
+from plain_reading import run_apart
+from safetensors.torch import load_file, save_file
+from torch.distributions import Categorical, kl_divergence
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dskd import shards
+from dskd.artifacts import kinds
+from dskd.artifacts.manifest import read_manifest
+from dskd.config.reading import load_config
+from dskd.errors import UserError
+from dskd.random_numbers import derived_seed
+from dskd.shards.annotate import annotate
+from dskd.tracking import read_runs
+from dskd.training import checkpoint
+from dskd.training.candidates import Candidates
+from dskd.training.collator import Collator
+from dskd.training.export import build_export
+from dskd.training.loader import load_steps
+from dskd.training.positions import SensePositions
+from dskd.training.records import report_status
+from dskd.training.schedule import plan_schedule
+from dskd.training.train import train
+
+pytestmark = pytest.mark.slow
+
+
+def _trained(config):
+    newest = checkpoint.latest(load_config(config))
+    return newest.step, load_file(newest.path / checkpoint.TRAINED_FILE)
+
+
+def test_one_rank_equals_two(tiny, copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING)
+    run_program("train.py", config)
+    for term in ("loss", "ce", "kl", "sense", "sense_synonym", "sense_antonym", "sense_own", "grad_norm"):
+        one, two = losses_of(config, f"train/{term}"), losses_of(tiny, f"train/{term}")
+        assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 7))
+        assert [value for _, value in one] == pytest.approx([value for _, value in two], rel=2e-4), term
+    (_, one), (_, two) = _trained(config), _trained(tiny)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=2e-5)
+
+
+def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    base = kinds.folder(load_config(config))
+    assert sorted(path.name for path in base.iterdir()) == ["latest", "step-00000003", "step-00000006", "tracking"]
+    assert (base / "latest").read_text() == "step-00000006\n"
+    shutil.rmtree(base / "step-00000006")
+    run_program("train.py", config, "--resume", ranks=2)
+    assert losses_of(config) == losses_of(tiny)[3:]
+    (step, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
+    assert step == 6
+    for name, tensor in resumed.items():
+        assert torch.equal(tensor, undisturbed[name]), name
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro_batch_size):
+    """As after running out of memory: only the number of accumulated micro-batches changes."""
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    shutil.rmtree(kinds.folder(load_config(config)) / "step-00000006")
+    train(load_config(config, [f"train.micro_batch_size={micro_batch_size}"]), world, resume=True)
+    expected = [value for _, value in losses_of(tiny)[3:]]
+    assert [value for _, value in losses_of(config)] == pytest.approx(expected, rel=2e-4)
+    (step, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
+    assert step == 6
+    for name, tensor in resumed.items():
+        torch.testing.assert_close(tensor, undisturbed[name], rtol=1e-3, atol=2e-5)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
+    # 12 steps an epoch: the run ends in its second.
+    settings = {**TINY["train"], "steps": 14, "checkpoint_every": 4, "num_workers": 2}
+    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    loaded = load_config(config)
+    ranks = start_ranks("train.py", config, ranks=2)
+    try:
+        deadline = time.monotonic() + 120
+        while checkpoint.latest(loaded) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        ranks[1].kill()
+        # The other rank must notice: without its peer it can only fail.
+        assert ranks[0].wait(60) != 0
+    finally:
+        for process in ranks:
+            process.kill()
+    stopped_at = checkpoint.latest(loaded).step
+    assert 4 <= stopped_at < 14
+    run_program("train.py", config, "--resume", ranks=2)
+    resumed, (_, weights) = losses_of(config), _trained(config)
+    assert [step for step, _ in resumed] == list(range(1, 15))
+    assert len(list(kinds.folder(loaded).glob("step-*"))) == loaded.train.keep_last
+
+    undisturbed = copy_of_tiny(train=settings, run="undisturbed")
+    run_program("train.py", undisturbed, ranks=2)
+    assert resumed == losses_of(undisturbed)
+    for name, tensor in _trained(undisturbed)[1].items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"kd_weight": 0.0, "sense_weight": 0.0},
+        {
+            "kd_weight": 0.7,
+            "temperature": 1.5,
+            "lexical_weight": 1.4,
+            "hidden_weight": 2.0,
+            "sense_weight": 0.8,
+            "sense_form": "distribution",
+            "sense_temperature": 0.3,
+            "sense_random_candidates": 20,
+            "min_relations": 3,
+        },
+    ],
+    ids=["plain fine-tuning", "all that the paper has not"],
+)
+def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, loss):
+    """No DeepSpeed, no packing, no chunks, no sums: each document by itself, autograd, torch's AdamW and clipping."""
+    settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
+    config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
+    run_program("train.py", config_path)
+    config = load_config(config_path)
+
+    manifest = shards.load_manifest(config, "train")
+    schedule = plan_schedule(config, manifest, 1)
+    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
+    steps = load_steps(config, schedule, collate, tmp_path / "cache", ONE_RANK, start_step=0)
+    teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
+    student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
+    end_token = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id
+    dataset = open_dataset(config.path("shards", "train"), tmp_path / "again")
+    vectors = load_file(config.path("senses", "senses.safetensors"))["vectors"].float()
+    parameters = list(student.model.layers[-1].parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
+    expected = []
+    for step in range(schedule.total_steps):
+        batches = next(steps).micro_batches
+        samples = [{**dataset[i], "sample_id": i} for batch in batches for i in batch["sample_ids"].tolist()]
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        logits, states, has_target = run_apart(student, ids, end_token)
+        with torch.no_grad():
+            target_logits, target_states, _ = run_apart(teacher, ids, end_token)
+        logits = logits[has_target]
+        lexical = [max(row) >= 0 for sample in samples for row in _rows(sample, "synonym_ids", "antonym_ids")]
+        weights = torch.where(torch.tensor(lexical)[has_target], loss.get("lexical_weight", 1.0), 1.0)
+        assert 0 < sum(lexical) < len(lexical)
+        weights = weights / weights.sum()
+        total = weights @ F.cross_entropy(logits, ids.roll(-1, dims=1).flatten()[has_target], reduction="none")
+        if loss["kd_weight"]:
+            temperature = loss["temperature"]
+            kl = F.kl_div(
+                (logits / temperature).log_softmax(-1),
+                (target_logits[has_target] / temperature).log_softmax(-1),
+                reduction="none",
+                log_target=True,
+            )
+            kl = weights @ kl.sum(-1)
+            distance = F.mse_loss(states[has_target], target_states[has_target])
+            total = total + loss["kd_weight"] * temperature**2 * kl + loss["hidden_weight"] * distance
+            divergences = _sense_divergences(config, step, samples, vectors, states, target_states)
+            total = total + loss["sense_weight"] * torch.stack(divergences).mean()
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clipping)
+        optimizer.step()
+        decay.step()
+        expected.append(total.item())
+    assert [value for _, value in losses_of(config_path)] == pytest.approx(expected, rel=1e-4)
+    assert bool(losses_of(config_path, "train/sense_teacher_entropy")) == bool(loss["sense_weight"])
+    _, trained = _trained(config_path)
+    names = {name for name, _ in student.named_parameters() if name.startswith("model.layers.1.")}
+    assert set(trained) == names
+    for name, parameter in student.named_parameters():
+        if name in names:
+            torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+
+
+def _rows(sample, *columns):
+    """The row numbers of each position, padded with -1."""
+    return np.concatenate([sample[name] for name in columns], axis=-1).tolist()
+
+
+def _sense_divergences(config, step, samples, vectors, states, target_states):
+    """KL of softmax(-D / tau) over each drawn position's rows and the random ones, from sets of row numbers."""
+    rule = SensePositions.of(config.loss, derived_seed(config.seed, "train", "positions"))
+    random = Candidates.of(config.loss, derived_seed(config.seed, "train", "candidates"), len(vectors)).draw(step)
+    divergences = []
+    for number, sample in enumerate(samples):
+        named = _rows(sample, "sense_ids", "synonym_ids", "antonym_ids")
+        relation, own = rule.draw(sample, sample["sample_id"], 0)
+        for position in {*relation.tolist(), *own.tolist()}:
+            rows = vectors[sorted(({*named[position]} - {-1}) | {*random.tolist()})]
+            q, p = (
+                Categorical(logits=-(h[number * len(named) + position] - rows).square().mean(-1) / 0.3)
+                for h in (states, target_states)
+            )
+            divergences.append(kl_divergence(p, q))
+    return divergences
+
+
+def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(copy_of_tiny, capsys):
+    """A quarter of the rate for a quarter of the batch: the run of the whole rate, shown as such."""
+    whole = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
+    quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
+    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], **quarter})
+    shown = "peak learning rate 0.001, from 0.00025 at a batch of 2 (linear rule)"
+    assert shown in run_program("train.py", path).output
+    assert "peak learning rate 0.001;" in f"{run_program('train.py', whole).output};".replace("\n", ";")
+    assert losses_of(path) == losses_of(whole)
+    rates = dict(losses_of(path, "train/learning_rate"))
+    assert max(rates.values()) == pytest.approx(1e-3)
+    config = load_config(path)
+    (run,) = read_runs(config)
+    assert run.params["train.peak_learning_rate"] == "0.001"
+    capsys.readouterr()
+    assert report_status(config)
+    assert shown in capsys.readouterr().out
+    # The same run, given by its rate; and another one, of another batch's.
+    unset = ["train.learning_rate=1e-3", "train.learning_rate_batch_size=null"]
+    assert report_status(load_config(path, unset))
+    assert not report_status(load_config(path, ["train.learning_rate_batch_size=4"]))
+    assert "train.learning_rate: 0.001 then, 0.0005 now" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny, tmp_path):
+    """Sense embeddings that the first step does not touch and the second does are made NaN."""
+    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 1})
+    config = load_config(path)
+    schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
+    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
+    steps = load_steps(config, schedule, collate, tmp_path / "a", ONE_RANK, start_step=0)
+    samples = [[int(i) for batch in next(steps).micro_batches for i in batch["sample_ids"]] for _ in range(2)]
+    steps.close()
+    dataset = shards.open_shards(config, "train", tmp_path / "b", ONE_RANK, batch_size=1)
+    columns = ("sense_ids", "synonym_ids", "antonym_ids")
+    first, second = ({int(row) for i in ids for name in columns for row in dataset[i][name].ravel()} for ids in samples)
+    file = config.path("senses", "senses.safetensors")
+    tensors = load_file(file)
+    tensors["vectors"][sorted(second - first)] = torch.nan
+    save_file(tensors, file)
+    update_manifest(file.parent)
+    senses = read_manifest(file.parent, "senses", made_by="").digest
+    folder = config.path("shards", "train")
+    update_manifest(folder, inputs={**read_manifest(folder, "shards", made_by="").inputs, "senses": senses})
+
+    finished = run_program("train.py", path, ranks=2, check=False)
+    assert finished.exit_code == 2, finished.output
+    assert "Traceback" not in finished.output
+    assert finished.output.count("the loss is not finite") == 1  # rank 0 says it for all
+    line = next(line for line in finished.output.splitlines() if "the loss is not finite" in line)
+    assert "error: step 2: the loss is not finite: sense on samples [" in line
+    named = {int(number) for number in re.findall(r"\d+", line.split("samples [")[1].split("]")[0])}
+    assert named
+    assert named <= set(samples[1])
+    assert checkpoint.latest(config).step == 1
+    (run,) = read_runs(config)
+    assert run.status == "FAILED"
+
+
+def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, world, monkeypatch):
+    from transformers import modeling_layers
+
+    calls = []
+    original = modeling_layers.GradientCheckpointingLayer.__call__
+
+    def counted(self, *args, **options):
+        calls.append(self.gradient_checkpointing and self.training)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(modeling_layers.GradientCheckpointingLayer, "__call__", counted)
+    losses = []
+    for run, recompute in (("plain", False), ("recomputed", True)):
+        settings = {**TINY["train"], "activation_checkpointing": recompute, "steps": 2, "num_workers": 0}
+        config = copy_of_tiny(*(BEFORE_TRAINING if run == "plain" else ()), run=run, train=settings)
+        calls.clear()
+        train(load_config(config), world)
+        assert any(calls) == recompute
+        losses.append(losses_of(config))
+    assert losses[0] == losses[1]
+
+
+def test_where_the_sense_embeddings_lie_changes_memory_and_not_the_run(copy_of_tiny, world):
+    losses = []
+    for bank in ("host", "device"):
+        settings = {**TINY["train"], "sense_bank": bank, "steps": 2, "num_workers": 0}
+        config = copy_of_tiny(*(BEFORE_TRAINING if bank == "host" else ()), run=bank, train=settings)
+        train(load_config(config), world)
+        losses.append(losses_of(config, "train/sense"))
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
+
+
+def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_tiny, world):
+    path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    base = kinds.folder(load_config(path))
+    with pytest.raises(UserError, match="nothing would be trained"):
+        train(load_config(path, ["student.train_layers=0"]), world, overwrite=True)
+    with pytest.raises(UserError, match="is not finite"):
+        train(load_config(path, ["train.learning_rate=1e30", "train.steps=1"]), world, overwrite=True)
+    assert sorted(found.name for found in base.iterdir()) == ["latest", "step-00000003", "step-00000006", "tracking"]
+    train(load_config(path, ["train.steps=2", "tracking.enabled=false"]), world, overwrite=True)
+    assert sorted(found.name for found in base.iterdir()) == ["latest", "step-00000002", "tracking"]
+
+
+def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, world):
+    path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
+    config = load_config(path)
+    shutil.rmtree(kinds.folder(config) / "step-00000006")
+    with pytest.raises(
+        UserError, match="was stopped at step 3 of 6; continue with --resume, or start from scratch with --overwrite"
+    ):
+        train(config, world)
+    with pytest.raises(UserError, match=r"loss.margin: 1.0 then, 7.0 now"):
+        train(load_config(path, ["loss.margin=7"]), world, resume=True)
+    assert sorted(found.name for found in kinds.folder(config).iterdir()) == [
+        "latest",
+        "step-00000003",
+        "tracking",
+    ]
+
+
+def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny, world):
+    losses, exports = [], []
+    for run in ("on", "off"):
+        settings = {**TINY["train"], "steps": 2, "checkpoint_every": 1, "num_workers": 0, "micro_batch_size": 4}
+        student = {**TINY["student"], "shared_trunk": run}
+        path = copy_of_tiny(*(BEFORE_TRAINING if run == "on" else ()), run=run, train=settings, student=student)
+        config = load_config(path)
+        train(config, world)
+        build_export(config)
+        losses.append([value for _, value in losses_of(path)])
+        exports.append(config.path("export", run))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    names = [{file.name for file in folder.iterdir()} for folder in exports]
+    assert names[0] == names[1]
+    tensors = [load_file(folder / "model.safetensors") for folder in exports]
+    trained = {name for name in tensors[0] if ".layers.1." in name}
+    assert trained
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensor, tensors[1][name], rtol=0, atol=1e-6 if name in trained else 0)
+    for name in names[0] - {"model.safetensors", "manifest.json"}:
+        assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes(), name
+
+    checkpoints = kinds.folder(config)
+    shutil.rmtree(checkpoints)
+    shutil.copytree(config.path("checkpoints", "on", "step-00000001"), checkpoints / "step-00000001")
+    with pytest.raises(UserError, match=r"trunk of 1 layers, and it has 0 now; set student.shared_trunk to on"):
+        train(config, world, resume=True)
+
+
+def test_training_without_a_teacher_on_all_of_its_distribution_is_training_with_it(copy_of_tiny, world):
+    losses = []
+    for run, mode in (("online", "resident"), ("cached", "cached")):
+        path = copy_of_tiny(
+            *([name for name in BEFORE_TRAINING if name != "shards"] if run == "online" else ()),
+            run=run,
+            annotation={**TINY["annotation"], "teacher_top_n": TINY["teacher"]["train_from_scratch"]["vocab_size"]},
+            teacher={**TINY["teacher"], "mode": mode},
+            train={**TINY["train"], "steps": 2, "num_workers": 0},
+        )
+        config = load_config(path)
+        annotate(config, world)  # the second time there is nothing to do
+        train(config, world)
+        losses.append([losses_of(path, f"train/{term}") for term in ("ce", "kl", "sense")])
+    # As far as half precision goes, in which the shards keep it.
+    for online, cached in zip(*losses, strict=True):
+        assert [value for _, value in cached] == pytest.approx([value for _, value in online], rel=1e-3)
+    assert len(losses[0][0]) == 2
