@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts.files import flush_folder, make_folder, real_place, remove_tree, replace_folder, require_replaceable
-from dskd.artifacts.hashing import MANIFEST_NAME, _as_json, digest_of_json, hash_files
+from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_files
 from dskd.artifacts.kinds import SCHEMA_VERSIONS
 from dskd.artifacts.lock import hold_lock, lock_if_free, release_lock
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, package_versions, write_json
@@ -85,11 +85,11 @@ class Building:
             kind=self.recipe.kind,
             schema_version=SCHEMA_VERSIONS[self.recipe.kind],
             inputs=dict(self.recipe.inputs),
-            config=_as_json(self.recipe.config),
+            config=as_json(self.recipe.config),
             teacher=self.recipe.teacher,
             tokenizer=self.recipe.tokenizer,
             files=hash_files(self.folder),
-            facts=_as_json(self.facts),
+            facts=as_json(self.facts),
             packages=package_versions(),
         )
         write_json(self.folder / MANIFEST_NAME, asdict(manifest))

@@ -42,8 +42,9 @@ def fingerprint(path: Path) -> str:
 
 def digest_of_json(value: Any) -> str:
     """Hex digest of a JSON-like value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(_as_json(value), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(as_json(value), sort_keys=True).encode()).hexdigest()
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """Returns the JSON text by which values are compared and hashed."""
     return json.loads(json.dumps(value))

@@ -24,7 +24,7 @@ SCHEMA_VERSIONS = {
     "lexical-items": 1,
     "lexical": 2,
 }
-_MISSING = {
+MISSING = {
     "senses": "is no sense dictionary here; make it",
     "shards": "are no shards here; make them",
     "sequences": "are no sequences here; make them",

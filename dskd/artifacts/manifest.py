@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts.files import old_folder, write_text
-from dskd.artifacts.hashing import MANIFEST_NAME, _as_json, digest_of_json, hash_files
-from dskd.artifacts.kinds import _MISSING, SCHEMA_VERSIONS
+from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_files
+from dskd.artifacts.kinds import MISSING, SCHEMA_VERSIONS
 from dskd.errors import UserError
 
 # A reader may come while a new artifact is put in the place of an old one, and looks again.
@@ -70,7 +70,7 @@ def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool =
     """
     manifest, misfits = _look_at(path, kind) if files_are_here else (_load_manifest(path), {})
     if manifest is None:
-        raise UserError(f"{path}: there {_MISSING.get(kind, f'is no {kind} here; make it')} with `{made_by}`")
+        raise UserError(f"{path}: there {MISSING.get(kind, f'is no {kind} here; make it')} with `{made_by}`")
     if manifest.kind != kind:
         raise UserError(f"{path}: expected a {kind}, found a {manifest.kind}; name the right folder")
     if manifest.schema_version != SCHEMA_VERSIONS[kind]:
@@ -96,7 +96,7 @@ def is_current(path: Path, recipe: Recipe) -> bool:
         and manifest.kind == recipe.kind
         and manifest.schema_version == SCHEMA_VERSIONS[recipe.kind]
         and manifest.inputs == dict(recipe.inputs)
-        and manifest.config == _as_json(recipe.config)
+        and manifest.config == as_json(recipe.config)
         and manifest.teacher == recipe.teacher
         and manifest.tokenizer == recipe.tokenizer
     )

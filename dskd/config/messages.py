@@ -29,7 +29,7 @@ def describe() -> str:
 
 def _described(model: type[Section], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         key = f"{prefix}{name}"
         if section is not None:
             first, *more = inspect.getdoc(section).split("\n\n")  # type: ignore[union-attr] # every section has one
@@ -42,7 +42,7 @@ def _described(model: type[Section], prefix: str) -> Iterator[str]:
         yield textwrap.fill(text, 118, initial_indent=f"  {key:<38} ", subsequent_indent=" " * 41)
 
 
-def _explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]]:
+def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]]:
     """(dotted key, message) of each of pydantic's errors, in words that say what to do."""
     explained: dict[str, list[str]] = {}
     found: dict[str, str] = {}
@@ -99,11 +99,11 @@ def _section(location: Sequence[str]) -> type[Section] | None:
     model: type[Section] | None = Config
     for part in location:
         field = model.model_fields.get(part) if model else None
-        model = _section_of(field.annotation) if field else None
+        model = section_of(field.annotation) if field else None
     return model
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field of this type is, also where it may be null."""
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

@@ -15,8 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from dskd.config import Config, Section
-from dskd.config.messages import _explain, _section_of
-from dskd.config.runs import _apply_run, _merge, _with_run, _with_seeds
+from dskd.config.messages import explain, section_of
+from dskd.config.runs import apply_run, merge, with_run, with_seeds
 from dskd.config.section import EXPANDED
 from dskd.config.yaml_file import load_yaml, read_yaml
 from dskd.errors import UserError, listed
@@ -46,9 +46,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             problems.append(f"{override!r}: the value is not YAML ({problem})")
             continue
         overridden[key] = override
-    merged = _with_run(_merge(data, changes))
+    merged = with_run(merge(data, changes))
     found = _seed_problems(merged, changes)
-    merged, run_problems = _apply_run(_with_seeds(merged), changes)
+    merged, run_problems = apply_run(with_seeds(merged), changes)
     merged, path_problems = _expand_variables(merged)
     problems += [
         f"{_place(path, lines, overridden, key)}{message}" for key, message in (*found, *run_problems, *path_problems)
@@ -57,7 +57,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate_json(json.dumps(merged, default=str))
     except ValidationError as error:
         problems += [
-            f"{_place(path, lines, overridden, key)}{message}" for key, message in _explain(error.errors(), merged)
+            f"{_place(path, lines, overridden, key)}{message}" for key, message in explain(error.errors(), merged)
         ]
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -130,7 +130,7 @@ def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tupl
         for name, field in model.model_fields.items():
             if name not in data:
                 continue
-            section = _section_of(field.annotation)
+            section = section_of(field.annotation)
             if section is not None:
                 changed[name] = walked(section, data[name], f"{prefix}{name}.")
             elif EXPANDED in field.metadata or _mentions_path(field.annotation):

@@ -7,23 +7,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from dskd.config import Config
-from dskd.config.messages import _explain
+from dskd.config.messages import explain
 
 # Runs share every artifact up to the shards, so they may differ only in what comes after.
 KEYS_A_RUN_MAY_CHANGE = ("loss", "train", "seed")
 
 
-def _merge(base: Any, changes: Any) -> Any:
+def merge(base: Any, changes: Any) -> Any:
     """`changes` over `base`; mappings are merged key by key, anything else is replaced."""
     if isinstance(base, dict) and isinstance(changes, dict):
         return {
-            key: _merge(base[key], changes[key]) if key in base and key in changes else changes.get(key, base.get(key))
+            key: merge(base[key], changes[key]) if key in base and key in changes else changes.get(key, base.get(key))
             for key in [*base, *(k for k in changes if k not in base)]
         }
     return changes
 
 
-def _with_run(merged: dict[str, Any]) -> dict[str, Any]:
+def with_run(merged: dict[str, Any]) -> dict[str, Any]:
     """Where no run is chosen and none is called `dskd`, the first of `runs` is."""
     runs, default = merged.get("runs"), Config.model_fields["run"].default
     if "run" in merged or not isinstance(runs, dict) or not runs or default in runs:
@@ -31,7 +31,7 @@ def _with_run(merged: dict[str, Any]) -> dict[str, Any]:
     return {**merged, "run": next(iter(runs))}
 
 
-def _with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
+def with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
     """Instead of each run one for each of `seeds`: `kd-s0` is `kd` with seed 0. The chosen run's name stands for the
     first of its own. What is no list of different numbers is left as it is, for the check of all keys to find.
     """
@@ -51,7 +51,7 @@ def _with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
     return {**merged, "seeds": [], "runs": expanded, "run": first if first in expanded and run not in expanded else run}
 
 
-def _apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Puts the chosen run's keys over the file's, and the command line's over those."""
     runs, run = merged.get("runs"), merged.get("run", "dskd")
     if not runs:
@@ -67,18 +67,18 @@ def _apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[
         if name != run and not problems:
             problems += [
                 (f"runs.{name}.{key}", message)
-                for key, message in _check(_merge({k: v for k, v in merged.items() if k != "runs"}, keys))
+                for key, message in _check(merge({k: v for k, v in merged.items() if k != "runs"}, keys))
                 if key.split(".")[0] in keys and key not in dict(_check(merged))
             ]
     if run not in runs:
         problems.append(("run", f"{run!r} is none of the runs of this file: {', '.join(runs)}"))
         return merged, problems
-    return _merge(_merge(merged, runs[run]), overrides), problems
+    return merge(merge(merged, runs[run]), overrides), problems
 
 
 def _check(data: dict[str, Any]) -> list[tuple[str, str]]:
     try:
         Config.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        return _explain(error.errors(), data)
+        return explain(error.errors(), data)
     return []

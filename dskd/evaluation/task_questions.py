@@ -55,7 +55,8 @@ def _some(examples: list[Example], benchmark: Benchmark, limit: int | None, seed
     return [examples[number] for number in sorted(n for numbers in of_subject.values() for n in numbers[:limit])]
 
 
-def _require_same_data(config: Config, tasks: dict[str, Task]) -> None:
+def require_same_data(config: Config, tasks: dict[str, Task]) -> None:
+    """Refuses ranks that find different data of a task."""
     digests = gather_json({name: task.digest for name, task in tasks.items()})
     for name in tasks:
         others = [rank for rank, found in enumerate(digests) if found[name] != digests[0][name]]

@@ -25,7 +25,7 @@ from dskd.distributed.collectives import gather_json, main_first, on_main
 from dskd.distributed.world import World
 from dskd.evaluation.batching import batches_by_length, padded
 from dskd.evaluation.models import Candidate, candidates, chosen, load_candidate, same_on_all_ranks
-from dskd.evaluation.task_questions import Task, _require_same_data, load_task
+from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
 from dskd.models.frozen import FrozenModel
 from dskd.models.generation import end_tokens, generate_greedily
@@ -94,7 +94,7 @@ def run_tasks(
     benchmarks = benchmarks_named(names)
     models = same_on_all_ranks(lambda: chosen(config, model_names))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
-    _require_same_data(config, tasks)
+    require_same_data(config, tasks)
     wanted = main_first(lambda: _recipes(config, models, list(tasks.values())))
     # Rank 0's word counts: all ranks must run the same models.
     stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])

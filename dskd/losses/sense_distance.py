@@ -70,7 +70,7 @@ def sense_loss(
         (own_positions, own_index, own_index.shape[-1]),
     )
     for is_own, (positions, index, pulling) in enumerate(groups):
-        for part in _parts(len(positions), index.shape[-1] * hidden.shape[-1], hidden.device.type):
+        for part in in_parts(len(positions), index.shape[-1] * hidden.shape[-1], hidden.device.type):
             at, named = positions[part], index[part]
             exists = named >= 0
             states = at_least_float32(hidden[at])
@@ -111,6 +111,7 @@ def _distance(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return squares.clamp(min=0) / states.shape[-1]
 
 
-def _parts(count: int, row_size: int, device: str) -> list[slice]:
+def in_parts(count: int, row_size: int, device: str) -> list[slice]:
+    """Returns slices of so many positions that the rows of one fit in memory."""
     size = max(1, _GATHERED[device] // max(row_size, 1))
     return [slice(start, start + size) for start in range(0, count, size)]

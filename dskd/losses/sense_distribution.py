@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from dskd.losses.logits import at_least_float32, divergence
-from dskd.losses.sense_distance import _parts
+from dskd.losses.sense_distance import in_parts
 
 _SHORTEST = 1e-12  # length of a row; a shorter one has no direction
 
@@ -52,7 +52,7 @@ def sense_divergence(
     dtype, width, own = at_least_float32(hidden[:0]).dtype, hidden.shape[-1], candidate_index.shape[-1]
     sums = hidden.new_zeros(2, dtype=dtype)
     shared = sense_rows[random_index].to(dtype)
-    parts = _parts(len(positions), (own + 1) * width + len(shared), hidden.device.type)
+    parts = in_parts(len(positions), (own + 1) * width + len(shared), hidden.device.type)
     for part in parts if len(sense_rows) else ():
         at, named = positions[part], candidate_index[part]
         exists = F.pad(named >= 0, (0, len(shared)), value=True)

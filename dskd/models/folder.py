@@ -20,7 +20,7 @@ from dskd.config import Config, TeacherConfig
 from dskd.errors import UserError, listed
 from dskd.models.limits import check_limits
 from dskd.models.model_config import read_model_config
-from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, _tensor_files
+from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
 
 TEACHER_FOLDER = "teacher"
 _LFS_POINTER = b"version https://git-lfs"
@@ -213,7 +213,7 @@ def _digest_of_model(folder: Path, cache: Path) -> str:
     """Digest over config and weights. Hashes of large files are remembered by path, size and time of change: a path may
     be another file on each node.
     """
-    names = sorted({"config.json", *_tensor_files(folder).values()})
+    names = sorted({"config.json", *tensor_files(folder).values()})
     known: dict[str, Any] = {}
     if cache.is_file():
         with _ignoring_damage():

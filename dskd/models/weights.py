@@ -37,7 +37,7 @@ class TensorReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file_of = _tensor_files(folder)
+        self._file_of = tensor_files(folder)
         self._open: dict[str, Any] = {}
         values = _json_or_empty(folder / "config.json")
         self._block = block_fp8(values)
@@ -119,7 +119,7 @@ def _json_or_empty(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
+def tensor_files(folder: Path) -> dict[str, str]:
     """{name of a tensor: its file}. Of two sets of weights it is the single file, as transformers chooses."""
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS_FILE).is_file():

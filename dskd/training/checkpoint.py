@@ -81,7 +81,7 @@ def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Check
     newest = int(step_named[1]) if step_named else None
     if named is not None and newest is None:
         problems.append(f"{base / LATEST_FILE}: it names no checkpoint; looking for the newest whole one")
-    steps = sorted(_steps(base), reverse=True)
+    steps = sorted(steps_on_disk(base), reverse=True)
     if newest is not None and newest not in dict(steps):
         problems.append(f"{base / LATEST_FILE}: it names step {newest}, which is not there; looking for the one before")
     for step, path in steps:
@@ -156,7 +156,8 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
         )
 
 
-def _steps(base: Path) -> Iterator[tuple[int, Path]]:
+def steps_on_disk(base: Path) -> Iterator[tuple[int, Path]]:
+    """Yields step and folder of each checkpoint of a run."""
     if base.is_dir():
         for path in base.iterdir():
             name = _STEP_FOLDER.match(path.name)

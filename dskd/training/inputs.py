@@ -47,7 +47,7 @@ class Inputs:
 def recipe(config: Config) -> Recipe:
     """What decides the result of a run. The number of ranks does not."""
     inputs = load_inputs(config)
-    return _recipe(config, inputs)
+    return recipe_of(config, inputs)
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -111,7 +111,7 @@ def _reads_teacher_cache(config: Config) -> bool:
     return config.teacher.mode == "cached" and config.loss.kd_weight > 0
 
 
-def _verify_inputs(config: Config, inputs: Inputs) -> None:
+def verify_inputs(config: Config, inputs: Inputs) -> None:
     """Reads every file of the inputs and compares it with its manifest."""
     verify_files(inputs.vectors_path.parent, inputs.senses, made_by=SENSES_MADE_BY)
     student = read_manifest(inputs.student.path, "student", made_by=STUDENT_MADE_BY)
@@ -126,7 +126,8 @@ def _verify_inputs(config: Config, inputs: Inputs) -> None:
     )
 
 
-def _recipe(config: Config, inputs: Inputs) -> Recipe:
+def recipe_of(config: Config, inputs: Inputs) -> Recipe:
+    """Returns what decides the result of a run with these inputs."""
     train = {key: value for key, value in config.train.as_dict().items() if key not in _NOT_IN_RECIPE}
     train["learning_rate"] = config.train.peak_learning_rate  # however it was given
     student = {key: value for key, value in config.student.as_dict().items() if key.startswith("train_")}
@@ -143,7 +144,7 @@ def _recipe(config: Config, inputs: Inputs) -> Recipe:
     return Recipe("checkpoint", digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)
 
 
-def _margin(config: Config, manifest: Manifest) -> float:
+def margin_of(config: Config, manifest: Manifest) -> float:
     """The margin in units of |h - s|² / D: the config's, or a multiple of what the teacher itself keeps."""
     if config.loss.relative_margin is None:
         return config.loss.margin

@@ -41,7 +41,8 @@ def report_status(config: Config) -> bool:
     return newest.is_final
 
 
-def _tags(config: Config, inputs: Inputs, world: World) -> dict[str, str]:
+def tags_of(config: Config, inputs: Inputs, world: World) -> dict[str, str]:
+    """Returns the tags of a run in MLflow: its ranks, and digests of what it reads."""
     tags = {
         "world_size": str(world.world_size),
         "device": world.device.type,
@@ -54,7 +55,7 @@ def _tags(config: Config, inputs: Inputs, world: World) -> dict[str, str]:
     return tags | ({"git_commit": commit} if commit else {})
 
 
-def _datasets(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
+def datasets_of(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
     """What the run reads, as MLflow's dataset API has it."""
     described = []
     for split, context, top_n in (
@@ -71,7 +72,8 @@ def _datasets(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
     return described
 
 
-def _metrics(result: StepResult, config: Config, rate: float, elapsed: float, waited: float) -> dict[str, float]:
+def metrics_of(result: StepResult, config: Config, rate: float, elapsed: float, waited: float) -> dict[str, float]:
+    """Returns the metrics of a step by their names in MLflow."""
     loss = config.loss
     wanted = {"ce": True, "kl": loss.kd_weight > 0, "hidden": loss.hidden_weight > 0}
     metrics = {f"train/{name}": result.terms[name] for name, is_used in wanted.items() if is_used}
@@ -87,7 +89,8 @@ def _metrics(result: StepResult, config: Config, rate: float, elapsed: float, wa
     }
 
 
-def _say_what_runs(config: Config, world: World, engine: Any, schedule: Schedule, first_step: int) -> None:
+def say_what_runs(config: Config, world: World, engine: Any, schedule: Schedule, first_step: int) -> None:
+    """Prints how many ranks train what, and from which step on."""
     parameters = list(engine.module.parameters())
     trained = sum(p.ds_numel for p in parameters if p.requires_grad)
     say(

@@ -19,7 +19,7 @@ from dskd.distributed.collectives import barrier, on_main
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.agreement import PROBE_TOKENS, probe_inputs
-from dskd.training.checkpoint import LATEST_FILE, PROBE_FILE, REHEARSAL, TRAINED_FILE, Checkpoint, _steps
+from dskd.training.checkpoint import LATEST_FILE, PROBE_FILE, REHEARSAL, TRAINED_FILE, Checkpoint, steps_on_disk
 from dskd.training.universal_checkpoint import make_universal, no_pickles, universal_folder
 
 
@@ -145,7 +145,7 @@ def _publish(building: Building, train: TrainConfig) -> None:
     building.publish()
     write_text(base / LATEST_FILE, f"{building.path.name}\n")
     # Only now that there is a new one do older ones go: those of a run that is overwritten, and those not to be kept.
-    steps = sorted(_steps(base))
+    steps = sorted(steps_on_disk(base))
     others = [path for number, path in steps if number > step or not is_current(path, building.recipe)]
     own = [(number, path) for number, path in steps if path not in others]
     old = [path for number, path in own[: -train.keep_last] if not train.keep_every or number % train.keep_every]

@@ -23,10 +23,18 @@ from dskd.models.precision import compute_dtype
 from dskd.senses.dictionary import dictionary_folder
 from dskd.tracking import Start, start_tracking
 from dskd.training import checkpoint, saving
-from dskd.training.inputs import Inputs, _margin, _recipe, _verify_inputs, build_collator, load_inputs, load_sense_bank
+from dskd.training.inputs import (
+    Inputs,
+    build_collator,
+    load_inputs,
+    load_sense_bank,
+    margin_of,
+    recipe_of,
+    verify_inputs,
+)
 from dskd.training.loader import load_steps
 from dskd.training.pair import load_pair
-from dskd.training.records import _datasets, _metrics, _say_what_runs, _tags
+from dskd.training.records import datasets_of, metrics_of, say_what_runs, tags_of
 from dskd.training.rehearsal import rehearse_export
 from dskd.training.schedule import Schedule, plan_schedule
 from dskd.training.step import train_step
@@ -51,8 +59,8 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
         writes=kinds.folder(config),
     ):
         inputs = main_first(lambda: load_inputs(config))
-        on_main(lambda: _verify_inputs(config, inputs))
-        wanted = _recipe(config, inputs)
+        on_main(lambda: verify_inputs(config, inputs))
+        wanted = recipe_of(config, inputs)
         schedule = main_first(lambda: plan_schedule(config, inputs.shards, world.world_size))
         step = on_main(lambda: _starting_step(config, wanted, resume=resume, overwrite=overwrite))
         start = None if step is None else main_first(lambda: checkpoint.at_step(config, step))
@@ -81,7 +89,7 @@ def _run(
         world,
         inputs.teacher,
         inputs.student,
-        margin=_margin(config, inputs.shards),
+        margin=margin_of(config, inputs.shards),
         accumulation_steps=schedule.accumulation_steps,
         load_universal=saving.needs_universal(start, world),
     )
@@ -91,7 +99,7 @@ def _run(
     if start is not None:
         saving.load(engine, start, world, trunk_depth=pair.trunk_depth)
     first_step = start.step if start is not None else 0
-    _say_what_runs(config, world, engine, schedule, first_step)
+    say_what_runs(config, world, engine, schedule, first_step)
     collate = build_collator(config, inputs, schedule)
     bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
@@ -100,8 +108,8 @@ def _run(
     tracker = start_tracking(
         config,
         world,
-        tags=_tags(config, inputs, world),
-        datasets=lambda: _datasets(config, inputs),
+        tags=tags_of(config, inputs, world),
+        datasets=lambda: datasets_of(config, inputs),
         start=Start(
             recipe=digest_of_json([wanted.config, wanted.inputs]),
             first_step=first_step,
@@ -133,7 +141,7 @@ def _run(
                     done = step + 1
                     device_hours = tracker.device_hours + world.world_size * (time.perf_counter() - began) / 3600
                     if done % config.tracking.log_every == 0 or done == schedule.total_steps:
-                        metrics = _metrics(result, config, rate, elapsed, waited)
+                        metrics = metrics_of(result, config, rate, elapsed, waited)
                         tracker.log_metrics(metrics | {"cost/device_hours": device_hours}, done)
                     bar.set_postfix(loss=f"{result.loss:.4f}", tok_s=f"{result.tokens / elapsed:,.0f}", refresh=False)
                     bar.update(1)
