@@ -17,9 +17,7 @@ import torch
 from torch import nn
 
 from dskd.config import Config
-from dskd.corpus.sequences import TokenBatch
 from dskd.distributed.world import World
-from dskd.errors import UserError
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import build_sharded, empty_model, engine_settings, load_resident
 from dskd.models.folder import ModelFolder
@@ -137,28 +135,6 @@ class FrozenModel:
         """
         return self._run(input_ids, position_ids, readout=readout, **options)
 
-    def states_of(self, batch: TokenBatch, first: int) -> torch.Tensor:
-        """:meth:`hidden_states` of a batch whose first sequence has the number `first`.
-
-        Raises:
-            UserError: when the state of a position with a target is not finite: it would spoil every mean it is in.
-        """
-        hidden = self.hidden_states(batch.input_ids, batch.position_ids)
-        self._require_finite(hidden, batch, first)
-        return hidden
-
-    def read_states_of(self, batch: TokenBatch, first: int, readout: Readout) -> tuple[torch.Tensor, Any]:
-        """:meth:`states_of`, and what `readout` makes of them and the output matrix.
-
-        Raises:
-            UserError: as :meth:`states_of`.
-        """
-        hidden, result = self.read(
-            batch.input_ids, batch.position_ids, lambda hidden, weight: (hidden, readout(hidden, weight))
-        )
-        self._require_finite(hidden, batch, first)
-        return hidden, result
-
     def close(self) -> None:
         """Gives the model's memory back, and removes what it put on disk."""
         if hasattr(self.engine, "destroy"):
@@ -173,16 +149,6 @@ class FrozenModel:
     def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, **options: Any) -> Any:
         positions = () if position_ids is None else (position_ids.to(self.device),)
         return self.engine(input_ids.to(self.device), *positions, **options)
-
-    def _require_finite(self, hidden: torch.Tensor, batch: TokenBatch, first: int) -> None:
-        spoiled = batch.has_target & ~hidden.isfinite().all(-1).cpu()
-        if spoiled.any():
-            sequence, position = spoiled.nonzero()[0].tolist()
-            raise UserError(
-                f"{self.folder.path}: this model's state at position {position} of sequence {first + sequence} is "
-                f"not finite, nor are those of {int(spoiled.sum()) - 1} more positions of this batch; check its "
-                "weights, or use precision: fp32"
-            )
 
 
 def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head: bool = True) -> FrozenModel:

@@ -1,6 +1,7 @@
 """The sense dictionary (docs/method.md, section 2): tokens and spans to sense embeddings.
 
 entries     which tokens and spans there are, and which are synonyms and antonyms of which token
+states      the teacher's states of a batch, refused where one is not finite
 gather      the teacher's states, sent to the rank that owns their token
 reservoir   a random sample of each token's states, in bounded memory
 kmeans      the states of thousands of tokens at once to their centroids

@@ -30,6 +30,7 @@ from dskd.models.frozen import FrozenModel
 from dskd.models.readouts import predict
 from dskd.random_numbers import derived_seed, random_bits
 from dskd.senses.reservoir import Reservoir
+from dskd.senses.states import read_states_of, states_of
 
 _PROGRESS = "progress.json"
 
@@ -98,10 +99,10 @@ def gather_states(
         for first, done, batch in rank_batches(sequences, settings.batch_size, world, progress.sequences_done):
             has_target = batch.has_target.to(teacher.device)
             if settings.key == "predicted":
-                hidden, predicted = teacher.read_states_of(batch, first, functools.partial(_predict_at, has_target))
+                hidden, predicted = read_states_of(teacher, batch, first, functools.partial(_predict_at, has_target))
                 tokens = predicted.cpu()
             else:
-                hidden = teacher.states_of(batch, first)
+                hidden = states_of(teacher, batch, first)
                 tokens = batch.input_ids.roll(-1, dims=1)[batch.has_target]
             sequence, position = batch.has_target.nonzero(as_tuple=True)
             priorities = random_bits(priority_seed, sequence + first, position)

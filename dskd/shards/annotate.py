@@ -42,6 +42,7 @@ from dskd.models.precision import resolve_precision
 from dskd.models.readouts import TopTokens, chunk_size, top_tokens
 from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, load_fitting_dictionary
 from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
+from dskd.senses.states import read_states_of, states_of
 from dskd.shards import FOLDER, columns_of, join_blocks, write_block
 from dskd.shards.continuations import Continuer
 from dskd.shards.search import Searcher
@@ -138,10 +139,13 @@ class TextReader:
         if self.continuer is not None:
             batch, added = self.continuer.extend(batch, first)
         if not self.top_n:
-            return TextRead(batch, self.teacher.states_of(batch, first), None, added)
+            return TextRead(batch, states_of(self.teacher, batch, first), None, added)
         has_target = batch.has_target.to(self.teacher.device)
-        hidden, top = self.teacher.read_states_of(
-            batch, first, lambda hidden, weight: top_tokens(hidden[has_target], weight, self.top_n, self.chunk_size)
+        hidden, top = read_states_of(
+            self.teacher,
+            batch,
+            first,
+            lambda hidden, weight: top_tokens(hidden[has_target], weight, self.top_n, self.chunk_size),
         )
         return TextRead(batch, hidden, top, added)
 

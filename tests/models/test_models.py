@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
+from dskd.senses.states import states_of
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -106,9 +107,9 @@ def test_states_that_are_not_finite_are_refused(tmp_path, world):
     has_target = torch.ones(2, 12, dtype=torch.bool)
     batch = TokenBatch(IDS, None, has_target, torch.zeros(2, 12, dtype=torch.uint8), 24)
     with pytest.raises(UserError, match=r"position 0 of sequence 40 is not finite, nor are those of 11 more positions"):
-        teacher.states_of(batch, 40)
+        states_of(teacher, batch, 40)
     has_target[0] = False  # nobody asks for those
-    assert teacher.states_of(batch, 40).shape == (2, 12, 32)
+    assert states_of(teacher, batch, 40).shape == (2, 12, 32)
     teacher.close()
 
 

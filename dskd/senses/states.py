@@ -1,0 +1,44 @@
+"""The teacher's states of a batch of sequences, refused where one of them is not finite."""
+
+from typing import Any
+
+import torch
+
+from dskd.corpus.sequences import TokenBatch
+from dskd.errors import UserError
+from dskd.models.frozen import FrozenModel, Readout
+
+
+def states_of(model: FrozenModel, batch: TokenBatch, first: int) -> torch.Tensor:
+    """The last hidden states of a batch whose first sequence has the number `first`.
+
+    Raises:
+        UserError: when the state of a position with a target is not finite: it would spoil every mean it is in.
+    """
+    hidden = model.hidden_states(batch.input_ids, batch.position_ids)
+    _require_finite(model, hidden, batch, first)
+    return hidden
+
+
+def read_states_of(model: FrozenModel, batch: TokenBatch, first: int, readout: Readout) -> tuple[torch.Tensor, Any]:
+    """:func:`states_of`, and what `readout` makes of them and the output matrix.
+
+    Raises:
+        UserError: as :func:`states_of`.
+    """
+    hidden, result = model.read(
+        batch.input_ids, batch.position_ids, lambda hidden, weight: (hidden, readout(hidden, weight))
+    )
+    _require_finite(model, hidden, batch, first)
+    return hidden, result
+
+
+def _require_finite(model: FrozenModel, hidden: torch.Tensor, batch: TokenBatch, first: int) -> None:
+    spoiled = batch.has_target & ~hidden.isfinite().all(-1).cpu()
+    if spoiled.any():
+        sequence, position = spoiled.nonzero()[0].tolist()
+        raise UserError(
+            f"{model.folder.path}: this model's state at position {position} of sequence {first + sequence} is "
+            f"not finite, nor are those of {int(spoiled.sum()) - 1} more positions of this batch; check its "
+            "weights, or use precision: fp32"
+        )
