@@ -11,6 +11,7 @@ from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_
 from dskd.artifacts.kinds import SCHEMA_VERSIONS
 from dskd.artifacts.lock import hold_lock, lock_if_free, release_lock
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, package_versions, write_json
+from dskd.console import say
 
 # How long to wait for a lock. An NFS server keeps those of a dead node for its lease, usually 90 s, and what was there
 # before a restart may still be ending.
@@ -115,8 +116,6 @@ def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
     if not is_current(path, recipe):
         return False
     release_lock(_lock(path))
-    from dskd.console import say  # brings torch, which takes seconds to import
-
     say(f"  kept: {path}, which another process made meanwhile")
     return True
 

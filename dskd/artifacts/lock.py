@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dskd.artifacts.files import make_folder
+from dskd.console import say
 from dskd.errors import OutageError, UserError
 
 _held: dict[Path, Any] = {}
@@ -52,8 +53,6 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             stream.close()
             if time.monotonic() < deadline:
                 if not is_waiting:
-                    from dskd.console import say  # brings torch, which takes seconds to import
-
                     say(f"{path}: another process ({holder}) {what}; waits for it up to {wait_s:.0f} s")
                     is_waiting = True
                 time.sleep(0.5)

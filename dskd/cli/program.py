@@ -23,8 +23,6 @@ from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import allow_any_text, say
 from dskd.distributed.node_cache import shared_memory_shortage
-from dskd.distributed.peers import meet_peers
-from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.distributed.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 from dskd.distributed.world import World, current_rank, is_main_process
 from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
@@ -148,6 +146,9 @@ def _rank_0_spoke(end: StopRequest) -> bool:
 
 def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
     """Like :func:`run` on all ranks: reads the config, joins the ranks and calls `action` with both; then exits."""
+    from dskd.distributed.peers import meet_peers  # here: --help should not wait for torch
+    from dskd.distributed.rendezvous import initialize, shutdown
+
     warnings.filterwarnings("ignore", category=FutureWarning)
 
     def joined() -> None:

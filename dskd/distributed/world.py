@@ -3,12 +3,16 @@
 import os
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def uses_gpu() -> bool:
     """True where there is a GPU, unless DeepSpeed's own switch, `DS_ACCELERATOR=cpu`, says to leave it alone."""
+    import torch  # takes seconds to import
+
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
@@ -19,7 +23,7 @@ class World:
     rank: int
     world_size: int
     local_rank: int
-    device: torch.device
+    device: "torch.device"
 
     @property
     def is_main(self) -> bool:

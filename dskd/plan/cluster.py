@@ -1,11 +1,10 @@
 """The machines of a plan: how many there are, what memory each has, and how fast they are taken to be."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from dskd.models.precision import compute_dtype
+if TYPE_CHECKING:
+    import torch
 
 # Assumptions, each an option of `dskd plan`.
 TFLOPS = {"cuda": 400.0, "cpu": 0.1}  # 40 % of an H100's 989 dense bf16; two cores or so of a processor
@@ -33,8 +32,12 @@ class Cluster:
         """Ranks: one a GPU."""
         return self.nodes * self.gpus_per_node
 
-    def dtype(self, precision: str) -> torch.dtype:
+    def dtype(self, precision: str) -> "torch.dtype":
         """Of weights and states. `auto` is bf16 on GPUs, and on a CPU what suits the one that the plan is made on."""
+        import torch  # here: the options of `dskd plan` should not wait for it
+
+        from dskd.models.precision import compute_dtype
+
         if self.device == "cuda":
             return torch.float32 if precision == "fp32" else torch.bfloat16
         return compute_dtype(precision, torch.device("cpu"))

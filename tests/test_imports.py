@@ -1,0 +1,32 @@
+"""What is imported, and when: a command that computes nothing starts without the libraries that do."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dskd",
+        "import dskd.console, dskd.distributed.world, dskd.artifacts.building",
+        "import sys; sys.argv = ['dskd', '--help']; import dskd.__main__; dskd.__main__.main()",
+        "import sys; sys.argv = ['dskd', 'plan', '--help']; import dskd.__main__; dskd.__main__.main()",
+        "import sys; sys.argv = ['dskd', 'config']; import dskd.__main__; dskd.__main__.main()",
+        "import sys; sys.argv = ['dskd', 'config', '--config', 'configs/quickstart.yaml']; "
+        "import dskd.__main__; dskd.__main__.main()",
+        "import runpy, sys; sys.argv = ['train.py', '--help']; "
+        "runpy.run_path('launcher/train.py', run_name='__main__')",
+    ],
+)
+def test_what_computes_nothing_imports_no_torch(code):
+    says = f"print('\\nslow:', sorted(set({SLOW}) & set(sys.modules)))"
+    script = f"import sys, atexit; atexit.register(lambda: {says})\n{code}"
+    command = [sys.executable, "-c", script]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "slow: []"
