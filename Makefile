@@ -50,6 +50,7 @@ check: env
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 docs: env
 	@{ printf '%s\n' '# Keys of a configuration' '' 'What `dskd config` prints; `make docs` writes this file.' '' '```text'; \
