@@ -24,6 +24,7 @@ from benchmarks.flops import Shape
 from benchmarks.report import build_parser, default_device
 from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary, write_teacher
 from dskd import shards
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, LossConfig
@@ -36,7 +37,6 @@ from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.readouts import chunk_size
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
-from dskd.senses.dictionary import FOLDER as DICTIONARY_FOLDER
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
 from dskd.training.loader import load_steps
 from dskd.training.pair import load_pair
@@ -110,7 +110,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> N
     write_teacher(folder / "llama", shape, default_device())
     teacher = find_teacher(config)
     identity = {"teacher": teacher.digest, "tokenizer": teacher.tokenizer_digest}
-    with build_artifact(config.path(DICTIONARY_FOLDER), Recipe("senses", **identity)) as building:
+    with build_artifact(config.path(kinds.SENSES.folder), Recipe("senses", **identity)) as building:
         dictionary = write_dictionary(
             building.folder / DICTIONARY_FILE,
             shape.vocab_size,
@@ -119,7 +119,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> N
             synonyms=_SYNONYMS,
         )
     tokens = draw_tokens(steps * preset.global_batch_size, shape.sequence_length, shape.vocab_size)
-    with build_artifact(config.path(shards.FOLDER, "train"), Recipe("shards", **identity)) as building:
+    with build_artifact(config.path(kinds.SHARDS.folder, "train"), Recipe("shards", **identity)) as building:
         mask, starts = np.ones(tokens.shape, np.uint8), np.zeros(tokens.shape, np.uint8)
         mask[:, -1], starts[:, 0] = 0, 1
         annotation = draw_annotation(tokens, dictionary, _KAPPA)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import LOCK_PATIENCE_S
 from dskd.artifacts.lock import hold_lock
 from dskd.artifacts.manifest import Recipe, is_current
@@ -27,10 +28,9 @@ from dskd.distributed import stopping
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
 from dskd.lexicon import build as lexicon
-from dskd.lexicon import relations
 from dskd.models import cutting
 from dskd.models.architecture import check_architecture
-from dskd.models.folder import TEACHER_FOLDER, find_teacher
+from dskd.models.folder import find_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
 from dskd.shards import annotate
@@ -110,27 +110,31 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
 
     stages = [
         Stage(
-            "lexicon", artifact(relations.FOLDER, lambda: lexicon.recipe(config)), lambda: lexicon.build_lexicon(config)
+            "lexicon",
+            artifact(kinds.LEXICON.folder, lambda: lexicon.recipe(config)),
+            lambda: lexicon.build_lexicon(config),
         ),
-        Stage("corpus", artifact(corpus.FOLDER, lambda: corpus.recipe(config)), lambda: corpus.build_corpus(config)),
+        Stage(
+            "corpus", artifact(kinds.CORPUS.folder, lambda: corpus.recipe(config)), lambda: corpus.build_corpus(config)
+        ),
     ]
     if config.teacher.train_from_scratch is not None:
         stages.append(
             Stage(
                 "teacher",
-                artifact(TEACHER_FOLDER, lambda: teacher_from_scratch.recipe(config)),
+                artifact(kinds.TEACHER.folder, lambda: teacher_from_scratch.recipe(config)),
                 lambda: teacher_from_scratch.build_teacher(config),
             )
         )
     stages += [
         Stage(
             "sequences",
-            artifact(sequences.FOLDER, lambda: sequences.recipe(config, find_teacher(config).tokenizer_digest)),
+            artifact(kinds.SEQUENCES.folder, lambda: sequences.recipe(config, find_teacher(config).tokenizer_digest)),
             lambda: _build_sequences(config),
         ),
         Stage(
             "student",
-            artifact(cutting.FOLDER, lambda: cutting.recipe(config, find_teacher(config))),
+            artifact(kinds.STUDENT.folder, lambda: cutting.recipe(config, find_teacher(config))),
             lambda: cutting.build_student(config),
         ),
         Stage(
@@ -164,7 +168,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
 
     def exported() -> bool:
         newest = checkpoint.latest(config)
-        return newest is not None and is_current(config.path(export.FOLDER, config.run), export.recipe(newest))
+        return newest is not None and is_current(config.path(kinds.EXPORT.folder, config.run), export.recipe(newest))
 
     return [
         Stage(f"train {config.run}", lambda: checkpoint.is_finished(config, inputs.recipe(config)), build),

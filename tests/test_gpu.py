@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import BEFORE_TRAINING, REPOSITORY, losses_of, open_dataset, run_program
 
-from dskd import shards
 from dskd.artifacts import kinds
 from dskd.config import LossConfig
 from dskd.config.reading import load_config
@@ -94,7 +93,7 @@ def test_annotation_names_the_rows_that_the_cpu_names(tiny, copy_of_tiny, tmp_pa
     """On the CPU: test_stages.py::test_every_row_of_the_annotation_is_what_brute_force_finds."""
     config = copy_of_tiny(*(artifact for artifact in BEFORE_TRAINING if artifact not in {"shards", "student"}))
     _launch("annotate.py", config)
-    folders = [load_config(path).path(shards.FOLDER, "train") for path in (config, tiny)]
+    folders = [load_config(path).path(kinds.SHARDS.folder, "train") for path in (config, tiny)]
     ours, theirs = (open_dataset(folder, tmp_path / str(i)) for i, folder in enumerate(folders))
     assert len(ours) == len(theirs)
     same = {name: [] for name in ours[0] if not name.startswith("teacher_")}

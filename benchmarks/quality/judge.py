@@ -13,12 +13,13 @@ from benchmarks.quality.measures import ERROR, GEOMETRY, HIDDEN, ITEMS, LEXICAL
 from benchmarks.quality.results import CHANCE, LETTERS, TEACHER
 from benchmarks.quality.splits import Split, rows_of
 from dskd import shards
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.evaluation import held_out_text
 from dskd.evaluation.lexical.items import load_items
-from dskd.evaluation.lexical.results import ITEMS_FOLDER, MADE_BY, Summary
+from dskd.evaluation.lexical.results import Summary
 from dskd.evaluation.lexical.run import measure_items
 from dskd.evaluation.lexical.scores import summarize
 from dskd.inspection.geometry import COMPARISONS, DISTANCES, measure_geometry
@@ -120,7 +121,7 @@ def _errors(words: Summary) -> dict[str, float]:
 
 
 def _manifest_of_items(config: Config) -> Manifest:
-    return read_manifest(config.path(ITEMS_FOLDER), "lexical-items", made_by=MADE_BY)
+    return read_manifest(config.path(kinds.LEXICAL_ITEMS.folder), "lexical-items")
 
 
 def _of_letters(config: Config) -> dict[str, float]:

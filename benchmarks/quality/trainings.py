@@ -24,7 +24,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.lock import lock_if_free
 from dskd.console import say
 from dskd.distributed.world import World
-from dskd.training.export import FOLDER, build_export
+from dskd.training.export import build_export
 from dskd.training.train import train
 
 _WAIT_S = 5.0  # for what other processes are at, and what may stand on it
@@ -144,7 +144,7 @@ class Runner:
         shutil.rmtree(kinds.folder(config))
         result = self._result(training, judge.measure_run(config), time.monotonic() - began)
         if training.stage == "tune":  # nobody looks at them again
-            shutil.rmtree(config.path(FOLDER, training.run))
+            shutil.rmtree(config.path(kinds.EXPORT.folder, training.run))
         self._keep(result)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in result.measures.items())
         say(f"{training.run}{f' ({training.variant})' if training.variant else ''}: {shown}; {result.seconds:.0f} s")

@@ -8,7 +8,7 @@ from typing import Any
 
 from dskd.artifacts.files import flush_folder, make_folder, real_place, remove_tree, replace_folder, require_replaceable
 from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_files
-from dskd.artifacts.kinds import SCHEMA_VERSIONS
+from dskd.artifacts.kinds import KINDS
 from dskd.artifacts.lock import hold_lock, lock_if_free, release_lock
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, package_versions, write_json
 from dskd.console import say
@@ -74,7 +74,7 @@ class Building:
             OutageError: when another process makes the same artifact, and goes on with it longer than is waited.
         """
         _hold(self.path)
-        wanted = [asdict(self.recipe), SCHEMA_VERSIONS[self.recipe.kind], package_versions()]
+        wanted = [asdict(self.recipe), KINDS[self.recipe.kind].schema_version, package_versions()]
         recipe_file = self.folder / _RECIPE_NAME
         if not recipe_file.is_file() or recipe_file.read_text(encoding="utf-8") != digest_of_json(wanted):
             self.clear()
@@ -84,7 +84,7 @@ class Building:
         """Writes the manifest and puts the folder in its place, replacing an older artifact."""
         manifest = Manifest(
             kind=self.recipe.kind,
-            schema_version=SCHEMA_VERSIONS[self.recipe.kind],
+            schema_version=KINDS[self.recipe.kind].schema_version,
             inputs=dict(self.recipe.inputs),
             config=as_json(self.recipe.config),
             teacher=self.recipe.teacher,

@@ -1,42 +1,85 @@
-"""The kinds of artifacts: their folders, the commands that make them, and the versions of their formats."""
+"""The kinds of artifacts: the one table of their folders, the commands that make them, and their formats."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.config import Config
 
-FOLDER = "checkpoints"
-MADE_BY = "deepspeed launcher/train.py --config FILE"
-# Raised by one when the format of a kind changes: artifacts of another version are rebuilt, or refused where they are
-# only read.
-SCHEMA_VERSIONS = {
-    "teacher": 1,
-    "corpus": 1,
-    "sequences": 2,
-    "lexicon": 2,
-    "states": 1,
-    "senses": 1,
-    "shards": 2,
-    "student": 1,
-    "checkpoint": 1,
-    "export": 1,
-    "evaluation": 3,
-    "task": 1,
-    "lexical-items": 1,
-    "lexical": 2,
-}
-MISSING = {
-    "senses": "is no sense dictionary here; make it",
-    "shards": "are no shards here; make them",
-    "sequences": "are no sequences here; make them",
-    "states": "are no states here; make them",
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of artifact, as its manifests name it.
+
+    `schema_version` is raised by one when the format changes: artifacts of another version are rebuilt, or refused
+    where they are only read.
+    """
+
+    name: str
+    folder: str  # in the work directory
+    made_by: str  # the command, for messages
+    schema_version: int
+    missing: str  # what there is to say where there is none: "there ... with `COMMAND`"
+
+
+LEXICON = Kind("lexicon", "lexicon", "dskd lexicon --config FILE", 2, "is no lexicon here; make it")
+CORPUS = Kind("corpus", "corpus", "python launcher/pipeline.py --config FILE", 1, "is no corpus here; make it")
+TEACHER = Kind("teacher", "teacher", "python launcher/pipeline.py --config FILE", 1, "is no teacher here; make it")
+SEQUENCES = Kind(
+    "sequences", "sequences", "python launcher/pipeline.py --config FILE", 2, "are no sequences here; make them"
+)
+STUDENT = Kind("student", "student", "dskd student --config FILE", 1, "is no student here; make it")
+STATES = Kind(
+    "states", "states", "deepspeed launcher/build_senses.py --config FILE", 1, "are no states here; make them"
+)
+SENSES = Kind(
+    "senses", "senses", "deepspeed launcher/build_senses.py --config FILE", 1, "is no sense dictionary here; make it"
+)
+SHARDS = Kind("shards", "shards", "deepspeed launcher/annotate.py --config FILE", 2, "are no shards here; make them")
+CHECKPOINT = Kind(
+    "checkpoint", "checkpoints", "deepspeed launcher/train.py --config FILE", 1, "is no checkpoint here; make it"
+)
+EXPORT = Kind("export", "export", "dskd export --config FILE", 1, "is no export here; make it")
+EVALUATION = Kind(
+    "evaluation", "evaluation", "deepspeed launcher/evaluate.py --config FILE", 3, "is no evaluation here; make it"
+)
+TASK = Kind("task", "tasks", "deepspeed launcher/evaluate.py --config FILE --tasks", 1, "is no task here; make it")
+LEXICAL_ITEMS = Kind(
+    "lexical-items",
+    "lexical_items",
+    "deepspeed launcher/evaluate.py --config FILE --lexical",
+    1,
+    "is no lexical-items here; make it",
+)
+LEXICAL = Kind(
+    "lexical", "lexical", "deepspeed launcher/evaluate.py --config FILE --lexical", 2, "is no lexical here; make it"
+)
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        LEXICON,
+        CORPUS,
+        TEACHER,
+        SEQUENCES,
+        STUDENT,
+        STATES,
+        SENSES,
+        SHARDS,
+        CHECKPOINT,
+        EXPORT,
+        EVALUATION,
+        TASK,
+        LEXICAL_ITEMS,
+        LEXICAL,
+    )
 }
 
 
 def folder(config: Config) -> Path:
     """Where the checkpoints of the config's run are."""
-    return config.path(FOLDER, config.run)
+    return config.path(CHECKPOINT.folder, config.run)
 
 
 def lock_path(config: Config, run: str) -> Path:
     """The lock of the one process that may train a run."""
-    return config.path(FOLDER, f".{run}.lock")
+    return config.path(CHECKPOINT.folder, f".{run}.lock")

@@ -15,7 +15,7 @@ from typing import Any
 
 from dskd.artifacts.files import old_folder, write_text
 from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_files
-from dskd.artifacts.kinds import MISSING, SCHEMA_VERSIONS
+from dskd.artifacts.kinds import KINDS
 from dskd.errors import UserError
 
 # A reader may come while a new artifact is put in the place of an old one, and looks again.
@@ -56,27 +56,28 @@ class Manifest:
         return digest_of_json([self.kind, self.schema_version, content])
 
 
-def read_manifest(path: Path, kind: str, *, made_by: str, files_are_here: bool = True) -> Manifest:
+def read_manifest(path: Path, kind: str, *, made_by: str | None = None, files_are_here: bool = True) -> Manifest:
     """The manifest of the artifact at `path`.
 
     Args:
         path: the artifact's folder.
         kind: what it must be.
-        made_by: the command that makes it, for the error message.
+        made_by: the command that makes it, for the error message; None: that of its kind.
         files_are_here: False where its files may lie elsewhere; their sizes are not looked at then.
 
     Raises:
         UserError: when it is missing, not readable, of another kind or version, or its files' sizes do not fit.
     """
+    made_by = made_by or KINDS[kind].made_by
     manifest, misfits = _look_at(path, kind) if files_are_here else (_load_manifest(path), {})
     if manifest is None:
-        raise UserError(f"{path}: there {MISSING.get(kind, f'is no {kind} here; make it')} with `{made_by}`")
+        raise UserError(f"{path}: there {KINDS[kind].missing} with `{made_by}`")
     if manifest.kind != kind:
         raise UserError(f"{path}: expected a {kind}, found a {manifest.kind}; name the right folder")
-    if manifest.schema_version != SCHEMA_VERSIONS[kind]:
+    if manifest.schema_version != KINDS[kind].schema_version:
         raise UserError(
             f"{path}: this {kind} has format {manifest.schema_version}, this version of dskd reads "
-            f"{SCHEMA_VERSIONS[kind]}; make it again with `{made_by}`"
+            f"{KINDS[kind].schema_version}; make it again with `{made_by}`"
         )
     for name, size in misfits.items():
         found = "it is missing" if size is None else f"it has {size} bytes"
@@ -94,7 +95,7 @@ def is_current(path: Path, recipe: Recipe) -> bool:
         manifest is not None
         and not misfits
         and manifest.kind == recipe.kind
-        and manifest.schema_version == SCHEMA_VERSIONS[recipe.kind]
+        and manifest.schema_version == KINDS[recipe.kind].schema_version
         and manifest.inputs == dict(recipe.inputs)
         and manifest.config == as_json(recipe.config)
         and manifest.teacher == recipe.teacher
@@ -113,12 +114,13 @@ def read_file(path: Path, name: str) -> bytes | None:
     return None
 
 
-def verify_files(path: Path, manifest: Manifest, *, made_by: str) -> None:
+def verify_files(path: Path, manifest: Manifest, *, made_by: str | None = None) -> None:
     """Compares the content of every file with the manifest. Reads everything: for artifacts that fit that.
 
     Raises:
         UserError: naming the first file that was changed after the artifact was made.
     """
+    made_by = made_by or KINDS[manifest.kind].made_by
     found = hash_files(path, only=manifest.files)
     for name, entry in manifest.files.items():
         if found[name]["sha256"] != entry["sha256"]:
@@ -158,7 +160,7 @@ def _look_at(path: Path, kind: str) -> tuple[Manifest | None, dict[str, int | No
     """The manifest at `path`, and where it is of this kind its files of another size: {name: size, None if missing}."""
     manifest, misfits = _load_manifest(path), {}
     for turn in range(_LOOKS):
-        if manifest is None or (manifest.kind, manifest.schema_version) != (kind, SCHEMA_VERSIONS[kind]):
+        if manifest is None or (manifest.kind, manifest.schema_version) != (kind, KINDS[kind].schema_version):
             return manifest, {}
         sizes = {name: _size_of(path / name) for name in manifest.files}
         misfits = {name: size for name, size in sizes.items() if size != manifest.files[name]["size_bytes"]}

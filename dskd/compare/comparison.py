@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dskd.artifacts import kinds
 from dskd.compare.choosing import Chosen, Selection, choose_runs
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
@@ -10,7 +11,6 @@ from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
 from dskd.compare.results import HELD_OUT, Results, read_results
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.evaluation import held_out_text
 from dskd.evaluation.scores_by_example import Examples, Measure
 from dskd.tracking import TrackedRun
 
@@ -110,7 +110,7 @@ def make_comparison(
     if not groups and (selection or not any(of_kind.references for of_kind in results)):
         raise UserError(
             f"{config.workdir}: nothing to compare yet; train with `deepspeed launcher/train.py`, evaluate with "
-            f"`{held_out_text.MADE_BY}`, or do it all with `python launcher/pipeline.py`"
+            f"`{kinds.EVALUATION.made_by}`, or do it all with `python launcher/pipeline.py`"
             + ("" if config.tracking.enabled else "; tracking.enabled is false, so no tracked run was looked for")
         )
     base = _find_baseline(groups, baseline)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dskd.artifacts import kinds
 from dskd.compare.groups import Group
 from dskd.compare.metrics import EVALUATED
 from dskd.compare.statistics import Difference, holm, on_seeds, paired_on_examples
 from dskd.errors import UserError
-from dskd.evaluation import held_out_text
 from dskd.evaluation.scores_by_example import Examples, Measure
 
 _LEVEL = 0.05
@@ -57,7 +57,7 @@ def test_groups(
                 if not np.array_equal(counts, same_counts):
                     raise UserError(
                         f"{group.name} and {baseline.name}: their examples have different numbers of {measure.count}, "
-                        f"though the data is said to be the same; evaluate both again with `{held_out_text.MADE_BY}`"
+                        f"though the data is said to be the same; evaluate both again with `{kinds.EVALUATION.made_by}`"
                     )
                 on_examples.append((group, measure, paired_on_examples(one, other, counts)))
             values = final.get(f"{EVALUATED}{measure.name}", {})
@@ -87,7 +87,7 @@ def _mean_over_seeds(
         if set(table.ids) != set(first.ids):
             raise UserError(
                 f"{run.name} ({run.run_id}): its examples are not those of {baseline.name}, though the data is said to "
-                f"be the same; evaluate both again with `{held_out_text.MADE_BY}`"
+                f"be the same; evaluate both again with `{kinds.EVALUATION.made_by}`"
             )
         place = {example: number for number, example in enumerate(table.ids)}
         order = [place[example] for example in first.ids]

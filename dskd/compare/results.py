@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import read_file
 from dskd.compare.choosing import Selection
 from dskd.compare.metrics import EVALUATED
@@ -45,11 +46,11 @@ class Kind:
 
     def measure_name(self, name: str) -> str:
         """What a measure is called among those of all kinds: each benchmark has an accuracy."""
-        return f"{self.name}_{name}" if self.folder.startswith(tasks.FOLDER) else name
+        return f"{self.name}_{name}" if self.folder.startswith(kinds.TASK.folder) else name
 
 
-HELD_OUT = Kind("evaluation", "Held-out text", EVALUATION_FOLDER, held_out_text.EXAMPLES_FILE, held_out_text.MADE_BY)
-_LEXICAL = Kind("lexical", "Words and senses", lexical.FOLDER, lexical.EXAMPLES_FILE, lexical.MADE_BY)
+HELD_OUT = Kind("evaluation", "Held-out text", EVALUATION_FOLDER, held_out_text.EXAMPLES_FILE, kinds.EVALUATION.made_by)
+_LEXICAL = Kind("lexical", "Words and senses", kinds.LEXICAL.folder, lexical.EXAMPLES_FILE, kinds.LEXICAL.made_by)
 KINDS = {
     kind.name: kind
     for kind in (
@@ -59,9 +60,9 @@ KINDS = {
             Kind(
                 task,
                 "Benchmarks",
-                f"{tasks.FOLDER}/{task}",
+                f"{kinds.TASK.folder}/{task}",
                 tasks.EXAMPLES_FILE,
-                f"{held_out_text.MADE_BY} --tasks {task}",
+                f"{kinds.EVALUATION.made_by} --tasks {task}",
             )
             for task in TASKS
         ),

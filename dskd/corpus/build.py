@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, CorpusConfig
@@ -25,8 +26,6 @@ from dskd.corpus.tasks import documents as tasks
 from dskd.errors import UserError
 from dskd.lexicon.wordnet import WordNet, open_wordnet
 
-FOLDER = "corpus"
-MADE_BY = "python launcher/pipeline.py --config FILE"
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
 _TASKS_SCHEMA = _SCHEMA.append(pa.field("continuation_tokens", pa.int32()))
@@ -64,7 +63,7 @@ def recipe(config: Config) -> Recipe:
 
 def build_corpus(config: Config) -> None:
     """Reads the text and writes `WORKDIR/corpus/{train,validation}.parquet`."""
-    target = config.path(FOLDER)
+    target = config.path(kinds.CORPUS.folder)
     corpus = config.corpus
     sources = {
         "wordnet": ["WordNet's definitions and examples"],
@@ -108,7 +107,9 @@ def name_of_document(config: Config, split: str, number: int) -> str:
 
 
 def _read_column(config: Config, split: str, name: str) -> Iterator[Any]:
-    for batch in pq.ParquetFile(config.path(FOLDER, f"{split}.parquet")).iter_batches(BATCH_DOCUMENTS, columns=[name]):
+    for batch in pq.ParquetFile(config.path(kinds.CORPUS.folder, f"{split}.parquet")).iter_batches(
+        BATCH_DOCUMENTS, columns=[name]
+    ):
         yield from batch.column(0).to_pylist()
 
 

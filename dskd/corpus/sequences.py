@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, require_same
 from dskd.artifacts.tensor_file import map_tensor, tensor_names
 from dskd.config import Config
 from dskd.console import say, stage
-from dskd.corpus.build import FOLDER as CORPUS_FOLDER
-from dskd.corpus.build import MADE_BY, SPLITS, name_of_document, read_continuation_tokens, read_texts
+from dskd.corpus.build import SPLITS, name_of_document, read_continuation_tokens, read_texts
 from dskd.corpus.packing import pack
-
-FOLDER = "sequences"
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
 
 def recipe(config: Config, tokenizer_digest: str) -> Recipe:
     """What decides the content of the sequences."""
-    documents = read_manifest(config.path(CORPUS_FOLDER), "corpus", made_by=MADE_BY)
+    documents = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
     keys = ("sequence_length", "packing", "max_sequences", "max_validation_sequences")
     return Recipe(
         "sequences",
@@ -132,9 +130,9 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab
     Raises:
         UserError: for a document with a token that is not below `vocab_size`, the number of the model's tokens.
     """
-    target = config.path(FOLDER)
+    target = config.path(kinds.SEQUENCES.folder)
     corpus = config.corpus
-    with stage("sequences: documents to tokens", reads=[config.path(CORPUS_FOLDER)], writes=target):
+    with stage("sequences: documents to tokens", reads=[config.path(kinds.CORPUS.folder)], writes=target):
         wanted = recipe(config, tokenizer_digest)
         limits = {"train": corpus.max_sequences, "validation": corpus.max_validation_sequences}
         with build_artifact(target, wanted) as building:
@@ -163,14 +161,14 @@ def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[S
     Raises:
         UserError: when they are missing, or were tokenized with another tokenizer.
     """
-    folder = config.path(FOLDER)
-    manifest = read_manifest(folder, "sequences", made_by=MADE_BY)
+    folder = config.path(kinds.SEQUENCES.folder)
+    manifest = read_manifest(folder, "sequences")
     require_same(
         "tokenizers",
         expected=tokenizer_digest,
         found=manifest.tokenizer,
         between=f"the teacher and {folder}",
-        remedy=f"make the sequences again with `{MADE_BY}`",
+        remedy=f"make the sequences again with `{kinds.CORPUS.made_by}`",
     )
     return open_sequences(folder / _file(split)), manifest
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from dskd import shards
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact, was_made_meanwhile
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_file, write_json
 from dskd.config import Config
@@ -39,8 +40,7 @@ from dskd.models.readouts import chunk_size, next_token
 from dskd.senses.dictionary import load_dictionary, map_vectors
 from dskd.tracking import log_evaluation
 
-FOLDER, FILE, EXAMPLES_FILE = "evaluation", "measures.json", "examples.parquet"
-MADE_BY = "deepspeed launcher/evaluate.py --config FILE"
+FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"
 MEASURES = (
     Measure("perplexity", "nll", "tokens", lower_is_better=True, is_exponential=True),
     Measure("accuracy", "correct", "tokens"),
@@ -69,7 +69,7 @@ def are_current(config: Config) -> bool:
     """True when the measures of every model are there, and are of that model and this text."""
     teacher = find_teacher(config)
     return all(
-        is_current(config.path(FOLDER, candidate.name), recipe(config, candidate, teacher))
+        is_current(config.path(kinds.EVALUATION.folder, candidate.name), recipe(config, candidate, teacher))
         for candidate in candidates(config)
     )
 
@@ -92,9 +92,11 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
     found = same_on_all_ranks(lambda: candidates(config))
     wanted = main_first(lambda: {candidate.name: recipe(config, candidate, teacher) for candidate in found})
     # Rank 0's word counts: all ranks must evaluate the same models.
-    names = on_main(lambda: [n for n, it in wanted.items() if force or not is_current(config.path(FOLDER, n), it)])
+    names = on_main(
+        lambda: [n for n, it in wanted.items() if force or not is_current(config.path(kinds.EVALUATION.folder, n), it)]
+    )
     if not names:
-        say(f"up to date: {config.path(FOLDER)}")
+        say(f"up to date: {config.path(kinds.EVALUATION.folder)}")
         return
     # The teacher goes first: its predictions are what the others are compared with.
     stale = [candidate for candidate in found if candidate.name in names]
@@ -106,8 +108,8 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
         measure(model, text, predictions, world, label="teacher's predictions")
         model.close()
     for candidate in stale:
-        target = config.path(FOLDER, candidate.name)
-        sources = [candidate.folder.path, config.path(shards.FOLDER, "validation")]
+        target = config.path(kinds.EVALUATION.folder, candidate.name)
+        sources = [candidate.folder.path, config.path(kinds.SHARDS.folder, "validation")]
         with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
             model = load_candidate(candidate, config, world)
             examples = measure(model, text, predictions, world, label="evaluating")
@@ -116,7 +118,7 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
 
             def write(folder: Path, name: str = candidate.name, said: list[list[int]] = continuations) -> None:
                 continued_texts.write_samples(
-                    folder, teacher, prompts, said, name=name, beside=config.path(FOLDER, TEACHER)
+                    folder, teacher, prompts, said, name=name, beside=config.path(kinds.EVALUATION.folder, TEACHER)
                 )
 
             recipe_of_it, written = wanted[candidate.name], write if len(prompts) else None
@@ -239,7 +241,7 @@ def load_measures(config: Config) -> dict[str, dict[str, float]]:
     names = [TEACHER, CUT_STUDENT, *config.run_names]
     found = {}
     for name in names:
-        content = read_file(config.path(FOLDER, name), FILE)
+        content = read_file(config.path(kinds.EVALUATION.folder, name), FILE)
         if content is not None:
             found[name] = json.loads(content)
     return found
@@ -274,7 +276,7 @@ def _publish(
     *,
     force: bool,
 ) -> None:
-    target, measures = config.path(FOLDER, candidate.name), examples.values()
+    target, measures = config.path(kinds.EVALUATION.folder, candidate.name), examples.values()
     if not force and was_made_meanwhile(target, wanted):
         return
     with build_artifact(target, wanted) as building:

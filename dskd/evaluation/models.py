@@ -4,6 +4,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import require_same
 from dskd.config import Config
 from dskd.console import say
@@ -33,7 +34,7 @@ def candidates(config: Config) -> list[Candidate]:
     teacher = find_teacher(config)
     found = [Candidate(TEACHER, teacher), Candidate(CUT_STUDENT, find_student(config))]
     for run in config.run_names:
-        if config.path(export.FOLDER, run).is_dir():
+        if config.path(kinds.EXPORT.folder, run).is_dir():
             folder, manifest = export.find_export(config, run)
             require_same(
                 "teachers",
@@ -119,9 +120,9 @@ def require_exports(config: Config, *, run_is_named: bool) -> None:
     Raises:
         UserError: when it has no export and is named.
     """
-    missing = [run for run in config.run_names if not config.path(export.FOLDER, run).is_dir()]
+    missing = [run for run in config.run_names if not config.path(kinds.EXPORT.folder, run).is_dir()]
     if run_is_named and config.run in missing:
-        folder = config.path(export.FOLDER, config.run)
+        folder = config.path(kinds.EXPORT.folder, config.run)
         raise UserError(f"run={config.run}: {folder} is not there; {_export_command(config.run)} makes it")
     if missing:
         them = "run has" if len(missing) == 1 else "runs have"
@@ -129,4 +130,4 @@ def require_exports(config: Config, *, run_is_named: bool) -> None:
 
 
 def _export_command(run: str) -> str:
-    return f"`{export.MADE_BY} run={run}`, when it is trained,"
+    return f"`{kinds.EXPORT.made_by} run={run}`, when it is trained,"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact, was_made_meanwhile
 from dskd.artifacts.manifest import Recipe, is_current, write_json
 from dskd.config import Config
@@ -33,7 +34,7 @@ from dskd.models.limits import check_new_tokens, position_limit
 from dskd.models.precision import resolve_precision
 from dskd.tracking import log_results
 
-FOLDER, FILE, EXAMPLES_FILE = "tasks", "measures.json", "examples.parquet"
+FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"
 _SCHEMA = pa.schema(
     [
         ("example", pa.string()),
@@ -149,7 +150,7 @@ def _recipes(config: Config, models: Sequence[Candidate], tasks: Sequence[Task])
 
 
 def _folder(config: Config, model: str, task: str) -> Path:
-    return config.path(FOLDER, model, task)
+    return config.path(kinds.TASK.folder, model, task)
 
 
 class _Runner:
@@ -275,7 +276,7 @@ def _track(config: Config, candidate: Candidate, task: Task, measures: dict[str,
         config,
         candidate.name,
         candidate.mlflow_run_id,
-        f"{FOLDER}/{task.name}",
+        f"{kinds.TASK.folder}/{task.name}",
         values,
         examples,
         data=task.digest,

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.lexicon.relations import FILE, FOLDER, MADE_BY
+from dskd.lexicon.relations import FILE
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 
@@ -59,7 +60,7 @@ def lexicon_manifest(config: Config) -> Manifest:
     Raises:
         UserError: when there is no lexicon, or it was damaged.
     """
-    return read_manifest(config.path(FOLDER), "lexicon", made_by=MADE_BY)
+    return read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
 
 
 def read_relations(config: Config, **options: Any) -> pa.Table:
@@ -68,11 +69,11 @@ def read_relations(config: Config, **options: Any) -> pa.Table:
     Raises:
         UserError: when it is no table.
     """
-    path = config.path(FOLDER, FILE)
+    path = config.path(kinds.LEXICON.folder, FILE)
     try:
         return pq.read_table(path, **options)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); make it again with `{MADE_BY}`") from None
+        raise UserError(f"{path}: cannot be read ({error}); make it again with `{kinds.LEXICON.made_by}`") from None
 
 
 def if_there(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:

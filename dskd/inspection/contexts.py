@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, require_same
 from dskd.artifacts.mds import INDEX, read_samples
 from dskd.config import Config
 from dskd.console import progress
-from dskd.shards import FOLDER, MADE_BY, load_manifest
+from dskd.shards import load_manifest
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 16, 8
 
@@ -36,14 +37,14 @@ def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manife
     Raises:
         UserError: when there are none, or their row numbers are those of another sense dictionary.
     """
-    folder = config.path(FOLDER, "train")
+    folder = config.path(kinds.SHARDS.folder, "train")
     manifest = load_manifest(config, "train")
     require_same(
         "sense dictionaries",
         expected=senses.digest,
         found=manifest.inputs.get("senses"),
         between=f"{folder} and the sense dictionary that is here now",
-        remedy=f"make the shards again with `{MADE_BY}`",
+        remedy=f"make the shards again with `{kinds.SHARDS.made_by}`",
     )
     return folder, manifest
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, is_current
 from dskd.config import Config
 from dskd.console import table
@@ -13,7 +14,7 @@ from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher, if_there, lexicon_manifest, open_senses, open_teacher, read_relations
 from dskd.inspection.tokens import whole_words
 from dskd.lexicon.build import recipe
-from dskd.lexicon.relations import FILE, FOLDER, RELATIONS, load_lexicon
+from dskd.lexicon.relations import FILE, RELATIONS, load_lexicon
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
 
 _WHY_UNUSABLE = ("head_", "neighbour_")
@@ -61,12 +62,12 @@ def inspect_lexicon(config: Config) -> LexiconReport:
     distinct = relations.group_by(["head", "tail", "relation"]).aggregate([])
     notes: list[str] = []
     wanted = if_there(lambda: recipe(config), "comparison with what the config names", notes)
-    if wanted is not None and not is_current(config.path(FOLDER), wanted):
+    if wanted is not None and not is_current(config.path(kinds.LEXICON.folder), wanted):
         notes.append("the config names other sources or settings than this lexicon was made with")
     teacher = if_there(lambda: open_teacher(config), "coverage of the vocabulary", notes)
     malformed = manifest.facts.get("malformed", {})
     return LexiconReport(
-        config.path(FOLDER, FILE),
+        config.path(kinds.LEXICON.folder, FILE),
         dict(sorted(by_source.items())),
         {relation: pc.sum(pc.equal(distinct["relation"], relation)).as_py() or 0 for relation in RELATIONS},
         pc.count_distinct(relations["head"]).as_py(),

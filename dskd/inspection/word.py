@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dskd.artifacts import kinds
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
@@ -23,7 +24,7 @@ from dskd.inspection.contexts import find_contexts, open_training_shards
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.negation import BASES_FILE
-from dskd.lexicon.relations import FOLDER, RELATIONS
+from dskd.lexicon.relations import RELATIONS
 from dskd.senses.dictionary import SenseDictionary, rows_of_tokens
 from dskd.senses.entries import (
     MAX_SPAN_TOKENS,
@@ -238,7 +239,7 @@ def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> Non
 
 def _replaced(config: Config, word: str) -> str:
     """What the rule of negating affixes made of a word, where it did anything."""
-    path = config.path(FOLDER, BASES_FILE)
+    path = config.path(kinds.LEXICON.folder, BASES_FILE)
     if not path.is_file():
         return ""
     found = pq.read_table(path, filters=[("word", "==", word.lower())]).to_pylist()

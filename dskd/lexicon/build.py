@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.hashing import fingerprint, sha256_of_file
 from dskd.artifacts.manifest import Recipe
@@ -20,7 +21,7 @@ from dskd.lexicon.languages import find_language
 from dskd.lexicon.morpholex import read_morpholex
 from dskd.lexicon.negation import BASES_FILE, FLIPS_FILE, find_negation
 from dskd.lexicon.reading import Report
-from dskd.lexicon.relations import FILE, FOLDER, Pairs, Relation, count_pairs, write_relations
+from dskd.lexicon.relations import FILE, Pairs, Relation, count_pairs, write_relations
 from dskd.lexicon.tsv import read_tsv
 from dskd.lexicon.wiktionary import read_wiktionary
 from dskd.lexicon.wordnet import WordNet, open_wordnet
@@ -55,7 +56,7 @@ def recipe(config: Config) -> Recipe:
 
 def build_lexicon(config: Config) -> None:
     """Reads the configured sources and writes `WORKDIR/lexicon`."""
-    target = config.path(FOLDER)
+    target = config.path(kinds.LEXICON.folder)
     sources = _source_names(config.lexicon)
     with stage("lexicon: words to synonyms and antonyms", reads=sources, writes=target / FILE):
         with build_artifact(target, recipe(config)) as building:

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
 
-FOLDER, FILE = "lexicon", "relations.parquet"
-MADE_BY = "dskd lexicon --config FILE"
+FILE = "relations.parquet"
 RELATIONS = ("synonym", "antonym")
 SCHEMA = pa.schema([(name, pa.string()) for name in ("head", "tail", "relation", "source")])
 _BITS_A_SOURCE = 4  # synonym and antonym, each in two directions
@@ -143,10 +143,12 @@ def load_lexicon(config: Config) -> list[Relation]:
     Raises:
         UserError: when there is no lexicon, or it is not one.
     """
-    folder = config.path(FOLDER)
-    read_manifest(folder, "lexicon", made_by=MADE_BY)
+    folder = config.path(kinds.LEXICON.folder)
+    read_manifest(folder, "lexicon")
     try:
         columns = pq.read_table(folder / FILE, schema=SCHEMA).to_pydict()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{folder / FILE}: cannot be read ({error}); make it again with `{MADE_BY}`") from None
+        raise UserError(
+            f"{folder / FILE}: cannot be read ({error}); make it again with `{kinds.LEXICON.made_by}`"
+        ) from None
     return [Relation(*row) for row in zip(*(columns[name] for name in SCHEMA.names), strict=True)]

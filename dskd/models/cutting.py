@@ -8,6 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe, read_manifest, write_json
 from dskd.config import Config, StudentConfig
@@ -20,8 +21,6 @@ from dskd.models.folder import ModelFolder, find_teacher, load_tokenizer, tokeni
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
 
-FOLDER = "student"
-MADE_BY = "dskd student --config FILE"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 _NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json")
 _LOADED_ELEMENTS = 2**30  # a student of up to so many parameters is loaded to try it
@@ -40,7 +39,7 @@ def build_student(config: Config) -> None:
         UserError: when the teacher is refused, or no student can be made of these layers.
     """
     teacher = find_teacher(config)
-    target = config.path(FOLDER)
+    target = config.path(kinds.STUDENT.folder)
     with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
         values, full = teacher.config_values(), teacher.load_config()
         layers = choose_layers(config.student, full.num_hidden_layers)
@@ -62,8 +61,8 @@ def find_student(config: Config) -> ModelFolder:
     Raises:
         UserError: when it is missing, or damaged.
     """
-    folder = config.path(FOLDER)
-    manifest = read_manifest(folder, "student", made_by=MADE_BY)
+    folder = config.path(kinds.STUDENT.folder)
+    manifest = read_manifest(folder, "student")
     trusted = config.teacher.trust_remote_code
     digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
     return ModelFolder(folder, manifest.digest, digest, trusted)

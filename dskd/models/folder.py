@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dskd.artifacts import kinds
 from dskd.artifacts.hashing import digest_of_json, sha256_of_file
 from dskd.artifacts.manifest import read_manifest, write_json
 from dskd.config import Config, TeacherConfig
@@ -22,9 +23,7 @@ from dskd.models.limits import check_limits
 from dskd.models.model_config import read_model_config
 from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
 
-TEACHER_FOLDER = "teacher"
 _LFS_POINTER = b"version https://git-lfs"
-TEACHER_MADE_BY = "python launcher/pipeline.py --config FILE"
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def find_teacher(config: Config) -> ModelFolder:
     """
     teacher = config.teacher
     if teacher.path is None:
-        folder = config.path(TEACHER_FOLDER)
-        manifest = read_manifest(folder, "teacher", made_by=TEACHER_MADE_BY)
+        folder = config.path(kinds.TEACHER.folder)
+        manifest = read_manifest(folder, "teacher")
         return ModelFolder(folder, manifest.digest, tokenizer_digest(load_tokenizer(folder)))
     folder = _local_or_hub(teacher)
     check_model_folder(folder, named_by="teacher.path", trust_remote_code=teacher.trust_remote_code)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
@@ -11,8 +12,6 @@ from dskd.plan.disk import Disk, compute_disk, dictionary_rows
 from dskd.plan.memory import Memory, StageMemory, compute_memory, stages_before
 from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes
 from dskd.plan.speed import Speed, compute_speed
-from dskd.shards import FOLDER as SHARDS_FOLDER
-from dskd.shards import MADE_BY as SHARDS_MADE_BY
 from dskd.training.schedule import count_steps, share_out
 
 RELATIONS = 0.2  # share of the targets with a synonym or antonym, where nobody knows it: more than WordNet gives
@@ -120,7 +119,7 @@ def make_plan(
 
 
 def _shard_samples(config: Config) -> int | None:
-    folder = config.path(SHARDS_FOLDER, "train")
+    folder = config.path(kinds.SHARDS.folder, "train")
     if not Path(folder, "manifest.json").is_file():
         return None
-    return int(read_manifest(folder, "shards", made_by=SHARDS_MADE_BY, files_are_here=False).facts["samples"])
+    return int(read_manifest(folder, "shards", files_are_here=False).facts["samples"])

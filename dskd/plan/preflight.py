@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dskd import shards
+from dskd.artifacts import kinds
 from dskd.artifacts.files import make_folder
 from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.artifacts.manifest import package_versions
@@ -253,7 +254,7 @@ def _check_lock(path: Path) -> str | None:
 
 def _check_shards(config: Config) -> list[str]:
     """Whether this rank's node has the training shards, where they have been made."""
-    if not config.path(shards.FOLDER, "train").exists():
+    if not config.path(kinds.SHARDS.folder, "train").exists():
         return []
     try:
         shards.load_manifest(config, "train")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import Building, remove_partial
 from dskd.artifacts.manifest import Recipe, is_current, read_manifest
 from dskd.config import Config
@@ -16,14 +17,12 @@ from dskd.console import progress_bar, say, stage
 from dskd.corpus.sequences import Sequences, load_sequences
 from dskd.distributed.collectives import barrier, main_first, on_main
 from dskd.distributed.world import World
-from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
-from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.precision import resolve_precision
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
-from dskd.senses.dictionary import FILE, FOLDER, load_fitting_dictionary
+from dskd.senses.dictionary import FILE, load_fitting_dictionary
 from dskd.senses.entries import load_entries
 from dskd.senses.gather import Progress, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
@@ -36,7 +35,7 @@ _NOT_IN_RECIPE = ("path", "batch_size", "memory_budget", "save_minutes", "keep_s
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     """What decides the content of the dictionary."""
-    lexicon = read_manifest(config.path(LEXICON_FOLDER), "lexicon", made_by=LEXICON_MADE_BY)
+    lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
     sampled = _sampling(config, teacher)
     settings = {key: value for key, value in config.senses.as_dict().items() if key not in _NOT_IN_RECIPE}
     return Recipe(
@@ -57,7 +56,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         main_first(lambda: load_fitting_dictionary(config, find_teacher(config)))
         say(f"senses.path: {config.senses.path} is used, nothing is built")
         return
-    target = config.path(FOLDER)
+    target = config.path(kinds.SENSES.folder)
     source = main_first(lambda: find_teacher(config))
     wanted = main_first(lambda: recipe(config, source))
     if not force and on_main(lambda: is_current(target, wanted)):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from dskd.artifacts import kinds
 from dskd.artifacts.files import full_disk_is_said
 from dskd.artifacts.manifest import Manifest, read_manifest, require_same
 from dskd.artifacts.tensor_file import map_tensor
@@ -20,8 +21,7 @@ from dskd.models.folder import ModelFolder
 from dskd.models.weights import open_safetensors
 from dskd.senses.entries import Entries, entry_of_tokens
 
-FOLDER, FILE = "senses", "senses.safetensors"
-MADE_BY = "deepspeed launcher/build_senses.py --config FILE"
+FILE = "senses.safetensors"
 _INDEX_TENSORS = (
     "counts",
     "entry_offsets",
@@ -78,7 +78,7 @@ def save_dictionary(
 
 def dictionary_folder(config: Config) -> Path:
     """`senses.path` where it is given, `WORKDIR/senses` otherwise."""
-    return Path(config.senses.path).expanduser() if config.senses.path is not None else config.path(FOLDER)
+    return Path(config.senses.path).expanduser() if config.senses.path is not None else config.path(kinds.SENSES.folder)
 
 
 def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
@@ -88,7 +88,7 @@ def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
         UserError: when it is missing, damaged or lacks a tensor.
     """
     folder = dictionary_folder(config)
-    made_by = MADE_BY if config.senses.path is None else "dskd senses merge …, or remove senses.path"
+    made_by = kinds.SENSES.made_by if config.senses.path is None else "dskd senses merge …, or remove senses.path"
     manifest = read_manifest(folder, "senses", made_by=made_by)
     return read_dictionary(folder / FILE), manifest
 
@@ -130,7 +130,8 @@ def read_dictionary(path: Path) -> SenseDictionary:
     if len(offsets) != entries.num_entries + 1 or int(offsets[-1]) != shape[0] or len(tensors["counts"]) != shape[0]:
         raise UserError(
             f"{path}: the tensors do not fit each other ({shape[0]} vectors, {len(tensors['counts'])} counts, "
-            f"{len(offsets) - 1} entries that end at row {int(offsets[-1])}); make it again with `{MADE_BY}`"
+            f"{len(offsets) - 1} entries that end at row {int(offsets[-1])}); make it again with "
+            f"`{kinds.SENSES.made_by}`"
         )
     return SenseDictionary(path, entries.vocab_size, shape[1], tensors["counts"], offsets, entries)
 
@@ -143,7 +144,7 @@ def require_fitting(
     Raises:
         UserError: naming both sides.
     """
-    remedy = f"make the dictionary again with `{MADE_BY}`"
+    remedy = f"make the dictionary again with `{kinds.SENSES.made_by}`"
     if dictionary.hidden_size != hidden_size:
         raise UserError(
             f"{dictionary.path}: its sense embeddings have {dictionary.hidden_size} dimensions, the model's hidden "

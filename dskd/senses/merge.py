@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import Building, build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.config import Config
 from dskd.console import progress_bar, stage
 from dskd.errors import UserError, listed
-from dskd.lexicon.relations import FOLDER as LEXICON_FOLDER
-from dskd.lexicon.relations import MADE_BY as LEXICON_MADE_BY
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
-from dskd.senses.dictionary import FILE, MADE_BY, SenseDictionary, map_vectors, read_dictionary, require_fitting
+from dskd.senses.dictionary import FILE, SenseDictionary, map_vectors, read_dictionary, require_fitting
 from dskd.senses.reservoir import TokenStates, split_tokens
 
 _MERGING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")
@@ -49,7 +48,7 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
             f"these dictionaries cannot be merged: their senses.key are {' and '.join(sorted(keys))}, so their rows "
             "mean different things; build one of them again"
         )
-    lexicon = read_manifest(config.path(LEXICON_FOLDER), "lexicon", made_by=LEXICON_MADE_BY)
+    lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
     settings = {key: value for key, value in config.senses.as_dict().items() if key in _MERGING}
     wanted = Recipe(
         "senses",
@@ -67,7 +66,7 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
 
 def _is_dictionary(folder: Path) -> bool:
     try:
-        read_manifest(folder, "senses", made_by=MADE_BY)
+        read_manifest(folder, "senses")
     except UserError:
         return False
     return True
@@ -78,7 +77,7 @@ def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[Sense
     opened, problems = [], []
     for folder in folders:
         try:
-            manifest = read_manifest(folder, "senses", made_by=MADE_BY)
+            manifest = read_manifest(folder, "senses")
             dictionary = read_dictionary(folder / FILE)
             require_fitting(
                 dictionary,
@@ -87,7 +86,7 @@ def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[Sense
                 tokenizer=teacher.tokenizer_digest,
                 hidden_size=hidden_size,
             )
-            verify_files(folder, manifest, made_by=MADE_BY)
+            verify_files(folder, manifest)
             opened.append((dictionary, manifest))
         except UserError as error:
             problems.append(str(error))

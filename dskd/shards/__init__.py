@@ -15,8 +15,6 @@ from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.opening import is_lasting, open_shards, place, require_remote
 from dskd.shards.schema import (
     COLUMNS,
-    FOLDER,
-    MADE_BY,
     TEACHER_COLUMNS,
     columns_of,
     load_manifest,
@@ -28,8 +26,6 @@ from dskd.shards.writing import join_blocks, write_block
 
 __all__ = [
     "COLUMNS",
-    "FOLDER",
-    "MADE_BY",
     "TEACHER_COLUMNS",
     "collate_tokens",
     "columns_of",

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import Building
 from dskd.artifacts.manifest import Recipe, is_current, verify_files, write_json
 from dskd.config import Config
@@ -41,9 +42,8 @@ from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import resolve_precision
 from dskd.models.readouts import TopTokens, chunk_size, top_tokens
 from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, load_fitting_dictionary
-from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.senses.states import read_states_of, states_of
-from dskd.shards import FOLDER, columns_of, join_blocks, write_block
+from dskd.shards import columns_of, join_blocks, write_block
 from dskd.shards.continuations import Continuer
 from dskd.shards.search import Searcher
 
@@ -83,9 +83,11 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     dictionary = main_first(lambda: _load_verified_dictionary(config, source))
     wanted = main_first(lambda: {split: recipe(config, split, source) for split in SPLITS})
     # Rank 0's word counts: all ranks must take the same way.
-    stale = on_main(lambda: [s for s in SPLITS if force or not is_current(config.path(FOLDER, s), wanted[s])])
+    stale = on_main(
+        lambda: [s for s in SPLITS if force or not is_current(config.path(kinds.SHARDS.folder, s), wanted[s])]
+    )
     if not stale:
-        say(f"up to date: {config.path(FOLDER)}")
+        say(f"up to date: {config.path(kinds.SHARDS.folder)}")
         return
     on_main(lambda: _require_tokens(config.annotation.teacher_top_n, source))
     reads_logits = any(_continuation_tokens(config, split) or _teacher_top_n(config, split) for split in stale)
@@ -171,7 +173,7 @@ def _require_tokens(top_n: int, teacher: ModelFolder) -> None:
 def _load_verified_dictionary(config: Config, teacher: ModelFolder) -> SenseDictionary:
     dictionary, manifest = load_fitting_dictionary(config, teacher)
     if is_main_process():
-        verify_files(dictionary.path.parent, manifest, made_by=SENSES_MADE_BY)
+        verify_files(dictionary.path.parent, manifest)
     return dictionary
 
 
@@ -185,7 +187,7 @@ def _annotate_split(
     wanted: Recipe,
     world: World,
 ) -> None:
-    target = config.path(FOLDER, split)
+    target = config.path(kinds.SHARDS.folder, split)
     sources = [config.path("sequences"), dictionary_folder(config) / FILE]
     with stage(f"annotate: rows of the sense dictionary for every position ({split})", reads=sources, writes=target):
         building = Building(target, wanted)

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dskd.artifacts import kinds
 from dskd.artifacts.hashing import sha256_of_file
 from dskd.artifacts.mds import INDEX
 from dskd.config import Config
@@ -11,7 +12,7 @@ from dskd.distributed.collectives import on_main
 from dskd.distributed.node_cache import streaming_names
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError
-from dskd.shards.schema import FOLDER, HASH, load_manifest
+from dskd.shards.schema import HASH, load_manifest
 
 if TYPE_CHECKING:
     from dskd.shards.dataset import ShardDataset
@@ -50,7 +51,7 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
 def place(config: Config, split: str) -> str:
     """Where a split's shards are read from."""
     if config.train.shard_remote is None:
-        return str(config.path(FOLDER, split).resolve())
+        return str(config.path(kinds.SHARDS.folder, split).resolve())
     return f"{config.train.shard_remote.rstrip('/')}/{split}"
 
 
@@ -70,8 +71,8 @@ def require_remote(config: Config, split: str) -> None:
         except Exception as error:  # of each store its own kind
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise (UserError if is_lasting(error) else OutageError)(
-                f"train.shard_remote: {remote} cannot be read ({reason}); copy {config.path(FOLDER)} there, correct "
-                "the address, or see to the access (credentials, network)"
+                f"train.shard_remote: {remote} cannot be read ({reason}); copy {config.path(kinds.SHARDS.folder)} "
+                "there, correct the address, or see to the access (credentials, network)"
             ) from error
         _require_same_index(config, split, index)
 
@@ -94,8 +95,8 @@ def _require_same_index(config: Config, split: str, index: Path) -> None:
     found = sha256_of_file(index)
     if found != expected:
         raise UserError(
-            f"{place(config, split)}: its {INDEX} is not that of {config.path(FOLDER, split)} (sha256 {found[:12]}…, "
-            f"expected {expected[:12]}…): it has other shards; copy {config.path(FOLDER)} there again, or correct "
-            "train.shard_remote",
+            f"{place(config, split)}: its {INDEX} is not that of {config.path(kinds.SHARDS.folder, split)} (sha256 "
+            f"{found[:12]}…, expected {expected[:12]}…): it has other shards; copy {config.path(kinds.SHARDS.folder)} "
+            "there again, or correct train.shard_remote",
             known_to_all_ranks=True,
         )

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, read_manifest, require_same, verify_files
 from dskd.config import Config
 from dskd.errors import UserError
 
-FOLDER = "shards"
-MADE_BY = "deepspeed launcher/annotate.py --config FILE"
 COLUMNS = {
     "input_ids": "ndarray:int32",
     "loss_mask": "ndarray:uint8",
@@ -37,7 +36,7 @@ def load_manifest(config: Config, split: str) -> Manifest:
         UserError: when the shards are missing or were damaged; of a remote copy only the manifest has to be here.
     """
     here = config.train.shard_remote is None
-    return read_manifest(config.path(FOLDER, split), "shards", made_by=MADE_BY, files_are_here=here)
+    return read_manifest(config.path(kinds.SHARDS.folder, split), "shards", files_are_here=here)
 
 
 def require_fitting(
@@ -50,8 +49,8 @@ def require_fitting(
     Raises:
         UserError: naming both sides, or the file that was changed.
     """
-    folder = config.path(FOLDER, split)
-    remedy = f"make the shards again with `{MADE_BY}`"
+    folder = config.path(kinds.SHARDS.folder, split)
+    remedy = f"make the shards again with `{kinds.SHARDS.made_by}`"
     for what, expected, found in (
         ("tokenizers", tokenizer, manifest.tokenizer),
         ("teachers", teacher, manifest.teacher),
@@ -59,7 +58,7 @@ def require_fitting(
     ):
         require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
     if config.train.shard_remote is None:
-        verify_files(folder, manifest, made_by=MADE_BY)
+        verify_files(folder, manifest)
 
 
 def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> None:
@@ -71,14 +70,14 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
     wanted, found = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
     if found and found != wanted:
         raise UserError(
-            f"annotation.teacher_top_n: {wanted}, but {config.path(FOLDER, split)} holds the teacher's {found} most "
-            f"probable tokens; set it to {found}, or make the shards again with `{MADE_BY}`"
+            f"annotation.teacher_top_n: {wanted}, but {config.path(kinds.SHARDS.folder, split)} holds the teacher's "
+            f"{found} most probable tokens; set it to {found}, or make the shards again with `{kinds.SHARDS.made_by}`"
         )
     if not found:
         raise UserError(
-            f"{config.path(FOLDER, split)}: the shards hold no distributions of the teacher, and teacher.mode: cached "
-            f"with loss.kd_weight {config.loss.kd_weight:g} reads them; set annotation.teacher_top_n (64, say) and "
-            f"make the shards again with `{MADE_BY}`"
+            f"{config.path(kinds.SHARDS.folder, split)}: the shards hold no distributions of the teacher, and "
+            f"teacher.mode: cached with loss.kd_weight {config.loss.kd_weight:g} reads them; set "
+            f"annotation.teacher_top_n (64, say) and make the shards again with `{kinds.SHARDS.made_by}`"
         )
 
 

@@ -32,7 +32,7 @@ _SETTLED_AFTER_S = 1.0
 
 def run_folder(config: Config, run: str) -> Path:
     """Where the record of a run is, and what is unsent about it: it goes with the checkpoints."""
-    return config.path(kinds.FOLDER, run, FOLDER)
+    return config.path(kinds.CHECKPOINT.folder, run, FOLDER)
 
 
 def load_run(folder: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dskd.artifacts.kinds import MADE_BY, folder
+from dskd.artifacts.kinds import folder
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest, verify_files
 from dskd.config import Config
 from dskd.config.reading import differences
@@ -89,10 +89,10 @@ def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Check
         if newest is not None and step > newest:
             continue
         try:
-            manifest = read_manifest(path, "checkpoint", made_by=MADE_BY)
+            manifest = read_manifest(path, "checkpoint")
             _require_facts(path, manifest)
             if verify:
-                verify_files(path, manifest, made_by=MADE_BY)
+                verify_files(path, manifest)
         except (UserError, FileNotFoundError) as problem:  # a file that goes while it is read
             damaged.append(str(problem))
             problems.append(f"{problem}; passing over this checkpoint")
@@ -114,7 +114,7 @@ def at_step(config: Config, step: int) -> Checkpoint:
         UserError: when it is missing or damaged.
     """
     path = folder(config) / f"step-{step:08d}"
-    return Checkpoint(path, step, read_manifest(path, "checkpoint", made_by=MADE_BY))
+    return Checkpoint(path, step, read_manifest(path, "checkpoint"))
 
 
 def is_finished(config: Config, recipe: Recipe) -> bool:

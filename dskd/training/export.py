@@ -30,9 +30,6 @@ from dskd.models.weights import WEIGHTS_INDEX, TensorReader, write_weights
 from dskd.tracking import log_export
 from dskd.training import checkpoint
 
-FOLDER = "export"
-MADE_BY = "dskd export --config FILE"
-
 
 def recipe(found: checkpoint.Checkpoint) -> Recipe:
     """What decides an export."""
@@ -51,14 +48,14 @@ def build_export(config: Config) -> None:
     """
     found = checkpoint.latest(config)
     if found is None:
-        raise UserError(f"{kinds.folder(config)}: there is no checkpoint; train with `{kinds.MADE_BY}`")
+        raise UserError(f"{kinds.folder(config)}: there is no checkpoint; train with `{kinds.CHECKPOINT.made_by}`")
     student = find_student(config)
     if student.digest != found.manifest.inputs["student"]:
         raise UserError(
             f"{found.path}: trained from another student ({found.manifest.inputs['student'][:12]}…) than "
-            f"{student.path} ({student.digest[:12]}…); train again with `{kinds.MADE_BY}`"
+            f"{student.path} ({student.digest[:12]}…); train again with `{kinds.CHECKPOINT.made_by}`"
         )
-    target = config.path(FOLDER, config.run)
+    target = config.path(kinds.EXPORT.folder, config.run)
     if is_current(target, recipe(found)):
         say(f"up to date: {target}")
     else:
@@ -77,7 +74,7 @@ def build_export(config: Config) -> None:
 
 def _build(config: Config, found: checkpoint.Checkpoint, student: ModelFolder, target: Path) -> None:
     with stage(f"export: run {config.run!r}", reads=[student.path, found.path], writes=target):
-        verify_files(found.path, found.manifest, made_by=kinds.MADE_BY)
+        verify_files(found.path, found.manifest)
         with build_artifact(target, recipe(found)) as building:
             trained = load_file(found.path / checkpoint.TRAINED_FILE)
             types = write_export(student, trained, building.folder)
@@ -115,8 +112,8 @@ def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
     Raises:
         UserError: when it is missing or damaged.
     """
-    folder = config.path(FOLDER, run)
-    manifest = read_manifest(folder, "export", made_by=MADE_BY)
+    folder = config.path(kinds.EXPORT.folder, run)
+    manifest = read_manifest(folder, "export")
     digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code))
     return ModelFolder(folder, manifest.digest, digest, config.teacher.trust_remote_code), manifest
 

@@ -10,12 +10,10 @@ from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_file
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.cutting import MADE_BY as STUDENT_MADE_BY
 from dskd.models.cutting import find_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.precision import resolve_precision
 from dskd.random_numbers import derived_seed
-from dskd.senses.dictionary import MADE_BY as SENSES_MADE_BY
 from dskd.senses.dictionary import load_dictionary, require_fitting
 from dskd.training.candidates import Candidates
 from dskd.training.collator import Collator
@@ -113,9 +111,9 @@ def _reads_teacher_cache(config: Config) -> bool:
 
 def verify_inputs(config: Config, inputs: Inputs) -> None:
     """Reads every file of the inputs and compares it with its manifest."""
-    verify_files(inputs.vectors_path.parent, inputs.senses, made_by=SENSES_MADE_BY)
-    student = read_manifest(inputs.student.path, "student", made_by=STUDENT_MADE_BY)
-    verify_files(inputs.student.path, student, made_by=STUDENT_MADE_BY)
+    verify_files(inputs.vectors_path.parent, inputs.senses)
+    student = read_manifest(inputs.student.path, "student")
+    verify_files(inputs.student.path, student)
     shards.require_fitting(
         config,
         "train",

@@ -12,7 +12,6 @@ from dskd.distributed.collectives import main_first
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.causal_lm import fits_without_lower_layers
-from dskd.models.cutting import MADE_BY
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import compute_dtype
@@ -120,7 +119,7 @@ def load_pair(
 
 def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[int, list[int]]:
     """Layers of the shared trunk, and the teacher's layers that the student consists of."""
-    manifest = read_manifest(student.path, "student", made_by=MADE_BY)
+    manifest = read_manifest(student.path, "student")
     kept = manifest.facts["layers"]
     tied = bool(getattr(student.load_config(), "tie_word_embeddings", False))
     try:

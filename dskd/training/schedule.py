@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from dskd import shards
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest
 from dskd.config import Config, TrainConfig
 from dskd.errors import UserError
@@ -42,7 +43,7 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
     global_batch = train.global_batch_size
     micro_batch, accumulation_steps = share_out(train, world_size)
     shards.require_samples(
-        manifest, config.path(shards.FOLDER, "train"), global_batch, "train.global_batch_size, one step"
+        manifest, config.path(kinds.SHARDS.folder, "train"), global_batch, "train.global_batch_size, one step"
     )
     steps_per_epoch = manifest.facts["samples"] // global_batch
     return Schedule(

@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.files import full_disk_is_said
 from dskd.artifacts.manifest import Recipe, read_manifest
 from dskd.config import Config, TeacherRecipe
 from dskd.console import progress_bar, say, stage
-from dskd.corpus.build import FOLDER as CORPUS_FOLDER
-from dskd.corpus.build import MADE_BY as CORPUS_MADE_BY
 from dskd.corpus.build import read_texts
 from dskd.corpus.packing import pack
 from dskd.corpus.sequences import Sequences, TokenBatch, open_sequences
 from dskd.distributed.world import uses_gpu
 from dskd.errors import UserError
-from dskd.models.folder import TEACHER_FOLDER
 from dskd.models.precision import compute_dtype, resolve_precision
 from dskd.random_numbers import derived_seed
 
@@ -33,7 +31,7 @@ _WARMUP_SHARE = 0.05
 
 def recipe(config: Config) -> Recipe:
     """What decides the teacher that is trained from scratch."""
-    documents = read_manifest(config.path(CORPUS_FOLDER), "corpus", made_by=CORPUS_MADE_BY)
+    documents = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
     assert config.teacher.train_from_scratch is not None
     settings = config.teacher.train_from_scratch.as_dict() | {
         "sequence_length": config.corpus.sequence_length,
@@ -48,8 +46,8 @@ def build_teacher(config: Config) -> None:
     """Trains tokenizer and teacher on the training documents, and writes `WORKDIR/teacher`."""
     settings = config.teacher.train_from_scratch
     assert settings is not None
-    target = config.path(TEACHER_FOLDER)
-    with stage("teacher: trained from scratch", reads=[config.path(CORPUS_FOLDER)], writes=target):
+    target = config.path(kinds.TEACHER.folder)
+    with stage("teacher: trained from scratch", reads=[config.path(kinds.CORPUS.folder)], writes=target):
         wanted = recipe(config)
         with build_artifact(target, wanted) as building:
             tokenizer = train_tokenizer(read_texts(config, "train"), settings.vocab_size)

@@ -6,7 +6,6 @@ stopped and resumed equals one that was not (docs/invariants.md).
 
 import time
 
-from dskd import shards
 from dskd.artifacts import kinds
 from dskd.artifacts.building import LOCK_PATIENCE_S
 from dskd.artifacts.hashing import digest_of_json
@@ -55,7 +54,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     began = time.perf_counter()
     with stage(
         f"train: run {config.run!r}",
-        reads=[config.path("student"), config.path(shards.FOLDER, "train"), dictionary_folder(config)],
+        reads=[config.path("student"), config.path(kinds.SHARDS.folder, "train"), dictionary_folder(config)],
         writes=kinds.folder(config),
     ):
         inputs = main_first(lambda: load_inputs(config))

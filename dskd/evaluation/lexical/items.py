@@ -14,19 +14,17 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.files import write_text
 from dskd.artifacts.hashing import sha256_of_file
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_file, read_manifest
 from dskd.config import Config
 from dskd.console import progress, say, stage
-from dskd.corpus.build import FOLDER as CORPUS_FOLDER
-from dskd.corpus.build import MADE_BY as CORPUS_MADE_BY
 from dskd.corpus.build import read_texts
 from dskd.errors import OutageError, UserError
 from dskd.evaluation.lexical.contexts import Context, read_contexts
 from dskd.evaluation.lexical.preference import Choice, choices, phrases_of
-from dskd.evaluation.lexical.results import ITEMS_FOLDER, MADE_BY
 from dskd.evaluation.lexical.separation import lemmas_with_both, lemmas_with_pairs
 from dskd.evaluation.lexical.states import Tokens, tokenize
 from dskd.evaluation.lexical.surface import surface_scores
@@ -63,7 +61,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
             the threshold's pairs, too.
     """
     inputs = {
-        "corpus": read_manifest(config.path(CORPUS_FOLDER), "corpus", made_by=CORPUS_MADE_BY).digest,
+        "corpus": read_manifest(config.path(kinds.CORPUS.folder), "corpus").digest,
         "wordnet": open_wordnet(config.wordnet.path).digest,
     }
     _read_pairs(config)
@@ -94,7 +92,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
     Raises:
         UserError: as :func:`recipe`, and when the tokenizer does not say which letters a token has.
     """
-    target = config.path(ITEMS_FOLDER)
+    target = config.path(kinds.LEXICAL_ITEMS.folder)
     wanted = recipe(config, teacher)
     if not is_current(target, wanted):
         tokenizer = teacher.load_tokenizer()
@@ -103,7 +101,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
                 f"{teacher.path}: {type(tokenizer).__name__} does not say which letters a token has, and without that "
                 "no word is found in a sentence; put a tokenizer.json of it into the folder"
             )
-        sources: list[str | Path] = ["WordNet's examples", config.path(CORPUS_FOLDER, "train.parquet")]
+        sources: list[str | Path] = ["WordNet's examples", config.path(kinds.CORPUS.folder, "train.parquet")]
         with stage("lexical items: what no training text has", reads=sources, writes=target):
             wordnet = open_wordnet(config.wordnet.path)
             with build_artifact(target, wanted) as building:
@@ -115,7 +113,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
             say("  " + ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items()))
             if min(facts["of_both_kinds"], facts["synonyms_against_antonyms"]) < _FEW:
                 say("  that is little to measure on; where the corpus is WordNet, a larger validation_share gives more")
-    return read_manifest(target, "lexical-items", made_by=MADE_BY)
+    return read_manifest(target, "lexical-items")
 
 
 def load_items(config: Config, manifest: Manifest) -> Items:
@@ -124,11 +122,11 @@ def load_items(config: Config, manifest: Manifest) -> Items:
     Raises:
         OutageError: when there are others by now.
     """
-    content = read_file(config.path(ITEMS_FOLDER), FILE) or b""
+    content = read_file(config.path(kinds.LEXICAL_ITEMS.folder), FILE) or b""
     if hashlib.sha256(content).hexdigest() != manifest.files[FILE]["sha256"]:
         raise OutageError(
-            f"{config.path(ITEMS_FOLDER, FILE)}: these are not the items that were made for this config; another job "
-            "may have made those of its own config meanwhile. Start it again when that has ended"
+            f"{config.path(kinds.LEXICAL_ITEMS.folder, FILE)}: these are not the items that were made for this config; "
+            "another job may have made those of its own config meanwhile. Start it again when that has ended"
         )
     return _ITEMS.validate_json(content)
 

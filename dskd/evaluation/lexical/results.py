@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact, was_made_meanwhile
 from dskd.artifacts.hashing import digest_of_json
 from dskd.artifacts.manifest import Manifest, Recipe, write_json
@@ -19,9 +20,7 @@ from dskd.evaluation.models import CUT_STUDENT, TEACHER, Candidate
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples
 from dskd.tracking import log_results
 
-MADE_BY = "deepspeed launcher/evaluate.py --config FILE --lexical"
-ITEMS_FOLDER = "lexical_items"
-FOLDER, FILE, EXAMPLES_FILE, ITEMS_FILE = "lexical", "measures.json", "examples.parquet", "items.parquet"
+FILE, EXAMPLES_FILE, ITEMS_FILE = "measures.json", "examples.parquet", "items.parquet"
 _ITEMS_SCHEMA = pa.schema(
     [
         ("measure", pa.string()),
@@ -38,7 +37,7 @@ Summary = dict[str, dict[str, Any]]
 def _perplexity(config: Config, candidate: Candidate) -> Summary:
     """Perplexity on lexical targets, from the evaluation."""
     vocab_size = candidate.folder.load_config().vocab_size
-    path = config.path(held_out_text.FOLDER, candidate.name, held_out_text.EXAMPLES_FILE)
+    path = config.path(kinds.EVALUATION.folder, candidate.name, held_out_text.EXAMPLES_FILE)
     columns = read_examples(path.read_bytes()).columns
     by_name = {measure.name: measure for measure in held_out_text.MEASURES}
     lexical = by_name["lexical_perplexity"]
@@ -84,7 +83,7 @@ def publish(
     summary = summarize(items) | areas | _perplexity(config, candidate)
     clusters, columns = columns_of(items)
     names = list(dict.fromkeys(item.measure for item in items))
-    target = config.path(FOLDER, candidate.name)
+    target = config.path(kinds.LEXICAL.folder, candidate.name)
     if not force and was_made_meanwhile(target, wanted):
         return
     data = digest_of_json({"items": wanted.inputs["items"], "text": text})
@@ -99,7 +98,14 @@ def publish(
         values = {name: one["value"] for name, one in summary.items()}
         examples = target / EXAMPLES_FILE
         log_results(
-            config, candidate.name, candidate.mlflow_run_id, FOLDER, values, examples, data=data, step=candidate.step
+            config,
+            candidate.name,
+            candidate.mlflow_run_id,
+            kinds.LEXICAL.folder,
+            values,
+            examples,
+            data=data,
+            step=candidate.step,
         )
 
 
@@ -109,7 +115,7 @@ def _row(item: Item) -> tuple[Any, ...]:
 
 def load_summary(config: Config, name: str) -> Summary:
     """{measure: value, standard_error, chance, items, clusters, …} of a model that was measured."""
-    return json.loads(config.path(FOLDER, name, FILE).read_text(encoding="utf-8"))
+    return json.loads(config.path(kinds.LEXICAL.folder, name, FILE).read_text(encoding="utf-8"))
 
 
 def comparison(config: Config, names: Sequence[str], items: Manifest) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe, is_current
 from dskd.config import Config
 from dskd.console import say, stage
@@ -16,7 +17,7 @@ from dskd.evaluation import held_out_text
 from dskd.evaluation.held_out_text import HeldOutText
 from dskd.evaluation.lexical import alignment, preference, retrieval, separation, wic
 from dskd.evaluation.lexical.items import Items, build_items, load_items
-from dskd.evaluation.lexical.results import FOLDER, Summary, comparison, publish
+from dskd.evaluation.lexical.results import Summary, comparison, publish
 from dskd.evaluation.lexical.scores import Item, area
 from dskd.evaluation.lexical.states import TARGET, WORD, Tokens, read_likelihoods, read_states
 from dskd.evaluation.models import Candidate, chosen, load_candidate, same_on_all_ranks
@@ -49,16 +50,18 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     teacher = main_first(lambda: find_teacher(config))
     wanted = main_first(lambda: {model.name: recipe(config, model, teacher, manifest) for model in models})
     # Rank 0's word counts: all ranks must measure the same models.
-    stale = on_main(lambda: [n for n, it in wanted.items() if force or not is_current(config.path(FOLDER, n), it)])
+    stale = on_main(
+        lambda: [n for n, it in wanted.items() if force or not is_current(config.path(kinds.LEXICAL.folder, n), it)]
+    )
     dictionary, _ = main_first(lambda: load_dictionary(config))
     validation = main_first(lambda: load_manifest(config, "validation"))
     text = HeldOutText(config, validation, dictionary.path, world) if stale else None
     for model in models:
         if model.name not in stale:
-            say(f"up to date: {config.path(FOLDER, model.name)}")
+            say(f"up to date: {config.path(kinds.LEXICAL.folder, model.name)}")
             continue
         assert text is not None
-        target = config.path(FOLDER, model.name)
+        target = config.path(kinds.LEXICAL.folder, model.name)
         with stage(f"lexical knowledge: {model.name}", reads=[model.folder.path, "lexical items"], writes=target):
             frozen = load_candidate(model, config, world)
             found, summary = measure(frozen, items, text, dictionary, _texts_at_once(config, items), world)
