@@ -68,7 +68,7 @@ def test_the_page_says_what_is_refused(tmp_path, name):
     try:
         whole = check_architecture(folder, config)
     except UserError:
-        assert "| no | no |" in written
+        assert written.split(" | ")[1] == "no"
         return
     teacher, cut, documents = written.split(" | ")[1:4]
     assert teacher == "yes"
@@ -95,5 +95,6 @@ def test_the_page_says_what_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_a_plan_refuses_what_training_refuses_and_raises_nothing_else(tmp_path, name):
-    is_refused = "| no | no |" in _rows()[ARCHITECTURES[name].example]
+    teacher = _rows()[ARCHITECTURES[name].example].split(" | ")[1]
+    is_refused = teacher == "no"
     assert check_plan(tmp_path, name, is_refused=is_refused) is None

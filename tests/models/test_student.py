@@ -178,6 +178,7 @@ def test_layers_that_would_be_of_another_kind_are_refused(tmp_path):
         workdir=str(tmp_path / "work"),
         teacher={"path": str(tmp_path / "teacher")},
         student={"layers": (0, 2), "train_layers": 1},
+        corpus={"sequence_length": 32},
     )
     with pytest.raises(UserError, match=r"layer 1, the teacher's 2: self_attn.lambda_init is") as error:
         build_student(config)
