@@ -1,5 +1,5 @@
-# The README's two commands, and what they need. Everything is installed inside this folder, but for Debian packages that
-# are missing; without root those are named, not installed.
+# The README's two commands, and what they need. Everything is installed inside this folder, except missing Debian
+# packages; without root these are named, not installed.
 #
 #   make quickstart   the whole pipeline on text and lexical relations from WordNet; no GPU, no model hub
 #   make test         formatter, linter, type checker and test suite
@@ -7,17 +7,17 @@
 #   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
 #   make test-nvme    the tests of teacher.offload: nvme; compiles DeepSpeed's async_io first, which takes minutes
 #   make docs         docs/config.md, what `dskd config` prints
-#   make models       docs/models.md, what is found when every architecture of transformers is tried; a quarter of an hour
+#   make models       docs/models.md, the findings of trying every architecture of transformers; a quarter of an hour
 #
-# ARGS has more arguments of pytest for the tests: make test-fast ARGS="-k senses -x"
+# ARGS passes more arguments to pytest: make test-fast ARGS="-k senses -x"
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/quickstart.yaml
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
-# Tests of one file share what they have made, so files go to workers; most of them wait for something.
-# What is skipped is named with its reason.
+# Tests of one file share what they have made, so each file goes to one of two workers; most tests wait for something.
+# Skipped tests are listed with their reasons.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS)
 
 .PHONY: quickstart test test-fast test-cluster test-nvme check docs models env wordnet browser clean
@@ -32,13 +32,13 @@ test: check wordnet browser
 test-fast: check wordnet
 	$(PYTEST) -m "not slow and not cluster"
 
-# Where these cannot run, they are skipped with the reason.
+# On a machine that cannot run these, they are skipped with the reason.
 test-cluster: env wordnet
 	@[ "$$(id -u)" != 0 ] || dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 || { $(call debian,$(CLUSTER_PACKAGES)); }
 	$(PYTEST) -m cluster
 
-# libaio's headers, and the operator. torch compiles with the ninja that is first on the PATH, and with another version
-# begins again: it is the virtual environment's here and in the tests.
+# libaio's headers, and the operator. torch compiles with the first ninja on the PATH, and starts from scratch with another
+# version of it: here and in the tests that is the virtual environment's.
 test-nvme: export PATH := $(abspath $(VENV))/bin:$(PATH)
 test-nvme: export DSKD_TEST_NVME := 1
 test-nvme: env
@@ -61,13 +61,13 @@ models: env
 
 env: $(VENV)/.installed
 
-# $(call debian,PACKAGE): installs it where that is possible, or says in one line what to do.
+# $(call debian,PACKAGE): installs the package if that is possible, or prints in one line what to do.
 debian = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		(apt-get install -y -q --no-install-recommends $(1) || (apt-get update -q && \
 		 apt-get install -y -q --no-install-recommends $(1))) >/dev/null; \
 	else echo "make: the Debian package $(1) is missing; install it: sudo apt-get install $(1)" >&2; exit 1; fi
 
-# deepspeed comes as source and looks at the torch it is built for: torch is installed first, and build isolation is off.
+# deepspeed comes as source and its setup imports torch: torch is installed first, and build isolation is off.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "make: needs CPython 3.11 to 3.13; name one with PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -78,7 +78,7 @@ $(VENV)/.installed: pyproject.toml
 	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
 	@touch $@
 
-# Without root the package is unpacked beside the virtual environment, where dskd looks too.
+# Without root the package is unpacked into the virtual environment, where dskd looks too.
 wordnet: env
 	@$(PY) -m dskd wordnet 2>/dev/null || { \
 		if [ "$$(id -u)" = 0 ]; then $(call debian,wordnet-base); \
@@ -88,7 +88,7 @@ wordnet: env
 			rm -rf wordnet-base wordnet-base_*.deb; \
 		fi; cd $(CURDIR) && $(PY) -m dskd wordnet; }
 
-# The report of `dskd compare` is looked at in a browser. Where none can be installed that test is skipped with the reason.
+# A test opens the report of `dskd compare` in a browser. If none can be installed, it is skipped with the reason.
 browser:
 	@command -v chromium >/dev/null || ($(call debian,chromium)) || true
 

@@ -18,14 +18,14 @@ examples:
   python -m benchmarks.quality --work work/quality                        all of it; started again, it goes on
   python -m benchmarks.quality --work work/quality --minutes 30           begins no training after half an hour
   python -m benchmarks.quality --work work/quality --stages tune test     without the looks at one factor
-  python -m benchmarks.quality --report                                   README.md from the results
+  python -m benchmarks.quality --report                                   README.md and docs/results.md from the results
   python -m benchmarks.quality --work work/quality --stages               only what all arms share, up to the shards
 
 On a CPU one thread is as fast as two at this size: OMP_NUM_THREADS=1. The same command may run several times at once,
 each on a core of its own. The students of the test stay in WORK/VARIANT/export.
 """
 REPORT = Path(__file__).with_name("README.md")
-README = Path(__file__).parent.parent.parent / "README.md"
+SUMMARY = Path(__file__).parent.parent.parent / "docs" / "results.md"
 STAGES = ("tune", "test", "factor")
 RESULTS = Path(__file__).with_name("results.jsonl")
 
@@ -57,8 +57,8 @@ def main() -> int:
             if not results:
                 raise UserError(f"--results {given.results}: there are no results in it; {REPORT} stays as it is")
             write_report(results, REPORT)
-            write_summary(results, README)
-            print(f"wrote {REPORT} and the table in {README}")
+            write_summary(results, SUMMARY)
+            print(f"wrote {REPORT} and the table in {SUMMARY}")
             return 0
         from benchmarks.quality.trainings import Runner  # after the arguments: --help should not wait for DeepSpeed
         from dskd.distributed.rendezvous import initialize

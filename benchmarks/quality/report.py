@@ -18,10 +18,10 @@ Trained = tuple[str, str | None]  # a stage, and what was changed
 _LEXICAL_MEASURES = """Before the word is said, from the state that the sense loss works on: do examples of one sense
 lie together (separation, ROC AUC), and is an example's sense the first among those of its lemma (retrieval)? Does the
 model rather put a synonym than an antonym of about the same frequency into a sentence (preference)? And is a row of P_i
-nearer to the state than every row of N_i (sense_alignment, on the held-out text)? Definitions are in `dskd/lexical`;
-"letters" is what the letters of the text give without a model. Where the teacher is no better than letters, or than the
-student as it was cut, there is nothing to be taught, and the measure cannot tell the arms apart. The items are of all
-held-out text, also of the part that weights were chosen on."""
+nearer to the state than every row of N_i (sense_alignment, on the held-out text)? Definitions are in
+`dskd/evaluation/lexical`; "letters" is what the letters of the text give without a model. Where the teacher is no
+better than letters, or than the student as it was cut, there is nothing to be taught, and the measure cannot tell the
+arms apart. The items are of all held-out text, also of the part that weights were chosen on."""
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
@@ -57,7 +57,7 @@ _OF_SUMMARY = ("perplexity", "lexical_perplexity", "synonym_preference")
 
 
 def render_summary(results: Sequence[Result]) -> str:
-    """The table of the project's README: each arm against what it stands on."""
+    """Returns the table of docs/results.md: each arm against the one that it adds something to."""
     rows = []
     for name, other in _SUMMARY.items():
         found = [difference(results, _TESTED, name, _TESTED, other, measure) for measure in _OF_SUMMARY]

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.quality import study, work
-from benchmarks.quality.__main__ import README, REPORT, RESULTS, main
+from benchmarks.quality.__main__ import REPORT, RESULTS, SUMMARY, main
 from benchmarks.quality.measures import KNOWLEDGE, ON_TEXT
 from benchmarks.quality.report import PICTURE, SUMMARY_MARKS, render, render_summary, write_report
 from benchmarks.quality.results import Result, append_result, choose, read_results
@@ -118,7 +118,7 @@ def test_without_results_the_report_stays_as_it_is(tmp_path, monkeypatch, capsys
     if content is not None:
         path.write_text(content)
     monkeypatch.setattr("benchmarks.quality.__main__.REPORT", tmp_path / "README.md")
-    monkeypatch.setattr("benchmarks.quality.__main__.README", tmp_path / "README.md")
+    monkeypatch.setattr("benchmarks.quality.__main__.SUMMARY", tmp_path / "README.md")
     monkeypatch.setattr(sys, "argv", ["benchmarks.quality", "--report", "--results", str(path)])
     assert main() == 2
     assert f"--results {path}: there are no results in it" in capsys.readouterr().err
@@ -144,9 +144,9 @@ def test_the_committed_report_is_that_of_the_committed_results():
     assert REPORT.read_text(encoding="utf-8") == render(read_results(RESULTS))
 
 
-def test_the_readmes_table_is_that_of_the_committed_results():
+def test_the_documented_table_is_that_of_the_committed_results():
     begin, end = SUMMARY_MARKS
-    text = README.read_text(encoding="utf-8")
+    text = SUMMARY.read_text(encoding="utf-8")
     assert text.split(begin)[1].split(end)[0] == render_summary(read_results(RESULTS))
 
 
