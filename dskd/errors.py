@@ -21,7 +21,7 @@ class UserError(Exception):
 
     @property
     def exit_code(self) -> int:
-        """What a program ends with."""
+        """Exit code of a program that this error ends."""
         return USER_ERROR_EXIT_CODE
 
 
@@ -30,7 +30,7 @@ class OutageError(UserError):
 
     @property
     def exit_code(self) -> int:
-        """What a program ends with."""
+        """Exit code of a program that this error ends."""
         return FAULT_EXIT_CODE
 
 

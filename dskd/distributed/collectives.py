@@ -73,6 +73,7 @@ def gather_json(value: Any) -> list[Any]:
     payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([payload.numel()], device=device))
+    # all_gather needs tensors of one size: pad all to the longest, and cut them to their sizes again.
     longest = max(int(size) for size in sizes)
     parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
     dist.all_gather(parts, torch.nn.functional.pad(payload, (0, longest - payload.numel())))

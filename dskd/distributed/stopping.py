@@ -43,10 +43,10 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[StopRequest]:
-    """Only records requests during the block, for work that stops at points of its own choice.
+    """Records requests during the block instead of raising, for work that stops at points of its own choice.
 
-    After a request in the block, later ones are ignored: senders repeat them, and they would interrupt the code after
-    the block.
+    If a request arrived in the block, requests after the block are ignored: senders repeat them, and they would
+    interrupt the code that follows.
     """
     request = StopRequest()
 

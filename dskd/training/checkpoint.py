@@ -47,7 +47,7 @@ class Checkpoint:
 
     @property
     def is_final(self) -> bool:
-        """True when the run has no steps left."""
+        """True if the run has no steps left."""
         return self.step == self.manifest.facts["total_steps"]
 
 

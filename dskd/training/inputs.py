@@ -95,7 +95,7 @@ def _bank_on_device(config: Config) -> bool:
 
 
 def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
-    # A stored distribution (n tokens, and one probability for all others) cannot be restricted to a smaller vocabulary.
+    # A stored distribution (n tokens, one probability for all others) cannot be restricted to the tokens both have.
     sizes = [folder.load_config().vocab_size for folder in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(
@@ -110,8 +110,9 @@ def _reads_teacher_cache(config: Config) -> bool:
 
 
 def verify_inputs(config: Config, inputs: Inputs) -> None:
-    """Reads the dictionary's and the student's files, compares them with their manifests, and checks the shards'
-    manifest against the other inputs.
+    """Compares every file of dictionary, student and shards with its manifest, and the shards with the other inputs.
+
+    Files of remote shards are compared later, when they are read.
     """
     verify_files(inputs.vectors_path.parent, inputs.senses)
     student = read_manifest(inputs.student.path, "student")

@@ -82,6 +82,7 @@ def _run(
 ) -> None:
     import dskd.shards.dataset  # noqa: F401  # takes seconds, which would otherwise count as the first step's
 
+    # Load the models. Check disk space and rehearse the export before a checkpoint changes the student's weights.
     loss, train_settings = config.loss, config.train
     pair = load_pair(
         config,
@@ -99,10 +100,12 @@ def _run(
         saving.load(engine, start, world, trunk_depth=pair.trunk_depth)
     first_step = start.step if start is not None else 0
     say_what_runs(config, world, engine, schedule, first_step)
+    # The data, from the first step on that is still to be trained.
     collate = build_collator(config, inputs, schedule)
     bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
     steps = load_steps(config, schedule, collate, cache, world, start_step=first_step, sense_bank=bank)
+    # In MLflow, a new run or the one to resume.
     facts = start.manifest.facts if start is not None else {}
     tracker = start_tracking(
         config,
@@ -184,7 +187,7 @@ def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: b
     hold_lock(kinds.lock_path(config, config.run), what, wait_s=wait_s)
     saving.remove_leftovers(kinds.folder(config))
     if overwrite:
-        return None  # the old checkpoints stay until the first new one is whole
+        return None  # the old checkpoints stay until the first new one is complete
     newest = checkpoint.latest(config, verify=True)
     if newest is None:
         return None
