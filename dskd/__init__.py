@@ -1,8 +1,8 @@
 """Decoder-based sense knowledge distillation (DSKD), distributed.
 
-A frozen decoder (the teacher) is distilled into a smaller one (the student). Beside cross-entropy and KL, a sense loss
-pulls the student's last hidden state towards sense embeddings of the target word and of its synonyms and away from
-those of its antonyms (arXiv 2602.22351). The modules are the stages, in the order in which data flows through them:
+A frozen decoder (the teacher) is distilled into a smaller one (the student). In addition to cross-entropy and KL, a
+sense loss pulls the student's last hidden state towards the sense embeddings of the target word and of its synonyms,
+and away from those of its antonyms (arXiv 2602.22351). The stages, in the order in which data flows through them:
 
     lexicon -> senses -> annotate -> shards -> train -> export -> evaluate -> compare
 """

@@ -1,4 +1,4 @@
-"""The `dskd` command: everything that needs no launcher."""
+"""The `dskd` command, with all verbs that need no launcher."""
 
 import argparse
 import sys
@@ -41,7 +41,7 @@ examples:
   dskd wordnet                                                                       where it is, or how to get it
   dskd wordnet --path /shared/wordnet/dict                                           whether it is there
 """
-# What one may look for among the verbs, and is started otherwise.
+# Stages that a user may expect among the verbs, with the commands that start them.
 _ON_RANKS = {
     "train": "training is `deepspeed launcher/train.py --config FILE`",
     "annotate": "annotation is `deepspeed launcher/annotate.py --config FILE`",
@@ -137,7 +137,7 @@ def _add_verb(verbs: argparse._SubParsersAction, name: str, text: str, epilog: s
 
 
 def main() -> int:
-    """Parses the verb and runs it."""
+    """Parses the command line, runs the verb, and returns its exit code."""
     allow_any_text()
     parser = argparse.ArgumentParser(
         prog="dskd", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,7 +157,7 @@ def main() -> int:
     wordnet.add_argument("--path", help="a folder with WordNet's dictionary files, instead of looking for one")
     add_config_arguments(_add_verb(verbs, "status", STATUS_HELP, STATUS_EPILOG))
     add_config_arguments(_add_verb(verbs, "preflight", PREFLIGHT_HELP, PREFLIGHT_EPILOG))
-    # DeepSpeed's launcher puts it before the verb; ranks are read from the environment.
+    # DeepSpeed's launcher puts this option before the verb. It is ignored: ranks are read from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add_compare_parser(verbs)
     add_inspect_parser(verbs)
@@ -171,7 +171,7 @@ def main() -> int:
     if given.verb == "inspect":
         return run_inspection(given, extra, parser)
     if extra and hasattr(given, "overrides") and not any(argument.startswith("-") for argument in extra):
-        given.overrides += extra  # they stand in more than one place on the line, where argparse takes the first only
+        given.overrides += extra  # argparse takes only the first group of overrides if the line has several
     elif extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if given.verb == "compare":

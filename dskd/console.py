@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: stage headings, progress bars with rates, plain lines; from rank 0 only."""
+"""Output to the terminal: stage headings, progress bars with rates, and plain lines, mostly from rank 0 only."""
 
 import io
 import sys
@@ -16,35 +16,35 @@ T = TypeVar("T")
 
 
 def allow_any_text() -> None:
-    """Makes standard output and error take every character: one that the locale lacks is printed as an escape."""
+    """Makes standard output and error accept every character: those that the locale lacks are printed as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def say(message: str) -> None:
-    """Prints one line on rank 0, clear of any progress bar that is being drawn."""
+    """Prints one line on rank 0 without disturbing a progress bar."""
     if is_main_process():
         tqdm.write(message, file=sys.stderr)
 
 
 def warn(message: str) -> None:
-    """Prints a line that a person should notice, on whichever rank meets it."""
+    """Prints a warning on the rank that calls it."""
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def progress(items: Iterable[T], *, total: int | None, label: str, unit: str) -> Iterator[T]:
-    """Yields `items` under a progress bar that shows the rate in `unit` per second; silent on other ranks than 0."""
+    """Yields `items` and shows a progress bar with the rate in `unit` per second; on ranks other than 0 without bar."""
     yield from tqdm(items, total=total, desc=f"  {label}", unit=f" {unit}", **_bar_options())
 
 
 def progress_bar(*, total: int | None, label: str, unit: str, initial: int = 0) -> tqdm:
-    """A bar to be moved by hand with `.update(n)`, for work that does not come one item at a time."""
+    """Returns a progress bar to advance with `.update(n)`, for work that does not come one item at a time."""
     return tqdm(total=total, initial=initial, desc=f"  {label}", unit=f" {unit}", unit_scale=True, **_bar_options())
 
 
 def _bar_options() -> dict:
-    # In a file or a batch job's log a bar would be one endless line: there it is drawn every 30 seconds.
+    # In a file or a batch job's log a bar would be one endless line, so there it is drawn only every 30 seconds.
     interactive = sys.stderr.isatty()
     return {
         "disable": not is_main_process(),
@@ -57,7 +57,7 @@ def _bar_options() -> dict:
 
 @contextmanager
 def stage(name: str, *, reads: Sequence[Path | str], writes: Path | str) -> Iterator[None]:
-    """Announces a stage with what it reads and writes, and says at its end how long it took."""
+    """Prints what a stage reads and writes and, at its end, how long it took."""
     say(f"== {name}\n  reads  {', '.join(str(source) for source in reads)}\n  writes {writes}")
     started = time.perf_counter()
     yield
@@ -65,7 +65,7 @@ def stage(name: str, *, reads: Sequence[Path | str], writes: Path | str) -> Iter
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Text columns: the first `left` of them to the left, the others, numbers, to the right."""
+    """Formats rows as text columns: aligns the first `left` columns to the left, the others (numbers) to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = [
         "  ".join(

@@ -1,5 +1,6 @@
-"""What is said without a traceback: the user's mistakes, outages, and ranks that are lost. Everything else is a fault
-of ours and keeps its own.
+"""Exceptions reported without a traceback: user errors, outages and lost ranks.
+
+Any other exception is a bug and keeps its traceback.
 """
 
 USER_ERROR_EXIT_CODE = 2
@@ -7,37 +8,38 @@ FAULT_EXIT_CODE = 1  # schedulers may retry it
 
 
 class UserError(Exception):
-    """Bad input. The message names the culprit (file, key or line), what was found, what would be right and what to do.
+    """An error caused by bad input.
 
-    Programs print it without a traceback and exit with :data:`USER_ERROR_EXIT_CODE`. Schedulers must not retry it.
+    The message names the source (file, key or line), what was found, what would be right and what to do. Programs print
+    it without a traceback and exit with :data:`USER_ERROR_EXIT_CODE`. Schedulers must not retry it.
     """
 
     def __init__(self, message: str, *, known_to_all_ranks: bool = False) -> None:
         super().__init__(message)
-        # Raised by every rank for the same reason: rank 0 says it for all.
+        # True if every rank raises it for the same reason: then only rank 0 prints it.
         self.known_to_all_ranks = known_to_all_ranks
 
     @property
     def exit_code(self) -> int:
-        """What a program ends with."""
+        """Exit code of a program that this error ends."""
         return USER_ERROR_EXIT_CODE
 
 
 class OutageError(UserError):
-    """What may mend itself, or be better on another node: said like a mistake, and to be retried."""
+    """An error that may disappear by itself or on another node: reported like a user error, but worth a retry."""
 
     @property
     def exit_code(self) -> int:
-        """What a program ends with."""
+        """Exit code of a program that this error ends."""
         return FAULT_EXIT_CODE
 
 
 class LostPeerError(Exception):
-    """Ranks are missing, and those that are left cannot go on without them; starting all of them again may do."""
+    """The error of ranks that cannot continue because others are missing; restarting all ranks may help."""
 
 
 def listed(headline: str, problems: list[str], limit: int = 20) -> str:
-    """`headline` and the problems under it, a line each; of very many only the first, and how many more."""
+    """Formats `headline` and the problems below it, one per line: at most `limit`, then the number of the others."""
     lines = [f"  {problem}" for problem in problems[:limit]]
     if len(problems) > limit:
         lines.append(f"  … and {len(problems) - limit:,} more")

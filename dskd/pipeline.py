@@ -1,7 +1,7 @@
-"""All stages in order, each skipped when what it would make is there and up to date.
+"""The pipeline: runs all stages in order, and skips each one whose artifact is up to date.
 
 Stages of one process run here; stages of several ranks are started through DeepSpeed's launcher, as a user would start
-them. Whether a stage came to its end is read from its artifact: the launcher's exit code is 0 even when its ranks were
+them. A stage counts as finished if its artifact is up to date: the launcher's exit code is 0 even if its ranks were
 killed.
 """
 
@@ -41,7 +41,7 @@ LOCK = ".pipeline.lock"  # in the work directory
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the pipeline: what it makes, whether that is up to date, and how to make it."""
+    """A step of the pipeline: its name, the check that its artifact is up to date, and the function that builds it."""
 
     name: str
     is_current: Callable[[], bool]
@@ -53,19 +53,19 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
 
     Args:
         path: the config.
-        overrides: laid over it.
-        until: the last stage to look at, by its name; then nothing is compared.
+        overrides: overrides of the config.
+        until: name of the last stage to run, without a comparison; None runs all stages.
 
     Raises:
-        UserError: for what the user has to mend.
-        StageFailedError: when ranks failed.
+        UserError: for errors that the user has to fix.
+        StageFailedError: if a stage of several ranks failed.
     """
     stopping.listen()
     config = load_config(path, overrides)
     hold_lock(config.path(LOCK), "runs the pipeline in this work directory", wait_s=LOCK_PATIENCE_S)
     started = time.perf_counter()
     if config.teacher.path is not None:
-        find_teacher(config)  # what does not fit to the model is refused before the corpus is read
+        find_teacher(config)  # fails early if the model does not fit, before the corpus is read
     stages = plan_stages(config, path, overrides)
     if until is not None:
         names = [stage.name for stage in stages]
@@ -73,7 +73,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
             raise UserError(f"--until {until}: there is no such stage; stages of this config: {', '.join(names)}")
         stages = stages[: names.index(until) + 1]
     current: list[str] = []
-    is_checked = config.teacher.path is None  # one that is trained from scratch is of a kind that works
+    is_checked = config.teacher.path is None  # the architecture of a teacher from scratch is known to work
     for stage in stages:
         if stage.is_current():
             current.append(stage.name)
@@ -94,7 +94,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
 
 
 def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
-    """The stages in the order of the data flow, and those that need one process before those that need ranks."""
+    """Returns the stages in the order of the data flow, and single-process stages before those that need ranks."""
 
     def artifact(folder: str, recipe: Callable[[], Recipe]) -> Callable[[], bool]:
         return lambda: is_current(config.path(folder), recipe())
@@ -156,12 +156,12 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
 
 
 def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
-    """Training and export of one run."""
+    """Returns the stages of one run: training and export."""
 
     def build() -> None:
         wanted = inputs.recipe(config)
         newest = checkpoint.latest(config)
-        # Checkpoints of another config are stale artifacts, as everywhere in the pipeline; the tracked run stays.
+        # As everywhere in the pipeline, checkpoints of another config are stale and replaced; their tracked run stays.
         other = newest is not None and bool(checkpoint.changes_since(newest, wanted))
         flag = "--overwrite" if other else "--resume"
         launch(config, "train.py", ["--config", str(path), flag, *overrides, run_override(config.run)])
@@ -177,9 +177,9 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
 
 
 def compare_or_say_why_not(config: Config) -> str:
-    """The comparison; where runs that were tracked earlier were evaluated on other data, why there is none.
+    """Returns the comparison or, if earlier tracked runs were evaluated on other data, the reason why there is none.
 
-    That is no failure of the pipeline: everything that was asked for is made.
+    That is not a failure of the pipeline, since all artifacts exist.
     """
     try:
         return compare(config)
@@ -188,7 +188,7 @@ def compare_or_say_why_not(config: Config) -> str:
 
 
 def run_override(name: str) -> str:
-    """The override that chooses a run; quoted where YAML would read the name as a number or a truth value."""
+    """Returns the override that selects a run; the name is quoted if YAML would read it as a number or a boolean."""
     return f"run={name}" if yaml.safe_load(name) == name else f'run="{name}"'
 
 

@@ -1,27 +1,27 @@
-"""Random numbers that are a function of what they are for, not of the order in which they are drawn.
+"""Random numbers that depend on their purpose, not on the order in which they are drawn.
 
-A generator's stream depends on how many numbers were drawn before, and so on batches, ranks and restarts. Here a number
-is computed from a seed and the coordinates of the thing it decides about (document, position, token …).
+A number from a generator depends on how many were drawn before, and so on batches, ranks and restarts. Here a number is
+computed from a seed and the coordinates of what it is used for (document, position, token …).
 """
 
 import hashlib
 
 import torch
 
-# splitmix64 (Steele, Lea and Flood, OOPSLA 2014), in the two's complement that torch's int64 has.
+# Constants of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), in two's complement for torch's int64.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def derived_seed(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed that depends on `seed` and every part, and on nothing else: not on ranks, order or process."""
+    """Returns a 63-bit seed that depends on `seed` and every part only, not on ranks, order or process."""
     text = ":".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def random_bits(seed: int, *coordinates: torch.Tensor | int) -> torch.Tensor:
-    """63 uniform bits as int64 >= 0, for every element of the broadcast `coordinates` (int64 tensors or integers)."""
+    """Returns 63 uniform bits as int64 >= 0 for every element of the broadcast `coordinates` (int64 tensors, ints)."""
     device = next((c.device for c in coordinates if isinstance(c, torch.Tensor)), torch.device("cpu"))
     state = torch.tensor(seed, dtype=torch.int64, device=device)
     for coordinate in coordinates:
@@ -30,7 +30,7 @@ def random_bits(seed: int, *coordinates: torch.Tensor | int) -> torch.Tensor:
 
 
 def uniform(seed: int, *coordinates: torch.Tensor | int) -> torch.Tensor:
-    """float64 in [0, 1), for every element of the broadcast `coordinates`."""
+    """Returns uniform numbers in [0, 1) as float64, for every element of the broadcast `coordinates`."""
     return (random_bits(seed, *coordinates) >> 10).double() / 2**53
 
 
@@ -42,5 +42,5 @@ def _splitmix64(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: torch's own repeats the sign."""
+    """Shifts right and fills with zeros: torch's own shift repeats the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

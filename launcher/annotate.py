@@ -19,7 +19,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
 
     def work(config: Config, world: World) -> None:
-        from dskd.shards.annotate import annotate  # after the arguments: --help should not wait for DeepSpeed
+        from dskd.shards.annotate import annotate  # imported here so that --help does not wait for DeepSpeed
 
         annotate(config, world, force=given.force)
 

@@ -20,7 +20,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
 
     def work(config: Config, world: World) -> None:
-        from dskd.senses.build import build_senses  # after the arguments: --help should not wait for DeepSpeed
+        from dskd.senses.build import build_senses  # imported here so that --help does not wait for DeepSpeed
 
         build_senses(config, world, force=given.force)
 

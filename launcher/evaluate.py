@@ -1,7 +1,7 @@
 """Measures teacher, cut student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME.
 
-With --tasks it evaluates them on the paper's benchmarks instead, and writes WORKDIR/tasks/NAME/TASK; with --lexical it
-measures what they know of words and senses, and writes WORKDIR/lexical/NAME.
+With --tasks, evaluates them on the paper's benchmarks instead, and writes WORKDIR/tasks/NAME/TASK. With --lexical,
+measures their knowledge of words and senses instead, and writes WORKDIR/lexical/NAME.
 """
 
 from dskd.cli.program import build_parser, parse, run_on_ranks
@@ -58,7 +58,7 @@ def main() -> None:
         parser.error("--tasks and --lexical are two commands; give one of them at a time")
 
     def work(config: Config, world: World) -> None:
-        # After the arguments: --help should not wait for DeepSpeed.
+        # Imported here so that --help does not wait for DeepSpeed.
         from dskd.evaluation.held_out_text import evaluate
         from dskd.evaluation.models import require_exports
 

@@ -1,7 +1,7 @@
 """Runs all stages in order, skipping what is up to date, and prints the comparison.
 
-Stages: lexicon, corpus, teacher, sequences, student, senses, shards; `train RUN` and `export RUN` of every run;
-evaluation; tasks, where the config's `tasks.evaluate` names benchmarks.
+Stages: lexicon, corpus, teacher, sequences, student, senses, shards; `train RUN` and `export RUN` for every run;
+evaluation; tasks, if the config's `tasks.evaluate` names benchmarks.
 """
 
 import sys
@@ -26,7 +26,7 @@ def main() -> int:
     given = parser.parse_intermixed_args()
     leave_launcher()
     from dskd.cli.launching import StageFailedError, exit_code_of
-    from dskd.pipeline import run_pipeline  # --help should not wait for DeepSpeed
+    from dskd.pipeline import run_pipeline  # imported here so that --help does not wait for DeepSpeed
 
     try:
         return run(lambda: run_pipeline(given.config, given.overrides, until=given.until))

@@ -26,7 +26,7 @@ def main() -> None:
         parser.error("--resume goes on from the checkpoints that --overwrite removes: give one of them")
 
     def work(config: Config, world: World) -> None:
-        from dskd.training.train import train  # after the arguments: --help should not wait for DeepSpeed
+        from dskd.training.train import train  # imported here so that --help does not wait for DeepSpeed
 
         train(config, world, resume=given.resume, overwrite=given.overwrite)
 

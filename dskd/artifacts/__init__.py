@@ -1,11 +1,12 @@
-"""Artifacts: folders on disk with a manifest, written under another name and renamed when they are whole.
+"""Artifacts: folders on disk with a manifest, written under a hidden name and renamed when they are complete.
 
-kinds        each kind's folder, the command that makes it, and the version of its format
-manifest     what an artifact was made from, and whether it is up to date
-building     making one, under its lock
+kinds        the folder, command and format version of each kind
+manifest     an artifact's origin, and the check that it is up to date
+building     building an artifact under its lock
 hashing      digests of files and of JSON values
-files        folders and files, written whole or not at all; what a full disk means
-lock         one process at a time
-tensor_file  safetensors files, larger than memory
+files        writing folders and files completely or not at all; detecting a full disk
+lock         locks that one process at a time can hold
+tensor_file  safetensors files that are larger than memory
 mds          reading samples of MDS shards
+pointers     refusing files that git-lfs or git-annex has not fetched
 """

@@ -1,4 +1,4 @@
-"""Building an artifact under another name, and giving it its name when it is whole."""
+"""Building of an artifact under a hidden name, and its publication under its own name when it is complete."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,24 +13,24 @@ from dskd.artifacts.lock import hold_lock, lock_if_free, release_lock
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, package_versions, write_json
 from dskd.console import say
 
-# How long to wait for a lock. An NFS server keeps those of a dead node for its lease, usually 90 s, and what was there
-# before a restart may still be ending.
+# How long to wait for a lock. An NFS server keeps the locks of a dead node for its lease time, usually 90 s. After a
+# restart, the previous process may still be ending.
 LOCK_PATIENCE_S = 150.0
-_RECIPE_NAME = ".recipe"  # of a build that can go on after an interruption
+_RECIPE_NAME = ".recipe"  # digest of the recipe, in the folder of a build that can be resumed
 
 
 @contextmanager
 def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
-    """Yields a :class:`Building` whose folder becomes `path` when the block ends well; otherwise nothing is published.
+    """Yields a :class:`Building` whose folder becomes `path` if the block succeeds; otherwise nothing is published.
 
-    What an earlier, interrupted build left in the temporary folder is removed first. Single-process stages use this;
+    First removes what an interrupted build left in the temporary folder. Single-process stages use this function;
     stages of several ranks call :meth:`Building.publish` on rank 0 themselves.
     """
     building = Building(path, recipe)
     building.clear()
     try:
         yield building
-    except BaseException:  # an interruption too leaves nothing half behind; it is raised on
+    except BaseException:  # interruptions too must not leave an incomplete folder
         remove_tree(building.folder)
         building.release()
         raise
@@ -39,7 +39,7 @@ def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
 
 @dataclass
 class Building:
-    """An artifact that is not whole yet. Files go into `folder`; `facts` go into the manifest."""
+    """An artifact under construction. Its files go into `folder`, and `facts` into the manifest."""
 
     path: Path
     recipe: Recipe
@@ -47,31 +47,32 @@ class Building:
 
     @property
     def folder(self) -> Path:
-        """The temporary folder, next to the artifact so that renaming stays within one file system: next to the real
-        folder if the artifact's place is a symbolic link.
+        """The temporary folder, next to the artifact so that renaming stays within one file system.
+
+        If the artifact's path is a symbolic link, it is next to the real folder.
         """
         return _partial_folder(self.path)
 
     def clear(self) -> None:
-        """Makes `folder` again and empty, whatever an earlier, interrupted build left there.
+        """Creates `folder` empty, removing what an interrupted build left there.
 
-        From here on until it is published the artifact belongs to this process.
+        This process then holds the artifact's lock until the artifact is published.
 
         Raises:
-            OutageError: when another process makes the same artifact, and goes on with it longer than is waited.
+            OutageError: if another process is still building the same artifact after `LOCK_PATIENCE_S`.
         """
         _hold(self.path)
         remove_tree(self.folder)
         make_folder(self.folder)
 
     def resume_or_clear(self) -> None:
-        """Keeps what an interrupted build of the very same recipe left in `folder`; otherwise makes it again and empty.
+        """Keeps what an interrupted build of exactly the same recipe left in `folder`; otherwise creates it empty.
 
-        For stages that know which of their files there are whole. Files and folders whose names begin with a dot
-        are notes of the stage: they do not get into the artifact.
+        For stages that know which of their files are complete. Files and folders whose names begin with a dot are
+        notes of the stage and do not become part of the artifact.
 
         Raises:
-            OutageError: when another process makes the same artifact, and goes on with it longer than is waited.
+            OutageError: if another process is still building the same artifact after `LOCK_PATIENCE_S`.
         """
         _hold(self.path)
         wanted = [asdict(self.recipe), KINDS[self.recipe.kind].schema_version, package_versions()]
@@ -94,23 +95,24 @@ class Building:
             packages=package_versions(),
         )
         write_json(self.folder / MANIFEST_NAME, asdict(manifest))
-        # Last, so that a build that is killed while its files are hashed can still be gone on with.
+        # Removed last, so that a build that is killed while its files are hashed can still be resumed.
         for note in self.folder.glob(".*"):
             remove_tree(note)
-        flush_folder(self.folder)  # before it has its name: after a power cut it would look whole
+        flush_folder(self.folder)  # before the rename: otherwise, after a power cut, it would wrongly look complete
         replace_folder(self.folder, self.path)
         self.release()
         return manifest
 
     def release(self) -> None:
-        """Lets other processes make the artifact."""
+        """Releases the lock, so that other processes can build the artifact."""
         release_lock(_lock(self.path))
 
 
 def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
-    """Whether another process has made this very artifact while this one prepared what goes into it.
+    """Returns True if another process built exactly this artifact while this one prepared its content.
 
-    A process that is at it is waited for. Where nobody has made it, it belongs to this process until it is published.
+    Waits for a process that is building it. If the result is False, this process holds the artifact's lock until the
+    artifact is published.
     """
     _hold(path)
     if not is_current(path, recipe):
@@ -121,7 +123,7 @@ def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
 
 
 def remove_partial(path: Path) -> None:
-    """Removes what an interrupted build of the artifact left, unless another process is at it."""
+    """Removes what an interrupted build of the artifact left, unless another process is building it."""
     if _partial_folder(path).exists():
         with lock_if_free(_lock(path)) as is_free:
             if is_free:

@@ -1,4 +1,4 @@
-"""Making folders and files that are never half there."""
+"""Folders and files that are never incomplete: each is written under a hidden name and then renamed."""
 
 import contextlib
 import errno
@@ -16,25 +16,25 @@ from dskd.errors import UserError
 
 _DPI = 150
 
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: a quota is
-_FULL_BYTES = 2**20  # at most what is left when the next block did not fit
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: a quota is exhausted
+_FULL_BYTES = 2**20  # a disk counts as full if it cannot take this many more bytes
 
 
 def real_place(path: Path) -> Path:
-    """Returns where a file or folder really is: elsewhere if `path` is a symbolic link, as to a larger disk."""
+    """Returns the path to which `path` resolves if it is a symbolic link (such as to a larger disk), else `path`."""
     return path.resolve() if path.is_symlink() else path
 
 
 def old_folder(place: Path) -> Path:
-    """Returns the name that a folder has while another one takes its place."""
+    """Returns the name that a folder has temporarily while a new one replaces it."""
     place = real_place(place)
     return place.with_name(f".{place.name}.old")
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Moves `new` to `place`. A crash in between leaves the old folder, the new one or none, never a mixture.
+    """Moves `new` to `place`, replacing a folder there. A crash leaves the old folder, the new one or none, but no mix.
 
-    If `place` is a symbolic link it stays, and what it points to is replaced.
+    If `place` is a symbolic link, the link stays and the folder that it points to is replaced.
     """
     old = old_folder(place)
     remove_tree(old)
@@ -46,10 +46,10 @@ def replace_folder(new: Path, place: Path) -> None:
 
 
 def require_replaceable(place: Path) -> None:
-    """Refuses a place that :func:`replace_folder` could not replace, before anyone works for hours on what goes there.
+    """Checks that :func:`replace_folder` can replace `place`, before a stage works for hours on its content.
 
     Raises:
-        UserError: when it is a file, a mount point, or a link to a disk that is not there.
+        UserError: if it is a file, a mount point, or a link to a disk that is not mounted.
     """
     real = real_place(place)
     where = f"{place}: this is a link to {real}, which" if place.is_symlink() else f"{place}: this"
@@ -67,7 +67,7 @@ def require_replaceable(place: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder with all that is in it, or a file, as far as that works; of a symbolic link only the link."""
+    """Removes a folder with its content, a file, or a symbolic link (not its target); ignores errors."""
     if path.is_symlink() or path.is_file():
         with contextlib.suppress(OSError):
             path.unlink()
@@ -76,14 +76,14 @@ def remove_tree(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder and its parents.
+    """Creates a folder and its parents, and checks that it is writable.
 
     Raises:
-        UserError: when that is not allowed, with what to change.
+        UserError: saying what to change, if that is not possible.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()  # each process tries with a name of its own
+        tempfile.TemporaryFile(dir=path).close()  # a unique name, so that processes do not collide
     except OSError as error:
         if path.is_symlink() and not path.exists():
             raise UserError(
@@ -95,7 +95,7 @@ def make_folder(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes sure that what lies in a folder is on the disk, and not only on its way there."""
+    """Flushes all files of a folder, and the folder itself, to the disk."""
     for path in (*folder.rglob("*"), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -106,9 +106,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_is_said(folder: Path) -> Iterator[None]:
-    """Turns what torch and safetensors raise when they cannot write into an error of the operating system, where the
-    disk or a quota is full.
-    """
+    """Turns write errors of torch and safetensors into an OSError if the cause is a full disk or quota."""
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
@@ -119,21 +117,22 @@ def full_disk_is_said(folder: Path) -> Iterator[None]:
 
 
 def _full_by(error: Exception, folder: Path) -> int | None:
-    """The number of the system's error behind another one, where that says that the folder's disk or quota is full."""
-    # safetensors says the number, and has removed what it wrote. torch does neither, so there it is tried.
+    """Returns the error number of a full disk or quota if that is the cause of `error`, otherwise None."""
+    # safetensors names the number, and has removed its incomplete file, so the disk may have space again. torch does
+    # neither, so there the disk is tested.
     if said := re.search(r"\(os error (\d+)\)", str(error)):
         return int(said[1]) if int(said[1]) in DISK_IS_FULL else None
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             os.posix_fallocate(probe.fileno(), 0, _FULL_BYTES)
-            os.fsync(probe.fileno())  # a network file system may know no sooner
+            os.fsync(probe.fileno())  # a network file system may not report it before this
     except OSError as found:
         return found.errno if found.errno in DISK_IS_FULL else None
     return None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
+    """Writes a file so that it is either the old one or the complete new one, whatever happens meanwhile."""
     with replaced_file(path) as new, new.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -142,8 +141,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` when the block has come to its end. Of several processes
-    that do so at once the last one's stays. If `path` is a symbolic link it stays, and what it points to is replaced.
+    """Yields a temporary path; the file written there replaces `path` when the block ends without an error.
+
+    If several processes do so at the same time, the last one's file stays. If `path` is a symbolic link, the link stays
+    and the file that it points to is replaced.
     """
     path = real_place(path)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -158,7 +159,7 @@ def save_figure(figure: object, path: Path) -> None:
     """Writes a figure as PNG.
 
     Raises:
-        UserError: if the place cannot be written to; a full disk remains an OSError.
+        UserError: if `path` is not writable; a full disk remains an OSError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

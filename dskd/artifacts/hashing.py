@@ -1,4 +1,4 @@
-"""Digests of files, folders and JSON values, by which artifacts are compared."""
+"""Digests of files, folders and JSON values, for comparing artifacts."""
 
 import hashlib
 import json
@@ -11,9 +11,12 @@ MANIFEST_NAME = "manifest.json"
 
 
 def hash_files(folder: Path, only: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """sha256 and size of every file under `folder` but its manifest and notes, in the order of their names."""
+    """Computes the sha256 and size of every file under `folder`, in the order of their names.
+
+    Leaves out the manifest and the notes (names that begin with a dot). With `only`, reads just the files it names.
+    """
     names = sorted(only) if only is not None else sorted(_names(folder))
-    with ThreadPoolExecutor(max_workers=8) as pool:  # hashlib releases the interpreter's lock
+    with ThreadPoolExecutor(max_workers=8) as pool:  # threads suffice: hashlib releases the interpreter's lock
         digests = pool.map(lambda name: sha256_of_file(folder / name), names)
     return {
         name: {"sha256": digest, "size_bytes": (folder / name).stat().st_size}
@@ -29,22 +32,25 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Returns the hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint(path: Path) -> str:
-    """Identity of a file too large to be read only to find that nothing changed: its name, size and time of change."""
+    """Returns a digest of a file's name, size and modification time.
+
+    For files that are too large to be read just to detect changes.
+    """
     status = path.stat()
     return digest_of_json([str(path), status.st_size, status.st_mtime_ns])
 
 
 def digest_of_json(value: Any) -> str:
-    """Hex digest of a JSON-like value, independent of the order of keys."""
+    """Returns the hex digest of a JSON-like value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(as_json(value), sort_keys=True).encode()).hexdigest()
 
 
 def as_json(value: Any) -> Any:
-    """Returns the JSON text by which values are compared and hashed."""
+    """Converts a value to what it is after JSON encoding and decoding, the form in which values are compared."""
     return json.loads(json.dumps(value))

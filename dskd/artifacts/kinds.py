@@ -1,4 +1,4 @@
-"""The kinds of artifacts: the one table of their folders, the commands that make them, and their formats."""
+"""The kinds of artifacts: a single table of their folders, commands and format versions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +8,17 @@ from dskd.config import Config
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of artifact, as its manifests name it.
+    """A kind of artifact.
 
-    `schema_version` is raised by one when the format changes: artifacts of another version are rebuilt, or refused
-    where they are only read.
+    Increase `schema_version` by one when the format changes: artifacts of another version are rebuilt by the stage that
+    writes them, and refused by those that only read them.
     """
 
-    name: str
+    name: str  # as in manifests
     folder: str  # in the work directory
-    made_by: str  # the command, for messages
+    made_by: str  # the command that makes it, for messages
     schema_version: int
-    missing: str  # what there is to say where there is none: "there ... with `COMMAND`"
+    missing: str  # for the message if there is none: "there {missing} with `{made_by}`"
 
 
 LEXICON = Kind("lexicon", "lexicon", "dskd lexicon --config FILE", 2, "is no lexicon here; make it")
@@ -76,10 +76,10 @@ KINDS = {
 
 
 def folder(config: Config) -> Path:
-    """Where the checkpoints of the config's run are."""
+    """Returns the folder of the checkpoints of the config's run."""
     return config.path(CHECKPOINT.folder, config.run)
 
 
 def lock_path(config: Config, run: str) -> Path:
-    """The lock of the one process that may train a run."""
+    """Returns the path of the lock that a process holds while it trains a run."""
     return config.path(CHECKPOINT.folder, f".{run}.lock")

@@ -1,4 +1,4 @@
-"""A lock file that one process holds while it lives: two of them must not write the same artifacts."""
+"""Lock files, each held by at most one live process, so that no two processes write the same artifacts."""
 
 import atexit
 import contextlib
@@ -19,17 +19,19 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
-    """Takes the lock at `path` until the process ends, however it ends. Taking it again is nothing.
+    """Acquires the lock at `path` until it is released or the process ends, however it ends.
+
+    Acquiring a lock that this process already holds is a no-op.
 
     Args:
-        path: the lock file; it goes with the lock, and stays after a kill, when nobody has the lock any more.
+        path: the lock file. It is removed with the lock; after a kill it stays, but nobody holds the lock any more.
         what: what the holder does, for the message.
-        wait_s: how long to wait for another process that may be ending, or for a file server that has not noticed yet
+        wait_s: how long to wait for another process that may be ending, or for a file server that has not yet noticed
             that a node is dead.
 
     Raises:
-        UserError: when another process has it, an OutageError where it was waited for; or when the file system has no
-            locks.
+        UserError: if another process holds the lock and `wait_s` is 0, or if the file system has no locks.
+        OutageError: if another process still holds the lock after `wait_s`.
     """
     if path in _held:
         return
@@ -45,7 +47,7 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
                 "killed: when none of theirs works here, remove this file"
             ) from None
         try:
-            # Not flock: a forked loader worker would inherit that lock and hold it for seconds after its rank has died.
+            # Not flock: a forked loader worker would inherit it and hold it for seconds after its rank has died.
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             stream.seek(0)
@@ -73,7 +75,7 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             ) from None
         if _is_file(path, stream):
             break
-        stream.close()  # its last holder removed this file just after it was opened here
+        stream.close()  # the previous holder removed this file just after it was opened here, so try again
     stream.truncate(0)
     stream.write(f"pid {os.getpid()} on {os.uname().nodename}")
     stream.flush()
@@ -83,7 +85,7 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
 
 @contextlib.contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
-    """Has the lock at `path` while it lasts, unless another process has it; yields whether it has."""
+    """Holds the lock at `path` during the block if no other process holds it; yields True if it does."""
     had = path in _held
     try:
         hold_lock(path, "")
@@ -105,7 +107,7 @@ def _is_file(path: Path, stream: IO[str]) -> bool:
 
 
 def release_lock(path: Path) -> None:
-    """Gives the lock back."""
+    """Releases the lock and removes its file; a no-op if this process does not hold it."""
     stream = _held.pop(path, None)
     if stream is not None:
         path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Provenance of every artifact: what it is, what it was made from, and whether it is complete.
+"""Manifests: the provenance of every artifact, and the checks that it is complete and up to date.
 
-An artifact is a folder with a `manifest.json`. It is built under a temporary name beside its place and renamed when it
-is whole, so a folder with the right name is always complete. A stage reads the manifests of its inputs and refuses what
-does not fit, naming both sides; the pipeline compares manifests to skip what is up to date.
+An artifact is a folder with a `manifest.json`. It is built under a temporary name next to its final place and renamed
+when it is complete, so a folder with the right name is always complete. A stage reads the manifests of its inputs and
+refuses inputs that do not fit together, naming both sides; the pipeline compares manifests to skip what is up to date.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_
 from dskd.artifacts.kinds import KINDS
 from dskd.errors import UserError
 
-# A reader may come while a new artifact is put in the place of an old one, and looks again.
+# A reader tries again if a new artifact may be replacing the old one at that moment.
 _LOOKS, _LOOK_AGAIN_S = 3, 0.2
 
 _PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
@@ -26,7 +26,7 @@ _PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaic
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the content of an artifact. Two equal recipes make the same artifact."""
+    """The description of all that determines an artifact's content. Equal recipes make equal artifacts."""
 
     kind: str
     inputs: Mapping[str, str] = field(default_factory=dict)  # name of an input -> its digest
@@ -37,7 +37,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds. `facts` are what the stage measured while building, for people and later stages."""
+    """The content of `manifest.json`. `facts` are measurements of the building stage, for people and later stages."""
 
     kind: str
     schema_version: int
@@ -51,22 +51,22 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Identity by content: equal for two artifacts of one kind with the same files."""
+        """Digest of the content: equal for two artifacts of the same kind with the same files."""
         content = {name: entry["sha256"] for name, entry in self.files.items()}
         return digest_of_json([self.kind, self.schema_version, content])
 
 
 def read_manifest(path: Path, kind: str, *, made_by: str | None = None, files_are_here: bool = True) -> Manifest:
-    """The manifest of the artifact at `path`.
+    """Returns the manifest of the artifact at `path`.
 
     Args:
         path: the artifact's folder.
-        kind: what it must be.
-        made_by: the command that makes it, for the error message; None: that of its kind.
-        files_are_here: False where its files may lie elsewhere; their sizes are not looked at then.
+        kind: the kind that the artifact must have.
+        made_by: the command that makes it, for the error message; None for that of its kind.
+        files_are_here: False if its files may be elsewhere; their sizes are then not checked.
 
     Raises:
-        UserError: when it is missing, not readable, of another kind or version, or its files' sizes do not fit.
+        UserError: if it is missing, unreadable, of another kind or version, or its files have other sizes.
     """
     made_by = made_by or KINDS[kind].made_by
     manifest, misfits = _look_at(path, kind) if files_are_here else (_load_manifest(path), {})
@@ -89,7 +89,7 @@ def read_manifest(path: Path, kind: str, *, made_by: str | None = None, files_ar
 
 
 def is_current(path: Path, recipe: Recipe) -> bool:
-    """True when the artifact at `path` is whole and was made by this very recipe."""
+    """Returns True if the artifact at `path` is complete and was made by exactly this recipe."""
     manifest, misfits = _look_at(path, recipe.kind)
     return (
         manifest is not None
@@ -104,7 +104,10 @@ def is_current(path: Path, recipe: Recipe) -> bool:
 
 
 def read_file(path: Path, name: str) -> bytes | None:
-    """A file of the artifact at `path`, or None where there is none, and not only for as long as it is replaced."""
+    """Returns the content of a file of the artifact at `path`, or None if there is no such file.
+
+    Tries again if the artifact is being replaced.
+    """
     for _ in range(_LOOKS):
         try:
             return (path / name).read_bytes()
@@ -115,10 +118,10 @@ def read_file(path: Path, name: str) -> bytes | None:
 
 
 def verify_files(path: Path, manifest: Manifest, *, made_by: str | None = None) -> None:
-    """Compares the content of every file with the manifest. Reads everything: for artifacts that fit that.
+    """Compares the content of every file with the manifest. Reads all files: only for artifacts of moderate size.
 
     Raises:
-        UserError: naming the first file that was changed after the artifact was made.
+        UserError: naming the first file that differs from the manifest.
     """
     made_by = made_by or KINDS[manifest.kind].made_by
     found = hash_files(path, only=manifest.files)
@@ -131,22 +134,22 @@ def verify_files(path: Path, manifest: Manifest, *, made_by: str | None = None) 
 
 
 def require_same(what: str, *, expected: str | None, found: str | None, between: str, remedy: str) -> None:
-    """Refuses two artifacts that were not made from the same thing.
+    """Checks that two artifacts were made from the same input.
 
     Raises:
-        UserError: naming both sides when `expected` and `found` differ.
+        UserError: naming both sides, if `expected` and `found` differ.
     """
     if expected != found:
         raise UserError(f"{between}: made with different {what} ({_short(expected)} and {_short(found)}); {remedy}")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is either the old one or the whole new one."""
+    """Writes JSON so that the file is either the old one or the complete new one."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide what a stage computes."""
+    """Returns the versions of the packages that influence what a stage computes."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -157,7 +160,10 @@ def package_versions() -> dict[str, str]:
 
 
 def _look_at(path: Path, kind: str) -> tuple[Manifest | None, dict[str, int | None]]:
-    """The manifest at `path`, and where it is of this kind its files of another size: {name: size, None if missing}."""
+    """Returns the manifest at `path`, and the files whose sizes differ from it: {name: size, None if missing}.
+
+    Checks sizes only if the manifest has this kind and its current version.
+    """
     manifest, misfits = _load_manifest(path), {}
     for turn in range(_LOOKS):
         if manifest is None or (manifest.kind, manifest.schema_version) != (kind, KINDS[kind].schema_version):
@@ -166,7 +172,7 @@ def _look_at(path: Path, kind: str) -> tuple[Manifest | None, dict[str, int | No
         misfits = {name: size for name, size in sizes.items() if size != manifest.files[name]["size_bytes"]}
         if not misfits:
             break
-        if turn + 1 < _LOOKS:  # manifest and files may be of two artifacts, of which one has just replaced the other
+        if turn + 1 < _LOOKS:  # an artifact may have been replaced after its manifest was read
             time.sleep(_LOOK_AGAIN_S)
             manifest = _load_manifest(path)
     return manifest, misfits

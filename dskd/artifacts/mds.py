@@ -1,7 +1,7 @@
-"""Reading folders of MDS shards without mosaicml-streaming's datasets, which need shared memory and a cache.
+"""Reading of MDS shards from a folder without mosaicml-streaming's datasets, which need shared memory and a cache.
 
-One shard at a time is in memory, unpacked and compared with the index; nothing is written anywhere. Columns that would
-run code (pickles) are never decoded.
+Holds one shard at a time in memory, unpacked and checked against the index, and writes nothing. Never decodes columns
+that would run code (pickles).
 """
 
 import json
@@ -15,14 +15,14 @@ import numpy as np
 from dskd.errors import UserError
 
 INDEX = "index.json"
-_COUNT_BYTES = 4  # a shard begins with its number of samples; then come the places where they begin and end, uint32
+_COUNT_BYTES = 4  # a shard begins with its number of samples; their offsets follow, all uint32
 
 
 def read_index(index: Path) -> list[dict[str, Any]]:
-    """The shards that an index names.
+    """Returns the shards that an index lists.
 
     Raises:
-        UserError: when it is no index of MDS shards.
+        UserError: if it is not an index of MDS shards.
     """
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
@@ -43,20 +43,20 @@ def read_index(index: Path) -> list[dict[str, Any]]:
 
 
 def files_of(shard: Mapping[str, Any]) -> list[str]:
-    """The names of a shard's files, unpacked and packed, as the index gives them."""
+    """Returns the names of a shard's unpacked and packed files, as the index gives them."""
     parts = (shard.get("raw_data"), shard.get("zip_data"))
     return [part["basename"] for part in parts if isinstance(part, dict) and isinstance(part.get("basename"), str)]
 
 
 def read_samples(index: Path, *, column: str | None = None) -> Iterator[dict[str, Any]]:
-    """The samples of all shards, in order.
+    """Yields the samples of all shards, in order.
 
     Args:
         index: the `index.json`.
-        column: decode this one only, as text; None decodes all.
+        column: the only column to decode, as text; None decodes all.
 
     Raises:
-        UserError: naming the shard that is missing, damaged or not what the index says.
+        UserError: naming the shard that is missing, damaged or does not match the index.
     """
     from streaming.base.format.mds import MDSReader
 
@@ -80,7 +80,7 @@ def read_samples(index: Path, *, column: str | None = None) -> Iterator[dict[str
 
 
 def _unpacked(folder: Path, reader: Any) -> tuple[Path, bytes]:
-    """(file, content unpacked) of a shard."""
+    """Returns a shard's file and its unpacked content."""
     from streaming.base.compression import decompress
     from streaming.base.hashing import get_hash
 
@@ -97,7 +97,7 @@ def _unpacked(folder: Path, reader: Any) -> tuple[Path, bytes]:
     if not raw:
         try:
             data = decompress(reader.compression, data)
-        except Exception as error:  # each of its five codecs has errors of its own
+        except Exception as error:  # each of the five codecs raises its own errors
             raise UserError(f"{path}: cannot be unpacked ({error}); was it cut? Fetch it again") from None
     if len(data) != reader.raw_data.bytes:
         raise UserError(

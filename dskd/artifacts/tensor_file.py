@@ -1,4 +1,4 @@
-"""safetensors files that are larger than memory: written and read piece by piece, through memory maps."""
+"""safetensors files that are larger than memory, written and read piece by piece through memory maps."""
 
 import json
 import os
@@ -11,24 +11,24 @@ import numpy as np
 
 from dskd.errors import UserError
 
-# The names that safetensors gives to what numpy can hold; bf16, which numpy does not know, as its raw bits.
+# {safetensors' name of a type: numpy's type}; numpy lacks bf16, so it is represented by its raw bits.
 _DTYPES = {"BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I64": np.int64, "U8": np.uint8}
 _ALIGNMENT = 8
 
 
 @contextmanager
 def create_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[dict[str, np.ndarray]]:
-    """Creates a file of tensors and yields a writable map of each; what is not written is zero.
+    """Creates a file of tensors and yields a writable memory map of each, initially zero.
 
     Args:
         path: the file.
-        tensors: {name: (type as safetensors calls it, shape)}. BF16 is mapped as its raw 16 bits.
+        tensors: {name: (safetensors' name of the type, shape)}. BF16 is mapped as its raw 16 bits.
 
     Raises:
-        OSError: when the disk has no place for them.
+        OSError: if the disk has too little space.
     """
     header, places, size = {}, {}, 0
-    # The widest types first: then each tensor begins where its type may.
+    # Widest types first, so that each tensor is aligned to its type.
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -np.dtype(_DTYPES[item[1][0]]).itemsize):
         stop = size + int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [size, stop]}
@@ -52,7 +52,7 @@ def create_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
 
 
 def is_whole(path: Path) -> bool:
-    """True when the file is there, and is as large as its header says."""
+    """Returns True if the file exists and is as large as its header says."""
     try:
         header, header_size = _read_header(path)
         size = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
@@ -62,14 +62,16 @@ def is_whole(path: Path) -> bool:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What the header of a safetensors file says, and its size in bytes."""
+    """Returns the header of a safetensors file, and its size in bytes."""
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         return json.loads(stream.read(size)), size
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Gives the file its size, and its place on disk: a full disk is an error here, and a crash in a mapped page."""
+    """Sets the file's size and reserves its space on disk: a full disk raises an error here instead of crashing the
+    process on access to a mapped page.
+    """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:
@@ -77,15 +79,15 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def tensor_names(path: Path) -> set[str]:
-    """The names of the tensors in a safetensors file."""
+    """Returns the names of the tensors in a safetensors file."""
     return set(_read_header(path)[0]) - {"__metadata__"}
 
 
 def map_tensor(path: Path, name: str, dtype: str) -> np.ndarray:
-    """A tensor of a safetensors file as a read-only memory map; pages are read when rows are.
+    """Returns a tensor of a safetensors file as a read-only memory map, which reads pages on access.
 
     Raises:
-        UserError: when the file holds another type under that name.
+        UserError: if the tensor has another type.
     """
     header, header_size = _read_header(path)
     entry = header[name]

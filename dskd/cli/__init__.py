@@ -1,7 +1,7 @@
-"""The `dskd` command: a module a verb, with its parser and its run.
+"""The command line: one module per verb of `dskd`, with its parser and its run function.
 
-program    what all programs share: arguments, ranks, exit codes
-launching  starting a program of `launcher/` on all ranks
+program    shared by all programs: arguments, ranks, exit codes
+launching  starts a program of `launcher/` on all ranks
 compare, inspect, plan, senses
            the verbs
 """

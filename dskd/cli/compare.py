@@ -1,4 +1,4 @@
-"""The arguments of `dskd compare`, and what it prints and writes."""
+"""The verb `dskd compare`: its arguments, and the report that it prints and writes."""
 
 import argparse
 from pathlib import Path
@@ -37,7 +37,7 @@ One of them by itself: deepspeed launcher/train.py --config FILE 'seeds=[0, 1, 2
 
 
 def add_compare_parser(verbs: argparse._SubParsersAction) -> None:
-    """`compare`."""
+    """Adds the parser of `compare`."""
     parser = verbs.add_parser(
         "compare",
         help=HELP,
@@ -71,7 +71,7 @@ def add_compare_parser(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_comparison(given: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs `compare` and returns its exit code."""
     return run(lambda: _compare_as_asked(load_config(given.config, given.overrides), given))
 
 

@@ -1,4 +1,4 @@
-"""The arguments of `dskd inspect`, and calling what they ask for."""
+"""The verb `dskd inspect`: its arguments, and the calls of its actions."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ area shows the states behind it.
 
 
 def add_inspect_parser(verbs: argparse._SubParsersAction) -> None:
-    """`inspect` with its own verbs."""
+    """Adds the parser of `inspect` with its sub-verbs."""
     inspect = verbs.add_parser(
         "inspect",
         help=HELP,
@@ -69,9 +69,10 @@ def add_inspect_parser(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_inspection(given: argparse.Namespace, extra: Sequence[str], parser: argparse.ArgumentParser) -> int:
-    """Runs the verb. `extra` are arguments that argparse, which takes positional ones only once, left over.
+    """Runs `inspect` and returns its exit code.
 
-    Words and overrides can so stand in any order; what has an "=" in it is an override.
+    `extra` are the arguments that argparse left over, since it takes only one group of positional arguments. So words
+    and overrides can come in any order; an argument that contains "=" is an override.
     """
     texts = [*given.texts, *extra]
     words = [text for text in texts if "=" not in text]

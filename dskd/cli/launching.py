@@ -1,4 +1,4 @@
-"""Starts a program of `launcher/` on all ranks, and waits for it."""
+"""Starting of a program of `launcher/` on all ranks through DeepSpeed's launcher."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ LAUNCHERS = Path(__file__).resolve().parent.parent.parent / "launcher"
 
 
 class StageFailedError(Exception):
-    """A stage of several ranks did not come to its end; it has said why itself."""
+    """The error of a stage of several ranks that failed and has printed the reason itself."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -32,7 +32,8 @@ def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
     """Starts a program of `launcher/` on all ranks and waits for it.
 
     Raises:
-        StageFailedError: when it failed.
+        StageFailedError: if it failed.
+        UserError: if there is no `deepspeed` command.
     """
     executable = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if executable is None:
@@ -41,16 +42,16 @@ def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
     say(f"$ deepspeed {shlex.join(shown)}")
     command = [executable, "--quiet", *shown]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    # A session of its own: a signal to the launcher alone would leave the ranks running. The launcher inherits that it
-    # ignores USR1, and the ranks listen to it.
+    # Start a new session, so that signals can go to the launcher and all ranks together: a signal to the launcher alone
+    # would leave the ranks running. The launcher inherits that USR1 is ignored; the ranks handle it.
     handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=sys.stderr)
     signal.signal(signal.SIGUSR1, handler)
     try:
         exit_code = _wait(process)
-    except stopping.Stopped:  # the ranks have ended by themselves
+    except stopping.Stopped:  # `_wait` has waited for the ranks to end
         raise
-    except BaseException:  # an interruption too ends the ranks, which would train on by themselves; it is raised on
+    except BaseException:  # interruptions too must end the ranks, which would otherwise continue
         _end(process)
         raise
     if exit_code:
@@ -63,18 +64,18 @@ def _launcher_arguments(config: Config) -> Sequence[str]:
         given = () if uses_gpu() else ("--num_gpus", str(min(2, os.cpu_count() or 1)))
     if any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in given):
         return given
-    # Two pipelines on one machine must not meet at the launcher's default port.
+    # Choose a free port: two pipelines on one machine must not both use the launcher's default port.
     return ("--master_port", str(free_port()), *given)
 
 
 def _wait(process: subprocess.Popen) -> int:
-    """The launcher's exit code; when this process is asked to stop, so are the ranks, and their end is waited for."""
+    """Returns the launcher's exit code; passes a request to stop on to the ranks and waits for their end."""
     try:
         return process.wait()
     except stopping.Stopped:
         say("stopping: the ranks come to a place from which they go on")
         while process.poll() is None:
-            # Again and again: ranks that are still importing do not listen yet.
+            # Repeated, because ranks that are still importing do not handle signals yet.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGUSR1)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -93,5 +94,5 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def exit_code_of(error: StageFailedError) -> int:
-    """A user's mistake in a rank stays one for the caller, and so does a stop; any other failure is 1."""
+    """Returns the stage's exit code if it is that of a user error or a stop, otherwise 1."""
     return error.exit_code if error.exit_code in (USER_ERROR_EXIT_CODE, stopping.STOPPED_EXIT_CODE) else 1

@@ -1,4 +1,4 @@
-"""The arguments of `dskd plan`, and what it prints."""
+"""The verb `dskd plan`: its arguments, and the plan that it prints."""
 
 import argparse
 import math
@@ -37,7 +37,7 @@ examples:
 
 
 def add_plan_parser(verbs: argparse._SubParsersAction) -> None:
-    """`plan`."""
+    """Adds the parser of `plan`."""
     parser = verbs.add_parser(
         "plan", help=HELP, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,7 +103,7 @@ def add_plan_parser(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_plan(given: argparse.Namespace) -> int:
-    """Prints the plan, or why the job will not fit."""
+    """Prints the plan or the reason why the job will not fit, and returns the exit code."""
     return run(lambda: _plan(given))
 
 

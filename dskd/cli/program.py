@@ -1,8 +1,8 @@
-"""What the programs of `launcher/` and the `dskd` command share: arguments, ranks, errors and exit codes.
+"""The common part of the programs of `launcher/` and the `dskd` command: arguments, ranks, errors and exit codes.
 
-Exit codes: 0 done; 1 a fault of ours, with a traceback, an outage, or lost other ranks; 2 bad input, with a message and
-no traceback (a scheduler must not retry it); 75 stopped by TERM or USR1, and the same command goes on (training:
-with `--resume`); 130 interrupted from the keyboard.
+Exit codes: 0 done; 1 a bug (with a traceback), an outage, or lost ranks; 2 bad input, with a message and no traceback
+(a scheduler must not retry it); 75 stopped by TERM or USR1, and the same command continues (training: with
+`--resume`); 130 interrupted from the keyboard.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dskd.distributed.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, d
 from dskd.distributed.world import World, current_rank, is_main_process
 from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
 
-_RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine it takes the launcher seconds to end the other ranks
+_RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine the launcher takes seconds to end the other ranks
 _OVERRIDES_HELP = (
     "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
     "`dskd config` explains every key"
@@ -35,35 +35,35 @@ _OVERRIDES_HELP = (
 
 
 def build_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser with the arguments that every program of `launcher/` has."""
+    """Builds a parser with the arguments that every program of `launcher/` has."""
     allow_any_text()  # before the parser prints its help
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_arguments(parser)
-    # DeepSpeed's launcher passes it; ranks are read from the environment.
+    # DeepSpeed's launcher passes this option. It is ignored: ranks are read from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--config FILE`, and overrides."""
+    """Adds `--config FILE` and overrides."""
     add_config_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES_HELP)
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """`--config FILE`."""
+    """Adds `--config FILE`."""
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
 
 
 def parse(parser: argparse.ArgumentParser, *options: str, may_be_empty: Sequence[str] = ()) -> argparse.Namespace:
-    """The arguments, in any order: where overrides stand behind an option that takes several names, they are none.
+    """Parses the arguments, in any order. Overrides after an option that takes several names do not count as names.
 
     Args:
-        parser: of :func:`build_parser`.
-        options: those that take several names, which must not have a `=`.
-        may_be_empty: those of them that may be given without a name (`nargs="*"`).
+        parser: made by :func:`build_parser`.
+        options: the options that take several names; names must not contain `=`.
+        may_be_empty: those of `options` that may come without a name (`nargs="*"`).
     """
     given = parser.parse_intermixed_args()
     for option in options:
@@ -78,20 +78,21 @@ def parse(parser: argparse.ArgumentParser, *options: str, may_be_empty: Sequence
 
 
 def run(action: Callable[[], int | None]) -> int:
-    """Runs a program's work and returns its exit code: that of `action`, 0 where it has none, or that of what went
-    wrong. A user's mistake is printed without a traceback.
+    """Runs a program's work and returns its exit code: that of `action` (None counts as 0) or that of the error.
+
+    Prints user errors without a traceback.
     """
     try:
         return action() or 0
     except UserError as error:
-        with deferred() as end:  # the launcher ends the ranks that are left when the first one has ended
+        with deferred() as end:  # when the first rank has ended, the launcher sends TERM to the others
             if is_main_process():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             elif not error.known_to_all_ranks and not _rank_0_spoke(end):
                 print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except OSError as error:
-        if error.errno == errno.EPIPE:  # whoever read what is printed has seen enough, as `head` does
+        if error.errno == errno.EPIPE:  # the reader of the output has closed it, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if error.errno not in DISK_IS_FULL:
@@ -130,12 +131,16 @@ def run(action: Callable[[], int | None]) -> int:
 
 
 def _is_of_shared_memory(error: RuntimeError) -> bool:
-    """Returns whether torch says that a loader's worker found no room for a batch, or died of a bus error."""
+    """Returns True if torch reports that a loader's worker had no room for a batch or died of a bus error."""
     return "shared memory" in str(error) or "Bus error" in str(error)
 
 
 def _rank_0_spoke(end: StopRequest) -> bool:
-    """Most mistakes are met by every rank: whether rank 0 has said it and ended, so that this one is to end too."""
+    """Waits for a while; returns True if a request to stop arrives.
+
+    Most errors occur on every rank. A request then means that rank 0 has printed the error and ended, so this rank need
+    not print it.
+    """
     deadline = time.monotonic() + _RANK_0_SPEAKS_FIRST_S
     with contextlib.suppress(KeyboardInterrupt):
         while not end.is_pending and time.monotonic() < deadline:
@@ -145,8 +150,8 @@ def _rank_0_spoke(end: StopRequest) -> bool:
 
 
 def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
-    """Like :func:`run` on all ranks: reads the config, joins the ranks and calls `action` with both; then exits."""
-    from dskd.distributed.peers import meet_peers  # here: --help should not wait for torch
+    """Reads the config, joins the ranks, calls `action` with both, and exits; handles errors like :func:`run`."""
+    from dskd.distributed.peers import meet_peers  # imported here so that --help does not wait for torch
     from dskd.distributed.rendezvous import initialize, shutdown
 
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -156,12 +161,12 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
             config = load_config(given.config, given.overrides)
         except UserError as error:
             raise UserError(str(error), known_to_all_ranks=True) from None
-        listen()  # the launcher too ends its ranks with TERM, and the tracked run is then marked as ended
+        listen()  # the launcher also ends its ranks with TERM, and the tracked run must then be marked as ended
         world = initialize(config.train.collective_timeout_s)
         peers = meet_peers(world)
         try:
             action(config, world)
-        except RuntimeError as error:  # what torch raises when a collective fails, and much else
+        except RuntimeError as error:  # torch raises it for a failed collective, among other things
             lost = peers.find_lost()
             if lost is None:
                 if _is_of_shared_memory(error) and (shortage := shared_memory_shortage(is_known=True)):
@@ -177,12 +182,12 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
         exit_code = run(joined)
     finally:
         ignore()
-        # Python would wait for them: a loader's worker can hang in mosaicml-streaming after a shard that it could not
-        # fetch, and ignores the TERM with which Python ends it (see dskd/training/loader.py).
+        # Otherwise Python would wait for the workers: a loader's worker can hang in mosaicml-streaming after a shard
+        # that it could not fetch, and ignores the TERM by which Python ends it (see dskd/training/loader.py).
         for worker in multiprocessing.active_children():
             worker.kill()
-    # Threads of gloo can still hold tensors when the interpreter is taken down, and then abort a process that has done
-    # its work (pytorch issue 190489). So the interpreter is not taken down: exit handlers run, and the process ends.
+    # Threads of gloo can still hold tensors when the interpreter shuts down, and then abort a process that has finished
+    # its work (pytorch issue 190489). So run the exit handlers and end the process without shutting it down.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

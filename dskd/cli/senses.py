@@ -1,4 +1,4 @@
-"""The arguments of `dskd senses`: work on finished sense dictionaries."""
+"""The verb `dskd senses`: its arguments, and the calls of its actions on finished sense dictionaries."""
 
 import argparse
 from pathlib import Path
@@ -26,7 +26,7 @@ example:
 
 
 def add_senses_parser(verbs: argparse._SubParsersAction) -> None:
-    """`senses merge` and `senses geometry`."""
+    """Adds the parsers of `senses merge` and `senses geometry`."""
     senses = verbs.add_parser("senses", help="work on finished sense dictionaries: merge, geometry")
     actions = senses.add_subparsers(dest="action", required=True, metavar="ACTION")
     merge = _add_action(actions, "merge", MERGE_HELP, MERGE_EPILOG)
@@ -43,7 +43,7 @@ def add_senses_parser(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_senses(given: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs `senses` and returns its exit code."""
     return run(lambda: _act(given))
 
 

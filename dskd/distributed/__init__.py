@@ -1,9 +1,9 @@
-"""Ranks: who they are, how they meet, and what they do together.
+"""Ranks: their identity, how they find each other, and their collective operations.
 
-world       which rank this process is, of how many
-rendezvous  how ranks find each other, and who is missing
+world       this process's rank and the number of ranks
+rendezvous  how ranks find each other; which ranks are missing
 collectives sums, broadcasts and barriers
-peers       noticing that another rank has gone
-stopping    ending after the same step on all ranks
-node_cache  what the ranks of a node share
+peers       finding out which other rank has ended
+stopping    stopping after the same step on all ranks
+node_cache  a folder that the ranks of a node share
 """

@@ -1,7 +1,7 @@
-"""Ranks, reductions and seeds; the only reader of the launcher's environment variables.
+"""Collective operations: sums, broadcasts and barriers over all ranks.
 
-Everything here also works in a plain process that no launcher started: then there is one rank, and collectives are
-the identity.
+Everything here also works in a plain process without a launcher: then there is one rank, and collectives are the
+identity.
 """
 
 import json
@@ -20,38 +20,39 @@ T = TypeVar("T")
 
 
 if not torch.cuda.is_available():
-    # What deepspeed finds out by itself, with a warning in every process.
+    # DeepSpeed would detect this itself, but with a warning in every process.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def leave_launcher() -> None:
-    """Makes this process one without ranks, whatever variables of a job it has inherited. Call it in programs of one
-    process: in a pod or an interactive job all of them would otherwise be silent but on rank 0.
+    """Removes a job's rank variables from the environment of this process.
+
+    For programs of one process: in a pod or an interactive job they would otherwise print only on rank 0.
     """
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The elementwise sum of `values` over all ranks, in place; every rank must call it."""
+    """Sums `values` elementwise over all ranks, in place, and returns them; every rank must call it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def any_rank(value: bool, world: World) -> bool:
-    """Whether `value` is true on any rank; every rank must call it."""
+    """Returns True if `value` is true on any rank; every rank must call it."""
     return bool(sum_over_ranks(torch.tensor([value], dtype=torch.int32, device=world.device)).item())
 
 
 def barrier() -> None:
-    """Waits until every rank has come here."""
+    """Waits until every rank has called it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 def broadcast_json(value: Any) -> Any:
-    """Rank 0's `value` on every rank. JSON, so that nothing is unpickled between machines."""
+    """Returns rank 0's `value` on every rank. Uses JSON, so that no machine unpickles data of another."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return json.loads(json.dumps(value))
     device = _communication_device()
@@ -65,13 +66,14 @@ def broadcast_json(value: Any) -> Any:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Every rank's JSON-like `value`, on every rank, in the order of ranks."""
+    """Returns every rank's JSON-like `value` on every rank, in the order of ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [json.loads(json.dumps(value))]
     device = _communication_device()
     payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([payload.numel()], device=device))
+    # all_gather needs tensors of one size: pad all to the longest, and cut them to their sizes again.
     longest = max(int(size) for size in sizes)
     parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
     dist.all_gather(parts, torch.nn.functional.pad(payload, (0, longest - payload.numel())))
@@ -79,9 +81,10 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """Runs `function` on rank 0 and gives every rank its JSON-like result, or raises its UserError on every rank.
+    """Runs `function` on rank 0 and returns its JSON-like result on every rank, or raises its UserError on every rank.
 
-    Every rank must call it, outside any other collective. While rank 0 works the others wait, within the time-out.
+    Every rank must call it, outside any other collective. The other ranks wait for rank 0, up to the collective
+    time-out.
     """
     result: Any = None
     error: str | None = None
@@ -98,10 +101,11 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def main_first(function: Callable[[], T]) -> T:
-    """Calls `function` on rank 0, then on the others: for work of which rank 0 leaves the costly part in a cache.
+    """Calls `function` on rank 0, then on the others: for work whose costly part rank 0 leaves in a cache.
 
-    A UserError of rank 0 is raised on every rank. Where only another rank has one it is no mistake but a fault of that
-    rank's node, as an old view of the shared storage: it becomes an OutageError that names the node.
+    A UserError of rank 0 is raised on every rank. If only another rank has one, it is not the user's mistake but a
+    fault of that rank's node, such as an outdated view of the shared storage: it becomes an OutageError that names the
+    node.
     """
     mine: list[T] = []
     on_main(lambda: mine.append(function()))

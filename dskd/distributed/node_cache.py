@@ -1,8 +1,8 @@
-"""A folder on each node that one job has to itself: unpacked shards, and the lock files of mosaicml-streaming.
+"""The node cache: a private folder of one job on each node, for unpacked shards and mosaicml-streaming's lock files.
 
 Two jobs on one node must not share it: mosaicml-streaming refuses a cache that another job uses, and lock files that
-a killed job left in /tmp would be in the way of every later one. The folder goes when the job ends; what a killed job
-left is removed by the next one, which sees that nobody holds its lock.
+a killed job left in /tmp would block every later one. The folder is removed when the job ends. The folder of a killed
+job is removed by the next job, which finds that nobody holds its lock.
 """
 
 import atexit
@@ -24,19 +24,19 @@ from dskd.errors import OutageError, UserError
 _LOCK_NAME = "owner.lock"
 _SHARED_MEMORY = Path("/dev/shm")
 _PATIENCE_S = 60
-_LEAST_SHARED_MEMORY = 4 * 2**20  # bytes; the smallest runs of the tests take one of them
+_LEAST_SHARED_MEMORY = 4 * 2**20  # bytes; the smallest runs of the tests need a quarter of that
 
 
 def open_node_cache(base: str | None, world: World) -> Path:
-    """Makes the folder on every node and returns it; all ranks of a node get the same. Every rank must call it.
+    """Creates the folder on every node and returns it; all ranks of a node get the same. Every rank must call it.
 
     Args:
-        base: where, as a node-local folder; None is a private folder below the system's temporary one.
+        base: the node-local parent folder; None for a private folder in the system's temporary folder.
         world: the ranks.
 
     Raises:
-        UserError: when the place cannot be written to, or belongs to another user; an OutageError where that is some of
-            the nodes, and others may do.
+        UserError: if the parent folder is not writable or belongs to another user, on all nodes.
+        OutageError: if that is so on some nodes only: other nodes may do.
     """
     folder, problem = None, None
     if world.local_rank == 0:
@@ -53,13 +53,16 @@ def open_node_cache(base: str | None, world: World) -> Path:
 
 @contextlib.contextmanager
 def streaming_names(folder: Path, world: World) -> Iterator[None]:
-    """Makes mosaicml-streaming take names of shared memory that nobody has. Every rank opens its dataset in here.
+    """Makes mosaicml-streaming choose names of shared memory that are not in use. Every rank opens its dataset in it.
 
-    By itself it takes, for each kind of segment, the first number without one, and of these the highest: where a killed
-    job, or one that goes just now, left some kinds and not others, that number is in use, and the start fails, or
-    silently goes on with the old content. A number with a lock file in the folder of temporary files it passes over, so
-    every number in use gets one, in a folder that is this job's own. Jobs of a node choose one after the other, and all
-    jobs wait for their nodes in the same order, so none has a node that another waits for with one that it has.
+    For each kind of segment, mosaicml-streaming finds the first number that is free, and then uses the highest of these
+    numbers. If a killed job, or one that is just ending, has left some kinds of segments but not others, that number
+    can be in use: the start then fails, or silently continues with the old content. mosaicml-streaming skips numbers
+    that have a lock file in the folder for temporary files, so this function creates a lock file for every number in
+    use, in a folder of this job alone.
+
+    The jobs of a node choose one after another. All jobs wait for their nodes in the same order, so no two jobs can
+    each hold a node that the other waits for.
 
     Raises:
         UserError: if the shared memory of a node is full.
@@ -91,13 +94,13 @@ def _require_shared_memory(world: World) -> None:
 
 
 def shared_memory_shortage(*, is_known: bool = False) -> str | None:
-    """Returns what to do about this node's shared memory if next to nothing of it is free, otherwise None.
+    """Returns a message about this node's shared memory if almost none of it is free, otherwise None.
 
-    Whoever writes more to it than there is gets a bus error, which ends the process without a word, or the error of a
+    A process that writes more to it than is free gets a bus error, which ends it without a message, or the error of a
     full disk.
 
     Args:
-        is_known: it was full a moment ago, and whoever filled it may have died of that.
+        is_known: True if it was full a moment ago; the process that filled it may have died of that.
     """
     if not _SHARED_MEMORY.is_dir():
         return None
@@ -113,7 +116,7 @@ def shared_memory_shortage(*, is_known: bool = False) -> str | None:
 
 
 def _leaders_by_host(world: World) -> list[int]:
-    """The first rank of each node, in the order of the nodes' names. Every rank must call it."""
+    """Returns the first rank of each node, in the order of the nodes' names. Every rank must call it."""
     nodes = gather_json({"host": socket.gethostname(), "is_leader": world.local_rank == 0})
     return sorted(
         (rank for rank, node in enumerate(nodes) if node["is_leader"]), key=lambda rank: (nodes[rank]["host"], rank)
@@ -124,7 +127,8 @@ def _leaders_by_host(world: World) -> list[int]:
 def _one_job_at_a_time() -> Iterator[None]:
     folder = os.open(_SHARED_MEMORY, os.O_RDONLY)
     try:
-        deadline = time.monotonic() + _PATIENCE_S  # a job that hangs must not stop the others; a clash is unlikely
+        # After a while, proceed without the lock: a hanging job must not block the others, and a clash is unlikely.
+        deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,16 +141,16 @@ def _one_job_at_a_time() -> Iterator[None]:
 
 
 def make_own_folder(parent: Path) -> Path:
-    """A folder that is this process's until it ends; what killed processes left there is removed first.
+    """Creates a folder that belongs to this process until it ends; first removes folders of killed processes.
 
     Raises:
-        OSError: when `parent` cannot be written to.
+        OSError: if `parent` is not writable.
     """
     _remove_abandoned(parent)
     made = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
     lock = (made / _LOCK_NAME).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    # Only now does it get a name by which others would find it abandoned.
+    # Rename it only now that it is locked: under this name others would otherwise consider it abandoned.
     folder = made.rename(parent / made.name.replace(".new-", "job-"))
     atexit.register(_release, folder, lock)  # the argument also keeps the file open, and with it the lock
     return folder
@@ -174,6 +178,6 @@ def _remove_abandoned(parent: Path) -> None:
         try:
             with (folder / _LOCK_NAME).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # its job lives, or has just made the folder, or removes it at this moment
+        except OSError:  # its job is alive, or is removing it at this moment
             continue
         shutil.rmtree(folder, ignore_errors=True)

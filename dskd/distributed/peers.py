@@ -1,7 +1,8 @@
-"""Who is lost when a collective fails: torch says that it timed out, or that a connection was closed, and not whose.
+"""Detection of lost ranks: when a collective fails, torch reports a time-out or a closed connection, but not whose.
 
-Every rank listens on a port and accepts nothing: the kernel answers for a process as long as it lives, whatever that
-is busy with. So a refused connection is a process that has ended, and no answer a node that cannot be reached.
+Every rank listens on a port without accepting connections: the kernel answers for a process as long as it lives,
+whatever it is busy with. So a refused connection means that the process has ended, and no answer means that the node
+cannot be reached.
 """
 
 import contextlib
@@ -20,14 +21,14 @@ _PATIENCE_S = 3.0
 
 @dataclass(frozen=True)
 class Peers:
-    """The other ranks of the job, and where each listens."""
+    """The other ranks of the job, with the address on which each listens."""
 
     listener: socket.socket  # open as long as this process lives
     host: str
     ranks: list[dict[str, Any]]  # rank, host, address, port
 
     def find_lost(self) -> str | None:
-        """Asks every other rank; who does not answer and how, in words, or None when all are there."""
+        """Contacts every other rank; returns a text that names the lost ranks, or None if all answer."""
         with ThreadPoolExecutor(max_workers=min(64, len(self.ranks) + 1)) as pool:
             answers = list(pool.map(_ask, self.ranks))
         missing = [
@@ -38,7 +39,7 @@ class Peers:
 
 
 def meet_peers(world: World) -> Peers:
-    """Tells all ranks where this one listens. Every rank must call it."""
+    """Starts to listen and exchanges addresses with all other ranks. Every rank must call it."""
     address = own_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, 0), family=family, backlog=max(128, world.world_size))

@@ -1,4 +1,4 @@
-"""How ranks find each other, and who is missing when they do not."""
+"""The rendezvous of ranks: how they find each other, and which are missing if they do not."""
 
 import datetime
 import os
@@ -15,9 +15,10 @@ DEFAULT_TIMEOUT_S = 1800
 
 
 def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
-    """Joins the process group that the launcher's variables describe (one rank when there are none).
+    """Joins the process group that the launcher's variables describe (one rank if there are none).
 
-    A collective that waits longer than `timeout_s` raises on every rank: a lost peer ends the job, it does not hang it.
+    A collective that waits longer than `timeout_s` raises on every rank, so that a lost peer ends the job instead of
+    hanging it.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     _read_launcher()
@@ -26,13 +27,13 @@ def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
     if not dist.is_initialized():
         store = _meet_at_store(timeout)
         _find_local_ranks(store, rank, world_size)
-    # deepspeed's launcher says LOCAL_SIZE, mosaicml-streaming reads LOCAL_WORLD_SIZE: without it every rank would
-    # believe that it leads its node, and the second one dies on the first one's shared memory.
+    # DeepSpeed's launcher sets LOCAL_SIZE, but mosaicml-streaming reads LOCAL_WORLD_SIZE. Without it every rank would
+    # consider itself the first of its node, and the second one would fail on the first one's shared memory.
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if uses_gpu() else torch.device("cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Each rank would take all cores, and the ranks of a node would fight for them.
+        # Otherwise each rank would use all cores, and the ranks of a node would compete for them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if device.type == "cuda":
         _require_device(local_rank)
@@ -52,25 +53,25 @@ def initialize(timeout_s: int = DEFAULT_TIMEOUT_S) -> World:
             timeout=timeout,
             device_id=device
             if device.type == "cuda"
-            else None,  # without it NCCL guesses, and says so at every barrier
+            else None,  # without it NCCL guesses the device and warns at every barrier
         )
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # takes over what is there
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # adopts the process group
     return World(rank, world_size, local_rank, device)
 
 
 def _read_launcher() -> None:
-    """Checks the launcher's variables before anything waits for other ranks, and fills in what needs none of them.
+    """Checks the launcher's variables before anything waits for other ranks, and completes those of a single rank.
 
     Raises:
         UserError: naming every variable that is missing or wrong.
     """
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
-        # One process: a single one's WORLD_SIZE or LOCAL_RANK says nothing.
+        # A single process: replace whatever else is set, as it has no meaning then.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         return
     if "LOCAL_SIZE" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
-        os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # what torchrun calls it
+        os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # torchrun's name for it
     problems, numbers = [], {}
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT")
     for name in names:
@@ -104,8 +105,9 @@ def _read_launcher() -> None:
 
 
 def _find_local_ranks(store: dist.Store, rank: int, world_size: int) -> None:
-    """Sets LOCAL_RANK and LOCAL_SIZE where the launcher did not, as Kubernetes' PyTorchJob: by the host names of all
-    ranks. Every rank must have put its own into the store.
+    """Sets LOCAL_RANK and LOCAL_SIZE if the launcher (such as Kubernetes' PyTorchJob) did not.
+
+    Derives them from the host names of all ranks, which every rank must have put into the store.
     """
     if "LOCAL_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
         return
@@ -115,10 +117,10 @@ def _find_local_ranks(store: dist.Store, rank: int, world_size: int) -> None:
 
 
 def _require_device(local_rank: int) -> None:
-    """Refuses a rank for which its node has no GPU.
+    """Checks that the node has a GPU for this rank.
 
     Raises:
-        UserError: with both numbers.
+        UserError: naming the local rank and the number of GPUs, if it has none.
     """
     devices = torch.cuda.device_count()
     if local_rank >= devices:
@@ -130,10 +132,11 @@ def _require_device(local_rank: int) -> None:
 
 
 def _meet_at_store(timeout: datetime.timedelta) -> dist.Store:
-    """The store of rank 0's node, when every rank has come to it: torch would not say which ones have not.
+    """Connects to the store on rank 0's node and waits for all ranks; torch alone would not say which are missing.
 
     Raises:
-        LostPeerError: naming those, and their nodes.
+        LostPeerError: naming the missing ranks and their nodes.
+        OutageError: if rank 0 cannot open the store.
     """
     rank, world_size = current_rank(), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -174,7 +177,10 @@ def _why_no_store(address: str, port: int, error: Exception) -> str:
 
 
 def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
-    """Waits until rank 0 listens. torch's store would do so too, several times as long, with a stack of C++ frames."""
+    """Waits until rank 0 listens.
+
+    torch's store would wait too, but several times as long, and would fail with a stack of C++ frames.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -203,13 +209,13 @@ def _who_is_missing(store: dist.Store, world_size: int) -> str:
 
 
 def shutdown() -> None:
-    """Leaves the process group, so that the process ends without a complaint from the backend."""
+    """Leaves the process group, so that the process ends without a warning from the backend."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def own_address() -> str:
-    """The address of this node on the network that the ranks share, from which it sees the node of rank 0."""
+    """Returns the address of this node on the network through which it reaches the node of rank 0."""
     master = socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), type=socket.SOCK_DGRAM)[0]
     with socket.socket(master[0], socket.SOCK_DGRAM) as probe:
         probe.connect(master[4])  # sends nothing
@@ -217,7 +223,7 @@ def own_address() -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Returns a port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

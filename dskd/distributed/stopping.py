@@ -1,7 +1,8 @@
-"""Being asked to stop by TERM or USR1, as schedulers and launchers do: at once, or at a place that the work chooses.
+"""Stopping on TERM or USR1, which schedulers and launchers send: at once, or at a point that the work chooses.
 
-Signals reach the ranks of a job at different times, one a step ahead of another. So a rank only remembers that it was
-asked; the ranks agree on the step with the counts that they sum up anyway (:func:`dskd.training.step.train_step`).
+Signals reach the ranks of a job at different times, possibly at different steps. So in training a rank only records the
+request, and the ranks agree on the step through the counts that they sum anyway
+(:func:`dskd.training.step.train_step`).
 """
 
 import contextlib
@@ -9,25 +10,26 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command, given again, goes on
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: running the same command again continues
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """The work stops on request, with everything on disk from which it goes on."""
+    """The exception for work that stops on request, with everything on disk that it needs to continue."""
 
 
 @dataclass
 class StopRequest:
-    """Whether this rank has been asked to stop."""
+    """A flag that is set when this rank receives a request to stop."""
 
     is_pending: bool = False
 
 
 def listen() -> None:
-    """From now on a request raises :class:`Stopped` in the main thread, at once and only once.
+    """Installs handlers through which the first request raises :class:`Stopped` in the main thread at once.
 
-    A launcher that ends its ranks asks more than once; a second request must not cut off what the first one set going.
+    Later requests are ignored: a launcher that ends its ranks sends several, and a second one must not interrupt the
+    cleanup that the first one started.
     """
 
     def stop(*_: object) -> None:
@@ -41,9 +43,10 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[StopRequest]:
-    """While it lasts a request is only remembered, for work that stops at places of its own choosing.
+    """Records requests during the block instead of raising, for work that stops at points of its own choice.
 
-    Who was asked in here is not asked again: requests are repeated, and would cut off what comes after.
+    If a request arrived in the block, requests after the block are ignored: senders repeat them, and they would
+    interrupt the code that follows.
     """
     request = StopRequest()
 
@@ -59,6 +62,6 @@ def deferred() -> Iterator[StopRequest]:
 
 
 def ignore() -> None:
-    """For processes that end when the one that started them does, and are needed until then."""
+    """Ignores requests to stop; for processes that end with their parent process and are needed until then."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Which rank a process is, of how many, and on which device; the variables of the launcher."""
+"""The rank and device of this process, the number of ranks, and the launcher's environment variables."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def uses_gpu() -> bool:
-    """True where there is a GPU, unless DeepSpeed's own switch, `DS_ACCELERATOR=cpu`, says to leave it alone."""
+    """Returns True if there is a GPU and DeepSpeed's own switch, `DS_ACCELERATOR=cpu`, does not exclude it."""
     import torch  # takes seconds to import
 
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
@@ -18,7 +18,7 @@ def uses_gpu() -> bool:
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among all ranks."""
+    """The place of this process among all ranks."""
 
     rank: int
     world_size: int
@@ -27,29 +27,30 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the rank that prints, tracks and publishes artifacts."""
+        """True on rank 0, which prints, tracks and publishes artifacts."""
         return self.rank == 0
 
 
 def current_rank() -> int:
-    """The rank the launcher gave this process; 0 when nothing launched it, or not with a number."""
+    """Returns the rank that the launcher gave this process; 0 if there is none or it is not a number."""
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdecimal() else 0
 
 
 def is_main_process() -> bool:
-    """True on rank 0, also before the process group exists."""
+    """Returns True on rank 0, even before the process group exists."""
     return current_rank() == 0
 
 
 def launcher_job() -> dict[str, str]:
-    """The scheduler's job that this process belongs to: `scheduler`, `id` and what else it says; {} without one."""
+    """Returns the scheduler's job of this process: `scheduler`, `id` and further facts; {} if there is none."""
     slurm = {"id": "JOB_ID", "name": "JOB_NAME", "array": "ARRAY_JOB_ID", "task": "ARRAY_TASK_ID"}
-    slurm["restart"] = "RESTART_COUNT"  # how often the job was requeued
+    slurm["restart"] = "RESTART_COUNT"  # number of times the job was requeued
     if "SLURM_JOB_ID" in os.environ:
         found = {name: os.environ.get(f"SLURM_{variable}") for name, variable in slurm.items()}
         return {"scheduler": "slurm"} | {name: text for name, text in found.items() if text}
-    # The manifests of cluster/kubernetes name the Job; a pod's host name is that of the Job and its number.
+    # The manifests in cluster/kubernetes set DSKD_JOB to the Job's name. A pod's host name is the Job's name with an
+    # index.
     if "KUBERNETES_SERVICE_HOST" in os.environ or "JOB_COMPLETION_INDEX" in os.environ:
         pod = socket.gethostname()
         return {"scheduler": "kubernetes", "id": os.environ.get("DSKD_JOB") or pod, "pod": pod}

@@ -1,4 +1,4 @@
-"""MLflow: one run a training, written by rank 0. The only package that imports mlflow."""
+"""Tracking with MLflow: one MLflow run per training, written by rank 0. No other package imports mlflow."""
 
 from dskd.tracking.afterwards import (
     EVALUATION_DATA_TAG,

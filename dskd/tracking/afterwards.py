@@ -1,4 +1,4 @@
-"""What MLflow is told of a run that nobody trains now: its model, its measures, and what its training left unsent."""
+"""Messages to MLflow about a run after its training: its model, its measures, and what training left unsent."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ EVALUATION_FOLDER = "evaluation"  # among a run's artifacts
 
 
 def data_tag(kind: str) -> str:
-    """The tag with the digest of what results of a kind, such as `evaluation` or `tasks/piqa`, are of."""
+    """Returns the tag for the digest of the data behind results of a kind, such as `evaluation` or `tasks/piqa`."""
     return f"{kind.replace('/', '_')}_data"
 
 
@@ -26,7 +26,7 @@ EVALUATION_DATA_TAG = data_tag(EVALUATION_FOLDER)
 
 
 def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
-    """The run was exported to `folder`; with `tracking.log_model` the model is uploaded."""
+    """Records that the run was exported to `folder`; with `tracking.log_model`, uploads the model."""
     if not config.tracking.log_model:
         _tell(config, run, run_id)
         return
@@ -46,8 +46,10 @@ def log_evaluation(
     tables: Sequence[Path] = (),
     files: Sequence[Path] = (),
 ) -> None:
-    """An evaluation of the run's model after `step` steps: its measures, what each example scored, the digest of the
-    data, and tables and other files of the work directory.
+    """Logs an evaluation of the run's model after `step` steps.
+
+    Logs its measures, the scores of each example, the digest of the data, and tables and other files of the work
+    directory.
     """
     shown: list[Message] = []
     for kind, paths in (("table", tables), ("file", files)):
@@ -67,8 +69,10 @@ def log_results(
     data: str,
     step: int,
 ) -> None:
-    """Other results of the run's model after `step` steps, under the name `kind`, such as `tasks/piqa`: measures as
-    metrics `KIND/NAME`, what each example scored as an artifact in that folder, and the digest of the data as a tag.
+    """Logs other results of the run's model after `step` steps, under the name `kind`, such as `tasks/piqa`.
+
+    Measures become metrics `KIND/NAME`, the scores of each example an artifact in the folder `KIND`, and the digest of
+    the data a tag.
     """
     named = {f"{kind}/{name}": value for name, value in measures.items()}
     _tell(config, run, run_id, *_results(config, kind, named, examples, data, step))
@@ -80,17 +84,21 @@ def _results(
     return [
         {"kind": "file", "file": _inside(config, examples), "folder": kind},
         {"kind": "measures", "measures": dict(measures), "step": step},
-        # The digest comes last: measures under a digest are whole.
+        # The digest comes last: if a run has it, its measures are complete.
         {"kind": "tags", "tags": {data_tag(kind): data}},
     ]
 
 
 def _tell(config: Config, run: str, run_id: str, *messages: Message) -> None:
-    """Delivers; a server that is away costs a warning, and is told by the next process that comes here or trains."""
+    """Sends messages to MLflow.
+
+    If the server is away, prints a warning and keeps the messages for the next process that exports, evaluates or
+    trains the run.
+    """
     named = [{"run_id": run_id, **message} for message in messages]
     delivery = Delivery(config, run)
     with lock_if_free(kinds.lock_path(config, run)) as is_free:
-        if not is_free:  # the process that trains the run now has what was unsent before
+        if not is_free:  # a process is training the run and has taken over the earlier unsent messages
             _tell_at_once(delivery, run, named)
             return
         folder = run_folder(config, run)

@@ -1,4 +1,4 @@
-"""The connection to MLflow: where the server is, and what it says when it cannot be used."""
+"""The connection to MLflow: the server's address, and the errors of a server that cannot be used."""
 
 import contextlib
 import functools
@@ -19,17 +19,17 @@ from dskd.tracking.database import (
     readable_file,
 )
 
-# Defaults for what the environment leaves open: no telemetry, and an unreachable server is noticed in seconds.
+# Defaults for variables that the environment does not set: no telemetry; notice an unreachable server within seconds.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with every end of a run, and in among what we print
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # otherwise printed at the end of every run, amid our output
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _ANSWERS_WITHIN_S = 5
-# What a server answers that will answer so again. Anything else can pass: no connection, a time-out, a lapsed login.
+# Errors that a server would return again. Anything else may pass: no connection, a time-out, an expired login.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
 
 
@@ -39,8 +39,10 @@ def tracking_uri(config: Config) -> str:
 
 
 def load_mlflow() -> None:
-    """Imports what is used of mlflow later on, in threads too: processes are forked beside those, and a child that is
-    forked in the middle of an import waits for ever for what it imports itself.
+    """Imports the modules of mlflow that are used later, also in threads.
+
+    A process may be forked while such a thread runs, and a child that is forked in the middle of an import waits
+    forever when it imports something itself.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -52,7 +54,7 @@ def load_mlflow() -> None:
 
 
 def connect(config: Config) -> Any:
-    """Returns MLflow's client for the config's tracking URI. What it raises is mlflow's, sqlalchemy's or requests'."""
+    """Returns MLflow's client for the config's tracking URI. Raises errors of mlflow, sqlalchemy or requests."""
     load_mlflow()
     from mlflow import MlflowClient
 
@@ -69,7 +71,7 @@ def connect(config: Config) -> Any:
 
 
 def connect_to_read(config: Config) -> Any:
-    """Like :func:`connect`, and writes nothing in a work directory that this process may only read."""
+    """Returns a client like :func:`connect`, but writes nothing in a work directory that this process may only read."""
     if config.tracking.uri is not None:
         return connect(config)
     file = database_file(config)
@@ -83,35 +85,35 @@ def connect_to_read(config: Config) -> Any:
     return MlflowClient(database_uri(readable))
 
 
-@functools.cache  # of a server that answered once
+@functools.cache  # a server that answered once is not asked again
 def require_answer(uri: str) -> None:
-    """Notices within seconds that an HTTP server is away; MLflow's own client tries again for a minute.
+    """Checks within seconds that an HTTP server answers; MLflow's own client would retry for a minute.
 
     Raises:
-        OSError: when it does not answer. Any answer will do here, a refusal too.
+        OSError: if it does not answer. Any answer counts here, even a refusal.
     """
     if re.match(r"https?://", uri):
         import requests
 
-        with contextlib.suppress(requests.exceptions.SSLError):  # MLflow may be told to trust it all the same
+        with contextlib.suppress(requests.exceptions.SSLError):  # MLflow may be configured to trust the server anyway
             requests.get(f"{uri.rstrip('/')}/health", timeout=_ANSWERS_WITHIN_S)
 
 
 def is_refusal(error: BaseException) -> bool:
-    """True when the same would be answered again: MLflow has understood and will not take it, or the fault is here."""
+    """Returns True if a retry would fail too: MLflow understood the message and rejects it, or the fault is ours."""
     if isinstance(error, UserError | ValueError | TypeError | LookupError | AttributeError | ImportError):
-        # requests' error of an answer that is no JSON is both
+        # The error of requests for an answer that is not JSON is both a ValueError and an OSError.
         return not isinstance(error, OSError | OutageError)
     return getattr(error, "error_code", None) in _REFUSALS
 
 
 def without_secrets(text: str) -> str:
-    """User names and passwords of URLs do not belong into records that others read."""
+    """Removes user names and passwords from URLs in `text`, for records that others read."""
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def cause_of(error: BaseException) -> str:
-    """Why a server cannot be reached, as the operating system says it; else what the error says first."""
+    """Returns why a server cannot be reached: the operating system's reason or, if there is none, the first line."""
     at: BaseException | None = error
     while at is not None:
         if isinstance(at, TimeoutError):
@@ -123,5 +125,5 @@ def cause_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, without secrets."""
+    """Returns the first line of an error's message, without secrets."""
     return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

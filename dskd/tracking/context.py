@@ -1,4 +1,4 @@
-"""What a run is recorded with: its parameters, environment, commit, and the manifests of its inputs."""
+"""The context recorded with a run: its parameters, environment, commit, and the manifests of its inputs."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ _PROJECT = Path(__file__).parents[2]
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as {dotted key: text}, the form in which MLflow compares parameters."""
+    """Converts nested settings to {dotted key: text}, the form in which MLflow compares parameters."""
     flat: dict[str, str] = {}
     for key, value in section.items():
         name = f"{prefix}{key}"
@@ -33,7 +33,7 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran on: interpreter, machine, and the version of every installed package."""
+    """Describes the environment of the run: interpreter, machine, and the version of every installed package."""
     return {
         "python": sys.version,
         "platform": platform.platform(),
@@ -45,14 +45,16 @@ def environment() -> dict[str, Any]:
 
 def _installed() -> Iterator[tuple[str, str]]:
     for distribution in metadata.distributions():
-        about = distribution.metadata  # read and parsed at each access, which takes most of the time here
+        about = distribution.metadata  # accessed once: each access reads and parses a file
         if about["Name"]:
             yield about["Name"], about["Version"]
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package lies in, marked when it has changes; or the one that an image was built
-    from, where its builder named it. None where neither is known.
+    """Returns the commit of this code, or None if it is unknown.
+
+    It is the commit from which a container image was built, if its builder recorded one, otherwise that of the checkout
+    that contains this package, marked if it has changes.
     """
     built_from = _PROJECT / "COMMIT"
     if built_from.is_file():
@@ -65,16 +67,16 @@ def git_commit() -> str | None:
 
 
 def write_context(config: Config, folder: Path) -> list[Path]:
-    """The resolved config, the environment and the manifests of all inputs, as files."""
+    """Writes the resolved config, the environment and the manifests of all inputs to `folder`; returns the files."""
     files = [folder / "config.yaml", folder / "environment.json"]
     files[0].write_text(without_secrets(yaml.safe_dump(config.as_dict(), sort_keys=False)), encoding="utf-8")
     files[1].write_text(json.dumps(environment(), indent=2), encoding="utf-8")
     for manifest in [*config.path().glob("*/manifest.json"), *config.path().glob("shards/*/manifest.json")]:
         parts = manifest.parent.relative_to(config.path()).parts
-        if parts[-1].startswith("."):  # not whole yet, or not any more
+        if parts[-1].startswith("."):  # being built or removed
             continue
         copy = folder / f"manifest-{'-'.join(parts)}.json"
-        with contextlib.suppress(FileNotFoundError):  # another job replaces it just now
+        with contextlib.suppress(FileNotFoundError):  # another job is replacing it
             copy.write_bytes(manifest.read_bytes())
             files.append(copy)
     return sorted(files)

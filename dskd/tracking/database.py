@@ -1,8 +1,8 @@
-"""The sqlite database in a work directory: its address, and what changes with the directory's path and rights.
+"""The sqlite database in a work directory: its address, and how it adapts to the directory's path and permissions.
 
-MLflow stores the absolute address of the artifacts with every experiment and run. A work directory that was moved or
-copied has other ones, so they are corrected when the database is opened. A database that one may only read is read
-from a copy, since MLflow writes to whatever it opens.
+MLflow stores the absolute address of the artifacts with every experiment and run. In a work directory that was moved or
+copied these addresses are wrong, so they are corrected when the database is opened. A database without write permission
+is read from a copy, since MLflow writes to whatever it opens.
 """
 
 import atexit
@@ -20,8 +20,8 @@ from dskd.config import Config
 from dskd.errors import UserError
 
 FILE, ARTIFACTS = "mlflow.db", "mlartifacts"
-_PATIENCE_S = 300.0  # while another process makes the database
-_BUSY_S = 20.0  # while another process writes to it, as MLflow waits
+_PATIENCE_S = 300.0  # wait this long while another process creates the database
+_BUSY_S = 20.0  # wait this long while another process writes to it; the same as MLflow
 _ADDRESSES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -42,10 +42,10 @@ def artifacts_folder(config: Config) -> Path:
 
 
 def database_uri(file: Path) -> str:
-    """Returns the URI by which MLflow opens an sqlite file, whatever characters its path has.
+    """Returns the URI by which MLflow opens an sqlite file, whatever characters its path contains.
 
-    SQLAlchemy decodes percent signs and takes `?` for the start of options. MLflow makes the parent folder of whatever
-    is written after `sqlite:///`, undecoded. So a path that has to be encoded gets the longer scheme, whose paths
+    SQLAlchemy decodes percent signs and takes `?` for the start of options. MLflow creates the parent folder of the
+    path after `sqlite:///` without decoding it. So a path that must be encoded gets the longer scheme, whose paths
     MLflow leaves to SQLAlchemy.
 
     Raises:
@@ -62,10 +62,10 @@ def database_uri(file: Path) -> str:
 
 
 def make_database(file: Path) -> None:
-    """Makes a database that does not exist yet. It exists completely or not at all, however many processes start.
+    """Creates the database if it does not exist. It exists completely or not at all, however many processes start.
 
-    MLflow makes its tables in some fifty migrations, without a lock: two runs that start at once on a new work
-    directory would spoil them for each other, and one that is killed for itself.
+    MLflow creates its tables in some fifty migrations, without a lock: two runs that start at once in a new work
+    directory would corrupt each other's tables, and a run that is killed would leave its own incomplete.
     """
     from mlflow import MlflowClient
 
@@ -84,19 +84,19 @@ def make_database(file: Path) -> None:
 
 
 def correct_addresses(file: Path, artifacts: Path) -> None:
-    """Makes experiments and runs name `artifacts`, if they name the artifacts of a work directory that was elsewhere.
+    """Corrects the addresses of experiments and runs that still name the former place of this work directory.
 
-    The folder that they name is left if it is the same one under another path, such as another mount; or if it exists
-    and there is none at `artifacts`, since then only the database was copied.
+    They then name `artifacts`. An address stays if its folder is the same one under another path, such as another
+    mount; or if it exists and there is none at `artifacts`, since then only the database was copied.
 
     Args:
         file: the database.
-        artifacts: the folder of artifacts beside it.
+        artifacts: the folder of artifacts next to it.
     """
     here = artifacts.as_uri()
     with contextlib.closing(sqlite3.connect(file, timeout=_BUSY_S)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "experiments" not in tables:  # MLflow has not made its tables; it says what is wrong with such a file
+        if "experiments" not in tables:  # not MLflow's tables: MLflow reports what is wrong with such a file
             return
         known = [place for (place,) in database.execute("SELECT DISTINCT artifact_location FROM experiments")]
         outdated = [place for place in known if place and place != here and _was_elsewhere(place, artifacts)]
@@ -114,11 +114,11 @@ def correct_addresses(file: Path, artifacts: Path) -> None:
 
 
 def _was_elsewhere(place: str, artifacts: Path) -> bool:
-    """Returns whether an experiment's address names the artifacts of a work directory that is `artifacts` now."""
+    """Returns True if an experiment's address names the former place of the folder that is `artifacts` now."""
     parsed = urlparse(place)
     old = Path(unquote(parsed.path))
     if parsed.scheme != "file" or old.name != artifacts.name:
-        return False  # somebody made this experiment with a place of their own
+        return False  # somebody created this experiment with another location
     if not old.exists():
         return True
     return artifacts.exists() and not artifacts.samefile(old)
@@ -126,7 +126,7 @@ def _was_elsewhere(place: str, artifacts: Path) -> bool:
 
 @functools.cache
 def readable_file(file: Path) -> Path:
-    """Returns the database itself if this process may write to it, otherwise a copy that goes with the process.
+    """Returns the database itself if this process may write to it, otherwise a copy that is removed at exit.
 
     Raises:
         sqlite3.Error: if it cannot be read.
@@ -136,7 +136,7 @@ def readable_file(file: Path) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="dskd-mlflow-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = folder / FILE
-    # The backup takes the locks that a copy of the file would not: nobody writes meanwhile.
+    # Unlike a copy of the file, the backup takes locks, so nobody writes meanwhile.
     with (
         contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as source,
         contextlib.closing(sqlite3.connect(copy)) as target,

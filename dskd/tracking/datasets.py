@@ -1,4 +1,4 @@
-"""What a run reads, for MLflow's dataset API: the shards and the sense dictionary, as their manifests describe them."""
+"""A run's inputs for MLflow's dataset API: the shards and the sense dictionary, as their manifests describe them."""
 
 import json
 from collections.abc import Mapping
@@ -8,19 +8,19 @@ from typing import Any
 from dskd.artifacts.manifest import Manifest
 from dskd.tracking.client import without_secrets
 
-_DIGEST_LENGTH = 36  # MLflow takes no longer one
+_DIGEST_LENGTH = 36  # the longest that MLflow accepts
 
 
 def describe_dataset(
     name: str, context: str, source: str, manifest: Manifest, columns: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A dataset as the message of kind `datasets` has it.
+    """Describes a dataset in the format of the messages of kind `datasets`.
 
     Args:
-        name: what MLflow calls it.
-        context: what the run uses it for, as MLflow shows it: `training`, `validation`.
-        source: where it lies.
-        manifest: its own; the digest is the manifest's, shortened, and the profile its facts.
+        name: the dataset's name in MLflow.
+        context: the run's use of it, as MLflow shows it: `training`, `validation`.
+        source: its path or URL.
+        manifest: its manifest, which gives the digest (shortened) and the profile (its facts).
         columns: {column: type of its numbers}, all of unknown length.
     """
     if "://" not in source:
@@ -36,7 +36,7 @@ def describe_dataset(
 
 
 def log_datasets(client: Any, run_id: str, datasets: list[dict[str, Any]]) -> None:
-    """Makes them inputs of the run; those that it has already stay as they are."""
+    """Adds `datasets` to the inputs of the run; inputs that it already has stay unchanged."""
     import numpy as np
     from mlflow.data.schema import TensorDatasetSchema
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -49,7 +49,7 @@ def log_datasets(client: Any, run_id: str, datasets: list[dict[str, Any]]) -> No
         described = Dataset(
             dataset["name"],
             dataset["digest"],
-            scheme if separator else "local",  # what MLflow's own sources of these kinds are called
+            scheme if separator else "local",  # the names of MLflow's own source types
             json.dumps({"uri": dataset["source"]}),
             json.dumps(TensorDatasetSchema(Schema(columns)).to_dict()),
             json.dumps(dataset["profile"]),

@@ -1,21 +1,21 @@
-"""How each kind of message (:mod:`dskd.tracking.outbox`) is told to MLflow, by one thread of one process at a time.
+"""Delivery of messages (:mod:`dskd.tracking.outbox`) to MLflow, by one thread of one process at a time.
 
-| kind | says |
+| kind | content |
 |---|---|
-| `metrics` | `metrics`: [name, value, time in ms, step] each |
-| `measures` | `measures`: {name: value}, at `step`; of one metric also more than once |
-| `restart` | that the run goes on: from `step`, `on` what, `at` what time, with what `tags` |
-| `deaths` | that all other runs of the name and work directory which say RUNNING have died |
-| `end` | `status`, and when: `time_ms` |
-| `file` | `file` of the work directory, `folder` of the run's artifacts |
-| `table` | the same of a table, as `mlflow.load_table` reads it |
-| `curves` | that the picture of the loss is to be drawn |
-| `datasets` | what the run reads |
+| `metrics` | `metrics`: a list of [name, value, time in ms, step] |
+| `measures` | `measures`: {name: value}, at `step`; the same metric may be sent more than once |
+| `restart` | the run resumes: from `step`, `on` which job and ranks, `at` which time, with which `tags` |
+| `deaths` | all other runs with this name and work directory that MLflow shows as RUNNING have died |
+| `end` | the run ended with `status`, at `time_ms` |
+| `file` | upload `file` of the work directory to `folder` of the run's artifacts |
+| `table` | the same for a table that `mlflow.load_table` can read |
+| `curves` | draw the picture of the losses |
+| `datasets` | the datasets that the run reads |
 | `tags` | `tags` of the run |
 | `model` | the exported model in `folder` of the work directory |
 
-Whatever is delivered twice is there once. A point at or before the last step that MLflow has of its metric is not sent:
-so the step axis never goes back where a run has trained some steps again, which gave the same numbers.
+Delivering a message twice has the same effect as once. A point is not sent if its step is not after the last step that
+MLflow has for its metric: when a run trains some steps again, with the same results, the step axis never goes back.
 """
 
 import json
@@ -44,19 +44,19 @@ CURVES_FILE = "loss.png"
 
 
 class Delivery:
-    """The connection of one process to MLflow, and how far each metric of a run has got."""
+    """The connection of one process to MLflow, with the last step of each metric of a run."""
 
     def __init__(self, config: Config, run: str) -> None:
-        """For the run named `run` of the config. Nothing is asked yet."""
+        """Prepares deliveries for the run named `run` of the config; does not connect yet."""
         self._config = config
         self._run = run
         self._last_steps: dict[str, dict[str, int]] = {}
         self.client: Any = None
 
     def deliver(self, messages: Iterable[Message]) -> None:
-        """Tells MLflow messages of one kind and run; says so when they are refused.
+        """Sends messages of one kind and run to MLflow; prints a warning if MLflow refuses them.
 
-        What it raises is mlflow's, sqlalchemy's or requests', and may pass.
+        Raises errors of mlflow, sqlalchemy or requests if a later attempt may succeed.
         """
         first, *more = messages
         try:
@@ -64,7 +64,7 @@ class Delivery:
                 self.client = connect(self._config)
             self._deliver(first, more)
         except Exception as error:
-            # What MLflow will never take must not hold up what comes behind it.
+            # A message that MLflow will never accept must not block the messages after it.
             if not is_refusal(error):
                 raise
             warn(f"MLflow refused {first['kind']} of run {first['run_id']} ({first_line(error)}); it is left out")
@@ -80,7 +80,7 @@ class Delivery:
             note_restart(self.client, run_id, first)
         elif kind == "deaths":
             recorded = load_run(run_folder(self._config, self._run))
-            if recorded is not None and recorded["run_id"] == run_id:  # otherwise a later run has begun since
+            if recorded is not None and recorded["run_id"] == run_id:  # otherwise a later run has started since
                 fail_dead_runs(self.client, self._config, self._run, keep=run_id)
         elif kind == "end":
             self.client.set_terminated(run_id, first["status"], first["time_ms"])
@@ -96,13 +96,13 @@ class Delivery:
             log_model(self.client, self._config, run_id, self._config.path(first["folder"]))
         elif kind in ("file", "table"):
             self._send_file(run_id, self._config.path(first["file"]), first["folder"], is_table=kind == "table")
-        else:  # of a later version
+        else:  # written by a later version
             raise ValueError(f"{self._config.workdir}: a message for MLflow is of unknown kind {kind!r}")
 
     def last_steps(self, run_id: str) -> dict[str, int]:
-        """{metric: the last step that MLflow has of it}."""
+        """Returns {metric: the last step that MLflow has of it}."""
         if run_id not in self._last_steps:
-            # The newest point of each metric; its whole history could be millions.
+            # Only the newest point of each metric: a whole history could have millions.
             points = self.client.get_run(run_id).data._metric_objs
             self._last_steps[run_id] = {point.key: point.step for point in points}
         return self._last_steps[run_id]
@@ -116,16 +116,16 @@ class Delivery:
             if step > reached.get(name, -1):
                 new.append(Metric(name, value, time_ms, step))
                 reached[name] = step
-        for start in range(0, len(new), 1000):  # the most that one request may have
+        for start in range(0, len(new), 1000):  # the maximum per request
             self.client.log_batch(run_id, metrics=new[start : start + 1000])
         self._last_steps[run_id] = reached
 
     def _send_file(self, run_id: str, file: Path, folder: str | None, *, is_table: bool) -> None:
-        if not file.is_file():  # it went with the work of an older run
+        if not file.is_file():  # removed together with an older run
             return
         self.client.log_artifact(run_id, str(file), folder)
         if is_table:
-            # What `client.log_table` does, which would add the rows to those of an earlier evaluation.
+            # Does the same as `client.log_table`, but without adding the rows to those of an earlier evaluation.
             path = f"{folder}/{file.name}" if folder else file.name
             logged = json.loads(self.client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
             if (entry := {"path": path, "type": "table"}) not in logged:
@@ -139,11 +139,14 @@ class Delivery:
 
 
 def draw_curves(client: Any, run_id: str, path: Path) -> bool:
-    """A panel for each term of the loss that the run has, over all of its restarts; False when it has none.
+    """Draws a panel for each term of the loss that the run has, over all of its restarts.
 
-    The points are MLflow's: this process knows only those since the last restart.
+    Reads the points from MLflow, because this process knows only those since the last restart.
+
+    Returns:
+        False if the run has no such metric; then no picture is written.
     """
-    # Not pyplot, whose state is the process's: this runs in a thread beside the training.
+    # Not pyplot, whose state is global: this runs in a thread during training.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

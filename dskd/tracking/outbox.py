@@ -1,8 +1,8 @@
-"""What MLflow is still to be told about a run: messages in order, kept until they have arrived.
+"""The outbox of a run: ordered messages to MLflow, kept until they have arrived.
 
 A message is a JSON object with `run_id` and `kind` (:mod:`dskd.tracking.delivery`). It leaves the outbox when MLflow
-has taken it. With every checkpoint, and before a process ends, what is left is written to `unsent.jsonl`; the next
-process that opens the outbox has it again. A message can so be delivered twice, which changes nothing.
+has accepted it. With every checkpoint, and before a process ends, the remaining messages are written to `unsent.jsonl`,
+from which the next process that opens the outbox reads them. A message can thus be delivered twice, which is harmless.
 """
 
 import json
@@ -16,14 +16,14 @@ from dskd.artifacts.files import write_text
 Message = dict[str, Any]
 
 FILE = "unsent.jsonl"
-_BATCH_METRICS = 500  # a request may have 1000
+_BATCH_METRICS = 500  # MLflow accepts up to 1000 per request
 
 
 class Outbox:
-    """The messages of one run's folder; several threads may put, one takes."""
+    """The queue of messages in one run's folder; several threads may add messages, one takes them out."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens the outbox of `folder`, with what an earlier process left there."""
+        """Opens the outbox of `folder`, with the messages that an earlier process left there."""
         self.file = folder / FILE
         self._messages: deque[Message] = deque(_read(self.file))
         self._changed = threading.Condition()
@@ -33,13 +33,13 @@ class Outbox:
         return len(self._messages)
 
     def put(self, *messages: Message) -> None:
-        """Adds messages behind all others; returns at once."""
+        """Adds messages at the end; returns at once."""
         with self._changed:
             self._messages.extend(messages)
             self._changed.notify_all()
 
     def next_batch(self) -> list[Message]:
-        """The first message, and those behind it that go into the same request; they stay in the outbox."""
+        """Returns the first message and those after it that fit into the same request; all stay in the outbox."""
         with self._changed:
             batch = [self._messages[0]] if self._messages else []
             size = 0
@@ -52,24 +52,24 @@ class Outbox:
             return batch
 
     def wait_for_messages(self, timeout_s: float) -> None:
-        """Returns when there is something to deliver, or the time is up."""
+        """Waits until there is something to deliver or the time is up."""
         with self._changed:
             self._changed.wait_for(lambda: self._messages, timeout_s)
 
     def wait_until_empty(self, timeout_s: float) -> bool:
-        """True when all has been delivered, False when the time is up."""
+        """Waits until all messages are delivered or the time is up; returns True in the first case."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._messages, timeout_s)
 
     def drop(self, count: int) -> None:
-        """Forgets the first messages, which have arrived."""
+        """Removes the first `count` messages, which have been delivered."""
         with self._changed:
             for _ in range(count):
                 self._messages.popleft()
             self._changed.notify_all()
 
     def save(self) -> None:
-        """Makes the file hold what is undelivered; there is none when nothing is."""
+        """Writes the undelivered messages to the file; removes the file if there are none."""
         with self._changed:
             lines = [json.dumps(message) for message in self._messages]
         if lines:

@@ -1,4 +1,4 @@
-"""Runs as the tracking server knows them."""
+"""Reading of runs, metrics and artifacts from the tracking server."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from dskd.tracking.client import cause_of, connect_to_read, require_answer, trac
 from dskd.tracking.database import FILE
 from dskd.tracking.runs import KIND_TAG, PARENT, require_active
 
-_PAGE = 1000  # runs a request
+_PAGE = 1000  # runs per request
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class TrackedRun:
 
 
 def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRun]:
-    """The runs of the config's experiment, or of these, newest first.
+    """Returns the runs of `experiments` or, if none are named, of the config's experiment, newest first.
 
     Raises:
-        UserError: when there is no tracking server, or none of the experiments that are named; the config's own may not
-            be there yet.
+        UserError: if the tracking server cannot be read, or lacks one of the named experiments; the config's own
+            experiment need not exist yet.
     """
     if not _is_there(config) and not experiments:
         return []
@@ -49,7 +49,7 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
                 runs += [
                     _tracked(run, name)
                     for run in _all_pages(client, experiment.experiment_id)
-                    if run.data.tags.get(KIND_TAG) != PARENT  # it holds others together, and was trained by nobody
+                    if run.data.tags.get(KIND_TAG) != PARENT  # a parent only groups runs; it was not trained
                 ]
             elif experiments:
                 known = sorted(known.name for known in client.search_experiments())
@@ -61,7 +61,7 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
 
 
 def read_run(config: Config, run_id: str) -> TrackedRun | None:
-    """The run of this id, in whatever experiment; None where there is none, or it was deleted."""
+    """Returns the run with this id, in any experiment; None if there is none or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     with _reading(config) as client:
@@ -77,12 +77,14 @@ def read_run(config: Config, run_id: str) -> TrackedRun | None:
 
 
 def read_history(config: Config, run_id: str, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric of a run, by step."""
+    """Returns [(step, value)] of one metric of a run, in the order of steps."""
     return read_histories(config, run_id, [metric])[metric]
 
 
 def read_histories(config: Config, run_id: str, metrics: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
-    """{metric: (step, value) by step} of a run; of a step that was logged twice, the later value."""
+    """Returns {metric: [(step, value)]} of a run, in the order of steps; if a step was logged twice, the later value
+    counts.
+    """
     with _reading(config) as client:
         histories = {}
         for metric in metrics:
@@ -92,7 +94,7 @@ def read_histories(config: Config, run_id: str, metrics: Iterable[str]) -> dict[
 
 
 def read_artifact(config: Config, run_id: str, path: str) -> bytes | None:
-    """The content of a file kept with a run; None where it has no such file."""
+    """Returns the content of a run's artifact file; None if it has no such file."""
     with _reading(config) as client, tempfile.TemporaryDirectory() as folder:
         parent = path.rpartition("/")[0]
         if path not in {file.path for file in client.list_artifacts(run_id, parent or None)}:
@@ -101,13 +103,13 @@ def read_artifact(config: Config, run_id: str, path: str) -> bytes | None:
 
 
 def _is_there(config: Config) -> bool:
-    """False where nothing was tracked in this work directory yet: MLflow would make a database to look into."""
+    """Returns False if nothing was tracked in this work directory yet: MLflow would create a database just to read."""
     return config.tracking.uri is not None or config.path(FILE).exists()
 
 
 @contextmanager
 def _reading(config: Config) -> Iterator[Any]:
-    """A client; what goes wrong with it is said as the user's to mend."""
+    """Yields a client; turns errors in the block into a UserError that says what to do."""
     if not _is_there(config):
         raise UserError(f"{config.path('mlflow.db')}: nothing was tracked here yet; train first, or give tracking.uri")
     uri = tracking_uri(config)

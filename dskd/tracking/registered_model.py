@@ -15,23 +15,23 @@ _REQUIREMENTS = ("transformers", "torch", "accelerate", "safetensors", "tokenize
 
 
 def log_model(client: Any, config: Config, run_id: str, folder: Path) -> None:
-    """Uploads an exported folder as it is, without loading it; nothing when the run has this very model already."""
+    """Uploads an exported folder without loading the model; does nothing if the run already has exactly this model."""
     import mlflow
 
     digest = read_manifest(folder, "export", made_by="dskd export").digest
     run = client.get_run(run_id)
     if run.data.tags.get("model") == digest:
         return
-    # It warns that a folder is no model of the hub, and looks there for nothing whose name is a whole path.
+    # Silence a warning that the folder is not a model of the hub. (Given an absolute path, it does not search the hub.)
     logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)
-    # The fluent interface knows one server a process; this package is the only one that uses it.
+    # The fluent interface has one server per process; no other package uses it.
     mlflow.set_tracking_uri(tracking_uri(config))
     mlflow.transformers.log_model(
         str(folder.resolve()),
         name=NAME,
         run_id=run_id,  # not an active run, whose end would mark this one as FINISHED
         task="text-generation",
-        # Given, so that MLflow does not find them out by running the model in an environment of its own.
+        # Passed so that MLflow does not determine them by running the model in a separate environment.
         pip_requirements=[f"{name}=={version}" for name in _REQUIREMENTS if (version := _version(name))],
         tags={"export": digest},
     )
@@ -39,7 +39,7 @@ def log_model(client: Any, config: Config, run_id: str, folder: Path) -> None:
 
 
 def size_bytes(folder: Path) -> int:
-    """How large the model is that is uploaded."""
+    """Returns the size of the model to upload."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.name != MANIFEST_NAME)
 
 

@@ -1,7 +1,7 @@
-"""Which run of MLflow a training is: a new one, the one it goes on with, and what becomes of those that died.
+"""The MLflow run of a training: creating a new one, resuming an earlier one, and ending those of dead processes.
 
-A process that is killed cannot say so, and its run would be RUNNING for ever. Nobody but the next start of the same run
-in the same work directory knows better: it holds the lock of that run (:func:`dskd.artifacts.lock.hold_lock`).
+A killed process cannot report its end, and its run would stay RUNNING forever. Only the next start of the same run in
+the same work directory knows better, because it holds the lock of that run (:func:`dskd.artifacts.lock.hold_lock`).
 """
 
 import json
@@ -31,25 +31,25 @@ _SETTLED_AFTER_S = 1.0
 
 
 def run_folder(config: Config, run: str) -> Path:
-    """Where the record of a run is, and what is unsent about it: it goes with the checkpoints."""
+    """Returns the folder of a run's record and unsent messages, which is next to its checkpoints."""
     return config.path(kinds.CHECKPOINT.folder, run, FOLDER)
 
 
 def load_run(folder: Path) -> dict[str, Any] | None:
-    """What `run.json` says of the run that was tracked last: `run_id`, `recipe`, `started_ms`; None without one."""
+    """Returns the record of the last tracked run from `run.json`: `run_id`, `recipe`, `started_ms`; None if missing."""
     file = folder / RUN_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def save_run(folder: Path, run_id: str, recipe: str, started_ms: int) -> None:
-    """Writes `run.json`, so that a run that dies before its first checkpoint is gone on with too."""
+    """Writes `run.json`, so that even a run that dies before its first checkpoint can be resumed."""
     make_folder(folder)
     record = {"run_id": run_id, "recipe": recipe, "started_ms": started_ms}
     write_text(folder / RUN_FILE, f"{json.dumps(record, indent=2)}\n")
 
 
 def find_run(client: Any, run_id: str) -> Any | None:
-    """MLflow's run, or None when it has none of that id, or a deleted one."""
+    """Returns MLflow's run with this id, or None if there is none or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -62,7 +62,7 @@ def find_run(client: Any, run_id: str) -> Any | None:
 
 
 def create_run(client: Any, config: Config, tags: Mapping[str, str]) -> Any:
-    """A new run of the config's name, in its experiment and below its parent."""
+    """Creates a run with the config's run name, in its experiment and under its parent."""
     experiment_id = _experiment_id(client, config)
     tags = {**tags, WORK_DIRECTORY_TAG: _work_directory(config)}
     if config.tracking.parent is not None:
@@ -74,16 +74,17 @@ def create_run(client: Any, config: Config, tags: Mapping[str, str]) -> Any:
 
 
 def fail_dead_runs(client: Any, config: Config, name: str, *, keep: str) -> None:
-    """Marks as FAILED whatever runs of this name and work directory still say RUNNING, but for the run `keep`."""
+    """Marks as FAILED all runs of this name and work directory that are still RUNNING, except the run `keep`."""
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
         return
-    # The tag has a path in it, and MLflow's filters no way to write every path.
+    # Filter by the work directory's tag below: it contains a path, and MLflow's filters cannot express every path.
     running = client.search_runs(
         [experiment.experiment_id], f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
     )
     here = _work_directory(config)
-    is_own = config.tracking.uri is None  # and so is every run in it, though the directory may have been moved since
+    # A database in the work directory has only runs of this directory, even if it was moved since.
+    is_own = config.tracking.uri is None
     for run in running:
         if run.info.run_id != keep and (is_own or run.data.tags.get(WORK_DIRECTORY_TAG) == here):
             note = f"found still running by run {keep} at {_now()}, when no process trained it any more"
@@ -93,7 +94,7 @@ def fail_dead_runs(client: Any, config: Config, name: str, *, keep: str) -> None
 
 
 def note_restart(client: Any, run_id: str, restart: Mapping[str, Any]) -> None:
-    """Marks a run as running again, and says in tags from which step, after which end, and on what."""
+    """Marks a run as running again; records in tags from which step, after which end, and on which job."""
     from mlflow.entities import RunTag
 
     run = client.get_run(run_id)
@@ -102,7 +103,7 @@ def note_restart(client: Any, run_id: str, restart: Mapping[str, Any]) -> None:
     ended = "its process died" if before == "RUNNING" else f"it was {before}"
     note = f"from step {restart['step']}, after {ended}; {restart['on']}; {restart['at']}"
     if any(restart["at"] in text for name, text in run.data.tags.items() if name.startswith("restart.")):
-        return  # it was delivered before
+        return  # this message was delivered before
     told = {**restart["tags"], "restarts": str(count + 1), f"restart.{count + 1}": note}
     client.update_run(run_id, status="RUNNING")
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in told.items()])
@@ -110,13 +111,13 @@ def note_restart(client: Any, run_id: str, restart: Mapping[str, Any]) -> None:
 
 
 def refresh_parent(client: Any, run_id: str) -> None:
-    """Gives a run's parent, if it has one, the status that its children together have."""
+    """Sets the status of a run's parent, if it has one, to the combined status of the parent's children."""
     run = client.get_run(run_id)
     parent_id = run.data.tags.get(PARENT_TAG)
     if parent_id is None or find_run(client, parent_id) is None:
         return
     told = None
-    # Again until it is so still: of two children that end at once each may have seen the other one run.
+    # Repeat until the status is stable: if two children end at the same time, each may have seen the other running.
     while (together := _status_of_children(client, run.info.experiment_id, parent_id)) not in (told, None):
         if together == "RUNNING":
             client.update_run(parent_id, status=together)
@@ -126,18 +127,19 @@ def refresh_parent(client: Any, run_id: str) -> None:
 
 
 def _status_of_children(client: Any, experiment_id: str, parent_id: str) -> str | None:
-    """That of one that runs, then the worst end; None where there is neither."""
+    """Returns RUNNING if a child runs, otherwise the worst end of any; None if no child has such a status."""
     children = client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent_id}'")
     statuses = {child.info.status for child in children}
     return next((status for status in ("RUNNING", "FAILED", "KILLED", "FINISHED") if status in statuses), None)
 
 
 def _parent(client: Any, experiment_id: str, name: str) -> str:
-    """The id of the parent run of that name; made where there is none."""
+    """Returns the id of the parent run with this name, and creates the run if there is none."""
     if found := _parents(client, experiment_id, name):
         return found[0]
     mine = client.create_run(experiment_id, run_name=name, tags={KIND_TAG: PARENT}).info.run_id
-    # Children that start at once may each have made one: when all of these are to be seen, all choose the same.
+    # Children that start at the same time may each create a parent. Once all of these are visible, all children choose
+    # the same one.
     time.sleep(_SETTLED_AFTER_S)
     chosen = (_parents(client, experiment_id, name) or [mine])[0]
     if chosen != mine:
@@ -151,10 +153,10 @@ def _parents(client: Any, experiment_id: str, name: str) -> list[str]:
 
 
 def _work_directory(config: Config) -> str:
-    """Returns the path of the work directory, and an id of its own: on two clusters one path can be two directories."""
+    """Returns the path and the unique id of the work directory: one path can be two directories on two clusters."""
     file = config.path(_ID_FILE)
     if not file.is_file():
-        # Not a hard link to a file of this process, which some file systems refuse.
+        # Created under a lock, not as a hard link to a file of this process: some file systems refuse hard links.
         lock = file.with_name(f"{_ID_FILE}.lock")
         hold_lock(lock, f"makes {file}", wait_s=_ID_PATIENCE_S)
         try:
@@ -166,10 +168,10 @@ def _work_directory(config: Config) -> str:
 
 
 def require_active(config: Config, experiment: Any) -> None:
-    """Refuses an experiment that was deleted, which MLflow keeps and does not take runs for.
+    """Checks that an experiment was not deleted: MLflow keeps deleted ones, but accepts no runs for them.
 
     Raises:
-        UserError: saying how to restore it.
+        UserError: saying how to restore it, if it was deleted.
     """
     if experiment.lifecycle_stage != "active":
         uri = shlex.quote(without_secrets(tracking_uri(config)))
@@ -185,11 +187,11 @@ def _experiment_id(client: Any, config: Config) -> str:
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server decides where files go; without one they belong in the work directory, not in the current one.
+        # A server decides where files go. Without one they belong in the work directory, not in the current directory.
         location = None if config.tracking.uri else artifacts_folder(config).as_uri()
         try:
             return client.create_experiment(name, artifact_location=location)
-        except MlflowException as error:  # another run that starts just now has made it
+        except MlflowException as error:  # another run that is starting now has created it
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             experiment = client.get_experiment_by_name(name)
@@ -201,9 +203,9 @@ def _log_params(client: Any, run_id: str, config: Config) -> None:
     from mlflow.entities import Param
 
     params = [Param(key, without_secrets(value)) for key, value in flatten(config.as_dict()).items() if value]
-    if config.train.learning_rate_batch_size is not None:  # else it is train.learning_rate
+    if config.train.learning_rate_batch_size is not None:  # otherwise it equals train.learning_rate
         params.append(Param("train.peak_learning_rate", str(config.train.peak_learning_rate)))
-    for start in range(0, len(params), 100):  # the most that one request may have
+    for start in range(0, len(params), 100):  # the maximum per request
         client.log_batch(run_id, params=params[start : start + 100])
 
 

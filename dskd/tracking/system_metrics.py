@@ -1,11 +1,12 @@
-"""Use of processors, memory, disks, network and GPUs of every node, sampled by the first rank of each.
+"""System metrics: use of processors, memory, disks, network and GPUs, sampled by the first rank of each node.
 
-MLflow's own monitor ends with the first request that fails, and would write to one sqlite file from every node. So its
-collectors are asked here, and the samples go the way of all messages: rank 0 puts its own into the outbox; the other
-nodes append theirs to a file each in the run's folder, which the nodes share, and rank 0 takes them from there. Nothing
-but rank 0 needs a way to the server.
+MLflow's own monitor stops at the first failed request, and would write to one sqlite file from every node. So this
+module calls MLflow's collectors itself and sends the samples as ordinary messages. Rank 0 puts its own samples into the
+outbox; each other node appends its samples to a file in the run's folder, which the nodes share, and rank 0 collects
+them from there. Only rank 0 needs a connection to the server.
 
-The step of a sample is the second of the run, which grows over restarts and is the same on all nodes.
+The step of a sample is the number of seconds since the start of the run: it grows over restarts and is the same on all
+nodes.
 """
 
 import json
@@ -20,23 +21,23 @@ from dskd.tracking.client import first_line, load_mlflow
 from dskd.tracking.outbox import Outbox
 
 _FOLDER = "nodes"
-_FIRST_SAMPLE_AFTER_S = 1.0  # CPU use is a mean since the sample before
+_FIRST_SAMPLE_AFTER_S = 1.0  # not 0: CPU use is a mean since the previous sample
 _JOIN_TIMEOUT_S = 5.0
 
 Points = list[list[Any]]  # [name, value, time in ms, step] each
 
 
 class NodeSampler:
-    """Samples the node it is on from a thread, until it is told to stop. What goes wrong in it ends nothing else."""
+    """A thread that samples the node it runs on until `stop` is called. Its errors end only the sampling."""
 
     def __init__(self, node: str, started_ms: int, every_s: float, hand_over: Callable[[Points], None]) -> None:
-        """Starts at once.
+        """Starts sampling.
 
         Args:
             node: the name under which MLflow shows the samples: `system/NODE/…`.
-            started_ms: when the run began.
-            every_s: time between two samples.
-            hand_over: takes the points of one sample.
+            started_ms: start time of the run, in ms since the epoch.
+            every_s: seconds between two samples.
+            hand_over: receives the points of each sample.
         """
         self._node = node
         self._started_ms = started_ms
@@ -48,7 +49,7 @@ class NodeSampler:
             load_mlflow()
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-            # With a URI, for it would make one up; it sends nothing, for it is not started.
+            # Without a URI it would determine one itself. It sends nothing, because it is never started.
             self._monitor = SystemMetricsMonitor("", tracking_uri="http://localhost")
             self._monitor.collect_metrics()
         except Exception as error:
@@ -57,7 +58,7 @@ class NodeSampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, or leaves it when it hangs in a driver."""
+        """Ends the thread, or abandons it if it hangs in a driver."""
         self._stopped.set()
         if self._thread.ident is not None:
             self._thread.join(_JOIN_TIMEOUT_S)
@@ -82,7 +83,10 @@ class NodeSampler:
 
 
 def write_sample(folder: Path, node: str, points: Points) -> None:
-    """Appends a sample to the node's file. Opened and closed each time: so others see it on a network file system."""
+    """Appends a sample to the node's file.
+
+    Opens and closes the file each time, so that other nodes see the sample on a network file system.
+    """
     file = folder / _FOLDER / f"{node}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
@@ -90,15 +94,15 @@ def write_sample(folder: Path, node: str, points: Points) -> None:
 
 
 class SampleReader:
-    """Reads what the other nodes have written, and how far it has read each."""
+    """A reader of the samples of the other nodes, which remembers its position in each node's file."""
 
     def __init__(self, folder: Path) -> None:
-        """Of a run's folder."""
+        """Prepares to read from a run's folder."""
         self._folder = folder / _FOLDER
         self._offsets: dict[Path, int] = {}
 
     def read(self) -> Points:
-        """The points of all whole samples that are new since the last call."""
+        """Returns the points of all complete samples since the last call."""
         points: Points = []
         for file in sorted(self._folder.glob("*.jsonl")):
             with file.open("rb") as stream:
@@ -111,13 +115,13 @@ class SampleReader:
         return points
 
     def remove(self) -> None:
-        """Removes the files, when nobody writes to them any more and all that was read is kept elsewhere."""
+        """Removes the files. Call it when nobody writes to them any more and all points are stored elsewhere."""
         for file in self._folder.glob("*.jsonl"):
             file.unlink()
 
 
 def take_samples(folder: Path, recorded: dict[str, Any] | None, outbox: Outbox) -> None:
-    """Moves what the nodes sampled, and rank 0 did not take before it ended, into the outbox of the run's folder."""
+    """Moves samples that rank 0 did not collect before it ended into the outbox of the run's folder."""
     reader = SampleReader(folder)
     points = reader.read()
     if recorded is not None and points:
@@ -127,5 +131,5 @@ def take_samples(folder: Path, recorded: dict[str, Any] | None, outbox: Outbox) 
 
 
 def name_nodes(hosts: list[str]) -> list[str]:
-    """A name for each node: its host's, and a number where several have one."""
+    """Returns a name for each node: its host name, with a number if several nodes have the same one."""
     return [f"{host}-{number}" if hosts.count(host) > 1 else host for number, host in enumerate(hosts)]

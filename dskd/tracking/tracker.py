@@ -1,8 +1,9 @@
-"""What training tells MLflow.
+"""Tracking of a training in MLflow.
 
-Rank 0 puts messages into an outbox, from which a thread sends them, so a slow server does not slow the step. When the
-server is away they are kept and sent when it is back; training goes on and says so once. What is still unsent at the
-end of the process is in a file of the run's folder, and is sent by the next process that has to do with the run.
+Rank 0 puts messages into an outbox, from which a thread sends them, so a slow server does not slow down the steps. If
+the server is away, messages are kept until it is back; training continues and prints one warning. Messages that are
+unsent at the end of the process stay in a file of the run's folder, and the next process that trains, exports or
+evaluates the run sends them.
 """
 
 import shutil
@@ -30,53 +31,53 @@ from dskd.tracking.system_metrics import NodeSampler, Points, SampleReader, name
 _CONTEXT = "context"
 _RETRY_AFTER_S = 5.0
 _FLUSH_TIMEOUT_S = 60.0
-_FLUSH_TIMEOUT_IN_HASTE_S = 15.0  # a process that was asked to stop has not long, and what is unsent is on disk
+_FLUSH_TIMEOUT_IN_HASTE_S = 15.0  # a process that received a stop signal has little time; unsent messages are on disk
 _CURVES_EVERY_S = 300.0
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training starts: at which step, and with which run it may go on."""
+    """The starting point of a training: its first step, and the run that it may resume."""
 
-    recipe: str = ""  # the digest of what decides the run
+    recipe: str = ""  # digest of the run's recipe
     first_step: int = 0
-    run_id: str | None = None  # that the checkpoint names
-    device_hours: float = 0.0  # that it says were spent before
+    run_id: str | None = None  # recorded in the checkpoint
+    device_hours: float = 0.0  # spent before, according to the checkpoint
     overwrite: bool = False
 
 
 class Tracker(Protocol):
-    """What training tells about itself."""
+    """The interface through which training reports to MLflow."""
 
     run_id: str | None
     device_hours: float
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers of one step."""
+        """Logs the metrics of one step."""
 
     def before_checkpoint(self) -> None:
-        """Writes what is unsent to disk: training goes on behind the checkpoint, and tells nothing of it again."""
+        """Writes unsent messages to disk: training may resume after the checkpoint and would not send them again."""
 
     def finish(self, status: str) -> None:
-        """Sends what is left and ends the run as FINISHED, FAILED or KILLED."""
+        """Sends the remaining messages and ends the run as FINISHED, FAILED or KILLED."""
 
 
 @dataclass
 class NoTracker:
-    """On every rank but the first, and when tracking is off; it may sample its node."""
+    """A tracker that sends nothing, for every rank but the first and for disabled tracking; it may sample its node."""
 
     run_id: str | None = None
     device_hours: float = 0.0
     sampler: NodeSampler | None = field(default=None, repr=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def before_checkpoint(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def finish(self, status: str) -> None:
-        """Ends the sampling."""
+        """Stops the sampling."""
         if self.sampler is not None:
             self.sampler.stop()
 
@@ -89,20 +90,22 @@ def start_tracking(
     datasets: Callable[[], list[dict[str, Any]]] = list,
     start: Start | None = None,
 ) -> Tracker:
-    """Starts a run, or goes on with the one that was begun in this work directory. Every rank must call it.
+    """Starts a run in MLflow, or resumes the one that was begun in this work directory. Every rank must call it.
 
-    A run is gone on with that the checkpoint names, or, before the first one, that the run's folder does when it was of
-    the same recipe. When the server is away then, all is kept until it is back.
+    It resumes the run that the checkpoint names or, if there is no checkpoint yet, the run recorded in the run's
+    folder, provided that it has the same recipe. If the server is away when a run is resumed, all messages are kept
+    until it is back.
 
     Args:
         config: the experiment.
         world: the ranks.
-        tags: of the run; those of a later start replace them.
-        datasets: describes what the run reads; called on rank 0.
-        start: where the training starts.
+        tags: tags of the run; those of a later start replace them.
+        datasets: returns descriptions of the datasets that the run reads; called on rank 0.
+        start: the starting point of the training.
 
     Raises:
-        UserError: when there is no run to go on with, and the tracking server cannot be reached or refuses.
+        UserError: if there is no run to resume, and the tracking server cannot be reached (an OutageError if that may
+            pass) or refuses.
     """
     start = start or Start()
     if not config.tracking.enabled:
@@ -130,7 +133,7 @@ def start_tracking(
 
 
 class MLflowTracker:
-    """Rank 0's: sends messages from a thread of its own."""
+    """Rank 0's tracker, which sends messages from a separate thread."""
 
     def __init__(self, config: Config, run_id: str, started_ms: int, outbox: Outbox, delivery: Delivery) -> None:
         self.run_id: str | None = run_id
@@ -151,7 +154,7 @@ class MLflowTracker:
         self._outbox.put({"run_id": self.run_id, **message})
 
     def sample(self, node: str, every_s: float) -> None:
-        """Samples this node from now on, and takes what the other nodes sample."""
+        """Starts sampling this node and collecting the samples of the other nodes."""
 
         def hand_over(points: Points) -> None:
             self.put(kind="metrics", metrics=points + self._reader.read())
@@ -159,26 +162,26 @@ class MLflowTracker:
         self._sampler = NodeSampler(node, self.started_ms, every_s, hand_over)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hands the numbers to the sending thread; returns at once."""
+        """Hands the metrics to the sending thread; returns at once."""
         now = int(time.time() * 1000)
         self.put(kind="metrics", metrics=[[name, float(value), now, step] for name, value in metrics.items()])
 
     def before_checkpoint(self) -> None:
-        """Writes what is unsent to disk; now and then the picture of the loss is drawn again, by the sending thread."""
+        """Writes unsent messages to disk; from time to time has the sending thread redraw the picture of the losses."""
         if time.monotonic() - self._curves_at > _CURVES_EVERY_S and not self._away:
             self._curves_at = time.monotonic()
             self.put(kind="curves")
         self._outbox.save()
 
     def finish(self, status: str) -> None:
-        """Waits for what is unsent, up to a minute, and ends the run; what is unsent then is on disk."""
+        """Ends the run and waits up to a minute for unsent messages; those that remain are on disk."""
         if self._sampler is not None:
             self._sampler.stop()
             if points := self._reader.read():
                 self.put(kind="metrics", metrics=points)
         self.put(kind="curves")
         self.put(kind="end", status=status, time_ms=int(time.time() * 1000))
-        self._outbox.save()  # before all waiting: whoever has asked this process to end may kill it
+        self._outbox.save()  # before waiting: whoever sent a stop signal may kill this process soon
         has_time = status == "FINISHED" and not self._away
         self._outbox.wait_until_empty(_FLUSH_TIMEOUT_S if has_time else _FLUSH_TIMEOUT_IN_HASTE_S)
         self._ending.set()
@@ -211,7 +214,7 @@ class MLflowTracker:
 
 
 def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any]], start: Start) -> MLflowTracker:
-    """Rank 0's tracker, with a run."""
+    """Returns rank 0's tracker for a run that it creates or resumes."""
     folder = run_folder(config, config.run)
     outbox, delivery = Outbox(folder), Delivery(config, config.run)
     recorded = load_run(folder)
@@ -219,6 +222,7 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
     known = [start.run_id, recorded["run_id"] if recorded and recorded["recipe"] == start.recipe else None]
     candidates = [] if start.overwrite else [run_id for run_id in known if run_id is not None]
     run, device_hours = None, start.device_hours
+    # Resume the first candidate that MLflow still has, or create a run.
     try:
         client = delivery.client = connect(config)
         run = next((found for run_id in candidates if (found := find_run(client, run_id)) is not None), None)
@@ -226,18 +230,19 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
             candidates = []
             run = create_run(client, config, {**tags, **{f"job.{name}": text for name, text in launcher_job().items()}})
         else:
-            # What was trained behind the checkpoint was paid for too.
+            # MLflow's number includes the hours of steps trained after the checkpoint, which were spent too.
             device_hours = max(device_hours, run.data.metrics.get("cost/device_hours", 0.0))
         run_id, started_ms = run.info.run_id, run.info.start_time
     except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
         if not candidates:
             if isinstance(error, UserError):
                 raise
-            # A server that restarts, or a database that others hold just now, may do better the next time.
+            # A server that is restarting, or a database that is locked, may work at the next attempt.
             raise (UserError if is_refusal(error) else OutageError)(
                 f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be used "
                 f"({first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
             ) from error
+        # The server is away, but there is a run to resume: take its id from the records and keep all messages.
         run_id = candidates[0]
         same = recorded is not None and recorded["run_id"] == run_id
         started_ms = recorded["started_ms"] if recorded is not None and same else int(time.time() * 1000)
@@ -245,11 +250,12 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
     tracker = MLflowTracker(config, run_id, started_ms, outbox, delivery)
     tracker.device_hours = device_hours
     if candidates:
-        job = {**launcher_job(), "world_size": tags.get("world_size", "?")}  # the tags name the job of the first start
+        # The run's `job.` tags name the job of the first start, so the restart message names this one.
+        job = {**launcher_job(), "world_size": tags.get("world_size", "?")}
         on = ", ".join(f"{name} {text}" for name, text in job.items())
         at = datetime.now().astimezone().isoformat(" ", "milliseconds")
         tracker.put(kind="restart", step=start.first_step, on=on, at=at, tags=dict(tags))
-    tracker.put(kind="deaths")  # behind all that is told of those runs
+    tracker.put(kind="deaths")  # after all earlier messages about those runs
     if datasets:
         tracker.put(kind="datasets", datasets=datasets)
     for file in _write_context(config, folder):
@@ -259,7 +265,7 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
 
 
 def _write_context(config: Config, folder: Path) -> list[Path]:
-    # Kept beside the run, for as long as the server may be away.
+    # Kept in the run's folder because the server may be away for long.
     context = folder / _CONTEXT
     shutil.rmtree(context, ignore_errors=True)
     context.mkdir(parents=True)
@@ -267,7 +273,7 @@ def _write_context(config: Config, folder: Path) -> list[Path]:
 
 
 def _own_node(world: World) -> str | None:
-    """The name of this rank's node, on the first rank of each; None on the others. Every rank must call it."""
+    """Returns the name of this rank's node on the first rank of each node, None on others. Every rank must call it."""
     ranks = gather_json({"host": socket.gethostname(), "first": world.local_rank == 0})
     first = [rank for rank, one in enumerate(ranks) if one["first"]]
     names = dict(zip(first, name_nodes([ranks[rank]["host"] for rank in first]), strict=True))

@@ -1,9 +1,9 @@
-"""Candidates: the rows of the sense dictionary that teacher and student are compared over at a position
+"""Candidates: the rows of the sense dictionary over which teacher and student are compared at a position
 (`loss.sense_form: distribution`).
 
-Beside rows that annotation found for the position there are random ones, without which a position whose few rows all
-mean much the same would ask for nothing. Those are drawn once a step, from the whole dictionary: a micro-batch brings
-them once for all of its positions, and the loss is one matrix product with them.
+Some candidates are rows that annotation found for the position, others are random. Without random rows, a position
+whose few rows all have similar meanings would give no training signal. Random rows are drawn once per step from the
+whole dictionary: a micro-batch holds them once for all its positions, and the loss is one matrix product with them.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _COLUMNS = {"own": "sense_ids", "synonym": "synonym_ids", "antonym": "antonym_id
 
 @dataclass(frozen=True)
 class Candidates:
-    """Which rows those are: a function of seed, step and sample, not of the rank or the micro-batch."""
+    """The rule that selects candidate rows: a function of seed, step and sample, not of rank or micro-batch."""
 
     seed: int
     kinds: tuple[str, ...]  # of `loss.sense_candidates`
@@ -29,17 +29,19 @@ class Candidates:
 
     @classmethod
     def of(cls, loss: LossConfig, seed: int, num_rows: int) -> "Candidates":
-        """The rule of a run."""
+        """Returns the rule for a run with this loss."""
         return cls(seed, loss.sense_candidates, loss.sense_random_candidates, num_rows)
 
     def draw(self, step: int) -> np.ndarray:
-        """Row numbers [S], ascending, that are candidates at every position of a step; one drawn twice is one."""
+        """Returns the row numbers [S], ascending and without duplicates, that are candidates at every position of a
+        step.
+        """
         if "random" not in self.kinds or not self.num_rows:
             return np.empty(0, dtype=np.int64)
         return np.unique(random_bits(self.seed, step, torch.arange(self.num_random)).numpy() % self.num_rows)
 
     def of_positions(self, sample: Mapping[str, np.ndarray], positions: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        """Row numbers [n, C] of the positions themselves, padded with -1: no row twice, and none of those drawn."""
+        """Returns the row numbers [n, C] specific to each position, padded with -1; none repeats or is in `drawn`."""
         columns = [sample[column][positions] for kind, column in _COLUMNS.items() if kind in self.kinds]
         if not columns:
             return np.empty((len(positions), 0), dtype=np.int64)

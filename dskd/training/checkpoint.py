@@ -1,18 +1,22 @@
-"""Checkpoints: `WORKDIR/checkpoints/RUN/step-NNNNNNNN/`, written beside the older ones and renamed when whole; then the
-file `latest`, as DeepSpeed calls it, is replaced by one that names the new one, and only then do older ones go.
+"""Checkpoints on disk: `WORKDIR/checkpoints/RUN/step-NNNNNNNN/`.
 
-A checkpoint holds DeepSpeed's own files, from which training goes on; `trained.safetensors`, the parameters that are
-trained in full precision under their Hugging Face names, from which :mod:`dskd.training.export` makes a model; and
-`probe.safetensors`, logits of the student in training on a few tokens, against which the export is checked. Parameters
-that are not trained are in none of them: they are those of the student's folder.
+A new checkpoint is written under a hidden name and renamed when it is complete. Then the file `latest` (DeepSpeed's
+name) is replaced to point to it, and only after that are older checkpoints removed.
 
-The data order, the drawn positions and the learning rate are functions of seed and step, so the step is all the state
-that loader, generators and schedule have.
+A checkpoint holds
+- DeepSpeed's own files, from which training resumes;
+- `trained.safetensors`: the trained parameters in full precision under their Hugging Face names, from which
+  :mod:`dskd.training.export` makes a model;
+- `probe.safetensors`: the student's logits in training on a few tokens, against which the export is checked.
+It does not hold parameters that are not trained: these are in the student's folder.
 
-Training waits until a checkpoint is written. DeepSpeed's decoupled engine (0.19.8) takes ZeRO-3, but waits for the
-files before the optimizer's next step: it hides less than one step, and what needs them whole (hashes, the name, the
-removal of older ones) would have to come after that. Besides, it makes `spawn` the start method of the loader's workers
-too, moves what lies in host memory to /dev/shm, and returns as if it had saved when its writer is dead.
+The data order, the drawn positions and the learning rate are functions of seed and step, so loader, generators and
+schedule have no other state than the step.
+
+Training waits until a checkpoint is written. DeepSpeed's decoupled engine (0.19.8) supports ZeRO-3, but waits for the
+files before the optimizer's next step. It therefore hides less than one step, and everything that needs complete files
+(hashes, the rename, removing older checkpoints) would have to come after that. It also makes `spawn` the start method
+of the loader's workers, moves data in host memory to /dev/shm, and reports success when its writer has died.
 """
 
 import re
@@ -29,13 +33,13 @@ from dskd.errors import UserError, listed
 
 LATEST_FILE = "latest"
 TRAINED_FILE, PROBE_FILE = "trained.safetensors", "probe.safetensors"
-REHEARSAL = ".rehearsal"  # where the untouched student is exported to before the first step
+REHEARSAL = ".rehearsal"  # folder to which the untrained student is exported before the first step
 _STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk."""
 
     path: Path
     step: int
@@ -43,25 +47,25 @@ class Checkpoint:
 
     @property
     def is_final(self) -> bool:
-        """True when the run has no steps left."""
+        """True if the run has no steps left."""
         return self.step == self.manifest.facts["total_steps"]
 
 
 def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, or None; damaged ones are passed over, saying so.
+    """Returns the newest complete checkpoint of the run, or None; skips damaged ones with a warning.
 
     Args:
         config: the experiment, with the run's keys laid over it.
-        verify: read every file and compare it with the manifest, instead of its size alone.
+        verify: compare the content of every file with the manifest, not only its size.
 
     Raises:
-        UserError: when there are checkpoints and all of them are damaged.
+        UserError: if there are checkpoints and all of them are damaged.
     """
     base = folder(config)
     while True:
         named = _read_latest(base)
         found, problems, damaged = _newest_whole(base, named, verify=verify)
-        # Training may have published the next one meanwhile, and removed what was looked at here.
+        # Training may have published a new checkpoint meanwhile and removed those inspected here: then try again.
         if (found is not None and not problems) or _read_latest(base) == named:
             break
     for problem in problems:
@@ -73,8 +77,10 @@ def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
 
 
 def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Checkpoint | None, list[str], list[str]]:
-    """The newest whole checkpoint as far as the one that `latest` names; what is wrong with that file and with those
-    that were passed over; and the latter alone.
+    """Finds the newest complete checkpoint that is not newer than the one named in `latest`.
+
+    Returns:
+        The checkpoint or None; the problems of the file `latest` and of skipped checkpoints; the latter alone.
     """
     problems, damaged = [], []
     step_named = _STEP_FOLDER.match(named) if named is not None else None
@@ -85,7 +91,7 @@ def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Check
     if newest is not None and newest not in dict(steps):
         problems.append(f"{base / LATEST_FILE}: it names step {newest}, which is not there; looking for the one before")
     for step, path in steps:
-        # A later one was not published yet, or is of a run that is being overwritten.
+        # A later checkpoint is not published yet, or belongs to a run that is being overwritten.
         if newest is not None and step > newest:
             continue
         try:
@@ -93,7 +99,7 @@ def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Check
             _require_facts(path, manifest)
             if verify:
                 verify_files(path, manifest)
-        except (UserError, FileNotFoundError) as problem:  # a file that goes while it is read
+        except (UserError, FileNotFoundError) as problem:  # FileNotFoundError: removed while it was being read
             damaged.append(str(problem))
             problems.append(f"{problem}; passing over this checkpoint")
             continue
@@ -108,23 +114,23 @@ def _require_facts(path: Path, manifest: Manifest) -> None:
 
 
 def at_step(config: Config, step: int) -> Checkpoint:
-    """The checkpoint of one step.
+    """Returns the checkpoint of one step.
 
     Raises:
-        UserError: when it is missing or damaged.
+        UserError: if it is missing or damaged.
     """
     path = folder(config) / f"step-{step:08d}"
     return Checkpoint(path, step, read_manifest(path, "checkpoint"))
 
 
 def is_finished(config: Config, recipe: Recipe) -> bool:
-    """True when the run was trained to its end with this very recipe."""
+    """Returns True if the run was trained to its end with exactly this recipe."""
     newest = latest(config)
     return newest is not None and newest.is_final and is_current(newest.path, recipe)
 
 
 def changes_since(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """In what the run of a checkpoint was another one than `recipe` describes; empty when it is the same."""
+    """Lists the differences between the run of a checkpoint and the one that `recipe` describes; empty if none."""
     found = checkpoint.manifest
     changes = [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(found.config, recipe.config)]
     changes += [
@@ -136,10 +142,10 @@ def changes_since(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> None:
-    """Refuses to go on from a checkpoint of another configuration.
+    """Refuses to resume from a checkpoint of another configuration.
 
     Raises:
-        UserError: with every difference.
+        UserError: listing every difference.
     """
     changes = changes_since(checkpoint, recipe)
     if changes:
@@ -166,7 +172,7 @@ def steps_on_disk(base: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _read_latest(base: Path) -> str | None:
-    """What stands in the file `latest`; None where there is none."""
+    """Returns the content of the file `latest`: None if there is no such file, "" if it cannot be read."""
     try:
         return (base / LATEST_FILE).read_text(encoding="utf-8").strip()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Samples to batches: token ids, labels and masks, and the rows of the sense dictionary that they point to.
+"""Collation of samples into micro-batches: token ids, labels, masks, and the sense dictionary rows they point to.
 
-The loader's workers draw the positions that get a sense term, look up nothing but row numbers, and put the rows a
-micro-batch needs beside its token ids: the training step gathers from those, or, by row number, from all rows if the
-device holds them.
+The loader's workers draw the positions that get a sense term, look up their row numbers only, and add the rows that a
+micro-batch needs to the batch. The training step gathers from those rows or, if the device holds the whole dictionary,
+from all rows by their numbers.
 
 Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batch, D hidden.
 """
@@ -20,11 +20,14 @@ from dskd.shards.schema import TEACHER_COLUMNS
 from dskd.training.candidates import Candidates
 from dskd.training.positions import SensePositions, is_lexical
 
-_LENGTH_MULTIPLE = 8  # lengths of micro-batches: what tensor cores like
+_LENGTH_MULTIPLE = 8  # of a micro-batch's length: tensor cores are fastest on multiples of 8
 
 
 class Collator:
-    """A rank's samples of one optimizer step to its micro-batches: sorted by length, each as long as its longest."""
+    """A function from a rank's samples of one optimizer step to its micro-batches.
+
+    Samples are sorted by length, and each micro-batch is as long as its longest sample.
+    """
 
     def __init__(
         self,
@@ -36,16 +39,17 @@ class Collator:
         lexical: bool = False,
         teacher_cache: bool = False,
     ) -> None:
-        """What comes with the tokens.
+        """Sets what a micro-batch contains in addition to its tokens.
 
         Args:
-            vectors_path: the sense dictionary, to read the rows from that a micro-batch points to; None: it points
-                into the whole dictionary.
-            positions: which positions get a sense term; None: none do.
-            micro_batch_size: samples a micro-batch.
-            candidates: which rows teacher and student are compared over; None: the student's distances to rows count.
-            lexical: bring which targets have a synonym or antonym.
-            teacher_cache: bring the teacher's stored distributions.
+            vectors_path: the sense dictionary's vectors, from which each micro-batch gets the rows it points to; None
+                if micro-batches hold row numbers of the whole dictionary instead.
+            positions: rule for which positions get a sense term; None if none do.
+            micro_batch_size: samples per micro-batch.
+            candidates: rule for the rows over which teacher and student are compared; None for the distance form,
+                which uses the student's distances to rows.
+            lexical: add a mask of the targets that have a synonym or antonym.
+            teacher_cache: add the teacher's stored distributions.
         """
         self._vectors_path = vectors_path
         self._positions = positions
@@ -56,10 +60,12 @@ class Collator:
         self._vectors: np.ndarray | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Micro-batches of B samples, trimmed to T tokens: what :func:`collate_tokens` gives, and as asked for.
+        """Returns micro-batches of B samples, trimmed to T tokens.
 
-        `senses`: the tensors that :func:`dskd.losses.sense_distance.sense_loss` takes, or with `candidates` those that
-        :func:`dskd.losses.sense_distribution.sense_divergence` takes, with positions into B·T. Without `vectors_path`
+        Each holds the output of :func:`collate_tokens` and, if requested:
+
+        `senses`: the arguments of :func:`dskd.losses.sense_distance.sense_loss` or, with `candidates`, of
+        :func:`dskd.losses.sense_distribution.sense_divergence`, with positions into B·T. Without `vectors_path`,
         `sense_rows` [R, D] is not among them, and indices are row numbers of the dictionary.
 
         `lexical`: [B, T] bool.
@@ -67,8 +73,9 @@ class Collator:
         `teacher_cache`: {token_ids [B, T, n] int32, logprobs [B, T, n] float16, rest_logprob [B, T] float32}.
         """
         if self._vectors_path is not None and self._vectors is None:
-            self._vectors = map_vectors(self._vectors_path)  # in the worker: a map must not be sent to another process
-        # The longest first: what does not fit the device fails at once, and later ones reuse its memory.
+            # Mapped here, in the worker: a memory map must not be sent to another process.
+            self._vectors = map_vectors(self._vectors_path)
+        # Longest first: a batch too large for the device fails at once, and later ones reuse the first one's memory.
         ordered = sorted(samples, key=lambda sample: -_real_length(sample))
         size = self._micro_batch_size
         return [self._collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]
@@ -90,7 +97,10 @@ class Collator:
 
 
 def _real_length(sample: Mapping[str, Any]) -> int:
-    """Positions up to the last one whose target counts: no loss depends on what follows in a causal model."""
+    """Returns the number of positions up to the last one whose target counts.
+
+    In a causal model no loss depends on later positions.
+    """
     counted = np.flatnonzero(sample["loss_mask"])
     return int(counted[-1]) + 1 if len(counted) else 0
 
@@ -106,10 +116,10 @@ _RowsByName = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 def _name_rows(
     samples: Sequence[Mapping[str, Any]], length: int, rule: SensePositions, candidates: Candidates | None
 ) -> _RowsByName:
-    """What a sense loss takes: {name: positions into B·T}, and {name: row numbers of the dictionary}."""
+    """Returns the inputs of a sense loss: {name: positions into B·T}, and {name: row numbers of the dictionary}."""
     drawn = [rule.draw(sample, sample["sample_id"], sample["epoch"]) for sample in samples]
     if candidates is not None:
-        # Both draws, and a position of both once: with any candidates the positions are the same.
+        # The union of both draws, so that the positions do not depend on the kinds of candidates.
         at = [np.union1d(*of_sample) for of_sample in drawn]
         shared = candidates.draw(samples[0]["step"])
         rows = [candidates.of_positions(sample, where, shared) for sample, where in zip(samples, at, strict=True)]
@@ -131,7 +141,7 @@ def _in_batch(positions: Sequence[np.ndarray], length: int) -> np.ndarray:
 
 
 def _point_to_rows(named: _RowsByName, vectors: np.ndarray | None) -> dict[str, torch.Tensor]:
-    """The same as tensors; with `vectors` the rows are among them, and row numbers are indices into those."""
+    """Converts to tensors; with `vectors`, adds the rows used and turns row numbers into indices into those rows."""
     positions, row_ids = named
     rows = {}
     if vectors is None:

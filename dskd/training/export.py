@@ -1,9 +1,9 @@
-"""A checkpoint becomes an ordinary Hugging Face folder: the student's files with the trained tensors put in.
+"""Export of a checkpoint to an ordinary Hugging Face folder: the student's files with the trained tensors put in.
 
-`AutoModelForCausalLM.from_pretrained` loads it with nothing of this package. The export is checked before it is
-published: it is loaded that way, and its logits are compared with those that the student gave in training. It has the
-type of the teacher: what was trained in float32 is rounded where the teacher is stored in bfloat16 or float16, which
-is measured and reported.
+`AutoModelForCausalLM.from_pretrained` loads it without this package. The export is checked before it is published: it
+is loaded that way, and its logits are compared with those of the student in training. Tensors are stored in the type of
+the teacher: if that is bfloat16 or float16, tensors trained in float32 are rounded, and the effect on the logits is
+measured and reported.
 """
 
 import json
@@ -32,19 +32,19 @@ from dskd.training import checkpoint
 
 
 def recipe(found: checkpoint.Checkpoint) -> Recipe:
-    """What decides an export."""
+    """Returns the recipe of an export from this checkpoint."""
     manifest = found.manifest
     return Recipe("export", {"checkpoint": manifest.digest}, {}, manifest.teacher, manifest.tokenizer)
 
 
 def build_export(config: Config) -> None:
-    """Writes `WORKDIR/export/RUN` from the newest checkpoint of the config's run, where it is not up to date.
+    """Writes `WORKDIR/export/RUN` from the newest checkpoint of the config's run, unless it is up to date.
 
-    MLflow is told in either case: what it was not told before is sent now.
+    In either case, sends to MLflow what it has not received about the export yet.
 
     Raises:
-        UserError: when there is no checkpoint, or the export does not compute what the student did in training; an
-            OutageError when the checkpoint goes meanwhile.
+        UserError: if there is no checkpoint, or the export's logits differ from those of the student in training.
+        OutageError: if training removes the checkpoint meanwhile.
     """
     found = checkpoint.latest(config)
     if found is None:
@@ -107,10 +107,10 @@ def _build(config: Config, found: checkpoint.Checkpoint, student: ModelFolder, t
 
 
 def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
-    """The exported model of a run, and its manifest.
+    """Returns the exported model of a run, and its manifest.
 
     Raises:
-        UserError: when it is missing or damaged.
+        UserError: if it is missing or damaged.
     """
     folder = config.path(kinds.EXPORT.folder, run)
     manifest = read_manifest(folder, "export")
@@ -119,9 +119,10 @@ def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
 
 
 def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], target: Path) -> set[torch.dtype]:
-    """Writes the student's folder with the trained tensors put in, in the type the student stores them in.
+    """Writes the student's folder with the trained tensors put in, in the type in which the student stores them.
 
-    A value that float16 cannot hold would be infinite there: then all that is float16 is stored in float32.
+    If a trained value is too large for its type (float16), where it would become infinite, all trained and all float16
+    tensors are stored in float32.
 
     Args:
         student: the model that was trained.
@@ -132,7 +133,7 @@ def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], targ
         The types in which the trained tensors are stored.
 
     Raises:
-        UserError: when the student has no tensor of such a name.
+        UserError: if the student has no tensor of one of these names.
     """
     reader = TensorReader(student.path)
     if unknown := sorted(set(trained) - set(reader.names)):
@@ -155,10 +156,10 @@ def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], targ
 
 
 def copy_files(student: ModelFolder, target: Path) -> None:
-    """Copies what is in a model's folder in addition to its weights; code only where it is trusted.
+    """Copies the files of a model's folder except its weights; Python files only if `trust_remote_code` is set.
 
-    An adapter's configuration is left out: its weights are not in the folder, and transformers would load the model
-    that it was made for in place of this one.
+    Skips an adapter's configuration: the adapter's weights are not in the folder, and transformers would load the
+    model that the adapter was made for instead of this one.
     """
     left_out = (WEIGHTS_INDEX, MANIFEST_NAME, "adapter_config.json")
     endings = (".safetensors", *(() if student.trust_remote_code else (".py",)))
@@ -168,7 +169,7 @@ def copy_files(student: ModelFolder, target: Path) -> None:
 
 
 class _InFloat32(TensorReader):
-    """The tensors of a folder, those in float16 widened."""
+    """A reader of a folder's tensors that widens float16 to float32."""
 
     def read(self, name: str) -> torch.Tensor:
         tensor = super().read(name)
@@ -176,7 +177,7 @@ class _InFloat32(TensorReader):
 
 
 def _other_names(student: ModelFolder, trained: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of stored copies of trained tensors: a folder may store both of two tied matrices."""
+    """Returns the names of stored duplicates of trained tensors: a folder may store both of two tied matrices."""
     model = empty_model(student)
     names = StoredNames(model, TensorReader(student.path))
     stale: set[str] = set()

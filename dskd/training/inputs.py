@@ -1,4 +1,4 @@
-"""What training reads: opened, checked against each other, and hashed into the run's recipe."""
+"""The inputs of training: opened, checked against each other, and hashed into the run's recipe."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +21,18 @@ from dskd.training.positions import SensePositions
 from dskd.training.schedule import Schedule
 from dskd.training.sense_bank import load_bank
 
-# Settings of `train` that change how a run is carried out, and not what comes out but for rounding.
+# Settings of `train` that change how a run executes but, except for rounding, not its result.
 _NOT_IN_RECIPE = {
     *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
     *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
-    *("learning_rate_batch_size", "learning_rate_rule"),  # the recipe has the rate that they give
+    *("learning_rate_batch_size", "learning_rate_rule"),  # the recipe holds the rate computed from these
     "micro_batch_size",
 }
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from, checked to fit together."""
+    """The inputs of a run, checked to fit together."""
 
     teacher: ModelFolder
     student: ModelFolder
@@ -43,16 +43,16 @@ class Inputs:
 
 
 def recipe(config: Config) -> Recipe:
-    """What decides the result of a run. The number of ranks does not."""
+    """Returns the recipe of a run: all that determines its result. The number of ranks is not part of it."""
     inputs = load_inputs(config)
     return recipe_of(config, inputs)
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Finds the inputs of training and refuses what does not fit together.
+    """Finds the inputs of training and checks that they fit together.
 
     Raises:
-        UserError: naming both sides of the first misfit.
+        UserError: naming both sides of the first mismatch.
     """
     teacher, student = find_teacher(config), find_student(config)
     dictionary, senses = load_dictionary(config)
@@ -68,7 +68,7 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> Collator:
-    """What makes the batches that the loss of the run reads."""
+    """Builds the collator whose batches hold what the loss of the run reads."""
     loss = config.loss
     positions = candidates = None
     if loss.sense_weight:
@@ -86,7 +86,7 @@ def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> Collat
 
 
 def load_sense_bank(config: Config, inputs: Inputs, world: World) -> torch.Tensor | None:
-    """All sense embeddings [R, D] on the device, where batches bring none."""
+    """Returns all sense embeddings [R, D] on the device, or None if batches bring their own rows."""
     return load_bank(inputs.vectors_path, world.device) if _bank_on_device(config) else None
 
 
@@ -95,7 +95,7 @@ def _bank_on_device(config: Config) -> bool:
 
 
 def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
-    # A distribution over n tokens and the rest cannot be restricted to the tokens that both have.
+    # A stored distribution (n tokens, one probability for all others) cannot be restricted to the tokens both have.
     sizes = [folder.load_config().vocab_size for folder in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(
@@ -110,7 +110,10 @@ def _reads_teacher_cache(config: Config) -> bool:
 
 
 def verify_inputs(config: Config, inputs: Inputs) -> None:
-    """Reads every file of the inputs and compares it with its manifest."""
+    """Compares every file of dictionary, student and shards with its manifest, and the shards with the other inputs.
+
+    Files of remote shards are compared later, when they are read.
+    """
     verify_files(inputs.vectors_path.parent, inputs.senses)
     student = read_manifest(inputs.student.path, "student")
     verify_files(inputs.student.path, student)
@@ -125,9 +128,9 @@ def verify_inputs(config: Config, inputs: Inputs) -> None:
 
 
 def recipe_of(config: Config, inputs: Inputs) -> Recipe:
-    """Returns what decides the result of a run with these inputs."""
+    """Returns the recipe of a run with these inputs: all that determines its result."""
     train = {key: value for key, value in config.train.as_dict().items() if key not in _NOT_IN_RECIPE}
-    train["learning_rate"] = config.train.peak_learning_rate  # however it was given
+    train["learning_rate"] = config.train.peak_learning_rate  # set directly or computed from the batch size
     student = {key: value for key, value in config.student.as_dict().items() if key.startswith("train_")}
     settings = {
         "loss": config.loss.as_dict(),
@@ -135,7 +138,7 @@ def recipe_of(config: Config, inputs: Inputs) -> Recipe:
         "student": student,
         "seed": config.seed,
         "precision": resolve_precision(config.precision),
-        # Another objective, where the shards have fewer than all tokens.
+        # The shards store fewer than all tokens of a distribution, so cached mode is another objective.
         "teacher": {"mode": "cached" if _reads_teacher_cache(config) else "loaded"},
     }
     digests = {"student": inputs.student.digest, "shards": inputs.shards.digest, "senses": inputs.senses.digest}
@@ -143,7 +146,9 @@ def recipe_of(config: Config, inputs: Inputs) -> Recipe:
 
 
 def margin_of(config: Config, manifest: Manifest) -> float:
-    """The margin in units of |h - s|² / D: the config's, or a multiple of what the teacher itself keeps."""
+    """Returns the margin in units of |h - s|² / D: the config's, or `relative_margin` times the teacher's own distance
+    to antonyms, which the shards' manifest records.
+    """
     if config.loss.relative_margin is None:
         return config.loss.margin
     return config.loss.relative_margin * manifest.facts["teacher_antonym_distance"]

@@ -1,8 +1,8 @@
-"""The loader of training: shards to the micro-batches of each optimizer step, ready on the device ahead of the step.
+"""The data loader of training: turns shards into each optimizer step's micro-batches, on the device ahead of time.
 
-A worker process reads the samples of a rank's whole step, collates them (:class:`dskd.training.collator.Collator`) and
-sends them as one buffer: one segment of shared memory, one pinned block and one copy to the device for a step, whatever
-its number of micro-batches and tensors. While a step runs, the next one is copied on a CUDA stream of its own.
+A worker process reads all samples of a rank's step, collates them (:class:`dskd.training.collator.Collator`) and sends
+them as one buffer. A step thus needs one segment of shared memory, one pinned block and one copy to the device,
+regardless of its number of micro-batches and tensors. While a step runs, the next is copied on a separate CUDA stream.
 """
 
 import functools
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
-_PREFETCHED_STEPS = 2  # by each worker
+_PREFETCHED_STEPS = 2  # per worker
 
 
 def load_steps(
@@ -47,18 +47,18 @@ def load_steps(
 ) -> Generator[Step, None, None]:
     """Yields this rank's part of each step from `start_step` to the last.
 
-    An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; where in it a step begins
-    follows from the step's number. Only `num_canonical_nodes: 1` gives every number of nodes the same global batches.
+    An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; the step's number determines
+    its place in the epoch. Only `num_canonical_nodes: 1` gives every number of nodes the same global batches.
 
     Args:
         config: the experiment.
         schedule: steps and batches.
-        collate: a rank's samples of a step to its micro-batches; runs in the workers.
+        collate: turns a rank's samples of a step into its micro-batches; runs in the workers.
         cache: the node's folder for unpacked shards.
         world: the ranks.
-        start_step: the first step, from 0.
-        sense_bank: [R, D], all sense embeddings on the device, where batches bring none
-            (:func:`dskd.training.sense_bank.load_bank`).
+        start_step: the first step to yield, counted from 0.
+        sense_bank: [R, D], all sense embeddings on the device (:func:`dskd.training.sense_bank.load_bank`); None if
+            batches bring their own rows.
     """
     dataset = shards.open_shards(
         config,
@@ -91,7 +91,7 @@ def load_steps(
         pin_memory=on_cuda,
         prefetch_factor=_PREFETCHED_STEPS if workers else None,
         worker_init_fn=_end_with_rank,
-        # A worker waits for ever for a shard that another rank's worker was to fetch and could not.
+        # Without a timeout, a worker waits forever for a shard that another rank's worker failed to fetch.
         timeout=config.train.collective_timeout_s if workers else 0,
     )
     packed = itertools.islice(_steps_in(loader), schedule.total_steps - start_step)
@@ -101,17 +101,20 @@ def load_steps(
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Why a worker has no more samples: an exception of its own would come out of it as a traceback in a message."""
+    """The reason why a worker has no more samples.
+
+    Passed as a value because an exception raised in a worker arrives as a message that contains a traceback.
+    """
 
     message: str
     may_mend_itself: bool
 
 
 class StepSamples(IterableDataset):
-    """Yields a rank's samples of a step, epoch after epoch: its workers live as long as the run, with no gap between.
+    """A dataset of a rank's samples per step, over all epochs: workers live as long as the run, without gaps.
 
-    The loader takes turns with its workers, and the first step of each epoch is worker 0's: where the workers have not
-    equally many steps of an epoch, the others yield an empty one.
+    The loader reads from its workers in turn, and the first step of each epoch comes from worker 0. If an epoch's
+    steps do not divide evenly among the workers, those with fewer yield an empty step.
     """
 
     def __init__(self, dataset: "ShardDataset", schedule: Schedule, start_step: int, *, place: str) -> None:
@@ -121,10 +124,10 @@ class StepSamples(IterableDataset):
         self._start_step = start_step
 
     def __iter__(self) -> Iterator["list[dict[str, Any]] | Unreadable"]:
-        """Yields the samples of this worker's steps; an :class:`Unreadable` is the last that it yields."""
+        """Yields the samples of this worker's steps; after a failure, yields an :class:`Unreadable` and ends."""
         try:
             yield from self._steps()
-        except Exception as error:  # of the file system, the object store, the decoder, each of their own kind
+        except Exception as error:  # file system, object store and decoder each raise their own types
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             yield Unreadable(
                 f"{self._place}: a shard of the training data cannot be read ({reason}); put it there as it was made, "
@@ -136,7 +139,7 @@ class StepSamples(IterableDataset):
         worker = get_worker_info()
         own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         step, schedule = self._start_step, self._schedule
-        # Not past the last step: a worker would wait for those of other ranks at the gate of an epoch nobody trains on.
+        # Stop at the last step: otherwise workers would wait for each other to begin an epoch that nobody trains on.
         while step < schedule.total_steps:
             epoch, steps_done = divmod(step, schedule.steps_per_epoch)
             left = min(schedule.steps_per_epoch - steps_done, schedule.total_steps - step)
@@ -145,14 +148,14 @@ class StepSamples(IterableDataset):
             for turn in range(-(-left // num_workers)):
                 wanted = schedule.samples_per_rank if turn * num_workers + own < left else 0
                 self._dataset.current_step = step + turn * num_workers + own
-                # Asked for also where there are none: workers wait for each other when an epoch begins.
+                # Read even if this worker has no step left: workers wait for each other when an epoch begins.
                 of_step = list(itertools.islice(samples, schedule.samples_per_rank))
                 if len(of_step) < wanted:
                     raise self._dataset.failure or EOFError(f"{len(of_step)} samples of a step where it has {wanted}")
                 yield of_step
             step += left
             if step < schedule.total_steps:
-                next(samples, None)  # the epoch is over when its iterator says so
+                next(samples, None)  # exhausts the iterator, which ends the epoch
 
 
 def _collate_packed(collate: Collate, samples: list[dict[str, Any]] | Unreadable) -> PackedStep | Unreadable | None:
@@ -170,9 +173,10 @@ def _steps_in(loader: Iterable[PackedStep | Unreadable | None]) -> Iterator[Pack
 
 
 def _end_with_rank(worker_id: int) -> None:
-    """Ends a worker when its rank has ended, and not before: not by a signal to the whole job, after which the rank
-    still finishes a step; and wherever it waits when the rank is killed, for mosaicml-streaming's barriers wait for
-    ever.
+    """Makes a worker end when its rank ends, and not before.
+
+    A signal to the whole job must not end it, because the rank still finishes a step. When the rank is killed, the
+    worker must end whatever it waits for: mosaicml-streaming's barriers wait forever.
     """
     stopping.ignore()
     rank = multiprocessing.parent_process()

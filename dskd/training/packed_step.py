@@ -1,4 +1,4 @@
-"""All samples of a step in one buffer, and its copy to the device."""
+"""All samples of a step packed into one buffer, and the copy of that buffer to the device."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,30 +9,30 @@ import torch
 from torch.utils.data import get_worker_info
 
 _ALIGNMENT = 16  # bytes; a multiple of every type's size
-_ON_HOST = "sample_ids"  # for messages only
+_ON_HOST = "sample_ids"  # stays in host memory: only messages need it
 
 
 class Counts(NamedTuple):
-    """Positions of a step."""
+    """Numbers of positions of a step, by the terms they take part in."""
 
     targets: int
     senses: int  # with a sense term
-    relations: int  # of them, with the relation term; those of the distribution form have none
-    lexical: int  # targets with a synonym or antonym, where the batches say which they are
+    relations: int  # with the relation term, included in `senses`; 0 in the distribution form
+    lexical: int  # targets with a synonym or antonym; 0 if the batches do not mark them
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank runs in one optimizer step."""
+    """The micro-batches that one rank runs in one optimizer step."""
 
     micro_batches: list[
         dict[str, Any]
-    ]  # of :class:`dskd.training.collator.Collator`; on the device, but for `sample_ids`
-    counts: Counts  # this rank's
+    ]  # made by :class:`dskd.training.collator.Collator`; on the device, except for `sample_ids`
+    counts: Counts  # of this rank
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies in a buffer of bytes."""
+    """The place of a tensor in a buffer of bytes."""
 
     start: int
     dtype: torch.dtype
@@ -40,26 +40,26 @@ class _Place(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Where it ends."""
+        """Byte offset just after the tensor."""
         return self.start + math.prod(self.shape) * self.dtype.itemsize
 
     def view_of(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The tensor in that buffer."""
+        """Returns the tensor at this place of the buffer, as a view."""
         return buffer[self.start : self.stop].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
 class PackedStep:
-    """A :class:`Step` whose tensors lie in one buffer."""
+    """A :class:`Step` whose tensors share one buffer."""
 
     buffer: torch.Tensor  # [bytes] uint8
-    layout: list[dict[str, Any]]  # the micro-batches, with places for tensors
+    layout: list[dict[str, Any]]  # the micro-batches, with a `_Place` instead of each tensor
     sample_ids: list[list[int]]  # of each micro-batch
     counts: Counts
 
     @classmethod
     def of(cls, micro_batches: list[dict[str, Any]]) -> "PackedStep":
-        """Packs micro-batches; in a loader's worker, into shared memory."""
+        """Packs micro-batches; a loader's worker packs them into shared memory."""
         pieces: list[tuple[_Place, torch.Tensor]] = []
         size = 0
 
@@ -81,7 +81,7 @@ class PackedStep:
         )
 
     def unpack(self, sense_bank: torch.Tensor | None = None) -> Step:
-        """The micro-batches as views of the buffer, with `sense_bank` as their sense rows where it is given."""
+        """Returns the micro-batches as views of the buffer, with `sense_bank`, if given, as their sense rows."""
 
         def view(place: Any) -> Any:
             if isinstance(place, dict):
@@ -98,12 +98,12 @@ class PackedStep:
         return Step(batches, self.counts)
 
     def pin_memory(self) -> "PackedStep":
-        """The same in page-locked memory; the loader's thread calls it."""
+        """Copies the step to page-locked memory; called by the loader's thread."""
         return replace(self, buffer=self.buffer.pin_memory())
 
 
 def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> Counts:
-    """The positions of micro-batches."""
+    """Counts the positions of micro-batches."""
     targets = senses = relations = lexical = 0
     for batch in micro_batches:
         targets += int(batch["loss_mask"].sum())
@@ -116,17 +116,17 @@ def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> Counts:
 
 
 class Copier(Protocol):
-    """Copies steps to a device in two halves."""
+    """An object that copies steps to a device in two phases."""
 
     def start(self, step: PackedStep) -> Any:
-        """Begins a copy and returns what `finish` takes."""
+        """Begins a copy and returns the argument of `finish`."""
 
     def finish(self, started: Any) -> PackedStep:
-        """The step on the device, for use in whatever is queued there from now on."""
+        """Returns the step on the device; operations queued there from now on can use it."""
 
 
 def copy_ahead(steps: Iterable[PackedStep], copier: Copier) -> Iterator[PackedStep]:
-    """Yields each step when the copy of the one after it has been started: it is under way while the step runs."""
+    """Yields each step after starting the copy of the next one, which proceeds while the step runs."""
     ahead: Any = None
     for step in steps:
         started = copier.start(step)
@@ -138,31 +138,31 @@ def copy_ahead(steps: Iterable[PackedStep], copier: Copier) -> Iterator[PackedSt
 
 
 class CudaCopier:
-    """Copies from pinned memory on a stream of its own."""
+    """A copier from pinned memory that uses a separate CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def start(self, step: PackedStep) -> tuple[PackedStep, torch.cuda.Event]:
-        """Queues the copy; nobody waits for it."""
+        """Queues the copy without waiting for it."""
         with torch.cuda.stream(self._stream):
             buffer = step.buffer.to(self._device, non_blocking=True)
         return replace(step, buffer=buffer), self._stream.record_event()
 
     def finish(self, started: tuple[PackedStep, torch.cuda.Event]) -> PackedStep:
-        """Makes what is queued on the current stream from now on wait for this copy, and not for a later one."""
+        """Makes operations queued on the current stream from now on wait for this copy, but not for later ones."""
         step, event = started
         current = torch.cuda.current_stream(self._device)
         current.wait_event(event)
-        # The buffer belongs to the side stream: it must not be used again there while the current one still reads it.
+        # The buffer belongs to the copy stream, which must not reuse it while the current stream still reads it.
         step.buffer.record_stream(current)
         return step
 
 
 def _empty_buffer(size: int) -> torch.Tensor:
-    """Bytes to be sent: in a worker they are in shared memory from the start, and nothing is copied when they are."""
+    """Allocates a buffer of bytes; in a worker it is in shared memory from the start, so sending it copies nothing."""
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
-    # As torch's own collating does it; `share_memory_` would copy what is not there yet.
+    # As in torch's own collation; `share_memory_` would copy the still empty buffer.
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size), 0, (size,), (1,))

@@ -1,4 +1,4 @@
-"""Teacher and student in training: loaded together, because the student need not compute what the teacher has."""
+"""Teacher and student in training, loaded together because the student can reuse the teacher's lowest layers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,10 @@ from dskd.training.trunk import HandOver, TrunkError, difference, trunk_depth
 
 @dataclass
 class Pair:
-    """The models of a run. Without a teacher no term of the loss needs one, or its distributions are in the shards."""
+    """The models of a run.
+
+    There is no teacher if no term of the loss needs one, or if its distributions are in the shards.
+    """
 
     teacher: FrozenModel | None
     engine: Any  # the student's DeepSpeed engine
@@ -29,14 +32,22 @@ class Pair:
 
     @property
     def trunk_depth(self) -> int:
-        """Layers that the teacher computes for the student."""
+        """Number of layers that the teacher computes for the student."""
         return 0 if self.trunk is None else self.trunk.depth
 
     def run_teacher(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The teacher's last hidden states [B, T, D] of `input_ids` [B, T], where there is one, and what the student
-        begins with: its trunk's states [B, T, D], or the token ids. `options` go to the teacher's base model.
+        """Runs the teacher, if there is one, on `input_ids` [B, T].
+
+        Args:
+            input_ids: token ids [B, T].
+            position_ids: positions within documents, or None.
+            options: passed to the teacher's base model.
+
+        Returns:
+            The teacher's last hidden states [B, T, D] or None, and the student's inputs: the states [B, T, D] of the
+            shared trunk or, without a trunk, the token ids.
         """
         states = None if self.teacher is None else self.teacher.hidden_states(input_ids, position_ids, **options)
         return states, input_ids if self.trunk is None else self.trunk.take()
@@ -45,9 +56,9 @@ class Pair:
     def student_logits(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
-        """Logits [B, T, V] of the student as it is in training. Every rank must call it.
+        """Returns the logits [B, T, V] of the student in training. Every rank must call it.
 
-        `options`, such as an attention mask, go to the base models.
+        `options`, such as an attention mask, are passed to the base models.
         """
         _, inputs = self.run_teacher(input_ids, position_ids, **options)
         return self.engine(inputs, position_ids, decoder_options=options)
@@ -64,7 +75,7 @@ def load_pair(
     teacher: FrozenModel | None = None,
     load_universal: bool = False,
 ) -> Pair:
-    """Loads what a run needs, and decides whether there is a shared trunk.
+    """Loads the student and, if the run needs it, the teacher; decides whether they share a trunk.
 
     Args:
         config: the experiment.
@@ -72,13 +83,13 @@ def load_pair(
         teacher_folder: the teacher.
         student_folder: the cut student.
         margin: of the sense loss, in units of |h - s|² / D.
-        accumulation_steps: micro-batches a rank runs for an optimizer step.
-        teacher: one that is loaded already, to be read by several pairs.
-        load_universal: the student goes on from a checkpoint of another number of ranks
+        accumulation_steps: micro-batches per rank and optimizer step.
+        teacher: a teacher that is already loaded, for use by several pairs.
+        load_universal: the student resumes from a checkpoint of another number of ranks
             (:mod:`dskd.training.universal_checkpoint`).
 
     Raises:
-        UserError: when a model does not do, or `student.shared_trunk` is `on` where the trunk would not be exact.
+        UserError: if a model is unsuitable, or `student.shared_trunk` is `on` although the trunk would not be exact.
     """
     depth, kept = main_first(lambda: _depth(config, teacher_folder, student_folder))
     if teacher is None and config.needs_teacher:
@@ -118,7 +129,7 @@ def load_pair(
 
 
 def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[int, list[int]]:
-    """Layers of the shared trunk, and the teacher's layers that the student consists of."""
+    """Returns the number of layers of the shared trunk, and the indices of the teacher's layers in the student."""
     manifest = read_manifest(student.path, "student")
     kept = manifest.facts["layers"]
     tied = bool(getattr(student.load_config(), "tie_word_embeddings", False))

@@ -1,4 +1,4 @@
-"""Which positions of a sample get a sense term (docs/method.md, section 4)."""
+"""The choice of a sample's positions that get a sense term (docs/method.md, section 4)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _RELATION_DRAW, _OWN_DRAW = 0, 1
 
 @dataclass(frozen=True)
 class SensePositions:
-    """Which positions get a sense term (docs/method.md, section 4): a function of seed, epoch and sample alone."""
+    """The rule that selects the positions with a sense term, as a function of seed, epoch and sample alone."""
 
     seed: int
     relation_share: float
@@ -22,14 +22,15 @@ class SensePositions:
 
     @classmethod
     def of(cls, loss: LossConfig, seed: int) -> "SensePositions":
-        """The rule of a run."""
+        """Returns the rule for a run with this loss."""
         return cls(seed, loss.relation_share, loss.min_relations)
 
     def draw(self, sample: Mapping[str, np.ndarray], sample_id: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions for the relation term and for the own term, ascending.
+        """Draws positions for the relation term and for the own term; both are ascending.
 
-        `relation_share` of the positions whose target has a synonym or antonym, but at least `min_relations` or all of
-        them; and as many of the positions whose target has senses.
+        The relation term gets `relation_share` of the positions whose target has a synonym or antonym, but at least
+        `min_relations` of them, or all if there are fewer. The own term gets the same number of the positions whose
+        target has senses, or all if there are fewer.
         """
         counts = sample["loss_mask"].astype(bool)
         lexical = np.flatnonzero(counts & is_lexical(sample))
@@ -45,5 +46,5 @@ class SensePositions:
 
 
 def is_lexical(sample: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[T] bool: the target has a synonym or antonym."""
+    """Returns a mask [T] bool of the positions whose target has a synonym or antonym."""
     return (sample["synonym_ids"][:, 0] >= 0) | (sample["antonym_ids"][:, 0] >= 0)

@@ -1,4 +1,4 @@
-"""What is recorded of a run: tags and datasets, the metrics of a step, and what is said at its beginning."""
+"""Records of a run: its tags and datasets, the metrics of a step, and the summary printed at its beginning."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from dskd.training.inputs import Inputs, recipe
 from dskd.training.schedule import Schedule, describe_learning_rate
 from dskd.training.step import StepResult
 
-# By `loss.sense_form`, beside the other terms.
+# By `loss.sense_form`, in addition to the other terms.
 _SENSE_METRICS = {
     "distance": ("sense", "sense_synonym", "sense_antonym", "sense_own", "active_hinges"),
     "distribution": ("sense", "sense_teacher_entropy"),
@@ -23,9 +23,9 @@ _SENSE_METRICS = {
 
 
 def report_status(config: Config) -> bool:
-    """Prints where the run stands, and returns whether it was trained to its end with this very config."""
+    """Prints the progress of the run. Returns True if it was trained to its end with exactly this config."""
     newest = checkpoint.latest(config)
-    if newest is not None and newest.is_final:  # nobody looks at it again before it is used
+    if newest is not None and newest.is_final:  # read its files fully: nothing checks them again before they are used
         newest = checkpoint.latest(config, verify=True)
     if newest is None:
         print(f"run {config.run!r}: no checkpoint in {kinds.folder(config)}")
@@ -56,7 +56,7 @@ def tags_of(config: Config, inputs: Inputs, world: World) -> dict[str, str]:
 
 
 def datasets_of(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
-    """What the run reads, as MLflow's dataset API has it."""
+    """Describes the data that the run reads in the format of MLflow's dataset API."""
     described = []
     for split, context, top_n in (
         ("train", "training", config.annotation.teacher_top_n),
@@ -90,7 +90,7 @@ def metrics_of(result: StepResult, config: Config, rate: float, elapsed: float, 
 
 
 def say_what_runs(config: Config, world: World, engine: Any, schedule: Schedule, first_step: int) -> None:
-    """Prints how many ranks train what, and from which step on."""
+    """Prints the ranks, precision, parameters, steps and batches of the run, and the step it starts from."""
     parameters = list(engine.module.parameters())
     trained = sum(p.ds_numel for p in parameters if p.requires_grad)
     say(

@@ -1,7 +1,7 @@
-"""The rehearsal of an export: before the first step the untouched student is exported, reloaded and compared.
+"""The rehearsal of an export: before the first step, the untrained student is exported, reloaded and compared.
 
-What would fail after hours of training fails here, in seconds: a name that transformers does not read, a file that is
-not copied, a table that training has and the reloaded model has not.
+Failures that would otherwise appear after hours of training appear here in seconds: a name that transformers does not
+read, a file that is not copied, a table that training has but the reloaded model lacks.
 """
 
 from pathlib import Path
@@ -24,18 +24,18 @@ from dskd.training import checkpoint
 from dskd.training.export import copy_files, write_export
 from dskd.training.pair import Pair
 
-# Bytes of a student that is written once more; a larger one is read from where it is.
+# Largest student, in bytes, whose weights are written to the rehearsal; larger ones are linked.
 _WRITTEN = 2**30
-# Bytes in float32 of a student that is reloaded; a larger one takes minutes.
+# Largest student, in bytes of float32, that is reloaded; larger ones would take minutes.
 _RELOADED = 40 * 10**9
 _REMEDY = "an export of this student would not be the student that was trained, so nothing is trained"
 
 
 def rehearse_export(pair: Pair, student: ModelFolder, config: Config, world: World) -> None:
-    """Exports the student that the engine has been loaded with, and compares. All ranks call it, before any step.
+    """Exports the engine's student and compares it with the engine. All ranks call it, before any step.
 
     Raises:
-        UserError: on every rank, when an export could not be made or would be another model.
+        UserError: on every rank, if the export fails or is a different model.
     """
     engine = pair.engine
     device, dtype = world.device, compute_dtype(config.precision, world.device)
@@ -68,7 +68,8 @@ def _rehearse(student: ModelFolder, scratch: Path, probe: dict[str, Any], names:
         copy_files(student, scratch)
         for file in (*files, *student.path.glob("*.safetensors.index.json")):
             (scratch / file.name).symlink_to(file.resolve())
-    # In bf16, and then in float32 where the differences are to be explained by rounding.
+    # Size in float32: the comparison loads the model in bf16 and, to test whether rounding explains any differences,
+    # again in float32.
     size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * 4
     if size > min(_RELOADED, psutil.virtual_memory().available // 2):
         say(f"  the export is not tried beforehand: reloading the student would take {size / 1e9:,.0f} GB of memory")

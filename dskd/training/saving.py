@@ -1,4 +1,4 @@
-"""Writing a checkpoint, and loading one into an engine."""
+"""Writing of checkpoints, and loading of a checkpoint into an engine."""
 
 import shutil
 import uuid
@@ -31,18 +31,18 @@ def save(
     facts: dict[str, Any],
     world: World,
 ) -> None:
-    """Writes the checkpoint of `facts["step"]`, then removes what it replaces. All ranks call it.
+    """Writes the checkpoint of `facts["step"]`, then removes the checkpoints it replaces. All ranks call it.
 
     Args:
-        engine: the student's.
-        student_logits: logits [1, T, V] of what :func:`dskd.models.agreement.probe_inputs` returns.
+        engine: the student's engine.
+        student_logits: computes logits [1, T, V] from the output of :func:`dskd.models.agreement.probe_inputs`.
         config: the experiment.
-        recipe: of the run.
-        facts: for the manifest.
+        recipe: the run's recipe.
+        facts: facts for the manifest.
         world: the ranks.
 
     Raises:
-        UserError: when there is no space, or the student's weights are not finite; nothing is removed then.
+        UserError: if there is no space, or the student's weights are not finite; older checkpoints then stay.
     """
     base = folder(config)
     require_space(engine, config)
@@ -57,19 +57,19 @@ def save(
 
 
 def remove_leftovers(base: Path) -> None:
-    """Removes what a killed process left under hidden names, which would take the room of the next checkpoint.
+    """Removes files that a killed process left under hidden names: they take space that the next checkpoint needs.
 
-    The caller holds the lock of the run, so nothing there belongs to a process that lives.
+    The caller holds the lock of the run, so none of them belongs to a live process.
     """
     for path in (*base.glob(".step-*"), base / REHEARSAL):
         remove_tree(path)
 
 
 def require_space(engine: Any, config: Config) -> None:
-    """Refuses to begin what the disk cannot take. All ranks call it.
+    """Checks that the disk has room for a checkpoint. All ranks call it.
 
     Raises:
-        UserError: when there is less space than a checkpoint needs.
+        UserError: if there is less free space than a checkpoint needs.
     """
     needed, base = required_bytes(engine), folder(config)
 
@@ -86,8 +86,10 @@ def require_space(engine: Any, config: Config) -> None:
 
 
 def required_bytes(engine: Any) -> int:
-    """What a checkpoint takes: the trained parameters and AdamW's two moments in float32, by DeepSpeed; the parameters
-    again, for export; the probe's logits; and little things.
+    """Returns the bytes of a checkpoint.
+
+    DeepSpeed writes the trained parameters and AdamW's two moments in float32. Added to these are the parameters once
+    more for export, the probe's logits, and an allowance for headers and small files.
     """
     module = engine.module
     trained = [parameter.ds_numel for parameter in module.parameters() if parameter.requires_grad]
@@ -96,17 +98,17 @@ def required_bytes(engine: Any) -> int:
 
 
 def needs_universal(checkpoint: Checkpoint | None, world: World) -> bool:
-    """True when the checkpoint was written by another number of ranks."""
+    """Returns True if another number of ranks wrote the checkpoint."""
     return checkpoint is not None and checkpoint.manifest.facts["world_size"] != world.world_size
 
 
 def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int) -> None:
-    """Puts engine and optimizer into the state of the checkpoint, whatever number of ranks wrote it.
+    """Restores engine and optimizer to the state of the checkpoint, regardless of how many ranks wrote it.
 
-    The engine must have been made for :func:`needs_universal`.
+    The engine must have been built with `load_universal` as :func:`needs_universal` returns it.
 
     Raises:
-        UserError: when it was written by a student with another shared trunk, or DeepSpeed does not take it.
+        UserError: if the checkpoint's student has another shared trunk, or DeepSpeed does not load it.
     """
     then = checkpoint.manifest.facts.get("trunk_depth", 0)
     if then != trunk_depth:
@@ -127,31 +129,32 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
             load_module_strict=False,
             load_lr_scheduler_states=False,
         )
-    if loaded is None:  # DeepSpeed says so with a warning only, and training would begin from scratch in silence
+    if loaded is None:  # DeepSpeed only warns, and training would silently start from scratch
         raise UserError(
             f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before is used"
         )
-    if path != checkpoint.path:  # the next checkpoint needs its room
+    if path != checkpoint.path:  # remove the universal form: the next checkpoint needs its space
         barrier()
         on_main(lambda: shutil.rmtree(path, ignore_errors=True))
 
 
 def _publish(building: Building, train: TrainConfig) -> None:
     base, step = building.path.parent, building.facts["step"]
-    # DeepSpeed puts scripts beside its files that load them as pickles; ours are read by `dskd export`.
+    # DeepSpeed adds scripts that load its files as pickles. They are not needed: `dskd export` reads our own files.
     for script in base.glob("zero_to_*.py"):
         script.unlink()
     _require_finite(building)
     building.publish()
     write_text(base / LATEST_FILE, f"{building.path.name}\n")
-    # Only now that there is a new one do older ones go: those of a run that is overwritten, and those not to be kept.
+    # Now that the new checkpoint is published, remove those of an overwritten run and those past the limits of
+    # `keep_last` and `keep_every`.
     steps = sorted(steps_on_disk(base))
     others = [path for number, path in steps if number > step or not is_current(path, building.recipe)]
     own = [(number, path) for number, path in steps if path not in others]
     old = [path for number, path in own[: -train.keep_last] if not train.keep_every or number % train.keep_every]
     for path in [*others, *old]:
-        # No folder with some of its files gone, and no end of the run where one cannot go: on NFS a file that another
-        # process has open stays, under a name of its own.
+        # Rename first, so that no visible checkpoint ever lacks some of its files, and so that a file that cannot be
+        # removed does not end the run: NFS keeps a file that another process has open, under another name.
         path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}"))
     remove_leftovers(base)
 
@@ -169,7 +172,10 @@ def _require_finite(building: Building) -> None:
 
 
 def _save_trained(engine: Any, path: Path, world: World) -> None:
-    """The trained parameters in full precision by their Hugging Face names; gathered one at a time, kept by rank 0."""
+    """Writes the trained parameters in full precision under their Hugging Face names.
+
+    Gathers them one at a time; only rank 0 keeps and writes them.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     names = engine.module.hub_names
@@ -186,7 +192,7 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
 def _save_probe(
     engine: Any, student_logits: Callable[..., torch.Tensor], config: Config, path: Path, world: World
 ) -> None:
-    """Logits of the student as it is in training, on the tokens that the export is compared on."""
+    """Writes the logits of the student in training on the tokens used to check the export."""
     module = engine.module
     inputs = probe_inputs(
         module.decoder.base, module.head.weight.ds_shape[0], config.corpus.sequence_length, world.device

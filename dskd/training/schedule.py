@@ -1,4 +1,4 @@
-"""How many optimizer steps a run has, of what size, and at which learning rate."""
+"""The schedule of a run: its number of optimizer steps, their batch sizes and learning rates."""
 
 import math
 from dataclasses import dataclass
@@ -12,21 +12,23 @@ from dskd.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many steps there are, and of what."""
+    """The number of steps of a run, and the size of their batches."""
 
     global_batch_size: int
     micro_batch_size: int
-    accumulation_steps: int  # micro-batches a rank runs in a step
+    accumulation_steps: int  # micro-batches per rank and step
     steps_per_epoch: int
     total_steps: int
 
     @property
     def samples_per_rank(self) -> int:
-        """Samples of a step that one rank runs."""
+        """Number of samples that one rank runs in a step."""
         return self.micro_batch_size * self.accumulation_steps
 
     def learning_rate(self, step: int, peak: float, warmup_share: float) -> float:
-        """The rate of step 0, 1, …: a linear rise over the warm-up, then a cosine to 0 (docs/method.md, section 4)."""
+        """Returns the rate of step 0, 1, …: it rises linearly over the warm-up, then falls as a cosine to 0
+        (docs/method.md, section 4).
+        """
         warmup = round(warmup_share * self.total_steps)
         if step < warmup:
             return peak * (step + 1) / warmup
@@ -34,10 +36,10 @@ class Schedule:
 
 
 def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedule:
-    """Steps and batches of a run.
+    """Computes the steps and batches of a run.
 
     Raises:
-        UserError: when the global batch cannot be shared out, or there is less data than one batch.
+        UserError: if the global batch cannot be divided among the ranks, or there is less data than one batch.
     """
     train = config.train
     global_batch = train.global_batch_size
@@ -52,7 +54,7 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
 
 
 def count_steps(train: TrainConfig, num_samples: int) -> int:
-    """Optimizer steps of a run over so many samples."""
+    """Returns the number of optimizer steps of a run over `num_samples` samples."""
     return (
         train.steps
         if train.steps is not None
@@ -61,7 +63,7 @@ def count_steps(train: TrainConfig, num_samples: int) -> int:
 
 
 def describe_learning_rate(train: TrainConfig) -> str:
-    """Says the peak of a run's learning rate and, when the batch decides it, from what it was computed."""
+    """Describes the peak learning rate of a run and, if it depends on the batch size, how it was computed."""
     text = f"peak learning rate {train.peak_learning_rate:.4g}"
     if train.learning_rate_batch_size is None:
         return text
@@ -70,10 +72,10 @@ def describe_learning_rate(train: TrainConfig) -> str:
 
 
 def share_out(train: TrainConfig, world_size: int) -> tuple[int, int]:
-    """Samples of a micro-batch, and how many of these a rank runs in a step.
+    """Returns the samples per micro-batch, and the micro-batches per rank and step.
 
     Raises:
-        UserError: when the global batch cannot be shared out.
+        UserError: if the global batch cannot be divided evenly.
     """
     global_batch = train.global_batch_size
     if global_batch % world_size:

@@ -1,4 +1,6 @@
-"""All sense embeddings on the device (`train.sense_bank: device`): batches then bring row numbers only."""
+"""The sense bank: all sense embeddings on the device (`train.sense_bank: device`), so that batches hold row numbers
+only.
+"""
 
 from pathlib import Path
 
@@ -13,12 +15,13 @@ _PIECE_BYTES = 2**26
 
 
 def load_bank(path: Path, device: torch.device) -> torch.Tensor:
-    """`vectors` [R, D] bf16 of a sense dictionary on `device`.
+    """Loads `vectors` [R, D] bf16 of a sense dictionary onto `device`.
 
-    On the CPU it is a memory map; elsewhere the file is read in pieces, so that host memory holds one of them.
+    On the CPU the result is a memory map. For other devices the file is read in pieces, so that host memory holds only
+    one of them at a time.
 
     Raises:
-        UserError: when the device has no room for it.
+        UserError: if the device has no room for it.
     """
     if device.type == "cpu":
         return open_safetensors(path).get_tensor("vectors")
@@ -37,16 +40,16 @@ def copy_in_pieces(vectors: np.ndarray, bank: torch.Tensor, piece_bytes: int) ->
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a CUDA device that nobody has, and what torch holds there and has not given out."""
+    """Returns the free bytes of a CUDA device, including memory that torch has reserved but not allocated."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def require_room(path: Path, needed: int, free: int) -> None:
-    """Refuses a bank that is larger than the free memory of its device.
+    """Checks that a bank of `needed` bytes fits into the `free` bytes of its device.
 
     Raises:
-        UserError: naming both sizes, in bytes here and GB (2^30 bytes) there.
+        UserError: naming both sizes in GB (2^30 bytes), if it does not.
     """
     if needed > free:
         raise UserError(

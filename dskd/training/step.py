@@ -1,7 +1,7 @@
 """One optimizer step: the table of contents of distillation.
 
-Every term is a sum over positions divided, once, by the count over all ranks and accumulation steps:
-docs/invariants.md.
+Every term of the loss is a sum over positions, divided once by the count over all ranks and accumulation steps
+(docs/invariants.md).
 """
 
 import math
@@ -24,13 +24,13 @@ _LOSS_TERMS = ("ce", "kl", "hidden", "sense")
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, over all ranks."""
+    """The results of a step over all ranks."""
 
     loss: float  # the weighted sum that was minimised
-    terms: dict[str, float]  # each term by itself, a mean over its positions, without weight
+    terms: dict[str, float]  # the unweighted mean of each term over its positions
     tokens: int  # target positions
     grad_norm: float  # before clipping
-    stop_requested: bool  # of any rank, when the step began
+    stop_requested: bool  # by any rank, before the step began
 
 
 def train_step(
@@ -46,15 +46,17 @@ def train_step(
 
     Args:
         pair: student and teacher.
-        step_batches: this rank's micro-batches, as many as the engine accumulates, and the positions in them.
+        step_batches: this rank's micro-batches, as many as the engine accumulates, and counts of their positions.
         loss: weights and settings of the terms.
         world: the ranks.
-        step: its number, for messages.
-        stop_requested: this rank has been asked to stop; every rank learns of it with this step.
+        step: the step's number, for messages.
+        stop_requested: True if this rank received a request to stop; the step passes it on to all ranks.
 
     Raises:
-        UserError: when a term is not finite, naming it and the samples; the student's weights are then untouched.
+        UserError: if a term is not finite, naming it and its samples; the student's weights are then unchanged. Also
+            if the gradient norm is not finite.
     """
+    # Sum the counts of positions over all ranks before any loss is computed: they are the denominators of the terms.
     micro_batches = step_batches.micro_batches
     mine = torch.tensor([*step_batches.counts, stop_requested], device=world.device)
     *of_all, stops = sum_over_ranks(mine).tolist()
@@ -62,6 +64,7 @@ def train_step(
     normalizers = _normalizers(counts, world, len(micro_batches))
     engine = pair.engine
     losses, terms = [], []
+    # Accumulate gradients: per micro-batch the teacher's forward pass, then the student's forward and backward pass.
     for number, batch in enumerate(micro_batches):
         position_ids = batch.get("position_ids")
         teacher_hidden, student_inputs = pair.run_teacher(batch["input_ids"], position_ids)
@@ -79,8 +82,10 @@ def train_step(
         losses.append(total.detach().float())
         engine.backward(total)
         terms.append(sums)
+        # The last `engine.step()`, which updates the weights, comes after the check that all losses are finite.
         if number + 1 < len(micro_batches):
             engine.step()
+    # Sum loss and terms over micro-batches and ranks in float64, in one collective operation.
     of_step = torch.cat([torch.stack(losses).unsqueeze(-1), torch.stack(terms)], dim=-1)
     total_loss, *sums = sum_over_ranks(of_step.double().sum(0)).tolist()
     _require_finite(sums, terms, micro_batches, step)
@@ -92,6 +97,7 @@ def train_step(
             "before a checkpoint is written. Lower train.learning_rate, or use precision: fp32",
             known_to_all_ranks=True,
         )
+    # `_normalizers` scaled each micro-batch's loss up by this factor, because DeepSpeed divides gradients by it.
     mean_loss = total_loss / (world.world_size * len(micro_batches))
     return StepResult(mean_loss, _means(sums, counts), counts.targets, grad_norm, stops > 0)
 
@@ -104,10 +110,10 @@ def _normalizers(counts: Counts, world: World, accumulation_steps: int) -> Norma
 
 
 def _token_weights(lexical: torch.Tensor, loss: LossConfig, counts: Counts) -> torch.Tensor:
-    """[B, T] float32: `lexical_weight` where `lexical` [B, T], 1 elsewhere, over what these add up to by target.
+    """Returns token weights [B, T] float32: `lexical_weight` where `lexical` [B, T] is True, otherwise 1; normalised.
 
-    Their mean over the targets of the step is 1, and what is weighted with them and divided by the number of targets
-    is a weighted mean: another weight is another emphasis, and no other learning rate.
+    Their mean over the targets of the step is 1, so that a sum weighted with them and divided by the number of targets
+    is a weighted mean: changing `lexical_weight` changes the emphasis but not the effective learning rate.
     """
     added_up = counts.targets + (loss.lexical_weight - 1) * counts.lexical
     return (1 + (loss.lexical_weight - 1) * lexical.float()) * (counts.targets / max(added_up, 1e-12))

@@ -1,7 +1,7 @@
-"""The student in training: its layers under a ZeRO-3 engine, with the head that computes the losses.
+"""The student in training: its layers in a ZeRO-3 engine, with the head that computes the losses.
 
-Where its lower layers are frozen copies of the teacher's, it starts from the teacher's hidden states at that depth
-(:mod:`dskd.training.trunk`) and those layers are not loaded. Shapes: B batch, T tokens, D hidden, V vocabulary.
+If its lowest layers are frozen copies of the teacher's, it starts from the teacher's hidden states at that depth
+(:mod:`dskd.training.trunk`), and those layers are not loaded. Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
 import os
@@ -27,13 +27,13 @@ from dskd.models.reference import compare_with_transformers
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, output_name
 from dskd.models.weights import LAYER_NAME, TensorReader
 
-REDUCE_BUCKET = 50_000_000  # elements of gradients that are summed up over the ranks together
+REDUCE_BUCKET = 50_000_000  # gradient elements that DeepSpeed reduces over the ranks in one operation
 
 
 class Student(nn.Module):
-    """The decoder that is trained, with the head that holds its output matrix and computes the losses.
+    """The trained decoder with the head that holds its output matrix and computes the losses.
 
-    `hub_names` maps each parameter's name to that in the Hugging Face folder.
+    `hub_names` maps each parameter's name to its name in the Hugging Face folder.
     """
 
     def __init__(self, decoder: Decoder, head: DistillationHead, hub_names: dict[str, str]) -> None:
@@ -50,10 +50,13 @@ class Student(nn.Module):
         decoder_options: Mapping[str, Any] | None = None,
         **loss_inputs: Any,
     ) -> Any:
-        """What :meth:`dskd.losses.head.DistillationHead.forward` makes of the last hidden states and `loss_inputs`.
+        """Returns the output of :meth:`dskd.losses.head.DistillationHead.forward` for the last hidden states.
 
-        `inputs` are token ids [B, T], or, with a shared trunk, the states [B, T, D] that it ends with.
-        `decoder_options` go to the base model.
+        Args:
+            inputs: token ids [B, T] or, with a shared trunk, the trunk's output states [B, T, D].
+            position_ids: positions within documents, or None.
+            decoder_options: passed to the base model.
+            loss_inputs: passed to the head.
         """
         return self.head(self.decoder(inputs, position_ids, **(decoder_options or {})), **loss_inputs)
 
@@ -69,24 +72,25 @@ def load_student(
     trunk_depth: int = 0,
     load_universal: bool = False,
 ) -> Any:
-    """The student's ZeRO-3 engine, with AdamW over the parameters that `student.train_*` names.
+    """Builds the student's ZeRO-3 engine, with AdamW over the parameters that `student.train_*` selects.
 
     Args:
         folder: the model to start from.
         config: the experiment.
         world: the ranks.
-        teacher: whose output matrix the head needs, or None when no term of the loss reads its logits.
+        teacher: the model whose output matrix the head needs, or None if no term of the loss reads its logits.
         margin: of the sense loss, in units of |h - s|² / D.
-        accumulation_steps: micro-batches a rank runs for an optimizer step.
-        trunk_depth: how many of the lowest layers the teacher computes; neither they nor the embeddings are loaded.
-        load_universal: it goes on from a checkpoint in DeepSpeed's universal form
+        accumulation_steps: micro-batches per rank and optimizer step.
+        trunk_depth: number of lowest layers that the teacher computes; if not 0, neither these layers nor the
+            embeddings are loaded.
+        load_universal: the engine will resume from a checkpoint in DeepSpeed's universal form
             (:mod:`dskd.training.universal_checkpoint`).
 
     Raises:
-        UserError: when weights are missing, nothing would be trained, or the model does not keep documents apart where
-            they are packed.
+        UserError: if weights are missing, nothing would be trained, or sequences hold several documents and the model
+            does not keep them apart.
     """
-    import deepspeed  # here: commands that load no model do not wait for it
+    import deepspeed  # imported here so that commands without a model do not wait for it
 
     dtype = compute_dtype(config.precision, world.device)
     train = config.train
@@ -104,6 +108,7 @@ def load_student(
     causal_lm = build_sharded(folder, settings, dtype, world, first_layer=trunk_depth)
     if train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # First choose the trained parameters: `requires_grad` decides whether the teacher's output matrix must be stored.
     trained = choose_trained(causal_lm, config.student, first_layer=trunk_depth)
     names = _hub_names(causal_lm, folder, trunk_depth)
     teacher_matrix = None if teacher is None else _teacher_matrix(causal_lm, folder, teacher, dtype)
@@ -119,7 +124,7 @@ def load_student(
         compile_losses=train.compile_losses,
     )
     student = Student(Decoder(base_model(causal_lm)), head, names)
-    # Activations are recomputed in training mode only. Dropout was taken out of the architecture when it was built.
+    # Activation checkpointing works in training mode only. `build_sharded` has removed dropout.
     student.train()
     optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
@@ -131,7 +136,7 @@ def load_student(
 
 
 def _require_compiler() -> None:
-    """On a CPU torch.compile writes C++; on a GPU it brings what it needs."""
+    """Checks that there is a C++ compiler: on a CPU, unlike on a GPU, torch.compile needs one."""
     wanted = os.environ.get("CXX", "g++")
     if shutil.which(wanted) is None:
         raise UserError(
@@ -142,10 +147,10 @@ def _require_compiler() -> None:
 
 
 def trained_layers(student: StudentConfig, count: int) -> set[int]:
-    """Which of the student's `count` layers are trained.
+    """Returns the indices of the trained layers among the student's `count` layers.
 
     Raises:
-        UserError: when one does not exist.
+        UserError: if one does not exist.
     """
     wanted = student.train_layers
     layers = set(range(max(0, count - wanted), count)) if isinstance(wanted, int) else set(wanted)
@@ -156,28 +161,28 @@ def trained_layers(student: StudentConfig, count: int) -> set[int]:
 
 
 def trains_embeddings(student: StudentConfig, *, tied: bool) -> bool:
-    """True when the input embeddings are trained; where they are tied to the head, training either trains both."""
+    """Returns True if the input embeddings are trained; if they are tied to the head, training either trains both."""
     return student.train_embeddings or (tied and student.train_lm_head)
 
 
 def trains_head(student: StudentConfig, *, tied: bool) -> bool:
-    """True when the output matrix is trained."""
+    """Returns True if the output matrix is trained."""
     return student.train_lm_head or (tied and student.train_embeddings)
 
 
 def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int = 0) -> list[nn.Parameter]:
-    """Sets `requires_grad` as `student.train_*` says.
+    """Sets `requires_grad` according to `student.train_*`.
 
     Args:
-        causal_lm: the model, of the student's layers from `first_layer` on.
-        student: what is trained.
-        first_layer: how many layers below are missing.
+        causal_lm: the model, with the student's layers from `first_layer` on.
+        student: the settings that select trained parameters.
+        first_layer: number of lowest layers that the model lacks.
 
     Returns:
-        The parameters that are trained, each once; never the routers of a mixture of experts.
+        The trained parameters, each once; never the routers of a mixture of experts.
 
     Raises:
-        UserError: when a layer index does not exist, nothing is trained, or it cannot be told what the final norm is.
+        UserError: if a layer index does not exist, nothing is trained, or the final norm cannot be identified.
     """
     layers = trained_layers(student, first_layer + causal_lm.config.num_hidden_layers)
     head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
@@ -185,7 +190,8 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     tied = bool(head & embeddings)
     norm = final_norm_names(causal_lm) if student.train_final_norm else set()
     routers = _router_names(causal_lm)
-    # ZeRO-3 trains one type; transformers keeps two factors of Apertus's activation in bf16 whatever the others are.
+    # ZeRO-3 trains parameters of one type only, and transformers always keeps two factors of Apertus's activation in
+    # bf16.
     dtype = causal_lm.get_output_embeddings().weight.dtype
     trained = []
     for name, parameter in causal_lm.named_parameters():
@@ -208,7 +214,10 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
 
 
 def _router_names(causal_lm: Any) -> set[str]:
-    """The parameters that choose experts. They stay as they are: no term of the loss balances the experts' load."""
+    """Returns the names of the parameters that choose experts.
+
+    These are never trained, because no term of the loss balances the experts' load.
+    """
     return {
         f"{path}.{name}.{parameter}"
         for path, module in causal_lm.named_modules()
@@ -221,7 +230,7 @@ def _router_names(causal_lm: Any) -> set[str]:
 def _teacher_matrix(
     causal_lm: Any, student: ModelFolder, teacher: ModelFolder, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """The teacher's output matrix [V, D], or None where the student's is the same and stays so."""
+    """Returns the teacher's output matrix [V, D], or None if the student's is equal and not trained."""
     reader, own = TensorReader(teacher.path), TensorReader(student.path)
     matrix = reader.read(output_name(causal_lm, reader))
     if not causal_lm.get_output_embeddings().weight.requires_grad:
@@ -240,7 +249,7 @@ def _drop_embeddings(causal_lm: Any) -> None:
 
 
 def _hub_names(causal_lm: Any, folder: ModelFolder, first_layer: int) -> dict[str, str]:
-    """{name of a parameter in :class:`Student`: its name in the Hugging Face folder}."""
+    """Returns {name of a parameter in :class:`Student`: its name in the Hugging Face folder}."""
     stored = StoredNames(causal_lm, TensorReader(folder.path), first_layer=first_layer)
     prefix = base_model_name(causal_lm)
     names = {}

@@ -1,7 +1,7 @@
-"""A small teacher from scratch, for use where no model can be had: byte-pair encoding, Llama shape, a token budget.
+"""Training of a small teacher from scratch, for machines without a model: byte-pair encoding, Llama, a token budget.
 
-It exists so that the whole pipeline runs on real text within minutes on a laptop. Weight matrices of the layers are
-trained with Muon, everything else with AdamW; the learning rate rises over 5 % of the steps and falls linearly to 0.
+It exists so that the whole pipeline runs on real text within minutes on a laptop. Muon trains the weight matrices of
+the layers, AdamW everything else; the learning rate rises over 5 % of the steps and falls linearly to 0.
 """
 
 import math
@@ -30,7 +30,7 @@ _WARMUP_SHARE = 0.05
 
 
 def recipe(config: Config) -> Recipe:
-    """What decides the teacher that is trained from scratch."""
+    """Returns the recipe of the teacher that is trained from scratch."""
     documents = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
     assert config.teacher.train_from_scratch is not None
     settings = config.teacher.train_from_scratch.as_dict() | {
@@ -76,7 +76,7 @@ def build_teacher(config: Config) -> None:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """A byte-level byte-pair encoding in transformers' wrapper, with one special token, the end of text."""
+    """Trains a byte-level byte-pair encoding with one special token, the end of text, in transformers' wrapper."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -94,12 +94,12 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def intermediate_size(hidden_size: int) -> int:
-    """Width inside the recipe's MLPs: two thirds of four times the model's, as Llama has it, and a multiple of 8."""
+    """Returns the inner width of the MLPs: as in Llama 2/3 · 4 · `hidden_size`, rounded down to a multiple of 8."""
     return hidden_size * 8 // 3 // 8 * 8
 
 
 def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, tokenizer: Any, seed: int) -> Any:
-    """An untrained Llama of the recipe's shape."""
+    """Builds an untrained Llama of the recipe's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(derived_seed(seed, "teacher", "weights"))
@@ -123,11 +123,12 @@ def train_model(model: Any, sequences: Sequences, settings: TeacherRecipe, seed:
     """Trains `model` on `sequences` for the recipe's token budget.
 
     Returns:
-        Mean cross-entropy (nats a token) over the last tenth of the steps.
+        Mean cross-entropy (nats per token) over the last tenth of the steps.
 
     Raises:
-        UserError: when the loss is not finite.
+        UserError: if the loss is not finite.
     """
+    # Muon is for the layers' matrices; embeddings, output matrix and norms are trained with AdamW at their own rate.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
     optimizers = [
@@ -151,6 +152,7 @@ def train_model(model: Any, sequences: Sequences, settings: TeacherRecipe, seed:
                 logits = model(input_ids=input_ids, use_cache=False, **positions).logits
             loss = F.cross_entropy(logits[has_target].float(), input_ids.roll(-1, dims=1)[has_target])
             loss.backward()
+            # The same factor scales both peak rates: a linear warm-up, then a linear decay.
             factor = min((step + 1) / max(1, steps * _WARMUP_SHARE), (steps - step) / steps)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
-"""Training a student: loads teacher, student and shards, loops over optimizer steps, checkpoints and tracks.
+"""Training of a student: loads its inputs, loops over optimizer steps, saves checkpoints and logs metrics.
 
-A run is a function of its config, seed and data: any number of ranks sees the same global batches, and a run that was
-stopped and resumed equals one that was not (docs/invariants.md).
+The result of a run is a function of its config, seed and data: any number of ranks sees the same global batches, and a
+run that was stopped and resumed equals one that was not (docs/invariants.md).
 """
 
 import time
@@ -45,11 +45,11 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     Args:
         config: the experiment, with the run's keys laid over it.
         world: the ranks.
-        resume: go on from the last checkpoint, if there is one.
-        overwrite: start from scratch; the run's old checkpoints go when the first new one is whole.
+        resume: continue from the last checkpoint, if there is one.
+        overwrite: start from scratch; the run's old checkpoints are removed when the first new one is complete.
 
     Raises:
-        UserError: when inputs do not fit, or checkpoints exist and neither flag says what to do with them.
+        UserError: if inputs do not fit together, or checkpoints exist and neither flag is set.
     """
     began = time.perf_counter()
     with stage(
@@ -80,8 +80,9 @@ def _run(
     began: float,
     overwrite: bool,
 ) -> None:
-    import dskd.shards.dataset  # noqa: F401  # seconds that else the first step would take
+    import dskd.shards.dataset  # noqa: F401  # takes seconds, which would otherwise count as the first step's
 
+    # Load the models. Check disk space and rehearse the export before a checkpoint changes the student's weights.
     loss, train_settings = config.loss, config.train
     pair = load_pair(
         config,
@@ -99,10 +100,12 @@ def _run(
         saving.load(engine, start, world, trunk_depth=pair.trunk_depth)
     first_step = start.step if start is not None else 0
     say_what_runs(config, world, engine, schedule, first_step)
+    # The data, from the first step on that is still to be trained.
     collate = build_collator(config, inputs, schedule)
     bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
     steps = load_steps(config, schedule, collate, cache, world, start_step=first_step, sense_bank=bank)
+    # In MLflow, a new run or the one to resume.
     facts = start.manifest.facts if start is not None else {}
     tracker = start_tracking(
         config,
@@ -122,7 +125,7 @@ def _run(
     )
     status = "FAILED"
     trained_seconds = 0.0
-    with stopping.deferred() as stop_request:  # until the tracked run is marked as ended
+    with stopping.deferred() as stop_request:  # signals take effect only after the tracked run is marked as ended
         try:
             with progress_bar(total=schedule.total_steps, label="training", unit="steps", initial=first_step) as bar:
                 for step in range(first_step, schedule.total_steps):
@@ -146,7 +149,8 @@ def _run(
                     bar.update(1)
                     is_last = done == schedule.total_steps
                     is_due = done % train_settings.checkpoint_every == 0
-                    # Who is asked during a step with a checkpoint does not train one more for another checkpoint.
+                    # A request that arrives during a step with a checkpoint stops the run now: otherwise it would
+                    # train one more step and write another checkpoint.
                     stops = result.stop_requested or (is_due and any_rank(stop_request.is_pending, world))
                     if is_last or stops or is_due:
                         facts = {
@@ -176,14 +180,14 @@ def _run(
 
 
 def _starting_step(config: Config, wanted: Recipe, *, resume: bool, overwrite: bool) -> int | None:
-    # What was there before a restart may still be ending.
+    # After a restart, the previous process may still be ending.
     wait_s = LOCK_PATIENCE_S if resume else 0.0
-    # An export or evaluation holds it too, for as long as it tells MLflow of the run.
+    # An export or evaluation also holds this lock while it sends the run's results to MLflow.
     what = f"trains run {config.run!r}, or sends its results to MLflow"
     hold_lock(kinds.lock_path(config, config.run), what, wait_s=wait_s)
     saving.remove_leftovers(kinds.folder(config))
     if overwrite:
-        return None  # the old checkpoints stay until the first new one is whole
+        return None  # the old checkpoints stay until the first new one is complete
     newest = checkpoint.latest(config, verify=True)
     if newest is None:
         return None

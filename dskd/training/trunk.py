@@ -1,12 +1,12 @@
-"""The shared trunk: the lower layers that teacher and student have in common are computed once.
+"""The shared trunk: the lowest layers that teacher and student have in common are computed only once.
 
 A student that is cut from its teacher starts with frozen copies of the teacher's lowest layers. With the same weights
-and no dropout their output *is* the teacher's hidden state at that depth, so the teacher hands it over while it runs
-(:class:`HandOver`), and the student consists of the layers above only (not in the paper, whose results it leaves as
-they are).
+and no dropout their output *is* the teacher's hidden state at that depth. So the teacher hands this state over while it
+runs (:class:`HandOver`), and the student consists of the layers above only. The paper does not do this; it does not
+change the paper's results.
 
-Whether that is exact follows from what is trained (:func:`trunk_depth`), and from the architecture: some scale or
-change what goes into their lowest layer. That is found out by running it (:func:`difference`).
+Whether the trunk is exact depends on which parameters are trained (:func:`trunk_depth`) and on the architecture: some
+architectures scale or change the input of their lowest layer, which :func:`difference` detects by running both models.
 """
 
 import contextlib
@@ -22,26 +22,27 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.training.student import trained_layers, trains_embeddings
 
-# The largest difference of the lowest trained layer's result, as a share of what the layer changes. Same weights and
-# same kernels make none; this is room for kernels that round otherwise for another shape of the surrounding model.
+# Largest accepted difference of the lowest trained layer's output, relative to the norm of the layer's change to its
+# input. The same weights and kernels give no difference at all; the tolerance is for kernels that round differently
+# when the surrounding model has another shape.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 class TrunkError(UserError):
-    """Why there is no shared trunk, in words that a user can act on."""
+    """The reason why there is no shared trunk, in words that a user can act on."""
 
 
 def trunk_depth(config: Config, *, kept: Sequence[int], same_teacher: bool, tied: bool) -> int:
-    """How many of the lowest layers the student need not compute itself; 0 where `student.shared_trunk` is off.
+    """Returns how many of the lowest layers the student need not compute itself; 0 if `student.shared_trunk` is off.
 
     Args:
         config: the experiment.
-        kept: the teacher's layers that the student consists of, ascending.
-        same_teacher: whether the student was cut from the very teacher that it is trained with.
-        tied: whether its output matrix is its embeddings.
+        kept: indices of the teacher's layers that the student consists of, ascending.
+        same_teacher: True if the student was cut from the same teacher that it is trained with.
+        tied: True if the student's output matrix and embeddings are the same matrix.
 
     Raises:
-        TrunkError: when there is none.
+        TrunkError: if there is no such layer, with the reason.
     """
     student = config.student
     if student.shared_trunk == "off":
@@ -56,7 +57,7 @@ def trunk_depth(config: Config, *, kept: Sequence[int], same_teacher: bool, tied
         raise TrunkError("the student's embeddings are trained")
     trained = trained_layers(student, len(kept))
     depth = 0
-    # At least one layer is left: the student has to have something to run.
+    # Leave the student at least one layer to run.
     while depth < len(kept) - 1 and kept[depth] == depth and depth not in trained:
         depth += 1
     if not depth:
@@ -66,7 +67,7 @@ def trunk_depth(config: Config, *, kept: Sequence[int], same_teacher: bool, tied
 
 
 class HandOver:
-    """What goes into a layer of a decoder while the decoder runs: the hidden states at that depth."""
+    """A hook that keeps the input of one layer of a decoder: the hidden states at that depth."""
 
     def __init__(self, layers: nn.ModuleList, depth: int) -> None:
         self.depth = depth
@@ -74,13 +75,13 @@ class HandOver:
         self._hook = layers[depth].register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def take(self) -> torch.Tensor:
-        """The states [B, T, D] of the last run, which are given away."""
+        """Returns the states [B, T, D] of the last run and releases them; each run's states can be taken once."""
         assert self._states is not None, "the decoder has not run"
         states, self._states = self._states, None
         return states
 
     def close(self) -> None:
-        """Lets the decoder run as before."""
+        """Removes the hook from the decoder."""
         self._hook.remove()
 
     def _keep(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -91,34 +92,37 @@ class HandOver:
 def difference(
     teacher: Any, engine: Any, *, twin: int, packed: bool, length: int, world: World, dtype: torch.dtype
 ) -> str | None:
-    """How the student's lowest layer computes something else than the teacher's, or None. Every rank must call it.
+    """Describes how the student's lowest layer differs from the teacher's; None if it does not. All ranks must call it.
 
-    The teacher's own states go into the student, and what comes out of its lowest layer is compared: in short documents
-    and in a whole sequence, at whose end rotary positions differ most and some architectures use other factors.
+    Feeds the teacher's states into the student and compares the inputs and outputs of the lowest layer: on short
+    documents, and on a whole sequence, at the end of which rotary positions differ most and some architectures use
+    other factors.
 
     Args:
         teacher: the :class:`dskd.models.frozen.FrozenModel`.
-        engine: the student's engine, with the teacher's weights still.
-        twin: the teacher's layer that the student's lowest is a copy of.
-        packed: whether documents stand in one sequence.
-        length: tokens of a sequence in training.
+        engine: the student's engine, which still has the teacher's weights.
+        twin: index of the teacher's layer of which the student's lowest layer is a copy.
+        packed: True if a sequence can hold several documents.
+        length: tokens per sequence in training.
         world: the ranks.
-        dtype: of the parameters.
+        dtype: type of the parameters.
     """
+    # Test inputs: two short rows, each of two documents if sequences are packed, and one sequence of full length.
     short = torch.arange(1, 25, device=world.device).view(2, 12) * 7 % teacher.vocab_size
     start = torch.tensor([[*range(7), *range(5)], [*range(5), *range(7)]], device=world.device) if packed else None
     whole = torch.arange(1, length + 1, device=world.device).view(1, -1) * 7 % teacher.vocab_size
     differs = [0.0, 0.0]
     for input_ids, positions in ((short, start), (whole, None)):
+        # Run the teacher, then the student on the states that went into the teacher's layer.
         with _watched(teacher.decoder.layers[twin]) as expected:
             teacher.hidden_states(input_ids, positions)
         with _watched(engine.module.decoder.layers[0]) as found:
             engine(expected["input"], positions)
         limit = _TOLERANCE[dtype] * float((expected["output"] - expected["input"]).float().norm())
         for index, name in enumerate(("input", "output")):
-            # A difference that is not a number is one too.
+            # Written with `not … <=` so that a NaN counts as a difference.
             differs[index] += not float((expected[name] - found[name]).float().norm()) <= limit
-    # Ranks must take the same way, also where their hardware rounds differently.
+    # All ranks must reach the same decision, even if their hardware rounds differently.
     changes_input, changes_output = sum_over_ranks(torch.tensor(differs, device=world.device)).tolist()
     name = type(engine.module.decoder.base).__name__
     if changes_input:
@@ -128,7 +132,7 @@ def difference(
 
 @contextlib.contextmanager
 def _watched(layer: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """What goes into a layer and comes out of it, in its last run."""
+    """Yields a dict that receives the input and output of a layer's last run."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

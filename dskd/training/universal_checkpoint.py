@@ -1,8 +1,8 @@
-"""Checkpoints for another number of ranks: DeepSpeed's own files, made into its universal form.
+"""Checkpoints for another number of ranks: DeepSpeed's own files, converted to its universal form.
 
-A ZeRO-3 checkpoint has one share of every trained parameter, and of its moments, for each rank that wrote it. The
-universal form has them whole, a folder a parameter, and any number of ranks takes its shares from there. It is made
-when it is needed, beside the checkpoint under a hidden name, and is removed when every rank has read it.
+A ZeRO-3 checkpoint holds one share of every trained parameter and its moments for each rank that wrote it. The
+universal form holds them complete, one folder per parameter, and any number of ranks can read its shares from there. It
+is written only when needed, next to the checkpoint under a hidden name, and removed after every rank has read it.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from dskd.errors import UserError
 
 
 def universal_folder(checkpoint: Path) -> Path:
-    """Where the universal form of a checkpoint is."""
+    """Returns the folder of a checkpoint's universal form."""
     return checkpoint.with_name(f".{checkpoint.name}.universal")
 
 
 def make_universal(checkpoint: Path) -> None:
-    """Writes the universal form of a checkpoint. One process calls it; it reads one rank's share at a time.
+    """Writes the universal form of a checkpoint, reading one rank's share at a time. Only one process calls it.
 
     Raises:
-        UserError: when there is less space than it needs.
+        UserError: if there is less free space than it needs.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -41,7 +41,7 @@ def make_universal(checkpoint: Path) -> None:
     options = SimpleNamespace(
         input_folder=str(checkpoint),
         output_folder=str(partial),
-        num_extract_workers=1,  # 1 is this process: only here do the classes count that may be in the files
+        num_extract_workers=1,  # 1 means this process, the only one in which the list of safe classes applies
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
@@ -56,16 +56,16 @@ def make_universal(checkpoint: Path) -> None:
             contextlib.redirect_stderr(printed),
         ):
             ds_to_universal.main(options)
-    except BaseException:  # whatever it was, what is half made only takes space; it is raised on
+    except BaseException:  # whatever the error, the incomplete folder only takes space
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    (checkpoint.parent / "latest_universal").unlink()  # we always name the folder
+    (checkpoint.parent / "latest_universal").unlink()  # not needed: `load` names the folder
     replace_folder(partial, target)
 
 
 def _require_space(checkpoint: Path) -> None:
     shares = sum(path.stat().st_size for path in checkpoint.glob("*_optim_states.pt"))
-    needed = 2 * shares  # what is cut out of the ranks' shares lies beside what is made of it
+    needed = 2 * shares  # the pieces extracted from the shares and the merged result exist at the same time
     free = shutil.disk_usage(checkpoint).free
     if free < needed:
         raise UserError(
@@ -77,7 +77,7 @@ def _require_space(checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def no_pickles() -> Iterator[None]:
-    """Makes torch.load refuse anything but tensors and plain values, also where DeepSpeed asks for more."""
+    """Makes torch.load refuse anything but tensors and plain values, even when DeepSpeed requests more."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -91,7 +91,7 @@ def no_pickles() -> Iterator[None]:
 
 
 def _classes_in_checkpoints() -> list[Any]:
-    """The classes of DeepSpeed's that its files name beside tensors and plain values; none runs code when loaded."""
+    """Returns the DeepSpeed classes that its files contain; loading an instance runs no code."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
