@@ -158,8 +158,8 @@ def require_fitting(
 def map_vectors(path: Path) -> np.ndarray:
     """Maps `vectors` [R, D] into memory, read-only, as the raw 16 bits of each bf16.
 
-    A page is read from disk only when one of its rows is used. This is for the loader's workers, which
-    read a few thousand rows per batch from a file that may have tens of gigabytes.
+    A page is read from disk only when one of its rows is used. This is for the loader's workers, which read a few
+    thousand rows per batch from a file that may have tens of gigabytes.
     """
     return map_tensor(path, "vectors", "BF16")
 

@@ -150,7 +150,7 @@ def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head_weight: torc
 
 
 def _continue(folder: Path) -> Progress:
-    """Returns the progress, prints where the gathering resumes, and deletes partial files and runs it does not name."""
+    """Reads the progress, prints where the gathering resumes, and deletes all runs that the progress does not name."""
     progress = read_progress(folder)
     for file in folder.glob("*.safetensors"):
         if file.name not in progress.runs:

@@ -162,7 +162,7 @@ def _lloyd(points: torch.Tensor, weights: torch.Tensor, centers: torch.Tensor, m
         sizes = members.sum(1)
         means = torch.bmm(members.transpose(1, 2), points[active]) / sizes.clamp(min=1e-30).unsqueeze(-1)
         centers[active] = _refill(means, sizes, points[active], distances * weights[active])
-    # Assign all points to the final centres. Counts are summed in double precision, in which they are exact.
+    # Assign all points to the final centres. Counts are summed in double precision, because float32 rounds large sums.
     distances, labels = _squared_distances(points, norms, centers).min(-1)
     counts = _members(labels, weights, num_clusters).double().sum(1).round().long()
     return Clusters(centers, counts, (distances * weights).sum(-1))

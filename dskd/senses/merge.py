@@ -101,6 +101,7 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
     numbers = torch.stack([dictionary.entry_offsets[: vocab_size + 1].diff() for dictionary in dictionaries]).sum(0)
     behind = torch.stack([_states_per_token(dictionary) for dictionary in dictionaries]).sum(0)
     sizes = torch.minimum(senses_per_token(behind, config.senses), numbers)
+    # A fifth of the budget: reading and clustering copy the rows.
     rows_at_once = max(1, int(config.senses.memory_budget * 2**30) // 5 // (2 * hidden_size))
 
     def senses() -> Iterator[TokenSenses]:
