@@ -1,9 +1,9 @@
 """Lets the teacher continue texts, greedily, for samples of text and continuation (docs/method.md, section 4).
 
-The text's end-of-text token is removed, and the teacher adds c tokens. c in 1 … N is a function of (seed, sequence),
-because the paper cuts its sequences at a random point within the continuation. N comes from the config; some texts have
-a smaller limit of their own (:mod:`dskd.corpus.tasks.documents`). A continuation ends earlier at an end-of-text token,
-which is kept, or at the sequence length.
+The text's end-of-text token is removed, and the teacher adds c tokens. c is random in 1 … N, because the paper cuts its
+sequences at a random point within the continuation, and is a function of (seed, sequence). N comes from the config;
+some texts have a smaller limit of their own (:mod:`dskd.corpus.tasks.documents`). A continuation ends earlier at an
+end-of-text token, which is kept, or at the sequence length.
 
 A batch costs one pass over its texts and N - 1 passes over one token per text, since keys and values are cached. Texts
 are padded on the left, so that all of them continue in the same column. Shapes: B texts, T tokens, P the longest text
