@@ -61,6 +61,7 @@ class Sequences:
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:
         """Counts how often each token [V] is a target, in a sample of about a million positions."""
+        # 64 batches of about 16,384 positions each, spread evenly over the sequences.
         size = max(1, 16_384 // self.sequence_length)
         starts = np.unique(np.linspace(0, max(0, len(self) - size), 64).astype(np.int64) // size * size)
         counts = torch.zeros(vocab_size, dtype=torch.int64)
@@ -79,6 +80,7 @@ class Sequences:
         input_ids = torch.from_numpy(map_tensor(self.path, "input_ids", "I32")[rows].astype(np.int64))
         starts = torch.from_numpy(np.array(map_tensor(self.path, "starts", "U8")[rows]))
         lengths = torch.from_numpy(self.lengths[rows].astype(np.int64))
+        # A position has a target if the next one is a real token and does not start a document.
         has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
         has_target[:, :-1] &= starts[:, 1:] == 0
         may_go_on = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
