@@ -119,7 +119,7 @@ def _open_wordnet(config: LexiconConfig, path: str | None) -> WordNet:
 
 
 def _list_name(path: Path, own: list[Path]) -> str:
-    """Returns the source name of an own list: its file name, or its whole path if other sources could have that name."""
+    """Returns the source name of an own list: its file name, or its whole path if another source may have that name."""
     is_taken = path.name.startswith("wordnet") or path.name in ("wiktionary", "dict2vec")
     return str(path) if is_taken or [other.name for other in own].count(path.name) > 1 else path.name
 

@@ -142,10 +142,10 @@ def _has_synset(wordnet: WordNet, name: str) -> bool:
 
 
 def _check_offsets(wordnet: WordNet, file: str, named: Mapping[str, int], missing: Mapping[str, int]) -> None:
-    """Checks that WordNet does not lack so many synsets of a part of speech that it must have other offsets.
+    """Checks that WordNet has most synsets of the file, for each part of speech; otherwise its offsets are others.
 
     Raises:
-        UserError: when it lacks more than `_MAX_MISSING` of them.
+        UserError: when it lacks those of more than `_MAX_MISSING` of the lines of a part of speech.
     """
     if all(missing[part] <= _MAX_MISSING * named[part] for part in named):
         return
