@@ -75,7 +75,7 @@ class Reservoir:
             self._learn_thresholds(*_keys(self._folder / run))
 
     def wanted(self, tokens: torch.Tensor, priorities: torch.Tensor) -> torch.Tensor:
-        """Returns a mask [n] of the states that can still get into the sample; the others need not even be moved here."""
+        """Returns a mask [n] of the states that can still get into the sample; there is no need to move the others."""
         return priorities < self._thresholds[tokens]
 
     def add(self, tokens: torch.Tensor, priorities: torch.Tensor, states: torch.Tensor) -> None:

@@ -32,9 +32,8 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     from dskd.shards.dataset import ShardDataset
 
     if config.train.shard_remote is not None:
-        on_main(
-            lambda: require_remote(config, split)
-        )  # without this check all ranks but one would wait forever inside the library
+        # If the library meets the error first, all ranks but one wait forever for files that never come.
+        on_main(lambda: require_remote(config, split))
     with streaming_names(cache, world):
         dataset = ShardDataset(
             remote=place(config, split),
