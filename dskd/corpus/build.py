@@ -1,7 +1,7 @@
-"""Text to documents: `WORKDIR/corpus`, split into training and held-out ones.
+"""Reads text as documents, and splits them into training and held-out ones: `WORKDIR/corpus`.
 
-The split is by a hash of the documents' content, so it does not depend on their order, and equal texts are never on
-both sides.
+A hash of a document's content decides its side of the split. So the split does not depend on the order of the
+documents, and equal texts are always on the same side.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
 _TASKS_SCHEMA = _SCHEMA.append(pa.field("continuation_tokens", pa.int32()))
 BATCH_DOCUMENTS = 1000
-_BATCH_CHARACTERS = 32_000_000  # of documents in memory: books do not wait until there are a thousand of them
+_BATCH_CHARACTERS = 32_000_000  # written earlier at this size: a thousand books would need too much memory
 _SHOWN = 20
 _READ_KEYS = (
     "source",
@@ -47,7 +47,7 @@ _READ_KEYS = (
 
 
 def recipe(config: Config) -> Recipe:
-    """What decides the content of the documents."""
+    """Returns the recipe of the documents: every input and setting that affects their content."""
     corpus = config.corpus
     if corpus.source == "wordnet":
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
@@ -90,17 +90,20 @@ def build_corpus(config: Config) -> None:
 
 
 def read_texts(config: Config, split: str) -> Iterator[str]:
-    """The texts of one split of `WORKDIR/corpus`, in their order on disk."""
+    """Yields the texts of one split of `WORKDIR/corpus`, in the order on disk."""
     return _read_column(config, split, "text")
 
 
 def read_continuation_tokens(config: Config, split: str) -> Iterator[int] | None:
-    """By how many tokens the teacher may go on with each text at most; None where that is the same for all."""
+    """Yields the maximum number of tokens by which the teacher may continue each text.
+
+    Returns None if the limit is the same for all texts.
+    """
     return _read_column(config, split, "continuation_tokens") if config.corpus.source == "tasks" else None
 
 
 def name_of_document(config: Config, split: str, number: int) -> str:
-    """The name of a document of `WORKDIR/corpus` by its number, from 0."""
+    """Returns the name of document `number`, counted from 0, of a split of `WORKDIR/corpus`."""
     names = _read_column(config, split, "document")
     name: str = next(itertools.islice(names, number, None))
     return name
@@ -114,9 +117,9 @@ def _read_column(config: Config, split: str, name: str) -> Iterator[Any]:
 
 
 def read_wordnet_documents(wordnet: WordNet) -> Iterator[Document]:
-    """One document a synset: its lemmas, its definition and its examples, in an order that mixes parts of speech.
+    """Returns a document per synset: its lemmas, definition and examples. The order mixes parts of speech.
 
-    Synsets with the same definition share a split key, so that no held-out definition was seen in training.
+    Synsets with the same definition share a split key, so that training sees no held-out definition.
     """
     documents = []
     for synset in progress(wordnet.reader.all_synsets(), total=None, label="reading WordNet", unit="synsets"):
@@ -128,7 +131,7 @@ def read_wordnet_documents(wordnet: WordNet) -> Iterator[Document]:
 
 
 def _read_documents(config: Config) -> Iterator[tuple[str, Document]]:
-    """(split, document) for every document of the corpus."""
+    """Yields (split, document) for every document of the corpus."""
     corpus = config.corpus
     train, validation = _sources(config)
     held_out: set[int] = set()
@@ -148,7 +151,7 @@ def _read_documents(config: Config) -> Iterator[tuple[str, Document]]:
 
 
 def _sources(config: Config) -> tuple[Iterator[Document], Iterator[Document] | None]:
-    """Documents for training, and those that are held out; None where a share of the former is."""
+    """Returns the training documents, and the held-out ones or None if these are a share of the training documents."""
     corpus = config.corpus
     if corpus.source == "wordnet":
         return read_wordnet_documents(open_wordnet(config.wordnet.path)), None

@@ -1,6 +1,6 @@
-"""Documents in files: text, JSON lines, Parquet, Arrow and MDS, as :mod:`dskd.corpus.finding` finds them.
+"""Reads documents from the files that :mod:`dskd.corpus.finding` finds: text, JSON lines, Parquet, Arrow and MDS.
 
-Everything is read as a stream: no file is in memory whole, except one shard of an MDS folder at a time.
+Files are read as streams, so no file is in memory as a whole, except one shard of an MDS folder at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,31 +18,31 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Document:
-    """A text, a name for it that people can find it by, and the key by which it is put on one side of the split."""
+    """A text of the corpus."""
 
-    name: str
+    name: str  # tells the user where the text is
     text: str
-    split_key: str
-    continuation_tokens: int | None = None  # the teacher may go on with it by so many tokens; None: as the config says
+    split_key: str  # its hash decides the side of the split
+    continuation_tokens: int | None = None  # maximum number of tokens the teacher may add; None: the config's number
 
 
 def read_file(path: Path, text_field: str) -> Iterator[Document]:
-    """Documents of one file: the paragraphs of a text, or the records of JSON, Parquet, Arrow and MDS.
+    """Yields the documents of one file: the paragraphs of a text, or the records of JSON, Parquet, Arrow and MDS.
 
-    Text and JSON may be compressed. The index of an MDS folder stands for the samples of all of its shards, and the
-    `state.json` of a folder that `datasets` saved stands for its rows.
+    Text and JSON may be compressed. To read the samples of all shards of an MDS folder, pass its index; to read the
+    rows of a folder that `datasets` saved, pass its `state.json`.
 
     Raises:
-        UserError: naming the file, and the line or row, that cannot be read.
+        UserError: when the file, or a line or row of it, cannot be read; it names them.
     """
     with reading_errors(path):
         yield from as_documents(str(path), _reader(path)(path, text_field))
 
 
 def as_documents(source: str, texts: Iterable[tuple[int, str | None]]) -> Iterator[Document]:
-    """Documents of the numbered texts of a source.
+    """Yields documents from the numbered texts of a source.
 
-    Empty texts are left out. So are nulls, which are counted, and what is no text, with a warning.
+    It leaves out empty texts, nulls (and prints their number), and values that are not text (with a warning).
     """
     left_out: list[int] = []
     nulls = 0
@@ -96,7 +96,7 @@ def _read_paragraphs(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can escape and no encoding has."""
+    """Returns False if a text has lone surrogates, which JSON can express but no encoding can represent."""
     try:
         text.encode()
     except UnicodeEncodeError:

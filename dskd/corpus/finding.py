@@ -1,8 +1,8 @@
-"""Which files the text is read from: paths, folders and globs to files, and what of a folder is left out.
+"""Finds the files with text that the config's paths, folders and globs name.
 
-A file that the config names is read as what it is. Of folders and globs only text is taken: checksums, licences,
-READMEs and the descriptions of datasets and models are left out, as are files with endings that are no text.
-:attr:`Found.left_out` counts them, for the stage to print.
+A file that the config names itself is always read. In folders and globs the search takes only text: it leaves out
+checksums, licences, READMEs, descriptions of datasets and models, and files whose ending is not that of text.
+:attr:`Found.left_out` counts these, for the stage to print.
 """
 
 import glob
@@ -26,12 +26,12 @@ TEXT_SUFFIX = ".txt"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 DATASET_STATE = "state.json"  # in a folder of Dataset.save_to_disk
-DATASET_SPLITS = "dataset_dict.json"  # in a folder of DatasetDict.save_to_disk, with a folder a split
+DATASET_SPLITS = "dataset_dict.json"  # in a folder of DatasetDict.save_to_disk, which has one folder per split
 READABLE = (
     f"{', '.join((TEXT_SUFFIX, *JSON_SUFFIXES))} (also with {', '.join(COMPRESSIONS)}), {', '.join(TABLE_SUFFIXES)}, "
     "or a folder of MDS shards or of Dataset.save_to_disk"
 )
-# Files beside text, by their names in lower case without the endings.
+# Files about the text rather than of it, recognised by their names: in lower case, without the ending.
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|checksums?|(md5|sha\d+)(sums?)?)([._-].*)?|.*[._-](readme|licen[cs]e|checksums?|(md5|sha\d+)(sums?)?)"
     r"|copying|notice|changelog|citation|authors|contributing|requirements|manifest"
@@ -46,14 +46,14 @@ _CHECKSUM_LINES = 5
 
 @dataclass(frozen=True)
 class Found:
-    """Files with text, and what was passed over in looking for them."""
+    """The files with text that a search found, and what it left out."""
 
     files: list[Path]
     left_out: Counter[str] = field(default_factory=Counter)  # {ending, or name and reason: number}
-    notes: list[str] = field(default_factory=list)  # what people should know of the choice
+    notes: list[str] = field(default_factory=list)  # what the user should know about the choice
 
     def describe(self) -> list[str]:
-        """Lines for people: how many files of each ending are read, and what is left out."""
+        """Returns lines to print: how many files of each ending are read, what is left out, and the notes."""
         lines = [f"  reads {_counted(Counter(map(_ending, self.files)))}"]
         if self.left_out:
             lines.append(f"  leaves out {_counted(self.left_out)}")
@@ -61,22 +61,23 @@ class Found:
 
 
 def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> Found:
-    """Finds the files with text that paths, folders and globs name, sorted, each once; for MDS shards, their index.
+    """Finds the files with text that paths, folders and globs name: sorted, each once, and for MDS shards their index.
 
     Args:
-        patterns: what the config names.
+        patterns: the paths, folders and globs of the config.
         key: the config's key, for messages.
-        workdir: what is made from the text; folders around it, and globs that reach into it, are taken without it.
+        workdir: the work directory; a folder or glob that contains it is searched without it.
 
     Raises:
-        UserError: with every pattern that names nothing readable.
+        UserError: when a pattern names nothing readable; it lists all of these.
     """
-    files: dict[Path, Path] = {}  # by what they really are: one file has many names
+    files: dict[Path, Path] = {}  # by real path, because links can give one file several names
     left_out: Counter[str] = Counter()
     notes: list[str] = []
     problems: list[str] = []
     seen_twice: set[Path] = set()
     for pattern in patterns:
+        # Exclude the work directory unless the pattern itself is inside it.
         path = Path(pattern).expanduser()
         outside = not _real(_fixed_part(path)).is_relative_to(_real(workdir))
         search = _Search(key, notes, problems, excluded=_real(workdir) if outside else None)
@@ -91,7 +92,7 @@ def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> Found:
                 f"{key}: {pattern!r} names no file with text; give {READABLE}, or a folder or glob of them"
                 + (f" (left out there: {_counted(search.left_out)})" if search.left_out else "")
             )
-        left_out |= search.left_out  # patterns can overlap: the larger number of each kind
+        left_out |= search.left_out  # the maximum per kind, not the sum, because patterns can overlap
         for file in sorted(found):
             real = _real(file)
             if real in files and path.is_file():
@@ -107,9 +108,10 @@ def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> Found:
 
 
 def fingerprint(path: Path) -> str:
-    """Returns a digest that changes with the content of what :func:`find_files` found, without reading it.
+    """Returns a digest that changes when the content of a file that :func:`find_files` found changes.
 
-    Large corpora are not read only to find that nothing changed: sizes and times of change stand for the content.
+    It uses sizes and modification times, because reading a large corpus only to see that nothing changed takes too
+    long.
     """
     if path.name == mds.INDEX:
         named = [path.parent / name for shard in mds.read_index(path) for name in mds.files_of(shard)]
@@ -121,7 +123,7 @@ def fingerprint(path: Path) -> str:
 
 
 class _Search:
-    """A search for text below folders, and what it passes over."""
+    """A search for text in folders, which counts what it leaves out."""
 
     def __init__(self, key: str, notes: list[str], problems: list[str], *, excluded: Path | None) -> None:
         self._key = key
@@ -132,7 +134,7 @@ class _Search:
         self.left_out: Counter[str] = Counter()
 
     def below(self, places: Iterable[Path]) -> set[Path]:
-        """Returns the files with text among these places and below them."""
+        """Returns the files with text among `places` and in the folders among them."""
         found: set[Path] = set()
         for place in places:
             if self._excluded is not None and _real(place).is_relative_to(self._excluded):
@@ -148,7 +150,7 @@ class _Search:
         return found
 
     def _in_folder(self, folder: Path) -> set[Path]:
-        """Every readable file below a folder, also through links, except hidden ones."""
+        """Returns the files with text at any depth of a folder; it follows links and skips hidden files and folders."""
         found: set[Path] = set()
         visited: set[tuple[int, int]] = set()
 
@@ -158,7 +160,7 @@ class _Search:
         for place, folders, names in os.walk(folder, followlinks=True, onerror=report):
             status = os.stat(place)  # noqa: PTH116
             is_excluded = self._excluded is not None and _real(Path(place)) == self._excluded
-            if is_excluded or (status.st_dev, status.st_ino) in visited:  # a link that leads back
+            if is_excluded or (status.st_dev, status.st_ino) in visited:  # the latter: a link back
                 folders.clear()
                 continue
             visited.add((status.st_dev, status.st_ino))
@@ -174,7 +176,7 @@ class _Search:
         return found
 
     def _choose_split(self, folder: Path, folders: list[str]) -> None:
-        """Leaves the folder of one split of a `DatasetDict` to search: its others are not to be trained on."""
+        """Reduces `folders` to the `DatasetDict`'s split for this key, so that the search skips the other splits."""
         wanted = "validation" if self._key.endswith("validation") else "train"
         splits = [name for name in folders if (folder / name / DATASET_STATE).is_file()]
         if wanted in splits:
@@ -191,7 +193,7 @@ class _Search:
             )
 
     def _text_of(self, files: Iterable[Path]) -> set[Path]:
-        """Returns what of these files is text, and counts the others."""
+        """Returns those of `files` that are text, and counts the others."""
         files = list(files)
         states = [file for file in files if file.name == DATASET_STATE and _is_dataset_state(file)]
         in_saved = {file.parent: {part.name for part in saved_files(file)} for file in states}
@@ -207,7 +209,7 @@ class _Search:
             elif file.name == mds.INDEX and _is_mds_index(file):
                 found.add(file)
             elif not _has_ending(file):
-                if ".mds" not in file.suffixes:  # its index stands for it
+                if ".mds" not in file.suffixes:  # a shard is read through its index
                     self._leave_out(file, _ending(file))
             elif name.endswith(JSON_SUFFIXES) and _DESCRIPTIONS.fullmatch(name):
                 self._leave_out(file, f"{file.name} (a description)")
@@ -237,18 +239,21 @@ def _note_mixture(files: Sequence[Path], notes: list[str]) -> None:
 
 
 def _real(path: Path) -> Path:
-    """The path without links; unlike `Path.resolve` it does not raise where links lead in a circle."""
+    """Returns the path with links resolved; unlike `Path.resolve`, it does not raise if links form a circle."""
     return Path(os.path.realpath(path))
 
 
 def _fixed_part(pattern: Path) -> Path:
-    """A pattern's path up to its first wildcard."""
+    """Returns a pattern's path up to its first wildcard."""
     parts = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
     return Path(*parts)
 
 
 def _without_parts(files: Mapping[Path, Path]) -> list[Path]:
-    """Leaves out the index of MDS shards that another one names as well: shards written in parallel have both."""
+    """Returns the files without any MDS index whose shards another index lists too.
+
+    Shards that were written in parallel have an index per part and one of the whole.
+    """
     named: dict[Path, set[Path]] = {
         real: {_real(real.parent / name) for shard in mds.read_index(real) for name in mds.files_of(shard)}
         for real in files
@@ -289,7 +294,7 @@ def _json_of(file: Path) -> object:
 
 
 def _holds_checksums(file: Path) -> bool:
-    """Tells whether the first lines of a text are checksums of files; compressed texts are not looked into."""
+    """Returns True if the first lines of a text are checksums of files; does not look into compressed texts."""
     if file.suffix.lower() != TEXT_SUFFIX:
         return False
     try:

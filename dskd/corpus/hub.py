@@ -1,6 +1,6 @@
-"""Documents of a Hugging Face dataset: one of the hub, or a folder that the `datasets` library reads.
+"""Reads the documents of a Hugging Face dataset: one on the hub, or a folder that the `datasets` library reads.
 
-The dataset is streamed: nothing is downloaded ahead or kept. The library is an optional dependency.
+The dataset is streamed: it is neither downloaded in advance nor stored. The library is an optional dependency.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,10 @@ from dskd.errors import UserError
 
 
 def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
-    """What the content is known by, beside its name: the files of a folder. One of the hub has a name only."""
+    """Returns {folder: digest of its files} if the dataset is a folder.
+
+    Returns {} for a dataset on the hub, which only its name identifies.
+    """
     folder = _folder(corpus)
     if not folder.is_dir():
         return {}
@@ -26,10 +29,10 @@ def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
 
 
 def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
-    """The documents of a split of `corpus.dataset`, in its order.
+    """Yields the documents of a split of `corpus.dataset`, in its order.
 
     Raises:
-        UserError: when the library is missing, or the dataset cannot be found, reached or read, with what to do.
+        UserError: when the library is missing, or the dataset cannot be found, reached or read; it says what to do.
     """
     name = f"{corpus.dataset}/{split}"
     assert corpus.dataset is not None
@@ -61,19 +64,19 @@ def read_rows(
     revision: str | None = None,
     column: str | None = None,
 ) -> Iterator[Any]:
-    """The rows of a split of a dataset, in its order.
+    """Yields the rows of a split of a dataset, in its order.
 
     Args:
         dataset: a name on the hub, or a folder.
-        split: which one.
-        config: the dataset's configuration, where it has several.
+        split: name of the split.
+        config: the dataset's configuration, if it has several.
         key: the config's key that names the dataset, for messages.
-        instead: what to do where there is no hub, for messages.
-        revision: branch, tag or commit, on the hub.
-        column: of files with columns only this one is read.
+        instead: what to do if the hub cannot be reached, for messages.
+        revision: branch, tag or commit on the hub.
+        column: the only column to read, if the files have columns.
 
     Raises:
-        UserError: when the library is missing, or the dataset cannot be found, reached or read, with what to do.
+        UserError: when the library is missing, or the dataset cannot be found, reached or read; it says what to do.
     """
     try:
         from datasets import load_dataset
@@ -97,7 +100,7 @@ def read_rows(
         if column is not None and loaded.features is not None and column in loaded.features:
             loaded = loaded.select_columns([column])
         yield from loaded
-    except Exception as error:  # the hub, the network and every format of a file have errors of their own
+    except Exception as error:  # the hub, the network and every file format raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise UserError(
             f"{key}: split {split!r} of {dataset!r} cannot be read ({type(error).__name__}: {reason}); "

@@ -1,6 +1,6 @@
-"""Opening files of text: compressed or not, and refusing at once what is no text.
+"""Opens text files, compressed or not, and refuses at once files that are not text.
 
-Everything is read as a stream, so that no file is in memory whole.
+Files are read as streams, so no file is in memory as a whole.
 """
 
 import bz2
@@ -20,9 +20,9 @@ from dskd.errors import UserError
 
 _HEAD_CHARACTERS = 4096
 _MARKUP = ("<!doctype html", "<html")
-_SERVER_ERROR = "<error>"  # of an object store, as XML
+_SERVER_ERROR = "<error>"  # in the XML answer of an object store
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-# The first bytes of compressed files, to recognise those whose names hide it.
+# The first bytes of compressed and binary files, to recognise them without the proper ending.
 _MAGIC = {
     b"\x1f\x8b": ".gz",
     b"\x28\xb5\x2f\xfd": ".zst",
@@ -55,11 +55,13 @@ def without_compression(name: str) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
-    """Opens a file of UTF-8 text, compressed as its ending says; `newline` is that of :func:`open`.
+    """Opens a UTF-8 text file, and decompresses it if its ending says so; `newline` is passed to the text stream.
+
+    Put :func:`reading_errors` around the block, for errors that appear later.
 
     Raises:
-        UserError: if it is a pointer of git, empty although compressed, compressed without saying so, or a server's
-            error page. Use :func:`reading_errors` around the block, for what is found later.
+        UserError: when the file is a git pointer, empty although compressed, compressed without the ending for it, not
+            UTF-8 text by its first bytes, or a server's error page.
     """
     refuse_pointer(path)
     ending = path.suffix.lower()
@@ -79,17 +81,17 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
 
 
 class _Raw(io.RawIOBase):
-    """A stream of Arrow as a raw stream of Python, which can be buffered and looked into."""
+    """An Arrow stream as a raw stream of Python, so that it can be buffered and peeked into."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def readable(self) -> bool:
-        """Returns True: that is all it can do."""
+        """Returns True; reading is the only operation it supports."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Reads up to as many bytes as fit into the buffer."""
+        """Reads at most as many bytes as fit into the buffer, and returns their number."""
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -97,7 +99,7 @@ class _Raw(io.RawIOBase):
 
 @contextlib.contextmanager
 def reading_errors(path: Path) -> Iterator[None]:
-    """Turns what readers raise for a file that is damaged, or is no UTF-8 text, into a :class:`UserError`."""
+    """Turns the errors of readers for a damaged file, or one that is not UTF-8 text, into a :class:`UserError`."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -132,7 +134,7 @@ def _refuse_hidden_kind(path: Path, start: bytes) -> None:
 
 
 def _refuse_other_content(path: Path, head: bytes) -> None:
-    """Refuses text whose first bytes show that it is not the text that the name promises."""
+    """Raises a UserError if the first bytes are UTF-16 or binary data, or a web server's page."""
     if head.startswith(_UTF_16_MARKS) or head.count(0) > len(head) // 4:
         raise UserError(
             f"{path}: this is not UTF-8 text: it looks like UTF-16, or is no text; convert it (iconv -f UTF-16 -t "

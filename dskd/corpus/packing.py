@@ -1,12 +1,12 @@
-"""Documents to sequences of equal length, in one of three ways (`corpus.packing`).
+"""Packs documents into sequences of equal length, in one of three ways (`corpus.packing`).
 
 | packing | a sequence holds | attention and positions start again |
 |---|---|---|
-| documents | documents end to end; one that is cut goes on in the next sequence | at each document, and each sequence |
+| documents | concatenated documents; a cut one continues in the next sequence | at each document and each sequence |
 | stream | the same | at each sequence |
 | none | one document, or a part of a long one, padded | at each sequence |
 
-Tokens go through a temporary file: memory does not grow with the corpus. Shapes: S sequences, T tokens.
+Tokens go through a temporary file, so memory does not grow with the corpus. Shapes: S sequences, T tokens.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ _COPIED_TOKENS = 4_000_000
 
 
 class Packed(NamedTuple):
-    """How much there is."""
+    """The numbers of packed sequences and tokens."""
 
     sequences: int
-    tokens: int  # real ones
-    left_over: int  # at the end of the text, filling no sequence
+    tokens: int  # without padding
+    left_over: int  # tokens dropped at the end of the text, because they do not fill a sequence
 
 
 def pack(
@@ -47,28 +47,30 @@ def pack(
     vocab_size: int | None = None,
     name_of: Callable[[int], str] = "document {}".format,
 ) -> Packed:
-    """Tokenizes documents, each ended by the tokenizer's end-of-text token, and writes them as sequences.
+    """Tokenizes documents, adds the tokenizer's end-of-text token to each, and writes them as sequences.
 
-    End to end, the rest that fills no sequence is dropped, unless it is all there is: then it is padded.
+    When documents are concatenated, the last tokens, which do not fill a sequence, are dropped. If they are all there
+    is, they are padded to one sequence instead.
 
     Args:
         texts: the documents.
-        tokenizer: the teacher's.
+        tokenizer: the teacher's tokenizer.
         path: the safetensors file to write: `input_ids` [S, T] int32; `starts` [S, T] uint8, 1 where attention and
-            positions start again; `lengths` [S] int32, the real tokens of each sequence.
+            positions start again; `lengths` [S] int32, the number of real tokens in each sequence.
         sequence_length: T.
-        packing: as in the table above.
-        max_sequences: stop after so many.
-        continuation_tokens: with packing: none. A number of each document, kept as a tensor [S] int32.
-        vocab_size: tokens from this on are refused.
-        name_of: the name of a document by its number from 0, for messages.
+        packing: one of the three ways in the module's table.
+        max_sequences: maximum number of sequences.
+        continuation_tokens: only with packing: none. One number per document, stored as a tensor [S] int32.
+        vocab_size: number of tokens of the model.
+        name_of: returns the name of a document by its number, counted from 0, for messages.
 
     Raises:
-        UserError: for a token that the model does not have.
+        UserError: when a document has a token that is not below `vocab_size`.
     """
     tokenizing = Tokenizing(tokenizer, vocab_size)
     padding = tokenizing.end[0] if tokenizing.end else 0
     limit = None if max_sequences is None else max_sequences * sequence_length
+    # Spool each tensor to a file of its own: the number of sequences is known only after the last document.
     spooled = 0
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent))
@@ -85,6 +87,7 @@ def pack(
                     None if limit is None else limit - spooled,
                 )
                 first += len(batch)
+                # One array of all tokens, padded for packing: none, and the number of tokens of each document.
                 sizes = np.array([len(tokens) for tokens in documents if len(tokens)], np.int64)
                 tokens = np.concatenate(documents)
                 if packing == "none":
@@ -97,7 +100,7 @@ def pack(
                     _starts_of(sizes).tofile(spool["starts"])
                 tokens.tofile(spool["input_ids"])
                 spooled += len(tokens)
-                bar.update(len(tokens) - (bar.n - before))  # the padding
+                bar.update(len(tokens) - (bar.n - before))  # count the padding too
                 if limit is not None and spooled >= limit:
                     break
         return _write(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
@@ -108,7 +111,7 @@ def _counted_from(first: int, name_of: Callable[[int], str]) -> Callable[[int], 
 
 
 def _starts_of(sizes: np.ndarray) -> np.ndarray:
-    """1 at the first token of each document, for documents of these sizes end to end; uint8."""
+    """Returns `starts` uint8 for concatenated documents of these sizes: 1 at the first token of each, 0 elsewhere."""
     starts = np.zeros(sizes.sum(), np.uint8)
     starts[sizes.cumsum() - sizes] = 1
     return starts
@@ -117,11 +120,15 @@ def _starts_of(sizes: np.ndarray) -> np.ndarray:
 def _own_rows(
     tokens: np.ndarray, sizes: np.ndarray, sequence_length: int, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each document in rows of its own, padded: tokens [rows · T] int32, and the real ones of each row int32."""
+    """Puts each document into rows of its own, padded.
+
+    Returns:
+        The tokens [rows · T] int32, and the number of real tokens [rows] int32 in each row.
+    """
     rows = -(-sizes // sequence_length)
     first_row = rows.cumsum() - rows
     before = sizes.cumsum() - sizes
-    # The rows of a document lie end to end, so all of its tokens move by the same distance.
+    # The rows of a document are contiguous, so all of its tokens move by the same distance.
     places = np.arange(len(tokens)) + (first_row * sequence_length - before).repeat(sizes)
     padded = np.full(rows.sum() * sequence_length, padding, np.int32)
     padded[places] = tokens
@@ -131,7 +138,7 @@ def _own_rows(
 
 
 def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_length: int, padding: int) -> Packed:
-    """Copies the spooled tokens into the file they are read from, piece by piece."""
+    """Copies the spooled tensors, chunk by chunk, into the safetensors file `path`."""
     whole = spooled // sequence_length
     size = max(1, whole)
     sizes = {name: stream.tell() for name, stream in spool.items()}
@@ -141,6 +148,7 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
     layout = {"input_ids": ("I32", shape), "starts": ("U8", shape), "lengths": ("I32", (size,))}
     if sizes["continuation_tokens"]:
         layout["continuation_tokens"] = ("I32", (size,))
+    # If there is not even one whole sequence, the rest of the only one stays padding.
     with create_tensors(path, layout) as tensors:
         if not whole:
             tensors["input_ids"][0] = padding
@@ -150,6 +158,7 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
             for first in range(0, wanted, _COPIED_TOKENS):
                 count = min(_COPIED_TOKENS, wanted - first)
                 flat[first : first + count] = np.fromfile(spool[name], flat.dtype, count)
+        # Every sequence starts anew; its length is given by packing: none, and is the full length otherwise.
         tensors["starts"][:, 0] = 1
         if sizes["lengths"]:
             tensors["lengths"][:] = np.fromfile(spool["lengths"], np.int32, size)
@@ -162,7 +171,10 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
 
 
 def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Batches for the tokenizer, which needs some hundred bytes a token: books are not to come a thousand at a time."""
+    """Yields batches of texts for the tokenizer, limited in characters too.
+
+    The tokenizer needs some hundred bytes per token, so a thousand books at once would need too much memory.
+    """
     batch: list[str] = []
     characters = 0
     for text in texts:

@@ -1,4 +1,4 @@
-"""Texts of JSON: files with an object a line, or with one array of objects; and the text of one record."""
+"""Reads texts from JSON files, with one object per line or one array of objects, and the text of one record."""
 
 import json
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from dskd.errors import UserError
 
 CHATS = "docs/training.md#chat-and-instruction-data"
 _CHUNK_CHARACTERS = 2**20
-_LARGEST_ELEMENT = 2**30  # characters; an array that is no JSON must not be read into memory whole
+_LARGEST_ELEMENT = 2**30  # characters; stops the reader from loading a whole file that is not JSON
 _INSTRUCTION_KEYS = ({"instruction", "output"}, {"prompt", "completion"}, {"prompt", "response"})
 
 
 def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Texts of a JSON file by line, or by number in its array from 1; None where the text is null.
+    """Yields (number, text) for a JSON file: the number is that of the line, or in the array, from 1; None for null.
 
     Raises:
-        UserError: naming the line or element that is no object with a text.
+        UserError: when a line or element is not an object with a text; it names that line or element.
     """
     with open_text(path) as stream:
         start = stream.readline(_CHUNK_CHARACTERS)
@@ -34,10 +34,10 @@ def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
 
 
 def text_of(record: Any, text_field: str, place: str) -> str:
-    """The text of a record.
+    """Returns the text of a record.
 
     Raises:
-        UserError: when there is none under `text_field`, with what there is.
+        UserError: when the record has no text under `text_field`; it says what the record has instead.
     """
     if isinstance(record, dict) and isinstance(record.get(text_field), str):
         text: str = record[text_field]
@@ -63,7 +63,7 @@ def text_of(record: Any, text_field: str, place: str) -> str:
 
 
 def is_chat(turns: Any) -> bool:
-    """Tells whether a value is a list of turns: objects with who speaks and what."""
+    """Returns True if a value is a list of turns: objects with a speaker and what they say."""
     return (
         isinstance(turns, list)
         and bool(turns)
@@ -75,7 +75,7 @@ def is_chat(turns: Any) -> bool:
 
 
 def _chat(record: dict[str, Any]) -> str:
-    """Describes the chat in a record; empty where there is none."""
+    """Describes the chat in a record; returns an empty text if there is none."""
     for key, turns in record.items():
         if is_chat(turns):
             speaker = turns[0].get("role", turns[0].get("from"))
@@ -86,7 +86,7 @@ def _chat(record: dict[str, Any]) -> str:
 
 
 def _lines(path: Path, start: str, stream: TextIO, blank: int) -> Iterator[tuple[int, Any]]:
-    # A first line may be longer than what was read of it.
+    # The first line may be longer than the part that was read.
     line = start if start.endswith("\n") else start + stream.readline()
     number = blank
     while line:
@@ -104,14 +104,15 @@ def _lines(path: Path, start: str, stream: TextIO, blank: int) -> Iterator[tuple
 
 
 def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any]]:
-    """The elements of an array, one after the other, so that it is never in memory whole."""
+    """Yields (number, element) for a JSON array, decoding one element at a time, so that it is never all in memory."""
     decoder = json.JSONDecoder()
     buffer, at, number = start.lstrip(), 1, 0
-    is_whole = False  # whether the buffer has the end of the file
+    is_whole = False  # True when the buffer contains the end of the file
 
     def fill() -> None:
         nonlocal buffer, at, is_whole
-        # As much again as an unfinished element has: reading it takes time in proportion to its length.
+        # Read at least as much again as the unfinished element has so far: doubling keeps the total time linear in its
+        # length.
         more = stream.read(max(_CHUNK_CHARACTERS, len(buffer) - at))
         is_whole = not more
         buffer, at = buffer[at:] + more, 0
@@ -138,7 +139,7 @@ def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any
         while True:
             try:
                 element, end = decoder.raw_decode(buffer, at)
-                # A number could go on in what is not read yet.
+                # A number at the end of the buffer could continue in text that is not read yet.
                 if end < len(buffer) or is_whole:
                     break
             except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""Documents to token sequences: `WORKDIR/sequences`, what every later stage reads.
+"""Turns documents into the token sequences that every later stage reads: `WORKDIR/sequences`.
 
-Documents are tokenized by the teacher's tokenizer and packed to `corpus.sequence_length` as `corpus.packing` says.
-Nothing but the evaluation reads the held-out part.
+The teacher's tokenizer tokenizes the documents, and `corpus.packing` decides how they are packed into sequences of
+`corpus.sequence_length`. Only the evaluation reads the held-out part.
 """
 
 import functools
@@ -24,26 +24,26 @@ from dskd.corpus.packing import pack
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences as the models read them: B sequences of T tokens."""
+    """A batch of sequences in the form that the models read: B sequences of T tokens."""
 
     input_ids: torch.Tensor  # [B, T] int64
-    position_ids: torch.Tensor | None  # [B, T] int64, from 0 in each document; None where they only count up
-    has_target: torch.Tensor  # [B, T] bool, True where x_{i+1} goes on with the document of x_i
+    position_ids: torch.Tensor | None  # [B, T] int64, from 0 in each document; None if no document starts inside
+    has_target: torch.Tensor  # [B, T] bool, True if x_{i+1} continues the document of x_i
     starts: torch.Tensor  # [B, T] uint8, 1 where attention and positions start again
-    num_tokens: int  # real ones
-    continuation_tokens: torch.Tensor | None = None  # [B] int64, the teacher may go on by so many; None: by any number
+    num_tokens: int  # without padding
+    continuation_tokens: torch.Tensor | None = None  # [B] int64, how many the teacher may add; None: any number
 
     def without_targets(self) -> "TokenBatch":
-        """The same tokens for a rank that has no work left, and must still take part in a forward pass."""
+        """Returns the same tokens without targets, for a rank that has no work left but must join a forward pass."""
         return replace(self, has_target=torch.zeros_like(self.has_target), num_tokens=0)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Packed token sequences on disk: S sequences of T tokens, read by slices through a memory map.
+    """Packed token sequences on disk: S sequences of T tokens, read in slices through a memory map.
 
-    `lengths` [S] counts the real tokens of each; what follows is padding that no loss looks at.
-    `continuation_tokens` [S] says by how many tokens the teacher may go on with each.
+    `lengths` [S] is the number of real tokens of each sequence; the rest is padding, which no loss uses.
+    `continuation_tokens` [S] is the number of tokens by which the teacher may continue each.
     """
 
     path: Path
@@ -56,11 +56,12 @@ class Sequences:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens in all sequences."""
+        """The number of real tokens in all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:
-        """How often each token [V] is a target, in a sample of about a million positions."""
+        """Counts how often each token [V] is a target, in a sample of about a million positions."""
+        # 64 batches of about 16,384 positions each, spread evenly over the sequences.
         size = max(1, 16_384 // self.sequence_length)
         starts = np.unique(np.linspace(0, max(0, len(self) - size), 64).astype(np.int64) // size * size)
         counts = torch.zeros(vocab_size, dtype=torch.int64)
@@ -71,14 +72,15 @@ class Sequences:
         return counts
 
     def batch(self, start: int, stop: int) -> TokenBatch:
-        """The sequences from `start` to `stop`."""
+        """Returns the sequences from `start` up to, not including, `stop`."""
         return self.select(slice(start, stop))
 
     def select(self, rows: slice | np.ndarray) -> TokenBatch:
-        """Any sequences, by a slice or their numbers."""
+        """Returns the sequences of a slice, or those with the given numbers."""
         input_ids = torch.from_numpy(map_tensor(self.path, "input_ids", "I32")[rows].astype(np.int64))
         starts = torch.from_numpy(np.array(map_tensor(self.path, "starts", "U8")[rows]))
         lengths = torch.from_numpy(self.lengths[rows].astype(np.int64))
+        # A position has a target if the next one is a real token and does not start a document.
         has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
         has_target[:, :-1] &= starts[:, 1:] == 0
         may_go_on = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
@@ -93,7 +95,7 @@ class Sequences:
 
 
 def open_sequences(path: Path) -> Sequences:
-    """The sequences in a file that :func:`dskd.corpus.packing.pack` wrote."""
+    """Opens the sequences in a file that :func:`dskd.corpus.packing.pack` wrote."""
     sequence_length = map_tensor(path, "input_ids", "I32").shape[1]
     lengths = np.array(map_tensor(path, "lengths", "I32"))
     if "continuation_tokens" not in tensor_names(path):
@@ -102,9 +104,9 @@ def open_sequences(path: Path) -> Sequences:
 
 
 def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
-    """Positions [B, T] int64 that count from each start in `starts` [B, T]; None where all of them are at position 0.
+    """Returns positions [B, T] int64 that count from each start in `starts` [B, T], or None if all starts are at 0.
 
-    Without them models take their fast path, in which a position sees all before it in its sequence.
+    Without position ids, models take their fast path, in which a position sees every earlier one in its sequence.
     """
     if not starts[:, 1:].any():
         return None
@@ -113,7 +115,7 @@ def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
 
 
 def recipe(config: Config, tokenizer_digest: str) -> Recipe:
-    """What decides the content of the sequences."""
+    """Returns the recipe of the sequences: every input and setting that affects their content."""
     documents = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
     keys = ("sequence_length", "packing", "max_sequences", "max_validation_sequences")
     return Recipe(
@@ -128,7 +130,7 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab
     """Tokenizes and packs the documents, and writes `WORKDIR/sequences/{train,validation}.safetensors`.
 
     Raises:
-        UserError: for a document with a token that is not below `vocab_size`, the number of the model's tokens.
+        UserError: when a document has a token that is not below `vocab_size`, the number of the model's tokens.
     """
     target = config.path(kinds.SEQUENCES.folder)
     corpus = config.corpus
@@ -156,7 +158,7 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab
 
 
 def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[Sequences, Manifest]:
-    """The packed sequences of a split, and the manifest of `WORKDIR/sequences`.
+    """Returns the packed sequences of a split, and the manifest of `WORKDIR/sequences`.
 
     Raises:
         UserError: when they are missing, or were tokenized with another tokenizer.

@@ -1,4 +1,4 @@
-"""Texts of files with columns: Parquet, Arrow, folders that `datasets` saved, and MDS shards."""
+"""Reads texts from files with columns: Parquet, Arrow, folders that `datasets` saved, and MDS shards."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ _ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Texts of the column `text_field`, by row from 1; None where they are null."""
+    """Yields (row, text) for the column `text_field` of a Parquet file; rows count from 1, and a null is None."""
     refuse_pointer(path)
     with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
         _require_text_column(path, text_field, file.schema_arrow)
@@ -33,7 +33,7 @@ def read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str | None]
 
 
 def read_arrow(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Texts of an Arrow file, in the format for streams or for files, by row from 1; None where they are null."""
+    """Yields (row, text) for an Arrow file, in stream or file format; rows count from 1, and a null is None."""
     refuse_pointer(path)
     with pa.memory_map(str(path)) as source:
         size = source.size()
@@ -43,7 +43,7 @@ def read_arrow(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
             batches: Iterator[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
             source.seek(max(0, size - len(_ARROW_STREAM_END)))
-            if source.read(len(_ARROW_STREAM_END)) != _ARROW_STREAM_END:  # a stream that was cut can look whole
+            if source.read(len(_ARROW_STREAM_END)) != _ARROW_STREAM_END:  # a stream that was cut can look complete
                 raise UserError(f"{path}: the Arrow stream has no end; was its download or copy cut?")
             source.seek(0)
             reader = pa.ipc.open_stream(source)
@@ -57,10 +57,11 @@ def read_arrow(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
 
 
 def saved_files(state: Path) -> list[Path]:
-    """The Arrow files that the `state.json` of a folder saved by `datasets` names, in its order.
+    """Returns the Arrow files that the `state.json` of a folder saved by `datasets` names, in its order.
 
     Raises:
-        UserError: when it is not one of `Dataset.save_to_disk`, or names what this cannot read.
+        UserError: when `state` was not written by `Dataset.save_to_disk`, names files outside its folder, or has a
+            selection of rows.
     """
     refuse_pointer(state)
     try:
@@ -80,7 +81,10 @@ def saved_files(state: Path) -> list[Path]:
 
 
 def read_saved_dataset(state: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Texts of the folder of `Dataset.save_to_disk` whose `state.json` is given, by row from 1 over all files."""
+    """Yields (row, text) for the folder of `Dataset.save_to_disk` with this `state.json`.
+
+    Rows count from 1, over all files.
+    """
     number = 0
     for path in saved_files(state):
         if not path.is_file():
@@ -92,7 +96,7 @@ def read_saved_dataset(state: Path, text_field: str) -> Iterator[tuple[int, str 
 
 
 def read_mds(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
-    """Samples of the shards that an index names, numbered from 0 as mosaicml-streaming numbers them."""
+    """Yields (number, text) for the samples of an index's shards; numbers start at 0, as in mosaicml-streaming."""
     refuse_pointer(path)
     for shard in mds.read_index(path):
         columns = dict(zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False))

@@ -1,14 +1,15 @@
-"""The lexicon (docs/method.md, section 1): lexical resources to synonyms and antonyms.
+"""The lexicon (docs/method.md, section 1): synonyms and antonyms from lexical resources.
 
-relations          what a relation is, the rules that make a table of them, and the table on disk
-reading            text files of lexical resources, streamed, with what is wrong in them remembered
-wordnet            finding WordNet, and opening it
-languages          the Open Multilingual Wordnet
-wordnet_relations  relations of WordNet in English and other languages
-wiktionary         Wiktionary as Wiktextract's JSON lines
-dict2vec           Dict2Vec's pair lists
-tsv                the user's own lists
-morpholex          how English words are made of affixes and roots
-negation           words with a negating affix count as their base, negated
+relations          the relation type, the rules for a table of relations, and the table on disk
+reading            streams text files of lexical resources, and records malformed lines
+wordnet            finds WordNet and opens it
+languages          opens languages of the Open Multilingual Wordnet
+wordnet_relations  reads WordNet's relations, in English and other languages
+wiktionary         reads Wiktionary from Wiktextract's JSON lines
+dict2vec           reads Dict2Vec's pair lists
+tsv                reads the user's own lists
+morpholex          reads MorphoLEX: the affixes and roots of English words
+negation           replaces a word that has a negating affix by its base, negated
+not_negated        lists words that look negated but are not
 build              the stage that ties these together
 """

@@ -1,7 +1,7 @@
-"""The stage `dskd lexicon`: lexical resources become `WORKDIR/lexicon`.
+"""The stage `dskd lexicon`: builds `WORKDIR/lexicon` from lexical resources.
 
-`relations.parquet` holds the relations. With MorphoLEX, `flips.parquet` holds every pair that negation turned round,
-and `bases.parquet` the words whose bases took their places.
+`relations.parquet` holds the relations. With MorphoLEX, `flips.parquet` holds every pair whose relation negation
+changed, and `bases.parquet` the words that were replaced by their bases.
 """
 
 import os
@@ -27,7 +27,7 @@ from dskd.lexicon.wiktionary import read_wiktionary
 from dskd.lexicon.wordnet import WordNet, open_wordnet
 from dskd.lexicon.wordnet_relations import ENGLISH, read_indirect_antonyms, read_other_language, read_wordnet
 
-# Config key -> what a file under it has to be.
+# {config key: the kind of file it names}, for messages.
 _FILES = {
     "wiktionary": "a file of Wiktextract, .jsonl or .jsonl.gz",
     "dict2vec": "a file with two words a line",
@@ -37,10 +37,12 @@ _FILES = {
 
 
 def recipe(config: Config) -> Recipe:
-    """What decides the content of the lexicon. Own lists count by content, large files by size and time of change.
+    """Returns the recipe of the lexicon: every input and setting that affects its content.
+
+    The user's own lists are identified by content, the large files by size and modification time.
 
     Raises:
-        UserError: with every file that is not there.
+        UserError: when files are missing; it lists all of them.
     """
     lexicon = config.lexicon
     inputs = {}
@@ -61,7 +63,7 @@ def build_lexicon(config: Config) -> None:
     with stage("lexicon: words to synonyms and antonyms", reads=sources, writes=target / FILE):
         with build_artifact(target, recipe(config)) as building:
             report = Report()
-            # What is quickly read is read first: its mistakes are not to be found after an hour of Wiktionary.
+            # Read MorphoLEX first, because it is quick: its errors must not appear only after an hour of Wiktionary.
             name = config.lexicon.morpholex
             morpholex = read_morpholex(Path(name).expanduser(), report) if name else None
             pairs = Pairs(read_sources(config.lexicon, config.wordnet.path, report), report.dropped)
@@ -90,14 +92,17 @@ def build_lexicon(config: Config) -> None:
 
 
 def read_sources(config: LexiconConfig, wordnet_path: str | None, report: Report) -> Iterator[Relation]:
-    """The relations of all sources as they stand there, one after the other."""
+    """Yields the relations of all sources, one source after the other, unchanged.
+
+    The order is: own lists, WordNet, then Wiktionary and Dict2Vec.
+    """
     files = _files(config)
     own = [path for key, path in files if key == "tsv"]
     for path in own:
         yield from read_tsv(path, _list_name(path, own), report)
     if config.wordnet:
         wordnet = _open_wordnet(config, wordnet_path)
-        # Other languages first: a WordNet that does not fit them is found at once.
+        # Read other languages first, so that a WordNet that does not fit them is reported at once.
         for code in sorted(set(config.languages), key=lambda code: (code == ENGLISH, code)):
             yield from read_wordnet(wordnet) if code == ENGLISH else read_other_language(wordnet, code, report)
         if config.indirect_antonyms:
@@ -114,13 +119,17 @@ def _open_wordnet(config: LexiconConfig, path: str | None) -> WordNet:
 
 
 def _list_name(path: Path, own: list[Path]) -> str:
-    """The name of an own list as a source: that of its file, or all of its path where that could be another's."""
+    """Returns the source name of an own list: its file name, or its whole path if another source may have that name."""
     is_taken = path.name.startswith("wordnet") or path.name in ("wiktionary", "dict2vec")
     return str(path) if is_taken or [other.name for other in own].count(path.name) > 1 else path.name
 
 
 def _files(config: LexiconConfig) -> list[tuple[str, Path]]:
-    """(config key, path) of every file that the config names."""
+    """Returns (config key, path) for every file that the config names, each once.
+
+    Raises:
+        UserError: when files cannot be read; it lists all of them.
+    """
     named = {key: getattr(config, key) for key in _FILES}
     files = [
         (key, Path(name).expanduser())

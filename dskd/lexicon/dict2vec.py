@@ -1,4 +1,4 @@
-"""Dict2Vec's pair lists: two words a line, separated by white space; synonyms in both directions."""
+"""Reads Dict2Vec's pair lists: two words per line, separated by white space; synonyms in both directions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ SOURCE = "dict2vec"
 
 
 def read_dict2vec(path: Path, report: Report) -> Iterator[Relation]:
-    """The pairs of one file. Lines of other than two words are left out and go into the report.
+    """Yields the pairs of one file; skips lines that do not have exactly two words, and reports them.
 
     Raises:
         UserError: when most lines are malformed.

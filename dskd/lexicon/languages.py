@@ -1,6 +1,7 @@
-"""Open Multilingual WordNet: lemmas of other languages for the synsets of Princeton's WordNet 3.0, named by offset.
+"""Opens languages of Open Multilingual WordNet, which has lemmas in other languages for WordNet's synsets.
 
-It is read in nltk's data folders, unpacked or zipped. A WordNet with other offsets is refused.
+It names the synsets of Princeton's WordNet 3.0 by offset, so a WordNet with other offsets is refused. Its files are
+read from nltk's data folders, unpacked or zipped.
 """
 
 import functools
@@ -18,12 +19,12 @@ from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.errors import UserError
 from dskd.lexicon.wordnet import WordNet
 
-# Open Multilingual WordNet as nltk distributes it, the newest first, and the WordNet whose synsets it names.
+# nltk's packages of Open Multilingual WordNet, newest first, and the version of the WordNet whose synsets they name.
 OMW_PACKAGES = ("omw-2.0", "omw-1.4")
 OMW_VERSION = "3.0"
 _OMW_SYNSET = re.compile(r"[0-9]{8}-[nvars]")
-# Lines of a language, as a share of those of one part of speech, whose synsets a WordNet may lack. Of Princeton's 3.0
-# hardly a line in a hundred is such a one; of Debian's, two of three verbs and every other adjective.
+# The largest share of a language's lines, for each part of speech, whose synsets a WordNet may lack. Princeton's 3.0
+# lacks hardly one line in a hundred; Debian's lacks two of three verb lines and every other adjective line.
 _MAX_MISSING = 0.25
 _PART_NAMES = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
 _PRINCETONS = (
@@ -34,31 +35,31 @@ _PRINCETONS = (
 
 @dataclass(frozen=True)
 class LanguageFile:
-    """The file of one language of Open Multilingual WordNet: where it is, and its lines."""
+    """The file of one language of Open Multilingual WordNet: its path and its content."""
 
     name: str
     content: bytes
 
     @property
     def digest(self) -> str:
-        """Identity by content."""
+        """The SHA-256 of the content."""
         return hashlib.sha256(self.content).hexdigest()
 
 
 @dataclass(frozen=True)
 class Language:
-    """A language that was opened: its file, how many lines it has, and (number, what is wrong) of malformed ones."""
+    """An opened language: its file, the number of lines, and the malformed lines."""
 
-    name: str
-    lines: int
-    malformed: tuple[tuple[int, str], ...]
+    name: str  # path of the file
+    lines: int  # without empty lines and comments
+    malformed: tuple[tuple[int, str], ...]  # (line number, what is wrong)
 
 
 def find_language(code: str) -> LanguageFile:
-    """The file of a language (ISO 639-3) of Open Multilingual WordNet, unpacked or zipped, in nltk's data folders.
+    """Finds the Open Multilingual WordNet file of a language (ISO 639-3) in nltk's data folders, unpacked or zipped.
 
     Raises:
-        UserError: when there is none, with the languages that are there, or the ways to get them.
+        UserError: when there is none; it names the languages that were found, or the ways to get them.
     """
     import nltk
 
@@ -85,13 +86,13 @@ def find_language(code: str) -> LanguageFile:
 
 
 def open_language(wordnet: WordNet, code: str) -> Language:
-    """Makes `synset.lemma_names(code)` of the reader give the lemmas of another language.
+    """Adds a language to WordNet's reader, so that `synset.lemma_names(code)` returns its lemmas.
 
-    Lines that are not `synset<TAB>kind<TAB>value` with a synset of WordNet are left out, and named in what is returned.
+    Skips lines that are not `synset<TAB>kind<TAB>value` with a synset of WordNet, and lists them in the result.
 
     Raises:
-        UserError: when the language is not there, its file is not UTF-8, or the WordNet is not the one whose synsets it
-            names.
+        UserError: when the language is missing, its file is not UTF-8, or this WordNet is not the one whose synsets the
+            file names.
     """
     version = wordnet.reader.get_version()
     if version != OMW_VERSION:
@@ -105,6 +106,7 @@ def open_language(wordnet: WordNet, code: str) -> Language:
         lines = file.content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file.name}: this is not UTF-8 text ({error}); fetch it again") from None
+    # Keep the lines that name a synset of this WordNet, and count the others by part of speech.
     malformed: list[tuple[int, str]] = []
     kept: list[str] = []
     named: Counter[str] = Counter()  # lines that name a synset, by its part of speech
@@ -128,19 +130,23 @@ def open_language(wordnet: WordNet, code: str) -> Language:
                 missing[part] += 1
                 malformed.append((number, f"the WordNet in {wordnet.origin} has no synset {fields[0]}"))
     _check_offsets(wordnet, file.name, named, missing)
-    # nltk's own way to bring in a language; what it would skip in silence or fail on has been taken out.
+    # nltk's own function to add a language. The lines that it would skip silently or fail on are no longer among them.
     wordnet.reader.custom_lemmas(io.StringIO("".join(kept)), code)
     return Language(file.name, count, tuple(malformed))
 
 
 def _has_synset(wordnet: WordNet, name: str) -> bool:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # nltk warns of what is answered here
+        warnings.simplefilter("ignore", UserWarning)  # nltk warns about missing synsets
         return wordnet.reader.of2ss(name) is not None
 
 
 def _check_offsets(wordnet: WordNet, file: str, named: Mapping[str, int], missing: Mapping[str, int]) -> None:
-    """Refuses a WordNet that lacks too many synsets of a part of speech: then it has other offsets."""
+    """Checks that WordNet has most synsets of the file, for each part of speech; otherwise its offsets are others.
+
+    Raises:
+        UserError: when it lacks those of more than `_MAX_MISSING` of the lines of a part of speech.
+    """
     if all(missing[part] <= _MAX_MISSING * named[part] for part in named):
         return
     shares = ", ".join(f"{missing[part]:,} of {named[part]:,} {part} lines" for part in named if missing[part])
@@ -152,7 +158,7 @@ def _check_offsets(wordnet: WordNet, file: str, named: Mapping[str, int], missin
 
 
 def _language_files(corpora: Path, package: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(name, how to read it) of the files of a package, unpacked or zipped, in the order of their names."""
+    """Yields (name, function that reads it) for the files of a package, unpacked or zipped, in the order of names."""
     for path in sorted((corpora / package).glob("*/wn-data-*.tab")):
         yield str(path), path.read_bytes
     archive = corpora / f"{package}.zip"

@@ -1,8 +1,8 @@
-"""MorphoLEX: how English words are made of affixes and roots, from its workbook (.xlsx).
+"""Reads the workbook (.xlsx) of MorphoLEX, which gives the affixes and roots of English words.
 
-Every sheet whose first row names the columns `Word` and `MorphoLexSegm` is read; the others (a presentation, lists of
-affixes) are not. A segmentation names prefixes `<un<`, roots `(happy)` and suffixes `>less>`, with braces around stems:
-`{<un<(happy)}>ness>`.
+It reads every sheet whose first row has the columns `Word` and `MorphoLexSegm`, and skips the others (a presentation,
+lists of affixes). A segmentation marks prefixes `<un<`, roots `(happy)` and suffixes `>less>`, with braces around
+stems: `{<un<(happy)}>ness>`.
 """
 
 import re
@@ -25,28 +25,28 @@ _MORPHEME = re.compile(r"<(?P<prefix>[^<>(){}]+)<|\((?P<root>[^<>(){}]+)\)|>(?P<
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The morphemes of a word in their order: (`prefix`, `root` or `suffix`, its letters in lower case)."""
+    """The morphemes of a word in order, each as (`prefix`, `root` or `suffix`; its letters in lower case)."""
 
     morphemes: tuple[tuple[str, str], ...]
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
-        """The letters of all morphemes of a kind."""
+        """Returns the letters of all morphemes of a kind."""
         return tuple(letters for found, letters in self.morphemes if found == kind)
 
 
 @dataclass(frozen=True)
 class MorphoLex:
-    """Words in lower case with their segmentations, and how many rows repeat a word: the first row of a word counts."""
+    """The words of MorphoLEX and their segmentations."""
 
-    words: dict[str, Segmentation]
-    repeated: int
+    words: dict[str, Segmentation]  # by word in lower case; the first row of a word counts
+    repeated: int  # number of rows that repeat a word
 
 
 def parse_segmentation(text: str) -> Segmentation:
-    """The morphemes of a segmentation like `{<un<(happy)}>ness>`.
+    """Parses a segmentation like `{<un<(happy)}>ness>`.
 
     Raises:
-        MalformedError: when it is not of that form, or has no root.
+        MalformedError: when it does not have that form, or has no root.
     """
     morphemes = []
     position = 0
@@ -63,12 +63,13 @@ def parse_segmentation(text: str) -> Segmentation:
 
 
 def read_morpholex(path: Path, report: Report) -> MorphoLex:
-    """Reads the words of all sheets. Rows without a word or a segmentation go into the report, by sheet.
+    """Reads the words of all sheets; adds rows without a word or a segmentation to the report, by sheet.
 
-    A sheet most of whose rows are malformed is left out whole and named in a warning, as long as another one is good.
+    A sheet whose rows are mostly malformed is left out as a whole, with a warning, if another sheet is good.
 
     Raises:
-        UserError: when the file is no workbook, no sheet has both columns, or all that have are mostly malformed.
+        UserError: when the file is not a workbook, no sheet has both columns, or all sheets with both are mostly
+            malformed.
     """
     words: dict[str, Segmentation] = {}
     repeated = 0
@@ -78,13 +79,14 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
     with path.open("rb") as stream:
         workbook = _open(stream, path)
         for sheet in workbook.worksheets:
-            sheet.reset_dimensions()  # what a file says of its own size is not always true
+            sheet.reset_dimensions()  # the size that a file states for a sheet is not always true
             rows = _rows(sheet, path)
             _, first = next(rows, (0, ()))
             header = [str(cell).strip() for cell in first if cell is not None]
             headers[sheet.title] = header
             if WORD not in header or SEGMENTATION not in header:
                 continue
+            # Find the columns by the names in the first row, and read all rows before deciding if the sheet is good.
             place = [None if cell is None else str(cell).strip() for cell in first]
             columns = place.index(WORD), place.index(SEGMENTATION)
             name, count = f"{path}[{sheet.title}]", 0
@@ -95,6 +97,7 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
                     entries.append(_entry(row, columns))
                 except MalformedError as malformed:
                     report.add_malformed(name, number, str(malformed))
+            # Take over the words of a good sheet; remember a sheet that is mostly malformed.
             if report.is_mostly_malformed(name, count):
                 odd.append(f"{name}: {report.describe(name, count, _EXPECTED)}")
                 continue
@@ -122,7 +125,7 @@ def _open(stream: Any, path: Path) -> Any:
     refuse_pointer_beginning(beginning, path)
     try:
         return load_workbook(stream, read_only=True, data_only=True)
-    except Exception as error:  # openpyxl raises what the damage makes it raise
+    except Exception as error:  # openpyxl can raise any kind of error for a damaged file
         raise UserError(
             f"{path}: this is not a workbook (.xlsx) that can be read ({type(error).__name__}: {error}); name the one "
             "of MorphoLEX"
@@ -130,14 +133,14 @@ def _open(stream: Any, path: Path) -> Any:
 
 
 def _rows(sheet: Any, path: Path) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """(number, cells) of every row that is not empty."""
+    """Yields (number, cells) for every row that is not empty."""
     rows = enumerate(sheet.iter_rows(values_only=True), start=1)
     while True:
         try:
             number, row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # as above: sheets are read when their rows are
+        except Exception as error:  # any kind, as in `_open`: a sheet is read only when its rows are
             raise UserError(
                 f"{path}: the sheet {sheet.title!r} cannot be read ({type(error).__name__}: {error})"
             ) from None
@@ -147,7 +150,7 @@ def _rows(sheet: Any, path: Path) -> Iterator[tuple[int, tuple[Any, ...]]]:
 
 def _entry(row: tuple[Any, ...], columns: tuple[int, int]) -> tuple[str, Segmentation]:
     word, segmentation = (row[column] if column < len(row) else None for column in columns)
-    if isinstance(word, bool):  # spreadsheets make values of the words true and false
+    if isinstance(word, bool):  # spreadsheets turn the words true and false into boolean values
         word = str(word)
     if not isinstance(word, str) or not word.strip():
         raise MalformedError(f"no word but {word!r}")

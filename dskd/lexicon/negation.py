@@ -1,17 +1,17 @@
 """Negation polarity (docs/method.md, section 1): a word with a negating affix counts as its base with polarity -1.
 
-*Which affix.* The prefix that begins the word, or the suffix that ends it, when MorphoLEX's label of it is one of
-`lexicon.negating_affixes`; when both are, the prefix is tried first. An affix further inside negates a part of the
-word, not the word. A label has several spellings: MorphoLEX writes the in- of *invisible*, *illegal* and *irregular* as
-`<im<`, and the in- of *inside*, which is no negation, as `<in<`.
+*The affix* is the prefix at the beginning of the word, or the suffix at its end, if MorphoLEX's label for it is one of
+`lexicon.negating_affixes`. If both are, the prefix is tried first. An affix further inside negates a part of the word,
+not the word. A label can have several spellings: MorphoLEX labels the in- of *invisible*, *illegal* and *irregular* as
+`<im<`, and the in- of *inside*, which is not a negation, as `<in<`.
 
-*Which base.* The word without the affix as the word spells it, when that is a known word: one of the relations, or of
-MorphoLEX unless the relations spell it with a capital only (*Cline* is no base of *decline*). An i before a suffix may
-stand for a y (penniless, penny). A word without a known base is left as it is, and so are those in
-:mod:`dskd.lexicon.not_negated`. Words are compared in lower case.
+*The base* is the word without the affix as the word spells it, if that is a known word. Known words are those of the
+relations, and those of MorphoLEX unless the relations have them only with a capital (*Cline* is not the base of
+*decline*). An i before a suffix may stand for a y (penniless, penny). Words without a known base stay as they are, and
+so do those in :mod:`dskd.lexicon.not_negated`. Words are compared in lower case.
 
-*Chains.* A base may be negated itself: it is followed to the end, and polarities are multiplied. Every base is shorter
-than its word, so no chain comes back to itself.
+*Chains.* A base may itself be negated. The chain is followed to its end, and the polarities are multiplied. Every base
+is shorter than its word, so no chain returns to itself.
 
 *Pairs.* Each negated word is replaced by its base. When the polarities of the two words multiply to -1, synonym becomes
 antonym and antonym becomes synonym: a flip. (happy, unhappy, antonym) becomes (happy, happy, synonym): a self-pair.
@@ -30,7 +30,7 @@ from dskd.lexicon.morpholex import Segmentation
 from dskd.lexicon.not_negated import is_not_negated
 from dskd.lexicon.relations import RELATIONS, Relation
 
-# MorphoLEX's labels that words spell in several ways; every other label is spelled as it is.
+# MorphoLEX's labels that words spell in several ways; every other label has only its own spelling.
 SPELLINGS = {"im-": ("in", "im", "il", "ir", "ig"), "a-": ("an", "a")}
 FLIPS_FILE, BASES_FILE = "flips.parquet", "bases.parquet"
 FLIPS_SCHEMA = pa.schema(
@@ -43,15 +43,15 @@ BASES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Base:
-    """What a word counts as: `affix` are the negating affixes that were taken off, outermost first, joined with +."""
+    """The base that replaces a negated word."""
 
     word: str
-    polarity: int
-    affix: str
+    polarity: int  # 1 or -1
+    affix: str  # the negating affixes that were removed, outermost first, joined with +
 
 
 class Flip(NamedTuple):
-    """A pair as a source gives it, and what it became."""
+    """A pair as a source gives it, and the pair that replaces it, with the other relation."""
 
     head: str
     tail: str
@@ -64,15 +64,15 @@ class Flip(NamedTuple):
 
 @dataclass
 class Negation:
-    """The bases of all negated words, and what they have done to the relations that went through :meth:`apply`."""
+    """The bases of all negated words, and a record of the changes that :meth:`apply` made with them."""
 
-    bases: Mapping[str, Base]
+    bases: Mapping[str, Base]  # by negated word, in lower case
     flips: set[Flip] = field(default_factory=set)  # both directions of every pair
-    acted: set[str] = field(default_factory=set)  # the negated words that stood in a pair
-    kept: int = 0  # pairs of which a word was replaced and the relation stayed, as given
+    acted: set[str] = field(default_factory=set)  # the negated words that were in a pair
+    kept: int = 0  # number of pairs, as given, in which a word was replaced but the relation stayed
 
     def apply(self, relations: Iterable[Relation]) -> Iterator[Relation]:
-        """The relations with each negated word replaced by its base."""
+        """Yields the relations with each negated word replaced by its base, and records the changes."""
         for relation in relations:
             found = [self.bases.get(word.lower()) for word in (relation.head, relation.tail)]
             if not any(found):
@@ -81,6 +81,7 @@ class Negation:
             self.acted |= {
                 word.lower() for word, base in zip((relation.head, relation.tail), found, strict=True) if base
             }
+            # The relation flips when the polarities of the two words multiply to -1.
             polarity = 1
             for base in filter(None, found):
                 polarity *= base.polarity
@@ -95,8 +96,8 @@ class Negation:
             yield Relation(head, tail, kind, relation.source)
 
     def facts(self) -> dict[str, Any]:
-        """Returns counts for people: flips in both directions, pairs with words replaced but no flip, the words
-        replaced in all and by affix.
+        """Returns counts for the report: flips in both directions, pairs with a replaced word but no flip, and the
+        replaced words, in all and by affix.
         """
         affixes = Counter(self.bases[word].affix for word in self.acted)
         return {
@@ -122,18 +123,20 @@ class Negation:
 
 
 def find_negation(words: Mapping[str, Segmentation], related: Iterable[str], affixes: Iterable[str]) -> Negation:
-    """Finds the bases of all words, followed to their ends.
+    """Finds the bases of all negated words, at the ends of their chains.
 
     Args:
-        words: MorphoLEX, in lower case.
-        related: the words of the relations, as they spell them.
-        affixes: the negating ones, as `lexicon.negating_affixes` has them (`un-`, `-less`).
+        words: the words of MorphoLEX, in lower case.
+        related: the words of the relations, as the relations spell them.
+        affixes: the negating affixes, written as in `lexicon.negating_affixes` (`un-`, `-less`).
     """
+    # Known words, in lower case; `names` are the words that the relations have only with a capital.
     related = set(related)
     in_lower_case = {word for word in related if word == word.lower()}
     names = {word.lower() for word in related} - in_lower_case
     known = in_lower_case | (words.keys() - names)
     negating = {affix: SPELLINGS.get(affix, (affix.strip("-"),)) for affix in affixes}
+    # One step removes one affix; then follow the steps from each word to the end.
     steps = {}
     for word, segmentation in words.items():
         step = _step(word, segmentation, known, negating)
@@ -152,7 +155,7 @@ def find_negation(words: Mapping[str, Segmentation], related: Iterable[str], aff
 def _step(
     word: str, segmentation: Segmentation, known: Set[str], negating: Mapping[str, tuple[str, ...]]
 ) -> tuple[str, str] | None:
-    """Returns (base, affix) when the word is negated, with the affix as MorphoLEX labels it."""
+    """Returns (base, MorphoLEX's label of the affix) if the word is negated, and None otherwise."""
     if is_not_negated(word):
         return None
     (first_kind, first), (last_kind, last) = segmentation.morphemes[0], segmentation.morphemes[-1]

@@ -1,8 +1,8 @@
-"""English words that begin or end like a negation and are none, though MorphoLEX labels their affix as a negating one.
+"""English words that look negated but are not, although MorphoLEX labels their affix as a negating one.
 
-They were found by reading all words of MorphoLEX for which :mod:`dskd.lexicon.negation` finds a base. Three kinds: the
-affix has another meaning (dismiss is not the opposite of miss, unravel is the same as ravel), the meaning has gone its
-own way (uncanny, listless), or the rest is another word that is spelled alike (impair, discord).
+They were collected by reading all words of MorphoLEX for which :mod:`dskd.lexicon.negation` finds a base. There are
+three kinds: the affix has another meaning (dismiss is not the opposite of miss, unravel is the same as ravel), the
+word's meaning has drifted (uncanny, listless), or the rest is another word with the same spelling (impair, discord).
 """
 
 _FAMILIES = (
@@ -25,5 +25,5 @@ _WORDS = frozenset(("infidel", "uncanny", "unman", "unmanning", "unmans", "untow
 
 
 def is_not_negated(word: str) -> bool:
-    """Returns whether a word, in lower case, is one of these: by itself, or as one of a family (discard, discarded)."""
+    """Returns True if a word, in lower case, is one of these: by itself, or as one of a family (discard, discarded)."""
     return word in _WORDS or word.startswith(_BEGINNINGS)

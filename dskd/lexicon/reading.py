@@ -1,7 +1,7 @@
-"""Text files of lexical resources: streamed line by line, plain or .gz, with what is wrong in them remembered.
+"""Streams text files of lexical resources line by line, plain or .gz, and records malformed lines.
 
-These files are other people's and large: a line that is not what its format says is left out, counted and reported with
-its number. A file that is no text at all, or most of whose lines are wrong, is refused.
+The files are large and come from others, so a malformed line is left out, counted and reported with its number. A file
+that is not text at all, or whose lines are mostly malformed, is refused.
 """
 
 import codecs
@@ -20,16 +20,16 @@ from dskd.console import progress_bar, warn
 from dskd.errors import UserError
 
 SHOWN_LINES = 20
-# Longer than any entry of Wiktionary by far. A file without line ends must not be read into memory whole.
+# Far longer than any entry of Wiktionary. The limit stops the reader from loading a whole file without line ends.
 MAX_LINE_BYTES = 64 * 2**20
 _LINES_BETWEEN_UPDATES = 256
-# What is unpacked at once: lines are read faster from a buffer, and those in it are lost where a .gz breaks off.
+# Bytes unpacked at once. A buffer makes reading lines faster, but if a .gz breaks off, the lines in it are lost.
 _BUFFER_BYTES = 2**16
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class MalformedError(ValueError):
-    """A line that is not what its format says; the message says in which way."""
+    """A line that does not have its file's format; the message says what is wrong."""
 
 
 @dataclass
@@ -38,34 +38,34 @@ class Malformed:
 
     lines: int = 0
     first: list[int] = field(default_factory=list)  # numbers of the first SHOWN_LINES
-    example: str = ""  # what is wrong with the very first
+    example: str = ""  # what is wrong with the first one
 
 
 @dataclass
 class Report:
-    """What the readers did not take over: malformed lines by file, and anything else by reason."""
+    """A record of what the readers left out: malformed lines by file, and anything else by reason."""
 
     malformed: dict[str, Malformed] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
-    unreadable: Counter[str] = field(default_factory=Counter)  # by file: malformed lines that no reader was given
+    unreadable: Counter[str] = field(default_factory=Counter)  # by file: malformed lines that never reached a reader
 
     def add_malformed(self, file: str, line: int, reason: str) -> None:
-        """Remembers a line that was left out."""
+        """Records a line that was left out."""
         found = self.malformed.setdefault(file, Malformed(example=reason))
         found.lines += 1
         if len(found.first) < SHOWN_LINES:
             found.first.append(line)
 
     def finish(self, file: str, lines: int, expected: str) -> None:
-        """Says what was malformed in a file that has been read.
+        """Warns about the malformed lines of a file, after all of it was read.
 
         Args:
-            file: as given to :meth:`add_malformed`.
-            lines: how many the reader was given, without empty ones.
-            expected: what a line should be, for the message.
+            file: the name that :meth:`add_malformed` got.
+            lines: number of lines that reached the reader, without empty ones.
+            expected: the format of a line, for the message.
 
         Raises:
-            UserError: when it is most of the lines: then the file is of another format.
+            UserError: when most lines are malformed, so that the file must have another format.
         """
         if file not in self.malformed:
             return
@@ -77,12 +77,12 @@ class Report:
         warn(f"{file}: {what}; they are left out: {', '.join(map(str, numbers.first))}{more}")
 
     def is_mostly_malformed(self, file: str, lines: int) -> bool:
-        """Returns whether more than half of a file's lines are malformed; `lines` as in :meth:`finish`."""
+        """Returns True if more than half of a file's lines are malformed; `lines` as in :meth:`finish`."""
         found = self.malformed.get(file)
         return found is not None and found.lines * 2 > lines + self.unreadable[file]
 
     def describe(self, file: str, lines: int, expected: str) -> str:
-        """Returns how many lines of a file are malformed, and in which way the first of them is."""
+        """Returns a text with the number of malformed lines of a file, and what is wrong with the first of them."""
         found = self.malformed[file]
         return (
             f"{found.lines:,} of {lines + self.unreadable[file]:,} lines are not {expected} (line {found.first[0]}: "
@@ -90,19 +90,19 @@ class Report:
         )
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """`malformed` as it stands in the manifest."""
+        """Returns `malformed` in the form that the manifest stores."""
         return {file: {"lines": found.lines, "first": found.first} for file, found in self.malformed.items()}
 
 
 def stream_lines(path: Path, report: Report | None = None) -> Iterator[tuple[int, str]]:
-    """Yields (line number, line) for every line that is not empty, under a progress bar in bytes of the file on disk.
+    """Yields (line number, line) for every line that is not empty; shows progress in bytes of the file on disk.
 
-    With a report, lines that are no text (not UTF-8, with a NUL, or too long) go there and are left out; without, they
-    are refused.
+    With a report, lines that are not text (not UTF-8, with a NUL byte, or too long) are left out and added to it.
+    Without a report, they are an error.
 
     Raises:
-        UserError: when the file cannot be read, is binary from its first line on, or is a .gz that ends early or is
-            damaged.
+        UserError: when the file cannot be read, its first line is not text, or it is a .gz that ends early or is
+            damaged; without a report also for any other line that is not text.
     """
     try:
         size = path.stat().st_size
@@ -140,7 +140,7 @@ def stream_lines(path: Path, report: Report | None = None) -> Iterator[tuple[int
 
 
 def is_storable(text: str) -> bool:
-    """False for what JSON can escape and no text file or table can hold: lone surrogates, and NUL."""
+    """Returns False if a text has lone surrogates or NUL: JSON can express them, but text files and tables cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,13 +1,13 @@
-"""Relations between words, and the rules that make a table of them that training can trust.
+"""Relations between words, and the rules for a table of relations that training can trust.
 
 A relation is (head, tail, relation, source). Both directions are kept. Every rule counts what it drops:
 
-1. a word is never its own synonym or antonym, neither as a source gives it nor when negated words have been replaced by
-   their bases (:mod:`dskd.lexicon.negation`): self-pairs, counted as given;
-2. a pair given several times by one source is kept once: repeated, counted as given. A source that gives both
-   directions itself does not repeat itself;
-3. a pair that the sources together give as synonym *and* antonym is contradictory and kept as neither. This is judged
-   last, on the pairs as negation has left them, and counted in both directions.
+1. Self-pairs: a word is never its own synonym or antonym, neither in a source nor after negated words were replaced by
+   their bases (:mod:`dskd.lexicon.negation`). Counted as given.
+2. Repeated pairs: a pair that one source gives several times is kept once. Counted as given. A source that gives both
+   directions of a pair does not repeat it.
+3. Contradictory pairs: a pair that the sources together give as synonym *and* antonym is kept as neither. This rule is
+   applied last, to the pairs after negation. Counted in both directions.
 """
 
 from collections import Counter
@@ -32,9 +32,9 @@ _SYNONYM_BITS, _ANTONYM_BITS = 0b0011, 0b1100
 
 
 class Relation(NamedTuple):
-    """One directed pair of words; `relation` is `synonym` or `antonym`, `source` names the resource.
+    """One directed pair of words; `relation` is `synonym` or `antonym`, and `source` names the resource.
 
-    A tuple, because there can be millions: tuples are compared and hashed without running Python.
+    It is a tuple because there can be millions, and tuples are compared and hashed without running Python code.
     """
 
     head: str
@@ -44,10 +44,10 @@ class Relation(NamedTuple):
 
 
 class Pairs:
-    """Distinct relations, in memory that grows with the distinct pairs of words and not with what is read.
+    """A set of distinct relations; its memory grows with the distinct pairs of words, not with the relations read.
 
-    Each pair of words is held once, in alphabetical order, with a bit for every source, relation and direction in which
-    it was given. `dropped`, {why: number}, may be one that others count in too.
+    It stores each pair of words once, in alphabetical order, with one bit for every source, relation and direction in
+    which it was given. `dropped`, {reason: number}, may be a counter that other code updates too.
     """
 
     def __init__(self, relations: Iterable[Relation], dropped: Counter[str] | None = None) -> None:
@@ -59,7 +59,7 @@ class Pairs:
             self.add(relation)
 
     def add(self, relation: Relation) -> None:
-        """Takes a relation over, or counts why not (rules 1 and 2)."""
+        """Adds a relation, or counts the reason for dropping it (rules 1 and 2)."""
         head, tail, kind, source = relation
         if head == tail:
             self.dropped["self-pairs"] += 1
@@ -74,7 +74,7 @@ class Pairs:
             self._bits[pair] = known | bit
 
     def __iter__(self) -> Iterator[Relation]:
-        """The relations in the directions in which they were given, each once."""
+        """Yields the relations, each once, in the directions in which they were given."""
         for (low, high), bits in self._bits.items():
             for source, index in self._sources.items():
                 for number, kind in enumerate(RELATIONS):
@@ -85,11 +85,12 @@ class Pairs:
                         yield Relation(high, low, kind, source)
 
     def words(self) -> set[str]:
-        """Every word that has a relation."""
+        """Returns every word that has a relation."""
         return {word for pair in self._bits for word in pair}
 
     def resolved(self) -> list[Relation]:
-        """Both directions of every pair that is not contradictory (rule 3), sorted."""
+        """Returns both directions of every pair that is not contradictory (rule 3), sorted, and counts the others."""
+        # Masks of the synonym bits, and of the antonym bits, of all sources.
         count = len(self._sources)
         synonyms = sum(_SYNONYM_BITS << (_BITS_A_SOURCE * index) for index in range(count))
         antonyms = sum(_ANTONYM_BITS << (_BITS_A_SOURCE * index) for index in range(count))
@@ -110,17 +111,17 @@ def resolve(relations: Iterable[Relation]) -> tuple[list[Relation], Counter[str]
     """Makes the relations symmetric, applies the module's rules, and counts what each rule dropped.
 
     Returns:
-        The relations kept, sorted, and {why: number dropped}.
+        The relations kept, sorted, and {reason: number dropped}.
     """
     pairs = Pairs(relations)
     return pairs.resolved(), pairs.dropped
 
 
 def count_pairs(relations: Iterable[Relation]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Directed pairs by relation, and by source and relation; a pair of two sources counts once in the former.
+    """Counts directed pairs by relation, and by source and relation; the former counts a pair from two sources once.
 
     Args:
-        relations: what :func:`resolve` returns.
+        relations: sorted relations, as :func:`resolve` returns them.
     """
     pairs = dict.fromkeys(RELATIONS, 0)
     by_source: dict[str, dict[str, int]] = {}
@@ -132,16 +133,16 @@ def count_pairs(relations: Iterable[Relation]) -> tuple[dict[str, int], dict[str
 
 
 def write_relations(path: Path, relations: list[Relation]) -> None:
-    """Writes `relations.parquet` as docs/formats.md describes it."""
+    """Writes `relations.parquet` in the format that docs/formats.md describes."""
     columns = {name: [getattr(relation, name) for relation in relations] for name in SCHEMA.names}
     pq.write_table(pa.table(columns, schema=SCHEMA), path, compression="zstd")
 
 
 def load_lexicon(config: Config) -> list[Relation]:
-    """The relations of `WORKDIR/lexicon`.
+    """Loads the relations of `WORKDIR/lexicon`.
 
     Raises:
-        UserError: when there is no lexicon, or it is not one.
+        UserError: when there is no lexicon, or its table cannot be read.
     """
     folder = config.path(kinds.LEXICON.folder)
     read_manifest(folder, "lexicon")

@@ -1,6 +1,7 @@
-"""The user's own lists: `head<TAB>synonym|antonym<TAB>tail`, one pair a line. Strict, because they can be mended.
+"""Reads the user's own lists: `head<TAB>synonym|antonym<TAB>tail`, one pair per line.
 
-Lines that begin with # are comments: they are counted, and a word that begins with # cannot be a head.
+The format is strict, because users can correct their own lists. Lines that begin with # are comments. They are counted,
+and a word that begins with # cannot be a head.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ COMMENTS = "comment lines of own lists"
 
 
 def read_tsv(path: Path, source: str, report: Report) -> Iterator[Relation]:
-    """The relations of one list, under the name `source`.
+    """Yields the relations of one list, with `source` as their source.
 
     Raises:
-        UserError: with every line that is not of that form.
+        UserError: when lines do not have that format; it lists all of them.
     """
     problems: list[str] = []
     relations: list[Relation] = []

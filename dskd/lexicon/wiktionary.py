@@ -1,10 +1,10 @@
-"""Wiktionary as Wiktextract extracts it (kaikki.org): JSON lines, an entry a word and part of speech.
+"""Reads Wiktionary as extracted by Wiktextract (kaikki.org): JSON lines, one entry per word and part of speech.
 
-Synonyms and antonyms stand under `senses[]` and, where Wiktextract could not tell the sense, under the entry itself:
+Synonyms and antonyms are in `senses[]`, or in the entry itself if Wiktextract could not tell the sense:
 
     {"word": "big", "lang": "English", "senses": [{"synonyms": [{"word": "large"}]}], "antonyms": [{"word": "small"}]}
 
-The file of all languages has more than 20 GB. It is read line by line, and nothing is kept but the relations.
+The file of all languages has more than 20 GB. It is read line by line, and only the relations are kept.
 """
 
 import json
@@ -28,10 +28,11 @@ _NAMED_LANGUAGES = 10
 
 
 def read_wiktionary(path: Path, language: str, report: Report) -> Iterator[Relation]:
-    """The relations of the entries whose `lang` is `language`.
+    """Yields the relations of the entries whose `lang` is `language`.
 
-    Entries of other languages, redirects, neighbours that are pages of the thesaurus (`Thesaurus:…`) and neighbours
-    without a word are dropped and counted in the report; malformed lines are left out and go there with their numbers.
+    Drops entries of other languages, redirects, neighbours that are pages of the thesaurus (`Thesaurus:…`) and
+    neighbours without a word, and counts them in the report. Skips malformed lines, and adds their numbers to the
+    report.
 
     Raises:
         UserError: when most lines are malformed, or no entry has the language.
@@ -58,7 +59,11 @@ def read_wiktionary(path: Path, language: str, report: Report) -> Iterator[Relat
 
 
 def _entry(line: str) -> dict[str, Any] | None:
-    """The entry of a line, with a word and a language; None for a redirect."""
+    """Parses a line as an entry, which has a word and a language; returns None for a redirect.
+
+    Raises:
+        MalformedError: when the line is not such an entry.
+    """
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -101,7 +106,7 @@ def _relations(entry: dict[str, Any], dropped: Counter[str]) -> list[Relation]:
 
 
 def _spelled(word: str) -> str:
-    # The same words come again and again: one copy of each keeps memory small.
+    # The same words occur many times: keeping one copy of each saves memory.
     return intern(" ".join(word.split()))
 
 

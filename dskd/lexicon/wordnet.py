@@ -1,11 +1,12 @@
-"""Finding WordNet, and opening it through nltk's reader.
+"""Finds WordNet, and opens it with nltk's reader.
 
-Places are tried in a fixed order: the config's `wordnet.path`, nltk's data folders, `nltk.download`, and the dictionary
-files of Debian's `wordnet-base`. Dictionary files alone are not what nltk expects (there is no `lexnames`, and nltk
-refuses folders outside its data path), so they are copied into a cache folder, by their content, and completed there.
+It tries several places in a fixed order: the config's `wordnet.path`, nltk's data folders, `nltk.download`, and the
+dictionary files of Debian's `wordnet-base`. Dictionary files alone are not enough for nltk: it needs `lexnames`, and
+refuses folders outside its data path. So they are copied into a cache folder, named by their content, and completed
+there.
 
-Debian's files have other offsets than Princeton's WordNet 3.0, so they do not do for other languages
-(:mod:`dskd.lexicon.languages`): there a download is tried even if they are found.
+Debian's files have other offsets than Princeton's WordNet 3.0, so they do not work for other languages
+(:mod:`dskd.lexicon.languages`). For these, a download is tried even if Debian's files exist.
 """
 
 import functools
@@ -27,12 +28,12 @@ from dskd.artifacts.hashing import digest_of_json, sha256_of_file
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.errors import UserError
 
-# The second is where the Makefile unpacks the Debian package for users who may not install it.
+# The second is the folder into which the Makefile unpacks the Debian package for users who may not install it.
 DICTIONARY_FOLDERS = (Path("/usr/share/wordnet"), Path(sys.prefix) / "share" / "wordnet")
 _PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 DICTIONARY_FILES = tuple(f"{kind}.{part}" for kind in ("data", "index") for part in _PARTS_OF_SPEECH)
 _EXCEPTION_FILES = tuple(f"{part}.exc" for part in _PARTS_OF_SPEECH)  # nltk does not open a WordNet without them
-_COPIES = "wordnet-found"  # beginning of the names of the copies of DICTIONARY_FOLDERS
+_COPIES = "wordnet-found"  # prefix of the names of the copies of DICTIONARY_FOLDERS
 
 # The lexicographer files of WordNet 3.0 in the order of their numbers (lexnames(5WN)); nltk reads them from `lexnames`.
 _NOUN_FILES = (
@@ -47,28 +48,29 @@ _VERB_FILES = (
 
 @dataclass(frozen=True)
 class WordNet:
-    """An opened WordNet: nltk's reader, the folder it reads, the one that is a copy of (or itself), and its digest."""
+    """An opened WordNet."""
 
-    reader: Any
-    folder: Path
-    origin: Path
-    digest: str
+    reader: Any  # nltk's
+    folder: Path  # the folder that the reader reads
+    origin: Path  # the folder that `folder` is a copy of, or `folder` itself
+    digest: str  # of the dictionary files
 
 
-@functools.cache  # nltk parses a synset when it is first read: the stages of one process share that work
+@functools.cache  # nltk parses a synset when it is first read; the stages of one process share that work
 def open_wordnet(path: str | None = None, *, allow_download: bool = True, other_languages: bool = False) -> WordNet:
-    """Opens the first WordNet that is found.
+    """Opens the first WordNet in the module's order of places.
 
     Args:
-        path: the config's `wordnet.path`; when given, no other place is tried.
-        allow_download: try `nltk.download` when none is on disk.
-        other_languages: try to download nltk's, Princeton's WordNet 3.0, also when another one was found before.
+        path: the config's `wordnet.path`; if set, no other place is tried.
+        allow_download: try `nltk.download` if there is none on disk.
+        other_languages: try to download Princeton's WordNet 3.0 from nltk, even if the cache has a copy of another one.
 
     Raises:
-        UserError: when there is none, with the ways to get one, or the first one is incomplete.
+        UserError: when there is none (it names the ways to get one), or when the first one is incomplete.
     """
     import nltk
 
+    # nltk reads only folders below its data path.
     cache = _cache_folder()
     if str(cache) not in nltk.data.path:
         nltk.data.path.append(str(cache))
@@ -82,6 +84,8 @@ def open_wordnet(path: str | None = None, *, allow_download: bool = True, other_
                 "WordNet be looked for"
             )
         return _open(_completed_copy(folder, cache, "wordnet"), folder)
+    # Without `path`: nltk's own data first, then a download, and Debian's files last. An earlier copy of the latter
+    # makes the download unnecessary, unless other languages need Princeton's.
     found = _in_nltk_data()
     debian = next((folder for folder in DICTIONARY_FOLDERS if _is_dictionary(folder)), None)
     copy = None if found else _earlier_copy(cache, debian)
@@ -107,7 +111,7 @@ def _open(folder: Path, origin: Path) -> WordNet:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class EnglishReader(WordNetCorpusReader):
-        """nltk's reader without the map to other WordNet versions, which needs files that dictionaries lack."""
+        """nltk's reader without the map to other WordNet versions, which needs files that a dictionary folder lacks."""
 
         def map_wn(self, version: str = "wordnet") -> None:
             return None
@@ -117,7 +121,7 @@ def _open(folder: Path, origin: Path) -> WordNet:
             warnings.simplefilter("ignore", UserWarning)  # "multilingual functions are not available"
             reader = EnglishReader(str(folder), omw_reader=None)
         reader.synset("entity.n.01")
-    except Exception as error:  # nltk raises what the damage makes it raise
+    except Exception as error:  # nltk can raise any kind of error for damaged files
         for name in DICTIONARY_FILES:
             refuse_pointer(folder / name)
         remedy = "remove the folder, and it is downloaded again" if folder == origin else "mend the files there"
@@ -141,9 +145,10 @@ def _missing_files(folder: Path) -> list[str]:
 
 
 def _is_dictionary(folder: Path, also: tuple[str, ...] = ()) -> bool:
-    """Returns whether a folder is a whole dictionary; one that has a part of the files is refused.
+    """Returns True if a folder is a complete dictionary, with the files named in `also` too.
 
-    Raises: UserError when some files are there and some are not.
+    Raises:
+        UserError: when the folder has only some of the files.
     """
     missing = [*_missing_files(folder), *(name for name in also if not (folder / name).is_file())]
     if missing and any((folder / name).is_file() for name in DICTIONARY_FILES):
@@ -155,12 +160,12 @@ def _is_dictionary(folder: Path, also: tuple[str, ...] = ()) -> bool:
 
 
 def _in_nltk_data() -> Path | None:
-    """The unpacked `corpora/wordnet` of one of nltk's data folders; a `wordnet.zip` is unpacked into the cache."""
+    """Returns the `corpora/wordnet` of one of nltk's data folders; unpacks a `wordnet.zip` into the cache if needed."""
     import nltk
 
     for base in map(Path, nltk.data.path):
         folder = base / "corpora" / "wordnet"
-        # Earlier versions put their copy of Debian's files there, without the index of senses that nltk's has.
+        # Earlier versions of dskd put their copy of Debian's files there; unlike nltk's data, it has no `index.sense`.
         is_copy = base == _cache_folder() and not (folder / "index.sense").is_file()
         if not is_copy and _is_dictionary(folder, ("lexnames",)):
             return folder
@@ -172,7 +177,7 @@ def _in_nltk_data() -> Path | None:
 
 
 def _unpacked(archive: Path) -> Path:
-    """Unpacks a `wordnet.zip` into the cache, once for each content, and returns the folder."""
+    """Unpacks a `wordnet.zip` into the cache, unless the same content is there already, and returns the folder."""
     folder = _cache_folder() / "corpora" / f"wordnet-zip-{sha256_of_file(archive)[:12]}"
     if not folder.is_dir():
         with _private_folder(folder) as partial:
@@ -192,7 +197,7 @@ def _downloaded(cache: Path) -> Path | None:
     import nltk
 
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # nltk sets none, and a network that swallows packets would hang for minutes
+    socket.setdefaulttimeout(20)  # nltk sets none, and would hang for minutes if the network drops packets
     try:
         cache.mkdir(parents=True, exist_ok=True)
         nltk.download("wordnet", download_dir=str(cache), quiet=True, print_error_to=io.StringIO())
@@ -204,7 +209,7 @@ def _downloaded(cache: Path) -> Path | None:
 
 
 def _earlier_copy(cache: Path, source: Path | None) -> Path | None:
-    """Returns the copy of `source` in the cache, or the last one of any when the source is not there any more."""
+    """Returns the copy of `source` in the cache, or the newest copy of any source if `source` is None."""
     if source is not None:
         copy = _copy_folder(source, cache, _COPIES)
         return copy if copy.is_dir() else None
@@ -217,9 +222,9 @@ def _copy_folder(source: Path, cache: Path, name: str) -> Path:
 
 
 def _completed_copy(source: Path, cache: Path, name: str) -> Path:
-    """Copies the files in `source` into the cache, with what nltk wants in addition, and returns the folder.
+    """Copies the files in `source` into the cache, adds what nltk also needs, and returns the folder.
 
-    The content is in the folder's name: a source that was mended has another copy.
+    The folder's name contains a digest of the content, so a corrected source gets a new copy.
     """
     folder = _copy_folder(source, cache, name)
     if not folder.is_dir():
@@ -228,7 +233,7 @@ def _completed_copy(source: Path, cache: Path, name: str) -> Path:
                 if file.is_file():
                     shutil.copyfile(file, partial / file.name)
             for notice in (Path("/usr/share/doc/wordnet-base/copyright"), source / "copyright"):
-                if notice.is_file():  # Princeton's licence asks that its notice goes with every copy
+                if notice.is_file():  # Princeton's licence requires its notice in every copy
                     shutil.copyfile(notice, partial / "LICENSE")
             if not (partial / "lexnames").is_file():
                 (partial / "lexnames").write_text(_lexnames(), encoding="ascii")
@@ -237,7 +242,10 @@ def _completed_copy(source: Path, cache: Path, name: str) -> Path:
 
 @contextmanager
 def _private_folder(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` when the block ends; several processes may do it at once, one of them wins."""
+    """Yields a temporary folder that is renamed to `target` when the block ends.
+
+    Several processes may do this at once; one of them wins, and the others drop theirs.
+    """
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""WordNet's synonyms and antonyms, in English and in the languages of Open Multilingual WordNet."""
+"""Reads WordNet's synonyms and antonyms, in English and in the languages of Open Multilingual WordNet."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ SOURCE = "wordnet"
 INDIRECT_SOURCE = "wordnet-indirect"
 ENGLISH = "eng"
 GAPS = "gaps of Open Multilingual WordNet"
-# What some languages have in place of a lemma: they lack a word for the synset.
+# Marks that some languages have in place of a lemma if they lack a word for the synset.
 _GAPS = frozenset(("GAP!", "PSEUDOGAP!"))
 # Languages whose lemmas have a + between a word and its ending, as 友善+的 (friendly), or before a word.
 _JOINED_LANGUAGES = frozenset(("cmn", "nno", "slk"))
@@ -23,7 +23,10 @@ _JOINT = re.compile(r"^\++(?=\w)|(?<=\w)\+(?=\w)")
 
 
 def read_wordnet(wordnet: WordNet) -> Iterator[Relation]:
-    """Lemma synonyms within a synset, and direct antonyms. Underscores of multi-word lemmas become spaces."""
+    """Yields the synonyms among the lemmas of each synset, and the direct antonyms.
+
+    Underscores in lemmas of several words become spaces.
+    """
     for synset in _synsets(wordnet, "reading WordNet"):
         lemmas = synset.lemmas()
         words = [_spelled(lemma.name()) for lemma in lemmas]
@@ -34,14 +37,14 @@ def read_wordnet(wordnet: WordNet) -> Iterator[Relation]:
 
 
 def read_indirect_antonyms(wordnet: WordNet) -> Iterator[Relation]:
-    """Antonyms of adjectives through `similar to`.
+    """Yields the indirect antonyms of adjectives, which follow from WordNet's `similar to`.
 
     WordNet groups adjectives around heads: satellites are similar to a head, and only heads have antonyms of their own.
-    Every lemma of a satellite is here an antonym of every direct antonym of any lemma of the heads it is similar to:
-    hot and cold are direct antonyms and scorching is similar to hot, so scorching and cold are indirect ones. For heads
-    this is the same rule read backwards: the indirect antonyms of cold are the satellites of hot. Satellites of
-    opposite heads are not related to each other. Pairs that are direct antonyms or synonyms in any sense are left out:
-    the weaker source is not to cost the stronger one a pair.
+    Here, every lemma of a satellite is an antonym of every direct antonym of any lemma of the heads that it is similar
+    to. For example, hot and cold are direct antonyms and scorching is similar to hot, so scorching and cold are
+    indirect antonyms. Read backwards, the same rule holds for heads: the indirect antonyms of cold are the satellites
+    of hot. Satellites of opposite heads are not related to each other. Pairs that are direct antonyms or synonyms in
+    any sense are left out, so that the weaker source does not cost the stronger one a pair.
     """
     heads = {
         synset: [_spelled(antonym.name()) for lemma in synset.lemmas() for antonym in lemma.antonyms()]
@@ -61,14 +64,14 @@ def read_indirect_antonyms(wordnet: WordNet) -> Iterator[Relation]:
 
 
 def read_other_language(wordnet: WordNet, code: str, report: Report) -> Iterator[Relation]:
-    """Synonyms and antonyms of a language of Open Multilingual WordNet, which gives the synsets lemmas in it.
+    """Yields the synonyms and antonyms of another language, from its lemmas in Open Multilingual WordNet.
 
-    Lemmas of one synset are synonyms. Open Multilingual WordNet has no antonyms, so they are taken over from English:
-    the lemmas of two synsets are antonyms when English lemmas of these synsets are direct antonyms. Marks of lexical
-    gaps are no lemmas; they are dropped and counted.
+    Lemmas of one synset are synonyms. Open Multilingual WordNet has no antonyms, so they are inferred from English: the
+    lemmas of two synsets are antonyms if English lemmas of these synsets are direct antonyms. Marks of lexical gaps are
+    not lemmas; they are dropped and counted.
 
     Raises:
-        UserError: when Open Multilingual WordNet is not there, or lacks the language.
+        UserError: when Open Multilingual WordNet is missing, or lacks the language.
     """
     source = f"{SOURCE}:{code}"
     tab = open_language(wordnet, code)
@@ -106,5 +109,5 @@ def _words(synset: Any, code: str) -> list[str]:
 
 
 def _spelled(name: str) -> str:
-    # "(p)" and the like say where an adjective may stand: syntax, no part of the word.
+    # "(p)" and similar marks tell the possible positions of an adjective; they are not part of the word.
     return name.split("(")[0].replace("_", " ")

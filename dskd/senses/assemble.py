@@ -1,7 +1,7 @@
-"""Parts of a sense dictionary, one for each rank, to the whole of it: `senses.safetensors`.
+"""Joins the parts of a sense dictionary, one per rank, into one file: `senses.safetensors`.
 
 A part holds the senses of the tokens that a rank owns: `tokens` [m] and `sizes` [m] int64, `counts` [R] int64 and
-`vectors` [R, D] bf16. Parts and dictionary can be larger than memory: both are written and read through memory maps.
+`vectors` [R, D] bf16. Parts and dictionary can be larger than memory, so both are written and read through memory maps.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,15 +22,16 @@ from dskd.senses.dictionary import FILE, tensor_types
 from dskd.senses.entries import Entries, load_entries
 from dskd.senses.spans import compose_spans, span_sizes
 
-_CHUNK_BYTES = 64 * 2**20  # of vectors that are copied at one time
+_CHUNK_BYTES = 64 * 2**20  # size of the vectors copied at once
 
 
 def write_part(
     path: Path, tokens: torch.Tensor, most: torch.Tensor, hidden_size: int, senses: Iterable[TokenSenses]
 ) -> None:
-    """Writes the senses of the tokens [m], which have at most `most` [m] rows, as they come, in the order of tokens.
+    """Writes the senses of `tokens` [m] to a part, batch by batch; `senses` must yield them in the order of `tokens`.
 
-    Rows for which there is place and no sense stay zero at the end, and nothing reads them.
+    The file has room for `most` [m] rows per token. Rows left over stay zero at the end of the file, and nothing reads
+    them.
     """
     rows = int(most.sum())
     shapes = {
@@ -53,11 +54,14 @@ def write_part(
 
 
 def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_size: int, tokenizer: Any) -> None:
-    """Puts the parts together in the order of tokens, adds the spans, and removes the parts; the facts are complete.
+    """Joins the parts in the order of tokens, adds the spans, deletes the parts, and records and prints the counts.
+
+    The counts go to `building.facts`.
 
     Raises:
         UserError: when no token has a sense, or the tokenizer knows no pair of the lexicon.
     """
+    # The number of senses of each token, from all parts, fixes where its rows go in the whole file.
     maps = [{name: map_tensor(path, name, kind) for name, kind in _PART_TYPES} for path in parts]
     token_sizes = torch.zeros(vocab_size, dtype=torch.int64)
     for part in maps:
@@ -65,6 +69,7 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
     if not token_sizes.any():
         raise UserError("the teacher's states belong to no token at all: the training sequences have no target")
     token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
+    # The spans' rows follow those of all tokens.
     entries, facts = load_entries(config, tokenizer, vocab_size)
     sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, config.senses.k)
     entry_offsets = torch.cat([token_offsets, token_offsets[-1] + sizes_of_spans.cumsum(0)])
@@ -77,6 +82,7 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
         whole["entry_offsets"][:] = entry_offsets.numpy()
         for name, tensor in entries.tensors().items():
             whole[name][:] = tensor.numpy()
+        # Copy the tokens' rows from each part to their place, in chunks because a part may not fit into memory.
         step = max(1, _CHUNK_BYTES // (2 * hidden_size))
         for part in maps:
             sizes = torch.from_numpy(np.array(part["sizes"]))
@@ -86,6 +92,7 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
                 chunk = slice(first, first + step)
                 whole["vectors"][place[chunk]] = part["vectors"][: len(place)][chunk]
                 bar.update(len(place[chunk]))
+        # Compose the spans from the tokens' rows that were just written.
         counts = torch.from_numpy(np.array(whole["counts"]))
         first = int(token_offsets[-1])
 
@@ -114,12 +121,12 @@ _PART_TYPES = (("tokens", "I64"), ("sizes", "I64"), ("counts", "I64"), ("vectors
 
 
 def _bits(vectors: torch.Tensor) -> np.ndarray:
-    """The raw 16 bits of `vectors` as bf16."""
+    """Returns `vectors`, rounded to bf16, as their raw 16 bits."""
     return vectors.to(torch.bfloat16).view(torch.uint16).numpy()
 
 
 def _relations_with_senses(entries: Entries, entry_offsets: torch.Tensor) -> dict[str, int]:
-    """How many pairs have senses on both sides, and so can act in training."""
+    """Counts, for each relation, the pairs with senses on both sides; only these can act in training."""
     has_rows = entry_offsets.diff() > 0
     facts = {}
     for relation in ("synonym", "antonym"):

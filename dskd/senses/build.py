@@ -1,7 +1,7 @@
-"""The stage `launcher/build_senses.py`: lexicon, teacher and text become `WORKDIR/senses`.
+"""The stage `launcher/build_senses.py`: builds `WORKDIR/senses` from lexicon, teacher and text.
 
-The sampled states lie in a folder of their own, beside the dictionary's, until the dictionary is whole: a build that
-was interrupted, or is repeated with other clusters and `senses.keep_states`, goes on from them.
+The sampled states are kept in a separate folder until the dictionary is complete. An interrupted build resumes from
+them. With `senses.keep_states`, so does a later build with other cluster settings.
 """
 
 import shutil
@@ -27,14 +27,15 @@ from dskd.senses.entries import load_entries
 from dskd.senses.gather import Progress, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
 
-# What does not change which states are sampled, and what does not change the dictionary either.
+# Settings of `senses` that do not affect which states are sampled.
 _CLUSTERING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")
 STATES = "states"  # never published: its folder stays a partial one
+# Settings of `senses` that affect neither the sample nor the dictionary.
 _NOT_IN_RECIPE = ("path", "batch_size", "memory_budget", "save_minutes", "keep_states")
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
-    """What decides the content of the dictionary."""
+    """Returns the recipe of the dictionary: every input and setting that affects its content."""
     lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
     sampled = _sampling(config, teacher)
     settings = {key: value for key, value in config.senses.as_dict().items() if key not in _NOT_IN_RECIPE}
@@ -48,9 +49,9 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
 
 
 def build_senses(config: Config, world: World, *, force: bool = False) -> None:
-    """Gathers states on all ranks, clusters them where they are owned, and writes the dictionary on rank 0.
+    """Gathers states on all ranks, clusters each token on the rank that owns it, and writes the dictionary on rank 0.
 
-    A dictionary that is up to date is left as it is, but with `force`; then also the states are gathered again.
+    Leaves a dictionary that is up to date unchanged, unless `force` is set; `force` also gathers the states again.
     """
     if config.senses.path is not None:
         main_first(lambda: load_fitting_dictionary(config, find_teacher(config)))
@@ -68,7 +69,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     with stage("senses: teacher states to sense embeddings", reads=sources, writes=target / FILE):
         sequences, _ = load_sequences(config, "train", source.tokenizer_digest)
         vocab_size = source.load_config().vocab_size
-        # Hours of gathering are not to end with a lexicon in another language than the tokenizer's.
+        # Check this before gathering, which takes hours: the lexicon may be in another language than the tokenizer's.
         on_main(lambda: _check_lexicon(config, source, vocab_size))
         building = Building(target, wanted)
         states = Building(config.path(STATES), main_first(lambda: _sampling(config, source)))
@@ -88,7 +89,7 @@ def _check_lexicon(config: Config, source: ModelFolder, vocab_size: int) -> None
 
 
 def _sampling(config: Config, teacher: ModelFolder) -> Recipe:
-    """What decides which states are sampled."""
+    """Returns the recipe of the sampled states: every input and setting that affects which states are sampled."""
     _, sequences = load_sequences(config, "train", teacher.tokenizer_digest)
     settings = config.senses.as_dict()
     for key in (*_CLUSTERING, *_NOT_IN_RECIPE):
@@ -117,7 +118,10 @@ def _finish(building: Building, states: Building, *, keep_states: bool) -> None:
 
 
 def _sample(config: Config, source: ModelFolder, sequences: Sequences, folder: Path, world: World) -> list[Path]:
-    """The runs that hold the sample; the teacher is loaded only when they are not complete yet."""
+    """Returns the runs that hold the sample, and gathers them first if they are incomplete.
+
+    Loads the teacher only when it has to gather.
+    """
     progress = Progress(**on_main(lambda: asdict(read_progress(folder))))
     if progress.sequences_done == len(sequences):
         say(f"  uses the states in {folder}")
@@ -129,13 +133,14 @@ def _sample(config: Config, source: ModelFolder, sequences: Sequences, folder: P
 
 
 def _cluster_own(config: Config, runs: list[Path], path: Path, world: World) -> None:
-    """Clusters the states of the tokens this rank owns, and writes its part of the dictionary."""
+    """Clusters the states of the tokens that this rank owns, and writes its part of the dictionary to `path`."""
     settings = config.senses
     sampled = SampledStates(runs, settings.max_states, share=(world.rank, world.world_size))
 
     def senses() -> Iterator[TokenSenses]:
         with progress_bar(total=len(sampled.tokens), label="k-means", unit="tokens") as bar:
-            # A fifth of the budget: reading and clustering copy parts of the states, and senses can take as much again.
+            # A fifth of the budget: reading and clustering copy parts of the states, and the senses can need as much
+            # memory as the states.
             for states in sampled.ranges(int(settings.memory_budget * 2**30) // 5):
                 yield cluster(states, settings, config.seed, world.device)
                 bar.update(len(states.tokens))

@@ -1,4 +1,4 @@
-"""Sampled states of many tokens to their sense embeddings (docs/method.md, section 2)."""
+"""Clusters the sampled states of many tokens into sense embeddings (docs/method.md, section 2)."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,19 @@ from dskd.senses.reservoir import TokenStates
 
 @dataclass(frozen=True)
 class TokenSenses:
-    """Sense embeddings of some tokens: m tokens, R rows in their order."""
+    """Sense embeddings of some tokens: m tokens and their R rows, in the order of the tokens."""
 
     tokens: torch.Tensor  # [m], ascending
-    sizes: torch.Tensor  # [m], rows of each
+    sizes: torch.Tensor  # [m], number of rows of each token
     vectors: torch.Tensor  # [R, D] bf16
-    counts: torch.Tensor  # [R] int64, states behind each row
+    counts: torch.Tensor  # [R] int64, number of states that each row represents
 
 
 def senses_per_token(counts: torch.Tensor, settings: SensesConfig) -> torch.Tensor:
-    """How many senses tokens with `counts` [m] states get: k, or one for each `states_per_sense` states up to k."""
+    """Returns the number of senses [m] of tokens with `counts` [m] states.
+
+    It is k, or one per `states_per_sense` states up to k if that is set; and never more than the token's states.
+    """
     wanted = torch.full_like(counts, settings.k)
     if settings.states_per_sense is not None:
         wanted = torch.minimum(wanted, -(-counts // settings.states_per_sense))
@@ -36,14 +39,16 @@ def cluster(
     device: torch.device,
     weights: torch.Tensor | None = None,
 ) -> TokenSenses:
-    """The sense embeddings of every token of `states`; a token with no more states than senses keeps them as they are.
+    """Computes the sense embeddings of every token of `states`.
+
+    A token that has no more states than senses keeps its states as senses, unchanged.
 
     Args:
-        states: of some tokens.
-        settings: `k`, `states_per_sense`, `restarts`, `max_iterations`.
-        seed: the experiment's.
-        device: where to compute.
-        weights: [n] int64, how many states each of them stands for; None is one.
+        states: the states of some tokens, n in all.
+        settings: `k`, `states_per_sense`, `restarts` and `max_iterations` are used.
+        seed: the experiment's seed.
+        device: the device that runs k-means.
+        weights: [n] int64, how many states each row of `states` represents; None means one each.
     """
     if weights is None:
         weights = torch.ones(len(states.states), dtype=torch.int64)
@@ -53,10 +58,13 @@ def cluster(
     vectors = torch.empty(int(offsets[-1]), states.states.shape[1], dtype=torch.bfloat16)
     counts = torch.empty(int(offsets[-1]), dtype=torch.int64)
 
+    # Tokens with no more states than senses: copy the states.
     few = (numbers == sizes).nonzero().squeeze(-1)
     place, rows = ranges(offsets[few], sizes[few]), ranges(states.offsets[few], sizes[few])
     vectors[place], counts[place] = states.states[rows], weights[rows]
 
+    # All other tokens: k-means, for groups of tokens with similarly many states and equal k. `width` is the number of
+    # states that tokens of a group are padded to; padding has weight 0.
     many = (numbers > sizes).nonzero().squeeze(-1)
     cluster_seed = derived_seed(seed, "senses", "kmeans")
     for indices, width, k in groups(numbers[many], sizes[many], states.states.shape[1], device):
@@ -76,7 +84,7 @@ def cluster(
         place = ranges(offsets[chosen], sizes[chosen])
         vectors[place] = found.centers.flatten(0, 1).to(torch.bfloat16).cpu()
         counts[place] = found.counts.flatten().cpu()
-    # Fewer different states than clusters leave clusters that nothing belongs to.
+    # A token with fewer distinct states than clusters has empty clusters: drop them.
     used = counts > 0
     if not used.all():
         sizes = _sum_by_token(used.long(), offsets)
@@ -85,7 +93,7 @@ def cluster(
 
 
 def ranges(starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """The integers starts[j] … starts[j] + sizes[j] - 1 for every j, end to end."""
+    """Returns the integers starts[j] … starts[j] + sizes[j] - 1 for every j, concatenated."""
     before = sizes.cumsum(0) - sizes
     return torch.arange(int(sizes.sum())) + (starts - before).repeat_interleave(sizes)
 

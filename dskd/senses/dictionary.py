@@ -1,4 +1,4 @@
-"""The sense dictionary's file, `senses/senses.safetensors`, and reading rows of it without loading it.
+"""The sense dictionary's file, `senses/senses.safetensors`, and how to read rows without loading the whole file.
 
 docs/formats.md describes the tensors. R rows, D hidden, V vocabulary, E entries (V tokens, then spans).
 """
@@ -35,27 +35,27 @@ _INDEX_TENSORS = (
 
 @dataclass(frozen=True)
 class SenseDictionary:
-    """Everything of the dictionary but its vectors, which stay on disk and are read by row."""
+    """A sense dictionary without its vectors, which stay on disk and are read row by row."""
 
     path: Path
     vocab_size: int
     hidden_size: int
-    counts: torch.Tensor  # [R] int64, states behind each row
-    entry_offsets: torch.Tensor  # [E+1] int64; rows of entry e are entry_offsets[e]:entry_offsets[e+1]
+    counts: torch.Tensor  # [R] int64, number of states that each row represents
+    entry_offsets: torch.Tensor  # [E+1] int64; the rows of entry e are entry_offsets[e]:entry_offsets[e+1]
     entries: Entries
 
     @property
     def num_rows(self) -> int:
-        """R."""
+        """The number of rows, R."""
         return len(self.counts)
 
     def vectors(self) -> torch.Tensor:
-        """All vectors [R, D] bf16. For the annotation, which reads every row again and again."""
+        """Loads all vectors [R, D] bf16 into memory, for the annotation, which reads every row many times."""
         return open_safetensors(self.path).get_tensor("vectors")
 
 
 def tensor_types(entries: Entries, rows: int, hidden_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor: (type as safetensors calls it, shape)} of a dictionary with so many rows."""
+    """Returns {tensor's name: (type in safetensors' notation, shape)} for a dictionary with `rows` rows."""
     types: dict[str, tuple[str, tuple[int, ...]]] = {
         "vectors": ("BF16", (rows, hidden_size)),
         "counts": ("I64", (rows,)),
@@ -69,7 +69,7 @@ def tensor_types(entries: Entries, rows: int, hidden_size: int) -> dict[str, tup
 def save_dictionary(
     path: Path, vectors: torch.Tensor, counts: torch.Tensor, entry_offsets: torch.Tensor, entries: Entries
 ) -> None:
-    """Writes the file; `vectors` [R, D] bf16, `counts` [R], `entry_offsets` [E+1]."""
+    """Writes a dictionary's file from `vectors` [R, D], stored as bf16, `counts` [R] and `entry_offsets` [E+1]."""
     tensors = {"vectors": vectors.to(torch.bfloat16), "counts": counts, "entry_offsets": entry_offsets}
     tensors |= entries.tensors()
     with full_disk_is_said(path.parent):
@@ -77,12 +77,12 @@ def save_dictionary(
 
 
 def dictionary_folder(config: Config) -> Path:
-    """`senses.path` where it is given, `WORKDIR/senses` otherwise."""
+    """Returns `senses.path` if it is set, otherwise `WORKDIR/senses`."""
     return Path(config.senses.path).expanduser() if config.senses.path is not None else config.path(kinds.SENSES.folder)
 
 
 def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
-    """The dictionary of the experiment, and its manifest.
+    """Returns the experiment's dictionary and its manifest.
 
     Raises:
         UserError: when it is missing, damaged or lacks a tensor.
@@ -94,10 +94,10 @@ def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
 
 
 def load_fitting_dictionary(config: Config, teacher: ModelFolder) -> tuple[SenseDictionary, Manifest]:
-    """:func:`load_dictionary`, for use with this teacher.
+    """Returns what :func:`load_dictionary` returns, after checking that the dictionary was built with this teacher.
 
     Raises:
-        UserError: also when it was made for another one.
+        UserError: as :func:`load_dictionary`; also when the dictionary was built with another teacher.
     """
     dictionary, manifest = load_dictionary(config)
     require_fitting(
@@ -111,10 +111,10 @@ def load_fitting_dictionary(config: Config, teacher: ModelFolder) -> tuple[Sense
 
 
 def read_dictionary(path: Path) -> SenseDictionary:
-    """The dictionary in one file.
+    """Reads a dictionary's file.
 
     Raises:
-        UserError: when it is damaged, lacks a tensor, or its parts do not fit each other.
+        UserError: when the file is damaged, lacks a tensor, or its tensors do not fit each other.
     """
     with open_safetensors(path) as stored:
         names = set(stored.keys())
@@ -139,10 +139,10 @@ def read_dictionary(path: Path) -> SenseDictionary:
 def require_fitting(
     dictionary: SenseDictionary, manifest: Manifest, *, teacher: str, tokenizer: str, hidden_size: int
 ) -> None:
-    """Refuses a dictionary that was made for another teacher.
+    """Checks that the dictionary was built with this teacher.
 
     Raises:
-        UserError: naming both sides.
+        UserError: when hidden size, tokenizer or teacher differ; it names both sides.
     """
     remedy = f"make the dictionary again with `{kinds.SENSES.made_by}`"
     if dictionary.hidden_size != hidden_size:
@@ -156,19 +156,20 @@ def require_fitting(
 
 
 def map_vectors(path: Path) -> np.ndarray:
-    """`vectors` [R, D] as a read-only memory map of the raw 16 bits of each bf16; pages are read when rows are.
+    """Maps `vectors` [R, D] into memory, read-only, as the raw 16 bits of each bf16.
 
-    The loader's workers use it: they touch a few thousand rows a batch of a file that may have tens of gigabytes.
+    A page is read from disk only when one of its rows is used. This is for the loader's workers, which read a few
+    thousand rows per batch from a file that may have tens of gigabytes.
     """
     return map_tensor(path, "vectors", "BF16")
 
 
 def rows_of_entry(dictionary: SenseDictionary, entry: int) -> range:
-    """The rows of an entry."""
+    """Returns the rows of an entry."""
     return range(int(dictionary.entry_offsets[entry]), int(dictionary.entry_offsets[entry + 1]))
 
 
 def rows_of_tokens(dictionary: SenseDictionary, tokens: Sequence[int]) -> range:
-    """The rows of the entry with these tokens; empty where there is no such entry, or it has no sense."""
+    """Returns the rows of the entry with these tokens; empty if there is no such entry, or if it has no sense."""
     entry = entry_of_tokens(dictionary.entries, tokens)
     return range(0) if entry is None else rows_of_entry(dictionary, entry)

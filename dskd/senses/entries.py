@@ -1,10 +1,11 @@
-"""Words to entries of the sense dictionary: which tokens have relations, and to which tokens and spans.
+"""The entries of the sense dictionary: tokens and spans, and their relations, from the words of the lexicon.
 
-A head must be one token as " word" and longer than two letters; a neighbour may be a span of one to three tokens
-(docs/method.md, section 1). Entries 0…V-1 are the tokens, entries from V on are spans of two or three tokens.
+A relation has a head and a neighbour, both words. " word", the head with a space before it, must be one token, and
+the head must have at least three letters. A neighbour is a span of one to three tokens (docs/method.md, section 1).
+Entries 0…V-1 are the tokens, and entries from V on are spans of two or three tokens.
 
-A word counts only when its tokens say it: without the unknown token or another special one, and with the word as what
-they decode to. Otherwise one token would collect the relations of all words that the tokenizer does not know.
+A word counts only if its tokens decode to that word and contain no special token, such as the unknown token.
+Otherwise one token would collect the relations of all words that the tokenizer does not know.
 """
 
 import unicodedata
@@ -25,10 +26,10 @@ MIN_HEAD_LETTERS = 3
 
 @dataclass(frozen=True)
 class Entries:
-    """The words of the lexicon in terms of tokens. E entries: V tokens, then E-V spans.
+    """The words and relations of the lexicon in terms of tokens. E entries: V tokens, then E-V spans.
 
-    `synonym_entries[synonym_offsets[v]:synonym_offsets[v + 1]]` are the synonyms of token v as entries, ascending;
-    antonyms likewise.
+    `synonym_entries[synonym_offsets[v]:synonym_offsets[v + 1]]` are the entries that are synonyms of token v, in
+    ascending order; antonyms likewise.
     """
 
     vocab_size: int
@@ -40,19 +41,19 @@ class Entries:
 
     @property
     def num_entries(self) -> int:
-        """E."""
+        """The number of entries, E."""
         return self.vocab_size + len(self.span_tokens)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor, by its name in the dictionary's file."""
+        """Returns every tensor by its name in the dictionary's file."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "vocab_size"}
 
 
 def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
-    """Builds the entries of `WORKDIR/lexicon`, as :func:`build_entries` does.
+    """Builds the entries from `WORKDIR/lexicon`, and returns what :func:`build_entries` returns.
 
     Raises:
-        UserError: when there is no lexicon, or no pair of it can be used with this tokenizer.
+        UserError: when there is no lexicon, or when none of its pairs can be used with this tokenizer.
     """
     relations = load_lexicon(config)
     entries, counts = build_entries(relations, tokenizer, vocab_size, config.senses.surface_forms)
@@ -76,19 +77,22 @@ def build_entries(
 ) -> tuple[Entries, dict[str, int]]:
     """Tokenizes the words of the relations and drops the pairs that the tokenizer cannot express.
 
-    Beside " word", a word that begins with a small letter has the `surface_forms`: `capitalized`, " Word", and
-    `sentence_initial`, "Word" at the very beginning of a text. A form counts where it is one token: it is then a head
-    with the neighbours of the word, and a neighbour of the word's heads.
+    In addition to " word", a word that begins with a small letter has the `surface_forms`: `capitalized` is " Word",
+    and `sentence_initial` is "Word" at the very beginning of a text. A form counts only if it is one token. It is then
+    a head with the neighbours of the word, and a neighbour of the word's heads.
 
     Returns:
-        The entries, and counts for people: usable pairs, pairs dropped by reason, words that the tokenizer does not
-        know, and for each form how many tokens are heads and neighbours in it.
+        The entries, and counts for the report: usable pairs, dropped pairs by reason, words that the tokenizer does not
+        know, and for each form how many of its tokens are heads and how many are neighbours.
     """
+    # Tokenize every word, and every surface form of every word, once.
     relations = list(relations)
     words = sorted({word for relation in relations for word in (relation.head, relation.tail)})
     tokens_of = dict(zip(words, tokenize_words(words, tokenizer), strict=True))
     forms_of = {form: tokenize_form(words, form, tokenizer) for form in dict.fromkeys(surface_forms)}
     counts: Counter[str] = Counter(unknown_words=sum(not tokens for tokens in tokens_of.values()))
+    # Pair every form of the head that is one token with every form of the neighbour that is one to three tokens; count
+    # the reasons for dropping the other pairs.
     pairs: dict[str, set[tuple[int, tuple[int, ...]]]] = {"synonym": set(), "antonym": set()}
     for relation in relations:
         heads, tails = [tokens_of[relation.head]], [tokens_of[relation.tail]]
@@ -106,10 +110,11 @@ def build_entries(
             counts["neighbour_is_longer_than_three_tokens" if known else "neighbour_is_unknown_to_the_tokenizer"] += 1
         else:
             pairs[relation.relation] |= {(head[0], tail) for head in heads for tail in tails if head != tail}
-    # Different words can be one to the tokenizer (it may drop case or accents), so rows are kept apart here once more:
-    # a row that a position is pulled to must never be one it is pushed from.
+    # The tokenizer may drop case or accents, so that two words have the same tokens and a pair can be both a synonym
+    # and an antonym pair. Training must not both pull a position to a row and push it away, so the synonym pair wins.
     pairs["antonym"] -= pairs["synonym"]
     spans = sorted({tail for kind in pairs.values() for _, tail in kind if len(tail) > 1})
+    # Number the spans after the tokens, and store each relation as CSR: the entries of token v from offsets[v] on.
     entry_of_span = {span: vocab_size + index for index, span in enumerate(spans)}
     csr = {}
     for name, kind in pairs.items():
@@ -117,6 +122,7 @@ def build_entries(
         csr[name] = _to_csr(edges, vocab_size)
         counts[f"{name}_pairs"] = len(edges)
         counts[f"tokens_with_{name}s"] = len({head for head, _ in edges})
+    # For the report: how many tokens of each surface form are used as heads and as neighbours.
     counts["spans"] = len(spans)
     used_heads = {(head,) for kind in pairs.values() for head, _ in kind}
     used_tails = {tail for kind in pairs.values() for _, tail in kind}
@@ -135,11 +141,11 @@ def build_entries(
 
 
 def tokenize_words(words: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
-    """Returns the token ids of each word as it stands inside a text, behind a space: " word".
+    """Returns the token ids of each word as they are inside a text, after a space: " word".
 
-    The word is tokenized behind another one and that one's tokens are taken off again. Tokenizing " word" by itself
-    would be another thing for tokenizers that mark the beginning of a text with a space of their own. A word that the
-    tokenizer does not know has no ids.
+    It tokenizes "the word" and removes the tokens of "the". Tokenizing " word" alone would give other ids with
+    tokenizers that add a space of their own at the beginning of a text. A word that the tokenizer does not know gets
+    no ids.
     """
     if not words:
         return []
@@ -151,7 +157,7 @@ def tokenize_words(words: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
 
 
 def tokenize_form(words: list[str], form: str, tokenizer: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the words that are one token in a surface form (see :func:`build_entries`), with that token."""
+    """Returns {word: its token} for the words that are one token in a surface form (see :func:`build_entries`)."""
     capitalized = {word: upper + word[1:] for word in words if word[0].islower() and len(upper := word[0].upper()) == 1}
     if not capitalized:
         return {}
@@ -165,8 +171,10 @@ def tokenize_form(words: list[str], form: str, tokenizer: Any) -> dict[str, tupl
 
 
 def _that_say(words: list[str], tokens: list[tuple[int, ...]], tokenizer: Any) -> list[tuple[int, ...]]:
-    """Returns the tokens of each word if they say it, otherwise none: with a special token among them, or when they
-    decode to something else, as with tokenizers that drop case, accents, or characters they do not know.
+    """Returns the tokens of each word, or no tokens if they do not represent the word.
+
+    They do not if one of them is a special token, or if they decode to other text. The latter happens with tokenizers
+    that drop case, accents, or characters that they do not know.
     """
     special = {*tokenizer.all_special_ids, *(i for i, added in tokenizer.added_tokens_decoder.items() if added.special)}
     texts = tokenizer.batch_decode([list(ids) for ids in tokens], clean_up_tokenization_spaces=False)
@@ -177,13 +185,13 @@ def _that_say(words: list[str], tokens: list[tuple[int, ...]], tokenizer: Any) -
 
 
 def _comparable(text: str) -> str:
-    # Decoders put spaces between pieces or take them away, and some leave sentencepiece's sign for a space. Tokenizers
-    # normalise full-width letters and composed accents, which changes no word.
+    # Decoders add or remove spaces between pieces, and some leave sentencepiece's sign for a space. Tokenizers
+    # normalise full-width letters and composed accents; it is still the same word.
     return "".join(unicodedata.normalize("NFKC", text).replace("▁", " ").split())
 
 
 def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted (token, entry) pairs as offsets [V+1] int64 and entries int32."""
+    """Converts sorted (token, entry) pairs to CSR: offsets [V+1] int64 and entries int32."""
     heads = torch.tensor([head for head, _ in edges], dtype=torch.int64)
     offsets = torch.zeros(vocab_size + 1, dtype=torch.int64)
     offsets[1:] = torch.bincount(heads, minlength=vocab_size).cumsum(0)
@@ -191,14 +199,14 @@ def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> tuple[torch.Tensor
 
 
 def tokens_of_entry(entries: Entries, number: int) -> list[int]:
-    """The token ids of an entry: one for a token, two or three for a span."""
+    """Returns the token ids of an entry: one for a token, two or three for a span."""
     if number < entries.vocab_size:
         return [number]
     return [token for token in entries.span_tokens[number - entries.vocab_size].tolist() if token >= 0]
 
 
 def entry_of_tokens(entries: Entries, tokens: Sequence[int]) -> int | None:
-    """The entry that has just these tokens; None where there is none."""
+    """Returns the entry that has exactly these tokens, or None if there is none."""
     if len(tokens) == 1:
         return tokens[0]
     width = entries.span_tokens.shape[1]
@@ -210,6 +218,6 @@ def entry_of_tokens(entries: Entries, tokens: Sequence[int]) -> int | None:
 
 
 def neighbours_of(entries: Entries, token: int, relation: str) -> list[int]:
-    """The entries that are synonyms or antonyms of a token."""
+    """Returns the entries that are synonyms or antonyms of a token."""
     offsets, tails = getattr(entries, f"{relation}_offsets"), getattr(entries, f"{relation}_entries")
     return tails[int(offsets[token]) : int(offsets[token + 1])].tolist()

@@ -1,12 +1,12 @@
-"""The teacher's states, sampled per token on all ranks (docs/method.md, section 2).
+"""Gathers a sample of the teacher's states for each token, on all ranks (docs/method.md, section 2).
 
-Every position's state belongs to a token: the one the teacher predicts there, or the actual next one (`senses.key`).
-Each state is sent to the rank that owns its token, which keeps a bounded random sample (:mod:`dskd.senses.reservoir`).
-A state's priority is a function of (seed, sequence, position), so the sample is the same for any number of ranks, any
-batch size and any order of arrival.
+The state at a position belongs to a token: the token that the teacher predicts there, or the actual next token
+(`senses.key`). Each state is sent to the rank that owns its token, which keeps a bounded random sample
+(:mod:`dskd.senses.reservoir`). A state's priority is a function of (seed, sequence, position), so the sample is the
+same for any number of ranks, any batch size and any order of arrival.
 
-Every few minutes all ranks put what they hold on disk and rank 0 notes how far they are: an interrupted gathering goes
-on from there, also with another number of ranks.
+Every few minutes all ranks write their states to disk and rank 0 records the progress. An interrupted gathering resumes
+from there, even with another number of ranks.
 """
 
 import functools
@@ -37,16 +37,17 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a gathering is: the first so many sequences are in the runs with these names, and in nothing else."""
+    """The progress of a gathering: these runs hold exactly the states of the first `sequences_done` sequences."""
 
     sequences_done: int
     runs: list[str]
 
 
 def read_progress(folder: Path) -> Progress:
-    """What is noted in the folder of an interrupted gathering; that of one that has not begun when nothing is.
+    """Reads the progress of an interrupted gathering from its folder; without a progress file nothing is done yet.
 
-    Nothing is also what a note is worth that cannot be read, or that names a run that is missing or was cut.
+    A progress file that is unreadable, or names a run that is missing or truncated, counts as no progress, and causes a
+    warning.
     """
     file = folder / _PROGRESS
     if not file.is_file():
@@ -65,13 +66,15 @@ def read_progress(folder: Path) -> Progress:
 def gather_states(
     teacher: FrozenModel, sequences: Sequences, settings: SensesConfig, seed: int, world: World, folder: Path
 ) -> list[Path]:
-    """Runs the teacher over all sequences and samples its states into runs in `folder`. Every rank must call it.
+    """Runs the teacher over all sequences and writes the sample of its states to runs in `folder`.
 
-    Token v belongs to rank v mod world_size.
+    Every rank must call it. Rank v mod world_size owns token v.
 
     Returns:
-        The runs of all ranks.
+        The paths of the runs of all ranks.
     """
+    # This rank continues its own runs. Runs of a gathering with another number of ranks stay as they are: reading the
+    # sample merges all runs.
     progress = Progress(**on_main(lambda: asdict(_continue(folder))))
     own = f"rank{world.rank}of{world.world_size}"
     others = [run for run in progress.runs if not run.split("-")[0].endswith(f"of{world.world_size}")]
@@ -98,6 +101,7 @@ def gather_states(
     with progress_bar(total=sequences.num_tokens, label="gathering states", unit="tokens", initial=done_tokens) as bar:
         for first, done, batch in rank_batches(sequences, settings.batch_size, world, progress.sequences_done):
             has_target = batch.has_target.to(teacher.device)
+            # The state and the token of each position that has a target.
             if settings.key == "predicted":
                 hidden, predicted = read_states_of(teacher, batch, first, functools.partial(_predict_at, has_target))
                 tokens = predicted.cpu()
@@ -107,10 +111,13 @@ def gather_states(
             sequence, position = batch.has_target.nonzero(as_tuple=True)
             priorities = random_bits(priority_seed, sequence + first, position)
             states = hidden[has_target]
+            # Only the owner of a token knows its threshold, so every state travels; it copies to the CPU only those
+            # that can still get into the sample.
             tokens, priorities, states = _to_owners(tokens, priorities, states.to(torch.bfloat16), world)
             wanted = reservoir.wanted(tokens, priorities)
             reservoir.add(tokens[wanted], priorities[wanted], states[wanted.to(states.device)].cpu())
             bar.update(min(batch.num_tokens * world.world_size, bar.total - bar.n))
+            # All ranks must save at the same batch, so rank 0's clock decides.
             if broadcast_json(time.monotonic() - saved_at >= 60 * settings.save_minutes):
                 save(done)
                 saved_at = time.monotonic()
@@ -122,11 +129,12 @@ def rank_batches(
 ) -> Iterator[tuple[int, int, TokenBatch]]:
     """Yields this rank's batches of the sequences from `start` on.
 
-    Batches are dealt out in turn. Every rank gets equally many, since a forward pass under ZeRO-3 needs all ranks: one
-    without work left gets a batch without targets.
+    The ranks take batches in turn. Every rank gets the same number of batches, because a forward pass under ZeRO-3
+    needs all ranks: a rank that has no work left gets a batch without targets.
 
     Yields:
-        The number of the batch's first sequence, how many sequences all ranks will have behind them then, the batch.
+        The number of the batch's first sequence, the number of sequences that all ranks together have done after this
+        batch, and the batch.
     """
     starts = range(start, len(sequences), batch_size)
     for turn in range(-(-len(starts) // world.world_size)):
@@ -142,7 +150,7 @@ def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head_weight: torc
 
 
 def _continue(folder: Path) -> Progress:
-    """Removes what no note speaks of, and says how far the gathering is."""
+    """Reads the progress, prints where the gathering resumes, and deletes all runs that the progress does not name."""
     progress = read_progress(folder)
     for file in folder.glob("*.safetensors"):
         if file.name not in progress.runs:
@@ -157,19 +165,20 @@ def _continue(folder: Path) -> Progress:
 def _to_owners(
     tokens: torch.Tensor, priorities: torch.Tensor, states: torch.Tensor, world: World
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sends each state to the rank that owns its token, and returns what this rank is sent.
+    """Sends each state to the rank that owns its token, and returns what this rank receives.
 
-    Tokens and priorities come back in the computer's memory, states [n, D] on the device that they were on.
+    Received tokens [n] and priorities [n] are on the CPU, and states [n, D] on this rank's device.
     """
     if world.world_size == 1:
         return tokens, priorities, states
+    # Sort by owner, and tell every rank how many states to expect from this one.
     owner = tokens % world.world_size
     order = owner.argsort(stable=True)
     sent = torch.bincount(owner, minlength=world.world_size)
     device = world.device
     received = _exchange(sent, [1] * world.world_size, [1] * world.world_size, device).cpu()
     splits = sent.tolist(), received.tolist()
-    # bf16 travels as bytes: gloo does not know the type.
+    # Send bf16 as bytes: gloo does not support the type.
     bits = _exchange(states[order.to(states.device)].view(torch.uint8), *splits, device)
     return (
         _exchange(tokens[order], *splits, device).cpu(),

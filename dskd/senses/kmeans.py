@@ -1,10 +1,10 @@
-"""K-means of the states of thousands of tokens at once, on whatever device the points are.
+"""K-means for the states of thousands of tokens at once, on the device of the points.
 
-Seeding is *greedy* k-means++ (Arthur and Vassilvitskii 2007, section 5): of several candidates for the next centre the
-one is taken that lowers the inertia most. Plain k-means++ was 4 % worse in inertia on real states. Lloyd iterations
-follow; a centre that loses all its points moves to the point that is worst served.
+Seeding is *greedy* k-means++ (Arthur and Vassilvitskii 2007, section 5): of several candidates for the next centre, it
+takes the one that lowers the inertia most. Plain k-means++ was 4 % worse in inertia on real states. Lloyd iterations
+follow; a centre that loses all its points moves to the point that is farthest from its centre.
 
-Shapes: G tokens in a group, N points a token (padded), D hidden, K centres.
+Shapes: G tokens in a group, N points per token (padded), D hidden, K centres.
 """
 
 import math
@@ -15,16 +15,16 @@ import torch
 
 from dskd.random_numbers import uniform
 
-_GROUP_ELEMENTS = {"cpu": 8_000_000, "cuda": 512_000_000}  # floats of the points in one group: 32 MB, 2 GB
+_GROUP_ELEMENTS = {"cpu": 8_000_000, "cuda": 512_000_000}  # floats in the points of one group: 32 MB, 2 GB
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Centres of G tokens, the points behind each, and the sum of squared distances to the nearest centre."""
+    """The result of k-means for the G tokens of a group."""
 
     centers: torch.Tensor  # [G, K, D] float32
-    counts: torch.Tensor  # [G, K] int64
-    inertia: torch.Tensor  # [G] float32
+    counts: torch.Tensor  # [G, K] int64, total weight of the points of each centre
+    inertia: torch.Tensor  # [G] float32, weighted sum of squared distances to the nearest centre
 
 
 def kmeans(
@@ -37,23 +37,25 @@ def kmeans(
     restarts: int = 1,
     max_iterations: int = 50,
 ) -> Clusters:
-    """Clusters each token's points by themselves.
+    """Clusters the points of each token separately.
 
     Args:
         points: [G, N, D], of any floating dtype.
         weights: [G, N], how often each point counts, 0 for padding; each token has more than `num_clusters` points.
         num_clusters: K.
-        seed: of the random choices.
-        keys: [G] int64; a token's result depends on its points, the seed and its key, and not on its group.
-        restarts: runs with different random choices; the one of least inertia is kept.
-        max_iterations: Lloyd iterations a run at most.
+        seed: seed of the random choices.
+        keys: [G] int64; a token's result depends on its points, the seed and its key, but not on its group.
+        restarts: number of runs with different random choices; the one with the least inertia is kept.
+        max_iterations: maximum number of Lloyd iterations per run.
     """
     weights = weights.float()
     mask = weights > 0
     points = points.float() * mask.unsqueeze(-1)
-    # Distances come from products, which lose digits where the points are far from the origin.
+    # Centre the points on their mean: distances are computed from products, which lose digits when the points are far
+    # from the origin.
     mean = (points * weights.unsqueeze(-1)).sum(1, keepdim=True) / weights.sum(1).view(-1, 1, 1)
     points = (points - mean) * mask.unsqueeze(-1)
+    # Each token keeps its own best run.
     best: Clusters | None = None
     for restart in range(restarts):
         centers = _greedy_seeding(points, weights, num_clusters, seed, keys, restart)
@@ -74,18 +76,18 @@ def kmeans(
 def groups(
     sizes: torch.Tensor, num_clusters: torch.Tensor, hidden_size: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Puts tokens with similarly many points and equally many clusters together.
+    """Groups tokens that have a similar number of points and the same number of clusters.
 
-    N depends on a token's own size alone, so that arithmetic does not depend on the company it is in.
+    N depends on a token's own size alone, so that a token's arithmetic does not depend on the other tokens.
 
     Args:
-        sizes: points of each token.
+        sizes: number of points of each token.
         num_clusters: K of each token.
         hidden_size: D.
-        device: where the points will be.
+        device: the device that the points will be on; it decides how large a group may be.
 
     Yields:
-        Indices into `sizes`, N to pad the tokens' points to, and K.
+        Indices into `sizes`, the N that the tokens' points are padded to, and K.
     """
     padded = torch.tensor([_padded(int(size)) for size in sizes], dtype=torch.int64)
     elements = _GROUP_ELEMENTS[device.type]
@@ -95,7 +97,10 @@ def groups(
 
 
 def _padded(size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96 …: at most half of the work is on padding."""
+    """Returns the smallest of 16, 24, 32, 48, 64, 96 … that is at least `size`.
+
+    For sizes above 16, at most a third of the points is then padding.
+    """
     power = 1 << max(4, (size - 1).bit_length())
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
@@ -103,14 +108,18 @@ def _padded(size: int) -> int:
 def _greedy_seeding(
     points: torch.Tensor, weights: torch.Tensor, num_clusters: int, seed: int, keys: torch.Tensor, restart: int
 ) -> torch.Tensor:
-    """Initial centres [G, K, D]."""
+    """Chooses initial centres [G, K, D] among the points, by greedy k-means++."""
     group = torch.arange(len(points), device=points.device)
     trials = torch.arange(2 + int(math.log(num_clusters)), device=points.device)
     keys = keys.to(points.device)
     norms = points.square().sum(-1)
+    # The first centre is a random point. `closest` [G, N] is each point's weighted squared distance to its nearest
+    # centre so far.
     first = _draw(weights, uniform(seed, keys, restart, 0, 0).unsqueeze(-1)).squeeze(-1)
     centers = [points[group, first]]
     closest = _squared_distances(points, norms, centers[0].unsqueeze(1)).squeeze(-1) * weights
+    # Each further centre: draw candidates with probability proportional to `closest`, and take the candidate that
+    # leaves the least inertia.
     for number in range(1, num_clusters):
         draws = uniform(seed, keys.unsqueeze(-1), restart, number, trials)
         candidates = _draw(closest, draws)  # [G, trials]
@@ -124,21 +133,22 @@ def _greedy_seeding(
 
 
 def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Indices [G, n] with probability proportional to `weights` [G, N], from `uniforms` [G, n]."""
+    """Draws indices [G, n] with probability proportional to `weights` [G, N]; `uniforms` [G, n] is the randomness."""
     cumulative = weights.double().cumsum(-1)
     wanted = uniforms * cumulative[:, -1:]
     indices = torch.searchsorted(cumulative, wanted.contiguous(), right=True)
-    # Where all weights are 0 (every point is a centre already) any real point will do: the first.
+    # If all weights are 0 (every point is already a centre), any real point will do: take the first.
     return torch.where(cumulative[:, -1:] > 0, indices.clamp(max=weights.shape[-1] - 1), 0)
 
 
 def _lloyd(points: torch.Tensor, weights: torch.Tensor, centers: torch.Tensor, max_iterations: int) -> Clusters:
-    """Alternates assignment and means until no assignment changes."""
+    """Alternates assignment and means until no assignment changes, for at most `max_iterations` iterations."""
     mask = weights > 0
     norms = points.square().sum(-1)
     num_clusters = centers.shape[1]
     centers = centers.clone()
     previous = torch.full(mask.shape, -1, dtype=torch.int64, device=points.device)
+    # Only `active` tokens are computed: those with an assignment that changed in the iteration before.
     active = torch.arange(len(points), device=points.device)
     for _ in range(max_iterations):
         distances, labels = _squared_distances(points[active], norms[active], centers[active]).min(-1)
@@ -147,17 +157,26 @@ def _lloyd(points: torch.Tensor, weights: torch.Tensor, centers: torch.Tensor, m
         active, labels, distances = active[moved], labels[moved], distances[moved]
         if not len(active):
             break
+        # The new centres are weighted means, as one batched product of membership and points.
         members = _members(labels, weights[active], num_clusters)
         sizes = members.sum(1)
         means = torch.bmm(members.transpose(1, 2), points[active]) / sizes.clamp(min=1e-30).unsqueeze(-1)
         centers[active] = _refill(means, sizes, points[active], distances * weights[active])
+    # Assign all points to the final centres. Counts are summed in double precision, because float32 rounds large sums.
     distances, labels = _squared_distances(points, norms, centers).min(-1)
     counts = _members(labels, weights, num_clusters).double().sum(1).round().long()
     return Clusters(centers, counts, (distances * weights).sum(-1))
 
 
 def _refill(means: torch.Tensor, sizes: torch.Tensor, points: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-    """Moves the j-th empty centre of a token to the token's j-th worst served point."""
+    """Moves the j-th empty centre of a token to the token's point with the j-th largest weighted squared distance.
+
+    Args:
+        means: [G, K, D], the new centres.
+        sizes: [G, K], total weight of each centre's points.
+        points: [G, N, D].
+        distances: [G, N], weighted squared distance of each point to its centre.
+    """
     empty = sizes == 0
     if not empty.any():
         return means
@@ -169,12 +188,15 @@ def _refill(means: torch.Tensor, sizes: torch.Tensor, points: torch.Tensor, dist
 
 
 def _members(labels: torch.Tensor, weights: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Membership [G, N, K] float32 of labels [G, N], by weight; padding belongs nowhere."""
+    """Returns the membership [G, N, K] float32 for labels [G, N]: a point's weight at its label, 0 elsewhere.
+
+    Padding has weight 0, and so belongs to no cluster.
+    """
     members = torch.zeros(*labels.shape, num_clusters, device=labels.device)
     return members.scatter_(-1, labels.unsqueeze(-1), weights.unsqueeze(-1))
 
 
 def _squared_distances(points: torch.Tensor, norms: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """|x - c|² [G, N, K] of points [G, N, D] with their squared norms [G, N] to centers [G, K, D]."""
+    """Computes |x - c|² [G, N, K] of points [G, N, D], with their squared norms [G, N], and centers [G, K, D]."""
     products = torch.bmm(points, centers.transpose(1, 2))
     return (norms.unsqueeze(-1) - 2 * products + centers.square().sum(-1).unsqueeze(1)).clamp(min=0)

@@ -1,9 +1,8 @@
-"""`dskd senses merge`: one sense dictionary of several that the same teacher gave on different corpora.
+"""`dskd senses merge`: merges sense dictionaries that were built with the same teacher on different corpora.
 
-A row stands for the states behind it: the rows of all dictionaries are clustered by k-means in which each has the
-weight of its states. So what is merged are centroids, not the states themselves, which are gone by then; to sample
-states over several corpora, name them all in one config's `corpus.train`. Spans are composed again from the merged
-tokens.
+K-means clusters the rows of all dictionaries; a row's weight is the number of states that it represents. So this merges
+centroids, not the states themselves, which no longer exist by then. To sample states over several corpora, name them
+all in one config's `corpus.train`. Spans are composed again from the merged tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,10 +28,12 @@ _MERGING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_form
 
 
 def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) -> None:
-    """Merges the dictionaries in `folders` and writes the result to `output`, to be named by `senses.path`.
+    """Merges the dictionaries in `folders` and writes the result to `output`, the folder to name in `senses.path`.
 
     Raises:
-        UserError: when one is missing or damaged, or was made with another teacher or tokenizer than the config's.
+        UserError: when a dictionary is missing or damaged, or was built with another teacher or tokenizer than the
+            config's; when `folders` has fewer than two different folders, the dictionaries' `senses.key` differ, or
+            `output` is one of them or holds something else.
     """
     if len({folder.resolve() for folder in folders}) < 2:
         raise UserError("name two or more different folders with sense dictionaries to merge")
@@ -100,6 +101,7 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
     numbers = torch.stack([dictionary.entry_offsets[: vocab_size + 1].diff() for dictionary in dictionaries]).sum(0)
     behind = torch.stack([_states_per_token(dictionary) for dictionary in dictionaries]).sum(0)
     sizes = torch.minimum(senses_per_token(behind, config.senses), numbers)
+    # A fifth of the budget: reading and clustering copy the rows.
     rows_at_once = max(1, int(config.senses.memory_budget * 2**30) // 5 // (2 * hidden_size))
 
     def senses() -> Iterator[TokenSenses]:
@@ -115,13 +117,17 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
 
 
 def _states_per_token(dictionary: SenseDictionary) -> torch.Tensor:
-    """States behind the senses of each token [V]."""
+    """Returns the number of states [V] that the senses of each token represent."""
     before = F.pad(dictionary.counts.cumsum(0), (1, 0))
     return before[dictionary.entry_offsets[: dictionary.vocab_size + 1]].diff()
 
 
 def _read_tokens(dictionaries: Sequence[SenseDictionary], start: int, stop: int) -> tuple[TokenStates, torch.Tensor]:
-    """The rows of all dictionaries for the tokens from `start` to `stop`, by token, and the states behind each."""
+    """Reads the rows of all dictionaries for the tokens from `start` up to, not including, `stop`.
+
+    Returns:
+        The rows sorted by token, and the number of states that each row represents.
+    """
     vectors, counts, owners = [], [], []
     for dictionary in dictionaries:
         offsets = dictionary.entry_offsets[start : stop + 1]

@@ -1,10 +1,11 @@
-"""A bounded random sample of each token's states, in bounded memory: what does not fit is spilled to disk.
+"""A bounded random sample of each token's states, in bounded memory: states that do not fit are spilled to disk.
 
-A state's chance is decided by a random priority: of every token the `max_states` states of lowest priority are kept.
-What is kept therefore depends on which states were offered, and not on their order, on spills, or on who offered them.
+Each state has a random priority, and the sample keeps the `max_states` states with the lowest priorities of every
+token. So the sample depends only on the set of states offered, not on their order, on spills, or on the rank that
+offered them.
 
-States on disk lie in *runs*: safetensors files with `tokens` [n] int32, `priorities` [n] int64 and `states` [n, D]
-bf16, sorted by token, then by priority. A run is written under a temporary name and renamed when it is whole.
+States on disk are in *runs*: safetensors files with `tokens` [n] int32, `priorities` [n] int64 and `states` [n, D]
+bf16, sorted by token, then by priority. A run is written under a temporary name and renamed when it is complete.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,31 +18,31 @@ from torch.nn import functional as F
 
 from dskd.artifacts.tensor_file import create_tensors, map_tensor
 
-_CHUNK_BYTES = 32 * 2**20  # of states that are copied at one time
-_SPILL_SHARE = 0.75  # a reservoir that is still as full as this after dropping what is not wanted goes to disk
-_MAX_RUNS = 12  # more are merged to one, so that disk use stays near that of the sample
+_CHUNK_BYTES = 32 * 2**20  # size of the states copied at once
+_SPILL_SHARE = 0.75  # spill if the memory is still fuller than this after dropping states outside the sample
+_MAX_RUNS = 12  # more runs than this are merged into one, so that disk use stays close to the size of the sample
 
 
 @dataclass(frozen=True)
 class TokenStates:
-    """States of some tokens, sorted by token, then by priority. n states in all."""
+    """The states of some tokens, n in all, sorted by token, then by priority."""
 
     tokens: torch.Tensor  # [m] distinct tokens, ascending
-    offsets: torch.Tensor  # [m+1]; states of tokens[j] are offsets[j]:offsets[j+1]
+    offsets: torch.Tensor  # [m+1]; the states of tokens[j] are offsets[j]:offsets[j+1]
     states: torch.Tensor  # [n, D] bf16
 
 
 class Reservoir:
-    """Keeps the `max_states` states of lowest priority of every token it is offered.
+    """A sample of the states offered: for every token, the `max_states` states with the lowest priorities.
 
     Args:
         vocab_size: V.
-        max_states: kept a token.
+        max_states: number of states kept per token.
         hidden_size: D.
-        memory_budget: bytes of states held in memory; beyond them runs are written.
-        folder: where runs go; it exists.
+        memory_budget: bytes of states held in memory; further states are written to runs.
+        folder: existing folder for the runs.
         name: prefix of the runs' file names, different for each rank.
-        runs: names of runs in `folder` that an interrupted gathering left, and that count.
+        runs: names of the runs in `folder`, from an interrupted gathering, that belong to the sample.
     """
 
     def __init__(
@@ -62,22 +63,23 @@ class Reservoir:
         self._obsolete: list[str] = []
         self._number = 1 + max((int(run.split("-")[-1].split(".")[0]) for run in runs), default=-1)
         capacity = max(2, memory_budget // (2 * hidden_size + 16))
-        # Pages of a fresh allocation take memory only when they are written to.
+        # Allocating the whole budget costs nothing yet: pages take memory only when they are written to.
         self._tokens = torch.empty(capacity, dtype=torch.int64)
         self._priorities = torch.empty(capacity, dtype=torch.int64)
         self._states = torch.empty(capacity, hidden_size, dtype=torch.bfloat16)
         self._size = 0
-        # Once a token is known to have `max_states` states, later ones above the highest of these are dropped at once.
+        # When a token has `max_states` states, its threshold is the highest of their priorities: states at or above it
+        # cannot get into the sample and are dropped at once.
         self._thresholds = torch.full((vocab_size,), torch.iinfo(torch.int64).max)
         for run in self._runs:
             self._learn_thresholds(*_keys(self._folder / run))
 
     def wanted(self, tokens: torch.Tensor, priorities: torch.Tensor) -> torch.Tensor:
-        """Which of the offered states [n] may still get into the sample: the others need not even be moved here."""
+        """Returns a mask [n] of the states that can still get into the sample; there is no need to move the others."""
         return priorities < self._thresholds[tokens]
 
     def add(self, tokens: torch.Tensor, priorities: torch.Tensor, states: torch.Tensor) -> None:
-        """Takes states [n, D] with their tokens [n] and priorities [n]."""
+        """Adds states [n, D] with their tokens [n] and priorities [n]."""
         start = 0
         while start < len(tokens):
             if self._size == len(self._tokens):
@@ -94,7 +96,8 @@ class Reservoir:
     def flush(self) -> list[str]:
         """Writes everything to disk, and returns the names of the runs that together hold the sample.
 
-        Files that these replace stay until :meth:`remove_obsolete`: whoever noted their names may still need them.
+        Runs that an earlier call returned stay on disk until :meth:`remove_obsolete`, even if others replace them: a
+        progress file may still name them.
         """
         if self._size:
             self._drop_unwanted()
@@ -103,20 +106,20 @@ class Reservoir:
         return list(self._runs)
 
     def remove_obsolete(self) -> None:
-        """Removes the files that were merged into others."""
+        """Deletes the runs that were merged into others."""
         for name in self._obsolete:
             (self._folder / name).unlink(missing_ok=True)
         self._obsolete.clear()
 
     def _drop_unwanted(self) -> None:
-        """Compacts the memory in place: no second copy of the states ever exists."""
+        """Drops states that are outside the sample, and compacts the others in place, without a copy of all states."""
         tokens, priorities = self._tokens[: self._size], self._priorities[: self._size]
         order, kept = _select(tokens, priorities, self._max_states)
         self._learn_thresholds(tokens[order], priorities[order])
         rows = order[kept].sort().values
         step = max(1, _CHUNK_BYTES // (2 * self._hidden_size))
         for first in range(0, len(rows), step):
-            source = rows[first : first + step]  # ascending, and never before its new place
+            source = rows[first : first + step]  # ascending, and never before their new place, so no row is overwritten
             place = slice(first, first + len(source))
             for tensor in (self._tokens, self._priorities, self._states):
                 tensor[place] = tensor[source]
@@ -168,7 +171,7 @@ class Reservoir:
         return name
 
     def _learn_thresholds(self, tokens: torch.Tensor, priorities: torch.Tensor) -> None:
-        """From states sorted by token and priority: the max_states-th of a token bounds every later one."""
+        """Lowers a token's threshold to its max_states-th priority; expects states sorted by token, then priority."""
         place = _place_in_token(tokens)
         full = place == self._max_states - 1
         bounded = tokens[full]
@@ -176,12 +179,12 @@ class Reservoir:
 
 
 class SampledStates:
-    """The sample that runs hold together, read by ranges of tokens.
+    """The sample that several runs hold together, read by ranges of tokens.
 
     Args:
-        paths: all runs, of any number of ranks.
-        max_states: kept a token.
-        share: (r, n) reads the tokens v with v mod n = r only.
+        paths: all runs, from any number of ranks.
+        max_states: number of states kept per token.
+        share: (r, n) reads only the tokens v with v mod n = r.
     """
 
     def __init__(self, paths: Sequence[Path], max_states: int, share: tuple[int, int] = (0, 1)) -> None:
@@ -192,11 +195,14 @@ class SampledStates:
 
     @property
     def hidden_size(self) -> int:
-        """D; 0 when there is no state at all."""
+        """The states' hidden size D; 0 if there are no runs."""
         return self._runs[0].states.shape[1] if self._runs else 0
 
     def ranges(self, memory_budget: int) -> Iterator[TokenStates]:
-        """The states of all tokens, as many tokens at a time as fit into `memory_budget` bytes, and at least one."""
+        """Yields the states of all tokens, in batches of whole tokens that fit into `memory_budget` bytes.
+
+        A token that does not fit alone is a batch by itself.
+        """
         rows = max(1, memory_budget // max(1, 2 * self.hidden_size))
         for start, stop in split_tokens(self._offsets, rows):
             first, last = int(self._offsets[start]), int(self._offsets[stop])
@@ -205,7 +211,7 @@ class SampledStates:
 
 
 def split_tokens(offsets: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of tokens that have at most `rows` rows together, and at least one token each."""
+    """Yields ranges (start, stop) of tokens, each with at most `rows` rows in all, but at least one token."""
     start = 0
     while start < len(offsets) - 1:
         fitting = int(torch.searchsorted(offsets, offsets[start] + rows, right=True)) - 1
@@ -215,7 +221,7 @@ def split_tokens(offsets: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
 
 
 class _Run:
-    """A run on disk, mapped."""
+    """A run on disk, with its states memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -223,7 +229,7 @@ class _Run:
 
 
 def _keys(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [n] and priorities [n] of a run."""
+    """Reads the tokens [n] and priorities [n] of a run."""
     tokens, priorities = map_tensor(path, "tokens", "I32"), map_tensor(path, "priorities", "I64")
     return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.array(priorities))
 
@@ -231,7 +237,12 @@ def _keys(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def _chosen(
     runs: Sequence[_Run], max_states: int, share: tuple[int, int] = (0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sample over all runs, sorted: tokens, priorities, number of the run and row in it, each [n]."""
+    """Selects the sample from all runs.
+
+    Returns:
+        Its tokens, its priorities, the number of the run that holds each state and the row in that run, each [n] and
+        sorted by token, then by priority.
+    """
     tokens, priorities, which, row = [], [], [], []
     for number, run in enumerate(runs):
         run_tokens, run_priorities = _keys(run.path)
@@ -250,7 +261,7 @@ def _chosen(
 
 
 def _read(runs: Sequence[_Run], which: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """States [n, D] bf16 of rows of runs."""
+    """Reads states [n, D] bf16: row `row[j]` of run `which[j]` for every j."""
     states = torch.empty(len(which), runs[0].states.shape[1] if runs else 0, dtype=torch.bfloat16)
     for number in which.unique().tolist():
         places = (which == number).nonzero().squeeze(-1)
@@ -260,13 +271,17 @@ def _read(runs: Sequence[_Run], which: torch.Tensor, row: torch.Tensor) -> torch
 
 
 def _select(tokens: torch.Tensor, priorities: torch.Tensor, max_states: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order by (token, priority) [n], and which places of that order are among the first of their token [n]."""
+    """Sorts states by token, then by priority.
+
+    Returns:
+        The order [n], and a mask [n] in that order of the first `max_states` states of each token.
+    """
     order = priorities.argsort(stable=True)
     order = order[tokens[order].argsort(stable=True)]
     return order, _place_in_token(tokens[order]) < max_states
 
 
 def _place_in_token(tokens: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2 … within each stretch of equal tokens [n]."""
+    """Returns 0, 1, 2 … within each stretch of equal tokens [n]."""
     _, counts = tokens.unique_consecutive(return_counts=True)
     return torch.arange(len(tokens)) - (counts.cumsum(0) - counts).repeat_interleave(counts)

@@ -1,19 +1,19 @@
-"""Senses of spans of two and three tokens, composed of their tokens' senses (docs/method.md, section 2)."""
+"""Composes the senses of spans of two and three tokens from their tokens' senses (docs/method.md, section 2)."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-_ELEMENTS = 8_000_000  # floats of the rows of the spans that are composed at one time
+_ELEMENTS = 8_000_000  # floats in the rows of the spans that are composed at once
 
 
 def span_sizes(span_tokens: torch.Tensor, offsets: torch.Tensor, k: int) -> torch.Tensor:
-    """How many senses each span [S, 3] has: as many as its first token, up to k, and none where a token has none.
+    """Returns the number of senses [S] of each span: that of its first token, up to k, or 0 if any token has no sense.
 
     Args:
         span_tokens: [S, 3], padded with -1.
-        offsets: [V+1], rows of token v are offsets[v]:offsets[v+1].
-        k: senses a token has at most.
+        offsets: [V+1]; the rows of token v are offsets[v]:offsets[v+1].
+        k: maximum number of senses per token.
     """
     sizes = offsets.diff()[span_tokens.long().clamp(min=0)]
     complete = ((sizes > 0) | (span_tokens < 0)).all(-1)
@@ -27,18 +27,20 @@ def compose_spans(
     offsets: torch.Tensor,
     k: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One sense per sense of the first token: each further token adds the sense nearest to the mean of the rows so far.
+    """Composes one sense of a span from each sense of its first token.
+
+    Each further token contributes its sense nearest to the mean of the senses so far. The span's sense is the mean.
 
     Args:
         span_tokens: [S, 3], padded with -1.
-        read_rows: the senses of the tokens, float32 [..., D], for row numbers [...].
-        counts: [R], states behind each row.
-        offsets: [V+1], rows of token v are offsets[v]:offsets[v+1].
-        k: senses a token has at most.
+        read_rows: returns the tokens' senses, float32 [..., D], for row numbers [...].
+        counts: [R], number of states that each row represents.
+        offsets: [V+1]; the rows of token v are offsets[v]:offsets[v+1].
+        k: maximum number of senses per token.
 
     Yields:
-        Vectors [r, D] float32, and states behind each [r] (those of all its parts), of some spans at a time; together
-        those of all spans in their order, as many as :func:`span_sizes` says.
+        For some spans at a time: vectors [r, D] float32, and the number of states [r] that all parts of each represent.
+        All batches together hold the senses of all spans in order, :func:`span_sizes` senses per span.
     """
     chunk = max(1, _ELEMENTS // (k * read_rows(torch.zeros(1, dtype=torch.int64)).shape[-1]))
     sizes = span_sizes(span_tokens, offsets, k)
@@ -51,9 +53,11 @@ def compose_spans(
         for place in range(1, spans.shape[1]):
             present = spans[:, place] >= 0
             rows, candidates = _rows_of(spans[:, place].clamp(min=0), offsets, k)
+            # Find the sense nearest to each mean, exactly: without the product form, which loses digits.
             vectors = read_rows(rows)
             distances = torch.cdist(total / parts, vectors, compute_mode="donot_use_mm_for_euclid_dist")
             nearest = distances.masked_fill(~candidates.unsqueeze(1), torch.inf).argmin(-1)  # [S, k]
+            # Spans without a token at this place keep their sum.
             matched = vectors.gather(1, nearest.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
             total = torch.where(present.view(-1, 1, 1), total + matched, total)
             behind = torch.where(present.unsqueeze(-1), behind + counts[rows.gather(1, nearest)], behind)
@@ -62,7 +66,7 @@ def compose_spans(
 
 
 def _rows_of(tokens: torch.Tensor, offsets: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first k rows of each token [n, k], and which of them exist [n, k]; where none does the row is 0."""
+    """Returns the first k rows of each token [n, k], and a mask [n, k] of those that exist; the others are row 0."""
     starts, stops = offsets[tokens], offsets[tokens + 1]
     rows = starts.unsqueeze(-1) + torch.arange(k)
     exists = rows < stops.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The teacher's states of a batch of sequences, refused where one of them is not finite."""
+"""Computes the teacher's states for a batch of sequences, and checks that they are finite."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from dskd.models.frozen import FrozenModel, Readout
 
 
 def states_of(model: FrozenModel, batch: TokenBatch, first: int) -> torch.Tensor:
-    """The last hidden states of a batch whose first sequence has the number `first`.
+    """Computes the last hidden states of a batch; `first` is the number of its first sequence, for error messages.
 
     Raises:
-        UserError: when the state of a position with a target is not finite: it would spoil every mean it is in.
+        UserError: when the state at a position with a target is not finite; it would spoil every mean it is part of.
     """
     hidden = model.hidden_states(batch.input_ids, batch.position_ids)
     _require_finite(model, hidden, batch, first)
@@ -21,7 +21,7 @@ def states_of(model: FrozenModel, batch: TokenBatch, first: int) -> torch.Tensor
 
 
 def read_states_of(model: FrozenModel, batch: TokenBatch, first: int, readout: Readout) -> tuple[torch.Tensor, Any]:
-    """:func:`states_of`, and what `readout` makes of them and the output matrix.
+    """Returns the states as :func:`states_of` does, and the result of `readout(states, output matrix)`.
 
     Raises:
         UserError: as :func:`states_of`.

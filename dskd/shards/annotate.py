@@ -1,18 +1,21 @@
-"""Annotation: rows of the sense dictionary that each position is pulled to or pushed from (docs/method.md, section 3).
+"""Annotation: finds the rows of the sense dictionary for each position (docs/method.md, section 3).
 
-With C(e) the rows of entry e, t_i the teacher's state at position i and y_i its target token:
+Training pulls the student's state to some of these rows and pushes it away from others. Let C(e) be the rows of entry
+e, t_i the teacher's state at position i, and y_i the target token there:
 
     O_i  the kappa rows of C(y_i) nearest to t_i
     P_i  the kappa rows nearest to t_i among C(y_i) and the C(e) of all synonyms e of y_i
     N_i  the kappa rows nearest to t_i among the C(e) of all antonyms e of y_i
 
-by L2, ties to the lower row number (:mod:`dskd.shards.search`). P_i and N_i are empty where y_i has neither synonym nor
-antonym. With `annotation.own_among_antonyms` C(y_i) competes for N_i too, where y_i has antonyms. Where the config asks
-for it the teacher also goes on with the training texts first (:mod:`dskd.shards.continuations`), and what it thinks
-most probable is kept (:mod:`dskd.models.readouts`).
+Distances are L2, and ties go to the lower row number (:mod:`dskd.shards.search`). P_i and N_i are empty if y_i has
+neither synonym nor antonym. With `annotation.own_among_antonyms`, C(y_i) also competes for N_i if y_i has antonyms.
 
-The result is written as streaming shards in blocks of sequences whose size does not depend on the ranks, so
-that any number of ranks writes the same files, and blocks that were written before an interruption are kept.
+Two options use the teacher further. With `annotation.continuation_tokens` it first continues the training texts
+(:mod:`dskd.shards.continuations`). With `annotation.teacher_top_n` its most probable tokens at each position are stored
+(:mod:`dskd.models.readouts`).
+
+The result is a set of streaming shards, written in blocks of sequences. A block's size does not depend on the ranks, so
+any number of ranks writes the same files, and a resumed run keeps the blocks written before the interruption.
 """
 
 import json
@@ -47,19 +50,22 @@ from dskd.shards import columns_of, join_blocks, write_block
 from dskd.shards.continuations import Continuer
 from dskd.shards.search import Searcher
 
-_MIN_BLOCKS = 16  # a small corpus is cut into at least so many blocks, so that several ranks have work
+_MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
 _COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
 _COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
 
 def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
-    """What decides the content of a split's shards. The batch size does not."""
+    """Returns the recipe of a split's shards: every input and setting that affects their content.
+
+    The batch size does not, nor does the memory budget.
+    """
     _, senses = load_dictionary(config)
     _, sequences = load_sequences(config, split, teacher.tokenizer_digest)
     settings = config.annotation.as_dict() | {"precision": resolve_precision(config.precision)}
     for key in ("batch_size", "memory_budget"):
         del settings[key]
-    # Keys that change nothing stay out: what was made without them is not made again.
+    # Leave out keys whose value changes nothing, so that shards written before a key existed stay up to date.
     if not _teacher_top_n(config, split):
         del settings["teacher_top_n"]
     if not config.annotation.own_among_antonyms:
@@ -78,11 +84,11 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
 
 
 def annotate(config: Config, world: World, *, force: bool = False) -> None:
-    """Writes `WORKDIR/shards/train` and `WORKDIR/shards/validation` on all ranks; skips what is up to date."""
+    """Writes `WORKDIR/shards/train` and `WORKDIR/shards/validation` on all ranks; skips a split that is up to date."""
     source = main_first(lambda: find_teacher(config))
     dictionary = main_first(lambda: _load_verified_dictionary(config, source))
     wanted = main_first(lambda: {split: recipe(config, split, source) for split in SPLITS})
-    # Rank 0's word counts: all ranks must take the same way.
+    # Rank 0 decides, because all ranks must do the same.
     stale = on_main(
         lambda: [s for s in SPLITS if force or not is_current(config.path(kinds.SHARDS.folder, s), wanted[s])]
     )
@@ -108,7 +114,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
             teacher,
             Continuer(teacher, max_tokens, config.seed) if max_tokens else None,
             _teacher_top_n(config, split),
-            # Not the config's: a run's key is not to change the last digits of what is stored for all of them.
+            # Not the chunk size of the config: a key of one training run must not change the last digits of what is
+            # stored for all runs.
             chunk_size(None, teacher.vocab_size, world.device),
         )
         text = opened[split][1].files[sequences.path.name]["sha256"]
@@ -118,17 +125,17 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
 
 @dataclass(frozen=True)
 class TextRead:
-    """A batch, continued where that is wanted, with the teacher's states [B, T, D] and what else is stored of it."""
+    """A batch that the teacher has read, and continued if the config says so, with the teacher's states for it."""
 
     batch: TokenBatch
-    hidden: torch.Tensor
-    top: TopTokens | None  # of the positions that have a target
+    hidden: torch.Tensor  # [B, T, D]
+    top: TopTokens | None  # the teacher's most probable tokens, for the positions that have a target
     continued_tokens: int
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """What the teacher does with a batch of sequences: the same passes for each, since all ranks must take part."""
+    """The teacher's passes over a batch: the same number for every batch, because all ranks must take part in each."""
 
     teacher: FrozenModel
     continuer: Continuer | None
@@ -136,7 +143,7 @@ class TextReader:
     chunk_size: int
 
     def read(self, batch: TokenBatch, first: int) -> TextRead:
-        """Runs the teacher on a batch whose first sequence has the number `first`."""
+        """Runs the teacher on a batch; `first` is the number of its first sequence."""
         added = 0
         if self.continuer is not None:
             batch, added = self.continuer.extend(batch, first)
@@ -157,7 +164,7 @@ def _continuation_tokens(config: Config, split: str) -> int:
 
 
 def _teacher_top_n(config: Config, split: str) -> int:
-    # Held-out text is read with the teacher itself.
+    # On held-out text the teacher itself is run, so nothing is stored for it.
     return config.annotation.teacher_top_n if split == "train" else 0
 
 
@@ -199,7 +206,7 @@ def _annotate_split(
             say(f"  goes on with {len(left)} of {len(blocks)} blocks, the others were written before an interruption")
         mine = left[world.rank :: world.world_size]
         turns = [-(-len(block) // config.annotation.batch_size) for block in left]
-        # A forward pass under ZeRO-3 needs all ranks: those with less work make up for it at the end.
+        # A forward pass under ZeRO-3 needs all ranks: ranks with less work run passes without targets at the end.
         most = max(sum(turns[rank :: world.world_size]) for rank in range(world.world_size))
         tokens_left = sum(int(sequences.lengths[block.start : block.stop].sum()) for block in left)
         with (
@@ -209,7 +216,7 @@ def _annotate_split(
                 label="annotating",
                 unit="tokens",
             ) as bar,
-            # The teacher goes on while a block is compressed and written.
+            # The teacher reads the next block while a thread compresses and writes the last one.
             ThreadPoolExecutor(max_workers=1) as writer,
         ):
             written: Future[None] | None = None
@@ -237,13 +244,14 @@ def _annotate_block(
     world: World,
     bar: tqdm,
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
-    """The samples of a block of sequences, and its counts."""
+    """Annotates a block of sequences, and returns its samples and its counts."""
     samples: list[dict[str, np.ndarray]] = []
     counts = Counter[str]()
     for first in range(block.start, block.stop, config.annotation.batch_size):
         unread = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
         read = reader.read(unread, first)
         batch, hidden = read.batch, read.hidden
+        # Search the rows for all positions of the batch that have a target.
         targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
         found = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
         columns = {
@@ -257,6 +265,7 @@ def _annotate_block(
             columns["teacher_token_ids"] = _column(batch, read.top.token_ids, torch.int32, fill=-1)
             columns["teacher_logprobs"] = _column(batch, read.top.logprobs, torch.float16, fill=0)
             columns["teacher_rest_logprob"] = _column(batch, read.top.rest_logprob, torch.float32, fill=0)
+        # One sample per sequence, and sums that give the coverage and the unit of `loss.relative_margin`.
         samples += ({name: column[index] for name, column in columns.items()} for index in range(len(hidden)))
         counts["targets"] += len(targets)
         counts["with_senses"] += int((found.own[:, 0] >= 0).sum())
@@ -269,7 +278,7 @@ def _annotate_block(
 
 
 def _column(batch: TokenBatch, values: torch.Tensor, dtype: torch.dtype, *, fill: float) -> np.ndarray:
-    """`values` [targets, any] at the positions that have a target, and `fill` at the others: [B, T, any]."""
+    """Returns a column [B, T, …] with `values` [targets, …] at the positions with a target, and `fill` elsewhere."""
     column = torch.full((*batch.input_ids.shape, *values.shape[1:]), fill, dtype=dtype)
     column[batch.has_target] = values.to("cpu", dtype)
     return column.numpy()
@@ -278,7 +287,7 @@ def _column(batch: TokenBatch, values: torch.Tensor, dtype: torch.dtype, *, fill
 def _write_block(
     folder: Path, samples: Sequence[dict[str, np.ndarray]], columns: dict[str, str], counts: dict[str, float]
 ) -> None:
-    """Writes a block, which is whole when it has its name."""
+    """Writes a block under a temporary name and renames it when it is complete."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_block(partial, iter(samples), columns)
@@ -298,8 +307,8 @@ def _publish(building: Building, blocks: list[range], text: str) -> None:
         samples=samples,
         targets=targets,
         coverage=coverage,
-        text=text,  # identity of the tokens alone: shards of other senses can have the same
-        # The unit of `loss.relative_margin`: mean over positions with antonyms of the mean D(t_i, s) over N_i.
+        text=text,  # identifies the tokens only: shards with other senses can have the same value
+        # The unit of `loss.relative_margin`: the mean of D(t_i, s) over N_i, averaged over the positions with antonyms.
         teacher_antonym_distance=counts["antonym_distance"] / max(counts["with_antonyms"], 1),
     )
     continued = "continuation_tokens" in building.recipe.config
@@ -313,7 +322,10 @@ def _publish(building: Building, blocks: list[range], text: str) -> None:
 
 
 def _blocks(num_sequences: int, sequence_length: int, config: Config, split: str) -> list[range]:
-    """Ranges of sequences, a shard each; all but the last of one size, which depends on nothing but these arguments."""
+    """Splits the sequences into ranges, one per shard.
+
+    All but the last have the same size, which depends only on these arguments.
+    """
     annotation = config.annotation
     top_n = _teacher_top_n(config, split)
     of_teacher = top_n * (4 + 2) + 4 * (top_n > 0)

@@ -1,4 +1,4 @@
-"""Samples of the shards as batches of tokens, and the rows they point to."""
+"""Collates samples of the shards into batches of tokens, and reads the dictionary rows that they point to."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +10,15 @@ from dskd.corpus.sequences import position_ids_of
 
 
 def collate_tokens(samples: Sequence[Mapping[str, Any]], length: int | None = None) -> dict[str, torch.Tensor]:
-    """Token ids, labels and masks of samples of one length, as int64 and bool.
+    """Collates samples of equal length into a batch of int64 and bool tensors.
 
-    {input_ids [B, T], labels [B, T], loss_mask [B, T] bool, sample_ids [B]}, and `position_ids` [B, T] only where a
-    document starts within a sequence. T is `length`, or all of the samples' tokens.
+    Returns:
+        {input_ids [B, T], labels [B, T], loss_mask [B, T] bool, sample_ids [B]}, and `position_ids` [B, T] only if a
+        document starts inside a sequence. T is `length`, or the samples' whole length if that is None.
     """
     whole = len(samples[0]["input_ids"])
     length = whole if length is None else length
-    # One token more: it is the label of the last position.
+    # Take one more token: it is the label of the last position.
     tokens = torch.from_numpy(np.stack([sample["input_ids"][: length + 1] for sample in samples])).long()
     labels = tokens[:, 1:] if length < whole else torch.nn.functional.pad(tokens[:, 1:], (0, 1))
     position_ids = position_ids_of(torch.from_numpy(np.stack([s["document_starts"][:length] for s in samples])))
@@ -32,20 +33,20 @@ def collate_tokens(samples: Sequence[Mapping[str, Any]], length: int | None = No
 
 
 def gather_rows(vectors: np.ndarray, row_ids: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Reads each row that is named once.
+    """Reads every row that `row_ids` names, each only once.
 
     Args:
         vectors: [all rows, D], the raw bits of bf16.
         row_ids: arrays of row numbers of any shape, padded with -1.
 
     Returns:
-        The rows [R, D] bf16, and for each array of `row_ids` the indices into them, int64 of the same shape, padded
-        with -1.
+        The rows [R, D] bf16, and for each array of `row_ids` the indices into these rows, int64 of the same shape,
+        padded with -1.
     """
     flat = np.concatenate([ids.ravel() for ids in row_ids])
     unique, inverse = np.unique(flat, return_inverse=True)
     padding = int(len(unique) > 0 and unique[0] < 0)
-    inverse = inverse.reshape(-1) - padding  # row numbers start behind the -1, if there is one
+    inverse = inverse.reshape(-1) - padding  # if there is a -1, it is the first of `unique`
     rows = np.asarray(vectors[unique[padding:]])
     pieces = np.split(inverse, np.cumsum([ids.size for ids in row_ids])[:-1])
     indices = [torch.from_numpy(piece.reshape(ids.shape)) for piece, ids in zip(pieces, row_ids, strict=True)]

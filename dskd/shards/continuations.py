@@ -1,12 +1,13 @@
-"""The teacher goes on with texts, greedily: training samples are text and continuation (docs/method.md, section 4).
+"""Lets the teacher continue texts, greedily, for samples of text and continuation (docs/method.md, section 4).
 
-The end-of-text token that ends a text is taken off, and the teacher adds c tokens, where c in 1 … N is a function of
-(seed, sequence): the paper cuts its sequences at a random point within the continuation. N is the config's, or less for
-a text that may only be answered with fewer (:mod:`dskd.corpus.tasks.documents`). A continuation ends earlier at an
-end-of-text token, which is kept, and at the length of the sequence.
+The text's end-of-text token is removed, and the teacher adds c tokens. c is random in 1 … N, because the paper cuts its
+sequences at a random point within the continuation, and is a function of (seed, sequence). N comes from the config;
+some texts have a smaller limit of their own (:mod:`dskd.corpus.tasks.documents`). A continuation ends earlier at an
+end-of-text token, which is kept, or at the sequence length.
 
-A batch costs one pass over its texts and N - 1 passes over one token a text: keys and values are kept. Texts are padded
-on the left, so that all of them go on in the same column. Shapes: B texts, T tokens, P the longest text of the batch.
+A batch costs one pass over its texts and N - 1 passes over one token per text, since keys and values are cached. Texts
+are padded on the left, so that all of them continue in the same column. Shapes: B texts, T tokens, P the longest text
+of the batch.
 """
 
 from dataclasses import replace
@@ -21,50 +22,51 @@ from dskd.random_numbers import derived_seed, random_bits
 
 
 class Continuer:
-    """How the texts of a run go on."""
+    """The teacher, set up to continue the texts of a run."""
 
     def __init__(self, teacher: FrozenModel, max_tokens: int, seed: int) -> None:
-        """Takes a `teacher` with its output matrix; `max_tokens` is N, `seed` the run's."""
+        """Stores a `teacher` that has its output matrix, `max_tokens`, which is N, and the run's `seed`."""
         self._teacher = teacher
         self._max_tokens = max_tokens
         self._seed = derived_seed(seed, "annotation", "continuation")
-        # What packing put at the end of a text, and all that ends a generation.
+        # The token that packing puts at the end of a text, and all tokens that end a generation.
         self._text_end, self._ends = end_tokens(teacher.folder)
 
     def wanted_tokens(self, first: int, count: int, at_most: torch.Tensor | None = None) -> torch.Tensor:
-        """How many tokens c each of the sequences is to go on by, from `first` on: [count] int64 in 1 … N.
+        """Returns c [count] int64, the number of tokens in 1 … N to add to each of `count` sequences from `first` on.
 
-        Where a sequence may go on by fewer than N tokens, `at_most` [count] says by how many.
+        `at_most` [count] limits c further for each sequence.
         """
         limits: Any = self._max_tokens if at_most is None else at_most.clamp(max=self._max_tokens)
         return 1 + random_bits(self._seed, torch.arange(first, first + count)) % limits
 
     def extend(self, batch: TokenBatch, first: int) -> tuple[TokenBatch, int]:
-        """The batch with its texts continued, and how many tokens were added.
+        """Returns the batch with its texts continued, and the number of tokens added.
 
-        A text stays as it is where it goes on in the next sequence, where there is no room, and where nothing but its
-        end is in this sequence. All ranks must call this equally often.
+        A text stays unchanged if it continues in the next sequence, if there is no room, or if the sequence holds only
+        the end of the text. All ranks must call this the same number of times.
 
         Args:
             batch: sequences of one text each, padded on the right.
-            first: the number of its first sequence.
+            first: the number of the batch's first sequence.
         """
         lengths = _lengths(batch)
         prompt_lengths, room = self._room(batch.input_ids, lengths)
         wanted = self.wanted_tokens(first, len(lengths), batch.continuation_tokens).minimum(room)
-        # A text that has no room takes part with its first token, so that all ranks make equally many passes.
+        # A text without room takes part with its first token only, so that all ranks run the same number of passes.
         added = generate_greedily(
             self._teacher,
             batch.input_ids,
             prompt_lengths.where(wanted > 0, 1),
             self._max_tokens,
-            # What is said behind the end of the sequence is not kept.
+            # Tokens after the end of the sequence are not kept.
             last_position=batch.input_ids.shape[1] - 1,
         )
         ended = torch.isin(added, torch.tensor(self._ends, dtype=torch.int64))
-        # Up to the first end of text, and that one too.
+        # Keep the first c tokens, but only up to the first end-of-text token, and that one too.
         kept = (ended.int().cumsum(dim=1) - ended.int() == 0) & (torch.arange(added.shape[1]) < wanted[:, None])
         counts = kept.sum(dim=1)
+        # Put the kept tokens after each text, over its end-of-text token.
         input_ids = batch.input_ids.clone()
         rows, columns = kept.nonzero(as_tuple=True)
         input_ids[rows, prompt_lengths[rows] + columns] = added[kept]
@@ -74,7 +76,10 @@ class Continuer:
         return extended, int(counts.sum())
 
     def _room(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many tokens [B] of each sequence are the text to go on with, and for how many more [B] there is room."""
+        """Returns the length [B] of each text without its end-of-text token, and how many tokens [B] may follow it.
+
+        No tokens may follow a text that does not end in this sequence, if packing marks ends.
+        """
         prompt_lengths = lengths.clone()
         sequence_length = input_ids.shape[1]
         if self._text_end is None:  # packing marked no ends
@@ -86,5 +91,5 @@ class Continuer:
 
 
 def _lengths(batch: TokenBatch) -> torch.Tensor:
-    """The real tokens [B] of sequences of one text each: one more than there are targets, and those are the first."""
+    """Returns the number of real tokens [B] of sequences of one text each: one more than the sequence has targets."""
     return batch.has_target.sum(dim=1) + 1

@@ -1,4 +1,4 @@
-"""Shards as a dataset, from the work directory or a remote copy of it."""
+"""Opens shards as a dataset, from the work directory or a remote copy of it."""
 
 import tempfile
 from pathlib import Path
@@ -21,20 +21,19 @@ _REMOTE_TIMEOUT_S = 60.0
 
 
 def open_shards(config: Config, split: str, cache: Path, world: World, **options: Any) -> "ShardDataset":
-    """The dataset of a split; shards are unpacked into `cache`, and the artifact itself is never written to.
+    """Opens the dataset of a split. Shards are unpacked into `cache`; nothing is written to the artifact itself.
 
-    A remote copy is trusted as far as its index is the artifact's own, for that has the hash of each shard, which
-    mosaicml-streaming compares. Every rank must call it.
+    A remote copy must have the same index as the artifact. The index has the hash of each shard, and mosaicml-streaming
+    checks these. Every rank must call this.
 
     Raises:
-        UserError: when the remote copy is of other shards, or cannot be read.
+        UserError: when the remote copy holds other shards, or cannot be read.
     """
     from dskd.shards.dataset import ShardDataset
 
     if config.train.shard_remote is not None:
-        on_main(
-            lambda: require_remote(config, split)
-        )  # in streaming all ranks but one would wait for what does not come
+        # If the library meets the error first, all ranks but one wait forever for files that never come.
+        on_main(lambda: require_remote(config, split))
     with streaming_names(cache, world):
         dataset = ShardDataset(
             remote=place(config, split),
@@ -49,17 +48,18 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
 
 
 def place(config: Config, split: str) -> str:
-    """Where a split's shards are read from."""
+    """Returns the folder or address that a split's shards are read from."""
     if config.train.shard_remote is None:
         return str(config.path(kinds.SHARDS.folder, split).resolve())
     return f"{config.train.shard_remote.rstrip('/')}/{split}"
 
 
 def require_remote(config: Config, split: str) -> None:
-    """Looks whether the remote copy of a split can be read from this node, and is a copy of these very shards.
+    """Checks that this node can read the remote copy of a split, and that it holds the same shards as the artifact.
 
     Raises:
-        UserError: when it has no index, or that of other shards; an OutageError when it cannot be reached.
+        UserError: when it has no index, or the index of other shards, or may not be read.
+        OutageError: when it cannot be reached.
     """
     from streaming.base.storage.download import CloudDownloader
 
@@ -78,12 +78,14 @@ def require_remote(config: Config, split: str) -> None:
 
 
 def is_lasting(error: Exception) -> bool:
-    """Whether what went wrong with a remote copy would go wrong again: what is asked for is not there, is another, or
-    may not be read. Anything else (network, server) may mend itself.
+    """Returns True if a retry on the remote copy would fail with the same error.
+
+    That is so if the object does not exist, is a different one, or may not be read. Other failures (network, server)
+    may pass.
     """
     if isinstance(error, (FileNotFoundError, PermissionError, ValueError, ImportError)):
         return True
-    # Amazon's library has one class for all that a server answers, and may not be installed.
+    # Amazon's library has one class for all answers of a server, and may not be installed.
     code = getattr(error, "response", {}).get("Error", {}).get("Code")
     return code in ("403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket") or (
         type(error).__name__ == "NoCredentialsError"

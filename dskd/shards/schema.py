@@ -1,4 +1,4 @@
-"""What a sample of the annotated shards has in it, and what makes shards fit (docs/formats.md)."""
+"""The columns of a sample of the annotated shards, and checks that shards fit the experiment (docs/formats.md)."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ COLUMNS = {
     "synonym_ids": "ndarray:int32",
     "antonym_ids": "ndarray:int32",
 }
-# With `annotation.teacher_top_n`, beside the others.
+# Additional columns with `annotation.teacher_top_n`.
 TEACHER_COLUMNS = {
     "teacher_token_ids": "ndarray:int32",
     "teacher_logprobs": "ndarray:float16",
@@ -25,15 +25,17 @@ COMPRESSION, HASH = "zstd", "xxh64"
 
 
 def columns_of(*, teacher_top_n: int) -> dict[str, str]:
-    """{column: its encoding} of the shards that annotation writes."""
+    """Returns {column: its encoding} for the shards that annotation writes."""
     return COLUMNS | (TEACHER_COLUMNS if teacher_top_n else {})
 
 
 def load_manifest(config: Config, split: str) -> Manifest:
-    """The manifest of `WORKDIR/shards/SPLIT`.
+    """Returns the manifest of `WORKDIR/shards/SPLIT`.
+
+    With a remote copy, only the manifest has to exist here.
 
     Raises:
-        UserError: when the shards are missing or were damaged; of a remote copy only the manifest has to be here.
+        UserError: when the shards are missing or damaged.
     """
     here = config.train.shard_remote is None
     return read_manifest(config.path(kinds.SHARDS.folder, split), "shards", files_are_here=here)
@@ -42,12 +44,12 @@ def load_manifest(config: Config, split: str) -> Manifest:
 def require_fitting(
     config: Config, split: str, manifest: Manifest, *, senses: str, teacher: str, tokenizer: str
 ) -> None:
-    """Refuses shards made with another sense dictionary, teacher or tokenizer, or changed since.
+    """Checks that shards were built with this sense dictionary, teacher and tokenizer, and have not changed since.
 
-    Those of a remote copy are verified one by one when they are read (:func:`open_shards`).
+    The files of a remote copy are verified one by one when they are read (:func:`open_shards`).
 
     Raises:
-        UserError: naming both sides, or the file that was changed.
+        UserError: when they were not, or have changed; it names both sides, or the changed file.
     """
     folder = config.path(kinds.SHARDS.folder, split)
     remedy = f"make the shards again with `{kinds.SHARDS.made_by}`"
@@ -62,10 +64,11 @@ def require_fitting(
 
 
 def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> None:
-    """Refuses shards without the teacher's distributions, or with those over another number of tokens.
+    """Checks that the shards hold the teacher's distributions over `annotation.teacher_top_n` tokens.
 
     Raises:
-        UserError: naming the command that makes them again.
+        UserError: when they hold none, or distributions over another number of tokens; it names the command that builds
+            them again.
     """
     wanted, found = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
     if found and found != wanted:
@@ -82,10 +85,10 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
 
 
 def require_samples(manifest: Manifest, folder: Path, needed: int, what: str) -> None:
-    """Refuses shards with fewer samples than one global batch.
+    """Checks that shards have at least `needed` samples, the size of one global batch; `what` describes that number.
 
     Raises:
-        UserError: with both numbers.
+        UserError: when they have fewer; it names both numbers.
     """
     samples = manifest.facts["samples"]
     if samples < needed:

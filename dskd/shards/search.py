@@ -1,8 +1,8 @@
-"""The rows of the sense dictionary nearest to the teacher's states: O_i, P_i and N_i (docs/method.md, section 3).
+"""Finds the rows of the sense dictionary nearest to the teacher's states: O_i, P_i, N_i (docs/method.md, section 3).
 
-Positions with the same target share their candidates, so they are put together: a tile is one target token with up to
-16 of its positions, and tiles with similarly many candidates become one batched matrix product. The rows of frequent
-tokens stay on the device; where the dictionary is larger than its share of memory, the others are read from disk.
+Positions with the same target share their candidates, so the search groups them: a tile is one target token with up to
+16 of its positions, and tiles with a similar number of candidates become one batched matrix product. The rows of
+frequent tokens stay on the device; if the dictionary exceeds the memory budget, the others are read from disk.
 
 Shapes: n positions, D hidden, V vocabulary, R rows of the dictionary.
 """
@@ -15,19 +15,19 @@ from torch.nn import functional as F
 from dskd.senses.cluster import ranges
 from dskd.senses.dictionary import SenseDictionary, map_vectors
 
-_TILE = 16  # positions of one token in a product: its rows are fetched once for so many
+_TILE = 16  # maximum number of positions of one token in a product, which fetches the token's rows once for all of them
 _ELEMENTS = {"cpu": 8_000_000, "cuda": 128_000_000}  # floats of candidate rows in one product: 32 MB, 512 MB
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The rows that compete for a token: rows[offsets[v]:offsets[v + 1]], ascending."""
+    """The candidate rows of every token: those of token v are rows[offsets[v]:offsets[v + 1]], ascending."""
 
     offsets: torch.Tensor  # [V+1] int64
     rows: torch.Tensor  # int64
 
     def to(self, device: torch.device) -> "Candidates":
-        """The same, on a device."""
+        """Returns the candidates on a device."""
         return Candidates(self.offsets.to(device), self.rows.to(device))
 
 
@@ -38,18 +38,18 @@ class Found:
     own: torch.Tensor  # O_i [n, kappa] int32
     synonyms: torch.Tensor  # P_i [n, kappa] int32
     antonyms: torch.Tensor  # N_i [n, kappa] int32
-    antonym_distance: torch.Tensor  # [n], mean |t_i - s|² / D over N_i; 0 where there is none
+    antonym_distance: torch.Tensor  # [n], mean |t_i - s|² / D over N_i; 0 if N_i is empty
 
 
 class Searcher:
-    """Finds O_i, P_i and N_i for many positions at once.
+    """A search for O_i, P_i and N_i, for many positions at once.
 
     Args:
-        dictionary: the rows.
-        kappa: how many are wanted.
-        device: where the states are.
-        frequencies: [V], how often each token is a target; the rows of frequent ones stay on the device.
-        memory_budget: bytes of rows that stay there.
+        dictionary: the dictionary that is searched.
+        kappa: maximum number of rows in each of O_i, P_i and N_i.
+        device: the device of the states.
+        frequencies: [V], how often each token is a target; the rows of frequent tokens stay on the device.
+        memory_budget: bytes of rows that stay on the device.
         own_among_antonyms: see :func:`build_candidates`.
     """
 
@@ -72,7 +72,7 @@ class Searcher:
         self._own, self._related, self._antonyms = (kind.to(device) for kind in kinds)
 
     def search(self, states: torch.Tensor, targets: torch.Tensor) -> Found:
-        """The rows for teacher states [n, D] with target tokens [n], on the searcher's device."""
+        """Returns the rows for teacher states [n, D] with target tokens [n]; all are on the searcher's device."""
         states = states.float()
         tiles = _Tiles(targets)
         own, _ = nearest_rows(states, tiles, self._own, self._rows, self.kappa)
@@ -86,17 +86,18 @@ class Searcher:
 def build_candidates(
     dictionary: SenseDictionary, *, own_among_antonyms: bool = False
 ) -> tuple[Candidates, Candidates, Candidates]:
-    """The rows that compete for O_i, for P_i and for N_i, by token.
+    """Returns the candidates of every token for O_i, for P_i and for N_i.
 
-    With `own_among_antonyms` those of a token that has antonyms are among the last too, as the paper's published code
-    has it: they are mostly the nearest there, so that a state is pushed from what it is pulled to.
+    With `own_among_antonyms`, a token that has antonyms also has its own rows among the candidates for N_i, as in the
+    paper's published code. They are mostly the nearest candidates, so a state is pushed away from the rows that it is
+    pulled to.
     """
     entries, entry_offsets = dictionary.entries, dictionary.entry_offsets
     tokens = torch.arange(dictionary.vocab_size)
     synonym_heads = tokens.repeat_interleave(entries.synonym_offsets.diff())
     antonym_heads = tokens.repeat_interleave(entries.antonym_offsets.diff())
     lexical = torch.cat([synonym_heads, antonym_heads]).unique()
-    # A token is an entry too, under its own number.
+    # The entry of a token has the token's number, so a token can be paired with itself.
     themselves = antonym_heads.unique() if own_among_antonyms else antonym_heads[:0]
     return (
         _rows_by_token(tokens, tokens, entry_offsets, dictionary.vocab_size),
@@ -116,13 +117,13 @@ def build_candidates(
 
 
 class Rows:
-    """The dictionary's vectors by row number: the most used on the device, the others on disk.
+    """The dictionary's vectors by row number: the most used are on the device, the others on disk.
 
     Args:
-        dictionary: where they are.
-        use: [R], how often each is a candidate.
+        dictionary: the dictionary.
+        use: [R], how often each row is a candidate.
         memory_budget: bytes of vectors on the device.
-        device: which.
+        device: the device that holds the most used vectors and returns all.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Rows:
         self._resident = self._read(resident)
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """Vectors [..., D] float32 of row numbers [...] on the device."""
+        """Returns the vectors [..., D] float32 of row numbers [...], on the device."""
         if self.all_resident:
             return self._resident[rows].float()
         slots = self._slots[rows]
@@ -155,11 +156,15 @@ class Rows:
 
 
 class _Tiles:
-    """Positions [n] put together by their token: tiles of at most `_TILE` positions of one token each."""
+    """Positions [n] grouped into tiles, each of one token and at most `_TILE` of its positions.
+
+    Tile j has token tokens[j] and the positions order[starts[j]:starts[j] + sizes[j]].
+    """
 
     def __init__(self, tokens: torch.Tensor) -> None:
         ordered, self.order = tokens.sort(stable=True)
         distinct, counts = ordered.unique_consecutive(return_counts=True)
+        # A token with many positions has several tiles; `number` counts them within each token.
         per_token = -(-counts // _TILE)
         self.tokens = distinct.repeat_interleave(per_token)
         number = torch.arange(len(self.tokens), device=tokens.device)
@@ -173,14 +178,14 @@ class _Tiles:
 def nearest_rows(
     states: torch.Tensor, tiles: _Tiles, candidates: Candidates, rows: Rows, kappa: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kappa candidates of each position's token that are nearest to its state, nearest first.
+    """Finds the kappa candidates of each position's token that are nearest to its state, nearest first.
 
     Args:
         states: [n, D] float32.
-        tiles: the positions by token.
-        candidates: the rows that compete, by token.
+        tiles: the positions, grouped by token.
+        candidates: the candidate rows of every token.
         rows: the vectors.
-        kappa: how many.
+        kappa: maximum number of rows per position.
 
     Returns:
         Row numbers [n, kappa] int32, padded with -1, and their squared distances [n, kappa] float32. Ties go to the
@@ -191,12 +196,14 @@ def nearest_rows(
     distances = torch.full((len(states), kappa), torch.inf, device=device)
     starts, numbers = candidates.offsets[tiles.tokens], candidates.offsets.diff()[tiles.tokens]
     widths = torch.where(numbers > 0, _power_of_two(numbers), 0)
-    # One number for height and width: tiles of one shape go into one product. Padding at most doubles each side.
+    # Encode height and width (positions and candidates of a tile) in one number: tiles of one shape go into one
+    # product. Rounding up to a power of two at most doubles each side.
     shapes = widths * 2 * _TILE + tiles.heights
     for shape in shapes[widths > 0].unique().tolist():
         width, height = divmod(shape, 2 * _TILE)
         members = (shapes == shape).nonzero().squeeze(-1)
         for part in members.split(max(1, _ELEMENTS[device.type] // (width * states.shape[-1]))):
+            # The row numbers of each tile's candidates and the positions in each tile, padded to one shape.
             place = torch.arange(width, device=device)
             exists = place < numbers[part].unsqueeze(-1)
             competing = candidates.rows[torch.where(exists, starts[part].unsqueeze(-1) + place, 0)]
@@ -204,11 +211,12 @@ def nearest_rows(
             is_position = step < tiles.sizes[part].unsqueeze(-1)
             positions = tiles.order[torch.where(is_position, tiles.starts[part].unsqueeze(-1) + step, 0)]
             squares = _squared_distances(states[positions], rows.take(competing))
-            # Candidates are ascending, so a stable sort gives ties to the lower row.
+            # Candidates are in ascending order, so a stable sort puts the lower row first in a tie.
             ordered, order = squares.masked_fill(~exists.unsqueeze(1), torch.inf).sort(dim=-1, stable=True)
             count = min(kappa, width)
             ordered, order = ordered[..., :count], order[..., :count]
             nearest = competing.unsqueeze(1).expand(-1, height, -1).gather(-1, order).int()
+            # Write back the results of real positions; candidates that are only padding become -1.
             into = positions[is_position]
             found[into, :count] = torch.where(ordered < torch.inf, nearest, -1)[is_position]
             distances[into, :count] = ordered[is_position]
@@ -218,7 +226,7 @@ def nearest_rows(
 def _rows_by_token(
     heads: torch.Tensor, tails: torch.Tensor, entry_offsets: torch.Tensor, vocab_size: int
 ) -> Candidates:
-    """For pairs of a token and an entry, the rows of all its entries by token."""
+    """Collects, for pairs of a token (`heads`) and an entry (`tails`), the rows of all entries of each token."""
     sizes = entry_offsets.diff()[tails]
     rows = ranges(entry_offsets[tails], sizes)
     owners = heads.repeat_interleave(sizes)
@@ -229,7 +237,7 @@ def _rows_by_token(
 
 
 def _row_use(kinds: tuple[Candidates, ...], frequencies: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """How often each row [R] is a candidate when tokens are targets as often as `frequencies` [V] says."""
+    """Returns how often each row [R] is a candidate, if each token is a target as often as `frequencies` [V] says."""
     use = torch.zeros(num_rows, dtype=torch.int64)
     for kind in kinds:
         use.index_add_(0, kind.rows, frequencies.repeat_interleave(kind.offsets.diff()))
@@ -237,12 +245,12 @@ def _row_use(kinds: tuple[Candidates, ...], frequencies: torch.Tensor, num_rows:
 
 
 def _squared_distances(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """|t - s|² [g, P, C] of states [g, P, D] to rows [g, C, D]."""
+    """Computes |t - s|² [g, P, C] of states [g, P, D] and rows [g, C, D]."""
     products = torch.bmm(states, rows.transpose(1, 2))
     squares = states.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1).unsqueeze(1)
     return squares.clamp(min=0)
 
 
 def _power_of_two(values: torch.Tensor) -> torch.Tensor:
-    """The next power of two at or above integers; 1 for 0. Exact on every device, as a logarithm is not."""
+    """Returns the smallest power of two at or above each integer; 1 for 0. A logarithm is not exact on every device."""
     return 1 << torch.frexp((values - 1).clamp(min=0).double()).exponent.long()

@@ -1,4 +1,4 @@
-"""Blocks of samples as MDS shards, and one dataset of many blocks."""
+"""Writes blocks of samples as MDS shards, and joins many blocks into one dataset."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dskd.shards.schema import COLUMNS, COMPRESSION, HASH
 def write_block(
     folder: Path, samples: Iterator[Mapping[str, np.ndarray]], columns: Mapping[str, str] = COLUMNS
 ) -> None:
-    """Writes samples as a folder with exactly one shard; :func:`join_blocks` makes one dataset of many."""
+    """Writes samples as a folder with exactly one shard; :func:`join_blocks` joins many of these into one dataset."""
     from streaming import MDSWriter  # here: the library takes seconds to import
 
     with MDSWriter(
@@ -26,7 +26,7 @@ def write_block(
 
 
 def join_blocks(folder: Path, blocks: Sequence[Path]) -> int:
-    """Makes one dataset in `folder` of the shards of `blocks`, in their order. The blocks stay as they are.
+    """Joins the shards of `blocks`, in order, into one dataset in `folder`, and leaves the blocks unchanged.
 
     The result does not depend on which rank wrote which block.
 

@@ -1,7 +1,7 @@
-"""What each benchmark is: its splits, the labels of its choices, how it is asked, and where its files are.
+"""Definitions of the benchmarks: their splits, the labels of their choices, their instructions and their files.
 
-An example is a question with choices, of which the label of the right one is the answer, or a question about a passage,
-of which any of several texts is, or none.
+An example is either a question with choices, whose answer is the label of the right choice, or a question about a
+passage, with one or several texts that count as right answers, or without an answer.
 """
 
 import re
@@ -26,53 +26,53 @@ class Example:
 
     name: str  # its id in the benchmark, or its place in the files
     question: str
-    answers: tuple[str, ...]  # the right label; without choices every text that is right, none where there is no answer
+    answers: tuple[str, ...]  # the right label; without choices all right texts, or () if there is no answer
     choices: tuple[str, ...] = ()
     passage: str = ""
     subject: str = ""  # MMLU's
 
     @property
     def group(self) -> str:
-        """What examples that belong together have in common: on one side of a split, all of them are."""
+        """The passage or question that related examples share; all examples of a group are on one side of a split."""
         return self.passage or self.question
 
     @property
     def gold(self) -> str:
-        """The answer that a prompt's example gives."""
+        """The answer shown when this example is part of a prompt."""
         return self.answers[0] if self.answers else NO_ANSWER
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What all examples of a benchmark have in common."""
+    """A benchmark: everything that its examples have in common."""
 
     name: str
-    instruction: str  # with the place `{subject}` where examples have one
-    evaluated: str  # the split that scores are of
-    shots_from: str  # the split of the examples in its prompts
+    instruction: str  # with the placeholder `{subject}` if examples have one
+    evaluated: str  # the split that scores are computed on
+    shots_from: str  # the split that provides the examples in its prompts
     trained: str  # the split to train on
-    files: dict[str, tuple[str, ...]]  # split: patterns of its published files, the first that is there counts
+    files: dict[str, tuple[str, ...]]  # {split: patterns of its published files; the first pattern with a match counts}
     hub_config: str | None = None
-    labels: str = LETTERS  # of the choices, in their order
+    labels: str = LETTERS  # labels of the choices, in order
     question_label: str = "Question"
     one_score_a_subject: bool = False  # the score is the mean over subjects of the mean over each one's examples
 
     @property
     def is_choice(self) -> bool:
-        """True where the answer is a label; its score is an accuracy, otherwise a token F1."""
+        """True if the answer is a label; the score is then an accuracy, otherwise a token F1."""
         return self.name != "squad_v2"
 
     @property
     def metric(self) -> str:
-        """What a score is the mean of."""
+        """The name of the metric whose mean is the score."""
         return "accuracy" if self.is_choice else "f1"
 
     def shots(self, settings: TasksConfig) -> int:
-        """How many examples a prompt shows."""
+        """Returns the number of examples in a prompt."""
         return settings.choice_shots if self.is_choice else settings.squad_shots
 
     def new_tokens(self, settings: TasksConfig) -> int:
-        """Returns how many tokens a model may answer with."""
+        """Returns the maximum number of tokens in a model's answer."""
         if self.name == "piqa" and settings.piqa_tokens is not None:
             return settings.piqa_tokens
         return settings.choice_tokens if self.is_choice else settings.squad_tokens
@@ -145,10 +145,10 @@ assert tuple(BENCHMARKS) == TASKS
 
 
 def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of these names, or all of them, in the paper's order.
+    """Returns the benchmarks with these names, or all if `all` is among the names, in the paper's order.
 
     Raises:
-        UserError: with every name that is none.
+        UserError: when there are unknown names; it lists all of them.
     """
     unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
     if unknown:
@@ -157,5 +157,5 @@ def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
 
 
 def normalize(text: str) -> str:
-    """A text as SQuAD's script compares it."""
+    """Normalizes a text as SQuAD's evaluation script does before it compares answers."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())

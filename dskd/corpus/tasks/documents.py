@@ -1,12 +1,14 @@
-"""`corpus.source: tasks`: the benchmarks' training splits as documents, a prompt each (docs/method.md, section 4).
+"""`corpus.source: tasks`: turns the benchmarks' training splits into documents, one prompt each.
 
-Of each task but SQuAD a share of the training split is trained on, and as many documents as `corpus.validation_share`
-says are held out, from what is left of it; where nothing is left, training gives way. Nothing that is evaluated on is
-read. Both sides are parts of one order, which a hash decides; questions with the same text, or about the same passage,
-stand together in it and go to one side. The examples in a prompt are from its own side.
+See docs/method.md, section 4. Training uses a share of each task's training split, or all of SQuAD's. The rest provides
+the held-out documents, whose number is `corpus.validation_share` of the training documents. If the rest is too small,
+training gets fewer. Splits that are used for evaluation are not read.
 
-The teacher goes on with a prompt by as many tokens as a model may answer with, or as `annotation.continuation_tokens`
-says, whichever is less.
+A hash orders the questions, and the two sides are parts of this order. Questions with the same text, or about the same
+passage, are next to each other in it and on the same side. The examples in a prompt are from the prompt's own side.
+
+The teacher may continue a prompt by the number of tokens that a model may answer with, or by
+`annotation.continuation_tokens`, whichever is less.
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from dskd.random_numbers import derived_seed
 
 
 def fingerprint(config: Config) -> dict[str, str]:
-    """{task: digest of its documents}, and the form of their prompts."""
+    """Returns {task: digest of its documents}, and under `prompts` the form of their prompts."""
     inputs = {"prompts": _prompter(config).format}
     for benchmark in benchmarks_named(config.corpus.tasks):
         sides = [digest_of(questions) for questions in _questions(config, benchmark)]
@@ -32,10 +34,10 @@ def fingerprint(config: Config) -> dict[str, str]:
 
 
 def read_task_documents(config: Config) -> tuple[Iterator[Document], Iterator[Document]]:
-    """The documents to train on and those held out, task by task.
+    """Returns the documents to train on and the held-out ones, task by task.
 
     Raises:
-        UserError: when a task's data is missing, or too little for its prompts.
+        UserError: when a task's data is missing, or too small for its prompts.
     """
     sides: tuple[list[Question], list[Question]] = ([], [])
     for benchmark in benchmarks_named(config.corpus.tasks):
@@ -49,14 +51,21 @@ def read_task_documents(config: Config) -> tuple[Iterator[Document], Iterator[Do
 def split(
     benchmark: Benchmark, examples: list[Example], *, train_share: float, validation_share: float, seed: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """Examples to train on, to hold out, and what held-out prompts may show: all that is not trained on."""
+    """Splits examples into those to train on and those to hold out, without splitting a group.
+
+    Returns:
+        The examples to train on, those to hold out, and those that held-out prompts may show: all not trained on.
+    """
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.group, []).append(example)
+    # Order the groups by a hash that does not depend on the order of the files.
     keyed = derived_seed(seed, benchmark.name, "split")
     order = [example for group in sorted(groups, key=lambda group: _hash(keyed, group)) for example in groups[group]]
     num_train = max(1, round(len(order) * train_share))
     num_held_out = max(1, round(num_train * validation_share))
+    # Training ends at the first end of a group from `num_train` on that leaves enough to hold out; if there is none, at
+    # the last end before that.
     ends = [number for number in range(1, len(order)) if order[number].group != order[number - 1].group]
     last = len(order) - num_held_out
     start = next(
@@ -91,7 +100,10 @@ def _documents(prompter: Prompter, questions: list[Question], settings: TasksCon
 
 
 def _prompter(config: Config) -> Prompter:
-    """For the teacher's tokenizer; a teacher that is yet to be trained on these documents will have no template."""
+    """Returns a prompter for the teacher's tokenizer.
+
+    Without `teacher.path` the teacher will first be trained on these documents, and has no chat template.
+    """
     if config.teacher.path is None:
         return Prompter(None)
     return Prompter(find_teacher(config).load_tokenizer())

@@ -1,10 +1,10 @@
 """Few-shot prompts: an instruction, examples with their answers, and a question (docs/method.md, section 5).
 
-With the tokenizer's chat template an example is a turn of the user and one of the assistant, and the instruction begins
-the first of the user's turns, since not every template knows a system's. A tokenizer without a template gets a plain
-text: instruction, examples and question with empty lines between them, each answer behind its `Answer:`.
+With the tokenizer's chat template, an example is a user turn and an assistant turn. The instruction is at the beginning
+of the first user turn, because not every template has system turns. A tokenizer without a template gets plain text:
+instruction, examples and question, separated by empty lines, with each answer after its `Answer:`.
 
-Which examples a question gets is a function of seed, task and question, so all models are asked the same.
+The examples shown with a question are a function of seed, task and question, so all models get the same ones.
 """
 
 import hashlib
@@ -19,13 +19,14 @@ from dskd.corpus.tasks.benchmarks import Benchmark, Example, normalize
 from dskd.errors import UserError
 from dskd.random_numbers import derived_seed
 
-# Templates may write the day into the prompt, or let the model think first: all are asked the same, for an answer.
+# Some templates write the date into the prompt or let the model think first. With these options every day and every
+# model gets the same prompt, which asks for the answer.
 _TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the examples that are shown before it; whatever the model, this is what it is asked."""
+    """A question and the examples shown before it; the same for all models."""
 
     benchmark: Benchmark
     example: Example
@@ -33,13 +34,13 @@ class Question:
 
     @property
     def identity(self) -> list[Any]:
-        """All that decides what is asked and what is right, as JSON-like data."""
+        """Everything that affects the prompt or the right answers, as JSON-like data."""
         *shown, (asked, _) = self._turns(len(self.shots))
         turns = [list(turn) for turn in shown]
         return [self.example.name, self._instruction, turns, asked, list(self.example.answers)]
 
     def messages(self, num_shots: int) -> list[dict[str, str]]:
-        """The chat, with the last `num_shots` of the examples."""
+        """Returns the prompt as chat messages, with the last `num_shots` examples."""
         messages = []
         *shown, (asked, _) = self._turns(num_shots)
         for text, answer in shown:
@@ -50,14 +51,14 @@ class Question:
         return messages
 
     def plain(self, num_shots: int) -> str:
-        """The text for a model without a chat template, with the last `num_shots` of the examples."""
+        """Returns the prompt as plain text, for a model without a chat template, with the last `num_shots` examples."""
         *shown, (asked, _) = self._turns(num_shots)
         return "\n\n".join([self._instruction, *(f"{text} {answer}" for text, answer in shown), asked])
 
     def _turns(self, num_shots: int) -> list[tuple[str, str]]:
         """Returns the last `num_shots` examples and the question, each with its answer.
 
-        A passage that examples share with the question is in the first of the turns only.
+        A passage that examples share with the question appears only in the first of their turns.
         """
         shown = [*self.shots[len(self.shots) - num_shots :], self.example]
         turns = []
@@ -80,7 +81,7 @@ def _question_text(benchmark: Benchmark, example: Example, *, has_passage: bool)
 
 
 def digest_of(questions: Sequence[Question]) -> str:
-    """Identity of a task by all that is asked and what is right."""
+    """Returns the identity of a task: a digest of all its prompts and right answers."""
     return digest_of_json([question.identity for question in questions])
 
 
@@ -93,17 +94,17 @@ def with_shots(
     *,
     own_passage: bool = False,
 ) -> Iterator[Question]:
-    """Yields each example as a question, with `num_shots` examples of its subject from the pool before it.
+    """Yields each example as a question, preceded by `num_shots` examples of its subject from the pool.
 
-    An example of the question's own group is never shown: it could give the answer away. When the pool has just as many
-    as are shown, as MMLU's does, they keep its order.
+    Examples of the question's own group are never shown, because they could give the answer away. If the pool has
+    exactly `num_shots` examples, as MMLU's does, they keep its order.
 
-    With `own_passage` the examples are others of the question's passage that have an answer, as in the paper's program;
-    fewer, or none, when the passage has no more. One whose answer contains the question's, or is contained in it, is
-    not shown.
+    With `own_passage`, the examples shown are others about the question's passage that have an answer, as in the
+    paper's program. They can be fewer than `num_shots`, or none, if the passage has no more. Examples whose answer
+    contains the question's, or is contained in it, are not shown.
 
     Raises:
-        UserError: when the pool has fewer, without `own_passage`.
+        UserError: when the pool has fewer than `num_shots` examples; not with `own_passage`.
     """
     if own_passage:
         yield from _with_shots_of_the_passage(benchmark, examples, pool, num_shots, seed)
@@ -153,7 +154,10 @@ def _gives_away(shot: Example, example: Example) -> bool:
 
 
 def _order(count: int, wanted: int, seed: int, *parts: str) -> Iterator[int]:
-    """The numbers below `count`, each once, in an order that seed and parts decide; ascending where all are wanted."""
+    """Yields each number below `count` once, in an order that depends on `seed` and `parts`.
+
+    The order is ascending if all numbers are needed, that is if `count` is at most `wanted`.
+    """
     if count <= wanted:
         yield from range(count)
         return
@@ -169,40 +173,40 @@ def _order(count: int, wanted: int, seed: int, *parts: str) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as a model reads it."""
+    """A question in the form that a model reads."""
 
     text: str
     input_ids: list[int]
-    num_shots: int  # fewer than the question has where they do not fit
-    is_cut: bool  # the question alone does not fit: its beginning is missing
+    num_shots: int  # fewer than the question has, if not all fit
+    is_cut: bool  # True if even the question alone does not fit; `input_ids` then lack its beginning
 
     @property
     def sha256(self) -> str:
-        """Identity of the text."""
+        """The identity of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 class Prompter:
-    """Writes prompts for a tokenizer."""
+    """A writer of prompts for one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     @property
     def has_template(self) -> bool:
-        """True where prompts are chats."""
+        """True if the tokenizer has a chat template, so that prompts are chats."""
         return bool(getattr(self._tokenizer, "chat_template", None))
 
     @property
     def format(self) -> str:
-        """What decides the form of the prompts: `plain`, or the digest of the chat template."""
+        """The form of the prompts: `plain`, or the digest of the chat template."""
         return digest_of_json(self._tokenizer.chat_template) if self.has_template else "plain"
 
     def text(self, question: Question, num_shots: int | None = None) -> str:
-        """The prompt as the text whose tokens the model reads.
+        """Returns the prompt as the text whose tokens the model reads.
 
         Raises:
-            UserError: when the chat template refuses it.
+            UserError: when the chat template raises an error for these turns.
         """
         num_shots = len(question.shots) if num_shots is None else num_shots
         if not self.has_template:
@@ -211,16 +215,19 @@ class Prompter:
             text = self._tokenizer.apply_chat_template(
                 question.messages(num_shots), tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates can raise any kind of error
             raise UserError(
                 f"the tokenizer's chat template refuses turns of user and assistant ({type(error).__name__}: {error}); "
                 "correct it, or remove it from the tokenizer's folder: prompts are plain then"
             ) from None
-        # The tokenizer writes its own beginning before every text, and would write a second one.
+        # The tokenizer adds its start token to every text; with the template's own one there would be two.
         return text.removeprefix(self._own_start) if self._own_start else text
 
     def prompt(self, question: Question, max_tokens: int | None) -> Prompt:
-        """The question in at most `max_tokens` tokens: first examples are left out, then the beginning of the text."""
+        """Returns the prompt in at most `max_tokens` tokens.
+
+        If it is longer, it loses its first examples, one by one, and then the beginning of the text.
+        """
         for num_shots in range(len(question.shots), -1, -1):
             text = self.text(question, num_shots)
             ids = self.tokens(text)
@@ -230,14 +237,14 @@ class Prompter:
         return Prompt(text, ids[-max_tokens:] if max_tokens is not None else ids, num_shots, is_cut)
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a prompt. One that ends texts has no place behind it."""
+        """Returns the tokens of a prompt, without an end-of-text token if the tokenizer adds one."""
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         end = self._tokenizer.eos_token_id
         return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
 
     @cached_property
     def _own_start(self) -> str:
-        """The text of the token that the tokenizer puts before every text; empty where it puts none."""
+        """The text of the token that the tokenizer puts before every text; empty if it puts none there."""
         ids = self._tokenizer("a", verbose=False)["input_ids"]
         start = self._tokenizer.bos_token
         return start if start and ids[:1] == [self._tokenizer.bos_token_id] and len(ids) > 1 else ""

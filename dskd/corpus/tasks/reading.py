@@ -1,14 +1,14 @@
-"""Examples of a benchmark, from a folder with its published files or with the hub's Parquet files, or from the hub.
+"""Reads a benchmark's examples from a folder with its published files or the hub's Parquet files, or from the hub.
 
 | benchmark | published as |
 |---|---|
 | arc_challenge, commonsense_qa | JSON lines: `question` with `stem` and `choices` (`label`, `text`); `answerKey` |
-| piqa | JSON lines: `goal`, `sol1`, `sol2`; beside them `NAME-labels.lst` with a 0 or 1 a line |
-| mmlu | a CSV a subject without a header: question, four choices, the letter of the right one |
+| piqa | JSON lines: `goal`, `sol1`, `sol2`; in the same folder `NAME-labels.lst` with one 0 or 1 per line |
+| mmlu | one CSV per subject, without a header: question, four choices, the letter of the right one |
 | squad_v2 | one JSON: `data[].paragraphs[]` with `context` and `qas[]`: `question`, `answers[].text`, `is_impossible` |
 
-The hub has the same as rows. A folder may hold either, at any depth. Examples keep the order of the files, and a
-mistake is named with its file and line.
+The hub has the same fields as rows. A folder may hold either form, at any depth. Examples keep the order of the files,
+and error messages name file and line.
 """
 
 import csv
@@ -27,19 +27,19 @@ from dskd.corpus.opening import COMPRESSIONS, open_text, reading_errors, without
 from dskd.corpus.tasks.benchmarks import LETTERS, Benchmark, Example
 from dskd.errors import UserError
 
-Row = Any  # what JSON or Parquet has for one record
+Row = Any  # one record of JSON or Parquet
 Place = str  # FILE:LINE
 
 
 class _NoExampleError(ValueError):
-    """A record that is not what the benchmark's format says."""
+    """A record that is not in the benchmark's format."""
 
 
 def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]:
-    """The examples of a split, from the folder `place` or the dataset of the hub of that name.
+    """Returns the examples of a split from `place`, a folder or the name of a dataset on the hub.
 
     Raises:
-        UserError: when there is none, or a record is not in the benchmark's format.
+        UserError: when there are none, a record is not in the benchmark's format, or two examples have the same id.
     """
     folder = Path(place).expanduser()
     if folder.is_dir():
@@ -66,7 +66,13 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
 
 
 def _of_whole_characters(example: Example) -> Example:
-    """The example, unless a text of it has half of a character, which JSON can escape and no tokenizer reads."""
+    """Returns the example, after checking that none of its texts has half of a surrogate pair.
+
+    JSON can express such a half, but no tokenizer can read it.
+
+    Raises:
+        _NoExampleError: when a text has one.
+    """
     for text in (example.name, example.question, *example.answers, *example.choices, example.passage, example.subject):
         try:
             text.encode("utf-8")
@@ -76,7 +82,7 @@ def _of_whole_characters(example: Example) -> Example:
 
 
 def _named(examples: list[Example], split: str) -> list[Example]:
-    """Numbers examples without ids within their subject or split: they are called the same in each published form."""
+    """Names examples without ids by their number in subject or split, so that names agree in all published forms."""
     numbers = Counter[str]()
     named = []
     for example in examples:
@@ -87,7 +93,7 @@ def _named(examples: list[Example], split: str) -> list[Example]:
 
 
 def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str, Iterator[tuple[Place, Row]]]:
-    """Where the rows of a split were found, and the rows with their places."""
+    """Returns the files that hold the rows of a split, for messages, and the rows with their places."""
     for pattern in benchmark.files[split]:
         endings = ("", *COMPRESSIONS)
         files = sorted(path for ending in endings for path in folder.rglob(pattern + ending) if path.is_file())
@@ -116,7 +122,7 @@ def _require_one_version(benchmark: Benchmark, folder: Path, pattern: str, files
 
 
 def _parquet_files(benchmark: Benchmark, folder: Path, split: str) -> list[Path]:
-    """The hub's Parquet files of a split; those of the benchmark's configuration, where there are several."""
+    """Returns the hub's Parquet files of a split: those in the configuration's folder, or all if it has none."""
     files = sorted({*folder.rglob(f"{split}-*.parquet"), *folder.rglob(f"{split}/*.parquet")})
     of_config = [path for path in files if benchmark.hub_config in path.relative_to(folder).parts]
     return of_config or files
@@ -213,7 +219,7 @@ def _mmlu_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _csv_records(path: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """The records that are not blank, each with the line on which it begins."""
+    """Yields the records that are not blank, each after the number of the line on which it begins."""
     reader = csv.reader(stream)
     while True:
         line = reader.line_num + 1
@@ -266,7 +272,7 @@ def _from_json(text: str, place: str) -> Any:
 
 
 def _parse_labelled(benchmark: Benchmark, row: Row) -> Example:
-    """ARC and CommonsenseQA. Some questions of ARC have numbers for labels: letters take their place."""
+    """Parses a row of ARC or CommonsenseQA. Some questions of ARC have numbers as labels; letters replace them."""
     question, choices = row["question"], row.get("choices")
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
