@@ -1,7 +1,7 @@
-"""Annotation against the bare forward pass of its teacher: tokens per second of both, batch by batch in turn.
+"""Annotation against the bare forward pass of its teacher: tokens per second of both, which take turns at each batch.
 
-The teacher has random weights of the given shape, tokens are as frequent as words are (Zipf), and every fifth of them
-has synonyms and antonyms, whose senses are random rows. What runs is what `launcher/annotate.py` runs for a block:
+The teacher has random weights of the given shape, tokens are as frequent as words are (Zipf), and every fifth token has
+synonyms and antonyms, whose senses are random rows. The measured code is what `launcher/annotate.py` runs for a block:
 
     python -m benchmarks.annotation --hidden-size 1024 --layers 8
     python -m benchmarks.annotation --hidden-size 4096 --layers 32 --vocab-size 128256 --length 1024   # on a GPU
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             int(given.memory_budget * 2**30),
         )
         seconds = {"forward": 0.0, "annotation": 0.0}
-        for number in range(given.batches + 1):  # the first is to warm up
+        for number in range(given.batches + 1):  # the first one is a warm-up
             block = range(number * given.batch_size, (number + 1) * given.batch_size)
             batch = sequences.batch(block.start, block.stop)
 
