@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             teacher={"path": name, "offload": "none"},  # type: ignore[arg-type]
             annotation={"kappa": given.kappa, "batch_size": given.batch_size},  # type: ignore[arg-type]
         )
+        # The inputs of annotation: sequences, a dictionary, the loaded teacher, and the search for its nearest rows.
         sequences = _write_sequences(given, folder)
         dictionary = write_dictionary(
             folder / "senses.safetensors", given.vocab_size, given.hidden_size, k=given.k, synonyms=given.synonyms
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             int(given.memory_budget * 2**30),
         )
         seconds = {"forward": 0.0, "annotation": 0.0}
+        # Both sides process the same batch in turn: the forward pass alone, and all of annotation.
         for number in range(given.batches + 1):  # the first one is a warm-up
             block = range(number * given.batch_size, (number + 1) * given.batch_size)
             batch = sequences.batch(block.start, block.stop)

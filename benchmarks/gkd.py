@@ -152,6 +152,7 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
 
     with tempfile.TemporaryDirectory() as folder:
+        # The settings of our training as far as GKD has them; it saves and reports nothing.
         settings = GKDConfig(
             output_dir=folder,
             lmbda=0.0,

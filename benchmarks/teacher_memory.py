@@ -71,7 +71,7 @@ def _measure(path: Path, overrides: Sequence[str]) -> None:
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """Returns the bytes of the memory behind the tensors; memory that tensors share is counted once."""
+    """Returns the bytes that the tensors occupy; memory that several tensors share is counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

@@ -8,8 +8,8 @@
 | lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
 | sense_alignment | share of the positions with rows in both P_i and N_i whose state is nearest to a row of P_i |
 
-The sums behind each measure are also saved for each sample (:mod:`dskd.evaluation.scores_by_example`), so that runs can
-be compared sample by sample.
+The sums that make up each measure are also saved for each sample (:mod:`dskd.evaluation.scores_by_example`), so that
+runs can be compared sample by sample.
 """
 
 import functools
@@ -184,7 +184,7 @@ def text_digest(validation: Manifest) -> str:
 def measure(
     model: FrozenModel, text: HeldOutText, predictions: list[torch.Tensor], world: World, *, label: str
 ) -> Examples:
-    """Returns the sums behind a model's measures, for each sample of all ranks, on every rank.
+    """Returns the sums that make up a model's measures, for each sample of all ranks, on every rank.
 
     `predictions` holds the teacher's predicted tokens by batch. If it is empty, `model` is the teacher and its
     predictions are appended.

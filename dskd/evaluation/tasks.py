@@ -233,6 +233,7 @@ def _publish(
     measures = measures_of(benchmark, examples, scores)
     fewer = sum(answer["shots"] < len(q.shots) for answer, q in zip(answers, task.questions, strict=True))
     cut = sum(answer["is_cut"] for answer in answers)
+    # One row per question: what was generated, the answer taken from it, the right answers, and the score.
     rows = [
         {
             "example": example.name,
