@@ -1,7 +1,7 @@
-"""Annotation against the bare forward pass of its teacher: tokens per second of both, batch by batch in turn.
+"""Annotation against the bare forward pass of its teacher: tokens per second of both, which take turns at each batch.
 
-The teacher has random weights of the given shape, tokens are as frequent as words are (Zipf), and every fifth of them
-has synonyms and antonyms, whose senses are random rows. What runs is what `launcher/annotate.py` runs for a block:
+The teacher has random weights of the given shape, tokens are as frequent as words are (Zipf), and every fifth token has
+synonyms and antonyms, whose senses are random rows. The measured code is what `launcher/annotate.py` runs for a block:
 
     python -m benchmarks.annotation --hidden-size 1024 --layers 8
     python -m benchmarks.annotation --hidden-size 4096 --layers 32 --vocab-size 128256 --length 1024   # on a GPU
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             teacher={"path": name, "offload": "none"},  # type: ignore[arg-type]
             annotation={"kappa": given.kappa, "batch_size": given.batch_size},  # type: ignore[arg-type]
         )
+        # The inputs of annotation: sequences, a dictionary, the loaded teacher, and the search for its nearest rows.
         sequences = _write_sequences(given, folder)
         dictionary = write_dictionary(
             folder / "senses.safetensors", given.vocab_size, given.hidden_size, k=given.k, synonyms=given.synonyms
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             int(given.memory_budget * 2**30),
         )
         seconds = {"forward": 0.0, "annotation": 0.0}
-        for number in range(given.batches + 1):  # the first is to warm up
+        # Both sides process the same batch in turn: the forward pass alone, and all of annotation.
+        for number in range(given.batches + 1):  # the first one is a warm-up
             block = range(number * given.batch_size, (number + 1) * given.batch_size)
             batch = sequences.batch(block.start, block.stop)
 

@@ -1,8 +1,8 @@
-"""How many floating-point operations a training step needs: two for each multiply-add of its matrix products.
+"""The number of floating-point operations in a training step: two for each multiply-add of its matrix products.
 
-Nothing else is counted (norms, softmax, optimizer), nor is what a formulation computes twice. Of attention only what
-the causal mask leaves is counted, half of its products. Backward costs twice forward where inputs and weights have
-gradients, and once where weights are frozen and a gradient only passes through.
+Nothing else is counted: no norms, softmax or optimizer, and nothing that an implementation computes twice. In attention
+only the half of the products that the causal mask leaves is counted. Backward costs twice forward if inputs and weights
+have gradients, and as much as forward if the weights are frozen and a gradient only passes through.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-shaped teacher and the student that is cut from it."""
+    """The shapes of a Llama-like teacher and of the student that is cut from it."""
 
     vocab_size: int
     hidden_size: int
@@ -19,11 +19,11 @@ class Shape:
     num_kv_heads: int
     teacher_layers: int
     student_layers: int
-    trained_layers: int  # the student's last
+    trained_layers: int  # number of the student's last layers that are trained
     sequence_length: int
 
     def layer_flops(self, *, causal: bool = True) -> float:
-        """Forward of one layer, for one token; without `causal`, as if no product were masked."""
+        """Returns the FLOPs of one layer's forward pass for one token; without `causal`, no product is masked."""
         kv_size = self.hidden_size * self.num_kv_heads // self.num_heads
         weights = 2 * self.hidden_size * (self.hidden_size + kv_size) + 3 * self.hidden_size * self.intermediate_size
         attended = self.sequence_length * (0.5 if causal else 1)
@@ -31,14 +31,14 @@ class Shape:
 
     @property
     def head_flops(self) -> float:
-        """The product of one state with the output matrix."""
+        """FLOPs of the product of one state with the output matrix."""
         return 2.0 * self.hidden_size * self.vocab_size
 
 
 def step_flops(shape: Shape, *, shared_trunk: bool, with_teacher: bool = True, causal: bool = True) -> dict[str, float]:
-    """FLOPs of a training step for one token, by part.
+    """Returns the FLOPs of a training step for one token, by part.
 
-    With `shared_trunk` the student's frozen layers are not computed: the teacher has done so.
+    With `shared_trunk` the student's frozen layers cost nothing, because the teacher computes them.
     """
     layer = shape.layer_flops(causal=causal)
     return {

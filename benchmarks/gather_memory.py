@@ -1,7 +1,7 @@
 """Sampling and clustering states at the size of a real model, within a memory budget: peak memory, disk and rate.
 
-The states are random (V = 128 256, D = 4 096, as Llama-3-8B has them); tokens are as frequent as words are (Zipf).
-Everything else is what `launcher/build_senses.py` runs on one rank, but for the teacher:
+The states are random (V = 128 256, D = 4 096, as in Llama-3-8B); tokens are as frequent as words are (Zipf). Everything
+else, except the teacher, is what `launcher/build_senses.py` runs on one rank:
 
     python -m benchmarks.gather_memory --folder FOLDER_WITH_SPACE --states 1000000 --budget 2
 """
@@ -53,6 +53,7 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
     at_start = machine()
     start = held_bytes(_CPU)
     started = time.perf_counter()
+    # Gathering: offer random states in batches; what exceeds the budget goes to sorted runs on disk.
     with PeakMemory(_CPU, beyond=start) as gathering:
         reservoir = Reservoir(given.vocab_size, given.max_states, given.hidden_size, budget, folder, "rank0of1")
         offered = 0
@@ -70,6 +71,7 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
     gathering_s = time.perf_counter() - started
     disk = sum(run.stat().st_size for run in runs)
 
+    # Clustering: read the kept states back in ranges of tokens that fit the budget, and write the senses.
     started = time.perf_counter()
     with PeakMemory(_CPU, beyond=start) as clustering:
         sampled = SampledStates(runs, given.max_states)

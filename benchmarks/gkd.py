@@ -3,14 +3,14 @@
     pip install -e ".[benchmarks]"
     python -m benchmarks.gkd
 
-Both have the same models, tokens, batches, accumulation, trained layers, AdamW and number format. Each runs in
-processes of its own, in turn. GKD is set to what is nearest to ours: lmbda=0 (no generation), beta=0 (KL of teacher to
-student). Its loss has no cross-entropy, and its temperature is one of sampling only, so ours does more: CE with KL at
-temperature 2, without and with the sense loss. Recomputed activations, which TRL has by default, are off on both sides.
-With bf16 models TRL runs under autocast by default; `--plain-bf16` has it compute, and take softmax, in bf16.
+Both have the same models, tokens, batches, accumulation, trained layers, AdamW and number format. They take turns, each
+in separate processes. GKD has the settings nearest to ours: lmbda=0 (no generation), beta=0 (KL of teacher to student).
+Its loss has no cross-entropy, and its temperature affects only sampling, so our step does more: CE with KL at
+temperature 2, without and with the sense loss. Recomputing activations, TRL's default, is off on both sides. With bf16
+models TRL runs under autocast by default; with `--plain-bf16` it computes everything, softmax included, in bf16.
 
-Memory is the peak over the measured steps, beyond what the process held before it loaded its models; on a CPU it has
-processes of its own, in which freed memory counts as free at once (that takes time).
+Memory is the peak over the measured steps, minus what the process held before it loaded its models. On a CPU it is
+measured in separate processes in which freed memory counts as free at once, because that slows them down.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options += ["--plain-bf16"] * given.plain_bf16 + ["--profile"] * given.profile
     sides = [name for key, name in _SIDES.items() if given.only in {None, key} or name == _TRL]
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    # A GPU's allocator counts exactly, and needs no processes of its own for it.
+    # On a GPU the allocator's count is exact, so memory needs no separate processes.
     rounds_of_memory = 0 if default_device().type == "cuda" else 1
     memory: dict[str, dict[str, float]] = {}
     with work_directory(given) as path:
@@ -137,7 +137,9 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
     teacher, student = find_teacher(config), find_student(config)
     models = [AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype) for folder in (teacher, student)]
     for parameter in (parameter for model in models for parameter in model.parameters()):
-        parameter.data = parameter.data.clone()  # on a CPU they are maps of their files, and would not count
+        parameter.data = (
+            parameter.data.clone()
+        )  # on a CPU they are mapped from their files, and would not count as memory
     choose_trained(models[1], config.student)
     tokens = read_tokens(config)
 
@@ -150,6 +152,7 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
 
     with tempfile.TemporaryDirectory() as folder:
+        # The settings of our training as far as GKD has them; it saves and reports nothing.
         settings = GKDConfig(
             output_dir=folder,
             lmbda=0.0,
@@ -186,7 +189,7 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
 
 
 class _Meter:
-    """Told of the end of each step: the rate of all measured steps, and their peak memory."""
+    """A meter of the rate and the peak memory of all measured steps; :meth:`count` is called after each step."""
 
     def __init__(self, given: argparse.Namespace, device: torch.device, start: int, tokens_per_step: int) -> None:
         self._first, self._last = given.warm_up, given.warm_up + given.steps
@@ -194,9 +197,10 @@ class _Meter:
         self._tokens = given.steps * tokens_per_step
         self._done = 0
         self._profile = Profile() if given.profile else None
-        self.result: dict[str, float] = {}  # with --profile the share of each kind of operation
+        self.result: dict[str, float] = {}  # with --profile, the share of each kind of operation
 
     def count(self) -> None:
+        # The measurement begins after the last warm-up step, and ends after the last step.
         self._done += 1
         if self._done == self._first:
             self._memory = PeakMemory(self._device, beyond=self._start)

@@ -1,6 +1,6 @@
-"""Batched k-means against scikit-learn's, on the same clouds: inertia and speed, in one run.
+"""Batched k-means against scikit-learn's, on the same clouds of points: inertia and speed, in one run.
 
-The clouds are the states that `launcher/build_senses.py … senses.keep_states=true` sampled, one of each token:
+A cloud is the states of one token that `launcher/build_senses.py … senses.keep_states=true` sampled:
 
     python -m benchmarks.kmeans --states work/quickstart/.states.partial --k 5 10
 """
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clouds = _choose(states, k, given.tokens, given.seed)
         points = [part.float() for part in clouds.states.split(clouds.offsets.diff().tolist())]
         arrays = [part.numpy() for part in points]
+        # scikit-learn clusters one cloud after the other; ours clusters all of them in one call.
         started = time.perf_counter()
         theirs = np.array([KMeans(k, n_init="auto", random_state=given.seed).fit(array).inertia_ for array in arrays])
         their_seconds = time.perf_counter() - started
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             our_seconds = time.perf_counter() - started
             centers = found.vectors.split(found.sizes.tolist())
             ours = np.array([_inertia(*pair) for pair in zip(points, centers, strict=True)])
-            real = theirs > 0  # a cloud with no more different points than clusters says nothing
+            real = theirs > 0  # a cloud with no more different points than clusters has inertia 0
             low, median, high = np.quantile(ours[real] / theirs[real], [0.1, 0.5, 0.9])
             result = {"k": k, "restarts": restarts, "clouds": len(arrays), "points": len(clouds.states)}
             result |= {"inertia": median, "low": low, "high": high, "speed": their_seconds / our_seconds}
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _choose(states: TokenStates, k: int, number: int, seed: int) -> TokenStates:
-    """At most `number` tokens that have more than k states."""
+    """Returns the states of at most `number` tokens, drawn at random from those with more than k states."""
     many = (states.offsets.diff() > k).nonzero().squeeze(-1)
     many = many[torch.randperm(len(many), generator=torch.Generator().manual_seed(seed))[:number]].sort().values
     parts = [states.states[states.offsets[token] : states.offsets[token + 1]] for token in many]
@@ -83,7 +84,7 @@ def _choose(states: TokenStates, k: int, number: int, seed: int) -> TokenStates:
 
 
 def _inertia(points: torch.Tensor, centers: torch.Tensor) -> float:
-    """Recomputed in float64, for both sides alike in what it means."""
+    """Returns the sum of squared distances to the nearest center, in float64, scikit-learn's definition of inertia."""
     return float(torch.cdist(points.double(), centers.double()).square().min(-1).values.sum())
 
 

@@ -3,10 +3,10 @@
     python -m benchmarks.lexicon_memory --gigabytes 0.5 1 --relations 100000
     python -m benchmarks.lexicon_memory --gigabytes 0.5 --relations 400000
 
-Entries have the shape and size of kaikki.org's file of all languages: one in eight is English, and most of a line is
-sounds, forms and translations that the reader does not want. Every file is read twice, in processes of their own: by
-the control, which unpacks the lines and parses the JSON and does nothing else, and by the reader with the table of
-relations behind it. What must hold: memory follows the distinct relations and not the size of the file.
+Entries have the shape and size of those in kaikki.org's file of all languages: one in eight is English, and most of a
+line is sounds, forms and translations that the reader ignores. Every file is read twice, in separate processes: by the
+control, which only unpacks the lines and parses the JSON, and by the reader, which fills the table of relations. The
+expected result: memory grows with the distinct relations, not with the size of the file.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from pathlib import Path
 from benchmarks.report import build_parser, give_result, machine, parse, publish, run_child
 
 RELATIONS_AN_ENTRY = 16  # more than real entries have, so that small files have many
-ENGLISH_SHARE = 8  # one entry in so many
+ENGLISH_SHARE = 8  # one entry in this many is English
 
 
 def entries(relations: int, seed: int = 0) -> Iterator[str]:
-    """Lines of a Wiktextract file without end; `relations` distinct pairs come again and again."""
+    """Yields lines of a Wiktextract file without end; they repeat `relations` distinct pairs."""
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 11))) for _ in range(relations // 3)]
     fillers = [_filler(draw, words) for _ in range(500)]
@@ -51,7 +51,7 @@ def entries(relations: int, seed: int = 0) -> Iterator[str]:
 
 
 def _filler(draw: random.Random, words: list[str]) -> str:
-    """About two kilobytes of what else an entry has."""
+    """Returns about two kilobytes of JSON with the other fields of an entry."""
     rest = {
         "pos": "noun",
         "etymology_text": " ".join(draw.choices(words, k=40)),
@@ -76,7 +76,10 @@ def write(path: Path, size_bytes: int, relations: int) -> None:
 
 
 def read(path: Path, how: str) -> dict[str, float]:
-    """Reads a file in this process; run by a child."""
+    """Reads a file and measures it; a child process calls this, so that the peak memory is that of one reader.
+
+    `how` is `control`, which only unpacks and parses, or the name of any other reader for ours.
+    """
     from dskd.lexicon.reading import Report
     from dskd.lexicon.relations import Pairs
     from dskd.lexicon.wiktionary import read_wiktionary
@@ -91,7 +94,7 @@ def read(path: Path, how: str) -> dict[str, float]:
         seconds = time.perf_counter() - started
     else:
         pairs = Pairs(read_wiktionary(path, "English", Report()))
-        seconds = time.perf_counter() - started  # the control has no table to resolve
+        seconds = time.perf_counter() - started  # before the table is resolved, which the control does not do
         found = len(pairs.resolved())
     return {"seconds": seconds, "relations": found, "before_mb": before, "peak_mb": _peak_mb()}
 

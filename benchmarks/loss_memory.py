@@ -4,10 +4,10 @@
     python -m benchmarks.loss_memory --positions 8192 --hidden-size 4096          # on a GPU, and its default there
     python -m benchmarks.loss_memory --dtype float32 --train-head
 
-The control is `F.linear`, `F.cross_entropy` and `F.kl_div` with autograd. Its memory grows with the positions times V,
-so on a CPU it is measured with fewer of them; ours hardly grows, and its share falls as they get more. Each side has a
-process of its own for its memory (beyond states and output matrices, with the gradients). For their time both are in
-one process and take turns.
+The control is `F.linear`, `F.cross_entropy` and `F.kl_div` with autograd. Its memory grows with the number of positions
+times V, so on a CPU fewer positions are measured. Ours hardly grows, so the ratio falls with more positions. Memory is
+measured in a separate process for each side; it includes the gradients, but not the states and output matrices. Time is
+measured in one process, in which both sides take turns.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def options_of(given: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def _measure_memory(side: str, positions: int, given: argparse.Namespace) -> int:
-    _build(side, 8, given)()  # what is made at first use is no part of it
+    _build(side, 8, given)()  # so that memory allocated on first use is not counted
     run = _build(side, positions, given)
     with PeakMemory(default_device()) as memory:
         run()
@@ -102,7 +102,7 @@ def _measure_memory(side: str, positions: int, given: argparse.Namespace) -> int
 
 
 def _build(side: str, positions: int, given: argparse.Namespace) -> Callable[[], None]:
-    """Forward and backward of one side, as a function to be called."""
+    """Returns a function that runs forward and backward of one side, on random states, matrices and labels."""
     device, dtype = default_device(), getattr(torch, given.dtype)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -137,7 +137,10 @@ def _whole(
     labels: torch.Tensor,
     loss: LossConfig,
 ) -> torch.Tensor:
-    """The control: mean CE and KL as one writes them first, in float32 behind the matrix products."""
+    """Computes the control: mean CE and KL in their obvious form, in float32 after the matrix products.
+
+    `hidden` and `teacher_hidden` are [N, D], the weights [V, D], `labels` [N].
+    """
     logits = F.linear(hidden, weight).float()
     with torch.no_grad():
         teacher = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float() / loss.temperature, dim=-1)

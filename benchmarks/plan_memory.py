@@ -1,12 +1,12 @@
-"""What `dskd plan` says of a rank's memory, beside what real training allocates, on 1, 2 and 4 ranks.
+"""The memory of a rank that `dskd plan` predicts, against what real training allocates, on 1, 2 and 4 ranks.
 
     python -m benchmarks.plan_memory
     python -m benchmarks.plan_memory train.activation_checkpointing=true --modes zero3 --ranks 2
 
-Training is that of `launcher/train.py` without tracker and checkpoints, three steps of one micro-batch a rank. Counted
-is the most memory that a rank's tensors have at one time: on a GPU as torch's allocator says, on a CPU what they have
-when a step begins, and what the allocator reports to the profiler within it. The plan's `reserved` is no part of it. On
-a CPU the ranks talk over gloo.
+Training is that of `launcher/train.py` without tracker and checkpoints: three steps of one micro-batch per rank. The
+figure is the most memory that a rank's tensors hold at one time. On a GPU, torch's allocator reports it. On a CPU it is
+what the tensors hold when a step begins, plus what the allocator reports to the profiler within the step. The plan's
+`reserved` is not included. On a CPU the ranks communicate over gloo.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from dskd.plan.plan import make_plan
 from dskd.plan.shapes import find_architecture
 
 _MODES = ("resident", "zero3")
-_STEPS = 3  # ZeRO-3 gathers ahead from the second one on
-# Large enough that what training holds is in tensors, small enough for four ranks on two cores.
+_STEPS = 3  # from the second step on, ZeRO-3 gathers parameters ahead
+# Large enough that tensors are nearly all that training holds, small enough for four ranks on two cores.
 _PRESET = Preset(Shape(16_384, 1024, 3584, 8, 2, 6, 4, 2, 128), global_batch_size=16, micro_batch_size=4)
 
 
@@ -72,13 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(path: Path, ranks: int, overrides: Sequence[str]) -> dict[str, int]:
-    """Bytes of a rank's tensors at one time: planned, and measured on the rank that has most."""
+    """Returns the peak bytes of a rank's tensors: planned, and measured on the rank that holds the most."""
     measured = run_ranks("benchmarks.plan_memory", ranks, "--child", path, *overrides)
     return {"planned": plan_bytes(path, ranks, overrides), "measured": max(measured)}
 
 
 def plan_bytes(path: Path, ranks: int, overrides: Sequence[str]) -> int:
-    """Bytes of a rank's tensors at one time, as they are planned."""
+    """Returns the peak bytes of a rank's tensors according to the plan."""
     config = read_config(path, overrides)
     device = "cuda" if default_device().type == "cuda" else "cpu"
     cluster = Cluster(1, ranks, 80 * GB, 1000 * GB, device, GB, GB, GB, 1e12)  # the rates do not matter here
@@ -91,7 +91,7 @@ def _measure(path: Path, overrides: Sequence[str]) -> None:
     training = OurTraining(config, world)
     peaks = []
     for _ in range(_STEPS):
-        gc.collect()  # what lies in cycles, which Python would free sometime
+        gc.collect()  # free reference cycles now, instead of at some point within the step
         peaks.append(_peak_of_a_step(training, world.device))
     of_all = gather_json(max(peaks))
     if world.is_main:
@@ -112,9 +112,9 @@ def _peak_of_a_step(training: OurTraining, device: torch.device) -> int:
 
 
 def _held_bytes() -> int:
-    """Of the different pieces of memory behind all tensors of this process, between steps.
+    """Returns the bytes of all tensors of this process, each piece of shared memory counted once; called between steps.
 
-    What the profiler adds up is not followed from step to step: it misses what gloo's threads free.
+    The profiler's sums are not carried over from step to step, because they miss what gloo's threads free.
     """
     tensors = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
     pieces = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the share of each kind of operation, from torch's profiler."""
+"""The share of a step's time that each kind of operation takes, from torch's profiler."""
 
 import time
 from collections import Counter
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.report import default_device
 
-# By what an operation's name contains; the first kind that fits has it.
+# Parts of operations' names by kind; an operation belongs to the first kind with a part that its name contains.
 _KINDS = {
     "attention": ("attention", "flash", "fmha"),
     "matrix products": ("mm", "gemm", "linear", "matmul", "cutlass", "nvjet"),
@@ -21,7 +21,7 @@ _REST, _NO_OPERATION = "other operations", "outside of operations (Python, waiti
 
 
 class Profile:
-    """Profiles what runs between `start` and `stop`."""
+    """A profile of the code that runs between `start` and `stop`."""
 
     def __init__(self) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -31,14 +31,15 @@ class Profile:
         self._profiler: Any = profile(activities=activities, acc_events=True)
 
     def start(self) -> None:
-        """Begins to count."""
+        """Starts profiling."""
         self._profiler.start()
         self._started = time.perf_counter()
 
     def stop(self) -> dict[str, float]:
-        """The share of the elapsed time of each kind of operation, the largest first.
+        """Stops profiling and returns the share of the elapsed time of each kind of operation, the largest first.
 
-        On a CPU an operation's time is what it takes by itself on the thread that calls it; on a GPU, its kernels'.
+        On a CPU an operation's time is its own time, without operations inside it, on the calling thread; on a GPU it
+        is the time of its kernels.
         """
         if self._is_cuda:
             torch.cuda.synchronize()
@@ -52,13 +53,13 @@ class Profile:
         return dict(spent.most_common())
 
     def table(self) -> str:
-        """Every operation by itself."""
+        """Returns a table of the 25 operations that take the most time."""
         order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
         return self._profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
 
 
 def profile_steps(step: Callable[[], object], *, warm_up: int = 2, steps: int = 2) -> tuple[dict[str, float], str]:
-    """Shares by kind of so many steps, and the table of operations."""
+    """Profiles `steps` steps after `warm_up` others; returns the shares by kind, and the table of operations."""
     for _ in range(warm_up):
         step()
     profile = Profile()
@@ -69,11 +70,11 @@ def profile_steps(step: Callable[[], object], *, warm_up: int = 2, steps: int = 
 
 
 def kind_of(operation: str) -> str:
-    """The kind of an operation or a kernel, by its name."""
+    """Returns the kind of an operation or a kernel, by its name."""
     name = operation.lower()
     return next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), _REST)
 
 
 def shares_text(shares: dict[str, float]) -> str:
-    """One line a kind."""
+    """Returns one line for each kind with a share of at least 0.5 %."""
     return "\n".join(f"{share:7.1%}  {kind}" for kind, share in shares.items() if share >= 0.005)

@@ -2,13 +2,13 @@
 
     python -m benchmarks.published
 
-In the published form everything happens inside the step, one sequence at a time: the teacher goes on with the prompt
-greedily, token by token; teacher and student make whole logits; a loop over positions looks the target up in
-dictionaries of senses, synonyms and antonyms and searches the nearest rows for it; plain AdamW. Both sides have the
-same models, tokens and number format, and take turns. What is compared is tokens per second.
+In the published form everything happens inside the step, one sequence at a time: the teacher continues the prompt
+greedily, token by token; teacher and student compute whole logits; a loop over positions looks up each target in
+dictionaries of senses, synonyms and antonyms and searches for the nearest rows; the optimizer is plain AdamW. Both
+sides have the same models, tokens and number format, and take turns. The result is the ratio of tokens per second.
 
-It follows the paper and not a slip of its code: a position is not pushed from its target's own senses. It has no
-gradient accumulation; each sequence is a step.
+The published side follows the paper, not a slip in its code: a position is not pushed from its target's own senses. It
+has no gradient accumulation; each sequence is a step.
 """
 
 import random
@@ -37,13 +37,13 @@ from dskd.models.precision import compute_dtype
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.training.student import choose_trained
 
-_NEIGHBOURS = 25  # synonyms, or antonyms, that are looked at
+_NEIGHBOURS = 25  # number of synonyms, and of antonyms, that a position considers
 _NEW_TOKENS = 10
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Python dictionaries by token, as the published code has them."""
+    """Senses, synonyms and antonyms as Python dictionaries by token, as in the published code."""
 
     senses: dict[int, torch.Tensor]  # [k, D] each
     synonyms: dict[int, list[int]]
@@ -51,7 +51,7 @@ class Lexicon:
 
     @classmethod
     def of(cls, dictionary: SenseDictionary, tokens: set[int], device: torch.device) -> "Lexicon":
-        """What `tokens` and their neighbours have, on the device."""
+        """Takes the senses of `tokens` and their neighbours to the device."""
         entries = dictionary.entries
 
         def neighbours(offsets: torch.Tensor, of: torch.Tensor) -> dict[int, list[int]]:
@@ -67,7 +67,7 @@ class Lexicon:
 
 
 def choose_positions(targets: list[int], lexicon: Lexicon, loss: LossConfig) -> tuple[list[int], list[int]]:
-    """Positions for the relation term, and as many for the own term."""
+    """Draws positions for the relation term, and the same number (or all, if fewer) for the own term."""
     related = [i for i, y in enumerate(targets) if y in lexicon.synonyms or y in lexicon.antonyms]
     with_senses = [i for i, y in enumerate(targets) if y in lexicon.senses]
     count = min(len(related), max(round(loss.relation_share * len(related)), loss.min_relations))
@@ -84,7 +84,10 @@ def sense_loss(
     loss: LossConfig,
     kappa: int,
 ) -> torch.Tensor:
-    """L_sense of one sequence, position by position; `hidden` and `teacher_hidden` are [L, D]."""
+    """Computes L_sense of one sequence, position by position; `hidden` and `teacher_hidden` are [L, D].
+
+    `relation` and `own` are the positions of the two terms.
+    """
 
     def nearest(entries: Sequence[int], i: int) -> torch.Tensor:
         rows = torch.cat([lexicon.senses[entry] for entry in entries if entry in lexicon.senses]).float()
@@ -94,6 +97,7 @@ def sense_loss(
     def distance(i: int, rows: torch.Tensor) -> torch.Tensor:
         return (hidden[i].float() - rows).square().mean(dim=-1)
 
+    # Relation term: a pull to the rows nearest to the teacher's state, a hinged push from the nearest antonym rows.
     terms = []
     for i in relation:
         y = targets[i]
@@ -112,7 +116,7 @@ def sense_loss(
 def logit_losses(
     logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean CE and mean KL(teacher || student) of whole logits [L, V]."""
+    """Returns the mean CE and the mean KL(teacher || student) of whole logits [L, V]."""
     ce = F.cross_entropy(logits.float(), targets)
     student = F.log_softmax(logits.float() / temperature, dim=-1)
     teacher = F.softmax(teacher_logits.float() / temperature, dim=-1)
@@ -120,7 +124,7 @@ def logit_losses(
 
 
 class PublishedTraining:
-    """The published step; models are transformers' own."""
+    """Training by the published algorithm, with models from transformers."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._config, self._device = config, device
@@ -132,18 +136,18 @@ class PublishedTraining:
             trained, lr=config.train.peak_learning_rate, weight_decay=config.train.weight_decay
         )
         self._sequences = torch.from_numpy(read_tokens(config)).long()
-        # Everything a target can be in this benchmark; a continuation may bring others, which then have no senses.
+        # The tokens of the prompts. A continuation may contain others, which then have no senses.
         tokens = set(self._sequences[:64].unique().tolist())
         self._lexicon = Lexicon.of(load_dictionary(config)[0], tokens, device)
         self._step = 0
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a sequence; the few that the random cut leaves out again count as trained."""
+        """Tokens of a sequence; the few that the random cut removes are counted as trained."""
         return self._config.corpus.sequence_length
 
     def step(self) -> None:
-        """One sequence: continuation, both models, the three losses, AdamW."""
+        """Trains on one sequence: continuation, both models, the three losses, AdamW."""
         prompt = self._sequences[self._step % 64, :-_NEW_TOKENS].to(self._device)[None]
         self._step += 1
         ids = self._teacher.generate(
@@ -154,6 +158,7 @@ class PublishedTraining:
             min_new_tokens=_NEW_TOKENS,
             pad_token_id=0,
         )
+        # The published method cuts the continuation at a random length.
         ids = ids[:, : prompt.shape[1] + random.randint(1, _NEW_TOKENS)]
         with torch.no_grad():
             teacher = self._teacher(ids, output_hidden_states=True, use_cache=False)

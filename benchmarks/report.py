@@ -1,7 +1,7 @@
-"""What every benchmark shares: arguments, timing side by side, peak memory, and a result that names its machine.
+"""Code that all benchmarks share: arguments, timing in turns, peak memory, and results that name their machine.
 
-Speeds and sizes are only ever compared within one run, and variants take turns in it, so that whatever else the
-machine does hits them alike.
+Speeds and sizes are compared only within one run, in which variants take turns, so that other work on the machine
+affects all of them equally.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from dskd.distributed.rendezvous import free_port
 from dskd.distributed.world import uses_gpu
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_QUIET = 0.3  # a load that is nobody's work
-_RESULT_MARK = "result: "  # of the line on which a child process gives its result
+_QUIET = 0.3  # highest load of an idle machine
+_RESULT_MARK = "result: "  # begins the line on which a child process prints its result
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes: a place for its result."""
+    """Builds a parser with the options of every benchmark: the file for its result, and torch's threads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the result there, as JSON")
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default: one a core")
@@ -42,7 +42,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line's arguments, or those given, and sets the threads of this process and its children."""
+    """Parses `arguments` (None: the command line's), and sets the threads of this process and its children."""
     given = parser.parse_intermixed_args(arguments)
     if given.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(given.threads)
@@ -51,12 +51,12 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU."""
+    """Returns the first GPU, or the CPU if there is none."""
     return torch.device("cuda" if uses_gpu() else "cpu")
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on beside its command."""
+    """Returns the date and the properties of the machine and its software, on which a figure depends."""
     device = default_device()
     is_cuda = device.type == "cuda"
     return {
@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if is_cuda else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),  # of the minute before; 0 on an idle machine
+        "load": round(os.getloadavg()[0], 1),  # over the last minute; 0 on an idle machine
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -79,15 +79,15 @@ def publish(
     results: Mapping[str, Any],
     at_start: Mapping[str, Any],
 ) -> None:
-    """Prints the table, and writes `results` with the command and the machine where `--output` says.
+    """Prints the table, and writes `results` with the command and the machine to the file of `--output`.
 
     Args:
         given: the benchmark's arguments.
         module: `benchmarks.NAME`.
-        header: of the table.
-        rows: of the table.
-        results: the same as numbers.
-        at_start: :func:`machine` before the measurement: afterwards its load is the benchmark's own.
+        header: the table's header.
+        rows: the table's rows.
+        results: the same results as numbers.
+        at_start: :func:`machine` before the measurement, because afterwards the load includes the benchmark's own.
     """
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     print(f"\n{command}")
@@ -102,7 +102,7 @@ def publish(
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with the quartiles beside it."""
+    """A median with its quartiles."""
 
     median: float
     low: float
@@ -110,24 +110,28 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """The spread of some values; of one alone it is 0 wide."""
+        """Computes the spread of some values; that of a single value has width 0."""
         values = sorted(values)
         low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(median, low, high)
 
     def text(self, form: str = ".3f", scale: float = 1) -> str:
-        """`median [low, high]`."""
+        """Returns `median [low, high]` as text."""
         return f"{self.median * scale:{form}} [{self.low * scale:{form}}, {self.high * scale:{form}}]"
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Returns the spread as a dictionary for JSON."""
         return asdict(self)
 
 
 def take_turns(
     variants: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round. In a round every variant runs once; every other round in reverse order."""
+    """Returns the seconds of each variant in each round.
+
+    Every variant runs once in each round, in reverse order in every second round. The first `warm_up` rounds are not
+    counted.
+    """
     device = device or default_device()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warm_up + rounds):
@@ -143,19 +147,19 @@ def take_turns(
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
-    """The ratio of two variants round by round: what slows a whole round down cancels out."""
+    """Returns the spread of the ratios of two variants, round by round: what slows down a whole round cancels out."""
     return Spread.of(one / other for one, other in zip(seconds[of], seconds[to], strict=True))
 
 
 class PeakMemory:
-    """The most memory that is held within a block, beyond what was held when it began: in bytes, under `peak_bytes`.
+    """A context manager that measures the peak memory of its block, in bytes beyond a start value, as `peak_bytes`.
 
-    On a GPU what torch allocated. On a CPU the memory of this process that no file stands behind, looked at every two
-    milliseconds: mapped files, shards and libraries do not count, their pages can be dropped at any time.
+    On a GPU it is the memory that torch allocated. On a CPU it is the anonymous memory of this process, read every two
+    milliseconds: mapped files, shards and libraries do not count, because their pages can be dropped at any time.
     """
 
     def __init__(self, device: torch.device, *, beyond: int | None = None) -> None:
-        """Counts from `beyond` bytes, or from what is held on entry."""
+        """Sets the start value: `beyond` bytes, or the memory held on entry."""
         self._device = device
         self._before = beyond
         self._peak = 0
@@ -189,7 +193,7 @@ class PeakMemory:
 
 
 def held_bytes(device: torch.device) -> int:
-    """What torch has allocated on a GPU, or what this process has in memory that no file stands behind."""
+    """Returns the bytes that torch has allocated on a GPU, or the anonymous memory of this process on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
@@ -199,13 +203,13 @@ def held_bytes(device: torch.device) -> int:
     raise SystemExit("this system does not say how much memory a process has (RssAnon in /proc/self/status)")
 
 
-# The allocator keeps what was freed, and a process seems to hold what it no longer uses. With these it gives large
-# blocks back at once, which takes time: for processes whose memory is measured, not their speed.
+# The C allocator keeps freed memory, so a process seems to hold what it no longer uses. With these variables it returns
+# large blocks at once. That takes time, so they are for processes whose memory is measured, not their speed.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
 
 
 def run_child(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
-    """Runs a module of ours in a process of its own, which gives its result with :func:`give_result`."""
+    """Runs a benchmark's module in a child process, and returns what it passes to :func:`give_result`."""
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
     finished = subprocess.run(
         command,
@@ -219,7 +223,7 @@ def run_child(module: str, *arguments: object, environment: Mapping[str, str] | 
 
 
 def run_ranks(module: str, ranks: int, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
-    """Runs a module of ours on so many ranks of this machine, as a launcher starts them; rank 0 gives the result."""
+    """Runs a benchmark's module on `ranks` ranks of this machine, as a launcher does, and returns rank 0's result."""
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
     port = str(free_port())
     processes = []
@@ -242,7 +246,11 @@ def run_ranks(module: str, ranks: int, *arguments: object, environment: Mapping[
 
 
 def read_result(command: Sequence[str], exit_code: int, output: str) -> Any:
-    """The result that a child process gave, or the end of this one with what the child printed."""
+    """Returns the result in a child process's output.
+
+    Raises:
+        SystemExit: when the child failed or printed no result; the message has the child's output.
+    """
     lines = [line for line in output.splitlines() if line.startswith(_RESULT_MARK)]
     if exit_code or not lines:
         raise SystemExit(f"{shlex.join(command)} ended with exit code {exit_code}:\n{output}")
@@ -250,7 +258,7 @@ def read_result(command: Sequence[str], exit_code: int, output: str) -> Any:
 
 
 def give_result(result: Any) -> None:
-    """Gives the parent of this process a JSON-like result."""
+    """Prints a JSON-like result for the parent of this process."""
     print(f"\n{_RESULT_MARK}{json.dumps(result)}", flush=True)
 
 

@@ -1,18 +1,19 @@
-"""Short runs that are killed again and again until each is done, and whether anything was lost by it.
+"""A soak test: short runs are killed and resumed until each is done, and nothing may be lost.
 
     python -m benchmarks.soak                            # 50 kills, about a quarter of an hour on two cores
     python -m benchmarks.soak --kills 20 --ranks 4 --seed 1 --output FILE.json
 
-Everything up to the shards is made from `configs/smoke.yaml`, and one training is left undisturbed. Then annotations
-and trainings of the same config are started with DeepSpeed's launcher, killed with -9 and started again. Whom a kill
-hits, and when, is drawn:
+Everything up to the shards is made from `configs/smoke.yaml`, and one training runs undisturbed. Then annotations and
+trainings of the same config are started with DeepSpeed's launcher, killed with -9 and started again. The target of a
+kill and its time are drawn at random:
 
-    who    one rank, with its loader's workers; the launcher and everything below it; or the launcher alone, whose ranks
-           are killed a moment later, as a scheduler does with what is left of a job
-    when   at any time of its start, of its steps, or while a checkpoint is being written; a fifth hit annotation
+    who    one rank, with its loader's workers; the launcher and all processes below it; or the launcher alone, whose
+           ranks are killed a moment later, as a scheduler does with the remains of a job
+    when   at any time of its start or of its steps, or while it writes a checkpoint; a fifth of the kills hit
+           annotation
 
-In the end every training has the losses of the undisturbed one at every step, bit for bit, and its weights, and the
-shards are the same bytes: a sample that was lost or came twice would show. Otherwise this ends with exit code 1.
+In the end every training must have the undisturbed training's loss at every step, bit for bit, and its weights, and the
+shards must be the same bytes: a sample that was lost or repeated would show. Otherwise the exit code is 1.
 """
 
 import random
@@ -42,7 +43,7 @@ CONFIG = REPOSITORY / "configs" / "smoke.yaml"
 _WHO = ("a rank", "launcher and ranks", "launcher alone")
 _WHEN = ("starting", "in its steps", "writing a checkpoint")
 _KILLS_OF_A_TRAINING = 6
-_PATIENCE_S = 300  # for the other ranks to end after one of them
+_PATIENCE_S = 300  # time for the other ranks to end after one of them
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Job:
-    """A program of `launcher/` on so many ranks, started by DeepSpeed's launcher."""
+    """A program of `launcher/` on several ranks, started by DeepSpeed's launcher."""
 
     def __init__(self, program: str, config: Path, overrides: Sequence[str], ranks: int, log: Path) -> None:
         self._program = program
@@ -92,16 +93,16 @@ class Job:
         self._seen: set[psutil.Process] = set()
 
     def is_running(self) -> bool:
-        """True while the launcher or anything that it started runs."""
+        """Returns True while the launcher or any process below it runs."""
         return bool(self._processes())
 
     @property
     def output(self) -> str:
-        """What it has printed."""
+        """What the job has printed."""
         return self._log.read_text(errors="replace")[self._start :]
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Waits for a condition; False when the job ended before."""
+        """Waits for a condition; returns False if the job ends first."""
         while not condition():
             if self._process.poll() is not None:
                 return False
@@ -109,7 +110,7 @@ class Job:
         return True
 
     def kill(self, who: str, draw: random.Random) -> bool:
-        """Kills a part of it, and waits until nothing of it is left; False when there was nothing to kill."""
+        """Kills a part of the job, and waits until no process is left; returns False if there was nothing to kill."""
         processes = self._processes()
         ranks = [p for p in processes if any(Path(part).name == self._program for part in _command(p)[:4])]
         if self._process.poll() is not None or not processes or (who == "a rank" and not ranks):
@@ -121,14 +122,14 @@ class Job:
             time.sleep(draw.uniform(0, 2))
             _kill(self._processes())
         else:
-            # Workers are children of their rank with the same command: a rank's parent is the launcher.
+            # A loader's workers have the same command as their rank, but their parent is the rank, not the launcher.
             rank = draw.choice([p for p in ranks if _parent(p) not in ranks])
             _kill([rank, *(p for p in ranks if _parent(p) == rank)])
         self.wait()
         return True
 
     def wait(self) -> int:
-        """Waits until nothing of it is left; the launcher's exit code."""
+        """Waits until no process of the job is left; returns the launcher's exit code."""
         deadline = time.monotonic() + _PATIENCE_S
         while self.is_running():
             self._process.poll()
@@ -149,24 +150,24 @@ class Job:
 
 
 class Soak:
-    """Kills what it starts, and compares what comes out in the end."""
+    """The soak test: it starts and kills jobs, and compares their results with those of undisturbed ones."""
 
     def __init__(self, folder: Path, ranks: int, draw: random.Random) -> None:
         self._folder, self._ranks, self._draw = folder, ranks, draw
         self._overrides = [f"workdir={folder / 'work'}", "train.collective_timeout_s=60"]
         self._annotation_s = 0.0
-        self._start_s = self._steps_s = 0.0  # of an undisturbed training
+        self._start_s = self._steps_s = 0.0  # durations of an undisturbed training
         self._undisturbed: Any = None
         self.kills: Counter[tuple[str, str, str]] = Counter()
         self.starts = 0
 
     @property
     def survived(self) -> int:
-        """Kills so far, after each of which everything went on."""
+        """Number of kills so far; the job continued after each of them."""
         return sum(self.kills.values())
 
     def prepare(self) -> None:
-        """Makes everything up to the shards, and an undisturbed training."""
+        """Makes everything up to the shards, and trains once undisturbed."""
         pipeline = [sys.executable, REPOSITORY / "launcher" / "pipeline.py", "--config", CONFIG, "--until", "shards"]
         subprocess.run([str(part) for part in [*pipeline, *self._overrides]], check=True)
         job, started = self._start("train.py", "undisturbed"), time.monotonic()
@@ -177,7 +178,7 @@ class Soak:
         self._undisturbed = self._result("undisturbed")
 
     def annotate_killed(self, kills: int) -> None:
-        """Annotates again, killed so many times."""
+        """Annotates again until `kills` kills are survived, and checks that the shards stay the same bytes."""
         config = self._config("undisturbed")
         expected = self._shards()
         shutil.rmtree(config.path("shards"))
@@ -191,7 +192,7 @@ class Soak:
             time.sleep(self._draw.uniform(0, usual_s))
             if job.kill(who, self._draw):
                 self.kills["annotation", who, "at any time"] += 1
-            else:  # it was done before
+            else:  # the job was done before the kill
                 job.wait()
                 self._require_shards(expected)
                 shutil.rmtree(config.path("shards"))
@@ -199,17 +200,20 @@ class Soak:
         self._require_shards(expected)
 
     def train_killed(self, run: str, kills: int) -> None:
-        """Trains a run to its end, killed at most :data:`_KILLS_OF_A_TRAINING` times; `kills` are enough altogether."""
+        """Trains a run to its end, and kills it at most :data:`_KILLS_OF_A_TRAINING` times on the way.
+
+        No more kills follow once the soak test has survived `kills` altogether.
+        """
         config = self._config(run)
         of_this_run = 0
         while of_this_run < _KILLS_OF_A_TRAINING and self.survived < kills:
             job, who, when = self._start("train.py", run), self._draw.choice(_WHO), self._draw.choice(_WHEN)
             if not (self._wait_for(when, job, config) and job.kill(who, self._draw)):
-                job.wait()  # it was done before
+                job.wait()  # the job was done before the kill
                 break
             self.kills["training", who, when] += 1
             of_this_run += 1
-            checkpoint.latest(config, verify=True)  # refuses, where there are only damaged ones
+            checkpoint.latest(config, verify=True)  # raises if all checkpoints are damaged
         else:
             self._start("train.py", run).wait()
         if self._result(run) != self._undisturbed:
@@ -238,7 +242,7 @@ class Soak:
         return load_config(CONFIG, [*self._overrides, f"run={run}"])
 
     def _result(self, run: str) -> Any:
-        """(step, loss) of every step, and the digest of the trained weights."""
+        """Returns (step, loss) of every step, and the digest of the trained weights."""
         config = self._config(run)
         newest = checkpoint.latest(config, verify=True)
         if newest is None or not newest.is_final:

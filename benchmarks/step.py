@@ -1,16 +1,16 @@
-"""The training step: what the sense loss costs, what the shared trunk saves, how well the hardware is used.
+"""The training step: the cost of the sense loss, the savings of the shared trunk, and the use of the hardware.
 
     python -m benchmarks.step                    # toy size on a CPU, Llama-3-8B's shape on a GPU
-    python -m benchmarks.step --profile          # where the time goes
+    python -m benchmarks.step --profile          # time of each kind of operation
     python -m benchmarks.step --only use train.micro_batch_size=2
 
-Three measurements, each with its control in the same process, step by step in turn:
+Three measurements. The first two have their control in the same process, and both take turns step by step:
 
     sense  the step with the sense loss against the same step without it (loss.sense_weight=0)
-    trunk  student.shared_trunk on against off, beside the ratio that the FLOPs of both predict
+    trunk  student.shared_trunk on against off, with the ratio that the FLOPs of both predict
     use    tokens per second, FLOPs utilisation (the model's FLOPs, see benchmarks/flops.py, against a matrix product
-           of the same type measured before and after) and the share of a step spent waiting for data; by itself, so
-           that the loader gets no time that training would not give it
+           of the same type measured before and after) and the share of a step spent waiting for data; it runs alone, so
+           that the loader gets no more time than in training
 """
 
 import sys
@@ -39,7 +39,7 @@ from dskd.models.precision import compute_dtype
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 _PAIRS = {
     "sense": ("loss.sense_weight=1", "loss.sense_weight=0"),
-    "trunk": ("student.shared_trunk='on'", "student.shared_trunk='off'"),  # without quotes YAML reads a truth value
+    "trunk": ("student.shared_trunk='on'", "student.shared_trunk='off'"),  # without quotes YAML reads true or false
 }
 
 
@@ -146,12 +146,12 @@ def _use_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def shares_trunk(config: Config) -> bool:
-    """Whether the student's frozen layers are computed in the teacher; with Llamas, `auto` does."""
+    """Returns True if the teacher computes the student's frozen layers; with Llama models, `auto` does that."""
     return config.student.shared_trunk != "off"
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of the product of two large square matrices: the fastest of several."""
+    """Returns the FLOPs per second of a product of two large square matrices, the fastest of 20."""
     size = _MATRIX[device.type]
     one, other = torch.randn(2, size, size, device=device).to(dtype)
     seconds = take_turns({"product": lambda: one @ other}, rounds=20, warm_up=3, device=device)["product"]

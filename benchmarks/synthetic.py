@@ -1,7 +1,7 @@
-"""Random models, dictionaries and text of any size: what a benchmark computes with when only shapes matter.
+"""Random models, dictionaries and text of any size, for benchmarks in which only shapes matter.
 
 Tokens are as frequent as words are (Zipf: token 0 is the most frequent one). Every fifth token has synonyms and
-antonyms, and a position has one of those as its target in about 17 % of all cases.
+antonyms; such a token is the target of about 17 % of the positions.
 """
 
 from pathlib import Path
@@ -14,19 +14,19 @@ from benchmarks.flops import Shape
 from dskd.senses.dictionary import SenseDictionary, read_dictionary, save_dictionary
 from dskd.senses.entries import Entries
 
-_POOL = 65_536  # different random sense embeddings; a larger dictionary repeats them
-_GENERATED = 64  # positions a teacher must know beyond a sequence, to go on with it
+_POOL = 65_536  # number of different random sense embeddings; a larger dictionary repeats them
+_GENERATED = 64  # positions of a teacher beyond a sequence, so that it can continue the sequence
 
 
 def draw_tokens(count: int, length: int, vocab_size: int, seed: int = 0) -> np.ndarray:
-    """Token ids [count, length] int32."""
+    """Draws token ids [count, length] int32."""
     frequency = 1 / np.arange(1, vocab_size + 1)
     random = np.random.default_rng(seed)
     return random.choice(vocab_size, (count, length), p=frequency / frequency.sum()).astype(np.int32)
 
 
 def write_teacher(folder: Path, shape: Shape, device: torch.device) -> None:
-    """A Hugging Face folder with a Llama of this shape in bf16, and a tokenizer that knows no words."""
+    """Writes a Hugging Face folder with a Llama of this shape in bf16, and a tokenizer that knows no words."""
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -42,7 +42,7 @@ def write_teacher(folder: Path, shape: Shape, device: torch.device) -> None:
         eos_token_id=0,
     )
     torch.manual_seed(0)
-    with device:  # billions of random numbers are a GPU's work
+    with device:  # on the GPU if there is one, which draws billions of random numbers faster
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1}, unk_token="<unk>"))
@@ -54,7 +54,11 @@ def write_teacher(folder: Path, shape: Shape, device: torch.device) -> None:
 
 
 def write_dictionary(path: Path, vocab_size: int, hidden_size: int, *, k: int, synonyms: int) -> SenseDictionary:
-    """`k` senses a token; every fifth token has `synonyms` synonyms and half as many antonyms, at random."""
+    """Writes a dictionary with `k` senses for each token, and returns it.
+
+    Every fifth token has `synonyms` random synonyms and half as many antonyms.
+    """
+    # The relations as CSR: offsets [V + 1] into a flat array of entries.
     generator = torch.Generator().manual_seed(0)
     lexical = torch.arange(vocab_size) % 5 == 4
     csr = {}
@@ -77,9 +81,10 @@ def write_dictionary(path: Path, vocab_size: int, hidden_size: int, *, k: int, s
 
 
 def draw_annotation(tokens: np.ndarray, dictionary: SenseDictionary, kappa: int) -> dict[str, np.ndarray]:
-    """The columns of annotated shards for tokens [S, T], with rows of the right entries drawn at random.
+    """Draws the columns of annotated shards for tokens [S, T]: random rows of the right entries, [S, T, kappa] each.
 
-    Which rows they are does not matter to a training step, how many and how far apart in the file does.
+    For a training step it does not matter which rows they are, but it does matter how many they are and how far apart
+    in the file.
     """
     random = np.random.default_rng(1)
     targets = np.roll(tokens, -1, axis=1)
@@ -93,6 +98,7 @@ def draw_annotation(tokens: np.ndarray, dictionary: SenseDictionary, kappa: int)
     for kind in ("synonym", "antonym"):
         starts = getattr(dictionary.entries, f"{kind}_offsets").numpy()
         entries = getattr(dictionary.entries, f"{kind}_entries").numpy()
+        # For each position draw `kappa` of its target's related entries, and of each entry one row; -1 without any.
         numbers = (starts[targets + 1] - starts[targets])[..., None]
         place = random.integers(0, np.maximum(numbers, 1), (*targets.shape, kappa))
         place = np.minimum(starts[targets][..., None] + place, len(entries) - 1)

@@ -1,10 +1,10 @@
-"""Bytes of the teacher that each rank holds, on 1, 2 and 4 ranks: resident, and shared out by ZeRO-3.
+"""Bytes of the teacher that each rank holds, on 1, 2 and 4 ranks: resident, and partitioned by ZeRO-3.
 
     python -m benchmarks.teacher_memory
     python -m benchmarks.teacher_memory --ranks 1 2 4 8 --preset 8b     # on as many GPUs
 
-Counted are parameters, shares of parameters and buffers, the output matrix too, after loading and again after a forward
-pass. On a CPU the ranks talk over gloo.
+The count includes parameters, shares of parameters and buffers, with the output matrix, after loading and again after a
+forward pass. On a CPU the ranks communicate over gloo.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def _measure(path: Path, overrides: Sequence[str]) -> None:
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """Of the different pieces of memory behind tensors."""
+    """Returns the bytes that the tensors occupy; memory that several tensors share is counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

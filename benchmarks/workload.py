@@ -1,9 +1,8 @@
-"""A work directory with random weights and text, and our training step on it: the only module here that knows how
-training is put together inside.
+"""A work directory with random weights and text, and our training step on it.
 
-The directory is one that `launcher/train.py` would train from: teacher, student, sense dictionary and annotated shards
-with their manifests, and the config as `config.yaml`. Loading, data loader, engines and step are those of training;
-tracker and checkpoints are left out.
+It is the only benchmark module that knows the internal structure of training. `launcher/train.py` could train from the
+directory: it has teacher, student, sense dictionary and annotated shards with their manifests, and the config as
+`config.yaml`. Loading, data loader, engines and step are those of training; tracker and checkpoints are left out.
 """
 
 import argparse
@@ -49,7 +48,7 @@ _TOKENS_FILE = "tokens.npy"
 
 @dataclass(frozen=True)
 class Preset:
-    """A size, with how many sequences a step has."""
+    """The shape of the models, and the numbers of sequences in a step and in a micro-batch."""
 
     shape: Shape
     global_batch_size: int
@@ -57,7 +56,7 @@ class Preset:
 
 
 PRESETS = {
-    # Two cores take about a second a step; the head has the share of the FLOPs that it has at 8B.
+    # A step takes about a second on two cores; the head's share of the FLOPs is the same as at 8B.
     "toy": Preset(Shape(8192, 512, 1792, 8, 2, 8, 4, 2, 256), global_batch_size=8, micro_batch_size=4),
     # Llama-3-8B to 16 layers.
     "8b": Preset(Shape(128_256, 4096, 14_336, 32, 8, 32, 16, 2, 2048), global_batch_size=16, micro_batch_size=4),
@@ -65,7 +64,7 @@ PRESETS = {
 
 
 def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with a preset, a place for the work directory and `section.key=value` overrides."""
+    """Builds a parser with options for the preset, the work directory's folder and `section.key=value` overrides."""
     parser = build_parser(description)
     default = "8b" if uses_gpu() else "toy"
     parser.add_argument("--preset", choices=PRESETS, default=default, help="sizes; 8b on a GPU, toy elsewhere")
@@ -78,7 +77,10 @@ def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def work_directory(given: argparse.Namespace) -> Iterator[Path]:
-    """The config of a work directory of the preset's size; it is removed afterwards, unless its folder was given."""
+    """Yields the path of the config of a work directory of the preset's size, which is written if it does not exist.
+
+    The directory is removed afterwards, unless the user gave its folder.
+    """
     with TemporaryDirectory(prefix="dskd-benchmark-") as temporary:
         folder = given.folder / given.preset if given.folder is not None else Path(temporary)
         if not (folder / "config.yaml").is_file():
@@ -87,7 +89,7 @@ def work_directory(given: argparse.Namespace) -> Iterator[Path]:
 
 
 def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> None:
-    """Writes everything a training run of so many steps reads; `config.yaml` last."""
+    """Writes everything that a training run of `steps` steps reads; `config.yaml` comes last."""
     shape = preset.shape
     settings = {
         "workdir": str(folder.resolve()),
@@ -104,6 +106,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> N
         "tracking": {"enabled": False},
     }
     folder.mkdir(parents=True, exist_ok=True)
+    # The config gets its final name at the end, so that an interrupted directory does not count as complete.
     written = folder / ".config.yaml"
     written.write_text(yaml.safe_dump(settings), encoding="utf-8")
     config = load_config(written)
@@ -118,6 +121,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> N
             k=_SENSES_PER_TOKEN,
             synonyms=_SYNONYMS,
         )
+    # Shards of random tokens: every position but the last has a target, and each sequence is one document.
     tokens = draw_tokens(steps * preset.global_batch_size, shape.sequence_length, shape.vocab_size)
     with build_artifact(config.path(kinds.SHARDS.folder, "train"), Recipe("shards", **identity)) as building:
         mask, starts = np.ones(tokens.shape, np.uint8), np.zeros(tokens.shape, np.uint8)
@@ -133,10 +137,10 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> N
 
 
 class OurTraining:
-    """Our training step as `launcher/train.py` sets it up, on one rank."""
+    """Our training step, set up as `launcher/train.py` does."""
 
     def __init__(self, config: Config, world: World, *, teacher: Any = None) -> None:
-        """Loads everything; `teacher` is one that is loaded already, to be read by several trainings."""
+        """Loads everything; `teacher` is a loaded teacher that several trainings share, or None to load one."""
         self.config, self._world = config, world
         inputs = load_inputs(config)
         schedule = plan_schedule(config, inputs.shards, world.world_size)
@@ -155,16 +159,16 @@ class OurTraining:
         bank = load_sense_bank(config, inputs, world)
         self._batches = load_steps(config, schedule, collate, cache, world, start_step=0, sense_bank=bank)
         self._step = 0
-        self.waited_s = 0.0  # for data, over all steps
+        self.waited_s = 0.0  # time spent waiting for data, over all steps
         self.last: StepResult | None = None
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens the models read in a step."""
+        """Number of tokens that the models read in a step."""
         return self.config.train.global_batch_size * self.config.corpus.sequence_length
 
     def step(self) -> None:
-        """One optimizer step, from waiting for its data to the new weights."""
+        """Runs one optimizer step, from waiting for its data to the new weights."""
         started = time.perf_counter()
         batches = next(self._batches)
         self.waited_s += time.perf_counter() - started
@@ -172,7 +176,7 @@ class OurTraining:
         self.last = train_step(self._pair, batches, self.config.loss, self._world, step=self._step)
 
     def close(self, *, keep_teacher: bool = False) -> None:
-        """Ends the loader and gives memory back."""
+        """Ends the loader and frees memory; with `keep_teacher`, the teacher stays loaded."""
         self._batches.close()
         self._pair.engine.destroy()
         if self._pair.trunk is not None:
@@ -182,12 +186,12 @@ class OurTraining:
 
 
 def load_teacher(config: Config, world: World) -> Any:
-    """The frozen teacher as training loads it, and its output matrix, which other stages read."""
+    """Loads the frozen teacher as training does, with its output matrix, which other stages also read."""
     return load_frozen(find_teacher(config), config, world)
 
 
 def teacher_tensors(teacher: Any) -> list[torch.Tensor]:
-    """What a rank holds of the teacher: parameters, shares of parameters, buffers."""
+    """Returns the tensors of the teacher that this rank holds: parameters, shares of parameters, buffers."""
     module = getattr(teacher.engine, "module", teacher.engine)
     parameters = list(module.parameters())
     shares = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
@@ -197,14 +201,14 @@ def teacher_tensors(teacher: Any) -> list[torch.Tensor]:
 def build_loss(
     weight: nn.Parameter, teacher_weight: torch.Tensor, loss: LossConfig, device: torch.device, **options: Any
 ) -> Any:
-    """Our head as a function of (student states [N, D], teacher states [N, D], labels [N], senses) to the mean loss.
+    """Returns our head as a function of student states [N, D], teacher states [N, D], labels [N] and senses.
 
     Args:
         weight: the student's output matrix [V, D].
-        teacher_weight: the teacher's.
+        teacher_weight: the teacher's output matrix [V, D].
         loss: weights of the terms.
-        device: where they are; it decides the size of a chunk.
-        options: more of the head's keyword arguments.
+        device: the tensors' device, which determines the chunk size.
+        options: further keyword arguments of the head.
     """
     options.setdefault("chunk_size", chunk_size(None, weight.shape[0], device))
     head = DistillationHead(weight, teacher_weight, loss, **options)
@@ -212,7 +216,7 @@ def build_loss(
     def run(
         hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor, senses: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss to call backward on, and the sums of its terms (:data:`dskd.losses.head.TERMS`)."""
+        """Returns the mean loss, for the backward pass, and the sums of its terms (:data:`dskd.losses.head.TERMS`)."""
         positions = 0 if senses is None else len(senses["relation_positions"]) + len(senses["own_positions"])
         return head(
             hidden[None],
@@ -227,12 +231,12 @@ def build_loss(
 
 
 def read_config(path: Path, overrides: Sequence[str], *more: str) -> Config:
-    """The config of a work directory with overrides."""
+    """Reads the config of a work directory and applies the overrides."""
     return load_config(path, [*overrides, *more])
 
 
 def shape_of(config: Config) -> Shape:
-    """The shape that a config and its teacher describe."""
+    """Returns the shape that a config and its teacher describe."""
     model = find_teacher(config).load_config()
     layers, trained = config.student.layers, config.student.train_layers
     return Shape(
@@ -249,5 +253,5 @@ def shape_of(config: Config) -> Shape:
 
 
 def read_tokens(config: Config) -> np.ndarray:
-    """The training shards' token ids [S, T] int32, for those who train without us."""
+    """Loads the token ids [S, T] int32 of the training shards, for training code that does not read our shards."""
     return np.load(config.path(_TOKENS_FILE))

@@ -1,3 +1,3 @@
-"""Whether senses help: arms of one distillation beside each other, tuned alike on one part of the held-out text and
-tested on the other, five seeds each. `python -m benchmarks.quality --help` is the way in.
+"""A study of whether senses help: variants ("arms") of one distillation, all tuned in the same way on one part of the
+held-out text and tested on the other, with five seeds each. Start with `python -m benchmarks.quality --help`.
 """

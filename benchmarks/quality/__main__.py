@@ -1,9 +1,9 @@
-"""Do senses help? Trains every arm of the study, tuned alike, five seeds each, and keeps a line of results a training.
+"""Do senses help? Tunes and trains every arm of the study, five seeds each, and saves one line of results per training.
 
 An arm is a way to train: plain fine-tuning, KD, KD + hidden-state distance, KD + own senses, + synonyms, DSKD, DSKD
-with the paper's rule of antonyms, and what stands on the tuned hidden-state distance. Each has four trials of its
-weight, judged on one part of the held-out text; the best is trained on five other seeds and judged once, on the other
-part. Then one thing at a time is changed (teacher, kappa, steps, text, ...).
+with the paper's rule of antonyms, and arms that add to the tuned hidden-state distance. Each arm tries four values of
+its weight, which are compared on one part of the held-out text. The best value is trained on five other seeds and
+measured once, on the other part. Then one factor at a time is changed (teacher, kappa, steps, text, ...).
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> int:
             write_summary(results, SUMMARY)
             print(f"wrote {REPORT} and the table in {SUMMARY}")
             return 0
-        from benchmarks.quality.trainings import Runner  # after the arguments: --help should not wait for DeepSpeed
+        from benchmarks.quality.trainings import Runner  # imported late, so that --help does not wait for DeepSpeed
         from dskd.distributed.rendezvous import initialize
 
         work.prepare(given.work)

@@ -1,4 +1,4 @@
-"""The picture of the report: how far each arm is from a baseline, with its interval."""
+"""The picture of the report: the difference of each arm to a baseline, with its interval."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,10 @@ Differences = Mapping[str, Difference]
 
 
 def draw_differences(panels: Mapping[tuple[str, str], Differences], path: Path) -> None:
-    """A panel for each (measure, baseline) that has differences, as SVG; equal differences give an equal file."""
+    """Draws an SVG file with a panel for each (measure, baseline) that has differences.
+
+    Equal differences give an identical file. Without any differences, the file is removed.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
-"""What a trained student is measured by: the measures of `launcher/evaluate.py` over one part of the held-out text
-alone and the distance of its states to the teacher's there; and where it is tested, what it knows of held-out words
-(:mod:`dskd.evaluation.lexical`).
+"""Measurement of trained students: the measures of `launcher/evaluate.py`, on only one part of the held-out text.
+
+It adds the distance of a student's states to the teacher's on that part and, on the test part, measures of held-out
+words (:mod:`dskd.evaluation.lexical`).
 """
 
 import functools
@@ -34,7 +35,7 @@ _TEXTS_AT_ONCE = 32
 
 
 class _Part(held_out_text.HeldOutText):
-    """One part of the held-out shards, kept in memory."""
+    """One part of the held-out shards, in memory."""
 
     def __init__(self, config: Config, split: Split, vectors_path: Path, world: World) -> None:
         super().__init__(config, shards.load_manifest(config, "validation"), vectors_path, world)
@@ -45,17 +46,17 @@ class _Part(held_out_text.HeldOutText):
         self._kept = list(super().batches())
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields the batches, as they were read."""
+        """Yields the batches from memory."""
         yield from self._kept
 
 
 class Judge:
-    """Measures students of one teacher on one part of the held-out text.
+    """A judge that measures students of one teacher on one part of the held-out text.
 
     Args:
-        config: of a work directory with shards.
+        config: config of a work directory with shards.
         split: the part.
-        world: one rank.
+        world: the ranks, which must be one.
     """
 
     def __init__(self, config: Config, split: Split, world: World) -> None:
@@ -76,11 +77,11 @@ class Judge:
         }
 
     def measure_run(self, config: Config) -> dict[str, float]:
-        """{measure: value} of the exported student of a config's run."""
+        """Returns {measure: value} of the exported student of a config's run."""
         return self.measure(find_export(config, config.run)[0])
 
     def measure(self, folder: ModelFolder) -> dict[str, float]:
-        """{measure: value} of a model."""
+        """Returns {measure: value} of a model."""
         model = load_frozen(folder, self._config, self._world)
         examples = held_out_text.measure(model, self._part, self._predictions, self._world, label="measuring")
         states = self._read(model)
@@ -90,11 +91,11 @@ class Judge:
         return examples.values() | words | {HIDDEN: total / sum(len(part) for part in states)}
 
     def measure_student(self) -> dict[str, float]:
-        """{measure: value} of the student as it was cut."""
+        """Returns {measure: value} of the untrained student, as it was cut."""
         return self.measure(find_student(self._config))
 
     def _know_words(self, model: FrozenModel) -> Summary:
-        """LEXICAL, as far as there are items."""
+        """Returns the measures in `LEXICAL` that have items; none on the validation part."""
         if self._items is None:
             return {}
         found, _ = measure_items(model, self._items, _TEXTS_AT_ONCE, self._world)
@@ -102,7 +103,7 @@ class Judge:
         return {name: summary[name] for name in LEXICAL if name in summary}
 
     def _read(self, model: FrozenModel) -> list[torch.Tensor]:
-        """The last hidden states [targets, D] of each batch."""
+        """Returns the last hidden states [targets, D] of each batch."""
         return [
             model.read(
                 batch["input_ids"], batch.get("position_ids"), functools.partial(_at_targets, mask=batch["loss_mask"])

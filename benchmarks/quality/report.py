@@ -1,4 +1,4 @@
-"""The report: what the results file says, and no figure that is not in it."""
+"""The report of the study. All of its figures come from the results file."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _FIRST, _LEXICAL = ON_TEXT[0], ON_TEXT[2]
 PICTURE = "differences.svg"
 _TESTED = ("test", None)
 _LEVEL = round(100 * CONFIDENCE)
-Trained = tuple[str, str | None]  # a stage, and what was changed
+Trained = tuple[str, str | None]  # a stage, and the factor that was changed
 _LEXICAL_MEASURES = """Before the word is said, from the state that the sense loss works on: do examples of one sense
 lie together (separation, ROC AUC), and is an example's sense the first among those of its lemma (retrieval)? Does the
 model rather put a synonym than an antonym of about the same frequency into a sentence (preference)? And is a row of P_i
@@ -25,7 +25,7 @@ arms apart. The items are of all held-out text, also of the part that weights we
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
-    """Writes the Markdown of :func:`render`, and its picture beside it."""
+    """Writes the Markdown of :func:`render` to `path`, and its picture to the same folder."""
     path.write_text(render(results), encoding="utf-8")
     draw_differences(
         {
@@ -84,7 +84,7 @@ def render_summary(results: Sequence[Result]) -> str:
 
 
 def write_summary(results: Sequence[Result], path: Path) -> None:
-    """Puts :func:`render_summary` between its marks in a Markdown file."""
+    """Writes the text of :func:`render_summary` between its marks in a Markdown file."""
     begin, end = SUMMARY_MARKS
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(begin)
@@ -92,7 +92,7 @@ def write_summary(results: Sequence[Result], path: Path) -> None:
 
 
 def render(results: Sequence[Result]) -> str:
-    """The whole report as Markdown."""
+    """Returns the whole report as Markdown."""
     parts = ["# Do senses help?", "", _about(results), "", "## Tuned weights", "", _tuned(results)]
     parts += ["", "## Test", "", _tested(results, ON_TEXT)]
     if any(result.stage == "test" for result in results):
@@ -255,7 +255,7 @@ def _missing(results: Sequence[Result]) -> str:
 def difference(
     results: Sequence[Result], trained: Trained, name: str, other_trained: Trained, other: str, measure: str
 ) -> Difference | None:
-    """One arm against another over the seeds that both have; None of fewer than two."""
+    """Returns the difference of one arm to another over the seeds that both have; None with fewer than two seeds."""
 
     def by_seed(where: Trained, name: str) -> dict[str, list[float]]:
         stage, variant = where

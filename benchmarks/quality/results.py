@@ -1,5 +1,6 @@
-"""The results file: one JSON line a finished training, appended when it is measured, so that nothing is lost or done
-twice.
+"""The results file: one JSON line for each finished training.
+
+A line is appended as soon as its training is measured, so that no result is lost and no training repeated.
 """
 
 import fcntl
@@ -14,43 +15,44 @@ from benchmarks.quality.study import BY_NAME, CHOSEN_BY, Arm
 from dskd.errors import UserError
 
 Stage = Literal["tune", "test", "factor"]
-TEACHER = "teacher"  # arms of what is no training: the teacher itself,
-STUDENT = "student"  # the student as it was cut,
-CHANCE = "chance"  # guessing,
-LETTERS = "letters"  # and what the letters of the text alone give (dskd.evaluation.lexical.surface)
+# Names in the field `arm` of results that are not from a training.
+TEACHER = "teacher"
+STUDENT = "student"  # the untrained student, as it was cut
+CHANCE = "chance"  # the expected scores of guessing
+LETTERS = "letters"  # the scores of the text's letters alone (dskd.evaluation.lexical.surface)
 REFERENCES = (CHANCE, LETTERS, STUDENT, TEACHER)
-_OF_TRAININGS = (CHOSEN_BY, "lexical_perplexity")  # what the report wants of each; of what is no training, nothing
+_OF_TRAININGS = (CHOSEN_BY, "lexical_perplexity")  # measures that the report needs from every training
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one training gave."""
+    """The result of one training."""
 
     stage: Stage
     arm: str
     seed: int
     variant: str | None  # the factor that was changed
-    keys: Mapping[str, Any]  # in which it differs from study.yaml and its variant
-    value: float | None  # of the key that the arm tunes
+    keys: Mapping[str, Any]  # the keys in which it differs from study.yaml and its variant
+    value: float | None  # the value of the key that the arm tunes
     measures: Mapping[str, float]
-    shards: str  # digest of what it was trained on
+    shards: str  # digest of the training shards
     seconds: float
     date: str
     machine: str
 
     @property
     def name(self) -> tuple[Any, ...]:
-        """What makes it this training and no other."""
+        """The fields that identify the training."""
         return self.stage, self.arm, self.seed, self.variant, json.dumps(dict(self.keys), sort_keys=True), self.shards
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results so far; none where there is no file.
+    """Returns the results so far, or [] if there is no file.
 
-    A last line without an end is what an interruption leaves: it is no result.
+    A last line without a line break was left by an interruption and is ignored.
 
     Raises:
-        UserError: for a line that is none of ours.
+        UserError: when the file cannot be read, or a line is not a result of the study.
     """
     if not path.exists():
         return []
@@ -72,7 +74,7 @@ def read_results(path: Path) -> list[Result]:
 
 
 def append_result(path: Path, result: Result) -> None:
-    """Adds a result, behind the last whole line; others may be doing the same."""
+    """Appends a result after the last complete line. Other processes may do the same at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as stream:
         fcntl.lockf(stream, fcntl.LOCK_EX)
@@ -85,7 +87,10 @@ def append_result(path: Path, result: Result) -> None:
 
 
 def choose(results: Iterable[Result], arm: Arm) -> float | None:
-    """The trial of an arm with the lowest mean perplexity on the validation part; None before all are done."""
+    """Returns the trial of an arm with the lowest mean perplexity on the validation part.
+
+    Returns None while a trial is missing, and the only value of an arm that is not tuned.
+    """
     if not arm.is_tuned:
         return arm.trials[0]
     by_value: dict[float, list[float]] = {}

@@ -1,7 +1,7 @@
-"""The held-out sequences in two: one part to choose weights on, one to test on, which no choice looks at.
+"""Two parts of the held-out sequences: one to choose weights on, and one to test on, which no choice uses.
 
-Documents are packed end to end, so one that is cut goes on in the next sequence. Between the parts sequences are left
-out, up to and with the first in which a document begins: no document is in both parts.
+Documents are packed end to end, so a document that is cut continues in the next sequence. To keep every document in one
+part only, sequences between the parts are left out, up to and including the first in which a document begins.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ Split = Literal["validation", "test"]
 
 
 def rows_of(split: Split, begins_document: Sequence[bool]) -> range:
-    """The numbers of a part's sequences.
+    """Returns the indices of a part's sequences.
 
     Args:
         split: the part.
-        begins_document: of each held-out sequence in the order of the text, whether a document begins behind its first
-            token.
+        begins_document: for each held-out sequence, in the order of the text, whether a document begins after its
+            first token.
 
     Raises:
-        ValueError: when nothing is left for the test.
+        ValueError: when nothing is left for one of the parts.
     """
     half = len(begins_document) // 2
     left_out = next((row for row in range(half, len(begins_document)) if begins_document[row]), len(begins_document))

@@ -1,8 +1,7 @@
-"""What the study is: the arms, what is tried of each, the seeds, and the looks at one factor.
+"""The definition of the study: the arms, the trials of each, the seeds, and the factors that are changed one by one.
 
 An arm is plain data: the keys in which it differs from `study.yaml`, one key that is tuned, and the arm whose tuned
-weights it stands on. Every arm has as many trials of its own, but for those with the paper's weights, which are not
-tuned.
+weights it uses. All arms have the same number of trials, except those with the paper's weights, which are not tuned.
 """
 
 from collections.abc import Mapping
@@ -13,10 +12,10 @@ from typing import Any
 BASE = Path(__file__).with_name("study.yaml")
 TEST_SEEDS = (0, 1, 2, 3, 4)
 FACTOR_SEEDS = (0, 1, 2)
-TUNING_SEEDS = (100,)  # none of those that are tested: a weight that fits a seed's batches gains nothing by it
+TUNING_SEEDS = (100,)  # none of the test's, so that a weight that fits a seed's batches has no advantage there
 CHOSEN_BY = "perplexity"  # on the validation part; the lowest
 
-PAPERS_RULE = "papers-rule"  # the shards of annotation.own_among_antonyms
+PAPERS_RULE = "papers-rule"  # the variant with shards of annotation.own_among_antonyms
 
 
 @dataclass(frozen=True)
@@ -24,17 +23,17 @@ class Arm:
     """A way to train."""
 
     name: str
-    what: str  # for the report
-    keys: Mapping[str, Any]  # that it differs in
+    what: str  # description for the report
+    keys: Mapping[str, Any]  # the keys in which it differs from study.yaml
     tuned: str  # the key that is tuned
-    trials: tuple[float, ...]  # one alone is taken as it is
-    on: str | None = None  # the arm whose keys and tuned value it has too
-    shards: str | None = None  # of which variant of the annotation; None: ours
-    beyond: tuple[float, ...] = ()  # what was looked at beside the trials, and is not chosen from
+    trials: tuple[float, ...]  # values to try; a single value is used without tuning
+    on: str | None = None  # the arm whose keys and tuned value it also has
+    shards: str | None = None  # the variant whose shards it is trained on; None: those of the study itself
+    beyond: tuple[float, ...] = ()  # values tried in addition, which cannot be chosen
 
     @property
     def is_tuned(self) -> bool:
-        """False where there is nothing to choose from."""
+        """True if there are several trials to choose from."""
         return len(self.trials) > 1
 
 
@@ -55,7 +54,7 @@ ARMS = (
         {"loss.sense_weight": 0},
         "loss.kd_weight",
         (1.4, 2.8, 5.6, 11.2),
-        # The first grid was 0.35 to 2.8, whose end was best; of the second the end is best again.
+        # The first grid was 0.35 to 2.8, and its end was best; in the second grid the end is best again.
         beyond=(0.35, 0.7, 22.4, 44.8),
     ),
     Arm("kd-paper", "CE + KL with the paper's weight", {"loss.sense_weight": 0}, "loss.kd_weight", (0.7,)),
@@ -120,23 +119,23 @@ ARMS = (
     ),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
-BASELINES = ("kd", "kd-hidden")  # what the others are compared with, seed by seed
+BASELINES = ("kd", "kd-hidden")  # arms that the others are compared with, seed by seed
 NUM_TRIALS = 4
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One thing that is changed in all arms that are compared: it may decide whether senses help."""
+    """A factor that may decide whether senses help; it is changed in all of the compared arms."""
 
     name: str
     keys: Mapping[str, Any]
-    shares: tuple[str, ...]  # artifacts that are those of the study itself
+    shares: tuple[str, ...]  # artifacts that it shares with the study itself
 
     @property
     def keeps_baseline(self) -> bool:
-        """True where an arm without senses is what it is without the change, and is measured at the same positions.
+        """True if the change affects neither an arm without senses nor the positions at which it is measured.
 
-        By `senses.key` other words have senses, and so other targets count as lexical.
+        A change of `senses.key` gives other words senses, so other targets count as lexical.
         """
         return set(self.keys) <= {"senses.k", "annotation.kappa"}
 
@@ -147,7 +146,7 @@ _RECIPE = "teacher.train_from_scratch"
 
 FACTOR_BASELINE = "kd-hidden"  # with the weights tuned for the study
 FACTOR_ARMS = (FACTOR_BASELINE, "hidden-dskd", "hidden-distribution")
-# Of the arms with senses the paper's own: tuned weights are those that change least.
+# The paper's own weight for the arms with senses, because the tuned weights change the student least.
 FACTOR_SENSE_WEIGHT = 1.0
 FACTORS = (
     Factor("k 1", {"senses.k": 1}, (*_TO_TEACHER, "sequences", "student")),
@@ -167,23 +166,26 @@ FACTORS = (
 
 
 def is_wanted(factor: Factor | None, arm: str) -> bool:
-    """Whether an arm is trained with a factor changed; None: as the study is, with the weight of the factors."""
+    """Returns True if an arm has to be trained with a factor changed.
+
+    `factor` None stands for the study itself with `FACTOR_SENSE_WEIGHT`.
+    """
     if arm == FACTOR_BASELINE and (factor is None or factor.keeps_baseline):
-        return False  # it is what the test has
+        return False  # the test has already trained it
     return arm in FACTOR_ARMS
 
 
 def keys_of(arm: Arm, chosen: Mapping[str, float]) -> dict[str, Any]:
-    """Every key in which an arm differs from `study.yaml` but its own tuned one.
+    """Returns all keys in which an arm differs from `study.yaml`, except its own tuned key.
 
     Args:
         arm: the arm.
-        chosen: the tuned value of the arms that it stands on, by name.
+        chosen: the tuned values, by name, of the arms that it adds to.
     """
     if arm.on is None:
         return dict(arm.keys)
     below = BY_NAME[arm.on]
     inherited = keys_of(below, chosen) | {below.tuned: chosen[below.name]}
-    if arm.tuned == "loss.sense_weight":  # the arms below have it at 0
+    if arm.tuned == "loss.sense_weight":  # the arms that it adds to set it to 0
         inherited.pop("loss.sense_weight", None)
     return inherited | dict(arm.keys)

@@ -1,7 +1,7 @@
-"""Runs the trainings of the study in this process, one after the other, through what `launcher/train.py` calls.
+"""Running the trainings of the study in this process, one after the other, with the functions of `launcher/train.py`.
 
-Starting a process costs more than a small training does. What is done is skipped; what is not, is done in the order of
-what the study is for: tuning and test of all arms, then one factor after the other.
+They share a process because starting one takes longer than a small training. Finished trainings are skipped. The others
+run in order of importance: tuning and test of all arms, then one factor after the other.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from dskd.distributed.world import World
 from dskd.training.export import build_export
 from dskd.training.train import train
 
-_WAIT_S = 5.0  # for what other processes are at, and what may stand on it
+_WAIT_S = 5.0  # between two looks at trainings of other processes, on which more trainings may depend
 
 
 @dataclass(frozen=True)
 class Training:
-    """One that is wanted."""
+    """A training of the study, finished or not."""
 
     stage: Stage
     arm: Arm
@@ -43,13 +43,13 @@ class Training:
 
     @property
     def run(self) -> str:
-        """Its name, under which checkpoints and export lie."""
+        """Name of the run, which its checkpoints and its export have."""
         name = f"{self.stage}-{self.arm.name}-{self.seed}"
         return f"{name}-{self.value:g}" if self.stage == "tune" else name
 
 
 def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterator[Training]:
-    """Yields what the study asks for, in order; what stands on a choice only when that is made."""
+    """Yields the trainings of the study in order; those that depend on a tuned value only once it is chosen."""
     chosen: dict[str, float] = {}
     for arm in study.ARMS:
         if arm.on is not None and arm.on not in chosen:
@@ -62,7 +62,9 @@ def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterat
         if best is not None:
             chosen[arm.name] = best
     ready = [arm for arm in study.ARMS if arm.name in chosen]
-    for seed in study.TEST_SEEDS if "test" in stages else ():  # by seed: an early end leaves whole pairs
+    for seed in (
+        study.TEST_SEEDS if "test" in stages else ()
+    ):  # seed by seed, so that an early end leaves complete pairs
         for arm in ready:
             yield _with_choice("test", arm, seed, arm.shards, chosen)
     for factor in (None, *study.FACTORS) if "factor" in stages else ():
@@ -81,13 +83,13 @@ def _with_choice(stage: Stage, arm: Arm, seed: int, variant: str | None, chosen:
 
 
 class Runner:
-    """Does trainings and keeps their results.
+    """A runner that does the trainings and saves their results.
 
     Args:
-        folder: for the work directories.
+        folder: folder of the work directories.
         path: the results file.
-        world: one rank.
-        base: the config that all share.
+        world: the ranks, which must be one.
+        base: the config that all trainings share.
     """
 
     def __init__(self, folder: Path, path: Path, world: World, base: Path = study.BASE) -> None:
@@ -97,9 +99,10 @@ class Runner:
         self._digests: dict[str | None, str] = {}
 
     def run(self, stages: tuple[Stage, ...], budget_s: float) -> bool:
-        """Does what is wanted and not done; returns False when the time is over before that.
+        """Does all trainings that are not done yet; returns False if the time is over before that.
 
-        Several processes may do this at once: each takes what no other is at, and ends when there is no such thing.
+        Several processes can do this at once: each takes a training that no other process is doing, and ends when no
+        training is left or in progress.
         """
         started = time.monotonic()
         while True:
@@ -114,7 +117,7 @@ class Runner:
                 with lock_if_free(self._folder / f".{training.run}-{training.variant}.lock") as is_ours:
                     if is_ours and not self.is_done(training, look_again=True):
                         self.do(training)
-                        break  # and look again: there may be more now that stands on it
+                        break  # start over: the result may make other trainings possible
                     is_busy = is_busy or not is_ours
             else:
                 if not is_busy:
@@ -122,20 +125,23 @@ class Runner:
                 time.sleep(_WAIT_S)
 
     def is_done(self, training: Training, *, look_again: bool = False) -> bool:
-        """True when its result is there, of these shards; `look_again` in the file, where others write too."""
+        """Returns True if there is a result of this training on these shards.
+
+        With `look_again`, reads the file first, to which other processes write too.
+        """
         if look_again:
             self.results = read_results(self._path)
         return self._result(training, {}, 0.0).name in {result.name for result in self.results}
 
     def do(self, training: Training) -> Result:
-        """Trains, exports and measures."""
+        """Trains, exports and measures; saves and returns the result."""
         config = work.load_variant(
             self._folder,
             training.variant,
             {"run": training.run, "seed": training.seed} | dict(training.keys),
             self._base,
         )
-        # The teacher's own measures come first: they say what there is to transfer.
+        # The teacher's own measures are saved before the student's: they show how much there is to transfer.
         split: Split = "validation" if training.stage == "tune" else "test"
         judge = self._judge(training, split)
         began = time.monotonic()
@@ -143,7 +149,7 @@ class Runner:
         build_export(config)
         shutil.rmtree(kinds.folder(config))
         result = self._result(training, judge.measure_run(config), time.monotonic() - began)
-        if training.stage == "tune":  # nobody looks at them again
+        if training.stage == "tune":  # students of the tuning are not needed again
             shutil.rmtree(config.path(kinds.EXPORT.folder, training.run))
         self._keep(result)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in result.measures.items())
@@ -151,7 +157,7 @@ class Runner:
         return result
 
     def _judge(self, training: Training, split: Split) -> Judge:
-        # The rule of antonyms changes N_i and with it sense_alignment: all arms of the study are measured by ours.
+        # The paper's rule changes N_i and therefore sense_alignment, so all arms are measured with our rule.
         variant = None if training.variant == study.PAPERS_RULE else training.variant
         if (variant, split) not in self._judges:
             shared = work.load_variant(self._folder, variant, {"run": training.run}, self._base)

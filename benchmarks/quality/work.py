@@ -1,4 +1,4 @@
-"""The work directories of the study: what arms share is made once, by the pipeline, and linked where it is the same."""
+"""The work directories of the study. The pipeline makes artifacts that variants share once; the others link to them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,19 +25,19 @@ VARIANTS = {factor.name: factor for factor in (_PAPERS, *FACTORS)}
 
 
 def overrides_of(work: Path, variant: str | None, keys: Mapping[str, Any]) -> list[str]:
-    """`section.key=value` of a training in a variant of the study, as a user would write them."""
+    """Returns the `section.key=value` overrides of a training in a variant of the study."""
     factor = VARIANTS[variant] if variant else None
     changed = {"workdir": str(_folder(work, variant)), **(factor.keys if factor else {}), **keys}
     return [f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in changed.items()]
 
 
 def load_variant(work: Path, variant: str | None, keys: Mapping[str, Any], base: Path = BASE) -> Config:
-    """The config of a training."""
+    """Loads the config of a training."""
     return load_config(base, overrides_of(work, variant, keys))
 
 
 def prepare(work: Path, variant: str | None = None, base: Path = BASE) -> None:
-    """Brings everything up to the shards and the lexical items up to date; one process at a time in each folder."""
+    """Brings the artifacts up to the shards and the lexical items up to date, with one process at a time per folder."""
     for name in (None, variant) if variant is not None else (None,):
         folder = _folder(work, name)
         lock = work / f".{folder.name}.lock"
@@ -56,7 +56,9 @@ def _prepare(work: Path, variant: str | None, base: Path) -> None:
     run_pipeline(base, overrides_of(work, variant, {}), until="shards")
     config = load_variant(work, variant, {}, base)
     build_items(config, find_teacher(config))
-    release_lock(folder / LOCK)  # it has it until it ends otherwise, and other processes of the study want it too
+    release_lock(
+        folder / LOCK
+    )  # the pipeline holds it until this process ends, but other processes of the study need it
 
 
 def _link(source: Path, folder: Path, artifacts: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Which of the tracked runs are compared: by experiment, tag, name or id."""
+"""The choice of tracked runs to compare: by experiment, tag, name or id."""
 
 import difflib
 import re
@@ -9,16 +9,16 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.tracking import KIND_TAG, PARENT, TrackedRun, read_run, read_runs
 
-# Settings that say where and how, and so differ without being a difference of the experiment.
+# Settings for where and how a run is made. They may differ within one and the same experiment.
 IGNORED_PARAMS = ("run", "workdir", "runs.", "seeds", "tracking.")
 SEED = "seed"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_SHORT_ID = re.compile(r"[0-9a-f]{8,31}$")  # of a run of the experiments that are looked at, as comparisons print it
+_SHORT_ID = re.compile(r"[0-9a-f]{8,31}$")  # the beginning of a run's id, as comparisons print it
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a user asked for; empty: the newest run of each name in the config's experiment."""
+    """The user's choice of runs; if empty, the newest run of each name in the config's experiment."""
 
     experiments: Sequence[str] = ()
     runs: Sequence[str] = ()  # names or ids
@@ -30,21 +30,22 @@ class Selection:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Runs that are compared, and what to say of those that are not."""
+    """The runs to compare, and notes about runs that are left out."""
 
     runs: Sequence[TrackedRun]
     notes: Sequence[str] = ()
 
 
 def choose_runs(config: Config, selection: Selection) -> Chosen:
-    """The runs, in the order in which they were asked for, else that of the config and of their start.
+    """Chooses the runs: in the order of the user's selection, or else in the config's order and by start time.
 
-    Of runs with the same name and settings the newest counts: it is the one that was trained last. Where nothing was
-    asked for it is the newest of each name, whatever its settings.
+    Of several runs with the same name and settings, the newest is chosen, because it was trained last. If the selection
+    is empty, the newest run of each name is chosen, whatever its settings.
 
     Raises:
-        UserError: naming what there is no run of, and what there is.
+        UserError: when a part of the selection has no run that can be compared; the message says what to choose.
     """
+    # Full ids are looked up one by one, in any experiment. If nothing else is selected, the choice is complete.
     ids = [text for text in selection.runs if _RUN_ID.fullmatch(text)]
     names = [text for text in selection.runs if text not in ids]
     found: list[TrackedRun] = []
@@ -68,6 +69,7 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
     if not selection:
         newest = newest_of_each(runs, config.run_names)
         return Chosen(newest, _hidden(runs, newest))
+    # Of the other texts, those that are no name but begin the id of exactly one run stand for that run.
     known = list(dict.fromkeys(run.name for run in runs))
     by_beginning = {
         name: [run for run in runs if run.run_id.startswith(name)] for name in names if _SHORT_ID.match(name)
@@ -82,7 +84,7 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
             raise UserError(f"--run {name}: experiment {where} has no run of this name; {hint}")
     if selection.runs:
         runs = [run for run in runs if run.name in names]
-    # The tags come first: a run that has them may be older than one without them that has its name and settings.
+    # Tags are matched before the newest run is chosen: the newest of some name and settings may lack the tags.
     runs = [run for run in runs if _has(run, selection.tags)]
     newest = newest_of_each(runs, names, settings_matter=True)
     matching = _matching([*found, *(run for run in newest if run not in found)], selection.tags, everything)
@@ -92,10 +94,10 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
 def newest_of_each(
     runs: Sequence[TrackedRun], names: Sequence[str], *, settings_matter: bool = False
 ) -> list[TrackedRun]:
-    """The newest run of each name: first those of `names`, in that order, then any others by their start.
+    """Returns the newest run of each name: first those of `names`, in that order, then the others by start time.
 
-    With `settings_matter` it is the newest of each name and settings, the seed among them; there one that was trained
-    to its end counts before one that was not.
+    With `settings_matter`, returns the newest run of each name and settings, which include the seed; a run that was
+    trained to its end is preferred to one that was not.
     """
     newest: dict[tuple, TrackedRun] = {}
     for run in sorted(runs, key=lambda run: (settings_matter and run.status == "FINISHED", run.start_time_s)):
@@ -106,7 +108,7 @@ def newest_of_each(
 
 
 def settings_of(run: TrackedRun) -> dict[str, str]:
-    """The run's configuration without what says only where and how."""
+    """Returns the run's configuration without the settings in `IGNORED_PARAMS`."""
     return {key: value for key, value in run.params.items() if not _is_ignored(key)}
 
 
@@ -115,7 +117,7 @@ def _is_ignored(key: str) -> bool:
 
 
 def _hidden(runs: Sequence[TrackedRun], chosen: Sequence[TrackedRun]) -> list[str]:
-    """What to say of older runs that have the name of a chosen one."""
+    """Returns a note about older runs with the name of a chosen one; [] if there are none."""
     ids, names = {run.run_id for run in chosen}, {run.name for run in chosen}
     older = [run for run in runs if run.run_id not in ids and run.name in names]
     if not older:

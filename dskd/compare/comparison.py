@@ -1,4 +1,4 @@
-"""Everything that a comparison says, put together once; text and report only lay it out."""
+"""The complete content of a comparison, computed once; text and report only lay it out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from dskd.tracking import TrackedRun
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups side by side. Values are {metric: {run id: value}}."""
+    """Groups of runs and their results. `final`, `best` and `histories` are {metric: {run id: value}}."""
 
     config: Config
     groups: Sequence[Group]
     baseline: Group | None
     differences: Sequence[tuple[str, Sequence[str]]]
-    results: Sequence[Results]  # of each kind of data
+    results: Sequence[Results]  # one for each kind of data
     final: Mapping[str, Mapping[str, float]]
     best: Mapping[str, Mapping[str, Best]]
     histories: Mapping[str, Mapping[str, History]]
@@ -33,17 +33,17 @@ class Comparison:
 
     @property
     def runs(self) -> list[TrackedRun]:
-        """All of them, group by group."""
+        """All runs, group by group."""
         return [run for group in self.groups for run in group.runs]
 
     def metrics(self, prefix: str) -> list[str]:
-        """The metrics that begin so, of any run, in a fixed order."""
+        """Returns the metrics of any run that begin with `prefix`, in a fixed order."""
         found = [metric for metric in self.final if metric.startswith(prefix)]
         return sorted(found, key=lambda name: (TERMS.index(name) if name in TERMS else len(TERMS), name))
 
     @property
     def references(self) -> dict[str, dict[str, float]]:
-        """Measures of models that are no runs, by their name."""
+        """Measures of models that are not tracked runs: {model: {measure: value}}."""
         found: dict[str, dict[str, float]] = {}
         for results in self.results:
             for name, values in results.references.items():
@@ -51,10 +51,12 @@ class Comparison:
         return found
 
     def measured(self, title: str | None = None) -> list[str]:
-        """The measures that any group or reference has a value of, in the order in which they are shown: all, or those
-        of the kinds of this title.
+        """Returns the measures for which any group or reference has a value, in the order in which they are shown.
+
+        With a `title`, returns only those of the kinds of results with this title.
         """
-        names: dict[str, bool] = {}  # whether it is of this title; one that two kinds have is the first one's
+        # {measure: whether it has this title}; a measure of two kinds belongs to the first.
+        names: dict[str, bool] = {}
         for results in self.results:
             is_asked_for = title is None or results.kind.title == title
             of_references = [name for values in results.references.values() for name in values]
@@ -66,16 +68,16 @@ class Comparison:
 
     @property
     def titles(self) -> list[str]:
-        """Of the kinds of results that there are, each once."""
+        """Titles of the kinds of results that have measures, each once."""
         return list(dict.fromkeys(results.kind.title for results in self.results if self.measured(results.kind.title)))
 
     @property
     def has_measures(self) -> bool:
-        """False where all results were left out."""
+        """True unless all results were left out."""
         return bool(self.results)
 
     def evaluated_in_training(self) -> list[str]:
-        """Measures that were taken at several steps: only of those is there a best."""
+        """Returns the measures that were logged at several steps; only these have a best value."""
         return [
             metric
             for metric in self.metrics(EVALUATED)
@@ -93,10 +95,10 @@ def make_comparison(
     """Reads the runs and compares them.
 
     Args:
-        config: says where MLflow is, and which experiment counts.
-        selection: which runs.
-        baseline: the group that the others are tested against, by its name; by default the first.
-        without: names of the kinds of results (:mod:`dskd.compare.results`) that are left out.
+        config: gives the address of MLflow and the experiment.
+        selection: the runs to compare.
+        baseline: name of the group that the others are tested against; by default the first group.
+        without: names of the kinds of results (:mod:`dskd.compare.results`) to leave out.
 
     Raises:
         DifferentDataError: when runs were evaluated on different data.
@@ -115,16 +117,19 @@ def make_comparison(
         )
     base = _find_baseline(groups, baseline)
     final, best, histories = read_metrics(config, runs, with_measures=HELD_OUT.name not in without)
+    # Values computed from the results' tables are shown. A measure that could not be compared is removed, even if the
+    # tracking server has values of it.
     measures: dict[str, tuple[Measure, Mapping[str, Examples]]] = {}
     for of_kind in results:
         left_out = set(_names(of_kind.tables)) - {measure.name for measure in of_kind.measures}
         for name in left_out - measures.keys():
             final.pop(f"{EVALUATED}{name}", None)
         for measure in of_kind.measures:
-            if measure.name in measures:  # the evaluation's comes first
+            if measure.name in measures:  # the evaluation on held-out text comes first and takes precedence
                 continue
             measures[measure.name] = measure, of_kind.tables
-            for run_id, table in of_kind.tables.items():  # the results: a metric may have been logged in training too
+            # The tables replace the logged values: training may have logged a metric of the same name.
+            for run_id, table in of_kind.tables.items():
                 values = table.values()
                 if measure.name in values:
                     final.setdefault(f"{EVALUATED}{measure.name}", {})[run_id] = values[measure.name]
@@ -161,7 +166,7 @@ def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
 
 
 def _notes(runs: Sequence[TrackedRun], results: Sequence[Results]) -> list[str]:
-    """What a reader should know before believing the numbers."""
+    """Returns notes that a reader should know before trusting the numbers."""
     notes = []
     if unfinished := [f"{run.name} ({run.status.lower()})" for run in runs if run.status != "FINISHED"]:
         notes.append(f"not trained to the end: {', '.join(unfinished)}")

@@ -1,4 +1,4 @@
-"""Every group against the baseline, in every measure: on the results of each example, and over seeds."""
+"""Tests of every group against the baseline, in every measure: example by example, and over seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Test:
-    """A group against the baseline in one measure."""
+    """A test of a group against the baseline in one measure."""
 
     group: Group
     measure: Measure
@@ -27,7 +27,7 @@ class Test:
 
     @property
     def is_better(self) -> bool | None:
-        """True where the group is better than the baseline, False where it is worse, None where that is not shown."""
+        """True if the group is better than the baseline, False if it is worse, None if the test shows neither."""
         if not self.corrected_p < _LEVEL:
             return None
         return (self.difference.value < 0) == self.measure.lower_is_better
@@ -39,11 +39,16 @@ def test_groups(
     measures: Sequence[tuple[Measure, Mapping[str, Examples]]],
     final: Mapping[str, Mapping[str, float]],
 ) -> tuple[list[Test], list[Test]]:
-    """The tests on examples, from each measure's tables by run id, and those over seeds, from
-    {metric: {run id: value}}.
+    """Returns the tests on examples, and the tests over seeds.
+
+    Args:
+        groups: the groups, with the baseline among them.
+        baseline: the group that the others are tested against; without one there are no tests.
+        measures: each measure with its tables of examples by run id, for the tests on examples.
+        final: {metric: {run id: value}}, for the tests over seeds.
 
     Raises:
-        UserError: when examples of one id are not the same after all.
+        UserError: when examples have different ids or counts, although the data has the same digest.
     """
     if baseline is None:
         return [], []
@@ -61,7 +66,7 @@ def test_groups(
                     )
                 on_examples.append((group, measure, paired_on_examples(one, other, counts)))
             values = final.get(f"{EVALUATED}{measure.name}", {})
-            if measure.is_exponential:  # ln of perplexity is the mean negative log-likelihood: differences add up
+            if measure.is_exponential:  # compare ln(perplexity), the mean negative log-likelihood
                 values = {run_id: math.log(value) for run_id, value in values.items()}
             difference = on_seeds(group.by_seed(values), baseline.by_seed(values))
             if difference is not None:
@@ -77,7 +82,10 @@ def _corrected(found: Sequence[tuple[Group, Measure, Difference]]) -> list[Test]
 def _mean_over_seeds(
     group: Group, measure: Measure, tables: Mapping[str, Examples], baseline: Group
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Each example's mean sum over a group's runs [N] and its count [N], in the order of the baseline's first table."""
+    """Returns, for each example, its sum averaged over the group's runs [N] and its count [N].
+
+    The examples are in the order of the baseline's first table. Returns None if no run of the group has the measure.
+    """
     first = next((tables[run.run_id] for run in baseline.runs if run.run_id in tables), None)
     sums, counts = [], None
     for run in group.runs:

@@ -1,4 +1,4 @@
-"""Groups: runs of one experiment that differ in nothing but their seed."""
+"""Groups: runs of one experiment that differ only in their seed."""
 
 import itertools
 import re
@@ -9,35 +9,35 @@ from dskd.compare.choosing import SEED, settings_of
 from dskd.compare.statistics import Estimate
 from dskd.tracking import TrackedRun
 
-# Digests of what a run was made from: where they differ the settings alone do not tell two groups apart.
+# Tags with the digests of a run's inputs. They tell groups apart whose settings are the same.
 INPUT_TAGS = ("dataset", "teacher", "student", "sense_dictionary")
 _SHOWN_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same settings, under a name that no other group of the comparison has."""
+    """Runs with the same settings, under a name that is unique in the comparison."""
 
     name: str
     runs: Sequence[TrackedRun]
 
     @property
     def label(self) -> str:
-        """The name, and how many seeds where there are several."""
+        """The name, with the number of seeds if there are several."""
         return self.name if len(self.runs) == 1 else f"{self.name} ({len(self.runs)} seeds)"
 
     @property
     def mixed_inputs(self) -> list[str]:
-        """The inputs that are not the same for all of its runs."""
+        """The inputs that are not the same for all runs of the group."""
         return [tag for tag in INPUT_TAGS if len({run.tags.get(tag) for run in self.runs}) > 1]
 
     def estimate(self, values: Mapping[str, float]) -> Estimate | None:
-        """Over the seeds, from {run id: value}; None where no run has one."""
+        """Returns the mean over seeds, with its interval, from {run id: value}; None if no run has a value."""
         found = [values[run.run_id] for run in self.runs if run.run_id in values]
         return Estimate.of(found) if found else None
 
     def by_seed(self, values: Mapping[str, float]) -> dict[str, list[float]]:
-        """{seed: values of its runs}."""
+        """Returns {seed: values of its runs}, from {run id: value}."""
         seeds: dict[str, list[float]] = {}
         for run in self.runs:
             if run.run_id in values:
@@ -46,10 +46,11 @@ class Group:
 
 
 def group_runs(runs: Sequence[TrackedRun]) -> tuple[list[Group], list[str]]:
-    """The runs by experiment and settings without the seed, in the order of their first runs, and what to say of it.
+    """Groups the runs by experiment and by settings without the seed; also returns notes about the groups.
 
-    A seed counts once in a group: of two runs that have it the one that was trained to its end, else the newer. Two
-    with one seed and different inputs are of two groups: the settings are not all that they differ in.
+    The groups are in the order of their first runs. A group has one run for each seed: if two have the same seed, the
+    one that was trained to its end is kept, or else the newer one. If two runs have the same seed but different inputs,
+    the runs are also grouped by inputs, because they differ in more than their settings.
     """
     together: dict[tuple, list[TrackedRun]] = {}
     for run in runs:
@@ -73,7 +74,7 @@ def group_runs(runs: Sequence[TrackedRun]) -> tuple[list[Group], list[str]]:
 
 
 def _by_inputs(runs: Sequence[TrackedRun]) -> list[list[TrackedRun]]:
-    """Together, unless one seed has different inputs: then by the inputs."""
+    """Returns all runs as one group, or groups them by their inputs if runs of one seed have different inputs."""
     by_seed: dict[str, set[tuple]] = {}
     for run in runs:
         by_seed.setdefault(run.params.get(SEED, "-"), set()).add(_inputs_of(run))
@@ -102,7 +103,7 @@ def _once_a_seed(runs: Sequence[TrackedRun], notes: list[str]) -> list[TrackedRu
 
 
 def config_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each group) of the settings in which the groups differ, and of the digests of their inputs."""
+    """Returns (key, its value in each group) for each setting and each input's digest in which the groups differ."""
     rows = []
     settings = [settings_of(group.runs[0]) for group in groups]
     for key in sorted(set().union(*settings) - {SEED}):
@@ -122,7 +123,7 @@ def _digest_shown(group: Group, tag: str) -> str:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """What the names of a group's runs begin with: `kd` of `kd-seed1` and `kd-seed2`."""
+    """Returns the common beginning of the names of a group's runs: `kd` for `kd-seed1` and `kd-seed2`."""
     distinct = list(dict.fromkeys(names))
     if len(distinct) == 1:
         return distinct[0]
@@ -136,7 +137,7 @@ def _common_prefix(texts: Sequence[str]) -> str:
 
 
 def _numbered(groups: Sequence[Group]) -> list[Group]:
-    """The same groups; of those with one name the second is called `NAME #2`, and so on."""
+    """Returns the groups with unique names: the second group called NAME is renamed `NAME #2`, and so on."""
     seen: dict[str, int] = {}
     numbered = []
     for group in groups:

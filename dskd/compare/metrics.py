@@ -1,4 +1,4 @@
-"""What the tracking server knows of runs: last and best values, and how they got there."""
+"""Metrics of runs from the tracking server: last and best values, and the histories of training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from dskd.tracking import TrackedRun, read_histories
 EVALUATED, TRAINED, COVERAGE = "eval/", "train/", "coverage/"
 SPEEDS = ("speed/tokens_per_s", "speed/step_s")
 COST = "cost/device_hours"
-TERMS = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")  # these first, in this order
-# Metrics of training that are no terms of the loss: smaller is not better, and nobody reads their last value.
+TERMS = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")  # shown first, in this order
+# Metrics of training that are not terms of the loss: smaller is not better, and the last value tells nothing.
 _NOT_LOSSES = ("train/grad_norm", "train/learning_rate", "train/active_hinges", "train/sense_teacher_entropy")
-_DIVERGED = 1e30  # and beyond, where servers write infinity as their largest number; NaN is not below it either
+_DIVERGED = 1e30  # values from here on count as infinite: servers store infinity as their largest number
 History = Sequence[tuple[int, float]]
 
 
@@ -30,7 +30,10 @@ class Best:
 def read_metrics(
     config: Config, runs: Sequence[TrackedRun], *, with_measures: bool
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Best]], dict[str, dict[str, History]]]:
-    """Final values, best values, and the histories of training, each {metric: {run id: …}}."""
+    """Returns final values, best values, and the histories of training, each as {metric: {run id: …}}.
+
+    `with_measures` includes the measures of evaluations.
+    """
     final: dict[str, dict[str, float]] = {}
     best: dict[str, dict[str, Best]] = {}
     histories: dict[str, dict[str, History]] = {}
@@ -42,8 +45,9 @@ def read_metrics(
         wanted = [metric for metric in metrics if metric in smaller_is_better or metric in SPEEDS]
         read = read_histories(config, run.run_id, wanted)
         for metric, last in metrics.items():
+            # NaN is dropped as well, because it is not smaller than anything.
             points = [(step, value) for step, value in read.get(metric, ()) if abs(value) < _DIVERGED]
-            # One step says little about speed, and the first of a start is slow: the middle one counts.
+            # The final speed is the median step: single steps vary, and the first step after each start is slow.
             is_speed = metric in SPEEDS and points
             final.setdefault(metric, {})[run.run_id] = float(np.median([v for _, v in points])) if is_speed else last
             if metric in smaller_is_better and points:

@@ -1,4 +1,4 @@
-"""MLflow's own comparison of the same runs."""
+"""A link to MLflow's own comparison of the same runs."""
 
 import json
 import re
@@ -12,12 +12,12 @@ from urllib.parse import quote
 from dskd.config import Config
 from dskd.tracking import TrackedRun, tracking_uri, without_secrets
 
-_LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` listens
+_LOCAL = "http://127.0.0.1:5000"  # the address of `mlflow ui`
 
 
 @dataclass(frozen=True)
 class MLflowLink:
-    """An address, and the command that makes it answer where no server runs already."""
+    """An address, and the command that starts a server for it; None if the address is that of a running server."""
 
     address: str
     command: str | None
@@ -29,13 +29,17 @@ class MLflowLink:
 
 
 def mlflow_link(config: Config, runs: Sequence[TrackedRun]) -> MLflowLink:
-    """MLflow's page that compares these runs."""
+    """Returns the link to MLflow's page that compares these runs."""
     uri = tracking_uri(config)
     ids, experiments = [run.run_id for run in runs], list(dict.fromkeys(run.experiment_id for run in runs))
     page = f"/#/compare-runs?runs={_as_parameter(ids)}&experiments={_as_parameter(experiments)}"
     if re.match(r"https?://", uri):
-        return MLflowLink(re.sub(r"://[^/@]*@", "://", uri).rstrip("/") + page, None)  # a browser asks for the password
-    program = Path(sys.executable).with_name("mlflow")  # the one beside this Python: it need not be on the PATH
+        return MLflowLink(
+            re.sub(r"://[^/@]*@", "://", uri).rstrip("/") + page, None
+        )  # without the password: the browser asks for it
+    program = Path(sys.executable).with_name(
+        "mlflow"
+    )  # in the folder of this Python, because it need not be on the PATH
     shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
     return MLflowLink(_LOCAL + page, shlex.join([str(shown), "ui", "--backend-store-uri", without_secrets(uri)]))
 

@@ -16,10 +16,11 @@ from dskd.compare.comparison import Comparison
 from dskd.compare.group_tests import Test
 from dskd.compare.metrics import EVALUATED, TERMS, History
 
-_SMOOTHING = 0.9  # of the exponential mean drawn over the raw curve
-_PIXELS_AN_INCH = 93  # of a screen: three panels fill the page
-_POINTS = 400  # drawn of a curve at most: more than a panel has pixels
-# After Paul Tol's "bright" palette: distinct to colour-blind readers, and dark enough on white. Then dashes differ.
+_SMOOTHING = 0.9  # decay of the exponential mean that is drawn over the raw curve
+_PIXELS_AN_INCH = 93  # on a screen; with it, three panels fill the page
+_POINTS = 400  # largest number of points drawn for a curve, which is more than a panel has pixels
+# After Paul Tol's "bright" palette: distinct to colour-blind readers, and dark enough on white. Further groups use the
+# same colours with other dashes.
 _COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#b8860b", "#2f9fbf", "#777777")
 _DASHES = ("solid", "dashed", "dotted", "dashdot")
 _ARROWS = {True: "← better", False: "better →", None: ""}
@@ -43,7 +44,7 @@ _STYLE = {
 
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
-    """The loss curves as PNG."""
+    """Draws the loss curves into the PNG file `path`."""
     with _figures() as plt:
         figure = _curves(plt, comparison)
         save_figure(figure, path)
@@ -51,25 +52,31 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
 
 
 def slug(title: str) -> str:
-    """A title as a name in HTML."""
+    """Returns a title in the form of an HTML id."""
     return title.lower().replace(" ", "-")
 
 
 def curves_svg(comparison: Comparison) -> str | None:
-    """The loss curves as SVG to stand in HTML; None where there are none."""
+    """Draws the loss curves as SVG for an HTML page; returns None if there are no curves."""
     if not _drawn_curves(comparison):
         return None
     return _svg(lambda plt: _curves(plt, comparison), "curves")
 
 
 def bars_svg(comparison: Comparison, title: str) -> str | None:
-    """A panel for each measure of the kinds of this title, a bar for each group; None where no run has one."""
+    """Draws bars as SVG: a panel for each measure of the results with this title, with a bar for each group.
+
+    Returns None if no run has such a measure.
+    """
     metrics = [name for name in comparison.measured(title) if f"{EVALUATED}{name}" in comparison.final]
     return _svg(lambda plt: _bars(plt, comparison, metrics), f"bars-{slug(title)}") if metrics else None
 
 
 def differences_svg(tests: Sequence[Test], comparison: Comparison, name: str) -> str | None:
-    """A panel for each measure, with every group's difference to the baseline and its interval."""
+    """Draws differences as SVG: a panel for each measure, with every group's difference to the baseline and interval.
+
+    Returns None if no test has a finite interval.
+    """
     drawn = [test for test in tests if math.isfinite(test.difference.low)]
     return _svg(lambda plt: _differences(plt, drawn, comparison), name) if drawn else None
 
@@ -84,6 +91,7 @@ def _curves(plt: Any, comparison: Comparison) -> Any:
             if not curves:
                 continue
             color, dash = _paint(number)
+            # Thin lines: the raw curve of a single run, or the smoothed curve of each of several. Bold: their mean.
             smoothed = [_smoothed(points) for points in curves]
             for raw, smooth in zip(curves, smoothed, strict=True):
                 thin = smooth if len(curves) > 1 else raw
@@ -101,6 +109,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
     figure, axes = _panels(plt, len(metrics), width=4.0, height=0.75 + 0.42 * len(groups), share_y=True)
     for panel, metric in zip(axes, metrics, strict=False):
         values = comparison.final.get(f"{EVALUATED}{metric}", {})
+        # A bar for each group's mean, its interval, and a dot for each seed; `right` is where the longest bar ends.
         right = 0.0
         for number, group in enumerate(groups):
             found = group.estimate(values)
@@ -113,6 +122,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
                 seeds = [values[run.run_id] for run in group.runs if run.run_id in values]
                 panel.plot(seeds, [number] * len(seeds), "o", color="white", markeredgecolor=_INK, markersize=3.6)
             right = max(right, found.mean + half)
+        # The values in words, once `right` is known, because their distance to the bars depends on it.
         for number, group in enumerate(groups):
             found = group.estimate(values)
             if found is not None and math.isfinite(found.mean):
@@ -125,6 +135,7 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
                     parse_math=False,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
                 )
+        # Lines for the teacher and the untrained student, unless they are so far off that the bars would shrink.
         references = {n: v[metric] for n, v in comparison.references.items() if metric in v}
         panel.set_yticks(range(len(groups)), [_short(group.label) for group in groups], parse_math=False)
         panel.set_ylim(len(groups) - 0.5, -0.5)
@@ -152,6 +163,7 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
             found, row = test.difference, groups.index(test.group)
             color = _paint(comparison.groups.index(test.group))[0]
             low, high = (scale * (one - found.value) for one in (found.low, found.high))
+            # A hollow marker: the test shows no difference.
             panel.errorbar(
                 scale * found.value,
                 row,
@@ -174,7 +186,7 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
 
 
 def color_of(number: int) -> str:
-    """The colour of a group, by its place in the comparison."""
+    """Returns the colour of the group with index `number` in the comparison."""
     return _paint(number)[0]
 
 
@@ -183,7 +195,7 @@ def _drawn_curves(comparison: Comparison) -> list[str]:
 
 
 def _paint(number: int) -> tuple[str, str]:
-    """Colour and dashes of a group."""
+    """Returns the colour and the dashes of a group."""
     return _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS) % len(_DASHES)]
 
 
@@ -212,7 +224,7 @@ def _legend(plt: Any, figure: Any, comparison: Comparison) -> None:
 
 
 def _mean_curve(curves: Sequence[History]) -> list[tuple[int, float]]:
-    """The mean over runs, at the steps that all of them have; one curve is itself."""
+    """Returns the mean over runs, at the steps that all runs have; a single curve is returned as it is."""
     if len(curves) == 1:
         return list(curves[0])
     by_step = [dict(points) for points in curves]
@@ -221,7 +233,7 @@ def _mean_curve(curves: Sequence[History]) -> list[tuple[int, float]]:
 
 
 def _smoothed(points: History) -> list[tuple[int, float]]:
-    """Exponential mean, without the pull to 0 at its start."""
+    """Returns the exponential mean of a curve, corrected for its bias to 0 at the start."""
     smoothed, mean = [], 0.0
     for number, (step, value) in enumerate(points, start=1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
@@ -230,7 +242,7 @@ def _smoothed(points: History) -> list[tuple[int, float]]:
 
 
 def _thinned(points: History) -> tuple[list[int], list[float]]:
-    """Steps and values of points spread evenly over the curve, the last among them."""
+    """Returns the steps and values of at most `_POINTS` points, evenly spread over the curve, including the last."""
     if not points:
         return [], []
     kept = sorted({round(place) for place in np.linspace(0, len(points) - 1, min(len(points), _POINTS))})
@@ -249,7 +261,7 @@ def _figures() -> Iterator[Any]:
 
 
 def _svg(draw: Any, name: str) -> str:
-    """A figure as an `<svg>` element, whose ids are no other picture's and which points nowhere outside of itself."""
+    """Returns a figure as an `<svg>` element with unique ids and no references to anything outside of it."""
     import matplotlib
 
     with _figures() as plt, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -262,6 +274,6 @@ def _svg(draw: Any, name: str) -> str:
     text = text[text.index("<svg") :]  # without the XML declaration and the document type
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    # As wide as drawn, in pixels; the page makes it narrower where there is no room.
+    # The width as drawn, in pixels; the page makes it narrower if there is less room.
     width, _ = figure.get_size_inches() * _PIXELS_AN_INCH
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 style="width: {width:.0f}px">', text, count=1)

@@ -1,7 +1,7 @@
-"""The comparison as one HTML file, which needs nothing but a browser: no network, no script.
+"""The comparison as one HTML file that needs only a browser: no network, no script.
 
-What users named (groups, settings, experiments) is escaped by the template; the only thing it takes as it is are the
-pictures, in which matplotlib has escaped all text. The page's own policy forbids to load or to run anything.
+The template escapes the names that users chose (groups, settings, experiments). It inserts only the pictures unescaped,
+and in these matplotlib has escaped all text. The page's own policy forbids loading or running anything.
 """
 
 import datetime
@@ -36,16 +36,16 @@ class Row:
     """A row of a table."""
 
     cells: Sequence[str]
-    kind: str = ""  # `reference` and `sub` are set back
-    color: str = ""  # of the group it is about
-    verdict: str = ""  # of a test: how its last cell is shown
+    kind: str = ""  # `reference` and `sub` rows are less prominent
+    color: str = ""  # colour of the row's group
+    verdict: str = ""  # for a row of a test: the style of its last cell
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
-    """Writes the report; the file is the old one or the whole new one.
+    """Writes the report; on failure, an existing file at `path` stays as it is.
 
     Raises:
-        UserError: when it cannot be written there.
+        UserError: when the file cannot be written.
     """
     text = render_report(comparison)
     try:
@@ -56,10 +56,10 @@ def write_report(comparison: Comparison, path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Refuses a place for the report before anything is read.
+    """Checks that the report can be written to `path`; called before anything is read.
 
     Raises:
-        UserError: saying what is there.
+        UserError: when `path` is a folder, or its folder is not writable.
     """
     if not path.name or path.is_dir():
         raise UserError(f"--html {str(path)!r}: that is a folder; name a file, such as {path / 'report.html'}")
@@ -71,7 +71,7 @@ def require_writable(path: Path) -> None:
 
 
 def render_report(comparison: Comparison) -> str:
-    """The report as HTML."""
+    """Returns the report as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     groups = comparison.groups

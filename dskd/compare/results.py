@@ -1,4 +1,4 @@
-"""What runs were evaluated on, and that it is the same: on other text a perplexity is another number."""
+"""Results of runs, and the check that they are from the same data, without which perplexities cannot be compared."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,31 +21,31 @@ from dskd.tracking import EVALUATION_FOLDER, TrackedRun, data_tag, read_artifact
 
 
 class DifferentDataError(UserError):
-    """What was chosen was evaluated on different data."""
+    """The error for chosen runs that were evaluated on different data."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Results that belong together: of the held-out text, of words and senses, or of a benchmark."""
+    """A kind of results: on held-out text, on words and senses, or on a benchmark."""
 
     name: str
     title: str
-    folder: str  # among a run's artifacts; and among the work directory's, with the model's name behind the first part
+    folder: str  # among a run's artifacts; in the work directory, the model's name follows the first part
     file: str
     made_by: str
 
     @property
     def tag(self) -> str:
-        """The tag of a run with the digest of what it was evaluated on."""
+        """The tag in which a run has the digest of its evaluation data."""
         return data_tag(self.folder)
 
     def path(self, config: Config, model: str) -> Path:
-        """The results of a model in the work directory."""
+        """Returns the path of a model's results in the work directory."""
         first, *rest = self.folder.split("/")
         return config.path(first, model, *rest, self.file)
 
     def measure_name(self, name: str) -> str:
-        """What a measure is called among those of all kinds: each benchmark has an accuracy."""
+        """Returns a measure's name that is unique over all kinds, because each benchmark has an accuracy."""
         return f"{self.name}_{name}" if self.folder.startswith(kinds.TASK.folder) else name
 
 
@@ -72,23 +72,23 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Results:
-    """What runs scored on one kind of data."""
+    """The scores of runs on one kind of data."""
 
     kind: Kind
-    data: str | None  # its digest; None where nothing was evaluated
-    measures: Sequence[Measure]  # that are the same for all who have them
+    data: str | None  # digest of the data; None if nothing was evaluated
+    measures: Sequence[Measure]  # the measures that are comparable between all runs that have them
     tables: Mapping[str, Examples]  # by run id
-    references: Mapping[str, Mapping[str, float]]  # of models that are no runs, by name: measures
+    references: Mapping[str, Mapping[str, float]]  # {model: {measure: value}} of models that are not tracked runs
     notes: Sequence[str]
 
 
 def read_results(
     config: Config, runs: Sequence[TrackedRun], selection: Selection, *, without: Sequence[str] = ()
 ) -> list[Results]:
-    """Everything that the runs were evaluated on, but for the kinds in `without`; first the held-out text.
+    """Reads all results of the runs except the kinds in `without`, those on held-out text first.
 
     Raises:
-        DifferentDataError: where results of one kind are of different data.
+        DifferentDataError: when results of one kind are from different data.
     """
     found = []
     for kind in KINDS.values():
@@ -111,7 +111,7 @@ def read_results(
 
 
 def _read_tables(config: Config, runs: Sequence[TrackedRun], kind: Kind) -> dict[str, Examples]:
-    """{run id: what each example scored}, of the runs that have it."""
+    """Reads {run id: table of examples} of the runs that have results of this kind."""
     tables = {}
     for run in runs:
         if kind.tag not in run.tags:
@@ -135,10 +135,10 @@ def _named(examples: Examples, kind: Kind) -> Examples:
 
 
 def _require_same_data(runs: Sequence[TrackedRun], tables: Mapping[str, Examples], kind: Kind) -> str | None:
-    """The digest of what all of these runs were evaluated on; None where none was.
+    """Returns the digest of the data that all of these runs were evaluated on; None if no run was evaluated.
 
     Raises:
-        DifferentDataError: naming the digests, and what was evaluated on each.
+        DifferentDataError: when there are several digests; the message names the runs evaluated on each.
     """
     by_digest: dict[str, list[str]] = {}
     for run in runs:
@@ -153,7 +153,11 @@ def _require_same_data(runs: Sequence[TrackedRun], tables: Mapping[str, Examples
 def _comparable(
     tables: Mapping[str, Examples], kind: Kind, runs: Sequence[TrackedRun]
 ) -> tuple[list[Measure], list[str]]:
-    """The measures that are the same for all runs that have them, and what is to be said of the others."""
+    """Returns the measures that are comparable between all runs that have them, and notes about the others.
+
+    A measure is comparable if all of its runs have the same digest of its further data (such as the sense embeddings),
+    and the same counts on each example.
+    """
     measures: list[Measure] = list(held_out_text.MEASURES) if kind is HELD_OUT else []
     names = {run.run_id: run.name for run in runs}
     notes = []
@@ -182,7 +186,10 @@ def _comparable(
 
 
 def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure]) -> bool:
-    """Whether a measure is over as much in each example of all tables; where examples differ, a test will say so."""
+    """Returns True if a measure has the same count on each example in all tables.
+
+    Tables with different examples are not compared here; the tests on examples report them.
+    """
     first: dict[str, float] | None = None
     for run_id, measure in of_runs.items():
         counts = dict(zip(tables[run_id].ids, np.asarray(tables[run_id].columns[measure.count]).tolist(), strict=True))
@@ -194,7 +201,7 @@ def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure])
 
 
 def _read_local(config: Config, kind: Kind) -> dict[str, tuple[str, dict[str, float]]]:
-    """{model: (digest of the data, its measures)} of what was evaluated in the work directory."""
+    """Reads {model: (digest of the data, its measures)} of the models evaluated in the work directory."""
     found = {}
     for model in (TEACHER, CUT_STUDENT, *config.run_names):
         path = kind.path(config, model)
@@ -215,8 +222,10 @@ def _references(
     selection: Selection,
     kind: Kind,
 ) -> dict[str, dict[str, float]]:
-    """Models that are no tracked runs, evaluated on the same data: the teacher, the student as it was cut, and without
-    a selection the runs that the tracking server knows no measures of.
+    """Returns the measures of models that are not tracked runs and were evaluated on the same data.
+
+    These are the teacher, the untrained cut student, and, if there is no selection, the runs of the config for which
+    the tracking server has no measures. `data` is the digest of the runs' data; if it is None, these models decide it.
     """
     measured = {run.name for run in runs if any(metric.startswith(EVALUATED) for metric in run.metrics)}
     wanted = {
@@ -233,7 +242,11 @@ def _references(
 
 
 def _only_one(by_digest: Mapping[str, Sequence[str]], kind: Kind) -> str | None:
-    """The digest, from {digest: names of what was evaluated on it}."""
+    """Returns the only digest in {digest: names of runs or models evaluated on it}, or None if there is none.
+
+    Raises:
+        DifferentDataError: when there are several.
+    """
     if len(by_digest) > 1:
         raise DifferentDataError(
             listed(

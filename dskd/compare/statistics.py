@@ -1,8 +1,8 @@
-"""Intervals over seeds, and paired tests: how sure a difference is, and against what.
+"""Intervals over seeds, and paired tests of differences.
 
-Two questions are kept apart. Over *examples*: would these very models differ on other text of this kind? Over *seeds*:
-would other trainings of the same settings differ? The first has many examples and small intervals, and says nothing
-about the second.
+They answer two separate questions. Over *examples*: would these very models differ on other text of this kind? Over
+*seeds*: would other trainings with the same settings differ? Tests over examples have many examples and small
+intervals, but tell nothing about other trainings.
 """
 
 import math
@@ -18,7 +18,7 @@ PAIRED, WELCH = "paired t", "Welch's t"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with the 95 % interval of Student's t; of one seed there is no interval."""
+    """A mean over seeds with the 95 % interval of Student's t; a single seed has no interval."""
 
     mean: float
     half_width: float | None
@@ -26,7 +26,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """From one value a seed."""
+        """Computes the estimate from one value per seed."""
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
             return cls(mean, None, count)
@@ -36,7 +36,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one is from another, with the 95 % interval and the two-sided p-value of "not at all"."""
+    """A difference with its 95 % interval and the two-sided p-value of the hypothesis that there is none."""
 
     value: float
     low: float
@@ -47,18 +47,18 @@ class Difference:
 
 
 def paired_on_examples(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> Difference:
-    """Paired t test of two models, or groups' means over seeds, on the same examples.
+    """Computes a paired t test of two models, or of two groups' means over seeds, on the same examples.
 
-    The difference is that of the measures themselves, R = sum(one - other) / sum(counts): for perplexity the mean
-    negative log-likelihood a token, so that an example weighs as much as it has tokens. R is a ratio estimator, and its
-    standard error the linearised one (Cochran, Sampling Techniques, 6.4), from the residuals
-    e = (one - other) - R·counts: se² = n/(n - 1) · sum(e²) / sum(counts)². Where every count is 1 this is the
-    ordinary paired t test. Examples that have nothing to count say nothing and are left out of n.
+    The difference is that of the measures themselves, R = sum(one - other) / sum(counts). For perplexity it is the
+    difference of mean negative log-likelihoods per token, so each example is weighted by its tokens. R is a ratio
+    estimator, and its standard error is the linearised one (Cochran, Sampling Techniques, 6.4), from the residuals
+    e = (one - other) - R·counts: se² = n/(n - 1) · sum(e²) / sum(counts)². If every count is 1, this is the ordinary
+    paired t test. Examples with count 0 carry no information and are left out of n.
 
     Args:
-        one: [N] sums over each example.
-        other: [N] the same of the other.
-        counts: [N] what both are divided by.
+        one: sums [N] over each example.
+        other: the same sums [N] of the other model or group.
+        counts: the counts [N] that both are divided by.
     """
     counted = counts > 0
     differences, counts = (one - other)[counted].astype(float), counts[counted].astype(float)
@@ -70,20 +70,20 @@ def paired_on_examples(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -
     residuals = differences - value * counts
     error = math.sqrt(number / (number - 1) * float(residuals @ residuals)) / float(counts.sum())
     half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
-    # Without an error they are the same on every example, or apart by the same amount on each.
+    # An error of 0: the difference is 0 on every example, or the same amount per count on every example.
     p_value = float(2 * stats.t.sf(abs(value) / error, number - 1)) if error else float(value == 0)
     return Difference(value, value - half_width, value + half_width, p_value, number, PAIRED)
 
 
 def on_seeds(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> Difference | None:
-    """The difference of two groups' means over trainings; None where either has fewer than two.
+    """Computes the difference of two groups' means over trainings; returns None if either has fewer than two.
 
-    Paired by seed where both have the same seeds, once each, because the same seed shares its data order and its draws;
-    else Welch's t test.
+    If both groups have the same seeds, once each, the test is paired by seed, because trainings with the same seed have
+    the same data order and random draws. Otherwise it is Welch's t test.
 
     Args:
-        one: {seed: the measure of its runs}.
-        other: the same of the other group.
+        one: {seed: values of its runs}.
+        other: the same for the other group.
     """
     first, second = ([value for values in group.values() for value in values] for group in (one, other))
     if min(len(first), len(second)) < 2:
@@ -99,16 +99,16 @@ def on_seeds(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[fl
         is_constant = len(set(first)) == len(set(second)) == 1
         result = None if is_constant else stats.ttest_ind(first, second, equal_var=False)
     value = float(np.mean(first) - np.mean(second))
-    if result is None:  # no spread at all, as where a seed changes nothing
+    if result is None:  # no spread at all, for example if the seed changes nothing
         return Difference(value, value, value, 1.0 if value == 0 else 0.0, count, name)
     low, high = result.confidence_interval(CONFIDENCE)
     return Difference(value, float(low), float(high), float(result.pvalue), count, name)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the chance of any false alarm among these stays below the level.
+    """Applies Holm's step-down correction, which keeps the chance of any false alarm among these tests below the level.
 
-    A NaN, which is no test, stays one and is not counted.
+    A NaN stands for no test: it stays NaN and is not counted.
     """
     corrected = [math.nan] * len(p_values)
     order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])

@@ -1,4 +1,4 @@
-"""The comparison as a terminal shows it."""
+"""The comparison as text for a terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,10 @@ PICTURE = "curves.png"
 
 
 def format_comparison(comparison: Comparison, picture: Path | None) -> str:
-    """Measures, tests, and a table of groups: settings that differ, training, speed, cost and coverage."""
+    """Formats measures, tests, and a table of groups: settings that differ, training, speed, cost and coverage.
+
+    `picture` is the file with the loss curves, or None if there is none.
+    """
     parts = []
     if comparison.has_measures:
         parts += _measures(comparison)
@@ -109,17 +112,17 @@ def _groups_table(comparison: Comparison) -> str:
 
 
 def compare(config: Config) -> str:
-    """The newest run of each name, as text; saves the picture of their curves beside the artifacts.
+    """Returns the comparison of the newest run of each name as text; saves their curves in the work directory.
 
     Raises:
-        DifferentDataError: when they were evaluated on different data.
+        DifferentDataError: when the runs were evaluated on different data.
         UserError: when nothing was trained or evaluated yet.
     """
     return summarize(make_comparison(config))
 
 
 def summarize(comparison: Comparison) -> str:
-    """Returns the comparison as text; saves the picture of its curves in the work directory, if it may write there."""
+    """Returns the comparison as text; saves the picture of its curves in the work directory, if that is writable."""
     if not comparison.runs:
         return format_comparison(comparison, None)
     picture = comparison.config.path(PICTURE)

@@ -1,4 +1,4 @@
-"""What metrics are called, and how their numbers are written; the same in text and report."""
+"""Names of metrics and formats of their numbers, the same in text and report."""
 
 import math
 from collections.abc import Mapping
@@ -31,23 +31,23 @@ _REFERENCES = {TEACHER: "teacher", CUT_STUDENT: "cut student, untrained"}
 
 
 def label(metric: str) -> str:
-    """What a metric, or a measure, is called."""
+    """Returns the name shown for a metric or a measure."""
     name = metric.removeprefix(EVALUATED)
     return _LABELS.get(name, name.removeprefix(TRAINED).replace("_", " "))
 
 
 def reference_label(name: str) -> str:
-    """What a model that is no tracked run is called."""
+    """Returns the name shown for a model that is not a tracked run."""
     return _REFERENCES.get(name, name)
 
 
 def cost_label(device: str) -> str:
-    """Device hours are GPU hours only where the devices were GPUs."""
+    """Returns the name of the cost, which is in GPU hours only if the devices were GPUs."""
     return "GPU hours a run" if device == "cuda" else f"{device.upper()} rank hours a run"
 
 
 def number(metric: str, value: float) -> str:
-    """A value, with as many digits as are read."""
+    """Formats a value with the number of digits that suits its metric."""
     if not abs(value) < 1e9:
         return f"{value:.3g}"
     if metric == COST:
@@ -62,19 +62,19 @@ def number(metric: str, value: float) -> str:
 
 
 def estimate(metric: str, found: Estimate | None) -> str:
-    """A mean over seeds ± half of its 95 % interval; of one seed the value alone."""
+    """Formats a mean over seeds ± half of its 95 % interval; for one seed, the value alone."""
     if found is None:
         return "-"
     text = number(metric, found.mean)
     if found.half_width is None:
         return text
-    if metric.startswith(_OF_ANY_SIZE) and 1e-3 <= abs(found.mean) < 1e9:  # both to the same place
+    if metric.startswith(_OF_ANY_SIZE) and 1e-3 <= abs(found.mean) < 1e9:  # both with the same number of decimals
         return f"{text} ± {found.half_width:,.{_decimals(found.mean)}f}"
     return f"{text.removesuffix(' %')} ± {number(metric, found.half_width)}"
 
 
 def best(metric: str, group: Group, found: Mapping[str, Best]) -> str:
-    """The best value, mean over seeds, and the step at which each run had it."""
+    """Formats the best value, as a mean over seeds, and the range of the steps at which the runs had it."""
     bests = [found[run.run_id] for run in group.runs if run.run_id in found]
     if not bests:
         return "-"
@@ -84,7 +84,7 @@ def best(metric: str, group: Group, found: Mapping[str, Best]) -> str:
 
 
 def difference(test: Test) -> tuple[str, str]:
-    """The difference and its 95 % interval: of a perplexity in nats a target, of a share in points of a hundred."""
+    """Formats a difference and its 95 % interval: nats per target for a perplexity, percentage points for a share."""
     found = test.difference
     scale, digits = (1.0, 4) if test.measure.is_exponential else (100.0, 2)
     value, low, high = (signed(scale * one, digits) for one in (found.value, found.low, found.high))
@@ -92,44 +92,44 @@ def difference(test: Test) -> tuple[str, str]:
 
 
 def compared(measure: Measure) -> str:
-    """What of a measure a difference is of, with its unit."""
+    """Returns the quantity that is compared for a measure, with its unit."""
     name = label(measure.name)
     return f"ln {name} (nats)" if measure.is_exponential else f"{name} (points)"
 
 
 def unit(measure: Measure) -> str:
-    """The axis of a difference."""
+    """Returns the unit on the axis of a difference."""
     return "nats a target" if measure.is_exponential else "points of a hundred"
 
 
 def as_factor(test: Test) -> str:
-    """A difference of logarithms as what the perplexity is multiplied by."""
+    """Formats a difference of logarithms as the factor between the perplexities; "" for other measures."""
     return f"{TIMES} {math.exp(test.difference.value):.3f}" if test.measure.is_exponential else ""
 
 
 def _decimals(value: float) -> int:
-    """Places behind the point with which a number has four digits."""
+    """Returns the number of decimals with which a number has four digits, at most 6."""
     return min(6, max(0, 3 - math.floor(math.log10(abs(value))))) if value else 0
 
 
 def p_value(value: float) -> str:
-    """Three digits, and no zero that is none."""
+    """Formats a p-value with three decimals; smaller ones as "< 0.001", so that none is shown as zero."""
     return "-" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, a real minus, and none on what rounds to zero."""
+    """Formats a value with its sign, using a true minus sign, and without a sign if it rounds to zero."""
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 
 def verdict(test: Test) -> str:
-    """What the corrected p-value allows to say."""
+    """Returns the conclusion that the corrected p-value allows."""
     return {True: "better", False: "worse", None: "not shown"}[test.is_better]
 
 
 def status(group: Group) -> str:
-    """`finished`, or how many runs are what."""
+    """Returns the status of the group's runs, such as `finished`, or the number of runs with each status."""
     found = [run.status.lower() for run in group.runs]
     if len(set(found)) == 1:
         return found[0]
@@ -137,7 +137,7 @@ def status(group: Group) -> str:
 
 
 def cost_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """(label, a cell for each group) of the cost, a row for each kind of device."""
+    """Returns the rows of the cost, one for each kind of device, as (label, a cell for each group)."""
     hours = comparison.final.get(COST, {})
     rows = []
     for device in sorted({run.tags.get("device", "device") for run in comparison.runs if run.run_id in hours}):
@@ -151,7 +151,7 @@ def cost_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def method_notes(comparison: Comparison) -> list[str]:
-    """What the intervals and tests are, and what they are not."""
+    """Returns notes on what the intervals and tests mean, and what they do not cover."""
     notes = []
     single = [group.name for group in comparison.groups if len(group.runs) == 1]
     if len(single) < len(comparison.groups):

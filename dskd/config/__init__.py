@@ -1,8 +1,8 @@
-"""The typed, frozen configuration of an experiment: sections, keys, defaults and what they mean.
+"""The typed, frozen configuration of an experiment: its sections and keys, with their defaults and meanings.
 
-:mod:`dskd.config.reading` reads one from a YAML file. One file can describe several training runs that share everything
-up to the shards: `runs` maps a run's name to the keys in which it differs, and `run` says which of them a process
-trains.
+:mod:`dskd.config.reading` reads a configuration from a YAML file. One file can describe several training runs that
+share everything up to the shards: `runs` maps a run's name to the keys in which it differs, and `run` names the one
+that a process trains.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-# Folders and files are called after runs, and file systems take names of 255 bytes: the rest is for what is added.
+# Folders and files are named after runs, and file systems allow names of 255 bytes; the rest is for prefixes, suffixes.
 LONGEST_RUN_NAME = 128
 
 
@@ -73,10 +73,11 @@ RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterVa
 
 
 class Config(Section):
-    """The whole experiment. Paths that are not absolute start at the current directory.
+    """The whole experiment. Relative paths start at the current directory.
 
     In paths of a config file, ~ and environment variables ($NAME or ${NAME}) are expanded; $$ is a dollar sign.
-    Top-level keys that begin with x- are for YAML anchors to be merged elsewhere (<<: *NAME), and mean nothing else.
+    Top-level keys that begin with x- are ignored, except that they can hold YAML anchors to merge elsewhere
+    (<<: *NAME).
     """
 
     workdir: PathText = Field(
@@ -144,14 +145,14 @@ class Config(Section):
 
     @property
     def run_names(self) -> tuple[str, ...]:
-        """The runs this file describes, in its order."""
+        """Names of the runs that the file describes, in its order."""
         return tuple(self.runs) or (self.run,)
 
     @property
     def needs_teacher(self) -> bool:
-        """True when training runs the teacher."""
+        """True if training runs the teacher."""
         return self.loss.needs_teacher and self.teacher.mode != "cached"
 
     def path(self, *parts: str) -> Path:
-        """A path inside the work directory."""
+        """Returns a path inside the work directory."""
         return Path(self.workdir).expanduser().joinpath(*parts)

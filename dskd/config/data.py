@@ -1,4 +1,4 @@
-"""The sections of what is made before training: `corpus`, `wordnet`, `lexicon`, `senses` and `annotation`."""
+"""The sections for the stages before training: `corpus`, `wordnet`, `lexicon`, `senses` and `annotation`."""
 
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ _KEYS_OF_SOURCES = {
 
 
 class CorpusConfig(Section):
-    """The text that senses are gathered from and students are trained on."""
+    """The text from which senses are gathered, and on which students are trained."""
 
     source: Literal["wordnet", "files", "huggingface", "tasks"] = Field(
         "wordnet",
@@ -74,7 +74,7 @@ class CorpusConfig(Section):
 
 
 class WordNetConfig(Section):
-    """Where WordNet lies."""
+    """The location of WordNet."""
 
     path: PathText | None = Field(
         None, description="folder with WordNet's dictionary files (data.noun, index.noun, …); null: search"
@@ -86,7 +86,7 @@ Affix = Annotated[str, Field(pattern=r"^([a-z]+-|-[a-z]+)$")]
 
 
 class LexiconConfig(Section):
-    """Where synonyms and antonyms come from (docs/method.md, section 1)."""
+    """The sources of synonyms and antonyms (docs/method.md, section 1)."""
 
     wordnet: bool = Field(True, description="take from WordNet the lemmas of a synset as synonyms, and direct antonyms")
     indirect_antonyms: bool = Field(
@@ -127,7 +127,7 @@ class LexiconConfig(Section):
 
 
 class SensesConfig(Section):
-    """How the sense dictionary is built (docs/method.md, section 2)."""
+    """Settings for building the sense dictionary (docs/method.md, section 2)."""
 
     path: PathText | None = Field(
         None, description="folder of a finished dictionary to use instead, such as `dskd senses merge` writes"
@@ -171,10 +171,10 @@ class SensesConfig(Section):
 
 
 class AnnotationConfig(Section):
-    """How the streaming shards are made (docs/method.md, section 3).
+    """Settings for making the streaming shards (docs/method.md, section 3).
 
-    A target token that stands for a sense has rows of the sense dictionary: its own (O_i), those of its synonyms (P_i)
-    and those of its antonyms (N_i).
+    A target token with senses has rows of the sense dictionary: its own (O_i), those of its synonyms (P_i) and those of
+    its antonyms (N_i).
     """
 
     kappa: int = Field(5, ge=1, description="number of sense rows that a position is pulled to, and pushed from")

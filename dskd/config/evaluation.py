@@ -1,4 +1,4 @@
-"""The sections `evaluation` and `tasks`, which say what models are measured on."""
+"""The sections `evaluation` and `tasks`: the data and settings with which models are measured."""
 
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,7 +12,7 @@ TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
 class EvaluationConfig(Section):
-    """Measures on held-out text, and lexical ones."""
+    """Measures on held-out text, and lexical measures."""
 
     batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass")
     samples: int = Field(4, ge=0, description="number of held-out texts that every model continues; 0: none")
@@ -41,9 +41,9 @@ class EvaluationConfig(Section):
 
 
 class TasksConfig(Section):
-    """The paper's benchmarks, to evaluate on and to train on (docs/method.md, sections 4 and 5).
+    """The paper's benchmarks, for evaluation and for training (docs/method.md, sections 4 and 5).
 
-    Each is a folder with the benchmark's files, as published or as on the hub, or the name of a dataset of the hub.
+    Each is a folder with the benchmark's files, as published or as on the hub, or the name of a dataset on the hub.
     """
 
     arc_challenge: PathText = Field("allenai/ai2_arc", min_length=1, description="folder or dataset of ARC-Challenge")

@@ -1,4 +1,4 @@
-"""Mistakes in a configuration, and its keys, in words."""
+"""Descriptions of a configuration's keys, and messages about mistakes in it."""
 
 import difflib
 import inspect
@@ -10,7 +10,7 @@ from typing import Any
 
 from dskd.config import Config, Section
 
-# By pydantic's types of errors.
+# What a value should be, by the type of pydantic's error.
 _EXPECTED = {
     "list_type": "a list, such as [a, b]",
     "tuple_type": "a list, such as [a, b]",
@@ -23,7 +23,7 @@ _EXPECTED = {
 
 
 def describe() -> str:
-    """Every key of a configuration with its type, default and meaning, section by section."""
+    """Returns a text with the default and meaning of every key of a configuration, section by section."""
     return "\n".join(_described(Config, ""))
 
 
@@ -43,11 +43,15 @@ def _described(model: type[Section], prefix: str) -> Iterator[str]:
 
 
 def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]]:
-    """(dotted key, message) of each of pydantic's errors, in words that say what to do."""
+    """Returns (dotted key, message) of pydantic's errors, in words that say what to do.
+
+    The errors of one key make one message. `data` is the configuration as read from the file.
+    """
     explained: dict[str, list[str]] = {}
     found: dict[str, str] = {}
     for error in errors:
-        # A union's members each report; the part of the location that names the member is no key of the file.
+        # Each member of a union reports its own error. The part of the location that names the member is no key of the
+        # file, so keep only parts that lead from `data` to the value, or name a key that is missing.
         location = [str(part) for part in error["loc"]]
         keys: list[str] = []
         here: Any = data
@@ -77,7 +81,7 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
 
 
 def _expected(error: Any, location: list[str]) -> str:
-    """What a value has to be, in YAML's terms and not in those of Python and JSON."""
+    """Returns what a value has to be, in the terms of YAML instead of those of Python and JSON."""
     kind = error["type"].split("_")[0]
     if kind in ("model", "dict"):
         section = _section(location)
@@ -95,7 +99,7 @@ def _expected(error: Any, location: list[str]) -> str:
 
 
 def _section(location: Sequence[str]) -> type[Section] | None:
-    """The section at a dotted key's parts, or None where that is none."""
+    """Returns the section at the parts of a dotted key, or None if there is no section at that key."""
     model: type[Section] | None = Config
     for part in location:
         field = model.model_fields.get(part) if model else None
@@ -104,7 +108,7 @@ def _section(location: Sequence[str]) -> type[Section] | None:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type is, also where it may be null."""
+    """Returns the section class in a field's type, which may also allow null; None if the field is no section."""
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 

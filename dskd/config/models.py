@@ -8,7 +8,7 @@ from dskd.config.section import PathText, Section
 
 
 class TeacherRecipe(Section):
-    """A small Llama-architecture teacher, trained from scratch on the corpus, for use where no model can be had."""
+    """A small Llama-architecture teacher, trained from scratch on the corpus, for use when no model is available."""
 
     vocab_size: int = Field(4096, ge=300, description="size of the byte-pair encoding that is trained on the corpus")
     num_layers: int = Field(8, ge=2, description="number of decoder layers")
@@ -29,7 +29,7 @@ class TeacherRecipe(Section):
 
 
 class TeacherConfig(Section):
-    """The frozen decoder that is distilled; either `path` or `train_from_scratch`."""
+    """The frozen decoder to distil: either `path` or `train_from_scratch`."""
 
     path: PathText | None = Field(None, description="Hugging Face folder or model name of the teacher")
     revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
@@ -63,12 +63,12 @@ Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 def _on_or_off(value: object) -> object:
-    # on and off without quotes are truth values in YAML
+    # YAML reads on and off without quotes as true and false.
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class StudentConfig(Section):
-    """How the student is cut from the teacher, and which of its parameters are trained."""
+    """The layers that the student takes from the teacher, and the parameters that are trained."""
 
     layers: Count | Layers = Field(16, description="number of the teacher's layers to keep, or a list of their indices")
     spacing: Literal["first", "even"] = Field(

@@ -1,7 +1,7 @@
-"""Reading a configuration: one YAML file, and `section.key=value` overrides.
+"""Reading a configuration from one YAML file and `section.key=value` overrides.
 
-Reading is strict and complete: unknown keys, keys given twice, values of a wrong type or out of range are all reported
-at once, each with its line, before anything is loaded. A config never changes after loading.
+Reading is strict and complete: unknown keys, duplicate keys, and values of a wrong type or out of range are all
+reported at once, each with its line, before anything is loaded. A config never changes after loading.
 """
 
 import json
@@ -25,10 +25,10 @@ _VARIABLE = re.compile(r"\$\$|\$(\w+)|\$\{(\w+)\}")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, lays the chosen run's keys and then `section.key=value` overrides over it.
+    """Reads a YAML file, and applies first the chosen run's keys and then the `section.key=value` overrides.
 
     Raises:
-        UserError: with every problem found, each with its file and line or the override it came from.
+        UserError: when anything is wrong; it lists every problem, with its file and line or its override.
     """
     path = Path(path)
     data, lines = read_yaml(path)
@@ -46,6 +46,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             problems.append(f"{override!r}: the value is not YAML ({problem})")
             continue
         overridden[key] = override
+    # Overrides can choose the run, so they are applied before the run's keys are known, and again over those keys.
     merged = with_run(merge(data, changes))
     found = _seed_problems(merged, changes)
     merged, run_problems = apply_run(with_seeds(merged), changes)
@@ -66,7 +67,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted key, value in `one`, value in `other`) wherever two JSON-like configs differ."""
+    """Yields (dotted key, value in `one`, value in `other`) for each key in which two JSON-like configs differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted(one.keys() | other.keys()):
             yield from differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
@@ -85,7 +86,7 @@ def _set_dotted(target: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _seed_problems(merged: dict[str, Any], overrides: dict[str, Any]) -> list[tuple[str, str]]:
-    """(key, message) of every seed that would take the place of those that `seeds` gives."""
+    """Returns (key, message) of every seed that would replace the seeds given in `seeds`."""
     runs = merged.get("runs")
     if not merged.get("seeds"):
         return []
@@ -106,7 +107,7 @@ def _seed_problems(merged: dict[str, Any], overrides: dict[str, Any]) -> list[tu
 
 
 def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Replaces environment variables in every key that is a path; also returns (key, message) of what is not set."""
+    """Expands environment variables in every path; also returns (key, message) for each path with unset variables."""
     problems: list[tuple[str, str]] = []
 
     def expanded(value: Any, key: str) -> Any:
@@ -149,7 +150,10 @@ def _mentions_path(annotation: Any) -> bool:
 
 
 def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: str) -> str:
-    """Where `key` was given: the override, the line of the file, or the line of the section it belongs to."""
+    """Returns the beginning of a message about `key`.
+
+    It names the override that set the key, its line in the file, or the line of the nearest section in the file.
+    """
     shown = f"{key}: " if key else ""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):

@@ -1,4 +1,4 @@
-"""One of the runs that a configuration describes, with one of its seeds."""
+"""Choosing one of the runs that a configuration describes, with one of its seeds."""
 
 import json
 import re
@@ -14,7 +14,7 @@ KEYS_A_RUN_MAY_CHANGE = ("loss", "train", "seed")
 
 
 def merge(base: Any, changes: Any) -> Any:
-    """`changes` over `base`; mappings are merged key by key, anything else is replaced."""
+    """Returns `base` with `changes` applied: mappings are merged key by key, anything else is replaced."""
     if isinstance(base, dict) and isinstance(changes, dict):
         return {
             key: merge(base[key], changes[key]) if key in base and key in changes else changes.get(key, base.get(key))
@@ -24,7 +24,7 @@ def merge(base: Any, changes: Any) -> Any:
 
 
 def with_run(merged: dict[str, Any]) -> dict[str, Any]:
-    """Where no run is chosen and none is called `dskd`, the first of `runs` is."""
+    """Chooses the first of `runs` if the configuration chooses no run and has none called `dskd`."""
     runs, default = merged.get("runs"), Config.model_fields["run"].default
     if "run" in merged or not isinstance(runs, dict) or not runs or default in runs:
         return merged
@@ -32,8 +32,10 @@ def with_run(merged: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
-    """Instead of each run one for each of `seeds`: `kd-s0` is `kd` with seed 0. The chosen run's name stands for the
-    first of its own. What is no list of different numbers is left as it is, for the check of all keys to find.
+    """Replaces each run by one run for each of `seeds`: `kd-s0` is `kd` with seed 0.
+
+    If the chosen run has been replaced, the one with the first seed is chosen. Anything but a list of different whole
+    numbers is left unchanged; the later check of all keys reports it.
     """
     seeds, runs, run = merged.get("seeds"), merged.get("runs") or {}, merged.get("run", "dskd")
     if not seeds or not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
@@ -52,7 +54,10 @@ def with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Puts the chosen run's keys over the file's, and the command line's over those."""
+    """Applies the chosen run's keys to the file's, and the command line's overrides to those.
+
+    Also returns (key, message) of each problem, including those in the keys of the other runs.
+    """
     runs, run = merged.get("runs"), merged.get("run", "dskd")
     if not runs:
         return merged, []

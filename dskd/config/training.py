@@ -1,4 +1,4 @@
-"""The sections of training: `loss`, `train`, `tracking`, and `pipeline`, which starts it and all else."""
+"""The sections for training: `loss`, `train`, `tracking`, and `pipeline`, which starts all stages."""
 
 import math
 import re
@@ -18,14 +18,15 @@ class LossConfig(Section):
     """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (docs/method.md, section 4).
 
     h and t are the last hidden states of student and teacher, D is their width, T is `temperature`, and KL is the
-    divergence that `divergence` names. All but L_sense are means over the positions whose target counts; CE and KL are
-    weighted means, Σ w_i x_i / Σ w_i with w_i = `lexical_weight` where the target has a synonym or antonym, else 1.
+    divergence that `divergence` names. All terms except L_sense are means over the positions with a target; CE and KL
+    are weighted means, Σ w_i x_i / Σ w_i, with w_i = `lexical_weight` if the target has a synonym or antonym, and 1
+    otherwise.
 
-    L_sense in the form `distance` is the paper's. In the form `distribution` it is the mean, over the positions that
-    the paper's form draws, each once, of KL(p_teacher || p_student), where p is the softmax over candidates s of
-    -d(h, s) / `sense_temperature` and d is `sense_distance`. The candidates of a position are rows of the dictionary,
-    each once: those of its own token (O_i), of its synonyms (P_i) and antonyms (N_i), and random ones, the same at all
-    positions of a step.
+    L_sense in the form `distance` is the paper's. In the form `distribution` it is the mean of
+    KL(p_teacher || p_student) over the positions that the paper's form draws, each counted once. p is the softmax of
+    -d(h, s) / `sense_temperature` over the candidates s, with d = `sense_distance`. The candidates of a position are
+    different rows of the dictionary: those of its own token (O_i), of its synonyms (P_i) and antonyms (N_i), and random
+    ones, which are the same at all positions of a step.
     """
 
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy with the actual next token")
@@ -110,12 +111,12 @@ class LossConfig(Section):
 
     @property
     def compares_sense_distributions(self) -> bool:
-        """True when there is a sense loss in the form that reads the teacher's hidden states."""
+        """True if there is a sense loss in the form that reads the teacher's hidden states."""
         return self.sense_weight > 0 and self.sense_form == "distribution"
 
     @property
     def needs_teacher(self) -> bool:
-        """True when a term of the loss reads the teacher's hidden states."""
+        """True if a term of the loss reads the teacher's hidden states."""
         return self.kd_weight > 0 or self.hidden_weight > 0 or self.compares_sense_distributions
 
 
@@ -126,7 +127,7 @@ def _remote_folder(place: str) -> str:
 
 
 class TrainConfig(Section):
-    """Optimizer, batches, checkpoints and loading."""
+    """Optimizer, batches, checkpoints and data loading."""
 
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
     learning_rate_batch_size: int | None = Field(
@@ -182,10 +183,10 @@ class TrainConfig(Section):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The rate at the end of the warm-up: `learning_rate`, scaled to the batch when it is meant for another one.
+        """The rate at the end of the warm-up: `learning_rate`, scaled to the batch if it is meant for another one.
 
-        `linear` is the rule of the paper's program (docs/method.md, section 4); `square_root` keeps the noise of Adam's
-        steps alike (Malladi et al., arXiv 2205.10287, who also change its other constants).
+        `linear` is the rule of the paper's program (docs/method.md, section 4). `square_root` keeps the noise of Adam's
+        steps similar (Malladi et al., arXiv 2205.10287, who also change Adam's other constants).
         """
         if self.learning_rate_batch_size is None:
             return self.learning_rate
@@ -204,7 +205,7 @@ def _without_variables(uri: str) -> str:
 
 
 class TrackingConfig(Section):
-    """What goes to MLflow."""
+    """The data that is logged to MLflow."""
 
     enabled: bool = Field(True, description="track runs in MLflow")
     uri: Annotated[str, AfterValidator(_without_variables)] | None = Field(
@@ -223,7 +224,7 @@ class TrackingConfig(Section):
 
 
 class PipelineConfig(Section):
-    """How `launcher/pipeline.py` starts the stages that run on several ranks."""
+    """Settings with which `launcher/pipeline.py` starts the stages that run on several ranks."""
 
     launcher_args: tuple[str, ...] | None = Field(
         None, description="arguments of `deepspeed`; null: all GPUs of this machine, or two ranks where there is none"

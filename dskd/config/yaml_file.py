@@ -1,4 +1,4 @@
-"""YAML of configurations: numbers as people write them, keys given once, merged mappings, and the line of each key."""
+"""Reading YAML for configurations: numbers such as 5e-5, no duplicate keys, merged mappings, and each key's line."""
 
 import re
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML as people mean it: 5e-5 is a number, and a key given twice is a mistake."""
+    """A YAML loader that reads 5e-5 as a number; :func:`load_yaml` refuses duplicate keys."""
 
 
-# A copy, so that the loader of every other user of PyYAML stays as it is. YAML 1.1 wants a dot in 5e-5.
+# A copy, so that the loader stays the same for other users of PyYAML. In YAML 1.1, 5e-5 without a dot is no number.
 _StrictLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -24,11 +24,11 @@ _StrictLoader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """Returns the data of a YAML text, and its nodes with merged keys (`<<: *anchor`) in their places.
+    """Returns the data of a YAML text, and its nodes, in which merges (`<<: *anchor`) are replaced by the merged keys.
 
     Raises:
-        UserError: if a key is given twice. One that a merge brings may be given again, which overrides it.
-        yaml.YAMLError: if it is no YAML.
+        UserError: if a key is given twice. A key from a merge may be given again, which overrides the merged one.
+        yaml.YAMLError: if the text is not YAML.
     """
     loader = _StrictLoader(text)
     try:
@@ -42,14 +42,23 @@ def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.Node, ...], done: set[int]) -> None:
-    """Replaces `<<` by the keys it brings, in a node and all below it, and refuses keys that are given twice.
+    """Replaces `<<` by the keys that it merges, in a node and all nodes below it, and refuses duplicate keys.
 
-    Of a list of mappings the first that has a key counts, as YAML's definition of `<<` says. PyYAML is not left to do
-    it, because its versions disagree on that, and because it cannot tell afterwards which keys were given twice.
+    If a list of mappings is merged, the first mapping that has a key counts, as YAML defines `<<`. This is not left to
+    PyYAML, because its versions disagree on that order, and because duplicate keys cannot be found after its merge.
+
+    Args:
+        loader: the loader that the nodes are from.
+        node: the node to change.
+        around: the nodes that contain it, to detect an alias that contains itself.
+        done: the ids of the nodes that are finished, which aliases repeat.
+
+    Raises:
+        UserError: if a key is given twice, a node contains itself, or `<<` has something other than mappings.
     """
     if node in around:
         raise UserError(f"line {node.start_mark.line + 1}: this contains itself through an alias; write it out")
-    if id(node) in done:  # an alias of what was read already
+    if id(node) in done:  # an alias of a node that is finished
         return
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:
@@ -87,7 +96,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Returns the data of a config file, and the line of each dotted key.
 
     Raises:
-        UserError: if it cannot be read, or is not a mapping in YAML.
+        UserError: if the file cannot be read, or is not a mapping in YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -6,6 +6,6 @@ tasks, task_questions, task_scoring
                     the paper's benchmarks
 lexical/            knowledge of words and senses
 models              the models that are evaluated
-scores_by_example   what each example scored, on disk
-batching            batches of texts of like lengths
+scores_by_example   the file of each example's scores
+batching            batches of texts of similar lengths
 """

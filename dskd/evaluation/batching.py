@@ -1,6 +1,6 @@
-"""Texts of different lengths in batches for all ranks, for what is only read: questions, sentences.
+"""Batches of texts of different lengths for all ranks, for evaluations that only read: questions and sentences.
 
-The longest come first, so that a lack of memory shows at once and there is little padding, and the batches do not
+The longest texts come first, so that a lack of memory shows at once and there is little padding. The batches do not
 depend on the number of ranks.
 """
 
@@ -12,7 +12,10 @@ from dskd.distributed.world import World
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, world: World) -> Iterator[list[int]]:
-    """The numbers of this rank's texts, by batch; equally many on every rank, and the last may be empty."""
+    """Yields this rank's batches, each a list of text indices.
+
+    Every rank gets the same number of batches; the last one may be empty.
+    """
     order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for turn in range(-(-len(batches) // world.world_size)):
@@ -21,9 +24,9 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, world: World) -> 
 
 
 def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Token ids [B, T], padded with 0 on the right.
+    """Returns token ids [B, T], padded with 0 on the right.
 
-    A rank without texts takes part all the same, with one token: where a model is sharded, the others wait for it.
+    A rank without texts still runs the model, on one token: when the model is sharded, the other ranks wait for it.
     """
     rows = rows or [[0]]
     width = max(map(len, rows))

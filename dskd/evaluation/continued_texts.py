@@ -1,7 +1,7 @@
-"""How the models go on with the same few held-out texts, side by side: `WORKDIR/evaluation/NAME/samples.{json,md}`.
+"""The models' continuations of the same few held-out texts, side by side: `WORKDIR/evaluation/NAME/samples.{json,md}`.
 
-A prompt is the first half of a document of the validation shards, and every model adds the tokens that it finds most
-probable. `samples.json` is a table as `mlflow.load_table` reads it; `samples.md` is the same for people.
+A prompt is the first half of a document of the validation shards, and every model continues it greedily.
+`samples.json` is a table that `mlflow.load_table` reads; `samples.md` is the same table for people.
 """
 
 import html
@@ -24,7 +24,7 @@ _PROMPT, _TEXT = "prompt", "the text itself"
 
 
 def settings(config: Config) -> dict[str, int]:
-    """The part of the config that decides the samples; {} when there are to be none."""
+    """Returns the part of the config that determines the samples; {} when the config asks for none."""
     if not config.evaluation.samples:
         return {}
     return {"samples": config.evaluation.samples, "sample_tokens": config.evaluation.sample_tokens}
@@ -32,7 +32,10 @@ def settings(config: Config) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts to go on with: tokens [B, T], how many of each row are the prompt [B] and the document [B]."""
+    """Texts to continue: token ids [B, T], and how many tokens of each row are the prompt [B] and the document [B].
+
+    `num_tokens` is the number of tokens that a model adds.
+    """
 
     input_ids: torch.Tensor
     prompt_lengths: torch.Tensor
@@ -41,7 +44,7 @@ class Prompts:
 
     @classmethod
     def of(cls, config: Config, batch: Mapping[str, torch.Tensor]) -> "Prompts":
-        """The first document of each of the first rows of `batch`, collated validation samples."""
+        """Takes the first document of each of the first rows of `batch`, which are collated validation samples."""
         count = config.evaluation.samples
         input_ids, mask = batch["input_ids"][:count].long().cpu(), batch["loss_mask"][:count].cpu()
         # A document has a target at every token but its last.
@@ -55,7 +58,10 @@ class Prompts:
 
 
 def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
-    """What the model says behind each prompt, up to the token that ends its text. All ranks must call it."""
+    """Returns the token ids that the model adds to each prompt, without the end-of-text token and what follows it.
+
+    All ranks must call it.
+    """
     if not len(prompts):
         return []
     last = prompts.input_ids.shape[1] - 1
@@ -67,15 +73,15 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
 def write_samples(
     folder: Path, teacher: ModelFolder, prompts: Prompts, continuations: list[list[int]], *, name: str, beside: Path
 ) -> None:
-    """Writes what the model `name` says into `folder`, in a column next to the teacher's.
+    """Writes the continuations of the model `name` into `folder`, in a column next to the teacher's.
 
     Args:
-        folder: the evaluation of this model.
-        teacher: whose tokenizer all models have.
-        prompts: what was asked.
-        continuations: what the model said.
-        name: of the model.
-        beside: the evaluation of the teacher, which may be this one.
+        folder: folder of this model's evaluation.
+        teacher: the teacher, whose tokenizer all models use.
+        prompts: the prompts.
+        continuations: the token ids that the model added to each prompt.
+        name: the model's name.
+        beside: folder of the teacher's evaluation, which may be `folder` itself.
     """
     tokenizer = teacher.load_tokenizer()
     columns: dict[str, list[str]] = {_PROMPT: [], _TEXT: []}
@@ -86,7 +92,7 @@ def write_samples(
         rest = row[start : min(end, start + prompts.num_tokens)]
         columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
     if (teachers := read_file(beside, TABLE_FILE)) is not None:
-        columns["teacher"] = _column_of(teachers, "teacher")  # replaced where this is the teacher
+        columns["teacher"] = _column_of(teachers, "teacher")  # overwritten below if this model is the teacher
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / TABLE_FILE, {"columns": list(columns), "data": rows})
@@ -105,5 +111,5 @@ def _as_markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as one cell of a table: neither a bar, a line break nor a tag of the model's making ends it."""
+    """Returns the text as one cell of a Markdown table: bars, line breaks and tags in it are escaped or removed."""
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())

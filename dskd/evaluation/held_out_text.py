@@ -1,15 +1,15 @@
-"""Evaluation on held-out text: what a model says next, how far it agrees with the teacher, and where its states lie.
+"""Evaluation on held-out text: next-token prediction, agreement with the teacher, and alignment with sense embeddings.
 
 | measure | definition, over target positions of the validation shards |
 |---|---|
 | perplexity | exp of the mean cross-entropy |
-| accuracy | share at which the most probable token is the actual next one |
-| agreement | share at which the most probable token is the teacher's |
+| accuracy | share of positions whose most probable token is the actual next one |
+| agreement | share of positions whose most probable token is the teacher's |
 | lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
-| sense_alignment | share at which the state is nearer to some row of P_i than to every row of N_i, where both exist |
+| sense_alignment | share of the positions with rows in both P_i and N_i whose state is nearest to a row of P_i |
 
-What they are made of is kept for each sample too (:mod:`dskd.evaluation.scores_by_example`), so that runs can be
-compared sample by sample.
+The sums that make up each measure are also saved for each sample (:mod:`dskd.evaluation.scores_by_example`), so that
+runs can be compared sample by sample.
 """
 
 import functools
@@ -53,7 +53,7 @@ _NOT_INTEGERS = ("nll", "lexical_nll")
 
 
 def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe:
-    """What decides the measures of a model. The batch size does not."""
+    """Returns everything that a model's measures depend on; the batch size is not part of it."""
     _, senses = load_dictionary(config)
     validation = shards.load_manifest(config, "validation")
     return Recipe(
@@ -66,7 +66,7 @@ def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe
 
 
 def are_current(config: Config) -> bool:
-    """True when the measures of every model are there, and are of that model and this text."""
+    """Returns True when every model has measures, and they are of that model and this text."""
     teacher = find_teacher(config)
     return all(
         is_current(config.path(kinds.EVALUATION.folder, candidate.name), recipe(config, candidate, teacher))
@@ -91,14 +91,14 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
     )
     found = same_on_all_ranks(lambda: candidates(config))
     wanted = main_first(lambda: {candidate.name: recipe(config, candidate, teacher) for candidate in found})
-    # Rank 0's word counts: all ranks must evaluate the same models.
+    # Rank 0 decides, because all ranks must evaluate the same models.
     names = on_main(
         lambda: [n for n, it in wanted.items() if force or not is_current(config.path(kinds.EVALUATION.folder, n), it)]
     )
     if not names:
         say(f"up to date: {config.path(kinds.EVALUATION.folder)}")
         return
-    # The teacher goes first: its predictions are what the others are compared with.
+    # The teacher comes first: the other models are compared with its predictions.
     stale = [candidate for candidate in found if candidate.name in names]
     text = HeldOutText(config, validation, dictionary.path, world)
     prompts = text.prompts(config)
@@ -126,7 +126,7 @@ def evaluate(config: Config, world: World, *, force: bool = False) -> None:
 
 
 class HeldOutText:
-    """The validation shards, read in the same batches again and again."""
+    """The validation shards, which every model reads in the same batches."""
 
     def __init__(self, config: Config, validation: Manifest, vectors_path: Path, world: World) -> None:
         cache = open_node_cache(config.train.shard_cache, world)
@@ -134,25 +134,25 @@ class HeldOutText:
         self._vectors = map_vectors(vectors_path)
         self._batch_size = config.evaluation.batch_size
         self._world = world
-        self.num_samples = validation.facts["samples"]  # the dataset's own length is only a rank's share
+        self.num_samples = validation.facts["samples"]  # len(dataset) is only this rank's share
         self.digest = text_digest(validation)
-        # What measures are of beside the text.
+        # Digests of the data that a measure depends on in addition to the text.
         self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
         self._loss_chunk_size = config.train.loss_chunk_size
 
     def logits_chunk(self, model: FrozenModel) -> int:
-        """How many positions have logits at one time."""
+        """Returns the number of positions whose logits exist at one time."""
         return chunk_size(self._loss_chunk_size, model.vocab_size, self._world.device)
 
     def prompts(self, config: Config) -> continued_texts.Prompts:
-        """What the models are asked to go on with."""
+        """Returns the prompts that the models continue."""
         first = range(max(1, min(config.evaluation.samples, self.num_samples)))
         return continued_texts.Prompts.of(config, shards.collate_tokens([self._dataset[index] for index in first]))
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields this rank's batches; equally many on every rank, and the last may have no targets.
+        """Yields this rank's batches; every rank gets the same number, and the last one may have no targets.
 
-        `samples` [B] are the numbers of a batch's samples.
+        `samples` [B] holds the indices of a batch's samples.
         """
         starts = range(0, self.num_samples, self._batch_size)
         for turn in range(-(-len(starts) // self._world.world_size)):
@@ -177,19 +177,20 @@ class HeldOutText:
 
 
 def text_digest(validation: Manifest) -> str:
-    """Identity of the held-out tokens, whatever they are annotated with; that of the shards, of older ones."""
+    """Returns the digest of the held-out tokens, whatever their annotation; older shards only have their own digest."""
     return validation.facts.get("text", validation.digest)
 
 
 def measure(
     model: FrozenModel, text: HeldOutText, predictions: list[torch.Tensor], world: World, *, label: str
 ) -> Examples:
-    """What the measures of a model are made of, sample by sample, from all ranks, on each of them.
+    """Returns the sums that make up a model's measures, for each sample of all ranks, on every rank.
 
-    `predictions` holds the teacher's predicted tokens by batch. When it is empty, `model` is the teacher and fills it.
+    `predictions` holds the teacher's predicted tokens by batch. If it is empty, `model` is the teacher and its
+    predictions are appended.
     """
     is_teacher = not predictions
-    # Each sample is one rank's, and adding the others' zeros changes no bit: the number of ranks does not matter.
+    # One rank fills in each sample, and adding the other ranks' zeros is exact: the number of ranks changes nothing.
     sums = torch.zeros(text.num_samples, len(_SUMS), dtype=torch.float64)
     with progress_bar(total=text.num_samples, label=label, unit="sequences") as bar:
         for number, batch in enumerate(text.batches()):
@@ -202,9 +203,11 @@ def measure(
             )
             if is_teacher:
                 predictions.append(predicted)
+            # Of all targets [n], those with relations; of all positions [B, T], those with rows in both P_i and N_i.
             lexical = batch["lexical"].to(world.device)[mask]
             alignable = torch.zeros_like(mask)
             alignable.view(-1)[batch["aligned_positions"].to(world.device)] = True
+            # The columns of `_SUMS`, each [B]: one sum over the positions of a sample.
             parts = (
                 _by_sample(nll, mask),
                 mask.sum(-1),
@@ -230,14 +233,14 @@ def measure(
 
 
 def _by_sample(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sums [B] of what stands at the positions of `mask` [B, T]."""
+    """Returns the sum [B] of each row's values; `values` holds one for each true position of `mask` [B, T]."""
     return (
         torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_scatter(mask, values.double()).sum(-1)
     )
 
 
 def load_measures(config: Config) -> dict[str, dict[str, float]]:
-    """{model: its measures}, of the models evaluated so far, teacher and cut student first."""
+    """Returns {model: its measures} of the models evaluated so far, teacher and cut student first."""
     names = [TEACHER, CUT_STUDENT, *config.run_names]
     found = {}
     for name in names:
@@ -254,7 +257,10 @@ def _read_next_token(
 
 
 def alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Whether the nearest row of P_i is nearer than the nearest of N_i, at the positions where both exist."""
+    """Returns, for each position with rows in both P_i and N_i, whether the nearest row of P_i is nearer [n].
+
+    `states` [B * T, D] are the model's last hidden states.
+    """
     positions = batch["aligned_positions"].to(device)
     if not len(positions):
         return torch.zeros(0, dtype=torch.bool, device=device)

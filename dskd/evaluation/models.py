@@ -1,4 +1,4 @@
-"""The models that every evaluation is of: teacher, cut student, and the exports of the config's runs."""
+"""The models that every evaluation measures: teacher, cut student, and the exports of the config's runs."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -21,16 +21,16 @@ TEACHER, CUT_STUDENT = "teacher", "student"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be evaluated."""
+    """A model to evaluate."""
 
     name: str
     folder: ModelFolder
     mlflow_run_id: str | None = None
-    step: int = 0  # of the training
+    step: int = 0  # the training step that was exported
 
 
 def candidates(config: Config) -> list[Candidate]:
-    """Teacher, cut student, and the exports of the config's runs as far as they exist."""
+    """Returns the teacher, the cut student, and those of the config's runs that have an export."""
     teacher = find_teacher(config)
     found = [Candidate(TEACHER, teacher), Candidate(CUT_STUDENT, find_student(config))]
     for run in config.run_names:
@@ -48,10 +48,10 @@ def candidates(config: Config) -> list[Candidate]:
 
 
 def chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
-    """The candidates of these names, or all of them where `names` is None.
+    """Returns the candidates with these names, or all candidates if `names` is None.
 
     Raises:
-        UserError: when there is none of a name.
+        UserError: when a name has no candidate.
     """
     found = candidates(config)
     there = [candidate.name for candidate in found]
@@ -63,10 +63,10 @@ def chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
 
 
 def same_on_all_ranks(find: Callable[[], list[Candidate]]) -> list[Candidate]:
-    """What `find` finds, where every rank finds the same; every rank must call it.
+    """Returns the candidates that `find` returns, after checking that all ranks see the same; every rank must call it.
 
     Raises:
-        OutageError: naming the node of a rank that finds others than rank 0.
+        OutageError: when a rank finds other models than rank 0; the message names its node.
     """
     found = main_first(find)
     seen = gather_json([socket.gethostname(), {candidate.name: candidate.folder.digest for candidate in found}])
@@ -86,10 +86,10 @@ def _with_digests(models: dict[str, str]) -> str:
 
 
 def load_candidate(candidate: Candidate, config: Config, world: World) -> FrozenModel:
-    """The model of a candidate, which may have been found hours before.
+    """Loads the model of a candidate, which may have been found hours ago.
 
     Raises:
-        OutageError: when another one lies in its place by now, whose measures would pass for those of this one.
+        OutageError: when the model was replaced since, so that its measures would pass for those of the candidate.
     """
     model = load_frozen(candidate.folder, config, world)
     on_main(lambda: _require_unchanged(candidate, config))
@@ -111,14 +111,14 @@ def _require_unchanged(candidate: Candidate, config: Config) -> None:
 
 
 def require_exports(config: Config, *, run_is_named: bool) -> None:
-    """Says which runs of the config have no export and are left out.
+    """Prints which runs of the config have no export and are left out.
 
     Args:
         config: the experiment.
-        run_is_named: the user asked for the config's run by its name, so that it is not to be left out.
+        run_is_named: the user asked for the config's run by its name, so it must not be left out.
 
     Raises:
-        UserError: when it has no export and is named.
+        UserError: when the named run has no export.
     """
     missing = [run for run in config.run_names if not config.path(kinds.EXPORT.folder, run).is_dir()]
     if run_is_named and config.run in missing:

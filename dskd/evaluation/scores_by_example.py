@@ -1,9 +1,9 @@
-"""What a model scored on each example of an evaluation: the table from which measures are made and runs are compared.
+"""A model's scores on each example of an evaluation: the table that measures and comparisons are computed from.
 
-A row is an example, under an id that is the same for every model that was evaluated on it; a column is a sum over the
-example, such as its negative log-likelihood or its targets. A measure is the ratio of two columns' sums over all
-examples, so it weighs an example by its count; a task with one score an example has a count of 1 everywhere. The file
-says itself which measures its columns make, so whatever is written in this form can be compared without knowing it.
+A row is an example, with an id that is the same for every model evaluated on it. A column is a sum over the example,
+such as its negative log-likelihood or its number of targets. A measure is the ratio of two columns' sums over all
+examples, so it weighs an example by its count; in a task with one score per example every count is 1. The file lists
+the measures that its columns make, so any evaluation written in this form can be compared.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ _METADATA = b"dskd"
 
 @dataclass(frozen=True)
 class Measure:
-    """A ratio of two columns, or its exponential, and which way it should go."""
+    """A ratio of two columns, or its exponential, and whether lower values are better."""
 
     name: str
-    total: str  # the column above the line
-    count: str  # the column below it; the same for every model on the same data
+    total: str  # column in the numerator
+    count: str  # column in the denominator; the same for every model on the same data
     lower_is_better: bool = False
     is_exponential: bool = False  # perplexity: exp of the ratio
-    data: str | None = None  # digest of what it is of beside the examples, such as the sense embeddings
+    data: str | None = None  # digest of what it depends on in addition to the examples, such as the sense embeddings
 
     def value(self, columns: Mapping[str, Any]) -> float:
-        """The measure over all examples; NaN where there is nothing to count."""
+        """Returns the measure over all examples; NaN if the counts add up to 0."""
         total, count = float(np.sum(columns[self.total])), float(np.sum(columns[self.count]))
         if not count:
             return math.nan
@@ -42,21 +42,21 @@ class Measure:
 
 @dataclass(frozen=True)
 class Examples:
-    """The table of one model: N examples."""
+    """One model's table of N examples."""
 
-    data: str  # digest of what was evaluated on
-    ids: Sequence[str]  # N of them, each once
+    data: str  # digest of the evaluation's data
+    ids: Sequence[str]  # N different ones
     columns: Mapping[str, np.ndarray]  # each [N]
     measures: Sequence[Measure]
 
     def values(self) -> dict[str, float]:
-        """{measure: its value}, of those that have one."""
+        """Returns {measure: its value} of the measures that have one."""
         values = {measure.name: measure.value(self.columns) for measure in self.measures}
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def save_examples(path: Path, examples: Examples) -> None:
-    """Writes Parquet: the ids, the columns, and in the schema's metadata the digest and the measures."""
+    """Writes a Parquet file with the ids and the columns; the schema's metadata holds the digest and the measures."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -66,10 +66,10 @@ def save_examples(path: Path, examples: Examples) -> None:
 
 
 def read_examples(content: bytes) -> Examples:
-    """What :func:`save_examples` wrote.
+    """Reads the content of a file that :func:`save_examples` wrote.
 
     Raises:
-        ValueError: when it is something else.
+        ValueError: when the content is anything else.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""A benchmark as it is asked with a config: its questions, the same on all ranks."""
+"""The questions of a benchmark under a config, the same on all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dskd.random_numbers import derived_seed, random_bits
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark as it is asked with a config: its questions, and their identity."""
+    """A benchmark under a config: its questions and their digest."""
 
     benchmark: Benchmark
     questions: Sequence[Question]
@@ -24,15 +24,15 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The benchmark's."""
+        """The benchmark's name."""
         return self.benchmark.name
 
 
 def load_task(config: Config, benchmark: Benchmark) -> Task:
-    """The questions of the evaluated split, each with the examples it is shown with.
+    """Loads the questions of the evaluated split, each with the few-shot examples of its prompt.
 
     Raises:
-        UserError: when its data is missing or not in its format.
+        UserError: when the benchmark's data is missing or not in its format.
     """
     settings = config.tasks
     place = getattr(settings, benchmark.name)
@@ -45,7 +45,7 @@ def load_task(config: Config, benchmark: Benchmark) -> Task:
 
 
 def _some(examples: list[Example], benchmark: Benchmark, limit: int | None, seed: int) -> list[Example]:
-    """At most `limit` examples of each subject, drawn at random, in their order."""
+    """Returns at most `limit` examples of each subject, drawn at random, in their original order."""
     if limit is None:
         return examples
     drawn = random_bits(derived_seed(seed, benchmark.name, "limit"), torch.arange(len(examples))).tolist()
@@ -56,7 +56,11 @@ def _some(examples: list[Example], benchmark: Benchmark, limit: int | None, seed
 
 
 def require_same_data(config: Config, tasks: dict[str, Task]) -> None:
-    """Refuses ranks that find different data of a task."""
+    """Checks that all ranks find the same data of each task.
+
+    Raises:
+        UserError: when a rank finds other data than rank 0.
+    """
     digests = gather_json({name: task.digest for name, task in tasks.items()})
     for name in tasks:
         others = [rank for rank, found in enumerate(digests) if found[name] != digests[0][name]]

@@ -1,9 +1,9 @@
-"""From what a model says to scores, and from scores to measures (docs/method.md, section 5).
+"""Scores of generated answers, and measures of a task made from them (docs/method.md, section 5).
 
-A label is right or wrong: exact match. An answer to a SQuAD question is scored by the F1 of its tokens as SQuAD's own
-script does it, after lower case, without punctuation, articles and extra white space, against the best of the right
-answers. A question that the passage does not answer scores 1 for "No answer", and 0 for anything else; so does silence,
-which the official script would take for an abstention.
+A label is right or wrong: exact match. An answer to a SQuAD question scores the F1 of its tokens against the right
+answer that it matches best, as in SQuAD's own script: in lower case, without punctuation, articles and extra white
+space. If the passage does not answer the question, "No answer" scores 1 and anything else 0. An empty answer scores 0
+too, whereas the official script takes it for an abstention.
 """
 
 import math
@@ -17,16 +17,17 @@ _AROUND_A_LABEL = " \t()[].:*\"'"
 
 
 def answer_of(benchmark: Benchmark, generated: str) -> str:
-    """What is scored of a generated text: its first line that is not empty; of a label, without signs around it.
+    """Returns the part of a generated text that is scored: its first line that is not empty.
 
-    The whole line has to be the label: "Because" does not answer B.
+    For a label, brackets, quotes and full stops around it are removed. The whole line has to be the label: "Because"
+    does not answer B.
     """
     line = next((line.strip() for line in generated.splitlines() if line.strip()), "")
     return line.strip(_AROUND_A_LABEL) if benchmark.is_choice else line
 
 
 def score_of(benchmark: Benchmark, example: Example, answer: str) -> float:
-    """0 to 1."""
+    """Returns an answer's score, from 0 to 1."""
     if benchmark.is_choice:
         return float(answer in example.answers)
     answers = [text for text in example.answers if normalize(text)]
@@ -37,7 +38,7 @@ def score_of(benchmark: Benchmark, example: Example, answer: str) -> float:
 
 
 def token_f1(answer: str, right: str) -> float:
-    """Harmonic mean of precision and recall of an answer's tokens, as bags, after :func:`normalize`."""
+    """Returns the harmonic mean of precision and recall of an answer's tokens, as bags, after :func:`normalize`."""
     given, wanted = normalize(answer).split(), normalize(right).split()
     if not given or not wanted:
         return float(given == wanted)
@@ -46,9 +47,9 @@ def token_f1(answer: str, right: str) -> float:
 
 
 def weights_of(benchmark: Benchmark, subjects: Sequence[str]) -> list[float]:
-    """How much each example counts in the score: 1, or so that each subject counts the same; N altogether.
+    """Returns the weight [N] of each example: 1, or one with which all subjects count equally.
 
-    The score is the sum of weight times score, divided by the sum of weights.
+    The weights add up to N. A task's score is the sum of weight times score, divided by the sum of weights.
     """
     if not benchmark.one_score_a_subject:
         return [1.0] * len(subjects)
@@ -57,10 +58,10 @@ def weights_of(benchmark: Benchmark, subjects: Sequence[str]) -> list[float]:
 
 
 def measures_of(benchmark: Benchmark, examples: Sequence[Example], scores: Sequence[float]) -> dict[str, Any]:
-    """The measures of a task, from the score of each example.
+    """Computes the measures of a task from the score of each example.
 
-    Standard errors are those of the examples as a sample: s / sqrt(n), s with n - 1. The mean over S subjects has
-    sqrt(sum of their squares) / S. There is none of a single example.
+    Standard errors take the examples as a sample: s / sqrt(n), with n - 1 in s. That of a mean over S subjects is
+    sqrt(sum of the subjects' squared errors) / S. A single example has none.
     """
     measures: dict[str, Any] = {"metric": benchmark.metric, **_mean(scores)}
     if benchmark.one_score_a_subject:
@@ -72,7 +73,7 @@ def measures_of(benchmark: Benchmark, examples: Sequence[Example], scores: Seque
         measures["chance"] = math.fsum(chances) / math.fsum(weights)
     else:
         measures |= dict(_by(examples, scores, lambda e: "answerable" if e.answers else "unanswerable"))
-        measures["chance"] = measures.get("unanswerable", {"n": 0})["n"] / len(scores)  # of abstaining always
+        measures["chance"] = measures.get("unanswerable", {"n": 0})["n"] / len(scores)  # the score of always abstaining
     return measures
 
 

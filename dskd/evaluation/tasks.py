@@ -1,7 +1,7 @@
-"""Benchmarks on all ranks: `WORKDIR/tasks/NAME/TASK`, what each model says to each question, and how good that is.
+"""Benchmarks on all ranks: each model's answers to each question and their scores, in `WORKDIR/tasks/NAME/TASK`.
 
-Prompts are sorted by length and cut into batches, which go to the ranks in turn (:mod:`dskd.evaluation.batching`).
-Answers are greedy.
+Prompts are sorted by length and cut into batches, which the ranks take in turn (:mod:`dskd.evaluation.batching`).
+Answers are generated greedily.
 """
 
 import functools
@@ -54,7 +54,7 @@ _SCHEMA = pa.schema(
 
 
 def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter) -> Recipe:
-    """What decides a model's results. The batch size does not."""
+    """Returns everything that a model's results depend on; the batch size is not part of it."""
     settings = {
         "task": task.name,
         "new_tokens": task.benchmark.new_tokens(config.tasks),
@@ -66,7 +66,7 @@ def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter)
 
 
 def are_current(config: Config, names: Sequence[str]) -> bool:
-    """True when every model has been asked these benchmarks, as they are now."""
+    """Returns True when every model has results on these benchmarks, and on their present questions."""
     tasks = [load_task(config, benchmark) for benchmark in benchmarks_named(names)]
     wanted = _recipes(config, candidates(config), tasks)
     return all(is_current(_folder(config, *key), it) for key, it in wanted.items())
@@ -80,24 +80,24 @@ def run_tasks(
     *,
     force: bool = False,
 ) -> None:
-    """Asks models what they have not been asked yet, and says how good all of them are.
+    """Runs the benchmarks for every model whose results are not up to date, and prints the scores of all models.
 
     Args:
         config: the experiment.
         world: the ranks; all of them must call this.
-        names: the benchmarks', or `all`.
-        model_names: teacher, student and runs, or None for all there are.
-        force: ask also what is up to date.
+        names: names of the benchmarks, or `all`.
+        model_names: names of models (teacher, student, runs); None: all models that exist.
+        force: run also benchmarks whose results are up to date.
 
     Raises:
-        UserError: when a model, a task or its data is not there, before any model is loaded.
+        UserError: when a model, a task or its data does not exist, before any model is loaded.
     """
     benchmarks = benchmarks_named(names)
     models = same_on_all_ranks(lambda: chosen(config, model_names))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
     require_same_data(config, tasks)
     wanted = main_first(lambda: _recipes(config, models, list(tasks.values())))
-    # Rank 0's word counts: all ranks must run the same models.
+    # Rank 0 decides, because all ranks must run the same models.
     stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])
     for candidate in models:
         todo = [task for task in tasks.values() if [candidate.name, task.name] in stale]
@@ -126,7 +126,7 @@ def run_tasks(
 
 
 def summary(config: Config, models: Sequence[str], benchmarks: Sequence[Benchmark]) -> str:
-    """Models × tasks: score ± standard error in percent, and in the last row what chance gives."""
+    """Returns a table of models × tasks: score ± standard error in percent; the last row is the score of chance."""
     rows, chances = [], {}
     for model in models:
         row = [model]
@@ -154,7 +154,7 @@ def _folder(config: Config, model: str, task: str) -> Path:
 
 
 class _Runner:
-    """A model that is asked all questions of a task."""
+    """A loaded model with all questions of a task."""
 
     def __init__(self, model: FrozenModel, prompter: Prompter, task: Task, config: Config, world: World) -> None:
         self._model = model
@@ -168,12 +168,12 @@ class _Runner:
         self._max_positions = position_limit(model.folder.load_config())
 
     def run(self) -> list[dict[str, Any]]:
-        """What is kept of each question, in their order, on every rank."""
+        """Returns a record of each question's prompt and answer, in the order of the questions, on every rank."""
         mine: dict[int, dict[str, Any]] = {}
         started, tokens = time.perf_counter(), 0
         num_questions = len(self._task.questions)
         with progress_bar(total=num_questions, label=self._task.name, unit="questions") as bar:
-            # Characters stand for tokens, so that a rank tokenizes no other rank's prompts.
+            # Batches are made by length in characters, so that a rank does not tokenize the other ranks' prompts.
             lengths = [len(question.plain(len(question.shots))) for question in self._task.questions]
             for batch in batches_by_length(lengths, self._batch_size, self._world):
                 answers = self._answer(batch)
@@ -233,6 +233,7 @@ def _publish(
     measures = measures_of(benchmark, examples, scores)
     fewer = sum(answer["shots"] < len(q.shots) for answer, q in zip(answers, task.questions, strict=True))
     cut = sum(answer["is_cut"] for answer in answers)
+    # One row per question: what was generated, the answer taken from it, the right answers, and the score.
     rows = [
         {
             "example": example.name,
@@ -246,7 +247,7 @@ def _publish(
         }
         for example, answer, text, score, weight in zip(examples, answers, said, scores, weights, strict=True)
     ]
-    # How the columns make the measure, for tools that compare models example by example.
+    # Says how to compute the measure from the columns, for tools that compare models example by example.
     measure: dict[str, Any] = {"name": benchmark.metric, "total": "weighted_score", "count": "weight"}
     about = {"data": task.digest, "measures": [measure | {"lower_is_better": False, "is_exponential": False}]}
     with build_artifact(target, wanted) as building:
@@ -266,7 +267,7 @@ def _publish(
 
 
 def _track(config: Config, candidate: Candidate, task: Task, measures: dict[str, Any], examples: Path) -> None:
-    """Tells MLflow, where the model is that of a tracked run."""
+    """Logs the results to MLflow if the model is from a tracked run."""
     if not candidate.mlflow_run_id or not config.tracking.enabled:
         return
     values = {measures["metric"]: measures["score"], "chance": measures["chance"]}

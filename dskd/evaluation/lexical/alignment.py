@@ -1,13 +1,13 @@
-"""Senses of held-out positions: whether the model's state lies where the teacher's does among sense embeddings.
+"""Senses of held-out positions: whether the model's state is nearest to the same sense embeddings as the teacher's.
 
 | measure | at a held-out position | chance |
 |---|---|---|
-| row_agreement | of the rows C(y_i) of its target, two or more, the teacher's nearest is the model's too | 1/C |
-| sense_alignment | the nearest row of P_i is nearer than every row of N_i (:mod:`dskd.evaluation.held_out_text`) | P/(P
-+ N) |
+| row_agreement | of the two or more rows C(y_i) of its target, model and teacher have the same nearest | 1/C |
+| sense_alignment | the nearest row of P_i is nearer than every row of N_i | P/(P + N) |
 
-Nearest is by L2, ties to the lower row, as annotation found the teacher's (docs/method.md, section 3). The teacher's
-own row_agreement is 1 but for rounding. Positions of one sample are one cluster.
+The nearest row has the smallest L2 distance, the lower row of equal ones, as in annotation, which found the teacher's
+(docs/method.md, section 3). The teacher's own row_agreement is 1 except for rounding. sense_alignment is that of
+:mod:`dskd.evaluation.held_out_text`. The positions of one sample are one cluster.
 """
 
 import torch
@@ -22,11 +22,12 @@ from dskd.senses.dictionary import SenseDictionary, map_vectors
 from dskd.shards import gather_rows
 
 MEASURES = AGREEMENT, ALIGNMENT = "row_agreement", "sense_alignment"
-_POSITIONS = 2048  # that are compared with their rows at one time
+_POSITIONS = 2048  # positions compared with their rows at one time
 
 
 def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: SenseDictionary, world: World) -> list[Item]:
-    """An item a sample and measure, from all ranks, on each of them."""
+    """Returns an item for each sample and measure, from all ranks, on every rank."""
+    # [samples, measures, 3]: hits, positions, and the sum of their chances. Each rank fills in its own samples.
     sums = torch.zeros(text.num_samples, 2, 3, dtype=torch.float64)
     vectors = map_vectors(dictionary.path)
     with progress_bar(total=text.num_samples, label="senses of positions", unit="sequences") as bar:
@@ -34,6 +35,7 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
             hidden = model.hidden_states(batch["input_ids"], batch.get("position_ids")).flatten(0, 1)
             sample = batch["samples"].repeat_interleave(batch["input_ids"].shape[1])
             targets, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()
+            # row_agreement: only targets with several rows have a nearest one to disagree about.
             sizes = dictionary.entry_offsets.diff()[targets.where(mask, 0)]
             several = (mask & (sizes > 1)).nonzero().squeeze(-1)
             for part in several.split(_POSITIONS) if len(several) else ():
@@ -44,6 +46,7 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
                 nearest = nearest_of(hidden[part.to(world.device)], used.to(world.device), index.to(world.device))
                 agree = starts + nearest.cpu() == batch["nearest_sense"].flatten()[part]
                 _add(sums[:, 0], sample[part], agree, 1 / counts.double())
+            # sense_alignment: by chance the nearest of P + N rows is one of the P.
             both = batch["aligned_positions"]
             near, far = ((batch[name] >= 0).sum(dim=1).double() for name in ("near", "far"))
             _add(sums[:, 1], sample[both], alignment(hidden, batch, world.device).cpu(), near / (near + far))
@@ -57,12 +60,12 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
 
 
 def nearest_of(states: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The place [n] of each state's nearest candidate; the first of equal ones.
+    """Returns the column [n] of `index` that holds each state's nearest row; the first of equal ones.
 
     Args:
-        states: [n, D].
-        rows: [R, D].
-        index: [n, C] into `rows`, padded with -1 on the right.
+        states: the states [n, D].
+        rows: the rows [R, D] that the states are compared with.
+        index: each state's candidates [n, C], as indices into `rows`, padded with -1 on the right.
     """
     squares = (states.float().unsqueeze(1) - rows.float()[index.clamp(min=0)]).square().sum(-1)
     return squares.masked_fill(index < 0, torch.inf).min(dim=-1).indices

@@ -1,12 +1,12 @@
 """Words in WordNet's example sentences, each with the sense that the example illustrates.
 
-An example belongs to a synset. It counts for a lemma of this synset that stands in it exactly once, as it is or in a
-form that WordNet's own morphology (morphy) takes back to it, and behind another word: a decoder's state at the first
-word of a text knows nothing of its sense.
+An example belongs to a synset. It counts for a lemma of this synset that occurs in it exactly once, as it is or in a
+form that WordNet's own morphology (morphy) reduces to it. A word must precede it, because a decoder's state at the
+first word of a text holds nothing about the word's sense.
 
-A context's synonyms are the synset's other lemmas, and of an adjective those of the synsets that it is similar to. Its
-antonyms are the direct ones of the lemma in the synset, and of an adjective also those of the synsets that it is
-similar to: WordNet's indirect antonyms, as in :mod:`dskd.lexicon.wordnet_relations`. What is both is neither.
+A context's synonyms are the synset's other lemmas; an adjective also has the lemmas of similar synsets. Its antonyms
+are the direct antonyms of the lemma in the synset; an adjective also has those of similar synsets, which are WordNet's
+indirect antonyms, as in :mod:`dskd.lexicon.wordnet_relations`. A word that is both counts as neither.
 """
 
 import re
@@ -23,7 +23,7 @@ _SATELLITE, _ADJECTIVE = "s", "a"
 
 @dataclass(frozen=True)
 class Context:
-    """An example sentence of a synset, and where one of its lemmas stands in it."""
+    """An example sentence of a synset, and the position of one of the synset's lemmas in it."""
 
     lemma: str  # as it is spelled, with spaces
     part_of_speech: str  # n, v, a, r
@@ -36,17 +36,17 @@ class Context:
 
     @property
     def word(self) -> str:
-        """As it stands there, perhaps inflected."""
+        """The word as the text has it, perhaps inflected."""
         return self.text[self.start : self.stop]
 
     @property
     def cluster(self) -> str:
-        """Lemma and part of speech: what its items have in common, so that they are not independent."""
+        """Lemma and part of speech. Items that share them are not independent."""
         return f"{self.lemma}.{self.part_of_speech}"
 
 
 def read_contexts(wordnet: WordNet) -> list[Context]:
-    """All of them, sorted."""
+    """Returns all contexts in WordNet, sorted."""
     found: set[Context] = set()
     for synset in progress(wordnet.reader.all_synsets(), total=None, label="reading examples", unit="synsets"):
         for text in synset.examples():
@@ -76,7 +76,7 @@ def _contexts_of(wordnet: WordNet, synset: Any, text: str) -> Iterator[Context]:
 
 
 def _places(wordnet: WordNet, word: str, part: str, text: str) -> list[tuple[int, int]]:
-    if not _WORD.fullmatch(word):  # of several words: as it is
+    if not _WORD.fullmatch(word):  # a lemma of several words is not inflected
         return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)]
     wanted = word.lower()
     return [
@@ -88,5 +88,5 @@ def _places(wordnet: WordNet, word: str, part: str, text: str) -> list[tuple[int
 
 
 def spelled(name: str) -> str:
-    """A lemma's name as text has it; "(p)" and the like say where an adjective may stand."""
+    """Returns a lemma's name as text has it, without the "(p)" and the like that mark an adjective's position."""
     return name.split("(")[0].replace("_", " ")

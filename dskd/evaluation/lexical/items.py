@@ -1,9 +1,9 @@
-"""The items that all models are asked: `WORKDIR/lexical_items`, made from WordNet when they are first needed.
+"""The items that all models are measured on: `WORKDIR/lexical_items`, made from WordNet when they are first needed.
 
-An example of WordNet is used when it is no training text of this config: no run of `RUN_WORDS` of its words, or of all
-of them where it has fewer, stands in `WORKDIR/corpus/train.parquet` (:mod:`dskd.evaluation.lexical.training_text`).
-Where the corpus is WordNet's own text these are examples of held-out synsets; of other corpora most examples are left.
-The same holds for sentences of Words in Context, many of which are WordNet's.
+An example of WordNet is used if it is no training text of this config: no run of `RUN_WORDS` of its words (all of its
+words, if it has fewer) occurs in `WORKDIR/corpus/train.parquet` (:mod:`dskd.evaluation.lexical.training_text`). If the
+corpus is WordNet's own text, these are the examples of held-out synsets; with other corpora most examples are used.
+The same rule applies to sentences of Words in Context, many of which are WordNet's.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ FILE = "items.json"
 
 @dataclass(frozen=True)
 class Items:
-    """What is held out, in words and in tokens."""
+    """The held-out items, in words and in tokens."""
 
-    contexts: list[Context]  # of lemmas that have several
+    contexts: list[Context]  # of the lemmas that have several
     context_tokens: list[Tokens]
     choices: list[Choice]
     wic: list[Pair]
@@ -54,11 +54,11 @@ _FEW = 100
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
-    """What decides the items.
+    """Returns everything that the items depend on.
 
     Raises:
-        UserError: when there is no corpus, no WordNet, or a file of Words in Context is not in its format, or has
-            the threshold's pairs, too.
+        UserError: when there is no corpus or no WordNet, a file of Words in Context is not in its format, or the
+            threshold's file has the same pairs as the other.
     """
     inputs = {
         "corpus": read_manifest(config.path(kinds.CORPUS.folder), "corpus").digest,
@@ -74,7 +74,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
 
 
 def _read_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
-    """The pairs that are asked, and those that the threshold is chosen on; none where the config names no file."""
+    """Returns the pairs to measure on, and those to choose the threshold on; [] if the config names no file."""
     places = {f"evaluation.{key}": getattr(config.evaluation, key) for key in ("wic", "wic_threshold")}
     asked, threshold = ([] if place is None else read_wic(place, key) for key, place in places.items())
     if asked and [pair[1:] for pair in asked] == [pair[1:] for pair in threshold]:  # without FILE:LINE
@@ -90,7 +90,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
     """Makes the items when they are not up to date, and returns their manifest.
 
     Raises:
-        UserError: as :func:`recipe`, and when the tokenizer does not say which letters a token has.
+        UserError: as :func:`recipe`, and when the tokenizer does not report the letters of each token.
     """
     target = config.path(kinds.LEXICAL_ITEMS.folder)
     wanted = recipe(config, teacher)
@@ -117,10 +117,10 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
 
 
 def load_items(config: Config, manifest: Manifest) -> Items:
-    """The items of `WORKDIR/lexical_items` that the manifest is of: another config's replace them.
+    """Loads the items of `WORKDIR/lexical_items` that the manifest describes.
 
     Raises:
-        OutageError: when there are others by now.
+        OutageError: when the items there are others by now, because another config's job replaced them.
     """
     content = read_file(config.path(kinds.LEXICAL_ITEMS.folder), FILE) or b""
     if hashlib.sha256(content).hexdigest() != manifest.files[FILE]["sha256"]:
@@ -134,18 +134,20 @@ def load_items(config: Config, manifest: Manifest) -> Items:
 def make_items(
     wordnet: WordNet, training_texts: Iterable[str], tokenizer: Any, wic: list[Pair], wic_threshold: list[Pair]
 ) -> tuple[Items, dict[str, int]]:
-    """The items that are in no training text, and how many there were before and after."""
+    """Returns the items that no training text contains, and counts of what was found and what was kept."""
     everything = read_contexts(wordnet)
     pairs = [*wic, *wic_threshold]
     sentences = {
         *(context.text for context in everything),
         *(marked.text for p in pairs for marked in (p.one, p.other)),
     }
+    # One pass over the training text counts both the words to choose among and the runs that make a sentence known.
     phrases: set[Phrase] = phrases_of(everything)
     phrases.update(run for text in sentences for run in runs_of(text))
     counts = count_phrases(training_texts, phrases)
     new = {text for text in sentences if is_new(text, counts)}
     held_out = [context for context in everything if context.text in new]
+    # Of the held-out contexts, keep those whose word is whole tokens, after the first, and of a lemma with several.
     read = [(context, tokenize(tokenizer, context.text, context.start, context.stop)) for context in held_out]
     whole = [(context, tokens) for context, tokens in read if tokens is not None and tokens.first > 0]
     of_lemmas = lemmas_with_pairs([context for context, _ in whole])

@@ -1,19 +1,18 @@
-"""Synonym against antonym: which of the two a language model rather puts into a sentence.
+"""Synonym against antonym: which of the two a language model prefers in a sentence.
 
-In a WordNet example a word that stands there as its lemma is replaced by a synonym and by an antonym of the sense that
+A word that a WordNet example has in the form of its lemma is replaced by a synonym and by an antonym of the sense that
 the example illustrates (:mod:`dskd.evaluation.lexical.contexts`). The model prefers the one with the higher
-log-likelihood of the whole sentence, so of the word and of how the sentence goes on. Chance is .5.
+log-likelihood of the whole sentence, which includes the words after it. Chance is .5.
 
-What would decide instead of meaning is held equal:
+The two words are alike in what could decide instead of meaning:
 
-- frequency: both words occur in the training text, and no more than twice as often as each other (one is added to each
-  count). What a model scores that knows frequencies only is still said (:mod:`dskd.evaluation.lexical.surface`);
-- tokens: both are as many tokens in the sentence, so the sum of log-likelihoods and their mean decide alike, and
-  nothing has to be normalised;
-- grammar: neither is inflected, both begin as "a" or "an" before it asks for, and neither stands in the sentence
-  already.
+- frequency: both occur in the training text, neither more than twice as often as the other (with one added to each
+  count). :mod:`dskd.evaluation.lexical.surface` still reports the score of a model that knows only frequencies;
+- tokens: both have the same number of tokens in the sentence, so the sum of log-likelihoods and their mean give the
+  same preference, and no normalisation is needed;
+- grammar: neither is inflected, both fit an "a" or "an" before them, and neither occurs in the sentence already.
 
-Of several pairs the one with the most equal frequencies is taken, the first in the alphabet of equal ones.
+If several pairs fit, the one with the most equal frequencies is used; of equal ones, the first in the alphabet.
 """
 
 import itertools
@@ -32,7 +31,7 @@ _VOWELS = "aeiou"
 
 
 class Choice(NamedTuple):
-    """A sentence with a synonym, and the same with an antonym."""
+    """A sentence with a synonym, and the same sentence with an antonym."""
 
     cluster: str
     name: str
@@ -42,7 +41,7 @@ class Choice(NamedTuple):
 
 
 def candidates_of(context: Context) -> list[tuple[str, str]]:
-    """Pairs of a synonym and an antonym that fit the sentence, but for their frequencies and tokens."""
+    """Returns the (synonym, antonym) pairs that fit the sentence; frequencies and tokens are not checked."""
     if context.word != context.lemma:
         return []
     before = words_of(context.text[: context.start])[-1:]
@@ -57,12 +56,12 @@ def candidates_of(context: Context) -> list[tuple[str, str]]:
 
 
 def phrases_of(contexts: Iterable[Context]) -> set[Phrase]:
-    """The words whose frequencies :func:`choices` has to know."""
+    """Returns the words whose frequencies :func:`choices` needs."""
     return {words_of(word) for context in contexts for pair in candidates_of(context) for word in pair}
 
 
 def choices(contexts: Sequence[Context], frequencies: Mapping[Phrase, int], tokenizer: Any) -> list[Choice]:
-    """The items, at most one a context, in the order of the contexts."""
+    """Returns the items, at most one per context, in the order of the contexts."""
     found = []
     for context in contexts:
         best: tuple[float, Choice] | None = None
@@ -84,11 +83,14 @@ def choices(contexts: Sequence[Context], frequencies: Mapping[Phrase, int], toke
 def _with(context: Context, word: str, tokenizer: Any) -> Tokens | None:
     text = context.text[: context.start] + word + context.text[context.stop :]
     tokens = tokenize(tokenizer, text, context.start, context.start + len(word))
-    return tokens if tokens is not None and tokens.first > 0 else None  # the first token's likelihood is not known
+    return tokens if tokens is not None and tokens.first > 0 else None  # the first token has no likelihood
 
 
 def preference(found: Sequence[Choice], likelihoods: Sequence[float]) -> list[Item]:
-    """An item a choice, from the log-likelihoods [2 n] of each one's synonym and antonym in turn; a tie is half."""
+    """Returns one item per choice; a tie scores half.
+
+    `likelihoods` [2 n] holds the log-likelihoods of each choice's two sentences, the synonym's before the antonym's.
+    """
     return [
         Item(MEASURE, choice.cluster, choice.name, 0.5 + 0.5 * ((synonym > antonym) - (synonym < antonym)), 0.5)
         for choice, synonym, antonym in zip(found, likelihoods[::2], likelihoods[1::2], strict=True)

@@ -1,4 +1,4 @@
-"""What is kept of a model's lexical measures in `WORKDIR/lexical/NAME` and MLflow, and the table of all models."""
+"""A model's lexical measures, saved in `WORKDIR/lexical/NAME` and MLflow, and the table of all models."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ Summary = dict[str, dict[str, Any]]
 
 
 def _perplexity(config: Config, candidate: Candidate) -> Summary:
-    """Perplexity on lexical targets, from the evaluation."""
+    """Returns the perplexity on lexical targets, from the scores of the evaluation on held-out text."""
     vocab_size = candidate.folder.load_config().vocab_size
     path = config.path(kinds.EVALUATION.folder, candidate.name, held_out_text.EXAMPLES_FILE)
     columns = read_examples(path.read_bytes()).columns
@@ -49,8 +49,8 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
     return {
         lexical.name: {
             "value": value,
-            "standard_error": None if error is None else value * error,  # of exp, to the first order
-            "chance": vocab_size,  # of a model that finds all tokens equally probable
+            "standard_error": None if error is None else value * error,  # by the delta method: d exp(x) = exp(x) dx
+            "chance": vocab_size,  # the perplexity of a model that finds all tokens equally probable
             "items": int(counts.sum()),
             "clusters": int((counts > 0).sum()),
         }
@@ -67,18 +67,18 @@ def publish(
     text: str,
     force: bool,
 ) -> None:
-    """Writes a model's measures and what it scored on each item, and tells MLflow, where it is a tracked run's.
+    """Writes a model's measures and its score on each item, and logs them to MLflow if it is from a tracked run.
 
-    What another process made of the same recipe meanwhile is kept.
+    If another process has meanwhile written results of the same recipe, those are kept.
 
     Args:
         config: the experiment.
         candidate: the model.
-        wanted: the recipe of the artifact.
-        items: what it scored.
-        areas: summaries of measures that are no mean over items.
+        wanted: the recipe of the results.
+        items: the model's score on each item.
+        areas: summaries of measures that are not a mean over items.
         text: digest of the held-out tokens.
-        force: replace also what is up to date.
+        force: replace results even if they are up to date.
     """
     summary = summarize(items) | areas | _perplexity(config, candidate)
     clusters, columns = columns_of(items)
@@ -114,13 +114,15 @@ def _row(item: Item) -> tuple[Any, ...]:
 
 
 def load_summary(config: Config, name: str) -> Summary:
-    """{measure: value, standard_error, chance, items, clusters, …} of a model that was measured."""
+    """Loads {measure: {value, standard_error, chance, items, clusters, …}} of a model that was measured."""
     return json.loads(config.path(kinds.LEXICAL.folder, name, FILE).read_text(encoding="utf-8"))
 
 
 def comparison(config: Config, names: Sequence[str], items: Manifest) -> str:
-    """Measures × models: value ± standard error; before them chance and what the surface of the text gives
-    (:mod:`dskd.evaluation.lexical.surface`), and the teacher, usually the ceiling, last.
+    """Returns a table of measures × models: value ± standard error.
+
+    Chance and the score of the letters alone (:mod:`dskd.evaluation.lexical.surface`) come before the models; the
+    teacher, usually the ceiling, comes last.
     """
     surface = items.facts["surface"]
     order = [name for name in names if name not in (TEACHER, CUT_STUDENT)]

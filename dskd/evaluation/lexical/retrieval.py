@@ -1,10 +1,10 @@
-"""Retrieval of the right sense: which sense of the lemma it is, as the model's state at the word has it.
+"""Retrieval of the right sense: which sense of its lemma a word has, according to the model's state at the word.
 
-Of each example whose synset has another example with the same lemma, the senses are ranked by the cosine of its state
-with the mean direction of each sense's other examples: C senses, those of the lemma and part of speech that have any,
-at least two. `accuracy` is the share in which the right one comes first, chance 1/C; `rank` the mean of one by its
-rank (mean reciprocal rank), chance (1/1 + 1/2 + … + 1/C) / C. Equal cosines share their places. Chance is the mean over
-items, each with its own C.
+A query is an example whose synset has another example with the same lemma. The C senses of its lemma and part of speech
+that have other examples, at least two, are ranked: by the cosine between the query's state and the mean direction of
+the states of each sense's other examples. `sense_retrieval` is the share of queries whose sense comes first, chance
+1/C; `sense_retrieval_rank` is the mean reciprocal rank of their senses, chance (1/1 + 1/2 + … + 1/C) / C. Equal cosines
+share their ranks. Chance is the mean over items, each with its own C.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,10 @@ ACCURACY, RANK = "sense_retrieval", "sense_retrieval_rank"
 
 
 def retrieval(contexts: Sequence[Context], states: torch.Tensor, suffix: str = "") -> list[Item]:
-    """Two items a query, from the states [N, D] of the contexts; `suffix` is added to the measures' names."""
+    """Returns two items per query, from the states [N, D] of the contexts.
+
+    `suffix` is added to the measures' names.
+    """
     items = []
     for lemma, numbers in lemmas_with_both(contexts).items():
         directions = F.normalize(states[numbers].double(), dim=-1)
@@ -44,7 +47,10 @@ def retrieval(contexts: Sequence[Context], states: torch.Tensor, suffix: str = "
 
 
 def scores_of(similarities: np.ndarray, right: int) -> tuple[float, float]:
-    """Whether the right candidate comes first, and one by its rank; the mean over the orders of equal ones."""
+    """Returns 1 or 0, whether the candidate `right` comes first, and its reciprocal rank.
+
+    Equal similarities are averaged over all their orders.
+    """
     before = int((similarities > similarities[right]).sum())
     equal = int((similarities == similarities[right]).sum())
     return float(not before) / equal, float(np.mean(1 / (before + np.arange(1, equal + 1))))

@@ -29,27 +29,27 @@ from dskd.shards import load_manifest
 
 
 def run_lexical(config: Config, world: World, names: Sequence[str] | None = None, *, force: bool = False) -> None:
-    """Measures every model whose lexical measures are not up to date, and says those of all.
+    """Measures every model whose lexical measures are not up to date, and prints those of all models.
 
-    Perplexity on lexical targets is the evaluation's: that is brought up to date first.
+    Perplexity on lexical targets is taken from the evaluation on held-out text, which is brought up to date first.
 
     Args:
         config: the experiment.
         world: the ranks; all of them must call this.
-        names: teacher, student and runs, or None for all there are.
-        force: measure also what is up to date.
+        names: names of models (teacher, student, runs); None: all models that exist.
+        force: measure also models that are up to date.
 
     Raises:
-        UserError: when a model of `names` is not there, or there is no corpus.
+        UserError: when a model of `names` does not exist, or there is no corpus.
     """
     models = same_on_all_ranks(lambda: chosen(config, names))
-    # Rank 0's on every rank: another job may make the items of its own config at any time.
+    # All ranks use rank 0's manifest: another job may replace the items by those of its own config at any time.
     manifest = Manifest(**on_main(lambda: asdict(build_items(config, find_teacher(config)))))
     items = main_first(lambda: load_items(config, manifest))
     held_out_text.evaluate(config, world)
     teacher = main_first(lambda: find_teacher(config))
     wanted = main_first(lambda: {model.name: recipe(config, model, teacher, manifest) for model in models})
-    # Rank 0's word counts: all ranks must measure the same models.
+    # Rank 0 decides, because all ranks must measure the same models.
     stale = on_main(
         lambda: [n for n, it in wanted.items() if force or not is_current(config.path(kinds.LEXICAL.folder, n), it)]
     )
@@ -72,7 +72,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
 
 
 def recipe(config: Config, candidate: Candidate, teacher: ModelFolder, items: Manifest) -> Recipe:
-    """What decides a model's results. The batch size does not."""
+    """Returns everything that a model's results depend on; the batch size is not part of it."""
     evaluated = held_out_text.recipe(config, candidate, teacher)
     inputs = {**evaluated.inputs, "items": items.digest}
     return Recipe(
@@ -88,13 +88,13 @@ def measure(
     batch_size: int,
     world: World,
 ) -> tuple[list[Item], Summary]:
-    """What a model scores on each item, and the areas that are no mean over items, on every rank."""
+    """Returns a model's score on each item, and the areas, which are not a mean over items, on every rank."""
     found, areas = measure_items(model, items, batch_size, world)
     return found + alignment.senses_of_positions(model, text, dictionary, world), areas
 
 
 def measure_items(model: FrozenModel, items: Items, batch_size: int, world: World) -> tuple[list[Item], Summary]:
-    """The same of what needs no shards; `batch_size` texts are read at once."""
+    """Returns what :func:`measure` does, for the items that need no shards; reads `batch_size` texts at once."""
     found: list[Item] = []
     areas: Summary = {}
     states = read_states(model, items.context_tokens, batch_size, world, label="words in examples")
@@ -124,7 +124,7 @@ def _wic_similarities(model: FrozenModel, pairs: list[tuple[Tokens, Tokens]], ba
 
 
 def _texts_at_once(config: Config, items: Items) -> int:
-    """As many as have the tokens of the evaluation's batch."""
+    """Returns the number of texts that have, at most, the tokens of one batch of the evaluation on held-out text."""
     rows = [*items.context_tokens, *(choice.synonym for choice in items.choices)]
     rows += [tokens for pair in (*items.wic_tokens, *items.wic_threshold_tokens) for tokens in pair]
     longest = max((len(tokens.input_ids) for tokens in rows), default=1)

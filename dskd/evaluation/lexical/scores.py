@@ -1,8 +1,8 @@
-"""From items to measures: means and areas, with errors that take items of one lemma as one observation.
+"""Measures computed from items: means and areas, with errors that count the items of one lemma as one observation.
 
-Items of one lemma resemble each other, so the lemma is the cluster: a standard error is the linearised one of a ratio
-of sums over clusters (Cochran, Sampling Techniques, 6.4, as in :mod:`dskd.compare.statistics`), and that of an area
-the bootstrap over clusters.
+Items of one lemma resemble each other, so the lemma is the cluster. The standard error of a mean is the linearised one
+of a ratio of sums over clusters (Cochran, Sampling Techniques, 6.4, as in :mod:`dskd.compare.statistics`); that of an
+area is from the bootstrap over clusters.
 """
 
 import math
@@ -16,18 +16,18 @@ _REPLICATES = 500
 
 
 class Item(NamedTuple):
-    """What a model scored on an item of a measure; `num` of them, when it is a sum over several."""
+    """A model's score on an item of a measure, or the sum of its scores on `num` items."""
 
     measure: str
     cluster: str
-    name: str  # once in its measure
+    name: str  # unique within its measure
     total: float
-    chance: float  # what guessing scores on it
+    chance: float  # the expected score of guessing
     num: int = 1
 
 
 def summarize(items: Iterable[Item]) -> dict[str, dict[str, Any]]:
-    """{measure: value, standard_error, chance, items, clusters}; no error of a single cluster."""
+    """Returns {measure: {value, standard_error, chance, items, clusters}}; the error of a single cluster is None."""
     by_measure: dict[str, list[Item]] = {}
     for item in items:
         by_measure.setdefault(item.measure, []).append(item)
@@ -47,7 +47,7 @@ def summarize(items: Iterable[Item]) -> dict[str, dict[str, Any]]:
 
 
 def _sums(items: Iterable[Item]) -> np.ndarray:
-    """Totals, counts and chances [3, clusters]."""
+    """Returns the totals, counts and chances [3, clusters]."""
     sums: dict[str, np.ndarray] = {}
     for item in items:
         sums[item.cluster] = sums.get(item.cluster, 0.0) + np.array([item.total, item.num, item.chance])
@@ -55,7 +55,10 @@ def _sums(items: Iterable[Item]) -> np.ndarray:
 
 
 def clustered_error(totals: np.ndarray, counts: np.ndarray) -> float | None:
-    """Standard error of sum(totals) / sum(counts), of sums over clusters [G]; where every count is 1, s / sqrt(G)."""
+    """Returns the standard error of sum(totals) / sum(counts), or None if fewer than two clusters have items.
+
+    Both are sums over clusters [G]. If every count is 1, the error is s / sqrt(G).
+    """
     totals, counts = totals[counts > 0], counts[counts > 0]
     number = len(counts)
     if number < 2:
@@ -65,9 +68,9 @@ def clustered_error(totals: np.ndarray, counts: np.ndarray) -> float | None:
 
 
 def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The chance that an item with a true label scores higher than one with a false label; ties count half.
+    """Returns the chance that an item with a true label scores higher than one with a false label; ties count half.
 
-    The Mann-Whitney statistic by its share. NaN where either class is missing.
+    It is the Mann-Whitney statistic divided by the number of pairs; NaN if either class is missing.
     """
     labels = labels.astype(bool)
     positives, negatives = int(labels.sum()), int((~labels).sum())
@@ -78,9 +81,10 @@ def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def area(scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """The ROC AUC of all items together, with a standard error and a 95 % interval of the bootstrap over clusters.
+    """Returns the ROC AUC of all items together, with a standard error and a 95 % interval.
 
-    The same clusters are drawn for every model. A draw without one of the classes is left out.
+    The error and the interval are from the bootstrap over clusters, which draws the same clusters for every model. A
+    draw that lacks one of the classes is left out.
     """
     values, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     names, members = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
@@ -104,7 +108,10 @@ def area(scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[str
 
 
 def columns_of(items: Sequence[Item]) -> tuple[list[str], Mapping[str, np.ndarray]]:
-    """Clusters in order, and for each measure the columns `MEASURE` and `MEASURE_items`: sums over each cluster."""
+    """Returns the sorted clusters, and columns of sums over each cluster.
+
+    Each measure has two columns: `MEASURE`, its total, and `MEASURE_items`, its number of items.
+    """
     clusters = sorted({item.cluster for item in items})
     place = {cluster: number for number, cluster in enumerate(clusters)}
     columns: dict[str, np.ndarray] = {}

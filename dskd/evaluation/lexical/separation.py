@@ -1,12 +1,13 @@
-"""Sense separation: whether two examples of one sense lie nearer to each other than two of different senses.
+"""Sense separation: whether two examples of one sense are more similar than two examples of different senses.
 
-Of a lemma and part of speech with examples of at least two synsets, and two examples of at least one, every pair of
-examples is one of the same synset or of different ones. The pair's score is the cosine of the model's states at the
-word, and the lemma's the ROC AUC of same against different: the chance that a pair of the same sense is the more
-similar. The measure is the mean over lemmas: in it a lemma's own level of similarity, which differs between lemmas for
-reasons that have nothing to do with senses, plays no part. `pooled` is the plain ROC AUC over the pairs of all lemmas
-together, at most `MOST_PAIRS` of either kind from each: the lemma's level does play a part in it, and it has items
-where few lemmas have pairs of both kinds.
+A lemma (with its part of speech) takes part if it has examples of at least two synsets, and two examples of at least
+one of them. Every pair of its examples has either the same synset or different ones. A pair's score is the cosine of
+the model's states at the word. The lemma's score is the ROC AUC of same against different: the chance that a pair of
+the same sense is the more similar one. The measure is the mean over lemmas, so a lemma's general level of similarity,
+which differs between lemmas for reasons that have nothing to do with senses, does not influence it.
+
+`pooled` is the plain ROC AUC over the pairs of all lemmas together, at most `MOST_PAIRS` of either kind from each
+lemma. A lemma's level does influence it, but it has items even when few lemmas have pairs of both kinds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ MOST_PAIRS = 20
 
 
 def lemmas_with_pairs(contexts: Sequence[Context]) -> dict[str, list[int]]:
-    """{lemma and part of speech: the numbers of its contexts}, of those that have at least two."""
+    """Returns {lemma and part of speech: indices of its contexts}, for those with at least two contexts."""
     by_lemma: dict[str, list[int]] = {}
     for number, context in enumerate(contexts):
         by_lemma.setdefault(context.cluster, []).append(number)
@@ -33,7 +34,7 @@ def lemmas_with_pairs(contexts: Sequence[Context]) -> dict[str, list[int]]:
 
 
 def lemmas_with_both(contexts: Sequence[Context]) -> dict[str, list[int]]:
-    """Those of :func:`lemmas_with_pairs` that have pairs of the same and of different senses."""
+    """Returns those of :func:`lemmas_with_pairs` that have pairs of the same sense and pairs of different senses."""
     return {
         lemma: numbers
         for lemma, numbers in lemmas_with_pairs(contexts).items()
@@ -42,7 +43,7 @@ def lemmas_with_both(contexts: Sequence[Context]) -> dict[str, list[int]]:
 
 
 def separation(contexts: Sequence[Context], states: torch.Tensor, measure: str = MEASURE) -> list[Item]:
-    """An item a lemma, from the states [N, D] of the contexts."""
+    """Returns one item per lemma, from the states [N, D] of the contexts."""
     return [
         Item(measure, lemma, lemma, roc_auc(similarities, same), 0.5)
         for lemma, (similarities, same) in _pairs(contexts, states).items()
@@ -51,7 +52,7 @@ def separation(contexts: Sequence[Context], states: torch.Tensor, measure: str =
 
 
 def pooled(contexts: Sequence[Context], states: torch.Tensor) -> dict[str, Any]:
-    """Value, chance, items (pairs), clusters (lemmas), standard error and interval over all pairs together."""
+    """Returns value, chance, items (pairs), clusters (lemmas), standard error and interval over all pairs together."""
     scores: list[float] = []
     labels: list[bool] = []
     clusters: list[str] = []
@@ -66,7 +67,7 @@ def pooled(contexts: Sequence[Context], states: torch.Tensor) -> dict[str, Any]:
 
 
 def _pairs(contexts: Sequence[Context], states: torch.Tensor) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
-    """{lemma: (cosines, whether of the same sense)} over its pairs."""
+    """Returns {lemma: (cosines, booleans)}: for each pair of contexts, its cosine and whether its sense is the same."""
     found = {}
     for lemma, numbers in lemmas_with_pairs(contexts).items():
         directions = F.normalize(states[numbers].double(), dim=-1)

@@ -1,7 +1,7 @@
-"""What a model makes of sentences: its states at a word, and how probable a sentence is.
+"""A model's reading of sentences: its hidden states at a word, and the log-likelihood of a sentence.
 
-Sentences are read one by one, not packed: a sentence has no context but itself. Shapes: B sentences, T tokens,
-D hidden, N texts.
+Each sentence is a row of its own, not packed with others, so it has no context but itself. Shapes: B sentences,
+T tokens, D hidden, N texts.
 """
 
 import functools
@@ -17,8 +17,8 @@ from dskd.evaluation.batching import batches_by_length, padded
 from dskd.models.frozen import FrozenModel
 from dskd.models.readouts import chunk_size, next_token
 
-WORD, TARGET = 0, 1  # of the states: where the word ends, and where the model is about to say it
-_REDUCED_ELEMENTS = 2**24  # of states that are added up over ranks at one time
+WORD, TARGET = 0, 1  # indices into the states: the word's last token, and the token before the word, which predicts it
+_REDUCED_ELEMENTS = 2**24  # elements of the states that one collective operation sums over ranks
 
 
 class Tokens(NamedTuple):
@@ -30,10 +30,11 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tokenizer: Any, text: str, start: int, stop: int) -> Tokens | None:
-    """The tokens of a text and of the word `text[start:stop]`; None where a token of the word has more than the word.
+    """Returns the tokens of a text and which of them are the word `text[start:stop]`.
 
-    A space or the mark of one may be part of its first token. The text begins as the training text does, with what the
-    tokenizer puts there; an end of text that it adds is left out.
+    Returns None if a token of the word has letters outside the word; a space, or the mark of one, may be part of its
+    first token. The text begins as the training text does, with the tokens that the tokenizer puts first; an
+    end-of-text token that the tokenizer adds is removed.
     """
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
@@ -48,10 +49,11 @@ def tokenize(tokenizer: Any, text: str, start: int, stop: int) -> Tokens | None:
 def read_states(
     model: FrozenModel, texts: Sequence[Tokens], batch_size: int, world: World, *, label: str = "reading"
 ) -> torch.Tensor:
-    """Last hidden states [N, 2, D] float32, after the final norm, on every rank: at the last token of each text's word
-    (`WORD`), and at the token before it, whose target is the word's first (`TARGET`; 0 where there is none).
+    """Returns last hidden states [N, 2, D] float32, after the final norm, on every rank.
 
-    All ranks must call it. Neither their number nor, but for rounding, the size of the batches changes a state.
+    `WORD` is the state at the last token of each text's word. `TARGET` is that at the token before the word, whose
+    target is the word's first token; it is 0 if the word begins the text. All ranks must call this. The number of ranks
+    does not change a state, and the size of the batches changes it only by rounding.
     """
     states = torch.zeros(len(texts), 2, model.hidden_size)
     for batch, input_ids in _batches(texts, batch_size, world, label):
@@ -63,16 +65,17 @@ def read_states(
             taken[[texts[n].first == 0 for n in batch], TARGET] = 0.0
             states[batch] = taken
     for part in states.split(max(1, _REDUCED_ELEMENTS // max(1, 2 * model.hidden_size))):
-        part.copy_(sum_over_ranks(part.to(world.device)))  # a text is one rank's, the others add zeros
+        part.copy_(sum_over_ranks(part.to(world.device)))  # one rank read each text, the others add zeros
     return states
 
 
 def read_likelihoods(
     model: FrozenModel, texts: Sequence[Tokens], batch_size: int, world: World, *, label: str = "reading"
 ) -> torch.Tensor:
-    """Log-likelihood [N] float64 in nats of each text's tokens behind its first one, on every rank.
+    """Returns the log-likelihood [N] float64 in nats of each text's tokens after its first one, on every rank.
 
-    All ranks must call it. Neither their number nor, but for rounding, the size of the batches changes one.
+    All ranks must call this. The number of ranks does not change a value, and the size of the batches changes it only
+    by rounding.
     """
     likelihoods = torch.zeros(len(texts), dtype=torch.float64)
     logits_chunk = chunk_size(None, model.vocab_size, world.device)
@@ -89,7 +92,7 @@ def read_likelihoods(
 
 
 def _batches(texts: Sequence[Tokens], batch_size: int, world: World, label: str) -> Any:
-    """(numbers of this rank's texts, their tokens [B, T]) by batch, under a progress bar."""
+    """Yields this rank's batches as (text indices, token ids [B, T]), and shows a progress bar."""
     lengths = [len(text.input_ids) for text in texts]
     with progress_bar(total=len(texts), label=label, unit="texts") as bar:
         for batch in batches_by_length(lengths, batch_size, world):

@@ -1,10 +1,10 @@
-"""What the letters alone give: the score of a "model" that knows no meaning, beside chance.
+"""Scores of the letters alone: of a "model" that knows no meaning, as a second baseline in addition to chance.
 
-Examples of one sense are more alike than others as strings, too: WordNet's editors varied a sentence, and a sense has
-its inflections. So the measures are taken once with states that are counts of the runs of three to five letters in the
-text up to the word's end (`…_target`: up to its beginning), all that a decoder has read there. What a model knows of
-senses is what it scores above that. Of synonym_preference it is the score of always taking the word that is the more
-frequent one in the training text.
+Examples of one sense are also more alike as strings: WordNet's editors varied a sentence, and a sense has its typical
+inflections. Therefore the measures are also computed with states that count the runs of three to five letters in the
+text up to the word's end (`…_target`: up to its beginning), which is all that a decoder has read at that point. A
+model's knowledge of senses is its score above this one. For synonym_preference, it is the score of always choosing the
+word that is more frequent in the training text.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _DIMENSIONS = 2048
 
 
 def surface_states(texts: Sequence[str]) -> torch.Tensor:
-    """Counts [N, D] of the letters' runs in each text, by hash; nothing is fitted."""
+    """Returns the hashed counts [N, D] of each text's runs of letters; nothing is fitted."""
     if not texts:
         return torch.zeros(0, _DIMENSIONS)
     counts = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), n_features=_DIMENSIONS, dtype="float32")
@@ -33,7 +33,7 @@ def surface_states(texts: Sequence[str]) -> torch.Tensor:
 def surface_scores(
     contexts: Sequence[Context], choices: Sequence[Choice], pairs: Sequence[Pair], threshold_pairs: Sequence[Pair] = ()
 ) -> dict[str, float]:
-    """{measure: what it gives}, of those that are taken on sentences; a threshold is chosen as for a model."""
+    """Returns {measure: score} of the measures on sentences; the threshold is chosen as for a model."""
     scores = {}
     items = preference.preference(choices, [float(count) for choice in choices for count in choice.frequencies])
     for suffix, ends in (("", [c.stop for c in contexts]), ("_target", [c.start for c in contexts])):
@@ -51,6 +51,6 @@ def surface_scores(
 
 
 def _surface_of_pairs(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-    """How alike the sentences of each pair are up to the word's end [n], and whether the word means the same [n]."""
+    """Returns the similarity [n] of each pair's sentences up to the word's end, and whether its sense is the same."""
     states = surface_states([marked.text[: marked.stop] for pair in pairs for marked in (pair.one, pair.other)])
     return wic.similarities(states), np.array([pair.is_same for pair in pairs])

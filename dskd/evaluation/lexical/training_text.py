@@ -1,8 +1,9 @@
-"""What the training text of a config has said already: how often phrases occur in it, and which sentences are new.
+"""Phrases in the training text of a config: how often they occur, and which sentences are new.
 
-All of `WORKDIR/corpus/train.parquet` is read, not only what fills sequences: a teacher from scratch is trained on all
-of it. Words are compared, in lower case and without what stands between them, so that neither a tokenizer nor a
-sentence's full stop decides. Phrases are looked up by a rolling hash of 64 bits over arrays of word numbers.
+All of `WORKDIR/corpus/train.parquet` is read, not only the part that fills sequences, because a teacher from scratch is
+trained on all of it. Words are compared in lower case, and spaces and punctuation are ignored, so that neither a
+tokenizer nor a full stop makes a difference. Phrases are looked up by a rolling hash of 64 bits over arrays of word
+numbers.
 """
 
 import re
@@ -12,7 +13,7 @@ import numpy as np
 
 from dskd.random_numbers import derived_seed
 
-# So many words in a row that training text has said make a sentence a known one. WordNet's examples have seven.
+# A sentence is known if the training text has this many of its words in a row. WordNet's examples have seven.
 RUN_WORDS = 8
 _WORDS = re.compile(r"\w+(?:['’]\w+)*")
 _CHUNK_CHARACTERS = 4_000_000
@@ -20,23 +21,26 @@ Phrase = tuple[str, ...]
 
 
 def words_of(text: str) -> Phrase:
-    """The words of a text in lower case."""
+    """Returns the words of a text in lower case."""
     return tuple(_WORDS.findall(text.lower()))
 
 
 def count_phrases(texts: Iterable[str], phrases: Iterable[Phrase]) -> dict[Phrase, int]:
-    """How often each phrase of one or more words occurs in the texts, never across two of them."""
+    """Counts how often each phrase of one or more words occurs in the texts, never across two texts."""
     wanted = sorted({phrase for phrase in phrases if phrase})
+    # Only words of phrases have a number from 1 and a random odd code; every other word is 0.
     numbers = {word: number for number, word in enumerate(sorted({w for phrase in wanted for w in phrase}), start=1)}
     codes = np.array([0, *(2 * derived_seed(0, "word", word) + 1 for word in numbers)], dtype=np.uint64)
     by_length: dict[int, list[Phrase]] = {}
     for phrase in wanted:
         by_length.setdefault(len(phrase), []).append(phrase)
+    # Phrases of one length share a sorted array of hashes; `places` is the index of each phrase's hash in it.
     hashes, places, counts = {}, {}, {}
     for length, same in by_length.items():
         values = np.concatenate([_hashes(np.array([numbers[w] for w in p]), length, codes) for p in same])
         hashes[length], places[length] = np.unique(values, return_inverse=True)
         counts[length] = np.zeros(len(hashes[length]), dtype=np.int64)
+    # A "" after each text becomes a 0, so that no run crosses into the next text.
     for chunk in _chunks(texts):
         found = np.fromiter((numbers.get(word, 0) for words in chunk for word in (*words, "")), dtype=np.int64)
         for length, known in hashes.items():
@@ -51,14 +55,14 @@ def count_phrases(texts: Iterable[str], phrases: Iterable[Phrase]) -> dict[Phras
 
 
 def runs_of(text: str) -> list[Phrase]:
-    """Every run of `RUN_WORDS` words of a sentence; all of a shorter one."""
+    """Returns every run of `RUN_WORDS` words of a sentence; for a shorter sentence, all its words as one run."""
     words = words_of(text)
     last = max(0, len(words) - RUN_WORDS)
     return [words[start : start + RUN_WORDS] for start in range(last + 1)]
 
 
 def is_new(text: str, counts: dict[Phrase, int]) -> bool:
-    """Whether training text has no run of this sentence's words, by the counts of its :func:`runs_of`."""
+    """Returns True if the training text has none of this sentence's runs; `counts` has those of :func:`runs_of`."""
     return not any(counts.get(run, 0) for run in runs_of(text))
 
 
@@ -76,13 +80,16 @@ def _chunks(texts: Iterable[str]) -> Iterable[list[Phrase]]:
 
 
 def _hashes(numbers: np.ndarray, length: int, codes: np.ndarray) -> np.ndarray:
-    """A hash of every run of `length` words [n - length + 1] uint64; 0, which is no phrase's, where a word is 0."""
+    """Returns a hash [n - length + 1] uint64 of every run of `length` words.
+
+    A run that contains a 0, a word of no phrase, gets hash 0, which no phrase has.
+    """
     size = max(0, len(numbers) - length + 1)
     values = np.zeros(size, dtype=np.uint64)
     known = np.ones(size, dtype=bool)
     for place in range(length):
         part = numbers[place : place + size]
-        # Odd multipliers lose nothing: a polynomial in 2^64, with a shift so that high bits reach low ones.
+        # A polynomial modulo 2^64. Its odd multiplier is invertible, and the shift carries high bits to low ones.
         values = values * np.uint64(0x9E3779B97F4A7C15) + codes[part]
         values ^= values >> np.uint64(29)
         known &= part > 0

@@ -1,10 +1,11 @@
 """Words in Context (Pilehvar and Camacho-Collados, NAACL 2019), from its published files.
 
-`NAME.data.txt` has a pair of sentences a line, word<TAB>N or V<TAB>i-j<TAB>sentence<TAB>sentence, where i and j count
-words between spaces from 0, and `NAME.gold.txt` beside it T or F a line: whether the word means the same in both. The
-score of a pair is the cosine of the model's states at the ends of both words. `wic_auc` is its ROC AUC, chance .5;
-`wic_accuracy` the accuracy of "the same from a threshold on", where the threshold is the one that is most accurate on
-another file, and chance the share of the larger class.
+Each line of `NAME.data.txt` is a pair of sentences, word<TAB>N or V<TAB>i-j<TAB>sentence<TAB>sentence; i and j are the
+indices of the word among the words between spaces, from 0. Each line of `NAME.gold.txt`, in the same folder, is T or F:
+whether the word means the same in both sentences. A pair's score is the cosine of the model's states at the ends of
+both words. `wic_auc` is the ROC AUC of the scores, chance .5. `wic_accuracy` is the accuracy of calling a pair the same
+if its score reaches a threshold, the one that is most accurate on another file; chance is the share of the larger
+class.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Marked(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two sentences with one word."""
+    """Two sentences with the same word."""
 
     name: str  # FILE:LINE
     word: str
@@ -43,25 +44,26 @@ class Pair(NamedTuple):
     is_same: bool
 
     def tokenize(self, tokenizer: Any) -> tuple[Tokens, Tokens] | None:
-        """Both sentences as a model reads them; None where a token of a word has more than the word."""
+        """Returns both sentences as a model reads them, or None if a token of a word has letters outside the word."""
         one, other = (tokenize(tokenizer, *marked) for marked in (self.one, self.other))
         return None if one is None or other is None else (one, other)
 
 
 def gold_of(data: Path) -> Path:
-    """The file with the answers to a file of sentences."""
+    """Returns the path of the file with the answers to a file of sentences."""
     return data.with_name(data.name.removesuffix(_DATA) + _GOLD)
 
 
 def read_wic(place: str, key: str) -> list[Pair]:
-    """The pairs of a data file and its gold file.
+    """Reads the pairs of a data file and its gold file.
 
     Args:
         place: the data file.
         key: the config's key, for messages.
 
     Raises:
-        UserError: when a file is missing, or a line is not in the format: which one, and why.
+        UserError: when a file is missing or cannot be read, or a line is not in the format; the message says which
+            line, and why.
     """
     path = Path(place).expanduser()
     if not path.name.endswith(_DATA):
@@ -118,14 +120,15 @@ def _marked(places: str, sentences: Sequence[str]) -> list[Marked]:
 
 
 def similarities(states: torch.Tensor) -> np.ndarray:
-    """The cosine of each pair [n], from the states [2 n, D] of its sentences in turn."""
+    """Returns the cosine [n] of each pair; rows 2 i and 2 i + 1 of the states [2 n, D] are the sentences of pair i."""
     return F.cosine_similarity(states[::2].double(), states[1::2].double(), dim=-1).numpy()
 
 
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The threshold from which on pairs are called the same that makes the fewest mistakes; the lowest of equal ones.
+    """Returns the threshold that makes the fewest mistakes; the lowest of equal ones.
 
-    It lies halfway between two scores, or beyond all of them.
+    A pair counts as the same if its score is at least the threshold. The threshold is halfway between two adjacent
+    scores, or infinite on either side.
     """
     distinct = np.unique(scores)
     thresholds = np.concatenate([[-np.inf], (distinct[:-1] + distinct[1:]) / 2, [np.inf]])
@@ -134,7 +137,7 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def accuracy(pairs: Sequence[Pair], scores: np.ndarray, threshold: float) -> list[Item]:
-    """An item a pair."""
+    """Returns one item per pair."""
     share = sum(pair.is_same for pair in pairs) / len(pairs)
     return [
         Item(
