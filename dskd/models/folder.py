@@ -24,6 +24,12 @@ from dskd.models.model_config import read_model_config
 from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
 
 _LFS_POINTER = b"version https://git-lfs"
+# What transformers raises where a value of config.json is wrong: it checks few of them.
+BAD_CONFIG = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError),
+    *(AssertionError, ArithmeticError, RuntimeError),
+)
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,24 @@ class ModelFolder:
         try:
             if "auto_map" in values and self.trust_remote_code:
                 return AutoConfig.from_pretrained(self.path, trust_remote_code=True)
-            return CONFIG_MAPPING[values["model_type"]].from_dict(values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-            raise UserError(f"{self.path / 'config.json'}: transformers cannot read it ({error})") from None
+            model_config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        except BAD_CONFIG as error:
+            raise UserError(f"{self.path / 'config.json'}: transformers cannot read it ({reason_of(error)})") from None
+        for key in _SIZES:
+            size = getattr(model_config, key, 1)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise UserError(f"{self.path / 'config.json'}: {key} is {size!r}; it must be a number from 1 on")
+        return model_config
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer."""
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error's text, with its kind where the text alone may say nothing."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def find_teacher(config: Config) -> ModelFolder:
