@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from architectures import ARCHITECTURES
 from transformers import BioGptConfig, DbrxConfig, LlamaConfig, MptConfig, OPTConfig
 
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
+from dskd.models.cut_config import cut_config
 from dskd.models.folder import ModelFolder
 
 _LLAMA = {
@@ -93,3 +95,11 @@ def test_wrong_values_of_config_json_are_refused_with_its_name(tmp_path, values,
     with pytest.raises(UserError, match=r"config\.json: ") as error:
         check_architecture(folder, _config())
     assert named in str(error.value)
+
+
+def test_a_mixture_cut_to_dense_layers_alone_is_refused_by_name():
+    values = ARCHITECTURES["ernie4-5-moe"].config().to_dict()
+    assert values["moe_layer_start_index"] == 1
+    cut_config(values, [0, 1])
+    with pytest.raises(UserError, match=r"student\.layers: the student has no layer with experts(.|\n)*keep one"):
+        cut_config(values, [0])
