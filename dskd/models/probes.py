@@ -43,9 +43,7 @@ class Crossing:
     see the ones before them. They show how large a real dependence is.
     """
 
-    ahead: (
-        float  # of the first tokens' states, when the tokens after them are replaced, in another document or the same
-    )
+    ahead: float  # of the first tokens' states, when the tokens after them are replaced
     leak: float  # of the state of a document's first token, when the document before it is replaced
     moved: float  # of a document's states, when it trades places with the other document
     leak_in_one: float
