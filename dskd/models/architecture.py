@@ -10,6 +10,7 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder
+from dskd.models.limits import original_positions
 from dskd.models.probes import accepts, check_head
 from dskd.models.stored_names import base_model
 from dskd.models.weights import LAYER_NAME
@@ -34,6 +35,12 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
     model = empty_model(folder)
     where = f"{folder.path}: {type(model).__name__}"
     check_head(model, folder)
+    width, hidden_size = model.get_output_embeddings().weight.shape[1], model.config.hidden_size
+    if width != hidden_size:
+        raise UserError(
+            f"{where}: the output matrix reads states of {width} values, and hidden_size of config.json is "
+            f"{hidden_size}; a model that projects its last hidden states is not supported"
+        )
     base, count = base_model(model), model.config.num_hidden_layers
     numbers = {int(layer.group(1)) for name, _ in model.named_parameters() if (layer := LAYER_NAME.search(name))}
     if numbers != set(range(count)):
@@ -72,12 +79,17 @@ def _check_sequences(model_config: Any, config: Config, where: str, *, takes_pos
             f"in other places than alone; set corpus.sequence_length, now {length}, to at most {chunk}, or "
             "corpus.packing to stream or none"
         )
-    scaling = getattr(model_config, "rope_scaling", None) or {}
-    original = getattr(model_config, "original_max_position_embeddings", None) or scaling.get(
-        "original_max_position_embeddings"
-    )
-    is_longrope = scaling.get("rope_type", scaling.get("type")) == "longrope"
-    if config.corpus.packing != "stream" and is_longrope and original and length > original:
+    scaling = getattr(model_config, "rope_scaling", None) or getattr(model_config, "rope_parameters", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if kind == "dynamic" and limit and length > limit:
+        raise UserError(
+            f"{where} computes its rotary table anew for batches of more than {limit} positions (rope_type: dynamic), "
+            "so its states would depend on which sequences share a batch, and on the batch before; set "
+            f"corpus.sequence_length, now {length}, to at most {limit}"
+        )
+    original = original_positions(model_config)
+    if config.corpus.packing != "stream" and kind == "longrope" and original and length > original:
         raise UserError(
             f"{where} has one set of rotary factors for batches of up to {original} positions and another for longer "
             "ones (longrope), so its states would depend on which sequences share a batch; set corpus.sequence_length, "

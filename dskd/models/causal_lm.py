@@ -15,7 +15,7 @@ from torch import nn
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.cut_config import compare_layers, cut_config
-from dskd.models.folder import ModelFolder
+from dskd.models.folder import BAD_CONFIG, ModelFolder, reason_of
 from dskd.models.probes import check_head
 from dskd.models.stored_names import StoredNames, check_stored_tensors, parameter_names, persistent_buffers
 from dskd.models.weights import LAYER_NAME, TensorReader
@@ -104,8 +104,12 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_
             causal_lm = AutoModelForCausalLM.from_config(
                 model_config, dtype=dtype, trust_remote_code=folder.trust_remote_code
             )
-    except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"{folder.path}: transformers cannot build this model ({error})") from None
+    except BAD_CONFIG as error:
+        reason = reason_of(error)
+        raise UserError(
+            f"{folder.path / 'config.json'}: transformers cannot build this architecture ({reason})"
+        ) from None
+    _remove_dropout(causal_lm)
     causal_lm.tie_weights()  # part of the initialisation that was skipped
     if dtype == torch.bfloat16:
         _keep_in_fp32(causal_lm)
@@ -207,10 +211,33 @@ def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
 def config_without_dropout(folder: ModelFolder) -> Any:
     """Returns the folder's `PretrainedConfig` with all dropout at 0, so that config, seed and data determine a run."""
     model_config = folder.load_config()
-    for name, value in model_config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(model_config, name, 0.0)
+    _set_drop_to_zero(vars(model_config))
     return model_config
+
+
+def _set_drop_to_zero(values: dict[str, Any]) -> None:
+    """Sets the rates of dropout and of dropped layers in a config's values to 0, in the configs within it too."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _set_drop_to_zero(value)
+        elif hasattr(value, "to_dict"):
+            _set_drop_to_zero(vars(value))
+        elif _is_drop_rate(name, value):
+            values[name] = 0.0
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Sets the rates that a built model has to 0, whatever they were made from."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if _is_drop_rate(name, value):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+
+
+def _is_drop_rate(name: Any, value: Any) -> bool:
+    return "drop" in str(name) and isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _no_init_weights() -> Any:

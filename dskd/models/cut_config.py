@@ -89,7 +89,12 @@ def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequ
     if _has(full, "moe_layer_interval"):  # ERNIE
         wanted = [_is_sparse_in_ernie(full, layer) for layer in layers]
         chosen = [number for number in numbers if wanted[number]]
-        start, end = (chosen[0], chosen[-1]) if chosen else (len(layers), len(layers))
+        if not chosen:
+            raise UserError(
+                "student.layers: the student has no layer with experts, and transformers builds no such model of this "
+                "architecture; keep one"
+            )
+        start, end = chosen[0], chosen[-1]
         _choose(
             result,
             (

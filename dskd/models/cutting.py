@@ -23,7 +23,7 @@ from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
 
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
-_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json")
+_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json", "hf_quant_config.json")
 _LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
 
 

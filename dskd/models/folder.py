@@ -24,6 +24,14 @@ from dskd.models.model_config import read_model_config
 from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
 
 _LFS_POINTER = b"version https://git-lfs"
+# What transformers raises where a value of config.json is wrong: it checks few of them.
+BAD_CONFIG = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError),
+    *(AssertionError, ArithmeticError, RuntimeError),
+)
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,24 @@ class ModelFolder:
         try:
             if "auto_map" in values and self.trust_remote_code:
                 return AutoConfig.from_pretrained(self.path, trust_remote_code=True)
-            return CONFIG_MAPPING[values["model_type"]].from_dict(values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-            raise UserError(f"{self.path / 'config.json'}: transformers cannot read it ({error})") from None
+            model_config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        except BAD_CONFIG as error:
+            raise UserError(f"{self.path / 'config.json'}: transformers cannot read it ({reason_of(error)})") from None
+        for key in _SIZES:
+            size = getattr(model_config, key, 1)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise UserError(f"{self.path / 'config.json'}: {key} is {size!r}; it must be a number from 1 on")
+        return model_config
 
     def load_tokenizer(self) -> Any:
         """Loads the model's tokenizer."""
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error's text, with its kind where the text alone may say nothing."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def find_teacher(config: Config) -> ModelFolder:
@@ -97,13 +116,12 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
                 " (there is adapter_config.json: this is a LoRA adapter; merge it into its base model, and save that)"
             )
         problems.append(f"there are no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}{hint}")
-    tokenizer_files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in tokenizer_files):
-        problems.append("there is no tokenizer: neither tokenizer.json nor tokenizer.model nor vocab.json")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        problems.append(f"there is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}")
     weights = sorted(file.name for file in folder.glob("model*.safetensors*"))
     problems += [
         f"{name} is a git-lfs pointer and not the file itself; fetch it with `git lfs pull`"
-        for name in ("config.json", *tokenizer_files, *weights)
+        for name in ("config.json", *_TOKENIZER_FILES, *weights)
         if _is_lfs_pointer(folder / name)
     ]
     if problems:
@@ -129,14 +147,21 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     with _without_false_alarm():
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-            needs = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-            missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
-            remedy = "; its tokenizer.model needs two packages: pip install sentencepiece protobuf" * (
-                needs and bool(missing)
-            )
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason}){remedy}") from None
+        except Exception as error:  # tokenizers raises nothing narrower for a damaged file
+            raise UserError(f"{folder}: the tokenizer cannot be loaded; {_tokenizer_reason(folder, error)}") from None
+
+
+def _tokenizer_reason(folder: Path, error: Exception) -> str:
+    """What to do about a tokenizer that cannot be loaded, or else what transformers says."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which runs only with teacher.trust_remote_code: true; read that code first"
+    if type(error) is Exception or isinstance(error, json.JSONDecodeError):
+        return f"{folder / 'tokenizer.json'} may be damaged ({reason_of(error)}); was its download or copy cut?"
+    model = next((name for name in _SENTENCEPIECE_FILES if (folder / name).is_file()), None)
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if model is not None and missing and not (folder / "tokenizer.json").is_file():
+        return f"its {model} needs two packages: pip install sentencepiece protobuf"
+    return reason_of(error)
 
 
 def _is_installed(package: str) -> bool:

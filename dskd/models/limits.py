@@ -11,14 +11,16 @@ from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.models.tokenizing import text_end
 
-# Kinds of RoPE scaling whose config.json names the positions before scaling.
-_SCALED = ("linear", "dynamic", "yarn")
+# Kinds of RoPE scaling whose config.json may name the positions before scaling in max_position_embeddings too.
+_SCALED = ("linear", "yarn")
 
 
 def position_limit(model_config: Any) -> int | None:
     """Returns how many positions a model has, or was trained for; None if its config does not limit them.
 
     Models with learned positions cannot run on more. Models with rotary positions can, but were not trained on them.
+    Most files have the number after scaling in `max_position_embeddings`; where a file names the one before scaling,
+    that number times the factor is a limit too, and the larger one counts.
     """
     text = model_config.get_text_config()
     if getattr(text, "alibi", False) or _of_attention(text, "alibi") or text.model_type == "bloom":
@@ -27,10 +29,18 @@ def position_limit(model_config: Any) -> int | None:
     if not isinstance(limit, int) or limit <= 0:
         return None
     scaling = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in _SCALED and isinstance(factor := scaling.get("factor"), (int, float)):
-        return max(limit, int((scaling.get("original_max_position_embeddings") or limit) * factor))
+    original, factor = original_positions(text), scaling.get("factor")
+    if scaling.get("rope_type", scaling.get("type")) in _SCALED and original and isinstance(factor, (int, float)):
+        return max(limit, int(original * factor))
     return limit
+
+
+def original_positions(model_config: Any) -> int | None:
+    """Returns the positions before RoPE scaling; None where config.json does not name them."""
+    key = "original_max_position_embeddings"
+    scaling = getattr(model_config, "rope_scaling", None) or getattr(model_config, "rope_parameters", None) or {}
+    found = getattr(model_config, key, None) or scaling.get(key)
+    return found if isinstance(found, int) else None
 
 
 def vocabulary_size(model_config: Any) -> int | None:

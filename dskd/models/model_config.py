@@ -4,6 +4,7 @@ This happens before anything is built, because transformers silently ignores key
 then lack a part of its function, and nobody would notice.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -16,6 +17,7 @@ from dskd.errors import UserError, listed
 
 # Keys that describe parts of models that take more than text.
 _OTHER_INPUTS = ("vision_config", "audio_config", "vision_tower", "mm_projector_type", "text_config", "visual")
+_OF_MODELOPT = "hf_quant_config.json"  # NVIDIA's ModelOpt says there how it quantised
 _NO_DECODERS = ("ForMaskedLM", "ForConditionalGeneration")
 # Patterns in the names of keys that change what a model computes. Authors put many other keys into config.json too.
 _CHANGES_FUNCTION = re.compile(
@@ -47,7 +49,7 @@ def read_model_config(folder: Path, *, named_by: str = "", trust_remote_code: bo
         raise UserError(f"{file}: not a readable config.json ({error})") from None
     where = f"{named_by}: {file}" if named_by else str(file)
     _refuse_other_models(values, where)
-    _refuse_quantised(values, where)
+    _refuse_quantised(values, folder, where)
     values = {key: value for key, value in values.items() if key != "quantization_config"}
     if "auto_map" in values and trust_remote_code:
         return values  # the model's own code reads these keys, so they are not checked here
@@ -94,15 +96,23 @@ def _refuse_other_models(values: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: {name} is no decoder that predicts the next token; only decoders are supported")
 
 
-def _refuse_quantised(values: dict[str, Any], where: str) -> None:
-    declared = values.get("quantization_config")
-    if not declared or block_fp8(values) is not None:
+def _refuse_quantised(values: dict[str, Any], folder: Path, where: str) -> None:
+    if (folder / _OF_MODELOPT).is_file() and block_fp8(values) is None:
+        method = f"there is a {_OF_MODELOPT}"
+    elif declared := values.get("compression_config"):
+        method = f"compression_config: {_method(declared)}"
+    elif (declared := values.get("quantization_config")) and block_fp8(values) is None:
+        method = _method(declared)
+    else:
         return
-    method = declared.get("quant_method", "unnamed method") if isinstance(declared, dict) else declared
     raise UserError(
         f"{where}: the weights are quantised ({method}); only unquantised weights and block FP8 (quant_method fp8 with "
         "weight_block_size) can be read. Use the model that this one was made from"
     )
+
+
+def _method(declared: Any) -> str:
+    return str(declared.get("quant_method", "unnamed method") if isinstance(declared, dict) else declared)
 
 
 def _translate_rotations(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -184,6 +194,9 @@ def _check_keys(values: dict[str, Any], where: str) -> None:
         and _CHANGES_FUNCTION.search(key)
         and not _HARMLESS.search(key)
     ]
+    if unknown:
+        read = _read_by_code(values["model_type"])
+        unknown = [key for key in unknown if key not in read]
     if not unknown:
         return
     written_by = str(values.get("transformers_version", "an unnamed version"))
@@ -216,6 +229,24 @@ def _accepted(model_type: str) -> frozenset[str]:
     for parent in config_class.__mro__:
         names |= set(inspect.signature(parent.__init__).parameters) | set(vars(parent))
     return frozenset(names | {"dtype", "torch_dtype"})
+
+
+@functools.cache
+def _read_by_code(model_type: str) -> frozenset[str]:
+    """The keys that a config class sets by itself, and those that only the code of the config or of the model names."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config_class = CONFIG_MAPPING[model_type]
+    names: set[str] = set()
+    with contextlib.suppress(Exception):  # some cannot be made without values
+        names |= set(vars(config_class()))
+    text = inspect.getsource(inspect.getmodule(config_class) or config_class)
+    pairs = re.findall(r"""self\.(\w+) =|["'](\w+)["']""", text)
+    names |= {one for pair in pairs for one in pair}
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    text = inspect.getsource(inspect.getmodule(model_class) or model_class)
+    pairs = re.findall(r"""\bconfig\.(\w+)|\bgetattr\(\s*(?:self\.)?config,\s*["'](\w+)""", text)
+    return frozenset(names | {one for pair in pairs for one in pair})
 
 
 def _is_known(model_type: Any) -> bool:

@@ -78,19 +78,26 @@ def compare_with_transformers(
     def compare() -> list[Any]:
         reference = _whole(folder, dtype) if chosen is None else _some_layers(decoder, folder, dtype, chosen)
         reference = reference.to(world.device).eval()
-        worst, place = 0.0, "the last hidden states"
+        worst, place, is_finite = 0.0, "the last hidden states", True
         for rank in range(compared):
             ids = (7 * numbers + 3 + 11 * rank) % config.vocab_size
             for number, start in enumerate(starts):
                 positions = {"position_ids": numbers + start} if start else {}
                 theirs = _run_reference(type(decoder)(reference), ids, positions, everyone[rank][number], chosen or [])
                 for name, ours, expected in theirs:
-                    error = _difference(ours.float(), expected.float())
+                    error = _difference(ours, expected)
                     if not error <= worst:
                         worst, place = error, f"{name} on rank {rank}, at positions from {start}"
-        return [worst, place]
+                        is_finite = bool(ours.isfinite().all() and expected.isfinite().all())
+        return [worst, place, is_finite]
 
-    worst, place = on_main(compare)
+    worst, place, is_finite = on_main(compare)
+    if worst > _TOLERANCE[dtype] and not is_finite:
+        raise UserError(
+            f"{folder.path}: weights or states are not finite: {place} have infinities or NaN. Are the weights "
+            f"damaged, or states too large for {str(dtype).removeprefix('torch.')}?",
+            known_to_all_ranks=True,
+        )
     if not worst <= _TOLERANCE[dtype]:
         sharded = world.world_size > 1 and hasattr(next(decoder.parameters()), "ds_id")
         remedy = "; try teacher.mode: resident" if sharded else ""
@@ -100,8 +107,12 @@ def compare_with_transformers(
             f"architecture is not supported{remedy}",
             known_to_all_ranks=True,
         )
-    part = "" if chosen is None else f", in layers {', '.join(map(str, chosen))}"
-    say(f"  {folder.path}: the states are those of transformers' own model (difference {worst:.0e}{part})")
+    what = "last hidden states" if chosen is None else f"what layers {', '.join(map(str, chosen))} compute"
+    where = " and ".join(f"{start} to {start + tokens - 1}" for start in sorted(starts))
+    say(
+        f"  {folder.path}: compared with transformers' own: computed buffers, and {what} of {tokens} tokens at "
+        f"positions {where} (difference {worst:.0e})"
+    )
 
 
 def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
@@ -109,12 +120,12 @@ def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
     Elements that are finite in neither model are left out: they come from damaged weights, not from the architecture,
     and :func:`dskd.senses.states.states_of` refuses them later, with their place. Returns infinity if an element is
-    finite in only one of the models.
+    finite in only one of the models, or if none is finite.
     """
     finite = expected.isfinite()
-    if not torch.equal(finite, ours.isfinite()):
+    if not torch.equal(finite, ours.isfinite()) or not finite.any():
         return float("inf")
-    ours, expected = ours[finite], expected[finite]
+    ours, expected = ours[finite].double(), expected[finite].double()
     return float((ours - expected).norm() / expected.norm().clamp_min(1e-12))
 
 

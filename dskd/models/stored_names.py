@@ -1,8 +1,8 @@
 """The names under which a folder stores a model's tensors, and a check that model and folder have the same tensors.
 
-A folder may leave out the base model's prefix, store one of two tied matrices or both, and contain tensors of layers
-that are not built. Everything else must match: a stored tensor without a place in the model would be a missing part of
-the function.
+A folder may leave out the base model's prefix, store a tied output matrix in addition to the embeddings, and contain
+tensors of layers that are not built. Everything else must match: a stored tensor without a place in the model would be
+a missing part of the function.
 """
 
 import re
@@ -79,11 +79,14 @@ def parameter_names(causal_lm: nn.Module) -> list[tuple[nn.Parameter, list[str]]
     for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
         parameters[id(parameter)] = parameter
         names.setdefault(id(parameter), []).append(name)
-    source = next(
-        (name for name, module in causal_lm.named_modules() if module is causal_lm.get_input_embeddings()),  # type: ignore[operator]
-        "",
-    )
-    return [(parameters[key], sorted(names[key], key=lambda name: name != f"{source}.weight")) for key in parameters]
+    source = _embeddings_name(causal_lm)
+    return [(parameters[key], sorted(names[key], key=lambda name: name != source)) for key in parameters]
+
+
+def _embeddings_name(causal_lm: Any) -> str:
+    modules = causal_lm.named_modules()
+    source = next((name for name, module in modules if module is causal_lm.get_input_embeddings()), "")
+    return f"{source}.weight"
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def check_stored_tensors(
             or has no place in the model.
     """
     names = StoredNames(causal_lm, reader, first_layer=first_layer)
-    problems, taken = [], set()
+    problems, taken, embeddings = [], set(), _embeddings_name(causal_lm)
     wanted = [(aliases, parameter) for parameter, aliases in parameter_names(causal_lm)]
     wanted += [([name], buffer) for name, buffer in persistent_buffers(causal_lm).items()]
     for aliases, tensor in wanted:
@@ -124,6 +127,11 @@ def check_stored_tensors(
             continue
         if stored is None:
             problems.append(f"there is no tensor {names.expected(aliases[0])}")
+        elif len(aliases) > 1 and aliases[0] == embeddings and names.find(embeddings) is None:
+            problems.append(
+                f"there is no tensor {embeddings}, to which config.json ties the output matrix, only {stored}, which "
+                f"transformers does not read then; store it as {embeddings}"
+            )
         elif reader.shape(stored) != tuple(tensor.shape):
             shapes = f"{list(reader.shape(stored))}, config.json asks for {list(tensor.shape)}"
             problems.append(f"{stored} has shape {shapes}")

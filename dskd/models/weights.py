@@ -58,10 +58,10 @@ class TensorReader:
         Raises:
             UserError: when its file is damaged, or it is in FP8 and its scales do not fit.
         """
-        tensor = self._file(name).get_tensor(name)
+        tensor = self._look_up(name, "get_tensor")
         if self._block is None or name + _SCALE not in self._file_of:
             return tensor
-        scales = self._file(name + _SCALE).get_tensor(name + _SCALE).float()
+        scales = self._look_up(name + _SCALE, "get_tensor").float()
         rows, columns = self._block
         blocks = tuple(-(-size // by) for size, by in zip(tensor.shape, self._block, strict=False))
         if tensor.ndim != 2 or tuple(scales.shape) != blocks:
@@ -79,7 +79,7 @@ class TensorReader:
         Raises:
             UserError: when its file is damaged.
         """
-        return tuple(self._file(name).get_slice(name).get_shape())
+        return tuple(self._look_up(name, "get_slice").get_shape())
 
     def stored_type(self, name: str) -> str:
         """Returns safetensors' name for the type of a stored tensor, such as BF16 or I8; F32 for one in block FP8.
@@ -89,16 +89,23 @@ class TensorReader:
         """
         if self._block is not None and name + _SCALE in self._file_of:
             return "F32"
-        return str(self._file(name).get_slice(name).get_dtype())
+        return str(self._look_up(name, "get_slice").get_dtype())
 
     def _is_scale(self, name: str) -> bool:
         return self._block is not None and name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._file_of
 
-    def _file(self, name: str) -> Any:
+    def _look_up(self, name: str, method: str) -> Any:
+        """What `get_tensor` or `get_slice` of the tensor's file returns."""
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = open_safetensors(self._folder / file)
-        return self._open[file]
+        try:
+            return getattr(self._open[file], method)(name)
+        except SafetensorError as error:
+            raise UserError(
+                f"{self._folder / file}: {name}, which {WEIGHTS_INDEX} says is in it, cannot be read ({error}); fetch "
+                "both files again"
+            ) from None
 
 
 def open_safetensors(path: Path) -> Any:

@@ -147,7 +147,8 @@ def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
         try:
             yield ModelFolder(Path(path), "", "")
         except UserError as error:
-            raise UserError(str(error).replace(path, named_by)) from None
+            said = str(error).replace(str(Path(path, "config.json")), named_by)
+            raise UserError(said.replace(path, named_by)) from None
         except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(

@@ -6,7 +6,9 @@ from tiny_models import word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
     FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -36,7 +38,16 @@ SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_atten
             ),
             131072,
         ),
-        (LlamaConfig(max_position_embeddings=64, rope_scaling={"rope_type": "linear", "factor": 2.0}), 128),
+        (LlamaConfig(max_position_embeddings=64, rope_scaling={"rope_type": "linear", "factor": 2.0}), 64),
+        (LlamaConfig(max_position_embeddings=64, rope_scaling={"rope_type": "dynamic", "factor": 2.0}), 64),
+        (Gemma3TextConfig(max_position_embeddings=131072, rope_scaling={"rope_type": "linear", "factor": 8.0}), 131072),
+        (
+            DeepseekV3Config(
+                max_position_embeddings=163840,
+                rope_scaling={"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096},
+            ),
+            163840,
+        ),
         (
             LlamaConfig(
                 max_position_embeddings=131072,

@@ -1,18 +1,22 @@
 """What folders hold: keys of a newer transformers, quantised weights, two sets of weights, and what is no decoder."""
 
+import importlib.util
 import json
 import shutil
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE, save_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from dskd.config import Config
 from dskd.errors import UserError
+from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder, check_model_folder, find_teacher
 from dskd.models.model_config import read_model_config
+from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import TensorReader
 
 
@@ -123,6 +127,108 @@ def test_adapters_pointers_and_revisions_of_folders_are_refused(tmp_path):
         check_model_folder(folder, named_by="teacher.path")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "model.safetensors is a git-lfs pointer" in _refusal(folder)
+
+
+def test_every_key_that_this_transformers_writes_is_known_to_it(tmp_path, capsys):
+    refused = {}
+    for name, architecture in ARCHITECTURES.items():
+        if name == "recurrent-gemma":  # is given positions that it has no use for
+            continue
+        architecture.config().save_pretrained(tmp_path)
+        _edit(tmp_path, transformers_version="5.2.0")
+        try:
+            read_model_config(tmp_path)
+        except UserError as error:
+            refused[name] = str(error)
+    assert refused == {}
+    assert "does not know" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [
+        ("qwen3_moe", "head_dim", 8),
+        ("glm4_moe", "head_dim", 8),
+        ("deepseek_v3", "qk_head_dim", 16),
+        ("deepseek_v3", "head_dim", 8),
+        ("gpt_oss", "attention_bias", True),
+        ("cohere2", "sliding_window_pattern", 4),
+        ("gemma3_text", "sliding_window_pattern", 6),
+        ("modernbert-decoder", "sliding_window", 64),
+        ("dbrx", "num_key_value_heads", 2),
+    ],
+)
+def test_keys_that_only_code_reads_are_known(tmp_path, model_type, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "transformers_version": "5.2.0"}))
+    _edit(tmp_path, **{key: value})
+    assert read_model_config(tmp_path)[key] == value
+    _edit(tmp_path, attention_sink_scale=0.5)
+    with pytest.raises(UserError, match="attention_sink_scale"):
+        read_model_config(tmp_path)
+
+
+def test_other_declarations_of_quantised_weights_count_too(tmp_path):
+    folder = tmp_path / "teacher"
+    save_model(folder)
+    _edit(folder, compression_config={"quant_method": "sparseml"})
+    assert "quantised (compression_config: sparseml)" in _refusal(folder)
+    _edit(folder, without=("compression_config",))
+    (folder / "hf_quant_config.json").write_text("{}")
+    assert "quantised (there is a hf_quant_config.json)" in _refusal(folder)
+
+
+def test_a_tied_matrix_under_the_name_of_the_output_alone_is_refused(tmp_path):
+    """transformers leaves such a model without embeddings."""
+    save_model(tmp_path, "qwen2")
+    file, name = tmp_path / "model.safetensors", "model.embed_tokens.weight"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors[name].clone()}, file, metadata={"format": "pt"})
+    folder = ModelFolder(tmp_path, "", "")
+    check_stored_tensors(empty_model(folder), TensorReader(tmp_path), folder)
+    save_file({**{k: v for k, v in tensors.items() if k != name}, "lm_head.weight": tensors[name]}, file)
+    with pytest.raises(UserError, match=rf"no tensor {name}, to which .* only lm_head.weight"):
+        check_stored_tensors(empty_model(folder), TensorReader(tmp_path), folder)
+
+
+@pytest.mark.parametrize("method", ["read", "shape", "stored_type"])
+def test_a_tensor_that_its_file_lacks_is_named(tmp_path, method):
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"one\.safetensors: b, which model\.safetensors\.index\.json says"):
+        getattr(TensorReader(tmp_path), method)("b")
+
+
+def test_tokenizers_that_cannot_be_loaded_say_why(tmp_path):
+    folder = tmp_path / "teacher"
+    save_model(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text()[:-20])
+    assert f"{file} may be damaged" in _refusal(folder)
+    file.write_text('{"version": "1.0", "model": {"type": "unheard-of"}}')
+    assert f"{file} may be damaged" in _refusal(folder)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
+def test_a_missing_sentencepiece_is_said_first(tmp_path, name):
+    folder = tmp_path / "teacher"
+    save_model(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (folder / name).write_bytes(b"x")
+    message = _refusal(folder)
+    assert message.endswith(f"its {name} needs two packages: pip install sentencepiece protobuf")
+    assert len(message) < 300
+
+
+def test_a_tokenizer_with_code_of_its_own_names_the_setting(tmp_path):
+    folder = tmp_path / "teacher"
+    save_model(folder)
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "own.py").write_text("raise SystemExit(3)")
+    assert "teacher.trust_remote_code: true" in _refusal(folder)
 
 
 @pytest.mark.parametrize("mode", ["zero3", "resident"])

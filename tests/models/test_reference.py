@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_loading_buffers import CONFIGS, load, save
 
 from dskd.errors import UserError
@@ -19,9 +20,12 @@ def _compare(teacher, world, precision, **options):
 def test_healthy_models_pass_whole_and_layer_by_layer(tmp_path, world, capsys, name, mode, precision):
     save(tmp_path / "teacher", name)
     teacher = load(tmp_path / "teacher", world, mode=mode, precision=precision)
-    assert "the states are those of transformers' own model" in capsys.readouterr().err
+    assert (
+        "compared with transformers' own: computed buffers, and last hidden states of 16 tokens"
+        in capsys.readouterr().err
+    )
     _compare(teacher, world, precision, small=0)
-    assert "in layers 0, " in capsys.readouterr().err
+    assert "and what layers 0, " in capsys.readouterr().err
     teacher.close()
 
 
@@ -55,3 +59,15 @@ def test_a_wrong_layer_is_named(tmp_path, world, small):
     with pytest.raises(UserError, match=f"{found} on rank 0"):
         _compare(teacher, world, "fp32", small=small)
     teacher.close()
+
+
+@pytest.mark.parametrize("mode", ["zero3", "resident"])
+def test_weights_that_spoil_all_states_are_said_to(tmp_path, world, mode):
+    save(tmp_path / "teacher", "yarn")
+    file = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"][:] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"weights or states are not finite: the last hidden states on rank 0") as error:
+        load(tmp_path / "teacher", world, mode=mode, precision="fp32")
+    assert "computes something else" not in str(error.value)
