@@ -15,7 +15,7 @@ from dskd.cli.senses import add_senses_parser, run_senses
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import allow_any_text
-from dskd.distributed.collectives import leave_launcher
+from dskd.distributed.world import leave_launcher
 
 CONFIG_HELP = "explain every key of a configuration file; with --config, check one and print all that it says"
 PREFLIGHT_HELP = "check the nodes of a job before it: all-reduce, storage, clocks, versions, shards"

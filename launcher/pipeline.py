@@ -7,7 +7,7 @@ evaluation; tasks, if the config's `tasks.evaluate` names benchmarks.
 import sys
 
 from dskd.cli.program import build_parser, run
-from dskd.distributed.collectives import leave_launcher
+from dskd.distributed.world import leave_launcher
 
 EPILOG = """
 examples:

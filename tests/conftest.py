@@ -33,7 +33,7 @@ from dskd.config.reading import load_config
 from dskd.corpus.build import read_wordnet_documents
 from dskd.distributed.node_cache import streaming_names
 from dskd.distributed.rendezvous import free_port, initialize
-from dskd.distributed.world import World
+from dskd.distributed.world import LAUNCHER_VARIABLES, World
 from dskd.lexicon.relations import resolve
 from dskd.lexicon.wordnet import open_wordnet
 from dskd.lexicon.wordnet_relations import read_wordnet
@@ -333,6 +333,14 @@ def launch_forked(_: Config, program: str, arguments: Sequence[str]) -> None:
     from forked_rank import run_launcher
 
     finish(fork_ranks(run_launcher, REPOSITORY / "launcher" / program, list(arguments), ranks=2), timeout_s=540)
+
+
+@pytest.fixture(autouse=True)
+def _launcher_variables() -> Iterator[None]:
+    """Restores the launcher's variables, which programs of one process remove and DeepSpeed reads at any time."""
+    before = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
+    yield
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

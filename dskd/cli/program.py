@@ -22,7 +22,7 @@ from dskd.artifacts.files import DISK_IS_FULL
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import allow_any_text, say
-from dskd.distributed.node_cache import shared_memory_shortage
+from dskd.distributed.shared_memory import describe_shortage
 from dskd.distributed.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 from dskd.distributed.world import World, current_rank, is_main_process
 from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
@@ -98,7 +98,7 @@ def run(action: Callable[[], int | None]) -> int:
         if error.errno not in DISK_IS_FULL:
             raise
         place = f" ({error.filename})" if error.filename else ""
-        if not place and (shortage := shared_memory_shortage()):
+        if not place and (shortage := describe_shortage()):
             print(f"error: {error.strerror}; {shortage}. What was complete stays", file=sys.stderr, flush=True)
             return USER_ERROR_EXIT_CODE
         print(
@@ -169,7 +169,7 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
         except RuntimeError as error:  # torch raises it for a failed collective, among other things
             lost = peers.find_lost()
             if lost is None:
-                if _is_of_shared_memory(error) and (shortage := shared_memory_shortage(is_known=True)):
+                if _is_of_shared_memory(error) and (shortage := describe_shortage(is_known=True)):
                     raise UserError(f"{shortage}. What was complete stays") from error
                 raise
             raise LostPeerError(

@@ -24,15 +24,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def leave_launcher() -> None:
-    """Removes a job's rank variables from the environment of this process.
-
-    For programs of one process: in a pod or an interactive job they would otherwise print only on rank 0.
-    """
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-
-
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Sums `values` elementwise over all ranks, in place, and returns them; every rank must call it."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -17,14 +17,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dskd.distributed import shared_memory
 from dskd.distributed.collectives import barrier, gather_json
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError
 
 _LOCK_NAME = "owner.lock"
-_SHARED_MEMORY = Path("/dev/shm")
 _PATIENCE_S = 60
-_LEAST_SHARED_MEMORY = 4 * 2**20  # bytes; the smallest runs of the tests need a quarter of that
 
 
 def open_node_cache(base: str | None, world: World) -> Path:
@@ -74,9 +73,9 @@ def streaming_names(folder: Path, world: World) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         for leader in _leaders_by_host(world):
-            if world.rank == leader and _SHARED_MEMORY.is_dir():
+            if world.rank == leader and shared_memory.FOLDER.is_dir():
                 stack.enter_context(_one_job_at_a_time())
-                for segment in _SHARED_MEMORY.iterdir():
+                for segment in shared_memory.FOLDER.iterdir():
                     if match := re.match(r"\d{6}_", segment.name):
                         (folder / f"{match.group()}{BARRIER_FILELOCK}").touch()
             barrier()
@@ -88,31 +87,9 @@ def streaming_names(folder: Path, world: World) -> Iterator[None]:
 
 
 def _require_shared_memory(world: World) -> None:
-    shortages = gather_json(shared_memory_shortage() if world.local_rank == 0 else None)
+    shortages = gather_json(shared_memory.describe_shortage() if world.local_rank == 0 else None)
     if problems := sorted({shortage for shortage in shortages if shortage}):
         raise UserError("\n".join(problems), known_to_all_ranks=True)
-
-
-def shared_memory_shortage(*, is_known: bool = False) -> str | None:
-    """Returns a message about this node's shared memory if almost none of it is free, otherwise None.
-
-    A process that writes more to it than is free gets a bus error, which ends it without a message, or the error of a
-    full disk.
-
-    Args:
-        is_known: True if it was full a moment ago; the process that filled it may have died of that.
-    """
-    if not _SHARED_MEMORY.is_dir():
-        return None
-    usage = shutil.disk_usage(_SHARED_MEMORY)
-    if usage.free >= _LEAST_SHARED_MEMORY and not is_known:
-        return None
-    return (
-        f"{socket.gethostname()}: {_SHARED_MEMORY}, where the loader keeps batches, is full or too small: "
-        f"{usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB are free. Remove what killed jobs left there "
-        f"(`ls -l {_SHARED_MEMORY}`), give the container more (docker: --shm-size=8g; Kubernetes: an emptyDir of "
-        "medium Memory), or lower train.num_workers"
-    )
 
 
 def _leaders_by_host(world: World) -> list[int]:
@@ -125,7 +102,7 @@ def _leaders_by_host(world: World) -> list[int]:
 
 @contextlib.contextmanager
 def _one_job_at_a_time() -> Iterator[None]:
-    folder = os.open(_SHARED_MEMORY, os.O_RDONLY)
+    folder = os.open(shared_memory.FOLDER, os.O_RDONLY)
     try:
         # After a while, proceed without the lock: a hanging job must not block the others, and a clash is unlikely.
         deadline = time.monotonic() + _PATIENCE_S

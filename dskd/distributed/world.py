@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# What a launcher says of a process: DeepSpeed's says LOCAL_SIZE, torchrun's LOCAL_WORLD_SIZE.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+
 
 def uses_gpu() -> bool:
     """Returns True if there is a GPU and DeepSpeed's own switch, `DS_ACCELERATOR=cpu`, does not exclude it."""
@@ -55,3 +58,12 @@ def launcher_job() -> dict[str, str]:
         pod = socket.gethostname()
         return {"scheduler": "kubernetes", "id": os.environ.get("DSKD_JOB") or pod, "pod": pod}
     return {}
+
+
+def leave_launcher() -> None:
+    """Removes a job's rank variables from the environment of this process.
+
+    For programs of one process: in a pod or an interactive job they would otherwise print only on rank 0.
+    """
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""What the inspections read, as far as it is there; what is not becomes a line that says how to make it."""
+"""Opening the artifacts that the inspections read; for a missing one, the report gets a line on how to make it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher as far as looking needs it: its tokenizer, and how many tokens its model knows."""
+    """The parts of the teacher that inspections need: its folder, its tokenizer, and its model's number of tokens."""
 
     folder: ModelFolder
     tokenizer: Any
@@ -29,14 +29,14 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Senses:
-    """The sense dictionary of the experiment, known to fit the teacher."""
+    """The sense dictionary of the experiment, which was checked against the teacher."""
 
     dictionary: SenseDictionary
     manifest: Manifest
 
 
 def open_teacher(config: Config) -> Teacher:
-    """The teacher of the experiment.
+    """Opens the teacher of the experiment.
 
     Raises:
         UserError: when it is missing or damaged.
@@ -46,7 +46,7 @@ def open_teacher(config: Config) -> Teacher:
 
 
 def open_senses(config: Config, teacher: Teacher) -> Senses:
-    """The sense dictionary, checked against the teacher.
+    """Opens the sense dictionary, and checks it against the teacher.
 
     Raises:
         UserError: when it is missing, damaged, or was made for another teacher.
@@ -55,19 +55,19 @@ def open_senses(config: Config, teacher: Teacher) -> Senses:
 
 
 def lexicon_manifest(config: Config) -> Manifest:
-    """The manifest of `WORKDIR/lexicon`.
+    """Reads the manifest of `WORKDIR/lexicon`.
 
     Raises:
-        UserError: when there is no lexicon, or it was damaged.
+        UserError: when there is no lexicon, or it is damaged.
     """
     return read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
 
 
 def read_relations(config: Config, **options: Any) -> pa.Table:
-    """The table of `WORKDIR/lexicon`, or the part of it that `options` of pyarrow's `read_table` ask for.
+    """Reads the table of `WORKDIR/lexicon`, or the part of it that `options` for pyarrow's `read_table` select.
 
     Raises:
-        UserError: when it is no table.
+        UserError: when the file cannot be read as a table.
     """
     path = config.path(kinds.LEXICON.folder, FILE)
     try:
@@ -77,7 +77,7 @@ def read_relations(config: Config, **options: Any) -> pa.Table:
 
 
 def if_there(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:
-    """What `open_it` returns; or None, with a line in `notes` that says what is not shown, and why."""
+    """Returns the result of `open_it`. On a UserError returns None, and adds to `notes` what is not shown and why."""
     try:
         return open_it()
     except UserError as error:

@@ -1,7 +1,7 @@
 """Example contexts from the training shards: places whose nearest sense is a given row of the sense dictionary.
 
-The shards are read from their files (:mod:`dskd.artifacts.mds`): mosaicml-streaming's own datasets would unpack them
-into a cache, and take names in shared memory that a training on this machine uses.
+The shards are read directly from their files (:mod:`dskd.artifacts.mds`). Datasets of mosaicml-streaming would unpack
+them into a cache, and claim names in shared memory that a training run on the same machine uses.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _TOKENS_BEFORE, _TOKENS_AFTER = 16, 8
 
 @dataclass(frozen=True)
 class Contexts:
-    """Places found for each of some rows, in the order of the shards, as text with the target between « and »."""
+    """The places found for each row, in the order of the shards, as text with the target between « and »."""
 
     of_row: dict[int, list[str]]
     samples_read: int
@@ -32,10 +32,10 @@ class Contexts:
 
 
 def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manifest]:
-    """The training shards' folder and manifest.
+    """Returns the training shards' folder and manifest.
 
     Raises:
-        UserError: when there are none, or their row numbers are those of another sense dictionary.
+        UserError: when there are no shards, or their row numbers refer to another sense dictionary.
     """
     folder = config.path(kinds.SHARDS.folder, "train")
     manifest = load_manifest(config, "train")
@@ -52,17 +52,17 @@ def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manife
 def find_contexts(
     folder: Path, samples: int, rows: range, tokenizer: Any, *, of_synonyms: bool, wanted: int, scan: int
 ) -> Contexts:
-    """Up to `wanted` places for each of `rows` among the first `scan` samples; stops when every row has enough.
+    """Finds up to `wanted` places for each of `rows` among the first `scan` samples; stops when every row has enough.
 
     Args:
-        folder: the shards.
-        samples: how many there are.
-        rows: rows of the sense dictionary, of one entry.
-        tokenizer: the teacher's.
-        of_synonyms: instead of the places where a row is the first of O_i, the target's own nearest sense, those where
-            it is in P_i: that is what there is of a span, which is never a target itself.
-        wanted: places a row.
-        scan: samples that are read at most.
+        folder: the folder of the shards.
+        samples: the number of samples in them.
+        rows: rows of the sense dictionary, all of one entry.
+        tokenizer: the teacher's tokenizer.
+        of_synonyms: find the places where a row is in P_i, not those where it is the first of O_i, the target's own
+            nearest sense. Only the former exist for a span, which is never a target itself.
+        wanted: the number of places per row.
+        scan: the most samples to read.
     """
     found: dict[int, list[str]] = {row: [] for row in rows}
     some = min(scan, samples)
@@ -82,13 +82,17 @@ def find_contexts(
 
 
 def render_context(tokenizer: Any, input_ids: Sequence[int], target: int) -> str:
-    """A window of text around the token at `target`, which stands between « and ». It ends where a document does."""
+    """Returns a window of text around the token at `target`, with that token between « and ».
+
+    The window does not reach beyond the token's document.
+    """
     ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
     left, right = target, target + 1
     while left > max(0, target - _TOKENS_BEFORE) and input_ids[left - 1] not in ends:
         left -= 1
     while right < min(len(input_ids), target + 1 + _TOKENS_AFTER) and input_ids[right] not in ends:
         right += 1
+    # A tokenizer may decode a token by itself differently, so decode three prefixes of the window and take differences.
     before, upto, whole = (
         tokenizer.decode(list(input_ids[left:stop]), clean_up_tokenization_spaces=False)
         for stop in (target, target + 1, right)

@@ -1,4 +1,4 @@
-"""The picture of :mod:`dskd.inspection.plot`, with matplotlib."""
+"""Drawing the picture of :mod:`dskd.inspection.plot` with matplotlib."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,11 @@ _DPI = 150
 _AREAS = {"word": (60.0, 420.0), "synonym": (22.0, 150.0), "antonym": (22.0, 150.0)}  # points², fewest to most states
 _LABEL_SIZES = {"word": 13, "synonym": 8, "antonym": 8}
 _MARKERS = {"word": "o", "synonym": "o", "antonym": "v"}
-_FAR = 30.0  # pixels from a point to its label from which a line between them helps
+_FAR = 30.0  # a label more pixels than this away from its point gets a line to it
 
 
 def draw_picture(picture: "Picture", path: Path) -> int:
-    """Writes the picture, and returns how many labels found no room in it."""
+    """Writes the picture, and returns the number of labels left out for lack of room."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +49,10 @@ def _paint(entry: "DrawnEntry", color: str) -> dict[str, Any]:
 
 
 def _areas(picture: "Picture", entry: "DrawnEntry") -> np.ndarray:
-    """Areas by the states behind each sense, compared with the others of the same rank: words, or neighbours."""
+    """Returns the marker area of each sense, which grows linearly with the number of states that it was made from.
+
+    Senses of given words share one scale, and those of their synonyms and antonyms another.
+    """
     alike = [e for e in picture.entries if (e.kind == "word") == (entry.kind == "word")]
     most = max(picture.counts[_slice(e)].max() for e in alike)
     low, high = _AREAS[entry.kind]
@@ -57,7 +60,7 @@ def _areas(picture: "Picture", entry: "DrawnEntry") -> np.ndarray:
 
 
 def _radii(areas: np.ndarray) -> np.ndarray:
-    """Pixels of markers whose areas are in points²."""
+    """Returns the radii in pixels of markers with these areas in points²."""
     return np.sqrt(areas / np.pi) * _DPI / 72
 
 
@@ -76,7 +79,7 @@ def _add_legend(axes: Any, picture: "Picture", colors: list[str]) -> None:
         handles.append(handle("a synonym's sense", marker="o", markersize=6, color="0.6"))
     if "antonym" in kinds:
         handles.append(handle("an antonym's sense", marker="v", markersize=6, color="white", markeredgecolor="0.3"))
-    # Below the picture: inside it a legend would lie on points.
+    # Below the picture, because inside it the legend would cover points.
     axes.legend(
         handles=handles,
         loc="upper center",
@@ -89,13 +92,17 @@ def _add_legend(axes: Any, picture: "Picture", colors: list[str]) -> None:
 
 
 def _add_labels(figure: Any, axes: Any, picture: "Picture", colors: list[str]) -> int:
-    """Writes each entry's word beside its largest sense; the given words first, then by the states behind them."""
+    """Writes each entry's word next to its largest sense, and returns the number of labels left out for lack of room.
+
+    The given words get their places first, then the other entries, those with most states first.
+    """
     from matplotlib.patheffects import withStroke
 
     order = sorted(picture.entries, key=lambda e: (e.kind != "word", -int(picture.counts[_slice(e)].sum())))
     renderer = figure.canvas.get_renderer()
     to_pixels = axes.transData.transform
     anchors, radii, sizes, texts = [], [], [], []
+    # Draw every label once to learn its size in pixels.
     for entry in order:
         largest = entry.points.start + int(picture.counts[_slice(entry)].argmax())
         area = _areas(picture, entry)[largest - entry.points.start]
@@ -116,6 +123,7 @@ def _add_labels(figure: Any, axes: Any, picture: "Picture", colors: list[str]) -
         radii.append(_radii(area))
         sizes.append((box.width + 4, box.height))
         texts.append(text)
+    # Find places for the labels that cover no other label and few points.
     obstacle_radii = np.empty(len(picture.points))
     for entry in picture.entries:
         obstacle_radii[_slice(entry)] = _radii(_areas(picture, entry))
@@ -127,6 +135,7 @@ def _add_labels(figure: Any, axes: Any, picture: "Picture", colors: list[str]) -
         obstacle_radii,
         axes.get_window_extent(renderer).extents.tolist(),
     )
+    # Move the labels there, remove those without a place, and connect distant ones with their points.
     for text, anchor, size, centre in zip(texts, anchors, sizes, centres, strict=True):
         if centre is None:
             text.remove()
@@ -145,20 +154,20 @@ def _slice(entry: "DrawnEntry") -> slice:
 
 @dataclass(frozen=True)
 class DrawnEntry:
-    """An entry of the picture, with the given word that it is there for."""
+    """An entry of the picture: a given word, or a synonym or antonym of one."""
 
     text: str
-    of_word: int
+    of_word: int  # the index of the given word
     kind: str  # "word", "synonym" or "antonym"
-    points: range  # which points of the picture are its senses
+    points: range  # the points of the picture that are its senses
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn: P points, each a sense."""
+    """The contents of the picture: P points, each a sense."""
 
     words: tuple[str, ...]
     entries: tuple[DrawnEntry, ...]
     points: np.ndarray  # [P, 2]
-    counts: np.ndarray  # [P], states behind each
+    counts: np.ndarray  # [P], states that each sense was made from
     title: str

@@ -1,11 +1,12 @@
-"""`dskd senses geometry`: how synonyms and antonyms lie in the teacher's space; the sense loss can give no more.
+"""`dskd senses geometry`: a measurement of how well the teacher's space separates synonyms from antonyms.
 
-Antonyms stand in the same contexts as synonyms do, and many a teacher has them as near. Where it does, a student learns
-nothing of their difference by being pulled to the one and pushed from the other: measure it before a training.
+The sense loss can teach no more than this space contains. Antonyms occur in the same contexts as synonyms, and in many
+teachers they are equally near. With such a teacher, pulling a student to synonyms and pushing it away from antonyms
+teaches it nothing about the difference, so measure before training.
 
-A word is here the mean of its sense embeddings, each as often as there are states behind it. Of heads that have both a
-synonym and an antonym it is asked which of two words is nearer; chance is .5. Words are single tokens: the rows of
-longer ones are made of other words' states.
+Here a word is the mean of its sense embeddings, weighted by the numbers of states they were made from. For heads with
+both a synonym and an antonym, each comparison counts how often the first of two words is nearer to the head; chance is
+.5. Words are single tokens, because the rows of longer ones are made from states of other words.
 """
 
 import math
@@ -20,21 +21,21 @@ from dskd.console import table
 from dskd.errors import UserError
 from dskd.senses.dictionary import SenseDictionary, load_dictionary, map_vectors
 
-OTHERS = 64  # words without a relation to it that each head's synonyms and antonyms are compared with
+OTHERS = 64  # up to this many unrelated words are compared with each head's synonyms and antonyms
 COMPARISONS = ("synonym nearer than antonym", "synonym nearer than another word", "antonym nearer than another word")
 DISTANCES = ("L2", "cosine")
 
 
 class Share(NamedTuple):
-    """Of pairs, the mean over heads of each one's share."""
+    """The mean, over heads, of the share of pairs in which the first word is nearer."""
 
     value: float
-    standard_error: float | None  # over heads; None of a single one
-    heads: int
+    standard_error: float | None  # over heads; None if there are fewer than two
+    heads: int  # number of heads
 
 
 def report_geometry(config: Config) -> None:
-    """Prints the shares of the config's sense dictionary.
+    """Prints the shares for the config's sense dictionary.
 
     Raises:
         UserError: when there is no dictionary, or no head in it has both a synonym and an antonym.
@@ -55,12 +56,13 @@ def report_geometry(config: Config) -> None:
 
 
 def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dict[str, Share]] | None:
-    """{distance: {comparison: share}}; None where no head has both a synonym and an antonym.
+    """Returns {distance: {comparison: share}}, or None if no head has both a synonym and an antonym.
 
     Args:
-        dictionary: of V tokens.
-        seed: of the other words, which are drawn from the heads with relations.
+        dictionary: the sense dictionary.
+        seed: the seed for drawing the other words, from the heads with relations.
     """
+    # Heads with both relations, and all words whose means are needed; tokens without senses are left out.
     entries = dictionary.entries
     neighbours = [
         _neighbours(dictionary, entries.synonym_offsets, entries.synonym_entries),
@@ -77,6 +79,7 @@ def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dic
     generator = np.random.default_rng(seed)
     pool = np.array(sorted(related))
     shares: dict[str, dict[str, list[float]]] = {d: {name: [] for name in COMPARISONS} for d in DISTANCES}
+    # For each head draw unrelated words, and compare the distances of the three groups pairwise.
     for head in heads:
         synonyms, antonyms = (of[head] for of in neighbours)
         others = sorted(set(generator.choice(pool, min(OTHERS, len(pool)), replace=False).tolist()))
@@ -91,7 +94,7 @@ def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dic
 
 
 def _neighbours(dictionary: SenseDictionary, offsets: torch.Tensor, entries: torch.Tensor) -> dict[int, list[int]]:
-    """The neighbours of each head that are single tokens and have senses."""
+    """Returns, for each head, its neighbours that are single tokens and have senses."""
     heads = torch.arange(dictionary.vocab_size).repeat_interleave(offsets.diff())
     found: dict[int, list[int]] = {}
     sizes = dictionary.entry_offsets.diff()
@@ -102,7 +105,7 @@ def _neighbours(dictionary: SenseDictionary, offsets: torch.Tensor, entries: tor
 
 
 def _centroids(dictionary: SenseDictionary, tokens: list[int]) -> torch.Tensor:
-    """[n, D]: the mean of each token's rows by the states behind them."""
+    """Returns the mean [n, D] of each token's rows, weighted by the numbers of states they were made from."""
     vectors = map_vectors(dictionary.path)
     centroids = torch.empty(len(tokens), dictionary.hidden_size)
     for number, token in enumerate(tokens):
@@ -120,7 +123,7 @@ def _distances(one: torch.Tensor, others: torch.Tensor, distance: str) -> torch.
 
 
 def _share_nearer(near: torch.Tensor, far: torch.Tensor) -> float:
-    """Of all pairs of one of each, those in which the first is nearer; a tie is half."""
+    """Returns the share of pairs (one distance of each tensor) in which the first is smaller; a tie counts as half."""
     difference = far[None, :] - near[:, None]
     return float((0.5 + 0.5 * difference.sign()).mean())
 

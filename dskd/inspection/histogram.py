@@ -10,12 +10,12 @@ from dskd.artifacts.files import save_figure
 _BAR_WIDTH = 40
 _MOST_SINGLE_VALUES = 16
 
-Histogram = list[tuple[str, int]]  # (the values of a bin, how many there are), ascending
+Histogram = list[tuple[str, int]]  # (the values of a bin, their number), ascending
 
 
 def log2_histogram(values: torch.Tensor) -> Histogram:
-    """Counts of non-negative integers in the bins 0, 1, 2-3, 4-7, …, up to the last that is not empty."""
-    # frexp's exponent is exact: 0 for 0, and e for 2^(e-1) … 2^e - 1.
+    """Counts non-negative integers in the bins 0, 1, 2-3, 4-7, …, up to the last that is not empty."""
+    # The exponent from frexp is exact: 0 for 0, and e for 2^(e-1) … 2^e - 1.
     exponents = torch.frexp(values.double()).exponent
     bins = []
     for exponent, count in enumerate(torch.bincount(exponents.long()).tolist()):
@@ -25,14 +25,14 @@ def log2_histogram(values: torch.Tensor) -> Histogram:
 
 
 def histogram(values: torch.Tensor) -> Histogram:
-    """Counts of non-negative integers: value by value where they are few, else in :func:`log2_histogram`'s bins."""
+    """Counts non-negative integers by value if all are small, and otherwise in the bins of :func:`log2_histogram`."""
     if len(values) and int(values.max()) > _MOST_SINGLE_VALUES:
         return log2_histogram(values)
     return [(f"{value}", count) for value, count in enumerate(torch.bincount(values).tolist())]
 
 
 def histogram_text(bins: Histogram) -> str:
-    """A line a bin with a bar; the longest bar is the bin with the most."""
+    """Formats one line with a bar per bin; the fullest bin has the longest bar."""
     most = max((count for _, count in bins), default=0)
     labels = max((len(label) for label, _ in bins), default=0)
     numbers = max((len(f"{count:,}") for _, count in bins), default=0)
@@ -42,7 +42,7 @@ def histogram_text(bins: Histogram) -> str:
 
 
 def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
-    """A panel for each histogram, side by side, in one PNG."""
+    """Draws the histograms side by side into one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,5 +62,5 @@ def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
 
 
 def _bar(count: int, most: int) -> int:
-    """Characters of a bar; whatever is not empty has one."""
+    """Returns the length of a bar in characters, at least 1 for a bin that is not empty."""
     return max(1, round(_BAR_WIDTH * count / most)) if count else 0

@@ -1,4 +1,4 @@
-"""`dskd inspect lexicon`: where the pairs are from, which were dropped, and how much of the vocabulary they cover."""
+"""`dskd inspect lexicon`: the sources of the pairs, the dropped pairs, and how much of the vocabulary they cover."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,34 +22,34 @@ _WHY_UNUSABLE = ("head_", "neighbour_")
 
 @dataclass(frozen=True)
 class Coverage:
-    """The vocabulary in terms of the lexicon, and the lexicon in terms of the vocabulary."""
+    """The numbers of tokens that the lexicon covers, and of the lexicon's pairs that the tokenizer can express."""
 
     vocab_size: int
-    whole_words: int  # " word" tokens of letters, long enough to be a head
-    heads: dict[str, int]  # of those, heads with a synonym, with an antonym, with either
-    other_heads: int  # heads that are no such word: they have a hyphen or a digit, or begin a text
+    whole_words: int  # tokens " word" of letters only, long enough to be a head
+    heads: dict[str, int]  # whole words that are heads with a synonym, with an antonym, with either
+    other_heads: int  # heads that are not whole words: they have a hyphen or a digit, or begin a text
     unusable: dict[str, int]  # directed pairs that the tokenizer cannot express, by reason
     usable: dict[str, int]  # directed pairs of the sense dictionary, by relation
-    with_senses: dict[str, int] | None  # of those, pairs with senses on both sides; None: no sense dictionary
+    with_senses: dict[str, int] | None  # usable pairs with senses on both sides; None without a sense dictionary
 
 
 @dataclass(frozen=True)
 class LexiconReport:
-    """What the lexicon holds. Pairs are directed: both directions of a pair count."""
+    """The contents of the lexicon in numbers. Pairs are directed: both directions of a pair count."""
 
     path: Path
     pairs_by_source: dict[str, dict[str, int]]  # source -> relation -> pairs
-    distinct: dict[str, int]  # relation -> pairs, those of several sources once
-    heads: int  # different words
-    dropped: dict[str, int]  # why -> pairs
-    negation: dict[str, int]  # what the rule of negating affixes did, where it was on
-    malformed: dict[str, tuple[int, tuple[int, ...]]]  # file -> lines left out, and the numbers of the first of them
+    distinct: dict[str, int]  # relation -> pairs; a pair from several sources counts once
+    heads: int  # distinct words
+    dropped: dict[str, int]  # reason -> pairs
+    negation: dict[str, int]  # the effects of the rule for negating affixes, if it was on
+    malformed: dict[str, tuple[int, tuple[int, ...]]]  # file -> number of lines left out, and the first line numbers
     coverage: Coverage | None
     notes: list[str] = field(default_factory=list)
 
 
 def inspect_lexicon(config: Config) -> LexiconReport:
-    """Counts the lexicon; with a teacher also how its tokenizer covers it.
+    """Counts the pairs of the lexicon and, if there is a teacher, how well its tokenizer covers them.
 
     Raises:
         UserError: when there is no lexicon.
@@ -82,9 +82,10 @@ def inspect_lexicon(config: Config) -> LexiconReport:
 def compute_coverage(
     words: Mapping[int, str], entries: Entries, facts: Mapping[str, int], pairs: int | None, *, with_senses: bool
 ) -> Coverage:
-    """Coverage from the whole words of a tokenizer, the entries, and the counts that were made with them.
+    """Computes coverage from a tokenizer's whole words, the entries, and the counts (`facts`) made with the entries.
 
-    `pairs` are those of the lexicon; None where a pair of words can be several of tokens, by its surface forms.
+    `pairs` is the number of pairs in the lexicon; None if a pair of words can be several pairs of tokens, because of
+    surface forms.
     """
     heads = {kind: getattr(entries, f"{kind}_offsets").diff() > 0 for kind in RELATIONS}
     reasons = {why.replace("_", " "): count for why, count in facts.items() if why.startswith(_WHY_UNUSABLE)}
@@ -109,7 +110,7 @@ def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, n
     words = whole_words(teacher.tokenizer, teacher.vocab_size)
     try:
         senses = open_senses(config, teacher)
-    except UserError:  # it is not needed for this: its part of the lexicon is made on the spot
+    except UserError:  # not fatal: below, the entries are built from the lexicon instead
         senses = None
     forms = config.senses.surface_forms
     pairs_or_none = None if forms else pairs
@@ -133,7 +134,7 @@ def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, n
 
 
 def format_lexicon(report: LexiconReport) -> str:
-    """The report as a person reads it."""
+    """Formats the report as text."""
     rows = [[source, *(f"{counts[kind]:,}" for kind in RELATIONS)] for source, counts in report.pairs_by_source.items()]
     rows.append(["all, each pair once", *(f"{report.distinct[kind]:,}" for kind in RELATIONS)])
     lines = [

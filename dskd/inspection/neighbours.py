@@ -1,4 +1,4 @@
-"""The entries of the sense dictionary that are nearest to rows of it, by L2, the distance of the method."""
+"""Finding the entries of the sense dictionary nearest to some of its rows, by L2, the distance of the method."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,36 +9,36 @@ import torch
 from dskd.console import progress
 from dskd.senses.dictionary import SenseDictionary, map_vectors
 
-_CHUNK_ELEMENTS = 16_000_000  # numbers of the vectors held at one time: 64 MB as float32
+_CHUNK_ELEMENTS = 16_000_000  # elements of vectors held at one time: 64 MB as float32
 _CHUNKS_WITHOUT_A_BAR = 8
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An entry and the distance |s - s'| from a row to the nearest of its rows."""
+    """An entry, with the distance |s - s'| from a row to the nearest row of the entry."""
 
     entry: int
     distance: float
 
 
 def read_rows(vectors: np.ndarray, rows: range) -> torch.Tensor:
-    """Rows [n, D] float32 of the memory map `vectors` [R, D]."""
+    """Reads rows [n, D] float32 from the memory map `vectors` [R, D]."""
     return torch.from_numpy(np.array(vectors[rows.start : rows.stop])).view(torch.bfloat16).float()
 
 
 def nearest_entries(
     dictionary: SenseDictionary, rows: range, count: int, *, without: int, chunk_elements: int = _CHUNK_ELEMENTS
 ) -> list[list[Neighbour]]:
-    """For each of `rows` the `count` nearest entries, nearest first, ties to the lower entry.
+    """Finds, for each of `rows`, the `count` nearest entries, nearest first; of equally near ones, the lower first.
 
-    Every vector is read once, a chunk at a time: the file may be larger than memory.
+    Every vector is read once, a chunk at a time, since the file may be larger than memory.
 
     Args:
         dictionary: the senses.
-        rows: the rows that neighbours are looked for.
-        count: how many entries each.
-        without: an entry that is none of them, the one the rows belong to.
-        chunk_elements: numbers read at one time.
+        rows: the rows whose neighbours to find.
+        count: the number of entries for each row.
+        without: an entry to leave out: the one that the rows belong to.
+        chunk_elements: elements of vectors read at one time.
     """
     entry_of_row = torch.arange(dictionary.entries.num_entries).repeat_interleave(dictionary.entry_offsets.diff())
     vectors = map_vectors(dictionary.path)
@@ -51,7 +51,7 @@ def nearest_entries(
         starts = progress(blocks, total=len(blocks), label="nearest entries", unit="blocks of rows")
     for first in starts:
         chunk = read_rows(vectors, range(first, min(first + step, dictionary.num_rows)))
-        # The matrix product that cdist takes otherwise loses the small distances.
+        # By default cdist may use a matrix product, which loses small distances to rounding.
         distances = torch.cdist(queries, chunk, compute_mode="donot_use_mm_for_euclid_dist")
         owners = entry_of_row[first : first + len(chunk)].expand(len(rows), -1)
         nearest.scatter_reduce_(1, owners, distances, "amin")

@@ -1,4 +1,4 @@
-"""`dskd inspect plot`: senses of words, synonyms and antonyms in two dimensions (the paper's figure 1)."""
+"""`dskd inspect plot`: a picture of senses of words, synonyms and antonyms in two dimensions (the paper's figure 1)."""
 
 import re
 from collections.abc import Sequence
@@ -27,17 +27,18 @@ _WORDS_IN_A_FILE_NAME = 4
 def plot_words(
     config: Config, words: Sequence[str], *, method: Method = "pca", neighbours: int = 10, output: Path | None = None
 ) -> str:
-    """Draws the picture, and returns where it is and what is in it.
+    """Draws the picture, and returns a line with its path and contents.
 
     Args:
         config: the experiment.
-        words: each one token with senses.
+        words: words that are one token each and have senses.
         method: principal components, or t-SNE.
-        neighbours: how many synonyms, and how many antonyms, of a word; see :func:`choose_entries`.
-        output: a .png; None is a name in `WORKDIR/plots`.
+        neighbours: the most synonyms, and the most antonyms, per word; see :func:`choose_entries`.
+        output: the path of a .png; None chooses a name in `WORKDIR/plots`.
 
     Raises:
-        UserError: naming every word that cannot be drawn; when there are too few points; when something is missing.
+        UserError: when words cannot be drawn, naming all of them; when there are too few points; when an artifact is
+            missing; or when `output` is not a .png file.
     """
     from dskd.inspection.drawing import draw_picture
 
@@ -67,10 +68,10 @@ def compose_picture(
     neighbours: int,
     seed: int,
 ) -> Picture:
-    """Chooses the entries, reads their senses and brings them to two dimensions.
+    """Chooses the entries, reads their senses and projects them to two dimensions.
 
     Raises:
-        UserError: naming every word that cannot be drawn, or when there are too few points.
+        UserError: when words cannot be drawn, naming all of them, or when there are too few points.
     """
     words = tuple(dict.fromkeys(words))
     chosen = choose_entries(dictionary, tokens_of_words(dictionary, teacher, words), neighbours)
@@ -95,10 +96,10 @@ def compose_picture(
 
 
 def tokens_of_words(dictionary: SenseDictionary, teacher: Teacher, words: Sequence[str]) -> list[int]:
-    """The token of each word.
+    """Returns the token of each word.
 
     Raises:
-        UserError: naming every word that is not one token, or has no sense.
+        UserError: when words are not one token or have no sense, naming all of them.
     """
     found, problems = [], []
     for word, tokens in zip(words, tokenize_words(list(words), teacher.tokenizer, teacher.vocab_size), strict=True):
@@ -117,9 +118,10 @@ def tokens_of_words(dictionary: SenseDictionary, teacher: Teacher, words: Sequen
 
 
 def choose_entries(dictionary: SenseDictionary, tokens: Sequence[int], neighbours: int) -> list[tuple[int, int, str]]:
-    """(entry, index of the given word, kind): the words, then their neighbours with most states, each once.
+    """Returns (entry, index of the given word, kind) for the words, then for their neighbours with most states.
 
-    Tokens come before spans: the states behind a span are those of all its parts, and none of its own.
+    Each entry occurs once. Among the neighbours, tokens come before spans, since a span has no states of its own, only
+    those of its parts.
     """
     chosen = [(token, owner, "word") for owner, token in enumerate(tokens)]
     taken = set(tokens)
@@ -138,11 +140,11 @@ def choose_entries(dictionary: SenseDictionary, tokens: Sequence[int], neighbour
 
 
 def project(vectors: np.ndarray, method: Method, seed: int) -> tuple[np.ndarray, str]:
-    """Points [P, 2] of vectors [P, D], and in words how they were got."""
+    """Projects vectors [P, D] to points [P, 2], and returns these with a description of the projection."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    random_state = seed % 2**32  # all that numpy's generators take
+    random_state = seed % 2**32  # sklearn accepts no larger seeds
     if method == "pca":
         pca = PCA(n_components=2, random_state=random_state)
         points = pca.fit_transform(vectors)

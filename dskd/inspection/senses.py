@@ -1,4 +1,4 @@
-"""`dskd inspect senses`: states and senses of the tokens, and the share of training targets they cover."""
+"""`dskd inspect senses`: the tokens' numbers of states and senses, and the share of training targets they cover."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ _FREQUENT = 10
 
 @dataclass(frozen=True)
 class SensesReport:
-    """What the sense dictionary holds, and how much of the text it covers."""
+    """The contents of the sense dictionary in numbers, and how much of the text it covers."""
 
     path: Path
     vocab_size: int
@@ -30,15 +30,15 @@ class SensesReport:
     tokens_with_senses: int
     spans: int
     spans_with_senses: int
-    states: Histogram  # tokens by the states behind their senses
+    states: Histogram  # tokens by the number of states that their senses were made from
     senses: Histogram  # tokens by their number of senses
-    coverage: dict[str, float] | None = None  # share of training targets; None: no shards
-    frequent: tuple[tuple[str, int], ...] | None = None  # (token, how often) without a sense; None: no sequences
+    coverage: dict[str, float] | None = None  # shares of training targets; None without shards
+    frequent: tuple[tuple[str, int], ...] | None = None  # (token without a sense, frequency); None without sequences
     notes: list[str] = field(default_factory=list)
 
 
 def inspect_senses(config: Config) -> SensesReport:
-    """Counts the sense dictionary, and the training text as far as it is there.
+    """Counts the contents of the sense dictionary, and its coverage of the training text if that exists.
 
     Raises:
         UserError: when there is no sense dictionary.
@@ -66,7 +66,7 @@ def inspect_senses(config: Config) -> SensesReport:
 
 
 def per_token(dictionary: SenseDictionary) -> tuple[torch.Tensor, torch.Tensor]:
-    """The states behind the senses of each token, and their number, both [V] int64."""
+    """Returns each token's number of states that its senses were made from, and of senses, both [V] int64."""
     offsets = dictionary.entry_offsets[: dictionary.vocab_size + 1]
     before = F.pad(dictionary.counts.cumsum(0), (1, 0))
     return before[offsets].diff(), offsets.diff()
@@ -96,7 +96,7 @@ def _frequent_without_senses(config: Config, dictionary: SenseDictionary) -> tup
 
 
 def format_senses(report: SensesReport) -> str:
-    """The report as a person reads it."""
+    """Formats the report as text."""
     lines = [
         f"{report.path}: {report.rows:,} sense embeddings of {report.hidden_size:,} dimensions",
         f"  {report.tokens_with_senses:,} of {report.vocab_size:,} tokens and {report.spans_with_senses:,} of "

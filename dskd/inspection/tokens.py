@@ -1,4 +1,4 @@
-"""Tokens and spans as people read them."""
+"""Rendering tokens and spans as readable text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,9 @@ _BEFORE = "the"
 
 
 def token_texts(tokenizer: Any, pieces: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each piece (token ids) as it stands behind another word: with a space in front where it starts one.
+    """Returns the text of each piece (token ids) as it reads after another word: with a space if it starts a word.
 
-    Decoding a piece by itself would be another thing for tokenizers that drop the space at the beginning of a text.
+    Decoding a piece by itself would lose that space with tokenizers that drop a space at the beginning of a text.
     """
     prefix = tokenizer(_BEFORE, add_special_tokens=False)["input_ids"]
     before = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
@@ -20,7 +20,10 @@ def token_texts(tokenizer: Any, pieces: Sequence[Sequence[int]]) -> list[str]:
 
 
 def readable(text: str) -> str:
-    """A piece of text for a list: a word without its space, what starts no word behind "…", signs in quotes."""
+    """Formats a piece of text for a list.
+
+    A piece that starts a word loses its space, any other piece gets a "…" in front, and signs alone are put in quotes.
+    """
     if not any(letter.isalnum() for letter in text):
         return repr(text)
     shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
@@ -28,12 +31,12 @@ def readable(text: str) -> str:
 
 
 def entry_texts(entries: Entries, numbers: Sequence[int], tokenizer: Any) -> list[str]:
-    """Entries of the sense dictionary, tokens and spans, as words."""
+    """Returns entries of the sense dictionary, tokens and spans, as readable text."""
     return [readable(text) for text in token_texts(tokenizer, [tokens_of_entry(entries, n) for n in numbers])]
 
 
 def whole_words(tokenizer: Any, vocab_size: int) -> dict[int, str]:
-    """The tokens that are words by themselves: " word", of letters only, long enough to be a head."""
+    """Returns the tokens that are whole words: " word" of letters only, long enough to be a head."""
     tokens = range(min(vocab_size, len(tokenizer)))
     texts = token_texts(tokenizer, [[token] for token in tokens])
     words = {
@@ -41,6 +44,6 @@ def whole_words(tokenizer: Any, vocab_size: int) -> dict[int, str]:
         for token, text in zip(tokens, texts, strict=True)
         if text.startswith(" ") and text[1:].isalpha() and len(text) > MIN_HEAD_LETTERS
     }
-    # Two tokens can read the same: the word is that which the tokenizer gives for it.
+    # Several tokens can have the same text; keep the one that the tokenizer produces for it.
     back = tokenize_words(list(words.values()), tokenizer)
     return {token: word for (token, word), ids in zip(words.items(), back, strict=True) if ids == (token,)}

@@ -1,4 +1,4 @@
-"""`dskd inspect word`: everything the artifacts say about one word."""
+"""`dskd inspect word`: everything the artifacts contain about one word."""
 
 import difflib
 from collections.abc import Iterable
@@ -46,8 +46,8 @@ class RelatedWord:
     relation: str
     word: str
     sources: tuple[str, ...]
-    tokens: int | None = None  # None: no tokenizer
-    senses: int | None = None  # None: no sense dictionary, or no entry of it
+    tokens: int | None = None  # number of tokens; None without a tokenizer
+    senses: int | None = None  # number of senses; None without a sense dictionary, or if it is too long for an entry
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ class WordSense:
     """A row of the sense dictionary that belongs to the word."""
 
     row: int
-    count: int
-    neighbours: tuple[tuple[str, float, str], ...]  # word, distance, how it is related ("" where it is not)
+    count: int  # states that it was made from
+    neighbours: tuple[tuple[str, float, str], ...]  # word, distance, relation ("" if it is not related)
     contexts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class WordReport:
-    """What is known about a word. Fields are None or empty where the artifact that says it is not there."""
+    """The facts about a word. A field is None or empty if the artifact it comes from is missing."""
 
     word: str
     related: tuple[RelatedWord, ...]
     near_spellings: tuple[str, ...] = ()
-    pieces: tuple[str, ...] | None = None  # the tokens, as they read
+    pieces: tuple[str, ...] | None = None  # the tokens as readable text
     tokens: tuple[int, ...] | None = None
-    head: str | None = None  # whether it is a usable head, and if not, why
-    forms: tuple[tuple[str, int], ...] = ()  # surface forms in which it is a head too, each with its token
+    head: str | None = None  # text on whether it is a usable head, and why not
+    forms: tuple[tuple[str, int], ...] = ()  # surface forms in which it is also a head, each with its token
     senses: tuple[WordSense, ...] | None = None
     contexts_are: str = ""  # what the example contexts show
     notes: list[str] = field(default_factory=list)
@@ -83,10 +83,10 @@ def inspect_word(
 
     Args:
         config: the experiment.
-        word: as the lexicon spells it; may be of several words.
-        neighbours: nearest entries a sense.
-        contexts: example contexts a sense.
-        scan: training samples that are searched for them at most.
+        word: the word as the lexicon spells it, or several words.
+        neighbours: the number of nearest entries per sense.
+        contexts: the number of example contexts per sense.
+        scan: the most training samples to search for contexts.
 
     Raises:
         UserError: when there is no lexicon, or the word is neither in it nor in the sense dictionary.
@@ -119,7 +119,7 @@ def inspect_word(
 
 
 def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tuple[str, ...]]:
-    """The word's relations in `WORKDIR/lexicon`, with all their sources; or where there are none, near spellings.
+    """Returns the word's relations in `WORKDIR/lexicon`, with all their sources, or near spellings if it has none.
 
     Raises:
         UserError: when there is no lexicon.
@@ -138,8 +138,8 @@ def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tu
 
 
 def near_spellings(word: str, words: Iterable[str]) -> tuple[str, ...]:
-    """The words that are spelled most like `word`, whatever their case."""
-    # difflib looks at every pair of letters: words of quite another length cannot be near, and are left out.
+    """Returns the words whose spelling is most similar to `word`, ignoring case."""
+    # difflib compares every pair of letters, which is slow, so words of a very different length are left out first.
     spelled = {other.lower(): other for other in words if abs(len(other) - len(word)) <= 2}
     return tuple(spelled[other] for other in difflib.get_close_matches(word.lower(), spelled, n=_NEAR_SPELLINGS))
 
@@ -155,7 +155,7 @@ def _senses(
     scan: int,
     notes: list[str],
 ) -> tuple[tuple[WordSense, ...], str]:
-    """The senses of the word, and what their contexts show."""
+    """Returns the senses of the word, and a description of what their contexts show."""
     if not rows:
         return (), ""
     dictionary, entries = senses.dictionary, senses.dictionary.entries
@@ -168,7 +168,7 @@ def _senses(
     numbers = sorted({neighbour.entry for found in nearest for neighbour in found})
     names = dict(zip(numbers, entry_texts(entries, numbers, teacher.tokenizer), strict=True))
 
-    # A span is no token, so no target is one: what shows it are targets of which it is a synonym.
+    # Targets are tokens, so a span is never a target; its contexts are those of targets of which it is a synonym.
     is_span = len(tokens) > 1
     contexts_are = "a synonym, pulled to this sense" if is_span else "where this sense of it is the nearest"
     places: dict[int, list[str]] = {}
@@ -198,7 +198,7 @@ def _senses(
 
 
 def _measured(related: RelatedWord, tokens: tuple[int, ...], dictionary: SenseDictionary | None) -> RelatedWord:
-    """The related word with its tokens and senses."""
+    """Returns the related word with its numbers of tokens and senses."""
     senses = None
     if dictionary is not None and 1 <= len(tokens) <= MAX_SPAN_TOKENS:
         senses = len(rows_of_tokens(dictionary, tokens))
@@ -206,7 +206,7 @@ def _measured(related: RelatedWord, tokens: tuple[int, ...], dictionary: SenseDi
 
 
 def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
-    """Whether training can use the word's relations."""
+    """Returns a text on whether training can use the word's relations, and why not."""
     if len(tokens) != 1:
         return f"no usable head: it is {len(tokens)} tokens, and a head must be one"
     if len(word) < MIN_HEAD_LETTERS:
@@ -221,7 +221,7 @@ def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
 
 
 def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int], ...]:
-    """The surface forms of the dictionary in which the word is a usable head, with the token of each."""
+    """Returns the dictionary's surface forms in which the word is a usable head, with the token of each."""
     if len(word) < MIN_HEAD_LETTERS:
         return ()
     found = []
@@ -238,7 +238,7 @@ def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> Non
 
 
 def _replaced(config: Config, word: str) -> str:
-    """What the rule of negating affixes made of a word, where it did anything."""
+    """Returns a sentence on how the rule for negating affixes replaced the word, or an empty text if it did not."""
     path = config.path(kinds.LEXICON.folder, BASES_FILE)
     if not path.is_file():
         return ""
@@ -261,7 +261,7 @@ def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -
 
 
 def format_word(report: WordReport) -> str:
-    """The report as a person reads it."""
+    """Formats the report as text."""
     lines = [report.word]
     if report.tokens is not None and report.pieces is not None:
         shown = ", ".join(f"{piece} ({token})" for piece, token in zip(report.pieces, report.tokens, strict=True))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts.hashing import digest_of_json, sha256_of_file
-from dskd.artifacts.pointers import refuse_pointer
+from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.errors import UserError
 
 # The second is the folder into which the Makefile unpacks the Debian package for users who may not install it.
@@ -123,7 +123,7 @@ def _open(folder: Path, origin: Path) -> WordNet:
         reader.synset("entity.n.01")
     except Exception as error:  # nltk can raise any kind of error for damaged files
         for name in DICTIONARY_FILES:
-            refuse_pointer(folder / name)
+            refuse_pointer_beginning((folder / name).read_bytes(), origin / name)
         remedy = "remove the folder, and it is downloaded again" if folder == origin else "mend the files there"
         raise UserError(
             f"{origin}: nltk cannot read this WordNet ({type(error).__name__}: {error}); {remedy}"

@@ -1,4 +1,4 @@
-"""The loss (docs/method.md, section 4), as sums over positions; the step divides, once.
+"""The loss (docs/method.md, section 4): its terms as sums over positions, which the training step divides once.
 
 head                the output matrix and all terms, chunk by chunk
 logits              cross-entropy, divergence from the teacher, distance of hidden states

@@ -1,8 +1,8 @@
-"""The output head of the student in training: one pass over last hidden states gives every term of the loss.
+"""The student's output head in training, which computes all terms of the loss in one pass over last hidden states.
 
-Logits of student and teacher exist for one chunk of positions at a time, and gradients are formed in that same pass, so
-memory is that of one chunk whatever the length of the sequences. The head is the module that *owns* the output
-matrices: ZeRO-3 gathers a parameter for the module it belongs to, and outside of its forward a matrix would be empty.
+Logits of student and teacher exist for one chunk of positions at a time. The same pass computes the gradients, so the
+memory for logits does not grow with the length of the sequences. The head must be the module that *owns* the output
+matrices: ZeRO-3 only gathers a parameter during the forward of its own module, and a matrix is empty outside of it.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from dskd.losses.logits import CachedTeacher, cached_divergence, cross_entropy, 
 from dskd.losses.sense_distance import sense_loss
 from dskd.losses.sense_distribution import sense_divergence
 
-# What `DistillationHead.forward` reports, in this order: sums over this rank's micro-batch, without weights.
+# The terms that `DistillationHead.forward` reports, in this order: unweighted sums over this rank's micro-batch.
 TERMS = ("ce", "kl", "hidden", "sense", "synonym", "antonym", "own", "active_hinges", "hinges", "teacher_entropy")
 
 
 class Normalizers(NamedTuple):
-    """What the sums are divided by: counts over all ranks and accumulation steps, times what DeepSpeed divides by.
+    """The factors by which the sums of a micro-batch are multiplied: world_size · accumulation_steps / count.
 
-    DeepSpeed averages gradients over ranks and accumulation steps, while the terms are sums over all of them: a
-    micro-batch's sum is therefore scaled by world_size · accumulation_steps / count.
+    The count is over all ranks and accumulation steps, as each term is a sum over all of them. DeepSpeed averages
+    gradients over ranks and accumulation steps, and the other factors cancel that.
     """
 
     tokens: float  # for CE, KL and the hidden-state distance
@@ -33,7 +33,7 @@ class Normalizers(NamedTuple):
 
 
 class DistillationHead(nn.Module):
-    """Owns the output matrices and computes L of :class:`dskd.config.LossConfig`."""
+    """The owner of the output matrices, which computes the loss L of :class:`dskd.config.LossConfig`."""
 
     def __init__(
         self,
@@ -45,16 +45,16 @@ class DistillationHead(nn.Module):
         margin: float | None = None,
         compile_losses: bool = False,
     ) -> None:
-        """Takes over `weight` [V, D]; `teacher_weight` [V', D'] is the teacher's, read only.
+        """Takes ownership of the student's output matrix `weight` [V, D].
 
         Args:
             weight: the student's output matrix.
-            teacher_weight: the teacher's, or None where that is the student's: the same matrix, and not trained. Also
-                None where no term reads the teacher's logits.
+            teacher_weight: the teacher's output matrix [V', D'], which is not trained. None if teacher and student
+                share one matrix and it is not trained, or if no term reads the teacher's logits.
             loss: weights and settings of the terms.
             chunk_size: positions whose logits exist at one time.
-            margin: the margin in units of D where it is not `loss.margin`.
-            compile_losses: fuse what is done with a chunk's logits, with torch.compile.
+            margin: the margin in units of D, if it differs from `loss.margin`.
+            compile_losses: whether to compile the computation on a chunk's logits with torch.compile.
         """
         super().__init__()
         self.weight = weight
@@ -76,18 +76,19 @@ class DistillationHead(nn.Module):
         senses: dict[str, torch.Tensor] | None = None,
         token_weights: torch.Tensor | None = None,
     ) -> Any:
-        """The loss to call backward on, and the sums of its terms; without labels the logits [B, T, V].
+        """Returns the loss to call backward on and the sums of its terms, or, without labels, the logits [B, T, V].
 
         Args:
             hidden: [B, T, D], the student's last hidden states.
-            labels: [B, T], the token after each position; read only where `loss_mask` is True.
-            loss_mask: [B, T] bool.
-            normalizers: what to multiply the sums with.
-            teacher_hidden: [B, T, D'], with a term that reads the teacher.
-            teacher_cache: instead of it, what :class:`dskd.losses.logits.CachedTeacher` holds, [B, T, …] each.
-            senses: what a batch brings for the sense loss in the form of `loss` (:mod:`dskd.losses.sense_distance`),
-                with positions into B·T.
-            token_weights: [B, T], how much each position counts in CE and KL; None: all of them 1.
+            labels: [B, T], the token after each position; only read where `loss_mask` is True.
+            loss_mask: [B, T] bool, the positions that count.
+            normalizers: the factors for the sums.
+            teacher_hidden: [B, T, D'], needed if a term reads the teacher.
+            teacher_cache: replaces `teacher_hidden` for the KL: the fields of
+                :class:`dskd.losses.logits.CachedTeacher`, [B, T, …] each.
+            senses: the batch's inputs for the sense loss in the form that `loss.sense_form` names
+                (:mod:`dskd.losses.sense_distance`), with positions as indices into B·T.
+            token_weights: [B, T], the weight of each position in CE and KL; None means 1 everywhere.
 
         Returns:
             A scalar, and the detached sums [len(TERMS)] float32.
@@ -96,7 +97,7 @@ class DistillationHead(nn.Module):
             return F.linear(hidden, self.weight)
         assert loss_mask is not None and normalizers is not None
         flat = hidden.flatten(0, 1)
-        # A matrix product over the positions that count, and not one over padding.
+        # Take only the positions that count, so that no matrix product is spent on padding.
         valid = loss_mask.flatten().nonzero().squeeze(-1)
         teacher_states = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[valid]
         cache = None
@@ -105,6 +106,7 @@ class DistillationHead(nn.Module):
         if senses is not None and self.loss.sense_form == "distribution":
             assert teacher_hidden is not None
             senses = {**senses, "teacher_hidden": teacher_hidden.flatten(0, 1)}
+        # The terms come with their gradients, so autograd is off, and the loss gets the gradients for its backward.
         with torch.no_grad():
             terms, hidden_grad, weight_grad = self._terms_and_gradients(
                 flat,
@@ -130,23 +132,27 @@ class DistillationHead(nn.Module):
         senses: dict[str, torch.Tensor] | None,
         token_weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The loss and its terms [1 + len(TERMS)]; its gradients by all states [N, D], and by the output matrix in
-        float32.
+        """Computes the loss and its terms [1 + len(TERMS)], and the loss's gradients.
+
+        The gradients are with respect to all states [N, D] and, if it is trained, the output matrix [V, D]; the latter
+        is accumulated in float32 or wider.
         """
         weights, states = self.loss, flat[valid]
         coefficients = _Coefficients(
-            # As tensors: a compiled function would be compiled again for every new number.
+            # Tensors, because torch.compile would compile the function again for every new Python number.
             ce=torch.tensor(weights.ce_weight * normalizers.tokens, dtype=torch.float64),
             kl=torch.tensor(weights.kd_weight * weights.temperature**2 * normalizers.tokens, dtype=torch.float64),
             temperature=weights.temperature,
             divergence=weights.divergence,
         )
-        # Frozen matrices of a frozen decoder still need gradients of the states, wherever anything is trained.
+        # Even if the output matrix is frozen, the states need gradients for whatever below them is trained.
         at_valid = torch.empty_like(states)
         weight_grad = None
         if self.weight.requires_grad:
             weight_grad = torch.zeros_like(self.weight, dtype=_accumulator(self.weight))
         terms = flat.new_zeros(1 + len(TERMS), dtype=_accumulator(flat))
+        # CE and KL, chunk by chunk: the logits of a chunk give its sums and their gradient by the logits, which the
+        # chain rule turns into gradients by the chunk's states and by the matrix before the next chunk replaces them.
         for start in range(0, len(states), self.chunk_size):
             part = slice(start, start + self.chunk_size)
             logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
@@ -158,12 +164,14 @@ class DistillationHead(nn.Module):
             at_valid[part] = logits_grad @ self.weight
             if weight_grad is not None:
                 weight_grad += logits_grad.T @ states[part]
+        # The distance of hidden states needs no logits, so one call computes it for all positions.
         if weights.hidden_weight:
             assert teacher_states is not None
             scale = weights.hidden_weight * normalizers.tokens
             terms[3], gradient = hidden_distance(states, teacher_states)
             terms[0] += scale * terms[3]
             at_valid += gradient.mul_(scale).to(at_valid.dtype)
+        # Positions of the sense loss index all N states, so the gradients first move back to their places among these.
         hidden_grad = torch.zeros_like(flat).index_copy_(0, valid, at_valid)
         if senses is not None and weights.sense_weight:
             scale = weights.sense_weight * normalizers.senses
@@ -176,7 +184,7 @@ class DistillationHead(nn.Module):
     def _sense_sums(
         self, flat: torch.Tensor, senses: dict[str, torch.Tensor], gradient: torch.Tensor, scale: float
     ) -> dict[str, torch.Tensor]:
-        """{term: its sum} of the sense loss in the form that is asked for; its gradient is added to `gradient`."""
+        """Returns {term: its sum} of the sense loss in the configured form, and adds its gradient to `gradient`."""
         loss, given = self.loss, dict[str, Any](senses, gradient=gradient, scale=scale)
         if loss.sense_form == "distribution":
             total, entropy = sense_divergence(
@@ -190,7 +198,7 @@ class DistillationHead(nn.Module):
     def _logits(
         self, states: torch.Tensor, teacher_states: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [n, V] of the student, and of the teacher where a term reads them."""
+        """Returns the logits [n, V] of the student, and those of the teacher if a term reads them."""
         if teacher_states is None or not self.loss.kd_weight:
             return F.linear(states, self.weight), None
         if self.teacher_weight is None:  # one product reads the matrix once for both
@@ -213,10 +221,10 @@ def _logit_losses(
     coefficients: _Coefficients,
     token_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weighted loss, CE sum, KL sum) [3] of a chunk, and the gradient of the first by the logits [n, V].
+    """Computes (weighted loss, CE sum, KL sum) [3] of a chunk, and the gradient of the first by the logits [n, V].
 
-    `teacher` has logits [n, V'] or a cached distribution. Where vocabularies are padded to different sizes, the
-    divergence is over the tokens that both have. `token_weights` [n] are in the loss and not in the sums of its terms.
+    `teacher` is its logits [n, V'] or a cached distribution. If the two vocabularies are padded to different sizes, the
+    divergence is over the tokens that both have. `token_weights` [n] affect the loss but not the sums of its terms.
     """
     ce, gradient = cross_entropy(logits, labels)
     gradient.mul_(coefficients.ce)
@@ -237,10 +245,11 @@ def _logit_losses(
 
 
 class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients by the hidden states and by the output matrix are known already. They are given once.
+    """A loss whose gradients by the hidden states and by the output matrix are already known; backward runs only once.
 
-    They are scaled in float32: in bf16 a factor such as 1/3 would itself be rounded, and all gradients with it to one
-    side. The matrix's gradient is scaled in place, since a copy would be the largest tensor of the step.
+    The gradients are scaled in float32. In bf16 the factor itself, such as 1/3, would be rounded, and would shift all
+    gradients in the same direction. The matrix's gradient is scaled in place, since a copy would be the largest tensor
+    of the step.
     """
 
     @staticmethod
@@ -252,13 +261,13 @@ class _GivenGradients(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        """`loss`, which depends on `hidden` and `weight`."""
+        """Returns `loss`, as a function of `hidden` and `weight` for autograd."""
         ctx.gradients = hidden_grad, weight_grad, weight.dtype
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients, times that of the loss."""
+        """Returns the gradients, multiplied by the gradient of the loss."""
         hidden_grad, weight_grad, weight_dtype = ctx.gradients
         del ctx.gradients
         scale = output_grads[0].to(_accumulator(hidden_grad))
@@ -266,7 +275,8 @@ class _GivenGradients(torch.autograd.Function):
             weight_grad = weight_grad.mul_(scale).to(weight_dtype)
         if not ctx.needs_input_grad[3]:
             return None, None, None, None, weight_grad
-        # With one dimension a scalar takes part in choosing the type of the product; with none it would be rounded.
+        # `view(1)` gives the scale a dimension, so that the product is computed in its type. A tensor without
+        # dimensions would be rounded to the type of `hidden_grad` first.
         return None, None, None, (hidden_grad * scale.view(1)).to(hidden_grad.dtype), weight_grad
 
 

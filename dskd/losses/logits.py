@@ -1,10 +1,11 @@
-"""The loss terms over logits and hidden states with their gradients, as pure functions;
-:mod:`dskd.losses.sense_distance` has those over senses. A term is a *sum* over positions: the training step divides,
-once, by the count over all ranks and accumulation steps. What is over logits is given position by position, since
-:mod:`dskd.losses.head` can weight it.
+"""The loss terms on logits and hidden states with their gradients, as pure functions.
 
-Every function returns its gradient with its value: the head needs both in one pass over chunks of positions, and
-written out they take a fraction of the memory that automatic differentiation keeps for them.
+:mod:`dskd.losses.sense_distance` has the terms on senses. A term is a *sum* over positions: the training step divides
+once, by the count over all ranks and accumulation steps. Terms on logits are returned position by position, so that
+:mod:`dskd.losses.head` can weight them.
+
+Every function returns a gradient with its value. The head needs both in one pass over chunks of positions, and
+gradients written by hand take a fraction of the memory that automatic differentiation would keep for them.
 
 Shapes: N positions, D hidden, V vocabulary, n tokens of a cached teacher.
 """
@@ -17,15 +18,15 @@ _LOG_2 = 0.6931471805599453
 
 
 class CachedTeacher(NamedTuple):
-    """The teacher's most probable tokens at N positions, at temperature 1, and how much it leaves for all others."""
+    """The teacher's most probable tokens at N positions, and the probability of all others together; temperature 1."""
 
     token_ids: torch.Tensor  # [N, n]
     logprobs: torch.Tensor  # [N, n], natural logarithms
-    rest_logprob: torch.Tensor  # [N], of the probability of all other tokens together
+    rest_logprob: torch.Tensor  # [N], natural logarithm of the probability of all other tokens together
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-log p(label) in nats (docs/method.md, section 4: CE), and its gradient.
+    """Computes -log p(label) in nats (docs/method.md, section 4: CE), and its gradient.
 
     Args:
         logits: [N, V], of any floating dtype; the result is float32 or wider.
@@ -37,6 +38,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
     logits = at_least_float32(logits)
     gradient, log_normalizer = _softmax(logits)
     at_label = labels.unsqueeze(-1)
+    # -log p(label) = log Σ exp(z) - z(label), and its gradient is p, minus 1 at the label.
     values = (log_normalizer - logits.gather(-1, at_label)).squeeze(-1)
     return values, gradient.scatter_add_(-1, at_label, gradient.new_full((), -1.0).expand(at_label.shape))
 
@@ -44,9 +46,9 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 def divergence(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, kind: str = "forward_kl"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The divergence of two distributions at each position in nats, both softened (docs/method.md, section 4: KL).
+    """Computes the divergence of two softened distributions at each position in nats (docs/method.md, section 4: KL).
 
-    Zero exactly where the two give the same distribution. Without the factor T², which is the caller's.
+    It is zero exactly if the two distributions are the same. The caller multiplies by T².
 
     Args:
         student_logits: [N, V].
@@ -59,6 +61,8 @@ def divergence(
         The value at each position [N], and the gradient of their sum by the student's logits [N, V].
     """
     z, z_teacher = (at_least_float32(logits) / temperature for logits in (student_logits, teacher_logits))
+    # q is the student's distribution, p the teacher's: log q = z - log_normalizer, and log p likewise. The tensors are
+    # [N, V], so each kind reuses them in place.
     (q, log_normalizer), (p, log_teacher_normalizer) = _softmax(z), _softmax(z_teacher)
     if kind == "jensen_shannon":
         log_q, log_p = z - log_normalizer, z_teacher - log_teacher_normalizer
@@ -68,25 +72,27 @@ def divergence(
     elif kind == "reverse_kl":
         values, gradient = _reverse_kl(q, z.sub_(z_teacher) - (log_normalizer - log_teacher_normalizer))
     else:
+        # KL(p || q) = Σ p · (log p - log q), where the normalizers are the same for all tokens; its gradient is q - p.
         values = z_teacher.sub_(z).mul_(p).sum(-1) + (log_normalizer - log_teacher_normalizer).squeeze(-1)
         gradient = q.sub_(p)
+    # The gradients above are by z = logits / T.
     return values, gradient.div_(temperature)
 
 
 def cached_divergence(
     student_logits: torch.Tensor, teacher: CachedTeacher, temperature: float = 1.0, kind: str = "forward_kl"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`divergence` from a teacher of whom only the most probable tokens are known.
+    """Computes :func:`divergence` if only the teacher's most probable tokens are known.
 
-    Both distributions are over n + 1 classes, those tokens and all others together, and are softened as such: what the
-    temperature does to the tail of a distribution cannot be known from its mass. With n = V this is
-    :func:`divergence`.
+    Both distributions are over n + 1 classes: these tokens, and all others together. The temperature softens these
+    classes, because its effect on the tail of a distribution cannot be computed from the tail's total probability. With
+    n = V this is :func:`divergence`.
 
     Args:
         student_logits: [N, V].
         teacher: its n most probable tokens at each position.
         temperature: T.
-        kind: as there.
+        kind: as in :func:`divergence`.
 
     Returns:
         The value at each position [N], and the gradient of their sum by the student's logits [N, V].
@@ -98,6 +104,7 @@ def cached_divergence(
     if ids.shape[-1] == logits.shape[-1]:
         values, gradient = divergence(classes, teacher_classes, temperature, kind)
         return values, torch.zeros_like(logits).scatter_(-1, ids, gradient)
+    # The student's log-probability of the class of all others, from its logits without the n known tokens.
     others = logits.scatter(-1, ids, -torch.inf)
     log_rest = others.logsumexp(-1, keepdim=True)
     values, gradient = divergence(
@@ -106,31 +113,33 @@ def cached_divergence(
         temperature,
         kind,
     )
-    # By the logits: the gradients of the classes add up to 0, so what log_z contributes cancels; the class of the
-    # others hands its gradient on to each of them by its share.
+    # From gradients by classes to gradients by logits: those of the classes sum to 0, so the contribution of log_z
+    # cancels. The class of all others passes its gradient to each of its tokens in proportion to the token's share.
     shares = others.sub_(log_rest).exp_()
     return values, shares.mul_(gradient[:, -1:]).scatter_(-1, ids, gradient[:, :-1])
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [N, V], and the logarithm of what they were divided by [N, 1]; in one exponential an element."""
+    """Returns probabilities [N, V] and log Σ exp(logits) [N, 1], with only one exponential per element."""
     probabilities = logits.softmax(-1)
-    # The largest logit has the probability exp(0) / normalizer, which never underflows.
+    # log Σ exp(z) = z - log p(z) for every token; the largest logit's probability never underflows.
     largest = logits.amax(-1, keepdim=True), probabilities.amax(-1, keepdim=True)
     return probabilities, largest[0] - largest[1].log()
 
 
 def _reverse_kl(q: torch.Tensor, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """E_q[ratio] [N] for ratio = log q - log r, and its gradient by the logits of q where r is a constant.
+    """Computes E_q[ratio] [N] for ratio = log q - log r, and its gradient by the logits of q if r is constant.
 
-    Where r is the mean of q and a constant p, the gradient is that of KL(q || r) + KL(p || r).
+    If r is the mean of q and a constant p, the gradient is that of KL(q || r) + KL(p || r).
     """
     expected = (ratio * q).sum(-1, keepdim=True)
     return expected.squeeze(-1), ratio.sub_(expected).mul_(q)
 
 
 def hidden_distance(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over positions of |h - t|² / D: the ablation that any claim about senses has to beat (not in the paper).
+    """Computes the sum of |h - t|² / D over positions: the baseline that any claim about senses must beat.
+
+    It is not in the paper.
 
     Args:
         hidden: [N, D], the student's.
@@ -144,5 +153,5 @@ def hidden_distance(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> tuple
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32, or in float64 where it is that."""
+    """Returns the tensor in float32, or unchanged if it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

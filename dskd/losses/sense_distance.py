@@ -1,8 +1,8 @@
-"""The sense loss and its gradient, as pure functions, in two forms: distances to rows of the sense dictionary
-(:func:`sense_loss`, the paper's), and the divergence of two distributions over rows (:func:`sense_divergence`).
+"""The sense loss as distances to rows of the sense dictionary, with its gradient, as in the paper.
 
-Values are *sums* over positions, as in :mod:`dskd.losses`. Rows are gathered for a few positions at a time, in bounded
-memory; only where the rows of one position are more than that (thousands) are they the bound.
+:mod:`dskd.losses.sense_distribution` has the other form, a divergence of two distributions over rows. Values are *sums*
+over positions, as in :mod:`dskd.losses`. Rows are gathered for a few positions at a time, so that memory is bounded,
+unless the rows of a single position (thousands) exceed the bound.
 
 Shapes: N positions, D hidden, R rows of the sense dictionary, K = kappa.
 """
@@ -15,17 +15,17 @@ from dskd.losses.logits import at_least_float32
 
 
 class SenseSums(NamedTuple):
-    """Sums over the sampled positions of a micro-batch; scalars."""
+    """The sums over the sampled positions of a micro-batch; scalars."""
 
-    total: torch.Tensor  # relation terms and own terms together: the numerator of L_sense
-    synonym: torch.Tensor  # of the mean distance to P_i, before synonym_weight
-    antonym: torch.Tensor  # of the mean hinge over N_i, before antonym_weight
-    own: torch.Tensor  # of the mean distance to O_i
-    active_hinges: torch.Tensor  # antonym rows within the margin
-    hinges: torch.Tensor  # antonym rows
+    total: torch.Tensor  # weighted relation terms plus own terms: the numerator of L_sense
+    synonym: torch.Tensor  # sum of the mean distances to P_i, before synonym_weight
+    antonym: torch.Tensor  # sum of the mean hinges over N_i, before antonym_weight
+    own: torch.Tensor  # sum of the mean distances to O_i
+    active_hinges: torch.Tensor  # number of antonym rows within the margin
+    hinges: torch.Tensor  # number of antonym rows
 
 
-# Floats of gathered rows that exist at one time: 8 MB, 128 MB.
+# Elements of gathered rows that exist at one time: 8 MB of float32 on a CPU, 128 MB on a GPU.
 _GATHERED = {"cpu": 2**21, "cuda": 2**25}
 
 
@@ -44,25 +44,27 @@ def sense_loss(
     gradient: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> SenseSums:
-    """The sense loss (docs/method.md, section 4) with D(h, s) = |h - s|² / D.
+    """Computes the sense loss (docs/method.md, section 4) with D(h, s) = |h - s|² / D.
 
-    At a relation position i: synonym_weight · mean over P_i of D + antonym_weight · mean over N_i of
-    max(0, margin - D). At an own position i: mean over O_i of D. A mean over no rows is 0.
+    A relation position i contributes synonym_weight · mean over P_i of D + antonym_weight · mean over N_i of
+    max(0, margin - D). An own position i contributes the mean over O_i of D. A mean over no rows is 0.
 
     Args:
         hidden: [N, D], the student's last hidden states.
         sense_rows: [R, D], rows of the sense dictionary.
-        relation_positions: [n] different indices into `hidden`.
+        relation_positions: [n] distinct indices into `hidden`.
         synonym_index: [n, K] indices into `sense_rows`, P_i, padded with -1.
-        antonym_index: [n, K], N_i, padded with -1.
-        own_positions: [m] different indices into `hidden`.
-        own_index: [m, K], O_i, padded with -1.
+        antonym_index: [n, K] indices into `sense_rows`, N_i, padded with -1.
+        own_positions: [m] distinct indices into `hidden`.
+        own_index: [m, K] indices into `sense_rows`, O_i, padded with -1.
         margin: m, in units of D.
         antonym_weight: w_n.
-        synonym_weight: of the pull to P_i; 1 in the paper.
-        gradient: [N, D], to which `scale` times the gradient of the total by `hidden` is added in place.
-        scale: what for.
+        synonym_weight: the weight of the pull to P_i; 1 in the paper.
+        gradient: [N, D]; the gradient of the total by `hidden`, times `scale`, is added to it in place.
+        scale: the factor for the added gradient.
     """
+    # Relation positions have two sets of rows, first those that pull and then those that push. Own positions only have
+    # rows that pull. Both kinds take the same path.
     kappa = synonym_index.shape[-1]
     sums = hidden.new_zeros(5, dtype=at_least_float32(hidden[:0]).dtype)
     groups = (
@@ -78,6 +80,7 @@ def sense_loss(
             if rows is None:
                 continue
             distance = _distance(states, rows)
+            # `pull` and `push` are the weights of the rows in the two means; padding has weight 0.
             near, far = exists[:, :pulling], exists[:, pulling:]
             pull = near / near.sum(-1, keepdim=True).clamp(min=1)
             push = far / far.sum(-1, keepdim=True).clamp(min=1)
@@ -91,12 +94,13 @@ def sense_loss(
                     [attraction, (hinge * push).sum(), torch.zeros_like(attraction), active.sum(), far.sum()]
                 )
             if gradient is not None:
-                # By h: Σ_k w_k · 2(h - s_k) / D, where w_k is the derivative by the distance of row k.
+                # The gradient by h is Σ_k w_k · 2(h - s_k) / D, where w_k is the derivative by the distance of row k.
                 pulled = (1.0 if is_own else synonym_weight) * pull.to(states.dtype)
                 weights = torch.cat([pulled, -antonym_weight * (push * active).to(states.dtype)], dim=-1)
                 towards = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
                 change = (states * weights.sum(-1, keepdim=True) - towards) * (2 * scale / hidden.shape[-1])
-                # Positions are different within a group, so nothing is lost and no atomic addition makes runs differ.
+                # Positions within a group are distinct, so plain indexing loses no update, and runs are reproducible
+                # because no atomic additions are needed.
                 gradient[at] = (gradient[at] + change).to(gradient.dtype)
     synonym, antonym, own, active_hinges, hinges = sums
     total = synonym_weight * synonym + antonym_weight * antonym + own
@@ -104,14 +108,17 @@ def sense_loss(
 
 
 def _distance(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """D(h, s) [n, K] of states [n, D] to rows [n, K, D]."""
-    # |h - s|² = |h|² - 2 h·s + |s|²: one batched product, and no [n, K, D] difference.
+    """Returns the distances D(h, s) [n, K] of states [n, D] to rows [n, K, D]."""
+    # |h - s|² = |h|² - 2 h·s + |s|² needs one batched product, and no difference of shape [n, K, D].
     products = torch.bmm(rows, states.unsqueeze(-1)).squeeze(-1)
     squares = rows.square().sum(-1) - 2 * products + states.square().sum(-1, keepdim=True)
     return squares.clamp(min=0) / states.shape[-1]
 
 
 def in_parts(count: int, row_size: int, device: str) -> list[slice]:
-    """Returns slices of so many positions that the rows of one fit in memory."""
+    """Returns slices of `count` positions, each so small that its gathered rows stay within the bound for the device.
+
+    `row_size` is the number of gathered elements per position.
+    """
     size = max(1, _GATHERED[device] // max(row_size, 1))
     return [slice(start, start + size) for start in range(0, count, size)]

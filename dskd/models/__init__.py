@@ -1,13 +1,13 @@
-"""Causal language models of transformers: their folders, and running them.
+"""Causal language models of transformers: their folders, and how they are loaded and run.
 
 folder      a model's folder on disk or on the hub, and its tokenizer
-weights     tensors of its safetensors files
-causal_lm   the architecture: decoder, output matrix, what they are called
+weights     the tensors in a folder's safetensors files
+causal_lm   building a causal LM and filling it with a folder's weights
 frozen      the teacher, whole on every rank or sharded with ZeRO-3
 cutting     the student, cut from the teacher
 generation  greedy generation
 readouts    reading logits chunk by chunk
-probes      whether documents in one sequence stay apart
+probes      checks that run the model, such as whether packed documents stay apart
 nvme        parameters on NVMe
-precision   the type to compute in
+precision   the number format that models run in
 """

@@ -1,7 +1,8 @@
-"""Whether a model folder, loaded as any user would load it, computes what the student does in training.
+"""A check that an exported model folder, loaded with transformers, computes the same logits as the student in training.
 
-A few tokens are run in training and again in the reloaded model. Half of them have positions at the end of a sequence,
-where a wrong table of rotations shows: between neighbours it is right in any case. Shapes: T tokens, V vocabulary.
+The student runs on a few tokens during training, and the reloaded model runs on the same tokens. Half of the tokens
+have positions at the end of a sequence, because an error in the table of rotations only shows there: between
+neighbouring positions even a wrong table gives right results. Shapes: T tokens, V vocabulary.
 """
 
 import inspect
@@ -18,31 +19,33 @@ from dskd.models.stored_names import StoredNames
 from dskd.models.weights import TensorReader
 
 PROBE_TOKENS = 32
-# The difference of a token's logits that needs no explanation, as a share of their length.
+# A relative difference of a token's logits (norm of the difference / norm of the logits) up to this is always accepted.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.01}
-# In bf16 other kernels made a difference of .01 to .06 at 2 to 32 layers, more with depth and with sharper attention; a
-# table of rotations in bf16 .3 to .9 at 2,048 tokens where attention is sharp. So the limit is a multiple of what the
-# model's own rounding is, measured against float32: other kernels had .9 times that. _USUAL_ROUNDING is for machines
-# that have no memory for the model in float32.
+# In bf16, using other kernels caused differences of .01 to .06 with 2 to 32 layers, growing with depth and with sharper
+# attention. A table of rotations in bf16 caused .3 to .9 at 2,048 tokens with sharp attention. The limit is therefore a
+# multiple of the model's own rounding error, measured against float32; other kernels caused .9 times that error.
+# _USUAL_ROUNDING replaces the measurement on machines without enough memory for the model in float32.
 _TIMES_ROUNDING, _LARGEST_TOLERANCE, _USUAL_ROUNDING = 3, 0.3, 0.03
 _CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a reloaded model is from the student in training: the largest difference of a token's logits, as a share
-    of their length.
+    """The difference between a reloaded model and the student in training.
+
+    Both numbers are the largest relative difference over tokens: the norm of the difference of a token's logits,
+    divided by the norm of the logits.
     """
 
-    error: float  # with the trained tensors as they were trained
-    rounding: float  # what their rounding to the type they are stored in adds
+    error: float  # when the reloaded model has the trained tensors unrounded
+    rounding: float  # the effect of rounding the trained tensors to the type they are stored in
 
 
 def probe_inputs(base_model: Any, vocab_size: int, sequence_length: int, device: torch.device) -> dict[str, Any]:
-    """Returns what the student is run on: `input_ids` [1, T], and where the model takes positions those and a mask.
+    """Returns the inputs for the comparison: `input_ids` [1, T], and positions and a mask if the model takes them.
 
     The first half of the tokens is at the beginning of a sequence of `sequence_length`, the second half at its end. The
-    mask, of ones, says that all of them belong together in spite of the gap.
+    mask is all ones, so that the model treats the tokens as one document in spite of the gap in positions.
     """
     count = min(PROBE_TOKENS, sequence_length)
     inputs = {"input_ids": torch.arange(count, device=device).unsqueeze(0) * 7 % vocab_size}
@@ -66,24 +69,25 @@ def check_agreement(
     trained: Mapping[str, torch.Tensor] | None = None,
     remedy: str,
 ) -> Agreement:
-    """Loads the folder as any user would, and compares its parameters and logits with the student's.
+    """Loads the folder with transformers' AutoModelForCausalLM, and compares its parameters and logits to the student.
 
     Args:
-        folder: the model.
+        folder: the model folder.
         probe: the inputs, and the student's `logits` [1, T, V].
         names: the stored names of the trained tensors; the reloaded model must have each of them.
-        dtype: what the student was run in.
-        trust_remote_code: whether the model may bring code.
-        trained: the trained tensors before they were rounded to the type they are stored in; None if they were not.
-        remedy: what to do, for the messages.
+        dtype: the type in which the student computed `logits`.
+        trust_remote_code: whether code in the model folder may run.
+        trained: the trained tensors before rounding to the type they are stored in; None if they were not rounded.
+        remedy: what the user should do; it ends the error messages.
 
     Raises:
-        UserError: when it cannot be loaded, lacks a tensor, or computes something else than rounding explains.
+        UserError: when the model cannot be loaded, lacks a tensor, or differs by more than rounding explains.
     """
     model = _load(folder, dtype, trust_remote_code, remedy)
     reader, names = TensorReader(folder), list(names)
     stored_names = StoredNames(model, reader)
     parameters = {stored_names.find(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    # Every trained tensor must be in the reloaded model, with the values that are stored.
     problems = []
     for name in names:
         if name not in parameters:
@@ -92,6 +96,8 @@ def check_agreement(
             problems.append(f"{name}: the reloaded model has other values")
     if problems:
         raise UserError(listed(f"{folder}: reloaded, the model is not the one that was written; {remedy}", problems))
+    # Compute the logits of the stored model and, if storing rounded the trained tensors, those with the unrounded ones:
+    # only the latter should equal the student's.
     inputs = {name: tensor for name, tensor in probe.items() if name != "logits"}
     logits = stored = model(**inputs).logits.float()
     exact = {name: tensor.to(parameters[name].dtype) for name, tensor in (trained or {}).items()}
@@ -99,6 +105,7 @@ def check_agreement(
         for name, tensor in exact.items():
             parameters[name].copy_(tensor)
         logits = model(**inputs).logits.float()
+    # In bf16, a difference above the fixed limit is compared with the model's own rounding error.
     error, token = _difference(logits, probe["logits"])
     limit = _TOLERANCE[dtype]
     if not error <= limit and dtype != torch.float32:
@@ -130,16 +137,19 @@ def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool, remedy: str
 
 
 def _own_rounding(model: Any, inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> float:
-    """Returns how far a model's logits are from what it computes in float32, in which it is left."""
+    """Returns the relative difference of `logits` to the model's logits in float32, and leaves the model in float32.
+
+    Returns _USUAL_ROUNDING when there is not enough memory for the model in float32.
+    """
     if 4 * sum(parameter.numel() for parameter in model.parameters()) > psutil.virtual_memory().available:
         return _USUAL_ROUNDING
     return _difference(logits, model.float()(**inputs).logits)[0]
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
-    """The largest difference of a token's logits as a share of their length, and the token; [1, T, V] each.
+    """Returns the largest relative difference of a token's logits, and that token's index; both inputs are [1, T, V].
 
-    A constant that is added to all logits of a token changes nothing, so their mean is taken off.
+    A constant added to all logits of a token leaves its distribution unchanged, so each token's mean is subtracted.
     """
     logits, expected = (values - values.mean(-1, keepdim=True) for values in (logits.float(), expected.float()))
     shares = (logits - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,7 +1,7 @@
-"""Checks of a teacher's architecture before anything is built from it, by its config.json alone.
+"""Checks of a teacher's architecture that need only its config.json and run before anything else is built from it.
 
-The model is built without memory for its parameters. What only its weights can show is found out when it is first
-loaded (:mod:`dskd.models.probes`).
+The model is built on the meta device, without memory for its parameters. Checks that need the weights run when the
+model is first loaded (:mod:`dskd.models.probes`).
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from dskd.models.probes import accepts, check_head
 from dskd.models.stored_names import base_model
 from dskd.models.weights import LAYER_NAME
 
-# Tried on two ranks with different tokens, under ZeRO-3 with all experts gathered as one.
+# These failed a trial on two ranks with different tokens, under ZeRO-3 with all experts gathered as one module.
 _UNGATHERABLE = ("dbrx",)
 
 
 def check_architecture(folder: ModelFolder, config: Config) -> Any:
-    """Refuses a teacher that cannot be distilled here.
+    """Builds a teacher on the meta device, and refuses it if this package cannot distil it.
 
     Args:
         folder: the teacher; only its config.json is read.
@@ -29,7 +29,7 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
         The model, on the meta device.
 
     Raises:
-        UserError: with the reason.
+        UserError: when the teacher is refused, with the reason.
     """
     model = empty_model(folder)
     where = f"{folder.path}: {type(model).__name__}"
@@ -58,7 +58,7 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
 
 
 def _check_sequences(model_config: Any, config: Config, where: str, *, takes_positions: bool) -> None:
-    """Refuses packed documents where a document's states depend on what else is computed with it."""
+    """Refuses sequence settings with which a document's states would depend on other text in its sequence or batch."""
     if config.corpus.packing == "documents" and not takes_positions:
         raise UserError(
             f"{where} does not keep documents apart that stand in one sequence: it takes no positions. Set "

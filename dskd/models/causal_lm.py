@@ -1,8 +1,8 @@
-"""Causal language models of transformers from a folder's safetensors: sharded by ZeRO-3, or whole.
+"""Building causal language models of transformers from a folder's safetensors, sharded by ZeRO-3 or whole.
 
-All are built the same way at every size: the architecture is constructed with empty parameters, which are then read
-from the safetensors one tensor at a time. Under ZeRO-3 each rank keeps its share of a tensor before the next is read:
-no rank holds a whole model at any moment.
+Models of every size are built the same way: transformers constructs the architecture with empty parameters, and the
+weights are then read from the safetensors one tensor at a time. Under ZeRO-3 each rank reduces a tensor to its share
+before the next one is read, so no rank ever holds a whole model.
 """
 
 import re
@@ -22,15 +22,15 @@ from dskd.models.weights import LAYER_NAME, TensorReader
 
 
 def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
-    """DeepSpeed's settings that teacher and student have in common."""
+    """Returns the DeepSpeed settings that teacher and student have in common."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        # By default gradients of micro-batches are added up in bf16, of which many together keep little.
+        # By default DeepSpeed sums the gradients of micro-batches in bf16, and long sums lose most of their precision.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,
-            # Norms and biases stay gathered, everything larger is sharded: the rule transformers uses for "auto".
+            # Norms and biases stay gathered, and anything larger is sharded; transformers uses this rule for "auto".
             "stage3_param_persistence_threshold": 10 * hidden_size,
             "overlap_comm": world.device.type == "cuda",
         },
@@ -42,12 +42,12 @@ def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro
 def build_sharded(
     folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype, world: World, *, first_layer: int = 0
 ) -> Any:
-    """A causal LM whose parameters are sharded from birth, with the folder's weights.
+    """Builds a causal LM with the folder's weights whose parameters are sharded as they are created.
 
-    Rank 0 reads each tensor, and every rank keeps its share. With `first_layer` the model has no lower layers, and its
-    input embeddings stay on the meta device.
+    Rank 0 reads each tensor, and every rank keeps its share. With `first_layer` above 0 the model lacks the layers
+    below it, and its input embeddings stay on the meta device, unless they are tied to the output matrix.
     """
-    import deepspeed  # here: commands that load no model do not wait for it
+    import deepspeed  # imported here so that commands that load no model do not wait for it
 
     swapper = None
 
@@ -57,7 +57,7 @@ def build_sharded(
         if tensor is not None:
             value.copy_(tensor)
         holder = nn.ParameterList([nn.Parameter(value, requires_grad=value.is_floating_point())])
-        # It sends rank 0's values to the others, and leaves each with its share, where `settings` says.
+        # Init sends rank 0's values to the other ranks. Each keeps its share on the device that `settings` names.
         init = deepspeed.zero.Init(module=holder, config_dict_or_path=settings, param_swapper=swapper)
         swapper = init.param_swapper
         return holder[0]
@@ -70,7 +70,7 @@ def build_sharded(
 
 
 def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World) -> Any:
-    """A causal LM of transformers, all of it on this rank's device."""
+    """Loads a causal LM of transformers whole onto this rank's device."""
 
     def place(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
         assert tensor is not None, "every rank reads"
@@ -84,10 +84,13 @@ def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World) -> Any:
 
 
 def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_layer: int = 0) -> Any:
-    """The architecture, of the layers from `first_layer` on; its parameters have shapes and no memory.
+    """Builds the architecture with the layers from `first_layer` up; its parameters have shapes but no memory.
 
-    Buffers have the values that transformers gives them when it loads a model: built under `zero.Init` they would be
-    computed in the parameters' type, in which a table of rotations is useless at late positions.
+    Buffers get the same values as when transformers loads a model. Under `zero.Init` they would be computed in the
+    parameters' type, and a table of rotations in bf16 is useless at late positions.
+
+    Raises:
+        UserError: when transformers cannot build the model.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.accelerate import init_empty_weights
@@ -110,7 +113,7 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_
 
 
 def _keep_in_fp32(causal_lm: Any) -> None:
-    """Makes those parameters float32 again that transformers loads as such whatever the type of the rest."""
+    """Turns back to float32 the parameters that transformers always loads in float32, whatever the model's type."""
     kept = getattr(causal_lm, "_keep_in_fp32_modules_strict", None)
     if not kept:
         return
@@ -122,16 +125,16 @@ def _keep_in_fp32(causal_lm: Any) -> None:
 
 
 def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
-    """False if the layers from `first_layer` on are built in another way when they are the lowest ones."""
+    """Returns whether the layers from `first_layer` up are built the same when the layers below them are left out."""
     upper = list(range(first_layer, folder.load_config().num_hidden_layers))
     return not compare_layers(empty_model(folder), empty_model(folder, first_layer=first_layer), upper)
 
 
 def mark_experts(model: nn.Module) -> None:
-    """Has ZeRO-3 gather a mixture of experts as one module.
+    """Makes ZeRO-3 gather each mixture of experts as one module.
 
-    Ranks choose experts by their own tokens: gathered one by one, a rank would wait for the share of an expert that
-    another rank does not run, or be handed that of another expert.
+    Ranks choose experts by their own tokens. If experts were gathered one by one, a rank would wait for the share of an
+    expert that another rank does not run, or receive the share of a different expert.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -156,13 +159,13 @@ def _fill(
         causal_lm: the model.
         folder: the weights.
         world: the ranks.
-        make: the parameter to take the place of an empty one, from it and the tensor that was read.
-        first_layer: the stored layer that the model's first one is; above 0 the input embeddings stay empty, unless
-            they are the output matrix too.
-        reads: False on a rank that reads no parameters, for which `make` gets None.
+        make: a function from an empty parameter and the tensor read for it to the parameter that replaces it.
+        first_layer: the number, in the folder, of the model's first layer. If it is above 0, the input embeddings stay
+            empty, unless they are tied to the output matrix.
+        reads: False on a rank that reads no parameters; `make` then gets None instead of the tensor.
 
     Raises:
-        UserError: with every tensor that does not fit.
+        UserError: when stored tensors do not fit the model, with all of them.
     """
     reader = TensorReader(folder.path)
     embeddings = causal_lm.get_input_embeddings().weight
@@ -187,7 +190,7 @@ def _fill(
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Moves buffers, and tensors that are plain attributes, as copies that some architectures keep of their buffers."""
+    """Moves buffers to the device, and tensors in plain attributes, where some architectures keep copies of buffers."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -197,12 +200,12 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
-    """Elements of ZeRO-3 parameters that this rank holds."""
+    """Returns how many elements of these ZeRO-3 parameters this rank holds."""
     return sum(parameter.ds_tensor.numel() for parameter in parameters)  # type: ignore[attr-defined]
 
 
 def config_without_dropout(folder: ModelFolder) -> Any:
-    """The folder's `PretrainedConfig` with every dropout at 0: a run is a function of its config, seed and data."""
+    """Returns the folder's `PretrainedConfig` with all dropout at 0, so that config, seed and data determine a run."""
     model_config = folder.load_config()
     for name, value in model_config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
@@ -211,7 +214,10 @@ def config_without_dropout(folder: ModelFolder) -> Any:
 
 
 def _no_init_weights() -> Any:
-    """The random initialisation would be overwritten, and indexes parameters of which a rank holds only a share."""
+    """Returns transformers' context manager that skips random initialisation.
+
+    The values would be overwritten, and initialisation indexes parameters of which a rank holds only a share.
+    """
     try:
         from transformers.initialization import no_init_weights  # transformers 5
     except ImportError:

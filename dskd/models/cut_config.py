@@ -1,9 +1,10 @@
-"""A teacher's `config.json` for some of its layers, each still of the kind it has in the teacher.
+"""Deriving a student's `config.json` from its teacher's, so that each kept layer keeps its kind.
 
 Many architectures have layers of several kinds: with a sliding window or without, with rotary positions or without,
-dense or with experts. Some config.json name each layer's kind in a list. Others give a rule, such as "every fourth
-layer", which would give a student with other layers than the first ones other kinds. Lists are cut; rules become the
-lists that transformers makes of them, or, where the architecture knows no list, a rule with the same result.
+dense or with experts. Some config.json files name each layer's kind in a list. Others give a rule, such as "every
+fourth layer". Applied to a student that does not keep the first layers, such a rule would give its layers wrong kinds.
+This module cuts the lists. It replaces a rule by the list that transformers derives from it or, if the architecture has
+no such list, by a rule with the same result.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
 # Layers below this number are of one kind, the others of another.
 _THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
-# Rules, and the list that takes the place of each.
+# Rules, and the list that replaces each.
 _RULES = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
@@ -29,7 +30,7 @@ _RULES = {
     "interleave_moe_layer_step": "moe_layers",
 }
 _NOT_OF_A_KIND = ("training", *_RULES)
-# Lists with an item a layer have "layer" in their names, or are sizes that other models give once for all layers.
+# Names of lists with one item per layer contain "layer", or are of sizes that other models give once for all layers.
 _SIZE_PREFIXES, _SIZE_SUFFIXES = ("num_",), ("_size", "_topk", "_top_k", "_heads", "_multipliers")
 
 Rule = Callable[[Mapping[str, Any], int], bool]
@@ -38,13 +39,13 @@ Rule = Callable[[Mapping[str, Any], int], bool]
 def cut_config(
     values: Mapping[str, Any], layers: Sequence[int], full: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The config.json of a student.
+    """Returns the config.json of a student.
 
     Args:
-        values: the teacher's.
-        layers: the teacher's layers that are kept, ascending.
-        full: the teacher's as transformers completes it (`PretrainedConfig.to_dict`), with the lists that it makes of
-            rules. Without it there must be no rules.
+        values: the teacher's config.json.
+        layers: the teacher's layers that the student keeps, ascending.
+        full: the teacher's config as transformers completes it (`PretrainedConfig.to_dict`), with the lists that
+            transformers derives from rules. If it is omitted, `values` must contain no rules.
 
     Raises:
         UserError: when the architecture has no way to express the kept layers' kinds.
@@ -72,15 +73,15 @@ def cut_config(
 
 
 def is_per_layer(key: str, value: Any, count: int) -> bool:
-    """True for a list with an item for each of `count` layers."""
+    """Returns whether the value is a list with one item for each of `count` layers."""
     named = "layer" in key or key.startswith(_SIZE_PREFIXES) or key.endswith(_SIZE_SUFFIXES)
     return isinstance(value, list) and len(value) == count and named and key not in _INDEX_LISTS
 
 
 def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequence[int]) -> None:
-    """Rules that no list of the architecture can replace."""
+    """Replaces, in `result`, the rules of architectures that have no list to use instead."""
     numbers = range(len(layers))
-    if _has(full, "decoder_sparse_step"):  # Qwen: every so manieth layer has experts, but for those of a list
+    if _has(full, "decoder_sparse_step"):  # Qwen: every n-th layer has experts, except the layers in a list
         dense = [new for new, old in enumerate(layers) if not _is_sparse_in_qwen(full, old)]
         result |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     if isinstance(full.get("attention_types"), list) and "attention_layers" in full:  # GPT-Neo
@@ -127,7 +128,11 @@ def _is_sparse_in_ernie(values: Mapping[str, Any], layer: int) -> bool:
 
 
 def _choose(result: dict[str, Any], candidates: Iterable[dict[str, int]], rule: Rule, wanted: list[bool]) -> None:
-    """Takes the first values with which a rule gives the layers their kinds."""
+    """Updates `result` with the first candidate for which the rule gives each layer its kind.
+
+    Raises:
+        UserError: when no candidate does.
+    """
     for candidate in candidates:
         if [rule(candidate, layer) for layer in range(len(wanted))] == wanted:
             result.update(candidate)
@@ -140,15 +145,15 @@ def _choose(result: dict[str, Any], candidates: Iterable[dict[str, int]], rule: 
 
 
 def check_kinds(teacher: nn.Module, student: Any, layers: Sequence[int]) -> None:
-    """Refuses a student whose layers are other ones than the teacher's.
+    """Refuses a student whose layers differ in kind from the teacher's layers they are made from.
 
     Args:
         teacher: the teacher, which may be on the meta device.
-        student: the model of the cut config.json, likewise.
-        layers: the teacher's layers that the student consists of.
+        student: the model built from the cut config.json, which may be on the meta device too.
+        layers: the teacher's layers that the student keeps.
 
     Raises:
-        UserError: with all differences.
+        UserError: when layers differ, with up to ten differences.
     """
     differences = compare_layers(teacher, student, layers)
     if _reads_layer_numbers(student.config) and list(layers) != list(range(len(layers))):
@@ -165,12 +170,12 @@ def check_kinds(teacher: nn.Module, student: Any, layers: Sequence[int]) -> None
 
 
 def compare_layers(whole: nn.Module, part: nn.Module, layers: Sequence[int]) -> list[str]:
-    """Differences between layers of two models in their modules, settings and shapes: none when they compute the same.
+    """Lists the differences of two models' layers in modules, settings and shapes; none if they compute the same.
 
     Args:
         whole: a model.
-        part: another one, whose layer i should be `layers[i]` of the first.
-        layers: numbers of layers of the first.
+        part: a model whose layer i should be the same as layer `layers[i]` of `whole`.
+        layers: layer numbers in `whole`.
     """
     theirs, ours = _layers_of(whole), _layers_of(part)
     if len(ours) != len(layers):
@@ -187,7 +192,7 @@ def compare_layers(whole: nn.Module, part: nn.Module, layers: Sequence[int]) -> 
 
 
 def _layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers, by the names of their parameters."""
+    """Returns the model's layers in order, found by the names of their parameters."""
     found: dict[int, nn.Module] = {}
     for name, _ in model.named_parameters():
         if layer := LAYER_NAME.search(name):
@@ -196,7 +201,7 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _kind(layer: nn.Module, number: int) -> dict[str, Any]:
-    """{name of a setting or tensor in a layer: its value or shape}, without the layer's own number."""
+    """Returns {name of a setting or tensor in a layer: its value or shape}, leaving out the layer's own number."""
     kind: dict[str, Any] = {}
     for path, module in layer.named_modules():
         prefix = f"{path}." if path else ""

@@ -1,7 +1,8 @@
-"""The student is a file operation: some of the teacher's layers, cut from its safetensors tensor by tensor.
+"""Cutting the student from the teacher: a file operation that copies some of the teacher's layers, tensor by tensor.
 
-Embeddings, final norm and head are copied. No more than one tensor is in memory, so cutting a student from a teacher of
-any size takes as long as copying the files. The result is loaded as anybody would load it, a large one without weights.
+Embeddings, final norm and head are copied too. Tensors are read one at a time and written in files of a few gigabytes,
+so cutting a student from a teacher of any size takes about as long as copying the files. The result is then checked
+against its architecture and, unless it is large, loaded with transformers.
 """
 
 import math
@@ -23,11 +24,11 @@ from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumbe
 
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 _NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json")
-_LOADED_ELEMENTS = 2**30  # a student of up to so many parameters is loaded to try it
+_LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
-    """What decides the cut student; which layers are trained is not part of it."""
+    """Returns the recipe of the cut student: what determines its files. Which layers are trained is not part of it."""
     settings = {key: config.student.as_dict()[key] for key in ("layers", "spacing")}
     return Recipe("student", {}, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
@@ -36,7 +37,7 @@ def build_student(config: Config) -> None:
     """Cuts the student and writes `WORKDIR/student`.
 
     Raises:
-        UserError: when the teacher is refused, or no student can be made of these layers.
+        UserError: when the teacher is refused, or no student can be made of the chosen layers.
     """
     teacher = find_teacher(config)
     target = config.path(kinds.STUDENT.folder)
@@ -56,10 +57,10 @@ def build_student(config: Config) -> None:
 
 
 def find_student(config: Config) -> ModelFolder:
-    """The cut student of a work directory.
+    """Returns the cut student of a work directory.
 
     Raises:
-        UserError: when it is missing, or damaged.
+        UserError: when it is missing or damaged.
     """
     folder = config.path(kinds.STUDENT.folder)
     manifest = read_manifest(folder, "student")
@@ -69,7 +70,7 @@ def find_student(config: Config) -> ModelFolder:
 
 
 def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
-    """Which of the teacher's layers the student keeps, ascending.
+    """Returns which of the teacher's layers the student keeps, ascending.
 
     Raises:
         UserError: when the teacher has no such layers.
@@ -84,14 +85,15 @@ def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
         raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {wanted}")
     if student.spacing == "first":
         return list(range(wanted))
-    # First and last layer always, the others evenly between them.
+    # Keep the first and the last layer, and space the others evenly between them.
     return [0] if wanted == 1 else [round(i * (num_layers - 1) / (wanted - 1)) for i in range(wanted)]
 
 
 def copy_other_files(teacher: ModelFolder, target: Path) -> None:
-    """Copies the tokenizer, the generation config and, where that may be run, the model's own code.
+    """Copies the tokenizer, the generation config and, if `trust_remote_code` allows it, the model's own code.
 
-    An adapter beside merged weights is not copied: whoever loads the student would look for the adapter's base model.
+    An adapter's config in the folder of a merged model is not copied: loading the student would then look for the
+    adapter's base model.
     """
     for pattern in (*_COPIED, *(["*.py"] if teacher.trust_remote_code else [])):
         for file in teacher.path.glob(pattern):
@@ -100,10 +102,10 @@ def copy_other_files(teacher: ModelFolder, target: Path) -> None:
 
 
 def check_student(student: ModelFolder) -> None:
-    """Accounts for every tensor of a cut student, and loads it as anybody would, if it is not large.
+    """Checks that a cut student's tensors fit its architecture, and loads it with transformers if it is not large.
 
     Raises:
-        UserError: with all that does not fit.
+        UserError: when tensors do not fit or the student cannot be loaded, with all problems found.
     """
     reader = TensorReader(student.path)
     check_stored_tensors(empty_model(student), reader, student)
@@ -133,10 +135,10 @@ def _load_as_anybody(student: ModelFolder) -> list[str]:
 
 
 def cut(teacher: Path, layers: list[int], target: Path) -> int:
-    """Writes the teacher's weights with only `layers`, renumbered from 0, into `target`.
+    """Writes the teacher's weights into `target`, keeping only `layers`, renumbered from 0.
 
     Returns:
-        Bytes of weights.
+        The size of the weights in bytes.
     """
     reader = TensorReader(teacher)
     new_number = {old: new for new, old in enumerate(layers)}

@@ -1,9 +1,9 @@
-"""Which of a decoder's parameters are its final norm.
+"""Finding which of a decoder's parameters belong to its final norm.
 
-Architectures have other parameters outside of their layers: learned positions (GPT-2), a norm of the embeddings
-(BLOOM), projections (OPT). Neither names nor the order of construction tell them apart: LFM2 calls its final norm
-`embedding_norm`, and OPT constructs its own before the layers. The final norm is what runs after the last layer, so
-the decoder is run without weights to see what does.
+Architectures have other parameters outside their layers: learned positions (GPT-2), a norm of the embeddings (BLOOM),
+projections (OPT). Neither names nor the order of construction tell them apart: LFM2 calls its final norm
+`embedding_norm`, and OPT constructs its final norm before the layers. The final norm is the one that runs after the
+last layer, so this module runs the decoder without weights and records what runs then.
 """
 
 import copy
@@ -22,7 +22,7 @@ def final_norm_names(causal_lm: Any) -> set[str]:
     """Returns the names of the final norm's parameters in `causal_lm`.
 
     Raises:
-        UserError: when it cannot be told which module is the final norm.
+        UserError: when not exactly one module can be the final norm.
     """
     inside = set(base_model(causal_lm).modules()) - {causal_lm.get_input_embeddings()}
     norms = {
@@ -50,10 +50,13 @@ def _has_only_vectors(module: nn.Module) -> bool:
 
 
 def _names_after_last_layer(causal_lm: Any) -> set[str] | None:
-    """The names of the modules that run after the last layer, or None if such a model cannot be run without weights."""
+    """Returns the names of the modules that run after the last layer, or None if the model cannot run without weights.
+
+    Also returns None when no layer ran.
+    """
     ran: list[str] = []
     model_config = copy.deepcopy(causal_lm.config)
-    model_config._attn_implementation = "eager"  # others look at the values of masks
+    model_config._attn_implementation = "eager"  # other implementations read the values of masks
     try:
         with FakeTensorMode(), torch.no_grad():  # tensors with shapes and without memory
             twin = type(causal_lm)(model_config).eval()
@@ -61,7 +64,7 @@ def _names_after_last_layer(causal_lm: Any) -> set[str] | None:
                 module.register_forward_hook(lambda *_, name=name: ran.append(name))
             ids = torch.zeros(1, 2, dtype=torch.long)
             base_model(twin)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception:  # there is no end to what a model may raise when it asks for a value
+    except Exception:  # a model that reads a value may raise anything
         return None
     last = max((place for place, name in enumerate(ran) if LAYER_NAME.search(f"{name}.")), default=None)
     return None if last is None else set(ran[last + 1 :])

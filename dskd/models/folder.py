@@ -1,7 +1,7 @@
-"""Hugging Face model folders on disk: found, checked, identified, and read tensor by tensor.
+"""Hugging Face model folders on disk: finding them, checking them, and computing the digests that identify them.
 
 Nothing here builds a model. A folder is the exchange format between stages: the teacher, the cut student and every
-export are such folders, and all of them load with `AutoModelForCausalLM` and nothing of this package.
+export are such folders, and `AutoModelForCausalLM` loads all of them without this package.
 """
 
 import functools
@@ -36,11 +36,11 @@ class ModelFolder:
     trust_remote_code: bool = False
 
     def config_values(self) -> dict[str, Any]:
-        """Its config.json, as :func:`dskd.models.model_config.read_model_config` translates it."""
+        """Returns its config.json, as :func:`dskd.models.model_config.read_model_config` translates it."""
         return read_model_config(self.path, trust_remote_code=self.trust_remote_code)
 
     def load_config(self) -> Any:
-        """The model's `PretrainedConfig`.
+        """Loads the model's `PretrainedConfig`.
 
         Raises:
             UserError: when the installed transformers cannot read it.
@@ -56,15 +56,15 @@ class ModelFolder:
             raise UserError(f"{self.path / 'config.json'}: transformers cannot read it ({error})") from None
 
     def load_tokenizer(self) -> Any:
-        """The model's tokenizer."""
+        """Loads the model's tokenizer."""
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
 
 def find_teacher(config: Config) -> ModelFolder:
-    """The teacher's folder: made by the pipeline, named by a path, or fetched from the hub.
+    """Returns the teacher's folder: trained by the pipeline, named by `teacher.path`, or fetched from the hub.
 
     Raises:
-        UserError: when it is missing, or is no model folder with safetensors weights.
+        UserError: when it is missing, is not a model folder with safetensors weights, or does not fit the config.
     """
     teacher = config.teacher
     if teacher.path is None:
@@ -81,7 +81,7 @@ def find_teacher(config: Config) -> ModelFolder:
 
 
 def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:
-    """Refuses a folder that lacks what a model needs, or holds a model that cannot be read.
+    """Refuses a folder that lacks files a model needs, or that holds a model of an unsupported kind.
 
     Raises:
         UserError: with everything that is missing, or with what the model is.
@@ -119,10 +119,10 @@ def _is_lfs_pointer(file: Path) -> bool:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder.
+    """Loads the tokenizer of a folder.
 
     Raises:
-        UserError: when transformers cannot read it.
+        UserError: when transformers cannot load it.
     """
     from transformers import AutoTokenizer
 
@@ -142,15 +142,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # not even the package around it
+    except ModuleNotFoundError:  # its parent package is missing too
         return False
 
 
 @contextmanager
 def _without_false_alarm() -> Iterator[None]:
-    """Leaves out one warning of transformers 4.57, which takes any local folder without `transformers_version` in its
-    config.json, and any of a version up to 4.57.2, for a Mistral tokenizer with a wrong regular expression. Nothing
-    would be mended by the option it names: a tokenizer is used as the teacher was trained with it.
+    """Suppresses one false warning of transformers 4.57 about a Mistral tokenizer with a wrong regular expression.
+
+    It appears for every local folder whose config.json has no `transformers_version`, or one up to 4.57.2. The option
+    it recommends would not help: this package uses a tokenizer exactly as the teacher was trained with it.
     """
 
     def keep(record: logging.LogRecord) -> bool:
@@ -165,13 +166,13 @@ def _without_false_alarm() -> Iterator[None]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Identity of a tokenizer by what it does: equal for copies of it in different folders."""
+    """Returns a digest that identifies a tokenizer by its behaviour: copies in different folders have the same one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return digest_of_json([type(tokenizer).__name__, vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id])
 
 
-@functools.cache  # one question to the hub a process
+@functools.cache  # a process asks the hub once
 def _local_or_hub(teacher: TeacherConfig) -> Path:
     assert teacher.path is not None
     folder = Path(teacher.path).expanduser()
@@ -192,7 +193,7 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * teacher.trust_remote_code
     try:
-        # Some models have their weights once more in another format, which would be fetched for nothing.
+        # Some models also store their weights in another format, which there is no need to download.
         return Path(
             snapshot_download(
                 teacher.path,
@@ -209,8 +210,13 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
 
 
 def _digest_of_model(folder: Path, cache: Path) -> str:
-    """Digest over config and weights. Hashes of large files are remembered by path, size and time of change: a path may
-    be another file on each node.
+    """Returns the digest of the model's config and weights.
+
+    `cache` keeps the hash of each file by path, size and modification time, since the same path may be a different file
+    on each node.
+
+    Raises:
+        UserError: when a file that the index names is missing.
     """
     names = sorted({"config.json", *tensor_files(folder).values()})
     known: dict[str, Any] = {}
@@ -235,7 +241,7 @@ def _digest_of_model(folder: Path, cache: Path) -> str:
 
 @contextmanager
 def _ignoring_damage() -> Iterator[None]:
-    """The cache of hashes only saves time: one that cannot be read or written costs nothing but that."""
+    """Ignores errors of reading or writing the cache of hashes: without the cache, hashing only takes longer."""
     try:
         yield
     except (OSError, ValueError):

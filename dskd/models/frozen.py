@@ -1,10 +1,10 @@
-"""Decoders without their heads, and the frozen model: one that is only read, as the teacher is.
+"""The frozen model, which is run but never trained, as the teacher is; and the decoder without a head.
 
-A frozen model is a ZeRO-3 engine without an optimizer, or resident (`teacher.mode`): then every rank holds all of it,
-as an ordinary model of transformers. :mod:`dskd.training.student` has the student.
+A frozen model is either a ZeRO-3 engine without an optimizer or, with `teacher.mode: resident`, an ordinary model of
+transformers that every rank holds whole. The student is in :mod:`dskd.training.student`.
 
-The teacher's forward returns last hidden states, after the final norm; so does the decoder of the student. Logits exist
-only chunk by chunk, where the output matrix is. Shapes: B batch, T tokens, D hidden, V vocabulary.
+Decoders return last hidden states, after the final norm. Logits are computed chunk by chunk, inside the module that
+owns the output matrix. Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
 import shutil
@@ -29,7 +29,7 @@ from dskd.models.stored_names import base_model
 
 
 class Decoder(nn.Module):
-    """A decoder without its head: token ids to last hidden states."""
+    """A decoder without its head, from token ids to last hidden states."""
 
     def __init__(self, base_model: nn.Module) -> None:
         super().__init__()
@@ -37,15 +37,15 @@ class Decoder(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """Its layers, lowest first."""
+        """Returns its layers, lowest first."""
         count = self.base.config.num_hidden_layers  # type: ignore[union-attr]
         return next(m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
 
     def forward(self, inputs: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-        """Last hidden states [B, T, D] after the final norm, of token ids [B, T] or of the states that go into the
-        lowest layer [B, T, D].
+        """Returns the last hidden states [B, T, D], after the final norm.
 
-        Where `position_ids` [B, T] start again from 0, attention starts again too. `options` go to the base model.
+        `inputs` are token ids [B, T], or the states [B, T, D] that enter the lowest layer. Where `position_ids` [B, T]
+        restart from 0, attention restarts too. `options` are passed to the base model.
         """
         given = {"inputs_embeds": inputs} if inputs.is_floating_point() else {"input_ids": inputs}
         positions = {} if position_ids is None else {"position_ids": position_ids}
@@ -56,19 +56,19 @@ Readout = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 class OutputMatrix(nn.Module):
-    """Owns an output matrix that is only read: ZeRO-3 gathers it for this module's forward, and no longer."""
+    """The owner of an output matrix that is not trained: ZeRO-3 gathers it only while this module's forward runs."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, hidden: torch.Tensor, readout: Readout) -> Any:
-        """What `readout` makes of the states [B, T, D] and the output matrix [V, D]."""
+        """Returns the result of `readout` for the states [B, T, D] and the output matrix [V, D]."""
         return readout(hidden, self.weight)
 
 
 class FrozenDecoder(nn.Module):
-    """A decoder that is only read, with its output matrix where that is needed."""
+    """A decoder that is not trained, with its output matrix if it was loaded."""
 
     def __init__(self, decoder: Decoder, head: OutputMatrix | None) -> None:
         super().__init__()
@@ -83,7 +83,10 @@ class FrozenDecoder(nn.Module):
         readout: Readout | None = None,
         **options: Any,
     ) -> Any:
-        """The last hidden states [B, T, D], or what `readout` makes of them; `options` go to the decoder."""
+        """Returns the last hidden states [B, T, D], or the result of `readout` for them if it is given.
+
+        `options` are passed to the decoder.
+        """
         hidden = self.decoder(input_ids, position_ids, **options)
         if readout is None:
             return hidden
@@ -93,9 +96,9 @@ class FrozenDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A decoder that is only read. Its parameters, those of the output matrix too, lie where `teacher.mode` says.
+    """A decoder that is not trained, whole on every rank or sharded, as `teacher.mode` says; so is its output matrix.
 
-    `engine` is called like :meth:`FrozenDecoder.forward`; it is a ZeRO-3 engine, or the module itself.
+    `engine` is a ZeRO-3 engine or the :class:`FrozenDecoder` itself, and takes the arguments of its forward.
     """
 
     engine: Any
@@ -107,36 +110,36 @@ class FrozenModel:
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder, whose modules :mod:`dskd.training.trunk` watches; to run it, call :meth:`hidden_states`."""
+        """Returns the decoder, whose modules :mod:`dskd.training.trunk` watches; :meth:`hidden_states` runs it."""
         module = self.engine if isinstance(self.engine, FrozenDecoder) else self.engine.module
         return module.decoder
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
-        """Last hidden states [B, T, D] of `input_ids` [B, T], on the model's device. All ranks must call it equally
-        often, and in the same order as :meth:`read`.
+        """Returns the last hidden states [B, T, D] of `input_ids` [B, T], on the model's device.
 
-        Where `position_ids` [B, T] start again from 0, attention starts again too. `options` go to the base model.
+        All ranks must make the same calls of this and of :meth:`read`, in the same order. Where `position_ids` [B, T]
+        restart from 0, attention restarts too. `options` are passed to the base model.
         """
         return self._run(input_ids, position_ids, **options)
 
     def read(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, readout: Readout, **options: Any) -> Any:
-        """What `readout` makes of the last hidden states [B, T, D] and the output matrix [V, D].
+        """Returns the result of `readout` for the last hidden states [B, T, D] and the output matrix [V, D].
 
-        Outside of `readout` no rank has the matrix: whatever needs logits is computed there, chunk by chunk. All ranks
-        must call it equally often, and in the same order as :meth:`hidden_states`.
+        No rank has the matrix outside of `readout`, so anything that needs logits must compute them there, chunk by
+        chunk. All ranks must make the same calls of this and of :meth:`hidden_states`, in the same order.
 
         Args:
             input_ids: [B, T].
-            position_ids: [B, T], or None where they only count up.
+            position_ids: [B, T], or None if the positions of each row simply count up from 0.
             readout: a function of states and matrix; its result is returned.
-            options: more arguments of the base model: a cache of keys and values, an attention mask.
+            options: more arguments for the base model, such as a cache of keys and values or an attention mask.
         """
         return self._run(input_ids, position_ids, readout=readout, **options)
 
     def close(self) -> None:
-        """Gives the model's memory back, and removes what it put on disk."""
+        """Frees the model's memory, and deletes its files on NVMe."""
         if hasattr(self.engine, "destroy"):
             self.engine.destroy()
         else:
@@ -152,20 +155,21 @@ class FrozenModel:
 
 
 def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head: bool = True) -> FrozenModel:
-    """Loads a model for reading, as `teacher.mode` and `teacher.offload` say.
+    """Loads a model that will not be trained, in the way that `teacher.mode` and `teacher.offload` say.
 
-    It is sharded over the ranks by ZeRO-3, its shares kept on the device, in the computer's memory or on disk; or
-    resident: every rank has all of it on its device.
+    ZeRO-3 shards it over the ranks and keeps each share on the device, in the host's memory or on disk. A resident
+    model is whole on the device of every rank.
 
     Args:
         folder: the model.
         config: the experiment.
         world: the ranks; all of them must call this.
-        with_head: keep the output matrix. Without it there is no :meth:`FrozenModel.read`, and no memory for it.
+        with_head: whether to keep the output matrix. If not, it takes no memory, and :meth:`FrozenModel.read` fails.
 
     Raises:
-        UserError: when weights are missing, the model does more than a matrix product behind its last hidden state,
-            it does not keep documents apart where they are packed, or there is no disk to offload it to.
+        UserError: when weights are missing, the model does more than a matrix product after its last hidden state, it
+            does not keep packed documents apart, it computes something else than transformers does, or there is no
+            disk to offload it to.
     """
     dtype = compute_dtype(config.precision, world.device)
     check_architecture(folder, config)
@@ -189,7 +193,7 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
     module = FrozenDecoder(Decoder(base_model(causal_lm)), head).requires_grad_(False).eval()
     engine: Any = module
     if config.teacher.mode != "resident":
-        import deepspeed  # here: commands that load no model do not wait for it
+        import deepspeed  # imported here so that commands that load no model do not wait for it
 
         engine, *_ = deepspeed.initialize(model=module, config=settings)
         engine.eval()

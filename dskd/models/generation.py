@@ -12,27 +12,31 @@ from dskd.models.frozen import FrozenModel
 def generate_greedily(
     model: FrozenModel, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, count: int, last_position: int
 ) -> torch.Tensor:
-    """The `count` most probable next tokens [B, count] behind the first tokens of each row, one after the other.
+    """Generates `count` tokens [B, count] after the prompt of each row, the most probable token at each step.
 
-    Ends of text do not end it: all ranks must make equally many passes, and must call this equally often.
+    An end-of-text token does not stop generation, since all ranks must make the same number of forward passes. All
+    ranks must also call this equally often.
 
     Args:
-        model: with its output matrix.
+        model: the model, loaded with its output matrix.
         input_ids: [B, T], padded on the right.
-        prompt_lengths: [B], how many tokens of each row to go on with, at least 1.
-        count: how many are generated.
-        last_position: those beyond it are generated at it, for a model may know no other; they are not to be kept.
+        prompt_lengths: [B], the number of tokens of each row that form its prompt, at least 1.
+        count: the number of tokens to generate.
+        last_position: the highest position used. Tokens past it are generated at this position too, since the model may
+            have no others; the caller should drop them.
     """
     from transformers import DynamicCache
 
     width = int(prompt_lengths.max())
-    # [B, P]: the column of each place in the row it is taken from; negative on the left of the text.
+    # Prompts are moved to the right edge, so that their last tokens are in one column. `source` [B, P] has, for each
+    # place, the column of `input_ids` that its token comes from; it is negative in the padding on the left.
     source = torch.arange(width) - (width - prompt_lengths[:, None])
     tokens = input_ids.gather(1, source.clamp(min=0))
     mask = (source >= 0).long()
     positions = source.clamp(min=0)
     cache: Any = DynamicCache()
     added = []
+    # The first pass runs the whole prompts. Each later one runs the token just generated, on the cache of those before.
     for _ in range(count):
         tokens = model.read(
             tokens,
@@ -49,9 +53,9 @@ def generate_greedily(
 
 
 def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
-    """The token that packing puts at the end of a text (None when there is none), and all that end a generation.
+    """Returns the token that packing puts at the end of a text (None if there is none), and all that end a generation.
 
-    Those are the tokenizer's and the model's own: chat models have several.
+    The latter are that token and the model's own end tokens; chat models have several.
     """
     tokenizer = folder.load_tokenizer()
     text_end = next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
@@ -61,5 +65,5 @@ def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
 
 
 def _most_probable_last(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
-    """The most probable token [B, 1] behind the last of the states [B, T, D]."""
+    """Returns the most probable next token [B, 1] after the last of the states [B, T, D]."""
     return F.linear(hidden[:, -1:], head_weight).argmax(-1)

@@ -1,6 +1,7 @@
-"""Limits between text and model: how many positions a model has, and which tokens.
+"""Limits that a model puts on text: how many positions it has, and which tokens.
 
-Without these checks they are met in a forward pass, as an IndexError on the CPU and as a fault of the device on a GPU.
+Without these checks a forward pass would exceed the limits, and fail with an IndexError on a CPU or with a device error
+on a GPU.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ _SCALED = ("linear", "dynamic", "yarn")
 
 
 def position_limit(model_config: Any) -> int | None:
-    """Returns how many positions a model has, or was trained for; None where nothing in its config limits them.
+    """Returns how many positions a model has, or was trained for; None if its config does not limit them.
 
-    Models with learned positions have no others. Those with rotary ones compute any, but were not trained on more.
+    Models with learned positions cannot run on more. Models with rotary positions can, but were not trained on them.
     """
     text = model_config.get_text_config()
     if getattr(text, "alibi", False) or _of_attention(text, "alibi") or text.model_type == "bloom":
@@ -34,16 +35,16 @@ def position_limit(model_config: Any) -> int | None:
 
 
 def vocabulary_size(model_config: Any) -> int | None:
-    """Returns the number of tokens that a model has; None where its config does not say."""
+    """Returns the number of tokens that a model has; None if its config does not say."""
     size = getattr(model_config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 def check_limits(config: Config, folder: Path, model_config: Any, tokenizer: Any) -> None:
-    """Refuses sequences that are longer than the model's positions, and tokens at the ends of texts that it lacks.
+    """Refuses sequences with more tokens than the model has positions, and end-of-text tokens that the model lacks.
 
     Raises:
-        UserError: with both numbers of everything that does not fit.
+        UserError: with everything that does not fit, and for each both numbers.
     """
     problems = []
     limit = position_limit(model_config)
@@ -68,7 +69,7 @@ def check_limits(config: Config, folder: Path, model_config: Any, tokenizer: Any
 
 
 def check_new_tokens(key: str, new_tokens: int, folder: Path, model_config: Any) -> None:
-    """Refuses answers that leave no position for a question.
+    """Refuses a number of new tokens that leaves no position for a prompt.
 
     Raises:
         UserError: with both numbers.
@@ -103,5 +104,5 @@ def check_text(tokens: Sequence[int], model_config: Any, tokenizer: Any, place: 
 
 
 def _of_attention(text: Any, key: str) -> Any:
-    attention = getattr(text, "attn_config", None)  # of MPT
+    attention = getattr(text, "attn_config", None)  # MPT has one
     return attention.get(key) if isinstance(attention, dict) else getattr(attention, key, None)

@@ -1,7 +1,7 @@
-"""A model's config.json: read, translated for the installed transformers, or refused.
+"""Reading a model's config.json: translating it for the installed transformers, or refusing it.
 
-What a key means is decided here, before anything is built: a key that the installed library does not read is a part of
-the function that would be missing, without a word.
+This happens before anything is built, because transformers silently ignores keys that it does not know: the model would
+then lack a part of its function, and nobody would notice.
 """
 
 import functools
@@ -14,28 +14,28 @@ from typing import Any
 from dskd.console import say
 from dskd.errors import UserError, listed
 
-# Keys with parts of a model that reads more than text.
+# Keys that describe parts of models that take more than text.
 _OTHER_INPUTS = ("vision_config", "audio_config", "vision_tower", "mm_projector_type", "text_config", "visual")
 _NO_DECODERS = ("ForMaskedLM", "ForConditionalGeneration")
-# Names of keys that change what a model computes. Authors put much else into config.json.
+# Patterns in the names of keys that change what a model computes. Authors put many other keys into config.json too.
 _CHANGES_FUNCTION = re.compile(
     r"rope|rotary|attn|attention|norm|scal|cap\b|capping|window|expert|rout|act\b|activation|bias|position|moe|gate|topk"
     r"|layer|head|mult|sparse|chunk"
 )
 _HARMLESS = re.compile(r"^_|^unsloth|transformers_version|auto_map|^quantization_config$|dropout|pdrop|initializer")
-# Models whose rope_scaling is checked by 4.57 to have these keys and no others.
+# Model types whose rope_scaling transformers 4.57 checks: it must have a fixed set of keys, with the kind under `type`.
 _LONGROPE_BY_TYPE = ("phi3", "phimoe")
 
 
 def read_model_config(folder: Path, *, named_by: str = "", trust_remote_code: bool = False) -> dict[str, Any]:
-    """The config.json of a folder as the installed transformers has to be given it.
+    """Returns the config.json of a folder in a form that the installed transformers reads correctly.
 
-    Keys of transformers 5 are translated and kept, so that both versions read the result alike. The declaration of a
-    quantisation that :class:`dskd.models.weights.TensorReader` undoes is left out.
+    Keys of transformers 5 are translated and also kept, so that both versions read the result alike. A
+    `quantization_config` is dropped, since :class:`dskd.models.weights.TensorReader` undoes the quantisation.
 
     Raises:
-        UserError: when it is no JSON, is of no decoder for text, is of a quantised model that cannot be read, or has a
-            key that changes the function and that the installed transformers does not know.
+        UserError: when the file is not JSON, does not describe a text decoder, describes a quantised model that cannot
+            be read, or has a key that changes the function and that the installed transformers does not know.
     """
     file = folder / "config.json"
     try:
@@ -50,7 +50,7 @@ def read_model_config(folder: Path, *, named_by: str = "", trust_remote_code: bo
     _refuse_quantised(values, where)
     values = {key: value for key, value in values.items() if key != "quantization_config"}
     if "auto_map" in values and trust_remote_code:
-        return values  # what its own code makes of the keys is for that code to say
+        return values  # the model's own code reads these keys, so they are not checked here
     if "auto_map" in values and not _is_known(values.get("model_type")):
         raise UserError(
             f"{where}: the model brings its own code, which runs only with teacher.trust_remote_code: true; read that "
@@ -67,7 +67,10 @@ def read_model_config(folder: Path, *, named_by: str = "", trust_remote_code: bo
 
 
 def block_fp8(values: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale where config.json declares block FP8 as DeepSeek has it; None otherwise."""
+    """Returns the rows and columns of the blocks that share a scale in DeepSeek's block FP8; None for anything else.
+
+    `values` is a config.json, which declares the format in `quantization_config`.
+    """
     declared = values.get("quantization_config")
     if not isinstance(declared, dict) or declared.get("quant_method") != "fp8":
         return None
@@ -103,10 +106,10 @@ def _refuse_quantised(values: dict[str, Any], where: str) -> None:
 
 
 def _translate_rotations(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Adds what transformers 4 reads in place of `rope_parameters`.
+    """Adds the keys that transformers 4 reads instead of `rope_parameters`.
 
     Raises:
-        UserError: when it cannot be said in the keys of transformers 4.
+        UserError: when the keys of transformers 4 cannot express them, or existing keys contradict them.
     """
     given = values.get("rope_parameters")
     if not given:
@@ -115,6 +118,8 @@ def _translate_rotations(values: dict[str, Any], where: str) -> dict[str, Any]:
     layers = {kind: rope for kind, rope in given.items() if isinstance(rope, dict)}
     added: dict[str, Any] = {}
     full = given
+    # `rope_parameters` may have an entry per kind of layer. Transformers 4 has a second base for layers with a window
+    # in some architectures, under one of two keys, and nothing more: anything else that differs is refused.
     if layers:
         if set(given) - {"full_attention", "sliding_attention"} or "full_attention" not in layers:
             raise _unknown_rotations(values, where, f"kinds of layers {', '.join(given)}")
@@ -126,10 +131,11 @@ def _translate_rotations(values: dict[str, Any], where: str) -> dict[str, Any]:
                 raise _unknown_rotations(values, where, f"rope_type {local['rope_type']} in layers with a window")
             added[local_key] = local.get("rope_theta")
         elif local != full:
-            # OLMo 3 scales the rotations of its full layers only, in either version.
+            # In both versions, OLMo 3 scales the rotations of its full-attention layers only.
             same_base = local.get("rope_theta") == full.get("rope_theta")
             if not (values["model_type"] == "olmo3" and same_base and local.get("rope_type") == "default"):
                 raise _unknown_rotations(values, where, "different rotations by the kind of a layer")
+    # The base and the rotated share of a head have keys of their own; what is left in `rest` describes the scaling.
     rest = {key: value for key, value in full.items() if value is not None}
     base_key = next((key for key in ("rope_theta", "global_rope_theta", "rotary_emb_base") if key in accepted), None)
     base = rest.pop("rope_theta", None)
@@ -202,7 +208,7 @@ def _warn_once(where: str, written_by: str, unknown: tuple[str, ...]) -> None:
 
 @functools.cache
 def _accepted(model_type: str) -> frozenset[str]:
-    """The keys that the config class of a model type reads."""
+    """Returns the keys that the config class of a model type reads."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     config_class = CONFIG_MAPPING[model_type]

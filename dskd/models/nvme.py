@@ -1,7 +1,7 @@
-"""Parameters on a local disk (`teacher.offload: nvme`): where DeepSpeed puts them, and with what settings.
+"""Parameters on a local disk (`teacher.offload: nvme`): the folder DeepSpeed puts them in, and its settings.
 
 DeepSpeed reads and writes them with its operator `async_io`, which it compiles at first use and which needs the headers
-of libaio. What is missing is said before anything is loaded.
+of libaio. If something is missing, the user gets an error before anything is loaded.
 """
 
 from functools import cache
@@ -12,15 +12,16 @@ from dskd.distributed.node_cache import make_own_folder
 from dskd.distributed.world import World
 from dskd.errors import UserError
 
-_BUFFERS = 8  # shares in memory at one time: those of one module, and of those that are read ahead
+_BUFFERS = 8  # shares in memory at one time: those of one module, and those that are read ahead
 
 
 def open_nvme_folder(nvme_path: str) -> Path:
-    """A folder below `nvme_path` for one rank and one model. It goes when the process ends, or, where that was killed,
-    with the next one that needs a folder there.
+    """Creates a folder in `nvme_path` for one rank and one model.
+
+    It is deleted when the process ends. If the process was killed, the next one that needs a folder there deletes it.
 
     Raises:
-        UserError: when there is no such folder, it cannot be written to, or DeepSpeed's `async_io` cannot be used.
+        UserError: when `nvme_path` does not exist or cannot be written to, or DeepSpeed's `async_io` cannot be used.
     """
     path = Path(nvme_path).expanduser()
     if not path.is_dir():
@@ -29,7 +30,7 @@ def open_nvme_folder(nvme_path: str) -> Path:
     if problem:
         raise UserError(f"teacher.offload: nvme needs DeepSpeed's async_io, but {problem}, or set teacher.offload: cpu")
     try:
-        # DeepSpeed empties the folder that it is given: no two models may share one.
+        # DeepSpeed empties the folder it gets, so no two models may share one.
         return make_own_folder(path)
     except OSError as error:
         raise UserError(f"teacher.nvme_path: {path} cannot be written to ({error.strerror})") from None
@@ -38,9 +39,10 @@ def open_nvme_folder(nvme_path: str) -> Path:
 def nvme_settings(
     folder: Path, largest_numel: int, world: World, *, pin_memory: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """DeepSpeed's sections `offload_param` and `aio` for a model whose largest parameter has `largest_numel` elements.
+    """Returns DeepSpeed's sections `offload_param` and `aio` for a model.
 
-    Each of the buffers in memory holds a rank's share of any parameter.
+    `largest_numel` is the number of elements of its largest parameter: each buffer in memory must be able to hold a
+    rank's share of any parameter.
     """
     offload = {
         "device": "nvme",
@@ -55,7 +57,7 @@ def nvme_settings(
 
 @cache
 def _async_io_problem() -> str | None:
-    """Why `async_io` cannot be used, with what to do; None when it can. Compiles it at first use."""
+    """Returns why `async_io` cannot be used and what to do, or None if it can. Compiles it at the first call."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     builder = AsyncIOBuilder()
@@ -63,7 +65,7 @@ def _async_io_problem() -> str | None:
         return "libaio or its headers are missing; install them (libaio-dev on Debian, libaio-devel on Fedora)"
     try:
         builder.load(verbose=False)
-    except Exception as error:  # a compiler, ninja or a library that is missing: each raises errors of its own
+    except Exception as error:  # a missing compiler, ninja or library each raise errors of their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return f"it cannot be compiled here ({reason}); it needs ninja and a C++ compiler"
     return None

@@ -12,27 +12,27 @@ _ASK = "import torch; print(torch.cuda.is_bf16_supported(including_emulation=Fal
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """True if the hardware has bfloat16 matrix products and does not emulate them."""
+    """Returns whether the hardware computes bfloat16 matrix products natively, without emulation."""
     if device.type == "cuda":
         return _gpu_supports_bf16()
     try:
         features = torch.cpu.get_capabilities()
-    except (AttributeError, RuntimeError):  # older torch, or a processor that it does not know
+    except (AttributeError, RuntimeError):  # an older torch, or a processor that torch does not know
         return False
     return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights and states for `precision` (`auto`, `bf16` or `fp32`)."""
+    """Returns the dtype of weights and states for `precision` (`auto`, `bf16` or `fp32`)."""
     if precision == "auto":
         return torch.bfloat16 if supports_bf16(device) else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def resolve_precision(precision: str) -> str:
-    """`bf16` or `fp32`, whichever models run in on this machine.
+    """Returns `bf16` or `fp32`, whichever models run in on this machine.
 
-    Recipes have this in place of `auto`: an artifact that was begun in bf16 is not continued in fp32 elsewhere.
+    Recipes contain this instead of `auto`, so that an artifact begun in bf16 is not continued in fp32 elsewhere.
     """
     if precision != "auto":
         return precision
@@ -44,7 +44,7 @@ def resolve_precision(precision: str) -> str:
 def _gpu_supports_bf16() -> bool:
     if torch.cuda.is_initialized():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # The question opens the GPU, which takes hundreds of megabytes of it for as long as the process lives. The
-    # pipeline only compares recipes while its ranks need that memory, so a process that ends at once asks.
+    # The query initialises CUDA, which takes hundreds of megabytes of GPU memory until the process ends. The pipeline
+    # only needs the answer to compare recipes, and its ranks need that memory, so a short-lived process runs the query.
     asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=True)
     return asked.stdout.split()[-1] == "True"

@@ -1,7 +1,7 @@
-"""Checks of a model itself: what training takes for granted of an architecture, found out by running it.
+"""Checks that run a model to test what training assumes about its architecture.
 
-Architectures differ in more than their configuration says: only running them shows whether their logits are a matrix
-product, and whether documents that share a sequence stay apart.
+Architectures differ in more ways than their configuration shows. Only running a model shows whether its logits are a
+plain matrix product, and whether documents that share a sequence stay apart.
 """
 
 import contextlib
@@ -22,39 +22,39 @@ from dskd.errors import UserError
 from dskd.models.folder import ModelFolder
 from dskd.models.stored_names import base_model
 
-_LENGTHS = 7, 5
+_LENGTHS = 7, 5  # tokens of the first and of the second document
 _TRIALS = 4
-# The largest change of a state that should not change, relative to it: a share of what the same exchange changes when
-# both documents are one, but no less than rounding. Of 60 decoders those that keep documents apart had no leak at all,
-# and moved by up to 7e-7 in float32 and .011 in bf16; the others leaked .3 to 1.5 in either type, LFM2's kind at least
-# .04. In another place kernels add up in another order, which deep models make larger.
+# Limits of the change, relative to the state, of a state that should not change: a share of the change that the same
+# exchange causes when both documents are treated as one, but at least the rounding error. Of 60 decoders tested, those
+# that keep documents apart had no leak at all, and moved by up to 7e-7 in float32 and .011 in bf16. The others leaked
+# .3 to 1.5 in either type, and models of LFM2's kind at least .04. States move because kernels sum in another order at
+# another place in the sequence; deep models amplify this.
 _LEAK_SHARE, _LEAK_ROUNDING = 0.02, {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 _MOVED_SHARE, _MOVED_ROUNDING = 0.1, {torch.float32: 1e-5, torch.bfloat16: 0.02}
-# The largest logit of the probe, above any cap: Gemma 2 caps its logits at 30, others at up to 50.
+# The largest logit of the probe, chosen above any cap: Gemma 2 caps its logits at 30, other models at up to 50.
 _LARGEST_LOGIT = 200.0
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """How much states change, each relative to the state, the median over some trials.
+    """The relative changes of states when other tokens of the sequence change, each a median over some trials.
 
-    `ahead`: of a token, when tokens after it are others. `leak`: of the first token of a document, when the document
-    before it is another one. `moved`: of a document's tokens, when it is the second document and not the first. The
-    last two also when both documents are one, in which tokens see those before.
+    `leak_in_one` and `moved_in_one` are the same measurements with both documents treated as one, in which tokens do
+    see the ones before them. They show how large a real dependence is.
     """
 
-    ahead: float
-    leak: float
-    moved: float
+    ahead: float  # of a document's states, when the document after it is replaced
+    leak: float  # of the state of a document's first token, when the document before it is replaced
+    moved: float  # of a document's states, when it trades places with the other document
     leak_in_one: float
     moved_in_one: float
 
     def looks_ahead(self, dtype: torch.dtype) -> bool:
-        """True if a token sees those after it."""
+        """Returns whether a token sees the tokens after it."""
         return not self.ahead <= max(_LEAK_ROUNDING[dtype], _LEAK_SHARE * self.leak_in_one)
 
     def crosses(self, dtype: torch.dtype) -> bool:
-        """True if a document sees the one before, or depends on its place."""
+        """Returns whether a document sees the one before it, or depends on its place in the sequence."""
         return not (
             self.leak <= max(_LEAK_ROUNDING[dtype], _LEAK_SHARE * self.leak_in_one)
             and self.moved <= max(_MOVED_ROUNDING[dtype], _MOVED_SHARE * self.moved_in_one)
@@ -78,21 +78,21 @@ def check_documents(
         decoder: the :class:`dskd.models.frozen.Decoder` in it.
         folder: the model's folder.
         world: the ranks; all of them must call this.
-        dtype: of the model's parameters.
-        packed: whether documents stand in one sequence; otherwise only the first is checked.
+        dtype: the type of the model's parameters.
+        packed: whether sequences contain several documents. If not, only whether tokens see later ones is checked.
 
     Raises:
-        UserError: on every rank, with what to do.
+        UserError: on every rank when the model is refused, with what to do.
     """
     name = type(decoder.base).__name__
     takes_positions = accepts(decoder.base, "position_ids")
     if packed and not takes_positions:
         raise UserError(_not_apart(folder, name), known_to_all_ranks=True)
     found = measure_crossing(run, decoder.base.config.vocab_size, world.device, with_positions=takes_positions)
-    # States that are not finite are refused when the text is read, which names the position.
+    # Running the model on the text refuses states that are not finite, and can name the position.
     is_spoiled = not all(map(math.isfinite, dataclasses.astuple(found)))
     failed = [is_spoiled, found.looks_ahead(dtype), found.crosses(dtype)]
-    # Ranks must take the same way, also where their hardware rounds differently.
+    # All ranks must reach the same decision, even if their hardware rounds differently.
     is_spoiled, looks_ahead, crosses = (sum_over_ranks(torch.tensor(failed, device=world.device).float()) > 0).tolist()
     if is_spoiled:
         return
@@ -115,7 +115,7 @@ def _not_apart(folder: ModelFolder, name: str) -> str:
 
 
 def accepts(module: nn.Module, argument: str) -> bool:
-    """True if the module's forward takes an argument of that name."""
+    """Returns whether the module's forward takes an argument of that name."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -124,17 +124,17 @@ def accepts(module: nn.Module, argument: str) -> bool:
 def measure_crossing(
     run: Callable[..., torch.Tensor], vocab_size: int, device: torch.device, *, with_positions: bool = True
 ) -> Crossing:
-    """Runs pairs of short documents in one sequence, and the same with one of the two exchanged.
+    """Runs pairs of short documents in one sequence, and again with one document of the pair replaced or both swapped.
 
-    What a token must not see, its state must not depend on: it is the same, to the last bit in most models, whatever
-    is there. In a mixture of experts it decides which tokens are computed together, so that a few states may be rounded
-    into another expert: medians are taken.
+    The state of a token must not depend on tokens that it must not see: whatever they are, the state stays the same, in
+    most models to the last bit. In a mixture of experts, tokens that are not seen still decide which tokens an expert
+    computes together, so rounding may send a few tokens to another expert. Medians over trials ignore them.
 
     Args:
-        run: from token ids, and position ids with `with_positions`, [B, T] to states [B, T, any].
-        vocab_size: token ids are below it.
-        device: that the model is on.
-        with_positions: whether positions start again with each document; otherwise both are one document.
+        run: a function from token ids, and position ids if `with_positions`, both [B, T], to states [B, T, any].
+        vocab_size: the upper bound of token ids.
+        device: the device of the model.
+        with_positions: whether positions restart with each document; otherwise the model sees the two as one document.
     """
     first, second = _LENGTHS
     generator = torch.Generator().manual_seed(0)
@@ -143,9 +143,13 @@ def measure_crossing(
         return torch.randint(0, vocab_size, (_TRIALS, length), generator=generator)
 
     one, other, third, fourth = documents(first), documents(second), documents(first), documents(second)
+    # Four sequences of two documents: a pair, the pair with its first document replaced, with its second replaced, and
+    # with the two swapped. `apart` has positions that restart with the second document.
     pairs = [(one, other), (third, other), (one, fourth), (other, one)]
     rows = [torch.cat(pair, dim=1) for pair in pairs]
     apart = [torch.cat([torch.arange(part.shape[1]) for part in pair]).expand(_TRIALS, -1) for pair in pairs]
+    # The same again with positions that count through, to see how large a change is when tokens do see the others. All
+    # variants run in one batch, so that they are computed alike.
     together = [torch.arange(first + second).expand(_TRIALS, -1)] * 3
     input_ids = torch.cat([*rows, rows[0], rows[1], rows[3]]).to(device)
     positions = torch.cat([*apart, *together]).to(device)
@@ -173,14 +177,14 @@ def measure_crossing(
 
 @torch.no_grad()
 def check_head(causal_lm: Any, folder: ModelFolder) -> None:
-    """Refuses a model whose logits are more than last hidden state times output matrix.
+    """Refuses a model whose logits are not simply the last hidden state times the output matrix.
 
-    Some architectures scale or cap their logits, or add a bias. The model's own forward is run with states that are
-    made up and with a small output matrix in place of its own, and its logits are compared with the plain product. It
-    needs no weights: the model may be on the meta device, or sharded.
+    Some architectures scale or cap their logits, or add a bias. This check runs the model's own forward with made-up
+    states and a small output matrix instead of its own, and compares its logits to the plain product. It needs no
+    weights: the model may be on the meta device, or sharded.
 
     Raises:
-        UserError: with the reason.
+        UserError: when the model is refused, with the reason.
     """
     name = type(causal_lm).__name__
     where = f"{folder.path}: {name}"
@@ -190,6 +194,7 @@ def check_head(causal_lm: Any, folder: ModelFolder) -> None:
         raise UserError(f"{where} has no output matrix; such a model is not supported")
     if getattr(head, "bias", None) is not None:
         raise UserError(f"{where} adds a bias to its logits (lm_head.bias); such a model is not supported yet")
+    # Made-up states [1, 2, 8] and a matrix [11, 8], scaled so that the largest logit is above any cap.
     weight = torch.linspace(-1, 1, 11 * 8).view(11, 8).sin()
     states = torch.linspace(-3, 3, 2 * 8).view(1, 2, 8)
     plain = F.linear(states, weight)
@@ -215,7 +220,7 @@ def check_head(causal_lm: Any, folder: ModelFolder) -> None:
 
 
 def _head_keys(model_config: Any) -> str:
-    """The keys of config.json that change what comes after the output matrix."""
+    """Returns the keys of config.json, with values, that change the logits after the matrix product."""
     keys = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
     found = {key: value for key in keys if (value := getattr(model_config, key, None)) not in (None, 1.0)}
     return ", ".join(f"{key}: {value}" for key, value in found.items())
@@ -223,7 +228,7 @@ def _head_keys(model_config: Any) -> str:
 
 @contextlib.contextmanager
 def _replaced(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> Iterator[None]:
-    """The model with other modules in the place of some, for a time."""
+    """Temporarily replaces modules of the model by others."""
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -240,7 +245,7 @@ def _replaced(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> Ite
 
 
 class _GivenStates(nn.Module):
-    """A stand-in for a base model that returns the states it was given."""
+    """A stand-in for a base model that always returns the same states."""
 
     def __init__(self, states: torch.Tensor) -> None:
         super().__init__()
@@ -248,11 +253,11 @@ class _GivenStates(nn.Module):
 
     @property
     def decoder(self) -> "_GivenStates":
-        """Some heads call a part of their base model: OPT's."""
+        """Returns itself: OPT's head calls the decoder inside its base model."""
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The states, in an output that has what mixtures of experts return too."""
+        """Returns the states, in an output that also has the fields that mixtures of experts return."""
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         @dataclass

@@ -1,7 +1,8 @@
-"""A loaded model is compared with transformers' own before hours are spent on it.
+"""Comparing a loaded model to transformers' own, before hours are spent on it.
 
-A small model is loaded once more by transformers, on rank 0, and runs on the tokens of every rank. Of a large one only
-some layers are: the first, the last, and one of each other kind, which get the states that the loaded model had there.
+Rank 0 loads a small model a second time, with transformers, and runs it on the tokens of every rank. Of a large model
+it only loads some layers: the first, the last, and one of each other kind. They get the same input states as the same
+layers of the loaded model.
 """
 
 import inspect
@@ -22,35 +23,37 @@ from dskd.models.folder import ModelFolder
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, persistent_buffers
 from dskd.models.weights import TensorReader
 
-# Of the norm of the states. In the same type on the same device healthy architectures have almost none.
+# The largest accepted difference, relative to the norm of the states. In the same type on the same device, healthy
+# architectures differ hardly at all.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}
 _SMALL_BYTES = 2 * 2**30
 _TOKENS = 16
-_RANKS = 8  # whose states are compared; every rank takes part
-_KINDS = 6  # of layers, at most
+_RANKS = 8  # the states of at most this many ranks are compared; every rank runs the model
+_KINDS = 6  # layers of at most this many further kinds are compared
 
 
 @torch.no_grad()
 def compare_with_transformers(
     engine: Any, decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, *, small: int = _SMALL_BYTES
 ) -> None:
-    """Refuses a model whose states or buffers are not those of transformers' own.
+    """Refuses a model whose states or buffers differ from those that transformers computes for it.
 
-    Tokens differ between ranks. They are at the first positions, and at the last ones that config.json allows, where
-    scaled rotations differ most.
+    Tokens differ between ranks. They are run at the first positions, and at the last ones that config.json allows,
+    where errors in scaled rotations are largest.
 
     Args:
-        engine: what runs the model, from token ids and position ids [B, T].
+        engine: the callable that runs the model, from token ids and position ids [B, T].
         decoder: the :class:`dskd.models.frozen.Decoder` in it.
         folder: the model's folder.
         world: the ranks; all of them must call this.
-        dtype: of the model's parameters.
-        small: bytes up to which the whole model is loaded once more.
+        dtype: the type of the model's parameters.
+        small: the largest size in bytes at which rank 0 loads the whole model a second time.
 
     Raises:
-        UserError: on every rank, with the layer and the difference.
+        UserError: on every rank when the model is refused, with the layer and the difference, or the buffers.
     """
     _check_buffers(decoder, folder, dtype)
+    # Choose a few tokens, different on each rank, and the positions to run them at.
     config = decoder.base.config
     longest = getattr(config, "max_position_embeddings", None) or _TOKENS
     tokens = min(_TOKENS, longest)
@@ -58,16 +61,18 @@ def compare_with_transformers(
     input_ids = (7 * numbers + 3 + 11 * world.rank) % config.vocab_size
     parameters = inspect.signature(decoder.base.forward).parameters
     starts = [longest - tokens, 0] if "position_ids" in parameters and longest > tokens else [0]
+    # Compare a small model whole, and of a large one a layer of each kind, which need little memory.
     reader = TensorReader(folder.path)
     size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * dtype.itemsize
     chosen = None if size <= small else _one_of_each_kind(decoder.layers)
     watched = [] if chosen is None else [decoder.layers[layer] for layer in chosen]
+    # Run the loaded model on all ranks, and record the inputs and outputs of the compared layers and the last states.
     found = []
     for start in starts:
         with _watched(decoder, watched) as seen:
             engine(input_ids, *([numbers + start] if start else []))
         found.append(torch.stack(seen))
-    everyone = _gather(torch.stack(found), world)  # [ranks][starts, 2 a watched layer + 1, 1, T, D]
+    everyone = _gather(torch.stack(found), world)  # [ranks][starts, 2 * watched layers + 1, 1, T, D]
     compared = min(world.world_size, _RANKS)
 
     def compare() -> list[Any]:
@@ -100,8 +105,11 @@ def compare_with_transformers(
 
 
 def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference as a share of the norm. Damaged weights are not the architecture's fault: states that
-    are not finite in either model are left to :meth:`dskd.models.frozen.FrozenModel.states_of`, which names them.
+    """Returns the norm of the difference, relative to the norm of `expected`.
+
+    Elements that are finite in neither model are left out: they come from damaged weights, not from the architecture,
+    and :func:`dskd.senses.states.states_of` refuses them later, with their place. Returns infinity if an element is
+    finite in only one of the models.
     """
     finite = expected.isfinite()
     if not torch.equal(finite, ours.isfinite()):
@@ -111,7 +119,7 @@ def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _check_buffers(decoder: Any, folder: ModelFolder, dtype: torch.dtype) -> None:
-    """Refuses a model whose computed buffers are not, bit for bit, those that transformers makes without ZeRO."""
+    """Refuses a model whose computed buffers are not bit for bit those that transformers computes without ZeRO."""
     causal_lm = empty_model(folder, dtype)
     base, stored = base_model(causal_lm), persistent_buffers(base_model(causal_lm))
     found = dict(decoder.base.named_buffers())
@@ -129,7 +137,7 @@ def _check_buffers(decoder: Any, folder: ModelFolder, dtype: torch.dtype) -> Non
 
 
 def _one_of_each_kind(layers: nn.ModuleList) -> list[int]:
-    """The first layer, the last, and the first of each other kind."""
+    """Returns the numbers of the first layer, the last, and the first of each other kind, up to _KINDS of these."""
     first_of: dict[Any, int] = {}
     for number, layer in enumerate(layers):
         settings = {
@@ -146,7 +154,7 @@ def _one_of_each_kind(layers: nn.ModuleList) -> list[int]:
 
 @contextmanager
 def _watched(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """What goes into each layer and comes out of it, in their order, and the last hidden states."""
+    """Records the input and output of each layer, in the order in which they run, and then the last hidden states."""
     seen: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -171,13 +179,13 @@ def _gather(states: torch.Tensor, world: World) -> list[torch.Tensor]:
 
 
 def _whole(folder: ModelFolder, dtype: torch.dtype) -> Any:
-    """The base model as transformers loads it from the folder's tensors."""
+    """Returns the base model as transformers loads it from the folder's tensors."""
     from transformers.utils import logging
 
     reader = TensorReader(folder.path)
     architecture = type(empty_model(folder, dtype))
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of tensors that are left over the account was given before
+    logging.set_verbosity_error()  # check_stored_tensors has already reported unused tensors
     try:
         causal_lm = architecture.from_pretrained(
             None,
@@ -191,16 +199,18 @@ def _whole(folder: ModelFolder, dtype: torch.dtype) -> Any:
 
 
 def _some_layers(decoder: Any, folder: ModelFolder, dtype: torch.dtype, chosen: list[int]) -> Any:
-    """The base model, of whose layers only some have weights; the others pass states through."""
+    """Returns the base model with weights in the chosen layers only; the other layers pass states through."""
     causal_lm = empty_model(folder, dtype)
     base = base_model(causal_lm)
     reader = TensorReader(folder.path)
     names, prefix = StoredNames(causal_lm, reader), base_model_name(causal_lm)
     layers = type(decoder)(base).layers
+    # The other layers return their input, so that hooks on the chosen ones can replace it.
     passed = {id(module) for number, layer in enumerate(layers) if number not in chosen for module in layer.modules()}
     for number, layer in enumerate(layers):
         if number not in chosen:
             layer.forward = _pass_through
+    # Fill every parameter and stored buffer outside of the other layers, and drop theirs; computed buffers stay.
     for path, module in base.named_modules():
         for name in [*module._parameters, *module._buffers]:
             stored = names.find(f"{prefix}.{path}.{name}" if path else f"{prefix}.{name}")
@@ -224,7 +234,10 @@ def _pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any
 def _run_reference(
     decoder: Any, input_ids: torch.Tensor, positions: dict[str, Any], states: torch.Tensor, chosen: list[int]
 ) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, ours, expected) of what the reference computes from the same tokens and states."""
+    """Runs the reference on the same tokens and layer inputs, and returns what to compare as (name, ours, expected).
+
+    `states` has the inputs and outputs of the chosen layers, and the last states, as the loaded model computed them.
+    """
     layers = [decoder.layers[layer] for layer in chosen]
     hooks = []
     for number, layer in enumerate(layers):

@@ -1,7 +1,8 @@
-"""The names under which a folder stores a model's tensors, and an account of every tensor on both sides.
+"""The names under which a folder stores a model's tensors, and a check that model and folder have the same tensors.
 
-A folder may leave out the base model's prefix, store one of two tied matrices or both, and hold tensors of layers that
-are not built. Everything else must fit: a tensor that nothing takes is a part of the function that would be missing.
+A folder may leave out the base model's prefix, store one of two tied matrices or both, and contain tensors of layers
+that are not built. Everything else must match: a stored tensor without a place in the model would be a missing part of
+the function.
 """
 
 import re
@@ -17,12 +18,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class StoredNames:
-    """Where a folder stores the parameters and buffers of a causal LM.
+    """The names under which a folder stores the parameters and buffers of a causal LM.
 
     Args:
-        causal_lm: the model, which may be without its lowest layers.
+        causal_lm: the model, which may lack its lowest layers.
         reader: the stored tensors.
-        first_layer: the stored layer that the model's first one is.
+        first_layer: the number, in the folder, of the model's first layer.
     """
 
     def __init__(self, causal_lm: Any, reader: TensorReader, *, first_layer: int = 0) -> None:
@@ -31,24 +32,27 @@ class StoredNames:
         self._prefix = f"{base_model_name(causal_lm)}."
 
     def find(self, name: str) -> str | None:
-        """The folder's name of the parameter or buffer that the model calls `name`, or None if it stores none."""
+        """Returns the folder's name for the parameter or buffer that the model calls `name`, or None if not stored."""
         whole = shift_layer(name, self._first_layer)
         aliases = (whole, whole.removeprefix(self._prefix))
         return next((alias for alias in aliases if alias in self._reader), None)
 
     def find_any(self, names: list[str]) -> str | None:
-        """The folder's name of a tensor that the model knows by several names, as a tied matrix."""
+        """Returns the folder's name for a tensor to which the model gives several names, such as a tied matrix."""
         return next((stored for name in names if (stored := self.find(name)) is not None), None)
 
     def expected(self, name: str) -> str:
-        """The name to report when :meth:`find` finds none."""
+        """Returns the name to report when :meth:`find` returns None."""
         return shift_layer(name, self._first_layer)
 
 
 def base_model_name(causal_lm: Any) -> str:
-    """The attribute of a causal LM that is its base model: the child that has the input embeddings.
+    """Returns the name of a causal LM's child that is its base model: the one that has the input embeddings.
 
-    `base_model_prefix` is no authority: Gemma 3's and Llama 4's name an attribute that their text models lack.
+    `base_model_prefix` is unreliable: Gemma 3's and Llama 4's name an attribute that their text models lack.
+
+    Raises:
+        UserError: when no child has them.
     """
     embeddings = causal_lm.get_input_embeddings()
     for name, child in causal_lm.named_children():
@@ -61,14 +65,14 @@ def base_model_name(causal_lm: Any) -> str:
 
 
 def base_model(causal_lm: Any) -> Any:
-    """The base model of a causal LM: from token ids to last hidden states."""
+    """Returns the base model of a causal LM, from token ids to last hidden states."""
     return getattr(causal_lm, base_model_name(causal_lm))
 
 
 def parameter_names(causal_lm: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
-    """Every parameter once, with all its names, the one that decides first.
+    """Returns every parameter once, with all its names, the name whose stored values are used first.
 
-    Where an output matrix is tied to the embeddings, transformers ties after it has loaded: the embeddings' values win.
+    Transformers ties an output matrix to the embeddings after loading both, so the stored values of the embeddings win.
     """
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -83,7 +87,7 @@ def parameter_names(causal_lm: nn.Module) -> list[tuple[nn.Parameter, list[str]]
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Any]:
-    """The buffers that are stored with a model, by name."""
+    """Returns the buffers that are stored with a model, by name."""
     stored = set(model.state_dict(keep_vars=True))
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
@@ -96,18 +100,18 @@ def check_stored_tensors(
     first_layer: int = 0,
     leave_out: nn.Parameter | None = None,
 ) -> None:
-    """Accounts for every tensor of a model and of its folder, before any is read.
+    """Checks that a model and its folder have matching tensors, before any is read.
 
     Args:
-        causal_lm: the model; only shapes matter.
+        causal_lm: the model; only its shapes are used.
         reader: the stored tensors.
-        folder: where they are, for messages.
-        first_layer: the stored layer that the model's first one is.
-        leave_out: a parameter that is not to be read.
+        folder: the folder of the tensors, for messages.
+        first_layer: the number, in the folder, of the model's first layer.
+        leave_out: a parameter that will not be read.
 
     Raises:
-        UserError: with every tensor that is missing, has another shape, is no floating-point one where the model has
-            one, or that nothing takes.
+        UserError: with every tensor that is missing, has another shape, is not floating-point although the model's is,
+            or has no place in the model.
     """
     names = StoredNames(causal_lm, reader, first_layer=first_layer)
     problems, taken = [], set()
@@ -137,13 +141,13 @@ def check_stored_tensors(
 
 
 def shift_layer(name: str, by: int) -> str:
-    """The name of the same parameter, so many layers further up."""
+    """Returns the name of the same parameter `by` layers further up."""
     layer = LAYER_NAME.search(name)
     return name if layer is None else renumber_layer(name, int(layer.group(1)) + by)
 
 
 def output_name(causal_lm: Any, reader: TensorReader) -> str:
-    """The name under which the folder stores the output matrix; that of the embeddings where the two are tied."""
+    """Returns the name under which the folder stores the output matrix, which may be that of tied embeddings."""
     weight = causal_lm.get_output_embeddings().weight
     aliases = next(aliases for parameter, aliases in parameter_names(causal_lm) if parameter is weight)
     stored = StoredNames(causal_lm, reader).find_any(aliases)
@@ -152,14 +156,16 @@ def output_name(causal_lm: Any, reader: TensorReader) -> str:
 
 
 def _left_over(causal_lm: Any, reader: TensorReader, taken: set[str], first_layer: int) -> list[str]:
-    """Stored tensors that nothing took, but for those that are known to change nothing."""
+    """Lists the stored tensors that have no place in the model, except those known to change nothing."""
     prefix = f"{base_model_name(causal_lm)}."
     buffers = {shift_layer(name, first_layer) for name, _ in causal_lm.named_buffers()}
     ignored = list(getattr(causal_lm, "_keys_to_ignore_on_load_unexpected", None) or [])
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-        ignored.append(r"rotary_emb\.inv_freq")  # once a buffer of every layer, and computed from config.json
+        ignored.append(
+            r"rotary_emb\.inv_freq"
+        )  # older models store it for every layer; it is computed from config.json
     count = first_layer + causal_lm.config.num_hidden_layers
-    # Layers that predict further tokens; no architecture of transformers runs them.
+    # Layers above the last that predict tokens further ahead; no architecture of transformers runs them.
     further = range(count, count + int(getattr(causal_lm.config, "num_nextn_predict_layers", None) or 0))
 
     def changes_nothing(name: str) -> bool:
@@ -167,7 +173,7 @@ def _left_over(causal_lm: Any, reader: TensorReader, taken: set[str], first_laye
         if layer is not None and (int(layer.group(1)) < first_layer or int(layer.group(1)) in further):
             return True
         if {name, prefix + name} & buffers:
-            return True  # computed when the model is built
+            return True  # a buffer that is computed when the model is built
         return any(re.search(pattern, name) for pattern in ignored)
 
     return [name for name in reader.names if name not in taken and not changes_nothing(name)]

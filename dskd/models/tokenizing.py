@@ -1,7 +1,7 @@
-"""Texts to token ids, also of texts that are too long to be tokenized at once.
+"""Tokenizing texts, including texts that are too long to tokenize at once.
 
-A tokenizer needs some hundred bytes a token, and shows nothing until it has read all of a text. So a long text is
-tokenized in pieces. It is cut only at places where the tokens around the cut are those of the uncut text.
+A tokenizer needs a few hundred bytes of memory per token, and returns nothing until it has read all of a text. A long
+text is therefore tokenized in pieces. It is cut only where the tokens around the cut are the same as in the uncut text.
 """
 
 import itertools
@@ -13,16 +13,16 @@ import numpy as np
 from dskd.errors import UserError
 
 PIECE_CHARACTERS = 1_000_000
-_PIECES_AT_ONCE = 4  # a fast tokenizer works on them in parallel
-_AROUND = 400  # characters on each side of a cut, of which the tokens are compared
-_TRIES = 40
+_PIECES_AT_ONCE = 4  # a fast tokenizer processes them in parallel
+_AROUND = 400  # characters on each side of a cut whose tokens are compared
+_TRIES = 40  # places to try for a cut at spaces, and again at any characters
 
 
 class Tokenizing:
-    """Texts to tokens [n] int32, each ended by the tokenizer's end-of-text token."""
+    """A tokenizer for whole documents: texts to tokens [n] int32, each ending with the end-of-text token."""
 
     def __init__(self, tokenizer: Any, vocab_size: int | None = None) -> None:
-        """Takes a Hugging Face tokenizer; tokens from `vocab_size` on are refused, where it is given."""
+        """Takes a Hugging Face tokenizer; if `vocab_size` is given, token ids from it up are refused."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         separator = text_end(tokenizer)
@@ -31,16 +31,16 @@ class Tokenizing:
     def read(
         self, texts: list[str], advance: Callable[[int], object], name_of: Callable[[int], str], enough: int | None
     ) -> list[np.ndarray]:
-        """Tokenizes texts; a long one only until there are `enough` tokens of it, where that is given.
+        """Tokenizes texts. If `enough` is given, a long text is only tokenized until it has that many tokens.
 
         Args:
             texts: documents.
-            advance: called with the number of tokens, whenever there are more.
-            name_of: the name of a text by its number here, for messages.
-            enough: how many tokens are needed at most.
+            advance: called with the number of new tokens whenever there are some.
+            name_of: returns the name of a text, from its index in `texts`, for messages.
+            enough: the most tokens that the caller needs.
 
         Raises:
-            UserError: for a token that the model does not know.
+            UserError: when a text has a token that the model does not have.
         """
         short = [number for number, text in enumerate(texts) if len(text) <= PIECE_CHARACTERS]
         ids = self._ids([texts[number] for number in short], special=True)
@@ -83,7 +83,7 @@ class Tokenizing:
         return ids
 
     def _added(self) -> tuple[list[int], list[int]] | None:
-        """The tokens that the tokenizer puts before and after every text; None where that cannot be told."""
+        """Returns the tokens that the tokenizer adds before and after every text; None if they cannot be determined."""
         (whole,), (bare,) = self._ids(["a"], special=True), self._ids(["a"], special=False)
         for at in range(len(whole) - len(bare) + 1):
             if whole[at : at + len(bare)] == bare:
@@ -103,13 +103,13 @@ class Tokenizing:
         yield text[start:]
 
     def _cut(self, text: str, start: int, target: int) -> tuple[int, int] | None:
-        """Where a piece ends and the next one starts; None where no cut near `target` leaves the tokens as they are."""
+        """Returns where a piece ends and where the next one starts; None if every cut near `target` changes tokens."""
         for place in _places(text, start, target):
             left, right = text[max(start, place - _AROUND) : place], text[place : place + _AROUND]
             whole, head, tail = self._ids([left + right, left, right], special=False)
             if whole == head + tail:
                 return place, place
-            # Some tokenizers put a space before every text: it takes the place of the one at the cut.
+            # Some tokenizers add a space before every text, which replaces the space at the cut.
             if right[0] == " " and whole == head + self._ids([right[1:]], special=False)[0]:
                 return place, place + 1
         return None
@@ -143,12 +143,15 @@ def has_more_tokens(tokenizer: Any, vocab_size: int | None) -> bool:
 
 
 def text_end(tokenizer: Any) -> int | None:
-    """Returns the token that ends a text: the tokenizer's end of text, or its beginning; None without both."""
+    """Returns the token that ends a text: the end-of-text token, or the beginning-of-text token if there is none.
+
+    Returns None if the tokenizer has neither.
+    """
     return next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
 
 
 def _places(text: str, start: int, target: int) -> Iterator[int]:
-    """Places to cut at, before `target`: spaces, where nearly every tokenizer begins a word, then any others."""
+    """Yields places to cut at, at or before `target`: first spaces, where most tokenizers begin a word, then any."""
     lowest = max(start + 1, target - PIECE_CHARACTERS // 2)
     place = target
     for _ in range(_TRIES):

@@ -16,7 +16,7 @@ from dskd.console import progress, say
 from dskd.errors import UserError
 from dskd.models.model_config import block_fp8
 
-# The number of the layer that a parameter belongs to, as all decoders of transformers name them.
+# Finds the layer number in a parameter's name; all decoders of transformers use one of these forms.
 LAYER_NAME = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _SCALE = "_scale_inv"  # what block FP8 appends to the name of a matrix
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,15 +24,15 @@ _FILE_BYTES = 4 * 2**30
 
 
 def renumber_layer(name: str, number: int) -> str:
-    """The name of the same parameter in another layer."""
+    """Returns the name of the same parameter in layer `number`."""
     return LAYER_NAME.sub(lambda layer: layer.group().replace(f".{layer.group(1)}.", f".{number}."), name, count=1)
 
 
 class TensorReader:
-    """The tensors of a folder's safetensors files by name, one at a time, through memory maps.
+    """A reader of the tensors in a folder's safetensors files, by name and one at a time, through memory maps.
 
-    Matrices in block FP8 are read in the type that config.json names for the model (bfloat16 if it names none): codes
-    times scales. The scales are no tensors of their own.
+    Matrices in block FP8 are returned as codes times scales, in the type that config.json names for the model (bfloat16
+    if it names none). The scales do not count as tensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,17 +46,17 @@ class TensorReader:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, in the order of their files."""
+        """Returns the names of all tensors, in the order of their files."""
         return [name for name in self._file_of if not self._is_scale(name)]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of and not self._is_scale(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor.
+        """Reads one whole tensor.
 
         Raises:
-            UserError: when its file is damaged, or it is in FP8 without scales that fit.
+            UserError: when its file is damaged, or it is in FP8 and its scales do not fit.
         """
         tensor = self._file(name).get_tensor(name)
         if self._block is None or name + _SCALE not in self._file_of:
@@ -69,11 +69,12 @@ class TensorReader:
                 f"{self._folder}: {name}{_SCALE} has shape {list(scales.shape)}; {name}, of shape "
                 f"{list(tensor.shape)}, needs one of {list(blocks)} for blocks of {rows} × {columns}"
             )
+        # Repeat each scale over its block; blocks at the edges of the matrix may be smaller.
         scales = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return (tensor.float() * scales[: tensor.shape[0], : tensor.shape[1]]).to(self._type)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read for it.
+        """Returns the shape of a tensor without reading the tensor.
 
         Raises:
             UserError: when its file is damaged.
@@ -81,7 +82,7 @@ class TensorReader:
         return tuple(self._file(name).get_slice(name).get_shape())
 
     def stored_type(self, name: str) -> str:
-        """The type in which a tensor is read, as safetensors names it, such as F32, BF16 or I8.
+        """Returns safetensors' name for the type of a stored tensor, such as BF16 or I8; F32 for one in block FP8.
 
         Raises:
             UserError: when its file is damaged.
@@ -101,7 +102,7 @@ class TensorReader:
 
 
 def open_safetensors(path: Path) -> Any:
-    """A memory-mapped safetensors file.
+    """Opens a safetensors file as a memory map.
 
     Raises:
         UserError: when it is missing or damaged.
@@ -115,12 +116,18 @@ def open_safetensors(path: Path) -> Any:
 def _json_or_empty(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # refused elsewhere, with the reason
+    except (OSError, ValueError, TypeError):  # read_model_config refuses such a file, with the reason
         return {}
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
-    """{name of a tensor: its file}. Of two sets of weights it is the single file, as transformers chooses."""
+    """Returns {name of a tensor: its file}.
+
+    If the folder has both a single file and an index of several, the single file is used, as transformers does.
+
+    Raises:
+        UserError: when the single file or the index cannot be read.
+    """
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS_FILE).is_file():
         if index.is_file():
@@ -146,12 +153,12 @@ def write_weights(
 
     Args:
         target: the folder to write into.
-        reader: where the tensors are.
-        new_names: {name there: name here}.
-        replaced: tensors by their new name that take the place of those read.
+        reader: the tensors to copy.
+        new_names: {name in `reader`: name in `target`}.
+        replaced: {new name: tensor to write instead of the stored one}.
 
     Returns:
-        Bytes of weights.
+        The size of the weights in bytes.
     """
     replaced = replaced or {}
     files: list[list[str]] = []
@@ -167,6 +174,7 @@ def write_weights(
             pending.clear()
             pending_bytes = 0
 
+    # Names of files contain their number, which is unknown until all are written, so write parts and rename them.
     for old, new in progress(new_names.items(), total=len(new_names), label="copying", unit="tensors"):
         tensor = replaced[new] if new in replaced else reader.read(old)
         size = tensor.numel() * tensor.element_size()

@@ -1,9 +1,10 @@
-"""Memory of one micro-batch beyond the weights: training's own forward and backward, run on shapes.
+"""The memory of one micro-batch beyond the weights, measured by running training's own forward and backward on shapes.
 
-Teacher, student and head are built and called as training does, under torch's FakeTensorMode: nothing is computed and
-nothing is allocated, and :class:`dskd.plan.live_bytes.LiveBytes` counts what would be. Only attention is replaced, by
-something that keeps what a fused kernel keeps: the scores of all pairs of positions never exist. All of it is of the
-CPU, whose operations give the same tensors: the backward pass of a GPU wants a GPU, if nothing else.
+Teacher, student and head are built and called as in training, but under torch's FakeTensorMode: nothing is computed or
+allocated, and :class:`dskd.plan.live_bytes.LiveBytes` counts what would be allocated. Attention is replaced by a
+function that keeps the same tensors as a fused kernel, so the scores of all pairs of positions never exist. All fake
+tensors are on the CPU, whose operations create the same tensors as a GPU's: torch cannot run the backward pass of fake
+GPU tensors without a GPU.
 """
 
 import functools
@@ -22,40 +23,40 @@ from dskd.plan.shapes import Architecture
 from dskd.training.student import choose_trained
 
 _ATTENTION = "dskd_plan"
-_TEACHER_LAYERS = 2  # without gradients a layer leaves nothing behind: more of them take no more
+_TEACHER_LAYERS = 2  # without gradients a layer keeps nothing, so more layers take no more memory
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch."""
+    """The sizes of one micro-batch."""
 
     size: int  # B
     length: int  # T
-    is_packed: bool  # documents stand in one sequence, and attention has a mask
-    sense_positions: int  # of relations; as many get the own term
-    sense_rows: int  # R, different rows
+    is_packed: bool  # sequences contain several documents, and attention has a mask
+    sense_positions: int  # number of relation positions, and also of own positions
+    sense_rows: int  # R, number of distinct rows
     kappa: int
-    teacher_top_n: int  # with a cached teacher
+    teacher_top_n: int  # tokens per position of a cached teacher, otherwise 0
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch at its largest moments, beyond what is held all the time."""
+    """The bytes of one micro-batch at the peaks of its phases, in addition to what is held all the time."""
 
-    kept: int  # between forward and backward, for the gradients
+    kept: int  # held between forward and backward, for the gradients
     forward: int
-    loss: int  # the head's: chunks of logits, and gradients of the states
+    loss: int  # in the head: chunks of logits, and gradients of the states
     backward: int
 
     @property
     def peak(self) -> int:
-        """The largest of them."""
+        """Returns the largest of the three peaks."""
         return max(self.forward, self.loss, self.backward)
 
 
 @functools.lru_cache(maxsize=256)
 def teacher_activations(architecture: Architecture, batch: Batch, dtype: torch.dtype) -> int:
-    """Bytes of the teacher's forward pass, with the states that it gives."""
+    """Returns the peak bytes of the teacher's forward pass, including the states that it returns."""
     layers = list(range(min(_TEACHER_LAYERS, architecture.values()["num_hidden_layers"])))
     way, model = _build(architecture, layers)
     with without_values(architecture):
@@ -82,27 +83,41 @@ def student_activations(
     checkpointing: bool,
     with_teacher: bool,
 ) -> Activations:
-    """Bytes of the student's forward, loss and backward, with what teacher and batch bring to them."""
+    """Measures the bytes of the student's forward, loss and backward, including the teacher's states.
+
+    Args:
+        architecture: the teacher's.
+        layers: the teacher's layers that the student keeps.
+        trunk: the number of lowest layers that the teacher computes for the student.
+        student: the student's config.
+        loss: the config of the loss.
+        batch: the micro-batch.
+        dtype: the type of weights and states.
+        chunk_size: positions whose logits exist at one time.
+        checkpointing: whether activations are checkpointed.
+        with_teacher: whether there is a teacher in training.
+    """
     way, model = _build(architecture, layers, trunk)
     with without_values(architecture):
         causal_lm = materialize(model, dtype)
         choose_trained(causal_lm, student, first_layer=trunk)
         if checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        causal_lm.train(checkpointing)  # there is no dropout, and some models draw numbers in training
+        causal_lm.train(checkpointing)  # only if needed: there is no dropout, but some models draw random numbers
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size, vocab_size = base.config.hidden_size, output.shape[0]
         copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None
         head = DistillationHead(output, copy, loss, chunk_size=chunk_size)
+        # Run the phases of a micro-batch one after the other, and read the peak after each.
         with LiveBytes() as live:
             shape = batch.size, batch.length
-            # The teacher's states, and what the student begins with, stay until the backward pass is over.
+            # The teacher's states and the student's inputs are held until the backward pass is over.
             teacher_hidden = torch.empty(*shape, hidden_size, dtype=dtype) if with_teacher else None
             if trunk:
                 inputs = {"inputs_embeds": torch.empty(*shape, hidden_size, dtype=dtype)}
             else:
                 inputs = {"input_ids": torch.empty(*shape, dtype=torch.int64)}
-            with live.uncounted():  # what the loader brings is counted where it brings it
+            with live.uncounted():  # dskd.plan.memory counts the loader's batches
                 brought = _brought(batch, vocab_size, hidden_size)
             hidden = base(**inputs, use_cache=False, **_mask(batch, way)).last_hidden_state
             kept, forward = live.now, live.restart_peak()
@@ -110,7 +125,7 @@ def student_activations(
             of_loss = live.restart_peak()
             del hidden, inputs
             for parameter in causal_lm.parameters():
-                if parameter.requires_grad:  # DeepSpeed moves each gradient into its bucket when it is there
+                if parameter.requires_grad:  # DeepSpeed moves each gradient into its bucket as soon as it exists
                     parameter.register_post_accumulate_grad_hook(_drop_gradient)
             total.backward()
             backward = live.restart_peak()
@@ -135,7 +150,7 @@ def _mask(batch: Batch, way: Way) -> dict[str, torch.Tensor]:
 
 
 def _brought(batch: Batch, vocab_size: int, hidden_size: int) -> dict[str, Any]:
-    """What the head gets beside states."""
+    """Returns the inputs of the head other than states, which the loader brings."""
     shape, positions, kappa = (batch.size, batch.length), batch.sense_positions, batch.kappa
     brought: dict[str, Any] = {
         "labels": torch.zeros(shape, dtype=torch.int64),
@@ -159,24 +174,24 @@ def _brought(batch: Batch, vocab_size: int, hidden_size: int) -> dict[str, Any]:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The memory of a fused attention kernel, without what it computes."""
+    """An attention function that allocates and keeps the same memory as a fused kernel, and computes nothing."""
 
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """[B, H, T, d] each, keys and values of fewer heads; the result is [B, T, H, d]."""
+        """Returns the result [B, T, H, d] for inputs [B, H, T, d] each, where keys and values may have fewer heads."""
         batch, heads, length, _ = query.shape
         result = query.new_empty(batch, length, heads, value.shape[-1])
         normalizers = query.new_empty(batch, heads, length, dtype=torch.float32)
-        # A mask of truth values is made one of numbers, in every layer.
+        # Every layer converts the boolean mask to numbers.
         bias = None if mask is None else query.new_empty(mask.shape)
         ctx.save_for_backward(query, key, value, result, normalizers, bias)
         return result
 
     @staticmethod
     def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the three."""
+        """Returns gradients by query, key and value."""
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
@@ -185,7 +200,7 @@ def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **_: Any
 ) -> tuple[torch.Tensor, None]:
     if attention_mask is not None and key.shape[1] != query.shape[1]:
-        # With a mask no kernel shares keys among heads: they are repeated before.
+        # With a mask, no kernel shares keys among heads, so they are repeated first.
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     return _FusedAttention.apply(query, key, value, attention_mask), None
 
@@ -199,8 +214,10 @@ def _register_attention() -> None:
 
 @functools.cache
 def _always_makes_masks() -> bool:
-    """True where the installed transformers gives attention a mask also when sequences are whole, as 4.57 does in
-    training: found out by running a model of the smallest size with what it is trained with (`sdpa`).
+    """Returns whether the installed transformers gives attention a mask even for sequences of one document.
+
+    Version 4.57 does so in training. This is found out by running a tiny model with the masks of `sdpa`, the attention
+    used in training.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaModel
     from transformers.masking_utils import sdpa_mask

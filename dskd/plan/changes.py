@@ -1,4 +1,4 @@
-"""The smallest change that makes a job fit, by trying: one setting, two of them, as many as it takes, more machines."""
+"""A search for the smallest change that makes a job fit: one setting, two settings, as many as it takes, more nodes."""
 
 import itertools
 from collections.abc import Callable
@@ -12,17 +12,17 @@ _MOST_NODES = 1024
 
 @dataclass(frozen=True)
 class Change:
-    """Something that would be set differently."""
+    """A change of a job: other settings, another number of nodes, or both."""
 
     overrides: tuple[str, ...] = ()
     nodes: int | None = None
 
     def text(self) -> str:
-        """As the command line has it."""
+        """Returns the change as arguments of the command line."""
         return " ".join([*self.overrides, *([] if self.nodes is None else [f"--nodes {self.nodes}"])])
 
     def preparations(self) -> list[str]:
-        """What has to be done before a training can be run so."""
+        """Returns sentences on what the user must do before training with this change."""
         needed = []
         if any(override.startswith("teacher.nvme_path=/") for override in self.overrides):
             needed.append("teacher.nvme_path names a folder on a fast local disk of every node: put yours in its place")
@@ -32,8 +32,9 @@ class Change:
 
 
 def candidates(plan: Plan) -> list[Change]:
-    """Changes that take less memory, in the order of what they cost: first those that change neither what is minimised
-    nor much of the speed, then those that take time, then those that need preparations. None changes the loss.
+    """Returns changes that reduce memory, cheapest first; none of them changes the loss.
+
+    First come changes that cost hardly any speed, then changes that cost time, and then changes that need preparations.
     """
     train, teacher = plan.config.train, plan.config.teacher
     found = _for_stages_before(plan)
@@ -53,7 +54,7 @@ def candidates(plan: Plan) -> list[Change]:
             places = [("none", "teacher.mode=zero3"), ("cpu", "teacher.mode=zero3"), ("nvme", "teacher.mode=zero3")]
         elif plan.cluster.device == "cuda":
             order = ["none", "cpu", "nvme"]
-            # The other way round where the host's memory is what lacks.
+            # If only the host's memory is too small, go the other way: offload less, or to disk.
             others = order[order.index(teacher.offload) + 1 :] if plan.too_large_for_gpus else ["none", "nvme"]
             places = [(place, "") for place in others if place != teacher.offload]
         for place, mode in places:
@@ -67,7 +68,7 @@ def candidates(plan: Plan) -> list[Change]:
 
 
 def _for_stages_before(plan: Plan) -> list[Change]:
-    """Smaller batches and budgets of the stages before training that do not fit; none changes what they make."""
+    """Returns smaller batches and budgets for stages before training that do not fit; none changes their results."""
     found: list[Change] = []
     senses, annotation = plan.config.senses, plan.config.annotation
     sections = {
@@ -78,7 +79,7 @@ def _for_stages_before(plan: Plan) -> list[Change]:
         if stage.name not in sections or stage not in [*plan.too_large_for_gpus, *plan.too_large_for_hosts]:
             continue
         name, budget, size = sections[stage.name]
-        # The budget of the one is the host's, that of the other the GPU's; without GPUs both are of one memory.
+        # The budget of `senses` is host memory and that of `annotation` GPU memory; without GPUs both are host memory.
         found += [Change((f"{name}.memory_budget={budget / share:g}",)) for share in (2, 4, 8, 16)]
         while size > 1:
             size //= 2
@@ -87,20 +88,21 @@ def _for_stages_before(plan: Plan) -> list[Change]:
 
 
 def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Change, Plan] | None:
-    """The first change that makes the job fit, with its plan, or None.
+    """Returns the first change that makes the job fit, with its plan, or None if there is no such change.
 
     Args:
-        plan: of the job that does not fit.
-        replan: the plan with a change.
+        plan: the plan of the job that does not fit.
+        replan: a function that returns the plan with a change.
     """
 
     def attempt(change: Change) -> Plan | None:
         try:
             changed = replan(change)
-        except UserError:  # a batch that cannot be shared out over so many ranks, keys that exclude each other
+        except UserError:  # the batch cannot be divided among that many ranks, or keys exclude each other
             return None
         return changed if changed.fits else None
 
+    # Try each change alone, then pairs of changes to different keys.
     single = candidates(plan)
     places = itertools.combinations(range(len(single)), 2)
     pairs = [
@@ -113,6 +115,8 @@ def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Chang
         changed = attempt(change)
         if changed is not None:
             return change, changed
+    # Then everything that needs no preparation together, and then more nodes, without and with all these settings. What
+    # fits is reduced to the settings that are needed.
     if attempt(strongest) is not None:
         return _trimmed(strongest, attempt)
     for settings in ((), strongest.overrides):
@@ -126,18 +130,21 @@ Attempt = Callable[[Change], Plan | None]
 
 
 def _fewest_nodes(now: int, settings: tuple[str, ...], attempt: Attempt) -> int | None:
-    """How many, more than `now`, with which the job fits in these settings."""
+    """Returns the smallest number of nodes, above `now`, with which the job fits with these settings, or None.
+
+    Doubles the number until the job fits, and then tries the numbers between the last two.
+    """
     few, many = now, now * 2
     while many <= _MOST_NODES and attempt(Change(settings, many)) is None:
         few, many = many, many * 2
     if many > _MOST_NODES:
         return None
-    # Between the two not every number can share out the batch, so each is tried.
+    # Not every number between the two can divide the batch evenly, so try each one.
     return next(number for number in range(few + 1, many + 1) if attempt(Change(settings, number)) is not None)
 
 
 def _trimmed(change: Change, attempt: Attempt) -> tuple[Change, Plan]:
-    """The change without each setting that it fits without, the last ones first: those cost most."""
+    """Drops each setting that the change does not need, the costliest (last) first; returns the change and its plan."""
     kept = list(change.overrides)
     for override in reversed(change.overrides):
         fewer = [other for other in kept if other != override]
@@ -159,7 +166,7 @@ def _keys(change: Change) -> set[str]:
 
 
 def _strongest(single: list[Change]) -> Change:
-    """The last value of every key that needs no preparation."""
+    """Combines, for every key, its last change that needs no preparation."""
     chosen: dict[str, Change] = {}
     for change in single:
         key = "teacher" if change.overrides[0].startswith("teacher.") else change.overrides[0].partition("=")[0]

@@ -1,4 +1,4 @@
-"""The machines of a plan: how many there are, what memory each has, and how fast they are taken to be."""
+"""The machines of a plan: their number, the memory of each, and the speed that the plan assumes for them."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -7,34 +7,40 @@ if TYPE_CHECKING:
     import torch
 
 # Assumptions, each an option of `dskd plan`.
-TFLOPS = {"cuda": 400.0, "cpu": 0.1}  # 40 % of an H100's 989 dense bf16; two cores or so of a processor
+TFLOPS = {"cuda": 400.0, "cpu": 0.1}  # 40 % of an H100's 989 dense bf16; about two cores of a processor
 BANDWIDTH = {"one node": 300.0, "nodes": 40.0, "cpu": 1.0}  # NVLink; a 400 Gbit/s adapter for each GPU; gloo
-HOST_BANDWIDTH = 25.0  # PCIe 4.0 x16, less what protocols take
-DISK_BANDWIDTH = 5.0  # of a node's local NVMe disks together
+HOST_BANDWIDTH = 25.0  # PCIe 4.0 x16, less the overhead of protocols
+DISK_BANDWIDTH = 5.0  # all local NVMe disks of a node together
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes that are alike. With `device` "cpu" a GPU is a rank without one, which has a share of the node's memory."""
+    """A number of identical nodes.
+
+    With `device` "cpu" a "GPU" is a rank without one, which has a share of the node's memory.
+    """
 
     nodes: int
     gpus_per_node: int
-    gpu_memory: int  # bytes; of each GPU, or of each rank without one
-    host_memory: int  # bytes, of each node
+    gpu_memory: int  # bytes of each GPU, or of each rank without one
+    host_memory: int  # bytes of each node
     device: Literal["cuda", "cpu"]
     bandwidth: float  # bytes/s that a GPU receives from the others
     host_bandwidth: float  # bytes/s from a host's memory to each of its GPUs
     disk_bandwidth: float  # bytes/s of a node's local disks
-    flops: float  # per second, that a GPU sustains in matrix products
+    flops: float  # operations per second that a GPU sustains in matrix products
 
     @property
     def world_size(self) -> int:
-        """Ranks: one a GPU."""
+        """Returns the number of ranks, one per GPU."""
         return self.nodes * self.gpus_per_node
 
     def dtype(self, precision: str) -> "torch.dtype":
-        """Of weights and states. `auto` is bf16 on GPUs, and on a CPU what suits the one that the plan is made on."""
-        import torch  # here: the options of `dskd plan` should not wait for it
+        """Returns the type of weights and states.
+
+        `auto` means bf16 on GPUs; on CPUs it is the type that `auto` means on the machine that makes the plan.
+        """
+        import torch  # imported here so that `dskd plan --help` does not wait for it
 
         from dskd.models.precision import compute_dtype
 

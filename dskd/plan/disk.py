@@ -1,4 +1,4 @@
-"""What a job's artifacts take on disk."""
+"""The disk space that a job's artifacts take."""
 
 from dataclasses import dataclass
 
@@ -9,19 +9,19 @@ from dskd.plan.shapes import Architecture, Shapes, Student
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes; those of shards are None where nobody knows how many samples there will be."""
+    """The sizes of a job's artifacts in bytes; `shards` is None if the number of samples is unknown."""
 
     states: int  # while the dictionary is built, at most
-    senses: int  # of tokens, at most; spans of several tokens come on top
+    senses: int  # of single tokens, at most; spans of several tokens are not counted
     student: int
-    shards: int | None  # before compression; a node's unpacked copy takes as much
+    shards: int | None  # before compression; a node's unpacked copy has the same size
     checkpoint: int
     checkpoints: int  # of one run: those that are kept, and the one that is being written
     nvme: int  # of the teacher, on each node
 
 
 def sample_bytes(config: Config) -> int:
-    """One sample of the shards before compression (docs/formats.md)."""
+    """Returns the bytes of one sample of the shards before compression (docs/formats.md)."""
     kappa, top_n = config.annotation.kappa, config.annotation.teacher_top_n
     position = 4 + 1 + 1 + 3 * 4 * kappa + (top_n * (4 + 2) + 4 if top_n else 0)
     return config.corpus.sequence_length * position
@@ -37,16 +37,16 @@ def compute_disk(
     samples: int | None,
     steps: int | None,
 ) -> Disk:
-    """What the artifacts take.
+    """Computes the sizes of a job's artifacts.
 
     Args:
         config: the experiment.
         cluster: the machines.
         architecture: the teacher's.
         teacher: its weights.
-        student: the student's.
-        samples: training sequences.
-        steps: optimizer steps of a run.
+        student: the student.
+        samples: the number of training sequences, or None if it is unknown.
+        steps: the number of optimizer steps of a run, or None if it is unknown.
     """
     values, size = architecture.values(), cluster.dtype(config.precision).itemsize
     vocab_size, hidden_size = values["vocab_size"], values["hidden_size"]
@@ -69,5 +69,5 @@ def compute_disk(
 
 
 def dictionary_rows(config: Config, architecture: Architecture) -> int:
-    """Rows of the sense dictionary at most: k senses for each token."""
+    """Returns the most rows that the sense dictionary can have: k senses for each token."""
     return architecture.values()["vocab_size"] * config.senses.k

@@ -1,9 +1,9 @@
-"""What ZeRO-3 gathers while a model runs: how many weights are whole at one time, and how many travel.
+"""A simulation of what ZeRO-3 gathers while a model runs: how many elements are whole at one time, and how many travel.
 
-A model of DeepSpeed's coordinator in numbers. Before a module runs, its weights are gathered; then weights of modules
-to come are, about `PREFETCH` elements ahead each time, as long as no more than `MAX_LIVE` are whole. Afterwards those
-are let go that are not needed again within the next `MAX_REUSE` elements. Weights that are gathered together come in
-one buffer, out of which each is copied: until the last of them is used they are there twice.
+It follows DeepSpeed's coordinator. Before a module runs, its weights are gathered, and then those of the next modules,
+about `PREFETCH` elements at a time, while no more than `MAX_LIVE` elements are whole. After the module has run, its
+weights are released unless they are needed again within the next `MAX_REUSE` elements. Weights that are gathered
+together arrive in one buffer, from which each is copied; they exist twice until the last of them is used.
 """
 
 from collections import deque
@@ -14,35 +14,36 @@ from dskd.plan.shapes import Shapes, Weight
 
 # DeepSpeed's defaults, in elements: stage3_prefetch_bucket_size, stage3_max_live_parameters, stage3_max_reuse_distance.
 PREFETCH, MAX_LIVE, MAX_REUSE = 50_000_000, 1_000_000_000, 1_000_000_000
-# What training sets: stage3_param_persistence_threshold is so many times the width, and smaller weights stay gathered.
+# Training sets stage3_param_persistence_threshold to this many times the hidden size; smaller weights stay gathered.
 PERSISTENT_WIDTHS = 10
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Elements, of one pass over a micro-batch."""
+    """The numbers of gathered elements in one pass over a micro-batch."""
 
     along: tuple[int, ...]  # held while each module runs forward
-    at_turn: int  # held when the last module has run forward, and the loss is computed
-    backward: int  # the most that is held in the backward pass
-    travelled: int  # gathered, each time counted
+    at_turn: int  # held after the last module has run forward, while the loss is computed
+    backward: int  # the most that are held in the backward pass
+    travelled: int  # gathered in total, counted each time
 
     @property
     def forward(self) -> int:
-        """The most that is held in the forward pass."""
+        """Returns the most elements that are held in the forward pass."""
         return max(self.along, default=0)
 
 
 def gather(shapes: Shapes, *, persistent: int, backward: bool, is_gloo: bool = False) -> Gathered:
-    """What is gathered in a forward pass, or in one with its backward pass.
+    """Simulates what is gathered in a forward pass, and in its backward pass if there is one.
 
     Args:
         shapes: the model.
-        persistent: weights of so many elements or fewer stay gathered and do not count here.
+        persistent: weights with at most this many elements stay gathered and are not counted.
         backward: whether there is a backward pass, over the same modules in reverse.
-        is_gloo: ranks without GPUs talk over gloo, which has a buffer of its own for all that is under way.
+        is_gloo: whether ranks communicate over gloo, as they do without GPUs; it has its own buffer for all data that
+            is being sent.
     """
-    # Modules around others have no weights, but gather ahead; training puts one more around the model.
+    # Modules that contain others have no weights, but they also prefetch. Training wraps the model in one more.
     uses: list[list[Weight]] = [[]]
     uses += [[weight for weight in module if weight.numel > persistent] for module in shapes.modules]
     turn = len(uses)
@@ -59,18 +60,18 @@ class _Coordinator:
         self._uses = uses
         self._is_gloo = is_gloo
         self._ahead = deque((number, weight) for number, use in enumerate(uses) for weight in use)
-        self._fetched_for: dict[str, int] = {}  # the last use that a weight was gathered, or kept, for
-        self._available: dict[str, int] = {}  # asked for, if not whole yet
+        self._fetched_for: dict[str, int] = {}  # weight -> the last use that it was prefetched for
+        self._available: dict[str, int] = {}  # weight -> its elements; gathered, or at least requested
         self._buffers: list[_Buffer] = []
         self.travelled = 0
 
     def run(self, number: int) -> int:
-        """Runs one module; the most elements that were held, buffers included."""
+        """Runs one module, and returns the most elements that were held, including buffers."""
         use = self._uses[number]
         names = {weight.name for weight in use}
         self._gather([weight for weight in use if weight.name not in self._available])
         for buffer in self._buffers:
-            if buffer.unused & names:  # now it has to be there, and all of it is copied
+            if buffer.unused & names:  # the module waits for the buffer, and all of its weights are copied out
                 buffer.is_copied = True
         peak = self.held()
         for buffer in self._buffers:
@@ -99,7 +100,7 @@ class _Coordinator:
         self._available.update((weight.name, weight.numel) for weight in weights)
         numel = sum(weight.numel for weight in weights)
         self.travelled += numel
-        if len(weights) > 1:  # a single one comes into its place
+        if len(weights) > 1:  # a single weight is received in place, without a buffer
             self._buffers.append(_Buffer({weight.name for weight in weights}, numel))
 
     def _is_needed_soon(self, weight: Weight, number: int) -> bool:
@@ -113,7 +114,7 @@ class _Coordinator:
         return False
 
     def held(self) -> int:
-        """Elements that are held now, buffers included."""
+        """Returns the number of elements that are held now, including buffers."""
         waiting = {name for buffer in self._buffers if not buffer.is_copied for name in buffer.unused}
         whole = sum(numel for name, numel in self._available.items() if name not in waiting)
         under_way = sum(buffer.numel for buffer in self._buffers if not buffer.is_copied) * self._is_gloo
@@ -122,8 +123,8 @@ class _Coordinator:
 
 @dataclass
 class _Buffer:
-    """Weights that are gathered together."""
+    """A buffer of weights that are gathered together."""
 
-    unused: set[str]
+    unused: set[str]  # weights in it that no module has used yet
     numel: int
-    is_copied: bool = False
+    is_copied: bool = False  # its weights have been copied out of it

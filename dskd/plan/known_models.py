@@ -1,6 +1,6 @@
-"""Shapes of models of the hub that shipped configurations name and that need a licence or a network to look at.
+"""Shapes of models of the hub that shipped configurations name and whose files need a licence or a network.
 
-They are what the models' own config.json says of the architecture; everything that does not change a shape is left out.
+They are taken from the models' own config.json; everything that does not change a shape is left out.
 """
 
 from typing import Any
@@ -46,5 +46,5 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
 
 
 def known_model(name: str) -> dict[str, Any] | None:
-    """The architecture of a model of the hub, as its config.json has it, or None."""
+    """Returns the architecture of a model of the hub, with the keys of its config.json, or None if it is not known."""
     return KNOWN_MODELS.get(name.lower())

@@ -1,4 +1,4 @@
-"""How many bytes of tensors live at one time while a computation runs on the meta device: shapes and no memory."""
+"""Counting the bytes of tensors that are alive at one time while a computation runs on shapes, without memory."""
 
 import contextlib
 import weakref
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts every piece of memory that operations hand out within it, from its making until nobody holds it.
+    """A counter of the storages that operations inside it allocate, each from its creation until nothing refers to it.
 
-    Views share their piece, and what was there before, as weights are, does not count. What an operation needs inside
-    itself is not seen.
+    Views share a storage. Storages that existed before, such as weights, do not count. Memory that an operation only
+    uses internally is not seen.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation and counts what it returns."""
         if func is torch.ops.aten.nonzero.default:
-            # Data decides how many there are, and there is none: all of them, which takes the most memory.
+            # The size of the result depends on data, which does not exist; assume the largest, where all are nonzero.
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
         result = func(*args, **(kwargs or {}))
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
@@ -36,13 +36,13 @@ class LiveBytes(TorchDispatchMode):
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
-        """What is made within does not count: it is accounted for elsewhere."""
+        """Excludes what is allocated within from the current count, because it is counted elsewhere."""
         before = self.now
         yield
         self.now = before
 
     def restart_peak(self) -> int:
-        """The peak so far; the next one counts from what lives now."""
+        """Returns the peak since the last call, and starts the next peak from the bytes that are alive now."""
         peak, self.peak = self.peak, self.now
         return peak
 

@@ -1,7 +1,8 @@
-"""Bytes that a rank of training holds, on its GPU and of its host's memory, by what they are for.
+"""The bytes that training holds on each GPU and in each host's memory, by what they are used for.
 
-Held all the time are weights, optimizer, buffers and batches. Beside them there are moments that follow each other: the
-teacher's forward, the student's forward, the loss, the backward pass and the optimizer's step; the peak is the largest.
+Weights, optimizer, buffers and batches are held all the time. The phases of a step hold more in addition, one after the
+other: the teacher's forward, the student's forward, the loss, the backward pass and the optimizer's step. The peak is
+that of the largest phase.
 """
 
 from dataclasses import dataclass, replace
@@ -17,19 +18,19 @@ from dskd.plan.gathering import PERSISTENT_WIDTHS, Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
 from dskd.training.student import REDUCE_BUCKET
 
-# What a process takes beside tensors. Assumptions: on a GPU the contexts of CUDA and NCCL, and what the allocator
-# cannot give out because it lies in pieces; in the host's memory Python, torch and DeepSpeed.
+# Memory of a process in addition to tensors, which is assumed, not counted: on a GPU the contexts of CUDA and NCCL, and
+# fragmented memory that the allocator cannot use; in the host's memory Python, torch and DeepSpeed.
 RESERVED_ON_GPU = 2 * GB
 RESERVED_ON_HOST = 2 * GB
-_MASTER, _MOMENTS, _GRADIENTS = 4, 8, 4  # bytes for each trained element: AdamW's in float32, and sums of gradients
-_STEP = 4 + 8  # in the optimizer's step: the gradients once more, and two intermediate results
-_SUB_GROUP = 1_000_000_000  # elements that a step works on at one time (DeepSpeed's sub_group_size)
-_PREFETCHED = 2  # steps that each of the loader's workers holds ready
+_MASTER, _MOMENTS, _GRADIENTS = 4, 8, 4  # bytes per trained element: float32 weights, AdamW's moments, gradient sums
+_STEP = 4 + 8  # bytes per element in the optimizer's step: a copy of the gradients, and two intermediate results
+_SUB_GROUP = 1_000_000_000  # elements that a step processes at one time (DeepSpeed's sub_group_size)
+_PREFETCHED = 2  # steps that each of the loader's workers prepares ahead
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes by what they are for, each at its own largest moment, and the most that there is at one time."""
+    """The bytes of memory by use, each at its own peak, and the peak of all together."""
 
     teacher: int
     student: int
@@ -44,28 +45,28 @@ class Parts:
 
     @property
     def tensors(self) -> int:
-        """The peak without what is reserved: what an allocator of tensors would say."""
+        """Returns the peak without the reserved memory, which is the peak that an allocator of tensors would report."""
         return self.peak - self.reserved
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What training needs."""
+    """The memory that training needs."""
 
-    gpu: Parts  # each
-    host: Parts  # each, without what lies on ranks that have no GPU
+    gpu: Parts  # of each GPU, or of each rank without one
+    host: Parts  # of each host
     teacher_gathered: Gathered | None
     student_gathered: Gathered
-    step_bytes: int  # that the loader brings a rank for a step
+    step_bytes: int  # bytes that the loader brings to a rank for a step
 
 
 def batch_of(config: Config, micro_batch_size: int, *, relations: float) -> Batch:
-    """A micro-batch as large as it can be.
+    """Returns the largest micro-batch that can occur.
 
     Args:
         config: the experiment.
-        micro_batch_size: its samples.
-        relations: share of the targets that have a synonym or an antonym.
+        micro_batch_size: the number of samples in it.
+        relations: the share of targets that have a synonym or an antonym.
     """
     loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
     lexical = min(length, round(relations * length))
@@ -78,14 +79,14 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float) -> Batc
         length,
         config.corpus.packing == "documents",
         positions,
-        0 if on_device else 3 * positions * kappa,  # synonyms, antonyms and own ones, none of them twice
+        0 if on_device else 3 * positions * kappa,  # synonyms, antonyms and own rows, if all are distinct
         kappa,
         config.annotation.teacher_top_n if cached else 0,
     )
 
 
 def batch_bytes(batch: Batch, hidden_size: int) -> tuple[int, int]:
-    """What the loader brings for a micro-batch: sense rows, and all the rest."""
+    """Returns the bytes that the loader brings for a micro-batch: those of sense rows, and those of all the rest."""
     tokens = batch.size * batch.length
     named = batch.sense_positions * (2 + 3 * batch.kappa) * 8
     rest = tokens * (8 + 8 + 1 + 8 * batch.is_packed) + named
@@ -106,18 +107,18 @@ def compute_memory(
     relations: float,
     bank_rows: int,
 ) -> Memory:
-    """What a rank of training and its host hold.
+    """Computes the bytes that a rank of training and its host hold.
 
     Args:
         config: the experiment.
         cluster: the machines.
         architecture: the teacher's.
-        teacher: its weights, without the output matrix where it has one of its own.
-        student: the student's.
-        micro_batch_size: samples that a rank runs at once.
-        accumulation_steps: micro-batches in a step.
-        relations: share of the targets that have a synonym or an antonym.
-        bank_rows: rows of the sense dictionary.
+        teacher: its weights, without the output matrix unless that is tied to the embeddings.
+        student: the student.
+        micro_batch_size: the number of samples that a rank runs at once.
+        accumulation_steps: the number of micro-batches in a step.
+        relations: the share of targets that have a synonym or an antonym.
+        bank_rows: the number of rows in the sense dictionary.
     """
     ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
     size, hidden_size = dtype.itemsize, _hidden_size(architecture)
@@ -126,11 +127,14 @@ def compute_memory(
     persistent = PERSISTENT_WIDTHS * hidden_size
     moments = _moments(config, cluster, architecture, student, batch, dtype, with_teacher=with_teacher)
 
+    # The teacher: what a rank holds all the time, and what is gathered while it runs.
     held, host_teacher, gathered = 0, 0, None
     if with_teacher:
         held, host_teacher, gathered = _teacher(config, cluster, teacher, size, persistent)
     teacher_live = _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
 
+    # The student: a rank's shares, the small weights that stay gathered, and what is gathered in each phase. A single
+    # rank gathers nothing.
     shapes = student.shapes
     trained, share = shapes.trained_numel, shapes.share(ranks, trained_only=True)
     student_held = size * (shapes.share(ranks) + -(-student.teacher_matrix // ranks))
@@ -139,25 +143,28 @@ def compute_memory(
     if ranks > 1:
         student_held += size * shapes.persistent(persistent)
     each = size * (ranks > 1)
-    copy = each * student.teacher_matrix  # the teacher's output matrix, where the student's is another one
+    copy = each * student.teacher_matrix  # the teacher's output matrix, if the student's differs from it
     along = [each * elements for elements in student_gathered.along]
-    # Activations grow from module to module while what was gathered ahead is let go.
+    # Activations grow from module to module while prefetched weights are released, so the peak can be at any module.
     forward = max(
         elements + moments.student.forward * (number + 1) // len(along) for number, elements in enumerate(along)
     )
     at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
+    # The optimizer's share, and the bucket in which DeepSpeed collects gradients.
     optimizer = (_MASTER + _MOMENTS + _GRADIENTS) * share + REDUCE_BUCKET * size
-    # A bucket that is full is copied to be summed up; a gradient larger than it is kept beside it.
+    # A full bucket is copied to be summed over ranks. A gradient that is larger than the bucket is held separately.
     flushed = min(trained, REDUCE_BUCKET) * size
     over = max((w.numel for w in shapes.weights if w.is_trained and w.numel > REDUCE_BUCKET), default=0) * size
     is_flushed_early = trained > REDUCE_BUCKET
 
+    # Batches: a GPU holds two copies of the loader's data for a step, and the whole bank of sense rows if it is there.
     senses, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size))
     bank = bank_rows * hidden_size * 2 if config.train.sense_bank == "device" and config.loss.sense_weight else 0
     on_gpu = cluster.device == "cuda"
-    copies = 2 if on_gpu else 0  # this step's and the next one's; without a GPU they stay where the worker put them
+    copies = 2 if on_gpu else 0  # of this step and the next; without a GPU they stay where the worker put them
     of_batches = {"senses": senses * copies + (bank if on_gpu else 0), "batches": rest * copies}
     static = held + student_held + optimizer + sum(of_batches.values())
+    # What each phase holds in addition to all that is always there; the largest decides the peak.
     at = {
         "the teacher's forward pass": teacher_live + moments.teacher,
         "the student's forward pass": forward,
@@ -219,7 +226,7 @@ def _moments(
 def _teacher(
     config: Config, cluster: Cluster, teacher: Shapes, size: int, persistent: int
 ) -> tuple[int, int, Gathered | None]:
-    """Bytes on a GPU, bytes in its host's memory, and what ZeRO-3 gathers."""
+    """Returns the teacher's bytes on a GPU, its bytes in the host's memory per rank, and what ZeRO-3 gathers of it."""
     if config.teacher.mode == "resident":
         return teacher.numel * size, 0, None
     ranks, offload = cluster.world_size, config.teacher.offload
@@ -238,23 +245,23 @@ _NVME_BUFFERS = 8
 
 
 def _pinned(size: int) -> int:
-    """What torch takes for so many bytes of page-locked memory: the next power of two."""
+    """Returns the bytes that torch allocates for `size` bytes of page-locked memory: the next power of two."""
     return 1 << max(0, size - 1).bit_length()
 
 
 def _live(elements: int, teacher: Shapes, size: int, config: Config, cluster: Cluster) -> int:
-    """Bytes of the teacher's weights that are whole at one time."""
+    """Returns the bytes of the teacher's gathered weights, if `elements` are whole at one time."""
     if cluster.world_size > 1:
         return elements * size
-    # One rank gathers nothing; what lies in the host's memory is copied.
+    # A single rank gathers nothing, but copies weights from the host's memory to the GPU.
     return elements * size if cluster.device == "cuda" and config.teacher.offload != "none" else 0
 
 
 def _host(config: Config, cluster: Cluster, gpu: Parts, teacher: int, senses: int, rest: int, trained: int) -> Parts:
-    """What all ranks of a node hold in its memory."""
+    """Returns what all ranks of a node together hold in its memory."""
     ranks = cluster.gpus_per_node
     is_cpu = cluster.device == "cpu"
-    # Steps that workers hold ready, and those that are pinned to be copied.
+    # Steps that workers have prepared, and steps in page-locked memory for copying to the GPU.
     steps = _PREFETCHED * max(1, config.train.num_workers) + 2 * (not is_cpu)
     # Rank 0 writes the trained weights in float32 with each checkpoint.
     saved = 4 * trained
@@ -277,26 +284,27 @@ def _host(config: Config, cluster: Cluster, gpu: Parts, teacher: int, senses: in
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What a stage before training needs, which runs the teacher with its output matrix and nothing else."""
+    """The memory that a stage needs. Stages before training only run the teacher, with its output matrix."""
 
     name: str
-    gpu: int  # bytes, each
-    host: int  # bytes, each
+    gpu: int  # bytes of each GPU
+    host: int  # bytes of each host
 
 
 def stages_before(
     config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, *, states: int, rows: int
 ) -> tuple[StageMemory, StageMemory]:
-    """What gathering states and annotating need.
+    """Computes the memory that gathering states and annotation need.
 
     Args:
         config: the experiment.
         cluster: the machines.
         architecture: the teacher's.
-        teacher: its weights.
-        states: bytes of all states that are gathered, at most.
-        rows: bytes of the sense dictionary, at most.
+        teacher: its weights, as in :func:`compute_memory`.
+        states: the most bytes that all gathered states take.
+        rows: the most bytes that the sense dictionary takes.
     """
+    # These stages run a cached teacher too; it is sharded then.
     size, dtype = cluster.dtype(config.precision).itemsize, cluster.dtype(config.precision)
     config_of = (
         config.teacher.model_copy(update={"mode": "zero3"}) if config.teacher.mode == "cached" else config.teacher
@@ -309,7 +317,7 @@ def stages_before(
     live = held + matrix + _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
     is_cpu = cluster.device == "cpu"
     reserved = RESERVED_ON_HOST if is_cpu else RESERVED_ON_GPU
-    # Each holds no more than there is of what its budget is for.
+    # Each stage holds at most its budget, and no more than all states or rows.
     kept_states = min(int(config.senses.memory_budget * GB), -(-states // cluster.world_size))
     kept_rows = min(int(config.annotation.memory_budget * GB), rows)
     stages = []
@@ -320,14 +328,17 @@ def stages_before(
     ):
         batch = replace(batch_of(config, sequences, relations=0.0), sense_positions=0, sense_rows=0, teacher_top_n=0)
         gpu = live + reserved + on_device + teacher_activations(architecture, batch, dtype)
-        # Without GPUs what a rank has lies in the host's memory, its process with it.
+        # Without GPUs a rank's tensors are in the host's memory, and `gpu` includes its process.
         host = (on_host + beside + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
         stages.append(StageMemory(name, gpu, host))
     return stages[0], stages[1]
 
 
 def _cache_bytes(config: Config, architecture: Architecture, size: int) -> int:
-    """Keys and values of whole prompts that the teacher goes on with, and of a layer once more: it is made again."""
+    """Returns the bytes of keys and values for whole prompts that the teacher continues.
+
+    One layer counts twice, because its keys and values are copied when a token is appended.
+    """
     values = architecture.values()
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
     width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)

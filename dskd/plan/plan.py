@@ -1,4 +1,4 @@
-"""The plan of a job: memory, time and disk together, and whether it fits."""
+"""The plan of a job: its memory, time and disk space, and whether it fits on the machines."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher
 from dskd.plan.speed import Speed, compute_speed
 from dskd.training.schedule import count_steps, share_out
 
-RELATIONS = 0.2  # share of the targets with a synonym or antonym, where nobody knows it: more than WordNet gives
+RELATIONS = 0.2  # assumed share of targets with a synonym or antonym, if it is not known: more than WordNet gives
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job needs."""
+    """The needs of a job, together with what they were computed from."""
 
     config: Config
     cluster: Cluster
@@ -32,34 +32,34 @@ class Plan:
     steps: int | None
     memory: Memory
     before: tuple[StageMemory, ...]
-    is_annotated: bool  # the shards are there: the stages before training are over
+    is_annotated: bool  # the shards exist, so the stages before training are done
     speed: Speed
     disk: Disk
 
     @property
     def stages(self) -> tuple[StageMemory, ...]:
-        """What the stages that are still to be run need, training last."""
+        """Returns the needs of the stages that have not run yet, training last."""
         training = StageMemory("training", self.memory.gpu.peak, self.memory.host.peak)
         return (training,) if self.is_annotated else (*self.before, training)
 
     @property
     def too_large_for_gpus(self) -> list[StageMemory]:
-        """The stages for which a GPU is too small; a rank's share of memory, without GPUs."""
+        """Returns the stages for which a GPU's memory is too small, or without GPUs, a rank's share of memory."""
         return [stage for stage in self.stages if stage.gpu > self.cluster.gpu_memory]
 
     @property
     def too_large_for_hosts(self) -> list[StageMemory]:
-        """The stages for which a host's memory is too small."""
+        """Returns the stages for which a host's memory is too small."""
         return [stage for stage in self.stages if stage.host > self.cluster.host_memory]
 
     @property
     def fits(self) -> bool:
-        """True when there is enough memory everywhere."""
+        """Returns whether every stage has enough memory."""
         return not self.too_large_for_gpus and not self.too_large_for_hosts
 
     @property
     def hours(self) -> float | None:
-        """Of training, where the number of steps is known."""
+        """Returns the hours that training takes, or None if the number of steps is unknown."""
         return None if self.steps is None else self.steps * self.speed.step_s / 3600
 
 
@@ -77,13 +77,13 @@ def make_plan(
         config: the experiment.
         cluster: the machines.
         architecture: the teacher's.
-        samples: training sequences; without them those of the work directory's shards, where there are some, or as
-            many as corpus.max_sequences allows.
-        relations: share of the targets that have a synonym or an antonym.
+        samples: the number of training sequences. If it is None, the number in the work directory's shards is used if
+            they exist, and otherwise corpus.max_sequences.
+        relations: the share of targets that have a synonym or an antonym.
 
     Raises:
-        UserError: when the config cannot be trained so: its batch cannot be shared out, or the teacher has no such
-            layers.
+        UserError: when training with this config is impossible on these machines: the batch cannot be divided among
+            the ranks, the teacher is not supported or lacks the student's layers, or there are too few samples.
     """
     micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
     architecture.check(config)

@@ -1,10 +1,10 @@
-"""Preflight: what is wrong with the nodes of a job, said in seconds and by name, before hours are spent on it.
+"""Preflight: a check of a job's nodes that takes seconds and names what is wrong, before hours are spent on the job.
 
     dskd preflight --config FILE                                            this machine
     deepspeed --hostfile HOSTS --module dskd preflight --config FILE        the ranks that training will have
 
-Every rank looks at its own node and tells what it sees; where ranks should agree, those that differ from most others
-are named. Nothing that training needs is changed.
+Every rank examines its own node and reports what it finds. If ranks should agree and do not, the ones that differ from
+the majority are named. Preflight changes nothing that training needs.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, listed
 
-_CLOCK_TOLERANCE_S = 2.0  # more, and logs and metrics of two nodes cannot be laid side by side
-_SMALLEST_SHARED_MEMORY_GB = 1.0  # the loader's workers hand batches over in it
-_REDUCED = 2**24  # elements: 64 MB
+_CLOCK_TOLERANCE_S = 2.0  # if clocks differ by more, logs and metrics of two nodes cannot be compared by time
+_SMALLEST_SHARED_MEMORY_GB = 1.0  # the loader's workers pass batches through it
+_REDUCED = 2**24  # elements of the sum over ranks: 64 MB
 _ROUNDS = 3
-_FOLDER = ".preflight-"  # in workdir; of one preflight, with letters of its own behind it
-_LEFTOVER_AFTER_S = 24 * 3600.0  # no preflight takes so long
+_FOLDER = ".preflight-"  # prefix of a folder in workdir; each preflight appends a token of its own
+_LEFTOVER_AFTER_S = 24 * 3600.0  # a folder older than this belongs to no running preflight
 _SHARED = "workdir has to be on storage that all nodes share"
 
 
 def preflight(config: Config, world: World) -> None:
-    """Checks ranks, storage, clocks, versions and shards, and prints a line a node.
+    """Checks ranks, storage, clocks, versions and shards, and prints one line per node.
 
     Raises:
-        UserError: with everything that is wrong, each with its node; an OutageError where that is some of the nodes,
-            and others may do.
+        UserError: when every node has a problem, with all problems and their nodes.
+        OutageError: when only some nodes have one, so that the job may run on others.
     """
     gigabytes_per_s = _reduce(world)
     mine = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}
@@ -68,12 +68,12 @@ def preflight(config: Config, world: World) -> None:
 
 
 def _node(report: Mapping[str, Any]) -> int:
-    """The first rank of a rank's node, whatever it is called."""
+    """Returns the number of the first rank on a rank's node, which identifies the node even if hostnames do not."""
     return int(report["rank"] - report["local_rank"])
 
 
 def find_problems(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong, in words, of what all ranks have seen."""
+    """Returns sentences on everything that is wrong in the reports of all ranks."""
     problems = []
     for report in reports:
         where = f"rank {report['rank']} ({report['host']})"
@@ -92,7 +92,7 @@ def find_problems(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def describe(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table with a line a node."""
+    """Returns the lines of a table with one row per node."""
     header = ("node", "ranks", "device", "free, GB", "shared memory, GB", "all-reduce, GB/s")
     rows = []
     for leader in (report for report in reports if report["local_rank"] == 0):
@@ -106,7 +106,7 @@ def describe(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> list[str]:
-    """Reports that differ from most others in `what`, a value or a mapping."""
+    """Returns sentences on the reports whose `what`, a value or a mapping, differs from the majority's."""
 
     def values(report: Mapping[str, Any]) -> Mapping[str, Any]:
         return report[what] if isinstance(report[what], Mapping) else {what.replace("_", " "): report[what]}
@@ -115,7 +115,7 @@ def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> l
     for name in sorted({name for report in reports for name in values(report)}):
         counts = Counter(values(report).get(name) for report in reports).most_common(2)
         usual = counts[0][0]
-        if len(counts) == 2 and counts[0][1] == counts[1][1]:  # nobody is in the majority
+        if len(counts) == 2 and counts[0][1] == counts[1][1]:  # there is no majority
             seen = "; ".join(f"{value} on {_hosts_with(reports, values, name, value)}" for value, _ in counts)
             found.append(f"{name} differs: {seen}; {remedy}")
             continue
@@ -136,7 +136,10 @@ def _hosts_with(
 
 
 def _wrong_clocks(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Reports, one a node, whose clocks are far from most others'."""
+    """Returns sentences on clocks that are far from the median; with two nodes, on their difference.
+
+    There is one report per node.
+    """
     clocks = sorted((report["clock_s"], report["host"]) for report in reports)
     if len(clocks) == 2:
         (early, behind), (late, ahead) = clocks
@@ -154,7 +157,7 @@ def _wrong_clocks(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _reduce(world: World) -> float:
-    """GB/s of a sum over all ranks, or 0 where it is not what it should be."""
+    """Returns the GB/s of a sum over all ranks, or 0 if the result is wrong on this rank."""
     expected = world.world_size * (world.world_size - 1) / 2
     seconds = []
     for _ in range(_ROUNDS):
@@ -162,7 +165,7 @@ def _reduce(world: World) -> float:
         barrier()
         started = time.perf_counter()
         total = sum_over_ranks(values)
-        is_right = bool((total == expected).all())  # also waits for a GPU
+        is_right = bool((total == expected).all())  # reading the result also waits for the GPU
         seconds.append(time.perf_counter() - started)
         if not is_right:
             return 0.0
@@ -170,10 +173,10 @@ def _reduce(world: World) -> float:
 
 
 def _look(config: Config, world: World) -> dict[str, Any]:
-    """What this rank sees of its node."""
+    """Returns this rank's report on its node."""
     problems = [*_check_storage(config, world), *_check_shards(config), *_check_cache(config, world)]
     barrier()
-    clock_s = time.time()  # at one moment, to the few milliseconds in which ranks leave a barrier
+    clock_s = time.time()  # ranks read their clocks within the few milliseconds in which they leave the barrier
     shared = Path("/dev/shm")
     shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else 0.0
     if config.train.num_workers and shared_gb < _SMALLEST_SHARED_MEMORY_GB:
@@ -196,10 +199,10 @@ def _look(config: Config, world: World) -> dict[str, Any]:
 
 
 def _check_storage(config: Config, world: World) -> list[str]:
-    """Whether all ranks see one work directory: each must find the folder that rank 0 made, and rank 0 what each wrote
-    in it; and whether each can lock a file there.
+    """Checks that all ranks see one work directory and can lock files there, and returns this rank's problem, if any.
 
-    What is wrong with one node is a problem of its ranks alone, so that the node can be told from a mistake.
+    Each rank must find the folder that rank 0 made, and rank 0 must find the file that each rank wrote into it. If only
+    one node has a fault, only its ranks report a problem, which distinguishes a bad node from a mistake of the user.
     """
     problem, token = None, None
     if world.is_main:
@@ -210,13 +213,14 @@ def _check_storage(config: Config, world: World) -> list[str]:
         except UserError as error:
             problem, token = f"{error}; {_SHARED}", None
     token = broadcast_json(token)
-    # Of this preflight alone: jobs on one work directory, such as two runs to be compared, may start at once.
+    # The folder belongs to this preflight alone, since several jobs may start at once on one work directory, such as
+    # two runs to be compared.
     folder = config.path(f"{_FOLDER}{token}")
     if not world.is_main:
         try:
             if token is not None:
                 (folder / f"rank-{world.rank}").touch()
-            # Rank 0 could write nothing. Whether others can decides whose fault that is.
+            # Rank 0 could not make the folder. If other ranks can write there, the fault is that of rank 0's node.
             elif not ((place := _existing(config.path())).is_dir() and os.access(place, os.W_OK)):
                 problem = f"{config.path()}: cannot write there; {_SHARED}"
         except OSError as error:
@@ -225,7 +229,7 @@ def _check_storage(config: Config, world: World) -> list[str]:
         problem = _check_lock(folder / f"lock-{world.rank}")
     reports = gather_json(problem)
     if world.is_main and problem is None:
-        # Ranks that have a problem themselves say so.
+        # Ranks with a problem of their own report it themselves, so only check the others' files.
         sound = [rank for rank, own in enumerate(reports) if own is None and rank != 0]
         if missing := [rank for rank in sound if not (folder / f"rank-{rank}").exists()]:
             problem = f"{config.path()}: what ranks {missing} write there is not seen here"
@@ -236,9 +240,9 @@ def _check_storage(config: Config, world: World) -> list[str]:
 
 
 def _remove_leftovers(workdir: Path) -> None:
-    """Removes what preflights left that were killed."""
+    """Removes the folders of preflights that were killed."""
     for folder in workdir.glob(f"{_FOLDER}*"):
-        with contextlib.suppress(OSError):  # another job's does the same, or has just ended
+        with contextlib.suppress(OSError):  # another job's preflight may have just removed it
             if time.time() - folder.stat().st_mtime > _LEFTOVER_AFTER_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -253,7 +257,7 @@ def _check_lock(path: Path) -> str | None:
 
 
 def _check_shards(config: Config) -> list[str]:
-    """Whether this rank's node has the training shards, where they have been made."""
+    """Checks that this rank's node can read the training shards, if they exist; returns its problem, if any."""
     if not config.path(kinds.SHARDS.folder, "train").exists():
         return []
     try:
@@ -269,12 +273,12 @@ def _check_cache(config: Config, world: World) -> list[str]:
     own = f"{socket.gethostname()}: "
     try:
         open_node_cache(config.train.shard_cache, world)
-    except UserError as problem:  # of any node, with its name
+    except UserError as problem:  # it has the problems of all nodes, each line starting with a host name
         lines = str(problem).splitlines()
         return [line.removeprefix(own) for line in lines if line.startswith(own)] if world.local_rank == 0 else []
     return []
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest of its parents that is there."""
+    """Returns the path, or its nearest parent that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())

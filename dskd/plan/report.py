@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Formatting a plan as text."""
 
 from dskd.console import table
 from dskd.plan import GB
@@ -24,12 +24,15 @@ Speed is an estimate: it stands on --tflops, --bandwidth and --host-bandwidth, w
 
 
 def format_plan(plan: Plan) -> str:
-    """The whole plan."""
+    """Formats the whole plan."""
     return "\n\n".join([_headline(plan), _memory(plan), _speed(plan), _disk(plan), _stages(plan), _ASSUMPTIONS])
 
 
 def format_offload(plan: Plan, without: Plan | None) -> str:
-    """Whether the teacher has to be offloaded; `without` is the plan in which it is not."""
+    """Formats a line on whether the teacher must be offloaded.
+
+    `without` is the plan in which it is not offloaded, or None if there is no teacher in training.
+    """
     if without is None:
         return "Offload: none, there is no teacher in training."
     needed = f"a GPU then needs {_gb(without.memory.gpu.peak)} GB of its {_gb(plan.cluster.gpu_memory)}"
@@ -45,7 +48,7 @@ def format_offload(plan: Plan, without: Plan | None) -> str:
 
 
 def format_refusal(plan: Plan, found: tuple[Change, Plan] | None) -> str:
-    """What lacks, and what to do."""
+    """Formats what memory is too small, and the smallest change that fits (`found`) or advice if there is none."""
     what = "GPU" if plan.cluster.device == "cuda" else "rank"
     gpu, host = _gb(plan.cluster.gpu_memory), _gb(plan.cluster.host_memory)
     lacks = [

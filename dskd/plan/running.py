@@ -1,8 +1,8 @@
-"""How an architecture can be run without its weights, for a plan: under FakeTensorMode, where values are not there.
+"""Running an architecture without its weights for a plan, under FakeTensorMode, where tensors have no values.
 
-Attention of transformers' own interface is replaced by something that keeps what a fused kernel keeps; architectures
-with attention of their own run it. A mixture of experts chooses experts by values: in its place one expert runs over
-as many tokens as all of them together.
+If an architecture uses transformers' attention interface, its attention is replaced by a function that keeps the same
+tensors as a fused kernel. Otherwise its own attention runs. A mixture of experts chooses experts by values, so one
+expert runs instead, over as many tokens as all chosen experts together.
 """
 
 import contextlib
@@ -20,26 +20,24 @@ from dskd.errors import UserError
 from dskd.models.stored_names import base_model
 from dskd.plan.shapes import Architecture
 
-_ATTEMPTED = 1, 8  # B, T of the run that shows whether it can be run so
+_ATTEMPTED = 1, 8  # B, T of the run that tests a way of running the architecture
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k")
 
 
 @dataclass(frozen=True)
 class Way:
-    """How to run an architecture: the name of its attention, whether it takes a mask of all pairs of positions, and
-    whether its mixtures of experts return their router's logits too.
-    """
+    """A way to run an architecture without values."""
 
-    attention: str
-    takes_mask: bool
-    returns_router: bool
+    attention: str  # the name of its attention in transformers' interface
+    takes_mask: bool  # it takes a mask of all pairs of positions
+    returns_router: bool  # its mixtures of experts also return their router's logits
 
     def prepare(self, model: Any) -> Any:
-        """The model, changed so that it can be run."""
+        """Changes the model so that it runs this way, and returns it."""
         model.set_attn_implementation(self.attention)
         for module in model.modules():
-            if hasattr(module, "rope_type"):  # some kinds look at positions to choose their factors
+            if hasattr(module, "rope_type"):  # some types read the values of positions to choose their factors
                 module.rope_type = "default"
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
@@ -50,14 +48,14 @@ class Way:
 
 @functools.cache
 def find_way(architecture: Architecture, attention: str) -> Way:
-    """The first way in which the architecture can be run.
+    """Returns the first way in which the architecture can be run.
 
     Args:
         architecture: the model.
-        attention: the name of the attention that stands in for fused kernels.
+        attention: the name of the attention that replaces fused kernels.
 
     Raises:
-        UserError: when there is none.
+        UserError: when every way fails.
     """
     reason = ""
     for name, takes_mask, returns_router in itertools.product((attention, "eager"), (True, False), (True, False)):
@@ -66,7 +64,7 @@ def find_way(architecture: Architecture, attention: str) -> Way:
             _attempt(architecture, way)
         except UserError:
             raise
-        except Exception as error:  # there is no end to what a model may raise when it asks for a value
+        except Exception as error:  # a model that reads a value may raise anything
             reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
             continue
         return way
@@ -75,7 +73,7 @@ def find_way(architecture: Architecture, attention: str) -> Way:
 
 @contextlib.contextmanager
 def without_values(architecture: Architecture) -> Iterator[None]:
-    """Runs a model under FakeTensorMode; what it cannot do without values is a refusal of the plan."""
+    """Runs its body under FakeTensorMode, and turns an operation that needs values into a UserError."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
@@ -105,7 +103,7 @@ def _attempt(architecture: Architecture, way: Way) -> None:
 
 
 def materialize(model: Any, dtype: torch.dtype) -> Any:
-    """The model, with parameters and buffers that are not there. Called under FakeTensorMode."""
+    """Gives the model fake parameters and buffers, and returns it. Must be called under FakeTensorMode."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -118,7 +116,7 @@ def materialize(model: Any, dtype: torch.dtype) -> Any:
 
 
 def experts_per_token(values: Any) -> int:
-    """How many experts a token has; 1 without experts."""
+    """Returns how many experts process a token, or 1 if the model has no experts."""
     get = values.get if isinstance(values, dict) else lambda key: getattr(values, key, None)
     return next((value for key in _EXPERTS_PER_TOKEN if isinstance(value := get(key), int)), 1)
 
@@ -128,7 +126,7 @@ def _is_mixture(architecture: Architecture) -> bool:
 
 
 class _OneExpert(nn.Module):
-    """In the place of a mixture: one of its experts, over the tokens of all of them."""
+    """A replacement for a mixture of experts: one of its experts, run over the tokens of all chosen experts."""
 
     def __init__(self, block: Any, model_config: Any, returns_router: bool) -> None:
         super().__init__()
@@ -138,7 +136,7 @@ class _OneExpert(nn.Module):
         self.returns_router = returns_router
 
     def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """States [B, T, D] of states [B, T, D]."""
+        """Returns states [B, T, D] for states [B, T, D], and None as router logits if the mixture returns those too."""
         rows = states.flatten(0, -2).repeat_interleave(self.times, dim=0)
         result = self.expert(rows).view(-1, self.times, states.shape[-1]).sum(1).view(states.shape)
         if self.shared is not None:

@@ -1,4 +1,4 @@
-"""The shapes of a job's models: the teacher's config.json, and the student that is cut from it, without any weights."""
+"""The shapes of a job's models, without any weights: the teacher's from its config.json, and the student's."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter."""
+    """A parameter of a model."""
 
     name: str
     numel: int
@@ -36,21 +36,22 @@ class Weight:
     is_trained: bool = False
 
     def share(self, world_size: int) -> int:
-        """Elements of it that a rank holds under ZeRO-3."""
+        """Returns the number of its elements that a rank holds under ZeRO-3."""
         return -(-self.numel // world_size)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model's weights, in the modules that own them, in the order in which these run; with modules around others,
-    which have none.
+    """The weights of a model, grouped by the modules that own them, in the order in which the modules run.
+
+    Modules that only contain other modules are included, without weights.
     """
 
     modules: tuple[tuple[Weight, ...], ...]
 
     @classmethod
     def of(cls, model: nn.Module, *, without: nn.Module | None = None) -> "Shapes":
-        """The weights of a model, but for those of one module."""
+        """Collects the weights of a model, except those of the module `without`."""
         modules, seen = [], set()
         for prefix, module in model.named_modules():
             own = {name: weight for name, weight in module.named_parameters(recurse=False) if id(weight) not in seen}
@@ -66,37 +67,37 @@ class Shapes:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        """All of them."""
+        """Returns all weights."""
         return tuple(weight for module in self.modules for weight in module)
 
     @property
     def numel(self) -> int:
-        """Elements of all weights."""
+        """Returns the number of elements of all weights."""
         return sum(weight.numel for weight in self.weights)
 
     @property
     def trained_numel(self) -> int:
-        """Elements of the trained ones."""
+        """Returns the number of elements of the trained weights."""
         return sum(weight.numel for weight in self.weights if weight.is_trained)
 
     def share(self, world_size: int, *, trained_only: bool = False) -> int:
-        """Elements that a rank holds of all of them, or of the trained ones."""
+        """Returns the number of elements that a rank holds, of all weights or only of the trained ones."""
         return sum(w.share(world_size) for w in self.weights if w.is_trained or not trained_only)
 
     def persistent(self, threshold: int) -> int:
-        """Elements of the weights that ZeRO-3 leaves gathered because they are small."""
+        """Returns the number of elements of weights so small that ZeRO-3 leaves them gathered."""
         return sum(weight.numel for weight in self.weights if weight.numel <= threshold)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The teacher of a job by its config.json, and how it is named."""
+    """The architecture of a job's teacher, as its config.json."""
 
-    config: str  # JSON; a string, so that an architecture can be a key
-    named_by: str
+    config: str  # JSON, as a string so that an architecture is hashable
+    named_by: str  # where the config.json comes from, for messages
 
     def values(self) -> dict[str, Any]:
-        """The config.json as transformers completes it, with sizes under the names that most architectures use.
+        """Returns the config.json as transformers completes it, with sizes under the names most architectures use.
 
         Raises:
             UserError: when transformers cannot read it.
@@ -104,10 +105,14 @@ class Architecture:
         return _complete(self.config, self.named_by)
 
     def build(self, *, layers: list[int] | None = None, first_layer: int = 0) -> Any:
-        """The causal LM on the meta device, of those layers of it; with `first_layer` without so many of the lowest.
+        """Builds the causal LM on the meta device.
+
+        Args:
+            layers: the layers to keep; None keeps all.
+            first_layer: the number of lowest layers, of those kept, to leave out.
 
         Raises:
-            UserError: when transformers knows no such architecture.
+            UserError: when transformers cannot build the architecture.
         """
         values = json.loads(self.config)
         if layers is not None:
@@ -116,19 +121,19 @@ class Architecture:
             return empty_model(folder, first_layer=first_layer)
 
     def check(self, config: Config) -> None:
-        """Refuses what training would refuse at its start.
+        """Refuses a teacher that training would refuse at its start.
 
         Raises:
-            UserError: with the reason.
+            UserError: when it is refused, with the reason.
         """
         with _folder_of(self.config, self.named_by) as folder:
             check_architecture(folder, config)
 
     def check_kinds(self, layers: list[int]) -> None:
-        """Refuses layers of which no student can be made.
+        """Refuses layers that cannot form a student.
 
         Raises:
-            UserError: with the reason.
+            UserError: when they are refused, with the reason.
         """
         if layers != list(range(len(layers))):
             check_kinds(self.build(), self.build(layers=layers), layers)
@@ -136,7 +141,7 @@ class Architecture:
 
 @contextlib.contextmanager
 def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
-    """A model folder with a config.json and nothing else; messages about it name where it is from."""
+    """Provides a temporary model folder with nothing but a config.json; in errors, `named_by` replaces its path."""
     with tempfile.TemporaryDirectory(prefix="dskd-plan-") as path:
         Path(path, "config.json").write_text(config, encoding="utf-8")
         try:
@@ -161,21 +166,21 @@ def _complete(config: str, named_by: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Student:
-    """The student as training loads it: without the layers that the teacher computes for it."""
+    """The student as training loads it, without the layers that the teacher computes for it."""
 
-    layers: list[int]  # of the teacher
-    trunk: int  # so many of the lowest are the teacher's
+    layers: list[int]  # the teacher's layers that it keeps
+    trunk: int  # the number of lowest layers that the teacher computes for it
     why_no_trunk: str | None
-    shapes: Shapes  # of what is loaded
-    whole_numel: int  # of the student as it is exported
-    teacher_matrix: int  # elements of a copy of the teacher's output matrix, where the student's own is trained
+    shapes: Shapes  # of the part that training loads
+    whole_numel: int  # elements of the student as it is exported
+    teacher_matrix: int  # elements of a copy of the teacher's output matrix; 0 unless the student trains its own
 
 
 def find_architecture(config: Config, teacher_config: Path | None) -> Architecture:
-    """The teacher's architecture: of `teacher_config`, of the config's recipe, of its folder, or of the hub.
+    """Returns the teacher's architecture, from `teacher_config`, the config's recipe, the teacher's folder, or the hub.
 
     Raises:
-        UserError: when there is none to be found.
+        UserError: when no config.json is found, or it is not that of a decoder.
     """
     if teacher_config is not None:
         return _read(teacher_config, named_by="--teacher-config")
@@ -203,7 +208,7 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
 
 @functools.cache
 def teacher_shapes(architecture: Architecture) -> Shapes:
-    """The teacher's weights in training: without its output matrix, which the student's head has."""
+    """Returns the teacher's weights in training: without an untied output matrix, which is in the student's head."""
     model = architecture.build()
     output = model.get_output_embeddings()
     is_tied = output.weight is model.get_input_embeddings().weight
@@ -211,11 +216,11 @@ def teacher_shapes(architecture: Architecture) -> Shapes:
 
 
 def cut_student(config: Config, architecture: Architecture) -> Student:
-    """The student that would be cut, with what is trained of it.
+    """Returns the student that would be cut, and which of its weights would be trained.
 
     Raises:
-        UserError: when the teacher has no such layers, nothing would be trained, or a shared trunk is asked for that
-            cannot be.
+        UserError: when the teacher has no such layers, nothing would be trained, or the config requires a shared trunk
+            that is not possible.
     """
     layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
     architecture.check_kinds(layers)
@@ -234,7 +239,7 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Of a model with some of the layers, what a plan needs of it. Large ones take a second to build."""
+    """The facts that a plan needs about a cut model; they are cached, as large models take a second to build."""
 
     shapes: Shapes
     numel: int
@@ -245,7 +250,7 @@ class _Cut:
     @staticmethod
     @functools.cache
     def of(architecture: Architecture, layers: tuple[int, ...], trunk: int, student: StudentConfig) -> "_Cut":
-        """Of a student; with `trunk` without so many of the lowest layers, and the embeddings."""
+        """Builds a student and returns its facts, without the lowest `trunk` layers and, if `trunk` > 0, embeddings."""
         model = architecture.build(layers=list(layers), first_layer=trunk)
         numel = sum(weight.numel() for weight in model.parameters())
         embeddings, output = model.get_input_embeddings(), model.get_output_embeddings().weight
@@ -271,7 +276,11 @@ def _read(path: Path, *, named_by: str) -> Architecture:
 
 
 def _require_decoder(values: dict[str, Any], where: str) -> None:
-    """Refuses what is no config.json of a decoder, with all that is wrong in it."""
+    """Refuses values that are not a decoder's config.json.
+
+    Raises:
+        UserError: when they are not, with all problems found.
+    """
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
@@ -295,7 +304,11 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """The config.json of a model of the hub."""
+    """Returns the path of the config.json of a model of the hub, after fetching it if it is not in the cache.
+
+    Raises:
+        UserError: when it cannot be fetched.
+    """
     advice = "name a config.json of its architecture with --teacher-config FILE, which is all that a plan needs"
     if name.startswith((".", "~", "/")) or name.count("/") != 1:
         raise UserError(f"teacher.path: there is no folder {name}; make it, or {advice}")
@@ -318,7 +331,7 @@ def _fetch(name: str, revision: str | None) -> Path:
 
 
 def _require_hub() -> None:
-    """Without a network the library would try again and again for half a minute."""
+    """Raises OSError if the hub cannot be reached; without a network the library would retry for half a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

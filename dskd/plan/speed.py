@@ -1,9 +1,9 @@
-"""How long training takes: an estimate from floating-point operations, bytes that travel, and assumed rates.
+"""An estimate of how long training takes, from floating-point operations, bytes that travel, and assumed rates.
 
-Two operations are counted for each multiply-add of the matrix products, as in benchmarks/flops.py. On GPUs weights are
-gathered, and copied from the host's memory, while the layers before them compute, and gradients are summed up while
-those below are formed: a pass takes as long as the longer of the two. Without GPUs nothing overlaps. What is left out
-is small: norms, the optimizer, checkpoints; and the loader, which works ahead.
+A multiply-add of a matrix product counts as two operations, as in benchmarks/flops.py. On GPUs, weights are gathered,
+and copied from the host's memory, while earlier layers compute, and gradients are summed while those of lower layers
+are computed, so a pass takes as long as the longer of computation and transfer. Without GPUs nothing overlaps. Norms,
+the optimizer and checkpoints are left out because they are small, and the loader because it works ahead.
 """
 
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from dskd.plan.shapes import Architecture, Shapes, Student
 
 @dataclass(frozen=True)
 class Speed:
-    """One optimizer step."""
+    """The speed of training; times in seconds are those of one optimizer step."""
 
-    flops_per_token: dict[str, float]  # by part
+    flops_per_token: dict[str, float]  # by part of the step
     step_s: float
     tokens_per_s: float  # of all ranks together
-    compute_s: float  # in a step
-    network_s: float  # in which weights or gradients travel between ranks
-    offload_s: float  # in which the teacher's shares come from the host's memory or a disk
+    compute_s: float
+    network_s: float  # while weights or gradients travel between ranks
+    offload_s: float  # while the teacher's shares are copied from the host's memory or a disk
 
     @property
     def network_share(self) -> float:
-        """Share of a step in which something travels between the ranks."""
+        """Returns the share of a step in which data travels between the ranks."""
         return min(1.0, self.network_s / self.step_s)
 
     @property
     def waiting_share(self) -> float:
-        """Share of a step in which ranks wait for what travels, from wherever, and compute nothing."""
+        """Returns the share of a step in which ranks wait for data, from ranks, hosts or disks, and compute nothing."""
         return 1 - self.compute_s / self.step_s
 
 
@@ -50,19 +50,20 @@ def compute_speed(
     micro_batch_size: int,
     accumulation_steps: int,
 ) -> Speed:
-    """What a step takes on the machines."""
+    """Estimates how long a step takes on the machines."""
     size, ranks = cluster.dtype(config.precision).itemsize, cluster.world_size
     parts = flops_per_token(config, architecture, teacher, student)
     tokens = micro_batch_size * config.corpus.sequence_length
     of_teacher = parts["teacher_layers"] * tokens / cluster.flops
     of_student = sum(parts.values()) * tokens / cluster.flops - of_teacher
-    # Of what is gathered a rank has one part itself.
+    # A rank already has its own share of what is gathered, and receives those of the other ranks.
     others = (ranks - 1) / ranks
     gathered = memory.teacher_gathered
     teacher_network = size * others * gathered.travelled / cluster.bandwidth if gathered is not None else 0.0
     student_network = size * others * (memory.student_gathered.travelled + student.shapes.trained_numel)
     student_network /= cluster.bandwidth
     offload = _offload_s(config, cluster, teacher, size)
+    # On GPUs transfer and computation overlap within the teacher's pass and within the student's passes.
     if cluster.device == "cuda":
         micro_batch_s = max(of_teacher, teacher_network + offload) + max(of_student, student_network)
     else:
@@ -79,7 +80,7 @@ def compute_speed(
 
 
 def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> float:
-    """Seconds in which a rank's share of the teacher comes to its GPU, once a micro-batch."""
+    """Returns the seconds for copying a rank's share of an offloaded teacher to its GPU, once per micro-batch."""
     if not config.needs_teacher or config.teacher.mode != "zero3" or cluster.device == "cpu":
         return 0.0
     share = teacher.share(cluster.world_size) * size
@@ -91,13 +92,18 @@ def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> 
 
 
 def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes, student: Student) -> dict[str, float]:
-    """FLOPs of a training step for one token, by part."""
+    """Returns the FLOPs of a training step per token, by part of the step."""
     values, with_teacher = architecture.values(), config.needs_teacher
     heads = values["num_attention_heads"]
     width = heads * (values.get("head_dim") or values["hidden_size"] // heads)
-    attention = 4 * (config.corpus.sequence_length / 2) * width  # half of the pairs are masked
+    # Forward: two operations per matrix element, and scores and weighted sum of attention, where half of the pairs are
+    # masked.
+    attention = 4 * (config.corpus.sequence_length / 2) * width
     share = _share_of_experts(values)
     of_teacher, of_student = _layers(teacher, share), _layers(student.shapes, share)
+    # Backward: gradients of states are computed down to the lowest trained layer. They take the operations of forward
+    # for the matrices, and twice those for attention. Trained layers also need gradients of their matrices, which take
+    # the operations of forward again. Checkpointing runs the forward of all these layers a second time.
     trained = {number for number, (_, is_trained) in of_student.items() if is_trained}
     embeddings_trained = next(iter(student.shapes.weights)).is_trained
     lowest = -1 if embeddings_trained and not student.trunk else min(trained, default=len(of_student))
@@ -112,13 +118,14 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
         "teacher_layers": sum(2 * matrices + attention for matrices, _ in of_teacher.values()) * with_teacher,
         "student_layers": sum(2 * matrices + attention for matrices, _ in of_student.values()),
         "backward_layers": backward + recomputed,
-        # The student's logits, the gradients of its states and, where it is trained, of the matrix, and the teacher's.
+        # Products with the output matrix: the student's logits, the gradients of its states, the gradient of the matrix
+        # if it is trained, and the teacher's logits if the loss reads them.
         "head": (2 + head_trained + (with_teacher and config.loss.kd_weight > 0)) * head,
     }
 
 
 def _layers(shapes: Shapes, share_of_experts: float = 1.0) -> dict[int, tuple[float, bool]]:
-    """Of each layer the elements of its matrices that a token meets, and whether it is trained."""
+    """Returns, for each layer, the elements of its matrices that process a token, and whether it is trained."""
     layers: dict[int, tuple[float, bool]] = {}
     for weight in shapes.weights:
         layer = LAYER_NAME.search(weight.name)
@@ -130,7 +137,7 @@ def _layers(shapes: Shapes, share_of_experts: float = 1.0) -> dict[int, tuple[fl
 
 
 def _share_of_experts(values: dict[str, Any]) -> float:
-    """Of a mixture's experts, the share that a token meets."""
+    """Returns the share of a mixture's experts that process a token; 1 without experts."""
     keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     count = next((value for key in keys if isinstance(value := values.get(key), int) and value), 1)
     return min(1.0, experts_per_token(values) / count)

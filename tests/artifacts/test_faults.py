@@ -20,7 +20,7 @@ from dskd.artifacts.files import full_disk_is_said
 from dskd.artifacts.manifest import Recipe
 from dskd.cli.program import run
 from dskd.config.reading import load_config
-from dskd.distributed import node_cache
+from dskd.distributed import shared_memory
 from dskd.training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_node_without_shared_memory_is_named_before_training(copy_of_tiny, tmp
 def test_shared_memory_that_fills_up_is_not_taken_for_a_full_disk(tmp_path, small_disk, monkeypatch, capsys):
     memory = tmp_path / "shm"
     small_disk(memory, 2**23)
-    monkeypatch.setattr(node_cache, "_SHARED_MEMORY", memory)
+    monkeypatch.setattr(shared_memory, "FOLDER", memory)
 
     def fail():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a semaphore does, which names no file

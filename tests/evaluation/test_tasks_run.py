@@ -216,7 +216,7 @@ def test_prompts_that_do_not_fit_are_counted(config, results, world, tmp_path, c
     shutil.copytree(load_config(config).path(), tmp_path / "work")
     shutil.copytree(load_config(config).teacher.path, tmp_path / "model")
     _change_model(tmp_path / "model", max_position_embeddings=48)
-    overrides = [f"workdir={tmp_path / 'work'}", f"teacher.path={tmp_path / 'model'}"]
+    overrides = [f"workdir={tmp_path / 'work'}", f"teacher.path={tmp_path / 'model'}", "corpus.sequence_length=32"]
     loaded = load_config(config, overrides)
     build_student(loaded)
     run_tasks(loaded, world, ["arc_challenge", "squad_v2"])

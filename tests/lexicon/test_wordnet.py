@@ -107,7 +107,7 @@ def test_an_incomplete_folder_is_named_with_what_it_lacks_and_mending_it_helps(n
     assert open_wordnet(str(folder)).origin == folder
     (folder / "data.noun").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 15300280\n")
     open_wordnet.cache_clear()
-    with pytest.raises(UserError, match=rf"{folder}.data\.noun: this is only a pointer of git"):
+    with pytest.raises(UserError, match=rf"{folder}/data\.noun: this is only a pointer of git"):
         open_wordnet(str(folder))
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import dskd.artifacts.building
 import dskd.artifacts.manifest
 import dskd.distributed.node_cache
+import dskd.distributed.shared_memory
 import dskd.senses.build
 import dskd.shards.annotate
 from dskd.artifacts.hashing import hash_files
@@ -186,7 +187,7 @@ def name_segments_on_nodes(
         host = hosts[int(environment["RANK"])]
         socket.gethostname = lambda: host
         world = dataclasses.replace(initialize(60), local_rank=0)
-        dskd.distributed.node_cache._SHARED_MEMORY = folder / host
+        dskd.distributed.shared_memory.FOLDER = folder / host
         (folder / f"ready-{os.getpid()}").touch()
         while len(list(folder.glob("ready-*"))) < jobs * len(hosts):
             time.sleep(0.01)

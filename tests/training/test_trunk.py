@@ -178,7 +178,7 @@ def test_layers_whose_shape_depends_on_their_place_are_computed_by_the_student(t
 OTHERS = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SHAPE, head_dim=8)),  # scales its embeddings
     "gpt2": lambda: GPT2LMHeadModel(  # adds positions to them
-        GPT2Config(vocab_size=120, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+        GPT2Config(vocab_size=120, n_embd=32, n_layer=4, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0)
     ),
 }
 

@@ -137,6 +137,8 @@ def test_the_teacher_goes_on_with_a_prompt_by_as_many_tokens_as_its_task_may_be_
     """From the files to the texts that the teacher goes on with: 1 or 2 tokens in a choice task, up to 10 in SQuAD."""
     teacher_folder = tmp_path / "teacher"
     save_model(teacher_folder)
+    values = json.loads((teacher_folder / "config.json").read_text())
+    (teacher_folder / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 200}))
     words = {word for path in DATA.rglob("*") if path.is_file() for word in path.read_text().split()}
     word_tokenizer(sorted(words)[:98]).save_pretrained(teacher_folder)
     config = _config(tmp_path, teacher=teacher_folder, sequence_length=200, tasks=("piqa", "squad_v2"))
