@@ -7,7 +7,7 @@ Answers are generated greedily.
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,8 @@ def run_tasks(
     wanted = main_first(lambda: _recipes(config, models, list(tasks.values())))
     # Rank 0 decides, because all ranks must run the same models.
     stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])
-    main_first(
-        lambda: [
-            check_prompts(model, task)
-            for model in models
-            for task in tasks.values()
-            if [model.name, task.name] in stale
-        ]
-    )
+    pairs = [(model, task) for model in models for task in tasks.values() if [model.name, task.name] in stale]
+    on_main(lambda: check_prompts(pairs))
     for candidate in models:
         todo = [task for task in tasks.values() if [candidate.name, task.name] in stale]
         if not todo:
@@ -134,20 +128,21 @@ def run_tasks(
     on_main(lambda: say(f"\n{summary(config, [model.name for model in models], benchmarks)}"))
 
 
-def check_prompts(candidate: Candidate, task: Task) -> None:
-    """Checks that a model has all tokens of the prompts of a task; its tokenizer can have more tokens than the model.
+def check_prompts(pairs: Iterable[tuple[Candidate, Task]]) -> None:
+    """Checks that each model has all tokens of the task's prompts; its tokenizer can have more tokens than the model.
 
     Raises:
         UserError: for a prompt with a token that the model lacks, such as one that the chat template adds.
     """
-    vocab_size, tokenizer = vocabulary_size(candidate.folder.load_config()), candidate.folder.load_tokenizer()
-    if not has_more_tokens(tokenizer, vocab_size):  # the usual case, which needs no prompt
-        return
-    prompter = Prompter(tokenizer)
-    for question in task.questions:
-        tokens = prompter.tokens(prompter.text(question))
-        place = f"tasks.{task.name}: the prompt of {question.example.name!r} for {candidate.folder.path}"
-        require_known(tokens, vocab_size, tokenizer, place)
+    for candidate, task in pairs:
+        vocab_size, tokenizer = vocabulary_size(candidate.folder.load_config()), candidate.folder.load_tokenizer()
+        if not has_more_tokens(tokenizer, vocab_size):  # the usual case, which needs no prompt
+            continue
+        prompter = Prompter(tokenizer)
+        for question in task.questions:
+            tokens = prompter.tokens(prompter.text(question))
+            place = f"tasks.{task.name}: the prompt of {question.example.name!r} for {candidate.folder.path}"
+            require_known(tokens, vocab_size, tokenizer, place)
 
 
 def summary(config: Config, models: Sequence[str], benchmarks: Sequence[Benchmark]) -> str:

@@ -252,13 +252,13 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
     candidate = Candidate("teacher", ModelFolder(tmp_path, "", ""))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <|im_end|>{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    check_prompts(candidate, task)
+    check_prompts([(candidate, task)])
     tokenizer.add_tokens(["<|im_end|>"])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=rf"tasks.piqa: the prompt of .*has the token '<\|im_end\|>', whose id is {size},"
     ):
-        check_prompts(candidate, task)
+        check_prompts([(candidate, task)])
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     stale = on_main(
         lambda: [n for n, it in wanted.items() if force or not is_current(config.path(kinds.LEXICAL.folder, n), it)]
     )
-    main_first(lambda: check_items(items, [model for model in models if model.name in stale], teacher.load_tokenizer()))
+    on_main(lambda: check_items(items, [model for model in models if model.name in stale], teacher.load_tokenizer()))
     dictionary, _ = main_first(lambda: load_dictionary(config))
     validation = main_first(lambda: load_manifest(config, "validation"))
     text = HeldOutText(config, validation, dictionary.path, world) if stale else None
