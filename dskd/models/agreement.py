@@ -99,12 +99,12 @@ def check_agreement(
     # Compute the logits of the stored model and, if storing rounded the trained tensors, those with the unrounded ones:
     # only the latter should equal the student's.
     inputs = {name: tensor for name, tensor in probe.items() if name != "logits"}
-    logits = stored = model(**inputs).logits.float()
+    logits = stored = _logits(model, inputs).float()
     exact = {name: tensor.to(parameters[name].dtype) for name, tensor in (trained or {}).items()}
     if any(not torch.equal(parameters[name], tensor) for name, tensor in exact.items()):
         for name, tensor in exact.items():
             parameters[name].copy_(tensor)
-        logits = model(**inputs).logits.float()
+        logits = _logits(model, inputs).float()
     # In bf16, a difference above the fixed limit is compared with the model's own rounding error.
     error, token = _difference(logits, probe["logits"])
     limit = _TOLERANCE[dtype]
@@ -143,7 +143,7 @@ def _own_rounding(model: Any, inputs: Mapping[str, torch.Tensor], logits: torch.
     """
     if 4 * sum(parameter.numel() for parameter in model.parameters()) > psutil.virtual_memory().available:
         return _USUAL_ROUNDING
-    return _difference(logits, model.float()(**inputs).logits)[0]
+    return _difference(logits, _logits(model.float(), inputs))[0]
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
@@ -155,3 +155,8 @@ def _difference(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, in
     shares = (logits - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     worst = int(shares[0].nan_to_num(torch.inf).argmax())
     return float(shares[0, worst]), worst
+
+
+def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the model's logits of copies of the inputs, because XGLM adds to its positions in place."""
+    return model(**{name: value.clone() for name, value in inputs.items()}).logits

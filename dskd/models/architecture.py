@@ -15,7 +15,7 @@ from dskd.models.stored_names import base_model
 from dskd.models.weights import LAYER_NAME
 
 # These failed a trial on two ranks with different tokens, under ZeRO-3 with all experts gathered as one module.
-_UNGATHERABLE = ("dbrx",)
+_UNGATHERABLE = ("dbrx", "jetmoe")
 
 
 def check_architecture(folder: ModelFolder, config: Config) -> Any:

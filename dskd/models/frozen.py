@@ -48,7 +48,8 @@ class Decoder(nn.Module):
         restart from 0, attention restarts too. `options` are passed to the base model.
         """
         given = {"inputs_embeds": inputs} if inputs.is_floating_point() else {"input_ids": inputs}
-        positions = {} if position_ids is None else {"position_ids": position_ids}
+        # A copy, because XGLM adds to its positions in place, and teacher and student are given the same.
+        positions = {} if position_ids is None else {"position_ids": position_ids.clone()}
         return self.base(**given, **({"use_cache": False} | positions | options)).last_hidden_state
 
 

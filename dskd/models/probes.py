@@ -43,7 +43,7 @@ class Crossing:
     see the ones before them. They show how large a real dependence is.
     """
 
-    ahead: float  # of a document's states, when the document after it is replaced
+    ahead: float  # of the first tokens' states, when the tokens after them are replaced
     leak: float  # of the state of a document's first token, when the document before it is replaced
     moved: float  # of a document's states, when it trades places with the other document
     leak_in_one: float
@@ -150,11 +150,13 @@ def measure_crossing(
     apart = [torch.cat([torch.arange(part.shape[1]) for part in pair]).expand(_TRIALS, -1) for pair in pairs]
     # The same again with positions that count through, to see how large a change is when tokens do see the others. All
     # variants run in one batch, so that they are computed alike.
-    together = [torch.arange(first + second).expand(_TRIALS, -1)] * 3
-    input_ids = torch.cat([*rows, rows[0], rows[1], rows[3]]).to(device)
+    together = [torch.arange(first + second).expand(_TRIALS, -1)] * 4
+    input_ids = torch.cat([*rows, *rows]).to(device)
     positions = torch.cat([*apart, *together]).to(device)
     states = run(input_ids, positions) if with_positions else run(input_ids)
-    packed, after_another, before_another, swapped, whole, whole_after_another, whole_swapped = states.double().chunk(7)
+    states = states.double()
+    packed, after_another, before_another, swapped = states[: len(states) // 2].chunk(4)
+    whole, whole_after_another, whole_before_another, whole_swapped = states[len(states) // 2 :].chunk(4)
     size = packed.norm(dim=-1).mean()
 
     def change(states: torch.Tensor, changed: torch.Tensor) -> float:
@@ -167,7 +169,10 @@ def measure_crossing(
         return max(change(states[:, :first], changed[:, second:]), change(states[:, first:], changed[:, :second]))
 
     return Crossing(
-        ahead=change(packed[:, :first], before_another[:, :first]),
+        ahead=max(
+            change(packed[:, :first], before_another[:, :first]),
+            change(whole[:, :first], whole_before_another[:, :first]),
+        ),
         leak=leak(packed, after_another),
         moved=moved(packed, swapped),
         leak_in_one=leak(whole, whole_after_another),
