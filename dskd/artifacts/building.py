@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dskd.artifacts.files import flush_folder, make_folder, real_place, remove_tree, replace_folder, require_replaceable
+from dskd.artifacts.files import (
+    flush_folder,
+    full_disk_is_said,
+    make_folder,
+    real_place,
+    remove_tree,
+    replace_folder,
+    require_replaceable,
+)
 from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_files
 from dskd.artifacts.kinds import KINDS
 from dskd.artifacts.lock import hold_lock, lock_if_free, release_lock
@@ -29,7 +37,8 @@ def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
     building = Building(path, recipe)
     building.clear()
     try:
-        yield building
+        with full_disk_is_said(building.folder):
+            yield building
     except BaseException:  # interruptions too must not leave an incomplete folder
         remove_tree(building.folder)
         building.release()

@@ -106,9 +106,17 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_is_said(folder: Path) -> Iterator[None]:
-    """Turns write errors of torch and safetensors into an OSError if the cause is a full disk or quota."""
+    """Turns write errors of torch and safetensors into an OSError if the cause is a full disk or quota.
+
+    An OSError that has this cause, and names no file, gets `folder` as its file name.
+    """
     try:
         yield
+    except OSError as error:
+        # Shared memory can be full too, so test that it is this disk.
+        if error.errno in DISK_IS_FULL and not error.filename and _full_disk(folder):
+            error.filename = str(folder)
+        raise
     except (RuntimeError, SafetensorError) as error:
         number = _full_by(error, folder)
         if number is None:
@@ -122,6 +130,11 @@ def _full_by(error: Exception, folder: Path) -> int | None:
     # neither, so there the disk is tested.
     if said := re.search(r"\(os error (\d+)\)", str(error)):
         return int(said[1]) if int(said[1]) in DISK_IS_FULL else None
+    return _full_disk(folder)
+
+
+def _full_disk(folder: Path) -> int | None:
+    """Returns the error number of a full disk or quota if the disk of `folder` is full, otherwise None."""
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             os.posix_fallocate(probe.fileno(), 0, _FULL_BYTES)

@@ -5,6 +5,7 @@ share everything up to the shards: `runs` maps a run's name to the keys in which
 that a process trains.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,7 +43,11 @@ __all__ = [
 LONGEST_RUN_NAME = 128
 
 
-def _not_reserved(name: str) -> str:
+def _usable_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"{name!r} cannot name a run: expected letters, digits, '.', '_' and '-', a letter or digit first"
+        )
     if len(name) > LONGEST_RUN_NAME:
         raise ValueError(
             f"a run's name has at most {LONGEST_RUN_NAME} characters, with the -sSEED of `seeds`, and this one has "
@@ -69,7 +74,7 @@ def _different_folders(runs: dict[str, Any]) -> dict[str, Any]:
     return runs
 
 
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_not_reserved)]
+RunName = Annotated[str, AfterValidator(_usable_name)]
 
 
 class Config(Section):

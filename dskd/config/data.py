@@ -108,7 +108,7 @@ class LexiconConfig(Section):
         None, description="file of MorphoLEX (.xlsx): words with a negating affix count as their base, negated"
     )
     negating_affixes: tuple[Affix, ...] = Field(
-        ("un-", "dis-", "non-", "im-", "anti-", "-less"),
+        ("un-", "dis-", "non-", "im-", "-less"),
         description="with morpholex: its labels of affixes that negate, prefixes as un-, suffixes as -less. im- is its "
         "label of the negating in-, il- and ir- too, in- is that of into (docs/method.md, section 1)",
     )

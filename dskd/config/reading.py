@@ -21,6 +21,7 @@ from dskd.config.section import EXPANDED
 from dskd.config.yaml_file import load_yaml, read_yaml
 from dskd.errors import UserError, listed
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux
 _VARIABLE = re.compile(r"\$\$|\$(\w+)|\$\{(\w+)\}")
 
 
@@ -42,13 +43,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             continue
         try:
             _set_dotted(changes, key, load_yaml(text)[0])
-        except (yaml.YAMLError, UserError, TypeError, RecursionError) as problem:
+        except (yaml.YAMLError, UserError, RecursionError) as problem:
             problems.append(f"{override!r}: the value is not YAML ({problem})")
             continue
         overridden[key] = override
     # Overrides can choose the run, so they are applied before the run's keys are known, and again over those keys.
     merged = with_run(merge(data, changes))
-    found = _seed_problems(merged, changes)
+    found = _seed_problems(merged, data, changes)
     merged, run_problems = apply_run(with_seeds(merged), changes)
     merged, path_problems = _expand_variables(merged)
     problems += [
@@ -85,8 +86,11 @@ def _set_dotted(target: dict[str, Any], dotted: str, value: Any) -> None:
     target[last] = value
 
 
-def _seed_problems(merged: dict[str, Any], overrides: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns (key, message) of every seed that would replace the seeds given in `seeds`."""
+def _seed_problems(merged: dict[str, Any], data: dict[str, Any], overrides: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns (key, message) of every seed that would replace the seeds given in `seeds`, or be replaced by them.
+
+    Only `seeds` on the command line may replace the `seed` of a file.
+    """
     runs = merged.get("runs")
     if not merged.get("seeds"):
         return []
@@ -99,6 +103,8 @@ def _seed_problems(merged: dict[str, Any], overrides: dict[str, Any]) -> list[tu
         (f"runs.{name}.seed", "`seeds` trains this run with each of its own; remove this seed, or `seeds`")
         for name in own
     ]
+    if "seed" in data and "seeds" not in overrides:
+        problems.append(("seed", "`seeds` trains each run with each of its own; remove this seed, or `seeds`"))
     if "seed" in overrides:
         problems.append(
             ("seed", "the runs of `seeds` would all have this seed; choose one of them with run=NAME-sSEED")
@@ -122,7 +128,15 @@ def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tupl
                 (key, f"{names} is not set in the environment; export it, or write the path ($$ is a dollar sign)")
             )
             return value
-        return _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]] if found[1] or found[2] else "$", value)
+        if "${" in _VARIABLE.sub("-", value):
+            problems.append(
+                (key, f"{value!r} has a ${{ that is not ${{NAME}}, which alone is expanded; a dollar sign is $$")
+            )
+            return value
+        path = _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]] if found[1] or found[2] else "$", value)
+        if problem := _path_problem(path):
+            problems.append((key, problem))
+        return path
 
     def walked(model: type[Section], data: Any, prefix: str) -> Any:
         if not isinstance(data, dict):
@@ -139,6 +153,26 @@ def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tupl
         return changed
 
     return walked(Config, merged, ""), problems
+
+
+def _path_problem(path: str) -> str:
+    """Returns why no file can have a path, or an empty text."""
+    longest = max(path.split("/"), key=_num_bytes)
+    if "\0" in path:
+        return "a path cannot contain the character NUL"
+    if _num_bytes(longest) > _LONGEST_NAME:
+        return f"{longest[:40]!r}… has {_num_bytes(longest):,} bytes, and a file's name has {_LONGEST_NAME} at most"
+    if _num_bytes(path) > _LONGEST_PATH:
+        return f"{path[:40]!r}… has {_num_bytes(path):,} bytes, and a path has {_LONGEST_PATH:,} at most"
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        return f"{path!r} begins with the home folder of a user that this machine does not know; write the whole path"
+    return ""
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _variables(text: str) -> list[str]:

@@ -38,7 +38,7 @@ def with_seeds(merged: dict[str, Any]) -> dict[str, Any]:
     numbers is left unchanged; the later check of all keys reports it.
     """
     seeds, runs, run = merged.get("seeds"), merged.get("runs") or {}, merged.get("run", "dskd")
-    if not seeds or not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+    if not seeds or not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
         return merged
     if len(set(seeds)) < len(seeds):
         return merged

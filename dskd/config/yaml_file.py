@@ -15,6 +15,25 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 class _StrictLoader(yaml.SafeLoader):
     """A YAML loader that reads 5e-5 as a number; :func:`load_yaml` refuses duplicate keys."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Returns the data of a node, such as a number or a date.
+
+        Raises:
+            UserError: with the line, if it looks like one of these, or is tagged as one, and is none: 2024-02-30.
+        """
+        try:
+            data = super().construct_object(node, deep)
+            if isinstance(data, int):
+                str(data)  # raises ValueError for hexadecimal numbers that could not be written in decimal digits
+            return data
+        except (ValueError, KeyError, AttributeError, OverflowError) as error:
+            text, kind = str(node.value)[:40], node.tag.rpartition(":")[2]
+            reason = str(error) if isinstance(error, ValueError) else "it is none"
+            raise UserError(
+                f"line {node.start_mark.line + 1}: {text!r} cannot be read as {kind} ({reason}); put it in quotes if "
+                "it is text"
+            ) from None
+
 
 # A copy, so that the loader stays the same for other users of PyYAML. In YAML 1.1, 5e-5 without a dot is no number.
 _StrictLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -27,7 +46,8 @@ def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     """Returns the data of a YAML text, and its nodes, in which merges (`<<: *anchor`) are replaced by the merged keys.
 
     Raises:
-        UserError: if a key is given twice. A key from a merge may be given again, which overrides the merged one.
+        UserError: if a key is given twice or is no text, or a value is not what it looks like. A key from a merge may
+            be given again, which overrides the merged one.
         yaml.YAMLError: if the text is not YAML.
     """
     loader = _StrictLoader(text)
@@ -71,6 +91,11 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
             is_merge = key_node.tag == _MERGE_TAG
             key = key_node.value if is_merge else loader.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise UserError(
+                    f"line {line}: a key of a configuration is text, and YAML reads this one as {type(key).__name__} "
+                    f"({key}); put it in quotes"
+                )
             if key in seen:
                 remedy = "merge a list, <<: [*ONE, *OTHER]" if is_merge else "keep one of them"
                 raise UserError(f"line {line}: {key!r} is given twice (first on line {seen[key]}); {remedy}")
@@ -108,7 +133,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         data, node = load_yaml(text)
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
-    except (yaml.YAMLError, TypeError, RecursionError) as error:  # TypeError: a key that is a list or a mapping
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: this is not YAML that a configuration can be: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', found {type(data).__name__}")

@@ -40,8 +40,14 @@ _DESCRIPTIONS = re.compile(
     r"(dataset_infos?|dataset_dict|state|config|generation_config|index|metadata|stats|manifest|package|vocab"
     r"|tokenizer.*|special_tokens_map|added_tokens|.*\.index|.*[._-]metadata)\.json"
 )
-_CHECKSUM = re.compile(r"\s*(?:[0-9a-fA-F]{32,128}\s+\*?\S.*|(?:MD5|SHA\d+) ?\(.+\) ?= ?[0-9a-fA-F]{32,128})\s*")
-_CHECKSUM_LINES = 5
+# A hash by itself: MD5 has 32 digits, SHA1 40, SHA224 to SHA512 56, 64, 96 and 128.
+_HASH = re.compile(
+    r"(?<![0-9A-Za-z])[0-9a-fA-F]{32}(?:[0-9a-fA-F]{8}|[0-9a-fA-F]{24}|[0-9a-fA-F]{32}|[0-9a-fA-F]{64}|[0-9a-fA-F]{96})?(?![0-9A-Za-z])"
+)
+_COMMENT = ("#", ";", "//")
+_CHECKSUM_LINES = 5  # lines to look at that are no comments
+_LONGEST_CHECKSUM_LINE = 400  # characters; a longer line with a hash is text
+_READ_LINES = 200
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> Found:
                 f"{key}: {pattern!r} names no file with text; give {READABLE}, or a folder or glob of them"
                 + (f" (left out there: {_counted(search.left_out)})" if search.left_out else "")
             )
+        _note_share(pattern, found, search.left_out_bytes, notes)
         left_out |= search.left_out  # the maximum per kind, not the sum, because patterns can overlap
         for file in sorted(found):
             real = _real(file)
@@ -113,13 +120,17 @@ def fingerprint(path: Path) -> str:
     It uses sizes and modification times, because reading a large corpus only to see that nothing changed takes too
     long.
     """
-    if path.name == mds.INDEX:
-        named = [path.parent / name for shard in mds.read_index(path) for name in mds.files_of(shard)]
-    elif path.name == DATASET_STATE:
-        named = saved_files(path)
-    else:
+    files = _files_read_through(path)
+    if files == [path]:
         return fingerprint_of_file(path)
-    return digest_of_json([fingerprint_of_file(file) for file in [path, *named] if file.is_file()])
+    return digest_of_json([fingerprint_of_file(file) for file in files if file.is_file()])
+
+
+def _files_read_through(path: Path) -> list[Path]:
+    """Returns a found file, and the files that it names if it is an index or the state of a dataset."""
+    if path.name == mds.INDEX:
+        return [path, *(path.parent / name for shard in mds.read_index(path) for name in mds.files_of(shard))]
+    return [path, *saved_files(path)] if path.name == DATASET_STATE else [path]
 
 
 class _Search:
@@ -132,6 +143,7 @@ class _Search:
         self._problems = problems
         self._counted: set[Path] = set()
         self.left_out: Counter[str] = Counter()
+        self.left_out_bytes: Counter[Path] = Counter()
 
     def below(self, places: Iterable[Path]) -> set[Path]:
         """Returns the files with text among `places` and in the folders among them."""
@@ -225,6 +237,19 @@ class _Search:
         if _real(file) not in self._counted:
             self._counted.add(_real(file))
             self.left_out[reason] += 1
+            self.left_out_bytes[file] = file.stat().st_size
+
+
+def _note_share(pattern: str, found: Iterable[Path], left_out: Counter[Path], notes: list[str]) -> None:
+    """Notes when the files that a search left out have more bytes than those that it found."""
+    files = (file for path in found for file in _files_read_through(path) if file.is_file())
+    total = left_out.total()
+    if total > sum(file.stat().st_size for file in files) > 0:
+        largest, size = left_out.most_common(1)[0]
+        notes.append(
+            f"warning: {pattern}: most of its bytes are left out, {total:,} ({largest.name} has {size:,}); if they are "
+            "text, name the files themselves, or give them an ending of text"
+        )
 
 
 def _note_mixture(files: Sequence[Path], notes: list[str]) -> None:
@@ -294,15 +319,18 @@ def _json_of(file: Path) -> object:
 
 
 def _holds_checksums(file: Path) -> bool:
-    """Returns True if the first lines of a text are checksums of files; does not look into compressed texts."""
+    """Returns True if each of the first lines of a text has a hash; skips comments, and does not look into archives."""
     if file.suffix.lower() != TEXT_SUFFIX:
         return False
     try:
         with file.open(encoding="utf-8", errors="replace") as stream:
-            lines = [line for line in itertools.islice(stream, _CHECKSUM_LINES) if line.strip()]
+            parts = iter(lambda: stream.readline(_LONGEST_CHECKSUM_LINE + 1), "")
+            lines = (line.strip() for line in itertools.islice(parts, _READ_LINES))
+            entries = (line for line in lines if line and not line.startswith(_COMMENT))
+            first = list(itertools.islice(entries, _CHECKSUM_LINES))
     except OSError:
         return False
-    return bool(lines) and all(_CHECKSUM.fullmatch(line) for line in lines)
+    return bool(first) and all(len(line) <= _LONGEST_CHECKSUM_LINE and _HASH.search(line) for line in first)
 
 
 def _ending(file: Path) -> str:

@@ -1,7 +1,7 @@
 """Reads texts from JSON files, with one object per line or one array of objects, and the text of one record."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -9,9 +9,24 @@ from dskd.corpus.opening import open_text
 from dskd.errors import UserError
 
 CHATS = "docs/training.md#chat-and-instruction-data"
+_WRITE_CHATS = (
+    f"Chats are not read as they are: write each as a text with the teacher's chat template, as {CHATS} shows"
+)
 _CHUNK_CHARACTERS = 2**20
 _LARGEST_ELEMENT = 2**30  # characters; stops the reader from loading a whole file that is not JSON
-_INSTRUCTION_KEYS = ({"instruction", "output"}, {"prompt", "completion"}, {"prompt", "response"})
+# Keys under which data sets have chats, and sets of keys under which they have an instruction and its answer.
+_CHAT_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "mapping")
+_INSTRUCTION_KEYS = (
+    {"instruction", "output"},
+    {"instruction", "response"},
+    {"prompt", "completion"},
+    {"prompt", "response"},
+    {"prompt", "chosen"},
+    {"chosen", "rejected"},
+    {"question", "answer"},
+    {"question", "response"},
+    {"inputs", "targets"},
+)
 
 
 def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
@@ -43,14 +58,15 @@ def text_of(record: Any, text_field: str, place: str) -> str:
         text: str = record[text_field]
         return text
     expected = f"{place}: expected an object with a text under {text_field!r}, but"
+    if isinstance(record, list) and (is_chat(record) or (record and all(map(is_chat, record)))):
+        raise UserError(f"{expected} this is a chat: a list of {len(record)}. {_WRITE_CHATS}")
+    if is_chat([record]):
+        raise UserError(f"{expected} this is one turn of a chat. {_WRITE_CHATS}")
     if not isinstance(record, dict):
         raise UserError(f"{expected} it is no object")
     if chat := _chat(record):
-        raise UserError(
-            f"{expected} this is a chat: {chat}. Chats are not read as they are: write each as a text with the "
-            f"teacher's chat template, as {CHATS} shows"
-        )
-    if any(keys <= record.keys() for keys in _INSTRUCTION_KEYS):
+        raise UserError(f"{expected} this is a chat: {chat}. {_WRITE_CHATS}")
+    if has_instruction(record):
         raise UserError(
             f"{expected} it has {', '.join(map(str, record))}: an instruction and its answer. Write both as one text, "
             f"as {CHATS} shows"
@@ -74,14 +90,27 @@ def is_chat(turns: Any) -> bool:
     )
 
 
+def has_instruction(keys: Iterable[str]) -> bool:
+    """Returns True if the keys of a record, or the names of columns, are those of an instruction and its answer."""
+    names = set(keys)
+    return any(needed <= names for needed in _INSTRUCTION_KEYS)
+
+
+def is_chat_key(name: str) -> bool:
+    """Returns True if a key or column has the name that chats usually have."""
+    return name in _CHAT_KEYS
+
+
 def _chat(record: dict[str, Any]) -> str:
     """Describes the chat in a record; returns an empty text if there is none."""
     for key, turns in record.items():
         if is_chat(turns):
             speaker = turns[0].get("role", turns[0].get("from"))
             return f"{key!r} has {len(turns)} turn{'s' * (len(turns) != 1)}, the first by {speaker!r}"
-        if key in ("messages", "conversations", "conversation") and isinstance(turns, list):
-            return f"{key!r} is a list of {len(turns)}"
+        if is_chat_key(key) and isinstance(turns, (list, dict)):
+            return f"{key!r} is {'a list' if isinstance(turns, list) else 'an object'} of {len(turns)}"
+        if is_chat_key(key) and isinstance(turns, str):
+            return f"{key!r} is a text, of JSON as it seems" if turns.lstrip()[:1] in ("[", "{") else f"{key!r}"
     return ""
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from dskd.artifacts import mds
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.corpus.opening import reading_errors
-from dskd.corpus.records import CHATS
+from dskd.corpus.records import CHATS, has_instruction, is_chat_key
 from dskd.errors import UserError
 
 _PARQUET_ROWS = 1000
@@ -120,13 +120,15 @@ def _holds_strings(kind: pa.DataType) -> bool:
 
 def _no_text_column(path: Path, text_field: str, columns: Mapping[str, Any]) -> str:
     has = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no columns"
-    chats = [name for name, kind in columns.items() if _holds_chats(kind)]
+    chats = [name for name, kind in columns.items() if _holds_chats(kind) or is_chat_key(name)]
     remedy = "name it with corpus.text_field"
     if chats:
         remedy = (
             f"{chats[0]!r} holds chats, which are not read as they are: write each as a text with the teacher's chat "
             f"template, as {CHATS} shows"
         )
+    elif has_instruction(columns):
+        remedy = f"these are instructions and their answers: write both as one text, as {CHATS} shows"
     elif isinstance(columns.get(text_field), pa.DataType) and pa.types.is_binary(columns[text_field]):
         remedy = "cast it to strings, or name another one with corpus.text_field"
     return f"{path}: expected a column {text_field!r} of strings, but it has {has}; {remedy}"

@@ -7,7 +7,7 @@ Answers are generated greedily.
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
 from dskd.models.frozen import FrozenModel
 from dskd.models.generation import end_tokens, generate_greedily
-from dskd.models.limits import check_new_tokens, position_limit
+from dskd.models.limits import check_new_tokens, position_limit, vocabulary_size
 from dskd.models.precision import resolve_precision
+from dskd.models.tokenizing import has_more_tokens, require_known
 from dskd.tracking import log_results
 
 FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"
@@ -99,6 +100,8 @@ def run_tasks(
     wanted = main_first(lambda: _recipes(config, models, list(tasks.values())))
     # Rank 0 decides, because all ranks must run the same models.
     stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])
+    pairs = [(model, task) for model in models for task in tasks.values() if [model.name, task.name] in stale]
+    on_main(lambda: check_prompts(pairs))
     for candidate in models:
         todo = [task for task in tasks.values() if [candidate.name, task.name] in stale]
         if not todo:
@@ -123,6 +126,23 @@ def run_tasks(
                 on_main(functools.partial(publish, force=force))
         model.close()
     on_main(lambda: say(f"\n{summary(config, [model.name for model in models], benchmarks)}"))
+
+
+def check_prompts(pairs: Iterable[tuple[Candidate, Task]]) -> None:
+    """Checks that each model has all tokens of the task's prompts; its tokenizer can have more tokens than the model.
+
+    Raises:
+        UserError: for a prompt with a token that the model lacks, such as one that the chat template adds.
+    """
+    for candidate, task in pairs:
+        vocab_size, tokenizer = vocabulary_size(candidate.folder.load_config()), candidate.folder.load_tokenizer()
+        if not has_more_tokens(tokenizer, vocab_size):  # the usual case, which needs no prompt
+            continue
+        prompter = Prompter(tokenizer)
+        for question in task.questions:
+            tokens = prompter.tokens(prompter.text(question))
+            place = f"tasks.{task.name}: the prompt of {question.example.name!r} for {candidate.folder.path}"
+            require_known(tokens, vocab_size, tokenizer, place)
 
 
 def summary(config: Config, models: Sequence[str], benchmarks: Sequence[Benchmark]) -> str:

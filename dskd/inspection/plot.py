@@ -102,7 +102,7 @@ def tokens_of_words(dictionary: SenseDictionary, teacher: Teacher, words: Sequen
         UserError: when words are not one token or have no sense, naming all of them.
     """
     found, problems = [], []
-    for word, tokens in zip(words, tokenize_words(list(words), teacher.tokenizer), strict=True):
+    for word, tokens in zip(words, tokenize_words(list(words), teacher.tokenizer, teacher.vocab_size), strict=True):
         if len(tokens) != 1:
             pieces = [readable(text) for text in token_texts(teacher.tokenizer, [[token] for token in tokens])]
             problems.append(f"{word}: the tokenizer makes {len(tokens)} tokens of it ({' | '.join(pieces)})")

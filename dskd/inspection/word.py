@@ -98,7 +98,7 @@ def inspect_word(
         if not related:
             raise UserError(_unknown(word, near, None))
         return WordReport(word, related, near, notes=notes)
-    tokens, *tails = tokenize_words([word, *(other.word for other in related)], teacher.tokenizer)
+    tokens, *tails = tokenize_words([word, *(other.word for other in related)], teacher.tokenizer, teacher.vocab_size)
     pieces = tuple(readable(text) for text in token_texts(teacher.tokenizer, [[token] for token in tokens]))
     senses = if_there(lambda: open_senses(config, teacher), "senses", notes)
     if senses is None:
@@ -226,7 +226,7 @@ def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int]
         return ()
     found = []
     for form in senses.manifest.config.get("surface_forms", ()):
-        for (token,) in tokenize_form([word], form, teacher.tokenizer).values():
+        for (token,) in tokenize_form([word], form, teacher.tokenizer, teacher.vocab_size).values():
             if any(neighbours_of(senses.dictionary.entries, token, kind) for kind in RELATIONS):
                 found.append((form, token))
     return tuple(found)

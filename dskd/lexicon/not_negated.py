@@ -7,21 +7,21 @@ word's meaning has drifted (uncanny, listless), or the rest is another word with
 
 _FAMILIES = (
     # un-: the same as the base, or to remove what it names
-    "unbosom unearth unhand unhing unloose unnerve unpick unravel unthaw",
+    "unbosom unearth unhand unhing unhorse unloose unnerve unpick unravel unrip unthaw",
     # dis-: apart, away
     "disabuse disaffect disappoint disbar discard discharg disclos discommod disconcert discord discount discriminat",
-    "disfigur disguis dislocat dismantl dismember dismiss dispatch displac disport dispose disposi dissever dissolu",
-    "distemper distend distort distract distribut",
-    # im-: into, in, or an intensive
-    "immemorial impair impartially impassion impassive impediment inclose incommod incorporat indifferen inflam",
-    "inflorescence inlay inordinate invaluable irrespective",
-    # anti-: against a thing, which is not its opposite
-    "antiaircraft antibiotic antibod antigen antimacassar antipersonnel antitrust",
-    # -less
-    "bootless handless listless priceless regardless shiftless wireless",
+    "disfigur disgorg disgrac disguis dislocat dismantl dismember dismiss dispatch displac disport dispose disposi",
+    "dissever dissolu distemper distend distort distract distribut",
+    # im-: into, in, an intensive, or another word without it
+    "immemorial impair impartially impassion impassive impediment inclose incommod incorporat indifferen",
+    "indirection inflam inflorescence inlay innumerabl inordinate invaluable irrespective",
+    # -less: without, or too many to have one
+    "bootless countless handless listless numberless priceless regardless shiftless wireless",
 )
 _BEGINNINGS = tuple(" ".join(_FAMILIES).split())
-_WORDS = frozenset(("infidel", "uncanny", "unman", "unmanning", "unmans", "untoward"))
+_WORDS = frozenset(
+    ("indelicacies", "infidel", "inhumanities", "nonism", "uncanny", "unman", "unmanning", "unmans", "untoward")
+)
 
 
 def is_not_negated(word: str) -> bool:

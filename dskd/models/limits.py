@@ -4,12 +4,13 @@ Without these checks a forward pass would exceed the limits, and fail with an In
 on a GPU.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dskd.config import Config
 from dskd.errors import UserError, listed
-from dskd.models.tokenizing import text_end
+from dskd.models.tokenizing import require_known, text_end
 
 # Kinds of RoPE scaling whose config.json may name the positions before scaling in max_position_embeddings too.
 _SCALED = ("linear", "yarn")
@@ -88,6 +89,27 @@ def check_new_tokens(key: str, new_tokens: int, folder: Path, model_config: Any)
         raise UserError(
             f"{key}: {new_tokens} leaves no room for a prompt in the {limit} positions that {folder} has; lower it",
             known_to_all_ranks=True,
+        )
+
+
+def check_text(tokens: Sequence[int], model_config: Any, tokenizer: Any, place: str) -> None:
+    """Refuses a text that has tokens that the model lacks, or more tokens than the model has positions.
+
+    Args:
+        tokens: the text's token ids.
+        model_config: the model's config.
+        tokenizer: the tokenizer that made the tokens.
+        place: what the text is, for messages.
+
+    Raises:
+        UserError: with the numbers of what does not fit.
+    """
+    require_known(tokens, vocabulary_size(model_config), tokenizer, place)
+    limit = position_limit(model_config)
+    if limit is not None and len(tokens) > limit:
+        raise UserError(
+            f"{place}: it has {len(tokens)} tokens, which is more than the {limit} positions of the model; remove or "
+            "shorten it"
         )
 
 

@@ -5,7 +5,7 @@ text is therefore tokenized in pieces. It is cut only where the tokens around th
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,9 @@ class Tokenizing:
         for number, text in enumerate(texts):
             if number not in documents:
                 documents[number] = self._read_long(text, advance, enough)
-            self._require_known(documents[number], name_of, number)
+            if self._vocab_size is not None and len(documents[number]):
+                largest = [int(documents[number].max())]
+                require_known(largest, self._vocab_size, self._tokenizer, name_of(number))
         return [documents[number] for number in range(len(texts))]
 
     def _read_long(self, text: str, advance: Callable[[int], object], enough: int | None) -> np.ndarray:
@@ -112,15 +114,32 @@ class Tokenizing:
                 return place, place + 1
         return None
 
-    def _require_known(self, tokens: np.ndarray, name_of: Callable[[int], str], number: int) -> None:
-        if self._vocab_size is None or not len(tokens) or (largest := int(tokens.max())) < self._vocab_size:
-            return
-        raise UserError(
-            f"{name_of(number)}: it has the token {self._tokenizer.convert_ids_to_tokens(largest)!r}, whose id is "
-            f"{largest}, but the model has {self._vocab_size} tokens (vocab_size), 0 to {self._vocab_size - 1}; use "
-            "the tokenizer that belongs to the model, give the model more embeddings "
-            "(model.resize_token_embeddings(len(tokenizer))), or remove the token from the text"
-        )
+
+def require_known(tokens: Sequence[int], vocab_size: int | None, tokenizer: Any, place: str) -> None:
+    """Checks that a model has all tokens of a text; anything passes if `vocab_size` is None.
+
+    Args:
+        tokens: token ids.
+        vocab_size: number of tokens of the model.
+        tokenizer: the tokenizer that made them.
+        place: what the text is, for the message.
+
+    Raises:
+        UserError: for a token whose id is not below `vocab_size`.
+    """
+    if vocab_size is None or not len(tokens) or (largest := int(max(tokens))) < vocab_size:
+        return
+    raise UserError(
+        f"{place}: it has the token {tokenizer.convert_ids_to_tokens(largest)!r}, whose id is {largest}, but the model "
+        f"has {vocab_size} tokens (vocab_size), 0 to {vocab_size - 1}; use the tokenizer that belongs to the model, "
+        "give the model more embeddings (model.resize_token_embeddings(len(tokenizer))), or remove the token from the "
+        "text",
+    )
+
+
+def has_more_tokens(tokenizer: Any, vocab_size: int | None) -> bool:
+    """Returns True if a tokenizer has a token whose id is not below `vocab_size`."""
+    return vocab_size is not None and max(tokenizer.get_vocab().values(), default=0) >= vocab_size
 
 
 def text_end(tokenizer: Any) -> int | None:

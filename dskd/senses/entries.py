@@ -4,8 +4,9 @@ A relation has a head and a neighbour, both words. " word", the head with a spac
 the head must have at least three letters. A neighbour is a span of one to three tokens (docs/method.md, section 1).
 Entries 0…V-1 are the tokens, and entries from V on are spans of two or three tokens.
 
-A word counts only if its tokens decode to that word and contain no special token, such as the unknown token.
-Otherwise one token would collect the relations of all words that the tokenizer does not know.
+A word counts only if its tokens decode to that word, contain no special token, such as the unknown token, and are
+tokens of the model: a tokenizer can have more. Otherwise one token would collect the relations of all words that the
+tokenizer does not know, and a token that the model lacks would be taken for a span, whose entry has its number.
 """
 
 import unicodedata
@@ -82,14 +83,14 @@ def build_entries(
     a head with the neighbours of the word, and a neighbour of the word's heads.
 
     Returns:
-        The entries, and counts for the report: usable pairs, dropped pairs by reason, words that the tokenizer does not
-        know, and for each form how many of its tokens are heads and how many are neighbours.
+        The entries, and counts for the report: usable pairs, dropped pairs by reason, words that the tokenizer or the
+        model does not know, and for each form how many of its tokens are heads and how many are neighbours.
     """
     # Tokenize every word, and every surface form of every word, once.
     relations = list(relations)
     words = sorted({word for relation in relations for word in (relation.head, relation.tail)})
-    tokens_of = dict(zip(words, tokenize_words(words, tokenizer), strict=True))
-    forms_of = {form: tokenize_form(words, form, tokenizer) for form in dict.fromkeys(surface_forms)}
+    tokens_of = dict(zip(words, tokenize_words(words, tokenizer, vocab_size), strict=True))
+    forms_of = {form: tokenize_form(words, form, tokenizer, vocab_size) for form in dict.fromkeys(surface_forms)}
     counts: Counter[str] = Counter(unknown_words=sum(not tokens for tokens in tokens_of.values()))
     # Pair every form of the head that is one token with every form of the neighbour that is one to three tokens; count
     # the reasons for dropping the other pairs.
@@ -140,12 +141,12 @@ def build_entries(
     ), dict(counts)
 
 
-def tokenize_words(words: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
+def tokenize_words(words: list[str], tokenizer: Any, vocab_size: int | None = None) -> list[tuple[int, ...]]:
     """Returns the token ids of each word as they are inside a text, after a space: " word".
 
     It tokenizes "the word" and removes the tokens of "the". Tokenizing " word" alone would give other ids with
     tokenizers that add a space of their own at the beginning of a text. A word that the tokenizer does not know gets
-    no ids.
+    no ids, and so does one with an id that is not below `vocab_size`, which the model does not know.
     """
     if not words:
         return []
@@ -153,10 +154,12 @@ def tokenize_words(words: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
     prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
     batch = tokenizer([f"{before} {word}" for word in words], add_special_tokens=False)["input_ids"]
     tokens = [tuple(ids[len(prefix) :]) if ids[: len(prefix)] == prefix else () for ids in batch]
-    return _that_say(words, tokens, tokenizer)
+    return _that_say(words, tokens, tokenizer, vocab_size)
 
 
-def tokenize_form(words: list[str], form: str, tokenizer: Any) -> dict[str, tuple[int, ...]]:
+def tokenize_form(
+    words: list[str], form: str, tokenizer: Any, vocab_size: int | None = None
+) -> dict[str, tuple[int, ...]]:
     """Returns {word: its token} for the words that are one token in a surface form (see :func:`build_entries`)."""
     capitalized = {word: upper + word[1:] for word in words if word[0].islower() and len(upper := word[0].upper()) == 1}
     if not capitalized:
@@ -164,22 +167,28 @@ def tokenize_form(words: list[str], form: str, tokenizer: Any) -> dict[str, tupl
     texts = list(capitalized.values())
     if form == "sentence_initial":
         batch = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        tokens = _that_say(texts, batch, tokenizer)
+        tokens = _that_say(texts, batch, tokenizer, vocab_size)
     else:
-        tokens = tokenize_words(texts, tokenizer)
+        tokens = tokenize_words(texts, tokenizer, vocab_size)
     return {word: ids for word, ids in zip(capitalized, tokens, strict=True) if len(ids) == 1}
 
 
-def _that_say(words: list[str], tokens: list[tuple[int, ...]], tokenizer: Any) -> list[tuple[int, ...]]:
+def _that_say(
+    words: list[str], tokens: list[tuple[int, ...]], tokenizer: Any, vocab_size: int | None
+) -> list[tuple[int, ...]]:
     """Returns the tokens of each word, or no tokens if they do not represent the word.
 
-    They do not if one of them is a special token, or if they decode to other text. The latter happens with tokenizers
-    that drop case, accents, or characters that they do not know.
+    They do not if one of them is a special token or none of the model's, or if they decode to other text. The latter
+    happens with tokenizers that drop case, accents, or characters that they do not know.
     """
     special = {*tokenizer.all_special_ids, *(i for i, added in tokenizer.added_tokens_decoder.items() if added.special)}
+
+    def known(ids: tuple[int, ...]) -> bool:
+        return vocab_size is None or max(ids, default=0) < vocab_size
+
     texts = tokenizer.batch_decode([list(ids) for ids in tokens], clean_up_tokenization_spaces=False)
     return [
-        ids if special.isdisjoint(ids) and _comparable(word) == _comparable(text) else ()
+        ids if special.isdisjoint(ids) and known(ids) and _comparable(word) == _comparable(text) else ()
         for word, ids, text in zip(words, tokens, texts, strict=True)
     ]
 

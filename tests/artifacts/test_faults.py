@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dskd.artifacts import kinds
+from dskd.artifacts.building import build_artifact
 from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.manifest import Recipe
 from dskd.cli.program import run
 from dskd.config.reading import load_config
 from dskd.distributed import shared_memory
@@ -117,6 +119,22 @@ def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk
     with pytest.raises(RuntimeError, match="another"), full_disk_is_said(tmp_path):
         raise RuntimeError("another")
     assert [path.name for path in folder.iterdir()] == ["x.pt"]
+
+
+def test_a_full_disk_is_named_by_a_file_that_does_not_fit(tmp_path, small_disk):
+    small_disk(tmp_path / "small", 2**21)
+
+    def fill(content):
+        with build_artifact(tmp_path / "small" / "made", Recipe("lexicon", {}, {})) as building:
+            (building.folder / "x").write_bytes(content)  # names no file when it is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left") as full:
+        fill(bytes(2**22))
+    assert full.value.filename == str(tmp_path / "small" / ".made.partial")
+    with pytest.raises(OSError, match="No space left") as other:
+        fill(b"")  # something else is full, such as shared memory
+    assert other.value.filename is None
 
 
 def test_a_quota_is_a_full_disk_where_there_is_room_for_others(tmp_path, monkeypatch):

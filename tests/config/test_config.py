@@ -242,7 +242,14 @@ def test_a_run_that_does_not_exist_is_refused(tmp_path):
     ("text", "message"),
     [
         ("a: [", "this is not YAML"),
-        ("? [a, b]\n: 3\n", "this is not YAML that a configuration can be"),
+        ("? [a, b]\n: 3\n", "this is not YAML that a configuration can be|line 1: a key of a configuration is text"),
+        ("workdir: w\nruns:\n  1: {}\n", "line 3: a key of a configuration is text, and YAML reads this one as int"),
+        ("workdir: w\n2024-02-03: 1\n", "line 2: a key of a configuration is text, and YAML reads this one as date"),
+        ("workdir: 2024-02-30\n", "line 1: '2024-02-30' cannot be read as timestamp .*day is out of range"),
+        ("a: 1\nseed: !!int abc\n", "line 2: 'abc' cannot be read as int"),
+        ("seed: !!bool maybe\n", "line 1: 'maybe' cannot be read as bool"),
+        ("seed: " + "9" * 5000, "line 1: '9999.*cannot be read as int .*limit"),
+        ("seed: 0x" + "f" * 5000, "line 1: '0xfff.*cannot be read as int .*limit"),
         ("a: " + "[" * 3000, "this is not YAML"),
         ("- a\n- b\n", "expected sections"),
         ("workdir: w\nworkdir: v\n", "line 2: 'workdir' is given twice"),
@@ -406,8 +413,10 @@ def test_a_seed_that_would_undo_seeds_is_refused(tmp_path):
     path = _write(tmp_path, {**MINIMAL, "seeds": [3, 5], "runs": {"a": {}, "b": {"seed": 9}}})
     with pytest.raises(UserError, match=r"config\.yaml:\d+: runs\.b\.seed: `seeds` trains this run"):
         load_config(path)
-    path = _write(tmp_path, {**MINIMAL, "seed": 1, "seeds": [3, 5]})
-    assert load_config(path).seed == 3
+    with pytest.raises(UserError, match=r"config\.yaml:\d+: seed: `seeds` trains each run with each of its own"):
+        load_config(_write(tmp_path, {**MINIMAL, "seed": 1, "seeds": [3, 5]}))
+    assert load_config(_write(tmp_path, {**MINIMAL, "seed": 1}), ["seeds=[3, 5]"]).seed == 3
+    path = _write(tmp_path, {**MINIMAL, "seeds": [3, 5]})
     with pytest.raises(UserError, match=r"override 'seed=4': seed: the runs of `seeds` would all have this seed"):
         load_config(path, ["seed=4"])
 
@@ -463,3 +472,34 @@ def test_names_that_no_folder_can_have_are_refused(tmp_path, runs, seeds, messag
         return
     with pytest.raises(UserError):
         load_config(_write(tmp_path, {**MINIMAL, "run": next(iter(runs))}))
+
+
+def test_a_mistake_in_seeds_is_reported_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_config(_write(tmp_path, {**MINIMAL, "seeds": [True]}))
+    assert str(error.value).count("\n") == 1
+    assert "seeds.0: expected a whole number, found true" in str(error.value)
+
+
+def test_what_a_run_may_be_called_is_said_in_words(tmp_path):
+    with pytest.raises(UserError, match=r"'a b' cannot name a run: expected letters, digits, .* first"):
+        load_config(_write(tmp_path, {**MINIMAL, "run": "a b"}))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("${HOME:-/x}/y", r"has a \$\{ that is not \$\{NAME\}"),
+        ("/x/${", r"has a \$\{ that is not \$\{NAME\}"),
+        ("~no-such-user/x", "the home folder of a user that this machine does not know"),
+        (f"/x/{'é' * 200}/y", "has 400 bytes, and a file's name has 255 at most"),
+        ("/x" * 3000, "has 6,000 bytes, and a path has 4,095 at most"),
+        ("/x/\0y", "cannot contain the character NUL"),
+    ],
+)
+def test_paths_that_no_file_can_have_are_refused_by_their_keys(tmp_path, path, message):
+    with pytest.raises(UserError, match=rf"config\.yaml:\d+: workdir: .*{message}"):
+        load_config(_write(tmp_path, {"workdir": path, "teacher": {"path": "x"}}))
+    with pytest.raises(UserError, match=rf"corpus\.train\.0: .*{message}"):
+        load_config(_write(tmp_path, {**MINIMAL, "corpus": {"source": "files", "train": [path]}}))
+    assert load_config(_write(tmp_path, {"workdir": "/x/$${y}", "teacher": {"path": "x"}})).workdir == "/x/${y}"

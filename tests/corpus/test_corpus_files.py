@@ -297,6 +297,36 @@ def test_unreadable_text_is_named(tmp_path, name, content, message):
         list(read_file(tmp_path / name, "text"))
 
 
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        (TURNS, "one turn of a chat"),  # a line that begins with [ is read as an array
+        ({"conversation": TURNS}, "this is a chat: 'conversation' has 2 turns, the first by 'user'"),
+        ({"messages": json.dumps(TURNS)}, "this is a chat: 'messages' is a text, of JSON as it seems"),
+        ({"dialog": ["Hi", "Hello"]}, "this is a chat: 'dialog' is a list of 2"),
+        ({"title": "x", "mapping": {"a": {"id": "b"}}}, "this is a chat: 'mapping' is an object of 1"),
+        ({"chosen": "x", "rejected": "y"}, "an instruction and its answer"),
+        ({"instruction": "x", "context": "", "response": "y"}, "an instruction and its answer"),
+        ({"question": "x", "answer": "y"}, "an instruction and its answer"),
+        ({"inputs": "x", "targets": "y"}, "an instruction and its answer"),
+    ],
+)
+def test_chats_in_every_layout_point_to_the_page_on_chats(tmp_path, record, says):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{says}.*docs/training\.md"):
+        list(read_file(tmp_path / "a.jsonl", "text"))
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=r"a\.json:1: .*docs/training\.md"):
+        list(read_file(tmp_path / "a.json", "text"))
+    if isinstance(record, dict):
+        pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=r"a\.parquet: expected a column 'text' .*docs/training\.md"):
+            list(read_file(tmp_path / "a.parquet", "text"))
+
+
 def test_mds_shards_of_another_kind_are_refused(tmp_path):
     index = _write_mds(tmp_path / "ids", [{"ids": np.arange(3), "text": 3}], {"ids": "ndarray:int64", "text": "int"})
     with pytest.raises(UserError, match=r"expected a column 'text' of strings, but it has ids \(ndarray:int64\), text"):

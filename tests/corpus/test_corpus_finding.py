@@ -43,6 +43,39 @@ def _save_to_disk(folder, shards, **state):
     return folder
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{SHA256}\n{SHA256[:32]}\n",
+        f"a.txt: {SHA256}\n\nb.txt: {SHA256}\n",
+        f"# made by us\n#\n# on a day\n# of May\n# here\n# there\n{SHA256}  a.jsonl.zst\n",
+        f"SHA256 (a.txt) = {SHA256}\n",
+        f"a.txt sha1 {SHA256[:40]} 300 bytes\n",
+    ],
+)
+def test_checksums_are_recognised_in_every_layout(tmp_path, content):
+    folder = _write(tmp_path / "data", a__txt="The text.\n", files__txt=content)
+    found = _find(folder)
+    assert [file.name for file in found.files] == ["a.txt"]
+    assert found.left_out == {"files.txt (checksums)": 1}
+
+
+@pytest.mark.parametrize(
+    "content", ["# a title\n\nA text.\n", f"{SHA256} " + "and a long text " * 40, "# only\n", SHA256[:30]]
+)
+def test_text_is_not_taken_for_checksums(tmp_path, content):
+    folder = _write(tmp_path / "data", a__txt=content)
+    assert [file.name for file in _find(folder).files] == ["a.txt"]
+
+
+def test_leaving_out_most_of_the_bytes_is_noted(tmp_path):
+    folder = _write(tmp_path / "data", a__txt="The text.\n", b__tex="x" * 9)
+    assert _find(folder).notes == []
+    _write(folder, b__tex="x" * 900)
+    (note,) = _find(folder).notes
+    assert "most of its bytes are left out, 900 (b.tex has 900)" in note
+
+
 def test_a_folder_of_records_is_not_trained_on_its_checksums(tmp_path, capsys):
     data = _write(
         tmp_path / "pile",

@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe, read_manifest
 from dskd.cli.program import build_parser, parse
-from dskd.config import TASKS
+from dskd.config import TASKS, Config
 from dskd.config.reading import load_config
 from dskd.corpus.tasks.benchmarks import BENCHMARKS
 from dskd.corpus.tasks.prompts import Prompter
 from dskd.errors import OutageError, UserError
+from dskd.evaluation.models import Candidate
 from dskd.evaluation.task_questions import load_task
-from dskd.evaluation.tasks import run_tasks
+from dskd.evaluation.tasks import check_prompts, run_tasks
 from dskd.models.cutting import build_student
-from dskd.models.folder import find_teacher
+from dskd.models.folder import ModelFolder, find_teacher
 from dskd.tracking import Start, read_artifact, read_history, read_run, start_tracking
 
 SAID = ["A", "B", "C", "D", "E", "0", "1", "seven", "lake", "the", "No", "answer"]
@@ -239,6 +240,25 @@ def test_data_that_is_missing_is_named_before_a_model_is_loaded(config, world, m
         run_tasks(load_config(config), world, ["piqa"], ["dskd"])
     with pytest.raises(UserError, match=r"--tasks arc: no such task; there are arc_challenge, .*squad_v2, and all"):
         run_tasks(load_config(config), world, ["arc"])
+
+
+def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
+    save_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    size = ModelFolder(tmp_path, "", "").load_config().vocab_size
+    tokenizer.add_tokens([f"more{number}" for number in range(size - len(tokenizer))])
+    loaded = Config(workdir=str(tmp_path), teacher={"path": "x"}, tasks={**PLACES, "choice_shots": 2})
+    task = load_task(loaded, BENCHMARKS["piqa"])
+    candidate = Candidate("teacher", ModelFolder(tmp_path, "", ""))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    check_prompts([(candidate, task)])
+    tokenizer.add_tokens(["<|im_end|>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"tasks.piqa: the prompt of .*has the token '<\|im_end\|>', whose id is {size},"
+    ):
+        check_prompts([(candidate, task)])
 
 
 @pytest.mark.slow

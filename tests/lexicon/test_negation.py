@@ -73,7 +73,6 @@ def test_the_base_of_a_word_with_a_negating_affix():
         "ignoble": Base("noble", -1, "im"),
         "smokeless": Base("smoke", -1, "less"),
         "unsmokeless": Base("smoke", 1, "un+less"),  # its base is negated itself
-        "anti-war": Base("war", -1, "anti"),
     }
     assert _negation(related={"used"}).bases["unused"] == Base("used", -1, "un")
 
@@ -81,6 +80,7 @@ def test_the_base_of_a_word_with_a_negating_affix():
 def test_the_negating_affixes_are_those_of_the_config():
     bases = _negation(affixes=["de-", "-less"]).bases
     assert set(bases) == {"penniless", "smokeless", "decrease"}
+    assert _negation(affixes=["anti-"]).bases == {"anti-war": Base("war", -1, "anti")}
 
 
 def test_a_base_that_is_known_with_a_capital_only_is_none():
@@ -264,7 +264,9 @@ def test_negations_of_the_real_morpholex(real_words):
         assert (bases[word].word, bases[word].polarity) == (base, -1)
     no_negations = """import inside increase income input alive awake arise amount ashamed decrease decline deport
         depart describe impress inspire disappoint discount dismiss dispatch distract impair indifferent priceless
-        regardless uncanny unravel infidel antibody disease discover display unless until under"""
+        regardless uncanny unravel infidel antibody disease discover display unless until under
+        antitank antifreeze antithyroid anticlimax unripped unripping disgrace disgraced disgraceful disgorge
+        inhumanities indelicacies indirection innumerable numberless countless unhorse unhorsed nonism"""
     assert not bases.keys() & set(no_negations.split())
     assert len(bases) > 1_500
 

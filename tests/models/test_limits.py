@@ -17,7 +17,7 @@ from transformers import (
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.limits import check_limits, check_new_tokens, position_limit, vocabulary_size
+from dskd.models.limits import check_limits, check_new_tokens, check_text, position_limit, vocabulary_size
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -112,3 +112,17 @@ def test_answers_need_room_for_a_question(tmp_path):
     check_new_tokens("tasks.squad_tokens", 15, tmp_path, model_config)
     with pytest.raises(UserError, match=r"tasks\.squad_tokens: 16 leaves no room for a prompt in the 16 positions"):
         check_new_tokens("tasks.squad_tokens", 16, tmp_path, model_config)
+
+
+def test_a_text_needs_positions_and_known_tokens():
+    tokenizer = word_tokenizer(["a", "b"])
+    size = len(tokenizer)
+    model_config = GPT2Config(n_positions=4, vocab_size=size)
+    check_text([size - 1] * 4, model_config, tokenizer, "x.txt:1")
+    with pytest.raises(UserError, match=r"x\.txt:1: it has 5 tokens, which is more than the 4 positions"):
+        check_text([0] * 5, model_config, tokenizer, "x.txt:1")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    with pytest.raises(
+        UserError, match=rf"x\.txt:1: it has the token '<\|im_end\|>', whose id is {size}, but the model"
+    ):
+        check_text([0, size], model_config, tokenizer, "x.txt:1")

@@ -155,6 +155,20 @@ def test_an_added_special_token_and_unknown_forms_are_none():
     assert set(tokenize_form(["big", "unheard"], "capitalized", tokenizer)) == {"big"}
 
 
+def test_a_word_whose_token_the_model_lacks_is_unknown():
+    tokenizer = word_tokenizer(["the", "big", "large", "huge", "vast"])
+    huge, vast = tokenize_words(["huge", "vast"], tokenizer)
+    assert vast[0] == len(tokenizer) - 1
+    pairs = [("big", "large"), ("big", "vast"), ("vast", "huge")]
+    relations, _ = resolve(Relation(head, tail, "synonym", "test") for head, tail in pairs)
+    entries, counts = build_entries(relations, tokenizer, len(tokenizer) - 1, ["sentence_initial"])
+    assert entries.num_entries == entries.vocab_size == vast[0]
+    assert vast[0] not in entries.synonym_entries.tolist()
+    assert counts["unknown_words"] == 1
+    assert (counts["synonym_pairs"], counts["head_is_unknown_to_the_tokenizer"]) == (2, 2)
+    assert tokenize_words(["huge", "vast"], tokenizer, huge[0] + 1) == [huge, ()]
+
+
 def test_a_lexicon_in_another_language_is_refused_with_the_tokenizer_and_the_reasons(tmp_path):
     (tmp_path / "own.tsv").write_text("友善\tsynonym\t友好\n", encoding="utf-8")
     config = Config(

@@ -96,7 +96,7 @@ def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str
     """Returns the files that hold the rows of a split, for messages, and the rows with their places."""
     for pattern in benchmark.files[split]:
         endings = ("", *COMPRESSIONS)
-        files = sorted(path for ending in endings for path in folder.rglob(pattern + ending) if path.is_file())
+        files = sorted(path for ending in endings for path in _visible(folder, pattern + ending))
         if files:
             _require_one_version(benchmark, folder, pattern, files)
             return ", ".join(map(str, files[:3])), _published_rows(benchmark, files)
@@ -108,6 +108,14 @@ def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str
         f"tasks.{benchmark.name}: {folder} has neither {wanted}, as published, nor {split}-*.parquet, as on the hub; "
         "name the folder that has them"
     )
+
+
+def _visible(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yields the files of a pattern, except hidden ones and those that archives made on a Mac have beside each file."""
+    for path in folder.rglob(pattern):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and "__MACOSX" not in parts and not any(part.startswith(".") for part in parts):
+            yield path
 
 
 def _require_one_version(benchmark: Benchmark, folder: Path, pattern: str, files: list[Path]) -> None:
@@ -123,7 +131,7 @@ def _require_one_version(benchmark: Benchmark, folder: Path, pattern: str, files
 
 def _parquet_files(benchmark: Benchmark, folder: Path, split: str) -> list[Path]:
     """Returns the hub's Parquet files of a split: those in the configuration's folder, or all if it has none."""
-    files = sorted({*folder.rglob(f"{split}-*.parquet"), *folder.rglob(f"{split}/*.parquet")})
+    files = sorted({*_visible(folder, f"{split}-*.parquet"), *_visible(folder, f"{split}/*.parquet")})
     of_config = [path for path in files if benchmark.hub_config in path.relative_to(folder).parts]
     return of_config or files
 
@@ -244,7 +252,7 @@ def _squad_rows(path: Path) -> Iterator[tuple[int, Row]]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     number += 1
-                    texts = [] if question.get("is_impossible") else [each["text"] for each in question["answers"]]
+                    texts = _squad_answers(question, f"{path}: question {number} ({question['id']!r})")
                     yield (
                         number,
                         {
@@ -259,6 +267,17 @@ def _squad_rows(path: Path) -> Iterator[tuple[int, Row]]:
             f"{path}: question {number}: expected data[].paragraphs[] with context and qas[], as SQuAD v2 is "
             f"published ({type(error).__name__}: {error})"
         ) from None
+
+
+def _squad_answers(question: dict[str, Any], place: str) -> list[str]:
+    is_impossible = question.get("is_impossible", False)
+    if not isinstance(is_impossible, bool):
+        raise UserError(f"{place}: is_impossible is {is_impossible!r}; expected true or false")
+    if not is_impossible and not question["answers"]:
+        raise UserError(
+            f"{place}: it has no answers, but is_impossible is not true; if the passage does not answer it, set it"
+        )
+    return [] if is_impossible else [each["text"] for each in question["answers"]]
 
 
 def _from_json(text: str, place: str) -> Any:
@@ -277,14 +296,23 @@ def _parse_labelled(benchmark: Benchmark, row: Row) -> Example:
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
     if isinstance(choices, dict):
-        pairs = list(zip(choices["label"], choices["text"], strict=False))
+        labels, texts = list(choices["label"]), list(choices["text"])
+        if len(labels) != len(texts):
+            raise _NoExampleError(f"its choices have {len(labels)} labels, but {len(texts)} texts")
     else:
-        pairs = [(choice["label"], choice["text"]) for choice in choices]
-    labels = [label for label, _ in pairs]
-    if row["answerKey"] not in labels:
-        raise _NoExampleError(f"the answerKey {row['answerKey']!r} is none of its labels {', '.join(labels)}")
-    texts = tuple(text for _, text in pairs)
-    return _choice(benchmark, str(row["id"]), question, texts, labels.index(row["answerKey"]))
+        labels, texts = ([choice[key] for choice in choices] for key in ("label", "text"))
+    labels, key = [str(label) for label in labels], str(row["answerKey"])  # numbers as labels are strings in some files
+    if len(set(labels)) < len(labels):
+        raise _NoExampleError(f"its choices have a label twice: {', '.join(labels)}")
+    if key not in labels:
+        raise _NoExampleError(f"the answerKey {key!r} is none of its labels {', '.join(labels)}")
+    return _choice(benchmark, _id_of(row), question, tuple(texts), labels.index(key))
+
+
+def _id_of(row: Row) -> str:
+    if isinstance(row["id"], bool) or not isinstance(row["id"], (str, int)) or not str(row["id"]).strip():
+        raise _NoExampleError(f"its id is {row['id']!r}; expected a text that no other question has")
+    return str(row["id"])
 
 
 def _parse_piqa(benchmark: Benchmark, row: Row) -> Example:
@@ -304,7 +332,11 @@ def _choice(
         raise _NoExampleError("question and choices are to be strings")
     if not 2 <= len(choices) <= len(benchmark.labels):
         raise _NoExampleError(f"it has {len(choices)} choices, 2 to {len(benchmark.labels)} can be asked for")
-    if not isinstance(right, int) or not 0 <= right < len(choices):
+    # The choices of MMLU's auxiliary split, which has no subjects and is collected from other data, stay as published.
+    is_auxiliary = benchmark.one_score_a_subject and not subject
+    if not question.strip() or not (is_auxiliary or all(choice.strip() for choice in choices)):
+        raise _NoExampleError("the question or a choice is empty")
+    if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(choices):
         raise _NoExampleError(f"its right choice is {right!r}; expected a number from 0 to {len(choices) - 1}")
     stripped = tuple(choice.strip() for choice in choices)
     return Example(name, question.strip(), (benchmark.labels[right],), stripped, subject=subject)
@@ -315,7 +347,9 @@ def _parse_squad(benchmark: Benchmark, row: Row) -> Example:
     if not all(isinstance(text, str) for text in texts):
         raise _NoExampleError("question, context and answers are to be strings")
     question, passage, *answers = (text.strip() for text in texts)
-    return Example(str(row["id"]), question, tuple(answers), passage=passage)
+    if not question or not passage or not all(answers):
+        raise _NoExampleError("the question, its passage or an answer is empty")
+    return Example(_id_of(row), question, tuple(answers), passage=passage)
 
 
 _PARSERS: dict[str, Callable[[Benchmark, Row], Example]] = {

@@ -23,6 +23,7 @@ from dskd.evaluation.lexical.states import TARGET, WORD, Tokens, read_likelihood
 from dskd.evaluation.models import Candidate, chosen, load_candidate, same_on_all_ranks
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import FrozenModel
+from dskd.models.limits import check_text
 from dskd.models.precision import resolve_precision
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.shards import load_manifest
@@ -53,6 +54,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     stale = on_main(
         lambda: [n for n, it in wanted.items() if force or not is_current(config.path(kinds.LEXICAL.folder, n), it)]
     )
+    on_main(lambda: check_items(items, [model for model in models if model.name in stale], teacher.load_tokenizer()))
     dictionary, _ = main_first(lambda: load_dictionary(config))
     validation = main_first(lambda: load_manifest(config, "validation"))
     text = HeldOutText(config, validation, dictionary.path, world) if stale else None
@@ -78,6 +80,30 @@ def recipe(config: Config, candidate: Candidate, teacher: ModelFolder, items: Ma
     return Recipe(
         "lexical", inputs, {"precision": resolve_precision(config.precision)}, teacher.digest, teacher.tokenizer_digest
     )
+
+
+def check_items(items: Items, models: Sequence[Candidate], tokenizer: Any) -> None:
+    """Checks that models can read all texts of the items.
+
+    Args:
+        items: the items.
+        models: the models that will read them.
+        tokenizer: the teacher's tokenizer, which made their tokens.
+
+    Raises:
+        UserError: for a text with a token that a model lacks, or with more tokens than a model has positions.
+    """
+    texts = [
+        (f"WordNet's example {context.text!r}", tokens)
+        for context, tokens in zip(items.contexts, items.context_tokens, strict=True)
+    ]
+    texts += [(choice.name, tokens) for choice in items.choices for tokens in (choice.synonym, choice.antonym)]
+    for pairs, read in ((items.wic, items.wic_tokens), (items.wic_threshold, items.wic_threshold_tokens)):
+        texts += [(pair.name, tokens) for pair, both in zip(pairs, read, strict=True) for tokens in both]
+    for model in models:
+        model_config = model.folder.load_config()
+        for place, tokens in texts:
+            check_text(tokens.input_ids, model_config, tokenizer, f"{place} cannot be read by {model.name}")
 
 
 def measure(

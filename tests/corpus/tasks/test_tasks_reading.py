@@ -284,3 +284,54 @@ def test_the_published_files_are_read_whole(name, folder, labels):
     examples = _read(name, "validation", SHARED / "data" / folder)
     assert len(examples) == sum(1 for line in file.read_text(encoding="utf-8").split("\n") if line.strip())
     assert {answer for example in examples for answer in example.answers} == set(BENCHMARKS[name].labels[:labels])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"choices": {"label": ["A", "B", "C"], "text": ["a", "b"]}}, "3 labels, but 2 texts"),
+        ({"choices": {"label": ["A", "A"], "text": ["a", "b"]}}, "a label twice: A, A"),
+        ({"choices": {"label": ["A", "B"], "text": ["a", " "]}}, "the question or a choice is empty"),
+        ({"question": ""}, "the question or a choice is empty"),
+        ({"id": None}, "its id is None"),
+    ],
+)
+def test_a_damaged_question_with_choices_is_refused_with_its_row(tmp_path, changes, says):
+    row = {"id": "q", "question": "What?", "choices": {"label": ["A", "B"], "text": ["a", "b"]}, "answerKey": "A"}
+    pq.write_table(pa.Table.from_pylist([row, {**row, "id": "r"} | changes]), tmp_path / "validation-0.parquet")
+    with pytest.raises(UserError, match=rf"validation-0\.parquet:2: .*{says}"):
+        _read("arc_challenge", "validation", tmp_path)
+
+
+def test_labels_and_keys_are_compared_as_text(tmp_path):
+    row = {"id": "q", "question": "What?", "choices": {"label": [1, 2], "text": ["a", "b"]}, "answerKey": "2"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "validation-0.parquet")
+    (example,) = _read("arc_challenge", "validation", tmp_path)
+    assert example.answers == ("B",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"is_impossible": "false"}, "is_impossible is 'false'; expected true or false"),
+        ({"answers": []}, "it has no answers, but is_impossible is not true"),
+        ({"answers": [{"text": ""}]}, "the question, its passage or an answer is empty"),
+        ({"id": None}, "its id is None"),
+    ],
+)
+def test_a_damaged_question_about_a_passage_is_refused_with_its_number(tmp_path, changes, says):
+    question = {"id": "q", "question": "Who?", "answers": [{"text": "he"}], "is_impossible": False} | changes
+    content = {"data": [{"paragraphs": [{"context": "It was he.", "qas": [question]}]}]}
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"dev-v2\.0\.json:? ?(question )?1.*{says}"):
+        _read("squad_v2", "validation", tmp_path)
+
+
+def test_hidden_files_are_skipped(tmp_path):
+    shutil.copytree(DATA / FOLDERS["mmlu"], tmp_path / "mmlu")
+    expected = _read("mmlu", "test", tmp_path)
+    file = next((tmp_path / "mmlu").rglob("*_test.csv"))
+    file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / file.name).write_bytes(b"\0\5\x16\7")
+    assert _read("mmlu", "test", tmp_path) == expected
