@@ -160,7 +160,7 @@ def test_layers_whose_shape_depends_on_their_place_are_computed_by_the_student(t
     for name in ("model.safetensors", "config.json"):
         (tmp_path / "teacher" / name).unlink()
     experts = DeepseekV3Config(
-        **SHAPE,
+        **SHAPE | {"num_key_value_heads": SHAPE["num_attention_heads"]},
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
         **{"moe_intermediate_size": 16, "first_k_dense_replace": 2, "q_lora_rank": 8, "kv_lora_rank": 8},
         **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
