@@ -41,8 +41,11 @@ test-cluster: env wordnet
 # version of it: here and in the tests that is the virtual environment's.
 test-nvme: export PATH := $(abspath $(VENV))/bin:$(PATH)
 test-nvme: export DSKD_TEST_NVME := 1
+# In a folder of its own, because a compilation that was killed leaves a lock, for which any later one would wait forever.
+test-nvme: export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 test-nvme: env
 	@echo '#include <libaio.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || { $(call debian,libaio-dev); }
+	@rm -f $(TORCH_EXTENSIONS_DIR)/async_io/lock
 	$(PY) -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as Builder; Builder().load(verbose=False)'
 	$(PY) -m pytest -rs tests/models/test_nvme.py $(ARGS)
 
