@@ -236,8 +236,8 @@ def join_as_launched(
 
     def join() -> None:
         rank = int(environment["RANK"])
-        for name in without:
-            del os.environ[name]
+        for name in (*without, "LOCAL_WORLD_SIZE"):  # the test's own process may have set the last
+            os.environ.pop(name, None)
         if hosts is not None:
             socket.gethostname = lambda: hosts[rank]
         if port is not None:
@@ -245,6 +245,7 @@ def join_as_launched(
 
         def joined() -> None:
             world = initialize(30)
+            barrier()  # rank 0, whose store the others join by, is not to end before they have joined
             print(json.dumps([world.rank, world.local_rank, int(os.environ["LOCAL_WORLD_SIZE"])]), flush=True)
 
         os._exit(run(joined))

@@ -11,6 +11,7 @@ from conftest import (
     BEFORE_TRAINING,
     ONE_RANK,
     TINY,
+    copy_work,
     losses_of,
     open_dataset,
     run_program,
@@ -222,11 +223,11 @@ def _sense_divergences(config, step, samples, vectors, states, target_states):
     return divergences
 
 
-def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(copy_of_tiny, capsys):
+def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(tiny, tmp_path, capsys):
     """A quarter of the rate for a quarter of the batch: the run of the whole rate, shown as such."""
-    whole = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
+    whole = copy_work(tiny, tmp_path / "whole", *BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
     quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
-    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], **quarter})
+    path = copy_work(tiny, tmp_path / "quarter", *BEFORE_TRAINING, train={**TINY["train"], **quarter})
     shown = "peak learning rate 0.001, from 0.00025 at a batch of 2 (linear rule)"
     assert shown in run_program("train.py", path).output
     assert "peak learning rate 0.001;" in f"{run_program('train.py', whole).output};".replace("\n", ";")

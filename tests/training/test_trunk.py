@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
+from architectures import save_architecture
 from tiny_models import ARCHITECTURES, SHAPE, save_model
 from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -156,17 +155,8 @@ def test_there_is_no_trunk_where_it_would_not_be_exact(options, message):
 
 
 def test_layers_whose_shape_depends_on_their_place_are_computed_by_the_student(tmp_path, world, capsys):
-    save_model(tmp_path / "teacher")
-    for name in ("model.safetensors", "config.json"):
-        (tmp_path / "teacher" / name).unlink()
-    experts = DeepseekV3Config(
-        **SHAPE | {"num_key_value_heads": SHAPE["num_attention_heads"]},
-        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
-        **{"moe_intermediate_size": 16, "first_k_dense_replace": 2, "q_lora_rank": 8, "kv_lora_rank": 8},
-        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
-    )
-    DeepseekV3ForCausalLM(experts).save_pretrained(tmp_path / "teacher")
-    config = _config(tmp_path, corpus={"packing": "stream"})
+    save_architecture(tmp_path / "teacher", "diffllama")  # each layer's attention has a factor of its own
+    config = _config(tmp_path, corpus={"packing": "stream", "sequence_length": 32})
     build_student(config)
     pair = _load(config, world)
     assert pair.trunk is None
