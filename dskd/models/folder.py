@@ -58,7 +58,7 @@ class ModelFolder:
         values = self.config_values()
         try:
             if "auto_map" in values and self.trust_remote_code:
-                return AutoConfig.from_pretrained(self.path, trust_remote_code=True)
+                return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
             model_config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         except BAD_CONFIG as error:
             raise UserError(f"{self.path / 'config.json'}: transformers cannot read it ({reason_of(error)})") from None
@@ -152,7 +152,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _tokenizer_reason(folder: Path, error: Exception) -> str:
-    """What to do about a tokenizer that cannot be loaded, or else what transformers says."""
+    """Returns what to do about a tokenizer that cannot be loaded, or otherwise what transformers says."""
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which runs only with teacher.trust_remote_code: true; read that code first"
     if type(error) is Exception or isinstance(error, json.JSONDecodeError):

@@ -95,7 +95,7 @@ class TensorReader:
         return self._block is not None and name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._file_of
 
     def _look_up(self, name: str, method: str) -> Any:
-        """What `get_tensor` or `get_slice` of the tensor's file returns."""
+        """Returns what `get_tensor` or `get_slice` of the tensor's file returns."""
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = open_safetensors(self._folder / file)
