@@ -98,7 +98,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What the job has printed."""
+        """The text that the job has printed."""
         return self._log.read_text(errors="replace")[self._start :]
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:

@@ -162,7 +162,7 @@ def test_a_request_is_passed_on_until_the_ranks_that_are_just_being_started_hear
     time.sleep(1)  # they do not listen yet
     process.terminate()
     assert process.wait(120) == 75, log.read_text()
-    assert "stopping: the ranks come to a place from which they go on" in log.read_text()
+    assert "stopping: waiting for the ranks to save their progress" in log.read_text()
 
 
 def test_a_failing_rank_ends_the_pipeline_with_its_own_message_and_code(copy_of_tiny):

@@ -73,7 +73,7 @@ def _wait(process: subprocess.Popen) -> int:
     try:
         return process.wait()
     except stopping.Stopped:
-        say("stopping: the ranks come to a place from which they go on")
+        say("stopping: waiting for the ranks to save their progress")
         while process.poll() is None:
             # Repeated, because ranks that are still importing do not handle signals yet.
             with contextlib.suppress(ProcessLookupError):

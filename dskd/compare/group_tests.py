@@ -62,7 +62,8 @@ def test_groups(
                 if not np.array_equal(counts, same_counts):
                     raise UserError(
                         f"{group.name} and {baseline.name}: their examples have different numbers of {measure.count}, "
-                        f"though the data is said to be the same; evaluate both again with `{kinds.EVALUATION.made_by}`"
+                        "although the digests of their data are equal; evaluate both again with "
+                        f"`{kinds.EVALUATION.made_by}`"
                     )
                 on_examples.append((group, measure, paired_on_examples(one, other, counts)))
             values = final.get(f"{EVALUATED}{measure.name}", {})

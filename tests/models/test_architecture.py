@@ -1,4 +1,4 @@
-"""What is refused, or made harmless, by config.json alone, before a model has weights."""
+"""Checks by config.json alone, before a model has weights: models that are refused, and settings made harmless."""
 
 import json
 

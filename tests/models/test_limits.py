@@ -1,4 +1,4 @@
-"""How many positions and tokens models have, against what transformers computes with them."""
+"""Limits of positions and tokens, compared with what transformers computes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What folders hold: keys of a newer transformers, quantised weights, two sets of weights, and what is no decoder."""
+"""Model folders: keys of newer transformers, quantised weights, two sets of weights, models that are no decoders."""
 
 import importlib.util
 import json

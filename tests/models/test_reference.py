@@ -1,4 +1,4 @@
-"""What is loaded is compared with transformers' own model, whole or layer by layer."""
+"""The comparison of a loaded model with transformers' own, whole or layer by layer."""
 
 import pytest
 import torch

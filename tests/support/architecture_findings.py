@@ -304,7 +304,7 @@ def _compare_buffers(finding: Finding, where: str, base: Any, expected: Any) -> 
 
 
 def _reason(error: UserError, folder: Path) -> str:
-    text = str(error).replace(f"{folder}/teacher: ", "").replace(f"{folder}/work/student: ", "")
+    text = str(error).replace(f"{folder}/teacher: ", "").replace(f"{folder / 'work' / 'student'}: ", "")
     return re.sub(r"\s+", " ", text)
 
 

@@ -34,7 +34,7 @@ class Question:
 
     @property
     def identity(self) -> list[Any]:
-        """Everything that affects the prompt or the right answers, as JSON-like data."""
+        """The data that affects the prompt or the right answers, as JSON-like values."""
         *shown, (asked, _) = self._turns(len(self.shots))
         turns = [list(turn) for turn in shown]
         return [self.example.name, self._instruction, turns, asked, list(self.example.answers)]
