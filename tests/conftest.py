@@ -337,10 +337,15 @@ def launch_forked(_: Config, program: str, arguments: Sequence[str]) -> None:
 
 @pytest.fixture(autouse=True)
 def _launcher_variables() -> Iterator[None]:
-    """Restores the launcher's variables, which programs of one process remove and DeepSpeed reads at any time."""
-    before = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
+    """Restores the launcher's variables: programs of one process remove them, others set them, and DeepSpeed and
+    mosaicml-streaming read them at any time."""
+    names = (*LAUNCHER_VARIABLES, "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
     yield
-    os.environ.update(before)
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

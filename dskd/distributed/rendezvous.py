@@ -1,6 +1,7 @@
 """The rendezvous of ranks: how they find each other, and which are missing if they do not."""
 
 import datetime
+import math
 import os
 import socket
 import time
@@ -89,6 +90,8 @@ def _read_launcher() -> None:
         if name in numbers and limit in numbers and numbers[name] >= numbers[limit]:
             problems.append(f"{name}: is {numbers[name]} of {limit}={numbers[limit]} (ranks count from 0)")
             break
+    if numbers.get("LOCAL_SIZE", 1) > numbers.get("WORLD_SIZE", math.inf):
+        problems.append(f"LOCAL_SIZE: is {numbers['LOCAL_SIZE']}, more than WORLD_SIZE={numbers['WORLD_SIZE']}")
     if not 0 < numbers.get("MASTER_PORT", 1) < 65536:
         problems.append(f"MASTER_PORT: expected 1 to 65535, found {numbers['MASTER_PORT']}")
     if problems:

@@ -56,6 +56,8 @@ def read(monkeypatch):
         ({"RANK": "4"}, "RANK: is 4 of WORLD_SIZE=4"),
         ({"WORLD_SIZE": "0"}, "RANK: is 1 of WORLD_SIZE=0"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK: is 2 of LOCAL_SIZE=2"),
+        # mosaicml-streaming would count no nodes, and divide by them
+        ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_SIZE: is 8, more than WORLD_SIZE=4"),
     ],
 )
 def test_what_a_launcher_left_out_or_got_wrong_is_named(read, changes, problem):
