@@ -79,7 +79,7 @@ def _compare_as_asked(config: Config, given: argparse.Namespace) -> None:
     from dskd.compare.choosing import Selection
     from dskd.compare.comparison import make_comparison
     from dskd.compare.report import require_writable, write_report
-    from dskd.compare.results import KINDS
+    from dskd.compare.results import EVALUATIONS
     from dskd.compare.text import summarize
 
     tags: dict[str, str] = {}
@@ -88,7 +88,7 @@ def _compare_as_asked(config: Config, given: argparse.Namespace) -> None:
             raise UserError(f"--tag {key}={value}: also {key}={tags[key]} is asked for, and a run has one of them only")
     if given.html is not None:
         require_writable(given.html)
-    without = list(KINDS) if given.without_measures else given.without
+    without = list(EVALUATIONS) if given.without_measures else given.without
     selection = Selection(given.experiment, given.run, tags)
     comparison = make_comparison(config, selection, baseline=given.baseline, without=without)
     print(summarize(comparison))

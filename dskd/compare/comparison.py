@@ -8,9 +8,10 @@ from dskd.compare.choosing import Chosen, Selection, choose_runs
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
 from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
-from dskd.compare.results import HELD_OUT, Results, read_results
+from dskd.compare.results import Results, read_results
 from dskd.config import Config
 from dskd.errors import UserError
+from dskd.evaluation.held_out_text import HELD_OUT
 from dskd.evaluation.scores_by_example import Examples, Measure
 from dskd.tracking import TrackedRun
 
@@ -23,7 +24,7 @@ class Comparison:
     groups: Sequence[Group]
     baseline: Group | None
     differences: Sequence[tuple[str, Sequence[str]]]
-    results: Sequence[Results]  # one for each kind of data
+    results: Sequence[Results]  # one for each evaluation
     final: Mapping[str, Mapping[str, float]]
     best: Mapping[str, Mapping[str, Best]]
     histories: Mapping[str, Mapping[str, History]]
@@ -53,12 +54,12 @@ class Comparison:
     def measured(self, title: str | None = None) -> list[str]:
         """Returns the measures for which any group or reference has a value, in the order in which they are shown.
 
-        With a `title`, returns only those of the kinds of results with this title.
+        With a `title`, returns only those of the evaluations with this title.
         """
-        # {measure: whether it has this title}; a measure of two kinds belongs to the first.
+        # {measure: whether it has this title}; a measure of two evaluations belongs to the first.
         names: dict[str, bool] = {}
         for results in self.results:
-            is_asked_for = title is None or results.kind.title == title
+            is_asked_for = title is None or results.evaluation.title == title
             of_references = [name for values in results.references.values() for name in values]
             for name in [*(measure.name for measure in results.measures), *of_references]:
                 names.setdefault(name, is_asked_for)
@@ -68,8 +69,12 @@ class Comparison:
 
     @property
     def titles(self) -> list[str]:
-        """Titles of the kinds of results that have measures, each once."""
-        return list(dict.fromkeys(results.kind.title for results in self.results if self.measured(results.kind.title)))
+        """Titles of the evaluations that have measures, each once."""
+        return list(
+            dict.fromkeys(
+                results.evaluation.title for results in self.results if self.measured(results.evaluation.title)
+            )
+        )
 
     @property
     def has_measures(self) -> bool:
@@ -98,7 +103,7 @@ def make_comparison(
         config: gives the address of MLflow and the experiment.
         selection: the runs to compare.
         baseline: name of the group that the others are tested against; by default the first group.
-        without: names of the kinds of results (:mod:`dskd.compare.results`) to leave out.
+        without: names of the evaluations to leave out.
 
     Raises:
         DifferentDataError: when runs were evaluated on different data.
@@ -109,7 +114,7 @@ def make_comparison(
     groups, notes = group_runs(chosen.runs)
     runs = [run for group in groups for run in group.runs]
     results = read_results(config, runs, selection, without=without)
-    if not groups and (selection or not any(of_kind.references for of_kind in results)):
+    if not groups and (selection or not any(of_one.references for of_one in results)):
         raise UserError(
             f"{config.workdir}: nothing to compare yet; train with `deepspeed launcher/train.py`, evaluate with "
             f"`{kinds.EVALUATION.made_by}`, or do it all with `python launcher/pipeline.py`"
@@ -120,16 +125,16 @@ def make_comparison(
     # Values computed from the results' tables are shown. A measure that could not be compared is removed, even if the
     # tracking server has values of it.
     measures: dict[str, tuple[Measure, Mapping[str, Examples]]] = {}
-    for of_kind in results:
-        left_out = set(_names(of_kind.tables)) - {measure.name for measure in of_kind.measures}
+    for of_one in results:
+        left_out = set(_names(of_one.tables)) - {measure.name for measure in of_one.measures}
         for name in left_out - measures.keys():
             final.pop(f"{EVALUATED}{name}", None)
-        for measure in of_kind.measures:
+        for measure in of_one.measures:
             if measure.name in measures:  # the evaluation on held-out text comes first and takes precedence
                 continue
-            measures[measure.name] = measure, of_kind.tables
+            measures[measure.name] = measure, of_one.tables
             # The tables replace the logged values: training may have logged a metric of the same name.
-            for run_id, table in of_kind.tables.items():
+            for run_id, table in of_one.tables.items():
                 values = table.values()
                 if measure.name in values:
                     final.setdefault(f"{EVALUATED}{measure.name}", {})[run_id] = values[measure.name]
@@ -146,7 +151,7 @@ def make_comparison(
         histories,
         per_example,
         per_seed,
-        [*chosen.notes, *notes, *_notes(runs, results), *(note for of_kind in results for note in of_kind.notes)],
+        [*chosen.notes, *notes, *_notes(runs, results), *(note for of_one in results for note in of_one.notes)],
     )
 
 
@@ -170,7 +175,7 @@ def _notes(runs: Sequence[TrackedRun], results: Sequence[Results]) -> list[str]:
     notes = []
     if unfinished := [f"{run.name} ({run.status.lower()})" for run in runs if run.status != "FINISHED"]:
         notes.append(f"not trained to the end: {', '.join(unfinished)}")
-    tables = next((of_kind.tables for of_kind in results if of_kind.kind is HELD_OUT), None)
+    tables = next((of_one.tables for of_one in results if of_one.evaluation is HELD_OUT), None)
     evaluated = [run for run in runs if any(metric.startswith(EVALUATED) for metric in run.metrics)]
     if tables is not None:
         if missing := [run.name for run in runs if run not in evaluated]:

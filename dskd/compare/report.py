@@ -126,7 +126,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     facts = [("made", f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")]
     for results in comparison.results:
         if results.data:
-            facts.append((f"{results.kind.name} of", results.data))
+            facts.append((f"{results.evaluation.name} of", results.data))
     if comparison.baseline and len(comparison.groups) > 1:
         facts.append(("baseline", comparison.baseline.name))
     for tag in INPUT_TAGS:

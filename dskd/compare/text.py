@@ -9,10 +9,10 @@ from dskd.compare.group_tests import Test
 from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import draw_curves
-from dskd.compare.results import HELD_OUT
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
+from dskd.evaluation.held_out_text import HELD_OUT
 
 PICTURE = "curves.png"
 
@@ -42,9 +42,9 @@ def _measures(comparison: Comparison) -> list[str]:
     for title in comparison.titles:
         parts += [f"{title}:", _measures_table(comparison, comparison.measured(title))]
         parts += [
-            f"{'evaluated' if results.kind is HELD_OUT else results.kind.name} on {results.data}"
+            f"{'evaluated' if results.evaluation is HELD_OUT else results.evaluation.name} on {results.data}"
             for results in comparison.results
-            if results.kind.title == title and results.data
+            if results.evaluation.title == title and results.data
         ]
         parts.append("")
     if comparison.example_tests and comparison.baseline:

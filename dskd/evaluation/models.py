@@ -47,19 +47,18 @@ def candidates(config: Config) -> list[Candidate]:
     return found
 
 
-def chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
-    """Returns the candidates with these names, or all candidates if `names` is None.
+def choose(config: Config, models: Sequence[Candidate], names: Sequence[str] | None) -> list[Candidate]:
+    """Returns the models with these names, or all of them if `names` is None.
 
     Raises:
-        UserError: when a name has no candidate.
+        UserError: when there is no model of a name.
     """
-    found = candidates(config)
-    there = [candidate.name for candidate in found]
-    missing = [name for name in names or () if name not in there]
+    existing = [candidate.name for candidate in models]
+    missing = [name for name in names or () if name not in existing]
     if missing:
         remedy = f"; {_export_command(missing[0])} makes it" if missing[0] in config.run_names else ""
-        raise UserError(f"--models {missing[0]}: there is no such model here; there are {', '.join(there)}{remedy}")
-    return [candidate for candidate in found if names is None or candidate.name in names]
+        raise UserError(f"--models {missing[0]}: there is no such model here; there are {', '.join(existing)}{remedy}")
+    return [candidate for candidate in models if names is None or candidate.name in names]
 
 
 def same_on_all_ranks(find: Callable[[], list[Candidate]]) -> list[Candidate]:

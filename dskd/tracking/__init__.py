@@ -4,7 +4,6 @@ from dskd.tracking.afterwards import (
     EVALUATION_DATA_TAG,
     EVALUATION_FOLDER,
     data_tag,
-    log_evaluation,
     log_export,
     log_results,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "data_tag",
     "describe_dataset",
     "git_commit",
-    "log_evaluation",
     "log_export",
     "log_results",
     "read_artifact",

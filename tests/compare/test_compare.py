@@ -20,13 +20,13 @@ from dskd.compare.choosing import Selection
 from dskd.compare.comparison import make_comparison
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import color_of
-from dskd.compare.results import KINDS
+from dskd.compare.results import EVALUATIONS
 from dskd.compare.text import compare
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
 from dskd.pipeline import compare_or_say_why_not
-from dskd.tracking import log_evaluation, log_results, read_runs, start_tracking
+from dskd.tracking import log_results, read_runs, start_tracking
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ def _track(config_path, name, *overrides, better=0.0, seed=0, data=DATA, evaluat
         examples = _examples(better, seed + 10 * len(name), data)
         file = config.path(EXAMPLES_FILE)
         save_examples(file, examples)
-        log_evaluation(config, name, tracker.run_id, examples.values(), file, data=data, step=STEPS)
+        log_results(config, name, tracker.run_id, "evaluation", examples.values(), file, data=data, step=STEPS)
     return tracker.run_id
 
 
@@ -206,22 +206,22 @@ def _add_results(path, name, run_id, folder, scores, *, data="a" * 64, measure="
 
 
 @pytest.mark.parametrize(
-    ("folder", "measure", "shown", "kind"),
+    ("folder", "measure", "shown", "evaluation"),
     [
         ("lexical", "sense_separation", "sense_separation", "lexical"),
         ("tasks/piqa", "accuracy", "piqa_accuracy", "piqa"),
     ],
 )
-def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd, folder, measure, shown, kind):
+def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd, folder, measure, shown, evaluation):
     scores = {name: np.random.default_rng(seed).random(40) for seed, name in enumerate(("kd", "dskd", "other"))}
     ids = {}
     for name in ("kd", "dskd"):
         ids[name] = _track(empty, name, f"loss.sense_weight={len(name)}")
         config, table = _add_results(empty, name, ids[name], folder, scores[name], measure=measure)
     _, table = _add_results(empty, "kd", ids["kd"], folder, scores["kd"], measure=measure)
-    teacher = config.path(*KINDS[kind].path(config, "teacher").relative_to(config.path()).parts)
-    teacher.parent.mkdir(parents=True)
-    save_examples(teacher, table)
+    teacher = EVALUATIONS[evaluation].folder_of(config, "teacher")
+    teacher.mkdir(parents=True)
+    save_examples(teacher / EXAMPLES_FILE, table)
     comparison = make_comparison(load_config(empty), baseline="kd")
     assert comparison.final[f"eval/{shown}"] == {ids[name]: pytest.approx(scores[name].mean()) for name in ids}
     assert comparison.references["teacher"] == {shown: pytest.approx(scores["kd"].mean())}
@@ -232,17 +232,17 @@ def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd
     assert comparison.notes == []
     code, out, _ = dskd("compare", "--config", empty)
     assert code == 0
-    assert re.search(rf"^{KINDS[kind].title}:\n.*{shown.replace('_', ' ')}", out, re.MULTILINE)
+    assert re.search(rf"^{EVALUATIONS[evaluation].title}:\n.*{shown.replace('_', ' ')}", out, re.MULTILINE)
 
     ids["other"] = _track(empty, "other", "loss.sense_weight=9")
-    assert f"without {kind}: other" in make_comparison(load_config(empty)).notes[-1]
+    assert f"without {evaluation}: other" in make_comparison(load_config(empty)).notes[-1]
     _add_results(empty, "other", ids["other"], folder, scores["other"], data="b" * 64, measure=measure)
     code, out, err = dskd("compare", "--config", empty)
     assert (code, out) == (2, "")
     assert f"{'b' * 64}: other ({ids['other'][:8]})" in err
     assert re.search(rf"{'a' * 64}: .*kd \({ids['kd'][:8]}\)", err)
-    assert f"--without {kind}" in err
-    code, out, _ = dskd("compare", "--config", empty, "--without", kind)
+    assert f"--without {evaluation}" in err
+    code, out, _ = dskd("compare", "--config", empty, "--without", evaluation)
     assert code == 0
     assert "perplexity" in out
     assert shown.replace("_", " ") not in out
@@ -268,7 +268,9 @@ def test_a_measure_over_other_positions_is_left_out(empty):
         examples = _examples(0, 3)
         columns = dict(examples.columns, lexical_tokens=examples.columns["lexical_tokens"] + number)
         save_examples(config.path(EXAMPLES_FILE), Examples(DATA, examples.ids, columns, MEASURES))
-        log_evaluation(config, name, run_id, {"perplexity": 5.0}, config.path(EXAMPLES_FILE), data=DATA, step=STEPS)
+        log_results(
+            config, name, run_id, "evaluation", {"perplexity": 5.0}, config.path(EXAMPLES_FILE), data=DATA, step=STEPS
+        )
     comparison = make_comparison(config)
     assert "lexical_perplexity" not in comparison.measured()
     assert {"perplexity", "accuracy"} < set(comparison.measured())
@@ -335,7 +337,7 @@ def test_the_pipeline_says_it_and_does_not_fail(tracked):
 def _log_table(config, run_id, data):
     table = config.path(EXAMPLES_FILE)
     save_examples(table, _examples(0, 30, data))
-    log_evaluation(config, "far", run_id, {}, table, data=OTHER_DATA, step=STEPS)
+    log_results(config, "far", run_id, "evaluation", {}, table, data=OTHER_DATA, step=STEPS)
 
 
 def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
@@ -343,7 +345,7 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
     config = load_config(path)
 
     def names(**selection):
-        return [run.name for run in make_comparison(config, Selection(**selection), without=list(KINDS)).runs]
+        return [run.name for run in make_comparison(config, Selection(**selection), without=list(EVALUATIONS)).runs]
 
     assert names(runs=["dskd-s1", "kd-s0"]) == ["dskd-s1", "kd-s0"]
     assert names(runs=[ids["far"], "margin"]) == ["far", "margin"]

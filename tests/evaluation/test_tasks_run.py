@@ -231,7 +231,7 @@ def test_prompts_that_do_not_fit_are_counted(config, results, world, tmp_path, c
 
 
 def test_data_that_is_missing_is_named_before_a_model_is_loaded(config, world, monkeypatch):
-    monkeypatch.setattr("dskd.evaluation.tasks.load_candidate", None)
+    monkeypatch.setattr("dskd.evaluation.suite.load_candidate", None)
     with pytest.raises(UserError, match=r"tasks.mmlu: .*arc has neither test/\*_test.csv, as published"):
         run_tasks(load_config(config, [f"tasks.mmlu={DATA / 'arc'}"]), world, ["all"])
     with pytest.raises(
@@ -252,13 +252,13 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
     candidate = Candidate("teacher", ModelFolder(tmp_path, "", ""))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <|im_end|>{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    check_prompts([(candidate, task)])
+    check_prompts(loaded, candidate, tokenizer, [task])
     tokenizer.add_tokens(["<|im_end|>"])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=rf"tasks.piqa: the prompt of .*has the token '<\|im_end\|>', whose id is {size},"
     ):
-        check_prompts([(candidate, task)])
+        check_prompts(loaded, candidate, tokenizer, [task])
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
     # Those of the config: all of them, none of which is left to do.
     evaluate = f"tasks.evaluate=[{', '.join(TASKS)}]"
     again = run_program("evaluate.py", config, "--tasks", *overrides, evaluate, ranks=1)
-    assert again.output.count("up to date: ") == 2
+    assert again.output.count("up to date: ") == 1
     refused = run_program("evaluate.py", config, "--tasks", "piqa", "run=nosuch", *overrides, ranks=2, check=False)
     assert refused.exit_code == 2
     assert refused.output.count("error: run=nosuch: ") == 1
