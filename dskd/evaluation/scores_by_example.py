@@ -55,6 +55,29 @@ class Examples:
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
+def standard_error(totals: np.ndarray, counts: np.ndarray) -> float | None:
+    """Returns the standard error of the ratio sum(totals) / sum(counts) of a sample of N examples.
+
+    It is the linearised one of a ratio of sums (Cochran, Sampling Techniques, 6.4): with the ratio R and the residuals
+    e = total - R · count, se² = N/(N - 1) · sum(e²) / sum(counts)². If every count is 1, this is s / sqrt(N), that of
+    a mean. Examples with count 0 carry no information and are not counted in N. If an example is a cluster, with the
+    sums over its members, the error allows for members that resemble each other.
+
+    Args:
+        totals: what is summed in the numerator [N].
+        counts: what is summed in the denominator [N].
+
+    Returns:
+        the error, or None if fewer than two examples have a count.
+    """
+    totals, counts = totals[counts > 0], counts[counts > 0]
+    number = len(counts)
+    if number < 2:
+        return None
+    residuals = totals - totals.sum() / counts.sum() * counts
+    return math.sqrt(number / (number - 1) * float(residuals @ residuals)) / float(counts.sum())
+
+
 def save_examples(path: Path, examples: Examples) -> None:
     """Writes a Parquet file with the ids and the columns; the schema's metadata holds the digest and the measures."""
     import pyarrow as pa

@@ -15,9 +15,9 @@ from dskd.config import Config
 from dskd.console import table
 from dskd.evaluation import held_out_text
 from dskd.evaluation.lexical.alignment import MEASURES as OF_POSITIONS
-from dskd.evaluation.lexical.scores import Item, clustered_error, columns_of, summarize
+from dskd.evaluation.lexical.scores import Item, columns_of, summarize
 from dskd.evaluation.models import CUT_STUDENT, TEACHER, Candidate
-from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples
+from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples, standard_error
 from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Evaluation, Measurement, Outcome
 
 LEXICAL = Evaluation("lexical", "Words and senses", "lexical knowledge", kinds.LEXICAL.folder, kinds.LEXICAL.made_by)
@@ -46,7 +46,7 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
     counts = columns[lexical.count]
     if not counts.sum():
         return {}
-    error = clustered_error(columns[lexical.total], counts)
+    error = standard_error(columns[lexical.total], counts)
     return {
         lexical.name: {
             "value": value,

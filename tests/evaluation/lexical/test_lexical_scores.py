@@ -1,13 +1,12 @@
-"""Means, areas and errors of lexical measures, against sklearn, scipy and values by hand."""
+"""Means, areas and errors of lexical measures, against sklearn and values by hand."""
 
 import math
 
 import numpy as np
 import pytest
-from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from dskd.evaluation.lexical.scores import Item, area, clustered_error, columns_of, roc_auc, summarize
+from dskd.evaluation.lexical.scores import Item, area, columns_of, roc_auc, summarize
 
 
 def test_an_area_is_sklearns_with_ties_too():
@@ -18,12 +17,6 @@ def test_an_area_is_sklearns_with_ties_too():
         assert roc_auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
     assert roc_auc(np.array([1.0, 1.0]), np.array([True, False])) == 0.5
     assert math.isnan(roc_auc(np.array([1.0, 2.0]), np.array([True, True])))
-
-
-def test_without_clusters_the_error_is_that_of_a_mean():
-    values = np.random.default_rng(1).normal(size=30)
-    assert clustered_error(values, np.ones(30)) == pytest.approx(stats.sem(values))
-    assert clustered_error(np.array([3.0]), np.array([5.0])) is None
 
 
 def test_items_of_one_lemma_are_one_observation():
