@@ -7,7 +7,6 @@ measures their knowledge of words and senses instead, and writes WORKDIR/lexical
 from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import TASKS, Config
 from dskd.console import say
-from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
 
 EPILOG = """
@@ -16,36 +15,36 @@ examples:
   deepspeed --num_gpus 2 launcher/evaluate.py --config configs/quickstart.yaml --force
   deepspeed launcher/evaluate.py --config mine.yaml tasks.limit=200 --tasks arc_challenge mmlu
   deepspeed launcher/evaluate.py --config mine.yaml --tasks all
-  deepspeed launcher/evaluate.py --config mine.yaml --tasks                 those of tasks.evaluate
+  deepspeed launcher/evaluate.py --config mine.yaml --tasks                 those in tasks.evaluate
   deepspeed launcher/evaluate.py --config mine.yaml --tasks mmlu --models teacher dskd
   deepspeed launcher/evaluate.py --config mine.yaml --lexical
   deepspeed launcher/evaluate.py --config mine.yaml --lexical --models teacher dskd
 
 The keys under `tasks` say where the benchmarks' files are (`dskd config`).
 `dskd compare` prints the measures side by side. A model whose measures are up to date is skipped. A run without an
-export is left out; where run=NAME asks for it, that is an error.
+export is left out, but naming it with run=NAME is an error.
 """
 
 
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--force", action="store_true", help="evaluate also what is up to date")
+    parser.add_argument("--force", action="store_true", help="evaluate again even if the results are up to date")
     parser.add_argument(
         "--tasks",
         nargs="*",
         metavar="TASK",
-        help=f"evaluate on benchmarks instead: {', '.join(TASKS)}, or all; without a name on those of tasks.evaluate",
+        help=f"evaluate on benchmarks instead: {', '.join(TASKS)}, or all; without a name, on those in tasks.evaluate",
     )
     parser.add_argument(
         "--lexical",
         action="store_true",
-        help="measure lexical knowledge instead: sense separation, synonyms against antonyms, … (`dskd/lexical`)",
+        help="measure lexical knowledge instead: sense separation, synonyms against antonyms, … (docs/evaluation.md)",
     )
     parser.add_argument(
         "--models",
         nargs="+",
         metavar="NAME",
-        help="with --tasks or --lexical: only these of teacher, student and the runs",
+        help="with --tasks or --lexical: evaluate only these models: teacher, student, or names of runs",
     )
     given = parse(parser, "tasks", "models", may_be_empty=["tasks"])
     on_tasks = given.tasks is not None
@@ -53,18 +52,21 @@ def main() -> None:
         if name not in (*TASKS, "all"):
             parser.error(f"argument --tasks: invalid choice: {name!r} (choose from {', '.join(TASKS)}, all)")
     if given.models and not (on_tasks or given.lexical):
-        parser.error("--models goes with --tasks or --lexical; the held-out text is read by all models that are there")
+        parser.error(
+            "--models needs --tasks or --lexical; without them, every model reads the held-out text"
+        )
     if on_tasks and given.lexical:
-        parser.error("--tasks and --lexical are two commands; give one of them at a time")
+        parser.error("--tasks and --lexical cannot be combined; start one after the other")
 
     def work(config: Config, world: World) -> None:
-        # Imported here so that --help does not wait for DeepSpeed.
+        # Imported here so that --help does not wait for torch.
+        from dskd.distributed.collectives import on_main
         from dskd.evaluation.held_out_text import evaluate
         from dskd.evaluation.models import require_exports
 
         tasks = given.tasks or config.tasks.evaluate
         if on_tasks and not tasks:
-            say("tasks.evaluate is empty and --tasks names no benchmark: there is nothing to evaluate on")
+            say("nothing to evaluate: --tasks names no benchmark, and tasks.evaluate is empty")
             return
         if not given.models:
             run_is_named = any(override.startswith("run=") for override in given.overrides)
