@@ -52,9 +52,7 @@ def main() -> None:
         if name not in (*TASKS, "all"):
             parser.error(f"argument --tasks: invalid choice: {name!r} (choose from {', '.join(TASKS)}, all)")
     if given.models and not (on_tasks or given.lexical):
-        parser.error(
-            "--models needs --tasks or --lexical; without them, every model reads the held-out text"
-        )
+        parser.error("--models needs --tasks or --lexical; without them, every model reads the held-out text")
     if on_tasks and given.lexical:
         parser.error("--tasks and --lexical cannot be combined; start one after the other")
 

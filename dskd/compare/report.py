@@ -151,7 +151,7 @@ def _references_note(comparison: Comparison) -> str:
         )
         if name in comparison.references
     ]
-    return f"Grey lines, where they fit in: {'; '.join(lines)}." if lines and comparison.groups else ""
+    return f"Grey lines, if they fit into the panel: {'; '.join(lines)}." if lines and comparison.groups else ""
 
 
 def _tests(comparison: Comparison) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def read_results(
     Raises:
         DifferentDataError: when results of one evaluation are from different data.
     """
-    found = []
+    all_results = []
     for evaluation in EVALUATIONS.values():
         if evaluation.name in without:
             continue
@@ -62,8 +62,8 @@ def read_results(
         missing = [run.name for run in runs if run.run_id not in tables]
         if evaluation is not HELD_OUT and tables and missing:
             notes.append(f"without {evaluation.name}: {', '.join(missing)}; `{evaluation.made_by}` adds it")
-        found.append(Results(evaluation, data, measures, tables, references, notes))
-    return found
+        all_results.append(Results(evaluation, data, measures, tables, references, notes))
+    return all_results
 
 
 def _read_tables(config: Config, runs: Sequence[TrackedRun], evaluation: Evaluation) -> dict[str, Examples]:
@@ -134,9 +134,9 @@ def _comparable(
         known = next((one for one in measures if one.name == name), None)
         if len(by_data) > 1:
             sides = "; ".join(f"{str(digest)[:12]}: {', '.join(of)}" for digest, of in by_data.items())
-            notes.append(f"{name} is of different teachers or sense embeddings, and left out ({sides})")
+            notes.append(f"{name} left out: the runs have different teachers or sense embeddings ({sides})")
         elif not _same_counts(tables, of_runs):
-            notes.append(f"{name} counts other positions in some of the runs, whose relations differ, and is left out")
+            notes.append(f"{name} left out: some runs count it at other positions, because their relations differ")
         else:
             measures = [one for one in measures if one is not known] if known else measures
             measures.append(next(iter(of_runs.values())))
@@ -163,7 +163,7 @@ def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure])
 
 def _read_local(config: Config, evaluation: Evaluation) -> dict[str, tuple[str, dict[str, float]]]:
     """Reads {model: (digest of the data, its measures)} of the models evaluated in the work directory."""
-    found = {}
+    local = {}
     for model in (TEACHER, CUT_STUDENT, *config.run_names):
         folder = evaluation.folder_of(config, model)
         content = read_file(folder, EXAMPLES_FILE)
@@ -174,8 +174,8 @@ def _read_local(config: Config, evaluation: Evaluation) -> dict[str, tuple[str, 
                 raise UserError(
                     f"{folder / EXAMPLES_FILE}: {error}; evaluate it again with `{evaluation.made_by}`"
                 ) from None
-            found[model] = (examples.data, examples.values())
-    return found
+            local[model] = (examples.data, examples.values())
+    return local
 
 
 def _references(
@@ -191,17 +191,17 @@ def _references(
     the tracking server has no measures. `data` is the digest of the runs' data; if it is None, these models decide it.
     """
     measured = {run.name for run in runs if any(metric.startswith(EVALUATED) for metric in run.metrics)}
-    wanted = {
+    shown = {
         name: digest
         for name, (digest, _) in local.items()
         if name in (TEACHER, CUT_STUDENT) or not (selection or name in measured)
     }
     if data is None:
         by_digest: dict[str, list[str]] = {}
-        for name, digest in wanted.items():
+        for name, digest in shown.items():
             by_digest.setdefault(digest, []).append(name)
         data = _only_one(by_digest, evaluation)
-    return {name: local[name][1] for name, digest in wanted.items() if digest == data}
+    return {name: local[name][1] for name, digest in shown.items() if digest == data}
 
 
 def _only_one(by_digest: Mapping[str, Sequence[str]], evaluation: Evaluation) -> str | None:

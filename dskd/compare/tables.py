@@ -40,7 +40,7 @@ def measures_table(comparison: Comparison, title: str) -> Table:
     ]
     for group in comparison.groups:
         estimates = [group.estimate(comparison.final.get(f"{EVALUATED}{name}", {})) for name in names]
-        cells = [wording.estimate(name, found) for name, found in zip(names, estimates, strict=True)]
+        cells = [wording.estimate(name, estimate) for name, estimate in zip(names, estimates, strict=True)]
         rows.append(Row([group.name, *cells], group=group))
     return Table(["model", *(wording.label(name) for name in names)], rows)
 

@@ -45,7 +45,7 @@ class Examples:
     """One model's table of N examples."""
 
     data: str  # digest of the evaluation's data
-    ids: Sequence[str]  # N different ones
+    ids: Sequence[str]  # [N], all different
     columns: Mapping[str, np.ndarray]  # each [N]
     measures: Sequence[Measure]
 
@@ -104,10 +104,11 @@ def read_examples(content: bytes) -> Examples:
         measures = [Measure(**measure) for measure in about["measures"]]
         ids = table.column(ID_COLUMN).to_pylist()
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"no table of examples ({type(error).__name__}: {error})") from None
+        raise ValueError(f"this is not a table of examples ({type(error).__name__}: {error})") from None
     missing = {column for measure in measures for column in (measure.total, measure.count)} - set(columns)
     if missing or len(set(ids)) != len(ids):
         raise ValueError(
-            f"no table of examples (missing columns: {sorted(missing)}; {len(ids) - len(set(ids))} ids twice)"
+            f"this is not a table of examples (missing columns: {sorted(missing)}; repeated ids: "
+            f"{len(ids) - len(set(ids))})"
         )
     return Examples(about["data"], ids, columns, measures)

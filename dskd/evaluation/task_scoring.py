@@ -42,11 +42,11 @@ def score_of(benchmark: Benchmark, example: Example, answer: str) -> float:
 
 def token_f1(answer: str, right: str) -> float:
     """Returns the harmonic mean of precision and recall of an answer's tokens, as bags, after :func:`normalize`."""
-    given, wanted = normalize(answer).split(), normalize(right).split()
-    if not given or not wanted:
-        return float(given == wanted)
-    common = (Counter(given) & Counter(wanted)).total()
-    return 2 * common / (len(given) + len(wanted))
+    answer_tokens, right_tokens = normalize(answer).split(), normalize(right).split()
+    if not answer_tokens or not right_tokens:
+        return float(answer_tokens == right_tokens)
+    common = (Counter(answer_tokens) & Counter(right_tokens)).total()
+    return 2 * common / (len(answer_tokens) + len(right_tokens))
 
 
 def weights_of(benchmark: Benchmark, subjects: Sequence[str]) -> list[float]:

@@ -169,7 +169,7 @@ def summary(config: Config, models: Sequence[str], tasks: Sequence[Task]) -> str
 
 
 class _Runner:
-    """A loaded model with all questions of a task."""
+    """A loaded model that answers all questions of a task."""
 
     def __init__(
         self, model: FrozenModel, prompter: Prompter, tokenizer: Any, task: Task, config: Config, world: World
@@ -186,25 +186,25 @@ class _Runner:
 
     def run(self) -> list[dict[str, Any]]:
         """Returns a record of each question's prompt and answer, in the order of the questions, on every rank."""
-        mine: dict[int, dict[str, Any]] = {}
+        own_records: dict[int, dict[str, Any]] = {}
         started, tokens = time.perf_counter(), 0
         num_questions = len(self._task.questions)
         with progress_bar(total=num_questions, label=self._task.name, unit="questions") as bar:
             # Batches are made by length in characters, so that a rank does not tokenize the other ranks' prompts.
             lengths = [len(question.plain(len(question.shots))) for question in self._task.questions]
             for batch in batches_by_length(lengths, self._batch_size, self._world):
-                answers = self._answer(batch)
-                mine.update(zip(batch, answers, strict=True))
-                tokens += sum(answer["prompt_tokens"] + self._new_tokens for answer in answers)
+                records = self._answer(batch)
+                own_records.update(zip(batch, records, strict=True))
+                tokens += sum(record["prompt_tokens"] + self._new_tokens for record in records)
                 bar.update(min(len(batch) * self._world.world_size, bar.total - bar.n))
                 rate = tokens * self._world.world_size / (time.perf_counter() - started)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        everyone = dict(pair for part in gather_json(list(mine.items())) for pair in part)
-        answers = [everyone[number] for number in range(num_questions)]
-        tokens = sum(answer["prompt_tokens"] + self._new_tokens for answer in answers)
+        all_records = dict(pair for part in gather_json(list(own_records.items())) for pair in part)
+        records = [all_records[number] for number in range(num_questions)]
+        tokens = sum(record["prompt_tokens"] + self._new_tokens for record in records)
         seconds = time.perf_counter() - started
         say(f"  {num_questions:,} questions, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
-        return answers
+        return records
 
     def _answer(self, batch: list[int]) -> list[dict[str, Any]]:
         room = None if self._max_positions is None else max(1, self._max_positions - self._new_tokens)

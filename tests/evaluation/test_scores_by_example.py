@@ -49,12 +49,12 @@ def test_tables_without_ids_columns_or_measures_are_refused(tmp_path, table, abo
     if about is not None:
         table = table.replace_schema_metadata({b"dskd": json.dumps(about)})
     pq.write_table(table, tmp_path / "examples.parquet")
-    with pytest.raises(ValueError, match="no table of examples"):
+    with pytest.raises(ValueError, match="this is not a table of examples"):
         read_examples((tmp_path / "examples.parquet").read_bytes())
 
 
 def test_a_file_that_is_not_parquet_is_refused():
-    with pytest.raises(ValueError, match="no table of examples"):
+    with pytest.raises(ValueError, match="this is not a table of examples"):
         read_examples(b"PAR1 or so")
 
 

@@ -40,13 +40,13 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     Raises:
         UserError: when a model of `names` does not exist, or there is no corpus.
     """
-    everyone = same_on_all_ranks(lambda: candidates(config))
-    models = main_first(lambda: choose(config, everyone, names))
-    teacher = everyone[0].folder
+    all_models = same_on_all_ranks(lambda: candidates(config))
+    models = main_first(lambda: choose(config, all_models, names))
+    teacher = all_models[0].folder
     # All ranks use rank 0's manifest: another job may replace the items by those of its own config at any time.
     manifest = Manifest(**on_main(lambda: asdict(build_items(config, teacher))))
     items = main_first(lambda: load_items(config, manifest))
-    inputs = held_out_text.evaluate(config, world, everyone)
+    inputs = held_out_text.evaluate(config, world, all_models)
     measurements = [
         Measurement(LEXICAL, model, recipe(config, model, inputs, manifest), ["lexical items"]) for model in models
     ]
@@ -105,27 +105,27 @@ def measure_items(model: FrozenModel, items: Items, batch_size: int, world: Worl
 
     All ranks must call it, and all get the result. `batch_size` is the number of texts that a rank reads at once.
     """
-    found: list[Item] = []
+    scores: list[Item] = []
     areas: Summary = {}
     states = read_states(model, items.context_tokens, batch_size, world, label="words in examples")
     for place, suffix in ((WORD, ""), (TARGET, "_target")):
         name = f"{separation.MEASURE}{suffix}"
-        found += separation.separation(items.contexts, states[:, place], name)
+        scores += separation.separation(items.contexts, states[:, place], name)
         if items.contexts:
             areas[f"{name}_pooled"] = separation.pooled(items.contexts, states[:, place])
-        found += retrieval.retrieval(items.contexts, states[:, place], suffix)
+        scores += retrieval.retrieval(items.contexts, states[:, place], suffix)
     pairs = [tokens for choice in items.choices for tokens in (choice.synonym, choice.antonym)]
     likelihoods = read_likelihoods(model, pairs, batch_size, world, label="synonyms or antonyms")
-    found += preference.preference(items.choices, likelihoods.tolist())
+    scores += preference.preference(items.choices, likelihoods.tolist())
     if items.wic:
-        scores = _wic_similarities(model, items.wic_tokens, batch_size, world)
+        similarities = _wic_similarities(model, items.wic_tokens, batch_size, world)
         labels = [pair.is_same for pair in items.wic]
-        areas[wic.AUC] = area(scores, labels, [pair.word for pair in items.wic])
+        areas[wic.AUC] = area(similarities, labels, [pair.word for pair in items.wic])
         if items.wic_threshold:
             tuning = _wic_similarities(model, items.wic_threshold_tokens, batch_size, world)
             threshold = wic.best_threshold(tuning, torch.tensor([p.is_same for p in items.wic_threshold]).numpy())
-            found += wic.accuracy(items.wic, scores, threshold)
-    return found, areas
+            scores += wic.accuracy(items.wic, similarities, threshold)
+    return scores, areas
 
 
 def _wic_similarities(model: FrozenModel, pairs: list[tuple[Tokens, Tokens]], batch_size: int, world: World) -> Any:

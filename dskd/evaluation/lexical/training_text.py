@@ -27,12 +27,12 @@ def words_of(text: str) -> Phrase:
 
 def count_phrases(texts: Iterable[str], phrases: Iterable[Phrase]) -> dict[Phrase, int]:
     """Counts how often each phrase of one or more words occurs in the texts, never across two texts."""
-    wanted = sorted({phrase for phrase in phrases if phrase})
+    distinct = sorted({phrase for phrase in phrases if phrase})
     # Only words of phrases have a number from 1 and a random odd code; every other word is 0.
-    numbers = {word: number for number, word in enumerate(sorted({w for phrase in wanted for w in phrase}), start=1)}
+    numbers = {word: number for number, word in enumerate(sorted({w for phrase in distinct for w in phrase}), start=1)}
     codes = np.array([0, *(2 * derived_seed(0, "word", word) + 1 for word in numbers)], dtype=np.uint64)
     by_length: dict[int, list[Phrase]] = {}
-    for phrase in wanted:
+    for phrase in distinct:
         by_length.setdefault(len(phrase), []).append(phrase)
     # Phrases of one length share a sorted array of hashes; `places` is the index of each phrase's hash in it.
     hashes, places, counts = {}, {}, {}
@@ -42,9 +42,9 @@ def count_phrases(texts: Iterable[str], phrases: Iterable[Phrase]) -> dict[Phras
         counts[length] = np.zeros(len(hashes[length]), dtype=np.int64)
     # A "" after each text becomes a 0, so that no run crosses into the next text.
     for chunk in _chunks(texts):
-        found = np.fromiter((numbers.get(word, 0) for words in chunk for word in (*words, "")), dtype=np.int64)
+        words_of_chunk = np.fromiter((numbers.get(word, 0) for words in chunk for word in (*words, "")), dtype=np.int64)
         for length, known in hashes.items():
-            values = _hashes(found, length, codes)
+            values = _hashes(words_of_chunk, length, codes)
             place = np.searchsorted(known, values).clip(max=len(known) - 1)
             counts[length] += np.bincount(place[known[place] == values], minlength=len(known))
     return {

@@ -54,28 +54,28 @@ def gold_of(data: Path) -> Path:
     return data.with_name(data.name.removesuffix(_DATA) + _GOLD)
 
 
-def read_wic(place: str, key: str) -> list[Pair]:
+def read_wic(file: str, key: str) -> list[Pair]:
     """Reads the pairs of a data file and its gold file.
 
     Args:
-        place: the data file.
+        file: the data file.
         key: the config's key, for messages.
 
     Raises:
         UserError: when a file is missing or cannot be read, or a line is not in the format; the message says which
             line, and why.
     """
-    path = Path(place).expanduser()
+    path = Path(file).expanduser()
     if not path.name.endswith(_DATA):
-        raise UserError(f"{key}: {path} is not called NAME{_DATA}, as Words in Context is published; name that file")
+        raise UserError(f"{key}: expected a data file of Words in Context, called NAME{_DATA}, found {path}")
     data, gold = _lines(path, key), _lines(gold_of(path), key)
     if len(data) != len(gold):
         raise UserError(
-            f"{gold_of(path)}: it has {len(gold):,} lines, but {path.name} has {len(data):,}; the two belong to "
-            "different versions, or a download was cut"
+            f"{gold_of(path)}: it has {len(gold):,} lines, but {path.name} has {len(data):,}; fetch both again, in the "
+            "same version"
         )
     if not data:
-        raise UserError(f"{key}: {path} is empty; is it whole?")
+        raise UserError(f"{key}: {path} is empty; fetch it again")
     pairs = []
     for number, (line, answer) in enumerate(zip(data, gold, strict=True), start=1):
         if answer.strip() not in _SAME:
@@ -101,22 +101,22 @@ def _lines(path: Path, key: str) -> list[str]:
         raise UserError(f"{path}: this is not UTF-8 text ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(
-            f"{key}: {path} cannot be read ({error.strerror}); name the data file, its gold file beside it"
+            f"{key}: {path} cannot be read ({error.strerror}); name a data file with its gold file in the same folder"
         ) from None
 
 
 def _marked(places: str, sentences: Sequence[str]) -> list[Marked]:
     numbers = places.split("-")
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"the places of the word are {places!r}, not such as 2-5")
-    found = []
+        raise ValueError(f"the indices of the word are {places!r} and should look like 2-5")
+    marked = []
     for number, text in zip(map(int, numbers), sentences, strict=True):
         words = text.split(" ")
         if number >= len(words) or not words[number]:
             raise ValueError(f"{text[:40]!r} has no word {number}")
         start = len(" ".join(words[:number])) + bool(number)
-        found.append(Marked(text, start, start + len(words[number])))
-    return found
+        marked.append(Marked(text, start, start + len(words[number])))
+    return marked
 
 
 def similarities(states: torch.Tensor) -> np.ndarray:
