@@ -37,7 +37,7 @@ TAGS = {"device": "cpu", "world_size": "2", "teacher": "7" * 64, "student": "8" 
 
 
 def _examples(better, seed, data=DATA):
-    """Returns scores of a model: texts are equally hard for all models, and this one is `better` nats a token better."""
+    """Returns a model's scores: texts are equally hard for all models, and this one is `better` nats a token better."""
     of_texts, of_model = np.random.default_rng(1), np.random.default_rng([2, seed])
     per_token = 5 + of_texts.normal(0, 0.5, N) - better + of_model.normal(0, 0.02, N)
     lexical, alignable = TOKENS // 4, TOKENS // 10
