@@ -26,7 +26,7 @@ from dskd.models.weights import TensorReader
 # The largest accepted difference, relative to the norm of the states. In the same type on the same device, healthy
 # architectures differ hardly at all.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}
-_SMALL_BYTES = 2 * 2**30
+SMALL_BYTES = 2 * 2**30
 _TOKENS = 16
 _RANKS = 8  # the states of at most this many ranks are compared; every rank runs the model
 _KINDS = 6  # layers of at most this many further kinds are compared
@@ -34,7 +34,7 @@ _KINDS = 6  # layers of at most this many further kinds are compared
 
 @torch.no_grad()
 def compare_with_transformers(
-    engine: Any, decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, *, small: int = _SMALL_BYTES
+    engine: Any, decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, *, small: int = SMALL_BYTES
 ) -> None:
     """Refuses a model whose states or buffers differ from those that transformers computes for it.
 
@@ -76,7 +76,7 @@ def compare_with_transformers(
     compared = min(world.world_size, _RANKS)
 
     def compare() -> list[Any]:
-        reference = _whole(folder, dtype) if chosen is None else _some_layers(decoder, folder, dtype, chosen)
+        reference = load_whole(folder, dtype) if chosen is None else _some_layers(decoder, folder, dtype, chosen)
         reference = reference.to(world.device).eval()
         worst, place, is_finite = 0.0, "the last hidden states", True
         for rank in range(compared):
@@ -85,7 +85,7 @@ def compare_with_transformers(
                 positions = {"position_ids": numbers + start} if start else {}
                 theirs = _run_reference(type(decoder)(reference), ids, positions, everyone[rank][number], chosen or [])
                 for name, ours, expected in theirs:
-                    error = _difference(ours, expected)
+                    error = relative_difference(ours, expected)
                     if not error <= worst:
                         worst, place = error, f"{name} on rank {rank}, at positions from {start}"
                         is_finite = bool(ours.isfinite().all() and expected.isfinite().all())
@@ -115,7 +115,7 @@ def compare_with_transformers(
     )
 
 
-def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """Returns the norm of the difference, relative to the norm of `expected`.
 
     Elements that are finite in neither model are left out: they come from damaged weights, not from the architecture,
@@ -189,7 +189,7 @@ def _gather(states: torch.Tensor, world: World) -> list[torch.Tensor]:
     return parts
 
 
-def _whole(folder: ModelFolder, dtype: torch.dtype) -> Any:
+def load_whole(folder: ModelFolder, dtype: torch.dtype) -> Any:
     """Returns the base model as transformers loads it from the folder's tensors."""
     from transformers.utils import logging
 
