@@ -59,13 +59,13 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
         say(f"  not compared with the teacher: {name} does not run on this machine's CPU ({reason_of(error)})")
         return
     del whole
-    error = relative_difference(_last_states(base_model(student), probe), expected)
+    difference = relative_difference(_last_states(base_model(student), probe), expected)
     kept = ", ".join(map(str, layers))
-    if not error <= _TOLERANCE:
+    if not difference <= _TOLERANCE:
         raise UserError(
             f"student.layers: {name} with the teacher's layers {kept} alone computes something else than the teacher "
-            f"without its other layers: the last hidden states differ by {error:.1e} of their norm. So what a layer "
-            "computes depends on its place in this architecture; keep others, for example the lowest ones "
+            f"without its other layers: the last hidden states differ by {difference:.1e} of their norm. So what a "
+            "layer of this architecture computes depends on its place; keep others, for example the lowest ones "
             "(student.spacing: first), or all"
         )
     tokens = probe["input_ids"].numel()
