@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe, read_manifest
-from dskd.cli.program import build_parser, parse
 from dskd.config import TASKS, Config
 from dskd.config.reading import load_config
 from dskd.corpus.tasks.benchmarks import BENCHMARKS
@@ -290,7 +289,7 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_get_the_same_results(c
     [
         (["--tasks", "arc"], "invalid choice: 'arc' (choose from arc_challenge, "),
         (["--tasks", "piqa", "--models"], "argument --models: expected at least one argument"),
-        (["--tasks", "--models", "seed=2"], "argument --models: expected at least one name, found seed=2"),
+        (["--tasks", "--models", "seed=2"], "argument --models: expected at least one name, found only overrides"),
         (["--tasks", "piqa", "--lexical"], "--tasks and --lexical cannot be combined"),
         (["--models", "teacher"], "--models needs --tasks or --lexical"),
     ],
@@ -301,23 +300,3 @@ def test_contradictory_arguments_are_refused_before_work_begins(monkeypatch, cap
         runpy.run_path(str(REPOSITORY / "launcher" / "evaluate.py"), run_name="__main__")
     assert exit_of_program.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_overrides_may_stand_behind_names(monkeypatch):
-    parser = build_parser(None)
-    parser.add_argument("--tasks", nargs="+")
-    parser.add_argument("--models", nargs="+")
-    line = "evaluate.py run=a --tasks piqa tasks.limit=2 mmlu --config FILE seed=1"
-    monkeypatch.setattr(sys, "argv", line.split())
-    given = parse(parser, "tasks", "models")
-    assert (given.tasks, given.models) == (["piqa", "mmlu"], None)
-    assert given.overrides == ["run=a", "seed=1", "tasks.limit=2"]
-
-
-def test_benchmarks_need_no_names_also_before_overrides(monkeypatch):
-    for behind in ([], ["tasks.limit=2"]):
-        parser = build_parser(None)
-        parser.add_argument("--tasks", nargs="*")
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "FILE", "--tasks", *behind])
-        given = parse(parser, "tasks", may_be_empty=["tasks"])
-        assert (given.tasks, given.overrides) == ([], behind)

@@ -91,18 +91,37 @@ def read_wic(file: str, key: str) -> list[Pair]:
         except ValueError as error:
             raise UserError(f"{path}:{number}: expected {_FORMAT}; {error}") from None
         pairs.append(Pair(f"{path.name}:{number}", word, one, other, _SAME[answer.strip()]))
+    _require_indices_of_the_word(pairs, path)
     return pairs
+
+
+def _require_indices_of_the_word(pairs: Sequence[Pair], path: Path) -> None:
+    """Checks that most indices are of the pair's word: nearly every form of a word begins with its first letter.
+
+    Raises:
+        UserError: when most of them are of other words.
+    """
+    marked = [(pair.word, mark.text[mark.start : mark.stop]) for pair in pairs for mark in (pair.one, pair.other)]
+    others = [(word, other) for word, other in marked if word[:1].casefold() != other[:1].casefold()]
+    if 2 * len(others) > len(marked):
+        word, other = others[0]
+        raise UserError(
+            f"{path}: in {len(others):,} of {len(marked):,} sentences the index is that of another word, such as "
+            f"{other!r} instead of {word!r}; an index counts the words between spaces, from 0"
+        )
 
 
 def _lines(path: Path, key: str) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: this is not UTF-8 text ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(
             f"{key}: {path} cannot be read ({error.strerror}); name a data file with its gold file in the same folder"
         ) from None
+    # Not splitlines(), which also divides at characters that may be in a sentence, such as U+2028.
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _marked(places: str, sentences: Sequence[str]) -> list[Marked]:
