@@ -11,7 +11,6 @@ from dskd.compare.statistics import Estimate
 from dskd.evaluation.models import CUT_STUDENT, TEACHER
 from dskd.evaluation.scores_by_example import Measure
 
-MINUS, TIMES = "−", "×"
 _OF_ANY_SIZE = ("train/", "speed/")
 _LABELS = {
     "agreement": "agrees with teacher",
@@ -39,11 +38,6 @@ def label(metric: str) -> str:
 def reference_label(name: str) -> str:
     """Returns the name shown for a model that is not a tracked run."""
     return _REFERENCES.get(name, name)
-
-
-def cost_label(device: str) -> str:
-    """Returns the name of the cost, which is in GPU hours only if the devices were GPUs."""
-    return "GPU hours a run" if device == "cuda" else f"{device.upper()} rank hours a run"
 
 
 def number(metric: str, value: float) -> str:
@@ -104,7 +98,7 @@ def unit(measure: Measure) -> str:
 
 def as_factor(test: Test) -> str:
     """Formats a difference of logarithms as the factor between the perplexities; "" for other measures."""
-    return f"{TIMES} {math.exp(test.difference.value):.3f}" if test.measure.is_exponential else ""
+    return f"× {math.exp(test.difference.value):.3f}" if test.measure.is_exponential else ""
 
 
 def _decimals(value: float) -> int:
@@ -120,7 +114,7 @@ def p_value(value: float) -> str:
 def signed(value: float, digits: int) -> str:
     """Formats a value with its sign, using a true minus sign, and without a sign if it rounds to zero."""
     text = f"{value:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", MINUS)
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def verdict(test: Test) -> str:
@@ -146,7 +140,8 @@ def cost_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
             for run in comparison.runs
             if run.tags.get("device", "device") == device and run.run_id in hours
         }
-        rows.append((cost_label(device), [estimate(COST, group.estimate(of_device)) for group in comparison.groups]))
+        label = "GPU hours a run" if device == "cuda" else f"{device.upper()} rank hours a run"
+        rows.append((label, [estimate(COST, group.estimate(of_device)) for group in comparison.groups]))
     return rows or [("GPU hours a run", ["-" for _ in comparison.groups])]
 
 

@@ -74,11 +74,7 @@ def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs) -> Recip
     """Returns everything that a model's measures depend on; the batch size is not part of it."""
     return Recipe(
         "evaluation",
-        {
-            "model": candidate.folder.digest,
-            "shards": inputs.validation.digest,
-            "senses": inputs.senses.digest,
-        },
+        {"model": candidate.folder.digest, "shards": inputs.validation.digest, "senses": inputs.senses.digest},
         {"precision": resolve_precision(config.precision), **continued_texts.settings(config)},
         inputs.teacher.digest,
         inputs.teacher.tokenizer_digest,
@@ -181,7 +177,8 @@ class HeldOutText:
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # len(dataset) is only this rank's share
-        self.digest = text_digest(validation)
+        # Of the held-out tokens, whatever their annotation; older shards only have their own digest.
+        self.digest = validation.facts.get("text", validation.digest)
         # Digests of the data that a measure depends on in addition to the text.
         self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
         self._loss_chunk_size = config.train.loss_chunk_size
@@ -220,11 +217,6 @@ class HeldOutText:
             near, far = synonyms.flatten(0, 1)[both].numpy(), antonyms.flatten(0, 1)[both].numpy()
             batch["sense_rows"], (batch["near"], batch["far"]) = shards.gather_rows(self._vectors, [near, far])
             yield batch
-
-
-def text_digest(validation: Manifest) -> str:
-    """Returns the digest of the held-out tokens, whatever their annotation; older shards only have their own digest."""
-    return validation.facts.get("text", validation.digest)
 
 
 def measure(

@@ -67,21 +67,21 @@ def same_on_all_ranks(find: Callable[[], list[Candidate]]) -> list[Candidate]:
     Raises:
         OutageError: when a rank finds other models than rank 0; the message names its node.
     """
-    candidates = main_first(find)
-    seen = gather_json([socket.gethostname(), {one.name: one.folder.digest for one in candidates}])
-    for host, models in seen:
-        if models != seen[0][1]:
+    models = main_first(find)
+    by_rank = gather_json([socket.gethostname(), {model.name: model.folder.digest for model in models}])
+    for host, digests in by_rank:
+        if digests != by_rank[0][1]:
             raise OutageError(
-                f"{host} finds the models {_with_digests(models)}, but rank 0 finds {_with_digests(seen[0][1])}; "
+                f"{host} finds the models {_with_digests(digests)}, but rank 0 finds {_with_digests(by_rank[0][1])}; "
                 "another job may have exported one meanwhile, or that node sees an old state of the shared storage. "
                 "Start all ranks again",
                 known_to_all_ranks=True,
             )
-    return candidates
+    return models
 
 
-def _with_digests(models: dict[str, str]) -> str:
-    return ", ".join(f"{name} ({digest[:12]}…)" for name, digest in models.items())
+def _with_digests(digests: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({digest[:12]}…)" for name, digest in digests.items())
 
 
 def load_candidate(candidate: Candidate, config: Config, world: World) -> FrozenModel:

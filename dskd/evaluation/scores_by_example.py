@@ -56,19 +56,12 @@ class Examples:
 
 
 def standard_error(totals: np.ndarray, counts: np.ndarray) -> float | None:
-    """Returns the standard error of the ratio sum(totals) / sum(counts) of a sample of N examples.
+    """Returns the standard error of the ratio sum(totals) / sum(counts) over a sample of examples, both [N].
 
-    It is the linearised one of a ratio of sums (Cochran, Sampling Techniques, 6.4): with the ratio R and the residuals
-    e = total - R · count, se² = N/(N - 1) · sum(e²) / sum(counts)². If every count is 1, this is s / sqrt(N), that of
-    a mean. Examples with count 0 carry no information and are not counted in N. If an example is a cluster, with the
-    sums over its members, the error allows for members that resemble each other.
-
-    Args:
-        totals: what is summed in the numerator [N].
-        counts: what is summed in the denominator [N].
-
-    Returns:
-        the error, or None if fewer than two examples have a count.
+    It is linearised (Cochran, Sampling Techniques, 6.4): with the ratio R and the residuals e = total - R · count,
+    se² = N/(N - 1) · sum(e²) / sum(counts)². If every count is 1, this is s / sqrt(N), the error of a mean. Examples
+    with count 0 carry no information and are not part of N; with fewer than two others the error is None. If each
+    example is a cluster, given as the sums over its members, the members may resemble each other.
     """
     totals, counts = totals[counts > 0], counts[counts > 0]
     number = len(counts)

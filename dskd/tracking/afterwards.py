@@ -22,9 +22,6 @@ def data_tag(kind: str) -> str:
     return f"{kind.replace('/', '_')}_data"
 
 
-EVALUATION_DATA_TAG = data_tag(EVALUATION_FOLDER)
-
-
 def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
     """Records that the run was exported to `folder`; with `tracking.log_model`, uploads the model."""
     if not config.tracking.log_model:

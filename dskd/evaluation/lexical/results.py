@@ -22,7 +22,7 @@ from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Evaluation, Measurement, 
 
 LEXICAL = Evaluation("lexical", "Words and senses", "lexical knowledge", kinds.LEXICAL.folder, kinds.LEXICAL.made_by)
 ITEMS_FILE = "items.parquet"
-_ITEMS_SCHEMA = pa.schema(
+_ITEMS_SCHEMA = pa.schema(  # the fields of an Item, in their order
     [
         ("measure", pa.string()),
         ("cluster", pa.string()),
@@ -77,14 +77,10 @@ def outcome(config: Config, one: Measurement, items: Sequence[Item], areas: Summ
         names = list(dict.fromkeys(item.measure for item in items))
         measures = [Measure(n, n, f"{n}_items", data=inputs["shards"] if n in OF_POSITIONS else None) for n in names]
         save_examples(folder / EXAMPLES_FILE, Examples(data, clusters, columns, measures))
-        rows = [dict(zip(_ITEMS_SCHEMA.names, _row(item), strict=True)) for item in items]
+        rows = [dict(zip(_ITEMS_SCHEMA.names, item, strict=True)) for item in items]
         pq.write_table(pa.Table.from_pylist(rows, _ITEMS_SCHEMA), folder / ITEMS_FILE, compression="zstd")
 
     return Outcome(summary, {name: measure["value"] for name, measure in summary.items()}, data, write_files)
-
-
-def _row(item: Item) -> tuple[Any, ...]:
-    return item.measure, item.cluster, item.name, item.total, item.chance, item.num
 
 
 def load_summary(config: Config, name: str) -> Summary:
