@@ -67,7 +67,7 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     last = prompts.input_ids.shape[1] - 1
     added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
     _, ends = end_tokens(model.folder)
-    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in added]
+    return [row[: next((index for index, token in enumerate(row) if token in ends), len(row))] for row in added]
 
 
 def write_samples(

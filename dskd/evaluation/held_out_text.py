@@ -209,7 +209,7 @@ class HeldOutText:
             if number >= len(starts):
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["samples"] = torch.arange(start, stop)
-            # The row among the target's own that the teacher's state is nearest to; -1 where it has none.
+            # Of the target's own rows the one that is nearest to the teacher's state; -1 if it has no rows.
             batch["nearest_sense"] = torch.stack([torch.tensor(sample["sense_ids"][:, 0]) for sample in samples])
             batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
             both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
@@ -291,10 +291,10 @@ def alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torc
     positions = batch["aligned_positions"].to(device)
     if not len(positions):
         return torch.zeros(0, dtype=torch.bool, device=device)
-    at, rows = states[positions].float(), batch["sense_rows"].to(device).float()
+    aligned, rows = states[positions].float(), batch["sense_rows"].to(device).float()
     nearest = []
     for name in ("near", "far"):
         index = batch[name].to(device)
-        squares = (at.unsqueeze(1) - rows[index.clamp(min=0)]).square().sum(-1)
+        squares = (aligned.unsqueeze(1) - rows[index.clamp(min=0)]).square().sum(-1)
         nearest.append(squares.masked_fill(index < 0, torch.inf).min(-1).values)
     return nearest[0] < nearest[1]

@@ -1,7 +1,8 @@
 """The steps that all evaluations share: skip what is up to date, load each model once, measure, publish, track.
 
 An evaluation is one module with an :class:`Evaluation`. It gives :func:`find_stale` one :class:`Measurement` for each
-model, with its recipe, and :func:`run` a function that measures a loaded model.
+model, with its recipe, and :func:`run` a function that measures a loaded model. To be compared, it is also listed in
+:mod:`dskd.compare.results`.
 """
 
 import functools

@@ -227,7 +227,7 @@ class _Runner:
         ]
 
     def _up_to_end(self, tokens: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        end = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         return tokens[:end]
 
 

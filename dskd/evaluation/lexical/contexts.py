@@ -59,8 +59,8 @@ def _contexts_of(wordnet: WordNet, synset: Any, text: str) -> Iterator[Context]:
     similar = [lemma for other in synset.similar_tos() for lemma in other.lemmas()]
     for lemma in synset.lemmas():
         word = spelled(lemma.name())
-        places = _places(wordnet, word, part, text)
-        if len(places) != 1 or not _WORD.search(text, 0, places[0][0]):
+        spans = _spans(wordnet, word, part, text)
+        if len(spans) != 1 or not _WORD.search(text, 0, spans[0][0]):
             continue
         synonyms = {spelled(other.name()) for other in (*synset.lemmas(), *similar)} - {word}
         antonyms = {spelled(antonym.name()) for other in (lemma, *similar) for antonym in other.antonyms()} - {word}
@@ -69,13 +69,13 @@ def _contexts_of(wordnet: WordNet, synset: Any, text: str) -> Iterator[Context]:
             part,
             synset.name(),
             text,
-            *places[0],
+            *spans[0],
             synonyms=tuple(sorted(synonyms - antonyms)),
             antonyms=tuple(sorted(antonyms - synonyms)),
         )
 
 
-def _places(wordnet: WordNet, word: str, part: str, text: str) -> list[tuple[int, int]]:
+def _spans(wordnet: WordNet, word: str, part: str, text: str) -> list[tuple[int, int]]:
     if not _WORD.fullmatch(word):  # a lemma of several words is not inflected
         return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)]
     lemma = word.lower()

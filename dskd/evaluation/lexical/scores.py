@@ -77,11 +77,12 @@ def area(scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[str
     """
     values, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     names, members = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    places = [np.flatnonzero(members == number) for number in range(len(names))]
+    rows_of = [np.flatnonzero(members == number) for number in range(len(names))]
+    # Each replicate draws as many clusters as there are, with replacement, and takes all items of each.
     generator = np.random.default_rng(seed)
     drawn = []
     for _ in range(_REPLICATES if len(names) > 1 else 0):
-        rows = np.concatenate([places[number] for number in generator.integers(len(names), size=len(names))])
+        rows = np.concatenate([rows_of[number] for number in generator.integers(len(names), size=len(names))])
         drawn.append(roc_auc(values[rows], truth[rows]))
     areas = np.array(drawn)[~np.isnan(drawn)] if drawn else np.zeros(0)
     result: dict[str, Any] = {
@@ -102,12 +103,12 @@ def columns_of(items: Sequence[Item]) -> tuple[list[str], Mapping[str, np.ndarra
     Each measure has two columns: `MEASURE`, its total, and `MEASURE_items`, its number of items.
     """
     clusters = sorted({item.cluster for item in items})
-    place = {cluster: number for number, cluster in enumerate(clusters)}
+    index = {cluster: number for number, cluster in enumerate(clusters)}
     columns: dict[str, np.ndarray] = {}
     for item in items:
         if item.measure not in columns:
             columns[item.measure] = np.zeros(len(clusters))
             columns[f"{item.measure}_items"] = np.zeros(len(clusters), dtype=np.int64)
-        columns[item.measure][place[item.cluster]] += item.total
-        columns[f"{item.measure}_items"][place[item.cluster]] += item.num
+        columns[item.measure][index[item.cluster]] += item.total
+        columns[f"{item.measure}_items"][index[item.cluster]] += item.num
     return clusters, columns

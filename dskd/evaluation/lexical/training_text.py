@@ -34,23 +34,23 @@ def count_phrases(texts: Iterable[str], phrases: Iterable[Phrase]) -> dict[Phras
     by_length: dict[int, list[Phrase]] = {}
     for phrase in distinct:
         by_length.setdefault(len(phrase), []).append(phrase)
-    # Phrases of one length share a sorted array of hashes; `places` is the index of each phrase's hash in it.
-    hashes, places, counts = {}, {}, {}
+    # Phrases of one length share a sorted array of hashes; `indices` is the index of each phrase's hash in it.
+    hashes, indices, counts = {}, {}, {}
     for length, same in by_length.items():
         values = np.concatenate([_hashes(np.array([numbers[w] for w in p]), length, codes) for p in same])
-        hashes[length], places[length] = np.unique(values, return_inverse=True)
+        hashes[length], indices[length] = np.unique(values, return_inverse=True)
         counts[length] = np.zeros(len(hashes[length]), dtype=np.int64)
     # A "" after each text becomes a 0, so that no run crosses into the next text.
     for chunk in _chunks(texts):
         words_of_chunk = np.fromiter((numbers.get(word, 0) for words in chunk for word in (*words, "")), dtype=np.int64)
         for length, known in hashes.items():
             values = _hashes(words_of_chunk, length, codes)
-            place = np.searchsorted(known, values).clip(max=len(known) - 1)
-            counts[length] += np.bincount(place[known[place] == values], minlength=len(known))
+            index = np.searchsorted(known, values).clip(max=len(known) - 1)
+            counts[length] += np.bincount(index[known[index] == values], minlength=len(known))
     return {
-        phrase: int(counts[length][place])
+        phrase: int(counts[length][index])
         for length, same in by_length.items()
-        for phrase, place in zip(same, places[length], strict=True)
+        for phrase, index in zip(same, indices[length], strict=True)
     }
 
 
@@ -87,8 +87,8 @@ def _hashes(numbers: np.ndarray, length: int, codes: np.ndarray) -> np.ndarray:
     size = max(0, len(numbers) - length + 1)
     values = np.zeros(size, dtype=np.uint64)
     known = np.ones(size, dtype=bool)
-    for place in range(length):
-        part = numbers[place : place + size]
+    for index in range(length):
+        part = numbers[index : index + size]
         # A polynomial modulo 2^64. Its odd multiplier is invertible, and the shift carries high bits to low ones.
         values = values * np.uint64(0x9E3779B97F4A7C15) + codes[part]
         values ^= values >> np.uint64(29)

@@ -84,10 +84,10 @@ def read_wic(file: str, key: str) -> list[Pair]:
         try:
             if len(fields) != 5:
                 raise ValueError(f"it has {len(fields)} fields")
-            word, part, places, *sentences = (field.strip() for field in fields)
+            word, part, indices, *sentences = (field.strip() for field in fields)
             if part not in ("N", "V"):
                 raise ValueError(f"the part of speech is {part!r}")
-            one, other = _marked(places, sentences)
+            one, other = _marked(indices, sentences)
         except ValueError as error:
             raise UserError(f"{path}:{number}: expected {_FORMAT}; {error}") from None
         pairs.append(Pair(f"{path.name}:{number}", word, one, other, _SAME[answer.strip()]))
@@ -124,10 +124,10 @@ def _lines(path: Path, key: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def _marked(places: str, sentences: Sequence[str]) -> list[Marked]:
-    numbers = places.split("-")
+def _marked(indices: str, sentences: Sequence[str]) -> list[Marked]:
+    numbers = indices.split("-")
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"the indices of the word are {places!r} and should look like 2-5")
+        raise ValueError(f"the indices of the word are {indices!r} and should look like 2-5")
     marked = []
     for number, text in zip(map(int, numbers), sentences, strict=True):
         words = text.split(" ")
