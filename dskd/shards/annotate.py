@@ -8,7 +8,7 @@ e, t_i the teacher's state at position i, and y_i the target token there:
     N_i  the kappa rows nearest to t_i among the C(e) of all antonyms e of y_i
 
 Distances are L2, and ties go to the lower row number (:mod:`dskd.shards.search`). P_i and N_i are empty if y_i has
-neither synonym nor antonym. With `annotation.own_among_antonyms`, C(y_i) also competes for N_i if y_i has antonyms.
+neither synonym nor antonym.
 
 Two options use the teacher further. With `annotation.continuation_tokens` it first continues the training texts
 (:mod:`dskd.shards.continuations`). With `annotation.teacher_top_n` its most probable tokens at each position are stored
@@ -68,8 +68,6 @@ def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
     # Leave out keys whose value changes nothing, so that shards written before a key existed stay up to date.
     if not _teacher_top_n(config, split):
         del settings["teacher_top_n"]
-    if not config.annotation.own_among_antonyms:
-        del settings["own_among_antonyms"]
     if _continuation_tokens(config, split):
         settings["seed"] = config.seed
     else:
@@ -106,7 +104,6 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         world.device,
         splits[stale[0]].frequencies(dictionary.vocab_size),
         int(config.annotation.memory_budget * 2**30),
-        own_among_antonyms=config.annotation.own_among_antonyms,
     )
     for split, sequences in splits.items():
         max_tokens = _continuation_tokens(config, split)

@@ -50,7 +50,6 @@ class Searcher:
         device: the device of the states.
         frequencies: [V], how often each token is a target; the rows of frequent tokens stay on the device.
         memory_budget: bytes of rows that stay on the device.
-        own_among_antonyms: see :func:`build_candidates`.
     """
 
     def __init__(
@@ -60,11 +59,9 @@ class Searcher:
         device: torch.device,
         frequencies: torch.Tensor | None = None,
         memory_budget: int = 2**62,
-        *,
-        own_among_antonyms: bool = False,
     ) -> None:
         self.kappa = kappa
-        kinds = build_candidates(dictionary, own_among_antonyms=own_among_antonyms)
+        kinds = build_candidates(dictionary)
         if frequencies is None:
             frequencies = torch.ones(dictionary.vocab_size, dtype=torch.int64)
         self._rows = Rows(dictionary, _row_use(kinds, frequencies, dictionary.num_rows), memory_budget, device)
@@ -83,22 +80,14 @@ class Searcher:
         return Found(own, synonyms, antonyms, mean_distance)
 
 
-def build_candidates(
-    dictionary: SenseDictionary, *, own_among_antonyms: bool = False
-) -> tuple[Candidates, Candidates, Candidates]:
-    """Returns the candidates of every token for O_i, for P_i and for N_i.
-
-    With `own_among_antonyms`, a token that has antonyms also has its own rows among the candidates for N_i, as in the
-    paper's published code. They are mostly the nearest candidates, so a state is pushed away from the rows that it is
-    pulled to.
-    """
+def build_candidates(dictionary: SenseDictionary) -> tuple[Candidates, Candidates, Candidates]:
+    """Returns the candidates of every token for O_i, for P_i and for N_i."""
     entries, entry_offsets = dictionary.entries, dictionary.entry_offsets
     tokens = torch.arange(dictionary.vocab_size)
     synonym_heads = tokens.repeat_interleave(entries.synonym_offsets.diff())
     antonym_heads = tokens.repeat_interleave(entries.antonym_offsets.diff())
     lexical = torch.cat([synonym_heads, antonym_heads]).unique()
     # The entry of a token has the token's number, so a token can be paired with itself.
-    themselves = antonym_heads.unique() if own_among_antonyms else antonym_heads[:0]
     return (
         _rows_by_token(tokens, tokens, entry_offsets, dictionary.vocab_size),
         _rows_by_token(
@@ -107,12 +96,7 @@ def build_candidates(
             entry_offsets,
             dictionary.vocab_size,
         ),
-        _rows_by_token(
-            torch.cat([themselves, antonym_heads]),
-            torch.cat([themselves, entries.antonym_entries.long()]),
-            entry_offsets,
-            dictionary.vocab_size,
-        ),
+        _rows_by_token(antonym_heads, entries.antonym_entries.long(), entry_offsets, dictionary.vocab_size),
     )
 
 
