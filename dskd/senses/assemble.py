@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from dskd.artifacts.building import Building
 from dskd.artifacts.tensor_file import create_tensors, map_tensor
 from dskd.config import Config
 from dskd.console import progress_bar, say
 from dskd.errors import UserError
-from dskd.senses.cluster import TokenSenses, ranges
+from dskd.lexicon.relations import RELATIONS
+from dskd.senses.cluster import TokenSenses
+from dskd.senses.csr import offsets_of, ranges
 from dskd.senses.dictionary import FILE, tensor_types
 from dskd.senses.entries import Entries, load_entries
 from dskd.senses.spans import compose_spans, span_sizes
@@ -68,7 +69,7 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
         token_sizes[torch.from_numpy(np.array(part["tokens"]))] = torch.from_numpy(np.array(part["sizes"]))
     if not token_sizes.any():
         raise UserError("the teacher's states belong to no token at all: the training sequences have no target")
-    token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
+    token_offsets = offsets_of(token_sizes)
     # The spans' rows follow those of all tokens.
     entries, facts = load_entries(config, tokenizer, vocab_size)
     sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, config.senses.k)
@@ -129,10 +130,10 @@ def _relations_with_senses(entries: Entries, entry_offsets: torch.Tensor) -> dic
     """Counts, for each relation, the pairs with senses on both sides; only these can act in training."""
     has_rows = entry_offsets.diff() > 0
     facts = {}
-    for relation in ("synonym", "antonym"):
-        offsets, tails = getattr(entries, f"{relation}_offsets"), getattr(entries, f"{relation}_entries")
-        heads = torch.arange(entries.vocab_size).repeat_interleave(offsets.diff())
-        facts[f"{relation}_pairs_with_senses"] = int((has_rows[heads] & has_rows[tails.long()]).sum())
+    for relation in RELATIONS:
+        neighbours = entries.neighbours(relation)
+        usable = has_rows[neighbours.owners] & has_rows[neighbours.values.long()]
+        facts[f"{relation}_pairs_with_senses"] = int(usable.sum())
     return facts
 
 
@@ -141,7 +142,7 @@ def _report(facts: dict[str, Any], vocab_size: int) -> None:
         f"  {facts['rows']:,} sense embeddings from {facts['states']:,} states: {facts['tokens_with_senses']:,} of "
         f"{vocab_size:,} tokens and {facts['spans_with_senses']:,} of {facts['spans']:,} spans have senses"
     )
-    for name in ("synonym", "antonym"):
+    for name in RELATIONS:
         usable, all_pairs = facts[f"{name}_pairs_with_senses"], facts[f"{name}_pairs"]
         heads = facts[f"tokens_with_{name}s"]
         say(f"  {all_pairs:,} {name} pairs of {heads:,} tokens, {usable:,} of them with senses on both sides")
