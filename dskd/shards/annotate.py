@@ -48,6 +48,7 @@ from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, loa
 from dskd.senses.states import read_states_of, states_of
 from dskd.shards import columns_of, join_blocks, write_block
 from dskd.shards.continuations import Continuer
+from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 from dskd.shards.search import Searcher
 
 _MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
@@ -250,14 +251,18 @@ def _annotate_block(
         batch, hidden = read.batch, read.hidden
         # Search the rows for all positions of the batch that have a target.
         targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
-        found = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
+        nearest = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
         columns = {
             "input_ids": batch.input_ids.int().numpy(),
             "loss_mask": batch.has_target.to(torch.uint8).numpy(),
             "document_starts": batch.starts.numpy(),
         }
-        for name, rows in (("sense_ids", found.own), ("synonym_ids", found.synonyms), ("antonym_ids", found.antonyms)):
-            columns[name] = _column(batch, rows, torch.int32, fill=-1)
+        for column, rows in (
+            (OWN_ROWS, nearest.own_rows),
+            (SYNONYM_ROWS, nearest.synonym_rows),
+            (ANTONYM_ROWS, nearest.antonym_rows),
+        ):
+            columns[column] = _column(batch, rows, torch.int32, fill=-1)
         if read.top is not None:
             columns["teacher_token_ids"] = _column(batch, read.top.token_ids, torch.int32, fill=-1)
             columns["teacher_logprobs"] = _column(batch, read.top.logprobs, torch.float16, fill=0)
@@ -265,10 +270,10 @@ def _annotate_block(
         # One sample per sequence, and sums that give the coverage and the unit of `loss.relative_margin`.
         samples += ({name: column[index] for name, column in columns.items()} for index in range(len(hidden)))
         counts["targets"] += len(targets)
-        counts["with_senses"] += int((found.own[:, 0] >= 0).sum())
+        counts["with_senses"] += int((nearest.own_rows[:, 0] >= 0).sum())
         counts["with_synonyms"] += int(searcher.has_synonyms[targets].sum())
-        counts["with_antonyms"] += int((found.antonyms[:, 0] >= 0).sum())
-        counts["antonym_distance"] += float(found.antonym_distance.double().sum())  # type: ignore[assignment]
+        counts["with_antonyms"] += int((nearest.antonym_rows[:, 0] >= 0).sum())
+        counts["antonym_distance"] += float(nearest.antonym_distance.double().sum())  # type: ignore[assignment]
         counts["continued_tokens"] += read.continued_tokens
         bar.update(min(unread.num_tokens * world.world_size, bar.total - bar.n))
     return samples, dict(counts)

@@ -19,12 +19,12 @@ _ELEMENTS = {"cpu": 8_000_000, "cuda": 128_000_000}  # floats of candidate rows 
 
 
 @dataclass(frozen=True)
-class Found:
+class NearestRows:
     """Row numbers for n positions, nearest first, padded with -1."""
 
-    own: torch.Tensor  # O_i [n, kappa] int32
-    synonyms: torch.Tensor  # P_i [n, kappa] int32
-    antonyms: torch.Tensor  # N_i [n, kappa] int32
+    own_rows: torch.Tensor  # O_i [n, kappa] int32
+    synonym_rows: torch.Tensor  # P_i [n, kappa] int32
+    antonym_rows: torch.Tensor  # N_i [n, kappa] int32
     antonym_distance: torch.Tensor  # [n], mean |t_i - s|² / D over N_i; 0 if N_i is empty
 
 
@@ -55,16 +55,16 @@ class Searcher:
         self.has_synonyms = kinds[1].sizes > kinds[0].sizes
         self._own, self._related, self._antonyms = (kind.to(device) for kind in kinds)
 
-    def search(self, states: torch.Tensor, targets: torch.Tensor) -> Found:
+    def search(self, states: torch.Tensor, targets: torch.Tensor) -> NearestRows:
         """Returns the rows for teacher states [n, D] with target tokens [n]; all are on the searcher's device."""
         states = states.float()
         tiles = _Tiles(targets)
-        own, _ = nearest_rows(states, tiles, self._own, self._rows, self.kappa)
-        synonyms, _ = nearest_rows(states, tiles, self._related, self._rows, self.kappa)
-        antonyms, distances = nearest_rows(states, tiles, self._antonyms, self._rows, self.kappa)
-        exists = antonyms >= 0
+        own_rows, _ = nearest_rows(states, tiles, self._own, self._rows, self.kappa)
+        synonym_rows, _ = nearest_rows(states, tiles, self._related, self._rows, self.kappa)
+        antonym_rows, distances = nearest_rows(states, tiles, self._antonyms, self._rows, self.kappa)
+        exists = antonym_rows >= 0
         mean_distance = distances.where(exists, 0).sum(-1) / exists.sum(-1).clamp(min=1) / states.shape[-1]
-        return Found(own, synonyms, antonyms, mean_distance)
+        return NearestRows(own_rows, synonym_rows, antonym_rows, mean_distance)
 
 
 def build_candidates(dictionary: SenseDictionary) -> tuple[Csr, Csr, Csr]:
@@ -156,7 +156,7 @@ def nearest_rows(
         lower row number.
     """
     device = states.device
-    found = torch.full((len(states), kappa), -1, dtype=torch.int32, device=device)
+    nearest = torch.full((len(states), kappa), -1, dtype=torch.int32, device=device)
     distances = torch.full((len(states), kappa), torch.inf, device=device)
     starts, numbers = candidates.offsets[tiles.tokens], candidates.sizes[tiles.tokens]
     widths = torch.where(numbers > 0, _power_of_two(numbers), 0)
@@ -177,12 +177,12 @@ def nearest_rows(
             ordered, order = squares.masked_fill(~exists.unsqueeze(1), torch.inf).sort(dim=-1, stable=True)
             count = min(kappa, width)
             ordered, order = ordered[..., :count], order[..., :count]
-            nearest = competing.unsqueeze(1).expand(-1, height, -1).gather(-1, order).int()
+            numbers_of_rows = competing.unsqueeze(1).expand(-1, height, -1).gather(-1, order).int()
             # Write back the results of real positions; candidates that are only padding become -1.
             into = positions[is_position]
-            found[into, :count] = torch.where(ordered < torch.inf, nearest, -1)[is_position]
+            nearest[into, :count] = torch.where(ordered < torch.inf, numbers_of_rows, -1)[is_position]
             distances[into, :count] = ordered[is_position]
-    return found, distances
+    return nearest, distances
 
 
 def _rows_by_token(dictionary: SenseDictionary, heads: torch.Tensor, tails: torch.Tensor) -> Csr:

@@ -76,15 +76,21 @@ def test_every_position_agrees_with_brute_force(dictionary, resident_rows):
     targets[:100] = targets[0]
     frequencies = torch.bincount(targets, minlength=V)
     searcher = Searcher(dictionary, KAPPA, torch.device("cpu"), frequencies, memory_budget=resident_rows * 2 * D)
-    found = searcher.search(states, targets)
+    nearest = searcher.search(states, targets)
     for i in range(400):
         expected = _oracle(dictionary, states[i].double().numpy(), int(targets[i]))
-        assert (found.own[i].tolist(), found.synonyms[i].tolist(), found.antonyms[i].tolist()) == expected
+        assert (
+            nearest.own_rows[i].tolist(),
+            nearest.synonym_rows[i].tolist(),
+            nearest.antonym_rows[i].tolist(),
+        ) == expected
 
 
 def test_a_batch_without_targets_finds_nothing(dictionary):
-    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(torch.empty(0, D), torch.empty(0, dtype=torch.long))
-    assert found.own.shape == found.synonyms.shape == found.antonyms.shape == (0, KAPPA)
+    nearest = Searcher(dictionary, KAPPA, torch.device("cpu")).search(
+        torch.empty(0, D), torch.empty(0, dtype=torch.long)
+    )
+    assert nearest.own_rows.shape == nearest.synonym_rows.shape == nearest.antonym_rows.shape == (0, KAPPA)
 
 
 def test_the_oracle_meets_every_kind_of_position(dictionary):
@@ -97,16 +103,18 @@ def test_the_oracle_meets_every_kind_of_position(dictionary):
 def test_no_row_is_both_pulled_and_pushed(dictionary):
     generator = torch.Generator().manual_seed(2)
     states, targets = torch.randn(200, D, generator=generator), torch.randint(0, V, (200,), generator=generator)
-    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
-    columns = (found.own.tolist(), found.synonyms.tolist(), found.antonyms.tolist())
+    nearest = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
+    columns = (nearest.own_rows.tolist(), nearest.synonym_rows.tolist(), nearest.antonym_rows.tolist())
     for pulled, also_pulled, pushed in zip(*columns, strict=True):
         assert not ({*pulled, *also_pulled} & set(pushed)) - {-1}
 
 
 def test_the_mean_antonym_distance_is_that_of_the_rows_found(dictionary):
     states, targets = torch.randn(50, D, generator=torch.Generator().manual_seed(3)), torch.arange(50) % V
-    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
+    nearest = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
     vectors = dictionary.vectors().float()
-    for state, rows, distance in zip(states, found.antonyms.tolist(), found.antonym_distance.tolist(), strict=True):
+    for state, rows, distance in zip(
+        states, nearest.antonym_rows.tolist(), nearest.antonym_distance.tolist(), strict=True
+    ):
         of_rows = [float(((vectors[row] - state) ** 2).mean()) for row in rows if row >= 0]
         assert distance == pytest.approx(sum(of_rows) / max(len(of_rows), 1), rel=1e-4, abs=1e-6)
