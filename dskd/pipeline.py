@@ -103,10 +103,16 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
 
     def shards_are_current() -> bool:
-        teacher = find_teacher(config)
+        opened = annotate.open_inputs(config, find_teacher(config))
         return all(
-            is_current(config.path("shards", split), annotate.recipe(config, split, teacher)) for split in corpus.SPLITS
+            is_current(config.path("shards", split), annotate.recipe(config, split, opened)) for split in corpus.SPLITS
         )
+
+    def senses_are_current() -> bool:
+        if config.senses.path is not None:
+            return True
+        opened = senses.open_inputs(config, find_teacher(config))
+        return is_current(config.path("senses"), senses.recipe(config, opened))
 
     stages = [
         Stage(
@@ -139,10 +145,7 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         ),
         Stage(
             "senses",
-            lambda: (
-                config.senses.path is not None
-                or is_current(config.path("senses"), senses.recipe(config, find_teacher(config)))
-            ),
+            senses_are_current,
             ranks("build_senses.py"),
         ),
         Stage("shards", shards_are_current, ranks("annotate.py")),

@@ -10,6 +10,8 @@ from dskd.senses.csr import offsets_of, padded_ranges, ranges, sums_of_lists
 from dskd.senses.kmeans import groups, kmeans
 from dskd.senses.reservoir import TokenStates
 
+CLUSTER_SETTINGS = ("k", "states_per_sense", "restarts", "max_iterations")  # the keys of `senses` that clustering reads
+
 
 @dataclass(frozen=True)
 class TokenSenses:

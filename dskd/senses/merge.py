@@ -18,12 +18,11 @@ from dskd.console import progress_bar, stage
 from dskd.errors import UserError, listed
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
-from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
+from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
 from dskd.senses.csr import offsets_of
 from dskd.senses.dictionary import FILE, SenseDictionary, read_dictionary, require_fitting
+from dskd.senses.entries import load_entries
 from dskd.senses.reservoir import TokenStates, split_tokens
-
-_MERGING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")
 
 
 def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) -> None:
@@ -49,8 +48,10 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
             "mean different things; build one of them again"
         )
     lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
-    settings = {key: value for key, value in config.senses.as_dict().items() if key in _MERGING}
-    wanted = Recipe(
+    settings = {
+        key: value for key, value in config.senses.as_dict().items() if key in (*CLUSTER_SETTINGS, "surface_forms")
+    }
+    recipe = Recipe(
         "senses",
         {"lexicon": lexicon.digest} | {f"merged {i}": manifest.digest for i, (_, manifest) in enumerate(opened)},
         settings | {"seed": config.seed, "key": keys.pop()},
@@ -59,7 +60,7 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
     )
     with (
         stage("senses: several dictionaries to one", reads=list(folders), writes=output / FILE),
-        build_artifact(output, wanted) as building,
+        build_artifact(output, recipe) as building,
     ):
         _merge(config, [dictionary for dictionary, _ in opened], building, teacher)
 
@@ -97,6 +98,7 @@ def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[Sense
 
 def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Building, teacher: ModelFolder) -> None:
     vocab_size, hidden_size = dictionaries[0].vocab_size, dictionaries[0].hidden_size
+    entries, entry_counts = load_entries(config, teacher.load_tokenizer(), vocab_size)
     numbers = torch.stack([dictionary.senses_per_token for dictionary in dictionaries]).sum(0)
     states_per_token = torch.stack([dictionary.states_per_token for dictionary in dictionaries]).sum(0)
     sizes = torch.minimum(senses_per_token(states_per_token, config.senses), numbers)
@@ -112,7 +114,7 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
 
     part = building.folder / "part-0.safetensors"
     write_part(part, torch.arange(vocab_size), sizes, hidden_size, senses())
-    assemble(config, building, [part], vocab_size, teacher.load_tokenizer())
+    assemble(building, [part], entries, entry_counts, k=config.senses.k)
 
 
 def _read_tokens(dictionaries: Sequence[SenseDictionary], start: int, stop: int) -> tuple[TokenStates, torch.Tensor]:
