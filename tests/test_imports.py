@@ -1,4 +1,4 @@
-"""What is imported, and when: a command that computes nothing starts without the libraries that do."""
+"""Commands that compute nothing start quickly, because they do not import the large libraries."""
 
 import subprocess
 import sys
@@ -25,9 +25,9 @@ SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
         ),
     ],
 )
-def test_what_computes_nothing_imports_no_torch(code):
-    says = f"print('\\nslow:', sorted(set({SLOW}) & set(sys.modules)))"
-    script = f"import sys, atexit; atexit.register(lambda: {says})\n{code}"
+def test_help_and_config_import_no_torch(code):
+    report = f"print('\\nslow:', sorted(set({SLOW}) & set(sys.modules)))"
+    script = f"import sys, atexit; atexit.register(lambda: {report})\n{code}"
     command = [sys.executable, "-c", script]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert finished.returncode == 0, finished.stderr
