@@ -4,7 +4,7 @@ import re
 
 import pytest
 from config_files import MINIMAL, write_yaml
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 from dskd.config import Config
 from dskd.config.messages import describe

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 from config_files import MINIMAL, write_yaml
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 from dskd.config.reading import differences, load_config
 from dskd.errors import UserError

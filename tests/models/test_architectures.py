@@ -7,8 +7,8 @@ import pytest
 import torch
 from architecture_findings import CUT, LOWEST, check_plan, find
 from architectures import ARCHITECTURES, save_architecture
-from conftest import ONE_RANK
 from models_page import PAGE, row
+from rank_processes import ONE_RANK
 from transformers import AutoModelForCausalLM
 
 from dskd.artifacts.manifest import write_json
