@@ -56,3 +56,11 @@ def test_every_key_is_described():
 def test_a_refused_run_name_is_explained(tmp_path):
     with pytest.raises(UserError, match=r"'a b' cannot name a run: expected letters, digits, .* first"):
         load_config(write_yaml(tmp_path, {**MINIMAL, "run": "a b"}))
+
+
+def test_a_removed_key_is_refused_with_the_reason(tmp_path):
+    path = write_yaml(tmp_path, {**MINIMAL, "annotation": {"own_among_antonyms": False}})
+    with pytest.raises(
+        UserError, match=r"config\.yaml:\d+: annotation\.own_among_antonyms: this key was removed: .* delete"
+    ):
+        load_config(path)

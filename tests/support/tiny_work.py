@@ -61,7 +61,7 @@ BEFORE_TRAINING: Sequence[str] = (
 
 
 def make_tiny(folder: Path) -> None:
-    """Makes the work directory of `TINY`, its config `tiny.yaml`, and `printed.txt`, the pipeline's output, in `folder`.
+    """Makes `work` of the config `tiny.yaml` in `folder`, and `printed.txt`, the output of the pipeline.
 
     Text and relations are a part of WordNet's, written to files: reading all of it in every process would take longer
     than the rest. `corpus.source: wordnet` and `lexicon.wordnet` have tests of their own.
