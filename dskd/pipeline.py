@@ -111,10 +111,16 @@ def plan_stages(
         return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
 
     def shards_are_current() -> bool:
+        opened = annotate.open_inputs(config, teacher())
         return all(
-            is_current(config.path("shards", split), annotate.recipe(config, split, teacher()))
-            for split in corpus.SPLITS
+            is_current(config.path("shards", split), annotate.recipe(config, split, opened)) for split in corpus.SPLITS
         )
+
+    def senses_are_current() -> bool:
+        if config.senses.path is not None:
+            return True
+        opened = senses.open_inputs(config, teacher())
+        return is_current(config.path("senses"), senses.recipe(config, opened))
 
     stages = [
         Stage(
@@ -147,9 +153,7 @@ def plan_stages(
         ),
         Stage(
             "senses",
-            lambda: (
-                config.senses.path is not None or is_current(config.path("senses"), senses.recipe(config, teacher()))
-            ),
+            senses_are_current,
             ranks("build_senses.py"),
         ),
         Stage("shards", shards_are_current, ranks("annotate.py")),
