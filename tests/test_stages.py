@@ -284,6 +284,12 @@ def test_every_artifact_says_what_it_was_made_from(work):
         assert ".partial" not in path.name, path
 
 
+def test_the_recipe_of_shards_holds_the_settings_that_it_always_held(work):
+    """Another key, or a lost one, would have every user's shards made again."""
+    kept = read_manifest(work / "shards/validation", "shards").config
+    assert kept == {"kappa": 2, "shard_size_mb": 64, "precision": "fp32"}
+
+
 @pytest.mark.parametrize(("name", "folder"), [("teacher", "teacher"), ("student", "student"), ("dskd", "export/dskd")])
 def test_measures_are_those_of_a_plain_evaluation(work, tmp_path, name, folder):
     tensors = load_file(work / "senses" / "senses.safetensors")

@@ -76,6 +76,14 @@ def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
         assert part in message
 
 
+def test_a_key_that_was_removed_is_refused_with_the_reason(tmp_path):
+    path = _write(tmp_path, {**MINIMAL, "annotation": {"own_among_antonyms": False}})
+    with pytest.raises(
+        UserError, match=r"config\.yaml:\d+: annotation\.own_among_antonyms: this key was removed: .* delete"
+    ):
+        load_config(path)
+
+
 def test_seeds_make_a_run_of_each(tmp_path):
     path = _write(tmp_path, {**MINIMAL, "run": "b", "seeds": [3, 5], "runs": {"a": {"loss": {"margin": 3.0}}, "b": {}}})
     config = load_config(path)
