@@ -16,13 +16,13 @@ _TESTED = ("test", None)
 _LEVEL = round(100 * CONFIDENCE)
 Trained = tuple[str, str | None]  # a stage, and the factor that was changed
 _LEXICAL_MEASURES = """All states are those from which the model predicts the word, which the sense loss trains.
-Separation (ROC AUC): are examples of one sense more alike than examples of different senses? Retrieval: is an example's sense the
-nearest among those of its lemma? Preference: does the model prefer a synonym in a sentence to an antonym of about the
-same frequency? Alignment (on the held-out text): is a row of P_i nearer to the state than every row of N_i? The
-definitions are in `dskd/evaluation/lexical`. The row "letters" has the scores of the letters of the text, without a
-model. If the teacher is no better than the letters, or than the untrained student, it has nothing to teach, and the
-measure cannot tell the arms apart. The items are from all of the held-out text, including the part on which weights
-were chosen."""
+Separation (ROC AUC): are examples of one sense more alike than examples of different senses? Retrieval: is an
+example's sense the nearest among those of its lemma? Preference: does the model prefer a synonym in a sentence to an
+antonym of about the same frequency? Alignment (on the held-out text): is a row of P_i nearer to the state than every
+row of N_i? The definitions are in `dskd/evaluation/lexical`. The row "letters" has the scores of the letters of the
+text, without a model. If the teacher is no better than the letters, or than the untrained student, it has nothing to
+teach, and the measure cannot tell the arms apart. The items are from all of the held-out text, including the part on
+which weights were chosen."""
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
@@ -117,9 +117,9 @@ def _about(results: Sequence[Result]) -> str:
         f"{_when(results)}; {places}. {len(trainings)} trainings, {minutes:.0f} minutes of training and measuring. "
         "`python -m benchmarks.quality --report` wrote this page from `results.jsonl`. Intervals are "
         f"{_LEVEL} % intervals of Student's t over seeds. All seeds start from one student, cut from one teacher, and "
-        "are measured on one text; they differ in the order of the training text and in the positions of the sense loss. "
-        "The intervals therefore do not cover other teachers, or other sentences to measure on, which would change a "
-        "difference, too: see the teacher's standard errors (s.e.) below."
+        "are measured on one text; they differ in the order of the training text and in the positions of the sense "
+        "loss. The intervals therefore do not cover other teachers, or other sentences to measure on, which would change "
+        "a difference, too: see the teacher's standard errors (s.e.) below."
     )
 
 
@@ -150,8 +150,8 @@ def _tuned(results: Sequence[Result]) -> str:
     return (
         "The values are perplexity / perplexity on targets with relations, both on the validation part, with one seed. "
         f"Of the {study.NUM_TRIALS} trials of an arm, the one with the lowest perplexity is chosen; values that were "
-        'also tried are never chosen. If the first or last trial is chosen ("an end"), a weight beyond it may be better.\n\n'
-        + _table(header, rows)
+        'also tried are never chosen. If the first or last trial is chosen ("an end"), a weight beyond it may '
+        "be better.\n\n" + _table(header, rows)
     )
 
 
