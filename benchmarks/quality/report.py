@@ -118,8 +118,8 @@ def _about(results: Sequence[Result]) -> str:
         "`python -m benchmarks.quality --report` wrote this page from `results.jsonl`. Intervals are "
         f"{_LEVEL} % intervals of Student's t over seeds. All seeds start from one student, cut from one teacher, and "
         "are measured on one text; they differ in the order of the training text and in the positions of the sense "
-        "loss. The intervals therefore do not cover other teachers, or other sentences to measure on, which would change "
-        "a difference, too: see the teacher's standard errors (s.e.) below."
+        "loss. The intervals therefore do not cover other teachers, or other sentences to measure on, which would "
+        "change a difference, too: see the teacher's standard errors (s.e.) below."
     )
 
 

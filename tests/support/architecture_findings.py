@@ -329,7 +329,7 @@ def reason_of(error: UserError, folder: Path) -> str:
 
 def find(names: Sequence[str], *, thorough: bool, timeout_s: float) -> dict[str, Finding]:
     """Examines architectures on two ranks, and returns {name: finding}."""
-    from conftest import finish, fork_ranks
+    from rank_processes import finish, fork_ranks
 
     with tempfile.TemporaryDirectory() as folder:
         finish(fork_ranks(examine, names, Path(folder), thorough, ranks=2), timeout_s)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 KUBERNETES = REPOSITORY / "cluster" / "kubernetes"
 # The folders that a user applies. Components are parts of these.
