@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument(
         "--lexical",
         action="store_true",
-        help="measure lexical knowledge instead: sense separation, synonyms against antonyms, … (`dskd/evaluation/lexical`)",
+        help="measure lexical knowledge instead: sense separation, synonyms against antonyms, … "
+        "(`dskd/evaluation/lexical`)",
     )
     parser.add_argument(
         "--models",
