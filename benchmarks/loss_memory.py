@@ -13,7 +13,6 @@ measured in one process, in which both sides take turns.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
