@@ -11,7 +11,7 @@ from dskd.errors import UserError
 from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder
 from dskd.models.limits import original_positions
-from dskd.models.probes import accepts, check_head
+from dskd.models.probes import accepts, check_head, takes_positions
 from dskd.models.stored_names import base_model
 from dskd.models.weights import LAYER_NAME
 
@@ -60,13 +60,13 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
             f"{where} is a mixture of experts whose weights are read outside of the module that holds them: ranks with "
             "different tokens cannot gather them; such a model is not supported"
         )
-    _check_sequences(model.config, config, where, takes_positions=accepts(base, "position_ids"))
+    _check_sequences(model.config, config, where, with_positions=takes_positions(base))
     return model
 
 
-def _check_sequences(model_config: Any, config: Config, where: str, *, takes_positions: bool) -> None:
+def _check_sequences(model_config: Any, config: Config, where: str, *, with_positions: bool) -> None:
     """Refuses sequence settings with which a document's states would depend on other text in its sequence or batch."""
-    if config.corpus.packing == "documents" and not takes_positions:
+    if config.corpus.packing == "documents" and not with_positions:
         raise UserError(
             f"{where} does not keep documents apart that stand in one sequence: it takes no positions. Set "
             "corpus.packing to stream, where they may see each other, or to none, where each has a sequence of its own"

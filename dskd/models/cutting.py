@@ -17,8 +17,9 @@ from dskd.console import say, stage
 from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.cut_config import cut_config
 from dskd.models.folder import ModelFolder, find_teacher, load_tokenizer, tokenizer_digest
+from dskd.models.layers import check_kinds
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
 

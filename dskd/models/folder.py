@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,10 @@ def find_teacher(config: Config) -> ModelFolder:
     folder = _local_or_hub(teacher)
     check_model_folder(folder, named_by="teacher.path", trust_remote_code=teacher.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
-    digest = _digest_of_model(folder, cache=config.path(".teacher_digests.json"))
-    found = ModelFolder(folder, digest, tokenizer_digest(tokenizer), teacher.trust_remote_code)
-    check_limits(config, folder, found.load_config(), tokenizer)
-    return found
+    # Check everything that is quick before the files are hashed, which takes minutes for a large model.
+    unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), teacher.trust_remote_code)
+    check_limits(config, folder, unhashed.load_config(), tokenizer)
+    return replace(unhashed, digest=_digest_of_model(folder, cache=config.path(".teacher_digests.json")))
 
 
 def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:

@@ -85,10 +85,10 @@ def check_documents(
         UserError: on every rank when the model is refused, with what to do.
     """
     name = type(decoder.base).__name__
-    takes_positions = accepts(decoder.base, "position_ids")
-    if packed and not takes_positions:
+    with_positions = takes_positions(decoder.base)
+    if packed and not with_positions:
         raise UserError(_not_apart(folder, name), known_to_all_ranks=True)
-    found = measure_crossing(run, decoder.base.config.vocab_size, world.device, with_positions=takes_positions)
+    found = measure_crossing(run, decoder.base.config.vocab_size, world.device, with_positions=with_positions)
     # Running the model on the text refuses states that are not finite, and can name the position.
     is_spoiled = not all(map(math.isfinite, dataclasses.astuple(found)))
     failed = [is_spoiled, found.looks_ahead(dtype), found.crosses(dtype)]
@@ -115,9 +115,17 @@ def _not_apart(folder: ModelFolder, name: str) -> str:
 
 
 def accepts(module: nn.Module, argument: str) -> bool:
-    """Returns whether the module's forward takes an argument of that name."""
+    """Returns whether the module's forward can be called with an argument of that name."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def takes_positions(base_model: nn.Module) -> bool:
+    """Returns whether a base model reads position ids: its forward names them.
+
+    Models without positions, such as BLOOM and MPT, accept any argument and ignore this one.
+    """
+    return "position_ids" in inspect.signature(base_model.forward).parameters
 
 
 @torch.no_grad()

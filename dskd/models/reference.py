@@ -5,9 +5,8 @@ it only loads some layers: the first, the last, and one of each other kind. They
 layers of the loaded model.
 """
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
+import json
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from dskd.distributed.world import World
 from dskd.errors import UserError, listed
 from dskd.models.causal_lm import config_without_dropout, empty_model
 from dskd.models.folder import ModelFolder
+from dskd.models.layers import kind_of, recorded
+from dskd.models.probes import takes_positions
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, persistent_buffers
 from dskd.models.weights import TensorReader
 
@@ -59,32 +60,30 @@ def compare_with_transformers(
     tokens = min(_TOKENS, longest)
     numbers = torch.arange(tokens, device=world.device)[None]
     input_ids = (7 * numbers + 3 + 11 * world.rank) % config.vocab_size
-    parameters = inspect.signature(decoder.base.forward).parameters
-    starts = [longest - tokens, 0] if "position_ids" in parameters and longest > tokens else [0]
+    starts = [longest - tokens, 0] if takes_positions(decoder.base) and longest > tokens else [0]
     # Compare a small model whole, and of a large one a layer of each kind, which need little memory.
     reader = TensorReader(folder.path)
     size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * dtype.itemsize
     chosen = None if size <= small else _one_of_each_kind(decoder.layers)
-    watched = [] if chosen is None else [decoder.layers[layer] for layer in chosen]
+    compared = [] if chosen is None else [decoder.layers[layer] for layer in chosen]
     # Run the loaded model on all ranks, and record the inputs and outputs of the compared layers and the last states.
-    found = []
+    states = []
     for start in starts:
-        with _watched(decoder, watched) as seen:
+        with recorded([*compared, decoder]) as runs:
             engine(input_ids, *([numbers + start] if start else []))
-        found.append(torch.stack(seen))
-    everyone = _gather(torch.stack(found), world)  # [ranks][starts, 2 * watched layers + 1, 1, T, D]
-    compared = min(world.world_size, _RANKS)
+        states.append(torch.stack([*itertools.chain(*runs[:-1]), runs[-1].output]))
+    everyone = _gather(torch.stack(states), world)  # [ranks][starts, 2 * compared layers + 1, 1, T, D]
 
     def compare() -> list[Any]:
         reference = _whole(folder, dtype) if chosen is None else _some_layers(decoder, folder, dtype, chosen)
         reference = reference.to(world.device).eval()
         worst, place, is_finite = 0.0, "the last hidden states", True
-        for rank in range(compared):
+        for rank in range(min(world.world_size, _RANKS)):
             ids = (7 * numbers + 3 + 11 * rank) % config.vocab_size
             for number, start in enumerate(starts):
                 positions = {"position_ids": numbers + start} if start else {}
-                theirs = _run_reference(type(decoder)(reference), ids, positions, everyone[rank][number], chosen or [])
-                for name, ours, expected in theirs:
+                results = _run_reference(type(decoder)(reference), ids, positions, everyone[rank][number], chosen or [])
+                for name, ours, expected in results:
                     error = _difference(ours, expected)
                     if not error <= worst:
                         worst, place = error, f"{name} on rank {rank}, at positions from {start}"
@@ -133,12 +132,12 @@ def _check_buffers(decoder: Any, folder: ModelFolder, dtype: torch.dtype) -> Non
     """Refuses a model whose computed buffers are not bit for bit those that transformers computes without ZeRO."""
     causal_lm = empty_model(folder, dtype)
     base, stored = base_model(causal_lm), persistent_buffers(base_model(causal_lm))
-    found = dict(decoder.base.named_buffers())
+    own = dict(decoder.base.named_buffers())
     wrong = [
         name
         for name, buffer in base.named_buffers()
         if name not in stored
-        and (found[name].dtype != buffer.dtype or not torch.equal(found[name].to(buffer.device), buffer))
+        and (own[name].dtype != buffer.dtype or not torch.equal(own[name].to(buffer.device), buffer))
     ]
     if wrong:
         raise UserError(
@@ -149,36 +148,11 @@ def _check_buffers(decoder: Any, folder: ModelFolder, dtype: torch.dtype) -> Non
 
 def _one_of_each_kind(layers: nn.ModuleList) -> list[int]:
     """Returns the numbers of the first layer, the last, and the first of each other kind, up to _KINDS of these."""
-    first_of: dict[Any, int] = {}
+    first_of: dict[str, int] = {}
     for number, layer in enumerate(layers):
-        settings = {
-            (path, name, value)
-            for path, module in layer.named_modules()
-            for name, value in vars(module).items()
-            if isinstance(value, (bool, int, float, str)) and not name.startswith(("_", "ds_")) and "idx" not in name
-        }
-        names = {name for name, _ in layer.named_parameters()}
-        first_of.setdefault(frozenset(settings | names), number)
+        first_of.setdefault(json.dumps(kind_of(layer, number), sort_keys=True), number)
     others = sorted(set(first_of.values()) - {0, len(layers) - 1})[:_KINDS]
     return sorted({0, *others, len(layers) - 1})
-
-
-@contextmanager
-def _watched(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """Records the input and output of each layer, in the order in which they run, and then the last hidden states."""
-    seen: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
-        seen.append((output[0] if isinstance(output, tuple) else output).detach())
-
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
-    hooks.append(decoder.register_forward_hook(lambda module, args, output: seen.append(output.detach())))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _gather(states: torch.Tensor, world: World) -> list[torch.Tensor]:
@@ -252,20 +226,20 @@ def _run_reference(
     layers = [decoder.layers[layer] for layer in chosen]
     hooks = []
     for number, layer in enumerate(layers):
-        given = states[2 * number]
+        replacement = states[2 * number]
 
-        def replace(module: nn.Module, args: Any, kwargs: Any, given: torch.Tensor = given) -> Any:
-            return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
+        def replace(module: nn.Module, args: Any, kwargs: Any, states: torch.Tensor = replacement) -> Any:
+            return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
         hooks.append(layer.register_forward_pre_hook(replace, with_kwargs=True))
     try:
-        with torch.no_grad(), _watched(decoder, layers) as expected:
+        with torch.no_grad(), recorded([*layers, decoder]) as expected:
             decoder(input_ids, **positions)
     finally:
         for hook in hooks:
             hook.remove()
-    compared = [
-        (f"what layer {layer} computes", states[2 * number + 1], expected[2 * number + 1])
+    results = [
+        (f"what layer {layer} computes", states[2 * number + 1], expected[number].output)
         for number, layer in enumerate(chosen)
     ]
-    return [*compared, ("the last hidden states", states[-1], expected[-1])]
+    return [*results, ("the last hidden states", states[-1], expected[-1].output)]

@@ -8,24 +8,27 @@ that of the largest phase.
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dskd.config import Config
+from dskd.models.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
+from dskd.models.nvme import BUFFERS, buffer_numel
 from dskd.models.readouts import chunk_size
 from dskd.plan import GB
-from dskd.plan.activations import Activations, Batch, student_activations, teacher_activations
+from dskd.plan.activations import Activations, Batch, loaded_tensors, student_activations, teacher_activations
 from dskd.plan.cluster import Cluster
-from dskd.plan.gathering import PERSISTENT_WIDTHS, Gathered, gather
+from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
-from dskd.training.student import REDUCE_BUCKET
+from dskd.training.loader import PREFETCHED_STEPS
+from dskd.training.saving import EXPORTED_BYTES
+from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
 
 # Memory of a process in addition to tensors, which is assumed, not counted: on a GPU the contexts of CUDA and NCCL, and
 # fragmented memory that the allocator cannot use; in the host's memory Python, torch and DeepSpeed.
 RESERVED_ON_GPU = 2 * GB
 RESERVED_ON_HOST = 2 * GB
-_MASTER, _MOMENTS, _GRADIENTS = 4, 8, 4  # bytes per trained element: float32 weights, AdamW's moments, gradient sums
-_STEP = 4 + 8  # bytes per element in the optimizer's step: a copy of the gradients, and two intermediate results
-_SUB_GROUP = 1_000_000_000  # elements that a step processes at one time (DeepSpeed's sub_group_size)
-_PREFETCHED = 2  # steps that each of the loader's workers prepares ahead
+# Bytes that the optimizer's step needs for an element: a copy of its gradient, and AdamW's two intermediate results.
+_STEP = GRADIENT_BYTES + MOMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,10 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float) -> Batc
 
 def batch_bytes(batch: Batch, hidden_size: int) -> tuple[int, int]:
     """Returns the bytes that the loader brings for a micro-batch: those of sense rows, and those of all the rest."""
-    tokens = batch.size * batch.length
-    named = batch.sense_positions * (2 + 3 * batch.kappa) * 8
-    rest = tokens * (8 + 8 + 1 + 8 * batch.is_packed) + named
-    if batch.teacher_top_n:
-        rest += tokens * (batch.teacher_top_n * 6 + 4)
-    return batch.sense_rows * hidden_size * 2, rest
+    with torch.device("meta"):
+        tensors = loaded_tensors(batch, hidden_size)
+    rows = tensors["senses"].pop("sense_rows").nbytes if batch.sense_rows else 0
+    return rows, sum(leaf.nbytes for leaf in tree_leaves(tensors))
 
 
 def compute_memory(
@@ -151,7 +152,7 @@ def compute_memory(
     )
     at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
     # The optimizer's share, and the bucket in which DeepSpeed collects gradients.
-    optimizer = (_MASTER + _MOMENTS + _GRADIENTS) * share + REDUCE_BUCKET * size
+    optimizer = (MASTER_BYTES + MOMENT_BYTES + GRADIENT_BYTES) * share + REDUCE_BUCKET * size
     # A full bucket is copied to be summed over ranks. A gradient that is larger than the bucket is held separately.
     flushed = min(trained, REDUCE_BUCKET) * size
     over = max((w.numel for w in shapes.weights if w.is_trained and w.numel > REDUCE_BUCKET), default=0) * size
@@ -171,14 +172,14 @@ def compute_memory(
         "the loss": at_turn + moments.student.kept + moments.student.loss,
         "the backward pass": backward + moments.student.backward + (flushed + over if is_flushed_early else over),
         "the sum over ranks": backward + flushed + over,
-        "the optimizer's step": _STEP * min(share, _SUB_GROUP),
+        "the optimizer's step": _STEP * min(share, SUB_GROUP),
     }
     moment = max(at, key=at.__getitem__)
     reserved = RESERVED_ON_GPU if on_gpu else RESERVED_ON_HOST
     gpu = Parts(
         teacher=held + teacher_live,
         student=student_held + max(*along, at_turn, backward),
-        optimizer=optimizer + max(_STEP * min(share, _SUB_GROUP), flushed + over),
+        optimizer=optimizer + max(_STEP * min(share, SUB_GROUP), flushed + over),
         activations=max(moments.teacher, moments.student.forward, moments.student.backward),
         loss=moments.student.loss,
         **of_batches,
@@ -234,14 +235,10 @@ def _teacher(
     kept = teacher.persistent(persistent) * size if ranks > 1 else 0
     if offload == "none" or cluster.device == "cpu":
         return teacher.share(ranks) * size + kept, 0, gathered
-    shares = [weight.share(ranks) * size for weight in teacher.weights]
     if offload == "cpu":
-        return kept, sum(map(_pinned, shares)), gathered
-    largest = max(shares) + 1024 * size
-    return kept, _pinned(_NVME_BUFFERS * largest), gathered
-
-
-_NVME_BUFFERS = 8
+        return kept, sum(_pinned(weight.share(ranks) * size) for weight in teacher.weights), gathered
+    largest = max(weight.numel for weight in teacher.weights)
+    return kept, _pinned(BUFFERS * buffer_numel(largest, ranks) * size), gathered
 
 
 def _pinned(size: int) -> int:
@@ -262,9 +259,8 @@ def _host(config: Config, cluster: Cluster, gpu: Parts, teacher: int, senses: in
     ranks = cluster.gpus_per_node
     is_cpu = cluster.device == "cpu"
     # Steps that workers have prepared, and steps in page-locked memory for copying to the GPU.
-    steps = _PREFETCHED * max(1, config.train.num_workers) + 2 * (not is_cpu)
-    # Rank 0 writes the trained weights in float32 with each checkpoint.
-    saved = 4 * trained
+    steps = PREFETCHED_STEPS * max(1, config.train.num_workers) + 2 * (not is_cpu)
+    saved = EXPORTED_BYTES * trained  # which rank 0 writes with each checkpoint
     of = {
         "teacher": (teacher + gpu.teacher * is_cpu) * ranks,
         "student": gpu.student * is_cpu * ranks + saved,

@@ -3,7 +3,7 @@
 from dskd.console import table
 from dskd.plan import GB
 from dskd.plan.changes import Change
-from dskd.plan.disk import sample_bytes
+from dskd.plan.disk import sample_bytes_of
 from dskd.plan.memory import RESERVED_ON_HOST
 from dskd.plan.plan import Plan
 from dskd.training.schedule import describe_learning_rate
@@ -148,7 +148,7 @@ def _speed(plan: Plan) -> str:
 
 def _disk(plan: Plan) -> str:
     disk = plan.disk
-    shards = f"{sample_bytes(plan.config) / 2**10:.1f} KB a sample" if disk.shards is None else _gb(disk.shards)
+    shards = f"{sample_bytes_of(plan.config) / 2**10:.1f} KB a sample" if disk.shards is None else _gb(disk.shards)
     rows = [
         ["senses, at most, without spans", _gb(disk.senses)],
         ["states while senses are built, at most", _gb(disk.states)],

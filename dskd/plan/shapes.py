@@ -15,9 +15,10 @@ from dskd.config import Config, StudentConfig
 from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.cut_config import cut_config
 from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
+from dskd.models.layers import check_kinds
 from dskd.plan.known_models import known_model
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size

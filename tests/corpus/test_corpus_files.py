@@ -203,6 +203,16 @@ def _write_cut_parquet(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def _write_stream(path, texts=("one", "two", "three"), *, is_closed=True):
+    table = pa.table({"text": texts})
+    with path.open("ab") as file:  # appends, for files of several streams
+        writer = pa.ipc.new_stream(file, table.schema)
+        for batch in table.to_batches(max_chunksize=1):
+            writer.write_batch(batch)
+        if is_closed:
+            writer.close()
+
+
 def _zstd(data):
     return pa.compress(data, codec="zstd", asbytes=True)
 
@@ -260,7 +270,8 @@ ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
         ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]', r"a\.json: there is more text after its array"),
         ("a.json", b'[{"text": "x"},]', r"a\.json: after element 1 of the array: a comma, and no element"),
         ("a.arrow", b"ARROW1", r"a\.arrow: this is not a readable Arrow file"),
-        ("a.arrow", b"", r"a\.arrow: "),
+        ("a.arrow", b"", r"a\.arrow: this Arrow stream has no end mark"),
+        ("a.arrow", lambda path: _write_stream(path, is_closed=False), r"a\.arrow: .*no end mark.* close the writer"),
         (
             "a.parquet",
             lambda path: pq.write_table(pa.table({"text": pa.array([b"x"], pa.binary())}), path),
@@ -295,6 +306,19 @@ def test_unreadable_text_is_named(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(read_file(tmp_path / name, "text"))
+
+
+def test_all_streams_of_an_arrow_file_are_read(tmp_path):
+    """Streams that were appended to each other: pyarrow's reader stops at the end of the first."""
+    path = tmp_path / "a.arrow"
+    _write_stream(path)
+    _write_stream(path, ["four"])
+    assert [(d.name, d.text) for d in read_file(path, "text")] == [
+        (f"{path}:{row}", text) for row, text in enumerate(("one", "two", "three", "four"), start=1)
+    ]
+    path.write_bytes(path.read_bytes()[:-8])  # whole batches, without the last end mark
+    with pytest.raises(UserError, match="no end mark"):
+        list(read_file(path, "text"))
 
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

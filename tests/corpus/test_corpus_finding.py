@@ -168,7 +168,7 @@ def test_a_saved_dataset_that_was_cut_is_refused(tmp_path):
     saved = _save_to_disk(tmp_path / "d", [["one"], ["two"] * 5])
     shard = saved / "data-00001-of-00002.arrow"
     shard.write_bytes(shard.read_bytes()[:-8])  # whole records, and no end: Arrow alone does not notice
-    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: the Arrow stream has no end"):
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: this Arrow stream has no end mark"):
         list(read_file(saved / "state.json", "text"))
     shard.unlink()
     with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: this file is missing, but state\.json names it"):

@@ -16,9 +16,10 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.cut_config import cut_config
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
+from dskd.models.layers import check_kinds
 from dskd.models.probes import check_documents
 from dskd.models.stored_names import base_model
 

@@ -30,11 +30,11 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.architecture import check_architecture
-from dskd.models.cut_config import _layers_of
 from dskd.models.cutting import build_student, find_student
 from dskd.models.final_norm import final_norm_names
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
+from dskd.models.layers import layers_of
 from dskd.models.probes import check_documents
 from dskd.models.stored_names import base_model
 from dskd.plan import GB
@@ -263,7 +263,7 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> No
 def _compare_with_pruned(folder: Path, layers: Sequence[int], finding: Finding) -> None:
     """The cut student against the teacher with its other layers bypassed."""
     student, teacher = _from_pretrained(folder / "work" / "student"), _from_pretrained(folder / "teacher")
-    for number, layer in enumerate(_layers_of(teacher)):
+    for number, layer in enumerate(layers_of(teacher)):
         if number not in layers:
             layer.register_forward_hook(_bypass, with_kwargs=True)
     ids = _tokens(0)

@@ -49,7 +49,10 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
     examples = []
     for row_place, row in rows:
         try:
-            examples.append(_of_whole_characters(_PARSERS[benchmark.name](benchmark, row)))
+            example = _of_whole_characters(_PARSERS[benchmark.name](benchmark, row))
+            if benchmark.one_score_a_subject and split != benchmark.trained and not example.subject:
+                raise _NoExampleError("it has no subject, and the score is a mean over subjects")
+            examples.append(example)
         except (_NoExampleError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{error}" if isinstance(error, _NoExampleError) else f"{type(error).__name__}: {error}"
             raise UserError(

@@ -303,6 +303,24 @@ def test_a_damaged_question_with_choices_is_refused_with_its_row(tmp_path, chang
         _read("arc_challenge", "validation", tmp_path)
 
 
+def test_choices_may_be_empty_in_the_auxiliary_split_of_mmlu_alone(tmp_path):
+    """As in the published file, which is collected from other data and has no subjects."""
+    path = _copy(tmp_path, "mmlu") / "auxiliary_train" / "more.csv"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("Which word is missing?,, ,cat,dog,C\n")
+    (example,) = (e for e in _read("mmlu", "auxiliary_train", tmp_path / "mmlu") if "missing" in e.question)
+    assert (example.choices, example.answers, example.subject) == (("", "", "cat", "dog"), ("C",), "")
+    test = tmp_path / "mmlu" / "test" / "old_towns_test.csv"
+    test.write_text("Which word is missing?,, ,cat,dog,C\n")
+    _refused("mmlu", "test", tmp_path / "mmlu", f"{test}:1: ", "the question or a choice is empty")
+
+
+def test_a_question_of_mmlu_without_its_subject_is_refused(tmp_path):
+    row = {"question": "What?", "subject": "", "choices": ["a", "b", "c", "d"], "answer": 1}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "test-0.parquet")
+    _refused("mmlu", "test", tmp_path, "test-0.parquet:1: ", "it has no subject")
+
+
 def test_labels_and_keys_are_compared_as_text(tmp_path):
     row = {"id": "q", "question": "What?", "choices": {"label": [1, 2], "text": ["a", "b"]}, "answerKey": "2"}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "validation-0.parquet")
