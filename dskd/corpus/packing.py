@@ -154,9 +154,9 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
             tensors["input_ids"][0] = padding
         for name in ("input_ids", "starts"):
             flat = tensors[name].reshape(-1)
-            wanted = min(spooled, len(flat)) if sizes[name] else 0
-            for first in range(0, wanted, _COPIED_TOKENS):
-                count = min(_COPIED_TOKENS, wanted - first)
+            copied = min(spooled, len(flat)) if sizes[name] else 0
+            for first in range(0, copied, _COPIED_TOKENS):
+                count = min(_COPIED_TOKENS, copied - first)
                 flat[first : first + count] = np.fromfile(spool[name], flat.dtype, count)
         # Every sequence starts anew; its length is given by packing: none, and is the full length otherwise.
         tensors["starts"][:, 0] = 1

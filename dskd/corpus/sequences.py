@@ -83,14 +83,14 @@ class Sequences:
         # A position has a target if the next one is a real token and does not start a document.
         has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
         has_target[:, :-1] &= starts[:, 1:] == 0
-        may_go_on = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
+        continuation = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
         return TokenBatch(
             input_ids,
             position_ids_of(starts),
             has_target,
             starts,
             int(lengths.sum()),
-            None if may_go_on is None else torch.from_numpy(may_go_on),
+            None if continuation is None else torch.from_numpy(continuation),
         )
 
 
@@ -135,9 +135,8 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab
     target = config.path(kinds.SEQUENCES.folder)
     corpus = config.corpus
     with stage("sequences: documents to tokens", reads=[config.path(kinds.CORPUS.folder)], writes=target):
-        wanted = recipe(config, tokenizer_digest)
         limits = {"train": corpus.max_sequences, "validation": corpus.max_validation_sequences}
-        with build_artifact(target, wanted) as building:
+        with build_artifact(target, recipe(config, tokenizer_digest)) as building:
             for split in SPLITS:
                 packed = pack(
                     read_texts(config, split),

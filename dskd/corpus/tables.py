@@ -92,7 +92,7 @@ def saved_files(state: Path) -> list[Path]:
         )
     for name in names:
         if not (state.parent / name).resolve().is_relative_to(state.parent.resolve()):
-            raise UserError(f"{state}: it names {name}, which lies outside of its folder; save the dataset again")
+            raise UserError(f"{state}: it names {name}, which is outside of its folder; save the dataset again")
     return [state.parent / name for name in names]
 
 

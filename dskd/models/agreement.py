@@ -121,13 +121,13 @@ def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool, remedy: str
     from transformers import AutoModelForCausalLM
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except _CANNOT_LOAD as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder}: transformers cannot load this model ({reason}); {remedy}") from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         raise UserError(
             listed(f"{folder}: transformers fills these in at random, since they are not stored; {remedy}", missing)
         )

@@ -52,7 +52,7 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
         raise UserError(f"{where} cannot be run here: its forward does not take {', '.join(missing)}")
     if noise := getattr(model.config, "router_jitter_noise", None):
         raise UserError(
-            f"{where} is a mixture of experts that chooses them by chance in training (router_jitter_noise: {noise}), "
+            f"{where} is a mixture of experts that chooses them at random in training (router_jitter_noise: {noise}), "
             "so a run would not be a function of its seed; such a model is not supported"
         )
     if model.config.model_type in _UNGATHERABLE:
@@ -68,15 +68,15 @@ def _check_sequences(model_config: Any, config: Config, where: str, *, with_posi
     """Refuses sequence settings with which a document's states would depend on other text in its sequence or batch."""
     if config.corpus.packing == "documents" and not with_positions:
         raise UserError(
-            f"{where} does not keep documents apart that stand in one sequence: it takes no positions. Set "
-            "corpus.packing to stream, where they may see each other, or to none, where each has a sequence of its own"
+            f"{where} does not keep documents apart that share a sequence: it takes no positions. Set "
+            "corpus.packing to stream, if they may see each other, or to none, which gives each a sequence of its own"
         )
     length = config.corpus.sequence_length
     chunk = getattr(model_config, "attention_chunk_size", None)
     if config.corpus.packing == "documents" and chunk and length > chunk:
         raise UserError(
-            f"{where} attends in chunks of {chunk} positions (attention_chunk_size), which packed documents would meet "
-            f"in other places than alone; set corpus.sequence_length, now {length}, to at most {chunk}, or "
+            f"{where} attends in chunks of {chunk} positions (attention_chunk_size), which would cut packed documents "
+            f"in other places than single ones; set corpus.sequence_length, now {length}, to at most {chunk}, or "
             "corpus.packing to stream or none"
         )
     scaling = getattr(model_config, "rope_scaling", None) or getattr(model_config, "rope_parameters", None) or {}

@@ -83,8 +83,8 @@ def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequ
     if isinstance(full.get("attention_types"), list) and "attention_layers" in full:  # GPT-Neo
         result["attention_types"] = [[[full["attention_layers"][layer] for layer in layers], 1]]
     if _has(full, "moe_layer_interval"):  # ERNIE
-        wanted = [_is_sparse_in_ernie(full, layer) for layer in layers]
-        chosen = [number for number in numbers if wanted[number]]
+        kinds = [_is_sparse_in_ernie(full, layer) for layer in layers]
+        chosen = [number for number in numbers if kinds[number]]
         if not chosen:
             raise UserError(
                 "student.layers: the student has no layer with experts, and transformers builds no such model of this "
@@ -98,7 +98,7 @@ def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequ
                 for n in _counts(layers)
             ),
             _is_sparse_in_ernie,
-            wanted,
+            kinds,
         )
     for kind in ("attn", "expert"):  # Jamba
         period, offset = f"{kind}_layer_period", f"{kind}_layer_offset"
@@ -128,14 +128,14 @@ def _is_sparse_in_ernie(values: Mapping[str, Any], layer: int) -> bool:
     return (layer + 1) % values["moe_layer_interval"] == 0 and start <= layer <= end
 
 
-def _choose(result: dict[str, Any], candidates: Iterable[dict[str, int]], rule: Rule, wanted: list[bool]) -> None:
+def _choose(result: dict[str, Any], candidates: Iterable[dict[str, int]], rule: Rule, kinds: list[bool]) -> None:
     """Updates `result` with the first candidate for which the rule gives each layer its kind.
 
     Raises:
         UserError: when no candidate does.
     """
     for candidate in candidates:
-        if [rule(candidate, layer) for layer in range(len(wanted))] == wanted:
+        if [rule(candidate, layer) for layer in range(len(kinds))] == kinds:
             result.update(candidate)
             return
     raise UserError(

@@ -76,18 +76,17 @@ def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
     Raises:
         UserError: when the teacher has no such layers.
     """
-    wanted = student.layers
-    if isinstance(wanted, tuple):
-        missing = [layer for layer in wanted if layer >= num_layers]
-        if missing:
+    layers = student.layers
+    if isinstance(layers, tuple):
+        if missing := [layer for layer in layers if layer >= num_layers]:
             raise UserError(f"student.layers: the teacher has layers 0 to {num_layers - 1}, so there is no {missing}")
-        return list(wanted)
-    if not 1 <= wanted <= num_layers:
-        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {wanted}")
+        return list(layers)
+    if not 1 <= layers <= num_layers:
+        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {layers}")
     if student.spacing == "first":
-        return list(range(wanted))
+        return list(range(layers))
     # Keep the first and the last layer, and space the others evenly between them.
-    return [0] if wanted == 1 else [round(i * (num_layers - 1) / (wanted - 1)) for i in range(wanted)]
+    return [0] if layers == 1 else [round(i * (num_layers - 1) / (layers - 1)) for i in range(layers)]
 
 
 def copy_other_files(teacher: ModelFolder, target: Path) -> None:
@@ -112,15 +111,15 @@ def check_student(student: ModelFolder) -> None:
     check_stored_tensors(empty_model(student), reader, student)
     if sum(math.prod(reader.shape(name)) for name in reader.names) > _LOADED_ELEMENTS:
         return
-    if problems := _load_as_anybody(student):
+    if problems := _load_with_transformers(student):
         raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))
 
 
-def _load_as_anybody(student: ModelFolder) -> list[str]:
+def _load_with_transformers(student: ModelFolder) -> list[str]:
     from transformers import AutoModelForCausalLM
 
     try:
-        _, found = AutoModelForCausalLM.from_pretrained(
+        _, loading = AutoModelForCausalLM.from_pretrained(
             student.path,
             dtype="auto",
             trust_remote_code=student.trust_remote_code,
@@ -130,8 +129,8 @@ def _load_as_anybody(student: ModelFolder) -> list[str]:
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError) as error:
         return [f"transformers: {error}"]
     return [
-        *(f"there is no tensor {name}" for name in sorted(found["missing_keys"])),
-        *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in found["mismatched_keys"]),
+        *(f"there is no tensor {name}" for name in sorted(loading["missing_keys"])),
+        *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in loading["mismatched_keys"]),
     ]
 
 

@@ -24,7 +24,7 @@ from dskd.models.model_config import read_model_config
 from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
 
 _LFS_POINTER = b"version https://git-lfs"
-# What transformers raises where a value of config.json is wrong: it checks few of them.
+# The errors that transformers raises for a wrong value in config.json; it checks few values itself.
 BAD_CONFIG = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError),
     *(AssertionError, ArithmeticError, RuntimeError),
@@ -65,7 +65,7 @@ class ModelFolder:
         for key in _SIZES:
             size = getattr(model_config, key, 1)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise UserError(f"{self.path / 'config.json'}: {key} is {size!r}; it must be a number from 1 on")
+                raise UserError(f"{self.path / 'config.json'}: {key} is {size!r}; it must be a whole number, 1 or more")
         return model_config
 
     def load_tokenizer(self) -> Any:
@@ -74,7 +74,7 @@ class ModelFolder:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error's text, with its kind where the text alone may say nothing."""
+    """Returns the first line of an error's text after the name of its type, or the name alone if it has no text."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
@@ -204,8 +204,8 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
     if folder.is_dir():
         if teacher.revision is not None:
             raise UserError(
-                f"teacher.revision: {teacher.revision!r} is of a model of the hub, and teacher.path is the folder "
-                f"{folder}; leave it out, or name the model as ORGANISATION/NAME"
+                f"teacher.revision: {teacher.revision!r} is a revision of a model on the hub, but teacher.path is the "
+                f"folder {folder}; remove it, or name the model as ORGANISATION/NAME"
             )
         return folder
     if folder.is_absolute() or teacher.path.startswith((".", "~")) or teacher.path.count("/") != 1:
@@ -230,7 +230,7 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"teacher.path: {teacher.path!r} is no folder here, and cannot be fetched from the hub ({reason})"
+            f"teacher.path: {teacher.path!r} is not a folder here, and cannot be fetched from the hub ({reason})"
         ) from None
 
 

@@ -40,7 +40,7 @@ def compare_with_transformers(
     """Refuses a model whose states or buffers differ from those that transformers computes for it.
 
     Tokens differ between ranks. They are run at the first positions, and at the last ones that config.json allows,
-    where errors in scaled rotations are largest.
+    because errors in scaled rotations are largest there.
 
     Args:
         engine: the callable that runs the model, from token ids and position ids [B, T].

@@ -119,7 +119,7 @@ def student_activations(
                 inputs = {"input_ids": torch.empty(*shape, dtype=torch.int64)}
             with live.uncounted():  # dskd.plan.memory counts the loader's batches
                 loaded = loaded_tensors(batch, hidden_size)
-                # If the device holds all rows of the dictionary, one of them stands for all.
+                # If the device holds all rows of the dictionary, one of them represents all.
                 if "senses" in loaded:
                     loaded["senses"].setdefault("sense_rows", torch.empty(1, hidden_size, dtype=torch.bfloat16))
             loaded.pop("input_ids"), loaded.pop("position_ids", None)
@@ -228,8 +228,8 @@ def _register_attention() -> None:
 def _always_makes_masks() -> bool:
     """Returns whether the installed transformers gives attention a mask even for sequences of one document.
 
-    Version 4.57 does so in training. This is found out by running a tiny model with the masks of `sdpa`, the attention
-    used in training.
+    Version 4.57 does so in training. This function runs a tiny model with the masks of `sdpa`, the attention used in
+    training, to see.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaModel
     from transformers.masking_utils import sdpa_mask

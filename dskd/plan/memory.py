@@ -318,14 +318,14 @@ def stages_before(
     kept_rows = min(int(config.annotation.memory_budget * GB), rows)
     stages = []
     cache = _cache_bytes(config, architecture, size) if config.annotation.continuation_tokens else 0
-    for name, sequences, on_device, beside in (
+    for name, sequences, on_device, in_host in (
         ("gathering states", config.senses.batch_size, 0, kept_states),
         ("annotation", config.annotation.batch_size, kept_rows + cache, 0),
     ):
         batch = replace(batch_of(config, sequences, relations=0.0), sense_positions=0, sense_rows=0, teacher_top_n=0)
         gpu = live + reserved + on_device + teacher_activations(architecture, batch, dtype)
         # Without GPUs a rank's tensors are in the host's memory, and `gpu` includes its process.
-        host = (on_host + beside + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
+        host = (on_host + in_host + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
         stages.append(StageMemory(name, gpu, host))
     return stages[0], stages[1]
 

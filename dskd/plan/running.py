@@ -84,7 +84,7 @@ def without_values(architecture: Architecture) -> Iterator[None]:
 def _cannot_be_planned(architecture: Architecture, reason: str) -> UserError:
     what = "this mixture of experts" if _is_mixture(architecture) else "this architecture"
     return UserError(
-        f"{architecture.named_by}: {what} cannot be planned, for it cannot be run without its weights ({reason}); "
+        f"{architecture.named_by}: {what} cannot be planned, because it cannot be run without its weights ({reason}); "
         "training is not affected"
     )
 

@@ -228,7 +228,7 @@ ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: this line is not JSON"),
         ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: expected an object with a text under 'text', but it has body"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: expected an object with a text under 'text'"),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected an object .* it is no object"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected an object .* it is not an object"),
         ("a.txt", b"\xff\xfe\x00", r"a.txt: this is not UTF-8 text"),
         ("a.txt.gz", _write_cut_gzip, r"a.txt.gz: the compressed file ends too early"),
         ("a.txt.gz", _write_damaged_gzip, r"a.txt.gz: (this is not whole gzip data|this is not UTF-8 text)"),
@@ -238,9 +238,9 @@ ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
         (
             "a.txt",
             gzip.compress(b"text", mtime=0),
-            r"a\.txt: this is no plain text: its content is that of a \.gz file",
+            r"a\.txt: this is not plain text: its content is that of a \.gz file",
         ),
-        ("a.jsonl", _zstd(b"{}"), r"a\.jsonl: this is no plain text: its content is that of a \.zst file"),
+        ("a.jsonl", _zstd(b"{}"), r"a\.jsonl: this is not plain text: its content is that of a \.zst file"),
         ("a.jsonl.zst", _zstd(b'{"text": "x"}\n' * 999)[:-3], r"a\.jsonl\.zst: .*ends too early"),
         ("a.jsonl.zst", b"plain", r"a\.jsonl\.zst: cannot be read \(ZSTD decompress failed"),
         ("a.jsonl.zst", b"", r"a\.jsonl\.zst: the compressed file is empty"),
@@ -372,7 +372,7 @@ def test_what_is_no_text_is_left_out_and_said(tmp_path, capsys, name, content, l
     (tmp_path / name).write_bytes(content)
     assert [document.text for document in read_file(tmp_path / name, "text")] == ["one", "two"]
     assert (
-        f"1 documents are no text (a NUL or half a surrogate pair) and are left out: {line}" in capsys.readouterr().err
+        f"1 documents are not text (a NUL or half a surrogate pair) and are left out: {line}" in capsys.readouterr().err
     )
 
 

@@ -96,7 +96,7 @@ def test_a_folder_of_records_is_not_trained_on_its_checksums(tmp_path, capsys):
     printed = capsys.readouterr().err
     for part in (
         "reads 1 .jsonl.zst",
-        "1 SHA256SUMS.txt (by its name about the data)",
+        "1 SHA256SUMS.txt (named like a file about the data)",
         "1 README.txt (by its name",
         "1 files.txt (checksums)",
         "1 .md",
@@ -119,7 +119,7 @@ def test_text_beside_records_is_said(tmp_path):
     data = _write(tmp_path / "d", a__jsonl=LINES, b__txt="text")
     found = _find(data)
     assert found.files == [data / "a.jsonl", data / "b.txt"]
-    assert any("1 .txt beside files of records (b.txt) are read too" in line for line in found.describe())
+    assert any("1 .txt in folders with files of records (b.txt) are read too" in line for line in found.describe())
 
 
 def test_a_file_that_is_named_twice_is_said(tmp_path):
@@ -140,8 +140,8 @@ def test_links_are_followed_once_and_dead_ones_are_named(tmp_path):
     (data / "d.txt").symlink_to("d.txt")
     with pytest.raises(UserError) as error:
         _find(data, data / "d.txt")
-    assert f"{data / 'c.jsonl'} is a link to what is not there" in str(error.value)
-    assert f"{data / 'd.txt'} is a link to what is not there" in str(error.value)
+    assert f"{data / 'c.jsonl'} is a broken link" in str(error.value)
+    assert f"{data / 'd.txt'} is a broken link" in str(error.value)
 
 
 def test_saved_datasets_are_read_in_the_order_of_their_state(tmp_path):

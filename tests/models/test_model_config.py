@@ -110,7 +110,7 @@ def test_what_is_no_decoder_for_text_is_refused_by_name(tmp_path):
     _edit(folder, vision_config={"hidden_size": 8}, architectures=["Gemma3ForConditionalGeneration"])
     assert "Gemma3ForConditionalGeneration is a multimodal model" in _refusal(folder)
     _edit(folder, without=("vision_config",), architectures=["BertForMaskedLM"])
-    assert "BertForMaskedLM is no decoder" in _refusal(folder)
+    assert "BertForMaskedLM does not predict the next token" in _refusal(folder)
     _edit(folder, architectures=None, model_type="nonsense")
     assert "no causal language model of the type 'nonsense'" in _refusal(folder)
     _edit(folder, auto_map={"AutoConfig": "c.C"})
@@ -120,7 +120,7 @@ def test_what_is_no_decoder_for_text_is_refused_by_name(tmp_path):
 def test_adapters_pointers_and_revisions_of_folders_are_refused(tmp_path):
     folder = tmp_path / "teacher"
     save_model(folder)
-    assert "teacher.revision: 'main' is of a model of the hub" in _refusal(folder, revision="main")
+    assert "teacher.revision: 'main' is a revision of a model on the hub" in _refusal(folder, revision="main")
     shutil.move(folder / "model.safetensors", tmp_path / "kept")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="this is a LoRA adapter; merge it"):

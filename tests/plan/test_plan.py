@@ -209,7 +209,7 @@ def test_a_stage_before_training_that_does_not_fit_is_refused_until_it_is_over(t
     with build_artifact(tmp_path / "work" / "shards" / "train", Recipe("shards", {}, {})) as building:
         building.facts["samples"] = 64
     code, printed, _ = _run(monkeypatch, capsys, *options)
-    assert code == 0 and "the shards are there" in printed
+    assert code == 0 and "the shards exist" in printed
 
 
 def test_the_speed_of_a_change_is_that_of_the_plan_with_it(tmp_path, monkeypatch, capsys):
@@ -280,7 +280,7 @@ def test_a_host_that_is_too_small_makes_no_offload_needed(tmp_path, monkeypatch,
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", _shapes_file(tmp_path), *MACHINES]
     code, printed, _ = _run(monkeypatch, capsys, *options, "student.layers=2", "--host-memory", 1)
     assert code == 3 and "Offload: not needed" in printed
-    assert "the processes of 2 ranks alone are taken to need 4 GB" in printed
+    assert "the processes of 2 ranks alone are assumed to need 4 GB" in printed
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
         (json.dumps(LLAMA | {"num_attention_heads": 0}), "num_attention_heads: expected a number, 1 or more; found 0"),
         (json.dumps(LLAMA | {"vocab_size": "many"}), "vocab_size: expected a number, 1 or more; found 'many'"),
         (json.dumps(LLAMA | {"hidden_act": "none"}), "transformers cannot build this architecture"),
-        ('{"model_type": "nonsense", "num_hidden_layers": 2}', "'nonsense' is none that transformers knows"),
+        ('{"model_type": "nonsense", "num_hidden_layers": 2}', "'nonsense' is unknown to transformers"),
         ('{"model_type": "bert", "num_hidden_layers": 2}', "'bert' is an encoder"),
     ],
 )

@@ -43,7 +43,7 @@ NODES = [_report(number, f"node{number}") for number in range(3)]
         ({"versions": {"torch": "2.8", "dskd": "0.1"}}, "node1: torch 2.8, elsewhere 2.9; install the same"),
         ({"device": "T4"}, "node1: device T4, elsewhere cpu"),
         ({"ranks_on_node": 4}, "node1: ranks on node 4, elsewhere 1"),
-        ({"reduced": False}, "rank 1 (node1): a sum over all ranks came out wrong there"),
+        ({"reduced": False}, "rank 1 (node1): a sum over all ranks was wrong there"),
         ({"problems": ["there is no folder x"]}, "rank 1 (node1): there is no folder x"),
     ],
 )

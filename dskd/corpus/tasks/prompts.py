@@ -35,25 +35,25 @@ class Question:
     @property
     def identity(self) -> list[Any]:
         """The data that affects the prompt or the right answers, as JSON-like values."""
-        *shown, (asked, _) = self._turns(len(self.shots))
+        *shown, (last, _) = self._turns(len(self.shots))
         turns = [list(turn) for turn in shown]
-        return [self.example.name, self._instruction, turns, asked, list(self.example.answers)]
+        return [self.example.name, self._instruction, turns, last, list(self.example.answers)]
 
     def messages(self, num_shots: int) -> list[dict[str, str]]:
         """Returns the prompt as chat messages, with the last `num_shots` examples."""
         messages = []
-        *shown, (asked, _) = self._turns(num_shots)
+        *shown, (last, _) = self._turns(num_shots)
         for text, answer in shown:
             messages.append({"role": "user", "content": text})
             messages.append({"role": "assistant", "content": answer})
-        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "user", "content": last})
         messages[0]["content"] = f"{self._instruction}\n\n{messages[0]['content']}"
         return messages
 
     def plain(self, num_shots: int) -> str:
         """Returns the prompt as plain text, for a model without a chat template, with the last `num_shots` examples."""
-        *shown, (asked, _) = self._turns(num_shots)
-        return "\n\n".join([self._instruction, *(f"{text} {answer}" for text, answer in shown), asked])
+        *shown, (last, _) = self._turns(num_shots)
+        return "\n\n".join([self._instruction, *(f"{text} {answer}" for text, answer in shown), last])
 
     def _turns(self, num_shots: int) -> list[tuple[str, str]]:
         """Returns the last `num_shots` examples and the question, each with its answer.
@@ -153,12 +153,12 @@ def _gives_away(shot: Example, example: Example) -> bool:
     return shot.question == example.question or any(shown in answer or answer in shown for answer in right)
 
 
-def _order(count: int, wanted: int, seed: int, *parts: str) -> Iterator[int]:
+def _order(count: int, needed: int, seed: int, *parts: str) -> Iterator[int]:
     """Yields each number below `count` once, in an order that depends on `seed` and `parts`.
 
-    The order is ascending if all numbers are needed, that is if `count` is at most `wanted`.
+    The order is ascending if all numbers are needed, that is if `count` is at most `needed`.
     """
-    if count <= wanted:
+    if count <= needed:
         yield from range(count)
         return
     seen: set[int] = set()

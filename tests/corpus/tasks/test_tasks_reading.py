@@ -194,7 +194,7 @@ def test_mistakes_in_files_are_named_with_file_and_line(tmp_path):
     labels.write_bytes(b"0\n\xff\n")
     _refused("piqa", "validation", piqa, f"{labels}: this is not UTF-8 text")
     labels.unlink()
-    _refused("piqa", "validation", piqa, "put valid-labels.lst beside it")
+    _refused("piqa", "validation", piqa, "put valid-labels.lst into the same folder")
 
     mmlu = _copy(tmp_path, "mmlu")
     path = mmlu / "test" / "old_towns_test.csv"
