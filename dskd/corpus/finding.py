@@ -256,8 +256,8 @@ def _note_mixture(files: Sequence[Path], notes: list[str]) -> None:
     if mixed := [file for file in texts if file.parent in folders]:
         shown = ", ".join(file.name for file in mixed[:3]) + (", …" if len(mixed) > 3 else "")
         notes.append(
-            f"warning: {len(mixed):,} .txt in folders with files of records ({shown}) are read too, as paragraphs of text; "
-            "if they are not text, name the others by a pattern"
+            f"warning: {len(mixed):,} .txt in folders with files of records ({shown}) are read too, as paragraphs of "
+            "text; if they are not text, name the others by a pattern"
         )
 
 

@@ -98,8 +98,8 @@ def check_documents(
         return
     if looks_ahead:
         raise UserError(
-            f"{folder.path}: {name} is not a decoder: its state of a token depends on the tokens after it. A teacher is "
-            "a causal language model",
+            f"{folder.path}: {name} is not a decoder: its state of a token depends on the tokens after it. A teacher "
+            "is a causal language model",
             known_to_all_ranks=True,
         )
     if packed and crosses:

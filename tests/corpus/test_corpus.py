@@ -25,7 +25,7 @@ def _texts(config, split):
     return list(read_texts(config, split))
 
 
-def test_documents_are_split_by_content_wherever_they_stand(tmp_path):
+def test_documents_are_split_by_content_in_any_order(tmp_path):
     texts = [f"text number {index}" for index in range(200)]
     (tmp_path / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
     lines = "\n".join(json.dumps({"text": text}) for text in reversed(texts))
@@ -55,7 +55,7 @@ def test_a_training_text_that_is_held_out_is_left_out(tmp_path):
     assert (_texts(config, "train"), _texts(config, "validation")) == (["one", "two"], ["three", "four"])
 
 
-def test_every_kind_of_file_comes_to_one_corpus(tmp_path):
+def test_files_of_every_kind_form_one_corpus(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.txt").write_text("one", encoding="utf-8")

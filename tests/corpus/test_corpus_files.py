@@ -105,7 +105,7 @@ def test_mds_shards_are_read_as_mosaicml_streaming_reads_them(tmp_path, compress
     documents = list(read_file(index, "text"))
     assert [document.text for document in documents] == [sample["text"].strip() for sample in samples]
     assert documents[200].name == f"{index}:200"
-    assert sorted(path.name for path in index.parent.iterdir()) == before  # nothing is unpacked beside the shards
+    assert sorted(path.name for path in index.parent.iterdir()) == before  # nothing is unpacked next to the shards
 
 
 def test_other_columns_of_mds_shards_are_not_decoded(tmp_path):
@@ -142,7 +142,7 @@ def test_a_folder_around_the_work_directory_is_searched_without_it(tmp_path):
         tmp_path / "c.parquet",
     ]
     inside = [str(tmp_path / "work" / "own"), str(tmp_path / "work" / "corpus" / "train.parquet")]
-    assert len(expand(inside, "corpus.train", tmp_path / "work")) == 2  # what is named itself is read
+    assert len(expand(inside, "corpus.train", tmp_path / "work")) == 2  # a file that the config names is always read
     assert expand([str(tmp_path / "**" / "*.parquet"), str(tmp_path / "*.txt")], "corpus.train", tmp_path / "work") == [
         tmp_path / "a.txt",
         tmp_path / "c.parquet",
@@ -368,7 +368,7 @@ def test_mds_shards_of_another_kind_are_refused(tmp_path):
         ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n{"text": "two"}\n', 2),
     ],
 )
-def test_what_is_no_text_is_left_out_and_said(tmp_path, capsys, name, content, line):
+def test_values_that_are_not_text_are_left_out_and_reported(tmp_path, capsys, name, content, line):
     (tmp_path / name).write_bytes(content)
     assert [document.text for document in read_file(tmp_path / name, "text")] == ["one", "two"]
     assert (
@@ -376,7 +376,7 @@ def test_what_is_no_text_is_left_out_and_said(tmp_path, capsys, name, content, l
     )
 
 
-def test_null_is_no_document(tmp_path, capsys):
+def test_a_null_is_not_a_document(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "two"}\n')
     assert [document.text for document in read_file(tmp_path / "a.jsonl", "text")] == ["two"]
     assert "1 records without a text (null) are left out" in capsys.readouterr().err
@@ -413,7 +413,7 @@ def test_a_shard_that_was_cut_or_is_missing_is_named(tmp_path, compression, mess
         list(read_file(index, "text"))
 
 
-def test_a_fingerprint_changes_with_the_shards_behind_an_index(tmp_path):
+def test_a_fingerprint_changes_with_the_shards_of_an_index(tmp_path):
     index = _write_mds(tmp_path / "mds", [{"text": "x", "id": 1}])
     before = fingerprint(index)
     assert fingerprint(index) == before

@@ -71,7 +71,7 @@ def test_the_file_holds_what_is_documented(tmp_path):
 
 
 def _oracle(documents, sequence_length, mode):
-    """(token, position, has a target) of every position of every sequence, token by token."""
+    """Returns (token, position, has a target) of every position of every sequence, token by token."""
     if mode == "none":
         cuts = [d[i : i + sequence_length] for d in documents for i in range(0, len(d), sequence_length)]
         return [

@@ -1,4 +1,4 @@
-"""Decoders of the table: numbers are those of transformers, and docs/models.md says what was found.
+"""Decoders of the table: numbers are those of transformers, and docs/models.md has the findings.
 
 Some are examined here as `make models` examines all of them, the others by what needs no ranks.
 """

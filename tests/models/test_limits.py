@@ -91,7 +91,7 @@ def test_learned_positions_end_where_the_limit_says(config):
         model(torch.ones(1, limit + 1, dtype=torch.int64))
 
 
-def test_both_numbers_are_named_and_what_fits_passes(tmp_path):
+def test_refusals_name_both_numbers_and_fitting_models_pass(tmp_path):
     tokenizer = word_tokenizer(["a", "b"])
     model_config = LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer)}, max_position_embeddings=32)
     config = Config(workdir=str(tmp_path), teacher={"path": "x"}, corpus={"sequence_length": 32})

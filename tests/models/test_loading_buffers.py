@@ -83,7 +83,7 @@ def load(folder, world, *, mode="zero3", precision="bf16"):
 
 
 def tensors_of(model):
-    """Buffers, and tensors that are plain attributes, by name."""
+    """Returns buffers, and tensors that are plain attributes, by name."""
     found = dict(model.named_buffers())
     for prefix, module in model.named_modules():
         found |= {f"{prefix}.{k}": v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
@@ -124,7 +124,7 @@ def test_states_at_late_positions_in_bf16_are_those_of_transformers(tmp_path, wo
 
 
 @pytest.mark.parametrize("mode", ["zero3", "resident"])
-def test_tensors_that_nothing_takes_and_missing_buffers_are_named(tmp_path, world, mode):
+def test_unused_tensors_and_missing_buffers_are_named(tmp_path, world, mode):
     save(tmp_path / "teacher", "deepseek_v3")
     file = tmp_path / "teacher" / "model.safetensors"
     tensors = load_file(file)

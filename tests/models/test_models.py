@@ -108,7 +108,7 @@ def test_states_that_are_not_finite_are_refused(tmp_path, world):
     batch = TokenBatch(IDS, None, has_target, torch.zeros(2, 12, dtype=torch.uint8), 24)
     with pytest.raises(UserError, match=r"position 0 of sequence 40 is not finite, nor are those of 11 more positions"):
         states_of(teacher, batch, 40)
-    has_target[0] = False  # nobody asks for those
+    has_target[0] = False  # these are not used
     assert states_of(teacher, batch, 40).shape == (2, 12, 32)
     teacher.close()
 

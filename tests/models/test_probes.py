@@ -156,7 +156,7 @@ def test_a_model_whose_head_cannot_be_tried_is_refused(tmp_path, world):
         ("phi", "adds a bias to its logits"),
     ],
 )
-def test_what_a_head_does_shows_before_there_are_weights(name, message):
+def test_heads_are_checked_before_there_are_weights(name, message):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architectures.ARCHITECTURES[name].config())
     with pytest.raises(UserError, match=message):
@@ -197,7 +197,7 @@ def test_both_types_judge_packed_documents_alike(tmp_path, dtype, name, apart):
             check()
 
 
-def test_a_model_that_looks_ahead_is_no_decoder(tmp_path, world):
+def test_a_model_that_looks_ahead_is_refused(tmp_path, world):
     save_model(tmp_path / "teacher")
     (tmp_path / "teacher" / "config.json").unlink()
     model_config = Gemma3TextConfig(**SHAPE, head_dim=8, use_bidirectional_attention=True)

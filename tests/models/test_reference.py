@@ -62,7 +62,7 @@ def test_a_wrong_layer_is_named(tmp_path, world, small):
 
 
 @pytest.mark.parametrize("mode", ["zero3", "resident"])
-def test_weights_that_spoil_all_states_are_said_to(tmp_path, world, mode):
+def test_weights_that_are_not_finite_are_named_as_the_cause(tmp_path, world, mode):
     save(tmp_path / "teacher", "yarn")
     file = tmp_path / "teacher" / "model.safetensors"
     tensors = load_file(file)

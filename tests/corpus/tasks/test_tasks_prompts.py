@@ -1,4 +1,4 @@
-"""Prompts: what is asked, with which examples, and that its tokens are those that the chat template gives."""
+"""Prompts: their texts, their examples, and their tokens, which are those of the chat template."""
 
 import pytest
 from task_files import DATA
@@ -51,7 +51,7 @@ def test_without_a_template_a_prompt_is_plain():
     )
 
 
-def test_every_task_is_asked_in_its_own_way():
+def test_every_task_has_its_own_form_of_prompt():
     prompter = Prompter(word_tokenizer(["a"]))
     piqa = prompter.text(_questions("piqa", "piqa", 0)[0])
     assert piqa.endswith("Goal: light a candle\n0. hold a match to it\n1. hold a spoon to it\nAnswer:")
@@ -84,7 +84,7 @@ def _turns(example):
     return [asked, {"role": "assistant", "content": example.answers[0]}]
 
 
-def test_a_template_that_refuses_the_turns_is_a_users_error():
+def test_a_template_that_refuses_the_turns_is_a_user_error():
     tokenizer = _chat_tokenizer(writes_start=False)
     tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
     with pytest.raises(UserError, match=r"chat template refuses turns .*only one turn"):
@@ -112,7 +112,7 @@ def test_examples_are_a_function_of_seed_and_question():
     assert [q.shots for q in one] != [q.shots for q in _questions("commonsense_qa", "commonsense_qa", 5, seed=1)]
     assert len({q.shots for q in one}) > 1
     assert all(len(set(q.shots)) == 5 for q in one)
-    # What is asked after it does not change what a question is asked with.
+    # Later questions do not change the examples of a question.
     benchmark, pool = BENCHMARKS["commonsense_qa"], _examples("commonsense_qa", "train", "commonsense_qa")
     assert list(with_shots(benchmark, [one[2].example], pool, 5, 0)) == [one[2]]
 
@@ -179,14 +179,14 @@ def test_a_passage_that_examples_share_with_the_question_is_shown_once():
     assert other.plain(1).endswith(f"Passage: {passage}\nQuestion: Where is it?\nAnswer:")
 
 
-def test_too_few_examples_are_a_users_error():
+def test_too_few_examples_are_a_user_error():
     with pytest.raises(
         UserError, match=r"tasks.mmlu: a prompt shows 6 examples about old towns, .* only 5 .*choice_shots"
     ):
         _questions("mmlu", "mmlu", 6)
 
 
-def test_what_is_asked_is_known_by_its_content():
+def test_the_identity_of_a_task_depends_on_its_content():
     questions = _questions("piqa", "piqa", 2)
     assert digest_of(questions) == digest_of(_questions("piqa", "piqa", 2))
     assert len({digest_of(_questions("piqa", "piqa", shots)) for shots in (0, 1, 2)}) == 3

@@ -114,7 +114,7 @@ def _labelled_row(record):
 
 
 def _hub_rows(name, split):
-    """The rows that the hub has of the same examples, from the published files."""
+    """Returns the rows that the hub has of the same examples, from the published files."""
     folder = DATA / FOLDERS[name]
     if name in ("arc_challenge", "commonsense_qa"):
         return [_labelled_row(record) for record in _lines(folder / BENCHMARKS[name].files[split][0])]
@@ -150,7 +150,7 @@ def test_the_hubs_files_have_the_examples_of_the_published_ones(tmp_path, name):
         rows = _hub_rows(name, split)
         for part, piece in enumerate((rows[:2], rows[2:])):
             pq.write_table(pa.Table.from_pylist(piece), folder / f"{split}-{part:05d}-of-00002.parquet")
-        (tmp_path / "ARC-Easy").mkdir(exist_ok=True)  # another configuration beside it
+        (tmp_path / "ARC-Easy").mkdir(exist_ok=True)  # another configuration in the same folder
         pq.write_table(pa.table({"id": ["easy"]}), tmp_path / "ARC-Easy" / f"{split}-00000-of-00001.parquet")
         if benchmark.hub_config is None:
             shutil.rmtree(tmp_path / "ARC-Easy")
@@ -210,7 +210,7 @@ def test_mistakes_in_files_are_named_with_file_and_line(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["[1]", '"abc"', "3", "null"])
-def test_a_line_of_json_that_is_no_object_is_named(tmp_path, line):
+def test_a_line_of_json_that_is_not_an_object_is_named(tmp_path, line):
     path = _copy(tmp_path, "piqa") / "valid.jsonl"
     _, *others = path.read_text().splitlines()
     path.write_text("\n".join(["", line, *others]))
@@ -218,7 +218,7 @@ def test_a_line_of_json_that_is_no_object_is_named(tmp_path, line):
 
 
 @pytest.mark.parametrize("letter", ["", " ", "BC", "AB", "E", "b"])
-def test_an_answer_that_is_no_single_letter_is_no_answer(tmp_path, letter):
+def test_an_answer_that_is_not_a_single_letter_is_refused(tmp_path, letter):
     path = _copy(tmp_path, "mmlu") / "test" / "old_towns_test.csv"
     path.write_text(f"one,a,b,c,d,A\ntwo,a,b,c,d,{letter}\n")
     says = f"{path}:2: expected question, four choices and a letter of A to D, found 6 fields, the last of them "
@@ -232,14 +232,14 @@ def test_a_quote_that_is_never_closed_is_named_with_the_line_that_opens_it(tmp_p
         _refused("mmlu", "test", path.parents[1], f"{path}:3: ")
 
 
-def test_blank_lines_are_no_examples(tmp_path):
+def test_blank_lines_are_skipped(tmp_path):
     for name, split, file in (("piqa", "validation", "valid.jsonl"), ("mmlu", "test", "test/old_towns_test.csv")):
         path = _copy(tmp_path, name) / file
         path.write_text("\n" + path.read_text().replace("\n", "\n\n  \n"))
         assert _read(name, split, tmp_path / name) == _read(name, split)
 
 
-def test_half_of_a_character_is_refused_before_a_tokenizer_meets_it(tmp_path):
+def test_half_of_a_surrogate_pair_is_refused_when_it_is_read(tmp_path):
     piqa = _copy(tmp_path, "piqa") / "valid.jsonl"
     piqa.write_text(piqa.read_text().replace("water a plant", r"water \ud800 a plant"))
     says = r"'water \ud800 a plant' has half of a character, '\ud800'"
