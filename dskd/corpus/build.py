@@ -141,7 +141,8 @@ def _read_documents(config: Config) -> Iterator[tuple[str, Document]]:
     dropped = 0
     for document in train:
         if validation is None:
-            yield _side(document, corpus.validation_share), document
+            is_held_out = _hash(document.split_key) < corpus.validation_share * 2**64
+            yield "validation" if is_held_out else "train", document
         elif _hash(document.split_key) in held_out:
             dropped += 1
         else:
@@ -220,10 +221,6 @@ def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpu
             flush(split)
             writers[split].close()
     return counts
-
-
-def _side(document: Document, validation_share: float) -> str:
-    return "validation" if _hash(document.split_key) < validation_share * 2**64 else "train"
 
 
 def _hash(text: str) -> int:

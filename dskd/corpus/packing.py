@@ -83,7 +83,7 @@ def pack(
                 documents = tokenizing.read(
                     batch,
                     bar.update,
-                    _counted_from(first, name_of),
+                    lambda number, first=first: name_of(first + number),  # type: ignore[misc]
                     None if limit is None else limit - spooled,
                 )
                 first += len(batch)
@@ -104,10 +104,6 @@ def pack(
                 if limit is not None and spooled >= limit:
                     break
         return _write(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
-
-
-def _counted_from(first: int, name_of: Callable[[int], str]) -> Callable[[int], str]:
-    return lambda number: name_of(first + number)
 
 
 def _starts_of(sizes: np.ndarray) -> np.ndarray:

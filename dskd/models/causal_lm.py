@@ -6,7 +6,7 @@ before the next one is read, so no rank ever holds a whole model.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -212,11 +212,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 setattr(module, name, value.to(device))
-
-
-def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
-    """Returns how many elements of these ZeRO-3 parameters this rank holds."""
-    return sum(parameter.ds_tensor.numel() for parameter in parameters)  # type: ignore[attr-defined]
 
 
 def config_without_dropout(folder: ModelFolder) -> Any:

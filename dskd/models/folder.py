@@ -17,13 +17,13 @@ from typing import Any
 from dskd.artifacts import kinds
 from dskd.artifacts.hashing import digest_of_json, sha256_of_file
 from dskd.artifacts.manifest import read_manifest, write_json
+from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config, TeacherConfig
 from dskd.errors import UserError, listed
 from dskd.models.limits import check_limits
 from dskd.models.model_config import read_model_config
 from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
 
-_LFS_POINTER = b"version https://git-lfs"
 # The errors that transformers raises for a wrong value in config.json; it checks few values itself.
 BAD_CONFIG = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError),
@@ -119,21 +119,15 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         problems.append(f"there is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}")
     weights = sorted(file.name for file in folder.glob("model*.safetensors*"))
-    problems += [
-        f"{name} is a git-lfs pointer and not the file itself; fetch it with `git lfs pull`"
-        for name in ("config.json", *_TOKENIZER_FILES, *weights)
-        if _is_lfs_pointer(folder / name)
-    ]
+    for name in ("config.json", *_TOKENIZER_FILES, *weights):
+        if (folder / name).is_file():
+            try:
+                refuse_pointer(folder / name)
+            except UserError as problem:
+                problems.append(str(problem))
     if problems:
         raise UserError(listed(f"{named_by}: {folder} is not a Hugging Face model folder", problems))
     read_model_config(folder, named_by=named_by, trust_remote_code=trust_remote_code)
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

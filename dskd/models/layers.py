@@ -57,7 +57,8 @@ def check_kinds(teacher: nn.Module, student: Any, layers: Sequence[int]) -> None
         UserError: when layers differ, with up to ten differences.
     """
     differences = compare_layers(teacher, student, layers)
-    if _reads_layer_numbers(student.config) and list(layers) != list(range(len(layers))):
+    scales = getattr(student.config, "scale_attn_by_inverse_layer_idx", False)
+    if scales and list(layers) != list(range(len(layers))):
         differences.append("config.json scales attention by a layer's number (scale_attn_by_inverse_layer_idx)")
     if differences:
         raise UserError(
@@ -118,7 +119,3 @@ def kind_of(layer: nn.Module, number: int) -> dict[str, Any]:
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             kind[prefix + name] = list(getattr(tensor, "ds_shape", tensor.shape))
     return kind
-
-
-def _reads_layer_numbers(model_config: Any) -> bool:
-    return bool(getattr(model_config, "scale_attn_by_inverse_layer_idx", False))

@@ -106,7 +106,7 @@ def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Chang
     single = candidates(plan)
     places = itertools.combinations(range(len(single)), 2)
     pairs = [
-        _both(single[one], single[other])
+        Change(single[one].overrides + single[other].overrides)
         for one, other in sorted(places, key=sum)  # the cheapest together first
         if not _keys(single[one]) & _keys(single[other])
     ]
@@ -154,10 +154,6 @@ def _trimmed(change: Change, attempt: Attempt) -> tuple[Change, Plan]:
     changed = attempt(change)
     assert changed is not None
     return change, changed
-
-
-def _both(one: Change, other: Change) -> Change:
-    return Change(one.overrides + other.overrides)
 
 
 def _keys(change: Change) -> set[str]:

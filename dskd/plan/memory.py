@@ -15,7 +15,7 @@ from dskd.models.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
 from dskd.models.nvme import BUFFERS, buffer_numel
 from dskd.models.readouts import chunk_size
 from dskd.plan import GB
-from dskd.plan.activations import Activations, Batch, loaded_tensors, student_activations, teacher_activations
+from dskd.plan.activations import Batch, loaded_tensors, student_activations, teacher_activations
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
@@ -122,11 +122,25 @@ def compute_memory(
         bank_rows: the number of rows in the sense dictionary.
     """
     ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
-    size, hidden_size = dtype.itemsize, _hidden_size(architecture)
+    size, hidden_size = dtype.itemsize, architecture.values()["hidden_size"]
     with_teacher = config.needs_teacher
     batch = batch_of(config, micro_batch_size, relations=relations)
     persistent = PERSISTENT_WIDTHS * hidden_size
-    moments = _moments(config, cluster, architecture, student, batch, dtype, with_teacher=with_teacher)
+    activations = student_activations(
+        architecture,
+        tuple(student.layers),
+        student.trunk,
+        config.student,
+        config.loss,
+        batch,
+        dtype,
+        chunk_size=chunk_size(
+            config.train.loss_chunk_size, architecture.values()["vocab_size"], torch.device(cluster.device)
+        ),
+        checkpointing=config.train.activation_checkpointing,
+        with_teacher=with_teacher,
+    )
+    of_teacher = teacher_activations(architecture, _only_text(batch), dtype) if with_teacher else 0
 
     # The teacher: what a rank holds all the time, and what is gathered while it runs.
     held, host_teacher, gathered = 0, 0, None
@@ -147,9 +161,7 @@ def compute_memory(
     copy = each * student.teacher_matrix  # the teacher's output matrix, if the student's differs from it
     along = [each * elements for elements in student_gathered.along]
     # Activations grow from module to module while prefetched weights are released, so the peak can be at any module.
-    forward = max(
-        elements + moments.student.forward * (number + 1) // len(along) for number, elements in enumerate(along)
-    )
+    forward = max(elements + activations.forward * (number + 1) // len(along) for number, elements in enumerate(along))
     at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
     # The optimizer's share, and the bucket in which DeepSpeed collects gradients.
     optimizer = (MASTER_BYTES + MOMENT_BYTES + GRADIENT_BYTES) * share + REDUCE_BUCKET * size
@@ -167,10 +179,10 @@ def compute_memory(
     static = held + student_held + optimizer + sum(of_batches.values())
     # What each phase holds in addition to all that is always there; the largest decides the peak.
     at = {
-        "the teacher's forward pass": teacher_live + moments.teacher,
+        "the teacher's forward pass": teacher_live + of_teacher,
         "the student's forward pass": forward,
-        "the loss": at_turn + moments.student.kept + moments.student.loss,
-        "the backward pass": backward + moments.student.backward + (flushed + over if is_flushed_early else over),
+        "the loss": at_turn + activations.kept + activations.loss,
+        "the backward pass": backward + activations.backward + (flushed + over if is_flushed_early else over),
         "the sum over ranks": backward + flushed + over,
         "the optimizer's step": _STEP * min(share, SUB_GROUP),
     }
@@ -180,8 +192,8 @@ def compute_memory(
         teacher=held + teacher_live,
         student=student_held + max(*along, at_turn, backward),
         optimizer=optimizer + max(_STEP * min(share, SUB_GROUP), flushed + over),
-        activations=max(moments.teacher, moments.student.forward, moments.student.backward),
-        loss=moments.student.loss,
+        activations=max(of_teacher, activations.forward, activations.backward),
+        loss=activations.loss,
         **of_batches,
         reserved=reserved,
         peak=static + at[moment] + reserved,
@@ -191,37 +203,9 @@ def compute_memory(
     return Memory(gpu, host, gathered, student_gathered, senses + rest)
 
 
-@dataclass(frozen=True)
-class _Moments:
-    teacher: int
-    student: Activations
-
-
-def _moments(
-    config: Config,
-    cluster: Cluster,
-    architecture: Architecture,
-    student: Student,
-    batch: Batch,
-    dtype: torch.dtype,
-    *,
-    with_teacher: bool,
-) -> _Moments:
-    vocab_size = architecture.values()["vocab_size"]
-    activations = student_activations(
-        architecture,
-        tuple(student.layers),
-        student.trunk,
-        config.student,
-        config.loss,
-        batch,
-        dtype,
-        chunk_size=chunk_size(config.train.loss_chunk_size, vocab_size, torch.device(cluster.device)),
-        checkpointing=config.train.activation_checkpointing,
-        with_teacher=with_teacher,
-    )
-    without = replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0)
-    return _Moments(teacher_activations(architecture, without, dtype) if with_teacher else 0, activations)
+def _only_text(batch: Batch) -> Batch:
+    """Returns a batch of the same texts without senses or a cached teacher, which the teacher does not read."""
+    return replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0)
 
 
 def _teacher(
@@ -305,7 +289,7 @@ def stages_before(
     config_of = (
         config.teacher.model_copy(update={"mode": "zero3"}) if config.teacher.mode == "cached" else config.teacher
     )
-    hidden_size = _hidden_size(architecture)
+    hidden_size = architecture.values()["hidden_size"]
     held, on_host, gathered = _teacher(
         config.model_copy(update={"teacher": config_of}), cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size
     )
@@ -322,7 +306,7 @@ def stages_before(
         ("gathering states", config.senses.batch_size, 0, kept_states),
         ("annotation", config.annotation.batch_size, kept_rows + cache, 0),
     ):
-        batch = replace(batch_of(config, sequences, relations=0.0), sense_positions=0, sense_rows=0, teacher_top_n=0)
+        batch = _only_text(batch_of(config, sequences, relations=0.0))
         gpu = live + reserved + on_device + teacher_activations(architecture, batch, dtype)
         # Without GPUs a rank's tensors are in the host's memory, and `gpu` includes its process.
         host = (on_host + in_host + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
@@ -340,7 +324,3 @@ def _cache_bytes(config: Config, architecture: Architecture, size: int) -> int:
     width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)
     tokens = config.annotation.batch_size * config.corpus.sequence_length
     return tokens * 2 * width * size * (layers + 1)
-
-
-def _hidden_size(architecture: Architecture) -> int:
-    return architecture.values()["hidden_size"]

@@ -68,9 +68,9 @@ def test_files_of_every_kind_form_one_corpus(tmp_path):
     build_corpus(config)
     assert _texts(config, "train") == ["one", "two", "three", "five"]
     assert _texts(config, "validation") == ["four", "six"]
-    wanted = recipe(config)
+    before = recipe(config)
     pq.write_table(pa.table({"text": ["three", "seven"]}), data / "c.parquet")
-    assert recipe(config).inputs != wanted.inputs
+    assert recipe(config).inputs != before.inputs
 
 
 def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):

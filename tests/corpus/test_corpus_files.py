@@ -325,7 +325,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 
 
 @pytest.mark.parametrize(
-    ("record", "says"),
+    ("record", "message"),
     [
         (TURNS, "one turn of a chat"),  # a line that begins with [ is read as an array
         ({"conversation": TURNS}, "this is a chat: 'conversation' has 2 turns, the first by 'user'"),
@@ -338,9 +338,9 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
         ({"inputs": "x", "targets": "y"}, "an instruction and its answer"),
     ],
 )
-def test_chats_in_every_layout_point_to_the_page_on_chats(tmp_path, record, says):
+def test_chats_in_every_layout_point_to_the_page_on_chats(tmp_path, record, message):
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
-    with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{says}.*docs/training\.md"):
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{message}.*docs/training\.md"):
         list(read_file(tmp_path / "a.jsonl", "text"))
     (tmp_path / "a.json").write_text(json.dumps([record]))
     with pytest.raises(UserError, match=r"a\.json:1: .*docs/training\.md"):

@@ -49,9 +49,9 @@ def test_without_a_held_out_split_a_share_of_the_documents_is_held_out(tmp_path,
     train, validation = list(read_texts(config, "train")), list(read_texts(config, "validation"))
     assert sorted(train + validation) == sorted(texts)
     assert 30 <= len(validation) <= 90
-    wanted = recipe(config)
+    before = recipe(config)
     (tmp_path / "data" / "train.jsonl").write_text(lines * 2, encoding="utf-8")
-    assert recipe(config).inputs != wanted.inputs
+    assert recipe(config).inputs != before.inputs
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,10 @@ def load(folder, world, *, mode="zero3", precision="bf16"):
 
 def tensors_of(model):
     """Returns buffers, and tensors that are plain attributes, by name."""
-    found = dict(model.named_buffers())
+    tensors = dict(model.named_buffers())
     for prefix, module in model.named_modules():
-        found |= {f"{prefix}.{k}": v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
-    return found
+        tensors |= {f"{prefix}.{k}": v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
+    return tensors
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -97,13 +97,13 @@ def test_every_buffer_is_the_one_that_transformers_loads(tmp_path, world, name, 
     save(tmp_path / "teacher", name)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=dtype).eval()
-    wanted = tensors_of(base_model(expected))
+    reference = tensors_of(base_model(expected))
     teacher = load(tmp_path / "teacher", world, mode=mode, precision=precision)
-    found = tensors_of(teacher.decoder.base)
-    assert wanted.keys() <= found.keys()  # longrope keeps the table of late positions that it made when it ran
-    for key, tensor in wanted.items():
-        assert found[key].dtype == tensor.dtype, key
-        assert torch.equal(found[key], tensor), key
+    loaded = tensors_of(teacher.decoder.base)
+    assert reference.keys() <= loaded.keys()  # longrope keeps the table of late positions that it made when it ran
+    for key, tensor in reference.items():
+        assert loaded[key].dtype == tensor.dtype, key
+        assert torch.equal(loaded[key], tensor), key
     teacher.close()
 
 

@@ -126,7 +126,7 @@ def test_adapters_pointers_and_revisions_of_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="this is a LoRA adapter; merge it"):
         check_model_folder(folder, named_by="teacher.path")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "model.safetensors is a git-lfs pointer" in _refusal(folder)
+    assert "model.safetensors: this is only a pointer of git" in _refusal(folder)
 
 
 def test_every_key_that_this_transformers_writes_is_known_to_it(tmp_path, capsys):

@@ -22,7 +22,7 @@ def test_auto_is_the_format_that_the_machine_supports(monkeypatch):
         monkeypatch.setattr(precision, "supports_bf16", lambda _, has=has: has)
         assert resolve_precision("auto") == name
         assert compute_dtype("auto", torch.device("cpu")) == dtype
-        assert [resolve_precision(given) for given in ("bf16", "fp32")] == ["bf16", "fp32"]
+        assert [resolve_precision(precision) for precision in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
 def _recipes(config):

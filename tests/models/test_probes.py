@@ -71,10 +71,10 @@ def test_the_student_learns_from_packed_documents_as_from_single_ones(tmp_path, 
     )
     engine.backward(total)
 
-    wanted = [
+    losses = [
         F.cross_entropy(plain(document).logits[0, :-1], document[0, 1:], reduction="sum") for document in _documents()
     ]
-    expected = sum(wanted) / count
+    expected = sum(losses) / count
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     gradients = {name: p.grad for name, p in plain.named_parameters() if ".layers.3." in name}

@@ -83,8 +83,8 @@ def test_flops_are_those_of_the_formula(tmp_path, trunk):
     architecture = Architecture(json.dumps(LLAMA), "llama")
     student = cut_student(config, architecture)
     shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
-    found = flops_per_token(config, architecture, teacher_shapes(architecture), student)
-    assert found == step_flops(shape, shared_trunk=trunk == "on")
+    flops = flops_per_token(config, architecture, teacher_shapes(architecture), student)
+    assert flops == step_flops(shape, shared_trunk=trunk == "on")
 
 
 def test_bytes_count_as_long_as_something_refers_to_them():
@@ -263,15 +263,15 @@ def test_the_smallest_number_of_nodes_that_fits_is_named(tmp_path, needed):
             raise UserError("cannot be shared out")
         return large if (change.nodes or 1) >= needed else small
 
-    change, found = smallest_change(small, replan)
-    assert (change, found) == (Change((), needed), large)
+    change, changed = smallest_change(small, replan)
+    assert (change, changed) == (Change((), needed), large)
 
 
 def test_only_settings_that_are_needed_are_named(tmp_path):
     small, large = _refused(tmp_path)
-    wanted = {"train.activation_checkpointing=true", "train.loss_chunk_size=64", "train.micro_batch_size=1"}
-    change, _ = smallest_change(small, lambda change: large if wanted <= set(change.overrides) else small)
-    assert set(change.overrides) == wanted
+    needed = {"train.activation_checkpointing=true", "train.loss_chunk_size=64", "train.micro_batch_size=1"}
+    change, _ = smallest_change(small, lambda change: large if needed <= set(change.overrides) else small)
+    assert set(change.overrides) == needed
     assert smallest_change(small, lambda change: small) is None
 
 

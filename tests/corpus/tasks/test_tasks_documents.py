@@ -118,12 +118,12 @@ def test_a_split_takes_its_share_and_no_group_is_on_both_sides():
 
 
 def test_everything_that_affects_the_documents_is_in_the_recipe(tmp_path):
-    wanted = recipe(_config(tmp_path))
-    assert recipe(_config(tmp_path)) == wanted
+    before = recipe(_config(tmp_path))
+    assert recipe(_config(tmp_path)) == before
     changes = [{"seed": 1}, {"train_share": 0.6}, {"choice_shots": 1}, {"squad_tokens": 9}, {"piqa_tokens": 1}]
     for change in (*changes, {"squad_shots_from": "same_passage"}):
-        assert recipe(_config(tmp_path, **change)) != wanted, change
-    assert recipe(_config(tmp_path, batch_size=1, limit=3)) == wanted
+        assert recipe(_config(tmp_path, **change)) != before, change
+    assert recipe(_config(tmp_path, batch_size=1, limit=3)) == before
 
 
 def test_too_little_data_is_a_user_error_and_leaves_nothing(tmp_path):

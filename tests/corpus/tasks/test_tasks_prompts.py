@@ -71,9 +71,11 @@ def test_the_tokens_of_a_chat_are_those_that_the_template_gives(writes_start):
     for question in _questions("arc_challenge", "arc", 3):
         messages = [message for shot in question.shots for message in _turns(shot)] + _turns(question.example)[:1]
         messages[0]["content"] = f"{question.benchmark.instruction}\n\n{messages[0]['content']}"
-        wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, date_string="-", return_dict=False)
+        expected = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, date_string="-", return_dict=False
+        )
         prompt = prompter.prompt(question, None)
-        assert prompt.input_ids == list(wanted)
+        assert prompt.input_ids == list(expected)
         assert prompt.input_ids.count(tokenizer.bos_token_id) == 1
         assert (prompt.num_shots, prompt.is_cut) == (3, False)
 
@@ -141,16 +143,16 @@ def test_an_example_of_the_questions_passage_is_another_answerable_one_that_does
     longer_answer = _squad("5", "What was said?", "stands by the river")
     elsewhere = _squad("6", "Who rows?", "Tom", passage="Tom rows.")
     pool = [asked, unanswerable, shot, same_answer, longer_answer, elsewhere]
-    found = {
+    shown = {
         question.example.name: [shown.name for shown in question.shots]
         for seed in range(9)
         for question in with_shots(BENCHMARKS["squad_v2"], pool, pool, 9, seed, own_passage=True)
     }
-    assert found["1"] == ["3"]
-    assert found["2"] == ["1", "3", "4", "5"]  # nothing gives away that there is no answer
-    assert found["3"] == ["1", "4", "5"]
-    assert found["4"] == found["5"] == ["3"]
-    assert found["6"] == []  # as in the published program: no example
+    assert shown["1"] == ["3"]
+    assert shown["2"] == ["1", "3", "4", "5"]  # nothing gives away that there is no answer
+    assert shown["3"] == ["1", "4", "5"]
+    assert shown["4"] == shown["5"] == ["3"]
+    assert shown["6"] == []  # as in the published program: no example
     one = list(with_shots(BENCHMARKS["squad_v2"], [unanswerable, asked], pool, 1, 0, own_passage=True))
     assert one[:1] == list(with_shots(BENCHMARKS["squad_v2"], [unanswerable], pool, 1, 0, own_passage=True))
     drawn = {

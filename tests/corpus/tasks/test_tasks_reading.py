@@ -162,10 +162,10 @@ def _copy(tmp_path, name):
     return tmp_path / name
 
 
-def _refused(name, split, folder, *says):
+def _refused(name, split, folder, *parts):
     with pytest.raises(UserError) as error:
         _read(name, split, folder)
-    for part in says:
+    for part in parts:
         assert part in str(error.value)
 
 
@@ -221,8 +221,8 @@ def test_a_line_of_json_that_is_not_an_object_is_named(tmp_path, line):
 def test_an_answer_that_is_not_a_single_letter_is_refused(tmp_path, letter):
     path = _copy(tmp_path, "mmlu") / "test" / "old_towns_test.csv"
     path.write_text(f"one,a,b,c,d,A\ntwo,a,b,c,d,{letter}\n")
-    says = f"{path}:2: expected question, four choices and a letter of A to D, found 6 fields, the last of them "
-    _refused("mmlu", "test", path.parents[1], f"{says}{letter!r}")
+    message = f"{path}:2: expected question, four choices and a letter of A to D, found 6 fields, the last of them "
+    _refused("mmlu", "test", path.parents[1], f"{message}{letter!r}")
 
 
 def test_a_quote_that_is_never_closed_is_named_with_the_line_that_opens_it(tmp_path):
@@ -242,8 +242,8 @@ def test_blank_lines_are_skipped(tmp_path):
 def test_half_of_a_surrogate_pair_is_refused_when_it_is_read(tmp_path):
     piqa = _copy(tmp_path, "piqa") / "valid.jsonl"
     piqa.write_text(piqa.read_text().replace("water a plant", r"water \ud800 a plant"))
-    says = r"'water \ud800 a plant' has half of a character, '\ud800'"
-    _refused("piqa", "validation", piqa.parent, f"{piqa}:2:", says)
+    message = r"'water \ud800 a plant' has half of a character, '\ud800'"
+    _refused("piqa", "validation", piqa.parent, f"{piqa}:2:", message)
     squad = _copy(tmp_path, "squad_v2") / "dev-v2.0.json"
     squad.write_text(squad.read_text().replace("seven arches.", r"seven \udc00 arches."))
     _refused("squad_v2", "validation", squad.parent, f"{squad}:1:", r"has half of a character, '\udc00'")
@@ -287,7 +287,7 @@ def test_the_published_files_are_read_whole(name, folder, labels):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"choices": {"label": ["A", "B", "C"], "text": ["a", "b"]}}, "3 labels, but 2 texts"),
         ({"choices": {"label": ["A", "A"], "text": ["a", "b"]}}, "a label twice: A, A"),
@@ -296,10 +296,10 @@ def test_the_published_files_are_read_whole(name, folder, labels):
         ({"id": None}, "its id is None"),
     ],
 )
-def test_a_damaged_question_with_choices_is_refused_with_its_row(tmp_path, changes, says):
+def test_a_damaged_question_with_choices_is_refused_with_its_row(tmp_path, changes, message):
     row = {"id": "q", "question": "What?", "choices": {"label": ["A", "B"], "text": ["a", "b"]}, "answerKey": "A"}
     pq.write_table(pa.Table.from_pylist([row, {**row, "id": "r"} | changes]), tmp_path / "validation-0.parquet")
-    with pytest.raises(UserError, match=rf"validation-0\.parquet:2: .*{says}"):
+    with pytest.raises(UserError, match=rf"validation-0\.parquet:2: .*{message}"):
         _read("arc_challenge", "validation", tmp_path)
 
 
@@ -329,7 +329,7 @@ def test_labels_and_keys_are_compared_as_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"is_impossible": "false"}, "is_impossible is 'false'; expected true or false"),
         ({"answers": []}, "it has no answers, but is_impossible is not true"),
@@ -337,11 +337,11 @@ def test_labels_and_keys_are_compared_as_text(tmp_path):
         ({"id": None}, "its id is None"),
     ],
 )
-def test_a_damaged_question_about_a_passage_is_refused_with_its_number(tmp_path, changes, says):
+def test_a_damaged_question_about_a_passage_is_refused_with_its_number(tmp_path, changes, message):
     question = {"id": "q", "question": "Who?", "answers": [{"text": "he"}], "is_impossible": False} | changes
     content = {"data": [{"paragraphs": [{"context": "It was he.", "qas": [question]}]}]}
     (tmp_path / "dev-v2.0.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"dev-v2\.0\.json:? ?(question )?1.*{says}"):
+    with pytest.raises(UserError, match=rf"dev-v2\.0\.json:? ?(question )?1.*{message}"):
         _read("squad_v2", "validation", tmp_path)
 
 
