@@ -40,7 +40,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Packed token sequences on disk: S sequences of T tokens, read in slices through a memory map.
+    """The packed token sequences on disk: S sequences of T tokens, read in slices through a memory map.
 
     `lengths` [S] is the number of real tokens of each sequence; the rest is padding, which no loss uses.
     `continuation_tokens` [S] is the number of tokens by which the teacher may continue each.
@@ -56,7 +56,7 @@ class Sequences:
 
     @property
     def num_tokens(self) -> int:
-        """The number of real tokens in all sequences."""
+        """Returns the number of real tokens in all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:

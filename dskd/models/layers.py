@@ -16,7 +16,7 @@ _NOT_OF_A_KIND = ("training", *RULES)
 
 
 class Run(NamedTuple):
-    """What went through a module when it ran."""
+    """A run of a module: the states that went into it and came out of it."""
 
     input: torch.Tensor
     output: torch.Tensor

@@ -34,7 +34,7 @@ class Question:
 
     @property
     def identity(self) -> list[Any]:
-        """The data that affects the prompt or the right answers, as JSON-like values."""
+        """Returns the data that affects the prompt or the right answers, as JSON-like values."""
         *shown, (last, _) = self._turns(len(self.shots))
         turns = [list(turn) for turn in shown]
         return [self.example.name, self._instruction, turns, last, list(self.example.answers)]
@@ -182,7 +182,7 @@ class Prompt:
 
     @property
     def sha256(self) -> str:
-        """The identity of the text."""
+        """Returns the identity of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -194,12 +194,12 @@ class Prompter:
 
     @property
     def has_template(self) -> bool:
-        """True if the tokenizer has a chat template, so that prompts are chats."""
+        """Returns True if the tokenizer has a chat template, so that prompts are chats."""
         return bool(getattr(self._tokenizer, "chat_template", None))
 
     @property
     def format(self) -> str:
-        """The form of the prompts: `plain`, or the digest of the chat template."""
+        """Returns the form of the prompts: `plain`, or the digest of the chat template."""
         return digest_of_json(self._tokenizer.chat_template) if self.has_template else "plain"
 
     def text(self, question: Question, num_shots: int | None = None) -> str:
@@ -244,7 +244,7 @@ class Prompter:
 
     @cached_property
     def _own_start(self) -> str:
-        """The text of the token that the tokenizer puts before every text; empty if it puts none there."""
+        """Returns the text of the token that the tokenizer puts before every text; empty if it puts none there."""
         ids = self._tokenizer("a", verbose=False)["input_ids"]
         start = self._tokenizer.bos_token
         return start if start and ids[:1] == [self._tokenizer.bos_token_id] and len(ids) > 1 else ""
