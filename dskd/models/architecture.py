@@ -69,7 +69,8 @@ def _check_sequences(model_config: Any, config: Config, where: str, *, with_posi
     if config.corpus.packing == "documents" and not with_positions:
         raise UserError(
             f"{where} does not keep documents apart that share a sequence: it takes no positions. Set "
-            "corpus.packing to stream, if they may see each other, or to none, which gives each a sequence of its own"
+            "corpus.packing to stream, if they may see each other, or to none, which gives each a sequence of its own",
+            known_to_all_ranks=True,
         )
     length = config.corpus.sequence_length
     chunk = getattr(model_config, "attention_chunk_size", None)

@@ -97,7 +97,7 @@ def test_a_folder_of_records_is_not_trained_on_its_checksums(tmp_path, capsys):
     for part in (
         "reads 1 .jsonl.zst",
         "1 SHA256SUMS.txt (named like a file about the data)",
-        "1 README.txt (by its name",
+        "1 README.txt (named like a file",
         "1 files.txt (checksums)",
         "1 .md",
         "1 without an ending",

@@ -91,7 +91,7 @@ def test_the_student_learns_from_packed_documents_as_from_single_ones(tmp_path, 
 
 
 CROSSING = {
-    "bloom": lambda: BloomConfig(vocab_size=120, hidden_size=32, n_layer=2, n_head=4),  # takes positions, uses none
+    "bloom": lambda: BloomConfig(vocab_size=120, hidden_size=32, n_layer=2, n_head=4),  # ignores positions
     "gpt-neo": lambda: GPTNeoConfig(  # uses them, and attention crosses
         vocab_size=120, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     ),
