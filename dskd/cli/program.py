@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,7 +29,7 @@ from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, Us
 
 _RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine the launcher takes seconds to end the other ranks
 _OVERRIDES_HELP = (
-    "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
+    "replaces the value in the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
     "`dskd config` explains every key"
 )
 
@@ -46,35 +46,66 @@ def build_parser(description: str | None, epilog: str = "") -> argparse.Argument
     return parser
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config FILE` and overrides."""
-    add_config_argument(parser)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES_HELP)
-
-
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config FILE`."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
-
-
-def parse(parser: argparse.ArgumentParser, *options: str, may_be_empty: Sequence[str] = ()) -> argparse.Namespace:
-    """Parses the arguments, in any order. Overrides after an option that takes several names do not count as names.
+def add_verb(
+    verbs: argparse._SubParsersAction,
+    name: str,
+    run_verb: Callable[[argparse.Namespace], int],
+    *,
+    text: str,
+    epilog: str,
+    description: str | None = None,
+) -> argparse.ArgumentParser:
+    """Adds a verb of `dskd` and returns its parser.
 
     Args:
-        parser: made by :func:`build_parser`.
-        options: the options that take several names; names must not contain `=`.
-        may_be_empty: those of `options` that may come without a name (`nargs="*"`).
+        verbs: the parsers of all verbs.
+        name: the verb.
+        run_verb: runs it with the parsed arguments and returns the exit code.
+        text: its line in the list of verbs.
+        epilog: its examples.
+        description: the text above its arguments, by default `text`.
     """
-    given = parser.parse_intermixed_args()
-    for option in options:
-        words = getattr(given, option)
+    parser = verbs.add_parser(
+        name,
+        help=text,
+        description=description or f"{text[0].upper()}{text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run_verb=run_verb)
+    return parser
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    is_required: bool = True,
+    metavar: str = "section.key=value",
+    text: str = _OVERRIDES_HELP,
+) -> None:
+    """Adds `--config FILE` and the overrides, called `metavar` and explained by `text` in the help."""
+    parser.add_argument("--config", type=Path, required=is_required, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help=text)
+
+
+def parse(parser: argparse.ArgumentParser, *lists: str) -> argparse.Namespace:
+    """Parses the command line, on which overrides may be anywhere, even after an option that takes several names.
+
+    Args:
+        parser: the parser of the program.
+        lists: its options that take several names. What contains `=` after them is an override.
+    """
+    args, rest = parser.parse_known_args()  # argparse takes only the first group of overrides if the line has several
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if hasattr(args, "overrides"):
+        args.overrides += rest
+    for name in lists:
+        words = getattr(args, name)
         if words is not None:
-            names = [word for word in words if "=" not in word]
-            if not names and option not in may_be_empty:
-                parser.error(f"argument --{option}: expected at least one name, found {' '.join(words)}")
-            setattr(given, option, names)
-            given.overrides += [word for word in words if "=" in word]
-    return given
+            args.overrides += [word for word in words if "=" in word]
+            setattr(args, name, [word for word in words if "=" not in word])
+    return args
 
 
 def run(action: Callable[[], int | None]) -> int:
@@ -102,8 +133,8 @@ def run(action: Callable[[], int | None]) -> int:
             print(f"error: {error.strerror}; {shortage}. What was complete stays", file=sys.stderr, flush=True)
             return USER_ERROR_EXIT_CODE
         print(
-            f"error: {error.strerror}{place}; what was complete stays. Free some, or set workdir to another disk, and "
-            "the same command goes on from there",
+            f"error: {error.strerror}{place}; what was complete stays. Free some space, or set workdir to another "
+            "disk, and run the same command again: it resumes",
             file=sys.stderr,
             flush=True,
         )
@@ -123,14 +154,14 @@ def run(action: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return FAULT_EXIT_CODE
     except Stopped as stopped:
-        say(f"{str(stopped) or 'stopped, as asked; what was complete stays'}")
+        say(f"{str(stopped) or 'stopped on request; what was complete stays'}")
         return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
         say("interrupted; what was complete stays")
         return 130
 
 
-def _is_of_shared_memory(error: RuntimeError) -> bool:
+def _shared_memory_failed(error: RuntimeError) -> bool:
     """Returns True if torch reports that a loader's worker had no room for a batch or died of a bus error."""
     return "shared memory" in str(error) or "Bus error" in str(error)
 
@@ -149,16 +180,16 @@ def _rank_0_spoke(end: StopRequest) -> bool:
     return True
 
 
-def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
+def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
     """Reads the config, joins the ranks, calls `action` with both, and exits; handles errors like :func:`run`."""
     from dskd.distributed.peers import meet_peers  # imported here so that --help does not wait for torch
     from dskd.distributed.rendezvous import initialize, shutdown
 
     warnings.filterwarnings("ignore", category=FutureWarning)
 
-    def joined() -> None:
+    def join_and_act() -> None:
         try:
-            config = load_config(given.config, given.overrides)
+            config = load_config(args.config, args.overrides)
         except UserError as error:
             raise UserError(str(error), known_to_all_ranks=True) from None
         listen()  # the launcher also ends its ranks with TERM, and the tracked run must then be marked as ended
@@ -169,17 +200,17 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
         except RuntimeError as error:  # torch raises it for a failed collective, among other things
             lost = peers.find_lost()
             if lost is None:
-                if _is_of_shared_memory(error) and (shortage := describe_shortage(is_known=True)):
+                if _shared_memory_failed(error) and (shortage := describe_shortage(is_known=True)):
                     raise UserError(f"{shortage}. What was complete stays") from error
                 raise
             raise LostPeerError(
-                f"[rank {world.rank}, {peers.host}] {lost}; this rank ends too, for it cannot go on without. Start all "
-                f"ranks again (training: with --resume). It was noticed by: {str(error).strip().splitlines()[0]}"
+                f"[rank {world.rank}, {peers.host}] {lost}; this rank cannot continue without, so it ends too. "
+                f"Start all ranks again (training: with --resume). Noticed by: {str(error).strip().splitlines()[0]}"
             ) from error
         shutdown()
 
     try:
-        exit_code = run(joined)
+        exit_code = run(join_and_act)
     finally:
         ignore()
         # Otherwise Python would wait for the workers: a loader's worker can hang in mosaicml-streaming after a shard

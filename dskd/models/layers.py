@@ -20,6 +20,7 @@ class Run(NamedTuple):
 
     input: torch.Tensor
     output: torch.Tensor
+    returns_tuple: bool  # whether the module returned a tuple, of which `output` is the first item
 
 
 @contextmanager
@@ -28,8 +29,9 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Run]]:
     runs: list[Run] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        result = output[0] if isinstance(output, tuple) else output
-        runs.append(Run(input_states(args, kwargs).detach(), result.detach()))
+        returns_tuple = isinstance(output, tuple)
+        states = output[0] if returns_tuple else output
+        runs.append(Run(input_states(args, kwargs).detach(), states.detach(), returns_tuple))
 
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     try:

@@ -171,7 +171,7 @@ def loaded_tensors(batch: Batch, hidden_size: int) -> dict[str, Any]:
             **{name: torch.zeros(positions, dtype=torch.int64) for name in ("relation_positions", "own_positions")},
             **{
                 name: torch.zeros(positions, kappa, dtype=torch.int64)
-                for name in ("synonym_index", "antonym_index", "own_index")
+                for name in ("synonym_rows", "antonym_rows", "own_rows")
             },
         }
         if batch.sense_rows:

@@ -1,4 +1,4 @@
-"""docs/models.md: a page that says of each architecture of the table what was found. `make models` writes it."""
+"""Writes docs/models.md (`make models`): a page with the findings for each architecture of the table."""
 
 import re
 import sys
@@ -6,30 +6,31 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from architecture_findings import Finding, check_plan, find
+from architecture_findings import LIMITS, Finding, check_plan, find
 from architectures import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "models.md"
 _TEXT = """# Which models can be distilled
 
-A teacher is any decoder of transformers whose logits are its last hidden states times its output matrix. The tables say
-of {count} architectures what was found by trying a small random model of each on two ranks with different tokens: its
-states and logits, in float32 and bf16, whole on a rank and sharded, at early and late positions, and every buffer,
-against transformers' own model; a cut student against the teacher without the other layers; a training step against
-plain gradients; and an exported student against the trained one. `make models` tries them again and writes this page; a
-test holds the page to what it finds.
+A teacher can be any decoder of transformers whose logits are its last hidden states times its output matrix. The tables
+show what we found for {count} architectures, by trying a small random model of each on two ranks with different tokens.
+We compared its states, logits and buffers with those of transformers' own model (in float32 and bf16, whole on a rank
+and sharded, at early and late positions); a cut student with the teacher without the other layers; a training step with
+plain gradients; and an exported student with the trained one. `make models` tries them again and writes this page, and
+a test checks that the page has the findings.
 
-What is not in the tables is tried when it is loaded: its head, its packed documents and the kinds of its layers. What
-does not fit is refused before work begins, with the reason.
+A model that is not in the tables is tried when it is loaded: its head, packed documents and the kinds of its layers. If
+something does not work, the model is refused before work begins, with the reason.
 
-- **teacher**: it is read as transformers reads it. No: it is refused when a command finds it.
-- **cut student**: any of its layers make a student in which each layer computes what it does in the teacher.
-- **packed documents**: `corpus.packing: documents` keeps documents that share a sequence apart. No: it is refused, and
-  `corpus.packing` has to be `stream` or `none`.
-- **shared trunk**: frozen lower layers are computed once, in the teacher (`student.shared_trunk`). No: the student
-  computes all of its layers, which takes time and changes no result.
+- **teacher**: the model computes what it does in transformers. If not, it is refused when a command opens its folder.
+- **in short sequences**: a longer `corpus.sequence_length` is refused; the last column has the small model's limit.
+- **cut student**: a student of any layers can be cut, and each layer computes what it does in the teacher.
+- **packed documents**: `corpus.packing: documents` keeps documents that share a sequence apart. If not, it is
+  refused, and `corpus.packing` must be `stream` or `none`.
+- **shared trunk**: frozen lower layers are computed once, in the teacher (`student.shared_trunk`). If not, the student
+  computes all of its layers, which takes more time and changes no result.
 
-In float32 two factors of Apertus's activation, which transformers keeps in bf16, are not trained.
+In float32, two factors of Apertus's activation, which transformers keeps in bf16, are not trained.
 
 Not supported yet are heads that cap, scale or shift logits, quantised weights, and models of images or sound.
 
@@ -37,9 +38,9 @@ Not supported yet are heads that cap, scale or shift logits, quantised weights, 
 
 ## Mixtures of experts
 
-They are distilled like other decoders. A mixture under ZeRO-3 is gathered as a whole, so that ranks may choose
-different experts. The loss has no term that balances the load of experts, so the routers of trained layers stay as
-they are; their experts are trained.
+Mixtures are distilled like other decoders. Under ZeRO-3 each mixture is gathered as a whole, so that ranks can choose
+different experts. The loss has no term that balances the load of the experts, so the routers of trained layers are
+frozen; their experts are trained.
 
 {mixtures}
 """
@@ -49,33 +50,41 @@ _HEAD = (
 
 
 def row(name: str, finding: Finding) -> str:
-    """The line of the page about an architecture."""
+    """Returns the row of an architecture."""
     example = ARCHITECTURES[name].example
     if finding["refused"]:
         cells = [f"{example}", "no", "no", "", "", _short(finding["refused"])]
     else:
-        places = ("cut", "documents", "trunk")
-        reasons = [_short(finding[place]) for place in places if finding[place]]
+        limits = [key for key in LIMITS if not (key == "documents limit" and finding["documents"])]
+        reasons = [finding[place] for place in ("cut", "documents", "trunk", *limits) if finding[place]]
+        teacher = "in short sequences" if finding["stream limit"] else "yes"
         cut = "some layers" if finding["cut"] else "yes"
-        others = ["no" if finding[place] else "yes" for place in places[1:]]
-        cells = [example, "yes", cut, *others, "; ".join(reasons)]
+        documents = "no" if finding["documents"] else "in short sequences" if finding["documents limit"] else "yes"
+        trunk = "no" if finding["trunk"] else "yes"
+        cells = [example, teacher, cut, documents, trunk, "; ".join(_short(reason) for reason in reasons)]
     return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
 def _short(reason: str) -> str:
-    """A refusal without advice."""
+    """Returns a refusal without its advice."""
     reason = re.sub(r"^student\.\w+: on is not possible: ", "", reason)
-    if "would compute something else" in reason:  # the first difference
+    if "would compute something else" in reason:  # only the first difference
         reason = "a layer depends on its place: " + re.split(r"the teacher's \d+: |first\) ", reason)[-1]
     elif "its states of a document depend" in reason:
         reason = "documents see each other"
-    for advice in (r"; such a model is.*", r"; set it to.*", r"; keep others.*", r"; a student cannot.*", r"\. Set .*"):
+    for advice in (
+        r"; such a model is.*",
+        r"; set (it|corpus\.\w+).*",
+        r"; keep others.*",
+        r"; a student cannot.*",
+        r"\. Set .*",
+    ):
         reason = re.sub(advice, "", reason)
     return reason.strip()
 
 
 def page(findings: dict[str, Finding]) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     rows = {
         is_mixture: [
             row(name, finding) for name, finding in findings.items() if ARCHITECTURES[name].is_mixture == is_mixture
@@ -83,14 +92,14 @@ def page(findings: dict[str, Finding]) -> str:
         for is_mixture in (False, True)
     }
     return _TEXT.format(
-        count=len(findings),
+        count=len(ARCHITECTURES),
         dense="\n".join([_HEAD, *rows[False]]),
         mixtures="\n".join([_HEAD, *rows[True]]),
     )
 
 
 def main() -> int:
-    """Writes the page; exit code 1 where a number is wrong."""
+    """Writes the page; returns exit code 1 if a number is wrong."""
     warnings.simplefilter("ignore")
     findings = find(list(ARCHITECTURES), thorough=True, timeout_s=3600)
     PAGE.write_text(page(findings), encoding="utf-8")
