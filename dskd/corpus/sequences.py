@@ -17,9 +17,10 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, require_same
 from dskd.artifacts.tensor_file import map_tensor, tensor_names
 from dskd.config import Config
-from dskd.console import say, stage
+from dskd.console import say, stage, warn
 from dskd.corpus.build import SPLITS, name_of_document, read_continuation_tokens, read_texts
 from dskd.corpus.packing import pack
+from dskd.models.tokenizing import text_end
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,12 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab
     target = config.path(kinds.SEQUENCES.folder)
     corpus = config.corpus
     with stage("sequences: documents to tokens", reads=[config.path(kinds.CORPUS.folder)], writes=target):
+        if text_end(tokenizer) is None and not tokenizer("", verbose=False)["input_ids"]:
+            warn(
+                "the tokenizer has neither an end-of-text token nor a beginning-of-text token, so no token ends a "
+                "document, and the student does not learn to end one; if the teacher has such a token, name it in "
+                "tokenizer_config.json (eos_token)"
+            )
         limits = {"train": corpus.max_sequences, "validation": corpus.max_validation_sequences}
         with build_artifact(target, recipe(config, tokenizer_digest)) as building:
             for split in SPLITS:

@@ -92,6 +92,18 @@ def test_sequences_of_another_tokenizer_are_refused(tmp_path):
         load_sequences(config, "train", "fedcba9876543210")
 
 
+@pytest.mark.parametrize("has_end", [True, False])
+def test_a_tokenizer_that_ends_no_text_is_warned_of(tmp_path, capsys, has_end):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"a b w{i}" for i in range(100)), encoding="utf-8")
+    config = _config(tmp_path, train=(str(tmp_path / "a.txt"),), validation_share=0.3)
+    build_corpus(config)
+    tokenizer = word_tokenizer(["a", "b"])
+    if not has_end:
+        tokenizer.eos_token = None
+    build_sequences(config, tokenizer, "0123456789abcdef")
+    assert ("no token ends a document" in capsys.readouterr().err) == (not has_end)
+
+
 @pytest.mark.slow
 def test_wordnet_is_split_by_synset_and_definition(tmp_path):
     config = Config(workdir=str(tmp_path), teacher={"path": "unused"}, corpus={"source": "wordnet"})
