@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ def start(tmp_path):
         (("train.py", *CONFIG), {"JOB_COMPLETION_INDEX": None}, "JOB_COMPLETION_INDEX: expected a whole number"),
         (("train.py", *CONFIG), {"JOB_COMPLETION_INDEX": "2"}, "DSKD_NODES: is 2, but this is node 2 (from 0)"),
         (("train.py", *CONFIG), {"DSKD_SERVICE": None}, "DSKD_SERVICE: is not set"),
-        (("train.py", *CONFIG), {"HOME": "/proc/home"}, "HOME: cannot make /proc/home"),
+        (("train.py", *CONFIG), {"HOME": "/proc/home"}, "HOME: cannot create /proc/home"),
         (("train.py", *CONFIG), {"HOME": None}, "HOME: is not set"),
         (("pipeline.py", *CONFIG), {}, "DSKD_NODES: is 2, but pipeline.py runs on one node"),
     ],
@@ -80,6 +81,16 @@ def test_verbs_of_one_process_run_on_pod_0_and_the_others_are_done(start, tmp_pa
     assert "there is no checkpoint; train with" in said["export"]
     assert said["compare"].count("error: ") == 1
     assert "Traceback" not in "".join(said.values())
+
+
+def test_programs_get_the_facts_about_the_job(start, tmp_path):
+    program = tmp_path / "dskd"
+    program.write_text("#!/bin/sh\nenv | grep ^DSKD_JOB_ >&2\n")
+    program.chmod(0o755)
+    process = start("compare", *CONFIG, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    _, output = process.communicate(timeout=30)
+    facts = {"DSKD_JOB_SCHEDULER=kubernetes", "DSKD_JOB_ID=dskd", f"DSKD_JOB_POD={socket.gethostname()}"}
+    assert set(output.splitlines()) == facts
 
 
 def test_a_node_that_does_not_come_is_named_and_the_pod_may_be_retried(start):

@@ -167,7 +167,7 @@ def test_stopped_and_killed_pods_are_replaced_and_the_run_is_the_undisturbed_one
     _wait_for_step(kubelet, "disturbed", min(stopped_at + 1, STEPS - 10), running)
     os.kill(_inner_launcher(running[0]), signal.SIGKILL)
     codes = _wait(running)
-    assert "the launcher says that all went well, but the run is not at its end" in running[0].output
+    assert "the launcher returned 0, but the run is not finished" in running[0].output
     assert [verdict(spec, code) for code in codes] == ["Count", "Count"], (codes, _output(running))
 
     running = _start(kubelet, pods, "run=disturbed")

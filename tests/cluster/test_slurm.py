@@ -274,7 +274,7 @@ def test_a_node_that_ends_without_a_word_is_a_fault(site):
     job = site.submit("run=killed", env=f"DSKD_RETRIES=0 DSKD_VENV={environment}")
     shown = site.wait(job, "FAILED")
     assert (shown["Restarts"], shown["ExitCode"]) == ("0", "1:0"), site.log(job)
-    assert "step 1 ended with 137 (nodes said: 75); fault 1" in site.log(job)
+    assert "step 1 ended with 137 (codes of the nodes: 75); fault 1" in site.log(job)
 
 
 def test_a_mistake_is_one_also_where_nodes_cannot_say_it(site):
@@ -320,7 +320,7 @@ def test_a_dead_node_is_no_fault(site):
         slurm.run("scontrol", "update", "nodename=node2", "state=noresp")
         fails.touch()
         # Whichever of the two is the first to see that the node is gone: the script, or SLURM after all.
-        seen = ("not counted as a fault, for SLURM has lost node2", "DUE TO NODE FAILURE")
+        seen = ("not counted as a fault, because SLURM has lost node2", "DUE TO NODE FAILURE")
         site.until(lambda: any(text in site.log(job) for text in seen), job)
         fails.unlink()
     site.wait_for_line(job, "begun 1", 2)

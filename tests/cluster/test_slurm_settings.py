@@ -50,7 +50,7 @@ def test_every_problem_of_the_settings_is_named_at_once(submit):
         "DSKD_PREFLIGHT=yes": "DSKD_PREFLIGHT: expected 1 or nothing, found 'yes'",
         "DSKD_LOGS=": "DSKD_LOGS: is empty",
         "DSKD_CONFIG=nowhere.yaml": "DSKD_CONFIG: there is no file 'nowhere.yaml'",
-        "DSKD_VENV=/nowhere": "DSKD_VENV: '/nowhere' is no virtual environment",
+        "DSKD_VENV=/nowhere": "DSKD_VENV: '/nowhere' is not a virtual environment",
     }
     finished = submit("train", env="\n".join(wrong))
     assert finished.returncode == 2
