@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
 
@@ -25,9 +25,9 @@ SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
         ),
     ],
 )
-def test_help_and_config_import_no_torch(code):
-    report = f"print('\\nslow:', sorted(set({SLOW}) & set(sys.modules)))"
-    script = f"import sys, atexit; atexit.register(lambda: {report})\n{code}"
+def test_commands_that_compute_nothing_import_no_torch(code):
+    says = f"print('\\nslow:', sorted(set({SLOW}) & set(sys.modules)))"
+    script = f"import sys, atexit; atexit.register(lambda: {says})\n{code}"
     command = [sys.executable, "-c", script]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert finished.returncode == 0, finished.stderr
