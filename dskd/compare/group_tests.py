@@ -56,9 +56,9 @@ def test_groups(
     on_examples, over_seeds = [], []
     for group in others:
         for measure, tables in measures:
-            means = [_mean_over_seeds(one, measure, tables, baseline) for one in (group, baseline)]
-            if means[0] is not None and means[1] is not None:
-                (one, counts), (other, baseline_counts) = means
+            of_group, of_baseline = (_mean_over_seeds(one, measure, tables, baseline) for one in (group, baseline))
+            if of_group is not None and of_baseline is not None:
+                (one, counts), (other, baseline_counts) = of_group, of_baseline
                 if not np.array_equal(counts, baseline_counts):
                     raise UserError(
                         f"{group.name} and {baseline.name}: their examples have different numbers of {measure.count}, "
