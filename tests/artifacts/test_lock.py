@@ -55,7 +55,7 @@ def test_a_lock_file_of_another_user_is_reported_with_what_to_do(tmp_path, monke
         return may_open(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=rf"{path}: Permission denied; it is of user {os.getuid()}.* remove this file"):
+    with pytest.raises(UserError, match=rf"{path}: Permission denied; it belongs to user {os.getuid()}.* remove this file"):
         hold_lock(path, "works")
 
 
