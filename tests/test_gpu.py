@@ -20,7 +20,8 @@ from dskd.artifacts import kinds
 from dskd.config import LossConfig
 from dskd.config.reading import load_config
 from dskd.distributed.rendezvous import free_port
-from dskd.losses.head import TERMS, DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.terms import SUMS
 from dskd.senses.kmeans import kmeans
 
 pytestmark = pytest.mark.slow
@@ -164,7 +165,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_the_cpu_in_float64(form, di
             states, normalizers=Normalizers(tokens=1 / 170, senses=1 / 50), senses=all_there(senses), **all_there(case)
         )
         total.backward()
-        return {"total": total, "gradient": states.grad, **dict(zip(TERMS, sums, strict=True))}
+        return {"total": total, "gradient": states.grad, **dict(zip(SUMS, sums, strict=True))}
 
     ours, exact = run(torch.device(device), torch.float32, 37), run(CPU, torch.float64, batch * length)
     for name, value in exact.items():

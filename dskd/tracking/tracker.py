@@ -88,6 +88,7 @@ def start_tracking(
     *,
     tags: Mapping[str, str],
     datasets: Callable[[], list[dict[str, Any]]] = list,
+    curves: Mapping[str, str] | None = None,
     start: Start | None = None,
 ) -> Tracker:
     """Starts a run in MLflow, or resumes the one that was begun in this work directory. Every rank must call it.
@@ -101,6 +102,7 @@ def start_tracking(
         world: the ranks.
         tags: tags of the run; those of a later start replace them.
         datasets: returns descriptions of the datasets that the run reads; called on rank 0.
+        curves: {metric: title} of the curves in the picture of the losses; without any there is no picture.
         start: the starting point of the training.
 
     Raises:
@@ -113,7 +115,7 @@ def start_tracking(
     trackers: list[MLflowTracker] = []
 
     def begin() -> int:
-        trackers.append(_begin(config, tags, datasets(), start))
+        trackers.append(_begin(config, tags, datasets(), curves or {}, start))
         return trackers[0].started_ms
 
     started_ms = on_main(begin)
@@ -135,7 +137,15 @@ def start_tracking(
 class MLflowTracker:
     """Rank 0's tracker, which sends messages from a separate thread."""
 
-    def __init__(self, config: Config, run_id: str, started_ms: int, outbox: Outbox, delivery: Delivery) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_id: str,
+        started_ms: int,
+        outbox: Outbox,
+        delivery: Delivery,
+        curves: Mapping[str, str],
+    ) -> None:
         self.run_id: str | None = run_id
         self.device_hours = 0.0
         self.started_ms = started_ms
@@ -143,6 +153,7 @@ class MLflowTracker:
         self._delivery = delivery
         self._sampler: NodeSampler | None = None
         self._reader = SampleReader(run_folder(config, config.run))
+        self._curves = dict(curves)
         self._curves_at = time.monotonic()
         self._away = False
         self._ending = threading.Event()
@@ -170,7 +181,7 @@ class MLflowTracker:
         """Writes unsent messages to disk; from time to time has the sending thread redraw the picture of the losses."""
         if time.monotonic() - self._curves_at > _CURVES_EVERY_S and not self._away:
             self._curves_at = time.monotonic()
-            self.put(kind="curves")
+            self._put_curves()
         self._outbox.save()
 
     def finish(self, status: str) -> None:
@@ -179,7 +190,7 @@ class MLflowTracker:
             self._sampler.stop()
             if points := self._reader.read():
                 self.put(kind="metrics", metrics=points)
-        self.put(kind="curves")
+        self._put_curves()
         self.put(kind="end", status=status, time_ms=int(time.time() * 1000))
         self._outbox.save()  # before waiting: whoever sent a stop signal may kill this process soon
         has_time = status == "FINISHED" and not self._away
@@ -192,6 +203,10 @@ class MLflowTracker:
             )
         else:
             self._outbox.save()
+
+    def _put_curves(self) -> None:
+        if self._curves:
+            self.put(kind="curves", titles=self._curves)
 
     def _send_all(self) -> None:
         while not self._ending.is_set():
@@ -213,7 +228,9 @@ class MLflowTracker:
             self._outbox.drop(len(batch))
 
 
-def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any]], start: Start) -> MLflowTracker:
+def _begin(
+    config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any]], curves: Mapping[str, str], start: Start
+) -> MLflowTracker:
     """Returns rank 0's tracker for a run that it creates or resumes."""
     folder = run_folder(config, config.run)
     outbox, delivery = Outbox(folder), Delivery(config, config.run)
@@ -247,7 +264,7 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
         same = recorded is not None and recorded["run_id"] == run_id
         started_ms = recorded["started_ms"] if recorded is not None and same else int(time.time() * 1000)
     save_run(folder, run_id, start.recipe, started_ms)
-    tracker = MLflowTracker(config, run_id, started_ms, outbox, delivery)
+    tracker = MLflowTracker(config, run_id, started_ms, outbox, delivery, curves)
     tracker.device_hours = device_hours
     if candidates:
         # The run's `job.` tags name the job of the first start, so the restart message names this one.

@@ -24,7 +24,7 @@ from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError
 from dskd.random_numbers import derived_seed
-from dskd.training.packed_step import CudaCopier, PackedStep, Step, copy_ahead
+from dskd.training.packed_step import CudaCopier, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def load_steps(
     *,
     start_step: int,
     sense_bank: torch.Tensor | None = None,
-) -> Generator[Step, None, None]:
+) -> Generator[StepBatches, None, None]:
     """Yields this rank's part of each step from `start_step` to the last.
 
     An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; the step's number determines

@@ -20,9 +20,14 @@ class Counts(NamedTuple):
     relations: int  # with the relation term, included in `senses`; 0 in the distribution form
     lexical: int  # targets with a synonym or antonym; 0 if the batches do not mark them
 
+    @property
+    def own(self) -> int:
+        """Number of positions with the own term of the distance form."""
+        return self.senses - self.relations
+
 
 @dataclass(frozen=True)
-class Step:
+class StepBatches:
     """The micro-batches that one rank runs in one optimizer step."""
 
     micro_batches: list[
@@ -50,7 +55,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedStep:
-    """A :class:`Step` whose tensors share one buffer."""
+    """A :class:`StepBatches` whose tensors share one buffer."""
 
     buffer: torch.Tensor  # [bytes] uint8
     layout: list[dict[str, Any]]  # the micro-batches, with a `_Place` instead of each tensor
@@ -80,7 +85,7 @@ class PackedStep:
             buffer, layout, [batch[_ON_HOST].tolist() for batch in micro_batches], count_positions(micro_batches)
         )
 
-    def unpack(self, sense_bank: torch.Tensor | None = None) -> Step:
+    def unpack(self, sense_bank: torch.Tensor | None = None) -> StepBatches:
         """Returns the micro-batches as views of the buffer, with `sense_bank`, if given, as their sense rows."""
 
         def view(place: Any) -> Any:
@@ -95,7 +100,7 @@ class PackedStep:
         if sense_bank is not None:
             for batch in batches:
                 batch["senses"]["sense_rows"] = sense_bank
-        return Step(batches, self.counts)
+        return StepBatches(batches, self.counts)
 
     def pin_memory(self) -> "PackedStep":
         """Copies the step to page-locked memory; called by the loader's thread."""

@@ -20,7 +20,7 @@ from dskd.training.trunk import HandOver, TrunkError, difference, trunk_depth
 
 
 @dataclass
-class Pair:
+class ModelPair:
     """The models of a run.
 
     There is no teacher if no term of the loss needs one, or if its distributions are in the shards.
@@ -34,6 +34,11 @@ class Pair:
     def trunk_depth(self) -> int:
         """Number of layers that the teacher computes for the student."""
         return 0 if self.trunk is None else self.trunk.depth
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the learning rate of the student's next update."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
 
     def run_teacher(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
@@ -74,7 +79,7 @@ def load_pair(
     accumulation_steps: int,
     teacher: FrozenModel | None = None,
     load_universal: bool = False,
-) -> Pair:
+) -> ModelPair:
     """Loads the student and, if the run needs it, the teacher; decides whether they share a trunk.
 
     Args:
@@ -109,7 +114,7 @@ def load_pair(
 
     engine = load(depth)
     if not depth:
-        return Pair(teacher, engine)
+        return ModelPair(teacher, engine)
     assert teacher is not None
     problem = difference(
         teacher,
@@ -122,10 +127,10 @@ def load_pair(
     )
     if problem is None:
         say(f"  the lowest {depth} layers are the teacher's and are computed once")
-        return Pair(teacher, engine, HandOver(teacher.decoder.layers, depth))
+        return ModelPair(teacher, engine, HandOver(teacher.decoder.layers, depth))
     _refuse_or_say(config, problem)
     engine.destroy()
-    return Pair(teacher, load(0))
+    return ModelPair(teacher, load(0))
 
 
 def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[int, list[int]]:

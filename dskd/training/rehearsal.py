@@ -22,7 +22,7 @@ from dskd.models.precision import compute_dtype
 from dskd.models.weights import TensorReader
 from dskd.training import checkpoint
 from dskd.training.export import copy_files, write_export
-from dskd.training.pair import Pair
+from dskd.training.pair import ModelPair
 
 # Largest student, in bytes, whose weights are written to the rehearsal; larger ones are linked.
 _WRITTEN = 2**30
@@ -31,7 +31,7 @@ _RELOADED = 40 * 10**9
 _REMEDY = "an export of this student would not be the student that was trained, so nothing is trained"
 
 
-def rehearse_export(pair: Pair, student: ModelFolder, config: Config, world: World) -> None:
+def rehearse_export(pair: ModelPair, student: ModelFolder, config: Config, world: World) -> None:
     """Exports the engine's student and compares it with the engine. All ranks call it, before any step.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import shutil
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.agreement import PROBE_TOKENS, probe_inputs
 from dskd.training.checkpoint import LATEST_FILE, PROBE_FILE, REHEARSAL, TRAINED_FILE, Checkpoint, steps_on_disk
+from dskd.training.pair import ModelPair
 from dskd.training.universal_checkpoint import make_universal, no_pickles, universal_folder
 
 
 def save(
-    engine: Any,
-    student_logits: Callable[..., torch.Tensor],
+    pair: ModelPair,
     config: Config,
     recipe: Recipe,
     facts: dict[str, Any],
@@ -34,8 +33,7 @@ def save(
     """Writes the checkpoint of `facts["step"]`, then removes the checkpoints it replaces. All ranks call it.
 
     Args:
-        engine: the student's engine.
-        student_logits: computes logits [1, T, V] from the output of :func:`dskd.models.agreement.probe_inputs`.
+        pair: the models in training.
         config: the experiment.
         recipe: the run's recipe.
         facts: facts for the manifest.
@@ -44,14 +42,14 @@ def save(
     Raises:
         UserError: if there is no space, or the student's weights are not finite; older checkpoints then stay.
     """
-    base = folder(config)
+    base, engine = folder(config), pair.engine
     require_space(engine, config)
     building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
     on_main(building.clear)
     with full_disk_is_said(base):
         engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
         _save_trained(engine, building.folder / TRAINED_FILE, world)
-        _save_probe(engine, student_logits, config, building.folder / PROBE_FILE, world)
+        _save_probe(pair, config, building.folder / PROBE_FILE, world)
     barrier()
     on_main(lambda: _publish(building, config.train))
 
@@ -189,15 +187,13 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _save_probe(
-    engine: Any, student_logits: Callable[..., torch.Tensor], config: Config, path: Path, world: World
-) -> None:
+def _save_probe(pair: ModelPair, config: Config, path: Path, world: World) -> None:
     """Writes the logits of the student in training on the tokens used to check the export."""
-    module = engine.module
+    module = pair.engine.module
     inputs = probe_inputs(
         module.decoder.base, module.head.weight.ds_shape[0], config.corpus.sequence_length, world.device
     )
-    logits = student_logits(**inputs)
+    logits = pair.student_logits(**inputs)
     if world.is_main:
         tensors = {name: tensor.cpu() for name, tensor in inputs.items()}
         save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path)

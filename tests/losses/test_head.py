@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dskd.config import LossConfig
-from dskd.losses.head import TERMS, DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.terms import SUMS, TERMS
 
 B, T, D, D_TEACHER, V, R, K = 2, 6, 5, 7, 11, 4, 2
 
@@ -121,7 +122,7 @@ def _run(case, head, **changes):
     }
     total, terms = head(hidden, **{**inputs, **changes})
     (3 * total).backward()
-    return total.detach(), dict(zip(TERMS, terms.tolist(), strict=True)), hidden.grad, head.weight.grad
+    return total.detach(), dict(zip(SUMS, terms.tolist(), strict=True)), hidden.grad, head.weight.grad
 
 
 def _expected(case, loss, *, trained_head=False, teacher_weight=None, token_weights=None):
@@ -130,6 +131,10 @@ def _expected(case, loss, *, trained_head=False, teacher_weight=None, token_weig
     total, sums = _plain(case, loss, hidden, weight, NORMALIZERS, teacher_weight, token_weights)
     (3 * total).backward()
     return total.detach(), [float(value.detach()) for value in sums], hidden.grad, weight.grad
+
+
+def _computed(loss):
+    return {term.name for term in TERMS if term.is_computed(loss)}
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
@@ -143,6 +148,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(case, chunk_size,
     for index in (0, 2, 3):
         torch.testing.assert_close(found[index], expected[index])
     assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
+    assert {name for name, value in found[1].items() if value} == _computed(loss) | {"hinges"}
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
@@ -156,7 +162,7 @@ def test_weights_of_positions_and_the_distribution_of_senses_are_those_of_the_pl
         torch.testing.assert_close(found[index], expected[index])
     # The terms by themselves stay comparable with those of other weights.
     assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
-    assert found[1]["teacher_entropy"] > 0
+    assert {name for name, value in found[1].items() if value} == _computed(DISTRIBUTION)
 
 
 def test_one_matrix_serves_student_and_teacher(case):

@@ -50,7 +50,7 @@ def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, 
 
     # From a checkpoint of step 4, while the server is still away. What is trained again is told once.
     resumed = Start("the same", 4, first.run_id, device_hours=0.7)
-    second = start_tracking(config, ONE_RANK, tags={"world_size": "4"}, start=resumed)
+    second = start_tracking(config, ONE_RANK, tags={"world_size": "4"}, curves={"train/loss": "loss"}, start=resumed)
     assert (second.run_id, second.device_hours) == (first.run_id, 0.7)
     for step in (5, 6, 7):
         second.log_metrics({"train/loss": 5.5 if step == 5 else float(step)}, step)

@@ -81,7 +81,7 @@ def _train_and_export(config, world):
     pair.engine.step()
     recipe = Recipe("checkpoint", {"student": student.digest}, {}, student.digest, student.tokenizer_digest)
     facts = {"step": 1, "total_steps": 1, "world_size": 1, "mlflow_run_id": None, "dtype": _dtype(config)}
-    saving.save(pair.engine, pair.student_logits, config, recipe, facts, world)
+    saving.save(pair, config, recipe, facts, world)
     pair.engine.destroy()
     build_export(config)
     trained = load_file(checkpoint.latest(config).path / checkpoint.TRAINED_FILE)
