@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from dskd.config import LossConfig
-from dskd.losses.logits import CachedTeacher, cached_divergence, cross_entropy, divergence, hidden_distance
+from dskd.losses.logits import cached_divergence, cross_entropy, divergence, hidden_distance
 from dskd.losses.sense_distance import sense_loss
 from dskd.losses.sense_distribution import sense_divergence
 from dskd.losses.terms import SUMS
+from dskd.models.readouts import TopTokens
 
 
 class Normalizers(NamedTuple):
@@ -83,7 +84,7 @@ class DistillationHead(nn.Module):
             normalizers: the factors for the sums.
             teacher_hidden: [B, T, D'], needed if a term reads the teacher.
             teacher_cache: replaces `teacher_hidden` for the KL: the fields of
-                :class:`dskd.losses.logits.CachedTeacher`, [B, T, …] each.
+                :class:`dskd.models.readouts.TopTokens`, [B, T, …] each.
             senses: the batch's inputs for the sense loss in the form that `loss.sense_form` names
                 (:mod:`dskd.losses.sense_distance`), with positions as indices into B·T.
             token_weights: [B, T], the weight of each position in CE and KL; None means 1 everywhere.
@@ -101,7 +102,7 @@ class DistillationHead(nn.Module):
         teacher_states = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[valid]
         cache = None
         if teacher_cache is not None:
-            cache = CachedTeacher(**{name: values.flatten(0, 1)[valid] for name, values in teacher_cache.items()})
+            cache = TopTokens(**{name: values.flatten(0, 1)[valid] for name, values in teacher_cache.items()})
         if senses is not None and self.loss.sense_form == "distribution":
             assert teacher_hidden is not None
             senses = {**senses, "teacher_hidden": teacher_hidden.flatten(0, 1)}
@@ -128,7 +129,7 @@ class DistillationHead(nn.Module):
         labels: torch.Tensor,
         normalizers: Normalizers,
         teacher_states: torch.Tensor | None,
-        cache: CachedTeacher | None,
+        cache: TopTokens | None,
         senses: dict[str, torch.Tensor] | None,
         token_weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
@@ -153,10 +154,12 @@ class DistillationHead(nn.Module):
         logit_sums = flat.new_zeros(3, dtype=_accumulator(flat))
         # CE and KL, chunk by chunk: the logits of a chunk give its sums and their gradient by the logits, which the
         # chain rule turns into gradients by the chunk's states and by the matrix before the next chunk replaces them.
+        # `dskd.models.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and teacher
+        # and student may share one product.
         for start in range(0, len(states), self.chunk_size):
             part = slice(start, start + self.chunk_size)
             logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
-            known = teacher if cache is None else CachedTeacher(*(values[part] for values in cache))
+            known = teacher if cache is None else TopTokens(*(values[part] for values in cache))
             of_part = None if token_weights is None else token_weights[part]
             of_chunk, logits_grad = self._logit_losses(logits, labels[part], known, coefficients, of_part)
             logit_sums += of_chunk
@@ -236,7 +239,7 @@ class _Coefficients(NamedTuple):
 def _logit_losses(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    teacher: torch.Tensor | CachedTeacher | None,
+    teacher: torch.Tensor | TopTokens | None,
     coefficients: _Coefficients,
     token_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +252,7 @@ def _logit_losses(
     gradient.mul_(coefficients.ce)
     kl = torch.zeros_like(ce)
     settings = coefficients.temperature, coefficients.divergence
-    if isinstance(teacher, CachedTeacher):
+    if isinstance(teacher, TopTokens):
         kl, kl_gradient = cached_divergence(logits, teacher, *settings)
         gradient.add_(kl_gradient.mul_(coefficients.kl))
     elif teacher is not None:

@@ -10,19 +10,11 @@ gradients written by hand take a fraction of the memory that automatic different
 Shapes: N positions, D hidden, V vocabulary, n tokens of a cached teacher.
 """
 
-from typing import NamedTuple
-
 import torch
 
+from dskd.models.readouts import TopTokens
+
 _LOG_2 = 0.6931471805599453
-
-
-class CachedTeacher(NamedTuple):
-    """The teacher's most probable tokens at N positions, and the probability of all others together; temperature 1."""
-
-    token_ids: torch.Tensor  # [N, n]
-    logprobs: torch.Tensor  # [N, n], natural logarithms
-    rest_logprob: torch.Tensor  # [N], natural logarithm of the probability of all other tokens together
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +72,7 @@ def divergence(
 
 
 def cached_divergence(
-    student_logits: torch.Tensor, teacher: CachedTeacher, temperature: float = 1.0, kind: str = "forward_kl"
+    student_logits: torch.Tensor, teacher: TopTokens, temperature: float = 1.0, kind: str = "forward_kl"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes :func:`divergence` if only the teacher's most probable tokens are known.
 

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
+from dskd.models.readouts import predict
+from dskd.models.tokenizing import text_end
 
 
 def generate_greedily(
@@ -58,12 +60,12 @@ def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
     The latter are that token and the model's own end tokens; chat models have several.
     """
     tokenizer = folder.load_tokenizer()
-    text_end = next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
-    of_model = folder.load_config().eos_token_id
-    of_model = of_model if isinstance(of_model, list) else [of_model]
-    return text_end, sorted({token for token in (text_end, *of_model) if token is not None})
+    end, ends_of_model = text_end(tokenizer), folder.load_config().eos_token_id
+    if not isinstance(ends_of_model, list):
+        ends_of_model = [ends_of_model]
+    return end, sorted({token for token in (end, *ends_of_model) if token is not None})
 
 
 def _most_probable_last(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
     """Returns the most probable next token [B, 1] after the last of the states [B, T, D]."""
-    return F.linear(hidden[:, -1:], head_weight).argmax(-1)
+    return predict(hidden[:, -1], head_weight)[:, None]

@@ -4,9 +4,10 @@
 (`teacher.mode: cached`): at every position with a target, the n most probable tokens with their log-probabilities, and
 the log of the probability of all others together. Logarithms are natural, the temperature is 1.
 
-Shapes: P or N positions, D hidden, V vocabulary, n tokens kept.
+Shapes: N positions, D hidden, V vocabulary, n tokens kept.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,43 +16,90 @@ from torch.nn import functional as F
 # Logits in a chunk: 4 MB of float32 on a CPU, which its caches can hold, and 128 MB on a GPU.
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 _SMALLEST_CHUNK = 64  # for fewer rows, a matrix product spends its time on reading the matrix
-_LOGITS_CHUNK = 1024
+
+
+def chunk_size(configured: int | None, vocab_size: int, device: torch.device) -> int:
+    """Returns how many positions have logits at one time: `configured`, or a size that suits the device if None."""
+    return configured or max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[device.type] // vocab_size)
+
+
+def read_logits(
+    read: Callable[..., tuple[torch.Tensor, ...]],
+    states: torch.Tensor,
+    head_weight: torch.Tensor,
+    chunk_size: int,
+    *columns: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Returns what `read` computes from the logits of the states, for all states at once.
+
+    Args:
+        read: a function from the logits [n, V] float32 of a chunk, and its rows of each of `columns`, to a tuple of
+            tensors [n, …]; a chunk may have no rows.
+        states: last hidden states [N, D].
+        head_weight: the output matrix [V, D].
+        chunk_size: positions whose logits exist at one time.
+        columns: tensors [N, …] of which `read` needs the rows.
+    """
+    # Splitting gives at least one chunk, so there are tensors to concatenate even if there are no states.
+    chunks = zip(*(tensor.split(chunk_size) for tensor in (states, *columns)), strict=True)
+    results = [read(F.linear(part, head_weight).float(), *rows) for part, *rows in chunks]
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def predict(states: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+    """Returns the most probable next token [N] after each of the states [N, D]."""
+    size = chunk_size(None, len(head_weight), head_weight.device)
+    return read_logits(lambda logits: (logits.argmax(-1),), states, head_weight, size)[0]
+
+
+def next_token(
+    states: torch.Tensor, labels: torch.Tensor, head_weight: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the negative log-likelihood [N] float64 of the labels [N], and the most probable tokens [N].
+
+    Logits exist for `chunk_size` of the `states` [N, D] at a time.
+    """
+
+    def read(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.cross_entropy(logits, labels, reduction="none").double(), logits.argmax(-1)
+
+    nll, predicted = read_logits(read, states, head_weight, chunk_size, labels)
+    return nll, predicted
 
 
 class TopTokens(NamedTuple):
-    """The most probable tokens of P positions."""
+    """A distribution over the next token at N positions: its most probable tokens, and the rest of it as one number."""
 
-    token_ids: torch.Tensor  # [P, n] int64, most probable first; of equally probable tokens, the lower id first
-    logprobs: torch.Tensor  # [P, n] float32
-    rest_logprob: torch.Tensor  # [P] float32, log-probability of all other tokens together; -inf if there are none
+    token_ids: torch.Tensor  # [N, n] integers, most probable first; of equally probable tokens, the lower id first
+    logprobs: torch.Tensor  # [N, n]
+    rest_logprob: torch.Tensor  # [N], log-probability of all other tokens together; -inf if there are none
 
 
 @torch.no_grad()
 def top_tokens(states: torch.Tensor, head_weight: torch.Tensor, n: int, chunk_size: int) -> TopTokens:
-    """Returns the `n` most probable next tokens for each of the states [P, D].
+    """Returns the `n` most probable next tokens after each of the states [N, D], in int64 and float32.
 
     Args:
-        states: last hidden states [P, D].
+        states: last hidden states [N, D].
         head_weight: the output matrix [V, D].
         n: at most V.
         chunk_size: positions whose logits exist at one time.
     """
-    # Splitting gives at least one chunk, so there are tensors to concatenate even if there are no states.
-    parts = [_of_chunk(F.linear(part, head_weight).float(), n) for part in states.split(chunk_size)]
-    return TopTokens(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def read(logits: torch.Tensor) -> TopTokens:
+        total = logits.logsumexp(dim=-1)
+        token_ids = _order(logits).topk(n, dim=-1).indices
+        logprobs = logits.gather(1, token_ids) - total[:, None]
+        # Sum the probabilities of the rest; 1 minus the sum of the others would lose all digits if the model is
+        # certain.
+        rest = logits.scatter(1, token_ids, -torch.inf).logsumexp(dim=-1) - total
+        return TopTokens(token_ids, logprobs, rest)
 
-def _of_chunk(logits: torch.Tensor, n: int) -> TopTokens:
-    total = logits.logsumexp(dim=-1)
-    token_ids = _order(logits).topk(n, dim=-1).indices
-    logprobs = logits.gather(1, token_ids) - total[:, None]
-    # Sum the probabilities of the rest; 1 minus the sum of the others would lose all digits if the model is certain.
-    rest = logits.scatter(1, token_ids, -torch.inf).logsumexp(dim=-1) - total
-    return TopTokens(token_ids, logprobs, rest)
+    return TopTokens(*read_logits(read, states, head_weight, chunk_size))
 
 
 def _order(logits: torch.Tensor) -> torch.Tensor:
-    """Returns integers [P, V] in the order of the logits, where of equal logits the lower token comes first.
+    """Returns integers [N, V] in the order of the logits, where of equal logits the lower token comes first.
 
     `topk` alone promises no order of equal values. The bits of floats have the order of integers once those of negative
     floats are inverted.
@@ -60,30 +108,3 @@ def _order(logits: torch.Tensor) -> torch.Tensor:
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     vocab_size = logits.shape[-1]
     return (ordered << 32) + torch.arange(vocab_size - 1, -1, -1, device=logits.device)
-
-
-def next_token(
-    states: torch.Tensor, labels: torch.Tensor, head_weight: torch.Tensor, chunk_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the negative log-likelihood [n] of the labels and the most probable tokens [n].
-
-    Logits exist for `chunk_size` of the `states` [n, D] at a time.
-    """
-    nll, predicted = [states.new_zeros(0, dtype=torch.float64)], [labels[:0]]
-    for part, wanted in zip(states.split(chunk_size), labels.split(chunk_size), strict=True):
-        if len(part):
-            logits = F.linear(part, head_weight).float()
-            nll.append(F.cross_entropy(logits, wanted, reduction="none").double())
-            predicted.append(logits.argmax(-1))
-    return torch.cat(nll), torch.cat(predicted)
-
-
-def chunk_size(wanted: int | None, vocab_size: int, device: torch.device) -> int:
-    """Returns how many positions have logits at one time: `wanted`, or a size that suits the device if it is None."""
-    return wanted or max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[device.type] // vocab_size)
-
-
-def predict(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
-    """Returns the most probable next token [N] for each of the states [N, D]; logits exist for one chunk at a time."""
-    parts = [F.linear(part, head_weight).argmax(-1) for part in hidden.split(_LOGITS_CHUNK)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=hidden.device)

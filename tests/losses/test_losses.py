@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from dskd.losses.logits import CachedTeacher, cached_divergence, cross_entropy, divergence, hidden_distance
+from dskd.losses.logits import cached_divergence, cross_entropy, divergence, hidden_distance
+from dskd.models.readouts import TopTokens
 
 KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
 
@@ -91,7 +92,7 @@ def _cached(logits, n):
             for row, ids in zip(logprobs, top.indices.tolist(), strict=True)
         ]
     )
-    return CachedTeacher(top.indices, top.values, rest)
+    return TopTokens(top.indices, top.values, rest)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,7 +125,7 @@ def test_the_rest_of_a_cached_distribution_is_one_more_class(n, kind):
 def test_a_cached_teacher_that_is_certain_gives_finite_gradients(kind):
     teacher = torch.zeros(1, 10)
     teacher[0, 3] = 60.0
-    cached = CachedTeacher(*(part.half() if part.is_floating_point() else part for part in _cached(teacher, 2)))
+    cached = TopTokens(*(part.half() if part.is_floating_point() else part for part in _cached(teacher, 2)))
     for student in (torch.zeros(1, 10), teacher):
         values, gradient = cached_divergence(student, cached, 2.0, kind)
         assert values.isfinite().all()

@@ -1,9 +1,10 @@
-"""The tokens that annotation keeps of the teacher's distributions, against torch's log_softmax and sorting."""
+"""Predictions, losses and distributions read chunk by chunk, against torch's functions on all logits at once."""
 
 import pytest
 import torch
 
-from dskd.models.readouts import top_tokens
+from dskd.models import readouts
+from dskd.models.readouts import next_token, predict, top_tokens
 
 P, D, V = 37, 8, 50
 
@@ -46,3 +47,22 @@ def test_no_position_gives_no_rows():
     top = top_tokens(torch.empty(0, D), torch.randn(V, D), 4, 10)
     assert top.token_ids.shape == top.logprobs.shape == (0, 4)
     assert top.rest_logprob.shape == (0,)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 10, P, 100])
+def test_losses_and_predictions_are_those_of_all_logits_at_once(monkeypatch, chunk_size):
+    states, weight = _states_and_weight()
+    logits, labels = states @ weight.T, torch.arange(P) % V
+    nll, predicted = next_token(states, labels, weight, chunk_size)
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(predicted, logits.argmax(-1))
+    monkeypatch.setattr(readouts, "chunk_size", lambda *_: chunk_size)
+    assert torch.equal(predict(states, weight), logits.argmax(-1))
+
+
+def test_no_position_gives_no_losses_and_no_predictions():
+    states, weight = torch.empty(0, D), torch.randn(V, D)
+    nll, predicted = next_token(states, torch.empty(0, dtype=torch.int64), weight, 10)
+    assert nll.shape == predicted.shape == predict(states, weight).shape == (0,)
+    assert (nll.dtype, predicted.dtype) == (torch.float64, torch.int64)
