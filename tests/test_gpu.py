@@ -82,7 +82,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING)
     _launch("train.py", config)
     undisturbed = losses_of(config)
-    base = kinds.folder(load_config(config))
+    base = kinds.checkpoint_folder(load_config(config))
     shutil.rmtree(base / "step-00000006")
     _launch("train.py", config, "--resume")
     (_, again), (_, once) = zip(*losses_of(config)[-3:], strict=True), zip(*undisturbed[-3:], strict=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 from dskd.artifacts.files import (
     flush_folder,
-    full_disk_is_said,
     make_folder,
     real_place,
     remove_tree,
     replace_folder,
+    report_full_disk,
     require_replaceable,
 )
 from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_files
@@ -37,7 +37,7 @@ def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
     building = Building(path, recipe)
     building.clear()
     try:
-        with full_disk_is_said(building.folder):
+        with report_full_disk(building.folder):
             yield building
     except BaseException:  # interruptions too must not leave an incomplete folder
         remove_tree(building.folder)

@@ -105,7 +105,7 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_is_said(folder: Path) -> Iterator[None]:
+def report_full_disk(folder: Path) -> Iterator[None]:
     """Turns write errors of torch and safetensors into an OSError if the cause is a full disk or quota.
 
     An OSError that has this cause, and names no file, gets `folder` as its file name.

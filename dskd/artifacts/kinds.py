@@ -75,11 +75,11 @@ KINDS = {
 }
 
 
-def folder(config: Config) -> Path:
+def checkpoint_folder(config: Config) -> Path:
     """Returns the folder of the checkpoints of the config's run."""
     return config.path(CHECKPOINT.folder, config.run)
 
 
-def lock_path(config: Config, run: str) -> Path:
+def run_lock_path(config: Config, run: str) -> Path:
     """Returns the path of the lock that a process holds while it trains a run."""
     return config.path(CHECKPOINT.folder, f".{run}.lock")

@@ -97,7 +97,7 @@ def _tell(config: Config, run: str, run_id: str, *messages: Message) -> None:
     """
     named = [{"run_id": run_id, **message} for message in messages]
     delivery = Delivery(config, run)
-    with lock_if_free(kinds.lock_path(config, run)) as is_free:
+    with lock_if_free(kinds.run_lock_path(config, run)) as is_free:
         if not is_free:  # a process is training the run and has taken over the earlier unsent messages
             _tell_at_once(delivery, run, named)
             return

@@ -99,9 +99,9 @@ def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
     sizes = [folder.load_config().vocab_size for folder in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"teacher.mode: cached needs teacher and student of one vocabulary size, but {teacher.path} has {sizes[0]} "
-            f"tokens and {student.path} has {sizes[1]}; cut the student from the teacher (`dskd student`), or set "
-            "teacher.mode to zero3 or resident"
+            f"teacher.mode: cached needs the same vocabulary size in teacher and student, but {teacher.path} has "
+            f"{sizes[0]} tokens and {student.path} has {sizes[1]}; cut the student from this "
+            "teacher (`dskd student`), or set teacher.mode to zero3 or resident"
         )
 
 

@@ -126,9 +126,9 @@ def load_pair(
         dtype=compute_dtype(config.precision, world.device),
     )
     if problem is None:
-        say(f"  the lowest {depth} layers are the teacher's and are computed once")
+        say(f"  the teacher computes the lowest {depth} layers for both models")
         return ModelPair(teacher, engine, HandOver(teacher.decoder.layers, depth))
-    _refuse_or_say(config, problem)
+    _refuse_or_report(config, problem)
     engine.destroy()
     return ModelPair(teacher, load(0))
 
@@ -144,15 +144,15 @@ def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[
             raise TrunkError("in this architecture a layer's shape depends on its place")
         return depth, kept
     except TrunkError as problem:
-        _refuse_or_say(config, str(problem))
+        _refuse_or_report(config, str(problem))
         return 0, kept
 
 
-def _refuse_or_say(config: Config, problem: str) -> None:
+def _refuse_or_report(config: Config, problem: str) -> None:
     if config.student.shared_trunk == "on":
         raise UserError(
-            f"student.shared_trunk: on is not possible: {problem}; set it to auto, and the student computes all of its "
-            "layers",
+            f"student.shared_trunk: on is not possible: {problem}; set it to auto, and the student computes "
+            "all of its layers",
             known_to_all_ranks=True,
         )
     say(f"  the student computes all of its layers: {problem}")

@@ -86,7 +86,7 @@ def report_status(config: Config) -> bool:
     if newest is not None and newest.is_final:  # read its files fully: nothing checks them again before they are used
         newest = checkpoint.latest(config, verify=True)
     if newest is None:
-        print(f"run {config.run!r}: no checkpoint in {kinds.folder(config)}")
+        print(f"run {config.run!r}: no checkpoint in {kinds.checkpoint_folder(config)}")
         return False
     step, total = newest.step, newest.manifest.facts["total_steps"]
     if changes := checkpoint.changes_since(newest, recipe(config)):

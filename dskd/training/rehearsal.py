@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from dskd.artifacts import kinds
-from dskd.artifacts.files import full_disk_is_said, make_folder, remove_tree
+from dskd.artifacts.files import make_folder, remove_tree, report_full_disk
 from dskd.config import Config
 from dskd.console import say
 from dskd.distributed.collectives import on_main
@@ -28,7 +28,7 @@ from dskd.training.pair import ModelPair
 _WRITTEN = 2**30
 # Largest student, in bytes of float32, that is reloaded; larger ones would take minutes.
 _RELOADED = 40 * 10**9
-_REMEDY = "an export of this student would not be the student that was trained, so nothing is trained"
+_REMEDY = "an export of this student would not be the student that was trained, so training does not start"
 
 
 def rehearse_export(pair: ModelPair, student: ModelFolder, config: Config, world: World) -> None:
@@ -47,11 +47,11 @@ def rehearse_export(pair: ModelPair, student: ModelFolder, config: Config, world
 
     def rehearse() -> None:
         on_cpu = {name: tensor.cpu() for name, tensor in probe.items()}
-        scratch = kinds.folder(config) / checkpoint.REHEARSAL
+        scratch = kinds.checkpoint_folder(config) / checkpoint.REHEARSAL
         remove_tree(scratch)
         make_folder(scratch)
         try:
-            with full_disk_is_said(scratch):
+            with report_full_disk(scratch):
                 _rehearse(student, scratch, on_cpu, names, dtype)
         finally:
             remove_tree(scratch)
@@ -72,7 +72,9 @@ def _rehearse(student: ModelFolder, scratch: Path, probe: dict[str, Any], names:
     # again in float32.
     size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * 4
     if size > min(_RELOADED, psutil.virtual_memory().available // 2):
-        say(f"  the export is not tried beforehand: reloading the student would take {size / 1e9:,.0f} GB of memory")
+        say(f"  the export is not rehearsed: reloading the student would need {size / 1e9:,.0f} GB of memory")
         return
-    found = check_agreement(scratch, probe, names, dtype, student.trust_remote_code, remedy=_REMEDY)
-    say(f"  the export was rehearsed: the untrained student, reloaded, has the same logits but for {found.error:.1e}")
+    agreement = check_agreement(scratch, probe, names, dtype, student.trust_remote_code, remedy=_REMEDY)
+    say(
+        f"  export rehearsed: the logits of the untrained student, reloaded, differ by {agreement.error:.1e} (relative)"
+    )

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dskd.artifacts.building import Building
-from dskd.artifacts.files import full_disk_is_said, make_folder, remove_tree, write_text
-from dskd.artifacts.kinds import folder
+from dskd.artifacts.files import make_folder, remove_tree, report_full_disk, write_text
+from dskd.artifacts.kinds import checkpoint_folder
 from dskd.artifacts.manifest import Recipe, is_current
 from dskd.config import Config, TrainConfig
 from dskd.console import say
@@ -42,11 +42,11 @@ def save(
     Raises:
         UserError: if there is no space, or the student's weights are not finite; older checkpoints then stay.
     """
-    base, engine = folder(config), pair.engine
+    base, engine = checkpoint_folder(config), pair.engine
     require_space(engine, config)
     building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
     on_main(building.clear)
-    with full_disk_is_said(base):
+    with report_full_disk(base):
         engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
         _save_trained(engine, building.folder / TRAINED_FILE, world)
         _save_probe(pair, config, building.folder / PROBE_FILE, world)
@@ -69,15 +69,15 @@ def require_space(engine: Any, config: Config) -> None:
     Raises:
         UserError: if there is less free space than a checkpoint needs.
     """
-    needed, base = required_bytes(engine), folder(config)
+    needed, base = required_bytes(engine), checkpoint_folder(config)
 
     def check() -> None:
         make_folder(base)
         free = shutil.disk_usage(base).free
         if free < needed:
             raise UserError(
-                f"{base}: a checkpoint takes {needed / 1e9:.2f} GB, and there are {free / 1e9:.2f} GB free; what was "
-                "complete stays. Free some, or set workdir to another disk, and continue with --resume"
+                f"{base}: a checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; complete "
+                "checkpoints stay. Free some space, or set workdir to another disk, and continue with --resume"
             )
 
     on_main(check)
@@ -111,13 +111,14 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
     then = checkpoint.manifest.facts.get("trunk_depth", 0)
     if then != trunk_depth:
         raise UserError(
-            f"{checkpoint.path}: written with a shared trunk of {then} layers, and it has {trunk_depth} now; set "
-            f"student.shared_trunk to {'on' if then else 'off'}, or start from scratch with --overwrite",
+            f"{checkpoint.path}: written with a shared trunk of {then} layers, but the run has one of {trunk_depth} "
+            f"now; set student.shared_trunk to {'on' if then else 'off'}, or start from scratch with --overwrite",
             known_to_all_ranks=True,
         )
     path = checkpoint.path
     if needs_universal(checkpoint, world):
-        say(f"  written by {checkpoint.manifest.facts['world_size']} ranks: it is made into one for any number of them")
+        written_by = checkpoint.manifest.facts["world_size"]
+        say(f"  converting the checkpoint of {written_by} ranks into one for any number of ranks")
         on_main(lambda: make_universal(checkpoint.path))
         path = universal_folder(path)
     with no_pickles():
@@ -129,7 +130,7 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
         )
     if loaded is None:  # DeepSpeed only warns, and training would silently start from scratch
         raise UserError(
-            f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before is used"
+            f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before will be used"
         )
     if path != checkpoint.path:  # remove the universal form: the next checkpoint needs its space
         barrier()
@@ -164,8 +165,8 @@ def _require_finite(building: Building) -> None:
                 shutil.rmtree(building.folder)
                 building.release()
                 raise UserError(
-                    f"step {building.facts['step']}: {name} of the student is not finite; the run stops, and no "
-                    "checkpoint of this step is written. Lower train.learning_rate, or use precision: fp32"
+                    f"step {building.facts['step']}: {name} of the student is not finite; the run stops without a "
+                    "checkpoint of this step. Lower train.learning_rate, or use precision: fp32"
                 )
 
 

@@ -80,8 +80,8 @@ def _claim(config: Config, recipe: Recipe, *, resume: bool, overwrite: bool) -> 
     wait_s = LOCK_PATIENCE_S if resume else 0.0
     # An export or evaluation also holds this lock while it sends the run's results to MLflow.
     purpose = f"trains run {config.run!r}, or sends its results to MLflow"
-    hold_lock(kinds.lock_path(config, config.run), purpose, wait_s=wait_s)
-    saving.remove_leftovers(kinds.folder(config))
+    hold_lock(kinds.run_lock_path(config, config.run), purpose, wait_s=wait_s)
+    saving.remove_leftovers(kinds.checkpoint_folder(config))
     if overwrite:
         return None  # the old checkpoints stay until the first new one is complete
     newest = checkpoint.latest(config, verify=True)

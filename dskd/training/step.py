@@ -93,8 +93,8 @@ def train_step(
     grad_norm = float(engine.get_global_grad_norm())
     if not math.isfinite(grad_norm):
         raise UserError(
-            f"step {step}: the gradient norm is {grad_norm} although every term of the loss is finite; the run stops "
-            "before a checkpoint is written. Lower train.learning_rate, or use precision: fp32",
+            f"step {step}: the gradient norm is {grad_norm}, although every term of the loss is finite; the run stops "
+            "without a checkpoint of this step. Lower train.learning_rate, or use precision: fp32",
             known_to_all_ranks=True,
         )
     # `_normalizers` scaled each micro-batch's loss up by this factor, because DeepSpeed divides gradients by it.
@@ -142,7 +142,7 @@ def _require_finite(
         culprits.setdefault(name, []).extend(samples)
     named = "; ".join(f"{name} on samples {sorted(samples)}" for name, samples in culprits.items())
     raise UserError(
-        f"step {step}: the loss is not finite: {named}. The run stops; the last checkpoint is as it was. Look at those "
+        f"step {step}: the loss is not finite: {named}. The run stops, and the last checkpoint stays. Look at those "
         "samples of the training shards, lower train.learning_rate, or use precision: fp32, and continue with --resume",
         known_to_all_ranks=True,
     )

@@ -137,11 +137,11 @@ def load_student(
 
 def _require_compiler() -> None:
     """Checks that there is a C++ compiler: on a CPU, unlike on a GPU, torch.compile needs one."""
-    wanted = os.environ.get("CXX", "g++")
-    if shutil.which(wanted) is None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
         raise UserError(
-            f"train.compile_losses: torch.compile needs a C++ compiler, and there is no {wanted}; install one (g++ on "
-            "Debian), name one in the variable CXX, or set train.compile_losses to false",
+            f"train.compile_losses: torch.compile needs a C++ compiler, but there is no {compiler}; install one "
+            "(g++ on Debian), set the variable CXX to one, or set train.compile_losses to false",
             known_to_all_ranks=True,
         )
 
@@ -152,11 +152,11 @@ def trained_layers(student: StudentConfig, count: int) -> set[int]:
     Raises:
         UserError: if one does not exist.
     """
-    wanted = student.train_layers
-    layers = set(range(max(0, count - wanted), count)) if isinstance(wanted, int) else set(wanted)
+    chosen = student.train_layers
+    layers = set(range(max(0, count - chosen), count)) if isinstance(chosen, int) else set(chosen)
     missing = sorted(layers - set(range(count)))
     if missing:
-        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
+        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, but not {missing}")
     return layers
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe, read_manifest
 from dskd.config import Config, TeacherRecipe
 from dskd.console import progress_bar, say, stage
@@ -48,8 +48,7 @@ def build_teacher(config: Config) -> None:
     assert settings is not None
     target = config.path(kinds.TEACHER.folder)
     with stage("teacher: trained from scratch", reads=[config.path(kinds.CORPUS.folder)], writes=target):
-        wanted = recipe(config)
-        with build_artifact(target, wanted) as building:
+        with build_artifact(target, recipe(config)) as building:
             tokenizer = train_tokenizer(read_texts(config, "train"), settings.vocab_size)
             tokenizer.save_pretrained(building.folder)
             sequence_length = config.corpus.sequence_length
@@ -63,13 +62,13 @@ def build_teacher(config: Config) -> None:
             )
             if packed.tokens < sequence_length:
                 raise UserError(
-                    f"the corpus has {packed.tokens:,} tokens, less than one sequence of "
-                    f"{sequence_length}: too little to train a teacher on; add text to corpus.train"
+                    f"the corpus has {packed.tokens:,} tokens, fewer than one sequence of "
+                    f"{sequence_length}: too few to train a teacher on; add text to corpus.train"
                 )
             model = build_llama(settings, len(tokenizer), sequence_length, tokenizer, config.seed)
             loss = train_model(model, open_sequences(file), settings, config.seed, config.precision)
             file.unlink()
-            with full_disk_is_said(building.folder):
+            with report_full_disk(building.folder):
                 model.save_pretrained(building.folder, safe_serialization=True)
             building.facts.update(final_loss=loss, parameters=sum(p.numel() for p in model.parameters()))
         say(f"  {sum(p.numel() for p in model.parameters()):,} parameters, training perplexity {math.exp(loss):.1f}")

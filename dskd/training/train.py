@@ -37,7 +37,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     with stage(
         f"train: run {config.run!r}",
         reads=[config.path("student"), config.path(kinds.SHARDS.folder, "train"), dictionary_folder(config)],
-        writes=kinds.folder(config),
+        writes=kinds.checkpoint_folder(config),
     ):
         run = set_up(config, world, began=began, resume=resume, overwrite=overwrite)
         if run is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dskd.artifacts.files import full_disk_is_said, replace_folder
+from dskd.artifacts.files import replace_folder, report_full_disk
 from dskd.errors import UserError
 
 
@@ -51,7 +51,7 @@ def make_universal(checkpoint: Path) -> None:
     try:
         with (
             no_pickles(),
-            full_disk_is_said(checkpoint.parent),
+            report_full_disk(checkpoint.parent),
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
         ):
@@ -69,9 +69,9 @@ def _require_space(checkpoint: Path) -> None:
     free = shutil.disk_usage(checkpoint).free
     if free < needed:
         raise UserError(
-            f"{checkpoint}: to go on with another number of ranks takes {needed / 1e9:.2f} GB for a while, and there "
-            f"are {free / 1e9:.2f} GB free; free some, set workdir to another disk, or go on with as many ranks as "
-            "before"
+            f"{checkpoint}: resuming with another number of ranks needs {needed / 1e9:.2f} GB for a while, but only "
+            f"{free / 1e9:.2f} GB are free; free some space, set workdir to another disk, or resume with as many ranks "
+            "as before"
         )
 
 

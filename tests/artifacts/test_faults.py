@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.cli.program import run
 from dskd.config.reading import load_config
@@ -59,10 +59,10 @@ def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, cop
     ended = run_program("train.py", config, ranks=2, check=False)
     assert ended.exit_code == 2, ended.output
     assert ended.output.count("error: ") == 1
-    assert "a checkpoint takes 0.00 GB, and there are 0.00 GB free; what was complete stays" in ended.output
+    assert "a checkpoint needs 0.00 GB, but only 0.00 GB are free; complete checkpoints stay" in ended.output
     assert "Traceback" not in ended.output
     assert checkpoint.latest(loaded, verify=True).step == 2
-    assert [path.name for path in kinds.folder(loaded).glob(".step-*")] in ([], [".step-00000004.lock"])
+    assert [path.name for path in kinds.checkpoint_folder(loaded).glob(".step-*")] in ([], [".step-00000004.lock"])
 
     small_disk(loaded.path("checkpoints"), 10 * size)
     run_program("train.py", config, "--resume", ranks=2)
@@ -108,15 +108,15 @@ def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk
     small_disk(folder, 2**21)
     large = torch.zeros(2**20)  # 4 MiB
     # safetensors removes what it wrote, and then there is room again
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as full, full_disk_is_said(folder):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as full, report_full_disk(folder):
         save_file({"x": large}, folder / "x.safetensors")
     assert full.value.errno == errno.ENOSPC
     assert shutil.disk_usage(folder).free == 2**21
-    with pytest.raises(SafetensorError), full_disk_is_said(folder):
+    with pytest.raises(SafetensorError), report_full_disk(folder):
         save_file({"x": large}, folder / "no" / "x.safetensors")
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), full_disk_is_said(folder):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), report_full_disk(folder):
         torch.save(large, folder / "x.pt")
-    with pytest.raises(RuntimeError, match="another"), full_disk_is_said(tmp_path):
+    with pytest.raises(RuntimeError, match="another"), report_full_disk(tmp_path):
         raise RuntimeError("another")
     assert [path.name for path in folder.iterdir()] == ["x.pt"]
 
@@ -142,9 +142,9 @@ def test_a_quota_is_a_full_disk_where_there_is_room_for_others(tmp_path, monkeyp
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)  # as the system answers who is over it
-    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), report_full_disk(tmp_path):
         raise RuntimeError("what torch says")
-    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), report_full_disk(tmp_path):
         raise SafetensorError(f"Error while serializing: I/O error: so it is (os error {errno.EDQUOT})")
 
 

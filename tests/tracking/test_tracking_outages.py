@@ -42,7 +42,7 @@ def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, 
     link.cut()
     first.log_metrics({"train/loss": 4.0}, 4)
     first.before_checkpoint()
-    unsent = kinds.folder(config) / "tracking" / "unsent.jsonl"
+    unsent = kinds.checkpoint_folder(config) / "tracking" / "unsent.jsonl"
     assert '["train/loss", 4.0,' in unsent.read_text()  # a killed process has lost nothing of what the checkpoint has
     first.log_metrics({"train/loss": 5.0}, 5)
     first.finish("KILLED")
@@ -156,4 +156,4 @@ def test_four_ranks_on_two_nodes_are_one_run_through_a_death_and_an_outage(serve
         assert len(points(server.uri, run.run_id, f"system/{node}/cpu_utilization_percentage")) > 1
     assert len(client.get_run(run.run_id).inputs.dataset_inputs) == 3
     assert {"config.yaml", "loss.png"} <= {file.path for file in client.list_artifacts(run.run_id)}
-    assert not (kinds.folder(config) / "tracking" / "unsent.jsonl").exists()
+    assert not (kinds.checkpoint_folder(config) / "tracking" / "unsent.jsonl").exists()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def _names(config):
-    names = {path.name for path in kinds.folder(load_config(config)).iterdir()}
+    names = {path.name for path in kinds.checkpoint_folder(load_config(config)).iterdir()}
     return sorted(names - {"tracking"})  # what MLflow is told
 
 
@@ -34,7 +34,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(tiny, copy_of_tiny):
     for ranks, stops_at in ((2, 2), (4, 3), (1, 5), (2, 6)):
         output = run_program("train.py", config, "--resume", ranks=ranks).output
         assert ("is made into one for any number of them" in output) == (stops_at > 2)
-        for path in kinds.folder(loaded).glob("step-*"):  # as if it had been stopped there
+        for path in kinds.checkpoint_folder(loaded).glob("step-*"):  # as if it had been stopped there
             if int(path.name[5:]) > stops_at:
                 shutil.rmtree(path)
     last = checkpoint.latest(loaded, verify=True)
@@ -65,39 +65,39 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy_of_tiny, ca
     assert newest.step == 6
     damage(next(newest.path.glob("*optim_states.pt")))
     assert checkpoint.latest(config, verify=True).step == 3
-    assert "passing over this checkpoint" in capsys.readouterr().err
-    shutil.rmtree(kinds.folder(config) / "step-00000003")
-    with pytest.raises(UserError, match=r"none of the checkpoints is whole.*--overwrite"):
+    assert "skipping this checkpoint" in capsys.readouterr().err
+    shutil.rmtree(kinds.checkpoint_folder(config) / "step-00000003")
+    with pytest.raises(UserError, match=r"no checkpoint is complete.*--overwrite"):
         checkpoint.latest(config, verify=True)
 
 
 def test_the_pointer_says_which_checkpoint_counts(copy_of_tiny):
     config = load_config(copy_of_tiny("checkpoints"))
-    (kinds.folder(config) / "latest").write_text("step-00000003\n")
+    (kinds.checkpoint_folder(config) / "latest").write_text("step-00000003\n")
     assert checkpoint.latest(config).step == 3
-    (kinds.folder(config) / "latest").unlink()
+    (kinds.checkpoint_folder(config) / "latest").unlink()
     assert checkpoint.latest(config).step == 6
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff\xfe\x00", "it names no checkpoint; looking for the newest whole one"),
-        (b"", "it names no checkpoint; looking for the newest whole one"),
-        (b"step-00000099\n", "it names step 99, which is not there; looking for the one before"),
+        (b"\xff\xfe\x00", "this file does not name a checkpoint; using the newest complete one"),
+        (b"", "this file does not name a checkpoint; using the newest complete one"),
+        (b"step-00000099\n", "this file names step 99, which is missing; using the one before"),
     ],
 )
 def test_a_damaged_pointer_costs_nothing_and_is_said(copy_of_tiny, capsys, content, message):
     config = load_config(copy_of_tiny("checkpoints"))
-    (kinds.folder(config) / "latest").write_bytes(content)
+    (kinds.checkpoint_folder(config) / "latest").write_bytes(content)
     assert checkpoint.latest(config).step == 6
-    assert f"{kinds.folder(config) / 'latest'}: {message}" in capsys.readouterr().err
+    assert f"{kinds.checkpoint_folder(config) / 'latest'}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_look_at_checkpoints_while_training_replaces_them_finds_one(copy_of_tiny, capsys, monkeypatch, verify):
     config = load_config(copy_of_tiny("checkpoints"))
-    base = kinds.folder(config)
+    base = kinds.checkpoint_folder(config)
     (base / "latest").write_text("step-00000003\n")  # the newer one is being written still
     read_name = "verify_files" if verify else "read_manifest"
     read = getattr(checkpoint, read_name)
@@ -115,12 +115,12 @@ def test_a_look_at_checkpoints_while_training_replaces_them_finds_one(copy_of_ti
 
 def test_a_manifest_that_does_not_say_how_long_the_run_is_makes_no_checkpoint(copy_of_tiny, capsys):
     config = load_config(copy_of_tiny("checkpoints"))
-    path = kinds.folder(config) / "step-00000006" / "manifest.json"
+    path = kinds.checkpoint_folder(config) / "step-00000006" / "manifest.json"
     content = json.loads(path.read_text())
     del content["facts"]["total_steps"]
     path.write_text(json.dumps(content))
     assert checkpoint.latest(config).step == 3
-    assert "its manifest does not say total_steps; passing over this checkpoint" in capsys.readouterr().err
+    assert 'manifest.json has no total_steps under "facts"; skipping this checkpoint' in capsys.readouterr().err
 
 
 def test_a_finished_run_with_a_damaged_checkpoint_is_not_called_finished(copy_of_tiny, capsys):
@@ -135,7 +135,7 @@ def test_room_for_another_number_of_ranks_is_looked_for_before_anything_is_writt
     newest = checkpoint.latest(load_config(copy_of_tiny("checkpoints")))
     before = sorted(newest.path.parent.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    with pytest.raises(UserError, match=r"another number of ranks takes .* GB for a while, and there are 0.00 GB free"):
+    with pytest.raises(UserError, match=r"another number of ranks needs .* GB for a while, but only 0.00 GB are free"):
         make_universal(newest.path)
     assert sorted(newest.path.parent.iterdir()) == before
 
@@ -152,7 +152,7 @@ def test_a_disk_without_room_is_named_before_anything_is_trained(copy_of_tiny, w
     asked = []
     real = saving.required_bytes
     monkeypatch.setattr(saving, "required_bytes", lambda engine: asked.append(real(engine)) or 10**18)
-    with pytest.raises(UserError, match=r"a checkpoint takes 1000000000.00 GB, and there are .* free.*--resume"):
+    with pytest.raises(UserError, match=r"a checkpoint needs 1000000000.00 GB, but only .* free.*--resume"):
         train(config, world, overwrite=True)
     newest = checkpoint.latest(config)
     assert newest.step == 6
@@ -164,7 +164,7 @@ def test_what_killed_processes_left_takes_no_room_from_those_that_go_on(copy_of_
     """The disk has room only where nothing is left: for the start, for the form of another number of ranks, and for the
     checkpoint after it."""
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
-    base = kinds.folder(config)
+    base = kinds.checkpoint_folder(config)
     shutil.rmtree(base / "step-00000006")
     for left in (".step-00000006.partial", ".step-00000003.universal", ".step-00000003.universal.partial"):
         (base / left).mkdir()

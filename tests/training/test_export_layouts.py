@@ -67,7 +67,7 @@ def _train_and_export(config, world):
     """Rehearses, takes a step, writes a checkpoint and exports it; returns the trained tensors and the export."""
     pair, student = _load(config, world), find_student(config)
     rehearse_export(pair, student, config, world)
-    assert not [*kinds.folder(config).glob(".*")]
+    assert not [*kinds.checkpoint_folder(config).glob(".*")]
     ids = torch.arange(24).view(1, 24) * 11 % 117
     states, inputs = pair.run_teacher(ids)
     total, _ = pair.engine(
@@ -184,7 +184,7 @@ def test_checkpoints_and_exports_may_be_links_to_another_disk(tmp_path, world):
         config.path(name, config.run).symlink_to(tmp_path / "disk" / name)
     trained, export = _train_and_export(config, world)
     assert export.is_symlink()
-    assert kinds.folder(config).is_symlink()
+    assert kinds.checkpoint_folder(config).is_symlink()
     assert (tmp_path / "disk" / "checkpoints" / "step-00000001").is_dir()
     assert trained.keys() <= load_file(tmp_path / "disk" / "export" / "model.safetensors").keys()
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoints", "export"]
@@ -209,7 +209,7 @@ def test_what_would_fail_at_the_end_fails_before_the_first_step(tmp_path, world)
     config = _config(tmp_path)
     pair, student = _load(config, world), find_student(config)
     # A killed process has left something.
-    scratch = kinds.folder(config) / checkpoint.REHEARSAL
+    scratch = kinds.checkpoint_folder(config) / checkpoint.REHEARSAL
     scratch.mkdir(parents=True)
     (scratch / "model-00001-of-00009.safetensors").write_bytes(b"x")
     rehearse_export(pair, student, config, world)

@@ -154,7 +154,9 @@ def test_a_bank_is_the_whole_of_the_vectors_however_it_is_cut(folder):
 
 def test_a_bank_that_does_not_fit_is_refused_with_both_sizes(folder):
     require_room(folder, 10, 10)
-    with pytest.raises(UserError, match=r"have 10\.0 GB, and the device has 4\.5 GB free; set sense_bank: host"):
+    with pytest.raises(
+        UserError, match=r"need 10\.0 GB, but the device has only 4\.5 GB free; set train\.sense_bank to host"
+    ):
         require_room(folder, 10 * 2**30, 9 * 2**29)
 
 

@@ -64,7 +64,7 @@ def test_one_rank_equals_two(tiny, copy_of_tiny):
 
 def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    base = kinds.folder(load_config(config))
+    base = kinds.checkpoint_folder(load_config(config))
     assert sorted(path.name for path in base.iterdir()) == ["latest", "step-00000003", "step-00000006", "tracking"]
     assert (base / "latest").read_text() == "step-00000006\n"
     shutil.rmtree(base / "step-00000006")
@@ -80,7 +80,7 @@ def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
 def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro_batch_size):
     """As after running out of memory: only the number of accumulated micro-batches changes."""
     config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    shutil.rmtree(kinds.folder(load_config(config)) / "step-00000006")
+    shutil.rmtree(kinds.checkpoint_folder(load_config(config)) / "step-00000006")
     train(load_config(config, [f"train.micro_batch_size={micro_batch_size}"]), world, resume=True)
     expected = [value for _, value in losses_of(tiny)[3:]]
     assert [value for _, value in losses_of(config)] == pytest.approx(expected, rel=2e-4)
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
     run_program("train.py", config, "--resume", ranks=2)
     resumed, (_, weights) = losses_of(config), _trained(config)
     assert [step for step, _ in resumed] == list(range(1, 15))
-    assert len(list(kinds.folder(loaded).glob("step-*"))) == loaded.train.keep_last
+    assert len(list(kinds.checkpoint_folder(loaded).glob("step-*"))) == loaded.train.keep_last
 
     undisturbed = copy_of_tiny(train=settings, run="undisturbed")
     run_program("train.py", undisturbed, ranks=2)
@@ -317,7 +317,7 @@ def test_where_the_sense_embeddings_lie_changes_memory_and_not_the_run(copy_of_t
 
 def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_tiny, world):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    base = kinds.folder(load_config(path))
+    base = kinds.checkpoint_folder(load_config(path))
     with pytest.raises(UserError, match="nothing would be trained"):
         train(load_config(path, ["student.train_layers=0"]), world, overwrite=True)
     with pytest.raises(UserError, match="is not finite"):
@@ -330,14 +330,14 @@ def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_
 def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, world):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     config = load_config(path)
-    shutil.rmtree(kinds.folder(config) / "step-00000006")
+    shutil.rmtree(kinds.checkpoint_folder(config) / "step-00000006")
     with pytest.raises(
         UserError, match="was stopped at step 3 of 6; continue with --resume, or start from scratch with --overwrite"
     ):
         train(config, world)
     with pytest.raises(UserError, match=r"loss.margin: 1.0 then, 7.0 now"):
         train(load_config(path, ["loss.margin=7"]), world, resume=True)
-    assert sorted(found.name for found in kinds.folder(config).iterdir()) == [
+    assert sorted(found.name for found in kinds.checkpoint_folder(config).iterdir()) == [
         "latest",
         "step-00000003",
         "tracking",
@@ -367,7 +367,7 @@ def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny
     for name in names[0] - {"model.safetensors", "manifest.json"}:
         assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes(), name
 
-    checkpoints = kinds.folder(config)
+    checkpoints = kinds.checkpoint_folder(config)
     shutil.rmtree(checkpoints)
     shutil.copytree(config.path("checkpoints", "on", "step-00000001"), checkpoints / "step-00000001")
     with pytest.raises(UserError, match=r"trunk of 1 layers, and it has 0 now; set student.shared_trunk to on"):
