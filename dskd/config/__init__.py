@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
 from dskd.config.evaluation import TASKS, EvaluationConfig, TaskName, TasksConfig
-from dskd.config.models import StudentConfig, TeacherConfig, TeacherRecipe
+from dskd.config.models import FromScratchConfig, StudentConfig, TeacherConfig
 from dskd.config.section import PathText, Section
 from dskd.config.training import LossConfig, PipelineConfig, TrackingConfig, TrainConfig
 
@@ -32,7 +32,7 @@ __all__ = [
     "TaskName",
     "TasksConfig",
     "TeacherConfig",
-    "TeacherRecipe",
+    "FromScratchConfig",
     "TrackingConfig",
     "TrainConfig",
     "WordNetConfig",

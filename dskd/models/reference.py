@@ -69,7 +69,7 @@ def compare_with_transformers(
     # Run the loaded model on all ranks, and record the inputs and outputs of the compared layers and the last states.
     found = []
     for start in starts:
-        with _watched(decoder, watched) as seen:
+        with record_states(decoder, watched) as seen:
             engine(input_ids, *([numbers + start] if start else []))
         found.append(torch.stack(seen))
     everyone = _gather(torch.stack(found), world)  # [ranks][starts, 2 * watched layers + 1, 1, T, D]
@@ -164,7 +164,7 @@ def _one_of_each_kind(layers: nn.ModuleList) -> list[int]:
 
 
 @contextmanager
-def _watched(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
+def record_states(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
     """Records the input and output of each layer, in the order in which they run, and then the last hidden states."""
     seen: list[torch.Tensor] = []
 
@@ -259,7 +259,7 @@ def _run_reference(
 
         hooks.append(layer.register_forward_pre_hook(replace, with_kwargs=True))
     try:
-        with torch.no_grad(), _watched(decoder, layers) as expected:
+        with torch.no_grad(), record_states(decoder, layers) as expected:
             decoder(input_ids, **positions)
     finally:
         for hook in hooks:

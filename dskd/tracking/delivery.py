@@ -59,7 +59,9 @@ class Delivery:
             # A message that MLflow will never accept must not block the messages after it.
             if not is_refusal(error):
                 raise
-            warn(f"MLflow refused {first['kind']} of run {first['run_id']} ({first_line(error)}); it is left out")
+            warn(
+                f"MLflow refused {first['kind']} of run {first['run_id']} ({first_line(error)}); the message is dropped"
+            )
 
     def _deliver(self, first: Message, more: list[Message]) -> None:
         run_id, kind = first["run_id"], first["kind"]

@@ -38,7 +38,7 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
         UserError: if the tracking server cannot be read, or lacks one of the named experiments; the config's own
             experiment need not exist yet.
     """
-    if not _is_there(config) and not experiments:
+    if not _is_tracked(config) and not experiments:
         return []
     with _reading(config) as client:
         runs = []
@@ -52,10 +52,10 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
                     if run.data.tags.get(KIND_TAG) != PARENT  # a parent only groups runs; it was not trained
                 ]
             elif experiments:
-                known = sorted(known.name for known in client.search_experiments())
+                names = sorted(other.name for other in client.search_experiments())
                 raise UserError(
                     f"experiment {name!r}: MLflow at {without_secrets(tracking_uri(config))} has no such experiment; "
-                    f"it has {', '.join(known) or 'none'}"
+                    f"it has {', '.join(names) or 'none'}"
                 )
         return sorted(runs, key=lambda run: -run.start_time_s)
 
@@ -102,7 +102,7 @@ def read_artifact(config: Config, run_id: str, path: str) -> bytes | None:
         return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
 
-def _is_there(config: Config) -> bool:
+def _is_tracked(config: Config) -> bool:
     """Returns False if nothing was tracked in this work directory yet: MLflow would create a database just to read."""
     return config.tracking.uri is not None or config.path(FILE).exists()
 
@@ -110,8 +110,8 @@ def _is_there(config: Config) -> bool:
 @contextmanager
 def _reading(config: Config) -> Iterator[Any]:
     """Yields a client; turns errors in the block into a UserError that says what to do."""
-    if not _is_there(config):
-        raise UserError(f"{config.path('mlflow.db')}: nothing was tracked here yet; train first, or give tracking.uri")
+    if not _is_tracked(config):
+        raise UserError(f"{config.path('mlflow.db')}: no run was tracked here yet; train first, or set tracking.uri")
     uri = tracking_uri(config)
     try:
         require_answer(uri)
@@ -121,7 +121,7 @@ def _reading(config: Config) -> Iterator[Any]:
     except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
         raise UserError(
             f"tracking.uri: MLflow at {without_secrets(uri)} cannot be read ({cause_of(error)}); start its server, or "
-            "set tracking.uri to where it is, with http:// or https://, host and port"
+            "set tracking.uri to its address, with http:// or https://, host and port"
         ) from error
 
 

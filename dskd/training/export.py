@@ -184,7 +184,7 @@ def _other_names(student: ModelFolder, trained: Mapping[str, torch.Tensor]) -> s
     names = StoredNames(model, TensorReader(student.path))
     stale: set[str] = set()
     for _, aliases in parameter_names(model):
-        stored = {found for alias in aliases if (found := names.find(alias)) is not None}
+        stored = {name for alias in aliases if (name := names.find(alias)) is not None}
         if stored & set(trained):
             stale |= stored - set(trained)
     return stale

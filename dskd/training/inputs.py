@@ -15,7 +15,7 @@ from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.precision import resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions
 from dskd.training.schedule import Schedule
@@ -74,7 +74,7 @@ def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> Collat
     if loss.sense_weight:
         positions = SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
     if loss.compares_sense_distributions:
-        candidates = Candidates.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
+        candidates = CandidateRows.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
     return Collator(
         None if _bank_on_device(config) else inputs.vectors_path,
         positions,

@@ -30,7 +30,7 @@ from dskd.models.weights import LAYER_NAME, TensorReader
 REDUCE_BUCKET = 50_000_000  # gradient elements that DeepSpeed reduces over the ranks in one operation
 
 
-class Student(nn.Module):
+class StudentModule(nn.Module):
     """The trained decoder with the head that holds its output matrix and computes the losses.
 
     `hub_names` maps each parameter's name to its name in the Hugging Face folder.
@@ -123,7 +123,7 @@ def load_student(
         margin=margin,
         compile_losses=train.compile_losses,
     )
-    student = Student(Decoder(base_model(causal_lm)), head, names)
+    student = StudentModule(Decoder(base_model(causal_lm)), head, names)
     # Activation checkpointing works in training mode only. `build_sharded` has removed dropout.
     student.train()
     optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
@@ -249,7 +249,7 @@ def _drop_embeddings(causal_lm: Any) -> None:
 
 
 def _hub_names(causal_lm: Any, folder: ModelFolder, first_layer: int) -> dict[str, str]:
-    """Returns {name of a parameter in :class:`Student`: its name in the Hugging Face folder}."""
+    """Returns {name of a parameter in :class:`StudentModule`: its name in the Hugging Face folder}."""
     stored = StoredNames(causal_lm, TensorReader(folder.path), first_layer=first_layer)
     prefix = base_model_name(causal_lm)
     names = {}

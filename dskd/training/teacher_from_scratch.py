@@ -15,7 +15,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe, read_manifest
-from dskd.config import Config, TeacherRecipe
+from dskd.config import Config, FromScratchConfig
 from dskd.console import progress_bar, say, stage
 from dskd.corpus.build import read_texts
 from dskd.corpus.packing import pack
@@ -97,7 +97,7 @@ def intermediate_size(hidden_size: int) -> int:
     return hidden_size * 8 // 3 // 8 * 8
 
 
-def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, tokenizer: Any, seed: int) -> Any:
+def build_llama(settings: FromScratchConfig, vocab_size: int, sequence_length: int, tokenizer: Any, seed: int) -> Any:
     """Builds an untrained Llama of the recipe's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -118,7 +118,7 @@ def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, 
     )
 
 
-def train_model(model: Any, sequences: Sequences, settings: TeacherRecipe, seed: int, precision: str) -> float:
+def train_model(model: Any, sequences: Sequences, settings: FromScratchConfig, seed: int, precision: str) -> float:
     """Trains `model` on `sequences` for the recipe's token budget.
 
     Returns:

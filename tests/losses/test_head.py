@@ -240,7 +240,7 @@ def test_compiled_losses_are_the_same(case):
     torch.testing.assert_close((plain[0], plain[2]), (compiled[0], compiled[2]))
 
 
-def test_all_of_a_teachers_distribution_in_the_shards_is_the_teacher_itself(case):
+def test_a_cached_distribution_over_all_tokens_equals_the_teacher(case):
     loss = LOSS.model_copy(update={"hidden_weight": 0.0})
     head = DistillationHead(
         nn.Parameter(case["weight"], requires_grad=False), case["teacher_weight"], loss, chunk_size=4
@@ -256,7 +256,7 @@ def test_all_of_a_teachers_distribution_in_the_shards_is_the_teacher_itself(case
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
-def test_vocabularies_padded_to_different_sizes_are_compared_in_what_they_share(case, padded):
+def test_vocabularies_padded_to_different_sizes_are_compared_on_shared_tokens(case, padded):
     padding = torch.full((3, D), 0.1, dtype=torch.float64)
     weight, teacher_weight = case["weight"], case["teacher_weight"]
     if padded == "student":
@@ -301,7 +301,7 @@ def test_a_teacher_of_another_width_is_fine_without_a_hidden_state_term(case):
 
 
 @pytest.mark.parametrize("steps", [3, 6, 7, 12])
-def test_accumulation_scales_bf16_gradients_by_its_own_number_and_not_by_that_number_rounded(case, steps):
+def test_the_scale_of_bf16_gradients_is_not_rounded_to_bf16(case, steps):
     """1/3 is .33398 in bf16, so every gradient would be .2 % too large: more than its own rounding, and to one side."""
     hidden = case["hidden"].bfloat16().requires_grad_(True)
     weight = nn.Parameter(case["weight"].bfloat16())

@@ -96,7 +96,7 @@ def _cached(logits, n):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_of_the_vocabulary_cached_is_the_teacher_itself(kind):
+def test_a_cached_teacher_of_the_whole_vocabulary_equals_the_teacher(kind):
     student, teacher = _random(2, 5, 13, seed=2) * 3
     torch.testing.assert_close(
         cached_divergence(student, _cached(teacher, 13), 2.0, kind), divergence(student, teacher, 2.0, kind)

@@ -51,7 +51,7 @@ def test_sense_loss_by_hand():
     torch.testing.assert_close(gradient, 1 + 10 * torch.tensor([[2.0, 0.0], [-1.0 + 1.0, 2.0 - 1.0]]))
 
 
-def test_without_the_weight_of_synonyms_and_antonyms_own_senses_are_left():
+def test_with_zero_weights_of_synonyms_and_antonyms_only_own_senses_count():
     gradient = torch.zeros(2, 2)
     hidden = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
     sums = _sense(hidden, synonym_weight=0.0, antonym_weight=0.0, gradient=gradient)
@@ -210,7 +210,7 @@ def test_sense_divergence_and_gradient_are_those_of_loops_however_many_rows_are_
 
 
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
-def test_sense_divergence_is_zero_where_student_and_teacher_agree_and_positive_elsewhere(distance):
+def test_sense_divergence_is_zero_if_student_and_teacher_agree_and_positive_otherwise(distance):
     hidden, rows, gradient = _random(N, D, seed=1), _random(R, D, seed=3), torch.zeros(N, D, dtype=torch.float64)
     agreeing = _divergence(hidden, hidden.clone(), rows, distance=distance, gradient=gradient)
     assert agreeing.total.item() == pytest.approx(0, abs=1e-12)

@@ -42,7 +42,7 @@ from dskd.training import checkpoint
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_was(server, copy_of_tiny):
+def test_a_run_records_its_settings_metrics_and_inputs(server, copy_of_tiny):
     tracking = {"uri": server.uri, "experiment": "over http"}
     config_path = copy_of_tiny(*BEFORE_TRAINING, tracking=tracking)
     run_program("train.py", config_path, ranks=2)
@@ -90,7 +90,7 @@ def test_a_run_says_what_it_was(server, copy_of_tiny):
 
 
 @pytest.mark.slow
-def test_an_unreachable_server_is_named_at_the_start_and_may_be_back_at_the_next(copy_of_tiny):
+def test_an_unreachable_server_is_reported_at_the_start_as_an_outage(copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING, tracking={"uri": f"http://someone:secret@127.0.0.1:{free_port()}"})
     finished = run_program("train.py", config, check=False)
     assert finished.exit_code == 1
@@ -127,11 +127,11 @@ def test_tracking_can_be_off(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_looking_where_nothing_was_tracked_makes_no_database(tmp_path):
+def test_reading_an_untracked_work_directory_creates_no_database(tmp_path):
     config = tracking_config(tmp_path)
     assert read_runs(config) == []
     for look in (lambda: read_runs(config, ["other"]), lambda: read_run(config, "0" * 32)):
-        with pytest.raises(UserError, match=r"mlflow.db: nothing was tracked here yet; train first"):
+        with pytest.raises(UserError, match=r"mlflow.db: no run was tracked here yet; train first"):
             look()
     assert list(tmp_path.iterdir()) == []
 
@@ -150,7 +150,7 @@ def test_runs_that_start_at_once_on_a_new_work_directory_make_one_database(tmp_p
     assert not [*tmp_path.glob(".mlflow.db*")]
 
 
-def test_an_sqlite_file_that_is_none_is_refused(tmp_path):
+def test_a_file_that_is_no_sqlite_database_is_refused(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 30)
     with pytest.raises(UserError, match=r"tracking.uri: MLflow at sqlite:"):
         start_tracking(tracking_config(tmp_path), ONE_RANK, tags={})
@@ -244,7 +244,7 @@ def test_datasets_are_described_with_digests_that_mlflow_takes_and_no_secrets(ti
     assert described["digest"] == manifest.digest[:36]
 
 
-def test_a_run_is_recorded_with_the_manifests_of_what_is_whole(tmp_path):
+def test_a_run_is_recorded_with_the_manifests_of_complete_artifacts(tmp_path):
     config = tracking_config(tmp_path)
     for name in ("senses", ".senses.partial", "shards/train", "shards/.train.old"):
         config.path(name).mkdir(parents=True)
@@ -274,12 +274,12 @@ def test_the_commit_is_the_checkouts_or_the_one_that_an_image_was_built_from(tmp
     assert context.git_commit() == "0123"
 
 
-def test_nodes_of_one_name_get_a_number():
+def test_nodes_with_the_same_name_get_numbers():
     assert name_nodes(["a", "b", "a"]) == ["a-0", "b", "a-2"]
     assert name_nodes(["a", "b"]) == ["a", "b"]
 
 
-def test_the_launchers_job_is_told_as_it_is_called_there(monkeypatch):
+def test_the_launchers_job_is_recorded_under_its_own_names(monkeypatch):
     for name in [*(name for name in os.environ if name.startswith("SLURM_")), "JOB_COMPLETION_INDEX"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)

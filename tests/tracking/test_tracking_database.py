@@ -93,7 +93,7 @@ def test_a_name_that_no_uri_can_express_is_refused(tmp_path, monkeypatch):
         _train("work")
 
 
-def test_a_work_directory_that_was_moved_goes_on_where_it_is(tmp_path, work):
+def test_a_moved_work_directory_keeps_its_runs_and_artifacts(tmp_path, work):
     before, after = work("before?"), tmp_path / "after 100%41"
     run_id = _train(before)
     dead = start_tracking(tracking_config(before), ONE_RANK, tags={}, start=Start("of a dead process")).run_id
@@ -145,7 +145,7 @@ def test_an_experiment_with_a_place_of_its_own_keeps_it(tmp_path, work):
     assert client.get_experiment_by_name("own").artifact_location == elsewhere
 
 
-def test_a_database_that_one_may_only_read_is_read_and_nothing_is_written(tmp_path, work, read_only):
+def test_a_read_only_database_is_read_without_writing(tmp_path, work, read_only):
     before, after = work("before"), tmp_path / "after"
     run_id = _train(before)
     before.rename(after)

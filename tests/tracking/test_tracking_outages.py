@@ -15,7 +15,7 @@ from dskd.training import checkpoint
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_loses_nothing_and_stops_nobody(server, tmp_path, capsys):
+def test_an_outage_of_the_server_loses_nothing_and_stops_no_training(server, tmp_path, capsys):
     config = tracking_config(tmp_path, uri=server.uri, experiment="outage")
     tracking = start_tracking(config, ONE_RANK, tags={"world_size": "1"})
     tracking.log_metrics({"train/loss": 1.0}, 1)
@@ -26,14 +26,14 @@ def test_a_server_that_goes_away_loses_nothing_and_stops_nobody(server, tmp_path
     time.sleep(3)
     server.start()
     tracking.finish("FINISHED")
-    assert capsys.readouterr().err.count("MLflow is away") == 1
+    assert capsys.readouterr().err.count("MLflow cannot be reached") == 1
     (run,) = read_runs(config)
     assert run.status == "FINISHED"
     assert read_history(config, run.run_id, "train/loss") == [(step, 1.0 / step) for step in range(1, 30)]
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, tmp_path, capsys):
+def test_unsent_messages_are_sent_by_the_next_start_and_by_export(link, tmp_path, capsys):
     config = tracking_config(tmp_path, uri=link.uri, experiment="unsent")
     first = start_tracking(config, ONE_RANK, tags={"world_size": "1"}, start=SAME)
     for step in (1, 2, 3):
@@ -68,7 +68,7 @@ def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, 
 
 
 @pytest.mark.slow
-def test_a_run_that_died_is_gone_on_with_or_marked_so(link, tmp_path):
+def test_a_dead_run_is_resumed_or_marked_as_failed(link, tmp_path):
     config = tracking_config(tmp_path / "one", uri=link.uri, experiment="deaths")
     elsewhere = start_tracking(tracking_config(tmp_path / "two", uri=link.uri, experiment="deaths"), ONE_RANK, tags={})
     dead = start_tracking(config, ONE_RANK, tags={}, start=SAME)
@@ -136,7 +136,7 @@ def test_four_ranks_on_two_nodes_are_one_run_through_a_death_and_an_outage(serve
     assert died_behind < 12
     ranks = start("--resume")
     try:
-        wait_for(lambda: "MLflow is away" in ranks[0].output, 600)
+        wait_for(lambda: "MLflow cannot be reached" in ranks[0].output, 600)
         wait_for(lambda: checkpoint.latest(config).step > died_behind, 600)
     finally:
         link.mend()

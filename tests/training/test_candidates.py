@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from dskd.config import LossConfig
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions
 
@@ -44,7 +44,7 @@ def _candidates(kinds=ALL, *, seed=3, number=12, rows=ROWS):
         sense_candidates=kinds,
         **({"sense_random_candidates": number} if "random" in kinds else {}),
     )
-    return Candidates.of(loss, seed, rows)
+    return CandidateRows.of(loss, seed, rows)
 
 
 @pytest.mark.parametrize("kinds", [ALL, ("own", "random"), ("synonym", "antonym"), ("random",)])
@@ -93,7 +93,7 @@ def test_random_rows_are_a_function_of_seed_and_step_and_come_equally_often():
     assert abs(counts - expected).max() < 5 * np.sqrt(expected)
 
 
-def test_no_random_rows_are_drawn_where_none_are_wanted_or_there_are_none():
+def test_no_random_rows_are_drawn_if_none_are_configured_or_none_exist():
     assert len(_candidates(("own",)).draw(STEP)) == 0
     assert len(_candidates(rows=0).draw(STEP)) == 0
 

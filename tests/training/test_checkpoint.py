@@ -25,7 +25,7 @@ def _names(config):
     return sorted(names - {"tracking"})  # what MLflow is told
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(tiny, copy_of_tiny):
+def test_a_run_resumes_on_any_number_of_ranks(tiny, copy_of_tiny):
     """A step or two with each number of ranks, more and fewer than before: the losses, and what was trained, are those
     of two ranks undisturbed."""
     settings = {**TINY["train"], "micro_batch_size": 1, "checkpoint_every": 1, "keep_last": 9}
@@ -33,7 +33,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(tiny, copy_of_tiny):
     loaded = load_config(config)
     for ranks, stops_at in ((2, 2), (4, 3), (1, 5), (2, 6)):
         output = run_program("train.py", config, "--resume", ranks=ranks).output
-        assert ("is made into one for any number of them" in output) == (stops_at > 2)
+        assert ("into one for any number of ranks" in output) == (stops_at > 2)
         for path in kinds.checkpoint_folder(loaded).glob("step-*"):  # as if it had been stopped there
             if int(path.name[5:]) > stops_at:
                 shutil.rmtree(path)
@@ -59,7 +59,7 @@ def _truncate(path):
 
 
 @pytest.mark.parametrize("damage", [_spoil, _truncate])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy_of_tiny, capsys, damage):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(copy_of_tiny, capsys, damage):
     config = load_config(copy_of_tiny("checkpoints"))
     newest = checkpoint.latest(config, verify=True)
     assert newest.step == 6
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy_of_tiny, ca
         checkpoint.latest(config, verify=True)
 
 
-def test_the_pointer_says_which_checkpoint_counts(copy_of_tiny):
+def test_the_file_latest_names_the_checkpoint_that_counts(copy_of_tiny):
     config = load_config(copy_of_tiny("checkpoints"))
     (kinds.checkpoint_folder(config) / "latest").write_text("step-00000003\n")
     assert checkpoint.latest(config).step == 3
@@ -87,7 +87,7 @@ def test_the_pointer_says_which_checkpoint_counts(copy_of_tiny):
         (b"step-00000099\n", "this file names step 99, which is missing; using the one before"),
     ],
 )
-def test_a_damaged_pointer_costs_nothing_and_is_said(copy_of_tiny, capsys, content, message):
+def test_a_damaged_file_latest_is_reported_and_costs_no_checkpoint(copy_of_tiny, capsys, content, message):
     config = load_config(copy_of_tiny("checkpoints"))
     (kinds.checkpoint_folder(config) / "latest").write_bytes(content)
     assert checkpoint.latest(config).step == 6
@@ -95,7 +95,7 @@ def test_a_damaged_pointer_costs_nothing_and_is_said(copy_of_tiny, capsys, conte
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_a_look_at_checkpoints_while_training_replaces_them_finds_one(copy_of_tiny, capsys, monkeypatch, verify):
+def test_a_checkpoint_is_found_while_training_replaces_them(copy_of_tiny, capsys, monkeypatch, verify):
     config = load_config(copy_of_tiny("checkpoints"))
     base = kinds.checkpoint_folder(config)
     (base / "latest").write_text("step-00000003\n")  # the newer one is being written still
@@ -113,7 +113,7 @@ def test_a_look_at_checkpoints_while_training_replaces_them_finds_one(copy_of_ti
     assert capsys.readouterr().err == ""
 
 
-def test_a_manifest_that_does_not_say_how_long_the_run_is_makes_no_checkpoint(copy_of_tiny, capsys):
+def test_a_checkpoint_without_total_steps_in_its_manifest_is_skipped(copy_of_tiny, capsys):
     config = load_config(copy_of_tiny("checkpoints"))
     path = kinds.checkpoint_folder(config) / "step-00000006" / "manifest.json"
     content = json.loads(path.read_text())
@@ -123,7 +123,7 @@ def test_a_manifest_that_does_not_say_how_long_the_run_is_makes_no_checkpoint(co
     assert 'manifest.json has no total_steps under "facts"; skipping this checkpoint' in capsys.readouterr().err
 
 
-def test_a_finished_run_with_a_damaged_checkpoint_is_not_called_finished(copy_of_tiny, capsys):
+def test_a_run_whose_final_checkpoint_is_damaged_is_not_finished(copy_of_tiny, capsys):
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"))
     assert report_status(config)
     _spoil(next(checkpoint.latest(config).path.glob("*optim_states.pt")))
@@ -131,7 +131,7 @@ def test_a_finished_run_with_a_damaged_checkpoint_is_not_called_finished(copy_of
     assert "run 'dskd': step 3 of 6" in capsys.readouterr().out
 
 
-def test_room_for_another_number_of_ranks_is_looked_for_before_anything_is_written(copy_of_tiny, monkeypatch):
+def test_space_for_the_universal_form_is_checked_before_anything_is_written(copy_of_tiny, monkeypatch):
     newest = checkpoint.latest(load_config(copy_of_tiny("checkpoints")))
     before = sorted(newest.path.parent.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
@@ -140,14 +140,14 @@ def test_room_for_another_number_of_ranks_is_looked_for_before_anything_is_writt
     assert sorted(newest.path.parent.iterdir()) == before
 
 
-def test_multiples_are_kept_beside_the_newest(copy_of_tiny, world):
+def test_keep_every_keeps_checkpoints_in_addition_to_the_newest(copy_of_tiny, world):
     settings = {**TINY["train"], "num_workers": 0, "checkpoint_every": 1, "keep_last": 2, "keep_every": 3}
     config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
     train(load_config(config, ["tracking.enabled=false"]), world)
     assert _names(config) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
 
 
-def test_a_disk_without_room_is_named_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
     asked = []
     real = saving.required_bytes
@@ -160,7 +160,7 @@ def test_a_disk_without_room_is_named_before_anything_is_trained(copy_of_tiny, w
     assert 0.9 * size < asked[0] < 1.5 * size
 
 
-def test_what_killed_processes_left_takes_no_room_from_those_that_go_on(copy_of_tiny, world, monkeypatch):
+def test_leftovers_of_killed_processes_are_removed_before_space_is_checked(copy_of_tiny, world, monkeypatch):
     """The disk has room only where nothing is left: for the start, for the form of another number of ranks, and for the
     checkpoint after it."""
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
@@ -176,12 +176,12 @@ def test_what_killed_processes_left_takes_no_room_from_those_that_go_on(copy_of_
     assert not [*base.glob(".step-*")]
 
 
-def test_a_cached_teacher_makes_it_another_run(copy_of_tiny, world, capsys):
+def test_a_cached_teacher_is_part_of_the_recipe(copy_of_tiny, world, capsys):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     assert report_status(load_config(path))
     assert not report_status(load_config(path, ["teacher.mode=cached"]))
     assert "teacher.mode" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"another run than 'dskd' is now"):
+    with pytest.raises(UserError, match=r"trained with other settings or inputs than run 'dskd'"):
         train(load_config(path, ["teacher.mode=cached"]), world, resume=True)
     # What only takes more or less memory does not.
     assert report_status(load_config(path, ["train.loss_chunk_size=7", "train.activation_checkpointing=true"]))

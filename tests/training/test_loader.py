@@ -17,7 +17,7 @@ from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.shards import COLUMNS, join_blocks, require_teacher_cache, write_block
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.loader import load_steps
 from dskd.training.packed_step import Counts, CudaCopier, PackedStep, copy_ahead, count_positions
@@ -109,8 +109,8 @@ def test_sense_positions_follow_the_epoch_in_workers_that_live_through_several(f
 
 
 @pytest.mark.parametrize(("workers", "start"), [(2, 0), (3, 7)])
-def test_random_candidates_follow_the_step_whoever_makes_its_batches(folder, tmp_path, workers, start):
-    candidates = Candidates(seed=5, kinds=("own", "random"), num_random=6, num_rows=ROWS)
+def test_random_candidates_depend_on_the_step_and_not_on_the_worker(folder, tmp_path, workers, start):
+    candidates = CandidateRows(seed=5, kinds=("own", "random"), num_random=6, num_rows=ROWS)
     collate = Collator(None, SensePositions(1, 0.3, 0), micro_batch_size=2, candidates=candidates, lexical=True)
     steps = list(_steps(folder, tmp_path, workers, start, collate=collate))
     assert len(steps) == SCHEDULE.total_steps - start
@@ -141,7 +141,7 @@ def test_a_bank_gives_the_batches_the_rows_that_they_would_bring(folder, tmp_pat
                 assert one["sense_rows"][one[index]].equal(other["sense_rows"][other[index]])
 
 
-def test_a_bank_is_the_whole_of_the_vectors_however_it_is_cut(folder):
+def test_a_bank_holds_all_vectors_for_any_size_of_pieces(folder):
     path = folder / "senses.safetensors"
     vectors = map_tensor(path, "vectors", "BF16")
     mapped = load_bank(path, torch.device("cpu"))
@@ -160,7 +160,7 @@ def test_a_bank_that_does_not_fit_is_refused_with_both_sizes(folder):
         require_room(folder, 10 * 2**30, 9 * 2**29)
 
 
-def test_a_step_in_one_buffer_is_the_step(folder):
+def test_a_packed_step_unpacks_to_the_same_step(folder):
     batches = [
         {
             "input_ids": torch.randint(0, 9, (2, 5)).t(),  # not contiguous

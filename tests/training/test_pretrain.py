@@ -9,7 +9,7 @@ from plain_reading import run_apart
 from tiny_models import word_tokenizer
 from torch.nn import functional as F
 
-from dskd.config import TeacherRecipe
+from dskd.config import FromScratchConfig
 from dskd.corpus.packing import pack
 from dskd.corpus.sequences import open_sequences
 from dskd.training.teacher_from_scratch import build_llama, train_model
@@ -25,7 +25,7 @@ def test_the_first_loss_is_that_of_every_document_by_itself(tmp_path, packing):
     path = tmp_path / "sequences.safetensors"
     packed = pack(iter(texts), tokenizer, path, sequence_length=16, packing=packing)
     sequences = open_sequences(path)
-    settings = TeacherRecipe(
+    settings = FromScratchConfig(
         vocab_size=300,
         num_layers=2,
         hidden_size=32,

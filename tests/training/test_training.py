@@ -33,7 +33,7 @@ from dskd.random_numbers import derived_seed
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_runs
 from dskd.training import checkpoint
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.export import build_export
 from dskd.training.loader import load_steps
@@ -90,7 +90,7 @@ def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro
         torch.testing.assert_close(tensor, undisturbed[name], rtol=1e-3, atol=2e-5)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
+def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
     # 12 steps an epoch: the run ends in its second.
     settings = {**TINY["train"], "steps": 14, "checkpoint_every": 4, "num_workers": 2}
     config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
@@ -208,7 +208,7 @@ def _rows(sample, *columns):
 def _sense_divergences(config, step, samples, vectors, states, target_states):
     """KL of softmax(-D / tau) over each drawn position's rows and the random ones, from sets of row numbers."""
     rule = SensePositions.of(config.loss, derived_seed(config.seed, "train", "positions"))
-    random = Candidates.of(config.loss, derived_seed(config.seed, "train", "candidates"), len(vectors)).draw(step)
+    random = CandidateRows.of(config.loss, derived_seed(config.seed, "train", "candidates"), len(vectors)).draw(step)
     divergences = []
     for number, sample in enumerate(samples):
         named = _rows(sample, "sense_ids", "synonym_ids", "antonym_ids")
@@ -223,7 +223,7 @@ def _sense_divergences(config, step, samples, vectors, states, target_states):
     return divergences
 
 
-def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(tiny, tmp_path, capsys):
+def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(tiny, tmp_path, capsys):
     """A quarter of the rate for a quarter of the batch: the run of the whole rate, shown as such."""
     whole = copy_work(tiny, tmp_path / "whole", *BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
     quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
@@ -282,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     assert run.status == "FAILED"
 
 
-def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, world, monkeypatch):
+def test_recomputing_activations_does_not_change_the_run(copy_of_tiny, world, monkeypatch):
     from transformers import modeling_layers
 
     calls = []
@@ -304,7 +304,7 @@ def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, worl
     assert losses[0] == losses[1]
 
 
-def test_where_the_sense_embeddings_lie_changes_memory_and_not_the_run(copy_of_tiny, world):
+def test_the_place_of_sense_embeddings_does_not_change_the_run(copy_of_tiny, world):
     losses = []
     for bank in ("host", "device"):
         settings = {**TINY["train"], "sense_bank": bank, "steps": 2, "num_workers": 0}
@@ -370,11 +370,13 @@ def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny
     checkpoints = kinds.checkpoint_folder(config)
     shutil.rmtree(checkpoints)
     shutil.copytree(config.path("checkpoints", "on", "step-00000001"), checkpoints / "step-00000001")
-    with pytest.raises(UserError, match=r"trunk of 1 layers, and it has 0 now; set student.shared_trunk to on"):
+    with pytest.raises(
+        UserError, match=r"trunk of 1 layers, but the run has one of 0 now; set student.shared_trunk to on"
+    ):
         train(config, world, resume=True)
 
 
-def test_training_without_a_teacher_on_all_of_its_distribution_is_training_with_it(copy_of_tiny, world):
+def test_training_from_a_complete_cached_distribution_equals_training_with_the_teacher(copy_of_tiny, world):
     losses = []
     for run, mode in (("online", "resident"), ("cached", "cached")):
         path = copy_of_tiny(

@@ -102,7 +102,7 @@ def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, ar
 
 
 @pytest.mark.parametrize("trained", [(0, "train_lm_head"), (1, "train_final_norm")])
-def test_what_else_is_trained_is_trained_alike(tmp_path, world, trained):
+def test_parameters_outside_the_layers_are_trained_alike_with_a_trunk(tmp_path, world, trained):
     save_model(tmp_path / "teacher")
     results = {}
     for mode in ("on", "off"):
@@ -127,7 +127,7 @@ def _depth(kept=(0, 1, 2, 3), *, same_teacher=True, tied=False, loss=None, mode=
     return trunk_depth(config, kept=kept, same_teacher=same_teacher, tied=tied)
 
 
-def test_the_trunk_is_what_is_frozen_and_lies_lowest_in_both():
+def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
     assert _depth() == 3
     assert _depth(train_layers=3) == 1
     assert _depth(train_layers=(1, 3)) == 1
@@ -149,7 +149,7 @@ def test_the_trunk_is_what_is_frozen_and_lies_lowest_in_both():
         ({"mode": "cached"}, "teacher.mode is cached"),
     ],
 )
-def test_there_is_no_trunk_where_it_would_not_be_exact(options, message):
+def test_there_is_no_trunk_if_it_would_not_be_exact(options, message):
     with pytest.raises(TrunkError, match=message):
         _depth(**options)
 
@@ -174,7 +174,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
-def test_an_architecture_that_changes_what_goes_in_is_found_out(tmp_path, world, architecture, capsys):
+def test_an_architecture_that_changes_the_input_of_layers_is_detected(tmp_path, world, architecture, capsys):
     save_model(tmp_path / "teacher")
     for name in ("model.safetensors", "config.json"):
         (tmp_path / "teacher" / name).unlink()
@@ -192,7 +192,7 @@ def test_an_architecture_that_changes_what_goes_in_is_found_out(tmp_path, world,
         _load(_config(tmp_path, student={"shared_trunk": "on"}, **sections), world)
 
 
-def test_a_student_that_is_no_copy_any_more_is_found_out(tmp_path, world):
+def test_a_student_that_is_no_longer_a_copy_is_detected(tmp_path, world):
     from safetensors.torch import load_file, save_file
 
     save_model(tmp_path / "teacher")
