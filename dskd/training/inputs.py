@@ -42,12 +42,6 @@ class Inputs:
     num_senses: int  # rows of the sense dictionary
 
 
-def recipe(config: Config) -> Recipe:
-    """Returns the recipe of a run: all that determines its result. The number of ranks is not part of it."""
-    inputs = load_inputs(config)
-    return recipe_of(config, inputs)
-
-
 def load_inputs(config: Config) -> Inputs:
     """Finds the inputs of training and checks that they fit together.
 
@@ -127,8 +121,14 @@ def verify_inputs(config: Config, inputs: Inputs) -> None:
     )
 
 
-def recipe_of(config: Config, inputs: Inputs) -> Recipe:
-    """Returns the recipe of a run with these inputs: all that determines its result."""
+def recipe(config: Config, inputs: Inputs | None = None) -> Recipe:
+    """Returns the recipe of a run: all that determines its result. The number of ranks is not part of it.
+
+    Args:
+        config: the experiment.
+        inputs: the run's inputs, if they are loaded already.
+    """
+    inputs = inputs or load_inputs(config)
     train = {key: value for key, value in config.train.as_dict().items() if key not in _NOT_IN_RECIPE}
     train["learning_rate"] = config.train.peak_learning_rate  # set directly or computed from the batch size
     student = {key: value for key, value in config.student.as_dict().items() if key.startswith("train_")}

@@ -24,7 +24,7 @@ from dskd.training.inputs import (
     load_inputs,
     load_sense_bank,
     margin_of,
-    recipe_of,
+    recipe,
     verify_inputs,
 )
 from dskd.training.loader import load_steps
@@ -53,9 +53,9 @@ def set_up(config: Config, world: World, *, began: float, resume: bool, overwrit
     """
     inputs = main_first(lambda: load_inputs(config))
     on_main(lambda: verify_inputs(config, inputs))
-    recipe = recipe_of(config, inputs)
+    run_recipe = recipe(config, inputs)
     schedule = main_first(lambda: plan_schedule(config, inputs.shards, world.world_size))
-    step = on_main(lambda: _claim(config, recipe, resume=resume, overwrite=overwrite))
+    step = on_main(lambda: _claim(config, run_recipe, resume=resume, overwrite=overwrite))
     start = None if step is None else main_first(lambda: checkpoint.at_step(config, step))
     steps_done = 0 if start is None else start.step
     if steps_done >= schedule.total_steps:
@@ -70,11 +70,11 @@ def set_up(config: Config, world: World, *, began: float, resume: bool, overwrit
     bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
     batches = load_steps(config, schedule, collate, cache, world, start_step=steps_done, sense_bank=bank)
-    tracker = _track(config, world, inputs, recipe, start, overwrite=overwrite)
-    return Run(config, world, recipe, schedule, steps_done, pair, batches, tracker, began)
+    tracker = _track(config, world, inputs, run_recipe, start, overwrite=overwrite)
+    return Run(config, world, run_recipe, schedule, steps_done, pair, batches, tracker, began)
 
 
-def _claim(config: Config, recipe: Recipe, *, resume: bool, overwrite: bool) -> int | None:
+def _claim(config: Config, run_recipe: Recipe, *, resume: bool, overwrite: bool) -> int | None:
     """Locks the run for this job, and returns the step of the checkpoint to start from; None to start from scratch."""
     # After a restart, the previous process may still be ending.
     wait_s = LOCK_PATIENCE_S if resume else 0.0
@@ -87,7 +87,7 @@ def _claim(config: Config, recipe: Recipe, *, resume: bool, overwrite: bool) -> 
     newest = checkpoint.latest(config, verify=True)
     if newest is None:
         return None
-    checkpoint.require_same_run(newest, recipe, config)
+    checkpoint.require_same_run(newest, run_recipe, config)
     if not resume and not newest.is_final:
         raise UserError(
             f"{newest.path}: run {config.run!r} was stopped at step {newest.step} of "
@@ -121,7 +121,7 @@ def _track(
     config: Config,
     world: World,
     inputs: Inputs,
-    recipe: Recipe,
+    run_recipe: Recipe,
     start: checkpoint.Checkpoint | None,
     *,
     overwrite: bool,
@@ -136,7 +136,7 @@ def _track(
         datasets=lambda: datasets_of(config, inputs),
         curves=curve_titles(),
         start=Start(
-            recipe=digest_of_json([recipe.config, recipe.inputs]),
+            recipe=digest_of_json([run_recipe.config, run_recipe.inputs]),
             first_step=steps_done,
             run_id=facts.get("mlflow_run_id"),
             device_hours=facts.get("device_hours", 0.0),
