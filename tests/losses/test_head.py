@@ -50,7 +50,7 @@ def case():
 
 
 def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_weights=None):
-    """L as the paper has it in section 4, in one expression each, with loops for the senses."""
+    """Computes L as in section 4 of the paper, one expression for each term, with loops for the senses."""
     mask = case["loss_mask"]
     emphasis = 1 if token_weights is None else token_weights[mask]
     teacher_weight = case["teacher_weight"] if teacher_weight is None else teacher_weight
@@ -160,7 +160,7 @@ def test_weights_of_positions_and_the_distribution_of_senses_are_those_of_the_pl
     expected = _expected(case, DISTRIBUTION, trained_head=True, token_weights=weights)
     for index in (0, 2, 3):
         torch.testing.assert_close(found[index], expected[index])
-    # The terms by themselves stay comparable with those of other weights.
+    # The reported terms do not contain the weights, so runs with other weights stay comparable.
     assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
     assert {name for name, value in found[1].items() if value} == _computed(DISTRIBUTION)
 
@@ -173,7 +173,7 @@ def test_one_matrix_serves_student_and_teacher(case):
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation makes."""
+    """A mode that records the number of elements of the largest tensor that any operation makes."""
 
     numel = 0
 
@@ -187,7 +187,7 @@ class _LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("teacher", ["loaded", "cached"])
 def test_no_tensor_of_a_step_has_more_than_one_chunks_logits(teacher, monkeypatch):
-    """With rows of the sense dictionary at half of the positions, where there is a teacher to compare them with."""
+    """Half of the positions have rows of the sense dictionary if there is a teacher to compare them with."""
     positions, hidden_size, vocab_size, chunk = 600, 8, 500, 16
     hidden, teacher_hidden = torch.randn(2, 1, positions, hidden_size)
     head = DistillationHead(
@@ -250,7 +250,7 @@ def test_a_cached_distribution_over_all_tokens_equals_the_teacher(case):
     online, cached = _run(case, head), _run(case, head, teacher_hidden=None, teacher_cache=cache)
     torch.testing.assert_close((cached[0], cached[2]), (online[0], online[2]))
     assert cached[1] == pytest.approx(online[1])
-    # As the shards have them, in half precision: the same to that rounding.
+    # The shards store half precision, so results agree up to its rounding.
     rounded = _run(case, head, teacher_hidden=None, teacher_cache={**cache, "logprobs": top.values.half()})
     torch.testing.assert_close((rounded[0], rounded[2]), (online[0], online[2]), rtol=2e-3, atol=2e-3)
 
@@ -302,7 +302,7 @@ def test_a_teacher_of_another_width_is_fine_without_a_hidden_state_term(case):
 
 @pytest.mark.parametrize("steps", [3, 6, 7, 12])
 def test_the_scale_of_bf16_gradients_is_not_rounded_to_bf16(case, steps):
-    """1/3 is .33398 in bf16, so every gradient would be .2 % too large: more than its own rounding, and to one side."""
+    """1/3 is .33398 in bf16: every gradient would be .2 % too large, more than its own rounding and always upwards."""
     hidden = case["hidden"].bfloat16().requires_grad_(True)
     weight = nn.Parameter(case["weight"].bfloat16())
     head = DistillationHead(weight, None, LossConfig(kd_weight=0, sense_weight=0), chunk_size=64)
@@ -330,9 +330,9 @@ def test_without_labels_the_head_gives_logits(case):
         ("llama", "reverse_kl", "distribution"),
         ("qwen2", "jensen_shannon", "distance"),
     ],
-)  # untied, and tied to the embeddings
+)  # untied embeddings, and tied ones
 def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_path, architecture, kind, form):
-    """ZeRO-3 on two ranks, two micro-batches each, a trained head and all terms of the loss; against whole logits and
+    """Compares two ranks under ZeRO-3, each with two micro-batches, a trained head and all terms, to whole logits and
     loops in one process in float64. DeepSpeed computes in float32."""
     teacher = save_model(tmp_path / f"{architecture}-teacher", architecture, seed=1).double()
     student = save_model(tmp_path / f"{architecture}-student", architecture).double()

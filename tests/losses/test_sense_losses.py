@@ -1,4 +1,4 @@
-"""Both forms of the sense loss: values by hand, and values and gradients of plain loops by autograd."""
+"""Both forms of the sense loss, against values by hand, and against values and gradients of plain loops by autograd."""
 
 import math
 
@@ -126,7 +126,7 @@ def test_sense_loss_and_gradient_are_those_of_loops_however_many_rows_are_gather
 
 
 N, D, R, POSITIONS, CANDIDATES, TAU = 9, 5, 12, 6, 7, 0.3
-# Different rows at a position, one without any, and rows that all positions have besides.
+# Each position has rows of its own, one has none, and all positions share some more.
 INDEX = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:CANDIDATES] for i in range(6)])
 INDEX[0, 4:], INDEX[1], INDEX[2, [0, 3]] = -1, -1, -1
 SHARED = torch.tensor([9, 10, 11])
@@ -144,7 +144,7 @@ def _divergence(hidden, teacher, rows, **changes):
 
 
 def _plain_divergence(hidden, teacher, rows, distance, shared):
-    """Position by position, over lists of rows, from torch's own distances and distributions."""
+    """Computes it position by position, over lists of rows, with torch's own distances and distributions."""
     total, entropy = 0, 0
     for position, named in zip([7, 2, 0, 8, 3, 5], INDEX.tolist(), strict=True):
         candidates = rows[[row for row in named if row >= 0] + shared]

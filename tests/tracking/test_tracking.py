@@ -1,4 +1,4 @@
-"""What a real `mlflow server` is told of runs, their evaluations and their models."""
+"""What a real `mlflow server` receives about runs, their evaluations and their models."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_run_records_its_settings_metrics_and_inputs(server, copy_of_tiny):
     files = {file.path for file in client.list_artifacts(run.run_id)}
     assert {"config.yaml", "environment.json", "manifest-senses.json", "manifest-shards-train.json"} <= files
     picture = client.download_artifacts(run.run_id, "loss.png")
-    assert plt.imread(picture).std() > 0  # something is drawn
+    assert plt.imread(picture).std() > 0  # the picture is not blank
     hours = [value for _, value in read_history(config, run.run_id, "cost/device_hours")]
     assert hours == sorted(hours)
     assert hours[0] > 0
@@ -193,7 +193,7 @@ def test_runs_that_start_at_once_have_one_parent_with_their_status(link, tmp_pat
     again = start_tracking(configs[1], ONE_RANK, tags={}, start=Start(run_id=children[1].run_id))
     again.finish("FINISHED")
     assert parent() == "FINISHED"
-    assert len(read_runs(configs[0])) == 3  # the parent was trained by nobody
+    assert len(read_runs(configs[0])) == 3  # a parent is not trained
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_the_exported_student_is_a_model_of_its_run(link, tiny, tmp_path):
     config = tracking_config(tmp_path, uri=link.uri, experiment="models", log_model=True)
     tracking = start_tracking(config, ONE_RANK, tags={})
     tracking.finish("FINISHED")
-    for _ in range(2):  # the second time it is there
+    for _ in range(2):  # the second time MLflow already has it
         log_export(config, "dskd", tracking.run_id, tmp_path / "export" / "dskd")
     client = MlflowClient(link.uri)
     run = client.get_run(tracking.run_id)

@@ -1,4 +1,4 @@
-"""Checkpoints: which one counts, which are kept, whether they fit the disk, and going on with other ranks."""
+"""Checkpoints: which one counts, which are kept, whether they fit on the disk, and resuming on other ranks."""
 
 import json
 import shutil
@@ -22,19 +22,19 @@ pytestmark = pytest.mark.slow
 
 def _names(config):
     names = {path.name for path in kinds.checkpoint_folder(load_config(config)).iterdir()}
-    return sorted(names - {"tracking"})  # what MLflow is told
+    return sorted(names - {"tracking"})  # the messages for MLflow
 
 
 def test_a_run_resumes_on_any_number_of_ranks(tiny, copy_of_tiny):
-    """A step or two with each number of ranks, more and fewer than before: the losses, and what was trained, are those
-    of two ranks undisturbed."""
+    """Trains a step or two with each number of ranks, more and fewer than before: losses and weights are those of two
+    ranks that were not stopped."""
     settings = {**TINY["train"], "micro_batch_size": 1, "checkpoint_every": 1, "keep_last": 9}
     config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
     loaded = load_config(config)
     for ranks, stops_at in ((2, 2), (4, 3), (1, 5), (2, 6)):
         output = run_program("train.py", config, "--resume", ranks=ranks).output
         assert ("into one for any number of ranks" in output) == (stops_at > 2)
-        for path in kinds.checkpoint_folder(loaded).glob("step-*"):  # as if it had been stopped there
+        for path in kinds.checkpoint_folder(loaded).glob("step-*"):  # as if the run had stopped there
             if int(path.name[5:]) > stops_at:
                 shutil.rmtree(path)
     last = checkpoint.latest(loaded, verify=True)
@@ -44,7 +44,7 @@ def test_a_run_resumes_on_any_number_of_ranks(tiny, copy_of_tiny):
     assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in undisturbed], rel=2e-4)
     expected = load_file(checkpoint.latest(load_config(tiny)).path / checkpoint.TRAINED_FILE)
     for name, tensor in load_file(last.path / checkpoint.TRAINED_FILE).items():
-        # Moments that were not carried over, or a step that was not counted, would show in the weights at once.
+        # Lost moments of the optimizer, or a step that was not counted, would change the weights at once.
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
 
 
@@ -98,17 +98,17 @@ def test_a_damaged_file_latest_is_reported_and_costs_no_checkpoint(copy_of_tiny,
 def test_a_checkpoint_is_found_while_training_replaces_them(copy_of_tiny, capsys, monkeypatch, verify):
     config = load_config(copy_of_tiny("checkpoints"))
     base = kinds.checkpoint_folder(config)
-    (base / "latest").write_text("step-00000003\n")  # the newer one is being written still
+    (base / "latest").write_text("step-00000003\n")  # as if the newer one were still being written
     read_name = "verify_files" if verify else "read_manifest"
     read = getattr(checkpoint, read_name)
 
-    def read_after_training_went_on(path, *arguments, **options):
+    def read_after_the_next_checkpoint(path, *arguments, **options):
         if path.name == "step-00000003":
             (base / "latest").write_text("step-00000006\n")
             shutil.rmtree(path)
         return read(path, *arguments, **options)
 
-    monkeypatch.setattr(checkpoint, read_name, read_after_training_went_on)
+    monkeypatch.setattr(checkpoint, read_name, read_after_the_next_checkpoint)
     assert checkpoint.latest(config, verify=verify).step == 6
     assert capsys.readouterr().err == ""
 
@@ -149,20 +149,19 @@ def test_keep_every_keeps_checkpoints_in_addition_to_the_newest(copy_of_tiny, wo
 
 def test_a_full_disk_is_reported_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
-    asked = []
+    sizes = []
     real = saving.required_bytes
-    monkeypatch.setattr(saving, "required_bytes", lambda engine: asked.append(real(engine)) or 10**18)
+    monkeypatch.setattr(saving, "required_bytes", lambda engine: sizes.append(real(engine)) or 10**18)
     with pytest.raises(UserError, match=r"a checkpoint needs 1000000000.00 GB, but only .* free.*--resume"):
         train(config, world, overwrite=True)
     newest = checkpoint.latest(config)
     assert newest.step == 6
     size = sum(entry["size_bytes"] for entry in newest.manifest.files.values())
-    assert 0.9 * size < asked[0] < 1.5 * size
+    assert 0.9 * size < sizes[0] < 1.5 * size
 
 
 def test_leftovers_of_killed_processes_are_removed_before_space_is_checked(copy_of_tiny, world, monkeypatch):
-    """The disk has room only where nothing is left: for the start, for the form of another number of ranks, and for the
-    checkpoint after it."""
+    """The disk has space only without leftovers: at the start, for the universal form, and for the next checkpoint."""
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
     base = kinds.checkpoint_folder(config)
     shutil.rmtree(base / "step-00000006")
@@ -183,7 +182,7 @@ def test_a_cached_teacher_is_part_of_the_recipe(copy_of_tiny, world, capsys):
     assert "teacher.mode" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"trained with other settings or inputs than run 'dskd'"):
         train(load_config(path, ["teacher.mode=cached"]), world, resume=True)
-    # What only takes more or less memory does not.
+    # Settings that only change the use of memory do not.
     assert report_status(load_config(path, ["train.loss_chunk_size=7", "train.activation_checkpointing=true"]))
 
 

@@ -1,4 +1,4 @@
-"""The loader of training on real shards: any number of workers, any start, packed and unpacked, copied ahead."""
+"""The loader of training on real shards: any number of workers, any first step, packing, and copying ahead."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ SCHEDULE = Schedule(global_batch_size=8, micro_batch_size=2, accumulation_steps=
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A work directory with shards of samples of many lengths, and a sense dictionary's vectors."""
+    """Makes a work directory with shards of samples of many lengths, and the vectors of a sense dictionary."""
     folder = tmp_path_factory.mktemp("loader")
     random = np.random.default_rng(0)
     samples = []
@@ -68,7 +68,7 @@ def _sample_ids(step):
 
 @pytest.fixture(scope="module")
 def whole_run(folder, tmp_path_factory):
-    """The samples of each step without worker processes."""
+    """Returns the samples of each step, read without worker processes."""
     return [_sample_ids(step) for step in _steps(folder, tmp_path_factory.mktemp("whole"))]
 
 
@@ -83,7 +83,7 @@ def test_an_epoch_has_each_sample_at_most_once(whole_run):
     assert flat[:5] != flat[5:10]
 
 
-# 5, 4 and 3 steps of an epoch are no multiples of the numbers of workers, and 13 steps end within one.
+# 5, 4 and 3 steps of an epoch do not divide evenly among the workers, and the 13th step is within an epoch.
 @pytest.mark.parametrize(("workers", "start"), [(1, 0), (2, 0), (3, 1), (2, 5), (2, 12), (0, 7)])
 def test_any_number_of_workers_and_any_start_give_the_same_steps(folder, tmp_path, whole_run, workers, start):
     steps = _steps(folder, tmp_path, workers, start)
@@ -211,7 +211,7 @@ def test_the_next_step_is_copied_while_one_runs():
 
 
 def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypatch):
-    """The order of calls only: there may be no GPU here."""
+    """Checks the order of calls only, because there may be no GPU."""
     calls = []
 
     class Stream:
@@ -263,7 +263,7 @@ def test_shards_without_the_teachers_distributions_are_refused(folder):
 
 
 def test_workers_end_with_a_rank_that_is_killed_wherever_they_wait(folder, tmp_path, monkeypatch):
-    """At the gate of an epoch mosaicml-streaming waits for other ranks' workers, and looks at nothing else."""
+    """At the start of an epoch mosaicml-streaming waits for other ranks' workers, whatever else happens."""
     read, write = os.pipe()
 
     class Waiting:
@@ -288,8 +288,8 @@ def test_workers_end_with_a_rank_that_is_killed_wherever_they_wait(folder, tmp_p
     assert os.read(read, 1) == b"."  # the worker waits
     os.kill(rank, signal.SIGKILL)
     os.waitpid(rank, 0)
-    end = select.poll()  # unlike select, for any number of open files
+    end = select.poll()  # unlike select, it takes any number of open files
     end.register(read)
-    assert end.poll(20_000)  # the pipe's other end is closed when the last process that inherited it is gone
+    assert end.poll(20_000)  # the last process that inherited the pipe's other end has closed it
     assert os.read(read, 1) == b""
     os.close(read)

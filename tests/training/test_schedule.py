@@ -1,4 +1,4 @@
-"""The learning rate of a run, by hand."""
+"""The learning rate of a run, against values computed by hand."""
 
 import pytest
 from pydantic import ValidationError

@@ -1,4 +1,4 @@
-"""The student's engine: what many micro-batches add up to."""
+"""The student's engine: sums over micro-batches, its compiler, and its final norm."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_compiled_losses_without_a_compiler_are_refused(monkeypatch, tmp_path, w
 
 
 def test_many_micro_batches_in_bf16_have_the_gradient_of_one_of_them(tmp_path, world):
-    """In bf16 a sum of 256 equal gradients is off by a tenth: small ones are lost beside the sum."""
+    """A sum of 256 equal gradients in bf16 is off by a tenth: small ones are lost when added to the sum."""
     save_model(tmp_path / "teacher")
     config = Config(
         workdir=str(tmp_path),

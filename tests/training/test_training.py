@@ -1,4 +1,4 @@
-"""Training, on real shards and real ranks: against a plain loop, one rank against two, stopped against not stopped."""
+"""Training on real shards and ranks: against a plain loop, one rank against two, resumed against uninterrupted."""
 
 import re
 import shutil
@@ -78,7 +78,7 @@ def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 8])
 def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro_batch_size):
-    """As after running out of memory: only the number of accumulated micro-batches changes."""
+    """As after running out of memory; only the number of accumulated micro-batches changes."""
     config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     shutil.rmtree(kinds.checkpoint_folder(load_config(config)) / "step-00000006")
     train(load_config(config, [f"train.micro_batch_size={micro_batch_size}"]), world, resume=True)
@@ -139,7 +139,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(c
     ids=["plain fine-tuning", "all that the paper has not"],
 )
 def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, loss):
-    """No DeepSpeed, no packing, no chunks, no sums: each document by itself, autograd, torch's AdamW and clipping."""
+    """The loop has no DeepSpeed, packing, chunks or sums: single documents, autograd, torch's AdamW and clipping."""
     settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
     config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
     run_program("train.py", config_path)
@@ -201,12 +201,12 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
 
 
 def _rows(sample, *columns):
-    """The row numbers of each position, padded with -1."""
+    """Returns the row numbers of each position, padded with -1."""
     return np.concatenate([sample[name] for name in columns], axis=-1).tolist()
 
 
 def _sense_divergences(config, step, samples, vectors, states, target_states):
-    """KL of softmax(-D / tau) over each drawn position's rows and the random ones, from sets of row numbers."""
+    """Returns KL of softmax(-D / tau) over each drawn position's rows and the random ones, from sets of row numbers."""
     rule = SensePositions.of(config.loss, derived_seed(config.seed, "train", "positions"))
     random = CandidateRows.of(config.loss, derived_seed(config.seed, "train", "candidates"), len(vectors)).draw(step)
     divergences = []
@@ -224,7 +224,7 @@ def _sense_divergences(config, step, samples, vectors, states, target_states):
 
 
 def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(tiny, tmp_path, capsys):
-    """A quarter of the rate for a quarter of the batch: the run of the whole rate, shown as such."""
+    """A quarter of the rate, meant for a quarter of the batch, is the same run as the whole rate."""
     whole = copy_work(tiny, tmp_path / "whole", *BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
     quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
     path = copy_work(tiny, tmp_path / "quarter", *BEFORE_TRAINING, train={**TINY["train"], **quarter})
@@ -240,7 +240,7 @@ def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(tiny, tmp_path,
     capsys.readouterr()
     assert report_status(config)
     assert shown in capsys.readouterr().out
-    # The same run, given by its rate; and another one, of another batch's.
+    # The same run, set by its rate; and a different one, set by another batch size.
     unset = ["train.learning_rate=1e-3", "train.learning_rate_batch_size=null"]
     assert report_status(load_config(path, unset))
     assert not report_status(load_config(path, ["train.learning_rate_batch_size=4"]))
@@ -248,7 +248,7 @@ def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(tiny, tmp_path,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny, tmp_path):
-    """Sense embeddings that the first step does not touch and the second does are made NaN."""
+    """Sets to NaN the sense embeddings that the second step reads and the first does not."""
     path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 1})
     config = load_config(path)
     schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     finished = run_program("train.py", path, ranks=2, check=False)
     assert finished.exit_code == 2, finished.output
     assert "Traceback" not in finished.output
-    assert finished.output.count("the loss is not finite") == 1  # rank 0 says it for all
+    assert finished.output.count("the loss is not finite") == 1  # rank 0 reports it for all ranks
     line = next(line for line in finished.output.splitlines() if "the loss is not finite" in line)
     assert "error: step 2: the loss is not finite: sense on samples [" in line
     named = {int(number) for number in re.findall(r"\d+", line.split("samples [")[1].split("]")[0])}
@@ -387,10 +387,10 @@ def test_training_from_a_complete_cached_distribution_equals_training_with_the_t
             train={**TINY["train"], "steps": 2, "num_workers": 0},
         )
         config = load_config(path)
-        annotate(config, world)  # the second time there is nothing to do
+        annotate(config, world)  # the second time the shards are up to date
         train(config, world)
         losses.append([losses_of(path, f"train/{term}") for term in ("ce", "kl", "sense")])
-    # As far as half precision goes, in which the shards keep it.
+    # The shards store log-probabilities in half precision.
     for online, cached in zip(*losses, strict=True):
         assert [value for _, value in cached] == pytest.approx([value for _, value in online], rel=1e-3)
     assert len(losses[0][0]) == 2

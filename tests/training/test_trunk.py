@@ -1,4 +1,4 @@
-"""The shared trunk changes nothing but the work: losses, gradients and exports are those of separate models."""
+"""The shared trunk only saves work: losses, gradients and exports are those of separate models."""
 
 import json
 
@@ -44,7 +44,7 @@ def _load(config, world):
 
 
 def _step(pair):
-    """The loss, its terms, and the gradients by their names in the Hugging Face folder."""
+    """Returns the loss, its terms, and the gradients by their names in the Hugging Face folder."""
     from deepspeed.utils import safe_get_full_grad
 
     positions = position_ids_of(STARTS)
@@ -92,7 +92,7 @@ def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, ar
         pair = _load(config, world)
         assert len(pair.engine.module.decoder.layers) == (1 if mode == "on" else 3)
         held = sum(p.ds_numel for name, p in pair.engine.module.named_parameters() if "layers" not in name)
-        # With it neither the trunk nor the embeddings are loaded: only the norm, and the matrix of the head.
+        # With a trunk, neither its layers nor the embeddings are loaded: outside of layers, only norm and head.
         assert (held == 120 * 32 + 32) == (mode == "on" or architecture == "qwen2")
         results[mode] = _step(pair)
         pair.engine.destroy()
