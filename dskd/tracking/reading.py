@@ -11,7 +11,7 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.tracking.client import cause_of, connect_to_read, require_answer, tracking_uri, without_secrets
 from dskd.tracking.database import FILE
-from dskd.tracking.runs import KIND_TAG, PARENT, require_active
+from dskd.tracking.runs import KIND_TAG, PARENT, find_run, require_active
 
 _PAGE = 1000  # runs per request
 
@@ -62,18 +62,9 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
 
 def read_run(config: Config, run_id: str) -> TrackedRun | None:
     """Returns the run with this id, in any experiment; None if there is none or it was deleted."""
-    from mlflow.exceptions import MlflowException
-
     with _reading(config) as client:
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        if run.info.lifecycle_stage != "active":
-            return None
-        return _tracked(run, client.get_experiment(run.info.experiment_id).name)
+        run = find_run(client, run_id)
+        return None if run is None else _tracked(run, client.get_experiment(run.info.experiment_id).name)
 
 
 def read_history(config: Config, run_id: str, metric: str) -> list[tuple[int, float]]:

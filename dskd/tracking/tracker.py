@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dskd.config import Config
 from dskd.console import say, warn
@@ -46,25 +46,12 @@ class Start:
     overwrite: bool = False
 
 
-class Tracker(Protocol):
-    """The interface through which training reports to MLflow."""
-
-    run_id: str | None
-    device_hours: float
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs the metrics of one step."""
-
-    def before_checkpoint(self) -> None:
-        """Writes unsent messages to disk: training may resume after the checkpoint and would not send them again."""
-
-    def finish(self, status: str) -> None:
-        """Sends the remaining messages and ends the run as FINISHED, FAILED or KILLED."""
-
-
 @dataclass
 class NoTracker:
-    """A tracker that sends nothing, for every rank but the first and for disabled tracking; it may monitor its node."""
+    """A tracker that sends nothing, for every rank but the first and for disabled tracking; it may monitor its node.
+
+    It has the methods of :class:`MLflowTracker`.
+    """
 
     run_id: str | None = None
     device_hours: float = 0.0
@@ -90,7 +77,7 @@ def start_tracking(
     datasets: Callable[[], list[dict[str, Any]]] = list,
     curves: Mapping[str, str] | None = None,
     start: Start | None = None,
-) -> Tracker:
+) -> "NoTracker | MLflowTracker":
     """Starts a run in MLflow, or resumes the one that was begun in this work directory. Every rank must call it.
 
     It resumes the run that the checkpoint names or, if there is no checkpoint yet, the run recorded in the run's
@@ -173,19 +160,25 @@ class MLflowTracker:
         self._monitor = UsageMonitor(node, self.started_ms, every_s, hand_over)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hands the metrics to the sending thread; returns at once."""
+        """Hands the metrics of one step to the sending thread; returns at once."""
         now = int(time.time() * 1000)
         self.put(kind="metrics", metrics=[[name, float(value), now, step] for name, value in metrics.items()])
 
     def before_checkpoint(self) -> None:
-        """Writes unsent messages to disk; from time to time has the sending thread redraw the picture of the losses."""
+        """Writes unsent messages to disk: training may resume after the checkpoint and would not send them again.
+
+        From time to time, has the sending thread redraw the picture of the losses.
+        """
         if time.monotonic() - self._curves_at > _CURVES_EVERY_S and not self._is_away:
             self._curves_at = time.monotonic()
             self._put_curves()
         self._outbox.save()
 
     def finish(self, status: str) -> None:
-        """Ends the run and waits up to a minute for unsent messages; those that remain are on disk."""
+        """Ends the run as FINISHED, FAILED or KILLED, and waits up to a minute for unsent messages.
+
+        Those that remain are on disk.
+        """
         if self._monitor is not None:
             self._monitor.stop()
             if points := self._reader.read():
@@ -226,6 +219,9 @@ class MLflowTracker:
                 say("MLflow can be reached again; sending the messages that were kept")
                 self._is_away = False
             self._outbox.drop(len(batch))
+
+
+Tracker = NoTracker | MLflowTracker
 
 
 def _begin(

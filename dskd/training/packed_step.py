@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
@@ -120,17 +120,7 @@ def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> Counts:
     return Counts(targets, senses, relations, lexical)
 
 
-class Copier(Protocol):
-    """An object that copies steps to a device in two phases."""
-
-    def start(self, step: PackedStep) -> Any:
-        """Begins a copy and returns the argument of `finish`."""
-
-    def finish(self, started: Any) -> PackedStep:
-        """Returns the step on the device; operations queued there from now on can use it."""
-
-
-def copy_ahead(steps: Iterable[PackedStep], copier: Copier) -> Iterator[PackedStep]:
+def copy_ahead(steps: Iterable[PackedStep], copier: "CudaCopier") -> Iterator[PackedStep]:
     """Yields each step after starting the copy of the next one, which proceeds while the step runs."""
     ahead: Any = None
     for step in steps:
@@ -150,13 +140,16 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, step: PackedStep) -> tuple[PackedStep, torch.cuda.Event]:
-        """Queues the copy without waiting for it."""
+        """Queues the copy without waiting for it; returns the argument of `finish`."""
         with torch.cuda.stream(self._stream):
             buffer = step.buffer.to(self._device, non_blocking=True)
         return replace(step, buffer=buffer), self._stream.record_event()
 
     def finish(self, started: tuple[PackedStep, torch.cuda.Event]) -> PackedStep:
-        """Makes operations queued on the current stream from now on wait for this copy, but not for later ones."""
+        """Returns the step on the device.
+
+        Operations queued on the current stream from now on wait for this copy, but not for later ones.
+        """
         step, event = started
         current = torch.cuda.current_stream(self._device)
         current.wait_event(event)
