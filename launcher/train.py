@@ -1,6 +1,6 @@
 """Trains a student from annotated shards, and writes WORKDIR/checkpoints/RUN."""
 
-from dskd.cli.program import build_parser, run_on_ranks
+from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import Config
 from dskd.distributed.world import World
 
@@ -25,7 +25,7 @@ def main() -> None:
         action="store_true",
         help="start from scratch; the first new checkpoint replaces the run's old ones",
     )
-    args = parser.parse_intermixed_args()
+    args = parse(parser)
     if args.resume and args.overwrite:
         parser.error("--resume continues from the checkpoints that --overwrite removes: use one of the two")
 

@@ -116,13 +116,13 @@ def difference(
         # Run the teacher, then the student on the states that went into the teacher's layer.
         with record_states(teacher.decoder, [teacher.decoder.layers[twin]]) as expected:
             teacher.hidden_states(input_ids, positions)
-        layer_input, layer_output, _ = expected
+        layer_input, layer_output, _ = expected.states
         with record_states(engine.module.decoder, [engine.module.decoder.layers[0]]) as own:
             engine(layer_input, positions)
         limit = _TOLERANCE[dtype] * float((layer_output - layer_input).float().norm())
         for index in (0, 1):  # the layer's input and its output
             # Written with `not … <=` so that a NaN counts as a difference.
-            differs[index] += not float((expected[index] - own[index]).float().norm()) <= limit
+            differs[index] += not float((expected.states[index] - own.states[index]).float().norm()) <= limit
     # All ranks must reach the same decision, even if their hardware rounds differently.
     changes_input, changes_output = sum_over_ranks(torch.tensor(differs, device=world.device)).tolist()
     name = type(engine.module.decoder.base).__name__
