@@ -70,5 +70,5 @@ def _train(run: Run) -> None:
                 saving.save(run.pair, run.config, run.recipe, progress.checkpoint_facts(step), run.world)
             if stops and not step.is_last:
                 raise stopping.Stopped(
-                    f"stopped on request at step {step.number} of {run.schedule.total_steps}; continue with --resume"
+                    f"stopped at step {step.number} of {run.schedule.total_steps} on request; continue with --resume"
                 )
