@@ -9,7 +9,7 @@ examples:
   deepspeed launcher/train.py --config configs/quickstart.yaml                 all GPUs of this machine, or one CPU rank
   deepspeed --num_gpus 2 launcher/train.py --config configs/quickstart.yaml    two ranks, with or without GPUs
   python launcher/train.py --config configs/quickstart.yaml run=kd             one rank, the run called kd
-  deepspeed launcher/train.py --config FILE --resume                           continue from the last checkpoint
+  deepspeed launcher/train.py --config FILE --resume                           resume from the last checkpoint
 
 launcher/pipeline.py makes everything that training reads.
 """
@@ -23,11 +23,11 @@ def main() -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="start from scratch; the first new checkpoint replaces the run's old ones",
+        help="train from scratch; the first new checkpoint replaces the run's old ones",
     )
     args = parse(parser)
     if args.resume and args.overwrite:
-        parser.error("--resume continues from the checkpoints that --overwrite removes: use one of the two")
+        parser.error("--resume continues from the checkpoints that --overwrite removes; give only one of them")
 
     def work(config: Config, world: World) -> None:
         from dskd.training.train import train  # imported here so that --help does not wait for DeepSpeed

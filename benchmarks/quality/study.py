@@ -15,8 +15,6 @@ FACTOR_SEEDS = (0, 1, 2)
 TUNING_SEEDS = (100,)  # none of the test's, so that a weight that fits a seed's batches has no advantage there
 CHOSEN_BY = "perplexity"  # on the validation part; the lowest
 
-PAPERS_RULE = "papers-rule"  # the variant with shards of annotation.own_among_antonyms
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -28,8 +26,9 @@ class Arm:
     tuned: str  # the key that is tuned
     trials: tuple[float, ...]  # values to try; a single value is used without tuning
     on: str | None = None  # the arm whose keys and tuned value it also has
-    shards: str | None = None  # the variant whose shards it is trained on; None: those of the study itself
     beyond: tuple[float, ...] = ()  # values tried in addition, which cannot be chosen
+    # The variant of an arm that is only reported: it was trained with a key that the config no longer has.
+    past_variant: str | None = None
 
     @property
     def is_tuned(self) -> bool:
@@ -90,7 +89,7 @@ ARMS = (
         "loss.sense_weight",
         _SENSES,
         "kd",
-        PAPERS_RULE,
+        past_variant="papers-rule",
     ),
     Arm("hidden-dskd", "kd-hidden + the whole sense loss", _DSKD, "loss.sense_weight", _SENSES, "kd-hidden"),
     Arm(
@@ -146,7 +145,7 @@ _RECIPE = "teacher.train_from_scratch"
 
 FACTOR_BASELINE = "kd-hidden"  # with the weights tuned for the study
 FACTOR_ARMS = (FACTOR_BASELINE, "hidden-dskd", "hidden-distribution")
-# The paper's own weight for the arms with senses, because the tuned weights change the student least.
+# The arms with senses get the paper's own weight, because the tuned weights change the student very little.
 FACTOR_SENSE_WEIGHT = 1.0
 FACTORS = (
     Factor("k 1", {"senses.k": 1}, (*_TO_TEACHER, "sequences", "student")),
@@ -165,10 +164,10 @@ FACTORS = (
 )
 
 
-def is_wanted(factor: Factor | None, arm: str) -> bool:
+def is_needed(factor: Factor | None, arm: str) -> bool:
     """Returns True if an arm has to be trained with a factor changed.
 
-    `factor` None stands for the study itself with `FACTOR_SENSE_WEIGHT`.
+    `factor` None means the study itself with `FACTOR_SENSE_WEIGHT`.
     """
     if arm == FACTOR_BASELINE and (factor is None or factor.keeps_baseline):
         return False  # the test has already trained it

@@ -14,8 +14,8 @@ from torch import nn
 from dskd.console import say
 from dskd.errors import UserError
 from dskd.models.agreement import PROBE_TOKENS, probe_inputs
-from dskd.models.cut_config import layers_of
 from dskd.models.folder import BAD_CONFIG, ModelFolder, reason_of
+from dskd.models.layers import input_states, layers_of
 from dskd.models.limits import position_limit
 from dskd.models.reference import SMALL_BYTES, load_whole, relative_difference
 from dskd.models.stored_names import base_model
@@ -43,7 +43,8 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
         layers: the teacher's layers that the student keeps, ascending.
 
     Raises:
-        UserError: when they differ, with the architecture and the difference.
+        UserError: when they differ, with the architecture and the difference, or when none of the teacher's states is
+            finite.
     """
     whole = load_whole(teacher, torch.float32).eval()
     # A dropped layer runs and returns its input, so that the teacher's code, settings and layer numbers stay unchanged.
@@ -59,6 +60,11 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
         say(f"  not compared with the teacher: {name} does not run on this machine's CPU ({reason_of(error)})")
         return
     del whole
+    if not expected.isfinite().any():
+        raise UserError(
+            f"{teacher.path}: {name} computes states that are not finite. Are its weights damaged, or a number in its "
+            "config.json?"
+        )
     difference = relative_difference(_last_states(base_model(student), probe), expected)
     kept = ", ".join(map(str, layers))
     if not difference <= _TOLERANCE:
@@ -77,7 +83,7 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
 
 
 def _return_input(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    states = args[0] if args else kwargs["hidden_states"]
+    states = input_states(args, kwargs)
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 

@@ -14,18 +14,25 @@ continuations
 from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.opening import is_lasting, open_shards, place, require_remote
 from dskd.shards.schema import (
+    ANTONYM_ROWS,
     COLUMNS,
+    OWN_ROWS,
+    SYNONYM_ROWS,
     TEACHER_COLUMNS,
     columns_of,
     load_manifest,
     require_fitting,
     require_samples,
     require_teacher_cache,
+    sample_bytes,
 )
 from dskd.shards.writing import join_blocks, write_block
 
 __all__ = [
+    "ANTONYM_ROWS",
     "COLUMNS",
+    "OWN_ROWS",
+    "SYNONYM_ROWS",
     "TEACHER_COLUMNS",
     "collate_tokens",
     "columns_of",
@@ -39,5 +46,6 @@ __all__ = [
     "require_remote",
     "require_samples",
     "require_teacher_cache",
+    "sample_bytes",
     "write_block",
 ]

@@ -19,7 +19,7 @@ from dskd.config import Config
 from dskd.distributed.collectives import sum_over_ranks
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.reference import record_states
+from dskd.models.layers import input_states, recorded
 from dskd.training.student import trained_layers, trains_embeddings
 
 # Largest accepted difference of the lowest trained layer's output, relative to the norm of the layer's change to its
@@ -85,7 +85,7 @@ class HandOver:
         self._hook.remove()
 
     def _keep(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        self._states = args[0] if args else kwargs["hidden_states"]
+        self._states = input_states(args, kwargs)
 
 
 @torch.no_grad()
@@ -114,15 +114,16 @@ def difference(
     differs = [0.0, 0.0]
     for input_ids, positions in ((short, start), (whole, None)):
         # Run the teacher, then the student on the states that went into the teacher's layer.
-        with record_states(teacher.decoder, [teacher.decoder.layers[twin]]) as expected:
+        with recorded([teacher.decoder.layers[twin]]) as runs:
             teacher.hidden_states(input_ids, positions)
-        layer_input, layer_output, _ = expected.states
-        with record_states(engine.module.decoder, [engine.module.decoder.layers[0]]) as own:
-            engine(layer_input, positions)
-        limit = _TOLERANCE[dtype] * float((layer_output - layer_input).float().norm())
-        for index in (0, 1):  # the layer's input and its output
+        expected = runs[0]
+        with recorded([engine.module.decoder.layers[0]]) as runs:
+            engine(expected.input, positions)
+        limit = _TOLERANCE[dtype] * float((expected.output - expected.input).float().norm())
+        own = runs[0]
+        for index, (theirs, ours) in enumerate(((expected.input, own.input), (expected.output, own.output))):
             # Written with `not … <=` so that a NaN counts as a difference.
-            differs[index] += not float((expected.states[index] - own.states[index]).float().norm()) <= limit
+            differs[index] += not float((theirs - ours).float().norm()) <= limit
     # All ranks must reach the same decision, even if their hardware rounds differently.
     changes_input, changes_output = sum_over_ranks(torch.tensor(differs, device=world.device)).tolist()
     name = type(engine.module.decoder.base).__name__
