@@ -106,7 +106,7 @@ def _plain_sense_divergence(case, loss, flat):
 
 
 WEIGHTS = {"ce_weight": 0.9, "kd_weight": 0.7, "sense_weight": 1.3, "hidden_weight": 0.4}
-LOSS = LossConfig(**WEIGHTS, margin=2.0, synonym_weight=0.8, antonym_weight=0.6)
+LOSS = LossConfig(**WEIGHTS, margin=6.0, synonym_weight=0.8, antonym_weight=0.6)
 DISTRIBUTION = LossConfig(**WEIGHTS, sense_form="distribution", sense_temperature=0.6)
 NORMALIZERS = Normalizers(tokens=0.25, senses=0.5)
 
