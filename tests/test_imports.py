@@ -23,7 +23,7 @@ SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
         "runpy.run_path('launcher/train.py', run_name='__main__')",
     ],
 )
-def test_what_computes_nothing_imports_no_torch(code):
+def test_commands_that_compute_nothing_import_no_torch(code):
     says = f"print('\\nslow:', sorted(set({SLOW}) & set(sys.modules)))"
     script = f"import sys, atexit; atexit.register(lambda: {says})\n{code}"
     command = [sys.executable, "-c", script]

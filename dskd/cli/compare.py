@@ -74,7 +74,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Runs `compare` and returns its exit code."""
+    """Prints and writes the comparison and returns the exit code."""
     return run(lambda: _compare(load_config(args.config, args.overrides), args))
 
 

@@ -68,7 +68,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Runs `inspect` and returns its exit code."""
+    """Prints what the arguments ask for and returns the exit code."""
     return run(lambda: _inspect(args))
 
 

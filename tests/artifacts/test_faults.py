@@ -72,7 +72,7 @@ def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, cop
 
 
 @pytest.mark.skipif(why_no_nodes() is not None, reason=f"{why_no_nodes()}")
-def test_a_node_without_shared_memory_is_named_before_training(copy_of_tiny, tmp_path, small_disk):
+def test_a_node_without_shared_memory_is_reported_before_training(copy_of_tiny, tmp_path, small_disk):
     config = copy_of_tiny(*BEFORE_TRAINING)
     memory = tmp_path / "shm"
     small_disk(memory, 2**16)
@@ -88,7 +88,7 @@ def test_a_node_without_shared_memory_is_named_before_training(copy_of_tiny, tmp
     assert "Traceback" not in ended.output
 
 
-def test_shared_memory_that_fills_up_is_not_taken_for_a_full_disk(tmp_path, small_disk, monkeypatch, capsys):
+def test_full_shared_memory_is_not_mistaken_for_a_full_disk(tmp_path, small_disk, monkeypatch, capsys):
     memory = tmp_path / "shm"
     small_disk(memory, 2**23)
     monkeypatch.setattr(shared_memory, "FOLDER", memory)
@@ -105,7 +105,7 @@ def test_shared_memory_that_fills_up_is_not_taken_for_a_full_disk(tmp_path, smal
     assert "set workdir" not in said
 
 
-def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk):
+def test_a_tensor_that_does_not_fit_on_the_disk_is_reported_as_a_full_disk(tmp_path, small_disk):
     folder = tmp_path / "small"
     small_disk(folder, 2**21)
     large = torch.zeros(2**20)  # 4 MiB
@@ -123,7 +123,7 @@ def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk
     assert [path.name for path in folder.iterdir()] == ["x.pt"]
 
 
-def test_a_full_disk_is_named_by_a_file_that_does_not_fit(tmp_path, small_disk):
+def test_a_full_disk_is_reported_with_the_file_that_does_not_fit(tmp_path, small_disk):
     small_disk(tmp_path / "small", 2**21)
 
     def fill(content):
@@ -139,7 +139,7 @@ def test_a_full_disk_is_named_by_a_file_that_does_not_fit(tmp_path, small_disk):
     assert other.value.filename is None
 
 
-def test_a_quota_is_a_full_disk_where_there_is_room_for_others(tmp_path, monkeypatch):
+def test_an_exhausted_quota_is_reported_as_a_full_disk(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
@@ -151,7 +151,7 @@ def test_a_quota_is_a_full_disk_where_there_is_room_for_others(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("damage", ["missing", "corrupted"])
-def test_a_shard_that_is_gone_at_the_remote_is_named_and_the_run_goes_on_when_it_is_back(
+def test_a_shard_missing_at_the_remote_is_reported_and_the_run_resumes_when_it_is_back(
     tiny, copy_of_tiny, tmp_path, damage
 ):
     remote = tmp_path / "remote"
