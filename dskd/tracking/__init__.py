@@ -1,10 +1,8 @@
 """Tracking with MLflow: one MLflow run per training, written by rank 0. No other package imports mlflow."""
 
 from dskd.tracking.afterwards import (
-    EVALUATION_DATA_TAG,
     EVALUATION_FOLDER,
     data_tag,
-    log_evaluation,
     log_export,
     log_results,
 )
