@@ -71,7 +71,7 @@ def test_an_evaluation_that_another_process_made_in_the_meantime_is_kept(copy_of
 def test_a_model_that_was_replaced_before_its_turn_is_not_evaluated(copy_of_tiny, world, monkeypatch):
     config = load_config(copy_of_tiny("teacher", "student", "senses", "shards", "export"), ["tracking.enabled=false"])
     replace_at_loading(monkeypatch, config.path("export", "dskd"))
-    with pytest.raises(OutageError, match="export/dskd: this is not the model that was here when this began"):
+    with pytest.raises(OutageError, match="export/dskd: the model was replaced after the evaluation began"):
         evaluate(config, world)
     assert sorted(path.name for path in config.path("evaluation").iterdir()) == ["student", "teacher"]
 

@@ -68,12 +68,12 @@ LEXICAL = Kind(
 KINDS = {kind.name: kind for kind in list(globals().values()) if isinstance(kind, Kind)}
 
 
-def folder(config: Config) -> Path:
+def checkpoint_folder(config: Config) -> Path:
     """Returns the folder of the checkpoints of the config's run."""
     return config.path(CHECKPOINT.folder, config.run)
 
 
-def lock_path(config: Config, run: str) -> Path:
+def run_lock_path(config: Config, run: str) -> Path:
     """Returns the path of the lock that a process holds while it trains a run.
 
     If the run's folder is a symbolic link, the lock is next to the real folder, where the processes of other work

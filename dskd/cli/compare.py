@@ -78,7 +78,7 @@ def run_compare(args: argparse.Namespace) -> None:
     from dskd.compare.choosing import Selection
     from dskd.compare.comparison import make_comparison
     from dskd.compare.report import require_writable, write_report
-    from dskd.compare.results import KINDS
+    from dskd.compare.results import EVALUATIONS
     from dskd.compare.text import summarize
 
     config = load_config(args.config, args.overrides)
@@ -90,7 +90,7 @@ def run_compare(args: argparse.Namespace) -> None:
             )
     if args.html is not None:
         require_writable(args.html)
-    without = list(KINDS) if args.without_measures else args.without
+    without = list(EVALUATIONS) if args.without_measures else args.without
     selection = Selection(args.experiment, args.run, tags)
     comparison = make_comparison(config, selection, baseline=args.baseline, without=without)
     print(summarize(comparison))

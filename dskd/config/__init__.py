@@ -14,8 +14,8 @@ from pydantic import AfterValidator, Field, model_validator
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
 from dskd.config.evaluation import TASKS as TASKS
 from dskd.config.evaluation import EvaluationConfig, TasksConfig
+from dskd.config.models import FromScratchConfig as FromScratchConfig
 from dskd.config.models import StudentConfig, TeacherConfig
-from dskd.config.models import TeacherRecipe as TeacherRecipe
 from dskd.config.section import PathText, Section
 from dskd.config.training import LossConfig, PipelineConfig, TrackingConfig, TrainConfig
 
