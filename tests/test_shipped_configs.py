@@ -154,7 +154,7 @@ def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeyp
         assert all(weight.equal(layers[number][key]) for key, weight in weights.items())
     losses = {}
     for run in config.run_names:
-        steps = [kinds.folder(config) / ".." / run / f"step-{step:08d}" for step in (1, 2)]
+        steps = [kinds.checkpoint_folder(config) / ".." / run / f"step-{step:08d}" for step in (1, 2)]
         losses[run] = [read_manifest(step, "checkpoint", made_by="-").facts["loss"] for step in steps]
         assert all(math.isfinite(loss) and loss > 0 for loss in losses[run])
         weights = load_file(steps[-1] / checkpoint.TRAINED_FILE)

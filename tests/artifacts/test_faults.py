@@ -61,10 +61,10 @@ def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, cop
     ended = run_program("train.py", config, ranks=2, check=False)
     assert ended.exit_code == 2, ended.output
     assert ended.output.count("error: ") == 1
-    assert "a checkpoint takes 0.00 GB, and there are 0.00 GB free; what was complete stays" in ended.output
+    assert "a checkpoint needs 0.00 GB, but only 0.00 GB are free; complete checkpoints stay" in ended.output
     assert "Traceback" not in ended.output
     assert checkpoint.latest(loaded, verify=True).step == 2
-    assert [path.name for path in kinds.folder(loaded).glob(".step-*")] in ([], [".step-00000004.lock"])
+    assert [path.name for path in kinds.checkpoint_folder(loaded).glob(".step-*")] in ([], [".step-00000004.lock"])
 
     small_disk(loaded.path("checkpoints"), 10 * size)
     run_program("train.py", config, "--resume", ranks=2)

@@ -55,7 +55,9 @@ def test_a_lock_file_of_another_user_is_reported_with_what_to_do(tmp_path, monke
         return may_open(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=rf"{path}: Permission denied; it is of user {os.getuid()}.* remove this file"):
+    with pytest.raises(
+        UserError, match=rf"{path}: Permission denied; it belongs to user {os.getuid()}.* remove this file"
+    ):
         hold_lock(path, "works")
 
 
@@ -63,11 +65,11 @@ def test_runs_of_two_work_directories_that_share_a_folder_by_links_share_a_lock(
     first, second, third = (Config(workdir=str(tmp_path / name), teacher={"path": "t"}) for name in "abc")
     own = first.path("checkpoints", "kd")
     own.mkdir(parents=True)
-    assert kinds.lock_path(first, "kd") == own.with_name(".kd.lock")
+    assert kinds.run_lock_path(first, "kd") == own.with_name(".kd.lock")
     for config, run in ((second, "kd"), (third, "other")):
         config.path("checkpoints").mkdir(parents=True)
         config.path("checkpoints", run).symlink_to(own)
-        assert kinds.lock_path(config, run) == kinds.lock_path(first, "kd")
+        assert kinds.run_lock_path(config, run) == kinds.run_lock_path(first, "kd")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

@@ -31,8 +31,8 @@ from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.tracking import start_tracking
 from dskd.tracking.client import load_mlflow
-from dskd.training.packed_step import Step, count_positions
-from dskd.training.pair import Pair
+from dskd.training.packed_step import StepBatches, count_positions
+from dskd.training.pair import ModelPair
 from dskd.training.step import train_step
 from dskd.training.student import load_student
 
@@ -107,7 +107,7 @@ def head_gradients(
         student = ModelFolder(folder / f"{architecture}-student", "", "")
         teacher = find_teacher(config)
         engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
-        pair = Pair(load_frozen(teacher, config, world, with_head=False), engine)
+        pair = ModelPair(load_frozen(teacher, config, world, with_head=False), engine)
         rows = range(2 * world.rank, 2 * world.rank + 2)
         micro_batches = [
             {
@@ -119,7 +119,7 @@ def head_gradients(
             }
             for row in rows
         ]
-        step = Step(micro_batches, count_positions(micro_batches))
+        step = StepBatches(micro_batches, count_positions(micro_batches))
         gradients = {}
 
         def keep_gradients() -> None:
