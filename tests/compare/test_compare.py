@@ -372,7 +372,7 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
         ),
         (["--html", ""], "--html '.': that is a folder; name a file"),
         (["--html", "/tmp"], "--html '/tmp': that is a folder; name a file"),
-        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda: also device=cpu is asked for"),
+        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda: --tag device=cpu is given too"),
         (["--experiment", EXPERIMENT, "--run", "FAR"], "'far' is in experiment 'other', but --experiment names only"),
     ],
 )
