@@ -34,7 +34,7 @@ from dskd.corpus.build import read_wordnet_documents
 from dskd.distributed.node_cache import streaming_names
 from dskd.distributed.rendezvous import free_port, initialize
 from dskd.distributed.world import LAUNCHER_VARIABLES, World
-from dskd.lexicon.relations import resolve
+from dskd.lexicon.relations import Pairs
 from dskd.lexicon.wordnet import open_wordnet
 from dskd.lexicon.wordnet_relations import read_wordnet
 from dskd.models.frozen import load_frozen
@@ -306,7 +306,7 @@ def _make_tiny(folder: Path) -> None:
     documents = itertools.islice(read_wordnet_documents(wordnet), 4000)
     lines = "".join(f"{json.dumps({'text': document.text})}\n" for document in documents)
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
-    relations, _ = resolve(read_wordnet(wordnet))
+    relations = Pairs(read_wordnet(wordnet)).resolved()
     short = [r for r in relations if len(r.head) <= 6 and len(r.tail) <= 8]
     pairs = "".join(f"{r.head}\t{r.relation}\t{r.tail}\n" for r in short)
     own = "# head, relation, tail\nlarge\tsynonym\tgreat\nlarge\tantonym\tsmall\n"

@@ -155,7 +155,7 @@ def read_dictionary(path: Path) -> SenseDictionary:
         names = set(stored.keys())
         missing = {"vectors", *_INDEX_TENSORS} - names
         if missing:
-            raise UserError(f"{path}: not a sense dictionary: it lacks {', '.join(sorted(missing))}")
+            raise UserError(f"{path}: this is not a sense dictionary, because it lacks {', '.join(sorted(missing))}")
         tensors = {name: stored.get_tensor(name) for name in _INDEX_TENSORS}
         shape = stored.get_slice("vectors").get_shape()
     entries = Entries(
@@ -182,8 +182,8 @@ def require_fitting(
     remedy = f"make the dictionary again with `{kinds.SENSES.made_by}`"
     if dictionary.hidden_size != hidden_size:
         raise UserError(
-            f"{dictionary.path}: its sense embeddings have {dictionary.hidden_size} dimensions, the model's hidden "
-            f"states {hidden_size}; {remedy}"
+            f"{dictionary.path}: its sense embeddings have {dictionary.hidden_size} dimensions, but the model's hidden "
+            f"states have {hidden_size}; {remedy}"
         )
     between = f"{dictionary.path.parent} and the teacher"
     require_same("tokenizers", expected=tokenizer, found=manifest.tokenizer, between=between, remedy=remedy)

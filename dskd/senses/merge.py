@@ -34,18 +34,18 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
             `output` is one of them or holds something else.
     """
     if len({folder.resolve() for folder in folders}) < 2:
-        raise UserError("name two or more different folders with sense dictionaries to merge")
+        raise UserError("--dictionary: name two or more different folders with sense dictionaries")
     if output.resolve() in {folder.resolve() for folder in folders}:
-        raise UserError(f"--output: {output} is one of the dictionaries that are merged; name another folder")
+        raise UserError(f"--output: {output} is one of the dictionaries to merge; name another folder")
     if output.exists() and not _is_dictionary(output):
-        raise UserError(f"--output: {output} exists and is no sense dictionary; name another folder")
+        raise UserError(f"--output: {output} exists and is not a sense dictionary; name another folder")
     teacher = find_teacher(config)
     opened = _open_all(folders, teacher)
     keys = {str(manifest.config.get("key")) for _, manifest in opened}
     if len(keys) > 1:
         raise UserError(
-            f"these dictionaries cannot be merged: their senses.key are {' and '.join(sorted(keys))}, so their rows "
-            "mean different things; build one of them again"
+            f"these dictionaries cannot be merged: their values of senses.key are {' and '.join(sorted(keys))}, so "
+            "their rows mean different things; build them again with one key"
         )
     lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
     settings = {

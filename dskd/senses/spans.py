@@ -46,11 +46,14 @@ def compose_spans(
     """
     chunk = max(1, _ELEMENTS // (k * read_rows(torch.zeros(1, dtype=torch.int64)).shape[-1]))
     sizes, numbers = span_sizes(span_tokens, offsets, k), offsets.diff()
-    for spans, wanted in zip(span_tokens[sizes > 0].long().split(chunk), sizes[sizes > 0].split(chunk), strict=True):
+    for spans, numbers_of_senses in zip(
+        span_tokens[sizes > 0].long().split(chunk), sizes[sizes > 0].split(chunk), strict=True
+    ):
+        # Start with the senses of the first token; the mask of those that a span has is `exists` [S, k].
         rows, _ = padded_ranges(offsets[spans[:, 0]], numbers[spans[:, 0]], k)
-        exists = torch.arange(k) < wanted.unsqueeze(-1)
+        exists = torch.arange(k) < numbers_of_senses.unsqueeze(-1)
         total = read_rows(rows)  # [S, k, D], the sum of the rows so far
-        behind = counts[rows]
+        states = counts[rows]
         parts = torch.ones(len(spans), 1, 1)
         for place in range(1, spans.shape[1]):
             present = spans[:, place] >= 0
@@ -63,6 +66,6 @@ def compose_spans(
             # Spans without a token at this place keep their sum.
             matched = vectors.gather(1, nearest.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
             total = torch.where(present.view(-1, 1, 1), total + matched, total)
-            behind = torch.where(present.unsqueeze(-1), behind + counts[rows.gather(1, nearest)], behind)
+            states = torch.where(present.unsqueeze(-1), states + counts[rows.gather(1, nearest)], states)
             parts = parts + present.view(-1, 1, 1)
-        yield (total / parts)[exists], behind[exists]
+        yield (total / parts)[exists], states[exists]

@@ -73,13 +73,13 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
         UserError: when they hold none, or distributions over another number of tokens; it names the command that builds
             them again.
     """
-    wanted, found = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
-    if found and found != wanted:
+    top_n, stored = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
+    if stored and stored != top_n:
         raise UserError(
-            f"annotation.teacher_top_n: {wanted}, but {config.path(kinds.SHARDS.folder, split)} holds the teacher's "
-            f"{found} most probable tokens; set it to {found}, or make the shards again with `{kinds.SHARDS.made_by}`"
+            f"annotation.teacher_top_n: {top_n}, but {config.path(kinds.SHARDS.folder, split)} holds the teacher's "
+            f"{stored} most probable tokens; set it to {stored}, or make the shards again with `{kinds.SHARDS.made_by}`"
         )
-    if not found:
+    if not stored:
         raise UserError(
             f"{config.path(kinds.SHARDS.folder, split)}: the shards hold no distributions of the teacher, and "
             f"teacher.mode: cached with loss.kd_weight {config.loss.kd_weight:g} reads them; set "

@@ -81,7 +81,7 @@ def build_candidates(dictionary: SenseDictionary) -> tuple[Csr, Csr, Csr]:
 
 
 class Rows:
-    """The dictionary's vectors by row number: the most used are on the device, the others on disk.
+    """The dictionary's vectors by row number: the most used are on the device, the others are read from disk.
 
     Args:
         dictionary: the dictionary.
@@ -111,8 +111,9 @@ class Rows:
         absent = slots < 0
         taken = torch.empty(*rows.shape, self._map.shape[1], device=self._device)
         taken[~absent] = self._resident[slots[~absent]].float()
-        wanted, place = rows[absent].unique(return_inverse=True)
-        taken[absent] = self._read(wanted.cpu())[place].float()
+        # Read each of the other rows from disk once, even if it is a candidate of several tokens.
+        on_disk, place = rows[absent].unique(return_inverse=True)
+        taken[absent] = self._read(on_disk.cpu())[place].float()
         return taken
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
@@ -126,6 +127,7 @@ class _Tiles:
     """
 
     def __init__(self, tokens: torch.Tensor) -> None:
+        # Sort the positions by token, so that each tile is a stretch of `order`.
         ordered, self.order = tokens.sort(stable=True)
         distinct, counts = ordered.unique_consecutive(return_counts=True)
         # A token with many positions has several tiles; `number` counts them within each token.

@@ -87,7 +87,7 @@ def test_a_sense_file_of_another_hidden_size_is_refused(copy_of_tiny, world):
     tensors["vectors"] = tensors["vectors"].repeat(1, 2)
     save_file(tensors, path / "senses.safetensors")
     update_manifest(path)
-    _refused(annotate, config, world, says=["128 dimensions, the model's hidden states 64"])
+    _refused(annotate, config, world, says=["128 dimensions, but the model's hidden states have 64"])
 
 
 def test_a_dictionary_of_another_teacher_is_refused(copy_of_tiny, world):

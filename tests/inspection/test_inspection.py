@@ -18,7 +18,7 @@ from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.plot import choose_entries, compose_picture, project, tokens_of_words
 from dskd.inspection.tokens import entry_texts, readable, token_texts, whole_words
 from dskd.inspection.word import near_spellings
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.dictionary import read_dictionary, save_dictionary
 from dskd.senses.entries import build_entries
 from dskd.shards import COLUMNS, join_blocks, write_block
@@ -29,7 +29,7 @@ T = 8
 
 def _dictionary(folder, tokenizer, pairs, sizes, vectors=None, counts=None):
     """A dictionary whose entries are those of the pairs and have so many rows each."""
-    relations, _ = resolve(Relation(*pair.split("|"), "test") for pair in pairs)
+    relations = Pairs(Relation(*pair.split("|"), "test") for pair in pairs).resolved()
     entries, facts = build_entries(relations, tokenizer, len(tokenizer))
     sizes = torch.tensor([sizes.get(entry, 0) for entry in range(entries.num_entries)])
     offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
@@ -226,23 +226,22 @@ def test_shards_are_read_as_they_were_written_and_stay_as_they_are(shards):
 
 def test_contexts_are_the_places_where_a_row_is_nearest(shards, tokenizer):
     folder, _ = shards
-    found = find_contexts(folder, 3, range(4, 6), tokenizer, of_synonyms=False, wanted=2, scan=99)
+    contexts = find_contexts(folder, 3, range(4, 6), tokenizer, of_synonyms=False, per_row=2, scan=99)
     first, second = "the «big» size of very big the small", "the big size of very «big» the small"
-    assert found.of_row == {4: [first, second], 5: [second, first]}
-    assert (found.samples_read, found.samples) == (3, 3)
+    assert contexts == ({4: [first, second], 5: [second, first]}, 3)
 
 
 def test_the_scan_stops_when_there_is_enough_or_at_its_limit(shards, tokenizer):
     folder, _ = shards
-    enough = find_contexts(folder, 3, range(5, 6), tokenizer, of_synonyms=False, wanted=1, scan=99)
-    assert (len(enough.of_row[5]), enough.samples_read) == (1, 1)
-    limited = find_contexts(folder, 3, range(4, 5), tokenizer, of_synonyms=False, wanted=9, scan=2)
-    assert (len(limited.of_row[4]), limited.samples_read) == (1, 2)
+    places, samples_read = find_contexts(folder, 3, range(5, 6), tokenizer, of_synonyms=False, per_row=1, scan=99)
+    assert (len(places[5]), samples_read) == (1, 1)
+    places, samples_read = find_contexts(folder, 3, range(4, 5), tokenizer, of_synonyms=False, per_row=9, scan=2)
+    assert (len(places[4]), samples_read) == (1, 2)
 
 
 def test_a_span_is_shown_where_a_synonym_is_pulled_to_it(shards, tokenizer):
-    found = find_contexts(shards[0], 3, range(9, 10), tokenizer, of_synonyms=True, wanted=3, scan=99)
-    assert found.of_row == {9: ["the big size of very big the «small»"]}
+    places, _ = find_contexts(shards[0], 3, range(9, 10), tokenizer, of_synonyms=True, per_row=3, scan=99)
+    assert places == {9: ["the big size of very big the «small»"]}
 
 
 def test_a_context_is_a_window_that_ends_with_its_document(tokenizer, ids):

@@ -13,7 +13,7 @@ from dskd.lexicon.build import build_lexicon
 from dskd.lexicon.morpholex import parse_segmentation, read_morpholex
 from dskd.lexicon.negation import Base, find_negation
 from dskd.lexicon.reading import MalformedError, Report
-from dskd.lexicon.relations import Relation, load_lexicon, resolve
+from dskd.lexicon.relations import Pairs, Relation, load_lexicon
 
 AFFIXES = LexiconConfig.model_fields["negating_affixes"].default
 SHARED = Path(__file__).parents[3] / "shared"
@@ -123,7 +123,7 @@ def test_polarities_multiply_and_every_flip_is_kept():
         ("dislike", "like", "antonym", "a", "like", "like", "synonym"),
         ("like", "dislike", "antonym", "a", "like", "like", "synonym"),
     }
-    assert negation.acted == {"unhappy", "penniless", "dislike", "unsmokeless"}
+    assert negation.replaced == {"unhappy", "penniless", "dislike", "unsmokeless"}
     assert negation.facts() == {
         "flips": 4,
         "kept": 2,
@@ -140,9 +140,12 @@ def test_what_replacing_makes_equal_or_contradictory_is_resolved():
         Relation("unhappy", "glad", "synonym", "a"),
         Relation("happy", "glad", "synonym", "b"),
     ]
-    kept, dropped = resolve(_negation().apply(relations))
-    assert [(r.head, r.relation, r.tail) for r in kept] == [("happy", "antonym", "sad"), ("sad", "antonym", "happy")]
-    assert dict(dropped) == {"self-pairs": 1, "repeated": 1, "contradictory pairs": 2}
+    pairs = Pairs(_negation().apply(relations))
+    assert [(r.head, r.relation, r.tail) for r in pairs.resolved()] == [
+        ("happy", "antonym", "sad"),
+        ("sad", "antonym", "happy"),
+    ]
+    assert dict(pairs.dropped) == {"self-pairs": 1, "repeated": 1, "contradictory pairs": 2}
 
 
 def test_segmentations_are_parsed_morpheme_by_morpheme():

@@ -89,7 +89,7 @@ def test_malformed_lines_are_left_out_counted_and_numbered(tmp_path, capsys):
     assert report.facts() == {str(path): {"lines": 10, "first": list(range(11, 21))}}
     printed = capsys.readouterr().err
     assert f"{path}: 10 of 20 lines are not entries of Wiktextract (line 11: it is not JSON" in printed
-    assert "they are left out: 11, 12, 13" in printed
+    assert "skipped lines: 11, 12, 13" in printed
 
 
 def test_only_the_first_twenty_numbers_are_kept(tmp_path):

@@ -101,7 +101,7 @@ def test_an_incomplete_folder_is_named_with_what_it_lacks_and_mending_it_helps(n
     (tmp_path / "noun.exc").rename(folder / "noun.exc")
     data = (folder / "index.adv").read_bytes()
     (folder / "index.adv").write_bytes(b"junk junk junk\n" * 9)
-    with pytest.raises(UserError, match=rf"^{folder}: nltk cannot read this WordNet .* mend the files there"):
+    with pytest.raises(UserError, match=rf"^{folder}: nltk cannot read this WordNet .* repair the files there"):
         open_wordnet(str(folder))
     (folder / "index.adv").write_bytes(data)
     assert open_wordnet(str(folder)).origin == folder

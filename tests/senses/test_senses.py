@@ -9,7 +9,7 @@ from dskd.artifacts.building import Building
 from dskd.artifacts.manifest import Recipe
 from dskd.config import SensesConfig
 from dskd.errors import UserError
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Pairs, Relation
 from dskd.random_numbers import random_bits
 from dskd.senses.build import _finish, _prepare
 from dskd.senses.cluster import cluster
@@ -22,7 +22,7 @@ WORDS = ["big", "large", "huge", "small", "of", "very", "the", "size", "ox"]
 
 
 def _relations(*lines):
-    return resolve(Relation(*line.split("|"), "test") for line in lines)[0]
+    return Pairs(Relation(*line.split("|"), "test") for line in lines).resolved()
 
 
 def test_entries_of_a_hand_made_lexicon():
@@ -94,7 +94,7 @@ def test_the_sample_is_that_of_lowest_priority_whatever_the_memory(
         for rank, reservoir in enumerate(reservoirs):
             part = order[start : start + step]
             part = part[tokens[part] % ranks == rank]
-            part = part[reservoir.wanted(tokens[part], priorities[part])]
+            part = part[reservoir.can_enter(tokens[part], priorities[part])]
             reservoir.add(tokens[part], priorities[part], states[part])
             if flush_every and number % (flush_every // step or 1) == 0:
                 reservoir.flush()

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.entries import build_entries
 
 # Ġ is a space. What is not here falls apart into letters.
@@ -38,7 +38,7 @@ def tokenizer():
 
 
 def _relations(*lines):
-    return resolve(Relation(*line.split("|"), "test") for line in lines)[0]
+    return Pairs(Relation(*line.split("|"), "test") for line in lines).resolved()
 
 
 def _neighbours(tokenizer, relations, *forms):

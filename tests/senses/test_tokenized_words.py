@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.lexicon.build import build_lexicon
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.entries import build_entries, load_entries, tokenize_form, tokenize_words
 
 TEXT = ["the big house and the large house", "a small garden, the big garden", "the well-known house of the king"] * 50
@@ -126,7 +126,7 @@ def test_words_that_the_tokens_do_not_say_are_left_out(kind):
 def test_no_special_token_is_a_head_or_in_a_span(kind):
     _, tokenizer = kind
     special = tokenizer.all_special_tokens
-    relations, _ = resolve(
+    relations = Pairs(
         Relation(head, tail, "synonym", "test")
         for head, tail in (
             ("big", "large"),
@@ -137,7 +137,7 @@ def test_no_special_token_is_a_head_or_in_a_span(kind):
             ("house", f"{special[0]} house"),
             (special[-1], "garden"),
         )
-    )
+    ).resolved()
     entries, counts = build_entries(relations, tokenizer, len(tokenizer))
     heads = {token for token in range(len(tokenizer)) if entries.synonym_offsets.diff()[token]}
     assert {tokenizer.decode([head]).strip().strip("▁") for head in heads} <= {"big", "large"}
@@ -160,7 +160,7 @@ def test_a_word_whose_token_the_model_lacks_is_unknown():
     huge, vast = tokenize_words(["huge", "vast"], tokenizer)
     assert vast[0] == len(tokenizer) - 1
     pairs = [("big", "large"), ("big", "vast"), ("vast", "huge")]
-    relations, _ = resolve(Relation(head, tail, "synonym", "test") for head, tail in pairs)
+    relations = Pairs(Relation(head, tail, "synonym", "test") for head, tail in pairs).resolved()
     entries, counts = build_entries(relations, tokenizer, len(tokenizer) - 1, ["sentence_initial"])
     assert entries.num_entries == entries.vocab_size == vast[0]
     assert vast[0] not in entries.synonym_entries.tolist()

@@ -44,13 +44,13 @@ def _config(tmp_path, mode="zero3"):
     return Config(workdir=str(tmp_path), teacher=teacher, corpus=corpus, precision="fp32")
 
 
-def _generated(model, sequences, wanted):
+def _generated(model, sequences, lengths):
     """{row: the tokens that transformers generates behind its text}, one text at a time, without padding."""
     expected = {}
     for row, size in enumerate(SIZES):
         prompt = sequences.batch(row, row + 1).input_ids[:, :size]
         output = model.generate(prompt, max_new_tokens=N, do_sample=False, eos_token_id=END, pad_token_id=END)
-        count = min(int(wanted[row]), T - size)
+        count = min(int(lengths[row]), T - size)
         expected[row] = output[0, size : size + count].tolist()
     return expected
 
@@ -64,7 +64,7 @@ def test_a_continuation_is_what_transformers_generates(tmp_path, world, architec
     continuer = Continuer(teacher, N, seed=3)
     before = sequences.batch(0, 8)
     batch, added = continuer.extend(before, 0)
-    expected = _generated(model, sequences, continuer.wanted_tokens(0, 8))
+    expected = _generated(model, sequences, continuer.draw_lengths(0, 8))
     for row, tokens in expected.items():
         size, end = SIZES[row], SIZES[row] + len(tokens)
         assert batch.input_ids[row, :end].tolist() == [*before.input_ids[row, :size].tolist(), *tokens]
@@ -95,18 +95,18 @@ def test_an_end_of_text_is_kept_and_ends_the_continuation(tmp_path, world):
 
 
 def _wants(teacher, seed):
-    return int(Continuer(teacher, N, seed).wanted_tokens(0, 1))
+    return int(Continuer(teacher, N, seed).draw_lengths(0, 1))
 
 
 def test_how_far_a_text_goes_on_is_a_function_of_seed_and_sequence(tmp_path, world):
     save_model(tmp_path / "teacher")
     config = _config(tmp_path, "resident")
     teacher = load_frozen(find_teacher(config), config, world)
-    wanted = Continuer(teacher, N, seed=1).wanted_tokens(0, 600)
-    assert torch.equal(torch.bincount(wanted).clamp(max=1), torch.tensor([0] + [1] * N))
-    assert torch.bincount(wanted)[1:].min() > 60  # 100 of each are expected
-    assert torch.equal(Continuer(teacher, N, seed=1).wanted_tokens(250, 9), wanted[250:259])
-    assert not torch.equal(Continuer(teacher, N, seed=2).wanted_tokens(0, 600), wanted)
+    lengths = Continuer(teacher, N, seed=1).draw_lengths(0, 600)
+    assert torch.equal(torch.bincount(lengths).clamp(max=1), torch.tensor([0] + [1] * N))
+    assert torch.bincount(lengths)[1:].min() > 60  # 100 of each are expected
+    assert torch.equal(Continuer(teacher, N, seed=1).draw_lengths(250, 9), lengths[250:259])
+    assert not torch.equal(Continuer(teacher, N, seed=2).draw_lengths(0, 600), lengths)
     teacher.close()
 
 
