@@ -204,7 +204,7 @@ def test_the_stored_distributions_are_those_of_transformers(work, tmp_path):
     assert not set(TEACHER_COLUMNS) & set(held_out)
 
 
-def test_training_samples_are_texts_that_the_teacher_goes_on_with(work, copy_of_tiny, world, tmp_path, capsys):
+def test_training_samples_are_texts_that_the_teacher_continues(work, copy_of_tiny, world, tmp_path, capsys):
     """The stage itself: what it writes of training texts, and that held-out ones stay as they are."""
     path = copy_of_tiny(
         "corpus",

@@ -78,11 +78,11 @@ def test_random_rows_are_at_chance_and_exchanging_the_relations_mirrors_them(tmp
     assert value + mirrored == pytest.approx(1)
 
 
-def test_no_word_with_both_is_said(tmp_path):
+def test_a_dictionary_without_a_word_with_both_relations_has_no_shares(tmp_path):
     assert measure_geometry(_dictionary(tmp_path, {0: [[1.0]], 1: [[1.0]]}, [(0, 1)], []), seed=0) is None
 
 
-def test_the_report_is_a_table_or_says_what_is_missing(tiny, tmp_path, capsys):
+def test_the_report_is_a_table_or_an_error_that_names_what_is_missing(tiny, tmp_path, capsys):
     report_geometry(load_config(tiny))
     printed = capsys.readouterr().out
     assert all(comparison in printed for comparison in COMPARISONS)

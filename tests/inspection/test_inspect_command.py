@@ -46,7 +46,7 @@ def _words_with_senses(config):
     return {word: token for word, token in token_of.items() if related[token] and senses[token] > 1}
 
 
-def test_a_word_is_shown_with_what_the_artifacts_say(tiny, inspect, tmp_path):
+def test_a_word_is_shown_with_the_content_of_all_artifacts(tiny, inspect, tmp_path):
     config = load_config(tiny)
     word, token = next(iter(_words_with_senses(config).items()))
     work = config.path()
@@ -85,7 +85,7 @@ def test_a_word_is_shown_with_what_the_artifacts_say(tiny, inspect, tmp_path):
         assert all(context in out for context in sense.contexts)
 
 
-def test_a_span_is_an_entry_too_and_others_are_explained(tiny, inspect):
+def test_a_span_is_shown_and_other_words_without_an_entry_are_explained(tiny, inspect):
     config = load_config(tiny)
     dictionary, _ = load_dictionary(config)
     tokenizer = find_teacher(config).load_tokenizer()
@@ -108,7 +108,7 @@ def test_a_span_is_an_entry_too_and_others_are_explained(tiny, inspect):
     )
 
 
-def test_what_is_not_there_is_said_in_a_line(copy_of_tiny, inspect):
+def test_each_missing_artifact_gets_a_line(copy_of_tiny, inspect):
     config = copy_of_tiny("lexicon", "teacher", "sequences", "senses")
     word = next(iter(_words_with_senses(load_config(config))))
     for arguments, what in ((("word", word), "example contexts"), (("senses",), "share of training targets")):

@@ -80,7 +80,7 @@ def test_nearest_entries_are_those_of_a_brute_force_search(tmp_path, tokenizer, 
         np.testing.assert_allclose([n.distance for n in neighbours], [d for d, _ in expected], rtol=1e-5)
 
 
-def test_equally_near_entries_come_in_their_order_and_those_without_senses_not_at_all(tmp_path, tokenizer):
+def test_equally_near_entries_are_in_order_and_entries_without_senses_are_absent(tmp_path, tokenizer):
     vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0], [300.0, 0.0]])
     dictionary, _ = _dictionary(tmp_path, tokenizer, ["big|large|synonym"], {2: 1, 4: 1, 7: 1, 9: 1}, vectors)
     ((first, second, third),) = nearest_entries(dictionary, range(1), 8, without=2)
@@ -90,7 +90,7 @@ def test_equally_near_entries_come_in_their_order_and_those_without_senses_not_a
 # ------------------------------------------------------------------------------------------------------------- tokens
 
 
-def test_tokens_read_as_they_stand_behind_a_word():
+def test_tokens_are_shown_as_they_read_after_a_word():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -128,7 +128,7 @@ def test_entries_are_found_by_their_tokens_and_read_as_words(dictionary, tokeniz
     assert entry_texts(dictionary.entries, [span, ids["big"]], tokenizer) == ["very large", "big"]
 
 
-def test_near_spellings_know_no_case():
+def test_near_spellings_ignore_case():
     words = ["Paris", "happy", "harpy", "parish", "unhappiness"]
     assert sorted(near_spellings("hapy", words)) == ["happy", "harpy"]
     assert near_spellings("paris", words)[0] == "Paris"
@@ -231,7 +231,7 @@ def test_contexts_are_the_places_where_a_row_is_nearest(shards, tokenizer):
     assert contexts == ({4: [first, second], 5: [second, first]}, 3)
 
 
-def test_the_scan_stops_when_there_is_enough_or_at_its_limit(shards, tokenizer):
+def test_the_scan_stops_when_every_row_has_enough_places_or_at_its_limit(shards, tokenizer):
     folder, _ = shards
     places, samples_read = find_contexts(folder, 3, range(5, 6), tokenizer, of_synonyms=False, per_row=1, scan=99)
     assert (len(places[5]), samples_read) == (1, 1)
@@ -315,7 +315,7 @@ def test_every_word_that_cannot_be_drawn_is_named(dictionary, tokenizer):
     assert "tiny: it has no senses" in str(error.value)
 
 
-def test_too_few_senses_are_no_picture(tmp_path, tokenizer, ids):
+def test_too_few_senses_for_a_picture_are_refused(tmp_path, tokenizer, ids):
     teacher = Teacher(None, tokenizer, len(tokenizer))
     dictionary, _ = _dictionary(
         tmp_path, tokenizer, ["big|large|synonym"], {ids["big"]: 3}, torch.ones(3, 6) * torch.tensor([[1.0], [2], [2]])
@@ -324,7 +324,7 @@ def test_too_few_senses_are_no_picture(tmp_path, tokenizer, ids):
         compose_picture(dictionary, teacher, ["big"], method="pca", neighbours=5, seed=0)
 
 
-def test_a_picture_is_written_and_nothing_beside_it(dictionary, tokenizer, tmp_path):
+def test_only_the_picture_is_written(dictionary, tokenizer, tmp_path):
     import matplotlib.image
 
     teacher = Teacher(None, tokenizer, len(tokenizer))
@@ -362,7 +362,7 @@ def test_labels_neither_overlap_nor_leave_the_picture():
             assert right <= other[0] or other[2] <= left or top <= other[1] or other[3] <= bottom
 
 
-def test_a_label_without_room_is_left_out_and_a_free_one_is_beside_its_point():
+def test_a_label_without_room_is_omitted_and_others_are_next_to_their_points():
     anchors, sizes = np.array([[50.0, 50.0], [50.0, 50.0]]), np.array([[40.0, 10.0], [400.0, 10.0]])
     first, second = place_labels(anchors, np.full(2, 4.0), sizes, anchors[:1], np.full(1, 4.0), (0, 0, 200, 100))
     assert second is None

@@ -68,7 +68,7 @@ def test_an_unknown_word_gets_near_spellings(lexicon_only):
     assert "'lagre' is not in the lexicon; near spellings: large" in err
 
 
-def test_what_cannot_be_shown_at_all_names_the_command_that_makes_it(lexicon_only):
+def test_a_missing_artifact_is_refused_with_the_command_that_makes_it(lexicon_only):
     code, _, err = lexicon_only("inspect", "senses")
     assert code == 2
     assert "there is no sense dictionary here; make it with `deepspeed launcher/build_senses.py --config FILE`" in err
@@ -77,7 +77,7 @@ def test_what_cannot_be_shown_at_all_names_the_command_that_makes_it(lexicon_onl
     assert "there is no teacher here; make it with `python launcher/pipeline.py --config FILE`" in err
 
 
-def test_wrong_arguments_say_what_is_right(lexicon_only, capsys):
+def test_wrong_arguments_are_refused_with_the_right_ones(lexicon_only, capsys):
     for words, message in (
         (
             ("word", "big", "small"),

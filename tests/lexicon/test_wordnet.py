@@ -48,12 +48,12 @@ def test_bare_dictionary_files_named_by_the_config_are_completed(nowhere, bare):
     assert not (bare / "lexnames").exists()  # a folder of the user's is not written to
 
 
-def test_a_config_path_that_is_no_dictionary_says_what_it_lacks(nowhere, tmp_path):
+def test_a_config_path_that_is_not_a_dictionary_is_refused_with_the_missing_files(nowhere, tmp_path):
     with pytest.raises(UserError, match=r"wordnet.path: .* lacks data.noun"):
         open_wordnet(str(tmp_path))
 
 
-def test_debians_files_are_the_last_resort_and_found_at_once_the_next_time(nowhere, bare, monkeypatch):
+def test_debians_files_are_the_last_resort_and_their_copy_is_used_again(nowhere, bare, monkeypatch):
     monkeypatch.setattr(wordnet, "DICTIONARY_FOLDERS", (bare,))
     first = open_wordnet()
     assert first.reader.synset("entity.n.01")
@@ -76,7 +76,7 @@ def test_nltks_own_data_comes_before_a_download_and_may_be_zipped(nowhere, bare,
     assert open_wordnet().reader.synset("entity.n.01")
 
 
-def test_processes_may_complete_it_at_once(tmp_path):
+def test_several_processes_may_complete_one_copy_at_once(tmp_path):
     target = tmp_path / "corpora" / "wordnet"
     with _private_folder(target) as first:
         (first / "lexnames").touch()
@@ -92,7 +92,7 @@ def test_there_are_forty_five_lexicographer_files():
     assert (lines[3], lines[5], lines[38]) == ("03\tnoun.Tops\t1", "05\tnoun.animal\t1", "38\tverb.motion\t2")
 
 
-def test_an_incomplete_folder_is_named_with_what_it_lacks_and_mending_it_helps(nowhere, bare, tmp_path):
+def test_an_incomplete_folder_is_refused_with_the_missing_files_until_repaired(nowhere, bare, tmp_path):
     folder = tmp_path / "mine"
     shutil.copytree(bare, folder)
     (folder / "noun.exc").rename(tmp_path / "noun.exc")
@@ -111,7 +111,7 @@ def test_an_incomplete_folder_is_named_with_what_it_lacks_and_mending_it_helps(n
         open_wordnet(str(folder))
 
 
-def test_an_incomplete_wordnet_of_nltks_is_named_and_not_passed_over(nowhere, bare, monkeypatch):
+def test_an_incomplete_wordnet_in_nltks_data_is_refused_and_not_skipped(nowhere, bare, monkeypatch):
     import nltk
 
     folder = nowhere / "nltk_data" / "corpora" / "wordnet"

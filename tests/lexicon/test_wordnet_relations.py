@@ -104,7 +104,7 @@ def test_another_language_has_the_synonyms_of_its_lemmas_and_the_antonyms_of_its
     assert not report.malformed
 
 
-def test_malformed_lines_of_a_language_are_left_out_and_numbered(tiny_wordnet, tmp_path):
+def test_malformed_lines_of_a_language_are_skipped_and_numbered(tiny_wordnet, tmp_path):
     extra = [f"{tiny_wordnet['car']}\tfra:lemma", "car\tfra:lemma\tauto", "99999999-n\tfra:lemma\trien"]
     path = _write_french(tmp_path, tiny_wordnet, extra) / "fra" / "wn-data-fra.tab"
     report = Report()
@@ -134,7 +134,7 @@ def test_a_language_that_does_not_fit_is_refused_before_english_is_read(tiny_wor
         next(read_sources(config, str(tmp_path / "dict"), Report()))
 
 
-def test_joints_and_gaps_of_open_multilingual_wordnet_are_no_letters(tiny_wordnet, tmp_path):
+def test_joints_and_gaps_of_open_multilingual_wordnet_are_removed(tiny_wordnet, tmp_path):
     lines = [
         f"{tiny_wordnet['large']}\tcmn:lemma\t大+的",
         f"{tiny_wordnet['large']}\tcmn:lemma\t巨大+的",
@@ -161,7 +161,7 @@ def test_the_package_may_be_zipped(tiny_wordnet, tmp_path):
     assert ("chaud", "froid") in _of(relations, "antonym")
 
 
-def test_a_language_that_is_not_there_is_refused_with_the_ways_out(tiny_wordnet, tmp_path):
+def test_a_missing_language_is_refused_with_the_ways_to_get_it(tiny_wordnet, tmp_path):
     with pytest.raises(UserError) as error:
         list(read_other_language(_open(tmp_path), "fra", Report()))
     for way in ("python -m nltk.downloader omw-1.4", "NLTK_DATA", "lexicon.languages=[eng]"):

@@ -80,14 +80,14 @@ def test_spans_are_composed_of_the_merged_tokens(merged):
     assert sum(counts) == 119 + 3 * 9
 
 
-def test_a_merged_dictionary_says_what_it_was_made_from(merged):
+def test_the_manifest_of_a_merged_dictionary_names_its_inputs(merged):
     config, *_ = merged
     _, manifest = load_dictionary(config)
     assert set(manifest.inputs) == {"lexicon", "merged 0", "merged 1"}
     assert manifest.teacher == find_teacher(config).digest
 
 
-def test_all_that_cannot_be_merged_is_named_at_once(merged, tmp_path):
+def test_every_dictionary_that_cannot_be_merged_is_named_at_once(merged, tmp_path):
     config, ids, *_ = merged
     _write(config, tmp_path / "other teacher", {ids[FEW]: (torch.ones(1, D), [1])}, teacher="another")
     (tmp_path / "nothing").mkdir()
@@ -98,7 +98,7 @@ def test_all_that_cannot_be_merged_is_named_at_once(merged, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_that_is_no_dictionary_is_overwritten(merged, tmp_path):
+def test_a_folder_that_is_not_a_dictionary_is_not_overwritten(merged, tmp_path):
     config, *_ = merged
     (tmp_path / "precious").mkdir()
     folders = [config.path("..", "one"), config.path("..", "two")]

@@ -104,7 +104,7 @@ def _says(word, tokenizer):
     return ids and tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).replace(" ", "").replace("▁", "")
 
 
-def test_words_of_the_training_text_are_said_and_one_token(kind):
+def test_words_of_the_training_text_are_one_token(kind):
     _, tokenizer = kind
     for word in ("big", "house", "garden", "the"):
         (ids,) = tokenize_words([word], tokenizer)
@@ -114,7 +114,7 @@ def test_words_of_the_training_text_are_said_and_one_token(kind):
     assert _says("big house", tokenizer) == "bighouse"
 
 
-def test_words_that_the_tokens_do_not_say_are_left_out(kind):
+def test_words_whose_tokens_decode_to_other_text_get_no_tokens(kind):
     name, tokenizer = kind
     for word, is_said in zip(("友善", "BIG", "gárden"), SAYS[name], strict=True):
         assert bool(tokenize_words([word], tokenizer)[0]) == is_said, word
@@ -147,7 +147,7 @@ def test_no_special_token_is_a_head_or_in_a_span(kind):
     assert counts["neighbour_is_unknown_to_the_tokenizer"] + counts["head_is_unknown_to_the_tokenizer"] >= 4
 
 
-def test_an_added_special_token_and_unknown_forms_are_none():
+def test_added_special_tokens_and_unknown_forms_do_not_count():
     tokenizer = word_tokenizer(["big", "Big", "the", "<|im_end|>"])
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|im_start|>", special=True)]})
     assert tokenize_words(["<|im_start|>", "unheard", "big unheard", "big"], tokenizer)[:3] == [(), (), ()]

@@ -98,7 +98,7 @@ def _wants(teacher, seed):
     return int(Continuer(teacher, N, seed).draw_lengths(0, 1))
 
 
-def test_how_far_a_text_goes_on_is_a_function_of_seed_and_sequence(tmp_path, world):
+def test_the_length_of_a_continuation_is_a_function_of_seed_and_sequence(tmp_path, world):
     save_model(tmp_path / "teacher")
     config = _config(tmp_path, "resident")
     teacher = load_frozen(find_teacher(config), config, world)
