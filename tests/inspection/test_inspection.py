@@ -324,7 +324,7 @@ def test_too_few_senses_for_a_picture_are_refused(tmp_path, tokenizer, ids):
         compose_picture(dictionary, teacher, ["big"], method="pca", neighbours=5, seed=0)
 
 
-def test_only_the_picture_is_written(dictionary, tokenizer, tmp_path):
+def test_a_picture_holds_words_and_neighbours_and_is_the_only_file_written(dictionary, tokenizer, tmp_path):
     import matplotlib.image
 
     teacher = Teacher(None, tokenizer, len(tokenizer))

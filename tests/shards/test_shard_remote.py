@@ -95,12 +95,12 @@ def test_a_shard_that_was_changed_in_the_remote_copy_is_not_read(copied, tmp_pat
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_lasting_errors_are_user_errors_and_passing_ones_are_outages(error, expected):
+def test_only_errors_that_a_retry_would_repeat_are_lasting(error, expected):
     assert is_lasting(error) == expected
 
 
 @pytest.mark.parametrize("place", ["bucket/shards", "s3:bucket", "s3://", ""])
-def test_an_address_without_shards_is_refused_with_the_remedy(tmp_path, place):
+def test_an_address_of_no_remote_folder_is_refused_with_the_right_form(tmp_path, place):
     (tmp_path / "config.yaml").write_text("workdir: w\nteacher: {path: x}\n")
     with pytest.raises(UserError, match=r"is no remote folder; give SCHEME://BUCKET/FOLDER"):
         load_config(tmp_path / "config.yaml", [f"train.shard_remote='{place}'"])
