@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dskd.artifacts import kinds
-from dskd.artifacts.manifest import Manifest, read_manifest
+from dskd.artifacts.manifest import Manifest
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder, find_teacher
@@ -48,15 +47,6 @@ def open_senses(config: Config, teacher: Teacher) -> Senses:
         UserError: when it is missing, damaged, or was made for another teacher.
     """
     return Senses(*load_fitting_dictionary(config, teacher.folder))
-
-
-def lexicon_manifest(config: Config) -> Manifest:
-    """Reads the manifest of `WORKDIR/lexicon`.
-
-    Raises:
-        UserError: when there is no lexicon, or it is damaged.
-    """
-    return read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
 
 
 def or_note(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:

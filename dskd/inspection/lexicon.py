@@ -11,10 +11,10 @@ from dskd.artifacts.manifest import Manifest, is_current
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
-from dskd.inspection.artifacts import Teacher, lexicon_manifest, note_lines, open_senses, open_teacher, or_note
+from dskd.inspection.artifacts import Teacher, note_lines, open_senses, open_teacher, or_note
 from dskd.inspection.tokens import whole_words
 from dskd.lexicon.build import recipe
-from dskd.lexicon.relations import FILE, RELATIONS, load_lexicon, read_relations
+from dskd.lexicon.relations import FILE, RELATIONS, lexicon_manifest, load_lexicon, read_relations
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
 
 _WHY_UNUSABLE = ("head_", "neighbour_")

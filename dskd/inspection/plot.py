@@ -11,7 +11,7 @@ from dskd.artifacts.hashing import digest_of_json
 from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
-from dskd.inspection.drawing import DrawnEntry, Picture
+from dskd.inspection.drawing import DrawnEntry, Picture, draw_picture
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.relations import RELATIONS
 from dskd.senses.dictionary import SenseDictionary
@@ -39,8 +39,6 @@ def plot_words(
         UserError: when words cannot be drawn, naming all of them; when there are too few points; when an artifact is
             missing; or when `output` is not a .png file.
     """
-    from dskd.inspection.drawing import draw_picture
-
     path = output or config.path("plots", _file_name(words, method))
     if path.suffix.lower() != ".png":
         raise UserError(f"--output {path}: pictures are PNG files; give it a name that ends in .png")

@@ -14,7 +14,6 @@ from dskd.errors import UserError
 from dskd.inspection.artifacts import (
     Senses,
     Teacher,
-    lexicon_manifest,
     note_lines,
     open_senses,
     open_teacher,
@@ -24,7 +23,7 @@ from dskd.inspection.contexts import find_contexts, open_training_shards
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.negation import BASES_FILE
-from dskd.lexicon.relations import RELATIONS, read_relations
+from dskd.lexicon.relations import RELATIONS, lexicon_manifest, read_relations
 from dskd.senses.dictionary import SenseDictionary
 from dskd.senses.entries import (
     MAX_SPAN_TOKENS,

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dskd.artifacts import kinds
-from dskd.artifacts.manifest import read_manifest
+from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
 
@@ -128,6 +128,15 @@ def write_relations(path: Path, relations: list[Relation]) -> None:
     pq.write_table(pa.table(columns, schema=SCHEMA), path, compression="zstd")
 
 
+def lexicon_manifest(config: Config) -> Manifest:
+    """Reads the manifest of `WORKDIR/lexicon`.
+
+    Raises:
+        UserError: when there is no lexicon, or it is damaged.
+    """
+    return read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
+
+
 def read_relations(config: Config, **options: Any) -> pa.Table:
     """Reads the table of `WORKDIR/lexicon`, or the part of it that `options` for pyarrow's `read_table` select.
 
@@ -147,6 +156,6 @@ def load_lexicon(config: Config) -> list[Relation]:
     Raises:
         UserError: when there is no lexicon, or its table cannot be read.
     """
-    read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
+    lexicon_manifest(config)
     columns = read_relations(config, schema=SCHEMA).to_pydict()
     return [Relation(*row) for row in zip(*(columns[name] for name in SCHEMA.names), strict=True)]

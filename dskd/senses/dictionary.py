@@ -21,18 +21,10 @@ from dskd.errors import UserError
 from dskd.models.folder import ModelFolder
 from dskd.models.weights import open_safetensors
 from dskd.senses.csr import sums_of_lists
-from dskd.senses.entries import Entries
+from dskd.senses.entries import ENTRY_TENSORS, Entries
 
 FILE = "senses.safetensors"
-_INDEX_TENSORS = (
-    "counts",
-    "entry_offsets",
-    "span_tokens",
-    "synonym_offsets",
-    "synonym_entries",
-    "antonym_offsets",
-    "antonym_entries",
-)
+_INDEX_TENSORS = ("counts", "entry_offsets", *ENTRY_TENSORS)
 
 
 @dataclass(frozen=True)
@@ -158,9 +150,8 @@ def read_dictionary(path: Path) -> SenseDictionary:
             raise UserError(f"{path}: this is not a sense dictionary, because it lacks {', '.join(sorted(missing))}")
         tensors = {name: stored.get_tensor(name) for name in _INDEX_TENSORS}
         shape = stored.get_slice("vectors").get_shape()
-    entries = Entries(
-        vocab_size=len(tensors["synonym_offsets"]) - 1, **{name: tensors[name] for name in _INDEX_TENSORS[2:]}
-    )
+    vocab_size = len(tensors["synonym_offsets"]) - 1
+    entries = Entries(vocab_size, **{name: tensors[name] for name in ENTRY_TENSORS})
     offsets = tensors["entry_offsets"]
     if len(offsets) != entries.num_entries + 1 or int(offsets[-1]) != shape[0] or len(tensors["counts"]) != shape[0]:
         raise UserError(

@@ -64,7 +64,10 @@ class Entries:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns every tensor by its name in the dictionary's file."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "vocab_size"}
+        return {name: getattr(self, name) for name in ENTRY_TENSORS}
+
+
+ENTRY_TENSORS = tuple(field.name for field in fields(Entries) if field.name != "vocab_size")
 
 
 def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
