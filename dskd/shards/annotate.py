@@ -265,7 +265,7 @@ def _annotate_block(
         unread = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
         read = reader.read(unread, first)
         batch, hidden = read.batch, read.hidden
-        # Search the rows for all positions of the batch that have a target.
+        # Search the nearest rows for all positions of the batch that have a target.
         targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
         nearest = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
         columns = {
