@@ -95,7 +95,7 @@ def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entri
 def describe_dropped_pairs(counts: Mapping[str, int]) -> str:
     """Returns a text with the number of dropped pairs by reason, from the counts of :func:`build_entries`."""
     return ", ".join(
-        f"{count:,} {reason.replace('_', ' ')}"
+        f"{count:,} because the {reason.replace('_', ' ')}"
         for reason, count in counts.items()
         if reason.startswith(("head_is_", "neighbour_is_"))
     )

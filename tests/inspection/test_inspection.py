@@ -1,4 +1,4 @@
-"""What the inspections compute, on dictionaries, shards and tokenizers made by hand."""
+"""The results of the inspections, on dictionaries, shards and tokenizers made by hand."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ T = 8
 
 
 def _dictionary(folder, tokenizer, pairs, sizes, vectors=None, counts=None):
-    """A dictionary whose entries are those of the pairs and have so many rows each."""
+    """A dictionary with the entries of the pairs, each with the number of rows that `sizes` gives."""
     relations = Pairs(Relation(*pair.split("|"), "test") for pair in pairs).resolved()
     entries, facts = build_entries(relations, tokenizer, len(tokenizer))
     sizes = torch.tensor([sizes.get(entry, 0) for entry in range(entries.num_entries)])
@@ -94,7 +94,7 @@ def test_tokens_are_shown_as_they_read_after_a_word():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # As sentencepiece does: a space of its own before a text, which decoding takes off again.
+    # Like sentencepiece: it adds a space before a text, and decoding removes it.
     tokens = ["<unk>", "▁", "▁the", "▁big", "ger", "▁of", *"thebigrof"]
     pieces = {token: -1.0 - i for i, token in enumerate(dict.fromkeys(tokens))}
     inner = Tokenizer(models.Unigram(list(pieces.items()), unk_id=0))
@@ -179,7 +179,7 @@ def test_states_and_senses_of_each_token(dictionary, ids):
     }
     assert int(states[ids["big"]]) == 1 + 2 + 3
     assert int(states[ids["large"]]) == 4 + 5
-    assert int(states.sum()) == sum(range(1, 9))  # the two rows of the span are no token's
+    assert int(states.sum()) == sum(range(1, 9))  # the two rows of the span belong to no token
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
@@ -277,7 +277,7 @@ def test_the_neighbours_with_most_states_are_drawn_tokens_before_spans_and_each_
         (large, 0, "synonym"),
     ]
     assert choose_entries(dictionary, [big], 99)[-1] == (span, 0, "synonym")
-    # A given word is nobody's neighbour, and huge is already there for big.
+    # A word of the picture is not drawn as a neighbour too, and huge is already drawn as a neighbour of big.
     assert choose_entries(dictionary, [big, large], 2) == [
         (big, 0, "word"),
         (large, 1, "word"),
@@ -344,7 +344,7 @@ def test_a_picture_holds_words_and_neighbours_and_is_the_only_file_written(dicti
     assert [file.name for file in path.parent.iterdir()] == ["senses.png"]
     image = matplotlib.image.imread(path)
     assert image.shape[0] > 500
-    assert image.std() > 0.01  # something is on it
+    assert image.std() > 0.01  # it is not blank
 
 
 def test_labels_neither_overlap_nor_leave_the_picture():

@@ -1,4 +1,4 @@
-"""Dict2Vec's lists, users' own lists, what all text files have in common, and the stage over all sources together."""
+"""Dict2Vec's lists, users' own lists, rules for all text files, and the stage over all sources together."""
 
 import gzip
 import json
@@ -206,9 +206,9 @@ def test_every_missing_file_is_named_with_its_key(tmp_path):
     with pytest.raises(UserError) as error:
         recipe(config)
     message = str(error.value)
-    for part in ("lexicon.wiktionary: there is no file a.jsonl", "lexicon.dict2vec: there is no file b.txt"):
+    for part in ("lexicon.wiktionary: a.jsonl is not a file", "lexicon.dict2vec: b.txt is not a file"):
         assert part in message
-    for part in ("lexicon.tsv: there is no file c.tsv", "file d.tsv", "lexicon.morpholex: there is no file"):
+    for part in ("lexicon.tsv: c.tsv is not a file", "lexicon.tsv: d.tsv is not a file", "lexicon.morpholex: "):
         assert part in message
 
 

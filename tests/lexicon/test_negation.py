@@ -1,4 +1,4 @@
-"""Negation polarity, on words whose bases are plain to see; MorphoLEX as the workbook it is."""
+"""Negation polarity, on words with obvious bases, and reading the workbook of MorphoLEX."""
 
 import shutil
 from pathlib import Path
@@ -36,7 +36,7 @@ WORDS = {
     "smokeless": "{(smoke)}>less>",
     "unsmokeless": "<un<{(smoke)}>less>",
     "fear": "{(fear)}",
-    "fearlessly": "{(fear)>less>}>ly>",  # less is no suffix of the whole word
+    "fearlessly": "{(fear)>less>}>ly>",  # "less" is not a suffix of the whole word
     "predisposition": "{<pre<<dis<(pose)}>ition>",  # nor is dis its prefix: "preposition" is another word
     "preposition": "{<pre<(pose)}>ition>",
     "unsaid": "<un<{(sayd)}",  # no word without the prefix
@@ -235,7 +235,7 @@ def test_a_mostly_malformed_sheet_is_skipped_and_named_if_others_are_good(tmp_pa
     good = [header, ["happy", "{(happy)}"], ["unhappy", "<un<{(happy)}"]]
     path = _workbook(tmp_path / "m.xlsx", good=good, odd=[header, odd, ["few", "{(few)}"], odd])
     report = Report()
-    assert set(read_morpholex(path, report).words) == {"happy", "unhappy"}  # nothing of the odd sheet, "few" neither
+    assert set(read_morpholex(path, report).words) == {"happy", "unhappy"}  # no word of the odd sheet, not even "few"
     assert "m.xlsx[odd]: 2 of 3 lines are not words with a segmentation" in capsys.readouterr().err
     assert report.facts() == {f"{path}[odd]": {"lines": 2, "first": [2, 4]}}
     with pytest.raises(UserError, match=r"no sheet has words with a segmentation.*\n.*\[odd\]: 1 of 1 lines"):

@@ -142,5 +142,5 @@ def test_the_error_of_a_truncated_gzip_file_names_how_much_was_read(tmp_path):
 def test_a_file_named_gz_that_is_not_gzip_is_refused(tmp_path):
     path = tmp_path / "english.jsonl.gz"
     path.write_text(json.dumps(BIG))
-    with pytest.raises(UserError, match=r"the name ends in \.gz, but this is no gzip file"):
+    with pytest.raises(UserError, match=r"the name ends in \.gz, but this is not a gzip file"):
         _read(path)

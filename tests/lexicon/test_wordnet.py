@@ -1,4 +1,4 @@
-"""Where WordNet is looked for, and in which order. The dictionary files are those of the WordNet that was found."""
+"""The places that dskd searches for WordNet, in order. The dictionary files are those of this machine's WordNet."""
 
 import shutil
 
@@ -22,7 +22,7 @@ def bare(tmp_path_factory):
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
-    """A machine on which WordNet is in none of the places."""
+    """A machine without WordNet in any of the places."""
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])
@@ -45,7 +45,7 @@ def test_bare_dictionary_files_named_by_the_config_are_completed(nowhere, bare):
     found = open_wordnet(str(bare))
     assert found.reader.synset("happy.a.01").lemma_names() == ["happy"]
     assert found.reader.synset("run.v.01").lexname() == "verb.motion"
-    assert not (bare / "lexnames").exists()  # a folder of the user's is not written to
+    assert not (bare / "lexnames").exists()  # nothing is written into the user's folder
 
 
 def test_a_config_path_that_is_not_a_dictionary_is_refused_with_the_missing_files(nowhere, tmp_path):
@@ -140,7 +140,7 @@ def test_for_other_languages_nltks_wordnet_comes_before_debians(nowhere, bare, m
     monkeypatch.setattr(nltk, "download", download)
     open_wordnet.cache_clear()
     assert open_wordnet().origin == bare
-    assert not tried  # what was found once does for English
+    assert not tried  # for English, the copy that exists is enough
     found = open_wordnet(other_languages=True).folder
     assert tried == ["wordnet"]
     assert found.name.startswith("wordnet-zip-")
@@ -157,5 +157,5 @@ def test_a_damaged_zip_is_named(nowhere, content):
     archive.parent.mkdir(parents=True)
     archive.write_bytes(content)
     nltk.data.path.append(str(nowhere / "nltk_data"))
-    with pytest.raises(UserError, match=rf"{archive}: this zip file has no WordNet"):
+    with pytest.raises(UserError, match=rf"{archive}: this zip file has no readable WordNet"):
         open_wordnet()

@@ -80,7 +80,7 @@ def test_indirect_antonyms_go_from_satellites_to_the_antonyms_of_their_heads(tin
     assert {(r.relation, r.source) for r in relations} == {("antonym", "wordnet-indirect")}
     assert {(r.head, r.tail) for r in relations} == {
         ("scorching", "cold"),
-        ("torrid", "cold"),  # "hot" stands beside it, but hot and cold are direct antonyms
+        ("torrid", "cold"),  # hot and cold are direct antonyms, so that pair is not here
         ("frigid", "hot"),
         ("huge", "small"),
         ("huge", "little"),
@@ -98,7 +98,7 @@ def test_another_language_has_the_synonyms_of_its_lemmas_and_the_antonyms_of_its
         ("voiture", "automobile"),
         ("voiture", "voiture de tourisme"),
         ("automobile", "voiture de tourisme"),
-        ("brûlant", "torride"),  # satellites, which the file calls adjectives
+        ("brûlant", "torride"),  # satellites; the file calls them adjectives
     )
     assert _of(relations, "antonym") == _both(("chaud", "froid"))
     assert not report.malformed
@@ -167,7 +167,7 @@ def test_a_missing_language_is_refused_with_the_ways_to_get_it(tiny_wordnet, tmp
     for way in ("python -m nltk.downloader omw-1.4", "NLTK_DATA", "lexicon.languages=[eng]"):
         assert way in str(error.value)
     _write_french(tmp_path, tiny_wordnet)
-    with pytest.raises(UserError, match="has no 'ita' here; it has fra"):
+    with pytest.raises(UserError, match="has no 'ita'; it has fra"):
         list(read_other_language(_open(tmp_path), "ita", Report()))
 
 

@@ -122,9 +122,9 @@ def test_a_reservoir_resumes_from_the_runs_of_the_last_flush(tmp_path):
     first = Reservoir(3, 4, 4, 50 * ROW_BYTES, tmp_path, "rank0")
     first.add(tokens[:150], priorities[:150], states[:150])
     noted = first.flush()
-    first.add(tokens[150:], priorities[150:], states[150:])  # lost: nobody noted the runs that this made
+    first.add(tokens[150:], priorities[150:], states[150:])  # lost: no flush recorded the runs of these
     second = Reservoir(3, 4, 4, 50 * ROW_BYTES, tmp_path, "rank0", noted)
-    assert not second.can_enter(tokens, priorities).all()  # it knows what it need not be sent
+    assert not second.can_enter(tokens, priorities).all()  # the runs give it thresholds
     second.add(tokens[150:], priorities[150:], states[150:])
     (found,) = SampledStates([tmp_path / run for run in second.flush()], 4).ranges(10**6)
     expected = [i for token in range(3) for i in sorted(range(token, 300, 3), key=lambda i: int(priorities[i]))[:4]]

@@ -1,4 +1,4 @@
-"""Words behind a space, capitalized, and at the beginning of a text, with a tokenizer of a few plain tokens."""
+"""Words after a space, capitalized, and at the beginning of a text, with a tokenizer of a few plain tokens."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.entries import build_entries
 
-# Ġ is a space. What is not here falls apart into letters.
+# Ġ is a space. Words that are not here are split into letters.
 TOKENS = [
     "Ġbig",
     "ĠBig",
@@ -73,7 +73,7 @@ def test_without_surface_forms_only_words_after_a_space_count(tokenizer):
 
 def test_capitalized_forms_of_one_token_are_heads_and_neighbours(tokenizer):
     found, counts = _neighbours(tokenizer, _relations(*PAIRS), "capitalized")
-    both = ({"Ġlarge", "ĠLarge", "ĠveryĠhuge"}, {"Ġsmall"})  # " Small" falls apart
+    both = ({"Ġlarge", "ĠLarge", "ĠveryĠhuge"}, {"Ġsmall"})  # " Small" has several tokens
     assert found == {
         "Ġbig": both,
         "ĠBig": both,

@@ -1,4 +1,4 @@
-"""The teacher's continuations against transformers' own greedy generation, and what becomes of the sequences."""
+"""The teacher's continuations against transformers' own greedy generation, and the extended sequences."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from dskd.models.frozen import load_frozen
 from dskd.shards.continuations import Continuer
 
 T, N, END = 24, 6, 0
-# A text and its end in each; the last three are a text without room, one that goes on in the next row, and only an end.
+# A text and its end in each; the last three: a text without room, one that continues in the next row, and only an end.
 SIZES = [3, 15, 22, 9, 23]
 
 
@@ -45,7 +45,7 @@ def _config(tmp_path, mode="zero3"):
 
 
 def _generated(model, sequences, lengths):
-    """{row: the tokens that transformers generates behind its text}, one text at a time, without padding."""
+    """{row: the tokens that transformers generates after its text}, one text at a time, without padding."""
     expected = {}
     for row, size in enumerate(SIZES):
         prompt = sequences.batch(row, row + 1).input_ids[:, :size]
@@ -82,7 +82,7 @@ def test_an_end_of_text_is_kept_and_ends_the_continuation(tmp_path, world):
     config = _config(tmp_path, "resident")
     prompt = sequences.batch(0, 1).input_ids[:, : SIZES[0]]
     second = int(model.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)[0, -1])
-    # The model's own end of text, beside the tokenizer's.
+    # The model's own end of text, in addition to the tokenizer's.
     file = tmp_path / "teacher" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [END, second]}))
     teacher = load_frozen(find_teacher(config), config, world)
@@ -126,7 +126,7 @@ config = Config.model_validate_json(sys.argv[2])
 sequences = open_sequences(folder / "sequences.safetensors")
 teacher = load_frozen(find_teacher(config), config, world)
 reader = TextReader(teacher, Continuer(teacher, 6, 3), 5, 16)
-# The second rank has one batch less, and makes up for it.
+# The second rank has one batch less, so it runs one without targets.
 batches = [(0, 3), (6, 8)] if world.rank == 0 else [(3, 6)]
 rows = {}
 for first, stop in batches:

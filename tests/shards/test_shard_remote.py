@@ -1,4 +1,4 @@
-"""Shards that are read from a copy elsewhere (train.shard_remote); from a real object store, see test_pods.py."""
+"""Shards that are read from a remote copy (train.shard_remote); test_pods.py reads them from a real object store."""
 
 import shutil
 
@@ -22,7 +22,7 @@ def _sample(number):
 
 @pytest.fixture
 def copied(tmp_path):
-    """(config, its remote copy of 6 samples in 3 shards); in the work directory only the manifest is left."""
+    """(config, its remote copy of 6 samples in 3 shards); the work directory has only the manifest."""
     config = Config(
         workdir=str(tmp_path / "work"), teacher={"path": "x"}, train={"shard_remote": str(tmp_path / "far")}
     )

@@ -85,7 +85,7 @@ def test_no_padding_and_no_rows_are_fine():
 
 
 def _ragged(real_lengths):
-    """Samples as `packing: none` makes them: so many tokens, then padding; rows of all kinds stand there too."""
+    """Samples as `packing: none` makes them: some tokens, then padding, with rows of all kinds in the padding too."""
     samples = []
     for number, real in enumerate(real_lengths):
         sample = _sample(number, sample_id=100 + number)
@@ -141,7 +141,7 @@ def test_equal_lengths_keep_their_order():
 
 
 def test_a_step_sums_up_the_same_in_any_micro_batches(tmp_path):
-    """Any function of position, token, label and rows, summed over what counts; brute force over untrimmed samples."""
+    """The sum of any function of position, token, label and rows equals a brute-force sum over untrimmed samples."""
     samples = _ragged([9, 1, 20, 2, 18, 10, 17, 3])
     for sample in samples:
         sample["document_starts"][5] = 1
