@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, REPOSITORY, losses_of, open_dataset, run_program
+from artifact_folders import open_dataset
+from rank_processes import run_program
+from repository import REPOSITORY
+from tiny_work import BEFORE_TRAINING
+from tracked_results import losses_of
 
 from dskd.artifacts import kinds
 from dskd.config import LossConfig

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, launch_forked
+from repository import REPOSITORY
 from task_files import PLACES
 from tiny_models import ARCHITECTURES, save_model
+from tiny_work import launch_forked
 from transformers import AutoModelForCausalLM
 
 from dskd import pipeline

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import TINY, open_dataset, run_program, update_manifest
+from artifact_folders import open_dataset, update_manifest
 from plain_reading import run_apart
+from rank_processes import run_program
 from safetensors.torch import load_file
+from tiny_work import TINY
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ONE_RANK, REPOSITORY
+from rank_processes import ONE_RANK
+from repository import REPOSITORY
 
 from dskd.artifacts import kinds
 from dskd.artifacts.lock import hold_lock, release_lock

@@ -4,7 +4,7 @@ import importlib.metadata
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 from dskd.__main__ import PROGRAMS, main
 from dskd.cli.program import build_parser, parse

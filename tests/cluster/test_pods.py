@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_lab.hosts import SWITCH, Lab, why_not
-from conftest import REPOSITORY
 from manifests import job_of, pods_of, render, verdict
 from pods import PATH, Kubelet, give_to
+from repository import REPOSITORY
 
 from dskd.config.reading import load_config
 from dskd.tracking import read_history, read_runs

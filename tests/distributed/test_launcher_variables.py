@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, finish, fork_ranks, write_config
 from rank_jobs import join_as_launched
+from rank_processes import finish, fork_ranks
+from repository import REPOSITORY
+from tiny_work import write_config
 
 from dskd.__main__ import main
 from dskd.distributed import rendezvous

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, replace_at_loading, run_program
+from artifact_folders import replace_at_loading
+from rank_processes import run_program
+from repository import REPOSITORY
 from task_files import DATA, PLACES
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import finish, fork_ranks
 from rank_jobs import head_gradients
+from rank_processes import finish, fork_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 from torch import nn

@@ -7,8 +7,8 @@ import pytest
 import torch
 from architecture_findings import CUT, LOWEST, check_plan, find, find_limits, reason_of
 from architectures import ARCHITECTURES, save_architecture
-from conftest import ONE_RANK
 from models_page import PAGE, page, row
+from rank_processes import ONE_RANK
 from transformers import AutoModelForCausalLM
 
 from dskd.artifacts.manifest import write_json

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, finish, fork_ranks
 from forked_rank import run_launcher
+from rank_processes import finish, fork_ranks
+from repository import REPOSITORY
 from tiny_models import SHAPE, save_model
 from transformers import AutoModelForCausalLM
 

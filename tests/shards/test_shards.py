@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import open_dataset
+from artifact_folders import open_dataset
 from safetensors.torch import save_file
 from streaming.base.partition import get_partitions
 

@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_RANK, open_dataset
+from artifact_folders import open_dataset
+from rank_processes import ONE_RANK
 from safetensors.torch import save_file
 
 from dskd import shards
