@@ -10,7 +10,6 @@ from dskd.inspection.artifacts import note_lines, open_teacher, or_note
 from dskd.inspection.contexts import open_training_shards
 from dskd.inspection.histogram import Histogram, draw_histograms, histogram, histogram_text, log2_histogram
 from dskd.inspection.tokens import readable, token_texts
-from dskd.models.folder import tokenizer_digest
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 
 _FREQUENT = 10
@@ -70,7 +69,7 @@ def plot_senses(config: Config, report: SensesReport) -> Path:
 
 def _frequent_without_senses(config: Config, dictionary: SenseDictionary) -> tuple[tuple[str, int], ...]:
     teacher = open_teacher(config)
-    sequences, _ = load_sequences(config, "train", tokenizer_digest(teacher.tokenizer))
+    sequences, _ = load_sequences(config, "train", teacher.folder.tokenizer_digest)
     counts = sequences.frequencies(dictionary.vocab_size)
     counts[dictionary.senses_per_token > 0] = 0
     numbers, tokens = counts.sort(descending=True, stable=True)
