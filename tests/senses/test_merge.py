@@ -94,7 +94,7 @@ def test_every_dictionary_that_cannot_be_merged_is_named_at_once(merged, tmp_pat
     with pytest.raises(UserError) as refused:
         merge_dictionaries(config, [tmp_path / "other teacher", tmp_path / "nothing"], tmp_path / "out")
     assert "made with different teachers" in str(refused.value)
-    assert "there is not a sense dictionary here" in str(refused.value)
+    assert "there is no sense dictionary here" in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
