@@ -9,15 +9,15 @@ examples:
   deepspeed launcher/build_senses.py --config configs/quickstart.yaml
   deepspeed --num_gpus 2 launcher/build_senses.py --config configs/quickstart.yaml senses.k=5
 
-Any number of ranks builds the same dictionary. `dskd lexicon` and launcher/pipeline.py make its inputs. A dictionary
-that is up to date is not built again.
+Any number of ranks gives the same dictionary. `dskd lexicon` and launcher/pipeline.py make what it reads. A dictionary
+that is up to date is left as it is.
 """
 
 
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument(
-        "--force", action="store_true", help="build even what is up to date, and gather the states again"
+        "--force", action="store_true", help="gather and build again, even if the dictionary is up to date"
     )
     args = parse(parser)
 

@@ -119,7 +119,7 @@ def test_the_papers_rate_follows_the_batch(name, batch):
 
 @pytest.mark.parametrize("name", RATE_OF_A_RANK)
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_the_papers_batch_is_shared_out_over_the_gpus_of_a_node(name, ranks):
+def test_the_papers_batch_is_divided_among_the_gpus_of_a_node(name, ranks):
     train = load_config(REPOSITORY / "configs" / name).train
     micro_batch, accumulation = share_out(train, ranks)
     assert micro_batch * accumulation * ranks == train.global_batch_size == 8

@@ -42,11 +42,11 @@ def read_metrics(
     for run in runs:
         metrics = {m: value for m, value in run.metrics.items() if m.startswith(prefixes) and m not in _NOT_LOSSES}
         smaller_is_better |= {metric: True for metric in metrics if metric.startswith(TRAINED)}
-        wanted = [metric for metric in metrics if metric in smaller_is_better or metric in SPEEDS]
-        read = read_histories(config, run.run_id, wanted)
+        with_history = [metric for metric in metrics if metric in smaller_is_better or metric in SPEEDS]
+        points_of = read_histories(config, run.run_id, with_history)
         for metric, last in metrics.items():
             # NaN is dropped as well, because it is not smaller than anything.
-            points = [(step, value) for step, value in read.get(metric, ()) if abs(value) < _DIVERGED]
+            points = [(step, value) for step, value in points_of.get(metric, ()) if abs(value) < _DIVERGED]
             # The final speed is the median step: single steps vary, and the first step after each start is slow.
             is_speed = metric in SPEEDS and points
             final.setdefault(metric, {})[run.run_id] = float(np.median([v for _, v in points])) if is_speed else last

@@ -22,9 +22,6 @@ def data_tag(kind: str) -> str:
     return f"{kind.replace('/', '_')}_data"
 
 
-EVALUATION_DATA_TAG = data_tag(EVALUATION_FOLDER)
-
-
 def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
     """Records that the run was exported to `folder`; with `tracking.log_model`, uploads the model."""
     if not config.tracking.log_model:
@@ -32,30 +29,6 @@ def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
         return
     say(f"  uploading the model to MLflow's run {run_id}: {size_bytes(folder) / 1e9:.3g} GB")
     _tell(config, run, run_id, {"kind": "model", "folder": _inside(config, folder)})
-
-
-def log_evaluation(
-    config: Config,
-    run: str,
-    run_id: str,
-    measures: Mapping[str, float],
-    examples: Path,
-    *,
-    data: str,
-    step: int,
-    tables: Sequence[Path] = (),
-    files: Sequence[Path] = (),
-) -> None:
-    """Logs an evaluation of the run's model after `step` steps.
-
-    Logs its measures, the scores of each example, the digest of the data, and tables and other files of the work
-    directory.
-    """
-    shown: list[Message] = []
-    for kind, paths in (("table", tables), ("file", files)):
-        shown += [{"kind": kind, "file": _inside(config, path), "folder": None} for path in paths]
-    named = {f"eval/{name}": value for name, value in measures.items()}
-    _tell(config, run, run_id, *shown, *_results(config, EVALUATION_FOLDER, named, examples, data, step))
 
 
 def log_results(
@@ -68,25 +41,27 @@ def log_results(
     *,
     data: str,
     step: int,
+    tables: Sequence[Path] = (),
+    files: Sequence[Path] = (),
 ) -> None:
-    """Logs other results of the run's model after `step` steps, under the name `kind`, such as `tasks/piqa`.
+    """Logs results of the run's model after `step` steps, under the name `kind`, such as `evaluation` or `tasks/piqa`.
 
-    Measures become metrics `KIND/NAME`, the scores of each example an artifact in the folder `KIND`, and the digest of
-    the data a tag.
+    Measures become metrics `KIND/NAME` (those of the evaluation on held-out text, `eval/NAME`), the scores of each
+    example an artifact in the folder `KIND`, and the digest of the data a tag. `tables` and `files` are further files
+    of the work directory.
     """
-    named = {f"{kind}/{name}": value for name, value in measures.items()}
-    _tell(config, run, run_id, *_results(config, kind, named, examples, data, step))
-
-
-def _results(
-    config: Config, kind: str, measures: Mapping[str, float], examples: Path, data: str, step: int
-) -> list[Message]:
-    return [
+    prefix = "eval" if kind == EVALUATION_FOLDER else kind
+    _tell(
+        config,
+        run,
+        run_id,
+        *({"kind": "table", "file": _inside(config, path), "folder": None} for path in tables),
+        *({"kind": "file", "file": _inside(config, path), "folder": None} for path in files),
         {"kind": "file", "file": _inside(config, examples), "folder": kind},
-        {"kind": "measures", "measures": dict(measures), "step": step},
+        {"kind": "measures", "measures": {f"{prefix}/{name}": v for name, v in measures.items()}, "step": step},
         # The digest comes last: if a run has it, its measures are complete.
         {"kind": "tags", "tags": {data_tag(kind): data}},
-    ]
+    )
 
 
 def _tell(config: Config, run: str, run_id: str, *messages: Message) -> None:

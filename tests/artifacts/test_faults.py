@@ -18,7 +18,7 @@ from tracked_results import losses_of
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.cli.program import run
 from dskd.config.reading import load_config
@@ -72,7 +72,7 @@ def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, cop
 
 
 @pytest.mark.skipif(why_no_nodes() is not None, reason=f"{why_no_nodes()}")
-def test_a_node_without_shared_memory_is_named_before_training(copy_of_tiny, tmp_path, small_disk):
+def test_a_node_without_shared_memory_is_reported_before_training(copy_of_tiny, tmp_path, small_disk):
     config = copy_of_tiny(*BEFORE_TRAINING)
     memory = tmp_path / "shm"
     small_disk(memory, 2**16)
@@ -88,7 +88,7 @@ def test_a_node_without_shared_memory_is_named_before_training(copy_of_tiny, tmp
     assert "Traceback" not in ended.output
 
 
-def test_shared_memory_that_fills_up_is_not_taken_for_a_full_disk(tmp_path, small_disk, monkeypatch, capsys):
+def test_full_shared_memory_is_not_mistaken_for_a_full_disk(tmp_path, small_disk, monkeypatch, capsys):
     memory = tmp_path / "shm"
     small_disk(memory, 2**23)
     monkeypatch.setattr(shared_memory, "FOLDER", memory)
@@ -105,25 +105,25 @@ def test_shared_memory_that_fills_up_is_not_taken_for_a_full_disk(tmp_path, smal
     assert "set workdir" not in said
 
 
-def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk):
+def test_a_tensor_that_does_not_fit_on_the_disk_is_reported_as_a_full_disk(tmp_path, small_disk):
     folder = tmp_path / "small"
     small_disk(folder, 2**21)
     large = torch.zeros(2**20)  # 4 MiB
     # safetensors removes what it wrote, and then there is room again
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as full, full_disk_is_said(folder):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as full, report_full_disk(folder):
         save_file({"x": large}, folder / "x.safetensors")
     assert full.value.errno == errno.ENOSPC
     assert shutil.disk_usage(folder).free == 2**21
-    with pytest.raises(SafetensorError), full_disk_is_said(folder):
+    with pytest.raises(SafetensorError), report_full_disk(folder):
         save_file({"x": large}, folder / "no" / "x.safetensors")
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), full_disk_is_said(folder):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), report_full_disk(folder):
         torch.save(large, folder / "x.pt")
-    with pytest.raises(RuntimeError, match="another"), full_disk_is_said(tmp_path):
+    with pytest.raises(RuntimeError, match="another"), report_full_disk(tmp_path):
         raise RuntimeError("another")
     assert [path.name for path in folder.iterdir()] == ["x.pt"]
 
 
-def test_a_full_disk_is_named_by_a_file_that_does_not_fit(tmp_path, small_disk):
+def test_a_full_disk_is_reported_with_the_file_that_does_not_fit(tmp_path, small_disk):
     small_disk(tmp_path / "small", 2**21)
 
     def fill(content):
@@ -139,19 +139,19 @@ def test_a_full_disk_is_named_by_a_file_that_does_not_fit(tmp_path, small_disk):
     assert other.value.filename is None
 
 
-def test_a_quota_is_a_full_disk_where_there_is_room_for_others(tmp_path, monkeypatch):
+def test_an_exhausted_quota_is_reported_as_a_full_disk(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)  # as the system answers who is over it
-    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), report_full_disk(tmp_path):
         raise RuntimeError("what torch says")
-    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), report_full_disk(tmp_path):
         raise SafetensorError(f"Error while serializing: I/O error: so it is (os error {errno.EDQUOT})")
 
 
 @pytest.mark.parametrize("damage", ["missing", "corrupted"])
-def test_a_shard_that_is_gone_at_the_remote_is_named_and_the_run_goes_on_when_it_is_back(
+def test_a_shard_missing_at_the_remote_is_reported_and_the_run_resumes_when_it_is_back(
     tiny, copy_of_tiny, tmp_path, damage
 ):
     remote = tmp_path / "remote"

@@ -21,7 +21,7 @@ HOLDER = "import sys; from pathlib import Path; from dskd.artifacts.lock import 
 )
 
 
-def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path):
+def test_a_lock_is_held_by_one_process_and_released_however_it_ends(tmp_path):
     path = tmp_path / "folder" / "lock"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)],
@@ -44,7 +44,7 @@ def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path
     release_lock(path)
 
 
-def test_a_lock_file_of_somebody_else_is_named_with_what_to_do(tmp_path, monkeypatch):
+def test_a_lock_file_of_another_user_is_reported_with_what_to_do(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     path.touch()
     may_open = Path.open
@@ -71,7 +71,7 @@ def test_runs_of_two_work_directories_that_share_a_folder_by_links_share_a_lock(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_reported_with_what_to_do(tmp_path, monkeypatch, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 

@@ -100,7 +100,7 @@ JOBSET = _object(
 )
 
 
-def test_a_jobset_says_nothing_that_its_controller_does_not_know():
+def test_a_jobset_has_only_keys_that_its_controller_knows():
     jobset = one(render("overlays/jobset"), "JobSet")
     jsonschema.validate(jobset, JOBSET)
     for wrong in ({"restarts": 3}, {"restartStrategy": "Recreated"}):
@@ -136,7 +136,7 @@ def test_kubectls_own_types_decode_every_object(name, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl")
-def test_kubectls_types_refuse_a_quantity_that_is_none(tmp_path):
+def test_kubectls_own_types_refuse_a_wrong_quantity(tmp_path):
     job = one(render("base"), "Job")
     job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] = "16 GB"
     file = tmp_path / "object.yaml"
@@ -188,7 +188,7 @@ def test_pods_find_each_other_by_the_service_that_selects_them(name):
 
 
 @pytest.mark.parametrize("name", ["mlflow", "mlflow-database"])
-def test_the_mlflow_service_leads_to_its_pod_by_a_name_that_the_server_takes(name):
+def test_the_mlflow_service_reaches_its_pod_by_a_name_that_the_server_accepts(name):
     objects = render(name)
     service, deployment = one(objects, "Service"), one(objects, "Deployment")
     labels = deployment["spec"]["template"]["metadata"]["labels"]
@@ -208,7 +208,7 @@ def test_the_mlflow_service_leads_to_its_pod_by_a_name_that_the_server_takes(nam
     assert not ranks.items() <= labels.items()
 
 
-def test_the_database_url_comes_from_a_secret_and_from_nowhere_else():
+def test_the_database_url_comes_only_from_a_secret():
     (plain,), (secret,) = pods_of(render("mlflow")), pods_of(render("mlflow-database"), SECRETS)
     assert plain.env["MLFLOW_BACKEND_STORE_URI"] == "sqlite:////mlflow/mlflow.db"
     assert secret.env == plain.env | {"MLFLOW_BACKEND_STORE_URI": SECRETS["dskd-mlflow-database"]["url"]}
@@ -217,7 +217,7 @@ def test_the_database_url_comes_from_a_secret_and_from_nowhere_else():
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_number_of_nodes_is_one_number_and_retries_cover_an_incident_on_each(name):
+def test_the_number_of_nodes_is_consistent_and_retries_cover_an_incident_on_each(name):
     objects = render(name)
     _, spec = job_of(objects)
     nodes = spec["completions"]
@@ -254,7 +254,7 @@ def test_a_users_mistake_ends_the_job_and_a_stop_or_a_disruption_costs_no_retry(
 
 
 @pytest.mark.parametrize("name", [n for n in KUSTOMIZATIONS if n != "storage"])
-def test_pods_run_with_as_few_rights_as_there_are(name):
+def test_pods_run_with_minimal_rights(name):
     (user,) = re.findall(r"^ARG USER_ID=(\d+)$", DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
     for template in pod_templates(render(name)):
         spec = template["spec"]
@@ -274,7 +274,7 @@ def test_pods_run_with_as_few_rights_as_there_are(name):
 
 
 @pytest.mark.parametrize("name", [n for n in KUSTOMIZATIONS if n != "storage"])
-def test_volumes_are_there_fit_into_the_memory_and_take_what_is_written(name):
+def test_volumes_exist_fit_into_memory_and_hold_everything_that_is_written(name):
     claims = {item["metadata"]["name"]: item for item in render("storage")}
     objects = render(name)
     configs = {item["metadata"]["name"] for item in objects if item["kind"] == "ConfigMap"}
@@ -310,7 +310,7 @@ def test_volumes_are_there_fit_into_the_memory_and_take_what_is_written(name):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_ranks_have_shared_memory_and_time_to_save_and_no_probe_that_kills_a_waiting_one(name):
+def test_ranks_have_shared_memory_time_to_save_and_no_probes(name):
     (template,) = pod_templates(render(name))
     (container,) = template["spec"]["containers"]
     (shared,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
@@ -321,7 +321,7 @@ def test_ranks_have_shared_memory_and_time_to_save_and_no_probe_that_kills_a_wai
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_config_that_the_job_names_is_one_that_dskd_takes(name, tmp_path):
+def test_dskd_accepts_the_config_that_the_job_names(name, tmp_path):
     objects = render(name)
     data = one(objects, "ConfigMap")["data"]
     for pod in pods_of(objects, SECRETS):
@@ -347,7 +347,7 @@ def test_every_config_is_in_the_config_map():
     assert data.keys() == {path.name for path in (REPOSITORY / "configs").glob("*.yaml")}
 
 
-def test_gpus_are_asked_for_as_many_as_there_are_ranks():
+def test_a_pod_requests_as_many_gpus_as_ranks():
     for name in ("overlays/two-nodes-of-eight-gpus", "overlays/object-storage", "overlays/jobset"):
         for pod in pods_of(render(name), SECRETS):
             resources = pod.container["resources"]
@@ -355,14 +355,14 @@ def test_gpus_are_asked_for_as_many_as_there_are_ranks():
             assert pod.env["DSKD_RANKS_PER_NODE"] == "8"
 
 
-def test_a_jobset_has_the_very_pods_of_the_job():
+def test_a_jobset_has_the_same_pods_as_the_job():
     (job,) = pod_templates(render("overlays/two-nodes-of-eight-gpus"))
     (jobset,) = pod_templates(render("overlays/jobset"))
     assert jobset == job
     assert not any(item["kind"] in ("Job", "Service") for item in render("overlays/jobset"))
 
 
-def test_no_secret_and_no_token_stands_in_a_manifest():
+def test_no_manifest_contains_a_secret_or_a_token():
     for name in KUSTOMIZATIONS:
         for item in render(name):
             assert item["kind"] != "Secret"

@@ -124,14 +124,14 @@ def test_the_smoke_test_ends_well_and_belongs_to_the_pods_user(kubelet, undistur
     assert {path.stat().st_uid for path in work.rglob("*")} == {USER}
 
 
-def test_a_pod_that_comes_when_the_others_are_done_is_done_too(kubelet, undisturbed):
+def test_a_pod_that_starts_after_the_run_is_finished_ends_at_once(kubelet, undisturbed):
     pods = pods_of(render("overlays/cpu-smoke-test"))
     running = kubelet.start(pods[1], HOSTS[1])
     assert running.wait(60) == 0, running.output
     assert "deepspeed" not in running.output
 
 
-def test_a_pod_can_write_to_its_volumes_only_and_has_no_rights(kubelet):
+def test_a_pod_can_write_only_to_its_volumes_and_has_no_capabilities(kubelet):
     pod = pods_of(render("overlays/cpu-smoke-test"))[0]
     looks = (
         "touch /opt/dskd/x /usr/x /x /etc/dskd/x; touch /data/x /scratch/x /tmp/x /dev/shm/x && echo written; "
@@ -146,7 +146,7 @@ def test_a_pod_can_write_to_its_volumes_only_and_has_no_rights(kubelet):
     (kubelet.claim("dskd-work") / "x").unlink()
 
 
-def test_stopped_and_killed_pods_are_replaced_and_the_run_is_the_undisturbed_one(kubelet, undisturbed):
+def test_stopped_and_killed_pods_are_replaced_and_the_losses_stay_the_same(kubelet, undisturbed):
     objects = render("overlays/cpu-smoke-test")
     pods, (_, spec) = pods_of(objects), job_of(objects)
 
@@ -167,7 +167,7 @@ def test_stopped_and_killed_pods_are_replaced_and_the_run_is_the_undisturbed_one
     _wait_for_step(kubelet, "disturbed", min(stopped_at + 1, STEPS - 10), running)
     os.kill(_inner_launcher(running[0]), signal.SIGKILL)
     codes = _wait(running)
-    assert "the launcher says that all went well, but the run is not at its end" in running[0].output
+    assert "the launcher returned 0, but the run is not finished" in running[0].output
     assert [verdict(spec, code) for code in codes] == ["Count", "Count"], (codes, _output(running))
 
     running = _start(kubelet, pods, "run=disturbed")
@@ -175,7 +175,7 @@ def test_stopped_and_killed_pods_are_replaced_and_the_run_is_the_undisturbed_one
     assert _losses(kubelet, "disturbed") == undisturbed
 
 
-def test_a_pod_that_is_asked_before_its_ranks_listen_still_stops(kubelet):
+def test_a_pod_stops_even_if_asked_before_its_ranks_handle_signals(kubelet):
     pods = pods_of(render("overlays/cpu-smoke-test"))
     running = _start(kubelet, pods, "run=early", "train.collective_timeout_s=30")
     deadline = time.monotonic() + 60
@@ -187,7 +187,7 @@ def test_a_pod_that_is_asked_before_its_ranks_listen_still_stops(kubelet):
     assert codes[1] not in (0, 2), _output(running)
 
 
-def test_a_pipeline_that_is_asked_to_stop_stops(cluster, tmp_path):
+def test_a_pipeline_stops_on_request(cluster, tmp_path):
     kubelet = Kubelet(cluster, tmp_path)
     (pod,) = pods_of(render("overlays/cpu-smoke-test-pipeline"))
     running = kubelet.start(pod, HOSTS[0])
@@ -198,7 +198,7 @@ def test_a_pipeline_that_is_asked_to_stop_stops(cluster, tmp_path):
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 75, running.output
-    assert "stopped, as asked; what was complete stays" in running.output
+    assert "stopped on request; what was complete stays" in running.output
 
 
 def test_a_users_mistake_fails_the_job(kubelet):
@@ -210,7 +210,7 @@ def test_a_users_mistake_fails_the_job(kubelet):
     assert "Traceback" not in _output(running)
 
 
-def test_a_jobset_trains_and_tells_the_mlflow_server_of_its_manifest(cluster, kubelet, undisturbed):
+def test_a_jobset_trains_and_logs_to_the_mlflow_server_of_its_manifest(cluster, kubelet, undisturbed):
     (server,) = pods_of(render("mlflow"))
     serving = kubelet.start(server, SWITCH)
     try:

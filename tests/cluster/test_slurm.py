@@ -158,7 +158,7 @@ def test_a_submitted_run_is_trained_on_all_ranks_of_both_nodes(undisturbed):
     assert undisturbed[-1][1] < undisturbed[0][1]
 
 
-def test_a_preempted_run_goes_on_where_it_was_and_ends_like_an_undisturbed_one(site, undisturbed):
+def test_a_preempted_run_resumes_and_ends_like_an_undisturbed_one(site, undisturbed):
     job = site.submit("run=preempted")
     site.wait_for_checkpoint(job, "preempted")
     other = site.folder / "other.sbatch"
@@ -200,7 +200,7 @@ def test_a_warning_and_a_killed_launcher_cost_steps_and_change_nothing(site, und
     assert site.losses("disturbed") == undisturbed
 
 
-def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
+def test_a_users_mistake_fails_the_job_and_is_not_retried(site):
     job = site.submit("run=mistaken", "student.train_layers=0")
     shown = site.wait(job, "FAILED")
     assert (shown["Restarts"], shown["ExitCode"]) == ("0", "2:0")
@@ -209,7 +209,7 @@ def test_a_users_mistake_fails_the_job_and_is_not_tried_again(site):
     assert "Traceback" not in log
 
 
-def test_a_node_has_a_rank_for_each_gpu_that_was_asked_for(site):
+def test_a_node_has_one_rank_for_each_requested_gpu(site):
     """The job takes whole nodes, and its batch script sees both GPUs of one; ranks see what a step has."""
     environment = site.stand_in("counting", 'sed "s/^/listed /" "$2"; echo "sees $CUDA_VISIBLE_DEVICES"; exit 2')
     for options, seen, slots in ((["--gpus-per-node=1"], "0", 1), (["--gres=gpu:2"], "0,1", 2), ([], "", 1)):
@@ -220,7 +220,7 @@ def test_a_node_has_a_rank_for_each_gpu_that_was_asked_for(site):
         assert set(listed) == {f"{node} slots={slots}" for node in ("node1", "node2")}
 
 
-def test_a_container_that_begins_in_another_folder_runs_the_clones_programs(site):
+def test_a_container_that_starts_in_another_folder_runs_the_clones_programs(site):
     """As one of Pyxis does, whose image may have a package of another version."""
     environment = site.stand_in("elsewhere", 'echo "in $PWD, imports from ${PYTHONPATH%%:*}"; exit 2')
     job = site.submit("run=elsewhere", env=f"DSKD_VENV={environment} DSKD_CONTAINER=(env --chdir=/)")
@@ -236,7 +236,7 @@ def test_a_step_that_reaches_no_node_is_a_fault(site):
     assert "fault 2 without progress, no more retries" in site.log(job)
 
 
-def test_faults_are_tried_again_only_so_often_without_progress(site, tiny):
+def test_faults_without_progress_are_retried_a_limited_number_of_times(site, tiny):
     """The first step fails on one node each time, in the first two attempts with a later checkpoint than before."""
     work = Path(yaml.safe_load(tiny.read_text())["workdir"])
     kept = sorted((work / "checkpoints" / TINY["run"]).glob("step-*"))
@@ -262,7 +262,7 @@ def test_faults_are_tried_again_only_so_often_without_progress(site, tiny):
     assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
 
 
-def test_a_node_that_ends_without_a_word_is_a_fault(site):
+def test_a_node_that_ends_without_an_exit_code_is_a_fault(site):
     """As when its memory is full. The other node is asked to stop because of it, which nobody else has asked for."""
     ready = site.folder / "ready"
     environment = site.stand_in(
@@ -274,10 +274,10 @@ def test_a_node_that_ends_without_a_word_is_a_fault(site):
     job = site.submit("run=killed", env=f"DSKD_RETRIES=0 DSKD_VENV={environment}")
     shown = site.wait(job, "FAILED")
     assert (shown["Restarts"], shown["ExitCode"]) == ("0", "1:0"), site.log(job)
-    assert "step 1 ended with 137 (nodes said: 75); fault 1" in site.log(job)
+    assert "step 1 ended with 137 (codes of the nodes: 75); fault 1" in site.log(job)
 
 
-def test_a_mistake_is_one_also_where_nodes_cannot_say_it(site):
+def test_a_mistake_is_recognized_even_if_nodes_cannot_report_it(site):
     environment = site.stand_in("mute", 'rm -r "${2%/*}"/exits-*; exit 2')
     job = site.submit("run=mute", env=f"DSKD_VENV={environment}")
     shown = site.wait(job, "FAILED")
@@ -301,7 +301,7 @@ def _stops_when_asked(first: str = "") -> str:
     return f"exec {sys.executable} -c '{lines}'"
 
 
-def test_a_dead_node_is_no_fault(site):
+def test_a_dead_node_is_not_a_fault(site):
     """The other node's ranks fail for it: once when its part was done, and SLURM only does not hear of it any more; and
     once in the middle, when SLURM ends and requeues the job itself."""
     slurm = site.slurm
@@ -320,7 +320,7 @@ def test_a_dead_node_is_no_fault(site):
         slurm.run("scontrol", "update", "nodename=node2", "state=noresp")
         fails.touch()
         # Whichever of the two is the first to see that the node is gone: the script, or SLURM after all.
-        seen = ("not counted as a fault, for SLURM has lost node2", "DUE TO NODE FAILURE")
+        seen = ("not counted as a fault, because SLURM has lost node2", "DUE TO NODE FAILURE")
         site.until(lambda: any(text in site.log(job) for text in seen), job)
         fails.unlink()
     site.wait_for_line(job, "begun 1", 2)
@@ -333,7 +333,7 @@ def test_a_dead_node_is_no_fault(site):
     slurm.cancel_all()
 
 
-def test_a_job_comes_back_when_its_time_is_over_and_not_when_it_is_cancelled(site):
+def test_a_job_is_requeued_when_its_time_is_over_but_not_when_it_is_cancelled(site):
     """First its ranks are killed before they have saved; when it is cancelled they end as soon as they are asked to."""
     asked = "lambda *_: sys.exit(75) if attempt == '1' else None"
     program = f"""import os, signal, sys, time
@@ -378,7 +378,7 @@ def test_the_pipeline_is_a_chain_of_jobs(site):
     assert shards["kind"] == "shards"
 
 
-def test_a_stage_whose_predecessor_fails_does_not_wait_for_ever(site):
+def test_a_stage_whose_predecessor_fails_is_cancelled(site):
     # What only the first stage finds out: submit.sh has looked at the config itself.
     file = site.write_env(
         f"DSKD_OVERRIDES=(workdir={site.folder}/elsewhere 'corpus.train=[{site.folder}/nowhere.txt]')"

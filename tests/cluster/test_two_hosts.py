@@ -86,7 +86,7 @@ def test_two_hosts_train_to_the_end(undisturbed):
     assert [step for step, _ in undisturbed] == list(range(1, STEPS + 1))
 
 
-def test_a_cut_link_ends_every_rank_and_the_run_goes_on_from_the_last_checkpoint(site, undisturbed):
+def test_a_cut_link_ends_every_rank_and_the_run_resumes_from_the_last_checkpoint(site, undisturbed):
     def cut():
         site.lab.cut_link("node2")
 
@@ -100,7 +100,7 @@ def test_a_cut_link_ends_every_rank_and_the_run_goes_on_from_the_last_checkpoint
     _go_on(site, "cut", undisturbed)
 
 
-def test_a_host_whose_processes_die_is_named_and_the_run_goes_on(site, undisturbed):
+def test_a_host_whose_processes_die_is_named_and_the_run_resumes(site, undisturbed):
     def kill():
         pids = site.lab.run("node2", "pgrep", "-f", r"launcher/train\.py").split()
         site.lab.run("node2", "kill", "-KILL", *pids)
@@ -112,7 +112,7 @@ def test_a_host_whose_processes_die_is_named_and_the_run_goes_on(site, undisturb
     _go_on(site, "killed", undisturbed)
 
 
-def test_preflight_names_the_host_whose_storage_is_another(site):
+def test_preflight_names_the_host_with_different_storage(site):
     """One that mounts something else where the work directory is; what the others look at is as it should be."""
     site.lab.run("node2", "mount", "-t", "tmpfs", "none", str(site.folder / "work"))
     try:

@@ -27,8 +27,8 @@ from dskd.tracking import (
     Start,
     context,
     describe_dataset,
-    log_evaluation,
     log_export,
+    log_results,
     read_artifact,
     read_history,
     read_run,
@@ -106,7 +106,7 @@ def test_an_evaluation_is_kept_with_its_run_on_the_server(server, tmp_path):
     assert read_artifact(config, tracking.run_id, "evaluation/examples.parquet") is None
     examples = tmp_path / "examples.parquet"
     examples.write_bytes(b"what each example scored")
-    log_evaluation(config, "dskd", tracking.run_id, {"accuracy": 0.5}, examples, data="f" * 64, step=7)
+    log_results(config, "dskd", tracking.run_id, "evaluation", {"accuracy": 0.5}, examples, data="f" * 64, step=7)
     run = read_run(config, tracking.run_id)
     assert (run.name, run.experiment, run.metrics["eval/accuracy"]) == ("dskd", "evaluated", 0.5)
     assert read_history(config, run.run_id, "eval/accuracy") == [(7, 0.5)]
@@ -226,7 +226,7 @@ def test_an_evaluation_that_is_repeated_leaves_one_table(link, tmp_path):
     for said in ("first", "second"):
         table.write_text(json.dumps({"columns": ["prompt", "dskd"], "data": [["a", said]]}))
         more = {"step": 7, "tables": [table], "files": [text]}
-        log_evaluation(config, "dskd", tracking.run_id, {"perplexity": 3.5}, text, data="f" * 64, **more)
+        log_results(config, "dskd", tracking.run_id, "evaluation", {"perplexity": 3.5}, text, data="f" * 64, **more)
     client = MlflowClient(link.uri)
     experiment = client.get_experiment_by_name("tables").experiment_id
     mlflow.set_tracking_uri(link.uri)
