@@ -37,7 +37,7 @@ def columns_of(*, teacher_top_n: int) -> dict[str, str]:
 def sample_bytes(sequence_length: int, *, kappa: int, teacher_top_n: int) -> int:
     """Returns the bytes of a sample's columns before compression."""
     values = {
-        **dict.fromkeys(("sense_ids", "synonym_ids", "antonym_ids"), kappa),
+        **dict.fromkeys((OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS), kappa),
         **dict.fromkeys(("teacher_token_ids", "teacher_logprobs"), teacher_top_n),
     }
     columns = columns_of(teacher_top_n=teacher_top_n)
