@@ -223,8 +223,8 @@ def test_a_refused_source_leaves_nothing(tmp_path):
     ("lexicon", "message"),
     [
         ("{wordnet: false}", "no source of relations"),
-        ("{wordnet: false, tsv: [x], languages: [fra]}", "languages are WordNet's"),
-        ("{languages: [fra], indirect_antonyms: true}", "indirect_antonyms come from WordNet, in English"),
+        ("{wordnet: false, tsv: [x], languages: [fra]}", "languages are those of WordNet"),
+        ("{languages: [fra], indirect_antonyms: true}", "indirect_antonyms come from WordNet in English"),
         ("{languages: [french]}", r"lexicon\.languages"),
         ("{languages: []}", r"lexicon\.languages"),
     ],
