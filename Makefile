@@ -60,7 +60,7 @@ docs: env
 		$(PY) -m dskd config; echo '```'; } >docs/config.md
 
 models: env
-	PYTHONPATH=.:tests $(PY) tests/support/models_page.py
+	DS_ACCELERATOR=cpu PYTHONPATH=. $(PY) tests/support/models_page.py
 
 env: $(VENV)/.installed
 

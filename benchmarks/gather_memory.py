@@ -28,43 +28,45 @@ _CPU = torch.device("cpu")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser(__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="an empty place on disk; what is written is removed")
-    parser.add_argument("--states", type=int, default=1_000_000, help="states that are offered")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="a folder with free disk space; what is written there is removed"
+    )
+    parser.add_argument("--states", type=int, default=1_000_000, help="number of states to sample from")
     parser.add_argument("--budget", type=float, default=2.0, help="senses.memory_budget, in GB of 2^30 bytes")
     parser.add_argument("--max-states", type=int, default=100)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=4096, help="states offered at one time")
-    given = parse(parser, arguments)
-    folder = given.folder / "gather_memory"
+    parser.add_argument("--batch", type=int, default=4096, help="states per batch")
+    args = parse(parser, arguments)
+    folder = args.folder / "gather_memory"
     folder.mkdir(parents=True)
     try:
-        _run(given, folder)
+        _run(args, folder)
     finally:
         shutil.rmtree(folder)
 
 
-def _run(given: argparse.Namespace, folder: Path) -> None:
+def _run(args: argparse.Namespace, folder: Path) -> None:
     random = np.random.default_rng(0)
-    frequency = 1 / np.arange(1, given.vocab_size + 1)
-    settings = SensesConfig(k=given.k, max_states=given.max_states, memory_budget=given.budget)
-    budget = int(given.budget * 2**30)
+    frequency = 1 / np.arange(1, args.vocab_size + 1)
+    settings = SensesConfig(k=args.k, max_states=args.max_states, memory_budget=args.budget)
+    budget = int(args.budget * 2**30)
     at_start = machine()
     start = held_bytes(_CPU)
     started = time.perf_counter()
-    # Gathering: offer random states in batches; what exceeds the budget goes to sorted runs on disk.
+    # Gathering: offer random states in batches. States that exceed the budget are written to sorted runs on disk.
     with PeakMemory(_CPU, beyond=start) as gathering:
-        reservoir = Reservoir(given.vocab_size, given.max_states, given.hidden_size, budget, folder, "rank0of1")
+        reservoir = Reservoir(args.vocab_size, args.max_states, args.hidden_size, budget, folder, "rank0of1")
         offered = 0
-        pool = torch.randn(2 * given.batch, given.hidden_size).bfloat16()
-        for first in range(0, given.states, given.batch):
-            tokens = torch.from_numpy(random.choice(given.vocab_size, given.batch, p=frequency / frequency.sum()))
-            priorities = random_bits(0, torch.arange(first, first + given.batch))
-            wanted = reservoir.wanted(tokens, priorities)
-            place = int(random.integers(given.batch))
-            reservoir.add(tokens[wanted], priorities[wanted], pool[place : place + given.batch][wanted])
-            offered += given.batch
+        pool = torch.randn(2 * args.batch, args.hidden_size).bfloat16()
+        for first in range(0, args.states, args.batch):
+            tokens = torch.from_numpy(random.choice(args.vocab_size, args.batch, p=frequency / frequency.sum()))
+            priorities = random_bits(0, torch.arange(first, first + args.batch))
+            kept = reservoir.wanted(tokens, priorities)
+            place = int(random.integers(args.batch))
+            reservoir.add(tokens[kept], priorities[kept], pool[place : place + args.batch][kept])
+            offered += args.batch
         runs = [folder / name for name in reservoir.flush()]
         reservoir.remove_obsolete()
         del reservoir
@@ -74,7 +76,7 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
     # Clustering: read the kept states back in ranges of tokens that fit the budget, and write the senses.
     started = time.perf_counter()
     with PeakMemory(_CPU, beyond=start) as clustering:
-        sampled = SampledStates(runs, given.max_states)
+        sampled = SampledStates(runs, args.max_states)
 
         def senses():  # type: ignore[no-untyped-def]
             for states in sampled.ranges(budget // 5):
@@ -88,7 +90,7 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
             senses(),
         )
     clustering_s = time.perf_counter() - started
-    kept = int(sampled.counts.sum())
+    num_kept = int(sampled.counts.sum())
     rows = [
         [
             f"gathering {offered:,} states",
@@ -97,7 +99,7 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
             f"{disk / 2**30:.2f} in {len(runs)} runs",
         ],
         [
-            f"clustering the {kept:,} that were kept, of {len(sampled.tokens):,} tokens",
+            f"clustering the {num_kept:,} that were kept, of {len(sampled.tokens):,} tokens",
             f"{clustering_s:.0f} s",
             f"{clustering.peak_bytes / 2**30:.2f}",
             "",
@@ -105,9 +107,9 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
     ]
     results = {
         "gathering": {"states_per_s": offered / gathering_s, "peak_bytes": gathering.peak_bytes, "disk_bytes": disk},
-        "clustering": {"states": kept, "seconds": clustering_s, "peak_bytes": clustering.peak_bytes},
+        "clustering": {"states": num_kept, "seconds": clustering_s, "peak_bytes": clustering.peak_bytes},
     }
-    publish(given, "benchmarks.gather_memory", ("", "rate", "peak, GB", "on disk, GB"), rows, results, at_start)
+    publish(args, "benchmarks.gather_memory", ("", "rate", "peak, GB", "on disk, GB"), rows, results, at_start)
 
 
 if __name__ == "__main__":

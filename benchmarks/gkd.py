@@ -30,10 +30,10 @@ from benchmarks.report import (
     PeakMemory,
     Spread,
     default_device,
-    give_result,
     held_bytes,
     machine,
     parse,
+    print_result,
     publish,
     run_child,
 )
@@ -52,39 +52,41 @@ _SIDES = dict(zip(("plain", "sense", "trl"), (*_OURS, _TRL), strict=True))
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_workload_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=6, help="measured, in each process")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
-    parser.add_argument("--only", choices=("plain", "sense"), help="of ours, beside TRL's; default: both")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of each process")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the measured ones")
+    parser.add_argument("--rounds", type=int, default=2, help="number of processes of each side")
+    parser.add_argument("--only", choices=("plain", "sense"), help="our variant to compare with TRL's; default: both")
     parser.add_argument("--plain-bf16", action="store_true", help="TRL without autocast")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes, and measure nothing")
-    parser.add_argument("--child", nargs=2, metavar=("WHICH", "CONFIG"), help=argparse.SUPPRESS)
-    given = parse(parser, arguments)
-    if given.child is not None:
-        which, path = given.child
-        config = read_config(Path(path), given.overrides, *([_OURS[which]] if which in _OURS else []))
-        give_result(_run_ours(config, given) if which in _OURS else _run_gkd(config, given))
+    parser.add_argument(
+        "--profile", action="store_true", help="print the kinds of operations that take the time; measure nothing else"
+    )
+    parser.add_argument("--child", nargs=2, metavar=("SIDE", "CONFIG"), help=argparse.SUPPRESS)
+    args = parse(parser, arguments)
+    if args.child is not None:
+        side, path = args.child
+        config = read_config(Path(path), args.overrides, *([_OURS[side]] if side in _OURS else []))
+        print_result(_run_ours(config, args) if side in _OURS else _run_gkd(config, args))
         return
     if importlib.util.find_spec("trl") is None:
         parser.error('TRL is not installed; install it with pip install -e ".[benchmarks]"')
     at_start = machine()
-    options = ["--steps", given.steps, "--warm-up", given.warm_up]
-    options += ["--plain-bf16"] * given.plain_bf16 + ["--profile"] * given.profile
-    sides = [name for key, name in _SIDES.items() if given.only in {None, key} or name == _TRL]
+    options = ["--steps", args.steps, "--warm-up", args.warm_up]
+    options += ["--plain-bf16"] * args.plain_bf16 + ["--profile"] * args.profile
+    sides = [name for key, name in _SIDES.items() if args.only in {None, key} or name == _TRL]
     rates: dict[str, list[float]] = {name: [] for name in sides}
     # On a GPU the allocator's count is exact, so memory needs no separate processes.
     rounds_of_memory = 0 if default_device().type == "cuda" else 1
     memory: dict[str, dict[str, float]] = {}
-    with work_directory(given) as path:
-        if given.profile:
+    with work_directory(args) as path:
+        if args.profile:
             for name in rates:
-                shares = run_child("benchmarks.gkd", *options, "--child", name, path, *given.overrides)
+                shares = run_child("benchmarks.gkd", *options, "--child", name, path, *args.overrides)
                 print(f"{name}\n{shares_text(shares)}", flush=True)
             return
-        for number in range(given.rounds + rounds_of_memory):
+        for number in range(args.rounds + rounds_of_memory):
             for name, values in rates.items():
-                child = "benchmarks.gkd", *options, "--child", name, path, *given.overrides
-                if number < given.rounds:
+                child = "benchmarks.gkd", *options, "--child", name, path, *args.overrides
+                if number < args.rounds:
                     memory[name] = run_child(*child)
                     values.append(memory[name]["tokens_per_s"])
                 else:
@@ -111,29 +113,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     rows.append(["goal", "", ">= 1.5", "", "<= 0.5", ""])
     header = ("", "tokens/s", "ratio", "peak memory, GB", "ratio", "of it within a step")
-    publish(given, "benchmarks.gkd", header, rows, results, at_start)
+    publish(args, "benchmarks.gkd", header, rows, results, at_start)
 
 
-def _run_ours(config: Config, given: argparse.Namespace) -> dict[str, float]:
+def _run_ours(config: Config, args: argparse.Namespace) -> dict[str, float]:
     world = initialize()
     start = held_bytes(world.device)
     training = OurTraining(config, world)
-    meter = _Meter(given, world.device, start, training.tokens_per_step)
-    for _ in range(given.warm_up + given.steps):
+    meter = _Meter(args, world.device, start, training.tokens_per_step)
+    for _ in range(args.warm_up + args.steps):
         training.step()
         meter.count()
     training.close()
     return meter.result
 
 
-def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
+def _run_gkd(config: Config, args: argparse.Namespace) -> dict[str, float]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     device, train = default_device(), config.train
     dtype = compute_dtype(config.precision, device)
-    meter = _Meter(given, device, held_bytes(device), train.global_batch_size * config.corpus.sequence_length)
+    meter = _Meter(args, device, held_bytes(device), train.global_batch_size * config.corpus.sequence_length)
     teacher, student = find_teacher(config), find_student(config)
     models = [AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype) for folder in (teacher, student)]
     for parameter in (parameter for model in models for parameter in model.parameters()):
@@ -143,7 +145,7 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
     choose_trained(models[1], config.student)
     tokens = read_tokens(config)
 
-    class Watch(TrainerCallback):
+    class StepCounter(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             meter.count()
 
@@ -159,14 +161,14 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
             beta=0.0,
             per_device_train_batch_size=train.micro_batch_size,
             gradient_accumulation_steps=train.global_batch_size // train.micro_batch_size,
-            max_steps=given.warm_up + given.steps,
+            max_steps=args.warm_up + args.steps,
             learning_rate=train.peak_learning_rate,
             weight_decay=train.weight_decay,
             max_grad_norm=train.gradient_clipping,
             lr_scheduler_type="cosine",
             warmup_steps=1,
             optim="adamw_torch",
-            bf16=dtype == torch.bfloat16 and not given.plain_bf16,
+            bf16=dtype == torch.bfloat16 and not args.plain_bf16,
             gradient_checkpointing=False,
             dataloader_num_workers=train.num_workers,
             use_cpu=device.type == "cpu",
@@ -182,7 +184,7 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
             data_collator=collate,
             train_dataset=Dataset.from_dict({"input_ids": tokens}),
             processing_class=teacher.load_tokenizer(),
-            callbacks=[Watch()],
+            callbacks=[StepCounter()],
         )
         trainer.train()
     return meter.result
@@ -191,12 +193,12 @@ def _run_gkd(config: Config, given: argparse.Namespace) -> dict[str, float]:
 class _Meter:
     """A meter of the rate and the peak memory of all measured steps; :meth:`count` is called after each step."""
 
-    def __init__(self, given: argparse.Namespace, device: torch.device, start: int, tokens_per_step: int) -> None:
-        self._first, self._last = given.warm_up, given.warm_up + given.steps
+    def __init__(self, args: argparse.Namespace, device: torch.device, start: int, tokens_per_step: int) -> None:
+        self._first, self._last = args.warm_up, args.warm_up + args.steps
         self._device, self._start = device, start
-        self._tokens = given.steps * tokens_per_step
+        self._tokens = args.steps * tokens_per_step
         self._done = 0
-        self._profile = Profile() if given.profile else None
+        self._profile = Profile() if args.profile else None
         self.result: dict[str, float] = {}  # with --profile, the share of each kind of operation
 
     def count(self) -> None:

@@ -1,6 +1,6 @@
-"""Batched k-means against scikit-learn's, on the same clouds of points: inertia and speed, in one run.
+"""Batched k-means against scikit-learn's, on the same points: inertia and speed, in one run.
 
-A cloud is the states of one token that `launcher/build_senses.py … senses.keep_states=true` sampled:
+The points are the states of each token that `launcher/build_senses.py … senses.keep_states=true` sampled:
 
     python -m benchmarks.kmeans --states work/quickstart/.states.partial --k 5 10
 """
@@ -27,51 +27,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--states", type=Path, required=True, help="WORKDIR/.states.partial")
     parser.add_argument("--k", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--restarts", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tokens", type=int, default=400, help="clouds at most, drawn at random")
+    parser.add_argument(
+        "--tokens", type=int, default=400, help="largest number of tokens whose states are clustered, drawn at random"
+    )
     parser.set_defaults(threads=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device().type)
-    given = parse(parser, arguments)
-    runs = [given.states / run for run in read_progress(given.states).runs]
+    args = parse(parser, arguments)
+    runs = [args.states / run for run in read_progress(args.states).runs]
     if not runs:
-        parser.error(f"{given.states}: there are no sampled states here")
+        parser.error(
+            f"--states {args.states}: this folder has no sampled states; build the senses with senses.keep_states=true"
+        )
     (states,) = SampledStates(runs, 2**31).ranges(2**60)
-    device = torch.device(given.device)
+    device = torch.device(args.device)
     at_start = machine()
     rows, results = [], []
-    for k in given.k:
-        clouds = _choose(states, k, given.tokens, given.seed)
-        points = [part.float() for part in clouds.states.split(clouds.offsets.diff().tolist())]
+    for k in args.k:
+        chosen = _choose(states, k, args.tokens, args.seed)
+        points = [part.float() for part in chosen.states.split(chosen.offsets.diff().tolist())]
         arrays = [part.numpy() for part in points]
-        # scikit-learn clusters one cloud after the other; ours clusters all of them in one call.
+        # scikit-learn clusters one token after the other; ours clusters all of them in one call.
         started = time.perf_counter()
-        theirs = np.array([KMeans(k, n_init="auto", random_state=given.seed).fit(array).inertia_ for array in arrays])
+        theirs = np.array([KMeans(k, n_init="auto", random_state=args.seed).fit(array).inertia_ for array in arrays])
         their_seconds = time.perf_counter() - started
-        for restarts in given.restarts:
+        for restarts in args.restarts:
             settings = SensesConfig(k=k, restarts=restarts, max_iterations=300)  # scikit-learn's limit
-            cluster(clouds, settings, given.seed, device)  # warm
+            cluster(chosen, settings, args.seed, device)  # warm-up
             started = time.perf_counter()
-            found = cluster(clouds, settings, given.seed, device)
+            result = cluster(chosen, settings, args.seed, device)
             our_seconds = time.perf_counter() - started
-            centers = found.vectors.split(found.sizes.tolist())
+            centers = result.vectors.split(result.sizes.tolist())
             ours = np.array([_inertia(*pair) for pair in zip(points, centers, strict=True)])
-            real = theirs > 0  # a cloud with no more different points than clusters has inertia 0
-            low, median, high = np.quantile(ours[real] / theirs[real], [0.1, 0.5, 0.9])
-            result = {"k": k, "restarts": restarts, "clouds": len(arrays), "points": len(clouds.states)}
-            result |= {"inertia": median, "low": low, "high": high, "speed": their_seconds / our_seconds}
-            results.append(result)
+            is_positive = theirs > 0  # the inertia is 0 if a token has no more different points than clusters
+            low, median, high = np.quantile(ours[is_positive] / theirs[is_positive], [0.1, 0.5, 0.9])
+            figures = {"k": k, "restarts": restarts, "tokens": len(arrays), "points": len(chosen.states)}
+            figures |= {"inertia": median, "low": low, "high": high, "speed": their_seconds / our_seconds}
+            results.append(figures)
             rows.append(
                 [
                     str(k),
                     str(restarts),
                     f"{len(arrays)}",
                     f"{median:.4f} [{low:.3f}, {high:.3f}]",
-                    f"{result['speed']:.1f}",
+                    f"{figures['speed']:.1f}",
                 ]
             )
-    header = ("k", "restarts", "clouds", "median inertia [10 %, 90 %]", "times as fast")
+    header = ("k", "restarts", "tokens", "median inertia [10 %, 90 %]", "times as fast")
     settings_of_all = {"hidden_size": states.states.shape[1], "results": results}
-    publish(given, "benchmarks.kmeans", header, rows, settings_of_all, at_start)
+    publish(args, "benchmarks.kmeans", header, rows, settings_of_all, at_start)
 
 
 def _choose(states: TokenStates, k: int, number: int, seed: int) -> TokenStates:

@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.report import build_parser, give_result, machine, parse, publish, run_child
+from benchmarks.report import build_parser, machine, parse, print_result, publish, run_child
 
-RELATIONS_AN_ENTRY = 16  # more than real entries have, so that small files have many
-ENGLISH_SHARE = 8  # one entry in this many is English
+RELATIONS_PER_ENTRY = 16  # more than in real entries, so that small files have many
+ENGLISH_EVERY = 8  # every eighth entry is English
 
 
 def entries(relations: int, seed: int = 0) -> Iterator[str]:
@@ -35,11 +35,11 @@ def entries(relations: int, seed: int = 0) -> Iterator[str]:
     pair = 0
     for number in itertools.count():
         filler = fillers[number % len(fillers)]
-        if number % ENGLISH_SHARE:
+        if number % ENGLISH_EVERY:
             yield f'{{"word": "{words[number % len(words)]}", "lang": "Finnish", "lang_code": "fi", {filler}}}\n'
             continue
-        places = [(pair + i) % relations for i in range(RELATIONS_AN_ENTRY)]
-        head = words[places[0] // RELATIONS_AN_ENTRY % len(words)]
+        places = [(pair + i) % relations for i in range(RELATIONS_PER_ENTRY)]
+        head = words[places[0] // RELATIONS_PER_ENTRY % len(words)]
         tails = [words[(place * 7919 + 1) % len(words)] for place in places]
         senses = json.dumps([{"synonyms": [{"word": tail} for tail in tails[1:]], "glosses": ["a gloss"]}])
         antonyms = json.dumps([{"word": f"not {tails[0]}", "sense": "a gloss"}])
@@ -47,7 +47,7 @@ def entries(relations: int, seed: int = 0) -> Iterator[str]:
             f'{{"word": "{head}", "lang": "English", "lang_code": "en", "senses": {senses}, "antonyms": {antonyms}, '
             f"{filler}}}\n"
         )
-        pair += RELATIONS_AN_ENTRY
+        pair += RELATIONS_PER_ENTRY
 
 
 def _filler(draw: random.Random, words: list[str]) -> str:
@@ -66,6 +66,7 @@ def _filler(draw: random.Random, words: list[str]) -> str:
 
 
 def write(path: Path, size_bytes: int, relations: int) -> None:
+    """Writes a compressed Wiktextract file of at least `size_bytes` uncompressed bytes."""
     written = 0
     with gzip.open(path, "wt", compresslevel=1, encoding="utf-8") as stream:
         for line in entries(relations):
@@ -75,10 +76,10 @@ def write(path: Path, size_bytes: int, relations: int) -> None:
                 return
 
 
-def read(path: Path, how: str) -> dict[str, float]:
+def read(path: Path, reader: str) -> dict[str, float]:
     """Reads a file and measures it; a child process calls this, so that the peak memory is that of one reader.
 
-    `how` is `control`, which only unpacks and parses, or the name of any other reader for ours.
+    `reader` is `control`, which only unpacks and parses, or `dskd`.
     """
     from dskd.lexicon.reading import Report
     from dskd.lexicon.relations import Pairs
@@ -87,7 +88,7 @@ def read(path: Path, how: str) -> dict[str, float]:
     before = _peak_mb()
     found = 0
     started = time.perf_counter()
-    if how == "control":
+    if reader == "control":
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             for line in stream:
                 json.loads(line)
@@ -106,25 +107,27 @@ def _peak_mb() -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0], help="sizes of the files, unpacked")
-    parser.add_argument("--relations", type=int, default=200_000, help="distinct pairs of words in each, about")
-    parser.add_argument("--read", nargs=2, metavar=("FILE", "HOW"), help=argparse.SUPPRESS)
-    given = parse(parser, arguments)
-    if given.read:
-        give_result(read(Path(given.read[0]), given.read[1]))
+    parser.add_argument(
+        "--relations", type=int, default=200_000, help="approximate number of distinct pairs of words in each file"
+    )
+    parser.add_argument("--read", nargs=2, metavar=("FILE", "READER"), help=argparse.SUPPRESS)
+    args = parse(parser, arguments)
+    if args.read:
+        print_result(read(Path(args.read[0]), args.read[1]))
         return
     at_start = machine()
     rows, results = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for gigabytes in given.gigabytes:
+        for gigabytes in args.gigabytes:
             path = Path(folder) / "wiktionary.jsonl.gz"
-            write(path, int(gigabytes * 1e9), given.relations)
-            for how in ("control", "dskd"):
-                found = run_child("benchmarks.lexicon_memory", "--read", path, how)
-                results.append({"gigabytes": gigabytes, "reader": how, **found})
+            write(path, int(gigabytes * 1e9), args.relations)
+            for reader in ("control", "dskd"):
+                found = run_child("benchmarks.lexicon_memory", "--read", path, reader)
+                results.append({"gigabytes": gigabytes, "reader": reader, **found})
                 rows.append(
                     [
                         f"{gigabytes:.2f} GB",
-                        how,
+                        reader,
                         f"{gigabytes * 1e3 / found['seconds']:.0f}",
                         f"{found['relations']:,}",
                         f"{found['before_mb']:.0f}",
@@ -132,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     ]
                 )
     header = ("unpacked", "reader", "MB/s", "relations", "MB at start", "MB at peak")
-    publish(given, "benchmarks.lexicon_memory", header, rows, {"files": results}, at_start)
+    publish(args, "benchmarks.lexicon_memory", header, rows, {"files": results}, at_start)
 
 
 if __name__ == "__main__":

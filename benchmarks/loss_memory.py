@@ -24,9 +24,9 @@ from benchmarks.report import (
     PeakMemory,
     build_parser,
     default_device,
-    give_result,
     machine,
     parse,
+    print_result,
     publish,
     ratios,
     run_child,
@@ -44,30 +44,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--hidden-size", type=int, default=4096 if is_cuda else 256)
     parser.add_argument("--positions", type=int, nargs="+", default=[2048, 8192] if is_cuda else [256, 512, 1024])
-    parser.add_argument("--chunk-size", type=int, help="train.loss_chunk_size; default: what training takes")
+    parser.add_argument("--chunk-size", type=int, help="train.loss_chunk_size; default: that of training")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--train-head", action="store_true", help="with a gradient of the output matrix")
-    parser.add_argument("--rounds", type=int, default=3, help="for the time")
+    parser.add_argument("--train-head", action="store_true", help="also compute the gradient of the output matrix")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds in which times are measured")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "POSITIONS"), help=argparse.SUPPRESS)
-    given = parse(parser, arguments)
-    if given.child is not None:
-        side, positions = given.child
-        give_result(_measure_memory(side, int(positions), given))
+    args = parse(parser, arguments)
+    if args.child is not None:
+        side, positions = args.child
+        print_result(_measure_memory(side, int(positions), args))
         return
     at_start = machine()
     names = ("vocab_size", "hidden_size", "chunk_size", "dtype")
     options = [
-        part for name in names if getattr(given, name) for part in (f"--{name.replace('_', '-')}", getattr(given, name))
+        part for name in names if getattr(args, name) for part in (f"--{name.replace('_', '-')}", getattr(args, name))
     ]
-    options += ["--train-head"] * given.train_head
+    options += ["--train-head"] * args.train_head
     rows, results = [], []
-    for positions in given.positions:
+    for positions in args.positions:
         memory = {
             side: run_child("benchmarks.loss_memory", *options, "--child", side, positions, environment=EXACT_MEMORY)
             for side in _SIDES
         }
-        losses = {side: _build(side, positions, given) for side in _SIDES}
-        time_ratio = ratios(take_turns(losses, rounds=given.rounds), "dskd", "whole logits")
+        losses = {side: _build(side, positions, args) for side in _SIDES}
+        time_ratio = ratios(take_turns(losses, rounds=args.rounds), "dskd", "whole logits")
         losses.clear()
         whole, ours = (memory[side] for side in _SIDES)
         results.append(
@@ -85,37 +85,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows.append(["goal at 8,192", "", "", "<= 0.10", ""])
     header = ("positions", "whole logits, GB", "dskd, GB", "ratio", "ratio of times")
     publish(
-        given, "benchmarks.loss_memory", header, rows, {"settings": dict(options_of(given)), "sizes": results}, at_start
+        args, "benchmarks.loss_memory", header, rows, {"settings": dict(options_of(args)), "sizes": results}, at_start
     )
 
 
-def options_of(given: argparse.Namespace) -> list[tuple[str, Any]]:
-    return [(name, getattr(given, name)) for name in ("vocab_size", "hidden_size", "chunk_size", "dtype", "train_head")]
+def options_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    return [(name, getattr(args, name)) for name in ("vocab_size", "hidden_size", "chunk_size", "dtype", "train_head")]
 
 
-def _measure_memory(side: str, positions: int, given: argparse.Namespace) -> int:
-    _build(side, 8, given)()  # so that memory allocated on first use is not counted
-    run = _build(side, positions, given)
+def _measure_memory(side: str, positions: int, args: argparse.Namespace) -> int:
+    _build(side, 8, args)()  # so that memory allocated on first use is not counted
+    run = _build(side, positions, args)
     with PeakMemory(default_device()) as memory:
         run()
     return memory.peak_bytes
 
 
-def _build(side: str, positions: int, given: argparse.Namespace) -> Callable[[], None]:
+def _build(side: str, positions: int, args: argparse.Namespace) -> Callable[[], None]:
     """Returns a function that runs forward and backward of one side, on random states, matrices and labels."""
-    device, dtype = default_device(), getattr(torch, given.dtype)
+    device, dtype = default_device(), getattr(torch, args.dtype)
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-    hidden, teacher_hidden = draw(positions, given.hidden_size).requires_grad_(), draw(positions, given.hidden_size)
-    scale = given.hidden_size**-0.5
-    weight = nn.Parameter(draw(given.vocab_size, given.hidden_size) * scale, requires_grad=given.train_head)
-    teacher_weight = draw(given.vocab_size, given.hidden_size) * scale
-    labels = torch.randint(0, given.vocab_size, (positions,), generator=generator, device=device)
+    hidden, teacher_hidden = draw(positions, args.hidden_size).requires_grad_(), draw(positions, args.hidden_size)
+    scale = args.hidden_size**-0.5
+    weight = nn.Parameter(draw(args.vocab_size, args.hidden_size) * scale, requires_grad=args.train_head)
+    teacher_weight = draw(args.vocab_size, args.hidden_size) * scale
+    labels = torch.randint(0, args.vocab_size, (positions,), generator=generator, device=device)
     loss = LossConfig(sense_weight=0)  # type: ignore[call-arg]
-    options = {"chunk_size": given.chunk_size} if given.chunk_size else {}
+    options = {"chunk_size": args.chunk_size} if args.chunk_size else {}
     ours = build_loss(weight, teacher_weight, loss, device, **options)
 
     def run() -> None:

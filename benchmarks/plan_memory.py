@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.flops import Shape
-from benchmarks.report import build_parser, default_device, give_result, machine, parse, publish, run_ranks
+from benchmarks.report import build_parser, default_device, machine, parse, print_result, publish, run_ranks
 from benchmarks.workload import OurTraining, Preset, read_config, write_work_directory
 from dskd.distributed.collectives import gather_json
 from dskd.distributed.rendezvous import initialize, shutdown
@@ -41,20 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--modes", choices=_MODES, nargs="+", default=list(_MODES), help="teacher.mode")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     parser.add_argument("--child", metavar="CONFIG", help=argparse.SUPPRESS)
-    given = parse(parser, arguments)
-    if given.child is not None:
-        _measure(Path(given.child), given.overrides)
+    args = parse(parser, arguments)
+    if args.child is not None:
+        _measure(Path(args.child), args.overrides)
         return
     at_start = machine()
     rows, results = [], []
     with tempfile.TemporaryDirectory(prefix="dskd-benchmark-") as folder:
         write_work_directory(Path(folder), _PRESET, steps=_STEPS)
-        for mode in given.modes:
-            for ranks in given.ranks:
+        for mode in args.modes:
+            for ranks in args.ranks:
                 batch = f"train.global_batch_size={ranks * _PRESET.micro_batch_size}"
-                options = [f"teacher.mode={mode}", "teacher.offload=none", batch, *given.overrides]
+                options = [f"teacher.mode={mode}", "teacher.offload=none", batch, *args.overrides]
                 found = compare(Path(folder, "config.yaml"), ranks, options)
                 results.append({"mode": mode, "ranks": ranks, **found})
                 rows.append(
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     ]
                 )
     header = ("teacher.mode", "ranks", "MB planned", "MB measured", "ratio", "goal")
-    publish(given, "benchmarks.plan_memory", header, rows, {"sizes": results}, at_start)
+    publish(args, "benchmarks.plan_memory", header, rows, {"sizes": results}, at_start)
 
 
 def compare(path: Path, ranks: int, overrides: Sequence[str]) -> dict[str, int]:
@@ -95,7 +95,7 @@ def _measure(path: Path, overrides: Sequence[str]) -> None:
         peaks.append(_peak_of_a_step(training, world.device))
     of_all = gather_json(max(peaks))
     if world.is_main:
-        give_result(of_all)
+        print_result(of_all)
     training.close()
     shutdown()
 
@@ -108,7 +108,7 @@ def _peak_of_a_step(training: OurTraining, device: torch.device) -> int:
     held = _held_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         training.step()
-    return held + _most_beyond(profiler)
+    return held + _largest_growth(profiler)
 
 
 def _held_bytes() -> int:
@@ -121,7 +121,8 @@ def _held_bytes() -> int:
     return sum(pieces.values())
 
 
-def _most_beyond(profiler: Any) -> int:
+def _largest_growth(profiler: Any) -> int:
+    """Returns the largest sum of allocations and releases since the profile began, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]

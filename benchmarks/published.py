@@ -7,8 +7,8 @@ greedily, token by token; teacher and student compute whole logits; a loop over 
 dictionaries of senses, synonyms and antonyms and searches for the nearest rows; the optimizer is plain AdamW. Both
 sides have the same models, tokens and number format, and take turns. The result is the ratio of tokens per second.
 
-The published side follows the paper, not a slip in its code: a position is not pushed from its target's own senses. It
-has no gradient accumulation; each sequence is a step.
+One thing on the published side follows the paper instead of its code: a position is not pushed from its target's own
+senses. There is no gradient accumulation; each sequence is a step.
 """
 
 import random
@@ -60,9 +60,9 @@ class Lexicon:
 
         synonyms = neighbours(entries.synonym_offsets, entries.synonym_entries)
         antonyms = neighbours(entries.antonym_offsets, entries.antonym_entries)
-        wanted = tokens.union(*synonyms.values(), *antonyms.values())
+        related = tokens.union(*synonyms.values(), *antonyms.values())
         vectors, offsets = dictionary.vectors(), dictionary.entry_offsets
-        senses = {entry: vectors[int(offsets[entry]) : int(offsets[entry + 1])].to(device) for entry in wanted}
+        senses = {entry: vectors[int(offsets[entry]) : int(offsets[entry + 1])].to(device) for entry in related}
         return cls({entry: rows for entry, rows in senses.items() if len(rows)}, synonyms, antonyms)
 
 
@@ -186,37 +186,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_workload_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--sequences", type=int, default=4, help="of the published step in a round, beside one of our steps"
+        "--sequences",
+        type=int,
+        default=4,
+        help="published steps per round, each of one sequence, against one step of ours",
     )
-    parser.add_argument("--profile", action="store_true", help="print where the time of both goes, and measure nothing")
-    given = parse(parser, arguments)
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print the kinds of operations that take the time of both; measure nothing else",
+    )
+    args = parse(parser, arguments)
     at_start = machine()
     random.seed(0)
-    with work_directory(given) as path:
+    with work_directory(args) as path:
         world = initialize()
-        config = read_config(path, given.overrides)
+        config = read_config(path, args.overrides)
         ours, published = OurTraining(config, world), PublishedTraining(config, world.device)
 
-        def several() -> None:
-            for _ in range(given.sequences):
+        def published_steps() -> None:
+            for _ in range(args.sequences):
                 published.step()
 
-        if given.profile:
-            for name, step in (("dskd", ours.step), ("published", several)):
+        if args.profile:
+            for name, step in (("dskd", ours.step), ("published", published_steps)):
                 print(f"{name}\n{shares_text(profile_steps(step)[0])}", flush=True)
             return
-        seconds = take_turns({"dskd": ours.step, "published": several}, rounds=given.rounds)
+        seconds = take_turns({"dskd": ours.step, "published": published_steps}, rounds=args.rounds)
         ours.close()
         shutdown()
     rates = {
         "dskd": [ours.tokens_per_step / s for s in seconds["dskd"]],
-        "published": [given.sequences * published.tokens_per_step / s for s in seconds["published"]],
+        "published": [args.sequences * published.tokens_per_step / s for s in seconds["published"]],
     }
     ratio = Spread.of(one / other for one, other in zip(rates["dskd"], rates["published"], strict=True))
     rows = [[name, Spread.of(values).text(",.0f"), ""] for name, values in rates.items()]
     rows.append(["times as fast", ratio.text(".1f"), ">= 20 on a GPU, >= 5 on a CPU"])
     results = {name: Spread.of(values).as_dict() for name, values in rates.items()} | {"ratio": ratio.as_dict()}
-    publish(given, "benchmarks.published", ("tokens/s", "figure", "goal"), rows, results, at_start)
+    publish(args, "benchmarks.published", ("tokens/s", "figure", "goal"), rows, results, at_start)
 
 
 if __name__ == "__main__":

@@ -29,25 +29,25 @@ from dskd.distributed.rendezvous import free_port
 from dskd.distributed.world import uses_gpu
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_QUIET = 0.3  # highest load of an idle machine
+_IDLE_LOAD = 0.3  # highest load of an idle machine
 _RESULT_MARK = "result: "  # begins the line on which a child process prints its result
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     """Builds a parser with the options of every benchmark: the file for its result, and torch's threads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the result there, as JSON")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: one a core")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the result to this file, as JSON")
+    parser.add_argument("--threads", type=int, help="torch's threads on the CPU; default: one per core")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses `arguments` (None: the command line's), and sets the threads of this process and its children."""
-    given = parser.parse_intermixed_args(arguments)
-    if given.threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(given.threads)
-        torch.set_num_threads(given.threads)
-    return given
+    args = parser.parse_intermixed_args(arguments)
+    if args.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+        torch.set_num_threads(args.threads)
+    return args
 
 
 def default_device() -> torch.device:
@@ -72,7 +72,7 @@ def machine() -> dict[str, Any]:
 
 
 def publish(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     module: str,
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -82,7 +82,7 @@ def publish(
     """Prints the table, and writes `results` with the command and the machine to the file of `--output`.
 
     Args:
-        given: the benchmark's arguments.
+        args: the benchmark's arguments.
         module: `benchmarks.NAME`.
         header: the table's header.
         rows: the table's rows.
@@ -92,12 +92,12 @@ def publish(
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     print(f"\n{command}")
     print(", ".join(f"{name} {value}" for name, value in at_start.items()))
-    if at_start["load"] > _QUIET:
-        print("other work ran on this machine: it slows some variants more than others, also their ratios")
+    if at_start["load"] > _IDLE_LOAD:
+        print("other work was running on this machine: it slows some variants more than others, which distorts ratios")
     print(table(header, rows), flush=True)
-    if given.output is not None:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(given.output, {"command": command, "machine": dict(at_start), "results": dict(results)})
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, {"command": command, "machine": dict(at_start), "results": dict(results)})
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,12 @@ def take_turns(
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
-    """Returns the spread of the ratios of two variants, round by round: what slows down a whole round cancels out."""
+    """Returns the spread of the ratios of two variants, round by round, so that what slows a round cancels out."""
     return Spread.of(one / other for one, other in zip(seconds[of], seconds[to], strict=True))
 
 
 class PeakMemory:
-    """A context manager that measures the peak memory of its block, in bytes beyond a start value, as `peak_bytes`.
+    """A context manager that sets `peak_bytes` to the peak memory of its block, in bytes beyond a start value.
 
     On a GPU it is the memory that torch allocated. On a CPU it is the anonymous memory of this process, read every two
     milliseconds: mapped files, shards and libraries do not count, because their pages can be dropped at any time.
@@ -171,7 +171,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            self._watch = threading.Thread(target=self._look, daemon=True)
+            self._watch = threading.Thread(target=self._sample, daemon=True)
             self._watch.start()
         return self
 
@@ -185,7 +185,7 @@ class PeakMemory:
             self._watch.join()
         self.peak_bytes = self._peak - self._before
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while True:
             self._peak = max(self._peak, held_bytes(self._device))
             if self._ended.wait(0.002):
@@ -200,16 +200,16 @@ def held_bytes(device: torch.device) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit("this system does not say how much memory a process has (RssAnon in /proc/self/status)")
+    raise SystemExit("the memory of this process cannot be measured: /proc/self/status has no RssAnon on this system")
 
 
 # The C allocator keeps freed memory, so a process seems to hold what it no longer uses. With these variables it returns
-# large blocks at once. That takes time, so they are for processes whose memory is measured, not their speed.
+# large blocks at once. That takes time, so they are only for processes that measure memory, not speed.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
 
 
 def run_child(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
-    """Runs a benchmark's module in a child process, and returns what it passes to :func:`give_result`."""
+    """Runs a benchmark's module in a child process, and returns what it passes to :func:`print_result`."""
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
     finished = subprocess.run(
         command,
@@ -219,7 +219,7 @@ def run_child(module: str, *arguments: object, environment: Mapping[str, str] | 
         stdout=subprocess.PIPE,
         text=True,
     )
-    return read_result(command, finished.returncode, finished.stdout)
+    return parse_result(command, finished.returncode, finished.stdout)
 
 
 def run_ranks(module: str, ranks: int, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
@@ -242,10 +242,10 @@ def run_ranks(module: str, ranks: int, *arguments: object, environment: Mapping[
             )
         )
     outputs = [process.communicate()[0] for process in processes]
-    return read_result(command, max(process.returncode for process in processes), outputs[0])
+    return parse_result(command, max(process.returncode for process in processes), outputs[0])
 
 
-def read_result(command: Sequence[str], exit_code: int, output: str) -> Any:
+def parse_result(command: Sequence[str], exit_code: int, output: str) -> Any:
     """Returns the result in a child process's output.
 
     Raises:
@@ -257,7 +257,7 @@ def read_result(command: Sequence[str], exit_code: int, output: str) -> Any:
     return json.loads(lines[-1].removeprefix(_RESULT_MARK))
 
 
-def give_result(result: Any) -> None:
+def print_result(result: Any) -> None:
     """Prints a JSON-like result for the parent of this process."""
     print(f"\n{_RESULT_MARK}{json.dumps(result)}", flush=True)
 

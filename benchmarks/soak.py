@@ -7,10 +7,10 @@ Everything up to the shards is made from `configs/smoke.yaml`, and one training 
 trainings of the same config are started with DeepSpeed's launcher, killed with -9 and started again. The target of a
 kill and its time are drawn at random:
 
-    who    one rank, with its loader's workers; the launcher and all processes below it; or the launcher alone, whose
-           ranks are killed a moment later, as a scheduler does with the remains of a job
-    when   at any time of its start or of its steps, or while it writes a checkpoint; a fifth of the kills hit
-           annotation
+    target  one rank, with its loader's workers; the launcher and all processes below it; or the launcher alone, whose
+            ranks are killed a moment later, as a scheduler does with the remains of a job
+    time    at any time of its start or of its steps, or while it writes a checkpoint; a fifth of the kills hit
+            annotation
 
 In the end every training must have the undisturbed training's loss at every step, bit for bit, and its weights, and the
 shards must be the same bytes: a sample that was lost or repeated would show. Otherwise the exit code is 1.
@@ -50,22 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of whom kills hit, and when")
-    given = parse(parser, arguments)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of targets and times")
+    args = parse(parser, arguments)
     at_start = machine()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dskd-soak-") as folder:
-        soak = Soak(Path(folder), given.ranks, random.Random(given.seed))
+        soak = Soak(Path(folder), args.ranks, random.Random(args.seed))
         soak.prepare()
-        soak.annotate_killed(given.kills // 5)
+        soak.annotate_killed(args.kills // 5)
         trainings = 0
-        while soak.survived < given.kills:
+        while soak.survived < args.kills:
             trainings += 1
-            soak.train_killed(f"killed-{trainings}", given.kills)
+            soak.train_killed(f"killed-{trainings}", args.kills)
             print(f"{soak.survived} kills survived, {time.monotonic() - started:,.0f} s", flush=True)
     rows = [[what, who, when, str(count)] for (what, who, when), count in sorted(soak.kills.items())]
     rows.append(["all", "", "", str(soak.survived)])
-    rows.append([f"{trainings} trainings", "", "done, as if undisturbed", f"{soak.starts} starts"])
+    rows.append([f"{trainings} trainings", "", "finished, equal to an undisturbed one", f"{soak.starts} starts"])
     results = {
         "kills": {", ".join(kill): count for kill, count in soak.kills.items()},
         "survived": soak.survived,
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "starts": soak.starts,
         "seconds": time.monotonic() - started,
     }
-    publish(given, "benchmarks.soak", ("what", "whom the kill hit", "when", "kills survived"), rows, results, at_start)
+    publish(args, "benchmarks.soak", ("what", "target of the kill", "when", "kills survived"), rows, results, at_start)
 
 
 class Job:
@@ -135,7 +135,9 @@ class Job:
             self._process.poll()
             if time.monotonic() > deadline:
                 _kill(self._processes())
-                raise SystemExit(f"a job did not end by itself within {_PATIENCE_S} s; it had printed:\n{self.output}")
+                raise SystemExit(
+                    f"a job did not end within {_PATIENCE_S} s after a kill; it had printed:\n{self.output}"
+                )
             time.sleep(0.05)
         return self._process.wait()
 
@@ -217,7 +219,9 @@ class Soak:
         else:
             self._start("train.py", run).wait()
         if self._result(run) != self._undisturbed:
-            raise SystemExit(f"run {run} ended otherwise than the undisturbed one; kills so far: {dict(self.kills)}")
+            raise SystemExit(
+                f"run {run} differs from the undisturbed one in losses or weights; kills so far: {dict(self.kills)}"
+            )
 
     def _wait_for(self, when: str, job: Job, config: Config) -> bool:
         if when == "starting":
@@ -247,7 +251,7 @@ class Soak:
         newest = checkpoint.latest(config, verify=True)
         if newest is None or not newest.is_final:
             log = (self._folder / f"{run}.log").read_text(errors="replace")
-            raise SystemExit(f"run {run} did not come to its end; it has printed:\n{log}")
+            raise SystemExit(f"run {run} did not finish; it printed:\n{log}")
         losses = read_history(config, newest.manifest.facts["mlflow_run_id"], "train/loss")
         return losses, newest.manifest.files[checkpoint.TRAINED_FILE]["sha256"]
 
@@ -259,7 +263,7 @@ class Soak:
 
     def _require_shards(self, expected: list[str]) -> None:
         if self._shards() != expected:
-            raise SystemExit(f"the shards of a killed annotation are others; kills so far: {dict(self.kills)}")
+            raise SystemExit(f"killed annotations wrote different shards; kills so far: {dict(self.kills)}")
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -1,7 +1,7 @@
-"""The training step: the cost of the sense loss, the savings of the shared trunk, and the use of the hardware.
+"""The training step: what the sense loss costs, what the shared trunk saves, and how well the hardware is used.
 
     python -m benchmarks.step                    # toy size on a CPU, Llama-3-8B's shape on a GPU
-    python -m benchmarks.step --profile          # time of each kind of operation
+    python -m benchmarks.step --profile          # the time of each kind of operation
     python -m benchmarks.step --only use train.micro_batch_size=2
 
 Three measurements. The first two have their control in the same process, and both take turns step by step:
@@ -46,38 +46,40 @@ _PAIRS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_workload_parser(__doc__)
     parser.add_argument("--only", choices=("sense", "trunk", "use"), nargs="+", default=["sense", "trunk", "use"])
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each variant that are measured")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps of each variant before")
+    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each variant")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each variant before the measured ones")
     parser.add_argument(
-        "--profile", action="store_true", help="print where the time of two steps goes, and measure nothing"
+        "--profile",
+        action="store_true",
+        help="print the operations that take the time of two steps; measure nothing else",
     )
-    given = parse(parser, arguments)
+    args = parse(parser, arguments)
     at_start = machine()
     rows: list[list[str]] = []
     results: dict[str, Any] = {}
-    with work_directory(given) as path:
+    with work_directory(args) as path:
         world = initialize()
-        config = read_config(path, given.overrides)
-        if given.profile:
+        config = read_config(path, args.overrides)
+        if args.profile:
             _profile(config, world)
             shutdown()
             return
         teacher = load_teacher(config, world)
-        for name in (pair for pair in _PAIRS if pair in given.only):
-            variants = {key: read_config(path, given.overrides, key) for key in _PAIRS[name]}
-            results[name] = _pair(variants, teacher, world, given.rounds, given.warm_up)
+        for name in (pair for pair in _PAIRS if pair in args.only):
+            variants = {key: read_config(path, args.overrides, key) for key in _PAIRS[name]}
+            results[name] = _pair(variants, teacher, world, args.rounds, args.warm_up)
             rows += _pair_rows(name, results[name])
-        if "use" in given.only:
-            results["use"] = _use(config, teacher, world, given.rounds, given.warm_up)
+        if "use" in args.only:
+            results["use"] = _use(config, teacher, world, args.rounds, args.warm_up)
             rows += _use_rows(results["use"])
         teacher.close()
         shutdown()
-    publish(given, "benchmarks.step", ("", "figure", "goal"), rows, results, at_start)
+    publish(args, "benchmarks.step", ("", "figure", "goal"), rows, results, at_start)
 
 
 def _pair(variants: dict[str, Config], teacher: Any, world: World, rounds: int, warm_up: int) -> dict[str, Any]:
     trainings = {name: OurTraining(config, world, teacher=teacher) for name, config in variants.items()}
-    one, other = trainings
+    numerator, denominator = trainings
     seconds = take_turns({name: t.step for name, t in trainings.items()}, rounds=rounds, warm_up=warm_up)
     flops = {
         name: sum(step_flops(shape_of(config), shared_trunk=shares_trunk(config)).values())
@@ -87,16 +89,16 @@ def _pair(variants: dict[str, Config], teacher: Any, world: World, rounds: int, 
         training.close(keep_teacher=True)
     return {
         "step_s": {name: Spread.of(values).as_dict() for name, values in seconds.items()},
-        "time_ratio": ratios(seconds, one, other).as_dict(),
-        "flops_ratio": flops[one] / flops[other],
+        "time_ratio": ratios(seconds, numerator, denominator).as_dict(),
+        "flops_ratio": flops[numerator] / flops[denominator],
     }
 
 
 def _pair_rows(name: str, result: dict[str, Any]) -> list[list[str]]:
     goal = {"sense": "<= 1.01 on a GPU, <= 1.05 on a CPU", "trunk": "what the FLOPs predict"}[name]
-    one, other = _PAIRS[name]
-    rows = [[f"{key}, seconds a step", Spread(**result["step_s"][key]).text(), ""] for key in (one, other)]
-    rows.append([f"{one} / {other}", Spread(**result["time_ratio"]).text(), goal])
+    numerator, denominator = _PAIRS[name]
+    rows = [[f"{key}, seconds a step", Spread(**result["step_s"][key]).text(), ""] for key in (numerator, denominator)]
+    rows.append([f"{numerator} / {denominator}", Spread(**result["time_ratio"]).text(), goal])
     if name == "trunk":
         rows.append(["the same ratio, FLOPs", f"{result['flops_ratio']:.3f}", ""])
     return rows

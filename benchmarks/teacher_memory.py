@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import give_result, machine, parse, publish, run_ranks
+from benchmarks.report import machine, parse, print_result, publish, run_ranks
 from benchmarks.workload import build_workload_parser, load_teacher, read_config, teacher_tensors, work_directory
 from dskd.distributed.collectives import gather_json
 from dskd.distributed.rendezvous import initialize, shutdown
@@ -27,17 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_workload_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--child", metavar="CONFIG", help=argparse.SUPPRESS)
-    given = parse(parser, arguments)
-    if given.child is not None:
-        _measure(Path(given.child), given.overrides)
+    args = parse(parser, arguments)
+    if args.child is not None:
+        _measure(Path(args.child), args.overrides)
         return
     at_start = machine()
     rows, results = [], []
-    with work_directory(given) as path:
+    with work_directory(args) as path:
         for mode in _MODES:
             whole = 0.0
-            for ranks in given.ranks:
-                options = [*given.overrides, f"teacher.mode={mode}", "teacher.offload=none"]
+            for ranks in args.ranks:
+                options = [*args.overrides, f"teacher.mode={mode}", "teacher.offload=none"]
                 held = run_ranks("benchmarks.teacher_memory", ranks, "--child", path, *options)
                 most = max(rank["loaded"] for rank in held)
                 whole = whole or most * (ranks if mode == "zero3" else 1)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     ]
                 )
     header = ("mode", "ranks", "MB a rank", "share", "goal", "after a forward pass")
-    publish(given, "benchmarks.teacher_memory", header, rows, {"sizes": results}, at_start)
+    publish(args, "benchmarks.teacher_memory", header, rows, {"sizes": results}, at_start)
 
 
 def _measure(path: Path, overrides: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def _measure(path: Path, overrides: Sequence[str]) -> None:
     result["after_forward"] = _bytes(teacher_tensors(teacher))
     of_all = gather_json(result)
     if world.is_main:
-        give_result(of_all)
+        print_result(of_all)
     teacher.close()
     shutdown()
 

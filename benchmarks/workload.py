@@ -1,6 +1,6 @@
 """A work directory with random weights and text, and our training step on it.
 
-It is the only benchmark module that knows the internal structure of training. `launcher/train.py` could train from the
+No other benchmark module knows the internal structure of training. `launcher/train.py` could train from the
 directory: it has teacher, student, sense dictionary and annotated shards with their manifests, and the config as
 `config.yaml`. Loading, data loader, engines and step are those of training; tracker and checkpoints are left out.
 """
@@ -67,24 +67,24 @@ def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
     """Builds a parser with options for the preset, the work directory's folder and `section.key=value` overrides."""
     parser = build_parser(description)
     default = "8b" if uses_gpu() else "toy"
-    parser.add_argument("--preset", choices=PRESETS, default=default, help="sizes; 8b on a GPU, toy elsewhere")
+    parser.add_argument("--preset", choices=PRESETS, default=default, help="sizes; default: 8b on a GPU, otherwise toy")
     parser.add_argument(
-        "--folder", type=Path, help="make the work directory in there and keep it; one that is there is used again"
+        "--folder", type=Path, help="make the work directory in this folder and keep it; if there is one, use it"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     return parser
 
 
 @contextmanager
-def work_directory(given: argparse.Namespace) -> Iterator[Path]:
+def work_directory(args: argparse.Namespace) -> Iterator[Path]:
     """Yields the path of the config of a work directory of the preset's size, which is written if it does not exist.
 
     The directory is removed afterwards, unless the user gave its folder.
     """
     with TemporaryDirectory(prefix="dskd-benchmark-") as temporary:
-        folder = given.folder / given.preset if given.folder is not None else Path(temporary)
+        folder = args.folder / args.preset if args.folder is not None else Path(temporary)
         if not (folder / "config.yaml").is_file():
-            write_work_directory(folder, PRESETS[given.preset])
+            write_work_directory(folder, PRESETS[args.preset])
         yield folder / "config.yaml"
 
 

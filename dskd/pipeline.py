@@ -5,6 +5,7 @@ them. A stage counts as finished if its artifact is up to date: the launcher's e
 killed.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from dskd.evaluation import held_out_text, tasks
 from dskd.lexicon import build as lexicon
 from dskd.models import cutting
 from dskd.models.architecture import check_architecture
-from dskd.models.folder import find_teacher
+from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
 from dskd.shards import annotate
@@ -64,9 +65,11 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     config = load_config(path, overrides)
     hold_lock(config.path(LOCK), "runs the pipeline in this work directory", wait_s=LOCK_PATIENCE_S)
     started = time.perf_counter()
+    # Found once, when it is first needed: a teacher that is trained from scratch exists only after its stage.
+    teacher = functools.cache(lambda: find_teacher(config))
     if config.teacher.path is not None:
-        find_teacher(config)  # fails early if the model does not fit, before the corpus is read
-    stages = plan_stages(config, path, overrides)
+        teacher()  # fails early if the model does not fit, before the corpus is read
+    stages = plan_stages(config, path, overrides, teacher)
     if until is not None:
         names = [stage.name for stage in stages]
         if until not in names:
@@ -79,7 +82,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
             current.append(stage.name)
             continue
         if not is_checked:
-            check_architecture(find_teacher(config), config)
+            check_architecture(teacher(), config)
             is_checked = True
         if current:
             say(f"up to date: {', '.join(current)}")
@@ -93,8 +96,13 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
         print(f"\n{compare_or_say_why_not(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
 
 
-def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
-    """Returns the stages in the order of the data flow, and single-process stages before those that need ranks."""
+def plan_stages(
+    config: Config, path: Path, overrides: Sequence[str], teacher: Callable[[], ModelFolder]
+) -> list[Stage]:
+    """Returns the stages in the order of the data flow, and single-process stages before those that need ranks.
+
+    `teacher` finds the teacher. The stages after that of the teacher call it.
+    """
 
     def artifact(folder: str, recipe: Callable[[], Recipe]) -> Callable[[], bool]:
         return lambda: is_current(config.path(folder), recipe())
@@ -103,10 +111,16 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
 
     def shards_are_current() -> bool:
-        teacher = find_teacher(config)
+        opened = annotate.open_inputs(config, teacher())
         return all(
-            is_current(config.path("shards", split), annotate.recipe(config, split, teacher)) for split in corpus.SPLITS
+            is_current(config.path("shards", split), annotate.recipe(config, split, opened)) for split in corpus.SPLITS
         )
+
+    def senses_are_current() -> bool:
+        if config.senses.path is not None:
+            return True
+        opened = senses.open_inputs(config, teacher())
+        return is_current(config.path("senses"), senses.recipe(config, opened))
 
     stages = [
         Stage(
@@ -129,20 +143,17 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     stages += [
         Stage(
             "sequences",
-            artifact(kinds.SEQUENCES.folder, lambda: sequences.recipe(config, find_teacher(config).tokenizer_digest)),
-            lambda: _build_sequences(config),
+            artifact(kinds.SEQUENCES.folder, lambda: sequences.recipe(config, teacher().tokenizer_digest)),
+            lambda: _build_sequences(config, teacher()),
         ),
         Stage(
             "student",
-            artifact(kinds.STUDENT.folder, lambda: cutting.recipe(config, find_teacher(config))),
+            artifact(kinds.STUDENT.folder, lambda: cutting.recipe(config, teacher())),
             lambda: cutting.build_student(config),
         ),
         Stage(
             "senses",
-            lambda: (
-                config.senses.path is not None
-                or is_current(config.path("senses"), senses.recipe(config, find_teacher(config)))
-            ),
+            senses_are_current,
             ranks("build_senses.py"),
         ),
         Stage("shards", shards_are_current, ranks("annotate.py")),
@@ -192,8 +203,7 @@ def run_override(name: str) -> str:
     return f"run={name}" if yaml.safe_load(name) == name else f'run="{name}"'
 
 
-def _build_sequences(config: Config) -> None:
-    teacher = find_teacher(config)
+def _build_sequences(config: Config, teacher: ModelFolder) -> None:
     sequences.build_sequences(
         config, teacher.load_tokenizer(), teacher.tokenizer_digest, vocabulary_size(teacher.load_config())
     )

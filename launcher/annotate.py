@@ -1,6 +1,6 @@
 """Finds the sense rows of every position with the teacher, and writes WORKDIR/shards/{train,validation}."""
 
-from dskd.cli.program import build_parser, run_on_ranks
+from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import Config
 from dskd.distributed.world import World
 
@@ -16,14 +16,14 @@ Any number of ranks writes the same shards. A split that is up to date is skippe
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--force", action="store_true", help="annotate also what is up to date")
-    given = parser.parse_intermixed_args()
+    args = parse(parser)
 
     def work(config: Config, world: World) -> None:
         from dskd.shards.annotate import annotate  # imported here so that --help does not wait for DeepSpeed
 
-        annotate(config, world, force=given.force)
+        annotate(config, world, force=args.force)
 
-    run_on_ranks(given, work)
+    run_on_ranks(args, work)
 
 
 if __name__ == "__main__":

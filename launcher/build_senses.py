@@ -1,6 +1,6 @@
 """Gathers the teacher's states over the training text, clusters them, and writes WORKDIR/senses."""
 
-from dskd.cli.program import build_parser, run_on_ranks
+from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import Config
 from dskd.distributed.world import World
 
@@ -17,14 +17,14 @@ that is up to date is left as it is.
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--force", action="store_true", help="build also what is up to date; gathers again")
-    given = parser.parse_intermixed_args()
+    args = parse(parser)
 
     def work(config: Config, world: World) -> None:
         from dskd.senses.build import build_senses  # imported here so that --help does not wait for DeepSpeed
 
-        build_senses(config, world, force=given.force)
+        build_senses(config, world, force=args.force)
 
-    run_on_ranks(given, work)
+    run_on_ranks(args, work)
 
 
 if __name__ == "__main__":

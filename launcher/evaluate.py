@@ -47,14 +47,16 @@ def main() -> None:
         metavar="NAME",
         help="with --tasks or --lexical: only these of teacher, student and the runs",
     )
-    given = parse(parser, "tasks", "models", may_be_empty=["tasks"])
-    on_tasks = given.tasks is not None
-    for name in given.tasks or ():
+    args = parse(parser, "tasks", "models")
+    on_tasks = args.tasks is not None
+    for name in args.tasks or ():
         if name not in (*TASKS, "all"):
             parser.error(f"argument --tasks: invalid choice: {name!r} (choose from {', '.join(TASKS)}, all)")
-    if given.models and not (on_tasks or given.lexical):
+    if args.models == []:
+        parser.error("argument --models: expected at least one name, found only overrides")
+    if args.models and not (on_tasks or args.lexical):
         parser.error("--models goes with --tasks or --lexical; the held-out text is read by all models that are there")
-    if on_tasks and given.lexical:
+    if on_tasks and args.lexical:
         parser.error("--tasks and --lexical are two commands; give one of them at a time")
 
     def work(config: Config, world: World) -> None:
@@ -62,25 +64,25 @@ def main() -> None:
         from dskd.evaluation.held_out_text import evaluate
         from dskd.evaluation.models import require_exports
 
-        tasks = given.tasks or config.tasks.evaluate
+        tasks = args.tasks or config.tasks.evaluate
         if on_tasks and not tasks:
             say("tasks.evaluate is empty and --tasks names no benchmark: there is nothing to evaluate on")
             return
-        if not given.models:
-            run_is_named = any(override.startswith("run=") for override in given.overrides)
+        if not args.models:
+            run_is_named = any(override.startswith("run=") for override in args.overrides)
             on_main(lambda: require_exports(config, run_is_named=run_is_named))
         if on_tasks:
             from dskd.evaluation.tasks import run_tasks
 
-            run_tasks(config, world, tasks, given.models, force=given.force)
-        elif given.lexical:
+            run_tasks(config, world, tasks, args.models, force=args.force)
+        elif args.lexical:
             from dskd.evaluation.lexical.run import run_lexical
 
-            run_lexical(config, world, given.models, force=given.force)
+            run_lexical(config, world, args.models, force=args.force)
         else:
-            evaluate(config, world, force=given.force)
+            evaluate(config, world, force=args.force)
 
-    run_on_ranks(given, work)
+    run_on_ranks(args, work)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ evaluation; tasks, if the config's `tasks.evaluate` names benchmarks.
 
 import sys
 
-from dskd.cli.program import build_parser, run
+from dskd.cli.program import build_parser, parse, run
 from dskd.distributed.world import leave_launcher
 
 EPILOG = """
@@ -23,13 +23,13 @@ Start it with plain python: it calls DeepSpeed's launcher itself, with pipeline.
 def main() -> int:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--until", metavar="STAGE", help="the last stage to run; what comes after it is left as it is")
-    given = parser.parse_intermixed_args()
+    args = parse(parser)
     leave_launcher()
     from dskd.cli.launching import StageFailedError, exit_code_of
     from dskd.pipeline import run_pipeline  # imported here so that --help does not wait for DeepSpeed
 
     try:
-        return run(lambda: run_pipeline(given.config, given.overrides, until=given.until))
+        return run(lambda: run_pipeline(args.config, args.overrides, until=args.until))
     except StageFailedError as failure:
         print(f"error: {failure}; its own message is above", file=sys.stderr)
         return exit_code_of(failure)

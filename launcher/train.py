@@ -1,6 +1,6 @@
 """Trains a student from annotated shards, and writes WORKDIR/checkpoints/RUN."""
 
-from dskd.cli.program import build_parser, run_on_ranks
+from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import Config
 from dskd.distributed.world import World
 
@@ -21,16 +21,16 @@ def main() -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="from scratch; the run's old checkpoints go when there is a new one"
     )
-    given = parser.parse_intermixed_args()
-    if given.resume and given.overwrite:
+    args = parse(parser)
+    if args.resume and args.overwrite:
         parser.error("--resume goes on from the checkpoints that --overwrite removes: give one of them")
 
     def work(config: Config, world: World) -> None:
         from dskd.training.train import train  # imported here so that --help does not wait for DeepSpeed
 
-        train(config, world, resume=given.resume, overwrite=given.overwrite)
+        train(config, world, resume=args.resume, overwrite=args.overwrite)
 
-    run_on_ranks(given, work)
+    run_on_ranks(args, work)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, REPOSITORY, losses_of, open_dataset, run_program
+from artifact_folders import open_dataset
+from rank_processes import run_program
+from repository import REPOSITORY
+from tiny_work import BEFORE_TRAINING
+from tracked_results import losses_of
 
 from dskd.artifacts import kinds
 from dskd.config import LossConfig
@@ -146,7 +150,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_the_cpu_in_float64(form, di
             indices[:, 0].clamp_(min=0)
         senses = {"sense_rows": sense_rows, **related, **named}
     else:
-        candidates = {"candidate_index": index(50, 5), "random_index": torch.arange(20)}
+        candidates = {"candidate_rows": index(50, 5), "random_rows": torch.arange(20)}
         senses = {"sense_rows": sense_rows, "positions": positions[:50], **candidates}
     loss = LossConfig(divergence=divergence, sense_form=form, hidden_weight=0.5)
     hidden = random(batch, length, hidden_size)

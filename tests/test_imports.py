@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Rank, fork_ranks
+from rank_processes import Rank, fork_ranks
 from tiny_models import save_model
 
 from dskd.artifacts.manifest import read_manifest, verify_files

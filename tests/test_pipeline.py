@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, launch_forked
+from repository import REPOSITORY
 from task_files import PLACES
 from tiny_models import ARCHITECTURES, save_model
+from tiny_work import launch_forked
 from transformers import AutoModelForCausalLM
 
 from dskd import pipeline
@@ -76,7 +77,7 @@ def test_benchmarks_that_the_config_names_are_asked_last_and_once(copy_of_tiny, 
         "tasks.choice_shots=1",
     ]
     config = load_config(path, overrides)
-    stage = pipeline.plan_stages(config, path, overrides)[-1]
+    stage = pipeline.plan_stages(config, path, overrides, lambda: find_teacher(config))[-1]
     assert stage.name == "tasks"
     assert not stage.is_current()
     stage.build()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 DOCUMENTS = [file for folder in (".", "docs", "cluster/*") for file in sorted(REPOSITORY.glob(f"{folder}/*.md"))]
 

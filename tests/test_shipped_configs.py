@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, finish, fork_ranks
+from rank_processes import finish, fork_ranks
+from repository import REPOSITORY
 from safetensors.torch import load_file
 from shipped_inputs import LAYERS_OF_LARGE, write_inputs
 from tiny_wordnet import write_wordnet

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import TINY, open_dataset, run_program, update_manifest
+from artifact_folders import open_dataset, update_manifest
 from plain_reading import run_apart
+from rank_processes import run_program
 from safetensors.torch import load_file
+from tiny_work import TINY
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -282,6 +284,12 @@ def test_every_artifact_says_what_it_was_made_from(work):
     for path in work.rglob("*"):
         assert path.suffix not in (".pkl", ".pickle", ".npy"), path
         assert ".partial" not in path.name, path
+
+
+def test_the_recipe_of_shards_holds_the_settings_that_it_always_held(work):
+    """Another key, or a lost one, would have every user's shards made again."""
+    kept = read_manifest(work / "shards/validation", "shards").config
+    assert kept == {"kappa": 2, "shard_size_mb": 64, "precision": "fp32"}
 
 
 @pytest.mark.parametrize(("name", "folder"), [("teacher", "teacher"), ("student", "student"), ("dskd", "export/dskd")])

@@ -1,9 +1,9 @@
 """Do senses help? Tunes and trains every arm of the study, five seeds each, and saves one line of results per training.
 
-An arm is a way to train: plain fine-tuning, KD, KD + hidden-state distance, KD + own senses, + synonyms, DSKD, DSKD
-with the paper's rule of antonyms, and arms that add to the tuned hidden-state distance. Each arm tries four values of
-its weight, which are compared on one part of the held-out text. The best value is trained on five other seeds and
-measured once, on the other part. Then one factor at a time is changed (teacher, kappa, steps, text, ...).
+An arm is a way to train: plain fine-tuning, KD, KD + hidden-state distance, KD + own senses, + synonyms, DSKD, and
+arms that add to the tuned hidden-state distance. Each arm tries four values of its weight, which are compared on one
+part of the held-out text. The best value is trained on five other seeds and measured once, on the other part. Then one
+factor at a time is changed (teacher, kappa, steps, text, ...).
 """
 
 import argparse

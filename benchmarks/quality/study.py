@@ -15,8 +15,6 @@ FACTOR_SEEDS = (0, 1, 2)
 TUNING_SEEDS = (100,)  # none of the test's, so that a weight that fits a seed's batches has no advantage there
 CHOSEN_BY = "perplexity"  # on the validation part; the lowest
 
-PAPERS_RULE = "papers-rule"  # the variant with shards of annotation.own_among_antonyms
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -28,7 +26,6 @@ class Arm:
     tuned: str  # the key that is tuned
     trials: tuple[float, ...]  # values to try; a single value is used without tuning
     on: str | None = None  # the arm whose keys and tuned value it also has
-    shards: str | None = None  # the variant whose shards it is trained on; None: those of the study itself
     beyond: tuple[float, ...] = ()  # values tried in addition, which cannot be chosen
 
     @property
@@ -82,16 +79,7 @@ ARMS = (
         _SENSES,
         "kd",
     ),
-    Arm("dskd", "KD + the whole sense loss; no own row among the antonyms'", _DSKD, "loss.sense_weight", _SENSES, "kd"),
-    Arm(
-        "dskd-papers-rule",
-        "the same with own rows among the antonyms', as in the published code",
-        _DSKD,
-        "loss.sense_weight",
-        _SENSES,
-        "kd",
-        PAPERS_RULE,
-    ),
+    Arm("dskd", "KD + the whole sense loss", _DSKD, "loss.sense_weight", _SENSES, "kd"),
     Arm("hidden-dskd", "kd-hidden + the whole sense loss", _DSKD, "loss.sense_weight", _SENSES, "kd-hidden"),
     Arm(
         "hidden-distribution",

@@ -57,7 +57,7 @@ def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterat
         keys = study.keys_of(arm, chosen)
         for value in (*(arm.trials if arm.is_tuned else ()), *arm.beyond) if "tune" in stages else ():
             for seed in study.TUNING_SEEDS:
-                yield Training("tune", arm, seed, value, arm.shards, keys | {arm.tuned: value})
+                yield Training("tune", arm, seed, value, None, keys | {arm.tuned: value})
         best = choose(results, arm)
         if best is not None:
             chosen[arm.name] = best
@@ -66,7 +66,7 @@ def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterat
         study.TEST_SEEDS if "test" in stages else ()
     ):  # seed by seed, so that an early end leaves complete pairs
         for arm in ready:
-            yield _with_choice("test", arm, seed, arm.shards, chosen)
+            yield _with_choice("test", arm, seed, None, chosen)
     for factor in (None, *study.FACTORS) if "factor" in stages else ():
         for seed in study.FACTOR_SEEDS:
             for arm in ready:
@@ -157,8 +157,7 @@ class Runner:
         return result
 
     def _judge(self, training: Training, split: Split) -> Judge:
-        # The paper's rule changes N_i and therefore sense_alignment, so all arms are measured with our rule.
-        variant = None if training.variant == study.PAPERS_RULE else training.variant
+        variant = training.variant
         if (variant, split) not in self._judges:
             shared = work.load_variant(self._folder, variant, {"run": training.run}, self._base)
             judge = self._judges[variant, split] = Judge(shared, split, self._world)

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.quality.study import BASE, FACTORS, PAPERS_RULE, Factor
+from benchmarks.quality.study import BASE, FACTORS
 from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.config import Config
 from dskd.config.reading import load_config
@@ -16,12 +16,7 @@ from dskd.pipeline import LOCK, run_pipeline
 
 MAIN = "main"
 _PREPARATION_S = 7200
-_PAPERS = Factor(
-    PAPERS_RULE,
-    {"annotation.own_among_antonyms": True},
-    ("lexicon", "corpus", "teacher", "sequences", "student", "senses"),
-)
-VARIANTS = {factor.name: factor for factor in (_PAPERS, *FACTORS)}
+VARIANTS = {factor.name: factor for factor in FACTORS}
 
 
 def overrides_of(work: Path, variant: str | None, keys: Mapping[str, Any]) -> list[str]:

@@ -129,6 +129,9 @@ done
 ((JOB_COMPLETION_INDEX < DSKD_NODES)) ||
     refuse "DSKD_NODES: is $DSKD_NODES, but this is node $JOB_COMPLETION_INDEX (from 0); give it the job's completions"
 
+# MLflow shows these with the run (dskd/distributed/world.py).
+export DSKD_JOB_SCHEDULER=kubernetes DSKD_JOB_ID=$DSKD_JOB DSKD_JOB_POD=$HOSTNAME
+
 mkdir -p "$HOME" || refuse "HOME: cannot make $HOME; set it to a folder on a writable volume"
 trap stop TERM INT   # the first process of a container ignores what it has no handler for
 trap '' USR1         # inherited: launchers would die of it, while ranks have a handler of their own

@@ -24,6 +24,9 @@ mkdir -p "$notes"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 printf '%s\n' "${nodes[@]}" >"$notes/nodes"
 export DSKD_VENV DSKD_RANKS_PER_NODE DSKD_NOTES=$notes
+# MLflow shows these with the run (dskd/distributed/world.py).
+export DSKD_JOB_SCHEDULER=slurm DSKD_JOB_ID=$SLURM_JOB_ID DSKD_JOB_NAME=$SLURM_JOB_NAME
+export DSKD_JOB_RESTART=${SLURM_RESTART_COUNT:-}
 # The programs of launcher/ and the package that they import are of one version, this clone's, whatever an image has.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # This script sees all GPUs of its node (--exclusive), its steps only those that were asked for: node.sh counts them.

@@ -1,5 +1,6 @@
 """The kinds of artifacts: a single table of their folders, commands and format versions."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,5 +82,13 @@ def folder(config: Config) -> Path:
 
 
 def lock_path(config: Config, run: str) -> Path:
-    """Returns the path of the lock that a process holds while it trains a run."""
-    return config.path(CHECKPOINT.folder, f".{run}.lock")
+    """Returns the path of the lock that a process holds while it trains a run.
+
+    If the run's folder is a symbolic link, the lock is next to the real folder, where the processes of other work
+    directories find it too. It is in that folder if this user may not write next to it.
+    """
+    folder = config.path(CHECKPOINT.folder, run)
+    if not folder.is_symlink():
+        return folder.with_name(f".{run}.lock")
+    real = folder.resolve()
+    return real.with_name(f".{real.name}.lock") if os.access(real.parent, os.W_OK) else real / ".lock"

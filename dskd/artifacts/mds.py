@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.errors import UserError
 
 INDEX = "index.json"
@@ -91,6 +92,7 @@ def _unpacked(folder: Path, reader: Any) -> tuple[Path, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), but {INDEX} names it; fetch it again") from None
+    refuse_pointer_beginning(data, path)
     for algorithm, expected in (stored.hashes or {}).items():
         if get_hash(algorithm, data) != expected:
             raise UserError(f"{path}: the content is not what {INDEX} says: cut or changed; fetch or make it again")

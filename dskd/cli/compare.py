@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, run
+from dskd.cli.program import add_config_arguments, add_verb, run
 from dskd.config import TASKS, Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
@@ -36,15 +36,9 @@ One of them by itself: deepspeed launcher/train.py --config FILE 'seeds=[0, 1, 2
 """
 
 
-def add_compare_parser(verbs: argparse._SubParsersAction) -> None:
+def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parser of `compare`."""
-    parser = verbs.add_parser(
-        "compare",
-        help=HELP,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_verb(verbs, "compare", run_compare, text=HELP, description=DESCRIPTION, epilog=EPILOG)
     add_config_arguments(parser)
     parser.add_argument(
         "--experiment", action="append", default=[], metavar="NAME", help="of MLflow; default: tracking.experiment"
@@ -70,12 +64,12 @@ def add_compare_parser(verbs: argparse._SubParsersAction) -> None:
     )
 
 
-def run_comparison(given: argparse.Namespace) -> int:
+def run_compare(args: argparse.Namespace) -> int:
     """Runs `compare` and returns its exit code."""
-    return run(lambda: _compare_as_asked(load_config(given.config, given.overrides), given))
+    return run(lambda: _compare(load_config(args.config, args.overrides), args))
 
 
-def _compare_as_asked(config: Config, given: argparse.Namespace) -> None:
+def _compare(config: Config, args: argparse.Namespace) -> None:
     from dskd.compare.choosing import Selection
     from dskd.compare.comparison import make_comparison
     from dskd.compare.report import require_writable, write_report
@@ -83,18 +77,18 @@ def _compare_as_asked(config: Config, given: argparse.Namespace) -> None:
     from dskd.compare.text import summarize
 
     tags: dict[str, str] = {}
-    for key, value in given.tag:
+    for key, value in args.tag:
         if tags.setdefault(key, value) != value:
             raise UserError(f"--tag {key}={value}: also {key}={tags[key]} is asked for, and a run has one of them only")
-    if given.html is not None:
-        require_writable(given.html)
-    without = list(KINDS) if given.without_measures else given.without
-    selection = Selection(given.experiment, given.run, tags)
-    comparison = make_comparison(config, selection, baseline=given.baseline, without=without)
+    if args.html is not None:
+        require_writable(args.html)
+    without = list(KINDS) if args.without_measures else args.without
+    selection = Selection(args.experiment, args.run, tags)
+    comparison = make_comparison(config, selection, baseline=args.baseline, without=without)
     print(summarize(comparison))
-    if given.html is not None:
-        write_report(comparison, given.html)
-        print(f"Report: {given.html}")
+    if args.html is not None:
+        write_report(comparison, args.html)
+        print(f"Report: {args.html}")
 
 
 def _tag(text: str) -> tuple[str, str]:

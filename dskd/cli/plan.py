@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, run
+from dskd.cli.program import add_config_arguments, add_verb, run
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import say
@@ -36,11 +36,9 @@ examples:
 """
 
 
-def add_plan_parser(verbs: argparse._SubParsersAction) -> None:
+def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parser of `plan`."""
-    parser = verbs.add_parser(
-        "plan", help=HELP, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = add_verb(verbs, "plan", run_plan, text=HELP, description=DESCRIPTION, epilog=EPILOG)
     add_config_arguments(parser)
     machines = parser.add_argument_group("machines")
     machines.add_argument("--nodes", type=_count, required=True, metavar="N", help="how many")
@@ -102,28 +100,28 @@ def add_plan_parser(verbs: argparse._SubParsersAction) -> None:
     )
 
 
-def run_plan(given: argparse.Namespace) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     """Prints the plan or the reason why the job will not fit, and returns the exit code."""
-    return run(lambda: _plan(given))
+    return run(lambda: _plan(args))
 
 
-def _plan(given: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> int:
     from dskd.plan.changes import Change, smallest_change
     from dskd.plan.plan import RELATIONS, Plan, make_plan
     from dskd.plan.report import format_offload, format_plan, format_refusal
     from dskd.plan.shapes import find_architecture
 
-    config = load_config(given.config, given.overrides)
-    architecture = find_architecture(config, given.teacher_config)
-    cluster = _cluster(given, given.nodes)
-    relations = RELATIONS if given.relations is None else given.relations
+    config = load_config(args.config, args.overrides)
+    architecture = find_architecture(config, args.teacher_config)
+    cluster = _cluster(args, args.nodes)
+    relations = RELATIONS if args.relations is None else args.relations
 
     def plan_of(config: Config, cluster: Cluster) -> Plan:
-        return make_plan(config, cluster, architecture, samples=given.samples, relations=relations)
+        return make_plan(config, cluster, architecture, samples=args.samples, relations=relations)
 
     def replan(change: Change) -> Plan:
-        changed = load_config(given.config, [*given.overrides, *change.overrides])
-        return plan_of(changed, cluster if change.nodes is None else _cluster(given, change.nodes))
+        changed = load_config(args.config, [*args.overrides, *change.overrides])
+        return plan_of(changed, cluster if change.nodes is None else _cluster(args, change.nodes))
 
     plan = plan_of(config, cluster)
     print(format_plan(plan))
@@ -142,18 +140,18 @@ def _plan(given: argparse.Namespace) -> int:
     return UNFIT_EXIT_CODE
 
 
-def _cluster(given: argparse.Namespace, nodes: int) -> Cluster:
-    default = BANDWIDTH["cpu" if given.device == "cpu" else "one node" if nodes == 1 else "nodes"]
+def _cluster(args: argparse.Namespace, nodes: int) -> Cluster:
+    default = BANDWIDTH["cpu" if args.device == "cpu" else "one node" if nodes == 1 else "nodes"]
     return Cluster(
         nodes,
-        given.gpus_per_node,
-        round(given.gpu_memory * GB),
-        round(given.host_memory * GB),
-        given.device,
-        (given.bandwidth or default) * GB,
-        given.host_bandwidth * GB,
-        given.disk_bandwidth * GB,
-        (given.tflops or TFLOPS[given.device]) * 1e12,
+        args.gpus_per_node,
+        round(args.gpu_memory * GB),
+        round(args.host_memory * GB),
+        args.device,
+        (args.bandwidth or default) * GB,
+        args.host_bandwidth * GB,
+        args.disk_bandwidth * GB,
+        (args.tflops or TFLOPS[args.device]) * 1e12,
     )
 
 

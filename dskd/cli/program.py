@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,35 +46,66 @@ def build_parser(description: str | None, epilog: str = "") -> argparse.Argument
     return parser
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config FILE` and overrides."""
-    add_config_argument(parser)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES_HELP)
-
-
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config FILE`."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the experiment")
-
-
-def parse(parser: argparse.ArgumentParser, *options: str, may_be_empty: Sequence[str] = ()) -> argparse.Namespace:
-    """Parses the arguments, in any order. Overrides after an option that takes several names do not count as names.
+def add_verb(
+    verbs: argparse._SubParsersAction,
+    name: str,
+    run_verb: Callable[[argparse.Namespace], int],
+    *,
+    text: str,
+    epilog: str,
+    description: str | None = None,
+) -> argparse.ArgumentParser:
+    """Adds a verb of `dskd` and returns its parser.
 
     Args:
-        parser: made by :func:`build_parser`.
-        options: the options that take several names; names must not contain `=`.
-        may_be_empty: those of `options` that may come without a name (`nargs="*"`).
+        verbs: the parsers of all verbs.
+        name: the verb.
+        run_verb: runs it with the parsed arguments and returns the exit code.
+        text: its line in the list of verbs.
+        epilog: its examples.
+        description: the text above its arguments, by default `text`.
     """
-    given = parser.parse_intermixed_args()
-    for option in options:
-        words = getattr(given, option)
+    parser = verbs.add_parser(
+        name,
+        help=text,
+        description=description or f"{text[0].upper()}{text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run_verb=run_verb)
+    return parser
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    is_required: bool = True,
+    metavar: str = "section.key=value",
+    text: str = _OVERRIDES_HELP,
+) -> None:
+    """Adds `--config FILE` and the overrides, called `metavar` and explained by `text` in the help."""
+    parser.add_argument("--config", type=Path, required=is_required, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help=text)
+
+
+def parse(parser: argparse.ArgumentParser, *lists: str) -> argparse.Namespace:
+    """Parses the command line, on which overrides may be anywhere, even after an option that takes several names.
+
+    Args:
+        parser: the parser of the program.
+        lists: its options that take several names. What contains `=` after them is an override.
+    """
+    args, rest = parser.parse_known_args()  # argparse takes only the first group of overrides if the line has several
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if hasattr(args, "overrides"):
+        args.overrides += rest
+    for name in lists:
+        words = getattr(args, name)
         if words is not None:
-            names = [word for word in words if "=" not in word]
-            if not names and option not in may_be_empty:
-                parser.error(f"argument --{option}: expected at least one name, found {' '.join(words)}")
-            setattr(given, option, names)
-            given.overrides += [word for word in words if "=" in word]
-    return given
+            args.overrides += [word for word in words if "=" in word]
+            setattr(args, name, [word for word in words if "=" not in word])
+    return args
 
 
 def run(action: Callable[[], int | None]) -> int:
@@ -149,7 +180,7 @@ def _rank_0_spoke(end: StopRequest) -> bool:
     return True
 
 
-def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
+def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
     """Reads the config, joins the ranks, calls `action` with both, and exits; handles errors like :func:`run`."""
     from dskd.distributed.peers import meet_peers  # imported here so that --help does not wait for torch
     from dskd.distributed.rendezvous import initialize, shutdown
@@ -158,7 +189,7 @@ def run_on_ranks(given: argparse.Namespace, action: Callable[[Config, World], ob
 
     def joined() -> None:
         try:
-            config = load_config(given.config, given.overrides)
+            config = load_config(args.config, args.overrides)
         except UserError as error:
             raise UserError(str(error), known_to_all_ranks=True) from None
         listen()  # the launcher also ends its ranks with TERM, and the tracked run must then be marked as ended

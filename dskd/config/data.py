@@ -183,11 +183,6 @@ class AnnotationConfig(Section):
     memory_budget: float = Field(
         4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; others are read"
     )
-    own_among_antonyms: bool = Field(
-        False,
-        description="let the own rows of a target that has antonyms compete for N_i too, as in the paper's published "
-        "code: a row can then be pulled and pushed at once",
-    )
     teacher_top_n: int = Field(
         0,
         ge=0,

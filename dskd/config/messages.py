@@ -21,6 +21,12 @@ _EXPECTED = {
     "string_type": "text",
 }
 
+# What to do about a key that existed in an earlier version.
+_REMOVED = {
+    "annotation.own_among_antonyms": "this key was removed: students trained with it and without it were equal, and "
+    "own rows now never compete for N_i; delete it from the configuration",
+}
+
 
 def describe() -> str:
     """Returns a text with the default and meaning of every key of a configuration, section by section."""
@@ -65,7 +71,7 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
             keys.append(part)
         key = ".".join(keys)
         if error["type"] == "extra_forbidden":
-            message = f"unknown key{_suggestion(location)}"
+            message = _REMOVED.get(key) or f"unknown key{_suggestion(location)}"
         elif error["type"] == "missing":
             message = "is missing and has no default"
         elif error["type"] == "value_error":

@@ -1,14 +1,13 @@
 """The rank and device of this process, the number of ranks, and the launcher's environment variables."""
 
 import os
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-# What a launcher says of a process: DeepSpeed's says LOCAL_SIZE, torchrun's LOCAL_WORLD_SIZE.
+# The variables in which a launcher describes a process: DeepSpeed sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -46,18 +45,12 @@ def is_main_process() -> bool:
 
 
 def launcher_job() -> dict[str, str]:
-    """Returns the scheduler's job of this process: `scheduler`, `id` and further facts; {} if there is none."""
-    slurm = {"id": "JOB_ID", "name": "JOB_NAME", "array": "ARRAY_JOB_ID", "task": "ARRAY_TASK_ID"}
-    slurm["restart"] = "RESTART_COUNT"  # number of times the job was requeued
-    if "SLURM_JOB_ID" in os.environ:
-        found = {name: os.environ.get(f"SLURM_{variable}") for name, variable in slurm.items()}
-        return {"scheduler": "slurm"} | {name: text for name, text in found.items() if text}
-    # The manifests in cluster/kubernetes set DSKD_JOB to the Job's name. A pod's host name is the Job's name with an
-    # index.
-    if "KUBERNETES_SERVICE_HOST" in os.environ or "JOB_COMPLETION_INDEX" in os.environ:
-        pod = socket.gethostname()
-        return {"scheduler": "kubernetes", "id": os.environ.get("DSKD_JOB") or pod, "pod": pod}
-    return {}
+    """Returns the facts about the scheduler's job that the scripts of `cluster/` export; {} without them.
+
+    `scheduler` (`slurm` or `kubernetes`), `id`, `name`, `pod`, and `restart`, the number of times it was requeued.
+    """
+    facts = {name: os.environ.get(f"DSKD_JOB_{name.upper()}") for name in ("scheduler", "id", "name", "restart", "pod")}
+    return {name: text for name, text in facts.items() if text}
 
 
 def leave_launcher() -> None:

@@ -161,13 +161,13 @@ class HeldOutText:
             stop = min(start + self._batch_size, self.num_samples)
             samples = [self._dataset[index] for index in range(start, stop)]
             batch = shards.collate_tokens(samples)
-            synonyms = torch.stack([torch.tensor(sample["synonym_ids"]) for sample in samples])
-            antonyms = torch.stack([torch.tensor(sample["antonym_ids"]) for sample in samples])
+            synonyms = torch.stack([torch.tensor(sample[shards.SYNONYM_ROWS]) for sample in samples])
+            antonyms = torch.stack([torch.tensor(sample[shards.ANTONYM_ROWS]) for sample in samples])
             if number >= len(starts):
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["samples"] = torch.arange(start, stop)
             # The row among the target's own that the teacher's state is nearest to; -1 where it has none.
-            batch["nearest_sense"] = torch.stack([torch.tensor(sample["sense_ids"][:, 0]) for sample in samples])
+            batch["nearest_sense"] = torch.stack([torch.tensor(sample[shards.OWN_ROWS][:, 0]) for sample in samples])
             batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
             both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
             batch["aligned_positions"] = both.nonzero().squeeze(-1)

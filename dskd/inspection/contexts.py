@@ -18,6 +18,7 @@ from dskd.artifacts.mds import INDEX, read_samples
 from dskd.config import Config
 from dskd.console import progress
 from dskd.shards import load_manifest
+from dskd.shards.schema import OWN_ROWS, SYNONYM_ROWS
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 16, 8
 
@@ -73,7 +74,7 @@ def find_contexts(
         if all(len(places) >= wanted for places in found.values()):
             break
         read += 1
-        ids = sample["synonym_ids"] if of_synonyms else sample["sense_ids"][:, :1]
+        ids = sample[SYNONYM_ROWS] if of_synonyms else sample[OWN_ROWS][:, :1]
         for position, rank in np.argwhere((ids >= rows.start) & (ids < rows.stop)).tolist():
             places = found[int(ids[position, rank])]
             if len(places) < wanted:

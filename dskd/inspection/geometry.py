@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
-from dskd.senses.dictionary import SenseDictionary, load_dictionary, map_vectors
+from dskd.lexicon.relations import RELATIONS
+from dskd.senses.dictionary import SenseDictionary, load_dictionary
 
 OTHERS = 64  # up to this many unrelated words are compared with each head's synonyms and antonyms
 COMPARISONS = ("synonym nearer than antonym", "synonym nearer than another word", "antonym nearer than another word")
@@ -63,12 +64,8 @@ def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dic
         seed: the seed for drawing the other words, from the heads with relations.
     """
     # Heads with both relations, and all words whose means are needed; tokens without senses are left out.
-    entries = dictionary.entries
-    neighbours = [
-        _neighbours(dictionary, entries.synonym_offsets, entries.synonym_entries),
-        _neighbours(dictionary, entries.antonym_offsets, entries.antonym_entries),
-    ]
-    has_senses = dictionary.entry_offsets[: dictionary.vocab_size + 1].diff() > 0
+    neighbours = [_neighbours(dictionary, relation) for relation in RELATIONS]
+    has_senses = dictionary.senses_per_token > 0
     related = {token for of in neighbours for token in of} & set(has_senses.nonzero().flatten().tolist())
     heads = sorted(token for token in related if all(token in of for of in neighbours))
     words = sorted(related.union(*(of[head] for of in neighbours for head in heads)))
@@ -93,26 +90,24 @@ def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dic
     return {d: {name: _mean(values) for name, values in of.items()} for d, of in shares.items()}
 
 
-def _neighbours(dictionary: SenseDictionary, offsets: torch.Tensor, entries: torch.Tensor) -> dict[int, list[int]]:
+def _neighbours(dictionary: SenseDictionary, relation: str) -> dict[int, list[int]]:
     """Returns, for each head, its neighbours that are single tokens and have senses."""
-    heads = torch.arange(dictionary.vocab_size).repeat_interleave(offsets.diff())
-    found: dict[int, list[int]] = {}
-    sizes = dictionary.entry_offsets.diff()
-    kept = (entries < dictionary.vocab_size) & (sizes[entries.long()] > 0)
-    for head, entry in zip(heads[kept].tolist(), entries[kept].tolist(), strict=True):
-        found.setdefault(head, []).append(entry)
-    return found
+    neighbours = dictionary.entries.neighbours(relation)
+    entries = neighbours.values.long()
+    kept = (entries < dictionary.vocab_size) & (dictionary.senses_per_entry[entries] > 0)
+    by_head: dict[int, list[int]] = {}
+    for head, entry in zip(neighbours.owners[kept].tolist(), entries[kept].tolist(), strict=True):
+        by_head.setdefault(head, []).append(entry)
+    return by_head
 
 
 def _centroids(dictionary: SenseDictionary, tokens: list[int]) -> torch.Tensor:
     """Returns the mean [n, D] of each token's rows, weighted by the numbers of states they were made from."""
-    vectors = map_vectors(dictionary.path)
     centroids = torch.empty(len(tokens), dictionary.hidden_size)
     for number, token in enumerate(tokens):
-        start, stop = dictionary.entry_offsets[token : token + 2].tolist()
-        rows = torch.from_numpy(np.array(vectors[start:stop])).view(torch.bfloat16).float()
-        weights = dictionary.counts[start:stop].clamp(min=1).float()
-        centroids[number] = (weights @ rows) / weights.sum()
+        rows = dictionary.rows_of(token)
+        weights = dictionary.counts[rows.start : rows.stop].clamp(min=1).float()
+        centroids[number] = (weights @ dictionary.read(rows).float()) / weights.sum()
     return centroids
 
 

@@ -87,7 +87,7 @@ def compute_coverage(
     `pairs` is the number of pairs in the lexicon; None if a pair of words can be several pairs of tokens, because of
     surface forms.
     """
-    heads = {kind: getattr(entries, f"{kind}_offsets").diff() > 0 for kind in RELATIONS}
+    heads = {relation: entries.neighbours(relation).sizes > 0 for relation in RELATIONS}
     reasons = {why.replace("_", " "): count for why, count in facts.items() if why.startswith(_WHY_UNUSABLE)}
     usable = {relation: facts[f"{relation}_pairs"] for relation in RELATIONS}
     if pairs is not None and (alike := pairs - sum(reasons.values()) - sum(usable.values())):

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from dskd.console import progress
-from dskd.senses.dictionary import SenseDictionary, map_vectors
+from dskd.senses.dictionary import SenseDictionary
 
 _CHUNK_ELEMENTS = 16_000_000  # elements of vectors held at one time: 64 MB as float32
 _CHUNKS_WITHOUT_A_BAR = 8
@@ -19,11 +18,6 @@ class Neighbour:
 
     entry: int
     distance: float
-
-
-def read_rows(vectors: np.ndarray, rows: range) -> torch.Tensor:
-    """Reads rows [n, D] float32 from the memory map `vectors` [R, D]."""
-    return torch.from_numpy(np.array(vectors[rows.start : rows.stop])).view(torch.bfloat16).float()
 
 
 def nearest_entries(
@@ -40,9 +34,8 @@ def nearest_entries(
         without: an entry to leave out: the one that the rows belong to.
         chunk_elements: elements of vectors read at one time.
     """
-    entry_of_row = torch.arange(dictionary.entries.num_entries).repeat_interleave(dictionary.entry_offsets.diff())
-    vectors = map_vectors(dictionary.path)
-    queries = read_rows(vectors, rows)
+    entry_of_row = torch.arange(dictionary.entries.num_entries).repeat_interleave(dictionary.senses_per_entry)
+    queries = dictionary.read(rows).float()
     nearest = torch.full((len(rows), dictionary.entries.num_entries), torch.inf)
     step = max(1, chunk_elements // dictionary.hidden_size)
     blocks = range(0, dictionary.num_rows, step)
@@ -50,7 +43,7 @@ def nearest_entries(
     if len(blocks) > _CHUNKS_WITHOUT_A_BAR:
         starts = progress(blocks, total=len(blocks), label="nearest entries", unit="blocks of rows")
     for first in starts:
-        chunk = read_rows(vectors, range(first, min(first + step, dictionary.num_rows)))
+        chunk = dictionary.read(range(first, min(first + step, dictionary.num_rows))).float()
         # By default cdist may use a matrix product, which loses small distances to rounding.
         distances = torch.cdist(queries, chunk, compute_mode="donot_use_mm_for_euclid_dist")
         owners = entry_of_row[first : first + len(chunk)].expand(len(rows), -1)

@@ -12,11 +12,10 @@ from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
 from dskd.inspection.drawing import DrawnEntry, Picture
-from dskd.inspection.neighbours import read_rows
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.relations import RELATIONS
-from dskd.senses.dictionary import SenseDictionary, map_vectors, rows_of_entry
-from dskd.senses.entries import neighbours_of, tokenize_words
+from dskd.senses.dictionary import SenseDictionary
+from dskd.senses.entries import tokenize_words
 
 Method = Literal["pca", "tsne"]
 _MIN_POINTS = 3
@@ -75,9 +74,8 @@ def compose_picture(
     """
     words = tuple(dict.fromkeys(words))
     chosen = choose_entries(dictionary, tokens_of_words(dictionary, teacher, words), neighbours)
-    rows = [rows_of_entry(dictionary, entry) for entry, _, _ in chosen]
-    mapped = map_vectors(dictionary.path)
-    vectors = np.concatenate([read_rows(mapped, part).numpy() for part in rows])
+    rows = [dictionary.rows_of(entry) for entry, _, _ in chosen]
+    vectors = np.concatenate([dictionary.read(part).float().numpy() for part in rows])
     different = len(np.unique(vectors, axis=0))
     if different < _MIN_POINTS:
         raise UserError(
@@ -106,7 +104,7 @@ def tokens_of_words(dictionary: SenseDictionary, teacher: Teacher, words: Sequen
         if len(tokens) != 1:
             pieces = [readable(text) for text in token_texts(teacher.tokenizer, [[token] for token in tokens])]
             problems.append(f"{word}: the tokenizer makes {len(tokens)} tokens of it ({' | '.join(pieces)})")
-        elif not rows_of_entry(dictionary, tokens[0]):
+        elif not dictionary.rows_of(tokens[0]):
             problems.append(f"{word}: it has no senses, as none of the teacher's states belongs to it")
         else:
             found.append(tokens[0])
@@ -128,8 +126,8 @@ def choose_entries(dictionary: SenseDictionary, tokens: Sequence[int], neighbour
     for owner, token in enumerate(tokens):
         for relation in RELATIONS:
             states = {}
-            for entry in neighbours_of(dictionary.entries, token, relation):
-                rows = rows_of_entry(dictionary, entry)
+            for entry in dictionary.entries.neighbours(relation).of(token):
+                rows = dictionary.rows_of(entry)
                 if rows and entry not in taken:
                     states[entry] = int(dictionary.counts[rows.start : rows.stop].sum())
             most = sorted(states, key=lambda entry: (entry >= dictionary.vocab_size, -states[entry], entry))

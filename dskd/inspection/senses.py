@@ -3,9 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch.nn import functional as F
-
 from dskd.config import Config
 from dskd.console import table
 from dskd.corpus.sequences import load_sequences
@@ -47,8 +44,7 @@ def inspect_senses(config: Config) -> SensesReport:
     notes: list[str] = []
     shards = if_there(lambda: open_training_shards(config, manifest), "share of training targets", notes)
     frequent = if_there(lambda: _frequent_without_senses(config, dictionary), "frequent tokens without senses", notes)
-    states, senses = per_token(dictionary)
-    is_span = torch.arange(dictionary.entries.num_entries) >= dictionary.vocab_size
+    senses = dictionary.senses_per_token
     return SensesReport(
         dictionary.path,
         dictionary.vocab_size,
@@ -56,20 +52,13 @@ def inspect_senses(config: Config) -> SensesReport:
         dictionary.num_rows,
         int((senses > 0).sum()),
         len(dictionary.entries.span_tokens),
-        int(((dictionary.entry_offsets.diff() > 0) & is_span).sum()),
-        log2_histogram(states),
+        int((dictionary.senses_per_entry[dictionary.vocab_size :] > 0).sum()),
+        log2_histogram(dictionary.states_per_token),
         histogram(senses),
         None if shards is None else shards[1].facts["coverage"],
         frequent,
         notes,
     )
-
-
-def per_token(dictionary: SenseDictionary) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns each token's number of states that its senses were made from, and of senses, both [V] int64."""
-    offsets = dictionary.entry_offsets[: dictionary.vocab_size + 1]
-    before = F.pad(dictionary.counts.cumsum(0), (1, 0))
-    return before[offsets].diff(), offsets.diff()
 
 
 def plot_senses(config: Config, report: SensesReport) -> Path:
@@ -83,7 +72,7 @@ def _frequent_without_senses(config: Config, dictionary: SenseDictionary) -> tup
     teacher = open_teacher(config)
     sequences, _ = load_sequences(config, "train", tokenizer_digest(teacher.tokenizer))
     counts = sequences.frequencies(dictionary.vocab_size)
-    counts[dictionary.entry_offsets[: dictionary.vocab_size + 1].diff() > 0] = 0
+    counts[dictionary.senses_per_token > 0] = 0
     numbers, tokens = counts.sort(descending=True, stable=True)
     frequent = [
         (token, number) for token, number in zip(tokens[:_FREQUENT].tolist(), numbers.tolist(), strict=False) if number

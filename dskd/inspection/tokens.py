@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, tokenize_words, tokens_of_entry
+from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, tokenize_words
 
 _BEFORE = "the"
 
@@ -32,7 +32,7 @@ def readable(text: str) -> str:
 
 def entry_texts(entries: Entries, numbers: Sequence[int], tokenizer: Any) -> list[str]:
     """Returns entries of the sense dictionary, tokens and spans, as readable text."""
-    return [readable(text) for text in token_texts(tokenizer, [tokens_of_entry(entries, n) for n in numbers])]
+    return [readable(text) for text in token_texts(tokenizer, [entries.tokens_of(n) for n in numbers])]
 
 
 def whole_words(tokenizer: Any, vocab_size: int) -> dict[int, str]:

@@ -25,13 +25,11 @@ from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.negation import BASES_FILE
 from dskd.lexicon.relations import RELATIONS
-from dskd.senses.dictionary import SenseDictionary, rows_of_tokens
+from dskd.senses.dictionary import SenseDictionary
 from dskd.senses.entries import (
     MAX_SPAN_TOKENS,
     MIN_HEAD_LETTERS,
     Entries,
-    entry_of_tokens,
-    neighbours_of,
     tokenize_form,
     tokenize_words,
 )
@@ -108,7 +106,7 @@ def inspect_word(
         return WordReport(word, related, near, pieces, tokens, _head(word, tokens, None), notes=notes)
     dictionary = senses.dictionary
     _note_other_lexicon(config, senses, notes)
-    rows = rows_of_tokens(dictionary, tokens)
+    rows = dictionary.rows_of_tokens(tokens)
     if not related and not rows:
         raise UserError(_unknown(word, near, pieces) + _replaced(config, word))
     found, contexts_are = _senses(config, teacher, senses, tokens, rows, neighbours, contexts, scan, notes)
@@ -159,11 +157,11 @@ def _senses(
     if not rows:
         return (), ""
     dictionary, entries = senses.dictionary, senses.dictionary.entries
-    entry = entry_of_tokens(entries, tokens)
+    entry = entries.find(tokens)
     assert entry is not None
     relation_of = {}
     if len(tokens) == 1:
-        relation_of = {other: kind for kind in RELATIONS for other in neighbours_of(entries, tokens[0], kind)}
+        relation_of = {other: kind for kind in RELATIONS for other in entries.neighbours(kind).of(tokens[0])}
     nearest = nearest_entries(dictionary, rows, neighbours, without=entry) if neighbours else [[] for _ in rows]
     numbers = sorted({neighbour.entry for found in nearest for neighbour in found})
     names = dict(zip(numbers, entry_texts(entries, numbers, teacher.tokenizer), strict=True))
@@ -201,7 +199,7 @@ def _measured(related: RelatedWord, tokens: tuple[int, ...], dictionary: SenseDi
     """Returns the related word with its numbers of tokens and senses."""
     senses = None
     if dictionary is not None and 1 <= len(tokens) <= MAX_SPAN_TOKENS:
-        senses = len(rows_of_tokens(dictionary, tokens))
+        senses = len(dictionary.rows_of_tokens(tokens))
     return RelatedWord(related.relation, related.word, related.sources, len(tokens), senses)
 
 
@@ -213,7 +211,7 @@ def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
         return f"no usable head: it is shorter than {MIN_HEAD_LETTERS} letters"
     if entries is None:
         return "a head, if one of its relations can be expressed"
-    numbers = {kind: len(neighbours_of(entries, tokens[0], kind)) for kind in RELATIONS}
+    numbers = {kind: len(entries.neighbours(kind).of(tokens[0])) for kind in RELATIONS}
     if not any(numbers.values()):
         return "no usable head: the sense dictionary has no synonym and no antonym of it"
     counts = " and ".join(f"{number} {kind}{'s' * (number != 1)}" for kind, number in numbers.items())
@@ -227,7 +225,7 @@ def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int]
     found = []
     for form in senses.manifest.config.get("surface_forms", ()):
         for (token,) in tokenize_form([word], form, teacher.tokenizer, teacher.vocab_size).values():
-            if any(neighbours_of(senses.dictionary.entries, token, kind) for kind in RELATIONS):
+            if any(senses.dictionary.entries.neighbours(kind).of(token) for kind in RELATIONS):
                 found.append((form, token))
     return tuple(found)
 

@@ -34,10 +34,10 @@ def sense_loss(
     sense_rows: torch.Tensor,
     *,
     relation_positions: torch.Tensor,
-    synonym_index: torch.Tensor,
-    antonym_index: torch.Tensor,
+    synonym_rows: torch.Tensor,
+    antonym_rows: torch.Tensor,
     own_positions: torch.Tensor,
-    own_index: torch.Tensor,
+    own_rows: torch.Tensor,
     margin: float,
     antonym_weight: float,
     synonym_weight: float = 1.0,
@@ -53,10 +53,10 @@ def sense_loss(
         hidden: [N, D], the student's last hidden states.
         sense_rows: [R, D], rows of the sense dictionary.
         relation_positions: [n] distinct indices into `hidden`.
-        synonym_index: [n, K] indices into `sense_rows`, P_i, padded with -1.
-        antonym_index: [n, K] indices into `sense_rows`, N_i, padded with -1.
+        synonym_rows: [n, K] indices into `sense_rows`, P_i, padded with -1.
+        antonym_rows: [n, K] indices into `sense_rows`, N_i, padded with -1.
         own_positions: [m] distinct indices into `hidden`.
-        own_index: [m, K] indices into `sense_rows`, O_i, padded with -1.
+        own_rows: [m, K] indices into `sense_rows`, O_i, padded with -1.
         margin: m, in units of D.
         antonym_weight: w_n.
         synonym_weight: the weight of the pull to P_i; 1 in the paper.
@@ -65,11 +65,11 @@ def sense_loss(
     """
     # Relation positions have two sets of rows, first those that pull and then those that push. Own positions only have
     # rows that pull. Both kinds take the same path.
-    kappa = synonym_index.shape[-1]
+    kappa = synonym_rows.shape[-1]
     sums = hidden.new_zeros(5, dtype=at_least_float32(hidden[:0]).dtype)
     groups = (
-        (relation_positions, torch.cat([synonym_index, antonym_index], dim=-1), kappa),
-        (own_positions, own_index, own_index.shape[-1]),
+        (relation_positions, torch.cat([synonym_rows, antonym_rows], dim=-1), kappa),
+        (own_positions, own_rows, own_rows.shape[-1]),
     )
     for is_own, (positions, index, pulling) in enumerate(groups):
         for part in in_parts(len(positions), index.shape[-1] * hidden.shape[-1], hidden.device.type):

@@ -24,8 +24,8 @@ def sense_divergence(
     *,
     teacher_hidden: torch.Tensor,
     positions: torch.Tensor,
-    candidate_index: torch.Tensor,
-    random_index: torch.Tensor,
+    candidate_rows: torch.Tensor,
+    random_rows: torch.Tensor,
     temperature: float,
     distance: str,
     gradient: torch.Tensor | None = None,
@@ -42,21 +42,21 @@ def sense_divergence(
         sense_rows: [R, D], rows of the sense dictionary.
         teacher_hidden: [N, D], the teacher's last hidden states.
         positions: [n] distinct indices into the states.
-        candidate_index: [n, C] indices into `sense_rows`, padded with -1. Those of a position are distinct and not in
-            `random_index`, so that each candidate counts once.
-        random_index: [S] distinct indices into `sense_rows`, which are candidates at every position.
+        candidate_rows: [n, C] indices into `sense_rows`, padded with -1. Those of a position are distinct and not in
+            `random_rows`, so that each candidate counts once.
+        random_rows: [S] distinct indices into `sense_rows`, which are candidates at every position.
         temperature: in units of the distance.
         distance: "squared", |h - s|² / D; or "cosine", 1 - cos(h, s), which does not depend on lengths.
         gradient: [N, D]; the gradient of the total by `hidden`, times `scale`, is added to it in place.
         scale: the factor for the added gradient.
     """
-    dtype, width, own = at_least_float32(hidden[:0]).dtype, hidden.shape[-1], candidate_index.shape[-1]
+    dtype, width, own = at_least_float32(hidden[:0]).dtype, hidden.shape[-1], candidate_rows.shape[-1]
     sums = hidden.new_zeros(2, dtype=dtype)
-    shared = sense_rows[random_index].to(dtype)
+    shared = sense_rows[random_rows].to(dtype)
     parts = in_parts(len(positions), (own + 1) * width + len(shared), hidden.device.type)
     # Gather the candidates of a few positions at a time. Shared ones are not copied per position.
     for part in parts if len(sense_rows) else ():
-        at, named = positions[part], candidate_index[part]
+        at, named = positions[part], candidate_rows[part]
         exists = F.pad(named >= 0, (0, len(shared)), value=True)
         rows = sense_rows[named.clamp(min=0)].to(dtype)
         lengths = torch.cat([_length(rows), _length(shared).expand(len(at), -1)], dim=-1)

@@ -182,7 +182,7 @@ def compare_layers(whole: nn.Module, part: nn.Module, layers: Sequence[int]) -> 
         part: a model whose layer i should be the same as layer `layers[i]` of `whole`.
         layers: layer numbers in `whole`.
     """
-    theirs, ours = _layers_of(whole), _layers_of(part)
+    theirs, ours = layers_of(whole), layers_of(part)
     if len(ours) != len(layers):
         return [f"it has {len(ours)} layers, {len(layers)} were kept"]
     differences = []
@@ -196,7 +196,7 @@ def compare_layers(whole: nn.Module, part: nn.Module, layers: Sequence[int]) -> 
     return differences
 
 
-def _layers_of(model: nn.Module) -> list[nn.Module]:
+def layers_of(model: nn.Module) -> list[nn.Module]:
     """Returns the model's layers in order, found by the names of their parameters."""
     found: dict[int, nn.Module] = {}
     for name, _ in model.named_parameters():

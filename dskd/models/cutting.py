@@ -2,12 +2,15 @@
 
 Embeddings, final norm and head are copied too. Tensors are read one at a time and written in files of a few gigabytes,
 so cutting a student from a teacher of any size takes about as long as copying the files. The result is then checked
-against its architecture and, unless it is large, loaded with transformers.
+against its architecture and, unless it is large, loaded with transformers and compared with the teacher.
 """
 
 import math
 import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
@@ -19,6 +22,7 @@ from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import check_kinds, cut_config
 from dskd.models.folder import ModelFolder, find_teacher, load_tokenizer, tokenizer_digest
+from dskd.models.pruned_teacher import can_be_compared, compare_with_pruned_teacher
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
 
@@ -51,7 +55,7 @@ def build_student(config: Config) -> None:
             student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
             check_kinds(whole, empty_model(student), layers)
             size = cut(teacher.path, layers, building.folder)
-            check_student(student)
+            check_student(student, teacher, layers)
             building.facts.update(layers=layers, size_bytes=size)
         say(f"  the teacher's layers {', '.join(map(str, layers))}; {size / 1e6:,.1f} MB")
 
@@ -101,37 +105,53 @@ def copy_other_files(teacher: ModelFolder, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def check_student(student: ModelFolder) -> None:
-    """Checks that a cut student's tensors fit its architecture, and loads it with transformers if it is not large.
+def check_student(student: ModelFolder, teacher: ModelFolder, layers: list[int]) -> None:
+    """Checks that a cut student's tensors fit its architecture and, if it is not large, loads and runs it.
+
+    Args:
+        student: the cut student.
+        teacher: its teacher.
+        layers: the teacher's layers that the student keeps.
 
     Raises:
-        UserError: when tensors do not fit or the student cannot be loaded, with all problems found.
+        UserError: when tensors do not fit, the student cannot be loaded, or it computes something else than the teacher
+            without its other layers.
     """
     reader = TensorReader(student.path)
     check_stored_tensors(empty_model(student), reader, student)
-    if sum(math.prod(reader.shape(name)) for name in reader.names) > _LOADED_ELEMENTS:
+    if not can_be_compared(teacher):
+        say("  not run beside the teacher, which is large; its settings, shapes and tensors were compared")
+        if sum(math.prod(reader.shape(name)) for name in reader.names) <= _LOADED_ELEMENTS:
+            _load_as_anybody(student, "auto")
         return
-    if problems := _load_as_anybody(student):
-        raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))
+    compare_with_pruned_teacher(teacher, _load_as_anybody(student, torch.float32), layers)
 
 
-def _load_as_anybody(student: ModelFolder) -> list[str]:
+def _load_as_anybody(student: ModelFolder, dtype: torch.dtype | str) -> Any:
+    """Returns the student as transformers loads it.
+
+    Raises:
+        UserError: when it cannot be loaded, or not all of its tensors are there, with all problems found.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
-        _, found = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             student.path,
-            dtype="auto",
+            dtype=dtype,
             trust_remote_code=student.trust_remote_code,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError) as error:
-        return [f"transformers: {error}"]
-    return [
+        raise UserError(f"{student.path}: the cut student cannot be loaded; transformers: {error}") from error
+    problems = [
         *(f"there is no tensor {name}" for name in sorted(found["missing_keys"])),
         *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in found["mismatched_keys"]),
     ]
+    if problems:
+        raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))
+    return model
 
 
 def cut(teacher: Path, layers: list[int], target: Path) -> int:

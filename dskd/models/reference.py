@@ -1,13 +1,14 @@
 """Comparing a loaded model to transformers' own, before hours are spent on it.
 
 Rank 0 loads a small model a second time, with transformers, and runs it on the tokens of every rank. Of a large model
-it only loads some layers: the first, the last, and one of each other kind. They get the same input states as the same
-layers of the loaded model.
+it only loads some layers, one after the other: the first, the last, and one of each other kind. Each gets the same
+input states as the same layer of the loaded model.
 """
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dskd.models.weights import TensorReader
 # The largest accepted difference, relative to the norm of the states. In the same type on the same device, healthy
 # architectures differ hardly at all.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}
-_SMALL_BYTES = 2 * 2**30
+SMALL_BYTES = 2 * 2**30
 _TOKENS = 16
 _RANKS = 8  # the states of at most this many ranks are compared; every rank runs the model
 _KINDS = 6  # layers of at most this many further kinds are compared
@@ -34,7 +35,7 @@ _KINDS = 6  # layers of at most this many further kinds are compared
 
 @torch.no_grad()
 def compare_with_transformers(
-    engine: Any, decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, *, small: int = _SMALL_BYTES
+    engine: Any, decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, *, small: int = SMALL_BYTES
 ) -> None:
     """Refuses a model whose states or buffers differ from those that transformers computes for it.
 
@@ -71,24 +72,32 @@ def compare_with_transformers(
     for start in starts:
         with _watched(decoder, watched) as seen:
             engine(input_ids, *([numbers + start] if start else []))
-        found.append(torch.stack(seen))
+        found.append(torch.stack(seen.states))
     everyone = _gather(torch.stack(found), world)  # [ranks][starts, 2 * watched layers + 1, 1, T, D]
     compared = min(world.world_size, _RANKS)
 
     def compare() -> list[Any]:
-        reference = _whole(folder, dtype) if chosen is None else _some_layers(decoder, folder, dtype, chosen)
-        reference = reference.to(world.device).eval()
         worst, place, is_finite = 0.0, "the last hidden states", True
-        for rank in range(compared):
-            ids = (7 * numbers + 3 + 11 * rank) % config.vocab_size
-            for number, start in enumerate(starts):
-                positions = {"position_ids": numbers + start} if start else {}
-                theirs = _run_reference(type(decoder)(reference), ids, positions, everyone[rank][number], chosen or [])
-                for name, ours, expected in theirs:
-                    error = _difference(ours, expected)
-                    if not error <= worst:
-                        worst, place = error, f"{name} on rank {rank}, at positions from {start}"
-                        is_finite = bool(ours.isfinite().all() and expected.isfinite().all())
+        for layer in [None] if chosen is None else chosen:
+            if layer is None:
+                reference = load_whole(folder, dtype)
+            else:
+                reference = _one_layer(decoder, folder, dtype, layer, returns_tuple=seen.is_tuple)
+            reference = type(decoder)(reference.to(world.device).eval())
+            for rank in range(compared):
+                ids = (7 * numbers + 3 + 11 * rank) % config.vocab_size
+                for number, start in enumerate(starts):
+                    positions = {"position_ids": numbers + start} if start else {}
+                    states = everyone[rank][number]
+                    if chosen is None or layer is None:
+                        theirs = _run_whole(reference, ids, positions, states)
+                    else:
+                        theirs = _run_layer(reference, ids, positions, states, layer, chosen)
+                    for name, ours, expected in theirs:
+                        error = relative_difference(ours, expected)
+                        if not error <= worst:
+                            worst, place = error, f"{name} on rank {rank}, at positions from {start}"
+                            is_finite = bool(ours.isfinite().all() and expected.isfinite().all())
         return [worst, place, is_finite]
 
     worst, place, is_finite = on_main(compare)
@@ -115,7 +124,7 @@ def compare_with_transformers(
     )
 
 
-def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """Returns the norm of the difference, relative to the norm of `expected`.
 
     Elements that are finite in neither model are left out: they come from damaged weights, not from the architecture,
@@ -163,17 +172,26 @@ def _one_of_each_kind(layers: nn.ModuleList) -> list[int]:
     return sorted({0, *others, len(layers) - 1})
 
 
+@dataclass
+class _Seen:
+    """The states of a forward pass [1, T, D]: the input and output of each watched layer, and the last ones."""
+
+    states: list[torch.Tensor] = field(default_factory=list)
+    is_tuple: bool = False  # whether layers return a tuple of which the states are the first item
+
+
 @contextmanager
-def _watched(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
+def _watched(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[_Seen]:
     """Records the input and output of each layer, in the order in which they run, and then the last hidden states."""
-    seen: list[torch.Tensor] = []
+    seen = _Seen()
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
-        seen.append((output[0] if isinstance(output, tuple) else output).detach())
+        seen.is_tuple = isinstance(output, tuple)
+        seen.states.append((args[0] if args else kwargs["hidden_states"]).detach())
+        seen.states.append((output[0] if seen.is_tuple else output).detach())
 
     hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
-    hooks.append(decoder.register_forward_hook(lambda module, args, output: seen.append(output.detach())))
+    hooks.append(decoder.register_forward_hook(lambda module, args, output: seen.states.append(output.detach())))
     try:
         yield seen
     finally:
@@ -189,7 +207,7 @@ def _gather(states: torch.Tensor, world: World) -> list[torch.Tensor]:
     return parts
 
 
-def _whole(folder: ModelFolder, dtype: torch.dtype) -> Any:
+def load_whole(folder: ModelFolder, dtype: torch.dtype) -> Any:
     """Returns the base model as transformers loads it from the folder's tensors."""
     from transformers.utils import logging
 
@@ -209,18 +227,18 @@ def _whole(folder: ModelFolder, dtype: torch.dtype) -> Any:
     return base_model(causal_lm)
 
 
-def _some_layers(decoder: Any, folder: ModelFolder, dtype: torch.dtype, chosen: list[int]) -> Any:
-    """Returns the base model with weights in the chosen layers only; the other layers pass states through."""
+def _one_layer(decoder: Any, folder: ModelFolder, dtype: torch.dtype, chosen: int, *, returns_tuple: bool) -> Any:
+    """Returns the base model with weights in one layer only; the other layers pass states through."""
     causal_lm = empty_model(folder, dtype)
     base = base_model(causal_lm)
     reader = TensorReader(folder.path)
     names, prefix = StoredNames(causal_lm, reader), base_model_name(causal_lm)
     layers = type(decoder)(base).layers
-    # The other layers return their input, so that hooks on the chosen ones can replace it.
-    passed = {id(module) for number, layer in enumerate(layers) if number not in chosen for module in layer.modules()}
+    # The other layers return their input, so that a hook on the chosen one can replace it.
+    passed = {id(module) for number, layer in enumerate(layers) if number != chosen for module in layer.modules()}
     for number, layer in enumerate(layers):
-        if number not in chosen:
-            layer.forward = _pass_through
+        if number != chosen:
+            layer.forward = _pass_through_in_tuple if returns_tuple else _pass_through
     # Fill every parameter and stored buffer outside of the other layers, and drop theirs; computed buffers stay.
     for path, module in base.named_modules():
         for name in [*module._parameters, *module._buffers]:
@@ -242,30 +260,47 @@ def _pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any
     return hidden_states
 
 
-def _run_reference(
-    decoder: Any, input_ids: torch.Tensor, positions: dict[str, Any], states: torch.Tensor, chosen: list[int]
-) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Runs the reference on the same tokens and layer inputs, and returns what to compare as (name, ours, expected).
+def _pass_through_in_tuple(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return (hidden_states,)
+
+
+_Compared = list[tuple[str, torch.Tensor, torch.Tensor]]  # name, ours, expected
+
+
+def _run_whole(decoder: Any, input_ids: torch.Tensor, positions: dict[str, Any], states: torch.Tensor) -> _Compared:
+    """Runs the whole reference on the same tokens, and returns what to compare.
+
+    `states` [1, 1, T, D] has the last states as the loaded model computed them.
+    """
+    with torch.no_grad():
+        return [("the last hidden states", states[-1], decoder(input_ids, **positions))]
+
+
+def _run_layer(
+    decoder: Any,
+    input_ids: torch.Tensor,
+    positions: dict[str, Any],
+    states: torch.Tensor,
+    layer: int,
+    chosen: list[int],
+) -> _Compared:
+    """Runs a reference with one layer on the same tokens and layer input, and returns what to compare.
 
     `states` has the inputs and outputs of the chosen layers, and the last states, as the loaded model computed them.
     """
-    layers = [decoder.layers[layer] for layer in chosen]
-    hooks = []
-    for number, layer in enumerate(layers):
-        given = states[2 * number]
+    place = 2 * chosen.index(layer)
+    module = decoder.layers[layer]
 
-        def replace(module: nn.Module, args: Any, kwargs: Any, given: torch.Tensor = given) -> Any:
-            return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
+    def replace(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return ((states[place], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states[place]})
 
-        hooks.append(layer.register_forward_pre_hook(replace, with_kwargs=True))
+    hook = module.register_forward_pre_hook(replace, with_kwargs=True)
     try:
-        with torch.no_grad(), _watched(decoder, layers) as expected:
+        with torch.no_grad(), _watched(decoder, [module]) as expected:
             decoder(input_ids, **positions)
     finally:
-        for hook in hooks:
-            hook.remove()
-    compared = [
-        (f"what layer {layer} computes", states[2 * number + 1], expected[2 * number + 1])
-        for number, layer in enumerate(chosen)
-    ]
-    return [*compared, ("the last hidden states", states[-1], expected[-1])]
+        hook.remove()
+    compared = [(f"what layer {layer} computes", states[place + 1], expected.states[1])]
+    if layer == chosen[-1]:  # the last of all layers
+        compared.append(("the last hidden states", states[-1], expected.states[-1]))
+    return compared

@@ -161,8 +161,8 @@ def _brought(batch: Batch, vocab_size: int, hidden_size: int) -> dict[str, Any]:
         place = torch.zeros(positions, dtype=torch.int64)
         brought["senses"] = {
             "sense_rows": torch.empty(max(1, batch.sense_rows), hidden_size, dtype=torch.bfloat16),
-            **{"relation_positions": place, "synonym_index": index, "antonym_index": index},
-            **{"own_positions": place, "own_index": index},
+            **{"relation_positions": place, "synonym_rows": index, "antonym_rows": index},
+            **{"own_positions": place, "own_rows": index},
         }
     if batch.teacher_top_n:
         brought["teacher_cache"] = {

@@ -1,6 +1,7 @@
 """The sense dictionary (docs/method.md, section 2): tokens and spans to sense embeddings.
 
 entries     the tokens and spans of the dictionary, and each token's synonyms and antonyms
+csr         lists of different lengths in one tensor, such as the rows of each entry
 states      the teacher's states for a batch, checked to be finite
 gather      runs the teacher and sends each state to the rank that owns its token
 reservoir   a random sample of each token's states, in bounded memory

@@ -4,22 +4,22 @@ A part holds the senses of the tokens that a rank owns: `tokens` [m] and `sizes`
 `vectors` [R, D] bf16. Parts and dictionary can be larger than memory, so both are written and read through memory maps.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from dskd.artifacts.building import Building
 from dskd.artifacts.tensor_file import create_tensors, map_tensor
-from dskd.config import Config
 from dskd.console import progress_bar, say
 from dskd.errors import UserError
-from dskd.senses.cluster import TokenSenses, ranges
+from dskd.lexicon.relations import RELATIONS
+from dskd.senses.cluster import TokenSenses
+from dskd.senses.csr import offsets_of, ranges
 from dskd.senses.dictionary import FILE, tensor_types
-from dskd.senses.entries import Entries, load_entries
+from dskd.senses.entries import Entries
 from dskd.senses.spans import compose_spans, span_sizes
 
 _CHUNK_BYTES = 64 * 2**20  # size of the vectors copied at once
@@ -53,25 +53,26 @@ def write_part(
     assert token == len(tokens)
 
 
-def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_size: int, tokenizer: Any) -> None:
+def assemble(
+    building: Building, parts: Sequence[Path], entries: Entries, entry_counts: Mapping[str, int], *, k: int
+) -> None:
     """Joins the parts in the order of tokens, adds the spans, deletes the parts, and records and prints the counts.
 
-    The counts go to `building.facts`.
+    The counts go to `building.facts`, and so do `entry_counts`, the counts made with the entries.
 
     Raises:
-        UserError: when no token has a sense, or the tokenizer knows no pair of the lexicon.
+        UserError: when no token has a sense.
     """
     # The number of senses of each token, from all parts, fixes where its rows go in the whole file.
     maps = [{name: map_tensor(path, name, kind) for name, kind in _PART_TYPES} for path in parts]
-    token_sizes = torch.zeros(vocab_size, dtype=torch.int64)
+    token_sizes = torch.zeros(entries.vocab_size, dtype=torch.int64)
     for part in maps:
         token_sizes[torch.from_numpy(np.array(part["tokens"]))] = torch.from_numpy(np.array(part["sizes"]))
     if not token_sizes.any():
         raise UserError("the teacher's states belong to no token at all: the training sequences have no target")
-    token_offsets = F.pad(token_sizes.cumsum(0), (1, 0))
+    token_offsets = offsets_of(token_sizes)
     # The spans' rows follow those of all tokens.
-    entries, facts = load_entries(config, tokenizer, vocab_size)
-    sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, config.senses.k)
+    sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, k)
     entry_offsets = torch.cat([token_offsets, token_offsets[-1] + sizes_of_spans.cumsum(0)])
 
     hidden_size = maps[0]["vectors"].shape[1]
@@ -99,7 +100,7 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
         def read_rows(rows: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(whole["vectors"][rows.numpy()]).view(torch.bfloat16).float()
 
-        for vectors, behind in compose_spans(entries.span_tokens, read_rows, counts, token_offsets, config.senses.k):
+        for vectors, behind in compose_spans(entries.span_tokens, read_rows, counts, token_offsets, k):
             stop = first + len(vectors)
             whole["vectors"][first:stop], whole["counts"][first:stop] = _bits(vectors), behind.numpy()
             bar.update(stop - first)
@@ -111,10 +112,10 @@ def assemble(config: Config, building: Building, parts: Sequence[Path], vocab_si
         tokens_with_senses=int((token_sizes > 0).sum()),
         spans_with_senses=int((sizes_of_spans > 0).sum()),
         states=int(counts[: int(token_offsets[-1])].sum()),
-        **facts,
+        **entry_counts,
         **_relations_with_senses(entries, entry_offsets),
     )
-    _report(building.facts, vocab_size)
+    _report(building.facts, entries.vocab_size)
 
 
 _PART_TYPES = (("tokens", "I64"), ("sizes", "I64"), ("counts", "I64"), ("vectors", "BF16"))
@@ -129,10 +130,10 @@ def _relations_with_senses(entries: Entries, entry_offsets: torch.Tensor) -> dic
     """Counts, for each relation, the pairs with senses on both sides; only these can act in training."""
     has_rows = entry_offsets.diff() > 0
     facts = {}
-    for relation in ("synonym", "antonym"):
-        offsets, tails = getattr(entries, f"{relation}_offsets"), getattr(entries, f"{relation}_entries")
-        heads = torch.arange(entries.vocab_size).repeat_interleave(offsets.diff())
-        facts[f"{relation}_pairs_with_senses"] = int((has_rows[heads] & has_rows[tails.long()]).sum())
+    for relation in RELATIONS:
+        neighbours = entries.neighbours(relation)
+        usable = has_rows[neighbours.owners] & has_rows[neighbours.values.long()]
+        facts[f"{relation}_pairs_with_senses"] = int(usable.sum())
     return facts
 
 
@@ -141,7 +142,7 @@ def _report(facts: dict[str, Any], vocab_size: int) -> None:
         f"  {facts['rows']:,} sense embeddings from {facts['states']:,} states: {facts['tokens_with_senses']:,} of "
         f"{vocab_size:,} tokens and {facts['spans_with_senses']:,} of {facts['spans']:,} spans have senses"
     )
-    for name in ("synonym", "antonym"):
+    for name in RELATIONS:
         usable, all_pairs = facts[f"{name}_pairs_with_senses"], facts[f"{name}_pairs"]
         heads = facts[f"tokens_with_{name}s"]
         say(f"  {all_pairs:,} {name} pairs of {heads:,} tokens, {usable:,} of them with senses on both sides")

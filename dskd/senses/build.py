@@ -4,14 +4,14 @@ The sampled states are kept in a separate folder until the dictionary is complet
 them. With `senses.keep_states`, so does a later build with other cluster settings.
 """
 
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building, remove_partial
-from dskd.artifacts.manifest import Recipe, is_current, read_manifest
+from dskd.artifacts.files import remove_tree
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.corpus.sequences import Sequences, load_sequences
@@ -21,30 +21,63 @@ from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.precision import resolve_precision
 from dskd.senses.assemble import assemble, write_part
-from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
+from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
 from dskd.senses.dictionary import FILE, load_fitting_dictionary
-from dskd.senses.entries import load_entries
+from dskd.senses.entries import Entries, load_entries
 from dskd.senses.gather import Progress, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
 
-# Settings of `senses` that do not affect which states are sampled.
-_CLUSTERING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")
+# Settings of `senses` that affect the dictionary but not which states are sampled.
+_NOT_SAMPLING = (*CLUSTER_SETTINGS, "surface_forms")
 STATES = "states"  # never published: its folder stays a partial one
 # Settings of `senses` that affect neither the sample nor the dictionary.
 _NOT_IN_RECIPE = ("path", "batch_size", "memory_budget", "save_minutes", "keep_states")
 
 
-def recipe(config: Config, teacher: ModelFolder) -> Recipe:
-    """Returns the recipe of the dictionary: every input and setting that affects its content."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a dictionary is built from, checked to fit together."""
+
+    teacher: ModelFolder
+    lexicon: Manifest
+    sequences: Sequences
+    text: Manifest  # of the sequences
+
+
+def open_inputs(config: Config, teacher: ModelFolder) -> Inputs:
+    """Opens what a dictionary is built from.
+
+    Raises:
+        UserError: when lexicon or sequences are missing, or the sequences were tokenized with another tokenizer.
+    """
     lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
-    sampled = _sampling(config, teacher)
+    return Inputs(teacher, lexicon, *load_sequences(config, "train", teacher.tokenizer_digest))
+
+
+def recipe(config: Config, inputs: Inputs) -> Recipe:
+    """Returns the recipe of the dictionary: every input and setting that affects its content."""
+    states = states_recipe(config, inputs)
     settings = {key: value for key, value in config.senses.as_dict().items() if key not in _NOT_IN_RECIPE}
     return Recipe(
         "senses",
-        {"lexicon": lexicon.digest, **sampled.inputs},
-        {**sampled.config, **settings},
-        teacher=sampled.teacher,
-        tokenizer=sampled.tokenizer,
+        {"lexicon": inputs.lexicon.digest, **states.inputs},
+        {**states.config, **settings},
+        teacher=states.teacher,
+        tokenizer=states.tokenizer,
+    )
+
+
+def states_recipe(config: Config, inputs: Inputs) -> Recipe:
+    """Returns the recipe of the sampled states: every input and setting that affects which states are sampled."""
+    settings = config.senses.as_dict()
+    for key in (*_NOT_SAMPLING, *_NOT_IN_RECIPE):
+        del settings[key]
+    return Recipe(
+        "states",
+        {"sequences": inputs.text.digest},
+        settings | {"seed": config.seed, "precision": resolve_precision(config.precision)},
+        teacher=inputs.teacher.digest,
+        tokenizer=inputs.teacher.tokenizer_digest,
     )
 
 
@@ -53,54 +86,35 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
 
     Leaves a dictionary that is up to date unchanged, unless `force` is set; `force` also gathers the states again.
     """
+    teacher = main_first(lambda: find_teacher(config))
     if config.senses.path is not None:
-        main_first(lambda: load_fitting_dictionary(config, find_teacher(config)))
-        say(f"senses.path: {config.senses.path} is used, nothing is built")
+        main_first(lambda: load_fitting_dictionary(config, teacher))
+        say(f"senses.path is set: using {config.senses.path}, building nothing")
         return
+    inputs = main_first(lambda: open_inputs(config, teacher))
     target = config.path(kinds.SENSES.folder)
-    source = main_first(lambda: find_teacher(config))
-    wanted = main_first(lambda: recipe(config, source))
-    if not force and on_main(lambda: is_current(target, wanted)):
+    building = Building(target, recipe(config, inputs))
+    if not force and on_main(lambda: is_current(target, building.recipe)):
         say(f"up to date: {target}")
         if not config.senses.keep_states:
             on_main(lambda: remove_partial(config.path(STATES)))
         return
     sources = [config.path(name) for name in ("lexicon", "sequences")]
     with stage("senses: teacher states to sense embeddings", reads=sources, writes=target / FILE):
-        sequences, _ = load_sequences(config, "train", source.tokenizer_digest)
-        vocab_size = source.load_config().vocab_size
-        # Check this before gathering, which takes hours: the lexicon may be in another language than the tokenizer's.
-        on_main(lambda: _check_lexicon(config, source, vocab_size))
-        building = Building(target, wanted)
-        states = Building(config.path(STATES), main_first(lambda: _sampling(config, source)))
+        # Rank 0 builds the entries before gathering, which takes hours: the lexicon may be in another language than the
+        # tokenizer's. Only rank 0 needs them.
+        entries: list[tuple[Entries, dict[str, int]]] = []
+        vocab_size = teacher.load_config().vocab_size
+        on_main(lambda: entries.append(load_entries(config, teacher.load_tokenizer(), vocab_size)))
+        states = Building(config.path(STATES), states_recipe(config, inputs))
         on_main(lambda: _prepare(building, states, force=force))
-        runs = _sample(config, source, sequences, states.folder, world)
+        runs = _sample(config, inputs, states.folder, world)
 
-        part = building.folder / f"part-{world.rank}.safetensors"
-        _cluster_own(config, runs, part, world)
+        _cluster_own_tokens(config, runs, building.folder / f"part-{world.rank}.safetensors", world)
         barrier()
         parts = [building.folder / f"part-{rank}.safetensors" for rank in range(world.world_size)]
-        on_main(lambda: assemble(config, building, parts, vocab_size, source.load_tokenizer()))
+        on_main(lambda: assemble(building, parts, *entries[0], k=config.senses.k))
         on_main(lambda: _finish(building, states, keep_states=config.senses.keep_states))
-
-
-def _check_lexicon(config: Config, source: ModelFolder, vocab_size: int) -> None:
-    load_entries(config, source.load_tokenizer(), vocab_size)
-
-
-def _sampling(config: Config, teacher: ModelFolder) -> Recipe:
-    """Returns the recipe of the sampled states: every input and setting that affects which states are sampled."""
-    _, sequences = load_sequences(config, "train", teacher.tokenizer_digest)
-    settings = config.senses.as_dict()
-    for key in (*_CLUSTERING, *_NOT_IN_RECIPE):
-        del settings[key]
-    return Recipe(
-        "states",
-        {"sequences": sequences.digest},
-        settings | {"seed": config.seed, "precision": resolve_precision(config.precision)},
-        teacher=teacher.digest,
-        tokenizer=teacher.tokenizer_digest,
-    )
 
 
 def _prepare(building: Building, states: Building, *, force: bool) -> None:
@@ -113,26 +127,26 @@ def _prepare(building: Building, states: Building, *, force: bool) -> None:
 def _finish(building: Building, states: Building, *, keep_states: bool) -> None:
     building.publish()
     if not keep_states:
-        shutil.rmtree(states.folder)
+        remove_tree(states.folder)
     states.release()
 
 
-def _sample(config: Config, source: ModelFolder, sequences: Sequences, folder: Path, world: World) -> list[Path]:
+def _sample(config: Config, inputs: Inputs, folder: Path, world: World) -> list[Path]:
     """Returns the runs that hold the sample, and gathers them first if they are incomplete.
 
     Loads the teacher only when it has to gather.
     """
     progress = Progress(**on_main(lambda: asdict(read_progress(folder))))
-    if progress.sequences_done == len(sequences):
+    if progress.sequences_done == len(inputs.sequences):
         say(f"  uses the states in {folder}")
         return [folder / run for run in progress.runs]
-    teacher = load_frozen(source, config, world, with_head=config.senses.key == "predicted")
-    runs = gather_states(teacher, sequences, config.senses, config.seed, world, folder)
+    teacher = load_frozen(inputs.teacher, config, world, with_head=config.senses.key == "predicted")
+    runs = gather_states(teacher, inputs.sequences, config.senses, config.seed, world, folder)
     teacher.close()
     return runs
 
 
-def _cluster_own(config: Config, runs: list[Path], path: Path, world: World) -> None:
+def _cluster_own_tokens(config: Config, runs: list[Path], path: Path, world: World) -> None:
     """Clusters the states of the tokens that this rank owns, and writes its part of the dictionary to `path`."""
     settings = config.senses
     sampled = SampledStates(runs, settings.max_states, share=(world.rank, world.world_size))

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from dskd.config import SensesConfig
 from dskd.random_numbers import derived_seed
+from dskd.senses.csr import offsets_of, padded_ranges, ranges, sums_of_lists
 from dskd.senses.kmeans import groups, kmeans
 from dskd.senses.reservoir import TokenStates
+
+CLUSTER_SETTINGS = ("k", "states_per_sense", "restarts", "max_iterations")  # the keys of `senses` that clustering reads
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def cluster(
     if weights is None:
         weights = torch.ones(len(states.states), dtype=torch.int64)
     numbers = states.offsets.diff()
-    sizes = torch.minimum(senses_per_token(_sum_by_token(weights, states.offsets), settings), numbers)
-    offsets = F.pad(sizes.cumsum(0), (1, 0))
+    sizes = torch.minimum(senses_per_token(sums_of_lists(weights, states.offsets), settings), numbers)
+    offsets = offsets_of(sizes)
     vectors = torch.empty(int(offsets[-1]), states.states.shape[1], dtype=torch.bfloat16)
     counts = torch.empty(int(offsets[-1]), dtype=torch.int64)
 
@@ -69,9 +71,7 @@ def cluster(
     cluster_seed = derived_seed(seed, "senses", "kmeans")
     for indices, width, k in groups(numbers[many], sizes[many], states.states.shape[1], device):
         chosen = many[indices]
-        rows = states.offsets[chosen].unsqueeze(-1) + torch.arange(width)
-        exists = rows < states.offsets[chosen + 1].unsqueeze(-1)
-        rows = torch.where(exists, rows, 0)
+        rows, exists = padded_ranges(states.offsets[chosen], numbers[chosen], width)
         found = kmeans(
             states.states[rows].to(device),
             torch.where(exists, weights[rows], 0).to(device),
@@ -87,16 +87,6 @@ def cluster(
     # A token with fewer distinct states than clusters has empty clusters: drop them.
     used = counts > 0
     if not used.all():
-        sizes = _sum_by_token(used.long(), offsets)
+        sizes = sums_of_lists(used.long(), offsets)
         vectors, counts = vectors[used], counts[used]
     return TokenSenses(states.tokens, sizes, vectors, counts)
-
-
-def ranges(starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Returns the integers starts[j] … starts[j] + sizes[j] - 1 for every j, concatenated."""
-    before = sizes.cumsum(0) - sizes
-    return torch.arange(int(sizes.sum())) + (starts - before).repeat_interleave(sizes)
-
-
-def _sum_by_token(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return F.pad(values.cumsum(0), (1, 0))[offsets].diff()

@@ -3,6 +3,7 @@
 docs/formats.md describes the tensors. R rows, D hidden, V vocabulary, E entries (V tokens, then spans).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder
 from dskd.models.weights import open_safetensors
-from dskd.senses.entries import Entries, entry_of_tokens
+from dskd.senses.csr import sums_of_lists
+from dskd.senses.entries import Entries
 
 FILE = "senses.safetensors"
 _INDEX_TENSORS = (
@@ -41,7 +43,7 @@ class SenseDictionary:
     vocab_size: int
     hidden_size: int
     counts: torch.Tensor  # [R] int64, number of states that each row represents
-    entry_offsets: torch.Tensor  # [E+1] int64; the rows of entry e are entry_offsets[e]:entry_offsets[e+1]
+    entry_offsets: torch.Tensor  # [E+1] int64; rows_of(e) is entry_offsets[e]:entry_offsets[e+1]
     entries: Entries
 
     @property
@@ -50,8 +52,41 @@ class SenseDictionary:
         return len(self.counts)
 
     def vectors(self) -> torch.Tensor:
-        """Loads all vectors [R, D] bf16 into memory, for the annotation, which reads every row many times."""
+        """Loads all vectors [R, D] bf16 into memory."""
         return open_safetensors(self.path).get_tensor("vectors")
+
+    @functools.cached_property
+    def mapped(self) -> np.ndarray:
+        """The vectors as :func:`map_vectors` returns them."""
+        return map_vectors(self.path)
+
+    def read(self, rows: range) -> torch.Tensor:
+        """Reads the vectors [n, D] bf16 of consecutive rows."""
+        return torch.from_numpy(np.array(self.mapped[rows.start : rows.stop])).view(torch.bfloat16)
+
+    def rows_of(self, entry: int) -> range:
+        """Returns the rows of an entry."""
+        return range(*self.entry_offsets[entry : entry + 2].tolist())
+
+    def rows_of_tokens(self, tokens: Sequence[int]) -> range:
+        """Returns the rows of the entry with these tokens; empty if there is no such entry, or if it has no sense."""
+        entry = self.entries.find(tokens)
+        return range(0) if entry is None else self.rows_of(entry)
+
+    @property
+    def senses_per_entry(self) -> torch.Tensor:
+        """The number of rows [E] of each entry."""
+        return self.entry_offsets.diff()
+
+    @property
+    def senses_per_token(self) -> torch.Tensor:
+        """The number of rows [V] of each token."""
+        return self.senses_per_entry[: self.vocab_size]
+
+    @property
+    def states_per_token(self) -> torch.Tensor:
+        """The number of states [V] that the rows of each token represent."""
+        return sums_of_lists(self.counts, self.entry_offsets[: self.vocab_size + 1])
 
 
 def tensor_types(entries: Entries, rows: int, hidden_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -162,14 +197,3 @@ def map_vectors(path: Path) -> np.ndarray:
     thousand rows per batch from a file that may have tens of gigabytes.
     """
     return map_tensor(path, "vectors", "BF16")
-
-
-def rows_of_entry(dictionary: SenseDictionary, entry: int) -> range:
-    """Returns the rows of an entry."""
-    return range(int(dictionary.entry_offsets[entry]), int(dictionary.entry_offsets[entry + 1]))
-
-
-def rows_of_tokens(dictionary: SenseDictionary, tokens: Sequence[int]) -> range:
-    """Returns the rows of the entry with these tokens; empty if there is no such entry, or if it has no sense."""
-    entry = entry_of_tokens(dictionary.entries, tokens)
-    return range(0) if entry is None else rows_of_entry(dictionary, entry)

@@ -20,6 +20,7 @@ import torch
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.lexicon.relations import Relation, load_lexicon
+from dskd.senses.csr import Csr, offsets_of
 
 MAX_SPAN_TOKENS = 3
 MIN_HEAD_LETTERS = 3
@@ -27,11 +28,7 @@ MIN_HEAD_LETTERS = 3
 
 @dataclass(frozen=True)
 class Entries:
-    """The words and relations of the lexicon in terms of tokens. E entries: V tokens, then E-V spans.
-
-    `synonym_entries[synonym_offsets[v]:synonym_offsets[v + 1]]` are the entries that are synonyms of token v, in
-    ascending order; antonyms likewise.
-    """
+    """The words and relations of the lexicon in terms of tokens. E entries: V tokens, then E-V spans."""
 
     vocab_size: int
     span_tokens: torch.Tensor  # [E-V, 3] int32, padded with -1
@@ -44,6 +41,26 @@ class Entries:
     def num_entries(self) -> int:
         """The number of entries, E."""
         return self.vocab_size + len(self.span_tokens)
+
+    def neighbours(self, relation: str) -> Csr:
+        """Returns, for each token [V], the entries that are its synonyms or its antonyms, in ascending order."""
+        return Csr(getattr(self, f"{relation}_offsets"), getattr(self, f"{relation}_entries"))
+
+    def tokens_of(self, entry: int) -> list[int]:
+        """Returns the token ids of an entry: one for a token, two or three for a span."""
+        if entry < self.vocab_size:
+            return [entry]
+        return [token for token in self.span_tokens[entry - self.vocab_size].tolist() if token >= 0]
+
+    def find(self, tokens: Sequence[int]) -> int | None:
+        """Returns the entry that has exactly these tokens, or None if there is none."""
+        if len(tokens) == 1:
+            return tokens[0]
+        if not 1 < len(tokens) <= MAX_SPAN_TOKENS:
+            return None
+        padded = self.span_tokens.new_tensor([*tokens, *[-1] * (MAX_SPAN_TOKENS - len(tokens))])
+        matches = (self.span_tokens == padded).all(-1).nonzero()
+        return self.vocab_size + int(matches[0]) if len(matches) else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns every tensor by its name in the dictionary's file."""
@@ -134,10 +151,10 @@ def build_entries(
     return Entries(
         vocab_size=vocab_size,
         span_tokens=torch.tensor(padded, dtype=torch.int32).reshape(-1, MAX_SPAN_TOKENS),
-        synonym_offsets=csr["synonym"][0],
-        synonym_entries=csr["synonym"][1],
-        antonym_offsets=csr["antonym"][0],
-        antonym_entries=csr["antonym"][1],
+        synonym_offsets=csr["synonym"].offsets,
+        synonym_entries=csr["synonym"].values,
+        antonym_offsets=csr["antonym"].offsets,
+        antonym_entries=csr["antonym"].values,
     ), dict(counts)
 
 
@@ -199,34 +216,8 @@ def _comparable(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).replace("▁", " ").split())
 
 
-def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Converts sorted (token, entry) pairs to CSR: offsets [V+1] int64 and entries int32."""
+def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> Csr:
+    """Converts sorted (token, entry) pairs to the entries of each token [V]."""
     heads = torch.tensor([head for head, _ in edges], dtype=torch.int64)
-    offsets = torch.zeros(vocab_size + 1, dtype=torch.int64)
-    offsets[1:] = torch.bincount(heads, minlength=vocab_size).cumsum(0)
-    return offsets, torch.tensor([entry for _, entry in edges], dtype=torch.int32)
-
-
-def tokens_of_entry(entries: Entries, number: int) -> list[int]:
-    """Returns the token ids of an entry: one for a token, two or three for a span."""
-    if number < entries.vocab_size:
-        return [number]
-    return [token for token in entries.span_tokens[number - entries.vocab_size].tolist() if token >= 0]
-
-
-def entry_of_tokens(entries: Entries, tokens: Sequence[int]) -> int | None:
-    """Returns the entry that has exactly these tokens, or None if there is none."""
-    if len(tokens) == 1:
-        return tokens[0]
-    width = entries.span_tokens.shape[1]
-    if not 1 < len(tokens) <= width or not len(entries.span_tokens):
-        return None
-    wanted = entries.span_tokens.new_tensor([*tokens, *[-1] * (width - len(tokens))])
-    found = (entries.span_tokens == wanted).all(-1).nonzero()
-    return entries.vocab_size + int(found[0]) if len(found) else None
-
-
-def neighbours_of(entries: Entries, token: int, relation: str) -> list[int]:
-    """Returns the entries that are synonyms or antonyms of a token."""
-    offsets, tails = getattr(entries, f"{relation}_offsets"), getattr(entries, f"{relation}_entries")
-    return tails[int(offsets[token]) : int(offsets[token + 1])].tolist()
+    offsets = offsets_of(torch.bincount(heads, minlength=vocab_size))
+    return Csr(offsets, torch.tensor([entry for _, entry in edges], dtype=torch.int32))

@@ -8,9 +8,7 @@ all in one config's `corpus.train`. Spans are composed again from the merged tok
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building, build_artifact
@@ -20,11 +18,11 @@ from dskd.console import progress_bar, stage
 from dskd.errors import UserError, listed
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
-from dskd.senses.cluster import TokenSenses, cluster, senses_per_token
-from dskd.senses.dictionary import FILE, SenseDictionary, map_vectors, read_dictionary, require_fitting
+from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
+from dskd.senses.csr import offsets_of
+from dskd.senses.dictionary import FILE, SenseDictionary, read_dictionary, require_fitting
+from dskd.senses.entries import load_entries
 from dskd.senses.reservoir import TokenStates, split_tokens
-
-_MERGING = ("k", "states_per_sense", "restarts", "max_iterations", "surface_forms")
 
 
 def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) -> None:
@@ -50,8 +48,10 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
             "mean different things; build one of them again"
         )
     lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
-    settings = {key: value for key, value in config.senses.as_dict().items() if key in _MERGING}
-    wanted = Recipe(
+    settings = {
+        key: value for key, value in config.senses.as_dict().items() if key in (*CLUSTER_SETTINGS, "surface_forms")
+    }
+    recipe = Recipe(
         "senses",
         {"lexicon": lexicon.digest} | {f"merged {i}": manifest.digest for i, (_, manifest) in enumerate(opened)},
         settings | {"seed": config.seed, "key": keys.pop()},
@@ -60,7 +60,7 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
     )
     with (
         stage("senses: several dictionaries to one", reads=list(folders), writes=output / FILE),
-        build_artifact(output, wanted) as building,
+        build_artifact(output, recipe) as building,
     ):
         _merge(config, [dictionary for dictionary, _ in opened], building, teacher)
 
@@ -98,28 +98,23 @@ def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[Sense
 
 def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Building, teacher: ModelFolder) -> None:
     vocab_size, hidden_size = dictionaries[0].vocab_size, dictionaries[0].hidden_size
-    numbers = torch.stack([dictionary.entry_offsets[: vocab_size + 1].diff() for dictionary in dictionaries]).sum(0)
-    behind = torch.stack([_states_per_token(dictionary) for dictionary in dictionaries]).sum(0)
-    sizes = torch.minimum(senses_per_token(behind, config.senses), numbers)
+    entries, entry_counts = load_entries(config, teacher.load_tokenizer(), vocab_size)
+    numbers = torch.stack([dictionary.senses_per_token for dictionary in dictionaries]).sum(0)
+    states_per_token = torch.stack([dictionary.states_per_token for dictionary in dictionaries]).sum(0)
+    sizes = torch.minimum(senses_per_token(states_per_token, config.senses), numbers)
     # A fifth of the budget: reading and clustering copy the rows.
     rows_at_once = max(1, int(config.senses.memory_budget * 2**30) // 5 // (2 * hidden_size))
 
     def senses() -> Iterator[TokenSenses]:
         with progress_bar(total=vocab_size, label="k-means", unit="tokens") as bar:
-            for start, stop in split_tokens(F.pad(numbers.cumsum(0), (1, 0)), rows_at_once):
+            for start, stop in split_tokens(offsets_of(numbers), rows_at_once):
                 states, weights = _read_tokens(dictionaries, start, stop)
                 yield cluster(states, config.senses, config.seed, torch.device("cpu"), weights)
                 bar.update(stop - start)
 
     part = building.folder / "part-0.safetensors"
     write_part(part, torch.arange(vocab_size), sizes, hidden_size, senses())
-    assemble(config, building, [part], vocab_size, teacher.load_tokenizer())
-
-
-def _states_per_token(dictionary: SenseDictionary) -> torch.Tensor:
-    """Returns the number of states [V] that the senses of each token represent."""
-    before = F.pad(dictionary.counts.cumsum(0), (1, 0))
-    return before[dictionary.entry_offsets[: dictionary.vocab_size + 1]].diff()
+    assemble(building, [part], entries, entry_counts, k=config.senses.k)
 
 
 def _read_tokens(dictionaries: Sequence[SenseDictionary], start: int, stop: int) -> tuple[TokenStates, torch.Tensor]:
@@ -130,13 +125,12 @@ def _read_tokens(dictionaries: Sequence[SenseDictionary], start: int, stop: int)
     """
     vectors, counts, owners = [], [], []
     for dictionary in dictionaries:
-        offsets = dictionary.entry_offsets[start : stop + 1]
-        first, last = int(offsets[0]), int(offsets[-1])
-        vectors.append(torch.from_numpy(np.array(map_vectors(dictionary.path)[first:last])).view(torch.bfloat16))
-        counts.append(dictionary.counts[first:last])
-        owners.append(torch.arange(stop - start).repeat_interleave(offsets.diff()))
+        rows = range(*dictionary.entry_offsets[[start, stop]].tolist())
+        vectors.append(dictionary.read(rows))
+        counts.append(dictionary.counts[rows.start : rows.stop])
+        owners.append(torch.arange(stop - start).repeat_interleave(dictionary.senses_per_token[start:stop]))
     owner = torch.cat(owners)
     order = owner.argsort(stable=True)
-    offsets = F.pad(torch.bincount(owner, minlength=stop - start).cumsum(0), (1, 0))
+    offsets = offsets_of(torch.bincount(owner, minlength=stop - start))
     states = TokenStates(torch.arange(start, stop), offsets, torch.cat(vectors)[order])
     return states, torch.cat(counts)[order]

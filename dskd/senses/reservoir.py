@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from dskd.artifacts.tensor_file import create_tensors, map_tensor
+from dskd.senses.csr import offsets_of
 
 _CHUNK_BYTES = 32 * 2**20  # size of the states copied at once
 _SPILL_SHARE = 0.75  # spill if the memory is still fuller than this after dropping states outside the sample
@@ -191,7 +191,7 @@ class SampledStates:
         self._runs = [_Run(path) for path in paths]
         tokens, _, self._which, self._row = _chosen(self._runs, max_states, share)
         self.tokens, self.counts = tokens.unique_consecutive(return_counts=True)
-        self._offsets = F.pad(self.counts.cumsum(0), (1, 0))
+        self._offsets = offsets_of(self.counts)
 
     @property
     def hidden_size(self) -> int:
@@ -284,4 +284,4 @@ def _select(tokens: torch.Tensor, priorities: torch.Tensor, max_states: int) -> 
 def _place_in_token(tokens: torch.Tensor) -> torch.Tensor:
     """Returns 0, 1, 2 … within each stretch of equal tokens [n]."""
     _, counts = tokens.unique_consecutive(return_counts=True)
-    return torch.arange(len(tokens)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.arange(len(tokens)) - offsets_of(counts)[:-1].repeat_interleave(counts)

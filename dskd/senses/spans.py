@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from dskd.senses.csr import padded_ranges
+
 _ELEMENTS = 8_000_000  # floats in the rows of the spans that are composed at once
 
 
@@ -43,16 +45,17 @@ def compose_spans(
         All batches together hold the senses of all spans in order, :func:`span_sizes` senses per span.
     """
     chunk = max(1, _ELEMENTS // (k * read_rows(torch.zeros(1, dtype=torch.int64)).shape[-1]))
-    sizes = span_sizes(span_tokens, offsets, k)
+    sizes, numbers = span_sizes(span_tokens, offsets, k), offsets.diff()
     for spans, wanted in zip(span_tokens[sizes > 0].long().split(chunk), sizes[sizes > 0].split(chunk), strict=True):
-        rows, _ = _rows_of(spans[:, 0], offsets, k)
+        rows, _ = padded_ranges(offsets[spans[:, 0]], numbers[spans[:, 0]], k)
         exists = torch.arange(k) < wanted.unsqueeze(-1)
         total = read_rows(rows)  # [S, k, D], the sum of the rows so far
         behind = counts[rows]
         parts = torch.ones(len(spans), 1, 1)
         for place in range(1, spans.shape[1]):
             present = spans[:, place] >= 0
-            rows, candidates = _rows_of(spans[:, place].clamp(min=0), offsets, k)
+            tokens = spans[:, place].clamp(min=0)
+            rows, candidates = padded_ranges(offsets[tokens], numbers[tokens], k)
             # Find the sense nearest to each mean, exactly: without the product form, which loses digits.
             vectors = read_rows(rows)
             distances = torch.cdist(total / parts, vectors, compute_mode="donot_use_mm_for_euclid_dist")
@@ -63,11 +66,3 @@ def compose_spans(
             behind = torch.where(present.unsqueeze(-1), behind + counts[rows.gather(1, nearest)], behind)
             parts = parts + present.view(-1, 1, 1)
         yield (total / parts)[exists], behind[exists]
-
-
-def _rows_of(tokens: torch.Tensor, offsets: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the first k rows of each token [n, k], and a mask [n, k] of those that exist; the others are row 0."""
-    starts, stops = offsets[tokens], offsets[tokens + 1]
-    rows = starts.unsqueeze(-1) + torch.arange(k)
-    exists = rows < stops.unsqueeze(-1)
-    return torch.where(exists, rows, 0), exists

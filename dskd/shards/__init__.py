@@ -14,7 +14,10 @@ continuations
 from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.opening import is_lasting, open_shards, place, require_remote
 from dskd.shards.schema import (
+    ANTONYM_ROWS,
     COLUMNS,
+    OWN_ROWS,
+    SYNONYM_ROWS,
     TEACHER_COLUMNS,
     columns_of,
     load_manifest,
@@ -25,7 +28,10 @@ from dskd.shards.schema import (
 from dskd.shards.writing import join_blocks, write_block
 
 __all__ = [
+    "ANTONYM_ROWS",
     "COLUMNS",
+    "OWN_ROWS",
+    "SYNONYM_ROWS",
     "TEACHER_COLUMNS",
     "collate_tokens",
     "columns_of",

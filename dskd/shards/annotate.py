@@ -8,7 +8,7 @@ e, t_i the teacher's state at position i, and y_i the target token there:
     N_i  the kappa rows nearest to t_i among the C(e) of all antonyms e of y_i
 
 Distances are L2, and ties go to the lower row number (:mod:`dskd.shards.search`). P_i and N_i are empty if y_i has
-neither synonym nor antonym. With `annotation.own_among_antonyms`, C(y_i) also competes for N_i if y_i has antonyms.
+neither synonym nor antonym.
 
 Two options use the teacher further. With `annotation.continuation_tokens` it first continues the training texts
 (:mod:`dskd.shards.continuations`). With `annotation.teacher_top_n` its most probable tokens at each position are stored
@@ -32,22 +32,23 @@ from tqdm import tqdm
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building
-from dskd.artifacts.manifest import Recipe, is_current, verify_files, write_json
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, verify_files, write_json
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.corpus.build import SPLITS
 from dskd.corpus.sequences import Sequences, TokenBatch, load_sequences
 from dskd.distributed.collectives import barrier, main_first, on_main
-from dskd.distributed.world import World, is_main_process
+from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import resolve_precision
 from dskd.models.readouts import TopTokens, chunk_size, top_tokens
-from dskd.senses.dictionary import FILE, SenseDictionary, dictionary_folder, load_dictionary, load_fitting_dictionary
+from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.senses.states import read_states_of, states_of
 from dskd.shards import columns_of, join_blocks, write_block
 from dskd.shards.continuations import Continuer
+from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 from dskd.shards.search import Searcher
 
 _MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
@@ -55,60 +56,87 @@ _COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
 _COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
 
-def recipe(config: Config, split: str, teacher: ModelFolder) -> Recipe:
+@dataclass(frozen=True)
+class Inputs:
+    """What annotation reads, checked to fit together."""
+
+    teacher: ModelFolder
+    dictionary: SenseDictionary
+    senses: Manifest  # of the dictionary
+    sequences: dict[str, Sequences]  # by split
+    text: Manifest  # of the sequences
+
+
+def open_inputs(config: Config, teacher: ModelFolder) -> Inputs:
+    """Opens what annotation reads.
+
+    Raises:
+        UserError: when the dictionary or the sequences are missing, damaged or made with another teacher or tokenizer,
+            or when `annotation.teacher_top_n` is more than the teacher's number of tokens.
+    """
+    dictionary, senses = load_fitting_dictionary(config, teacher)
+    vocab_size, top_n = teacher.load_config().vocab_size, config.annotation.teacher_top_n
+    if top_n > vocab_size:
+        raise UserError(
+            f"annotation.teacher_top_n: {top_n} is more than the {vocab_size} tokens that {teacher.path} has; set it "
+            "to 64, say, or 0 to store none"
+        )
+    sequences = {}
+    for split in SPLITS:
+        sequences[split], text = load_sequences(config, split, teacher.tokenizer_digest)
+    return Inputs(teacher, dictionary, senses, sequences, text)
+
+
+def recipe(config: Config, split: str, inputs: Inputs) -> Recipe:
     """Returns the recipe of a split's shards: every input and setting that affects their content.
 
     The batch size does not, nor does the memory budget.
     """
-    _, senses = load_dictionary(config)
-    _, sequences = load_sequences(config, split, teacher.tokenizer_digest)
     settings = config.annotation.as_dict() | {"precision": resolve_precision(config.precision)}
     for key in ("batch_size", "memory_budget"):
         del settings[key]
     # Leave out keys whose value changes nothing, so that shards written before a key existed stay up to date.
     if not _teacher_top_n(config, split):
         del settings["teacher_top_n"]
-    if not config.annotation.own_among_antonyms:
-        del settings["own_among_antonyms"]
     if _continuation_tokens(config, split):
         settings["seed"] = config.seed
     else:
         del settings["continuation_tokens"]
     return Recipe(
         "shards",
-        {"senses": senses.digest, "sequences": sequences.digest},
+        {"senses": inputs.senses.digest, "sequences": inputs.text.digest},
         settings,
-        teacher=teacher.digest,
-        tokenizer=teacher.tokenizer_digest,
+        teacher=inputs.teacher.digest,
+        tokenizer=inputs.teacher.tokenizer_digest,
     )
 
 
 def annotate(config: Config, world: World, *, force: bool = False) -> None:
     """Writes `WORKDIR/shards/train` and `WORKDIR/shards/validation` on all ranks; skips a split that is up to date."""
-    source = main_first(lambda: find_teacher(config))
-    dictionary = main_first(lambda: _load_verified_dictionary(config, source))
-    wanted = main_first(lambda: {split: recipe(config, split, source) for split in SPLITS})
+    inputs = main_first(lambda: open_inputs(config, find_teacher(config)))
+    on_main(lambda: verify_files(inputs.dictionary.path.parent, inputs.senses))
+    buildings = {
+        split: Building(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs)) for split in SPLITS
+    }
     # Rank 0 decides, because all ranks must do the same.
     stale = on_main(
-        lambda: [s for s in SPLITS if force or not is_current(config.path(kinds.SHARDS.folder, s), wanted[s])]
+        lambda: [
+            split for split, building in buildings.items() if force or not is_current(building.path, building.recipe)
+        ]
     )
     if not stale:
         say(f"up to date: {config.path(kinds.SHARDS.folder)}")
         return
-    on_main(lambda: _require_tokens(config.annotation.teacher_top_n, source))
     reads_logits = any(_continuation_tokens(config, split) or _teacher_top_n(config, split) for split in stale)
-    teacher = load_frozen(source, config, world, with_head=reads_logits)
-    opened = {split: load_sequences(config, split, source.tokenizer_digest) for split in stale}
-    splits = {split: sequences for split, (sequences, _) in opened.items()}
+    teacher = load_frozen(inputs.teacher, config, world, with_head=reads_logits)
     searcher = Searcher(
-        dictionary,
+        inputs.dictionary,
         config.annotation.kappa,
         world.device,
-        splits[stale[0]].frequencies(dictionary.vocab_size),
+        inputs.sequences[stale[0]].frequencies(inputs.dictionary.vocab_size),
         int(config.annotation.memory_budget * 2**30),
-        own_among_antonyms=config.annotation.own_among_antonyms,
     )
-    for split, sequences in splits.items():
+    for split in stale:
         max_tokens = _continuation_tokens(config, split)
         reader = TextReader(
             teacher,
@@ -118,8 +146,7 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
             # stored for all runs.
             chunk_size(None, teacher.vocab_size, world.device),
         )
-        text = opened[split][1].files[sequences.path.name]["sha256"]
-        _annotate_split(config, split, sequences, text, reader, searcher, wanted[split], world)
+        _annotate_split(config, split, inputs, reader, searcher, buildings[split], world)
     teacher.close()
 
 
@@ -168,36 +195,22 @@ def _teacher_top_n(config: Config, split: str) -> int:
     return config.annotation.teacher_top_n if split == "train" else 0
 
 
-def _require_tokens(top_n: int, teacher: ModelFolder) -> None:
-    vocab_size = teacher.load_config().vocab_size
-    if top_n > vocab_size:
-        raise UserError(
-            f"annotation.teacher_top_n: {top_n} is more than the {vocab_size} tokens that {teacher.path} has; set it "
-            "to 64, say, or 0 to store none"
-        )
-
-
-def _load_verified_dictionary(config: Config, teacher: ModelFolder) -> SenseDictionary:
-    dictionary, manifest = load_fitting_dictionary(config, teacher)
-    if is_main_process():
-        verify_files(dictionary.path.parent, manifest)
-    return dictionary
-
-
 def _annotate_split(
     config: Config,
     split: str,
-    sequences: Sequences,
-    text: str,
+    inputs: Inputs,
     reader: TextReader,
     searcher: Searcher,
-    wanted: Recipe,
+    building: Building,
     world: World,
 ) -> None:
-    target = config.path(kinds.SHARDS.folder, split)
-    sources = [config.path("sequences"), dictionary_folder(config) / FILE]
-    with stage(f"annotate: rows of the sense dictionary for every position ({split})", reads=sources, writes=target):
-        building = Building(target, wanted)
+    """Annotates the blocks of a split that no interrupted annotation has left, and publishes the shards."""
+    sequences = inputs.sequences[split]
+    with stage(
+        f"annotate: rows of the sense dictionary for every position ({split})",
+        reads=[config.path("sequences"), inputs.dictionary.path],
+        writes=building.path,
+    ):
         on_main(building.resume_or_clear)
         blocks = _blocks(len(sequences), sequences.sequence_length, config, split)
         is_done = on_main(lambda: [_block_folder(building.folder, block).is_dir() for block in blocks])
@@ -232,6 +245,7 @@ def _annotate_split(
         for _ in range(most - done_turns):
             reader.read(sequences.batch(0, 1).without_targets(), 0)
         barrier()
+        text = inputs.text.files[sequences.path.name]["sha256"]
         on_main(lambda: _publish(building, blocks, text))
 
 
@@ -253,14 +267,18 @@ def _annotate_block(
         batch, hidden = read.batch, read.hidden
         # Search the rows for all positions of the batch that have a target.
         targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
-        found = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
+        nearest = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
         columns = {
             "input_ids": batch.input_ids.int().numpy(),
             "loss_mask": batch.has_target.to(torch.uint8).numpy(),
             "document_starts": batch.starts.numpy(),
         }
-        for name, rows in (("sense_ids", found.own), ("synonym_ids", found.synonyms), ("antonym_ids", found.antonyms)):
-            columns[name] = _column(batch, rows, torch.int32, fill=-1)
+        for column, rows in (
+            (OWN_ROWS, nearest.own_rows),
+            (SYNONYM_ROWS, nearest.synonym_rows),
+            (ANTONYM_ROWS, nearest.antonym_rows),
+        ):
+            columns[column] = _column(batch, rows, torch.int32, fill=-1)
         if read.top is not None:
             columns["teacher_token_ids"] = _column(batch, read.top.token_ids, torch.int32, fill=-1)
             columns["teacher_logprobs"] = _column(batch, read.top.logprobs, torch.float16, fill=0)
@@ -268,10 +286,10 @@ def _annotate_block(
         # One sample per sequence, and sums that give the coverage and the unit of `loss.relative_margin`.
         samples += ({name: column[index] for name, column in columns.items()} for index in range(len(hidden)))
         counts["targets"] += len(targets)
-        counts["with_senses"] += int((found.own[:, 0] >= 0).sum())
+        counts["with_senses"] += int((nearest.own_rows[:, 0] >= 0).sum())
         counts["with_synonyms"] += int(searcher.has_synonyms[targets].sum())
-        counts["with_antonyms"] += int((found.antonyms[:, 0] >= 0).sum())
-        counts["antonym_distance"] += float(found.antonym_distance.double().sum())  # type: ignore[assignment]
+        counts["with_antonyms"] += int((nearest.antonym_rows[:, 0] >= 0).sum())
+        counts["antonym_distance"] += float(nearest.antonym_distance.double().sum())  # type: ignore[assignment]
         counts["continued_tokens"] += read.continued_tokens
         bar.update(min(unread.num_tokens * world.world_size, bar.total - bar.n))
     return samples, dict(counts)

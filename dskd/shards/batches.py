@@ -32,22 +32,24 @@ def collate_tokens(samples: Sequence[Mapping[str, Any]], length: int | None = No
     }
 
 
-def gather_rows(vectors: np.ndarray, row_ids: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Reads every row that `row_ids` names, each only once.
+def gather_rows(vectors: np.ndarray, row_numbers: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Reads every row that `row_numbers` names, each only once.
 
     Args:
         vectors: [all rows, D], the raw bits of bf16.
-        row_ids: arrays of row numbers of any shape, padded with -1.
+        row_numbers: arrays of row numbers of any shape, padded with -1.
 
     Returns:
-        The rows [R, D] bf16, and for each array of `row_ids` the indices into these rows, int64 of the same shape,
+        The rows [R, D] bf16, and for each array of `row_numbers` the indices into these rows, int64 of the same shape,
         padded with -1.
     """
-    flat = np.concatenate([ids.ravel() for ids in row_ids])
+    flat = np.concatenate([numbers.ravel() for numbers in row_numbers])
     unique, inverse = np.unique(flat, return_inverse=True)
     padding = int(len(unique) > 0 and unique[0] < 0)
     inverse = inverse.reshape(-1) - padding  # if there is a -1, it is the first of `unique`
     rows = np.asarray(vectors[unique[padding:]])
-    pieces = np.split(inverse, np.cumsum([ids.size for ids in row_ids])[:-1])
-    indices = [torch.from_numpy(piece.reshape(ids.shape)) for piece, ids in zip(pieces, row_ids, strict=True)]
+    pieces = np.split(inverse, np.cumsum([numbers.size for numbers in row_numbers])[:-1])
+    indices = [
+        torch.from_numpy(piece.reshape(numbers.shape)) for piece, numbers in zip(pieces, row_numbers, strict=True)
+    ]
     return torch.from_numpy(rows).view(torch.bfloat16), indices

@@ -7,13 +7,16 @@ from dskd.artifacts.manifest import Manifest, read_manifest, require_same, verif
 from dskd.config import Config
 from dskd.errors import UserError
 
+# The columns of row numbers of the sense dictionary. Everywhere but on disk they are called own_rows, synonym_rows and
+# antonym_rows.
+OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS = "sense_ids", "synonym_ids", "antonym_ids"  # O_i, P_i, N_i
 COLUMNS = {
     "input_ids": "ndarray:int32",
     "loss_mask": "ndarray:uint8",
     "document_starts": "ndarray:uint8",
-    "sense_ids": "ndarray:int32",
-    "synonym_ids": "ndarray:int32",
-    "antonym_ids": "ndarray:int32",
+    OWN_ROWS: "ndarray:int32",
+    SYNONYM_ROWS: "ndarray:int32",
+    ANTONYM_ROWS: "ndarray:int32",
 }
 # Additional columns with `annotation.teacher_top_n`.
 TEACHER_COLUMNS = {

@@ -10,34 +10,21 @@ Shapes: n positions, D hidden, V vocabulary, R rows of the dictionary.
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from dskd.senses.cluster import ranges
-from dskd.senses.dictionary import SenseDictionary, map_vectors
+from dskd.senses.csr import Csr, offsets_of, padded_ranges, ranges
+from dskd.senses.dictionary import SenseDictionary
 
 _TILE = 16  # maximum number of positions of one token in a product, which fetches the token's rows once for all of them
 _ELEMENTS = {"cpu": 8_000_000, "cuda": 128_000_000}  # floats of candidate rows in one product: 32 MB, 512 MB
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The candidate rows of every token: those of token v are rows[offsets[v]:offsets[v + 1]], ascending."""
-
-    offsets: torch.Tensor  # [V+1] int64
-    rows: torch.Tensor  # int64
-
-    def to(self, device: torch.device) -> "Candidates":
-        """Returns the candidates on a device."""
-        return Candidates(self.offsets.to(device), self.rows.to(device))
-
-
-@dataclass(frozen=True)
-class Found:
+class NearestRows:
     """Row numbers for n positions, nearest first, padded with -1."""
 
-    own: torch.Tensor  # O_i [n, kappa] int32
-    synonyms: torch.Tensor  # P_i [n, kappa] int32
-    antonyms: torch.Tensor  # N_i [n, kappa] int32
+    own_rows: torch.Tensor  # O_i [n, kappa] int32
+    synonym_rows: torch.Tensor  # P_i [n, kappa] int32
+    antonym_rows: torch.Tensor  # N_i [n, kappa] int32
     antonym_distance: torch.Tensor  # [n], mean |t_i - s|² / D over N_i; 0 if N_i is empty
 
 
@@ -50,7 +37,6 @@ class Searcher:
         device: the device of the states.
         frequencies: [V], how often each token is a target; the rows of frequent tokens stay on the device.
         memory_budget: bytes of rows that stay on the device.
-        own_among_antonyms: see :func:`build_candidates`.
     """
 
     def __init__(
@@ -60,59 +46,37 @@ class Searcher:
         device: torch.device,
         frequencies: torch.Tensor | None = None,
         memory_budget: int = 2**62,
-        *,
-        own_among_antonyms: bool = False,
     ) -> None:
         self.kappa = kappa
-        kinds = build_candidates(dictionary, own_among_antonyms=own_among_antonyms)
+        kinds = build_candidates(dictionary)
         if frequencies is None:
             frequencies = torch.ones(dictionary.vocab_size, dtype=torch.int64)
         self._rows = Rows(dictionary, _row_use(kinds, frequencies, dictionary.num_rows), memory_budget, device)
-        self.has_synonyms = kinds[1].offsets.diff() > kinds[0].offsets.diff()
+        self.has_synonyms = kinds[1].sizes > kinds[0].sizes
         self._own, self._related, self._antonyms = (kind.to(device) for kind in kinds)
 
-    def search(self, states: torch.Tensor, targets: torch.Tensor) -> Found:
+    def search(self, states: torch.Tensor, targets: torch.Tensor) -> NearestRows:
         """Returns the rows for teacher states [n, D] with target tokens [n]; all are on the searcher's device."""
         states = states.float()
         tiles = _Tiles(targets)
-        own, _ = nearest_rows(states, tiles, self._own, self._rows, self.kappa)
-        synonyms, _ = nearest_rows(states, tiles, self._related, self._rows, self.kappa)
-        antonyms, distances = nearest_rows(states, tiles, self._antonyms, self._rows, self.kappa)
-        exists = antonyms >= 0
+        own_rows, _ = nearest_rows(states, tiles, self._own, self._rows, self.kappa)
+        synonym_rows, _ = nearest_rows(states, tiles, self._related, self._rows, self.kappa)
+        antonym_rows, distances = nearest_rows(states, tiles, self._antonyms, self._rows, self.kappa)
+        exists = antonym_rows >= 0
         mean_distance = distances.where(exists, 0).sum(-1) / exists.sum(-1).clamp(min=1) / states.shape[-1]
-        return Found(own, synonyms, antonyms, mean_distance)
+        return NearestRows(own_rows, synonym_rows, antonym_rows, mean_distance)
 
 
-def build_candidates(
-    dictionary: SenseDictionary, *, own_among_antonyms: bool = False
-) -> tuple[Candidates, Candidates, Candidates]:
-    """Returns the candidates of every token for O_i, for P_i and for N_i.
-
-    With `own_among_antonyms`, a token that has antonyms also has its own rows among the candidates for N_i, as in the
-    paper's published code. They are mostly the nearest candidates, so a state is pushed away from the rows that it is
-    pulled to.
-    """
-    entries, entry_offsets = dictionary.entries, dictionary.entry_offsets
+def build_candidates(dictionary: SenseDictionary) -> tuple[Csr, Csr, Csr]:
+    """Returns the candidate rows of every token [V], ascending, for O_i, for P_i and for N_i."""
     tokens = torch.arange(dictionary.vocab_size)
-    synonym_heads = tokens.repeat_interleave(entries.synonym_offsets.diff())
-    antonym_heads = tokens.repeat_interleave(entries.antonym_offsets.diff())
-    lexical = torch.cat([synonym_heads, antonym_heads]).unique()
+    synonyms, antonyms = dictionary.entries.neighbours("synonym"), dictionary.entries.neighbours("antonym")
+    lexical = torch.cat([synonyms.owners, antonyms.owners]).unique()
     # The entry of a token has the token's number, so a token can be paired with itself.
-    themselves = antonym_heads.unique() if own_among_antonyms else antonym_heads[:0]
     return (
-        _rows_by_token(tokens, tokens, entry_offsets, dictionary.vocab_size),
-        _rows_by_token(
-            torch.cat([lexical, synonym_heads]),
-            torch.cat([lexical, entries.synonym_entries.long()]),
-            entry_offsets,
-            dictionary.vocab_size,
-        ),
-        _rows_by_token(
-            torch.cat([themselves, antonym_heads]),
-            torch.cat([themselves, entries.antonym_entries.long()]),
-            entry_offsets,
-            dictionary.vocab_size,
-        ),
+        _rows_by_token(dictionary, tokens, tokens),
+        _rows_by_token(dictionary, torch.cat([lexical, synonyms.owners]), torch.cat([lexical, synonyms.values.long()])),
+        _rows_by_token(dictionary, antonyms.owners, antonyms.values.long()),
     )
 
 
@@ -129,7 +93,7 @@ class Rows:
     def __init__(
         self, dictionary: SenseDictionary, use: torch.Tensor, memory_budget: int, device: torch.device
     ) -> None:
-        self._map = map_vectors(dictionary.path)
+        self._map = dictionary.mapped
         self._device = device
         fitting = min(dictionary.num_rows, memory_budget // (2 * dictionary.hidden_size))
         resident = use.argsort(descending=True, stable=True)[:fitting].sort().values
@@ -168,15 +132,15 @@ class _Tiles:
         per_token = -(-counts // _TILE)
         self.tokens = distinct.repeat_interleave(per_token)
         number = torch.arange(len(self.tokens), device=tokens.device)
-        number -= (per_token.cumsum(0) - per_token).repeat_interleave(per_token)
-        self.starts = (counts.cumsum(0) - counts).repeat_interleave(per_token) + number * _TILE
+        number -= offsets_of(per_token)[:-1].repeat_interleave(per_token)
+        self.starts = offsets_of(counts)[:-1].repeat_interleave(per_token) + number * _TILE
         self.sizes = (counts.repeat_interleave(per_token) - number * _TILE).clamp(max=_TILE)
         self.heights = _power_of_two(self.sizes)
         self.num_positions = len(tokens)
 
 
 def nearest_rows(
-    states: torch.Tensor, tiles: _Tiles, candidates: Candidates, rows: Rows, kappa: int
+    states: torch.Tensor, tiles: _Tiles, candidates: Csr, rows: Rows, kappa: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Finds the kappa candidates of each position's token that are nearest to its state, nearest first.
 
@@ -192,9 +156,9 @@ def nearest_rows(
         lower row number.
     """
     device = states.device
-    found = torch.full((len(states), kappa), -1, dtype=torch.int32, device=device)
+    nearest = torch.full((len(states), kappa), -1, dtype=torch.int32, device=device)
     distances = torch.full((len(states), kappa), torch.inf, device=device)
-    starts, numbers = candidates.offsets[tiles.tokens], candidates.offsets.diff()[tiles.tokens]
+    starts, numbers = candidates.offsets[tiles.tokens], candidates.sizes[tiles.tokens]
     widths = torch.where(numbers > 0, _power_of_two(numbers), 0)
     # Encode height and width (positions and candidates of a tile) in one number: tiles of one shape go into one
     # product. Rounding up to a power of two at most doubles each side.
@@ -204,43 +168,38 @@ def nearest_rows(
         members = (shapes == shape).nonzero().squeeze(-1)
         for part in members.split(max(1, _ELEMENTS[device.type] // (width * states.shape[-1]))):
             # The row numbers of each tile's candidates and the positions in each tile, padded to one shape.
-            place = torch.arange(width, device=device)
-            exists = place < numbers[part].unsqueeze(-1)
-            competing = candidates.rows[torch.where(exists, starts[part].unsqueeze(-1) + place, 0)]
-            step = torch.arange(height, device=device)
-            is_position = step < tiles.sizes[part].unsqueeze(-1)
-            positions = tiles.order[torch.where(is_position, tiles.starts[part].unsqueeze(-1) + step, 0)]
+            places, exists = padded_ranges(starts[part], numbers[part], width)
+            competing = candidates.values[places]
+            places, is_position = padded_ranges(tiles.starts[part], tiles.sizes[part], height)
+            positions = tiles.order[places]
             squares = _squared_distances(states[positions], rows.take(competing))
             # Candidates are in ascending order, so a stable sort puts the lower row first in a tie.
             ordered, order = squares.masked_fill(~exists.unsqueeze(1), torch.inf).sort(dim=-1, stable=True)
             count = min(kappa, width)
             ordered, order = ordered[..., :count], order[..., :count]
-            nearest = competing.unsqueeze(1).expand(-1, height, -1).gather(-1, order).int()
+            numbers_of_rows = competing.unsqueeze(1).expand(-1, height, -1).gather(-1, order).int()
             # Write back the results of real positions; candidates that are only padding become -1.
             into = positions[is_position]
-            found[into, :count] = torch.where(ordered < torch.inf, nearest, -1)[is_position]
+            nearest[into, :count] = torch.where(ordered < torch.inf, numbers_of_rows, -1)[is_position]
             distances[into, :count] = ordered[is_position]
-    return found, distances
+    return nearest, distances
 
 
-def _rows_by_token(
-    heads: torch.Tensor, tails: torch.Tensor, entry_offsets: torch.Tensor, vocab_size: int
-) -> Candidates:
+def _rows_by_token(dictionary: SenseDictionary, heads: torch.Tensor, tails: torch.Tensor) -> Csr:
     """Collects, for pairs of a token (`heads`) and an entry (`tails`), the rows of all entries of each token."""
-    sizes = entry_offsets.diff()[tails]
-    rows = ranges(entry_offsets[tails], sizes)
+    sizes = dictionary.senses_per_entry[tails]
+    rows = ranges(dictionary.entry_offsets[tails], sizes)
     owners = heads.repeat_interleave(sizes)
     order = rows.argsort(stable=True)
     order = order[owners[order].argsort(stable=True)]
-    counts = torch.bincount(owners, minlength=vocab_size)
-    return Candidates(F.pad(counts.cumsum(0), (1, 0)), rows[order])
+    return Csr(offsets_of(torch.bincount(owners, minlength=dictionary.vocab_size)), rows[order])
 
 
-def _row_use(kinds: tuple[Candidates, ...], frequencies: torch.Tensor, num_rows: int) -> torch.Tensor:
+def _row_use(kinds: tuple[Csr, ...], frequencies: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Returns how often each row [R] is a candidate, if each token is a target as often as `frequencies` [V] says."""
     use = torch.zeros(num_rows, dtype=torch.int64)
     for kind in kinds:
-        use.index_add_(0, kind.rows, frequencies.repeat_interleave(kind.offsets.diff()))
+        use.index_add_(0, kind.values, frequencies.repeat_interleave(kind.sizes))
     return use
 
 

@@ -14,8 +14,9 @@ import torch
 
 from dskd.config import LossConfig
 from dskd.random_numbers import random_bits
+from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 
-_COLUMNS = {"own": "sense_ids", "synonym": "synonym_ids", "antonym": "antonym_ids"}
+_COLUMNS = {"own": OWN_ROWS, "synonym": SYNONYM_ROWS, "antonym": ANTONYM_ROWS}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 
 from dskd.senses.dictionary import map_vectors
 from dskd.shards.batches import collate_tokens, gather_rows
-from dskd.shards.schema import TEACHER_COLUMNS
+from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
 from dskd.training.candidates import Candidates
 from dskd.training.positions import SensePositions, is_lexical
 
@@ -123,16 +123,16 @@ def _name_rows(
         at = [np.union1d(*of_sample) for of_sample in drawn]
         shared = candidates.draw(samples[0]["step"])
         rows = [candidates.of_positions(sample, where, shared) for sample, where in zip(samples, at, strict=True)]
-        return {"positions": _in_batch(at, length)}, {"candidate_index": np.concatenate(rows), "random_index": shared}
+        return {"positions": _in_batch(at, length)}, {"candidate_rows": np.concatenate(rows), "random_rows": shared}
     relation, own = zip(*drawn, strict=True)
 
     def column(name: str, at: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([sample[name][where] for sample, where in zip(samples, at, strict=True)])
 
     return {"relation_positions": _in_batch(relation, length), "own_positions": _in_batch(own, length)}, {
-        "synonym_index": column("synonym_ids", relation),
-        "antonym_index": column("antonym_ids", relation),
-        "own_index": column("sense_ids", own),
+        "synonym_rows": column(SYNONYM_ROWS, relation),
+        "antonym_rows": column(ANTONYM_ROWS, relation),
+        "own_rows": column(OWN_ROWS, own),
     }
 
 
@@ -142,11 +142,11 @@ def _in_batch(positions: Sequence[np.ndarray], length: int) -> np.ndarray:
 
 def _point_to_rows(named: _RowsByName, vectors: np.ndarray | None) -> dict[str, torch.Tensor]:
     """Converts to tensors; with `vectors`, adds the rows used and turns row numbers into indices into those rows."""
-    positions, row_ids = named
+    positions, row_numbers = named
     rows = {}
     if vectors is None:
-        indices = [torch.from_numpy(ids).long() for ids in row_ids.values()]
+        indices = [torch.from_numpy(numbers).long() for numbers in row_numbers.values()]
     else:
-        rows["sense_rows"], indices = gather_rows(vectors, list(row_ids.values()))
+        rows["sense_rows"], indices = gather_rows(vectors, list(row_numbers.values()))
     at = {name: torch.from_numpy(values) for name, values in positions.items()}
-    return {**rows, **at, **dict(zip(row_ids, indices, strict=True))}
+    return {**rows, **at, **dict(zip(row_numbers, indices, strict=True))}

@@ -8,6 +8,7 @@ import torch
 
 from dskd.config import LossConfig
 from dskd.random_numbers import random_bits
+from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 
 _RELATION_DRAW, _OWN_DRAW = 0, 1
 
@@ -34,7 +35,7 @@ class SensePositions:
         """
         counts = sample["loss_mask"].astype(bool)
         lexical = np.flatnonzero(counts & is_lexical(sample))
-        own = np.flatnonzero(counts & (sample["sense_ids"][:, 0] >= 0))
+        own = np.flatnonzero(counts & (sample[OWN_ROWS][:, 0] >= 0))
         wanted = min(len(lexical), max(round(self.relation_share * len(lexical)), self.min_relations))
         return self._first(lexical, wanted, sample_id, epoch, _RELATION_DRAW), self._first(
             own, wanted, sample_id, epoch, _OWN_DRAW
@@ -47,4 +48,4 @@ class SensePositions:
 
 def is_lexical(sample: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns a mask [T] bool of the positions whose target has a synonym or antonym."""
-    return (sample["synonym_ids"][:, 0] >= 0) | (sample["antonym_ids"][:, 0] >= 0)
+    return (sample[SYNONYM_ROWS][:, 0] >= 0) | (sample[ANTONYM_ROWS][:, 0] >= 0)

@@ -9,10 +9,12 @@ import time
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, TINY, finish, fork_ranks, losses_of, run_program, start_ranks
 from forked_rank import run_launcher_on_node, why_no_nodes
+from rank_processes import finish, fork_ranks, run_program, start_ranks
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tiny_work import BEFORE_TRAINING, TINY
+from tracked_results import losses_of
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact

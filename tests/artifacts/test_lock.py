@@ -7,8 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ONE_RANK, REPOSITORY
+from rank_processes import ONE_RANK
+from repository import REPOSITORY
 
+from dskd.artifacts import kinds
 from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.config import Config
 from dskd.errors import OutageError, UserError
@@ -55,6 +57,17 @@ def test_a_lock_file_of_somebody_else_is_named_with_what_to_do(tmp_path, monkeyp
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=rf"{path}: Permission denied; it is of user {os.getuid()}.* remove this file"):
         hold_lock(path, "works")
+
+
+def test_runs_of_two_work_directories_that_share_a_folder_by_links_share_a_lock(tmp_path):
+    first, second, third = (Config(workdir=str(tmp_path / name), teacher={"path": "t"}) for name in "abc")
+    own = first.path("checkpoints", "kd")
+    own.mkdir(parents=True)
+    assert kinds.lock_path(first, "kd") == own.with_name(".kd.lock")
+    for config, run in ((second, "kd"), (third, "other")):
+        config.path("checkpoints").mkdir(parents=True)
+        config.path("checkpoints", run).symlink_to(own)
+        assert kinds.lock_path(config, run) == kinds.lock_path(first, "kd")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

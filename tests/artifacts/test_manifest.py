@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 from dskd.artifacts import building as building_module
 from dskd.artifacts import manifest as manifests

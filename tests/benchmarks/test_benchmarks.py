@@ -95,14 +95,14 @@ def test_the_published_algorithm_has_our_losses(tmp_path):
     ce, kl = logit_losses(hidden @ weight.T, teacher_hidden @ teacher_weight.T, targets, loss.temperature)
     sense = sense_loss(hidden, teacher_hidden, targets.tolist(), relation, own, lexicon, loss, kappa)
 
-    found = Searcher(dictionary, kappa, torch.device("cpu")).search(teacher_hidden, targets)
+    nearest = Searcher(dictionary, kappa, torch.device("cpu")).search(teacher_hidden, targets)
     senses = {
         "sense_rows": dictionary.vectors(),
         "relation_positions": torch.tensor(relation),
-        "synonym_index": found.synonyms[relation].long(),
-        "antonym_index": found.antonyms[relation].long(),
+        "synonym_rows": nearest.synonym_rows[relation].long(),
+        "antonym_rows": nearest.antonym_rows[relation].long(),
         "own_positions": torch.tensor(own),
-        "own_index": found.own[own].long(),
+        "own_rows": nearest.own_rows[own].long(),
     }
     ours = build_loss(torch.nn.Parameter(weight), teacher_weight, loss, torch.device("cpu"), chunk_size=7)
     total, sums = ours(hidden, teacher_hidden, targets, senses)

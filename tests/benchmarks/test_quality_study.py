@@ -69,7 +69,6 @@ def test_every_training_of_the_study_is_one_that_a_config_can_ask_for(tmp_path):
         assert (config.loss.sense_weight == 0) == is_plain
         assert (config.loss.hidden_weight > 0) == ("hidden" in training.arm.name)
         assert (config.loss.kd_weight > 0) == (training.arm.name != "ce")
-        assert config.annotation.own_among_antonyms == (training.arm.name == "dskd-papers-rule")
     assert len(rates) == 1
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, REPOSITORY, run_program, update_manifest
+from artifact_folders import update_manifest
+from rank_processes import run_program
+from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
+from tiny_work import BEFORE_TRAINING
 
 from dskd.config.reading import load_config
 from dskd.errors import UserError

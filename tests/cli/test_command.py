@@ -1,12 +1,13 @@
-"""The `dskd` command: what it says to those who look for something in it."""
+"""The `dskd` command: its verbs, their help, and overrides anywhere on the command line."""
 
 import importlib.metadata
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
-from dskd.__main__ import main
+from dskd.__main__ import PROGRAMS, main
+from dskd.cli.program import build_parser, parse
 
 CONFIG = str(REPOSITORY / "configs" / "quickstart.yaml")
 
@@ -28,7 +29,7 @@ def call(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("program", sorted(path.stem for path in (REPOSITORY / "launcher").glob("*.py")))
-def test_a_program_that_is_looked_for_among_the_verbs_is_named(call, program):
+def test_a_program_given_as_a_verb_is_refused_with_its_command(call, program):
     code, _, error = call(program, "--config", CONFIG)
     launcher = "python" if program == "pipeline" else "deepspeed"
     assert code == 2
@@ -40,21 +41,74 @@ def test_the_version_is_that_of_the_package(call):
 
 
 @pytest.mark.parametrize("verb", ["lexicon", "config", "student", "export", "status", "wordnet", "compare", "plan"])
-def test_every_verb_teaches_its_use(call, verb):
+def test_the_help_of_a_verb_has_examples(call, verb):
     code, printed, _ = call(verb, "--help")
     assert code == 0
     assert f"\n  dskd {verb}" in printed.split("examples:")[1]
 
 
 @pytest.mark.parametrize("argument", ["loss.margin=1", "--run-names"])
-def test_what_needs_a_config_is_not_passed_over_without_one(call, argument):
+def test_overrides_and_run_names_need_a_config_file(call, argument):
     code, printed, error = call("config", argument)
     assert (code, printed) == (2, "")
-    assert f"{argument} is of a config file, and there is none: add --config FILE" in error
+    assert error == f"error: {argument} needs --config FILE\n"
 
 
-def test_the_runs_of_a_config_are_listed_a_line_each(call):
+def test_run_names_are_printed_one_a_line(call):
     assert call("config", "--config", CONFIG, "--run-names") == (0, "kd\nkd-hidden\ndskd\n", "")
     _, printed, _ = call("config", "--config", CONFIG, "--run-names", "seeds=[0, 1]")
     assert printed.splitlines()[:2] == ["kd-s0", "kd-s1"]
     assert call("config", "--config", CONFIG, "--run-names", "seeds=[0, 0]")[:2] == (2, "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train.steps=7 loss.margin=2 --config FILE",
+        "--config FILE train.steps=7 loss.margin=2",
+        "train.steps=7 --config FILE loss.margin=2",
+    ],
+)
+def test_overrides_may_be_anywhere_on_a_command_line(call, line):
+    code, printed, error = call("config", *line.replace("FILE", CONFIG).split())
+    assert (code, error) == (0, "")
+    assert "steps: 7\n" in printed
+    assert "margin: 2.0\n" in printed
+
+
+def test_overrides_of_a_program_may_follow_any_option(monkeypatch):
+    parser = build_parser(None)
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--tasks", nargs="*")
+    parser.add_argument("--models", nargs="+")
+    line = "evaluate.py run=a --force seed=1 --tasks piqa tasks.limit=2 mmlu --config FILE seed=2"
+    monkeypatch.setattr(sys, "argv", line.split())
+    args = parse(parser, "tasks", "models")
+    assert (args.tasks, args.models, args.force) == (["piqa", "mmlu"], None, True)
+    assert args.overrides == ["run=a", "seed=1", "seed=2", "tasks.limit=2"]
+
+
+def test_an_option_without_names_may_precede_overrides(monkeypatch):
+    for overrides in ([], ["tasks.limit=2"]):
+        parser = build_parser(None)
+        parser.add_argument("--tasks", nargs="*")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "FILE", "--tasks", *overrides])
+        args = parse(parser, "tasks")
+        assert (args.tasks, args.overrides) == ([], overrides)
+
+
+@pytest.mark.parametrize("words", [["--nonsense"], ["seed=1", "--nonsense", "seed=2"]])
+def test_unknown_options_are_refused(call, words):
+    code, printed, error = call("config", "--config", CONFIG, *words)
+    assert (code, printed) == (2, "")
+    assert "unrecognized arguments: --nonsense" in error
+
+
+def test_a_verb_without_a_config_takes_no_overrides(call):
+    code, printed, error = call("wordnet", "seed=1")
+    assert (code, printed) == (2, "")
+    assert "unrecognized arguments: seed=1" in error
+
+
+def test_the_programs_of_launcher_are_known_to_the_command():
+    assert set(PROGRAMS) == {path.stem for path in (REPOSITORY / "launcher").glob("*.py")}

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 ENTRYPOINT = REPOSITORY / "cluster" / "docker" / "entrypoint.sh"
 CONFIG = ("--config", str(REPOSITORY / "configs" / "smoke.yaml"))

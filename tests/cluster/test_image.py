@@ -9,9 +9,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-from conftest import REPOSITORY
 from manifests import JOBS, SECRETS, pods_of, render
 from packaging.requirements import Requirement
+from repository import REPOSITORY
 
 DOCKER = REPOSITORY / "cluster" / "docker"
 ENTRYPOINT = DOCKER / "entrypoint.sh"

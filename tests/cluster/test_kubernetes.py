@@ -13,7 +13,6 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import REPOSITORY
 from kubernetes_validate.utils import all_versions
 from manifests import (
     JOBS,
@@ -29,6 +28,7 @@ from manifests import (
     render_folder,
     verdict,
 )
+from repository import REPOSITORY
 
 from dskd.config.reading import load_config
 from dskd.distributed.stopping import STOPPED_EXIT_CODE

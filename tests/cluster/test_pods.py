@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_lab.hosts import SWITCH, Lab, why_not
-from conftest import REPOSITORY
 from manifests import job_of, pods_of, render, verdict
 from pods import PATH, Kubelet, give_to
+from repository import REPOSITORY
 
 from dskd.config.reading import load_config
 from dskd.tracking import read_history, read_runs
@@ -234,6 +234,7 @@ def test_a_jobset_trains_and_tells_the_mlflow_server_of_its_manifest(cluster, ku
     assert (tracked.name, tracked.status) == ("jobset", "FINISHED")
     assert tracked.tags["job.scheduler"] == "kubernetes"
     assert tracked.tags["job.id"]
+    assert tracked.tags["job.pod"]
     assert read_history(config, tracked.run_id, "train/loss") == undisturbed
     assert any((kubelet.claim("dskd-mlflow") / "artifacts").rglob("config.yaml"))
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_lab.slurm import PREEMPTOR_PARTITION, Slurm
-from conftest import BEFORE_TRAINING, REPOSITORY, TINY, copy_work, losses_of, write_config
+from repository import REPOSITORY
+from tiny_work import BEFORE_TRAINING, TINY, copy_work, write_config
+from tracked_results import losses_of
 
 from dskd.config.reading import load_config
 from dskd.tracking import read_runs
@@ -145,7 +147,8 @@ def undisturbed(site):
     assert shown["Restarts"] == "0", site.log(job)
     (run,) = site.runs("undisturbed")
     assert (run.status, run.tags["world_size"]) == ("FINISHED", "4")
-    assert (run.tags["job.scheduler"], run.tags["job.id"]) == ("slurm", str(job))
+    facts = {name: text for name, text in run.tags.items() if name.startswith("job.")}
+    assert facts == {"job.scheduler": "slurm", "job.id": str(job), "job.name": "dskd-train"}
     assert "finished, step 60 of 60" in site.log(job)
     return site.losses("undisturbed")
 
@@ -171,6 +174,8 @@ def test_a_preempted_run_goes_on_where_it_was_and_ends_like_an_undisturbed_one(s
     shown = site.wait(job, "COMPLETED")
     assert shown["Restarts"] == "1", site.log(job)
     assert f"from step {stopped_at}" in site.log(job)
+    (run,) = site.runs("preempted")
+    assert f"id {job}, name dskd-train, restart 1" in run.tags["restart.1"]
     assert site.losses("preempted") == undisturbed
 
 

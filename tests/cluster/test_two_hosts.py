@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_lab.hosts import HostProcess, Lab
-from conftest import BEFORE_TRAINING, REPOSITORY, TINY, copy_work, losses_of, write_config
+from repository import REPOSITORY
+from tiny_work import BEFORE_TRAINING, TINY, copy_work, write_config
+from tracked_results import losses_of
 
 from dskd.config.reading import load_config
 from dskd.training import checkpoint

@@ -11,8 +11,8 @@ from urllib.parse import parse_qs
 import numpy as np
 import pytest
 import yaml
-from conftest import ONE_RANK
 from PIL import Image
+from rank_processes import ONE_RANK
 from scipy import stats
 
 from dskd.__main__ import main

@@ -375,6 +375,15 @@ def test_a_changed_byte_of_a_shard_is_named(tmp_path):
         list(read_file(index, "text"))
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_shard_that_git_did_not_fetch_is_named(tmp_path, compression):
+    index = _write_mds(tmp_path / "mds", [{"text": "abc", "id": 1}], compression=compression, hashes=["xxh64"])
+    (shard,) = (tmp_path / "mds").glob("shard.*")
+    shard.write_bytes(LFS)
+    with pytest.raises(UserError, match=rf"{shard.name}: this is only a pointer of git.*`git lfs pull`"):
+        list(read_file(index, "text"))
+
+
 @pytest.mark.parametrize(("compression", "message"), [(None, "index.json says"), ("zstd", "cannot be unpacked")])
 def test_a_shard_that_was_cut_or_is_missing_is_named(tmp_path, compression, message):
     samples = [{"text": f"t{i}" * 50, "id": i} for i in range(100)]

@@ -5,7 +5,7 @@ import os
 
 import pyarrow as pa
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 from dskd.config import Config
 from dskd.corpus import finding

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, finish, fork_ranks, write_config
 from rank_jobs import join_as_launched
+from rank_processes import finish, fork_ranks
+from repository import REPOSITORY
+from tiny_work import write_config
 
 from dskd.__main__ import main
 from dskd.distributed import rendezvous
+from dskd.distributed.world import launcher_job
 from dskd.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -126,3 +129,15 @@ def test_a_verb_of_one_process_speaks_whatever_rank_a_job_gave_it(monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["dskd", "config", "--config", str(REPOSITORY / "configs/quickstart.yaml")])
     assert main() == 0
     assert "RANK" not in os.environ
+
+
+def test_the_facts_about_a_job_are_those_that_the_scripts_export(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("DSKD_JOB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")  # of an interactive job, for example
+    assert launcher_job() == {}
+    for name, text in {"SCHEDULER": "slurm", "ID": "42", "NAME": "dskd-train", "RESTART": "", "OTHER": "x"}.items():
+        monkeypatch.setenv(f"DSKD_JOB_{name}", text)
+    assert launcher_job() == {"scheduler": "slurm", "id": "42", "name": "dskd-train"}
+    monkeypatch.setenv("DSKD_JOB_RESTART", "3")
+    assert launcher_job()["restart"] == "3"

@@ -6,8 +6,9 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import pytest
-from conftest import ONE_RANK, REPOSITORY, finish, fork_ranks
 from rank_jobs import name_segments_on_nodes
+from rank_processes import ONE_RANK, finish, fork_ranks
+from repository import REPOSITORY
 from streaming import MDSWriter, StreamingDataset
 
 from dskd.distributed.node_cache import open_node_cache, streaming_names

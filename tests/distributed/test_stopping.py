@@ -5,7 +5,9 @@ import signal
 import time
 
 import pytest
-from conftest import BEFORE_TRAINING, TINY, finish, losses_of, run_program, start_ranks
+from rank_processes import finish, run_program, start_ranks
+from tiny_work import BEFORE_TRAINING, TINY
+from tracked_results import losses_of
 
 from dskd.__main__ import main
 from dskd.cli.program import run

@@ -9,14 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, replace_at_loading, run_program
+from artifact_folders import replace_at_loading
+from rank_processes import run_program
+from repository import REPOSITORY
 from task_files import DATA, PLACES
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe, read_manifest
-from dskd.cli.program import build_parser, parse
 from dskd.config import TASKS, Config
 from dskd.config.reading import load_config
 from dskd.corpus.tasks.benchmarks import BENCHMARKS
@@ -287,7 +288,7 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
     [
         (["--tasks", "arc"], "invalid choice: 'arc' (choose from arc_challenge, "),
         (["--tasks", "piqa", "--models"], "argument --models: expected at least one argument"),
-        (["--tasks", "--models", "seed=2"], "argument --models: expected at least one name, found seed=2"),
+        (["--tasks", "--models", "seed=2"], "argument --models: expected at least one name, found only overrides"),
         (["--tasks", "piqa", "--lexical"], "give one of them at a time"),
         (["--models", "teacher"], "--models goes with --tasks or --lexical"),
     ],
@@ -298,23 +299,3 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_done(monkeypat
         runpy.run_path(str(REPOSITORY / "launcher" / "evaluate.py"), run_name="__main__")
     assert exit_of_program.value.code == 2
     assert says in capsys.readouterr().err
-
-
-def test_overrides_may_stand_behind_names(monkeypatch):
-    parser = build_parser(None)
-    parser.add_argument("--tasks", nargs="+")
-    parser.add_argument("--models", nargs="+")
-    line = "evaluate.py run=a --tasks piqa tasks.limit=2 mmlu --config FILE seed=1"
-    monkeypatch.setattr(sys, "argv", line.split())
-    given = parse(parser, "tasks", "models")
-    assert (given.tasks, given.models) == (["piqa", "mmlu"], None)
-    assert given.overrides == ["run=a", "seed=1", "tasks.limit=2"]
-
-
-def test_benchmarks_need_no_names_also_before_overrides(monkeypatch):
-    for behind in ([], ["tasks.limit=2"]):
-        parser = build_parser(None)
-        parser.add_argument("--tasks", nargs="*")
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "FILE", "--tasks", *behind])
-        given = parse(parser, "tasks", may_be_empty=["tasks"])
-        assert (given.tasks, given.overrides) == ([], behind)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BEFORE_TRAINING, open_dataset, update_manifest
+from artifact_folders import open_dataset, update_manifest
 from safetensors.torch import load_file
+from tiny_work import BEFORE_TRAINING
 
 from dskd.__main__ import main
 from dskd.artifacts.hashing import hash_files

@@ -16,12 +16,11 @@ from dskd.inspection.labels import place_labels
 from dskd.inspection.lexicon import compute_coverage
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.plot import choose_entries, compose_picture, project, tokens_of_words
-from dskd.inspection.senses import per_token
 from dskd.inspection.tokens import entry_texts, readable, token_texts, whole_words
 from dskd.inspection.word import near_spellings
 from dskd.lexicon.relations import Relation, resolve
-from dskd.senses.dictionary import read_dictionary, rows_of_entry, save_dictionary
-from dskd.senses.entries import build_entries, entry_of_tokens
+from dskd.senses.dictionary import read_dictionary, save_dictionary
+from dskd.senses.entries import build_entries
 from dskd.shards import COLUMNS, join_blocks, write_block
 
 WORDS = ["big", "large", "huge", "small", "of", "very", "the", "size", "x2y", "tiny"]
@@ -68,13 +67,13 @@ def test_nearest_entries_are_those_of_a_brute_force_search(tmp_path, tokenizer, 
     sizes = {token: 1 + token % 3 for token in range(len(tokenizer))}
     dictionary, _ = _dictionary(tmp_path, tokenizer, ["big|large|synonym"], sizes)
     vectors = dictionary.vectors().double().numpy()
-    rows = rows_of_entry(dictionary, 5)
+    rows = dictionary.rows_of(5)
     found = nearest_entries(dictionary, rows, 4, without=5, chunk_elements=chunk_elements)
     assert len(found) == 3
     for row, neighbours in zip(rows, found, strict=True):
         distances = {}
         for entry in range(len(tokenizer)):
-            others = rows_of_entry(dictionary, entry)
+            others = dictionary.rows_of(entry)
             distances[entry] = min(float(np.linalg.norm(vectors[row] - vectors[other])) for other in others)
         expected = sorted((d, entry) for entry, d in distances.items() if entry != 5)[:4]
         assert [n.entry for n in neighbours] == [entry for _, entry in expected]
@@ -121,11 +120,11 @@ def test_texts_for_a_list():
 
 def test_entries_are_found_by_their_tokens_and_read_as_words(dictionary, tokenizer, ids):
     span = len(tokenizer)
-    assert entry_of_tokens(dictionary.entries, [ids["very"], ids["large"]]) == span
-    assert entry_of_tokens(dictionary.entries, [ids["large"], ids["very"]]) is None
-    assert entry_of_tokens(dictionary.entries, [ids["big"]]) == ids["big"]
-    assert entry_of_tokens(dictionary.entries, []) is None
-    assert entry_of_tokens(dictionary.entries, [1, 2, 3, 4]) is None
+    assert dictionary.entries.find([ids["very"], ids["large"]]) == span
+    assert dictionary.entries.find([ids["large"], ids["very"]]) is None
+    assert dictionary.entries.find([ids["big"]]) == ids["big"]
+    assert dictionary.entries.find([]) is None
+    assert dictionary.entries.find([1, 2, 3, 4]) is None
     assert entry_texts(dictionary.entries, [span, ids["big"]], tokenizer) == ["very large", "big"]
 
 
@@ -171,7 +170,7 @@ def test_histograms_of_hand_made_counts():
 
 
 def test_states_and_senses_of_each_token(dictionary, ids):
-    states, senses = per_token(dictionary)
+    states, senses = dictionary.states_per_token, dictionary.senses_per_token
     assert {word: int(senses[ids[word]]) for word in WORDS if senses[ids[word]]} == {
         "big": 3,
         "large": 2,

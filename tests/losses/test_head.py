@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import finish, fork_ranks
 from rank_jobs import head_gradients
+from rank_processes import finish, fork_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 from torch import nn
@@ -34,16 +34,16 @@ def case():
         "senses": {
             "sense_rows": random(R, D),
             "relation_positions": torch.tensor([1, 8]),
-            "synonym_index": torch.tensor([[0, 1], [2, -1]]),
-            "antonym_index": torch.tensor([[3, -1], [-1, -1]]),
+            "synonym_rows": torch.tensor([[0, 1], [2, -1]]),
+            "antonym_rows": torch.tensor([[3, -1], [-1, -1]]),
             "own_positions": torch.tensor([2, 3, 9]),
-            "own_index": torch.tensor([[0, -1], [1, 2], [3, 0]]),
+            "own_rows": torch.tensor([[0, -1], [1, 2], [3, 0]]),
         },
         "candidates": {
             "sense_rows": random(R, D),
             "positions": torch.tensor([9, 1, 8]),
-            "candidate_index": torch.tensor([[0, 3], [-1, 0], [-1, -1]]),
-            "random_index": torch.tensor([1, 2]),
+            "candidate_rows": torch.tensor([[0, 3], [-1, 0], [-1, -1]]),
+            "random_rows": torch.tensor([1, 2]),
         },
     }
 
@@ -76,7 +76,7 @@ def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_w
 def _plain_senses(case, loss, flat):
     senses, total = case["senses"], 0
     for position, near, far in zip(
-        senses["relation_positions"], senses["synonym_index"], senses["antonym_index"], strict=True
+        senses["relation_positions"], senses["synonym_rows"], senses["antonym_rows"], strict=True
     ):
         pulls = [((flat[position] - senses["sense_rows"][row]) ** 2).mean() for row in near if row >= 0]
         pushes = [
@@ -86,7 +86,7 @@ def _plain_senses(case, loss, flat):
         ]
         total = total + loss.synonym_weight * sum(pulls) / len(pulls)
         total = total + (loss.antonym_weight * sum(pushes) / len(pushes) if pushes else 0)
-    for position, rows in zip(senses["own_positions"], senses["own_index"], strict=True):
+    for position, rows in zip(senses["own_positions"], senses["own_rows"], strict=True):
         pulls = [((flat[position] - senses["sense_rows"][row]) ** 2).mean() for row in rows if row >= 0]
         total = total + sum(pulls) / len(pulls)
     return total
@@ -94,8 +94,8 @@ def _plain_senses(case, loss, flat):
 
 def _plain_sense_divergence(case, loss, flat):
     senses, total = case["candidates"], 0
-    for position, rows in zip(senses["positions"], senses["candidate_index"], strict=True):
-        named = senses["sense_rows"][[row for row in rows.tolist() if row >= 0] + senses["random_index"].tolist()]
+    for position, rows in zip(senses["positions"], senses["candidate_rows"], strict=True):
+        named = senses["sense_rows"][[row for row in rows.tolist() if row >= 0] + senses["random_rows"].tolist()]
         q, p = (
             (-(states[position] - named).square().mean(-1) / loss.sense_temperature).softmax(-1)
             for states in (flat, case["teacher_hidden"].reshape(-1, D))
@@ -196,8 +196,8 @@ def test_no_tensor_of_a_step_has_more_than_one_chunks_logits(teacher, monkeypatc
         "senses": {
             "sense_rows": torch.randn(100, hidden_size),
             "positions": torch.arange(0, positions, 2),
-            "candidate_index": torch.arange(positions // 2 * 12).view(-1, 12) % 80,
-            "random_index": torch.arange(80, 100),
+            "candidate_rows": torch.arange(positions // 2 * 12).view(-1, 12) % 80,
+            "random_rows": torch.arange(80, 100),
         },
     }
     if teacher == "cached":

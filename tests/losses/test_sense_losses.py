@@ -28,10 +28,10 @@ ROWS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
 def _sense(hidden, **changes):
     arguments = {
         "relation_positions": torch.tensor([1]),
-        "synonym_index": torch.tensor([[0, 1]]),
-        "antonym_index": torch.tensor([[2, 3]]),
+        "synonym_rows": torch.tensor([[0, 1]]),
+        "antonym_rows": torch.tensor([[2, 3]]),
         "own_positions": torch.tensor([0]),
-        "own_index": torch.tensor([[3, -1]]),
+        "own_rows": torch.tensor([[3, -1]]),
         "margin": 1.5,
         "antonym_weight": 2.0,
     }
@@ -60,7 +60,7 @@ def test_without_the_weight_of_synonyms_and_antonyms_own_senses_are_left():
 
 
 def test_a_position_without_antonyms_has_no_hinge():
-    sums = _sense(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), antonym_index=torch.tensor([[-1, -1]]))
+    sums = _sense(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), antonym_rows=torch.tensor([[-1, -1]]))
     assert sums.antonym.item() == 0
     assert sums.hinges.item() == 0
 
@@ -73,10 +73,10 @@ def test_no_positions_give_zero(rows):
         torch.randn(3, 2),
         ROWS[:rows],
         relation_positions=empty,
-        synonym_index=none,
-        antonym_index=none,
+        synonym_rows=none,
+        antonym_rows=none,
         own_positions=empty,
-        own_index=none,
+        own_rows=none,
         margin=1.0,
         antonym_weight=1.0,
         gradient=gradient,
@@ -88,7 +88,7 @@ def test_no_positions_give_zero(rows):
 def test_moving_away_from_an_antonym_lowers_the_loss_only_within_the_margin():
     def antonym_term(distance):
         hidden = torch.tensor([[0.0, 0.0], [distance, 0.0]])
-        return _sense(hidden, antonym_index=torch.tensor([[0, -1]])).antonym.item()
+        return _sense(hidden, antonym_rows=torch.tensor([[0, -1]])).antonym.item()
 
     assert antonym_term(0.5) > antonym_term(1.0) > antonym_term(1.7)
     assert antonym_term(1.8) == 0  # 1.8² / 2 > 1.5
@@ -102,7 +102,7 @@ def test_sense_loss_and_gradient_are_those_of_loops_however_many_rows_are_gather
     hidden, rows = _random(9, 5, seed=4), _random(6, 5, seed=5)
     index = torch.randint(-1, 6, (3, 7, 4), generator=generator)
     at = {name: torch.randperm(9, generator=generator)[:7] for name in ("relation_positions", "own_positions")}
-    names = ("synonym_index", "antonym_index", "own_index")
+    names = ("synonym_rows", "antonym_rows", "own_rows")
 
     def plain(states):
         total = 0
@@ -135,8 +135,8 @@ SHARED = torch.tensor([9, 10, 11])
 def _divergence(hidden, teacher, rows, **changes):
     arguments = {
         "positions": torch.tensor([7, 2, 0, 8, 3, 5]),
-        "candidate_index": INDEX,
-        "random_index": SHARED,
+        "candidate_rows": INDEX,
+        "random_rows": SHARED,
         "temperature": TAU,
         "distance": "squared",
     }
@@ -168,8 +168,8 @@ def test_sense_divergence_by_hand():
         rows,
         teacher_hidden=teacher,
         positions=torch.tensor([0]),
-        candidate_index=torch.tensor([[1, -1]]),
-        random_index=torch.tensor([0]),
+        candidate_rows=torch.tensor([[1, -1]]),
+        random_rows=torch.tensor([0]),
         temperature=0.5,
         distance="squared",
         gradient=gradient,
@@ -200,7 +200,7 @@ def test_sense_divergence_and_gradient_are_those_of_loops_however_many_rows_are_
         teacher,
         rows,
         distance=distance,
-        random_index=torch.tensor(shared, dtype=torch.int64),
+        random_rows=torch.tensor(shared, dtype=torch.int64),
         gradient=gradient,
         scale=0.7,
     )
@@ -237,7 +237,7 @@ def test_a_position_with_one_candidate_or_none_has_no_divergence(distance):
     index[:3, 1] = torch.tensor([4, 0, 2])
     gradient, nothing = torch.zeros_like(hidden), torch.empty(0, dtype=torch.int64)
     sums = _divergence(
-        hidden, teacher, rows, candidate_index=index, random_index=nothing, distance=distance, gradient=gradient
+        hidden, teacher, rows, candidate_rows=index, random_rows=nothing, distance=distance, gradient=gradient
     )
     assert sums.total.item() == pytest.approx(0, abs=1e-12)
     assert sums.teacher_entropy.item() == pytest.approx(0, abs=1e-12)
@@ -252,8 +252,8 @@ def test_no_positions_give_no_divergence(rows):
         ROWS[:rows],
         teacher_hidden=torch.randn(3, 2),
         positions=empty,
-        candidate_index=torch.empty(0, 2, dtype=torch.int64),
-        random_index=empty,
+        candidate_rows=torch.empty(0, 2, dtype=torch.int64),
+        random_rows=empty,
         temperature=0.1,
         distance="squared",
         gradient=gradient,

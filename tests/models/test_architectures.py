@@ -5,10 +5,10 @@ Some are examined here as `make models` examines all of them, the others by what
 
 import pytest
 import torch
-from architecture_findings import CUT, LOWEST, check_plan, find
+from architecture_findings import CUT, LOWEST, check_plan, find, find_limits, reason_of
 from architectures import ARCHITECTURES, save_architecture
-from conftest import ONE_RANK
-from models_page import PAGE, row
+from models_page import PAGE, page, row
+from rank_processes import ONE_RANK
 from transformers import AutoModelForCausalLM
 
 from dskd.artifacts.manifest import write_json
@@ -62,16 +62,19 @@ def test_numbers_are_those_of_transformers_and_the_page_says_what_is_supported(f
 def test_the_page_says_what_is_refused(tmp_path, name):
     written = _rows()[ARCHITECTURES[name].example]
     model_config = ARCHITECTURES[name].config()
-    model_config.save_pretrained(tmp_path)
-    folder = ModelFolder(tmp_path, "", "")
+    folder = ModelFolder(tmp_path / "teacher", "", "")
+    model_config.save_pretrained(folder.path)
     config = Config(workdir="work", teacher={"path": "teacher"}, corpus={"packing": "stream", "sequence_length": 16})
     try:
         whole = check_architecture(folder, config)
-    except UserError:
-        assert written.split(" | ")[1] == "no"
+    except UserError as error:
+        assert written == row(name, {"refused": reason_of(error, tmp_path)})
         return
     teacher, cut, documents = written.split(" | ")[1:4]
-    assert teacher == "yes"
+    limits = find_limits(folder)
+    assert teacher == ("in short sequences" if limits["stream limit"] else "yes")
+    for limit in filter(None, limits.values()):
+        assert limit.partition("; set corpus.")[0] in written
     refused = []
     for layers in (LOWEST, CUT):
         (tmp_path / "student").mkdir(exist_ok=True)
@@ -83,14 +86,19 @@ def test_the_page_says_what_is_refused(tmp_path, name):
             refused.append(layers)
     assert cut == ("some layers" if refused else "yes")
 
-    save_architecture(tmp_path, name)
-    decoder = Decoder(base_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()))
+    save_architecture(folder.path, name)
+    decoder = Decoder(base_model(AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.bfloat16).eval()))
     try:
         check_documents(decoder, decoder, folder, ONE_RANK, torch.bfloat16)
-        apart = True
     except UserError:
-        apart = False
-    assert documents == ("yes" if apart else "no")
+        assert documents == "no"
+    else:
+        assert documents == ("in short sequences" if limits["documents limit"] else "yes")
+
+
+def test_the_text_of_the_page_is_the_generators():
+    written = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if not line.startswith("| ")]
+    assert written == [line for line in page({}).splitlines() if not line.startswith("| ")]
 
 
 @pytest.mark.parametrize("name", PLANNED)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import finish, fork_ranks
 from rank_jobs import experts_by_ranks
+from rank_processes import finish, fork_ranks
 from safetensors.torch import load_file
 from test_loading_buffers import CONFIGS, MHA, save
 from transformers import AutoModelForCausalLM, Dots1Config, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig

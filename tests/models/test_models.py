@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import finish, fork_ranks
 from rank_jobs import held_by_ranks
+from rank_processes import finish, fork_ranks
 from tiny_models import ARCHITECTURES, save_model
 from transformers import AutoModelForCausalLM
 

@@ -36,9 +36,9 @@ def _recipes(config):
 
     return {
         "teacher": teacher_from_scratch.recipe(config),
-        "states": senses._sampling(config, teacher),
-        "senses": senses.recipe(config, teacher),
-        "shards": annotate.recipe(config, "train", teacher),
+        "states": senses.states_recipe(config, senses.open_inputs(config, teacher)),
+        "senses": senses.recipe(config, senses.open_inputs(config, teacher)),
+        "shards": annotate.recipe(config, "train", annotate.open_inputs(config, teacher)),
         "checkpoint": inputs.recipe(config),
         "evaluation": held_out_text.recipe(config, candidate, teacher),
         "task": tasks.recipe(config, candidate, Task, type("Prompter", (), {"format": {}})),

@@ -5,7 +5,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-from conftest import ONE_RANK
+from rank_processes import ONE_RANK
 from tiny_models import ARCHITECTURES, SHAPE, save_model
 from torch import nn
 from torch.nn import functional as F

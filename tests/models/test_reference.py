@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_loading_buffers import CONFIGS, load, save
+from tiny_models import SHAPE, word_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dskd.errors import UserError
 from dskd.models.reference import compare_with_transformers
@@ -26,6 +28,19 @@ def test_healthy_models_pass_whole_and_layer_by_layer(tmp_path, world, capsys, n
     )
     _compare(teacher, world, precision, small=0)
     assert "and what layers 0, " in capsys.readouterr().err
+    teacher.close()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_layers_between_the_compared_ones_pass_states_on(tmp_path, world, capsys, kind):
+    """GPT-2's layers return a tuple, Llama's a tensor."""
+    deep = {"gpt2": lambda: GPT2Config(vocab_size=120, n_embd=32, n_layer=8, n_head=4, n_positions=64)}
+    deep["llama"] = lambda: LlamaConfig(**{**SHAPE, "num_hidden_layers": 8})
+    AutoModelForCausalLM.from_config(deep[kind]()).save_pretrained(tmp_path / "teacher")
+    word_tokenizer(["a"]).save_pretrained(tmp_path / "teacher")
+    teacher = load(tmp_path / "teacher", world, mode="resident", precision="fp32")
+    _compare(teacher, world, "fp32", small=0)
+    assert "and what layers 0, 7 compute of 16 tokens" in capsys.readouterr().err
     teacher.close()
 
 

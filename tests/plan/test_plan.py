@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, finish, fork_ranks
 from forked_rank import run_launcher
+from rank_processes import finish, fork_ranks
+from repository import REPOSITORY
 from tiny_models import SHAPE, save_model
 from transformers import AutoModelForCausalLM
 
@@ -377,7 +378,7 @@ def test_the_documented_refusal_is_what_the_command_prints(monkeypatch, capsys):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, ranks):
     from benchmarks.plan_memory import plan_bytes
-    from benchmarks.report import read_result
+    from benchmarks.report import parse_result
     from benchmarks.workload import Preset, write_work_directory
 
     folder = tmp_path_factory.getbasetemp() / "plan"
@@ -388,5 +389,5 @@ def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, r
     arguments = ["--child", str(folder / "config.yaml"), *settings]
     processes = fork_ranks(run_launcher, REPOSITORY / "benchmarks" / "plan_memory.py", arguments, ranks=ranks)
     finish(processes)
-    measured = read_result(arguments, 0, processes[0].output)
+    measured = parse_result(arguments, 0, processes[0].output)
     assert plan_bytes(folder / "config.yaml", ranks, settings) == pytest.approx(max(measured), rel=0.1)

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import yaml
-from conftest import BEFORE_TRAINING, ONE_RANK, finish, fork_ranks, start_ranks, write_config
 from rank_jobs import act_on_nodes
+from rank_processes import ONE_RANK, finish, fork_ranks, start_ranks
+from tiny_work import BEFORE_TRAINING, write_config
 
 from dskd.config.reading import load_config
 from dskd.errors import UserError

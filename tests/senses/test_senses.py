@@ -5,10 +5,13 @@ import pytest
 import torch
 from tiny_models import word_tokenizer
 
+from dskd.artifacts.building import Building
+from dskd.artifacts.manifest import Recipe
 from dskd.config import SensesConfig
 from dskd.errors import UserError
 from dskd.lexicon.relations import Relation, resolve
 from dskd.random_numbers import random_bits
+from dskd.senses.build import _finish, _prepare
 from dskd.senses.cluster import cluster
 from dskd.senses.dictionary import map_vectors, read_dictionary, save_dictionary
 from dskd.senses.entries import build_entries, tokenize_words
@@ -161,6 +164,18 @@ def test_a_token_can_have_a_sense_for_so_many_states():
     assert found.sizes.tolist() == [1, 2, 4]  # 3/5 and 8/5 rounded up; 25/5 is more than k
     torch.testing.assert_close(found.vectors[0], states[:3].float().mean(0).bfloat16())
     assert [int(part.sum()) for part in found.counts.split(found.sizes.tolist())] == [3, 8, 25]
+
+
+def test_states_that_the_user_moved_to_another_disk_and_linked_are_no_obstacle(tmp_path):
+    building, states = (Building(tmp_path / kind, Recipe(kind)) for kind in ("senses", "states"))
+    _prepare(building, states, force=False)
+    elsewhere = states.folder.rename(tmp_path / "elsewhere")
+    states.folder.symlink_to(elsewhere)
+    _prepare(building, states, force=False)
+    assert states.folder.is_symlink()  # the build resumes from them
+    _finish(building, states, keep_states=False)
+    assert building.path.is_dir()
+    assert not states.folder.is_symlink()
 
 
 def test_spans_are_composed_as_in_a_plain_loop():

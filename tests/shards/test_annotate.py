@@ -48,9 +48,7 @@ def dictionary(tmp_path_factory):
     return read_dictionary(path)
 
 
-def _oracle(
-    dictionary: SenseDictionary, state: np.ndarray, target: int, *, own_among_antonyms: bool = False
-) -> tuple[list[int], list[int], list[int]]:
+def _oracle(dictionary: SenseDictionary, state: np.ndarray, target: int) -> tuple[list[int], list[int], list[int]]:
     vectors = dictionary.vectors().double().numpy()
     entries, offsets = dictionary.entries, dictionary.entry_offsets.tolist()
 
@@ -67,39 +65,32 @@ def _oracle(
 
     synonyms, antonyms = neighbours("synonym"), neighbours("antonym")
     pool = rows(target) + [row for entry in synonyms for row in rows(entry)] if synonyms or antonyms else []
-    pushing = [*antonyms, *([target] if own_among_antonyms and antonyms else [])]
-    return nearest(rows(target)), nearest(pool), nearest([row for entry in pushing for row in rows(entry)])
+    return nearest(rows(target)), nearest(pool), nearest([row for entry in antonyms for row in rows(entry)])
 
 
-@pytest.mark.parametrize(
-    ("resident_rows", "own_among_antonyms"), [(10_000, False), (20, False), (0, False), (20, True)]
-)
-def test_every_position_agrees_with_brute_force(dictionary, resident_rows, own_among_antonyms):
-    """Wherever the rows are, with the paper's rule of antonyms and without, and with frequent targets (more than a tile
-    of one) as well as rare ones."""
+@pytest.mark.parametrize("resident_rows", [10_000, 20, 0])
+def test_every_position_agrees_with_brute_force(dictionary, resident_rows):
+    """Wherever the rows are, and with frequent targets (more than a tile of one) as well as rare ones."""
     generator = torch.Generator().manual_seed(1)
     states, targets = torch.randn(400, D, generator=generator), torch.randint(0, V, (400,), generator=generator)
     targets[:100] = targets[0]
     frequencies = torch.bincount(targets, minlength=V)
-    searcher = Searcher(
-        dictionary,
-        KAPPA,
-        torch.device("cpu"),
-        frequencies,
-        memory_budget=resident_rows * 2 * D,
-        own_among_antonyms=own_among_antonyms,
-    )
-    found = searcher.search(states, targets)
+    searcher = Searcher(dictionary, KAPPA, torch.device("cpu"), frequencies, memory_budget=resident_rows * 2 * D)
+    nearest = searcher.search(states, targets)
     for i in range(400):
-        expected = _oracle(
-            dictionary, states[i].double().numpy(), int(targets[i]), own_among_antonyms=own_among_antonyms
-        )
-        assert (found.own[i].tolist(), found.synonyms[i].tolist(), found.antonyms[i].tolist()) == expected
+        expected = _oracle(dictionary, states[i].double().numpy(), int(targets[i]))
+        assert (
+            nearest.own_rows[i].tolist(),
+            nearest.synonym_rows[i].tolist(),
+            nearest.antonym_rows[i].tolist(),
+        ) == expected
 
 
 def test_a_batch_without_targets_finds_nothing(dictionary):
-    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(torch.empty(0, D), torch.empty(0, dtype=torch.long))
-    assert found.own.shape == found.synonyms.shape == found.antonyms.shape == (0, KAPPA)
+    nearest = Searcher(dictionary, KAPPA, torch.device("cpu")).search(
+        torch.empty(0, D), torch.empty(0, dtype=torch.long)
+    )
+    assert nearest.own_rows.shape == nearest.synonym_rows.shape == nearest.antonym_rows.shape == (0, KAPPA)
 
 
 def test_the_oracle_meets_every_kind_of_position(dictionary):
@@ -112,27 +103,18 @@ def test_the_oracle_meets_every_kind_of_position(dictionary):
 def test_no_row_is_both_pulled_and_pushed(dictionary):
     generator = torch.Generator().manual_seed(2)
     states, targets = torch.randn(200, D, generator=generator), torch.randint(0, V, (200,), generator=generator)
-    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
-    columns = (found.own.tolist(), found.synonyms.tolist(), found.antonyms.tolist())
+    nearest = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
+    columns = (nearest.own_rows.tolist(), nearest.synonym_rows.tolist(), nearest.antonym_rows.tolist())
     for pulled, also_pulled, pushed in zip(*columns, strict=True):
         assert not ({*pulled, *also_pulled} & set(pushed)) - {-1}
 
 
-def test_the_papers_rule_pushes_from_own_rows_where_there_are_antonyms_and_nowhere_else(dictionary):
-    states, targets = torch.randn(V, D, generator=torch.Generator().manual_seed(4)), torch.arange(V)
-    ours, papers = (
-        Searcher(dictionary, 100, torch.device("cpu"), own_among_antonyms=option).search(states, targets)
-        for option in (False, True)
-    )
-    for own, without, with_own in zip(ours.own.tolist(), ours.antonyms.tolist(), papers.antonyms.tolist(), strict=True):
-        has_antonyms = without[0] >= 0
-        assert set(with_own) - {-1} == (set(without) | set(own) if has_antonyms else set()) - {-1}
-
-
 def test_the_mean_antonym_distance_is_that_of_the_rows_found(dictionary):
     states, targets = torch.randn(50, D, generator=torch.Generator().manual_seed(3)), torch.arange(50) % V
-    found = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
+    nearest = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
     vectors = dictionary.vectors().float()
-    for state, rows, distance in zip(states, found.antonyms.tolist(), found.antonym_distance.tolist(), strict=True):
+    for state, rows, distance in zip(
+        states, nearest.antonym_rows.tolist(), nearest.antonym_distance.tolist(), strict=True
+    ):
         of_rows = [float(((vectors[row] - state) ** 2).mean()) for row in rows if row >= 0]
         assert distance == pytest.approx(sum(of_rows) / max(len(of_rows), 1), rel=1e-4, abs=1e-6)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from repository import REPOSITORY
 from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, save_model
 

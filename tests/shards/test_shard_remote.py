@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
-from conftest import ONE_RANK
+from rank_processes import ONE_RANK
 
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe

@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import open_dataset
+from artifact_folders import open_dataset
 from safetensors.torch import save_file
 from streaming.base.partition import get_partitions
 
@@ -111,9 +111,9 @@ def test_a_batch_points_at_the_rows_of_its_samples(tmp_path):
     assert batch["sample_ids"].tolist() == [4, 9]
     senses = batch["senses"]
     for positions, index, column in (
-        ("relation_positions", "synonym_index", "synonym_ids"),
-        ("relation_positions", "antonym_index", "antonym_ids"),
-        ("own_positions", "own_index", "sense_ids"),
+        ("relation_positions", "synonym_rows", "synonym_ids"),
+        ("relation_positions", "antonym_rows", "antonym_ids"),
+        ("own_positions", "own_rows", "sense_ids"),
     ):
         assert len(senses[positions])
         for position, places in zip(senses[positions].tolist(), senses[index].tolist(), strict=True):
@@ -168,8 +168,8 @@ def test_a_step_sums_up_the_same_in_any_micro_batches(tmp_path):
             senses = batch["senses"]
             row_number = torch.cat([senses["sense_rows"][:, 0].long(), torch.tensor([-1])])  # index -1 is no row
             for name, indices in (
-                ("relation_positions", ("synonym_index", "antonym_index")),
-                ("own_positions", ("own_index",)),
+                ("relation_positions", ("synonym_rows", "antonym_rows")),
+                ("own_positions", ("own_rows",)),
             ):
                 assert batch["loss_mask"].flatten()[senses[name]].all()
                 rows = sum(row_number[senses[index]] + 1 for index in indices)
@@ -188,7 +188,7 @@ def test_a_bank_on_the_device_is_pointed_to_by_row_numbers(tmp_path):
         assert "sense_rows" not in device["senses"]
         for name in ("relation_positions", "own_positions"):
             assert host["senses"][name].equal(device["senses"][name])
-        for name in ("synonym_index", "antonym_index", "own_index"):
+        for name in ("synonym_rows", "antonym_rows", "own_rows"):
             named, row_numbers = host["senses"][name], device["senses"][name]
             assert row_numbers.dtype == torch.int64
             assert (named < 0).equal(row_numbers < 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, VOCABULARY, save_architecture
+from architectures import ARCHITECTURES, POSITIONS, VOCABULARY, save_architecture
 from forked_rank import run_as_rank
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -30,10 +30,10 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.architecture import check_architecture
-from dskd.models.cut_config import _layers_of
+from dskd.models.cut_config import layers_of
 from dskd.models.cutting import build_student, find_student
 from dskd.models.final_norm import final_norm_names
-from dskd.models.folder import find_teacher
+from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.probes import check_documents
 from dskd.models.stored_names import base_model
@@ -46,7 +46,9 @@ from dskd.training.rehearsal import rehearse_export
 
 LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change
 DOCUMENTS = 16  # where packed documents meet neither chunks nor other factors
+LONG = 4 * POSITIONS
 CUT, LOWEST = (0, 1, 3), (0, 1)
+LIMITS = ("stream limit", "documents limit")
 # Relative to the largest state. In bf16 kernels may add up in another order.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 Finding = dict[str, Any]
@@ -76,18 +78,20 @@ def examine(names: Sequence[str], folder: Path, thorough: bool, environment: dic
 
 def _examine(name: str, folder: Path, world: World, *, thorough: bool) -> Finding:
     finding: Finding = {"refused": None, "documents": None, "cut": None, "trunk": None, "faults": []}
+    finding |= dict.fromkeys(LIMITS)
     if world.is_main:
         save_architecture(folder / "teacher", name)
     barrier()
     config = _config(folder, "stream")
     try:
         check_architecture(find_teacher(config), config)
+        finding |= find_limits(find_teacher(config))
         with contextlib.redirect_stderr(io.StringIO()):
             teacher = _examine_teacher(folder, world, finding, thorough=thorough)
             _examine_student(folder, world, teacher, finding, thorough=thorough)
         teacher.close()
     except UserError as error:
-        finding["refused"] = _reason(error, folder)
+        finding["refused"] = reason_of(error, folder)
     except Exception:  # a fault of this architecture alone: the others are examined
         finding["faults"].append(traceback.format_exc())
     return finding
@@ -117,6 +121,18 @@ def _tokens(rank: int) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(rank))
 
 
+def find_limits(teacher: ModelFolder) -> Finding:
+    """Returns why longer sequences are refused, as streams and as packed documents; None where they are not."""
+    finding: Finding = dict.fromkeys(LIMITS)
+    for key, packing, length in zip(LIMITS, ("stream", "documents"), (LONG, LENGTH), strict=True):
+        corpus = {"packing": packing, "sequence_length": length}
+        try:
+            check_architecture(teacher, Config(workdir="work", teacher={"path": "teacher"}, corpus=corpus))
+        except UserError as error:
+            finding[key] = reason_of(error, teacher.path.parent)
+    return finding
+
+
 @torch.no_grad()
 def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: bool) -> Any:
     """The teacher in fp32 under ZeRO-3, after all kinds of teachers were compared with transformers."""
@@ -140,7 +156,7 @@ def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: 
             check_documents(teacher.engine, teacher.decoder, teacher.folder, world, dtype)
             verdicts.append(None)
         except UserError as error:
-            verdicts.append(_reason(error, folder))
+            verdicts.append(reason_of(error, folder))
         if kept is None:
             kept = teacher
         else:
@@ -162,7 +178,7 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
                 build_student(config)
                 _compare_with_pruned(folder, layers, finding)
             except UserError as error:
-                refusal = _reason(error, folder)
+                refusal = reason_of(error, folder)
         refusals.append(gather_json(refusal)[0])
     finding["cut"] = next((refusal for refusal in refusals if refusal), None)
     if all(refusals):
@@ -178,7 +194,7 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
     try:
         pair = load_pair(config, world, find_teacher(config), find_student(config), **options)
     except UserError as error:
-        finding["trunk"] = _reason(error, folder)
+        finding["trunk"] = reason_of(error, folder)
         if not thorough:
             return
         config = _config(folder, packing, student={"layers": layers, "shared_trunk": "off", "train_final_norm": norm})
@@ -207,7 +223,7 @@ def _examine_trunk_in_bf16(folder: Path, layers: Sequence[int], world: World, fi
     try:
         pair = load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
     except UserError as error:
-        finding["faults"].append(f"a shared trunk in fp32 and not in bf16: {_reason(error, folder)}")
+        finding["faults"].append(f"a shared trunk in fp32 and not in bf16: {reason_of(error, folder)}")
         return
     pair.engine.destroy()
     pair.teacher.close()  # type: ignore[union-attr]
@@ -263,7 +279,7 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> No
 def _compare_with_pruned(folder: Path, layers: Sequence[int], finding: Finding) -> None:
     """The cut student against the teacher with its other layers bypassed."""
     student, teacher = _from_pretrained(folder / "work" / "student"), _from_pretrained(folder / "teacher")
-    for number, layer in enumerate(_layers_of(teacher)):
+    for number, layer in enumerate(layers_of(teacher)):
         if number not in layers:
             layer.register_forward_hook(_bypass, with_kwargs=True)
     ids = _tokens(0)
@@ -303,14 +319,15 @@ def _compare_buffers(finding: Finding, where: str, base: Any, expected: Any) -> 
             finding["faults"].append(f"{where}: buffer {name} is another one than transformers' model has")
 
 
-def _reason(error: UserError, folder: Path) -> str:
+def reason_of(error: UserError, folder: Path) -> str:
+    """Returns the message without the paths of the teacher and of the student in `folder`."""
     text = str(error).replace(f"{folder}/teacher: ", "").replace(f"{folder / 'work' / 'student'}: ", "")
     return re.sub(r"\s+", " ", text)
 
 
 def find(names: Sequence[str], *, thorough: bool, timeout_s: float) -> dict[str, Finding]:
     """Examines architectures on two ranks."""
-    from conftest import finish, fork_ranks
+    from rank_processes import finish, fork_ranks
 
     with tempfile.TemporaryDirectory() as folder:
         finish(fork_ranks(examine, names, Path(folder), thorough, ranks=2), timeout_s)

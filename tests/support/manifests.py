@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 KUBERNETES = REPOSITORY / "cluster" / "kubernetes"
 # Everything a user applies, by its folder. Components are parts of these.

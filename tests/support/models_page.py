@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from architecture_findings import Finding, check_plan, find
+from architecture_findings import LIMITS, Finding, check_plan, find
 from architectures import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "models.md"
@@ -23,6 +23,7 @@ What is not in the tables is tried when it is loaded: its head, its packed docum
 does not fit is refused before work begins, with the reason.
 
 - **teacher**: it is read as transformers reads it. No: it is refused when a command finds it.
+- **in short sequences**: longer `corpus.sequence_length` is refused; the last column has the limit of the small model.
 - **cut student**: any of its layers make a student in which each layer computes what it does in the teacher.
 - **packed documents**: `corpus.packing: documents` keeps documents that share a sequence apart. No: it is refused, and
   `corpus.packing` has to be `stream` or `none`.
@@ -54,11 +55,13 @@ def row(name: str, finding: Finding) -> str:
     if finding["refused"]:
         cells = [f"{example}", "no", "no", "", "", _short(finding["refused"])]
     else:
-        places = ("cut", "documents", "trunk")
-        reasons = [_short(finding[place]) for place in places if finding[place]]
+        limits = [key for key in LIMITS if not (key == "documents limit" and finding["documents"])]
+        reasons = [finding[place] for place in ("cut", "documents", "trunk", *limits) if finding[place]]
+        teacher = "in short sequences" if finding["stream limit"] else "yes"
         cut = "some layers" if finding["cut"] else "yes"
-        others = ["no" if finding[place] else "yes" for place in places[1:]]
-        cells = [example, "yes", cut, *others, "; ".join(reasons)]
+        documents = "no" if finding["documents"] else "in short sequences" if finding["documents limit"] else "yes"
+        trunk = "no" if finding["trunk"] else "yes"
+        cells = [example, teacher, cut, documents, trunk, "; ".join(_short(reason) for reason in reasons)]
     return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
@@ -69,7 +72,13 @@ def _short(reason: str) -> str:
         reason = "a layer depends on its place: " + re.split(r"the teacher's \d+: |first\) ", reason)[-1]
     elif "its states of a document depend" in reason:
         reason = "documents see each other"
-    for advice in (r"; such a model is.*", r"; set it to.*", r"; keep others.*", r"; a student cannot.*", r"\. Set .*"):
+    for advice in (
+        r"; such a model is.*",
+        r"; set (it|corpus\.\w+).*",
+        r"; keep others.*",
+        r"; a student cannot.*",
+        r"\. Set .*",
+    ):
         reason = re.sub(advice, "", reason)
     return reason.strip()
 
@@ -83,7 +92,7 @@ def page(findings: dict[str, Finding]) -> str:
         for is_mixture in (False, True)
     }
     return _TEXT.format(
-        count=len(findings),
+        count=len(ARCHITECTURES),
         dense="\n".join([_HEAD, *rows[False]]),
         mixtures="\n".join([_HEAD, *rows[True]]),
     )

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster_lab.hosts import HostProcess, Lab
-from conftest import REPOSITORY
 from manifests import Pod, one, quantity
+from repository import REPOSITORY
 
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 

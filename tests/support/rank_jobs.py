@@ -84,15 +84,15 @@ def head_gradients(
                 index = torch.tensor([[0, 1], [1, -1]])[:both]
                 return {
                     "positions": torch.arange(both),
-                    "candidate_index": index,
-                    "random_index": torch.tensor([2]),
+                    "candidate_rows": index,
+                    "random_rows": torch.tensor([2]),
                 }
             return {
                 "relation_positions": torch.tensor([0]),
-                "synonym_index": torch.tensor([[0, -1]]),
-                "antonym_index": torch.tensor([[1, -1]]),
+                "synonym_rows": torch.tensor([[0, -1]]),
+                "antonym_rows": torch.tensor([[1, -1]]),
                 "own_positions": torch.arange(1, both),
-                "own_index": torch.full((both - 1, 1), 2),
+                "own_rows": torch.full((both - 1, 1), 2),
             }
 
         of_form = {"sense_form": form, "sense_temperature": 0.2, "lexical_weight": 1.7} if distribution else {}

@@ -1,7 +1,6 @@
 """What a real `mlflow server` is told of runs, their evaluations and their models."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -13,16 +12,16 @@ import mlflow
 import pytest
 import torch
 import yaml
-from conftest import BEFORE_TRAINING, ONE_RANK, finish, fork_ranks, run_program, write_config
 from mlflow import MlflowClient
 from mlflow_server import SAME, tracking_config
 from rank_jobs import begin_tracking
+from rank_processes import ONE_RANK, finish, fork_ranks, run_program
+from tiny_work import BEFORE_TRAINING, write_config
 from transformers import AutoModelForCausalLM
 
 from dskd.artifacts.manifest import read_manifest
 from dskd.config.reading import load_config
 from dskd.distributed.rendezvous import free_port
-from dskd.distributed.world import launcher_job
 from dskd.errors import UserError
 from dskd.tracking import (
     Start,
@@ -277,16 +276,3 @@ def test_the_commit_is_the_checkouts_or_the_one_that_an_image_was_built_from(tmp
 def test_nodes_of_one_name_get_a_number():
     assert name_nodes(["a", "b", "a"]) == ["a-0", "b", "a-2"]
     assert name_nodes(["a", "b"]) == ["a", "b"]
-
-
-def test_the_launchers_job_is_told_as_it_is_called_there(monkeypatch):
-    for name in [*(name for name in os.environ if name.startswith("SLURM_")), "JOB_COMPLETION_INDEX"]:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    assert launcher_job() == {}
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    monkeypatch.setenv("DSKD_JOB", "dskd")
-    assert launcher_job() == {"scheduler": "kubernetes", "id": "dskd", "pod": socket.gethostname()}
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert launcher_job() == {"scheduler": "slurm", "id": "42", "restart": "3"}

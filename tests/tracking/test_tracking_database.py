@@ -7,10 +7,10 @@ import shutil
 import sqlite3
 
 import pytest
-from conftest import ONE_RANK
 from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils
 from mlflow_server import SAME, tracking_config, wait_for
+from rank_processes import ONE_RANK
 
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.errors import UserError

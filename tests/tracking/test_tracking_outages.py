@@ -3,10 +3,11 @@
 import time
 
 import pytest
-from conftest import BEFORE_TRAINING, ONE_RANK, TINY, finish, fork_ranks
 from forked_rank import node_namespaces, run_launcher_on_node, why_no_nodes
 from mlflow import MlflowClient
 from mlflow_server import SAME, Link, points, tracking_config, wait_for
+from rank_processes import ONE_RANK, finish, fork_ranks
+from tiny_work import BEFORE_TRAINING, TINY
 
 from dskd.artifacts import kinds
 from dskd.config.reading import load_config

@@ -69,9 +69,9 @@ def test_a_position_has_each_of_its_rows_once_in_any_micro_batches(tmp_path, kin
             senses, length = batch["senses"], batch["input_ids"].shape[1]
             numbers = torch.arange(ROWS) if path is None else senses["sense_rows"][:, 0].long()
             assert batch["loss_mask"].flatten()[senses["positions"]].all()
-            for position, places in zip(senses["positions"].tolist(), senses["candidate_index"].tolist(), strict=True):
+            for position, places in zip(senses["positions"].tolist(), senses["candidate_rows"].tolist(), strict=True):
                 rows = [int(numbers[place]) for place in places if place >= 0]
-                rows += numbers[senses["random_index"]].tolist()
+                rows += numbers[senses["random_rows"]].tolist()
                 assert len(rows) == len(set(rows))
                 key = int(batch["sample_ids"][position // length]), position % length
                 assert key not in found

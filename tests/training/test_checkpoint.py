@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BEFORE_TRAINING, TINY, losses_of, run_program
+from rank_processes import run_program
 from safetensors.torch import load_file
+from tiny_work import BEFORE_TRAINING, TINY
+from tracked_results import losses_of
 
 from dskd.artifacts import kinds
 from dskd.config.reading import load_config

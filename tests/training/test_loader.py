@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_RANK, open_dataset
+from artifact_folders import open_dataset
+from rank_processes import ONE_RANK
 from safetensors.torch import save_file
 
 from dskd import shards
@@ -116,7 +117,7 @@ def test_random_candidates_follow_the_step_whoever_makes_its_batches(folder, tmp
     assert len(steps) == SCHEDULE.total_steps - start
     for number, step in enumerate(steps, start):
         for batch in step.micro_batches:
-            assert batch["senses"]["random_index"].tolist() == candidates.draw(number).tolist()
+            assert batch["senses"]["random_rows"].tolist() == candidates.draw(number).tolist()
         positions = sum(len(batch["senses"]["positions"]) for batch in step.micro_batches)
         targets = sum(int(batch["loss_mask"].sum()) for batch in step.micro_batches)
         assert step.counts == (targets, positions, 0, targets)  # all of these targets have synonyms
@@ -137,7 +138,7 @@ def test_a_bank_gives_the_batches_the_rows_that_they_would_bring(folder, tmp_pat
         for brought, banked in zip(host.micro_batches, device.micro_batches, strict=True):
             one, other = brought["senses"], banked["senses"]
             assert other["sense_rows"].data_ptr() == bank.data_ptr()
-            for index in ("synonym_index", "antonym_index", "own_index"):
+            for index in ("synonym_rows", "antonym_rows", "own_rows"):
                 assert one["sense_rows"][one[index]].equal(other["sense_rows"][other[index]])
 
 

@@ -7,21 +7,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    BEFORE_TRAINING,
-    ONE_RANK,
-    TINY,
-    copy_work,
-    losses_of,
-    open_dataset,
-    run_program,
-    start_ranks,
-    update_manifest,
-)
+from artifact_folders import open_dataset, update_manifest
 from plain_reading import run_apart
+from rank_processes import ONE_RANK, run_program, start_ranks
 from safetensors.torch import load_file, save_file
+from tiny_work import BEFORE_TRAINING, TINY, copy_work
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
+from tracked_results import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd import shards

@@ -54,10 +54,10 @@ def _step(pair):
     senses = {
         "sense_rows": torch.linspace(-1, 1, 64).view(2, 32).bfloat16(),
         "relation_positions": torch.tensor([3, 30]),
-        "synonym_index": torch.tensor([[0, 1], [1, -1]]),
-        "antonym_index": torch.tensor([[1, -1], [-1, -1]]),
+        "synonym_rows": torch.tensor([[0, 1], [1, -1]]),
+        "antonym_rows": torch.tensor([[1, -1], [-1, -1]]),
         "own_positions": torch.tensor([5]),
-        "own_index": torch.tensor([[1, 0]]),
+        "own_rows": torch.tensor([[1, 0]]),
     }
     loss, terms = pair.engine(
         inputs,

@@ -91,18 +91,33 @@ def read_wic(place: str, key: str) -> list[Pair]:
         except ValueError as error:
             raise UserError(f"{path}:{number}: expected {_FORMAT}; {error}") from None
         pairs.append(Pair(f"{path.name}:{number}", word, one, other, _SAME[answer.strip()]))
+    _check_places(pairs, path)
     return pairs
+
+
+def _check_places(pairs: Sequence[Pair], path: Path) -> None:
+    """Refuses a file most of whose places are other words: a form of a word nearly always has its first letter."""
+    marked = [(pair.word, mark.text[mark.start : mark.stop]) for pair in pairs for mark in (pair.one, pair.other)]
+    others = [(word, found) for word, found in marked if word[:1].casefold() != found[:1].casefold()]
+    if 2 * len(others) > len(marked):
+        word, found = others[0]
+        raise UserError(
+            f"{path}: in {len(others):,} of {len(marked):,} sentences the places name another word than the pair's, "
+            f"such as {found!r} for {word!r}; places count the words between spaces, from 0"
+        )
 
 
 def _lines(path: Path, key: str) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: this is not UTF-8 text ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(
             f"{key}: {path} cannot be read ({error.strerror}); name the data file, its gold file beside it"
         ) from None
+    # Not splitlines(), which also divides at characters that may be in a sentence, such as U+2028.
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _marked(places: str, sentences: Sequence[str]) -> list[Marked]:

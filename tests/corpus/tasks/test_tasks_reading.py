@@ -7,7 +7,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 from task_files import DATA
 
 from dskd.corpus.tasks.benchmarks import BENCHMARKS, Example

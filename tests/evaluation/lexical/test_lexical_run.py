@@ -7,20 +7,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import (
-    BEFORE_TRAINING,
-    ONE_RANK,
-    copy_work,
-    open_dataset,
-    replace_at_loading,
-    run_program,
-    update_manifest,
-)
+from artifact_folders import open_dataset, replace_at_loading, update_manifest
 from plain_reading import run_apart
+from rank_processes import ONE_RANK, run_program
 from safetensors.torch import load_file
 from test_lexical_items import GLOSSES, SYNSETS
 from test_wic import LINES
 from tiny_wordnet import write_wordnet
+from tiny_work import BEFORE_TRAINING, copy_work
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.config.reading import load_config

@@ -70,6 +70,19 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         read_wic(_write(tmp_path, [], ""), "evaluation.wic")
 
 
+def test_a_separator_in_a_sentence_is_no_end_of_a_line(tmp_path):
+    line = "hook\tV\t3-0\tto catch or hook it\tHook a\u2028fish"
+    pairs = read_wic(_write(tmp_path, [*LINES, line], "TFTF"), "evaluation.wic")
+    assert pairs[3].other.text == "Hook a\u2028fish"
+
+
+def test_places_that_count_otherwise_are_refused(tmp_path):
+    """Such as from 1: every score would be of a wrong word."""
+    lines = ["board\tN\t3-3\tRoom and board .\tHe nailed boards across the windows ."]
+    with pytest.raises(UserError, match=r"in 2 of 2 sentences .* such as '.' for 'board'; places count .* from 0"):
+        read_wic(_write(tmp_path, lines, "T"), "evaluation.wic")
+
+
 def test_a_threshold_without_pairs_is_refused():
     with pytest.raises(ValueError, match="wic_threshold needs evaluation"):
         EvaluationConfig(wic_threshold="train.data.txt")

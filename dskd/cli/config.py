@@ -1,0 +1,48 @@
+"""The verb `dskd config`: explains the keys of a configuration, or checks a file."""
+
+import argparse
+from pathlib import Path
+
+from dskd.cli.program import add_config_arguments, add_verb, run
+from dskd.config.reading import load_config
+from dskd.errors import UserError
+
+HELP = "explain every key of a configuration file; with --config, check one and print all of its values"
+EPILOG = """
+examples:
+  dskd config                                                                        every key
+  dskd config | grep train                                                           some of them
+  dskd config --config configs/quickstart.yaml loss.margin=2                         check a file and an override
+  dskd config --config configs/quickstart.yaml --run-names                           the runs that it describes
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction) -> None:
+    """Adds the parser of `config`."""
+    parser = add_verb(verbs, "config", run_config, text=HELP, epilog=EPILOG)
+    add_config_arguments(parser, is_required=False)
+    parser.add_argument(
+        "--run-names", action="store_true", help="with --config: print the names of its runs, one a line"
+    )
+
+
+def run_config(args: argparse.Namespace) -> int:
+    """Prints what the arguments ask for and returns the exit code."""
+    return run(lambda: _print(args.config, args.overrides, run_names=args.run_names))
+
+
+def _print(path: Path | None, overrides: list[str], *, run_names: bool) -> None:
+    if path is None:
+        if overrides or run_names:
+            raise UserError(f"{overrides[0] if overrides else '--run-names'} needs --config FILE")
+        from dskd.config.messages import describe
+
+        print(describe())
+        return
+    config = load_config(path, overrides)
+    if run_names:
+        print("\n".join(config.run_names))
+    else:
+        import yaml
+
+        print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")

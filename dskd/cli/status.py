@@ -1,0 +1,30 @@
+"""The verb `dskd status`: prints how far a run is trained."""
+
+import argparse
+
+from dskd.cli.program import add_config_arguments, add_verb, run
+from dskd.config.reading import load_config
+
+UNFINISHED_EXIT_CODE = 3
+HELP = "print how far a run is trained; exit code 0 if it is finished, 3 if not"
+EPILOG = """
+examples:
+  dskd status --config configs/quickstart.yaml                                       of the run that `run` chooses
+  dskd status --config FILE run=kd || deepspeed launcher/train.py --config FILE --resume run=kd
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction) -> None:
+    """Adds the parser of `status`."""
+    add_config_arguments(add_verb(verbs, "status", run_status, text=HELP, epilog=EPILOG))
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Prints the step of the newest checkpoint and returns the exit code."""
+    return run(lambda: _report(args))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from dskd.training.records import report_status
+
+    return 0 if report_status(load_config(args.config, args.overrides)) else UNFINISHED_EXIT_CODE

@@ -1,0 +1,141 @@
+"""The sections of a configuration: which values they take, and which keys fit together."""
+
+import pytest
+from config_files import MINIMAL, write_yaml
+
+from dskd.config import Config
+from dskd.config.reading import load_config
+from dskd.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.learning_rate=.inf",
+        "student.layers=[]",
+        "student.layers=0",
+        "student.train_layers=-1",
+        "student.layers=[3, 1, 1]",
+        "student.train_layers=17",
+        "student.train_layers=[16]",
+        "seeds=[0, 1, 0]",
+        "loss.temperature=.nan",
+    ],
+)
+def test_values_out_of_range_are_refused(tmp_path, override):
+    with pytest.raises(UserError, match="1 problem"):
+        load_config(write_yaml(tmp_path, MINIMAL), [override])
+
+
+@pytest.mark.parametrize(
+    ("corpus", "messages"),
+    [
+        (
+            {"train": ["a.txt"], "dataset": "a/b", "validation_split": "test"},
+            ["corpus.train needs source: files", "corpus.dataset and corpus.validation_split need source: huggingface"],
+        ),
+        (
+            {"source": "huggingface", "validation": ["a.txt"]},
+            ["source: huggingface needs corpus.dataset", "corpus.validation needs source: files"],
+        ),
+        (
+            {"source": "files", "dataset_config": "x"},
+            ["source: files needs corpus.train", "corpus.dataset_config needs source: huggingface"],
+        ),
+        ({"packing": "concat"}, ["'documents', 'stream' or 'none'"]),
+    ],
+)
+def test_keys_of_another_corpus_source_are_all_reported(tmp_path, corpus, messages):
+    with pytest.raises(UserError) as error:
+        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": corpus}))
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_layers_and_trained_layers_must_fit_together(tmp_path):
+    path = write_yaml(tmp_path, {**MINIMAL, "student": {"layers": [5, 1, 5], "train_layers": [1, 2]}})
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert "student: layers: expected different layers in ascending order, such as [1, 5], found [5, 1, 5]" in str(
+        error.value
+    )
+    assert "train_layers: the student has layers 0 to 1, so there is no [2]" in str(error.value)
+    assert load_config(path, ["student.layers=[1, 5, 7]"]).student.train_layers == (1, 2)
+
+
+def test_a_config_cannot_be_changed():
+    config = Config(**MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1
+
+
+def test_all_conflicts_between_sections_are_reported(tmp_path):
+    path = write_yaml(
+        tmp_path,
+        {
+            **MINIMAL,
+            "teacher": {"path": "a/b", "mode": "cached"},
+            "loss": {"hidden_weight": 1.0, "sense_form": "distribution"},
+            "student": {"shared_trunk": "on"},
+            "annotation": {"continuation_tokens": 3},
+        },
+    )
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    for part in (
+        "teacher.mode: cached needs annotation.teacher_top_n",
+        "loss.hidden_weight needs the teacher's states",
+        "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached has not",
+        "student.shared_trunk: on needs a teacher in training",
+        "annotation.continuation_tokens needs corpus.packing: none",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "messages"),
+    [
+        (
+            {"sense_temperature": 0.2, "sense_candidates": ["own"]},
+            [
+                "loss.sense_temperature and loss.sense_candidates need sense_form: distribution, and it is distance",
+                "leave them at their defaults",
+            ],
+        ),
+        ({"sense_form": "distribution", "margin": 2.0}, ["loss.margin needs sense_form: distance, and it is distr"]),
+        (
+            {"sense_form": "distribution", "sense_candidates": ["own"], "sense_random_candidates": 9},
+            ["loss.sense_random_candidates needs random in loss.sense_candidates"],
+        ),
+        (
+            {"lexical_weight": 1.2, "ce_weight": 0.0, "kd_weight": 0.0},
+            ["loss.lexical_weight is of CE and KL, whose weights are 0"],
+        ),
+        ({"sense_candidates": []}, ["loss.sense_candidates"]),
+        ({"lexical_weight": 0.0}, ["loss.lexical_weight"]),
+    ],
+)
+def test_keys_of_the_loss_without_effect_are_refused(tmp_path, loss, messages):
+    with pytest.raises(UserError) as error:
+        load_config(write_yaml(tmp_path, {**MINIMAL, "loss": loss}))
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
+    forms = {"a": {}, "b": {"loss": {"sense_form": "distribution", "sense_candidates": ["own", "random"]}}}
+    path = write_yaml(tmp_path, {**MINIMAL, "loss": {"kd_weight": 0.0}, "run": "a", "runs": forms})
+    assert not load_config(path).needs_teacher
+    config = load_config(path, ["run=b"])
+    assert config.loss.sense_candidates == ("own", "random")
+    assert config.needs_teacher
+    assert not load_config(path, ["run=b", "loss.sense_weight=0"]).needs_teacher
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [({"offload": "nvme"}, "offload: nvme needs nvme_path"), ({"nvme_path": "/x"}, "nvme_path needs offload: nvme")],
+)
+def test_nvme_offload_needs_both_of_its_keys(tmp_path, teacher, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write_yaml(tmp_path, {**MINIMAL, "teacher": {"path": "a/b", **teacher}}))

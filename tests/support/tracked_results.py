@@ -1,0 +1,13 @@
+"""What MLflow has of a run."""
+
+from pathlib import Path
+
+from dskd.config.reading import load_config
+from dskd.tracking import read_history, read_runs
+
+
+def losses_of(config: Path, name: str = "train/loss") -> list[tuple[int, float]]:
+    """Returns (step, value) of a measure of the config's run in MLflow, which must have one run of that name."""
+    loaded = load_config(config)
+    (run,) = [run for run in read_runs(loaded) if run.name == loaded.run]
+    return read_history(loaded, run.run_id, name)
