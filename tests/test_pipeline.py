@@ -14,11 +14,13 @@ from tiny_work import launch_forked
 from transformers import AutoModelForCausalLM
 
 from dskd import pipeline
+from dskd.artifacts.lock import release_lock
 from dskd.compare.text import compare
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.corpus.build import build_corpus
 from dskd.corpus.sequences import build_sequences
+from dskd.errors import UserError
 from dskd.evaluation.held_out_text import evaluate
 from dskd.lexicon.build import build_lexicon
 from dskd.models.cutting import build_student
@@ -52,18 +54,41 @@ def test_it_ends_with_a_table_a_picture_and_the_way_to_mlflow(tiny):
     assert "mlflow ui --backend-store-uri sqlite:///" in printed
 
 
-def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends_on_it(copy_of_tiny):
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs the pipeline in this process, its ranks as those of other tests; returns the stages that ran, and what was
+    printed to standard output and error."""
+    monkeypatch.setattr(pipeline, "launch", launch_forked)
+    monkeypatch.setattr("dskd.distributed.stopping.listen", lambda: None)  # signals to this process are pytest's
+
+    def run(config, *overrides, until=None):
+        capsys.readouterr()
+        try:
+            pipeline.run_pipeline(config, overrides, until=until)
+        finally:
+            release_lock(load_config(config).path(pipeline.LOCK))
+        printed, said = capsys.readouterr()
+        return re.findall(r"^== (\w+)", said, re.MULTILINE), printed, said
+
+    return run
+
+
+def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends_on_it(copy_of_tiny, run_here):
     artifacts = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
     config = copy_of_tiny(*artifacts, "checkpoints", "export", "evaluation")
-    again = _pipeline(config, "tracking.enabled=false")
-    assert again.returncode == 0, again.stderr
-    assert _stages_run(again) == []
-    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in again.stderr
+    stages, _, said = run_here(config, "tracking.enabled=false")
+    assert stages == []
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in said
 
-    changed = _pipeline(config, "loss.sense_weight=0.5", "tracking.enabled=false")
-    assert changed.returncode == 0, changed.stderr
-    assert _stages_run(changed) == ["train", "export", "evaluate"]
-    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in changed.stderr
+    # The ranks of this one are started by DeepSpeed's launcher, as a user's.
+    changed = ("loss.sense_weight=0.5", "tracking.enabled=false")
+    trained = _pipeline(config, *changed, "--until", "train dskd")
+    assert trained.returncode == 0, trained.stderr
+    assert _stages_run(trained) == ["train"]
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in trained.stderr
+    stages, _, said = run_here(config, *changed)
+    assert stages == ["export", "evaluate"]
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in said
 
 
 def test_benchmarks_that_the_config_names_are_asked_last_and_once(copy_of_tiny, monkeypatch):
@@ -135,19 +160,19 @@ def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture, packing):
         assert part in printed
 
 
-def test_it_stops_after_the_stage_that_is_named(copy_of_tiny):
+def test_it_stops_after_the_stage_that_is_named(copy_of_tiny, run_here):
     config = copy_of_tiny("corpus", "lexicon", "teacher")
-    finished = _pipeline(config, "--until", "student")
-    assert finished.returncode == 0, finished.stderr
-    assert _stages_run(finished) == ["sequences", "student"]
+    stages, printed, _ = run_here(config, until="student")
+    assert stages == ["sequences", "student"]
     work = {path.name for path in (config.parent / "work").iterdir() if not path.name.startswith(".")}
     assert work == {"corpus", "lexicon", "teacher", "sequences", "student"}
-    assert "Loss curves" not in finished.stdout
+    assert "Loss curves" not in printed
 
-    unknown = _pipeline(config, "--until", "training")
-    assert unknown.returncode == 2
-    assert "--until training: there is no such stage; stages of this config: lexicon, corpus, teacher" in unknown.stderr
-    assert "Traceback" not in unknown.stderr
+    with pytest.raises(UserError) as error:
+        run_here(config, until="training")
+    assert str(error.value).startswith(
+        "--until training: there is no such stage; stages of this config: lexicon, corpus, teacher"
+    )
 
 
 def test_a_request_is_passed_on_until_the_ranks_that_are_just_being_started_hear_it(copy_of_tiny, tmp_path):
