@@ -68,7 +68,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     # Found once, when it is first needed: a teacher that is trained from scratch exists only after its stage.
     teacher = functools.cache(lambda: find_teacher(config))
     if config.teacher.path is not None:
-        teacher()  # fails early if the model does not fit, before the corpus is read
+        teacher()  # fails early, before the corpus is read, if the model does not fit
     stages = plan_stages(config, path, overrides, teacher)
     if until is not None:
         names = [stage.name for stage in stages]
@@ -89,7 +89,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
             current = []
         stage.build()
         if not stage.is_current():
-            raise StageFailedError(f"stage {stage.name!r} ended without making what it should", 1)
+            raise StageFailedError(f"stage {stage.name!r} ended without its artifact", 1)
     if current:
         say(f"up to date: {', '.join(current)}")
     if until is None:
@@ -170,11 +170,11 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     """Returns the stages of one run: training and export."""
 
     def build() -> None:
-        wanted = inputs.recipe(config)
+        recipe = inputs.recipe(config)
         newest = checkpoint.latest(config)
         # As everywhere in the pipeline, checkpoints of another config are stale and replaced; their tracked run stays.
-        other = newest is not None and bool(checkpoint.changes_since(newest, wanted))
-        flag = "--overwrite" if other else "--resume"
+        is_stale = newest is not None and bool(checkpoint.changes_since(newest, recipe))
+        flag = "--overwrite" if is_stale else "--resume"
         launch(config, "train.py", ["--config", str(path), flag, *overrides, run_override(config.run)])
 
     def exported() -> bool:

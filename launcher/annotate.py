@@ -15,7 +15,7 @@ Any number of ranks writes the same shards. A split that is up to date is skippe
 
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--force", action="store_true", help="annotate also what is up to date")
+    parser.add_argument("--force", action="store_true", help="annotate again, even what is up to date")
     args = parse(parser)
 
     def work(config: Config, world: World) -> None:

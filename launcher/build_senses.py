@@ -16,7 +16,9 @@ that is up to date is left as it is.
 
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--force", action="store_true", help="build also what is up to date; gathers again")
+    parser.add_argument(
+        "--force", action="store_true", help="gather and build again, even if the dictionary is up to date"
+    )
     args = parse(parser)
 
     def work(config: Config, world: World) -> None:

@@ -16,36 +16,36 @@ examples:
   deepspeed --num_gpus 2 launcher/evaluate.py --config configs/quickstart.yaml --force
   deepspeed launcher/evaluate.py --config mine.yaml tasks.limit=200 --tasks arc_challenge mmlu
   deepspeed launcher/evaluate.py --config mine.yaml --tasks all
-  deepspeed launcher/evaluate.py --config mine.yaml --tasks                 those of tasks.evaluate
+  deepspeed launcher/evaluate.py --config mine.yaml --tasks                 the benchmarks of tasks.evaluate
   deepspeed launcher/evaluate.py --config mine.yaml --tasks mmlu --models teacher dskd
   deepspeed launcher/evaluate.py --config mine.yaml --lexical
   deepspeed launcher/evaluate.py --config mine.yaml --lexical --models teacher dskd
 
 The keys under `tasks` say where the benchmarks' files are (`dskd config`).
-`dskd compare` prints the measures side by side. A model whose measures are up to date is skipped. A run without an
-export is left out; where run=NAME asks for it, that is an error.
+`dskd compare` prints the measures side by side. Models whose measures are up to date are skipped. A run without an
+export is left out, unless run=NAME chooses it: then that is an error.
 """
 
 
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--force", action="store_true", help="evaluate also what is up to date")
+    parser.add_argument("--force", action="store_true", help="evaluate again, even what is up to date")
     parser.add_argument(
         "--tasks",
         nargs="*",
         metavar="TASK",
-        help=f"evaluate on benchmarks instead: {', '.join(TASKS)}, or all; without a name on those of tasks.evaluate",
+        help=f"evaluate on benchmarks instead: {', '.join(TASKS)}, or all; without a name: those of tasks.evaluate",
     )
     parser.add_argument(
         "--lexical",
         action="store_true",
-        help="measure lexical knowledge instead: sense separation, synonyms against antonyms, … (`dskd/lexical`)",
+        help="measure lexical knowledge instead: sense separation, synonyms against antonyms, … (docs/evaluation.md)",
     )
     parser.add_argument(
         "--models",
         nargs="+",
         metavar="NAME",
-        help="with --tasks or --lexical: only these of teacher, student and the runs",
+        help="with --tasks or --lexical: only these models, of teacher, student and the runs",
     )
     args = parse(parser, "tasks", "models")
     on_tasks = args.tasks is not None
@@ -55,9 +55,9 @@ def main() -> None:
     if args.models == []:
         parser.error("argument --models: expected at least one name, found only overrides")
     if args.models and not (on_tasks or args.lexical):
-        parser.error("--models goes with --tasks or --lexical; the held-out text is read by all models that are there")
+        parser.error("--models needs --tasks or --lexical; on held-out text, all models are evaluated")
     if on_tasks and args.lexical:
-        parser.error("--tasks and --lexical are two commands; give one of them at a time")
+        parser.error("--tasks and --lexical exclude each other; give one of them at a time")
 
     def work(config: Config, world: World) -> None:
         # Imported here so that --help does not wait for DeepSpeed.

@@ -14,7 +14,7 @@ examples:
   python launcher/pipeline.py --config configs/quickstart.yaml
   python launcher/pipeline.py --config configs/quickstart.yaml workdir=work/mine teacher.train_from_scratch=null \\
       teacher.path=FOLDER
-  python launcher/pipeline.py --config FILE --until student      all that needs no ranks
+  python launcher/pipeline.py --config FILE --until student      the stages that need no ranks
 
 Start it with plain python: it calls DeepSpeed's launcher itself, with pipeline.launcher_args.
 """
@@ -22,7 +22,7 @@ Start it with plain python: it calls DeepSpeed's launcher itself, with pipeline.
 
 def main() -> int:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--until", metavar="STAGE", help="the last stage to run; what comes after it is left as it is")
+    parser.add_argument("--until", metavar="STAGE", help="the last stage to run; later stages are left as they are")
     args = parse(parser)
     leave_launcher()
     from dskd.cli.launching import StageFailedError, exit_code_of

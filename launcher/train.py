@@ -9,7 +9,7 @@ examples:
   deepspeed launcher/train.py --config configs/quickstart.yaml                 all GPUs of this machine, or one CPU rank
   deepspeed --num_gpus 2 launcher/train.py --config configs/quickstart.yaml    two ranks, with or without GPUs
   python launcher/train.py --config configs/quickstart.yaml run=kd             one rank, the run called kd
-  deepspeed launcher/train.py --config FILE --resume                           go on from the last checkpoint
+  deepspeed launcher/train.py --config FILE --resume                           resume from the last checkpoint
 
 launcher/pipeline.py makes everything that training reads.
 """
@@ -17,13 +17,17 @@ launcher/pipeline.py makes everything that training reads.
 
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--resume", action="store_true", help="from the run's last checkpoint, if there is one")
     parser.add_argument(
-        "--overwrite", action="store_true", help="from scratch; the run's old checkpoints go when there is a new one"
+        "--resume", action="store_true", help="continue from the run's last checkpoint, if there is one"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="train from scratch; the first new checkpoint replaces the run's old ones",
     )
     args = parse(parser)
     if args.resume and args.overwrite:
-        parser.error("--resume goes on from the checkpoints that --overwrite removes: give one of them")
+        parser.error("--resume continues from the checkpoints that --overwrite removes; give only one of them")
 
     def work(config: Config, world: World) -> None:
         from dskd.training.train import train  # imported here so that --help does not wait for DeepSpeed

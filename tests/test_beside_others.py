@@ -95,7 +95,7 @@ def test_a_second_pipeline_says_at_once_for_whom_it_waits_and_is_to_be_tried_aga
     lock = tmp_path / "work" / pipeline.LOCK
     with _held_by_another_process(lock), pytest.raises(OutageError, match="runs the pipeline in this work directory"):
         pipeline.run_pipeline(config, [])
-    assert capsys.readouterr().err.count("runs the pipeline in this work directory; waits for it") == 1
+    assert capsys.readouterr().err.count("runs the pipeline in this work directory; waiting for it") == 1
 
 
 def test_states_that_another_build_gathers_are_left_alone(copy_of_tiny, world):

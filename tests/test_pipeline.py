@@ -1,26 +1,27 @@
-"""The whole pipeline, as a user runs it, and what it does again when something changed."""
+"""The whole pipeline, and what it does again when something changed.
 
+Its process is forked, for it imports for long; the ranks are started by DeepSpeed's launcher, as a user's are.
+"""
+
+import os
 import re
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from rank_processes import run_program, start_ranks
 from task_files import PLACES
 from tiny_models import ARCHITECTURES, save_model
 from tiny_work import launch_forked
 from transformers import AutoModelForCausalLM
 
 from dskd import pipeline
-from dskd.artifacts.lock import release_lock
 from dskd.compare.text import compare
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.corpus.build import build_corpus
 from dskd.corpus.sequences import build_sequences
-from dskd.errors import UserError
 from dskd.evaluation.held_out_text import evaluate
 from dskd.lexicon.build import build_lexicon
 from dskd.models.cutting import build_student
@@ -33,13 +34,8 @@ from dskd.training.train import train
 pytestmark = pytest.mark.slow
 
 
-def _pipeline(config, *overrides, timeout_s=300):
-    command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config), *overrides]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s)
-
-
 def _stages_run(finished):
-    return re.findall(r"^== (\w+)", finished.stderr, re.MULTILINE)
+    return re.findall(r"^== (\w+)", finished.output, re.MULTILINE)
 
 
 def test_it_ends_with_a_table_a_picture_and_the_way_to_mlflow(tiny):
@@ -54,41 +50,19 @@ def test_it_ends_with_a_table_a_picture_and_the_way_to_mlflow(tiny):
     assert "mlflow ui --backend-store-uri sqlite:///" in printed
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Runs the pipeline in this process, its ranks as those of other tests; returns the stages that ran, and what was
-    printed to standard output and error."""
-    monkeypatch.setattr(pipeline, "launch", launch_forked)
-    monkeypatch.setattr("dskd.distributed.stopping.listen", lambda: None)  # signals to this process are pytest's
-
-    def run(config, *overrides, until=None):
-        capsys.readouterr()
-        try:
-            pipeline.run_pipeline(config, overrides, until=until)
-        finally:
-            release_lock(load_config(config).path(pipeline.LOCK))
-        printed, said = capsys.readouterr()
-        return re.findall(r"^== (\w+)", said, re.MULTILINE), printed, said
-
-    return run
-
-
-def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends_on_it(copy_of_tiny, run_here):
+def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends_on_it(copy_of_tiny):
     artifacts = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
     config = copy_of_tiny(*artifacts, "checkpoints", "export", "evaluation")
-    stages, _, said = run_here(config, "tracking.enabled=false")
-    assert stages == []
-    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in said
+    again = run_program("pipeline.py", config, "tracking.enabled=false")
+    assert _stages_run(again) == []
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in again.output
 
-    # The ranks of this one are started by DeepSpeed's launcher, as a user's.
-    changed = ("loss.sense_weight=0.5", "tracking.enabled=false")
-    trained = _pipeline(config, *changed, "--until", "train dskd")
-    assert trained.returncode == 0, trained.stderr
-    assert _stages_run(trained) == ["train"]
-    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in trained.stderr
-    stages, _, said = run_here(config, *changed)
-    assert stages == ["export", "evaluate"]
-    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in said
+    changes = ["loss.sense_weight=0.5", "tracking.enabled=false"]
+    changed = run_program("pipeline.py", config, *changes, "--until", "train dskd")
+    assert _stages_run(changed) == ["train"]
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in changed.output
+    stages = pipeline.plan_stages(load_config(config, changes), config, changes)
+    assert [stage.name for stage in stages if not stage.is_current()] == ["export dskd", "evaluation"]
 
 
 def test_benchmarks_that_the_config_names_are_asked_last_and_once(copy_of_tiny, monkeypatch):
@@ -160,40 +134,36 @@ def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture, packing):
         assert part in printed
 
 
-def test_it_stops_after_the_stage_that_is_named(copy_of_tiny, run_here):
+def test_it_stops_after_the_stage_that_is_named(copy_of_tiny):
     config = copy_of_tiny("corpus", "lexicon", "teacher")
-    stages, printed, _ = run_here(config, until="student")
-    assert stages == ["sequences", "student"]
+    finished = run_program("pipeline.py", config, "--until", "student")
+    assert _stages_run(finished) == ["sequences", "student"]
     work = {path.name for path in (config.parent / "work").iterdir() if not path.name.startswith(".")}
     assert work == {"corpus", "lexicon", "teacher", "sequences", "student"}
-    assert "Loss curves" not in printed
+    assert "Loss curves" not in finished.output
 
-    with pytest.raises(UserError) as error:
-        run_here(config, until="training")
-    assert str(error.value).startswith(
-        "--until training: there is no such stage; stages of this config: lexicon, corpus, teacher"
-    )
+    unknown = run_program("pipeline.py", config, "--until", "training", check=False)
+    assert unknown.exit_code == 2
+    assert "--until training: there is no such stage; stages of this config: lexicon, corpus, teacher" in unknown.output
+    assert "Traceback" not in unknown.output
 
 
-def test_a_request_is_passed_on_until_the_ranks_that_are_just_being_started_hear_it(copy_of_tiny, tmp_path):
+def test_a_request_is_passed_on_until_the_ranks_that_are_just_being_started_hear_it(copy_of_tiny):
     config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
-    command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config)]
-    log = tmp_path / "log"
-    with log.open("w") as stream:
-        overrides = ("tracking.enabled=false", "train.steps=100000")
-        process = subprocess.Popen([*command, *overrides], cwd=REPOSITORY, stdout=stream, stderr=stream)
+    one_rank = 'pipeline.launcher_args=["--num_gpus", "1"]'
+    (process,) = start_ranks("pipeline.py", config, "tracking.enabled=false", "train.steps=100000", one_rank)
     deadline = time.monotonic() + 120
-    while "$ deepspeed" not in log.read_text() and time.monotonic() < deadline:
+    while "$ deepspeed" not in process.output and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(1)  # they do not listen yet
-    process.terminate()
-    assert process.wait(120) == 75, log.read_text()
-    assert "stopping: waiting for the ranks to save their progress" in log.read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 75, process.output
+    assert "stopping: waiting for the ranks to save their progress" in process.output
 
 
 def test_a_failing_rank_ends_the_pipeline_with_its_own_message_and_code(copy_of_tiny):
     config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
-    finished = _pipeline(config, "student.train_layers=0", "tracking.enabled=false")
-    assert finished.returncode == 2
-    assert finished.stderr.count("nothing would be trained") == 1
-    assert "Traceback" not in finished.stderr
+    finished = run_program("pipeline.py", config, "student.train_layers=0", "tracking.enabled=false", check=False)
+    assert finished.exit_code == 2, finished.output
+    assert finished.output.count("nothing would be trained") == 1
+    assert "Traceback" not in finished.output

@@ -1,4 +1,4 @@
-"""What the documents say of the repository is true."""
+"""The documents name files, sections, keys and tests that exist; programs explain themselves."""
 
 import re
 import subprocess
@@ -7,17 +7,48 @@ import sys
 import pytest
 from repository import REPOSITORY
 
-DOCUMENTS = [file for folder in (".", "docs", "cluster/*") for file in sorted(REPOSITORY.glob(f"{folder}/*.md"))]
+from dskd.config import Config, Section
+
+FOLDERS = (".", "docs", "cluster/*", "benchmarks", "benchmarks/*")
+DOCUMENTS = [file for folder in FOLDERS for file in sorted(REPOSITORY.glob(f"{folder}/*.md"))]
+# The endings of files that are named after sections of the config.
+FILE_ENDINGS = ("py", "md", "yaml", "json", "jsonl", "parquet", "safetensors", "sbatch")
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@each_document
 def test_every_link_and_every_file_named_exists(path):
     text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if not target.startswith("http"):
-            assert (path.parent / target).resolve().exists(), target
-    for name in re.findall(r"`((?:dskd|launcher|configs|tests)/[\w/.-]+\.(?:py|yaml))`", text):
+    for target, section in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
+        if target.startswith("http"):
+            continue
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), target
+        assert not section or section in _sections(file), f"{target}#{section}"
+    for name in re.findall(r"(?<![\w/.-])((?:dskd|launcher|configs|cluster|benchmarks|tests)/[\w/.-]+)", text):
+        name = name.rstrip(".")
         assert (REPOSITORY / name).exists(), name
+
+
+def _sections(file):
+    """Returns the anchors that GitHub gives to the headings of a Markdown file."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_every_key_of_the_config_that_is_named_exists(path):
+    sections = {name: field.annotation for name, field in Config.model_fields.items() if _is_section(field.annotation)}
+    assert {"train", "loss", "senses"} <= sections.keys()
+    text = path.read_text(encoding="utf-8")
+    for section, key in re.findall(rf"(?<![\w./-])({'|'.join(sections)})\.([a-z_]+)\b(?!/)", text):
+        if key not in FILE_ENDINGS:
+            assert key in {*sections[section].model_fields, *vars(sections[section])}, f"{section}.{key}"
+
+
+def _is_section(annotation):
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def test_every_invariant_names_a_test_that_exists():

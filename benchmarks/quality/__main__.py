@@ -15,9 +15,9 @@ from dskd.errors import UserError
 
 EPILOG = """
 examples:
-  python -m benchmarks.quality --work work/quality                        all of it; started again, it goes on
-  python -m benchmarks.quality --work work/quality --minutes 30           begins no training after half an hour
-  python -m benchmarks.quality --work work/quality --stages tune test     without the looks at one factor
+  python -m benchmarks.quality --work work/quality                        all of it; the same command resumes
+  python -m benchmarks.quality --work work/quality --minutes 30           starts no training after half an hour
+  python -m benchmarks.quality --work work/quality --stages tune test     without changing single factors
   python -m benchmarks.quality --report                                   README.md and docs/results.md from the results
   python -m benchmarks.quality --work work/quality --stages               only what all arms share, up to the shards
 
@@ -37,25 +37,25 @@ def main() -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="for the work directories")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="folder for the work directories")
     parser.add_argument("--report", action="store_true", help="train nothing: write README.md from the results")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE.jsonl", help="default: the committed ones"
     )
-    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="which of tune, test, factor")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after so many")
-    given = parser.parse_args()
-    if (given.work is None) != given.report:
-        parser.error("give --work FOLDER to train, or --report to write the report of what was trained")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="the stages to run; default: all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after this many minutes")
+    args = parser.parse_args()
+    if (args.work is None) != args.report:
+        parser.error("use --work FOLDER to train, or --report to write the report of the results")
 
     def action() -> int:
         from benchmarks.quality.report import write_report, write_summary
         from benchmarks.quality.results import read_results
 
-        if given.report:
-            results = read_results(given.results)
+        if args.report:
+            results = read_results(args.results)
             if not results:
-                raise UserError(f"--results {given.results}: there are no results in it; {REPORT} stays as it is")
+                raise UserError(f"--results {args.results}: this file has no results; {REPORT} stays as it is")
             write_report(results, REPORT)
             write_summary(results, SUMMARY)
             print(f"wrote {REPORT} and the table in {SUMMARY}")
@@ -63,9 +63,9 @@ def main() -> int:
         from benchmarks.quality.trainings import Runner  # imported late, so that --help does not wait for DeepSpeed
         from dskd.distributed.rendezvous import initialize
 
-        work.prepare(given.work)
-        runner = Runner(given.work, given.results, initialize())
-        runner.run(tuple(given.stages), given.minutes * 60)
+        work.prepare(args.work)
+        runner = Runner(args.work, args.results, initialize())
+        runner.run(tuple(args.stages), args.minutes * 60)
         return 0
 
     return run(action)

@@ -11,7 +11,7 @@ Differences = Mapping[str, Difference]
 def draw_differences(panels: Mapping[tuple[str, str], Differences], path: Path) -> None:
     """Draws an SVG file with a panel for each (measure, baseline) that has differences.
 
-    Equal differences give an identical file. Without any differences, the file is removed.
+    Equal differences give an identical file. If there are no differences, the file is removed.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -31,7 +31,7 @@ from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.training.export import find_export
 
-_TEXTS_AT_ONCE = 32
+_BATCH_SIZE = 32
 
 
 class _Part(held_out_text.HeldOutText):
@@ -68,7 +68,7 @@ class Judge:
         examples = held_out_text.measure(teacher, self._part, self._predictions, world, label="teacher")
         self._states = self._read(teacher)
         self._items = load_items(config, _manifest_of_items(config)) if split == "test" else None
-        words = self._know_words(teacher)
+        words = self._measure_words(teacher)
         teacher.close()
         self.references: dict[str, dict[str, float]] = {
             TEACHER: examples.values() | _values(words) | _errors(words) | _geometry(dictionary) | {HIDDEN: 0.0},
@@ -85,7 +85,7 @@ class Judge:
         model = load_frozen(folder, self._config, self._world)
         examples = held_out_text.measure(model, self._part, self._predictions, self._world, label="measuring")
         states = self._read(model)
-        words = _values(self._know_words(model))
+        words = _values(self._measure_words(model))
         model.close()
         total = sum(float(hidden_distance(*pair)[0]) for pair in zip(states, self._states, strict=True))
         return examples.values() | words | {HIDDEN: total / sum(len(part) for part in states)}
@@ -94,11 +94,11 @@ class Judge:
         """Returns {measure: value} of the untrained student, as it was cut."""
         return self.measure(find_student(self._config))
 
-    def _know_words(self, model: FrozenModel) -> Summary:
+    def _measure_words(self, model: FrozenModel) -> Summary:
         """Returns the measures in `LEXICAL` that have items; none on the validation part."""
         if self._items is None:
             return {}
-        found, _ = measure_items(model, self._items, _TEXTS_AT_ONCE, self._world)
+        found, _ = measure_items(model, self._items, _BATCH_SIZE, self._world)
         summary = summarize(found)
         return {name: summary[name] for name in LEXICAL if name in summary}
 

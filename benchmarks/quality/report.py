@@ -15,19 +15,14 @@ PICTURE = "differences.svg"
 _TESTED = ("test", None)
 _LEVEL = round(100 * CONFIDENCE)
 Trained = tuple[str, str | None]  # a stage, and the factor that was changed
-_LEXICAL_MEASURES = """Before the word is said, from the state that the sense loss works on: do examples of one sense
-lie together (separation, ROC AUC), and is an example's sense the first among those of its lemma (retrieval)? Does the
-model rather put a synonym than an antonym of about the same frequency into a sentence (preference)? And is a row of P_i
-nearer to the state than every row of N_i (sense_alignment, on the held-out text)? Definitions are in
-`dskd/evaluation/lexical`; "letters" is what the letters of the text give without a model. Where the teacher is no
-better than letters, or than the student as it was cut, there is nothing to be taught, and the measure cannot tell the
-arms apart. The items are of all held-out text, also of the part that weights were chosen on."""
-
-_REMOVED_ARM = """`dskd-papers-rule` was `dskd` with a token's own rows among the candidates for N_i, as in the
-published code. It was tuned and tested like the other arms, with five seeds, and equals `dskd`: perplexity
-+0.000 [-0.000, +0.000], perplexity on targets with relations +0.0 [+0.0, +0.0], preference of synonyms
-+0.000 [+0.000, +0.000]. So dskd no longer has that option. The trainings of this arm are still among the results, but
-the corrections of p above do not count it."""
+_LEXICAL_MEASURES = """All states are those from which the model predicts the word, which the sense loss trains.
+Separation (ROC AUC): are examples of one sense more alike than examples of different senses? Retrieval: is an
+example's sense the nearest among those of its lemma? Preference: does the model prefer a synonym in a sentence to an
+antonym of about the same frequency? Alignment (on the held-out text): is a row of P_i nearer to the state than every
+row of N_i? The definitions are in `dskd/evaluation/lexical`. The row "letters" has the scores of the letters of the
+text, without a model. If the teacher is no better than the letters, or than the untrained student, it has nothing to
+teach, and the measure cannot tell the arms apart. The items are from all of the held-out text, including the part on
+which weights were chosen."""
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
@@ -57,6 +52,7 @@ _SUMMARY = {
     "kd-own": "kd",
     "kd-synonyms": "kd",
     "dskd": "kd",
+    "dskd-papers-rule": "kd",
 } | {name: "kd-hidden" for name in ("hidden-dskd", "hidden-distribution", "hidden-distribution-own", "hidden-lexical")}
 _OF_SUMMARY = ("perplexity", "lexical_perplexity", "synonym_preference")
 
@@ -73,17 +69,17 @@ def render_summary(results: Sequence[Result]) -> str:
             rows.append([f"`{name}`: {arm.what} ({weight})", f"`{other}`", *cells])
     names = [measure.replace("_", " ") for measure in _OF_SUMMARY]
     if not rows:
-        return "Nothing yet.\n"
+        return "There are no results yet.\n"
     of_teacher = next((r.measures for r in results if (r.arm, r.variant) == (TEACHER, None)), {})
     geometry = ""
     if ERROR.format(GEOMETRY) in of_teacher:
         share = f"{of_teacher[GEOMETRY]:.3f} (s.e. {of_teacher[ERROR.format(GEOMETRY)]:.3f})"
-        geometry = f" Of the teacher's pairs of a word's synonym and antonym the synonym is nearer in {share}."
+        geometry = f" In the teacher, the synonym is nearer in {share} of the pairs of a word's synonym and antonym."
     of_kd = [result.measures for result in results if (result.stage, result.arm) == ("test", "kd")]
     levels = ""
     if of_kd:
         whole, lexical = (statistics.mean(measures[name] for measures in of_kd) for name in (_FIRST, _LEXICAL))
-        levels = f" The perplexity of `kd` is {whole:.1f}, on targets with relations {lexical:.0f}."
+        levels = f" The perplexity of `kd` is {whole:.1f}, and {lexical:.0f} on targets with relations."
     table = _table(["way to train", "against", *names], rows)
     return f"{table}\n\nMeasured {_when(results)}.{levels}{geometry}\n"
 
@@ -107,24 +103,23 @@ def render(results: Sequence[Result]) -> str:
     parts += ["", "## What they know of held-out words", "", _LEXICAL_MEASURES, "", _tested(results, KNOWLEDGE)]
     parts += ["", f"### Against {study.BASELINES[-1]}, seed by seed", ""]
     parts += [_against(results, study.BASELINES[-1], KNOWLEDGE)]
-    parts += ["", "## One thing changed", "", _factors(results)]
-    parts += ["", "## An arm that was removed", "", _REMOVED_ARM, "", "## Not run", "", _missing(results)]
+    parts += ["", "## One thing changed", "", _factors(results), "", "## Not run", "", _missing(results)]
     return "\n".join(parts) + "\n"
 
 
 def _about(results: Sequence[Result]) -> str:
     if not results:
-        return "Nothing has been run: there is no result, and nothing can be said for or against the method."
+        return "There are no results yet."
     trainings = [result for result in results if result.arm not in REFERENCES]
     minutes = sum(result.seconds for result in trainings) / 60
     places = "; ".join(sorted({result.machine for result in results}))
     return (
         f"{_when(results)}; {places}. {len(trainings)} trainings, {minutes:.0f} minutes of training and measuring. "
-        f"Written by `python -m benchmarks.quality --report` from `results.jsonl`; intervals are of {_LEVEL} %, of "
-        "Student's t over seeds. All seeds start from one student, cut from one teacher, and are measured on one text: "
-        "they vary the order of the training's text and the positions of the sense loss. The intervals say nothing of "
-        "other teachers, and nothing of other sentences to measure on, which would move a difference as well: see the "
-        "teacher's standard errors (s.e.) below."
+        "`python -m benchmarks.quality --report` wrote this page from `results.jsonl`. Intervals are "
+        f"{_LEVEL} % intervals of Student's t over seeds. All seeds start from one student, cut from one teacher, and "
+        "are measured on one text; they differ in the order of the training text and in the positions of the sense "
+        "loss. The intervals therefore do not cover other teachers, or other sentences to measure on, which would "
+        "change a difference, too: see the teacher's standard errors (s.e.) below."
     )
 
 
@@ -145,17 +140,18 @@ def _tuned(results: Sequence[Result]) -> str:
             tried = ", ".join(done[value] for value in arm.trials if value in done) or "none yet"
         else:
             tried = "not tuned"
-        beside = ", ".join(done[value] for value in arm.beyond if value in done)
+        also_tried = ", ".join(done[value] for value in arm.beyond if value in done)
         best = choose(results, arm)
         chosen = "" if best is None else f"{best:g}"
         if arm.is_tuned and best in {min(arm.trials), max(arm.trials)}:
             chosen += ", an end"
-        rows.append([arm.name, arm.what, arm.on or "", f"`{arm.tuned}`", tried, beside, chosen])
-    header = ["arm", "what", "stands on", "tuned", "trials", "looked at besides", "chosen"]
+        rows.append([arm.name, arm.what, arm.on or "", f"`{arm.tuned}`", tried, also_tried, chosen])
+    header = ["arm", "description", "builds on", "tuned key", "trials", "also tried", "chosen"]
     return (
-        "Perplexity / perplexity on targets with relations, both on the validation part, one seed. The first chooses "
-        f"among {study.NUM_TRIALS} trials of every arm; what was looked at besides cannot be chosen. Where an end of "
-        "the trials is chosen, the best weight may lie beyond.\n\n" + _table(header, rows)
+        "The values are perplexity / perplexity on targets with relations, both on the validation part, with one seed. "
+        f"Of the {study.NUM_TRIALS} trials of an arm, the one with the lowest perplexity is chosen; values that were "
+        'also tried are never chosen. If the first or last trial is chosen ("an end"), a weight beyond it may '
+        "be better.\n\n" + _table(header, rows)
     )
 
 
@@ -166,7 +162,7 @@ def _tested(results: Sequence[Result], measures: Sequence[str]) -> str:
         cells = [_cell(found, measure) for measure in measures]
         if any(cells):
             rows.append([name, str(len(found)) if name not in REFERENCES else "", *cells])
-    return _table(["arm", "seeds", *measures], rows) if rows else "Nothing yet."
+    return _table(["arm", "seeds", *measures], rows) if rows else "There are no results yet."
 
 
 def _cell(found: Sequence[Result], measure: str) -> str:
@@ -174,8 +170,8 @@ def _cell(found: Sequence[Result], measure: str) -> str:
     if not values:
         return ""
     error, items = (found[0].measures.get(name.format(measure)) for name in (ERROR, ITEMS))
-    beside = "" if error is None else f" (s.e. {error:.{DIGITS[measure]}f}, {items:,.0f} items)"
-    return _estimate(values, measure) + beside
+    error_text = "" if error is None else f" (s.e. {error:.{DIGITS[measure]}f}, {items:,.0f} items)"
+    return _estimate(values, measure) + error_text
 
 
 def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) -> str:
@@ -190,7 +186,7 @@ def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) 
         if None not in of_measures
     }
     if not whole:
-        return "Nothing yet: that takes two seeds of both."
+        return "There is nothing to compare yet: a difference needs two seeds of both arms."
     p_values = iter(holm([one.p_value for of_measures in whole.values() for one in of_measures]))
     rows = [
         [name, *(_shown(one, m, next(p_values)) for one, m in zip(of_measures, measures, strict=True))]
@@ -198,7 +194,8 @@ def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) 
     ]
     return (
         _table(["arm", *measures], rows)
-        + "\n\nDifference [interval], p of the paired t test after Holm's correction over this table."
+        + "\n\nEach cell has the difference [interval] and the p-value of the paired t test, corrected by Holm's "
+        "method over this table."
     )
 
 
@@ -207,7 +204,7 @@ def _factors(results: Sequence[Result]) -> str:
     for factor in (None, *study.FACTORS):
         variant = factor.name if factor else None
         teachers = [r for r in results if (r.arm, r.variant) == (TEACHER, variant)]
-        with_baseline = study.is_wanted(factor, study.FACTOR_BASELINE)
+        with_baseline = study.is_needed(factor, study.FACTOR_BASELINE)
         baseline = ("factor", variant) if with_baseline else ("test", None)
         for name in study.FACTOR_ARMS[1:]:
             cells = [
@@ -222,15 +219,15 @@ def _factors(results: Sequence[Result]) -> str:
                     [variant or "nothing", perplexity, geometry, _mean_baseline(results, baseline), name, *cells]
                 )
     if not rows:
-        return "Nothing yet."
+        return "There are no results yet."
     against = f"{study.FACTOR_BASELINE}: {_FIRST}, {_LEXICAL}"
     header = ["changed", "teacher's perplexity", GEOMETRY, against, "arm", *ON_TEXT[:3]]
     return (
-        f"Differences to {study.FACTOR_BASELINE} by seed, with its weights tuned above and a sense weight of "
-        f"{study.FACTOR_SENSE_WEIGHT:g}, the paper's, since those that tuning chose are too small to show anything. "
-        f"Intervals are not corrected for their number: leads. {GEOMETRY} is what `dskd senses geometry` says of the "
-        "teacher: of pairs of a synonym and an antonym of one word, in how many the synonym is nearer.\n\n"
-        + _table(header, rows)
+        f"Differences to {study.FACTOR_BASELINE} over the same seeds, with the weights tuned above, except for a sense "
+        f"weight of {study.FACTOR_SENSE_WEIGHT:g}, the paper's, because the weights that tuning chose are too small to "
+        "show anything. The intervals are not corrected for the number of comparisons, so they are only leads. "
+        f"{GEOMETRY} is the teacher's share, from `dskd senses geometry`, of pairs of a word's synonym and antonym in "
+        "which the synonym is nearer.\n\n" + _table(header, rows)
     )
 
 
@@ -252,10 +249,10 @@ def _missing(results: Sequence[Result]) -> str:
     for factor in (None, *study.FACTORS):
         variant = factor.name if factor else None
         done = sum((r.stage, r.variant) == ("factor", variant) and r.arm in study.FACTOR_ARMS for r in results)
-        wanted = len(study.FACTOR_SEEDS) * sum(study.is_wanted(factor, arm) for arm in study.FACTOR_ARMS)
-        if done < wanted:
-            lines.append(f"- {variant or 'nothing changed but the sense weight'}: {done} of {wanted} trainings")
-    return "\n".join(lines) or "All that the study asks for was run."
+        needed = len(study.FACTOR_SEEDS) * sum(study.is_needed(factor, arm) for arm in study.FACTOR_ARMS)
+        if done < needed:
+            lines.append(f"- {variant or 'nothing changed but the sense weight'}: {done} of {needed} trainings")
+    return "\n".join(lines) or "All trainings of the study were run."
 
 
 def difference(
@@ -264,10 +261,12 @@ def difference(
     """Returns the difference of one arm to another over the seeds that both have; None with fewer than two seeds."""
 
     def by_seed(where: Trained, name: str) -> dict[str, list[float]]:
+        stage, factor = where
+        variant = factor or study.BY_NAME[name].past_variant
         return {
             str(r.seed): [r.measures[measure]]
             for r in results
-            if (r.stage, r.variant, r.arm) == (*where, name) and measure in r.measures
+            if (r.stage, r.arm, r.variant) == (stage, name, variant) and measure in r.measures
         }
 
     first, second = by_seed(trained, name), by_seed(other_trained, other)

@@ -27,6 +27,8 @@ class Arm:
     trials: tuple[float, ...]  # values to try; a single value is used without tuning
     on: str | None = None  # the arm whose keys and tuned value it also has
     beyond: tuple[float, ...] = ()  # values tried in addition, which cannot be chosen
+    # The variant of an arm that is only reported: it was trained with a key that the config no longer has.
+    past_variant: str | None = None
 
     @property
     def is_tuned(self) -> bool:
@@ -79,7 +81,16 @@ ARMS = (
         _SENSES,
         "kd",
     ),
-    Arm("dskd", "KD + the whole sense loss", _DSKD, "loss.sense_weight", _SENSES, "kd"),
+    Arm("dskd", "KD + the whole sense loss; no own row among the antonyms'", _DSKD, "loss.sense_weight", _SENSES, "kd"),
+    Arm(
+        "dskd-papers-rule",
+        "the same with own rows among the antonyms', as in the published code",
+        _DSKD,
+        "loss.sense_weight",
+        _SENSES,
+        "kd",
+        past_variant="papers-rule",
+    ),
     Arm("hidden-dskd", "kd-hidden + the whole sense loss", _DSKD, "loss.sense_weight", _SENSES, "kd-hidden"),
     Arm(
         "hidden-distribution",
@@ -134,7 +145,7 @@ _RECIPE = "teacher.train_from_scratch"
 
 FACTOR_BASELINE = "kd-hidden"  # with the weights tuned for the study
 FACTOR_ARMS = (FACTOR_BASELINE, "hidden-dskd", "hidden-distribution")
-# The paper's own weight for the arms with senses, because the tuned weights change the student least.
+# The arms with senses get the paper's own weight, because the tuned weights change the student very little.
 FACTOR_SENSE_WEIGHT = 1.0
 FACTORS = (
     Factor("k 1", {"senses.k": 1}, (*_TO_TEACHER, "sequences", "student")),
@@ -153,10 +164,10 @@ FACTORS = (
 )
 
 
-def is_wanted(factor: Factor | None, arm: str) -> bool:
+def is_needed(factor: Factor | None, arm: str) -> bool:
     """Returns True if an arm has to be trained with a factor changed.
 
-    `factor` None stands for the study itself with `FACTOR_SENSE_WEIGHT`.
+    `factor` None means the study itself with `FACTOR_SENSE_WEIGHT`.
     """
     if arm == FACTOR_BASELINE and (factor is None or factor.keeps_baseline):
         return False  # the test has already trained it

@@ -27,7 +27,7 @@ from dskd.distributed.world import World
 from dskd.training.export import build_export
 from dskd.training.train import train
 
-_WAIT_S = 5.0  # between two looks at trainings of other processes, on which more trainings may depend
+_WAIT_S = 5.0  # between two checks of other processes' trainings, on which more trainings may depend
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Training:
         return f"{name}-{self.value:g}" if self.stage == "tune" else name
 
 
-def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterator[Training]:
-    """Yields the trainings of the study in order; those that depend on a tuned value only once it is chosen."""
+def planned_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterator[Training]:
+    """Yields the trainings of the study in order; those that depend on a tuned value come once it is chosen."""
     chosen: dict[str, float] = {}
-    for arm in study.ARMS:
+    arms = [arm for arm in study.ARMS if arm.past_variant is None]
+    for arm in arms:
         if arm.on is not None and arm.on not in chosen:
             continue
         keys = study.keys_of(arm, chosen)
@@ -61,7 +62,7 @@ def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterat
         best = choose(results, arm)
         if best is not None:
             chosen[arm.name] = best
-    ready = [arm for arm in study.ARMS if arm.name in chosen]
+    ready = [arm for arm in arms if arm.name in chosen]
     for seed in (
         study.TEST_SEEDS if "test" in stages else ()
     ):  # seed by seed, so that an early end leaves complete pairs
@@ -70,7 +71,7 @@ def wanted_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterat
     for factor in (None, *study.FACTORS) if "factor" in stages else ():
         for seed in study.FACTOR_SEEDS:
             for arm in ready:
-                if study.is_wanted(factor, arm.name):
+                if study.is_needed(factor, arm.name):
                     weight = (
                         chosen if arm.name == study.FACTOR_BASELINE else chosen | {arm.name: study.FACTOR_SENSE_WEIGHT}
                     )
@@ -99,7 +100,7 @@ class Runner:
         self._digests: dict[str | None, str] = {}
 
     def run(self, stages: tuple[Stage, ...], budget_s: float) -> bool:
-        """Does all trainings that are not done yet; returns False if the time is over before that.
+        """Does all trainings that are not done yet; returns False if the time is over first.
 
         Several processes can do this at once: each takes a training that no other process is doing, and ends when no
         training is left or in progress.
@@ -108,14 +109,14 @@ class Runner:
         while True:
             self.results = read_results(self._path)
             is_busy = False
-            for training in wanted_trainings(self.results, stages):
+            for training in planned_trainings(self.results, stages):
                 if self.is_done(training):
                     continue
                 if time.monotonic() - started > budget_s:
-                    say("the time is over; the same command goes on from here")
+                    say("the time is over; the same command continues from here")
                     return False
                 with lock_if_free(self._folder / f".{training.run}-{training.variant}.lock") as is_ours:
-                    if is_ours and not self.is_done(training, look_again=True):
+                    if is_ours and not self.is_done(training, reread=True):
                         self.do(training)
                         break  # start over: the result may make other trainings possible
                     is_busy = is_busy or not is_ours
@@ -124,12 +125,12 @@ class Runner:
                     return True
                 time.sleep(_WAIT_S)
 
-    def is_done(self, training: Training, *, look_again: bool = False) -> bool:
+    def is_done(self, training: Training, *, reread: bool = False) -> bool:
         """Returns True if there is a result of this training on these shards.
 
-        With `look_again`, reads the file first, to which other processes write too.
+        With `reread`, first reads the file again, to which other processes write, too.
         """
-        if look_again:
+        if reread:
             self.results = read_results(self._path)
         return self._result(training, {}, 0.0).name in {result.name for result in self.results}
 

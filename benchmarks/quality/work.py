@@ -1,4 +1,4 @@
-"""The work directories of the study. The pipeline makes artifacts that variants share once; the others link to them."""
+"""The work directories of the study. The pipeline makes artifacts that variants share once; variants link to them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -8,11 +8,11 @@ from typing import Any
 
 from dskd.artifacts.files import (
     flush_folder,
-    full_disk_is_said,
     make_folder,
     real_place,
     remove_tree,
     replace_folder,
+    report_full_disk,
     require_replaceable,
 )
 from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_files
@@ -37,7 +37,7 @@ def build_artifact(path: Path, recipe: Recipe) -> Iterator["Building"]:
     building = Building(path, recipe)
     building.clear()
     try:
-        with full_disk_is_said(building.folder):
+        with report_full_disk(building.folder):
             yield building
     except BaseException:  # interruptions too must not leave an incomplete folder
         remove_tree(building.folder)
@@ -84,11 +84,11 @@ class Building:
             OutageError: if another process is still building the same artifact after `LOCK_PATIENCE_S`.
         """
         _hold(self.path)
-        wanted = [asdict(self.recipe), KINDS[self.recipe.kind].schema_version, package_versions()]
+        recipe = digest_of_json([asdict(self.recipe), KINDS[self.recipe.kind].schema_version, package_versions()])
         recipe_file = self.folder / _RECIPE_NAME
-        if not recipe_file.is_file() or recipe_file.read_text(encoding="utf-8") != digest_of_json(wanted):
+        if not recipe_file.is_file() or recipe_file.read_text(encoding="utf-8") != recipe:
             self.clear()
-            recipe_file.write_text(digest_of_json(wanted), encoding="utf-8")
+            recipe_file.write_text(recipe, encoding="utf-8")
 
     def publish(self) -> Manifest:
         """Writes the manifest and puts the folder in its place, replacing an older artifact."""
@@ -127,7 +127,7 @@ def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
     if not is_current(path, recipe):
         return False
     release_lock(_lock(path))
-    say(f"  kept: {path}, which another process made meanwhile")
+    say(f"  kept: {path}, which another process has made in the meantime")
     return True
 
 

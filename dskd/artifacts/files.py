@@ -105,7 +105,7 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_is_said(folder: Path) -> Iterator[None]:
+def report_full_disk(folder: Path) -> Iterator[None]:
     """Turns write errors of torch and safetensors into an OSError if the cause is a full disk or quota.
 
     An OSError that has this cause, and names no file, gets `folder` as its file name.
@@ -128,8 +128,8 @@ def _full_by(error: Exception, folder: Path) -> int | None:
     """Returns the error number of a full disk or quota if that is the cause of `error`, otherwise None."""
     # safetensors names the number, and has removed its incomplete file, so the disk may have space again. torch does
     # neither, so there the disk is tested.
-    if said := re.search(r"\(os error (\d+)\)", str(error)):
-        return int(said[1]) if int(said[1]) in DISK_IS_FULL else None
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(number[1]) if int(number[1]) in DISK_IS_FULL else None
     return _full_disk(folder)
 
 
@@ -139,8 +139,8 @@ def _full_disk(folder: Path) -> int | None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             os.posix_fallocate(probe.fileno(), 0, _FULL_BYTES)
             os.fsync(probe.fileno())  # a network file system may not report it before this
-    except OSError as found:
-        return found.errno if found.errno in DISK_IS_FULL else None
+    except OSError as error:
+        return error.errno if error.errno in DISK_IS_FULL else None
     return None
 
 

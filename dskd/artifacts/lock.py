@@ -43,8 +43,8 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             stream = path.open("a+")
         except PermissionError as refused:
             raise UserError(
-                f"{path}: {refused.strerror}; it is of user {path.stat().st_uid}, whose process holds it, or was "
-                "killed: when none of theirs works here, remove this file"
+                f"{path}: {refused.strerror}; it belongs to user {path.stat().st_uid}, whose process holds it or "
+                "was killed. If none of that user's processes works here, remove this file"
             ) from None
         try:
             # Not flock: a forked loader worker would inherit it and hold it for seconds after its rank has died.
@@ -55,7 +55,7 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             stream.close()
             if time.monotonic() < deadline:
                 if not is_waiting:
-                    say(f"{path}: another process ({holder}) {what}; waits for it up to {wait_s:.0f} s")
+                    say(f"{path}: another process ({holder}) {what}; waiting for it for up to {wait_s:.0f} s")
                     is_waiting = True
                 time.sleep(0.5)
                 continue
@@ -69,9 +69,9 @@ def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> None:
             if error.errno not in _NO_LOCKS:
                 raise
             raise UserError(
-                f"{path}: the file system there gives no locks ({error.strerror}), and without them two processes may "
-                "write the same; have it mounted with them (Lustre: -o flock; NFS: version 4, or lockd on clients and "
-                "server), or set workdir to another one"
+                f"{path}: this file system has no locks ({error.strerror}), and without them two processes may "
+                "write the same files; mount it with locks (Lustre: -o flock; NFS: version 4, or lockd on clients and "
+                "server), or set workdir to another file system"
             ) from None
         if _is_file(path, stream):
             break

@@ -32,14 +32,14 @@ def read_index(index: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index}: this is not an index of MDS shards") from None
     if not isinstance(shards, list):
-        raise UserError(f"{index}: this is not an index of MDS shards: 'shards' is no list")
+        raise UserError(f"{index}: this is not an index of MDS shards: 'shards' is not a list")
     for shard in shards:
         kind = shard.get("format") if isinstance(shard, dict) else shard
         if kind != "mds":
             raise UserError(f"{index}: expected shards of the format 'mds', found {kind!r}; write the text as MDS")
         for place in files_of(shard):
             if not (index.parent / place).resolve().is_relative_to(index.parent.resolve()):
-                raise UserError(f"{index}: it names {place}, which lies outside of its folder; write the shards again")
+                raise UserError(f"{index}: it names {place}, which is outside of its folder; write the shards again")
     return shards
 
 
@@ -69,7 +69,9 @@ def read_samples(index: Path, *, column: str | None = None) -> Iterator[dict[str
             reader = MDSReader.from_json(str(index.parent), None, shard)
             reader.validate(False)  # refuses columns that would run code
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{index}: this entry is no shard of MDS ({error!r}): {json.dumps(shard)[:200]}") from None
+            raise UserError(
+                f"{index}: this entry does not describe an MDS shard ({error!r}): {json.dumps(shard)[:200]}"
+            ) from None
         path, data = _unpacked(index.parent, reader)
         try:
             places = np.frombuffer(data, np.uint32, reader.samples + 1, offset=_COUNT_BYTES).tolist()

@@ -92,7 +92,7 @@ def map_tensor(path: Path, name: str, dtype: str) -> np.ndarray:
     header, header_size = _read_header(path)
     entry = header[name]
     if entry["dtype"] != dtype:
-        raise UserError(f"{path}: {name} is {entry['dtype']}, expected {dtype}; the file was made by something else")
+        raise UserError(f"{path}: {name} is {entry['dtype']}, expected {dtype}; another program made this file")
     shape = tuple(entry["shape"])
     if 0 in shape:
         return np.empty(shape, _DTYPES[dtype])

@@ -16,17 +16,17 @@ interval; groups are tested against the baseline (the first group, unless --base
 example, and over seeds where there are two or more. Runs that were evaluated on different data are refused (exit code
 2).
 
-Without --experiment, --run or --tag it is the newest run of each name in the config's experiment. Where several of
-these are given, a run has to fit all of them; of each of --experiment and --run it is enough to fit one.
+Without --experiment, --run or --tag, it compares the newest run of each name in the config's experiment. If several of
+these options are given, a run has to match all of them; if --experiment or --run is repeated, one of its values.
 """
 EPILOG = """
 examples:
   dskd compare --config configs/quickstart.yaml                                   the newest run of each name
-  dskd compare --config FILE --run kd --run dskd --html report.html               these, and a report of one file
+  dskd compare --config FILE --run kd --run dskd --html report.html               these runs, and a report in one file
   dskd compare --config FILE --run 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --run dskd    one by its id in MLflow
   dskd compare --config FILE --experiment kd --experiment dskd                    all settings of two experiments
   dskd compare --config FILE --tag evaluation_data=HASH --baseline kd             what was evaluated on this data
-  dskd compare --config FILE --without lexical                                    but for some results
+  dskd compare --config FILE --without lexical                                    without some results
   dskd compare --config FILE --without-measures                                   settings, speed and cost only
 
 Runs of several seeds are trained, exported and evaluated by one command, below one parent in MLflow:
@@ -41,15 +41,24 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser = add_verb(verbs, "compare", run_compare, text=HELP, description=DESCRIPTION, epilog=EPILOG)
     add_config_arguments(parser)
     parser.add_argument(
-        "--experiment", action="append", default=[], metavar="NAME", help="of MLflow; default: tracking.experiment"
+        "--experiment",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an experiment in MLflow; may be repeated [tracking.experiment]",
     )
     parser.add_argument("--run", action="append", default=[], metavar="NAME_OR_ID", help="a run; may be repeated")
     parser.add_argument(
-        "--tag", action="append", default=[], type=_tag, metavar="KEY=VALUE", help="of a run in MLflow; may be repeated"
+        "--tag",
+        action="append",
+        default=[],
+        type=_tag,
+        metavar="KEY=VALUE",
+        help="a tag that runs must have; may be repeated",
     )
-    parser.add_argument("--baseline", metavar="GROUP", help="what the other groups are tested against [the first]")
+    parser.add_argument("--baseline", metavar="GROUP", help="the group that the others are tested against [the first]")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write a report of one file, which needs no network"
+        "--html", type=Path, metavar="FILE", help="also write a report: one file, which needs no network"
     )
     parser.add_argument(
         "--without",
@@ -60,7 +69,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         help=f"leave out results: evaluation (the held-out text), lexical, {', '.join(TASKS)}; may be repeated",
     )
     parser.add_argument(
-        "--without-measures", action="store_true", help="leave out all that depends on the data evaluated on"
+        "--without-measures", action="store_true", help="leave out everything that depends on the evaluation data"
     )
 
 
@@ -79,7 +88,9 @@ def _compare(config: Config, args: argparse.Namespace) -> None:
     tags: dict[str, str] = {}
     for key, value in args.tag:
         if tags.setdefault(key, value) != value:
-            raise UserError(f"--tag {key}={value}: also {key}={tags[key]} is asked for, and a run has one of them only")
+            raise UserError(
+                f"--tag {key}={value}: --tag {key}={tags[key]} is given too, and a run has only one value of a tag"
+            )
     if args.html is not None:
         require_writable(args.html)
     without = list(KINDS) if args.without_measures else args.without

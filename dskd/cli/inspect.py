@@ -11,7 +11,7 @@ from dskd.errors import UserError
 
 HELP = "look at what was built: a word, the lexicon, the sense dictionary, a picture of senses"
 EPILOG = """
-Each of them shows what is there, and says with which command the rest is made. Nothing is changed.
+Each of them shows what is there, names the command that makes what is missing, and changes nothing.
 
 examples:
   dskd inspect word happy --config configs/quickstart.yaml
@@ -22,7 +22,7 @@ examples:
 """
 WORD_DESCRIPTION = """
 One word: its relations with their sources, its tokens, whether it is a usable head, and for each of its senses the
-states behind it, the nearest other entries of the sense dictionary (L2), and example contexts from the training shards.
+number of its states, the nearest other entries of the sense dictionary (L2), and contexts from the training shards.
 """
 LEXICON_DESCRIPTION = """
 The lexicon: pairs by source, the pairs dropped and why, how many of the vocabulary's words it covers, and the pairs
@@ -33,8 +33,8 @@ The sense dictionary: histograms of states and of senses per token, the share of
 synonyms and antonyms, and the most frequent tokens without a sense.
 """
 PLOT_DESCRIPTION = """
-A picture of the senses of some words, their synonyms and their antonyms, in two dimensions. A point is a sense, and its
-area shows the states behind it.
+A picture of the senses of some words, their synonyms and their antonyms, in two dimensions. Each point is a sense; its
+area grows with the number of its states.
 """
 
 
@@ -42,10 +42,10 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parser of `inspect` with its sub-verbs."""
     inspect = add_verb(verbs, "inspect", run_inspect, text=HELP, epilog=EPILOG)
     what = inspect.add_subparsers(dest="what", required=True, metavar="WHAT")
-    word = what.add_parser("word", help="one word, in everything there is", description=WORD_DESCRIPTION)
+    word = what.add_parser("word", help="everything about one word", description=WORD_DESCRIPTION)
     _add_arguments(word, "WORD", "one word (quote one with a space in it); also ")
-    word.add_argument("--neighbours", type=_count, default=8, metavar="N", help="nearest entries a sense [8]")
-    word.add_argument("--contexts", type=_count, default=3, metavar="N", help="example contexts a sense [3]")
+    word.add_argument("--neighbours", type=_count, default=8, metavar="N", help="nearest entries of each sense [8]")
+    word.add_argument("--contexts", type=_count, default=3, metavar="N", help="example contexts of each sense [3]")
     word.add_argument(
         "--scan", type=_count, default=20_000, metavar="N", help="training samples searched for contexts [20000]"
     )
@@ -56,9 +56,13 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     senses.add_argument("--plot", action="store_true", help="draw the histograms too, to WORKDIR/plots/senses.png")
     plot = what.add_parser("plot", help="a picture of the senses of words", description=PLOT_DESCRIPTION)
     _add_arguments(plot, "WORD", "words, each of which is one token of the teacher; also ")
-    plot.add_argument("--method", choices=("pca", "tsne"), default="pca", help="how to get to two dimensions [pca]")
+    plot.add_argument("--method", choices=("pca", "tsne"), default="pca", help="projection to two dimensions [pca]")
     plot.add_argument(
-        "--neighbours", type=_count, default=10, metavar="N", help="synonyms, and antonyms, a word; the frequent [10]"
+        "--neighbours",
+        type=_count,
+        default=10,
+        metavar="N",
+        help="most frequent synonyms, and antonyms, of each word [10]",
     )
     plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: WORKDIR/plots/senses-WORD….png")
 

@@ -37,7 +37,7 @@ def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
     """
     executable = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if executable is None:
-        raise UserError("there is no `deepspeed` beside this Python; install the package with its dependencies")
+        raise UserError("there is no `deepspeed` next to this Python; install the package with its dependencies")
     shown = [*_launcher_arguments(config), str(LAUNCHERS / program), *arguments]
     say(f"$ deepspeed {shlex.join(shown)}")
     command = [executable, "--quiet", *shown]
@@ -59,13 +59,13 @@ def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
 
 
 def _launcher_arguments(config: Config) -> Sequence[str]:
-    given = config.pipeline.launcher_args
-    if given is None:
-        given = () if uses_gpu() else ("--num_gpus", str(min(2, os.cpu_count() or 1)))
-    if any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in given):
-        return given
+    arguments = config.pipeline.launcher_args
+    if arguments is None:
+        arguments = () if uses_gpu() else ("--num_gpus", str(min(2, os.cpu_count() or 1)))
+    if any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in arguments):
+        return arguments
     # Choose a free port: two pipelines on one machine must not both use the launcher's default port.
-    return ("--master_port", str(free_port()), *given)
+    return ("--master_port", str(free_port()), *arguments)
 
 
 def _wait(process: subprocess.Popen) -> int:

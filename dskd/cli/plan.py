@@ -13,19 +13,19 @@ from dskd.plan.cluster import BANDWIDTH, DISK_BANDWIDTH, HOST_BANDWIDTH, TFLOPS,
 from dskd.plan.known_models import KNOWN_MODELS
 
 UNFIT_EXIT_CODE = 3
-HELP = "say what a job needs before it runs: memory, time and disk; exit code 3 when it will not fit"
+HELP = "predict what a job needs: memory, time and disk; exit code 3 if it will not fit"
 DESCRIPTION = """
-Says what training needs on given machines: memory of each GPU and host, expected tokens/s and hours, disk. It looks at
-shapes alone: the teacher's config.json and your configuration, no weights. GB are 2^30 bytes. Tokens/s and hours are
-those of training.
+Predicts what training needs on the given machines: memory of each GPU and host, tokens/s, hours, and disk. It reads
+only the teacher's config.json and your configuration, no weights. GB are 2^30 bytes. Tokens/s and hours are those of
+training.
 
-A job that will not fit, in training or in the stages before that are still to be run, is refused with exit code 3, and
-the smallest change that makes it fit is named. Memory is
-counted, and was compared with real training (benchmarks/README.md). Speed is an estimate from the rates below.
+If the job will not fit, in training or in an earlier stage that has not run yet, the exit code is 3, and the smallest
+change that makes it fit is printed. Memory is counted, and was compared with real training (benchmarks/README.md).
+Speed is an estimate from the rates below.
 """
 EPILOG = f"""
-The shapes of these models of the hub are known without looking: {", ".join(sorted(KNOWN_MODELS))}.
-Any other is looked at in its folder or on the hub; --teacher-config FILE.json names a config.json instead.
+The shapes of these models are built in: {", ".join(sorted(KNOWN_MODELS))}.
+Those of any other are read from its folder or the hub, or from the file of --teacher-config.
 
 examples:
   dskd plan --config configs/llama3-8b-16layers.yaml --nodes 1 --gpus-per-node 8 --gpu-memory 80 --host-memory 1000
@@ -41,62 +41,69 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser = add_verb(verbs, "plan", run_plan, text=HELP, description=DESCRIPTION, epilog=EPILOG)
     add_config_arguments(parser)
     machines = parser.add_argument_group("machines")
-    machines.add_argument("--nodes", type=_count, required=True, metavar="N", help="how many")
-    machines.add_argument("--gpus-per-node", type=_count, required=True, metavar="G", help="GPUs, or ranks, of each")
-    machines.add_argument("--gpu-memory", type=_positive, required=True, metavar="GB", help="of each GPU")
-    machines.add_argument("--host-memory", type=_positive, required=True, metavar="GB", help="of each node")
+    machines.add_argument("--nodes", type=_count, required=True, metavar="N", help="number of nodes")
+    machines.add_argument(
+        "--gpus-per-node",
+        type=_count,
+        required=True,
+        metavar="G",
+        help="number of GPUs (without GPUs: of ranks) of each node",
+    )
+    machines.add_argument("--gpu-memory", type=_positive, required=True, metavar="GB", help="memory of each GPU")
+    machines.add_argument("--host-memory", type=_positive, required=True, metavar="GB", help="memory of each node")
     machines.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu: ranks have no GPU; --gpus-per-node is the ranks of a node, --gpu-memory what each may take of its "
-        "memory [cuda]",
+        help="cpu: ranks have no GPU; --gpus-per-node is the number of ranks of a node, and --gpu-memory the share of "
+        "its memory that each may use [cuda]",
     )
-    rates = parser.add_argument_group("rates, for the speed")
+    rates = parser.add_argument_group("rates (for the speed)")
     rates.add_argument(
         "--bandwidth",
         type=_positive,
         metavar="GB/s",
-        help=f"that a GPU receives from the others [{BANDWIDTH['one node']:.0f} on one node: NVLink; "
+        help=f"rate at which a GPU receives from the others [{BANDWIDTH['one node']:.0f} on one node: NVLink; "
         f"{BANDWIDTH['nodes']:.0f} on several: a 400 Gbit/s adapter each; {BANDWIDTH['cpu']:.0f} without GPUs]",
     )
     rates.add_argument(
         "--tflops",
         type=_positive,
         metavar="TFLOP/s",
-        help=f"that a GPU sustains [{TFLOPS['cuda']:.0f}: 40 %% of an H100's dense bf16; {TFLOPS['cpu']:g} without]",
+        help=f"sustained rate of a GPU [{TFLOPS['cuda']:.0f}: 40 %% of an H100's dense bf16; "
+        f"{TFLOPS['cpu']:g} without]",
     )
     rates.add_argument(
         "--host-bandwidth",
         type=_positive,
         default=HOST_BANDWIDTH,
         metavar="GB/s",
-        help=f"from the host's memory to each GPU, for teacher.offload [{HOST_BANDWIDTH:.0f}: PCIe 4.0 x16]",
+        help=f"rate from the host's memory to each GPU, for teacher.offload [{HOST_BANDWIDTH:.0f}: PCIe 4.0 x16]",
     )
     rates.add_argument(
         "--disk-bandwidth",
         type=_positive,
         default=DISK_BANDWIDTH,
         metavar="GB/s",
-        help=f"of a node's local disks, for teacher.offload: nvme [{DISK_BANDWIDTH:.0f}]",
+        help=f"rate of a node's local disks, for teacher.offload: nvme [{DISK_BANDWIDTH:.0f}]",
     )
     parser.add_argument(
         "--teacher-config",
         type=Path,
         metavar="FILE",
-        help="config.json of the teacher, in place of what teacher.path names",
+        help="config.json of the teacher, instead of that of teacher.path",
     )
     parser.add_argument(
         "--samples",
         type=_count,
         metavar="N",
-        help="training sequences; default: those of WORKDIR/shards, if there, or corpus.max_sequences",
+        help="number of training sequences [that of WORKDIR/shards, if there, or corpus.max_sequences]",
     )
     parser.add_argument(
         "--relations",
         type=_share,
         metavar="SHARE",
-        help="of the targets that have a synonym or antonym, as `dskd inspect senses` says it [0.2]",
+        help="share of the targets that have a synonym or antonym; `dskd inspect senses` prints it [0.2]",
     )
 
 

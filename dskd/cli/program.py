@@ -29,7 +29,7 @@ from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, Us
 
 _RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine the launcher takes seconds to end the other ranks
 _OVERRIDES_HELP = (
-    "laid over the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
+    "replaces the value in the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
     "`dskd config` explains every key"
 )
 
@@ -133,8 +133,8 @@ def run(action: Callable[[], int | None]) -> int:
             print(f"error: {error.strerror}; {shortage}. What was complete stays", file=sys.stderr, flush=True)
             return USER_ERROR_EXIT_CODE
         print(
-            f"error: {error.strerror}{place}; what was complete stays. Free some, or set workdir to another disk, and "
-            "the same command goes on from there",
+            f"error: {error.strerror}{place}; what was complete stays. Free some space, or set workdir to another "
+            "disk, and run the same command again: it resumes",
             file=sys.stderr,
             flush=True,
         )
@@ -154,14 +154,14 @@ def run(action: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return FAULT_EXIT_CODE
     except Stopped as stopped:
-        say(f"{str(stopped) or 'stopped, as asked; what was complete stays'}")
+        say(f"{str(stopped) or 'stopped on request; what was complete stays'}")
         return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
         say("interrupted; what was complete stays")
         return 130
 
 
-def _is_of_shared_memory(error: RuntimeError) -> bool:
+def _shared_memory_failed(error: RuntimeError) -> bool:
     """Returns True if torch reports that a loader's worker had no room for a batch or died of a bus error."""
     return "shared memory" in str(error) or "Bus error" in str(error)
 
@@ -187,7 +187,7 @@ def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], obj
 
     warnings.filterwarnings("ignore", category=FutureWarning)
 
-    def joined() -> None:
+    def join_and_act() -> None:
         try:
             config = load_config(args.config, args.overrides)
         except UserError as error:
@@ -200,17 +200,17 @@ def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], obj
         except RuntimeError as error:  # torch raises it for a failed collective, among other things
             lost = peers.find_lost()
             if lost is None:
-                if _is_of_shared_memory(error) and (shortage := describe_shortage(is_known=True)):
+                if _shared_memory_failed(error) and (shortage := describe_shortage(is_known=True)):
                     raise UserError(f"{shortage}. What was complete stays") from error
                 raise
             raise LostPeerError(
-                f"[rank {world.rank}, {peers.host}] {lost}; this rank ends too, for it cannot go on without. Start all "
-                f"ranks again (training: with --resume). It was noticed by: {str(error).strip().splitlines()[0]}"
+                f"[rank {world.rank}, {peers.host}] {lost}; this rank cannot continue without, so it ends too. "
+                f"Start all ranks again (training: with --resume). Noticed by: {str(error).strip().splitlines()[0]}"
             ) from error
         shutdown()
 
     try:
-        exit_code = run(joined)
+        exit_code = run(join_and_act)
     finally:
         ignore()
         # Otherwise Python would wait for the workers: a loader's worker can hang in mosaicml-streaming after a shard

@@ -54,13 +54,15 @@ def _usable_name(name: str) -> str:
             f"{len(name)}; shorten it"
         )
     if name in ("teacher", "student"):
-        raise ValueError(f"{name!r} is what the evaluation calls another model; choose another name for the run")
+        raise ValueError(f"{name!r} is the evaluation's name of another model; choose another name for the run")
     return name
 
 
 def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
     if again := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        raise ValueError(f"{', '.join(map(str, again))} is there more than once: runs of one seed are the same run")
+        raise ValueError(
+            f"{', '.join(map(str, again))} occurs more than once: runs with the same seed are the same run"
+        )
     return seeds
 
 
@@ -92,17 +94,18 @@ class Config(Section):
     )
     run: RunName = Field(
         "dskd",
-        description="name of the run to train; not given: dskd where `runs` is empty or has it, else the first there",
+        description="name of the run to train; default: dskd if `runs` is empty or has it, otherwise its first",
     )
     runs: Annotated[dict[RunName, dict[str, Any]], AfterValidator(_different_folders)] = Field(
         {}, description="runs by name, each with the keys in which it differs"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random choice, except those of tasks.seed")
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], AfterValidator(_each_once)] = Field(
-        (), description="train each run with each of these, as RUN-s0, …; what all share is made with the first"
+        (),
+        description="train each run with each of these seeds, as RUN-s0, …; what all runs share is made with the first",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="type to compute in; auto: bf16 where the hardware has it"
+        "auto", description="type to compute in; auto: bf16 if the hardware has it"
     )
     teacher: TeacherConfig
     corpus: CorpusConfig = CorpusConfig()  # type: ignore[call-arg]
@@ -128,13 +131,13 @@ class Config(Section):
                 )
             if self.loss.hidden_weight:
                 problems.append(
-                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached has not: set it to "
-                    "0, or teacher.mode to resident or zero3"
+                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached does not have: set it "
+                    "to 0, or teacher.mode to resident or zero3"
                 )
             if self.loss.compares_sense_distributions:
                 problems.append(
-                    "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached has not: set "
-                    "it to distance, or teacher.mode to resident or zero3"
+                    "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached does not "
+                    "have: set it to distance, or teacher.mode to resident or zero3"
                 )
             if self.student.shared_trunk == "on":
                 problems.append(
@@ -142,7 +145,7 @@ class Config(Section):
                 )
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
             problems.append(
-                "annotation.continuation_tokens needs corpus.packing: none, where each text has a sample of its own"
+                "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
             )
         if problems:
             raise ValueError("; ".join(problems))

@@ -19,7 +19,7 @@ class CorpusConfig(Section):
 
     source: Literal["wordnet", "files", "huggingface", "tasks"] = Field(
         "wordnet",
-        description="where text comes from. wordnet: glosses and examples; files: your own; huggingface: a dataset "
+        description="source of the text. wordnet: glosses and examples; files: your own; huggingface: a dataset "
         "that `datasets` can load; tasks: prompts of the paper's benchmarks (section tasks)",
     )
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = Field(
@@ -36,13 +36,11 @@ class CorpusConfig(Section):
         (), description="with source: files. Held-out files; empty: a share of the training documents"
     )
     dataset: PathText | None = Field(None, description="with source: huggingface. Its name on the hub, or a folder")
-    dataset_config: str | None = Field(None, description="configuration of the dataset, where it has several")
+    dataset_config: str | None = Field(None, description="configuration of the dataset, if it has several")
     dataset_revision: str | None = Field(None, description="branch, tag or commit of a dataset on the hub")
     train_split: str = Field("train", min_length=1, description="split of the dataset to train on")
     validation_split: str | None = Field(None, description="held-out split; null: a share of the training documents")
-    text_field: str = Field(
-        "text", min_length=1, description="key or column that holds the text, where there are several"
-    )
+    text_field: str = Field("text", min_length=1, description="key or column that holds the text, if there are several")
     validation_share: float = Field(0.05, gt=0, lt=0.5, description="share of documents held out, chosen by a hash")
     sequence_length: int = Field(128, ge=8, description="number of tokens in a training sequence")
     packing: Literal["documents", "stream", "none"] = Field(
@@ -50,9 +48,9 @@ class CorpusConfig(Section):
         description="how documents fill sequences. documents: end to end, each by itself (attention and positions "
         "begin again); stream: end to end as one text; none: each document is one sample, padded",
     )
-    max_sequences: int | None = Field(None, ge=1, description="number of training sequences at most; null: all")
+    max_sequences: int | None = Field(None, ge=1, description="largest number of training sequences; null: all")
     max_validation_sequences: int | None = Field(
-        None, ge=1, description="number of held-out sequences at most; null: all"
+        None, ge=1, description="largest number of held-out sequences; null: all"
     )
 
     @model_validator(mode="after")
@@ -88,19 +86,19 @@ Affix = Annotated[str, Field(pattern=r"^([a-z]+-|-[a-z]+)$")]
 class LexiconConfig(Section):
     """The sources of synonyms and antonyms (docs/method.md, section 1)."""
 
-    wordnet: bool = Field(True, description="take from WordNet the lemmas of a synset as synonyms, and direct antonyms")
+    wordnet: bool = Field(True, description="use WordNet: the lemmas of a synset as synonyms, and direct antonyms")
     indirect_antonyms: bool = Field(
         False, description="also indirect antonyms of English adjectives, through adjectives they are similar to"
     )
     languages: Annotated[tuple[Language, ...], Field(min_length=1)] = Field(
         ("eng",),
-        description="WordNet's languages, as ISO 639-3 codes; others than eng need Open Multilingual WordNet",
+        description="languages of WordNet, as ISO 639-3 codes; all but eng need Open Multilingual WordNet",
     )
     wiktionary: tuple[PathText, ...] = Field((), description="files of Wiktextract (kaikki.org), .jsonl or .jsonl.gz")
     wiktionary_language: str = Field(
         "English", min_length=1, description="language of the entries to read, their `lang`"
     )
-    dict2vec: tuple[PathText, ...] = Field((), description="pair lists of Dict2Vec, two synonyms in a line")
+    dict2vec: tuple[PathText, ...] = Field((), description="pair lists of Dict2Vec, with two synonyms a line")
     tsv: tuple[PathText, ...] = Field(
         (), description="your own lists of WORD<TAB>synonym|antonym<TAB>WORD; # is a comment"
     )
@@ -109,8 +107,8 @@ class LexiconConfig(Section):
     )
     negating_affixes: tuple[Affix, ...] = Field(
         ("un-", "dis-", "non-", "im-", "-less"),
-        description="with morpholex: its labels of affixes that negate, prefixes as un-, suffixes as -less. im- is its "
-        "label of the negating in-, il- and ir- too, in- is that of into (docs/method.md, section 1)",
+        description="with morpholex: its labels of affixes that negate, prefixes as un-, suffixes as -less. Its label "
+        "im- also covers the negating in-, il- and ir-; its label in- means into (docs/method.md, section 1)",
     )
 
     @model_validator(mode="after")
@@ -120,9 +118,11 @@ class LexiconConfig(Section):
                 "no source of relations: set wordnet: true, or wiktionary, dict2vec or tsv to a list of files"
             )
         if not self.wordnet and self.languages != ("eng",):
-            raise ValueError("languages are WordNet's: set wordnet: true, or remove them")
+            raise ValueError("languages are those of WordNet: set wordnet: true, or remove them")
         if self.indirect_antonyms and not (self.wordnet and "eng" in self.languages):
-            raise ValueError("indirect_antonyms are WordNet's, in English: set wordnet: true and have eng in languages")
+            raise ValueError(
+                "indirect_antonyms come from WordNet in English: set wordnet: true and have eng in languages"
+            )
         return self
 
 
@@ -134,7 +134,7 @@ class SensesConfig(Section):
     )
     key: Literal["predicted", "target"] = Field(
         "predicted",
-        description="token to store a state under: the one the teacher predicts (the paper), or the next",
+        description="token under which a state is stored: the one the teacher predicts (the paper), or the next one",
     )
     k: int = Field(10, ge=1, description="largest number of senses of a token")
     states_per_sense: int | None = Field(
@@ -146,7 +146,7 @@ class SensesConfig(Section):
         4.0, gt=0, description="GB (2^30 bytes) of states that a rank holds in memory; more are written to disk"
     )
     save_minutes: float = Field(
-        10.0, ge=0, description="minutes between saved points, from which an interrupted gathering of states goes on"
+        10.0, ge=0, description="minutes between saved points, from which an interrupted gathering of states resumes"
     )
     keep_states: bool = Field(
         False, description="keep the sampled states on disk; changing k or restarts then needs no teacher"
@@ -158,15 +158,15 @@ class SensesConfig(Section):
     def _more_states_than_senses(self) -> "SensesConfig":
         if self.k > self.max_states:
             raise ValueError(
-                f"k {self.k} is more than max_states {self.max_states}: no token keeps so many states; lower k, or "
+                f"k {self.k} is more than max_states {self.max_states}, and no token keeps so many states; lower k, or "
                 "raise max_states"
             )
         return self
 
     surface_forms: tuple[Literal["capitalized", "sentence_initial"], ...] = Field(
         (),
-        description="forms of a word beside ' word' (the paper), where they are one token. capitalized: ' Word'; "
-        "sentence_initial: 'Word' at the beginning of a text",
+        description="forms of a word to use in addition to ' word' (the paper), if they are one token. "
+        "capitalized: ' Word'; sentence_initial: 'Word' at the beginning of a text",
     )
 
 
@@ -181,7 +181,9 @@ class AnnotationConfig(Section):
     batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass of the teacher")
     shard_size_mb: int = Field(64, ge=1, description="size of a shard in MB before compression")
     memory_budget: float = Field(
-        4.0, gt=0, description="GB (2^30 bytes) of sense embeddings a rank holds on its device; others are read"
+        4.0,
+        gt=0,
+        description="GB (2^30 bytes) of sense embeddings a rank holds on its device; the others are read from disk",
     )
     teacher_top_n: int = Field(
         0,

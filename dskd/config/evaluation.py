@@ -19,19 +19,22 @@ class EvaluationConfig(Section):
     sample_tokens: int = Field(24, ge=1, description="number of tokens of each continuation, chosen greedily")
     wic: PathText | None = Field(
         None,
-        description="with --lexical. File NAME.data.txt of Words in Context as published, NAME.gold.txt beside it. Use "
-        "one for all runs that are compared: with another, or none, lexical measures are of other data",
+        description="with --lexical. File NAME.data.txt of Words in Context as published, with NAME.gold.txt in the "
+        "same folder. Use the same for all runs that you compare; otherwise their lexical measures differ in data",
     )
     wic_threshold: PathText | None = Field(
-        None, description="with wic. Another such file, of the training split say, on which the threshold is chosen"
+        None,
+        description="with wic. Another such file, such as that of the training split, on which the threshold is chosen",
     )
 
     @model_validator(mode="after")
     def _threshold_needs_pairs(self) -> "EvaluationConfig":
         if self.wic_threshold is not None and self.wic is None:
-            raise ValueError("wic_threshold needs evaluation.wic, the pairs that the threshold is for; give it, too")
+            raise ValueError(
+                "wic_threshold needs evaluation.wic, the pairs that the threshold is applied to; set it too"
+            )
         if self.wic is not None and self.wic_threshold is not None:
-            place, other = (Path(given).expanduser().resolve() for given in (self.wic, self.wic_threshold))
+            place, other = (Path(file).expanduser().resolve() for file in (self.wic, self.wic_threshold))
             if place == other:
                 raise ValueError(
                     f"wic_threshold is evaluation.wic itself, {place}, and the threshold would be chosen on what is "

@@ -54,7 +54,7 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
     The errors of one key make one message. `data` is the configuration as read from the file.
     """
     explained: dict[str, list[str]] = {}
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for error in errors:
         # Each member of a union reports its own error. The part of the location that names the member is no key of the
         # file, so keep only parts that lead from `data` to the value, or name a key that is missing.
@@ -78,12 +78,12 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
             message = str(error["ctx"]["error"])
         else:
             message = _expected(error, location)
-            found[key] = f", found {json.dumps(error['input'], default=str, ensure_ascii=False)}"
+            values[key] = f", found {json.dumps(error['input'], default=str, ensure_ascii=False)}"
             if error["type"] == "string_type" and isinstance(error["input"], (bool, int, float)):
-                found[key] += "; put it in quotes"
-        said = explained.setdefault(key, [])
-        said.append(message.removeprefix("expected ") if said else message)
-    return [(key, f"{', or '.join(messages)}{found.get(key, '')}") for key, messages in explained.items()]
+                values[key] += "; put it in quotes"
+        messages = explained.setdefault(key, [])
+        messages.append(message.removeprefix("expected ") if messages else message)
+    return [(key, f"{', or '.join(messages)}{values.get(key, '')}") for key, messages in explained.items()]
 
 
 def _expected(error: Any, location: list[str]) -> str:

@@ -17,7 +17,7 @@ class TeacherRecipe(Section):
     train_tokens: int = Field(1_000_000, ge=1000, description="number of tokens to train on")
     batch_size: int = Field(16, ge=1, description="sequences in one optimizer step")
     learning_rate: float = Field(0.02, gt=0, description="learning rate of Muon, for the weight matrices of the layers")
-    embedding_learning_rate: float = Field(0.003, gt=0, description="learning rate of AdamW, for all else")
+    embedding_learning_rate: float = Field(0.003, gt=0, description="learning rate of AdamW, for all other parameters")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "TeacherRecipe":
@@ -33,14 +33,17 @@ class TeacherConfig(Section):
 
     path: PathText | None = Field(None, description="Hugging Face folder or model name of the teacher")
     revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model: only for one you trust")
+    trust_remote_code: bool = Field(
+        False, description="run code that comes with the model; only for a model that you trust"
+    )
     mode: Literal["resident", "zero3", "cached"] = Field(
         "zero3",
         description="resident: every rank holds all of the teacher; zero3: each holds a share of it; cached: training "
         "reads the distributions that annotation stored (annotation.teacher_top_n) and loads no teacher",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
-        "cpu", description="with mode: zero3. Where a rank keeps its share: on the device, in memory, on disk"
+        "cpu",
+        description="with mode: zero3. Where a rank keeps its share: on the device, in memory, or on disk",
     )
     nvme_path: PathText | None = Field(None, description="with offload: nvme. Node-local folder for the shares")
     train_from_scratch: TeacherRecipe | None = Field(None, description="train a small teacher on the corpus instead")
@@ -54,7 +57,7 @@ class TeacherConfig(Section):
         if self.nvme_path is not None and self.offload != "nvme":
             raise ValueError("nvme_path needs offload: nvme")
         if self.offload == "nvme" and self.mode == "resident":
-            raise ValueError("offload: nvme needs mode: zero3; a resident teacher lies on the device")
+            raise ValueError("offload: nvme needs mode: zero3; a resident teacher is on the device")
         return self
 
 
@@ -82,23 +85,25 @@ class StudentConfig(Section):
     train_lm_head: bool = Field(False, description="train the output head")
     shared_trunk: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
         "auto",
-        description="compute frozen lower layers once, in the teacher. auto: where that is exact; on: refuse "
-        "to train where it is not; off: never",
+        description="compute frozen lower layers once, in the teacher. auto: if that is exact; on: refuse "
+        "to train if it is not; off: never",
     )
 
     @model_validator(mode="after")
     def _layers_are_there(self) -> "StudentConfig":
         problems = []
         kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
-        if isinstance(self.layers, tuple) and list(self.layers) != (right := sorted(set(self.layers))):
+        if isinstance(self.layers, tuple) and list(self.layers) != (ascending := sorted(set(self.layers))):
             problems.append(
-                f"layers: expected different layers in ascending order, such as {right}, found {[*self.layers]}"
+                f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"
             )
-            kept = len(right)
-        wanted = self.train_layers
-        if isinstance(wanted, int) and wanted > kept:
-            problems.append(f"train_layers: at most {kept} can be trained, for `layers` keeps as many, found {wanted}")
-        elif isinstance(wanted, tuple) and (missing := sorted({layer for layer in wanted if layer >= kept})):
+            kept = len(ascending)
+        trained = self.train_layers
+        if isinstance(trained, int) and trained > kept:
+            problems.append(
+                f"train_layers: at most {kept} can be trained, because `layers` keeps {kept}; found {trained}"
+            )
+        elif isinstance(trained, tuple) and (missing := sorted({layer for layer in trained if layer >= kept})):
             problems.append(f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}")
         if problems:
             raise ValueError("; ".join(problems))

@@ -49,11 +49,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         overridden[key] = override
     # Overrides can choose the run, so they are applied before the run's keys are known, and again over those keys.
     merged = with_run(merge(data, changes))
-    found = _seed_problems(merged, data, changes)
+    seed_problems = _seed_problems(merged, data, changes)
     merged, run_problems = apply_run(with_seeds(merged), changes)
     merged, path_problems = _expand_variables(merged)
     problems += [
-        f"{_place(path, lines, overridden, key)}{message}" for key, message in (*found, *run_problems, *path_problems)
+        f"{_place(path, lines, overridden, key)}{message}"
+        for key, message in (*seed_problems, *run_problems, *path_problems)
     ]
     try:
         config = Config.model_validate_json(json.dumps(merged, default=str))
@@ -116,9 +117,9 @@ def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tupl
     """Expands environment variables in every path; also returns (key, message) for each path with unset variables."""
     problems: list[tuple[str, str]] = []
 
-    def expanded(value: Any, key: str) -> Any:
+    def expand(value: Any, key: str) -> Any:
         if isinstance(value, list):
-            return [expanded(each, f"{key}.{number}") for number, each in enumerate(value)]
+            return [expand(each, f"{key}.{number}") for number, each in enumerate(value)]
         if not isinstance(value, str):
             return value
         missing = [name for name in _variables(value) if name not in os.environ]
@@ -130,15 +131,18 @@ def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tupl
             return value
         if "${" in _VARIABLE.sub("-", value):
             problems.append(
-                (key, f"{value!r} has a ${{ that is not ${{NAME}}, which alone is expanded; a dollar sign is $$")
+                (
+                    key,
+                    f"{value!r} has a ${{ without a name and }}: write ${{NAME}}, or $$ for a dollar sign",
+                )
             )
             return value
-        path = _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]] if found[1] or found[2] else "$", value)
+        path = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]] if match[1] or match[2] else "$", value)
         if problem := _path_problem(path):
             problems.append((key, problem))
         return path
 
-    def walked(model: type[Section], data: Any, prefix: str) -> Any:
+    def walk(model: type[Section], data: Any, prefix: str) -> Any:
         if not isinstance(data, dict):
             return data
         changed = dict(data)
@@ -147,12 +151,12 @@ def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tupl
                 continue
             section = section_of(field.annotation)
             if section is not None:
-                changed[name] = walked(section, data[name], f"{prefix}{name}.")
-            elif EXPANDED in field.metadata or _mentions_path(field.annotation):
-                changed[name] = expanded(data[name], f"{prefix}{name}")
+                changed[name] = walk(section, data[name], f"{prefix}{name}.")
+            elif EXPANDED in field.metadata or _contains_path(field.annotation):
+                changed[name] = expand(data[name], f"{prefix}{name}")
         return changed
 
-    return walked(Config, merged, ""), problems
+    return walk(Config, merged, ""), problems
 
 
 def _path_problem(path: str) -> str:
@@ -161,13 +165,13 @@ def _path_problem(path: str) -> str:
     if "\0" in path:
         return "a path cannot contain the character NUL"
     if _num_bytes(longest) > _LONGEST_NAME:
-        return f"{longest[:40]!r}… has {_num_bytes(longest):,} bytes, and a file's name has {_LONGEST_NAME} at most"
+        return f"{longest[:40]!r}… has {_num_bytes(longest):,} bytes, and a file's name has at most {_LONGEST_NAME}"
     if _num_bytes(path) > _LONGEST_PATH:
-        return f"{path[:40]!r}… has {_num_bytes(path):,} bytes, and a path has {_LONGEST_PATH:,} at most"
+        return f"{path[:40]!r}… has {_num_bytes(path):,} bytes, and a path has at most {_LONGEST_PATH:,}"
     try:
         Path(path).expanduser()
     except RuntimeError:
-        return f"{path!r} begins with the home folder of a user that this machine does not know; write the whole path"
+        return f"{path!r} begins with the home folder of a user that this machine does not know; write the full path"
     return ""
 
 
@@ -176,11 +180,11 @@ def _num_bytes(text: str) -> int:
 
 
 def _variables(text: str) -> list[str]:
-    return [found[1] or found[2] for found in _VARIABLE.finditer(text) if found[1] or found[2]]
+    return [match[1] or match[2] for match in _VARIABLE.finditer(text) if match[1] or match[2]]
 
 
-def _mentions_path(annotation: Any) -> bool:
-    return EXPANDED in getattr(annotation, "__metadata__", ()) or any(map(_mentions_path, get_args(annotation)))
+def _contains_path(annotation: Any) -> bool:
+    return EXPANDED in getattr(annotation, "__metadata__", ()) or any(map(_contains_path, get_args(annotation)))
 
 
 def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: str) -> str:
@@ -193,11 +197,11 @@ def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: s
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
         is_whole = length == len(parts)
-        given = [
+        matching = [
             text for name, text in overridden.items() if name == prefix or (is_whole and name.startswith(f"{prefix}."))
         ]
-        if given:
-            return f"override {given[0]!r}: {shown}"
+        if matching:
+            return f"override {matching[0]!r}: {shown}"
         if prefix in lines:
             return f"{path}:{lines[prefix]}: {shown}"
     return f"{path}: {shown}"

@@ -62,13 +62,13 @@ def apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[s
     if not runs:
         return merged, []
     if not isinstance(runs, dict) or not all(isinstance(run_keys, dict) for run_keys in runs.values()):
-        return merged, [("runs", "expected a mapping from a run's name to the keys in which it differs, like kd: {}")]
+        return merged, [("runs", "expected the name of each run with the keys in which it differs, such as kd: {}")]
     problems = []
     for name, keys in runs.items():
         for key in keys:
             if key not in KEYS_A_RUN_MAY_CHANGE:
                 allowed = ", ".join(KEYS_A_RUN_MAY_CHANGE)
-                problems.append((f"runs.{name}.{key}", f"a run may differ in {allowed}; the rest is shared"))
+                problems.append((f"runs.{name}.{key}", f"runs may differ only in {allowed}; they share the rest"))
         if name != run and not problems:
             problems += [
                 (f"runs.{name}.{key}", message)
@@ -76,7 +76,7 @@ def apply_run(merged: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[s
                 if key.split(".")[0] in keys and key not in dict(_check(merged))
             ]
     if run not in runs:
-        problems.append(("run", f"{run!r} is none of the runs of this file: {', '.join(runs)}"))
+        problems.append(("run", f"there is no run {run!r} in this file; its runs: {', '.join(runs)}"))
         return merged, problems
     return merge(merge(merged, runs[run]), overrides), problems
 

@@ -60,7 +60,7 @@ class LossConfig(Section):
     sense_candidates: Annotated[tuple[Literal["own", "synonym", "antonym", "random"], ...], Field(min_length=1)] = (
         Field(
             ("own", "synonym", "antonym", "random"),
-            description="with sense_form: distribution. Which rows are candidates: O_i, P_i, N_i, and random ones",
+            description="with sense_form: distribution. The rows that are candidates: O_i, P_i, N_i, and random ones",
         )
     )
     sense_random_candidates: int = Field(
@@ -104,7 +104,9 @@ class LossConfig(Section):
                 "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
             )
         if self.lexical_weight != 1 and not (self.ce_weight or self.kd_weight):
-            problems.append("loss.lexical_weight is of CE and KL, whose weights are 0; remove it, or set one of them")
+            problems.append(
+                "loss.lexical_weight applies to CE and KL, whose weights are 0; remove it, or set one of them"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -122,7 +124,9 @@ class LossConfig(Section):
 
 def _remote_folder(place: str) -> str:
     if not re.match(r"[a-z0-9]+://[^/\s]|/", place):
-        raise ValueError(f"{place!r} is no remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /")
+        raise ValueError(
+            f"{place!r} is not a remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /"
+        )
     return place
 
 
@@ -138,16 +142,16 @@ class TrainConfig(Section):
     )
     learning_rate_rule: Literal["linear", "square_root"] = Field(
         "linear",
-        description="with learning_rate_batch_size. What the peak grows with when the batch does. linear: the batch, "
-        "so that rate × steps of an epoch stays the same; square_root: its square root, the usual advice for Adam",
+        description="with learning_rate_batch_size. How the peak grows with the batch. linear: in proportion, so that "
+        "rate × steps of an epoch stays the same; square_root: with its square root, the usual advice for Adam",
     )
     weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
     warmup_share: float = Field(0.1, ge=0, lt=1, description="share of steps that warm up; a cosine to 0 follows")
-    epochs: float = Field(2.0, gt=0, description="number of passes over the shards, where `steps` is not given")
+    epochs: float = Field(2.0, gt=0, description="number of passes over the shards, if `steps` is not given")
     steps: int | None = Field(None, ge=1, description="number of optimizer steps, instead of epochs")
     global_batch_size: int = Field(16, ge=1, description="number of sequences in an optimizer step, over all ranks")
     micro_batch_size: int = Field(
-        4, ge=1, description="number of sequences a rank runs at once; others are accumulated"
+        4, ge=1, description="number of sequences a rank runs at once; the gradients of the others are accumulated"
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one is always written at the end")
@@ -157,15 +161,18 @@ class TrainConfig(Section):
     shard_cache: PathText | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
     shard_remote: Annotated[PathText, AfterValidator(_remote_folder)] | None = Field(
         None,
-        description="place to read shards from instead of WORKDIR/shards: a copy of that folder, such as "
+        description="folder from which shards are read instead of WORKDIR/shards: a copy of it, such as "
         "s3://BUCKET/shards; WORKDIR keeps their manifests",
     )
     loss_chunk_size: int | None = Field(
-        None, ge=1, description="positions whose logits exist at one time; null: what fits the device's caches"
+        None,
+        ge=1,
+        description="number of positions whose logits exist at one time; null: as many as fit the device's caches",
     )
     compile_losses: bool = Field(False, description="fuse the losses with torch.compile, which takes a minute to start")
     sense_bank: Literal["host", "device"] = Field(
-        "host", description="where sense embeddings lie. host: a batch brings its own; device: every rank holds all"
+        "host",
+        description="where sense embeddings are. host: a batch brings those that it needs; device: every rank has all",
     )
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     collective_timeout_s: int = Field(
@@ -195,9 +202,9 @@ class TrainConfig(Section):
 
 
 def _without_variables(uri: str) -> str:
-    if found := re.search(r"\$(\w+|\{\w+\})", uri):
+    if variable := re.search(r"\$(\w+|\{\w+\})", uri):
         raise ValueError(
-            f"{found[0]} is not expanded here, because the address is kept with every run; write the address itself "
+            f"{variable[0]} is not expanded here, because the address is kept with every run; write the address itself "
             "(%24 is a dollar sign), and give MLflow credentials in MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD"
         )
@@ -215,7 +222,7 @@ class TrackingConfig(Section):
     parent: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$",
-        description="name of the MLflow parent run under which this run is nested; it is created where it is missing",
+        description="name of the MLflow parent run under which this run is nested; it is created if it is missing",
     )
     log_every: int = Field(1, ge=1, description="number of steps between logged metrics")
     system_metrics: bool = Field(True, description="record the use of processors, memory and GPUs of every node")
@@ -227,5 +234,5 @@ class PipelineConfig(Section):
     """Settings with which `launcher/pipeline.py` starts the stages that run on several ranks."""
 
     launcher_args: tuple[str, ...] | None = Field(
-        None, description="arguments of `deepspeed`; null: all GPUs of this machine, or two ranks where there is none"
+        None, description="arguments of `deepspeed`; null: all GPUs of this machine, or two ranks if it has none"
     )

@@ -19,7 +19,7 @@ class _StrictLoader(yaml.SafeLoader):
         """Returns the data of a node, such as a number or a date.
 
         Raises:
-            UserError: with the line, if it looks like one of these, or is tagged as one, and is none: 2024-02-30.
+            UserError: with the line, if it only looks like one of these (2024-02-30), or is wrongly tagged as one.
         """
         try:
             data = super().construct_object(node, deep)
@@ -28,14 +28,14 @@ class _StrictLoader(yaml.SafeLoader):
             return data
         except (ValueError, KeyError, AttributeError, OverflowError) as error:
             text, kind = str(node.value)[:40], node.tag.rpartition(":")[2]
-            reason = str(error) if isinstance(error, ValueError) else "it is none"
+            reason = str(error) if isinstance(error, ValueError) else "it is not one"
             raise UserError(
                 f"line {node.start_mark.line + 1}: {text!r} cannot be read as {kind} ({reason}); put it in quotes if "
                 "it is text"
             ) from None
 
 
-# A copy, so that the loader stays the same for other users of PyYAML. In YAML 1.1, 5e-5 without a dot is no number.
+# A copy, so that the loader stays the same for other users of PyYAML. In YAML 1.1, 5e-5 without a dot is not a number.
 _StrictLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -46,8 +46,8 @@ def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     """Returns the data of a YAML text, and its nodes, in which merges (`<<: *anchor`) are replaced by the merged keys.
 
     Raises:
-        UserError: if a key is given twice or is no text, or a value is not what it looks like. A key from a merge may
-            be given again, which overrides the merged one.
+        UserError: if a key occurs twice or is not text, or a value is not what it looks like. A merged key may be
+            overridden.
         yaml.YAMLError: if the text is not YAML.
     """
     loader = _StrictLoader(text)
@@ -86,7 +86,7 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
     if isinstance(node, yaml.MappingNode):
         seen: dict[Any, int] = {}
         own: list[tuple[yaml.Node, yaml.Node]] = []
-        brought: list[yaml.Node] = []
+        merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
             is_merge = key_node.tag == _MERGE_TAG
             key = key_node.value if is_merge else loader.construct_object(key_node, deep=True)
@@ -102,10 +102,10 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
             seen[key] = line
             _merge_mappings(loader, value_node, (*around, node), done)
             if is_merge:
-                brought = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                merged = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
             else:
                 own.append((key_node, value_node))
-        for mapping in brought:
+        for mapping in merged:
             if not isinstance(mapping, yaml.MappingNode):
                 raise UserError(f"line {seen['<<']}: << takes *NAME of a mapping, or a list of them")
             for key_node, value_node in mapping.value:
@@ -126,7 +126,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such config file; the shipped ones are in configs/") from None
+        raise UserError(f"{path}: there is no such config file; examples are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the config file cannot be read ({error})") from None
     try:
@@ -134,7 +134,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: this is not YAML that a configuration can be: {error}") from None
+        raise UserError(f"{path}: this is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', found {type(data).__name__}")
     # x-NAME holds anchors for the other sections, as in Compose files.

@@ -98,16 +98,17 @@ def main_first(function: Callable[[], T]) -> T:
     fault of that rank's node, such as an outdated view of the shared storage: it becomes an OutageError that names the
     node.
     """
-    mine: list[T] = []
-    on_main(lambda: mine.append(function()))
-    if mine:
-        return mine[0]
+    own_result: list[T] = []
+    on_main(lambda: own_result.append(function()))
+    if own_result:
+        return own_result[0]
     try:
         return function()
     except UserError as error:
         raise OutageError(
-            f"{socket.gethostname()}: {error}\nRank 0 found no such problem, so it is one of this node: it may see an "
-            "old state of the shared storage, or lack it. Start all ranks again, without this node if it stays so"
+            f"{socket.gethostname()}: {error}\nRank 0 found no such problem, so this node has a problem: it may "
+            "see an old state of the shared storage, or none of it. Start all ranks again; if that does not help, "
+            "without this one"
         ) from error
 
 

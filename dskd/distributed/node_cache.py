@@ -138,7 +138,7 @@ def _create(base: str | None) -> Path:
     try:
         parent.mkdir(mode=0o700, parents=base is not None, exist_ok=True)
         if parent.is_symlink() or parent.stat().st_uid != os.getuid():
-            raise UserError(f"{parent}: belongs to somebody else; set train.shard_cache to a folder of your own")
+            raise UserError(f"{parent}: belongs to another user; set train.shard_cache to a folder of your own")
         return make_own_folder(parent)
     except OSError as error:
         raise UserError(

@@ -34,8 +34,8 @@ class Peers:
         missing = [
             (answer, peer["host"], peer["rank"]) for answer, peer in zip(answers, self.ranks, strict=True) if answer
         ]
-        groups = itertools.groupby(sorted(missing), key=lambda found: found[:2])
-        return "; ".join(_in_words([rank for *_, rank in found], *key) for key, found in groups) or None
+        groups = itertools.groupby(sorted(missing), key=lambda peer: peer[:2])
+        return "; ".join(_describe([rank for *_, rank in peers], *key) for key, peers in groups) or None
 
 
 def meet_peers(world: World) -> Peers:
@@ -44,8 +44,8 @@ def meet_peers(world: World) -> Peers:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, 0), family=family, backlog=max(128, world.world_size))
     host = socket.gethostname()
-    mine = {"rank": world.rank, "host": host, "address": address, "port": listener.getsockname()[1]}
-    others = [peer for peer in gather_json(mine) if peer["rank"] != world.rank]
+    own_entry = {"rank": world.rank, "host": host, "address": address, "port": listener.getsockname()[1]}
+    others = [peer for peer in gather_json(own_entry) if peer["rank"] != world.rank]
     return Peers(listener, host, others)
 
 
@@ -59,6 +59,6 @@ def _ask(peer: dict[str, Any]) -> str | None:
         return "cannot be reached"
 
 
-def _in_words(ranks: list[int], answer: str, host: str) -> str:
+def _describe(ranks: list[int], answer: str, host: str) -> str:
     verb = "" if answer.startswith("cannot") else "is " if len(ranks) == 1 else "are "
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ({host}) {verb}{answer}"

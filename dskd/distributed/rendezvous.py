@@ -81,11 +81,11 @@ def _read_launcher() -> None:
             problems.append(f"{name}: expected a whole number, found {text!r}")
         elif text is not None:
             numbers[name] = int(text)
-    given = [f"{name}={os.environ[name]}" for name in (*names, "MASTER_ADDR") if name in os.environ]
+    variables = [f"{name}={os.environ[name]}" for name in (*names, "MASTER_ADDR") if name in os.environ]
     required = ["RANK", "WORLD_SIZE"]
     if numbers.get("WORLD_SIZE", 1) > 1:
         required += ["MASTER_ADDR", "MASTER_PORT"]
-    problems += [f"{name}: is not set, although {', '.join(given)}" for name in required if name not in os.environ]
+    problems += [f"{name}: is not set, although {', '.join(variables)}" for name in required if name not in os.environ]
     for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE"), ("LOCAL_RANK", "WORLD_SIZE")):
         if name in numbers and limit in numbers and numbers[name] >= numbers[limit]:
             problems.append(f"{name}: is {numbers[name]} of {limit}={numbers[limit]} (ranks count from 0)")
@@ -151,19 +151,19 @@ def _meet_at_store(timeout: datetime.timedelta) -> dist.Store:
         store.set(f"rank {rank}", socket.gethostname())
     except dist.DistNetworkError as error:
         if rank == 0:
-            raise OutageError(_why_no_store(address, port, error)) from error
+            raise OutageError(_explain_no_store(address, port, error)) from error
         raise LostPeerError(f"[rank {rank}, {socket.gethostname()}] rank 0 has ended; {remedy}") from error
     try:
         store.wait([f"rank {other}" for other in range(world_size)], timeout)
     except dist.DistError as error:
         raise LostPeerError(
-            f"[rank {rank}, {socket.gethostname()}] {_who_is_missing(store, world_size)} within "
+            f"[rank {rank}, {socket.gethostname()}] {_describe_missing(store, world_size)} within "
             f"{timeout.total_seconds():.0f} s; {remedy}"
         ) from error
     return store
 
 
-def _why_no_store(address: str, port: int, error: Exception) -> str:
+def _explain_no_store(address: str, port: int, error: Exception) -> str:
     host = socket.gethostname()
     try:
         socket.create_server(("", port)).close()
@@ -173,10 +173,8 @@ def _why_no_store(address: str, port: int, error: Exception) -> str:
             f"{host}: rank 0 cannot listen on port {port} ({reason}); wait for the job that uses it, or name another "
             "port with `deepspeed --master_port PORT` (MASTER_PORT)"
         )
-    said = str(error).strip().splitlines()[0]
-    return (
-        f"{host}: rank 0 cannot be reached at {address}, port {port} ({said}); MASTER_ADDR must name the node of rank 0"
-    )
+    reason = str(error).strip().splitlines()[0]
+    return f"{host}: rank 0 cannot be reached at {address}:{port} ({reason}); MASTER_ADDR must name the node of rank 0"
 
 
 def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
@@ -198,12 +196,12 @@ def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
             time.sleep(0.2)
 
 
-def _who_is_missing(store: dist.Store, world_size: int) -> str:
+def _describe_missing(store: dist.Store, world_size: int) -> str:
     try:
         missing = [rank for rank in range(world_size) if not store.check([f"rank {rank}"])]
         came = sorted({store.get(f"rank {rank}").decode() for rank in range(world_size) if rank not in missing})
     except dist.DistError:
-        return "not every rank came, and rank 0 has ended: see what it says"
+        return "not all ranks came, and rank 0 has ended: read its messages"
     nodes = sorted({rank // int(os.environ.get("LOCAL_SIZE", "1")) for rank in missing})
     return (
         f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, of node{'s' * (len(nodes) > 1)} "

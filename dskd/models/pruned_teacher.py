@@ -43,7 +43,8 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
         layers: the teacher's layers that the student keeps, ascending.
 
     Raises:
-        UserError: when they differ, with the architecture and the difference.
+        UserError: when they differ, with the architecture and the difference, or when none of the teacher's states is
+            finite.
     """
     whole = load_whole(teacher, torch.float32).eval()
     # A dropped layer runs and returns its input, so that the teacher's code, settings and layer numbers stay unchanged.
@@ -59,6 +60,11 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
         say(f"  not compared with the teacher: {name} does not run on this machine's CPU ({reason_of(error)})")
         return
     del whole
+    if not expected.isfinite().any():
+        raise UserError(
+            f"{teacher.path}: {name} computes states that are not finite. Are its weights damaged, or a number in its "
+            "config.json?"
+        )
     difference = relative_difference(_last_states(base_model(student), probe), expected)
     kept = ", ".join(map(str, layers))
     if not difference <= _TOLERANCE:

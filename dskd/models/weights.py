@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import write_json
 from dskd.console import progress, say
 from dskd.errors import UserError
@@ -175,7 +175,7 @@ def write_weights(
     def flush() -> None:
         nonlocal pending_bytes
         if pending:
-            with full_disk_is_said(target):
+            with report_full_disk(target):
                 save_file(pending, target / f"part-{len(files)}", metadata={"format": "pt"})
             files.append(list(pending))
             pending.clear()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dskd.artifacts import kinds
-from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Manifest, read_manifest, require_same
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
@@ -107,7 +107,7 @@ def save_dictionary(
     """Writes a dictionary's file from `vectors` [R, D], stored as bf16, `counts` [R] and `entry_offsets` [E+1]."""
     tensors = {"vectors": vectors.to(torch.bfloat16), "counts": counts, "entry_offsets": entry_offsets}
     tensors |= entries.tensors()
-    with full_disk_is_said(path.parent):
+    with report_full_disk(path.parent):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 

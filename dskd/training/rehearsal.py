@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from dskd.artifacts import kinds
-from dskd.artifacts.files import full_disk_is_said, make_folder, remove_tree
+from dskd.artifacts.files import make_folder, remove_tree, report_full_disk
 from dskd.config import Config
 from dskd.console import say
 from dskd.distributed.collectives import on_main
@@ -51,7 +51,7 @@ def rehearse_export(pair: Pair, student: ModelFolder, config: Config, world: Wor
         remove_tree(scratch)
         make_folder(scratch)
         try:
-            with full_disk_is_said(scratch):
+            with report_full_disk(scratch):
                 _rehearse(student, scratch, on_cpu, names, dtype)
         finally:
             remove_tree(scratch)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dskd.artifacts.building import Building
-from dskd.artifacts.files import full_disk_is_said, make_folder, remove_tree, write_text
+from dskd.artifacts.files import make_folder, remove_tree, report_full_disk, write_text
 from dskd.artifacts.kinds import folder
 from dskd.artifacts.manifest import Recipe, is_current
 from dskd.config import Config, TrainConfig
@@ -48,7 +48,7 @@ def save(
     require_space(engine, config)
     building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
     on_main(building.clear)
-    with full_disk_is_said(base):
+    with report_full_disk(base):
         engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
         _save_trained(engine, building.folder / TRAINED_FILE, world)
         _save_probe(engine, student_logits, config, building.folder / PROBE_FILE, world)

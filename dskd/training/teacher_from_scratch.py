@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe, read_manifest
 from dskd.config import Config, TeacherRecipe
 from dskd.console import progress_bar, say, stage
@@ -69,7 +69,7 @@ def build_teacher(config: Config) -> None:
             model = build_llama(settings, len(tokenizer), sequence_length, tokenizer, config.seed)
             loss = train_model(model, open_sequences(file), settings, config.seed, config.precision)
             file.unlink()
-            with full_disk_is_said(building.folder):
+            with report_full_disk(building.folder):
                 model.save_pretrained(building.folder, safe_serialization=True)
             building.facts.update(final_loss=loss, parameters=sum(p.numel() for p in model.parameters()))
         say(f"  {sum(p.numel() for p in model.parameters()):,} parameters, training perplexity {math.exp(loss):.1f}")

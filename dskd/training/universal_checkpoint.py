@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dskd.artifacts.files import full_disk_is_said, replace_folder
+from dskd.artifacts.files import replace_folder, report_full_disk
 from dskd.errors import UserError
 
 
@@ -51,7 +51,7 @@ def make_universal(checkpoint: Path) -> None:
     try:
         with (
             no_pickles(),
-            full_disk_is_said(checkpoint.parent),
+            report_full_disk(checkpoint.parent),
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
         ):

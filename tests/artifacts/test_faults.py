@@ -18,7 +18,7 @@ from tracked_results import losses_of
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.files import full_disk_is_said
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.cli.program import run
 from dskd.config.reading import load_config
@@ -110,15 +110,15 @@ def test_a_tensor_that_does_not_fit_the_disk_is_a_full_disk(tmp_path, small_disk
     small_disk(folder, 2**21)
     large = torch.zeros(2**20)  # 4 MiB
     # safetensors removes what it wrote, and then there is room again
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as full, full_disk_is_said(folder):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as full, report_full_disk(folder):
         save_file({"x": large}, folder / "x.safetensors")
     assert full.value.errno == errno.ENOSPC
     assert shutil.disk_usage(folder).free == 2**21
-    with pytest.raises(SafetensorError), full_disk_is_said(folder):
+    with pytest.raises(SafetensorError), report_full_disk(folder):
         save_file({"x": large}, folder / "no" / "x.safetensors")
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), full_disk_is_said(folder):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), report_full_disk(folder):
         torch.save(large, folder / "x.pt")
-    with pytest.raises(RuntimeError, match="another"), full_disk_is_said(tmp_path):
+    with pytest.raises(RuntimeError, match="another"), report_full_disk(tmp_path):
         raise RuntimeError("another")
     assert [path.name for path in folder.iterdir()] == ["x.pt"]
 
@@ -144,9 +144,9 @@ def test_a_quota_is_a_full_disk_where_there_is_room_for_others(tmp_path, monkeyp
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)  # as the system answers who is over it
-    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), report_full_disk(tmp_path):
         raise RuntimeError("what torch says")
-    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), full_disk_is_said(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)), report_full_disk(tmp_path):
         raise SafetensorError(f"Error while serializing: I/O error: so it is (os error {errno.EDQUOT})")
 
 

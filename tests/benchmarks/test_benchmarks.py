@@ -1,4 +1,4 @@
-"""What benchmarks compute with, against independent truths; how fast anything is, no test asks."""
+"""The computations of benchmarks against independent truths. No test checks a speed."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in P
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_benchmark_says_how_it_is_used(name, capsys):
+def test_every_benchmark_explains_its_use(name, capsys):
     module = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit) as ended:
         module.main(["--help"])
@@ -37,7 +37,7 @@ def test_every_benchmark_says_how_it_is_used(name, capsys):
     assert f"python -m benchmarks.{name}" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-def test_without_trl_its_benchmark_says_how_to_install_it(monkeypatch, capsys):
+def test_without_trl_its_benchmark_explains_how_to_install_it(monkeypatch, capsys):
     from benchmarks import gkd
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -71,10 +71,12 @@ def test_flops_of_a_step_are_those_that_torch_counts(shared_trunk):
         layer.requires_grad_(True)
     ids = torch.arange(2 * 16).view(2, 16)
     with FlopCounterMode(display=False) as counter:
-        wanted = teacher(ids, output_hidden_states=True)
-        inputs = {"inputs_embeds": wanted.hidden_states[1]} if shared_trunk else {"input_ids": ids}
-        (student(**inputs).logits - wanted.logits).square().sum().backward()
-    rotary = 2 * 2 * len(ids[0]) * (shape.hidden_size // shape.num_heads // 2)  # both models' angles are a product too
+        of_teacher = teacher(ids, output_hidden_states=True)
+        inputs = {"inputs_embeds": of_teacher.hidden_states[1]} if shared_trunk else {"input_ids": ids}
+        (student(**inputs).logits - of_teacher.logits).square().sum().backward()
+    rotary = (
+        2 * 2 * len(ids[0]) * (shape.hidden_size // shape.num_heads // 2)
+    )  # the rotary angles of both models are a product, too
     expected = sum(step_flops(shape, shared_trunk=shared_trunk, causal=False).values())
     assert counter.get_total_flops() == expected * ids.numel() + rotary
 
@@ -139,10 +141,10 @@ def test_variants_take_turns_and_ratios_are_round_by_round():
     assert ratios({"a": [1, 4, 9], "b": [2, 4, 3]}, "a", "b") == Spread(1.0, 0.75, 2.0)
 
 
-def test_peak_memory_sees_what_is_gone_at_the_end():
+def test_peak_memory_includes_memory_that_was_freed():
     with PeakMemory(torch.device("cpu")) as memory:
         held = torch.ones(64 * 2**20, dtype=torch.uint8)
-        time.sleep(0.2)  # long enough to be looked at on a busy machine
+        time.sleep(0.2)  # long enough for a sample on a busy machine
         del held
     assert 60 * 2**20 < memory.peak_bytes < 90 * 2**20
 
@@ -158,11 +160,11 @@ def test_a_result_has_its_command_and_machine(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_the_step_trains_and_reports_what_it_measured(tmp_path):
+def test_the_step_benchmark_trains_and_reports_its_measurements(tmp_path):
     preset = Preset(Shape(300, 32, 48, 4, 2, 4, 3, 1, 32), global_batch_size=4, micro_batch_size=2)
     write_work_directory(tmp_path / "toy", preset, steps=6)
     options = ["--folder", tmp_path, "--preset", "toy", "--rounds", 2, "--warm-up", 1, "--output", tmp_path / "x.json"]
-    # Not the rank that this process has become.
+    # Without the variables of the rank that this process may be.
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
     command = [sys.executable, "-m", "benchmarks.step", *map(str, options)]
     subprocess.run(command, cwd=FOLDER.parent, env=environment, check=True)

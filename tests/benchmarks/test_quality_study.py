@@ -1,4 +1,4 @@
-"""The study of whether senses help: that its comparison is fair, and that what was done is not done again."""
+"""The study of whether senses help: its comparison is fair, and no training is repeated."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from benchmarks.quality.measures import KNOWLEDGE, ON_TEXT
 from benchmarks.quality.report import PICTURE, SUMMARY_MARKS, render, render_summary, write_report
 from benchmarks.quality.results import Result, append_result, choose, read_results
 from benchmarks.quality.splits import rows_of
-from benchmarks.quality.trainings import wanted_trainings
+from benchmarks.quality.trainings import planned_trainings
 from dskd.errors import UserError
 
 MEASURES = (*ON_TEXT, *KNOWLEDGE)
@@ -29,7 +29,7 @@ def _result(arm="kd", value=1.0, perplexity=50.0, seed=100, stage="tune"):
 def test_no_document_is_in_both_parts(cut):
     begins = [row not in cut for row in range(9)]
     document, documents_of = 0, []
-    for begin in begins:  # a sequence ends the last document, and begins one more or goes on with it
+    for begin in begins:  # a sequence continues the last document, or ends it and begins another
         documents_of.append({document, document + begin})
         document += begin
     validation, test = (
@@ -54,13 +54,14 @@ def test_every_arm_has_the_same_effort_and_no_seed_of_the_test_is_tuned_on():
     assert not set(study.TUNING_SEEDS) & set(study.FACTOR_SEEDS)
 
 
-def test_every_training_of_the_study_is_one_that_a_config_can_ask_for(tmp_path):
+def test_every_planned_training_has_a_valid_config(tmp_path):
     results = [_result(arm.name, value, 50 + value) for arm in study.ARMS for value in (*arm.trials, *arm.beyond)]
-    trainings = list(wanted_trainings(results, ("tune", "test", "factor")))
-    wanted = [(factor, arm) for factor in (None, *study.FACTORS) for arm in study.FACTOR_ARMS]
-    of_factors = 3 * sum(study.is_wanted(*one) for one in wanted)
-    tuned = [arm for arm in study.ARMS if arm.is_tuned]
-    assert len(trainings) == len(tuned) * 4 + len(study.BY_NAME["kd"].beyond) + len(study.ARMS) * 5 + of_factors
+    trainings = list(planned_trainings(results, ("tune", "test", "factor")))
+    pairs = [(factor, arm) for factor in (None, *study.FACTORS) for arm in study.FACTOR_ARMS]
+    of_factors = 3 * sum(study.is_needed(*pair) for pair in pairs)
+    arms = [arm for arm in study.ARMS if arm.past_variant is None]
+    tuned = [arm for arm in arms if arm.is_tuned]
+    assert len(trainings) == len(tuned) * 4 + len(study.BY_NAME["kd"].beyond) + len(arms) * 5 + of_factors
     rates = set()
     for training in trainings:
         config = work.load_variant(tmp_path, training.variant, dict(training.keys))
@@ -72,10 +73,10 @@ def test_every_training_of_the_study_is_one_that_a_config_can_ask_for(tmp_path):
     assert len(rates) == 1
 
 
-def test_what_stands_on_a_choice_waits_for_it():
-    wanted = list(wanted_trainings([], ("tune", "test")))
-    assert {training.arm.on for training in wanted} == {None}
-    assert {training.arm.name for training in wanted if training.stage == "test"} == {"kd-paper", "dskd-paper"}
+def test_arms_that_build_on_a_choice_wait_for_it():
+    planned = list(planned_trainings([], ("tune", "test")))
+    assert {training.arm.on for training in planned} == {None}
+    assert {training.arm.name for training in planned if training.stage == "test"} == {"kd-paper", "dskd-paper"}
 
 
 def test_the_lowest_perplexity_is_chosen_when_all_trials_are_done():
@@ -85,11 +86,11 @@ def test_the_lowest_perplexity_is_chosen_when_all_trials_are_done():
     assert choose(results, two) == 2.0
     assert choose(results, three) is None
     assert choose([*results, _result(value=1.0, perplexity=10, stage="test")], two) == 2.0
-    assert choose([*results, _result(value=4.0, perplexity=10)], two) == 2.0  # looked at, but none of the trials
+    assert choose([*results, _result(value=4.0, perplexity=10)], two) == 2.0  # tried, but not one of the trials
     assert choose([], dataclasses.replace(kd, trials=(0.7,))) == 0.7
 
 
-def test_results_outlive_an_interrupted_line(tmp_path):
+def test_an_interrupted_line_costs_no_other_result(tmp_path):
     path = tmp_path / "results.jsonl"
     append_result(path, _result(seed=1))
     with path.open("a") as stream:
@@ -100,7 +101,7 @@ def test_results_outlive_an_interrupted_line(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{}", "[1]", "perplexity: 3", "", '{"measures": {}}', '{"measures": null}'])
-def test_a_line_that_is_no_result_is_named(tmp_path, line):
+def test_a_line_that_is_not_a_result_is_named(tmp_path, line):
     path = tmp_path / "results.jsonl"
     append_result(path, _result())
     if "measures" in line:
@@ -120,7 +121,7 @@ def test_without_results_the_report_stays_as_it_is(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("benchmarks.quality.__main__.SUMMARY", tmp_path / "README.md")
     monkeypatch.setattr(sys, "argv", ["benchmarks.quality", "--report", "--results", str(path)])
     assert main() == 2
-    assert f"--results {path}: there are no results in it" in capsys.readouterr().err
+    assert f"--results {path}: this file has no results" in capsys.readouterr().err
     assert not (tmp_path / "README.md").exists()
 
 
@@ -132,7 +133,7 @@ def test_another_value_seed_or_text_is_another_training():
 
 
 def test_arms_are_compared_at_the_same_positions():
-    """The teacher's perplexity at lexical positions is another one where these are others."""
+    """The teacher's perplexity at lexical positions differs if these positions differ."""
     of_teacher = {r.variant: r.measures["lexical_perplexity"] for r in read_results(RESULTS) if r.arm == "teacher"}
     kept = [factor.name for factor in study.FACTORS if factor.keeps_baseline and factor.name in of_teacher]
     assert kept

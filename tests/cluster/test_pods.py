@@ -198,7 +198,7 @@ def test_a_pipeline_that_is_asked_to_stop_stops(cluster, tmp_path):
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 75, running.output
-    assert "stopped, as asked; what was complete stays" in running.output
+    assert "stopped on request; what was complete stays" in running.output
 
 
 def test_a_users_mistake_fails_the_job(kubelet):

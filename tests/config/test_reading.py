@@ -126,11 +126,11 @@ def test_unset_environment_variables_are_reported(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("${HOME:-/x}/y", r"has a \$\{ that is not \$\{NAME\}"),
-        ("/x/${", r"has a \$\{ that is not \$\{NAME\}"),
+        ("${HOME:-/x}/y", r"has a \$\{ without a name and \}"),
+        ("/x/${", r"has a \$\{ without a name and \}"),
         ("~no-such-user/x", "the home folder of a user that this machine does not know"),
-        (f"/x/{'é' * 200}/y", "has 400 bytes, and a file's name has 255 at most"),
-        ("/x" * 3000, "has 6,000 bytes, and a path has 4,095 at most"),
+        (f"/x/{'é' * 200}/y", "has 400 bytes, and a file's name has at most 255"),
+        ("/x" * 3000, "has 6,000 bytes, and a path has at most 4,095"),
         ("/x/\0y", "cannot contain the character NUL"),
     ],
 )

@@ -18,7 +18,7 @@ def test_seeds_make_a_run_of_each(tmp_path):
     assert (other.run, other.seed, other.loss.margin) == ("a-s5", 5, 3.0)
     again = write_yaml(tmp_path, other.as_dict())
     assert load_config(again) == other  # a config that is written down and read is the same
-    with pytest.raises(UserError, match="'c' is none of the runs of this file: a-s3, a-s5, b-s3, b-s5"):
+    with pytest.raises(UserError, match="there is no run 'c' in this file; its runs: a-s3, a-s5, b-s3, b-s5"):
         load_config(path, ["run=c"])
 
 
@@ -37,7 +37,7 @@ def test_a_run_may_differ_only_in_what_comes_after_the_shards(tmp_path):
     )
     with pytest.raises(UserError) as error:
         load_config(path)
-    assert "runs.a.senses: a run may differ in loss, train, seed" in str(error.value)
+    assert "runs.a.senses: runs may differ only in loss, train, seed" in str(error.value)
 
 
 def test_a_mistake_in_a_run_that_is_not_chosen_is_reported(tmp_path):
@@ -75,7 +75,7 @@ def test_without_a_choice_the_run_is_dskd_or_the_first_of_the_file(tmp_path, run
 
 def test_a_run_that_does_not_exist_is_refused(tmp_path):
     path = write_yaml(tmp_path, {**MINIMAL, "run": "a", "runs": {"a": {}, "b": {}}})
-    with pytest.raises(UserError, match="'c' is none of the runs of this file: a, b"):
+    with pytest.raises(UserError, match="there is no run 'c' in this file; its runs: a, b"):
         load_config(path, ["run=c"])
 
 

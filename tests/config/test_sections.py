@@ -85,7 +85,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
     for part in (
         "teacher.mode: cached needs annotation.teacher_top_n",
         "loss.hidden_weight needs the teacher's states",
-        "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached has not",
+        "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached does not have",
         "student.shared_trunk: on needs a teacher in training",
         "annotation.continuation_tokens needs corpus.packing: none",
     ):
@@ -109,7 +109,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
         ),
         (
             {"lexical_weight": 1.2, "ce_weight": 0.0, "kd_weight": 0.0},
-            ["loss.lexical_weight is of CE and KL, whose weights are 0"],
+            ["loss.lexical_weight applies to CE and KL, whose weights are 0"],
         ),
         ({"sense_candidates": []}, ["loss.sense_candidates"]),
         ({"lexical_weight": 0.0}, ["loss.lexical_weight"]),

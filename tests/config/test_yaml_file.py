@@ -11,7 +11,7 @@ from dskd.errors import UserError
     ("text", "message"),
     [
         ("a: [", "this is not YAML"),
-        ("? [a, b]\n: 3\n", "this is not YAML that a configuration can be|line 1: a key of a configuration is text"),
+        ("? [a, b]\n: 3\n", "this is not YAML|line 1: a key of a configuration is text"),
         ("workdir: w\nruns:\n  1: {}\n", "line 3: a key of a configuration is text, and YAML reads this one as int"),
         ("workdir: w\n2024-02-03: 1\n", "line 2: a key of a configuration is text, and YAML reads this one as date"),
         ("workdir: 2024-02-30\n", "line 1: '2024-02-30' cannot be read as timestamp .*day is out of range"),

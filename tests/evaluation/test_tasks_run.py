@@ -290,7 +290,7 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
         (["--tasks", "piqa", "--models"], "argument --models: expected at least one argument"),
         (["--tasks", "--models", "seed=2"], "argument --models: expected at least one name, found only overrides"),
         (["--tasks", "piqa", "--lexical"], "give one of them at a time"),
-        (["--models", "teacher"], "--models goes with --tasks or --lexical"),
+        (["--models", "teacher"], "--models needs --tasks or --lexical"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_before_anything_is_done(monkeypatch, capsys, arguments, says):

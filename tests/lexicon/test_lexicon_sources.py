@@ -224,7 +224,7 @@ def test_a_refused_source_leaves_nothing(tmp_path):
     [
         ("{wordnet: false}", "no source of relations"),
         ("{wordnet: false, tsv: [x], languages: [fra]}", "languages are WordNet's"),
-        ("{languages: [fra], indirect_antonyms: true}", "indirect_antonyms are WordNet's, in English"),
+        ("{languages: [fra], indirect_antonyms: true}", "indirect_antonyms come from WordNet, in English"),
         ("{languages: [french]}", r"lexicon\.languages"),
         ("{languages: []}", r"lexicon\.languages"),
     ],

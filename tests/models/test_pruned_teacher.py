@@ -79,6 +79,20 @@ def test_a_wrong_cut_is_refused(tmp_path, spoil):
         check_student(student, find_teacher(config), [0, 2])
 
 
+def test_a_teacher_that_computes_nothing_finite_is_named(tmp_path):
+    save_model(tmp_path / "teacher")
+    edit_config(tmp_path / "teacher", rope_theta=float("nan"))
+    with pytest.raises(UserError, match=rf"{tmp_path / 'teacher'}: LlamaForCausalLM computes states .* not finite"):
+        build_student(_config(tmp_path, (0, 2)))
+
+
+def test_a_teacher_whose_weights_do_not_fit_is_named_and_not_its_student(tmp_path):
+    save_model(tmp_path / "teacher")
+    edit_config(tmp_path / "teacher", num_key_value_heads=4)
+    with pytest.raises(UserError, match=rf"{tmp_path / 'teacher'}: the weights do not fit .*"):
+        build_student(_config(tmp_path, (0, 2)))
+
+
 def test_layers_that_depend_on_their_place_in_a_models_own_code_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -102,5 +102,5 @@ def test_what_would_go_wrong_again_is_told_from_what_may_mend_itself(error, expe
 @pytest.mark.parametrize("place", ["bucket/shards", "s3:bucket", "s3://", ""])
 def test_a_place_that_is_none_is_refused_with_what_would_be_right(tmp_path, place):
     (tmp_path / "config.yaml").write_text("workdir: w\nteacher: {path: x}\n")
-    with pytest.raises(UserError, match=r"is no remote folder; give SCHEME://BUCKET/FOLDER"):
+    with pytest.raises(UserError, match=r"is not a remote folder; give SCHEME://BUCKET/FOLDER"):
         load_config(tmp_path / "config.yaml", [f"train.shard_remote='{place}'"])

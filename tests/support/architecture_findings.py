@@ -1,7 +1,7 @@
-"""What is supported of each architecture of the table, found out by doing it: on two ranks with different tokens, every
-number against transformers' own model. `make models` writes docs/models.md from it.
+"""Finds out what is supported for each architecture of the table by trying it: on two ranks with different tokens, it
+compares every number with transformers' own model. `make models` writes docs/models.md from the findings.
 
-A numeric difference is a fault, which a test refuses; a refusal is a finding, which the page has.
+A numeric difference is a fault, which fails a test; a refusal is a finding, which the page shows.
 """
 
 import contextlib
@@ -45,17 +45,17 @@ from dskd.training.pair import load_pair
 from dskd.training.rehearsal import rehearse_export
 
 LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change
-DOCUMENTS = 16  # where packed documents meet neither chunks nor other factors
+DOCUMENTS = 16  # short enough that packed documents reach neither chunks nor positions with other rotary factors
 LONG = 4 * POSITIONS
 CUT, LOWEST = (0, 1, 3), (0, 1)
 LIMITS = ("stream limit", "documents limit")
-# Relative to the largest state. In bf16 kernels may add up in another order.
+# Relative to the largest state. In bf16, kernels may add in another order.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 Finding = dict[str, Any]
 
 
 def examine(names: Sequence[str], folder: Path, thorough: bool, environment: dict[str, str], log: Path) -> None:
-    """Examines some architectures as a rank; rank 0 writes `FOLDER/NAME.json` each."""
+    """Examines architectures as one rank; rank 0 writes `FOLDER/NAME.json` for each."""
 
     def run() -> None:
         import transformers
@@ -66,10 +66,10 @@ def examine(names: Sequence[str], folder: Path, thorough: bool, environment: dic
         for name in names:
             print(name, flush=True)
             finding = _examine(name, folder / name, world, thorough=thorough)
-            everyone = gather_json(finding)
+            findings = gather_json(finding)
             if world.is_main:
-                faults = list(dict.fromkeys(fault for one in everyone for fault in one["faults"]))
-                (folder / f"{name}.json").write_text(json.dumps({**everyone[0], "faults": faults}))
+                faults = list(dict.fromkeys(fault for one in findings for fault in one["faults"]))
+                (folder / f"{name}.json").write_text(json.dumps({**findings[0], "faults": faults}))
                 shutil.rmtree(folder / name)
         os._exit(0)
 
@@ -92,7 +92,7 @@ def _examine(name: str, folder: Path, world: World, *, thorough: bool) -> Findin
         teacher.close()
     except UserError as error:
         finding["refused"] = reason_of(error, folder)
-    except Exception:  # a fault of this architecture alone: the others are examined
+    except Exception:  # a fault of this architecture only: the others are still examined
         finding["faults"].append(traceback.format_exc())
     return finding
 
@@ -113,7 +113,7 @@ def _config(folder: Path, packing: str, dtype: torch.dtype = torch.float32, **se
 
 
 def world_size() -> int:
-    """Ranks of this job."""
+    """Returns the number of ranks of this job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -122,7 +122,7 @@ def _tokens(rank: int) -> torch.Tensor:
 
 
 def find_limits(teacher: ModelFolder) -> Finding:
-    """Returns why longer sequences are refused, as streams and as packed documents; None where they are not."""
+    """Returns why longer sequences are refused, as streams and as packed documents; None for what is not refused."""
     finding: Finding = dict.fromkeys(LIMITS)
     for key, packing, length in zip(LIMITS, ("stream", "documents"), (LONG, LENGTH), strict=True):
         corpus = {"packing": packing, "sequence_length": length}
@@ -135,7 +135,7 @@ def find_limits(teacher: ModelFolder) -> Finding:
 
 @torch.no_grad()
 def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: bool) -> Any:
-    """The teacher in fp32 under ZeRO-3, after all kinds of teachers were compared with transformers."""
+    """Compares all kinds of teachers with transformers, and returns the one in fp32 under ZeRO-3."""
     verdicts: list[str | None] = []
     kept: Any = None
     kinds = [(torch.float32, "zero3")]
@@ -163,12 +163,12 @@ def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: 
             teacher.close()
     finding["documents"] = verdicts[0]
     if len(set(verdicts)) > 1:
-        finding["faults"].append(f"packed documents: {verdicts}, by type and mode")
+        finding["faults"].append(f"packed documents: the verdicts differ between number formats and modes: {verdicts}")
     return kept
 
 
 def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding, *, thorough: bool) -> None:
-    """Cuts students, compares them with the pruned teacher, and trains one by a step."""
+    """Cuts students, compares them with the pruned teacher, and trains one for a step."""
     refusals = []
     for layers in (LOWEST, CUT):
         config = _config(folder, "stream", student={"layers": layers})
@@ -210,7 +210,7 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
 
 
 def _final_norm(folder: Path) -> set[str]:
-    """Names of its parameters; none where it has none, as OLMo's."""
+    """Returns the names of the final norm's parameters; a norm without parameters, such as OLMo's, has none."""
     try:
         return final_norm_names(_from_pretrained(folder / "teacher"))
     except UserError:
@@ -218,19 +218,19 @@ def _final_norm(folder: Path) -> set[str]:
 
 
 def _examine_trunk_in_bf16(folder: Path, layers: Sequence[int], world: World, finding: Finding) -> None:
-    """At late positions, and in the other type."""
+    """Checks that a trunk that is shared in fp32 is also shared in bf16, with late positions."""
     config = _config(folder, "stream", torch.bfloat16, student={"layers": layers, "shared_trunk": "on"})
     try:
         pair = load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
     except UserError as error:
-        finding["faults"].append(f"a shared trunk in fp32 and not in bf16: {reason_of(error, folder)}")
+        finding["faults"].append(f"the trunk is shared in fp32 but not in bf16: {reason_of(error, folder)}")
         return
     pair.engine.destroy()
     pair.teacher.close()  # type: ignore[union-attr]
 
 
 def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> None:
-    """Loss and gradients of a step against plain autograd of transformers' models over the tokens of all ranks."""
+    """Compares the gradients of a step with plain autograd of transformers' models over the tokens of all ranks."""
     from deepspeed.utils import safe_get_full_grad
 
     states, inputs = pair.run_teacher(_tokens(world.rank))
@@ -264,7 +264,9 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> No
     unknown = sorted(set(found) - set(parameters))
     others = [name for name in found if last not in name and name not in norm]
     if unknown or others:
-        finding["faults"].append(f"step: trained are {others}, and names of no parameter are {unknown}")
+        finding["faults"].append(
+            f"step: trained parameters of other layers: {others}; names that are not parameters: {unknown}"
+        )
         return
     largest = max(float(p.grad.abs().max()) for p in parameters.values() if p.grad is not None)
     for name, gradient in found.items():
@@ -272,12 +274,12 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> No
         expected = torch.zeros_like(parameters[name]) if expected is None else expected
         error = float((gradient - expected).abs().max()) / largest
         if not error <= 1e-4:
-            finding["faults"].append(f"step: gradient of {name} off by {error:.1e} of the largest")
+            finding["faults"].append(f"step: the gradient of {name} differs by {error:.1e} of the largest gradient")
 
 
 @torch.no_grad()
 def _compare_with_pruned(folder: Path, layers: Sequence[int], finding: Finding) -> None:
-    """The cut student against the teacher with its other layers bypassed."""
+    """Compares the cut student with the teacher, whose other layers are bypassed."""
     student, teacher = _from_pretrained(folder / "work" / "student"), _from_pretrained(folder / "teacher")
     for number, layer in enumerate(layers_of(teacher)):
         if number not in layers:
@@ -297,7 +299,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What goes into the output matrix: found by a hook, whatever the model calls its parts."""
+    """Returns the input of the output matrix, which a hook finds whatever the model calls its parts."""
     seen = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(ids, use_cache=False)
@@ -309,14 +311,14 @@ def _compare(finding: Finding, what: str, found: torch.Tensor, expected: torch.T
     found, expected = found.double(), expected.double()
     error = float((found - expected).abs().max() / expected.abs().max())
     if not error <= TOLERANCE[dtype]:
-        finding["faults"].append(f"{what}: off by {error:.1e} (relative)")
+        finding["faults"].append(f"{what}: relative difference of {error:.1e}")
 
 
 def _compare_buffers(finding: Finding, where: str, base: Any, expected: Any) -> None:
     theirs = dict(base_model(expected).named_buffers())
     for name, buffer in base.named_buffers():
         if buffer.dtype != theirs[name].dtype or not torch.equal(buffer, theirs[name]):
-            finding["faults"].append(f"{where}: buffer {name} is another one than transformers' model has")
+            finding["faults"].append(f"{where}: buffer {name} differs from that of transformers' model")
 
 
 def reason_of(error: UserError, folder: Path) -> str:
@@ -326,7 +328,7 @@ def reason_of(error: UserError, folder: Path) -> str:
 
 
 def find(names: Sequence[str], *, thorough: bool, timeout_s: float) -> dict[str, Finding]:
-    """Examines architectures on two ranks."""
+    """Examines architectures on two ranks, and returns {name: finding}."""
     from rank_processes import finish, fork_ranks
 
     with tempfile.TemporaryDirectory() as folder:
@@ -335,8 +337,9 @@ def find(names: Sequence[str], *, thorough: bool, timeout_s: float) -> dict[str,
 
 
 def check_plan(folder: Path, name: str, *, is_refused: bool) -> str | None:
-    """What is wrong with the plan for an architecture: it is to refuse what training refuses, and nothing else but what
-    cannot be run without weights.
+    """Returns what is wrong with the plan for an architecture, or None.
+
+    A plan must refuse what training refuses, and otherwise only what cannot be planned without weights.
     """
     ARCHITECTURES[name].config().save_pretrained(folder)
     config = Config(
@@ -349,9 +352,13 @@ def check_plan(folder: Path, name: str, *, is_refused: bool) -> str | None:
     try:
         plan = make_plan(config, machine, find_architecture(config, None))
     except UserError as error:
-        return None if is_refused or "cannot be planned" in str(error) else f"refused by the plan alone: {error}"
+        return (
+            None
+            if is_refused or "cannot be planned" in str(error)
+            else f"refused by the plan, but not by training: {error}"
+        )
     if is_refused:
-        return "planned, and refused in training"
+        return "planned, but refused by training"
     whole = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
     head = whole.get_output_embeddings().weight
     is_tied = head is whole.get_input_embeddings().weight

@@ -1,8 +1,8 @@
-"""Every decoder that transformers builds small, as a table: tests and `docs/models.md` go through it.
+"""A table of the decoders that transformers can build small, for tests and `docs/models.md`.
 
-Each is of toy size and random, with weights large enough that its layers, and its experts, differ: with those of usual
-size attention is almost uniform, and a tensor that is read wrongly does not show. What a trained model would have in
-its persistent buffers is random too.
+Each model has toy size and random weights, large enough that its layers, and its experts, differ: with weights of the
+usual size attention is almost uniform, so a wrongly read tensor would not be noticed. Persistent buffers that training
+would fill are random, too.
 """
 
 import json
@@ -21,7 +21,7 @@ LAYERS = 4
 POSITIONS = 96
 EXPERTS = 4
 
-# Matrices are drawn with a standard deviation of .02; at this width .18 keeps the size of a state.
+# transformers draws matrices with a standard deviation of .02; at this width, .18 preserves the size of a state.
 _USUAL_DEVIATION, _DEVIATION = 0.05, 0.18
 
 _NAMED = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -51,7 +51,7 @@ _LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_fac
 class Architecture:
     """A decoder of the table.
 
-    `example` is a published model of this kind; `folder` writes it, where it is more than a config.
+    `example` names a published model of this kind.
     """
 
     example: str
@@ -278,7 +278,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def save_architecture(folder: Path, name: str, *, seed: int = 0) -> Any:
-    """Writes a random model of the table with its tokenizer, and returns the model, in fp32."""
+    """Writes a random model of the table with its tokenizer, and returns the model in fp32."""
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(ARCHITECTURES[name].config()).eval()
     stored = set(model.state_dict())
@@ -288,10 +288,10 @@ def save_architecture(folder: Path, name: str, *, seed: int = 0) -> Any:
                 parameter.mul_(_DEVIATION / parameter.std())
             elif (
                 parameter.ndim < 2 or not parameter.any()
-            ):  # norms and biases that are all alike could be exchanged for one another
+            ):  # norms and biases that are all alike could be mistaken for one another
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for key, buffer in model.named_buffers():
-            # Not tables that follow from the config.
+            # Tables that the config determines stay as they are.
             if key in stored and buffer.is_floating_point() and (not buffer.any() or buffer.numel() == 1):
                 buffer.copy_(torch.randn_like(buffer) * 0.5)
     model.save_pretrained(folder)

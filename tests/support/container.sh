@@ -1,6 +1,6 @@
 #!/bin/sh
-# Becomes a pod's container, as far as the kernel alone can: its own root, of which only volumes can be written to, its
-# own /dev/shm, a user without rights. Started as the first process of namespaces of its own.
+# Becomes a pod's container, as far as the kernel alone allows: with its own root, in which only volumes can be written
+# to, its own /dev/shm, and an unprivileged user. It must be the first process of its own namespaces.
 #
 #   sh container.sh ROOT USER SPECIFICATION COMMAND …
 #

@@ -1,4 +1,4 @@
-"""Kubernetes manifests as tests see them: rendered by kustomize, and the pods that a controller would make of them."""
+"""Kubernetes manifests for tests: rendered by kustomize, with the pods that a controller would make from them."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ import yaml
 from repository import REPOSITORY
 
 KUBERNETES = REPOSITORY / "cluster" / "kubernetes"
-# Everything a user applies, by its folder. Components are parts of these.
+# The folders that a user applies. Components are parts of these.
 KUSTOMIZATIONS = sorted(
     str(file.parent.relative_to(KUBERNETES))
     for file in KUBERNETES.rglob("kustomization.yaml")
@@ -22,7 +22,7 @@ KUSTOMIZATIONS = sorted(
 )
 JOBS = [name for name in KUSTOMIZATIONS if name == "base" or name.startswith("overlays/")]
 UNITS = {"": 1, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-# What users put into the cluster by hand.
+# Secrets that users add to the cluster by hand.
 SECRETS = {
     "dskd-object-storage": {"access-key-id": "a", "secret-access-key": "b"},
     "dskd-mlflow-database": {"url": "postgresql://u:p@database/mlflow"},
@@ -45,28 +45,28 @@ def _rendered(folder: Path) -> str:
         pytest.skip("neither kubectl nor kustomize is on the PATH: manifests cannot be rendered")
     finished = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0, finished.stderr
-    assert not finished.stderr, finished.stderr  # kustomize warns of what is deprecated
+    assert not finished.stderr, finished.stderr  # kustomize warns of deprecated fields
     return finished.stdout
 
 
 def render(name: str) -> list[dict[str, Any]]:
-    """The objects of a folder below cluster/kubernetes/, as `kubectl apply -k` sends them."""
+    """Returns the objects of a folder in cluster/kubernetes/, as `kubectl apply -k` sends them."""
     return render_folder(KUBERNETES / name)
 
 
 def render_folder(folder: Path) -> list[dict[str, Any]]:
-    """The objects of any kustomization."""
+    """Returns the objects of any kustomization."""
     return list(yaml.safe_load_all(_rendered(folder)))
 
 
 def one(objects: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """The only object of its kind."""
+    """Returns the only object of its kind."""
     (found,) = (item for item in objects if item["kind"] == kind)
     return found
 
 
 def job_of(objects: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """(name, spec) of the Job, or of the one that a JobSet's controller makes."""
+    """Returns (name, spec) of the Job, or of the Job that a JobSet's controller makes."""
     for item in objects:
         if item["kind"] == "Job":
             return item["metadata"]["name"], item["spec"]
@@ -74,11 +74,11 @@ def job_of(objects: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
             (replicated,) = item["spec"]["replicatedJobs"]
             assert replicated["replicas"] == 1
             return f"{item['metadata']['name']}-{replicated['name']}-0", replicated["template"]["spec"]
-    raise AssertionError("there is neither a Job nor a JobSet")
+    raise AssertionError("the manifest has neither a Job nor a JobSet")
 
 
 def pod_templates(objects: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Every pod template."""
+    """Yields every pod template."""
     for item in objects:
         if item["kind"] in ("Job", "JobSet"):
             yield job_of([item])[1]["template"]
@@ -87,7 +87,7 @@ def pod_templates(objects: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def quantity(text: str | int) -> float:
-    """A quantity of Kubernetes as a number."""
+    """Returns a quantity of Kubernetes as a number."""
     number, unit = re.fullmatch(r"(\d+)([A-Za-z]*)", str(text)).groups()
     return int(number) * UNITS[unit]
 
@@ -96,7 +96,7 @@ def quantity(text: str | int) -> float:
 class Pod:
     """A pod with one container."""
 
-    names: tuple[str, ...]  # under which others find it
+    names: tuple[str, ...]  # the names by which others find it
     argv: tuple[str, ...]
     env: dict[str, str]
     spec: dict[str, Any]
@@ -104,17 +104,17 @@ class Pod:
 
     @property
     def container(self) -> dict[str, Any]:
-        """Its container."""
+        """The pod's only container."""
         (container,) = self.spec["containers"]
         return container
 
 
 def pods_of(objects: Sequence[dict[str, Any]], secrets: Mapping[str, Mapping[str, str]] | None = None) -> list[Pod]:
-    """The pods of a Job, a JobSet or a Deployment, with what its controller and the kubelet add.
+    """Returns the pods of a Job, a JobSet or a Deployment, with what its controller and the kubelet add.
 
     Args:
-        objects: what was rendered.
-        secrets: {name: {key: value}}; one that is missing is an error, unless the manifest calls it optional.
+        objects: the rendered objects.
+        secrets: {name: {key: value}}; a missing one is an error, unless the manifest calls it optional.
     """
     (template,) = pod_templates(objects)
     spec = template["spec"]
@@ -156,7 +156,7 @@ def _value_of(
 
 
 def verdict(job_spec: Mapping[str, Any], exit_code: int, *, disrupted: bool = False) -> str:
-    """What the Job's podFailurePolicy says of a failed pod: FailJob, Ignore, or Count where no rule fits."""
+    """Returns what the Job's podFailurePolicy does about a failed pod: FailJob, Ignore, or Count if no rule fits."""
     for rule in job_spec["podFailurePolicy"]["rules"]:
         codes = rule.get("onExitCodes")
         if codes is not None:

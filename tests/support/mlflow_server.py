@@ -1,4 +1,4 @@
-"""A real `mlflow server`, a way to it that can be cut, and what tests ask of it."""
+"""A real `mlflow server`, a connection to it that can be cut, and helpers that read what it stores."""
 
 import os
 import select
@@ -21,7 +21,7 @@ SAME = Start(recipe="the same")
 
 
 class Server:
-    """An MLflow server on a port of its own; what it was told survives a restart."""
+    """An MLflow server on its own port; its data survives a restart."""
 
     def __init__(self, folder):
         self.folder, self.port, self.process = folder, free_port(), None
@@ -52,7 +52,7 @@ class Server:
 
 
 class Link:
-    """A way to a server that can be cut and mended: while it is cut, connections are refused."""
+    """A connection to a server that can be cut and restored; while it is cut, connections are refused."""
 
     def __init__(self, server):
         self.port = free_port()
@@ -103,7 +103,7 @@ def tracking_config(tmp_path, **tracking):
 
 
 def points(uri, run_id, metric):
-    """(step, value) of a metric in the order in which MLflow was told."""
+    """Returns (step, value) of a metric, in the order in which MLflow received them."""
     points = MlflowClient(uri).get_metric_history(run_id, metric)
     return [(point.step, point.value) for point in sorted(points, key=lambda point: point.timestamp)]
 

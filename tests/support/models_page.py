@@ -1,4 +1,4 @@
-"""docs/models.md: a page that says of each architecture of the table what was found. `make models` writes it."""
+"""Writes docs/models.md (`make models`): a page with the findings for each architecture of the table."""
 
 import re
 import sys
@@ -12,25 +12,25 @@ from architectures import ARCHITECTURES
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "models.md"
 _TEXT = """# Which models can be distilled
 
-A teacher is any decoder of transformers whose logits are its last hidden states times its output matrix. The tables say
-of {count} architectures what was found by trying a small random model of each on two ranks with different tokens: its
-states and logits, in float32 and bf16, whole on a rank and sharded, at early and late positions, and every buffer,
-against transformers' own model; a cut student against the teacher without the other layers; a training step against
-plain gradients; and an exported student against the trained one. `make models` tries them again and writes this page; a
-test holds the page to what it finds.
+A teacher can be any decoder of transformers whose logits are its last hidden states times its output matrix. The tables
+show what we found for {count} architectures, by trying a small random model of each on two ranks with different tokens.
+We compared its states, logits and buffers with those of transformers' own model (in float32 and bf16, whole on a rank
+and sharded, at early and late positions); a cut student with the teacher without the other layers; a training step with
+plain gradients; and an exported student with the trained one. `make models` tries them again and writes this page, and
+a test checks that the page has the findings.
 
-What is not in the tables is tried when it is loaded: its head, its packed documents and the kinds of its layers. What
-does not fit is refused before work begins, with the reason.
+A model that is not in the tables is tried when it is loaded: its head, packed documents and the kinds of its layers. If
+something does not work, the model is refused before work begins, with the reason.
 
-- **teacher**: it is read as transformers reads it. No: it is refused when a command finds it.
-- **in short sequences**: longer `corpus.sequence_length` is refused; the last column has the limit of the small model.
-- **cut student**: any of its layers make a student in which each layer computes what it does in the teacher.
-- **packed documents**: `corpus.packing: documents` keeps documents that share a sequence apart. No: it is refused, and
-  `corpus.packing` has to be `stream` or `none`.
-- **shared trunk**: frozen lower layers are computed once, in the teacher (`student.shared_trunk`). No: the student
-  computes all of its layers, which takes time and changes no result.
+- **teacher**: the model computes what it does in transformers. If not, it is refused when a command opens its folder.
+- **in short sequences**: a longer `corpus.sequence_length` is refused; the last column has the small model's limit.
+- **cut student**: a student of any layers can be cut, and each layer computes what it does in the teacher.
+- **packed documents**: `corpus.packing: documents` keeps documents that share a sequence apart. If not, it is
+  refused, and `corpus.packing` must be `stream` or `none`.
+- **shared trunk**: frozen lower layers are computed once, in the teacher (`student.shared_trunk`). If not, the student
+  computes all of its layers, which takes more time and changes no result.
 
-In float32 two factors of Apertus's activation, which transformers keeps in bf16, are not trained.
+In float32, two factors of Apertus's activation, which transformers keeps in bf16, are not trained.
 
 Not supported yet are heads that cap, scale or shift logits, quantised weights, and models of images or sound.
 
@@ -38,9 +38,9 @@ Not supported yet are heads that cap, scale or shift logits, quantised weights, 
 
 ## Mixtures of experts
 
-They are distilled like other decoders. A mixture under ZeRO-3 is gathered as a whole, so that ranks may choose
-different experts. The loss has no term that balances the load of experts, so the routers of trained layers stay as
-they are; their experts are trained.
+Mixtures are distilled like other decoders. Under ZeRO-3 each mixture is gathered as a whole, so that ranks can choose
+different experts. The loss has no term that balances the load of the experts, so the routers of trained layers are
+frozen; their experts are trained.
 
 {mixtures}
 """
@@ -50,7 +50,7 @@ _HEAD = (
 
 
 def row(name: str, finding: Finding) -> str:
-    """The line of the page about an architecture."""
+    """Returns the row of an architecture."""
     example = ARCHITECTURES[name].example
     if finding["refused"]:
         cells = [f"{example}", "no", "no", "", "", _short(finding["refused"])]
@@ -66,9 +66,9 @@ def row(name: str, finding: Finding) -> str:
 
 
 def _short(reason: str) -> str:
-    """A refusal without advice."""
+    """Returns a refusal without its advice."""
     reason = re.sub(r"^student\.\w+: on is not possible: ", "", reason)
-    if "would compute something else" in reason:  # the first difference
+    if "would compute something else" in reason:  # only the first difference
         reason = "a layer depends on its place: " + re.split(r"the teacher's \d+: |first\) ", reason)[-1]
     elif "its states of a document depend" in reason:
         reason = "documents see each other"
@@ -84,7 +84,7 @@ def _short(reason: str) -> str:
 
 
 def page(findings: dict[str, Finding]) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     rows = {
         is_mixture: [
             row(name, finding) for name, finding in findings.items() if ARCHITECTURES[name].is_mixture == is_mixture
@@ -99,7 +99,7 @@ def page(findings: dict[str, Finding]) -> str:
 
 
 def main() -> int:
-    """Writes the page; exit code 1 where a number is wrong."""
+    """Writes the page; returns exit code 1 if a number is wrong."""
     warnings.simplefilter("ignore")
     findings = find(list(ARCHITECTURES), thorough=True, timeout_s=3600)
     PAGE.write_text(page(findings), encoding="utf-8")

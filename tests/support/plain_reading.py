@@ -1,4 +1,4 @@
-"""Packed documents read by transformers alone, one by one: what our own reading of them is held against."""
+"""Packed documents read by transformers one by one, with which tests compare our own reading."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 
 
 def run_apart(model: Any, sequences: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a transformers model computes for each of the documents in packed sequences [B, T], one by one.
+    """Runs a transformers model on each of the documents in packed sequences [B, T], one by one.
 
-    A document goes to the end-of-text token, or the end of its sequence. Returns logits [B·T, V], last hidden states
-    [B·T, D], and where a target goes on with its document [B·T] bool.
+    A document ends with the end-of-text token, or with its sequence. Returns logits [B·T, V], last hidden states
+    [B·T, D], and whether the next token belongs to the same document [B·T] bool.
     """
     documents: list[list[int]] = []
     for row in sequences.tolist():

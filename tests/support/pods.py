@@ -1,7 +1,7 @@
 """Pods of manifests on the hosts of a lab: the manifest's own command, arguments, environment, user and volumes.
 
-The image is stood in for by this checkout, at the place where the image has it, and the interpreter that runs the
-tests; everything else of the root is missing, and nothing but the manifest's volumes can be written to.
+Instead of the image, a pod gets this checkout, at the image's path, and the interpreter that runs the tests. The root
+has nothing else, and only the manifest's volumes can be written to.
 """
 
 import os
@@ -20,32 +20,35 @@ PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:
 
 
 class Kubelet:
-    """Starts pods on the hosts of a lab. Claims are folders that all hosts share, other volumes a pod's own."""
+    """A kubelet that starts pods on the hosts of a lab.
+
+    Claims are folders that all hosts share; each pod has its own copy of all other volumes.
+    """
 
     def __init__(self, lab: Lab, folder: Path, changed_configs: Mapping[str, str] | None = None) -> None:
-        """Makes none yet.
+        """Sets the hosts and the volumes' folder.
 
         Args:
             lab: the hosts.
-            folder: where volumes lie.
-            changed_configs: {file of the ConfigMap: what it says instead}, for configs that are too large for a test.
+            folder: the folder of all volumes.
+            changed_configs: {file of the ConfigMap: other content}, for configs that are too large for a test.
         """
         self._lab = lab
         self._folder = folder
         self._changed_configs = changed_configs or {}
 
     def claim(self, name: str) -> Path:
-        """The content of a claim."""
+        """Returns the folder of a claim."""
         return self._folder / name
 
     def with_config(self, name: str, text: str) -> "Kubelet":
-        """The same volumes; one file of the ConfigMap says something else."""
+        """Returns a kubelet with the same volumes and another content of one file of the ConfigMap."""
         return Kubelet(self._lab, self._folder, {**self._changed_configs, name: text})
 
     def start(self, pod: Pod, host: str, *arguments: str, **env: str) -> HostProcess:
         """Starts a pod's container and returns at once; it gets process ID 1.
 
-        `arguments` follow those of the manifest, and `env` goes over its own.
+        `arguments` follow those of the manifest, and `env` overrides its environment.
         """
         return self.start_command(pod, host, *pod.argv, *arguments, **env)
 
@@ -55,11 +58,11 @@ class Kubelet:
         root = own / "root"
         root.mkdir()
         user = pod.spec["securityContext"]["runAsUser"]
-        # A volume comes before what lies below it: this checkout may lie in /tmp, and pods have one of their own.
+        # Mount a folder before its subfolders: this checkout may be in /tmp, and pods have their own /tmp.
         mounts = sorted([*self._image(), *self._volumes(pod, own, user)], key=lambda line: line.split()[-1])
         (own / "mounts").write_text("".join(f"{line}\n" for line in mounts))
         environment = {
-            "PATH": PATH,  # of the image
+            "PATH": PATH,  # as in the image
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": "/opt/dskd",
             "WORKING_DIRECTORY": pod.container["workingDir"],
@@ -108,12 +111,12 @@ class Kubelet:
 
     def _make(self, folder: Path, user: int) -> None:
         folder.mkdir(exist_ok=True)
-        if folder.stat().st_uid != user:  # what fsGroup is for
+        if folder.stat().st_uid != user:  # as fsGroup does
             shutil.chown(folder, user, user)
 
 
 def give_to(user: int, folder: Path) -> None:
-    """Makes a folder and all in it belong to a pod's user."""
+    """Gives a folder, with everything in it, to a pod's user."""
     for place, folders, files in os.walk(folder):
         for name in (".", *folders, *files):
             os.chown(Path(place) / name, user, user)

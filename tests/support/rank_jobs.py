@@ -1,4 +1,4 @@
-"""What ranks run in tests that start them without a program of `launcher/` (see forked_rank.py)."""
+"""Code for ranks that tests start without a program of `launcher/` (see forked_rank.py)."""
 
 import argparse
 import dataclasses
@@ -39,14 +39,14 @@ from dskd.training.student import load_student
 
 
 def _die_in_hashing(folder: Path, only: object = None) -> dict:
-    """Stands in for the hashing of a new artifact; what is only compared is hashed as ever."""
+    """Replaces the hashing of a new artifact by a kill; files that are only compared are hashed as usual."""
     if only is None:
         os.kill(os.getpid(), signal.SIGKILL)
     return hash_files(folder, only)
 
 
 def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, dies_in_hashing: bool = False) -> None:
-    """Builds senses or shards. It can be made to be killed while it publishes."""
+    """Builds senses or shards; with `dies_in_hashing`, the process is killed while it publishes."""
 
     def run() -> None:
         if dies_in_hashing:
@@ -57,13 +57,13 @@ def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, d
             dskd.senses.build.build_senses(loaded, world)
         else:
             dskd.shards.annotate.annotate(loaded, world)
-        os._exit(0)  # as the programs do: gloo's threads can abort an interpreter that is taken down
+        os._exit(0)  # as the programs do: gloo's threads can abort an interpreter that shuts down
 
     run_as_rank(run, environment, log)
 
 
 def head_gradients(folders: Sequence[Path], environment: dict[str, str], log: Path) -> None:
-    """Takes a step of each folder's student, as :func:`_head_gradients` says."""
+    """Runs :func:`_head_gradients` for each folder."""
 
     def run() -> None:
         world = initialize(60)
@@ -75,9 +75,9 @@ def head_gradients(folders: Sequence[Path], environment: dict[str, str], log: Pa
 
 
 def _head_gradients(folder: Path, world: World) -> None:
-    """Takes a step of the student in `FOLDER/student` with a trained head, in two micro-batches a rank.
+    """Runs one step of the student in `FOLDER/student` with a trained head in two micro-batches per rank.
 
-    Rank 0 writes gradients and terms to `gradients.safetensors`. `loss.json` has the divergence and the form of the
+    Rank 0 writes gradients and loss to `gradients.safetensors`. `loss.json` has the divergence and the form of the
     sense loss. Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`.
     """
     from deepspeed.utils import safe_get_full_grad
@@ -87,7 +87,7 @@ def _head_gradients(folder: Path, world: World) -> None:
     distribution = form == "distribution"
 
     def senses_of(row: int) -> dict[str, torch.Tensor]:
-        """Of position 0, and in all but the last row of position 1."""
+        """Returns the senses of position 0 and, in all but the last row, of position 1."""
         both = 1 + (row < 3)
         if distribution:
             index = torch.tensor([[0, 1], [1, -1]])[:both]
@@ -118,7 +118,7 @@ def _head_gradients(folder: Path, world: World) -> None:
     teacher = find_teacher(config)
     engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
     pair = Pair(load_frozen(teacher, config, world, with_head=False), engine)
-    mine = range(2 * world.rank, 2 * world.rank + 2)
+    rows = range(2 * world.rank, 2 * world.rank + 2)
     micro_batches = [
         {
             "input_ids": batch["input_ids"][row][None],
@@ -127,7 +127,7 @@ def _head_gradients(folder: Path, world: World) -> None:
             "senses": {"sense_rows": batch["rows"], **senses_of(row)},
             **({"lexical": batch["input_ids"][row][None] % 2 == 0} if distribution else {}),
         }
-        for row in mine
+        for row in rows
     ]
     step = Step(micro_batches, count_positions(micro_batches))
     gradients = {}
@@ -147,7 +147,7 @@ def _head_gradients(folder: Path, world: World) -> None:
 
 
 def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
-    """What each rank holds of a frozen model, and what it computes with it; rank 0 writes `held.json`."""
+    """Measures what each rank holds of a frozen model and computes with it; rank 0 writes `held.json`."""
 
     def run() -> None:
         world = initialize(60)
@@ -156,7 +156,7 @@ def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
         ids = torch.arange(24).view(2, 12) + world.rank
         hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
         parameters = list(teacher.engine.module.parameters())
-        mine = {
+        held = {
             "held": sharded_numel(parameters),
             "all": sum(p.ds_numel for p in parameters),
             "gathered": sum(p.numel() for p in parameters if p.ds_numel > 10 * 32),
@@ -164,16 +164,16 @@ def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
             "sum": float(hidden.double().sum()),
             "logits": float(logits.double().abs().sum()),
         }
-        everyone = gather_json(mine)
+        of_all_ranks = gather_json(held)
         if world.is_main:
-            (folder / "held.json").write_text(json.dumps(everyone))
+            (folder / "held.json").write_text(json.dumps(of_all_ranks))
         os._exit(0)
 
     run_as_rank(run, environment, log)
 
 
 def begin_tracking(config: Path, run: str, at: float, environment: dict[str, str], log: Path) -> None:
-    """Begins to track a run at a moment (`time.time()`), and ends it."""
+    """Starts to track a run at the time `at` (`time.time()`), and finishes it."""
 
     def run_it() -> None:
         loaded = load_config(config, [f"run={run}"])
@@ -188,8 +188,10 @@ def begin_tracking(config: Path, run: str, at: float, environment: dict[str, str
 def name_segments_on_nodes(
     folder: Path, hosts: Sequence[str], jobs: int, environment: dict[str, str], log: Path
 ) -> None:
-    """Every rank on a node of its own, with a folder in the place of its shared memory: chooses names there at the same
-    time as the other jobs, and says whether one of that node did so meanwhile."""
+    """Chooses names of shared memory on a simulated node per rank, at the same time as other jobs.
+
+    A folder replaces the node's shared memory. Fails if another job on the same node chooses names at the same moment.
+    """
 
     def run() -> None:
         host = hosts[int(environment["RANK"])]
@@ -199,7 +201,7 @@ def name_segments_on_nodes(
         (folder / f"ready-{os.getpid()}").touch()
         while len(list(folder.glob("ready-*"))) < jobs * len(hosts):
             time.sleep(0.01)
-        time.sleep(0.5 * world.rank)  # the first rank of every job is there before the others
+        time.sleep(0.5 * world.rank)  # the first rank of every job comes before the others
         with dskd.distributed.node_cache.streaming_names(folder / f"cache-{os.getpid()}", world):
             mark = folder / host / "chosen"
             mark.touch(exist_ok=False)
@@ -220,7 +222,7 @@ def act_on_nodes(
     *,
     hosts: Sequence[str] = (),
 ) -> None:
-    """`preflight` or `train` as a program does it, each rank with a config of its own, and on a host of that name."""
+    """Runs `preflight` or `train` as a program does. Each rank has its own config and, with `hosts`, host name."""
 
     def run() -> None:
         rank = int(environment["RANK"])
@@ -239,12 +241,14 @@ def join_as_launched(
     hosts: Sequence[str] | None = None,
     port: int | None = None,
 ) -> None:
-    """Joins the ranks without some of the launcher's variables, on hosts of other names or at another port, and prints
-    [rank, local rank, local ranks]."""
+    """Joins the ranks without some of the launcher's variables, and prints [rank, local rank, number of local ranks].
+
+    `hosts` and `port` replace the host names and the port.
+    """
 
     def join() -> None:
         rank = int(environment["RANK"])
-        for name in (*without, "LOCAL_WORLD_SIZE"):  # the test's own process may have set the last
+        for name in (*without, "LOCAL_WORLD_SIZE"):  # the test's own process may have set this one
             os.environ.pop(name, None)
         if hosts is not None:
             socket.gethostname = lambda: hosts[rank]
@@ -253,7 +257,7 @@ def join_as_launched(
 
         def joined() -> None:
             world = initialize(30)
-            barrier()  # rank 0, whose store the others join by, is not to end before they have joined
+            barrier()  # rank 0 has the store by which the others join: it must not end before they have joined
             print(json.dumps([world.rank, world.local_rank, int(os.environ["LOCAL_WORLD_SIZE"])]), flush=True)
 
         os._exit(run(joined))
@@ -264,9 +268,9 @@ def join_as_launched(
 def experts_by_ranks(
     folder: Path, names: Sequence[str], lengths: Sequence[Sequence[int]], environment: dict[str, str], log: Path
 ) -> None:
-    """Examines the mixture of experts in `FOLDER/NAME/teacher` of each name, with tokens of its own on each rank.
+    """Runs :func:`_examine_experts` for the model in `FOLDER/NAME` of each name, and for each of `lengths`.
 
-    With each of `lengths`, rank r has `lengths[r]` tokens; see :func:`_examine_experts` for what is written.
+    `lengths` are the numbers of tokens of the ranks.
     """
 
     def run() -> None:
@@ -280,10 +284,11 @@ def experts_by_ranks(
 
 
 def _examine_experts(folder: Path, number: int, length: int, world: World) -> None:
-    """Writes states of a frozen mixture of experts, and gradients of one in training, for this rank's tokens.
+    """Computes states of the frozen mixture of experts in `FOLDER/teacher`, and gradients of a trained one.
 
-    Rank r writes its states to `states-NUMBER-r.safetensors`; rank 0 writes the gradients of the mean of all ranks'
-    squared states, which :func:`dskd.models.causal_lm.build_sharded` has trained, to `gradients-NUMBER.safetensors`.
+    Each rank has other tokens, of which there are `length`. Rank r writes its states to `states-NUMBER-r.safetensors`.
+    Rank 0 writes the gradients of the mean of all ranks' squared states to `gradients-NUMBER.safetensors`;
+    :func:`dskd.models.causal_lm.build_sharded` builds the trained model.
     """
     import deepspeed
     from deepspeed.utils import safe_get_full_grad

@@ -1,5 +1,7 @@
-"""All that the shipped configurations read, at toy size and under the very names that they give, so that no key has to
-be changed to train on it: models and benchmarks in folders called as on the hub, and the files of `data/`."""
+"""The inputs of the shipped configurations, at toy size and under the names in these configurations.
+
+No key has to be changed to train on them: models and benchmarks are in folders named as on the hub, next to `data/`.
+"""
 
 import csv
 import gzip
@@ -34,15 +36,15 @@ _MARKS = [
     "it:",
 ]
 _TEMPLATE = "{% for m in messages %}{{ 'user: ' if m.role == 'user' else 'it: ' }}{{ m.content }} {% endfor %}it:"
-# Of a toy; what else a model's config.json says, its number of layers above all, stays.
+# The values of a toy. All other values of a model's config.json stay, above all its number of layers.
 _TOY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-LAYERS_OF_LARGE = 9  # instead of 80, of which the student has 7: DeepSpeed takes its time for each
-_EXAMPLES = 24  # of each benchmark with choices: a quarter of them is one with five to show
-_PASSAGES = 15  # with two questions each, one for the other to show
+LAYERS_OF_LARGE = 9  # instead of 80; the student has 7 of them. DeepSpeed takes time for each layer
+_EXAMPLES = 24  # of each benchmark with choices: a quarter is one question with five examples
+_PASSAGES = 15  # with two questions each, so that each can be the other's example
 
 
 def write_inputs(folder: Path, config: Config) -> None:
-    """Writes into `folder`, from which the config is to be used, what it names and nobody has made yet."""
+    """Writes the inputs that a config names into `folder`, the working directory in which the config is used."""
     assert config.teacher.path is not None
     _write_model(folder / config.teacher.path, config.teacher.path)
     _write_relations(folder, config)
@@ -70,11 +72,11 @@ def _write_model(folder: Path, name: str) -> None:
     shapes |= {"vocab_size": len(words) + 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shapes))
-    with torch.no_grad():  # usual random weights predict all tokens equally
+    with torch.no_grad():  # random weights of the usual size predict all tokens equally
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-        # A random model says few of its words: those with relations have to be among them, for senses.
+        # A random model predicts few of its words: those with relations must be among them, to get senses.
         model.lm_head.weight[2 : 2 + len(_RELATED)] *= 4
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer = word_tokenizer(words)

@@ -1,4 +1,4 @@
-"""Files of the benchmarks in the formats in which they are published, written by hand."""
+"""Small benchmark files, written by hand in the published formats."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Random models of toy size in the architectures that users bring, with a tokenizer that knows a few words."""
+"""Random models of toy size in common architectures, with a tokenizer that knows a few words."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ ARCHITECTURES = {
 
 
 def word_tokenizer(words: list[str]) -> Any:
-    """One token a word, behind a space or not; what it does not know is `<unk>`."""
+    """Returns a tokenizer with one token per word, after a space or not; unknown words are `<unk>`."""
     vocabulary = {word: index for index, word in enumerate(["<end>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -45,7 +45,7 @@ def save_model(folder: Path, architecture: str = "llama", seed: int = 0, words: 
     """Writes a random model with its tokenizer, and returns the model."""
     torch.manual_seed(seed)
     model = ARCHITECTURES[architecture]().eval()
-    # Random weights of the usual size give almost uniform predictions: larger ones make models that differ.
+    # Random weights of the usual size give almost uniform predictions; with larger ones, models differ.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 HEADER = "  1 This is a test. WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.\n"
 
-# Name, part of speech, lemmas, pointers: (symbol, target, source's lemma, target's lemma). 0 is the synset.
+# Name, part of speech, lemmas, pointers: (symbol, target, number of the source's lemma, of the target's; 0: synset).
 SYNSETS = [
     ("entity", "n", ["entity"], []),
     ("car", "n", ["car", "auto", "motor_car"], []),
@@ -24,7 +24,7 @@ _LEXNAMES = {"n": 3, "v": 38, "a": 0, "s": 0, "r": 2}  # noun.Tops, verb.motion,
 def write_wordnet(folder: Path, synsets=SYNSETS, glosses: dict[str, str] | None = None) -> dict[str, str]:
     """Writes the dictionary files, and returns the offset of each synset with its part of speech, as `00000095-a`.
 
-    A gloss has a definition, and examples in double quotes, apart by semicolons.
+    A gloss is a definition and examples in double quotes, separated by semicolons.
     """
     folder.mkdir(parents=True)
     parts = {name: part for name, part, *_ in synsets}
@@ -33,7 +33,7 @@ def write_wordnet(folder: Path, synsets=SYNSETS, glosses: dict[str, str] | None 
     for part in dict.fromkeys(_FILES.values()):
         here = [synset for synset in synsets if _FILES[synset[1]] == part]
         place = len(HEADER)
-        for synset in here:  # offsets have a fixed width: a line is as long before they are known as after
+        for synset in here:  # offsets have a fixed width, so the length of a line does not depend on them
             offsets[synset[0]] = place
             place += len(_line(synset, dict.fromkeys(parts, 0), parts, glosses))
     for part in dict.fromkeys(_FILES.values()):

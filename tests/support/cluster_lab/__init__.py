@@ -1,1 +1,1 @@
-"""A small cluster on one machine, for tests: hosts that are namespaces of the kernel's, and a real SLURM on them."""
+"""A small cluster on one machine, for tests: hosts made of kernel namespaces, and a real SLURM on them."""

@@ -1,8 +1,8 @@
-"""Hosts: namespaces of the kernel's, each with a network interface, a name, processes and shared memory of its own.
+"""Hosts made of kernel namespaces, each with its own network interface, name, processes and shared memory.
 
-They share the disk, as the nodes of a cluster share a file system. All of them, and the switch that joins them, are
-held by processes that this one started: when it ends, in whatever way, nothing of them is left, and two labs on one
-machine do not see each other.
+They share the disk, as the nodes of a cluster share a file system. Processes that this one starts hold the hosts and
+the switch that connects them: when it ends, in whatever way, nothing is left. Two labs on one machine do not see each
+other.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ SWITCH = "ctl"
 _SWITCH_ADDRESS = "10.77.0.254"
 _COMMANDS = {"unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "ip": "iproute2"}
 _NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
-# /proc and /dev/shm are the host's own; so is the list of names, for gloo asks for the address of its own host's name.
+# /proc and /dev/shm are the host's own. So is /etc/hosts, because gloo resolves its own host's name.
 _SET_UP = """set -e
 hostname "$1"; mount --bind "$2" /etc/hosts; mount -t tmpfs -o size=2g shm /dev/shm; ip link set lo up
 echo up; exec env --ignore-signal=CHLD sleep infinity"""
 
 
 def why_not() -> str | None:
-    """Why this machine cannot have hosts; None when it can."""
+    """Returns why this machine cannot have hosts, or None if it can."""
     if not sys.platform.startswith("linux"):
-        return "hosts are namespaces of Linux"
+        return "hosts need the namespaces of Linux"
     if os.geteuid():
         return "making hosts (network namespaces) needs root"
     for command, package in _COMMANDS.items():
@@ -51,29 +51,31 @@ class HostProcess:
         self.pid = self._find_program()
 
     def poll(self) -> int | None:
-        """The exit code, negative when a signal ended it; None while it runs."""
+        """Returns the exit code, negative if a signal ended the program, or None while it runs."""
         return self._entered.poll()
 
     def wait(self, timeout_s: float) -> int:
-        """The exit code, when it has ended."""
+        """Waits for the program to end, and returns its exit code."""
         try:
             return self._entered.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still runs after {timeout_s} s; so far:\n{self.output}") from None
+            raise AssertionError(
+                f"the program still runs after {timeout_s} s; it has printed:\n{self.output}"
+            ) from None
 
     def send_signal(self, number: int) -> None:
-        """Sends a signal to the program, not to what it has started."""
+        """Sends a signal to the program, but not to its children."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     @property
     def output(self) -> str:
-        """What the program and what it has started have printed so far."""
+        """The output of the program and its children so far."""
         return self.log.read_text(errors="replace")
 
     def _find_program(self) -> int | None:
-        """The program is a child of the `nsenter` that was started: only children are in another PID namespace."""
+        """Returns the program's pid. It is a child of `nsenter`, because only children enter another PID namespace."""
         children = Path(f"/proc/{self._entered.pid}/task/{self._entered.pid}/children")
         while self._entered.poll() is None:
             with contextlib.suppress(OSError):
@@ -86,12 +88,12 @@ class HostProcess:
 class Lab:
     """Hosts with addresses 10.77.0.1, 10.77.0.2, … on one switch, which is a host itself (`ctl`, 10.77.0.254).
 
-    Names that have dots, such as those that a cluster's DNS gives to pods, may stand beside a host's own in `aliases`.
+    `aliases` gives hosts further names, such as those with dots that a cluster's DNS gives to pods.
     """
 
     def __init__(self, hosts: Sequence[str] = ("node1", "node2"), aliases: Mapping[str, Sequence[str]] = {}) -> None:
         self.hosts = tuple(hosts)
-        # Not below pytest's folders: paths of sockets have to be short.
+        # Not in pytest's folders: the paths of sockets must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="dskd-lab-"))
         self.address = {SWITCH: _SWITCH_ADDRESS} | {host: f"10.77.0.{i}" for i, host in enumerate(self.hosts, 1)}
         lines = [" ".join((address, host, *aliases.get(host, ()))) for host, address in self.address.items()]
@@ -105,29 +107,29 @@ class Lab:
             self._ip(SWITCH, "link set switch up")
             for host in self.hosts:
                 self.boot(host)
-            undone.pop_all()  # all of it is there, and stays
+            undone.pop_all()  # everything has started, so keep it
 
     def boot(self, host: str) -> None:
-        """Starts a host, also one that was halted; nothing runs on it."""
+        """Starts a host, or restarts a halted one; no program runs on it yet."""
         self._boot(host)
         self._ip(SWITCH, f"link add {self._port(host)} type veth peer name eth0 netns {self._init[host]}")
         self._ip(SWITCH, f"link set {self._port(host)} master switch up")
-        # The same card as before: the others remember it, and would not reach a new one at once.
+        # Use the same address as before: the other hosts remember it, and would not find a new one at once.
         self._ip(host, f"link set eth0 address 02:00:00:00:00:{self.hosts.index(host) + 1:02x}")
         self._ip(host, f"addr add {self.address[host]}/24 dev eth0", "link set eth0 up")
 
     def halt(self, host: str) -> None:
-        """Takes a host off the network and kills all that runs on it, as a power cut does."""
+        """Disconnects a host and kills all its processes, like a power cut."""
         holder = self._holders.pop(host)
-        holder.kill()  # with it goes the first process of the namespace, and with that one all others
+        holder.kill()  # this kills the first process of the namespace, and thereby all others
         holder.wait()
 
     def cut_link(self, host: str) -> None:
-        """Pulls the host's cable; nobody is told."""
+        """Pulls the host's cable, without notice to any process."""
         self._ip(SWITCH, f"link set {self._port(host)} down")
 
     def mend_link(self, host: str) -> None:
-        """Plugs the cable in again."""
+        """Plugs the host's cable in again."""
         self._ip(SWITCH, f"link set {self._port(host)} up")
 
     def start(
@@ -145,10 +147,10 @@ class Lab:
         Args:
             host: one of `hosts`, or SWITCH.
             argv: the program and its arguments.
-            env: the whole environment; this process's by default.
-            cwd: where it starts; where this process is by default.
-            log: a file for what it prints.
-            first_in_namespace: it gets process ID 1, as in a container: no signal has a default effect on it.
+            env: the whole environment; by default, this process's.
+            cwd: the working directory; by default, this process's.
+            log: the file for its output.
+            first_in_namespace: whether it gets process ID 1, as in a container, where no signal has a default effect.
         """
         if log is None:
             handle, name = tempfile.mkstemp(dir=self.folder, prefix="log-")
@@ -166,7 +168,7 @@ class Lab:
         return process
 
     def run(self, host: str, *argv: str, env: Mapping[str, str] | None = None, timeout_s: float = 60) -> str:
-        """What a program prints on a host, when it has ended well."""
+        """Runs a program on a host, and returns its output; it must succeed."""
         finished = subprocess.run(
             [*self._enter(host), "env", f"--chdir={Path.cwd()}", *argv],
             env=env,
@@ -178,7 +180,7 @@ class Lab:
         return finished.stdout
 
     def close(self) -> None:
-        """Ends everything and removes it."""
+        """Ends all hosts and removes the lab's folder."""
         for host in list(self._holders):
             self.halt(host)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -195,8 +197,8 @@ class Lab:
             start_new_session=True,
         )
         self._holders[host] = holder
-        said = holder.stdout.readline()
-        assert said == "up\n", f"{host} does not start: {said}{holder.stdout.read()}"
+        line = holder.stdout.readline()
+        assert line == "up\n", f"{host} does not start: {line}{holder.stdout.read()}"
         self._init[host] = _only_child(holder.pid)
 
     def _enter(self, host: str) -> list[str]:
@@ -219,4 +221,4 @@ def _only_child(pid: int, timeout_s: float = 10) -> int:
         if found := children.read_text().split():
             return int(found[0])
         time.sleep(0.005)
-    raise AssertionError(f"process {pid} has started nothing in {timeout_s} s")
+    raise AssertionError(f"process {pid} has started no child within {timeout_s} s")

@@ -59,14 +59,14 @@ PartitionName={preemptor} Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Pr
 
 
 def why_not() -> str | None:
-    """Why this machine cannot run a SLURM; None when it can."""
+    """Returns why this machine cannot run SLURM, or None if it can."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     missing = {package for command, package in _COMMANDS.items() if shutil.which(command, path=path) is None}
     return f"SLURM is not installed: apt-get install {' '.join(sorted(missing))}" if missing else None
 
 
 class Slurm:
-    """Two GPUs a node, which are devices that do nothing; partition `main`, whose jobs those of `high` preempt."""
+    """A SLURM with two GPUs per node, which are dummy devices. Jobs of partition `high` preempt those of `main`."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -96,26 +96,26 @@ class Slurm:
         self._daemons[host] = self._daemon(host, "slurmd", "-D", "-N", host)
 
     def run(self, *argv: str, timeout_s: float = 60) -> str:
-        """What a command of SLURM's prints, when it has ended well."""
+        """Runs a command of SLURM, and returns its output; it must succeed."""
         return self.lab.run(SWITCH, *argv, env=self.environment, timeout_s=timeout_s)
 
     def submit(self, script: Path, *arguments: str, options: Collection[str] = (), env: Mapping[str, str] = {}) -> int:
-        """Submits a batch script and returns the job's number; `env` is laid over the submitter's environment."""
+        """Submits a batch script and returns the job's number; `env` overrides the submitter's environment."""
         command = ["sbatch", "--parsable", *options, str(script), *arguments]
         printed = self.lab.run(SWITCH, *command, env={**self.environment, **env})
         return int(printed.split(";")[0])
 
     def show(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says of a job: JobState, Restarts, ExitCode, Reason and so on."""
+        """Returns the fields of `scontrol show job`: JobState, Restarts, ExitCode, Reason and so on."""
         printed = self.run("scontrol", "--oneliner", "show", "job", str(job))
         return dict(re.findall(r"(\S+?)=(\S*)", printed))
 
     def state(self, job: int) -> str:
-        """The job's state, such as RUNNING."""
+        """Returns the job's state, such as RUNNING."""
         return self.show(job)["JobState"]
 
     def wait(self, job: int, timeout_s: float, states: Collection[str] = ENDED) -> dict[str, str]:
-        """Waits until the job is in one of the states, and returns what is said of it then."""
+        """Waits until the job is in one of the states, and returns its fields."""
         self._until(lambda: self.state(job) in states, f"job {job} is not {' or '.join(sorted(states))}", timeout_s)
         return self.show(job)
 
@@ -125,7 +125,7 @@ class Slurm:
         self._until(lambda: not self.run("squeue", "--noheader"), "jobs do not end", 60)
 
     def close(self) -> None:
-        """Ends the daemons; the lab ends whatever is left."""
+        """Ends the daemons; the lab ends all other processes."""
         for host in (*self.lab.hosts, "slurmctld", "munged"):
             self._daemons[host].send_signal(15)
         for host in (*self.lab.hosts, "slurmctld", "munged"):
@@ -140,7 +140,7 @@ class Slurm:
             nodes.append(
                 f"NodeName={host} NodeAddr={self.lab.address[host]} CPUs=2 RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
             )
-        for index in range(2):  # SLURM schedules GPUs only where there are device files
+        for index in range(2):  # SLURM schedules GPUs only if they have device files
             os.mknod(self.folder / f"gpu{index}", 0o20666, os.makedev(1, 3))
         hosts = ",".join(self.lab.hosts)
         (self.folder / "gres.conf").write_text(f"NodeName={hosts} Name=gpu File={self.folder}/gpu[0-1]\n")
@@ -164,7 +164,7 @@ class Slurm:
     def _idle_nodes(self) -> int:
         try:
             return len(self.run("sinfo", "-h", "-N", "-p", PARTITION, "-t", "idle", "-o", "%N", timeout_s=10).split())
-        except (AssertionError, subprocess.TimeoutExpired):  # the controller does not listen yet
+        except (AssertionError, subprocess.TimeoutExpired):  # the controller is not listening yet
             return 0
 
     def _until(self, condition: Callable[[], bool], complaint: str, timeout_s: float = 60) -> None:
