@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -324,3 +325,8 @@ def _examine_experts(folder: Path, number: int, length: int, world: World) -> No
     if world.is_main:
         save_file(gradients, folder / f"gradients-{number}.safetensors")
     engine.destroy()
+
+
+def run_benchmark(module: str, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    """Runs the benchmark of that module."""
+    run_as_rank(lambda: importlib.import_module(module).main(arguments), environment, log)

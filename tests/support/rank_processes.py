@@ -49,23 +49,28 @@ class Rank:
     def __init__(self, process: Any, log: Path) -> None:
         self.pid = process.pid
         self._process = process
+        self._exit_code: int | None = None  # after `kill`
         self._log = log
 
     def is_running(self) -> bool:
         """Returns True until it has ended."""
-        return self._process.is_alive()
+        return self._exit_code is None and self._process.is_alive()
 
     def wait(self, timeout_s: float) -> int:
         """Waits for its end and returns its exit code, which is negative if a signal ended it."""
-        self._process.join(timeout_s)
-        assert not self.is_running(), f"still runs after {timeout_s} s; so far:\n{self.output}"
-        return self._process.exitcode
+        if self._exit_code is None:
+            self._process.join(timeout_s)
+            assert not self.is_running(), f"still runs after {timeout_s} s; so far:\n{self.output}"
+        return self._process.exitcode if self._exit_code is None else self._exit_code
 
     def kill(self) -> None:
-        """Kills it and its children if it still runs."""
+        """Kills it and its children if it still runs, and closes its pipes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.join(10)
+        if self._exit_code is None:
+            self._process.join(10)
+            self._exit_code = self._process.exitcode
+            self._process.close()
 
     @property
     def output(self) -> str:
