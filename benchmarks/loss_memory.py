@@ -13,7 +13,6 @@ measured in one process, in which both sides take turns.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -55,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_result(_measure_memory(side, int(positions), args))
         return
     at_start = machine()
-    names = ("vocab_size", "hidden_size", "chunk_size", "dtype")
-    options = [
-        part for name in names if getattr(args, name) for part in (f"--{name.replace('_', '-')}", getattr(args, name))
-    ]
+    settings = {
+        name: getattr(args, name) for name in ("vocab_size", "hidden_size", "chunk_size", "dtype", "train_head")
+    }
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value and value is not True]
     options += ["--train-head"] * args.train_head
     rows, results = [], []
     for positions in args.positions:
@@ -84,13 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     rows.append(["goal at 8,192", "", "", "<= 0.10", ""])
     header = ("positions", "whole logits, GB", "dskd, GB", "ratio", "ratio of times")
-    publish(
-        args, "benchmarks.loss_memory", header, rows, {"settings": dict(options_of(args)), "sizes": results}, at_start
-    )
-
-
-def options_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    return [(name, getattr(args, name)) for name in ("vocab_size", "hidden_size", "chunk_size", "dtype", "train_head")]
+    publish(args, "benchmarks.loss_memory", header, rows, {"settings": settings, "sizes": results}, at_start)
 
 
 def _measure_memory(side: str, positions: int, args: argparse.Namespace) -> int:

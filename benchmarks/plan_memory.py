@@ -22,7 +22,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.flops import Shape
-from benchmarks.report import build_parser, default_device, machine, parse, print_result, publish, run_ranks
+from benchmarks.report import (
+    build_parser,
+    default_device,
+    machine,
+    parse,
+    print_result,
+    publish,
+    run_ranks,
+    storage_bytes,
+)
 from benchmarks.workload import OurTraining, Preset, read_config, write_work_directory
 from dskd.distributed.collectives import gather_json
 from dskd.distributed.rendezvous import initialize, shutdown
@@ -112,13 +121,11 @@ def _peak_of_a_step(training: OurTraining, device: torch.device) -> int:
 
 
 def _held_bytes() -> int:
-    """Returns the bytes of all tensors of this process, each piece of shared memory counted once; called between steps.
+    """Returns the bytes of all tensors of this process, between steps.
 
     The profiler's sums are not carried over from step to step, because they miss what gloo's threads free.
     """
-    tensors = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
-    pieces = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(pieces.values())
+    return storage_bytes(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
 
 
 def _largest_growth(profiler: Any) -> int:

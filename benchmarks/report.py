@@ -203,6 +203,12 @@ def held_bytes(device: torch.device) -> int:
     raise SystemExit("the memory of this process cannot be measured: /proc/self/status has no RssAnon on this system")
 
 
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Returns the bytes that tensors occupy; memory that several of them share is counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
 # The C allocator keeps freed memory, so a process seems to hold what it no longer uses. With these variables it returns
 # large blocks at once. That takes time, so they are only for processes that measure memory, not speed.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}

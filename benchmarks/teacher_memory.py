@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import machine, parse, print_result, publish, run_ranks
+from benchmarks.report import machine, parse, print_result, publish, run_ranks, storage_bytes
 from benchmarks.workload import build_workload_parser, load_teacher, read_config, teacher_tensors, work_directory
 from dskd.distributed.collectives import gather_json
 from dskd.distributed.rendezvous import initialize, shutdown
@@ -60,20 +60,14 @@ def _measure(path: Path, overrides: Sequence[str]) -> None:
     config = read_config(path, overrides)
     world = initialize()
     teacher = load_teacher(config, world)
-    result: dict[str, Any] = {"loaded": _bytes(teacher_tensors(teacher))}
+    result: dict[str, Any] = {"loaded": storage_bytes(teacher_tensors(teacher))}
     teacher.hidden_states(torch.arange(8)[None])
-    result["after_forward"] = _bytes(teacher_tensors(teacher))
+    result["after_forward"] = storage_bytes(teacher_tensors(teacher))
     of_all = gather_json(result)
     if world.is_main:
         print_result(of_all)
     teacher.close()
     shutdown()
-
-
-def _bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """Returns the bytes that the tensors occupy; memory that several tensors share is counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def _launcher_variables() -> Iterator[None]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _closed_databases() -> Iterator[None]:
+    """Closes the connections to MLflow's databases, which MLflow keeps for each file until the process ends."""
+    yield
+    if store := sys.modules.get("mlflow.store.tracking.sqlalchemy_store"):
+        for engine in list(store.SqlAlchemyStore._engine_map.values()):
+            if engine.pool.checkedin():
+                engine.dispose()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from dskd.config import Config, CorpusConfig
 from dskd.console import progress, progress_bar, say, stage, warn
 from dskd.corpus import hub
 from dskd.corpus.files import Document, read_file
-from dskd.corpus.finding import Found, find_files, fingerprint
+from dskd.corpus.finding import TextFiles, find_files, fingerprint
 from dskd.corpus.hub import read_dataset
 from dskd.corpus.tasks import documents as tasks
 from dskd.errors import UserError
@@ -72,11 +72,11 @@ def build_corpus(config: Config) -> None:
         "tasks": [getattr(config.tasks, name) for name in corpus.tasks],
     }[corpus.source]
     with stage("corpus: text to documents", reads=sources, writes=target):
-        wanted = recipe(config)
+        before = recipe(config)
         for key in ("train", "validation") if corpus.source == "files" else ():
             if getattr(corpus, key):
                 say("\n".join([f"  corpus.{key}:", *_find(config, key).describe()]))
-        with build_artifact(target, wanted) as building:
+        with build_artifact(target, before) as building:
             counts = _write_splits(building.folder, _read_documents(config), corpus)
             for split in SPLITS:
                 if not counts[split]:
@@ -84,7 +84,7 @@ def build_corpus(config: Config) -> None:
                         f"the corpus has no {split} documents (read from {', '.join(sources)}); "
                         + ("add text" if split == "train" else "add text, or raise corpus.validation_share")
                     )
-            _require_unchanged(wanted, recipe(config))
+            _require_unchanged(before, recipe(config))
             building.facts["documents"] = counts
         say(f"  {counts['train']:,} documents for training, {counts['validation']:,} held out")
 
@@ -141,7 +141,8 @@ def _read_documents(config: Config) -> Iterator[tuple[str, Document]]:
     dropped = 0
     for document in train:
         if validation is None:
-            yield _side(document, corpus.validation_share), document
+            is_held_out = _hash(document.split_key) < corpus.validation_share * 2**64
+            yield "validation" if is_held_out else "train", document
         elif _hash(document.split_key) in held_out:
             dropped += 1
         else:
@@ -187,7 +188,7 @@ def _require_unchanged(before: Recipe, after: Recipe) -> None:
         )
 
 
-def _find(config: Config, key: str) -> Found:
+def _find(config: Config, key: str) -> TextFiles:
     return find_files(getattr(config.corpus, key), f"corpus.{key}", workdir=config.path())
 
 
@@ -220,10 +221,6 @@ def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpu
             flush(split)
             writers[split].close()
     return counts
-
-
-def _side(document: Document, validation_share: float) -> str:
-    return "validation" if _hash(document.split_key) < validation_share * 2**64 else "train"
 
 
 def _hash(text: str) -> int:

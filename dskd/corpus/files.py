@@ -61,7 +61,7 @@ def as_documents(source: str, texts: Iterable[tuple[int, str | None]]) -> Iterat
     if left_out:
         numbers = ", ".join(map(str, left_out[:_SHOWN])) + (", …" if len(left_out) > _SHOWN else "")
         warn(
-            f"{source}: {len(left_out):,} documents are no text (a NUL or half a surrogate pair) and are left out: "
+            f"{source}: {len(left_out):,} documents are not text (a NUL or half a surrogate pair) and are left out: "
             f"{numbers}"
         )
 

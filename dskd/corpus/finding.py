@@ -2,7 +2,7 @@
 
 A file that the config names itself is always read. In folders and globs the search takes only text: it leaves out
 checksums, licences, READMEs, descriptions of datasets and models, and files whose ending is not that of text.
-:attr:`Found.left_out` counts these, for the stage to print.
+:attr:`TextFiles.left_out` counts these, for the stage to print.
 """
 
 import glob
@@ -51,7 +51,7 @@ _READ_LINES = 200
 
 
 @dataclass(frozen=True)
-class Found:
+class TextFiles:
     """The files with text that a search found, and what it left out."""
 
     files: list[Path]
@@ -66,7 +66,7 @@ class Found:
         return [*lines, *(f"  {note}" for note in self.notes)]
 
 
-def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> Found:
+def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> TextFiles:
     """Finds the files with text that paths, folders and globs name: sorted, each once, and for MDS shards their index.
 
     Args:
@@ -88,19 +88,19 @@ def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> Found:
         outside = not _real(_fixed_part(path)).is_relative_to(_real(workdir))
         search = _Search(key, notes, problems, excluded=_real(workdir) if outside else None)
         if path.is_file():
-            found = {path}
+            matches = {path}
             problems += [] if _is_readable(path) else [f"{key}: {path}: expected {READABLE}"]
         else:
             named = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
-            found = search.below(named)
-        if not found:
+            matches = search.below(named)
+        if not matches:
             problems.append(
                 f"{key}: {pattern!r} names no file with text; give {READABLE}, or a folder or glob of them"
                 + (f" (left out there: {_counted(search.left_out)})" if search.left_out else "")
             )
-        _note_share(pattern, found, search.left_out_bytes, notes)
+        _note_share(pattern, matches, search.left_out_bytes, notes)
         left_out |= search.left_out  # the maximum per kind, not the sum, because patterns can overlap
-        for file in sorted(found):
+        for file in sorted(matches):
             real = _real(file)
             if real in files and path.is_file():
                 seen_twice.add(file)
@@ -111,7 +111,7 @@ def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> Found:
         notes.append(f"named more than once, and read once: {', '.join(map(str, sorted(seen_twice)))}")
     chosen = sorted(_without_parts(files))
     _note_mixture(chosen, notes)
-    return Found(chosen, left_out, list(dict.fromkeys(notes)))
+    return TextFiles(chosen, left_out, list(dict.fromkeys(notes)))
 
 
 def fingerprint(path: Path) -> str:
@@ -147,23 +147,23 @@ class _Search:
 
     def below(self, places: Iterable[Path]) -> set[Path]:
         """Returns the files with text among `places` and in the folders among them."""
-        found: set[Path] = set()
+        texts: set[Path] = set()
         for place in places:
             if self._excluded is not None and _real(place).is_relative_to(self._excluded):
                 continue
             if place.is_dir():
-                found |= self._in_folder(place)
+                texts |= self._in_folder(place)
             elif place.is_symlink() and not place.exists():
-                self._problems.append(f"{self._key}: {place} is a link to what is not there")
+                self._problems.append(f"{self._key}: {place} is a broken link")
             elif not _is_readable(place):
                 self._problems.append(f"{self._key}: {place}: expected {READABLE}")
             else:
-                found |= self._text_of([place])
-        return found
+                texts |= self._text_of([place])
+        return texts
 
     def _in_folder(self, folder: Path) -> set[Path]:
         """Returns the files with text at any depth of a folder; it follows links and skips hidden files and folders."""
-        found: set[Path] = set()
+        texts: set[Path] = set()
         visited: set[tuple[int, int]] = set()
 
         def report(error: OSError) -> None:
@@ -181,26 +181,24 @@ class _Search:
             if DATASET_SPLITS in names:
                 self._choose_split(Path(place), folders)
             dangling = [file for file in visible if file.is_symlink() and not file.exists()]
-            self._problems += [
-                f"{self._key}: {file} is a link to what is not there" for file in dangling if _has_ending(file)
-            ]
-            found |= self._text_of(file for file in visible if file.is_file())
-        return found
+            self._problems += [f"{self._key}: {file} is a broken link" for file in dangling if _has_ending(file)]
+            texts |= self._text_of(file for file in visible if file.is_file())
+        return texts
 
     def _choose_split(self, folder: Path, folders: list[str]) -> None:
         """Reduces `folders` to the `DatasetDict`'s split for this key, so that the search skips the other splits."""
-        wanted = "validation" if self._key.endswith("validation") else "train"
+        split = "validation" if self._key.endswith("validation") else "train"
         splits = [name for name in folders if (folder / name / DATASET_STATE).is_file()]
-        if wanted in splits:
-            folders[:] = [wanted]
-            if others := [name for name in splits if name != wanted]:
+        if split in splits:
+            folders[:] = [split]
+            if others := [name for name in splits if name != split]:
                 self._notes.append(
-                    f"{folder}: reads the split {wanted!r}; {', '.join(others)} can be named as {folder}/SPLIT"
+                    f"{folder}: reads the split {split!r}; {', '.join(others)} can be named as {folder}/SPLIT"
                 )
-        elif len(splits) > 1 or (splits and wanted == "validation"):
+        elif len(splits) > 1 or (splits and split == "validation"):
             folders.clear()
             self._problems.append(
-                f"{self._key}: {folder} has the splits {', '.join(splits)}, and none is called {wanted!r}; name one of "
+                f"{self._key}: {folder} has the splits {', '.join(splits)}, and none is called {split!r}; name one of "
                 f"them: {folder}/SPLIT"
             )
 
@@ -209,29 +207,29 @@ class _Search:
         files = list(files)
         states = [file for file in files if file.name == DATASET_STATE and _is_dataset_state(file)]
         in_saved = {file.parent: {part.name for part in saved_files(file)} for file in states}
-        found: set[Path] = set()
+        texts: set[Path] = set()
         for file in files:
             if file in states:
-                found.add(file)
+                texts.add(file)
                 continue
             name = without_compression(file.name)
             if file.parent in in_saved and (file.suffix == ".arrow" or _DESCRIPTIONS.fullmatch(name)):
                 if file.suffix == ".arrow" and file.name not in in_saved[file.parent]:
                     self._leave_out(file, ".arrow that its state.json does not name")
             elif file.name == mds.INDEX and _is_mds_index(file):
-                found.add(file)
+                texts.add(file)
             elif not _has_ending(file):
                 if ".mds" not in file.suffixes:  # a shard is read through its index
                     self._leave_out(file, _ending(file))
             elif name.endswith(JSON_SUFFIXES) and _DESCRIPTIONS.fullmatch(name):
                 self._leave_out(file, f"{file.name} (a description)")
             elif _ABOUT.fullmatch(name.rsplit(".", 1)[0]) and name.endswith(TEXT_SUFFIX):
-                self._leave_out(file, f"{file.name} (by its name about the data)")
+                self._leave_out(file, f"{file.name} (named like a file about the data)")
             elif name.endswith(TEXT_SUFFIX) and _holds_checksums(file):
                 self._leave_out(file, f"{file.name} (checksums)")
             else:
-                found.add(file)
-        return found
+                texts.add(file)
+        return texts
 
     def _leave_out(self, file: Path, reason: str) -> None:
         if _real(file) not in self._counted:
@@ -240,11 +238,11 @@ class _Search:
             self.left_out_bytes[file] = file.stat().st_size
 
 
-def _note_share(pattern: str, found: Iterable[Path], left_out: Counter[Path], notes: list[str]) -> None:
+def _note_share(pattern: str, files: Iterable[Path], left_out: Counter[Path], notes: list[str]) -> None:
     """Notes when the files that a search left out have more bytes than those that it found."""
-    files = (file for path in found for file in _files_read_through(path) if file.is_file())
+    read = (part for file in files for part in _files_read_through(file) if part.is_file())
     total = left_out.total()
-    if total > sum(file.stat().st_size for file in files) > 0:
+    if total > sum(file.stat().st_size for file in read) > 0:
         largest, size = left_out.most_common(1)[0]
         notes.append(
             f"warning: {pattern}: most of its bytes are left out, {total:,} ({largest.name} has {size:,}); if they are "
@@ -255,11 +253,11 @@ def _note_share(pattern: str, found: Iterable[Path], left_out: Counter[Path], no
 def _note_mixture(files: Sequence[Path], notes: list[str]) -> None:
     texts = [file for file in files if without_compression(file.name).endswith(TEXT_SUFFIX)]
     folders = {file.parent for file in files if file not in texts}
-    if beside := [file for file in texts if file.parent in folders]:
-        shown = ", ".join(file.name for file in beside[:3]) + (", …" if len(beside) > 3 else "")
+    if mixed := [file for file in texts if file.parent in folders]:
+        shown = ", ".join(file.name for file in mixed[:3]) + (", …" if len(mixed) > 3 else "")
         notes.append(
-            f"warning: {len(beside):,} .txt beside files of records ({shown}) are read too, as paragraphs of text; if "
-            "they are not text, name the others by a pattern"
+            f"warning: {len(mixed):,} .txt in folders with files of records ({shown}) are read too, as paragraphs of "
+            "text; if they are not text, name the others by a pattern"
         )
 
 

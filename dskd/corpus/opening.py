@@ -104,7 +104,7 @@ def reading_errors(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: this is not UTF-8 text ({error}); convert it (iconv -f LATIN1 -t UTF-8, where it is Latin-1), or "
+            f"{path}: this is not UTF-8 text ({error}); convert it (iconv -f LATIN1 -t UTF-8, if it is Latin-1), or "
             "leave it out"
         ) from None
     except EOFError:
@@ -128,7 +128,7 @@ def _refuse_hidden_kind(path: Path, start: bytes) -> None:
     for magic, ending in _MAGIC.items():
         if start.startswith(magic):
             raise UserError(
-                f"{path}: this is no plain text: its content is that of a {ending} file; give it that ending, or "
+                f"{path}: this is not plain text: its content is that of a {ending} file; give it that ending, or "
                 "unpack it"
             )
 
@@ -137,7 +137,7 @@ def _refuse_other_content(path: Path, head: bytes) -> None:
     """Raises a UserError if the first bytes are UTF-16 or binary data, or a web server's page."""
     if head.startswith(_UTF_16_MARKS) or head.count(0) > len(head) // 4:
         raise UserError(
-            f"{path}: this is not UTF-8 text: it looks like UTF-16, or is no text; convert it (iconv -f UTF-16 -t "
+            f"{path}: this is not UTF-8 text: it looks like UTF-16 or binary data; convert it (iconv -f UTF-16 -t "
             "UTF-8), or leave it out"
         )
     text = head.decode("utf-8", errors="ignore").lstrip("\ufeff \t\r\n").lower()

@@ -83,7 +83,7 @@ def pack(
                 documents = tokenizing.read(
                     batch,
                     bar.update,
-                    _counted_from(first, name_of),
+                    lambda number, first=first: name_of(first + number),  # type: ignore[misc]
                     None if limit is None else limit - spooled,
                 )
                 first += len(batch)
@@ -104,10 +104,6 @@ def pack(
                 if limit is not None and spooled >= limit:
                     break
         return _write(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
-
-
-def _counted_from(first: int, name_of: Callable[[int], str]) -> Callable[[int], str]:
-    return lambda number: name_of(first + number)
 
 
 def _starts_of(sizes: np.ndarray) -> np.ndarray:
@@ -154,9 +150,9 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
             tensors["input_ids"][0] = padding
         for name in ("input_ids", "starts"):
             flat = tensors[name].reshape(-1)
-            wanted = min(spooled, len(flat)) if sizes[name] else 0
-            for first in range(0, wanted, _COPIED_TOKENS):
-                count = min(_COPIED_TOKENS, wanted - first)
+            copied = min(spooled, len(flat)) if sizes[name] else 0
+            for first in range(0, copied, _COPIED_TOKENS):
+                count = min(_COPIED_TOKENS, copied - first)
                 flat[first : first + count] = np.fromfile(spool[name], flat.dtype, count)
         # Every sequence starts anew; its length is given by packing: none, and is the full length otherwise.
         tensors["starts"][:, 0] = 1

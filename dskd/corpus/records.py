@@ -42,8 +42,8 @@ def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
             blank += 1
             start = stream.readline(_CHUNK_CHARACTERS)
         is_array = start.lstrip().startswith("[")
-        found = _elements(path, start, stream) if is_array else _lines(path, start, stream, blank)
-        for number, record in found:
+        numbered = _elements(path, start, stream) if is_array else _lines(path, start, stream, blank)
+        for number, record in numbered:
             is_null = isinstance(record, dict) and record.get(text_field, "") is None
             yield number, None if is_null else text_of(record, text_field, f"{path}:{number}")
 
@@ -63,7 +63,7 @@ def text_of(record: Any, text_field: str, place: str) -> str:
     if is_chat([record]):
         raise UserError(f"{expected} this is one turn of a chat. {_WRITE_CHATS}")
     if not isinstance(record, dict):
-        raise UserError(f"{expected} it is no object")
+        raise UserError(f"{expected} it is not an object")
     if chat := _chat(record):
         raise UserError(f"{expected} this is a chat: {chat}. {_WRITE_CHATS}")
     if has_instruction(record):
@@ -155,9 +155,9 @@ def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any
                 return
             fill()
 
-    def expect(found: str, expected: str) -> None:
-        if found not in expected or not found:
-            here = repr(found) if found else "the end of the file"
+    def expect(actual: str, expected: str) -> None:
+        if actual not in expected or not actual:
+            here = repr(actual) if actual else "the end of the file"
             raise UserError(
                 f"{path}: after element {number} of the array: expected {' or '.join(expected)}, found {here}; was its "
                 "download cut?"

@@ -17,9 +17,10 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, require_same
 from dskd.artifacts.tensor_file import map_tensor, tensor_names
 from dskd.config import Config
-from dskd.console import say, stage
+from dskd.console import say, stage, warn
 from dskd.corpus.build import SPLITS, name_of_document, read_continuation_tokens, read_texts
 from dskd.corpus.packing import pack
+from dskd.models.tokenizing import text_end
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Packed token sequences on disk: S sequences of T tokens, read in slices through a memory map.
+    """The packed token sequences on disk: S sequences of T tokens, read in slices through a memory map.
 
     `lengths` [S] is the number of real tokens of each sequence; the rest is padding, which no loss uses.
     `continuation_tokens` [S] is the number of tokens by which the teacher may continue each.
@@ -56,7 +57,7 @@ class Sequences:
 
     @property
     def num_tokens(self) -> int:
-        """The number of real tokens in all sequences."""
+        """Returns the number of real tokens in all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:
@@ -83,14 +84,14 @@ class Sequences:
         # A position has a target if the next one is a real token and does not start a document.
         has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
         has_target[:, :-1] &= starts[:, 1:] == 0
-        may_go_on = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
+        continuation = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
         return TokenBatch(
             input_ids,
             position_ids_of(starts),
             has_target,
             starts,
             int(lengths.sum()),
-            None if may_go_on is None else torch.from_numpy(may_go_on),
+            None if continuation is None else torch.from_numpy(continuation),
         )
 
 
@@ -135,9 +136,14 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab
     target = config.path(kinds.SEQUENCES.folder)
     corpus = config.corpus
     with stage("sequences: documents to tokens", reads=[config.path(kinds.CORPUS.folder)], writes=target):
-        wanted = recipe(config, tokenizer_digest)
+        if text_end(tokenizer) is None and not tokenizer("", verbose=False)["input_ids"]:
+            warn(
+                "the tokenizer has neither an end-of-text token nor a beginning-of-text token, so no token ends a "
+                "document, and the student does not learn to end one; if the teacher has such a token, name it in "
+                "tokenizer_config.json (eos_token)"
+            )
         limits = {"train": corpus.max_sequences, "validation": corpus.max_validation_sequences}
-        with build_artifact(target, wanted) as building:
+        with build_artifact(target, recipe(config, tokenizer_digest)) as building:
             for split in SPLITS:
                 packed = pack(
                     read_texts(config, split),

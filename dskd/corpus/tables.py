@@ -33,27 +33,43 @@ def read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str | None]
 
 
 def read_arrow(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Yields (row, text) for an Arrow file, in stream or file format; rows count from 1, and a null is None."""
+    """Yields (row, text) for an Arrow file, in stream or file format; rows count from 1, and a null is None.
+
+    A file may hold several streams, one after the other.
+
+    Raises:
+        UserError: when a stream has no end mark, or there is no column of texts.
+    """
     refuse_pointer(path)
     with pa.memory_map(str(path)) as source:
-        size = source.size()
-        if source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC:
-            source.seek(0)
-            reader = pa.ipc.open_file(source)
-            batches: Iterator[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            source.seek(max(0, size - len(_ARROW_STREAM_END)))
-            if source.read(len(_ARROW_STREAM_END)) != _ARROW_STREAM_END:  # a stream that was cut can look complete
-                raise UserError(f"{path}: the Arrow stream has no end; was its download or copy cut?")
-            source.seek(0)
-            reader = pa.ipc.open_stream(source)
-            batches = iter(reader)
-        _require_text_column(path, text_field, reader.schema)
         number = 0
-        for batch in batches:
+        for batch in _arrow_batches(path, text_field, source):
             for text in batch.column(text_field):
                 number += 1
                 yield number, text.as_py()
+
+
+def _arrow_batches(path: Path, text_field: str, source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    size, is_file = source.size(), source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
+    source.seek(0)
+    if is_file:
+        file = pa.ipc.open_file(source)
+        _require_text_column(path, text_field, file.schema)
+        for number in range(file.num_record_batches):
+            yield file.get_batch(number)
+        return
+    # Arrow reads a stream that was cut between two batches without an error, so refuse all streams without an end mark.
+    source.seek(max(0, size - len(_ARROW_STREAM_END)))
+    if source.read(len(_ARROW_STREAM_END)) != _ARROW_STREAM_END:
+        raise UserError(
+            f"{path}: this Arrow stream has no end mark: its download or copy was cut, or its writer was never closed; "
+            "fetch it again, or write it again and close the writer"
+        )
+    source.seek(0)
+    while source.tell() < size:  # a reader stops at the end of its stream, where another may begin
+        reader = pa.ipc.open_stream(source)
+        _require_text_column(path, text_field, reader.schema)
+        yield from reader
 
 
 def saved_files(state: Path) -> list[Path]:
@@ -76,7 +92,7 @@ def saved_files(state: Path) -> list[Path]:
         )
     for name in names:
         if not (state.parent / name).resolve().is_relative_to(state.parent.resolve()):
-            raise UserError(f"{state}: it names {name}, which lies outside of its folder; save the dataset again")
+            raise UserError(f"{state}: it names {name}, which is outside of its folder; save the dataset again")
     return [state.parent / name for name in names]
 
 

@@ -2,6 +2,7 @@
 
 folder      a model's folder on disk or on the hub, and its tokenizer
 weights     the tensors in a folder's safetensors files
+layers      a model's layers: their kinds, and the states that enter and leave them
 causal_lm   building a causal LM and filling it with a folder's weights
 frozen      the teacher, whole on every rank or sharded with ZeRO-3
 cutting     the student, cut from the teacher

@@ -5,7 +5,6 @@ have positions at the end of a sequence, because an error in the table of rotati
 neighbouring positions even a wrong table gives right results. Shapes: T tokens, V vocabulary.
 """
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import psutil
 import torch
 
 from dskd.errors import UserError, listed
+from dskd.models.probes import accepts, takes_positions
 from dskd.models.stored_names import StoredNames
 from dskd.models.weights import TensorReader
 
@@ -49,9 +49,7 @@ def probe_inputs(base_model: Any, vocab_size: int, sequence_length: int, device:
     """
     count = min(PROBE_TOKENS, sequence_length)
     inputs = {"input_ids": torch.arange(count, device=device).unsqueeze(0) * 7 % vocab_size}
-    parameters = inspect.signature(base_model.forward).parameters.values()
-    takes_mask = any(p.name == "attention_mask" or p.kind is p.VAR_KEYWORD for p in parameters)
-    if takes_mask and any(p.name == "position_ids" for p in parameters):
+    if takes_positions(base_model) and accepts(base_model, "attention_mask"):
         positions = torch.arange(count, device=device)
         positions[count // 2 :] += sequence_length - count
         inputs |= {"position_ids": positions.unsqueeze(0), "attention_mask": torch.ones_like(inputs["input_ids"])}
@@ -123,13 +121,13 @@ def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool, remedy: str
     from transformers import AutoModelForCausalLM
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except _CANNOT_LOAD as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder}: transformers cannot load this model ({reason}); {remedy}") from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         raise UserError(
             listed(f"{folder}: transformers fills these in at random, since they are not stored; {remedy}", missing)
         )

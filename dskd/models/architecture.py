@@ -11,7 +11,7 @@ from dskd.errors import UserError
 from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder
 from dskd.models.limits import original_positions
-from dskd.models.probes import accepts, check_head
+from dskd.models.probes import accepts, check_head, takes_positions
 from dskd.models.stored_names import base_model
 from dskd.models.weights import LAYER_NAME
 
@@ -52,7 +52,7 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
         raise UserError(f"{where} cannot be run here: its forward does not take {', '.join(missing)}")
     if noise := getattr(model.config, "router_jitter_noise", None):
         raise UserError(
-            f"{where} is a mixture of experts that chooses them by chance in training (router_jitter_noise: {noise}), "
+            f"{where} is a mixture of experts that chooses them at random in training (router_jitter_noise: {noise}), "
             "so a run would not be a function of its seed; such a model is not supported"
         )
     if model.config.model_type in _UNGATHERABLE:
@@ -60,23 +60,24 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
             f"{where} is a mixture of experts whose weights are read outside of the module that holds them: ranks with "
             "different tokens cannot gather them; such a model is not supported"
         )
-    _check_sequences(model.config, config, where, takes_positions=accepts(base, "position_ids"))
+    _check_sequences(model.config, config, where, with_positions=takes_positions(base))
     return model
 
 
-def _check_sequences(model_config: Any, config: Config, where: str, *, takes_positions: bool) -> None:
+def _check_sequences(model_config: Any, config: Config, where: str, *, with_positions: bool) -> None:
     """Refuses sequence settings with which a document's states would depend on other text in its sequence or batch."""
-    if config.corpus.packing == "documents" and not takes_positions:
+    if config.corpus.packing == "documents" and not with_positions:
         raise UserError(
-            f"{where} does not keep documents apart that stand in one sequence: it takes no positions. Set "
-            "corpus.packing to stream, where they may see each other, or to none, where each has a sequence of its own"
+            f"{where} does not keep documents apart that share a sequence: it takes no positions. Set "
+            "corpus.packing to stream, if they may see each other, or to none, which gives each a sequence of its own",
+            known_to_all_ranks=True,
         )
     length = config.corpus.sequence_length
     chunk = getattr(model_config, "attention_chunk_size", None)
     if config.corpus.packing == "documents" and chunk and length > chunk:
         raise UserError(
-            f"{where} attends in chunks of {chunk} positions (attention_chunk_size), which packed documents would meet "
-            f"in other places than alone; set corpus.sequence_length, now {length}, to at most {chunk}, or "
+            f"{where} attends in chunks of {chunk} positions (attention_chunk_size), which would cut packed documents "
+            f"in other places than single ones; set corpus.sequence_length, now {length}, to at most {chunk}, or "
             "corpus.packing to stream or none"
         )
     scaling = getattr(model_config, "rope_scaling", None) or getattr(model_config, "rope_parameters", None) or {}

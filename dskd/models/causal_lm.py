@@ -6,7 +6,7 @@ before the next one is read, so no rank ever holds a whole model.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +14,19 @@ from torch import nn
 
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.cut_config import compare_layers, cut_config
+from dskd.models.cut_config import cut_config
 from dskd.models.folder import BAD_CONFIG, ModelFolder, reason_of
+from dskd.models.layers import compare_layers
 from dskd.models.probes import check_head
 from dskd.models.stored_names import StoredNames, check_stored_tensors, parameter_names, persistent_buffers
 from dskd.models.weights import LAYER_NAME, TensorReader
+
+# What ZeRO-3 gathers, in numbers of elements. Norms and biases, up to so many times the hidden size, stay gathered, and
+# anything larger is sharded; transformers uses this rule for "auto". The rest are DeepSpeed's own defaults, set
+# explicitly because :mod:`dskd.plan` computes with them.
+PERSISTENT_WIDTHS = 10
+PREFETCHED, MAX_LIVE, MAX_REUSE_DISTANCE = 50_000_000, 1_000_000_000, 1_000_000_000
+SUB_GROUP = 1_000_000_000  # elements that the optimizer's step processes at one time
 
 
 def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:
@@ -30,8 +38,11 @@ def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,
-            # Norms and biases stay gathered, and anything larger is sharded; transformers uses this rule for "auto".
-            "stage3_param_persistence_threshold": 10 * hidden_size,
+            "stage3_param_persistence_threshold": PERSISTENT_WIDTHS * hidden_size,
+            "stage3_prefetch_bucket_size": PREFETCHED,
+            "stage3_max_live_parameters": MAX_LIVE,
+            "stage3_max_reuse_distance": MAX_REUSE_DISTANCE,
+            "sub_group_size": SUB_GROUP,
             "overlap_comm": world.device.type == "cuda",
         },
         "steps_per_print": 2**31 - 1,
@@ -201,11 +212,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 setattr(module, name, value.to(device))
-
-
-def sharded_numel(parameters: Iterable[nn.Parameter]) -> int:
-    """Returns how many elements of these ZeRO-3 parameters this rank holds."""
-    return sum(parameter.ds_tensor.numel() for parameter in parameters)  # type: ignore[attr-defined]
 
 
 def config_without_dropout(folder: ModelFolder) -> Any:

@@ -10,10 +10,7 @@ no such list, by a rule with the same result.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from dskd.errors import UserError, listed
-from dskd.models.weights import LAYER_NAME
+from dskd.errors import UserError
 
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Lists of layer numbers.
@@ -21,7 +18,7 @@ _INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_i
 # Layers below this number are of one kind, the others of another.
 _THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
 # Rules, and the list that replaces each.
-_RULES = {
+RULES = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
     "full_attn_idxs": "layer_types",
@@ -29,7 +26,6 @@ _RULES = {
     "no_rope_layer_interval": "no_rope_layers",
     "interleave_moe_layer_step": "moe_layers",
 }
-_NOT_OF_A_KIND = ("training", *_RULES)
 # Names of lists with one item per layer contain "layer", or are of sizes that other models give once for all layers.
 _SIZE_PREFIXES, _SIZE_SUFFIXES = ("num_",), ("_size", "_topk", "_top_k", "_heads", "_multipliers")
 
@@ -65,7 +61,7 @@ def cut_config(
             result[key] = [value[layer] for layer in layers]
         elif key in _THRESHOLDS and isinstance(value, int):
             result[key] = sum(layer < value for layer in layers)
-    for rule, replacement in _RULES.items():
+    for rule, replacement in RULES.items():
         if isinstance(full.get(replacement), list):
             result.pop(rule, None)
     _replace_rules(result, full, layers)
@@ -87,8 +83,8 @@ def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequ
     if isinstance(full.get("attention_types"), list) and "attention_layers" in full:  # GPT-Neo
         result["attention_types"] = [[[full["attention_layers"][layer] for layer in layers], 1]]
     if _has(full, "moe_layer_interval"):  # ERNIE
-        wanted = [_is_sparse_in_ernie(full, layer) for layer in layers]
-        chosen = [number for number in numbers if wanted[number]]
+        kinds = [_is_sparse_in_ernie(full, layer) for layer in layers]
+        chosen = [number for number in numbers if kinds[number]]
         if not chosen:
             raise UserError(
                 "student.layers: the student has no layer with experts, and transformers builds no such model of this "
@@ -102,7 +98,7 @@ def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequ
                 for n in _counts(layers)
             ),
             _is_sparse_in_ernie,
-            wanted,
+            kinds,
         )
     for kind in ("attn", "expert"):  # Jamba
         period, offset = f"{kind}_layer_period", f"{kind}_layer_offset"
@@ -132,14 +128,14 @@ def _is_sparse_in_ernie(values: Mapping[str, Any], layer: int) -> bool:
     return (layer + 1) % values["moe_layer_interval"] == 0 and start <= layer <= end
 
 
-def _choose(result: dict[str, Any], candidates: Iterable[dict[str, int]], rule: Rule, wanted: list[bool]) -> None:
+def _choose(result: dict[str, Any], candidates: Iterable[dict[str, int]], rule: Rule, kinds: list[bool]) -> None:
     """Updates `result` with the first candidate for which the rule gives each layer its kind.
 
     Raises:
         UserError: when no candidate does.
     """
     for candidate in candidates:
-        if [rule(candidate, layer) for layer in range(len(wanted))] == wanted:
+        if [rule(candidate, layer) for layer in range(len(kinds))] == kinds:
             result.update(candidate)
             return
     raise UserError(
@@ -147,78 +143,3 @@ def _choose(result: dict[str, Any], candidates: Iterable[dict[str, int]], rule: 
         f"({', '.join(candidate)}), and no such rule gives the kept ones theirs; keep others, for example the lowest "
         "ones (student.spacing: first)"
     )
-
-
-def check_kinds(teacher: nn.Module, student: Any, layers: Sequence[int]) -> None:
-    """Refuses a student whose layers differ in kind from the teacher's layers they are made from.
-
-    Args:
-        teacher: the teacher, which may be on the meta device.
-        student: the model built from the cut config.json, which may be on the meta device too.
-        layers: the teacher's layers that the student keeps.
-
-    Raises:
-        UserError: when layers differ, with up to ten differences.
-    """
-    differences = compare_layers(teacher, student, layers)
-    if _reads_layer_numbers(student.config) and list(layers) != list(range(len(layers))):
-        differences.append("config.json scales attention by a layer's number (scale_attn_by_inverse_layer_idx)")
-    if differences:
-        raise UserError(
-            listed(
-                f"student.layers: {type(student).__name__} with the teacher's layers {', '.join(map(str, layers))} "
-                "would compute something else than these layers do in the teacher; keep others, for example the lowest "
-                "ones (student.spacing: first)",
-                differences[:10],
-            )
-        )
-
-
-def compare_layers(whole: nn.Module, part: nn.Module, layers: Sequence[int]) -> list[str]:
-    """Lists the differences of two models' layers in modules, settings and shapes; none if they compute the same.
-
-    Args:
-        whole: a model.
-        part: a model whose layer i should be the same as layer `layers[i]` of `whole`.
-        layers: layer numbers in `whole`.
-    """
-    theirs, ours = layers_of(whole), layers_of(part)
-    if len(ours) != len(layers):
-        return [f"it has {len(ours)} layers, {len(layers)} were kept"]
-    differences = []
-    for new, old in enumerate(layers):
-        expected, found = _kind(theirs[old], old), _kind(ours[new], new)
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                differences.append(
-                    f"layer {new}, the teacher's {old}: {name} is {found.get(name)}, there {expected.get(name)}"
-                )
-    return differences
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Returns the model's layers in order, found by the names of their parameters."""
-    found: dict[int, nn.Module] = {}
-    for name, _ in model.named_parameters():
-        if layer := LAYER_NAME.search(name):
-            found.setdefault(int(layer.group(1)), model.get_submodule(name[: layer.end() - 1]))
-    return [found[number] for number in sorted(found)]
-
-
-def _kind(layer: nn.Module, number: int) -> dict[str, Any]:
-    """Returns {name of a setting or tensor in a layer: its value or shape}, leaving out the layer's own number."""
-    kind: dict[str, Any] = {}
-    for path, module in layer.named_modules():
-        prefix = f"{path}." if path else ""
-        kind[f"{prefix}class"] = type(module).__name__
-        for name, value in vars(module).items():
-            is_number = ("layer" in name or "idx" in name) and type(value) is int and value in (number, number + 1)
-            if isinstance(value, bool | int | float | str | None) and name not in _NOT_OF_A_KIND and not is_number:
-                kind[prefix + name] = value
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            kind[prefix + name] = list(getattr(tensor, "ds_shape", tensor.shape))
-    return kind
-
-
-def _reads_layer_numbers(model_config: Any) -> bool:
-    return bool(getattr(model_config, "scale_attn_by_inverse_layer_idx", False))

@@ -20,8 +20,9 @@ from dskd.console import say, stage
 from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.cut_config import cut_config
 from dskd.models.folder import ModelFolder, find_teacher, load_tokenizer, tokenizer_digest
+from dskd.models.layers import check_kinds
 from dskd.models.pruned_teacher import can_be_compared, compare_with_pruned_teacher
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
@@ -80,18 +81,17 @@ def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
     Raises:
         UserError: when the teacher has no such layers.
     """
-    wanted = student.layers
-    if isinstance(wanted, tuple):
-        missing = [layer for layer in wanted if layer >= num_layers]
-        if missing:
+    layers = student.layers
+    if isinstance(layers, tuple):
+        if missing := [layer for layer in layers if layer >= num_layers]:
             raise UserError(f"student.layers: the teacher has layers 0 to {num_layers - 1}, so there is no {missing}")
-        return list(wanted)
-    if not 1 <= wanted <= num_layers:
-        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {wanted}")
+        return list(layers)
+    if not 1 <= layers <= num_layers:
+        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {layers}")
     if student.spacing == "first":
-        return list(range(wanted))
+        return list(range(layers))
     # Keep the first and the last layer, and space the others evenly between them.
-    return [0] if wanted == 1 else [round(i * (num_layers - 1) / (wanted - 1)) for i in range(wanted)]
+    return [0] if layers == 1 else [round(i * (num_layers - 1) / (layers - 1)) for i in range(layers)]
 
 
 def copy_other_files(teacher: ModelFolder, target: Path) -> None:
@@ -121,14 +121,14 @@ def check_student(student: ModelFolder, teacher: ModelFolder, layers: list[int])
     reader = TensorReader(student.path)
     check_stored_tensors(empty_model(student), reader, student)
     if not can_be_compared(teacher):
-        say("  not run beside the teacher, which is large; its settings, shapes and tensors were compared")
+        say("  the teacher is too large to run both; their settings, shapes and tensors were compared")
         if sum(math.prod(reader.shape(name)) for name in reader.names) <= _LOADED_ELEMENTS:
-            _load_as_anybody(student, "auto")
+            _load_with_transformers(student, "auto")
         return
-    compare_with_pruned_teacher(teacher, _load_as_anybody(student, torch.float32), layers)
+    compare_with_pruned_teacher(teacher, _load_with_transformers(student, torch.float32), layers)
 
 
-def _load_as_anybody(student: ModelFolder, dtype: torch.dtype | str) -> Any:
+def _load_with_transformers(student: ModelFolder, dtype: torch.dtype | str) -> Any:
     """Returns the student as transformers loads it.
 
     Raises:
@@ -137,7 +137,7 @@ def _load_as_anybody(student: ModelFolder, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             student.path,
             dtype=dtype,
             trust_remote_code=student.trust_remote_code,
@@ -147,8 +147,8 @@ def _load_as_anybody(student: ModelFolder, dtype: torch.dtype | str) -> Any:
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError) as error:
         raise UserError(f"{student.path}: the cut student cannot be loaded; transformers: {error}") from error
     problems = [
-        *(f"there is no tensor {name}" for name in sorted(found["missing_keys"])),
-        *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in found["mismatched_keys"]),
+        *(f"there is no tensor {name}" for name in sorted(loading["missing_keys"])),
+        *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in loading["mismatched_keys"]),
     ]
     if problems:
         raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))

@@ -31,17 +31,15 @@ def final_norm_names(causal_lm: Any) -> set[str]:
         if module in inside and not LAYER_NAME.search(f"{name}.") and _has_only_vectors(module)
     }
     after = _names_after_last_layer(causal_lm)
-    found = [name for name in norms if after is None or name in after]
-    if len(found) != 1:
-        there = (
-            f"candidates are {', '.join(found)}" if found else "no module with such parameters runs after its layers"
-        )
+    candidates = [name for name in norms if after is None or name in after]
+    if len(candidates) != 1:
+        reason = f"{', '.join(candidates)} could be" if candidates else "no module of vectors runs after its layers"
         raise UserError(
-            f"student.train_final_norm: which module of {type(causal_lm).__name__} is its final norm cannot be told: "
-            f"{there}; set it to false",
+            f"student.train_final_norm: cannot tell which module of {type(causal_lm).__name__} is its final norm: "
+            f"{reason}; set it to false",
             known_to_all_ranks=True,
         )
-    return {f"{found[0]}.{name}" for name, _ in norms[found[0]].named_parameters(recurse=False)}
+    return {f"{candidates[0]}.{name}" for name, _ in norms[candidates[0]].named_parameters(recurse=False)}
 
 
 def _has_only_vectors(module: nn.Module) -> bool:

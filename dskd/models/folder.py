@@ -10,21 +10,21 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dskd.artifacts import kinds
 from dskd.artifacts.hashing import digest_of_json, sha256_of_file
 from dskd.artifacts.manifest import read_manifest, write_json
+from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config, TeacherConfig
 from dskd.errors import UserError, listed
 from dskd.models.limits import check_limits
 from dskd.models.model_config import read_model_config
 from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
 
-_LFS_POINTER = b"version https://git-lfs"
-# What transformers raises where a value of config.json is wrong: it checks few of them.
+# The errors that transformers raises for a wrong value in config.json; it checks few values itself.
 BAD_CONFIG = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError),
     *(AssertionError, ArithmeticError, RuntimeError),
@@ -65,7 +65,7 @@ class ModelFolder:
         for key in _SIZES:
             size = getattr(model_config, key, 1)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise UserError(f"{self.path / 'config.json'}: {key} is {size!r}; it must be a number from 1 on")
+                raise UserError(f"{self.path / 'config.json'}: {key} is {size!r}; it must be a whole number, 1 or more")
         return model_config
 
     def load_tokenizer(self) -> Any:
@@ -74,7 +74,7 @@ class ModelFolder:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error's text, with its kind where the text alone may say nothing."""
+    """Returns the first line of an error's text after the name of its type, or the name alone if it has no text."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
@@ -93,10 +93,10 @@ def find_teacher(config: Config) -> ModelFolder:
     folder = _local_or_hub(teacher)
     check_model_folder(folder, named_by="teacher.path", trust_remote_code=teacher.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
-    digest = _digest_of_model(folder, cache=config.path(".teacher_digests.json"))
-    found = ModelFolder(folder, digest, tokenizer_digest(tokenizer), teacher.trust_remote_code)
-    check_limits(config, folder, found.load_config(), tokenizer)
-    return found
+    # Check everything that is quick before the files are hashed, which takes minutes for a large model.
+    unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), teacher.trust_remote_code)
+    check_limits(config, folder, unhashed.load_config(), tokenizer)
+    return replace(unhashed, digest=_digest_of_model(folder, cache=config.path(".teacher_digests.json")))
 
 
 def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:
@@ -119,21 +119,15 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         problems.append(f"there is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}")
     weights = sorted(file.name for file in folder.glob("model*.safetensors*"))
-    problems += [
-        f"{name} is a git-lfs pointer and not the file itself; fetch it with `git lfs pull`"
-        for name in ("config.json", *_TOKENIZER_FILES, *weights)
-        if _is_lfs_pointer(folder / name)
-    ]
+    for name in ("config.json", *_TOKENIZER_FILES, *weights):
+        if (folder / name).is_file():
+            try:
+                refuse_pointer(folder / name)
+            except UserError as problem:
+                problems.append(str(problem))
     if problems:
         raise UserError(listed(f"{named_by}: {folder} is not a Hugging Face model folder", problems))
     read_model_config(folder, named_by=named_by, trust_remote_code=trust_remote_code)
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -204,8 +198,8 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
     if folder.is_dir():
         if teacher.revision is not None:
             raise UserError(
-                f"teacher.revision: {teacher.revision!r} is of a model of the hub, and teacher.path is the folder "
-                f"{folder}; leave it out, or name the model as ORGANISATION/NAME"
+                f"teacher.revision: {teacher.revision!r} is a revision of a model on the hub, but teacher.path is the "
+                f"folder {folder}; remove it, or name the model as ORGANISATION/NAME"
             )
         return folder
     if folder.is_absolute() or teacher.path.startswith((".", "~")) or teacher.path.count("/") != 1:
@@ -230,7 +224,7 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"teacher.path: {teacher.path!r} is no folder here, and cannot be fetched from the hub ({reason})"
+            f"teacher.path: {teacher.path!r} is not a folder here, and cannot be fetched from the hub ({reason})"
         ) from None
 
 

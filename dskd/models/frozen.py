@@ -47,10 +47,10 @@ class Decoder(nn.Module):
         `inputs` are token ids [B, T], or the states [B, T, D] that enter the lowest layer. Where `position_ids` [B, T]
         restart from 0, attention restarts too. `options` are passed to the base model.
         """
-        given = {"inputs_embeds": inputs} if inputs.is_floating_point() else {"input_ids": inputs}
-        # A copy, because XGLM adds to its positions in place, and teacher and student are given the same.
+        named_inputs = {"inputs_embeds": inputs} if inputs.is_floating_point() else {"input_ids": inputs}
+        # A copy, because XGLM adds to its positions in place, and teacher and student get the same tensor.
         positions = {} if position_ids is None else {"position_ids": position_ids.clone()}
-        return self.base(**given, **({"use_cache": False} | positions | options)).last_hidden_state
+        return self.base(**named_inputs, **({"use_cache": False} | positions | options)).last_hidden_state
 
 
 Readout = Callable[[torch.Tensor, torch.Tensor], Any]

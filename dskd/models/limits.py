@@ -20,7 +20,7 @@ def position_limit(model_config: Any) -> int | None:
     """Returns how many positions a model has, or was trained for; None if its config does not limit them.
 
     Models with learned positions cannot run on more. Models with rotary positions can, but were not trained on them.
-    Most files have the number after scaling in `max_position_embeddings`; where a file names the one before scaling,
+    Most files have the number after scaling in `max_position_embeddings`; if a file names the one before scaling,
     that number times the factor is a limit too, and the larger one counts.
     """
     text = model_config.get_text_config()
@@ -37,11 +37,11 @@ def position_limit(model_config: Any) -> int | None:
 
 
 def original_positions(model_config: Any) -> int | None:
-    """Returns the positions before RoPE scaling; None where config.json does not name them."""
+    """Returns the number of positions before RoPE scaling; None if config.json does not name it."""
     key = "original_max_position_embeddings"
     scaling = getattr(model_config, "rope_scaling", None) or getattr(model_config, "rope_parameters", None) or {}
-    found = getattr(model_config, key, None) or scaling.get(key)
-    return found if isinstance(found, int) else None
+    positions = getattr(model_config, key, None) or scaling.get(key)
+    return positions if isinstance(positions, int) else None
 
 
 def vocabulary_size(model_config: Any) -> int | None:

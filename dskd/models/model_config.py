@@ -93,7 +93,7 @@ def _refuse_other_models(values: dict[str, Any], where: str) -> None:
     if values.get("is_encoder_decoder"):
         raise UserError(f"{where}: {name} is an encoder-decoder; only decoders are supported")
     if any(str(one).endswith(_NO_DECODERS) for one in values.get("architectures") or []):
-        raise UserError(f"{where}: {name} is no decoder that predicts the next token; only decoders are supported")
+        raise UserError(f"{where}: {name} does not predict the next token; only decoders are supported")
 
 
 def _refuse_quantised(values: dict[str, Any], folder: Path, where: str) -> None:
@@ -121,18 +121,18 @@ def _translate_rotations(values: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         UserError: when the keys of transformers 4 cannot express them, or existing keys contradict them.
     """
-    given = values.get("rope_parameters")
-    if not given:
+    rotations = values.get("rope_parameters")
+    if not rotations:
         return values
     accepted = _accepted(values["model_type"])
-    layers = {kind: rope for kind, rope in given.items() if isinstance(rope, dict)}
+    layers = {kind: rope for kind, rope in rotations.items() if isinstance(rope, dict)}
     added: dict[str, Any] = {}
-    full = given
+    full = rotations
     # `rope_parameters` may have an entry per kind of layer. Transformers 4 has a second base for layers with a window
     # in some architectures, under one of two keys, and nothing more: anything else that differs is refused.
     if layers:
-        if set(given) - {"full_attention", "sliding_attention"} or "full_attention" not in layers:
-            raise _unknown_rotations(values, where, f"kinds of layers {', '.join(given)}")
+        if set(rotations) - {"full_attention", "sliding_attention"} or "full_attention" not in layers:
+            raise _unknown_rotations(values, where, f"kinds of layers {', '.join(rotations)}")
         full = layers["full_attention"]
         local = layers.get("sliding_attention", full)
         local_key = next((key for key in ("rope_local_base_freq", "local_rope_theta") if key in accepted), None)
@@ -233,7 +233,7 @@ def _accepted(model_type: str) -> frozenset[str]:
 
 @functools.cache
 def _read_by_code(model_type: str) -> frozenset[str]:
-    """The keys that a config class sets by itself, and those that only the code of the config or of the model names."""
+    """Returns the keys that a config class sets by itself, and those that only its code or the model's code names."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]

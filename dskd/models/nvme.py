@@ -12,7 +12,7 @@ from dskd.distributed.node_cache import make_own_folder
 from dskd.distributed.world import World
 from dskd.errors import UserError
 
-_BUFFERS = 8  # shares in memory at one time: those of one module, and those that are read ahead
+BUFFERS = 8  # shares in memory at one time: those of one module, and those that are read ahead
 
 
 def open_nvme_folder(nvme_path: str) -> Path:
@@ -47,12 +47,17 @@ def nvme_settings(
     offload = {
         "device": "nvme",
         "nvme_path": str(folder),
-        "buffer_count": _BUFFERS,
-        "buffer_size": -(-largest_numel // world.world_size) + 1024,
+        "buffer_count": BUFFERS,
+        "buffer_size": buffer_numel(largest_numel, world.world_size),
         "pin_memory": pin_memory,
     }
     aio = {"block_size": 2**20, "queue_depth": 16, "single_submit": False, "overlap_events": True}
     return offload, aio
+
+
+def buffer_numel(largest_numel: int, world_size: int) -> int:
+    """Returns the number of elements of a buffer in memory, for a model whose largest parameter has `largest_numel`."""
+    return -(-largest_numel // world_size) + 1024
 
 
 @cache

@@ -46,5 +46,5 @@ def _gpu_supports_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # The query initialises CUDA, which takes hundreds of megabytes of GPU memory until the process ends. The pipeline
     # only needs the answer to compare recipes, and its ranks need that memory, so a short-lived process runs the query.
-    asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=True)
-    return asked.stdout.split()[-1] == "True"
+    answer = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=True)
+    return answer.stdout.split()[-1] == "True"

@@ -85,21 +85,21 @@ def check_documents(
         UserError: on every rank when the model is refused, with what to do.
     """
     name = type(decoder.base).__name__
-    takes_positions = accepts(decoder.base, "position_ids")
-    if packed and not takes_positions:
+    with_positions = takes_positions(decoder.base)
+    if packed and not with_positions:
         raise UserError(_not_apart(folder, name), known_to_all_ranks=True)
-    found = measure_crossing(run, decoder.base.config.vocab_size, world.device, with_positions=takes_positions)
+    crossing = measure_crossing(run, decoder.base.config.vocab_size, world.device, with_positions=with_positions)
     # Running the model on the text refuses states that are not finite, and can name the position.
-    is_spoiled = not all(map(math.isfinite, dataclasses.astuple(found)))
-    failed = [is_spoiled, found.looks_ahead(dtype), found.crosses(dtype)]
+    is_spoiled = not all(map(math.isfinite, dataclasses.astuple(crossing)))
+    failed = [is_spoiled, crossing.looks_ahead(dtype), crossing.crosses(dtype)]
     # All ranks must reach the same decision, even if their hardware rounds differently.
     is_spoiled, looks_ahead, crosses = (sum_over_ranks(torch.tensor(failed, device=world.device).float()) > 0).tolist()
     if is_spoiled:
         return
     if looks_ahead:
         raise UserError(
-            f"{folder.path}: {name} is no decoder: its state of a token depends on the tokens after it. A teacher is a "
-            "causal language model",
+            f"{folder.path}: {name} is not a decoder: its state of a token depends on the tokens after it. A teacher "
+            "is a causal language model",
             known_to_all_ranks=True,
         )
     if packed and crosses:
@@ -108,16 +108,24 @@ def check_documents(
 
 def _not_apart(folder: ModelFolder, name: str) -> str:
     return (
-        f"{folder.path}: {name} does not keep documents apart that stand in one sequence: its states of a document "
-        "depend on the one before. Set corpus.packing to stream, where they may, or to none, where each has a sequence "
+        f"{folder.path}: {name} does not keep documents apart that share a sequence: its states of a document "
+        "depend on the one before. Set corpus.packing to stream, if they may, or to none, which gives each a sequence "
         "of its own"
     )
 
 
 def accepts(module: nn.Module, argument: str) -> bool:
-    """Returns whether the module's forward takes an argument of that name."""
+    """Returns whether the module's forward can be called with an argument of that name."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def takes_positions(base_model: nn.Module) -> bool:
+    """Returns whether a base model reads position ids: its forward names them.
+
+    Models without positions, such as BLOOM and MPT, accept any argument and ignore this one.
+    """
+    return "position_ids" in inspect.signature(base_model.forward).parameters
 
 
 @torch.no_grad()
@@ -227,8 +235,8 @@ def check_head(causal_lm: Any, folder: ModelFolder) -> None:
 def _head_keys(model_config: Any) -> str:
     """Returns the keys of config.json, with values, that change the logits after the matrix product."""
     keys = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
-    found = {key: value for key in keys if (value := getattr(model_config, key, None)) not in (None, 1.0)}
-    return ", ".join(f"{key}: {value}" for key, value in found.items())
+    values = {key: value for key in keys if (value := getattr(model_config, key, None)) not in (None, 1.0)}
+    return ", ".join(f"{key}: {value}" for key, value in values.items())
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from torch import nn
 from dskd.console import say
 from dskd.errors import UserError
 from dskd.models.agreement import PROBE_TOKENS, probe_inputs
-from dskd.models.cut_config import layers_of
 from dskd.models.folder import BAD_CONFIG, ModelFolder, reason_of
+from dskd.models.layers import input_states, layers_of
 from dskd.models.limits import position_limit
 from dskd.models.reference import SMALL_BYTES, load_whole, relative_difference
 from dskd.models.stored_names import base_model
@@ -83,7 +83,7 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
 
 
 def _return_input(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    states = args[0] if args else kwargs["hidden_states"]
+    states = input_states(args, kwargs)
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 

@@ -5,10 +5,7 @@ it only loads some layers, one after the other: the first, the last, and one of 
 input states as the same layer of the loaded model.
 """
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import json
 from typing import Any
 
 import torch
@@ -21,6 +18,8 @@ from dskd.distributed.world import World
 from dskd.errors import UserError, listed
 from dskd.models.causal_lm import config_without_dropout, empty_model
 from dskd.models.folder import ModelFolder
+from dskd.models.layers import kind_of, recorded
+from dskd.models.probes import takes_positions
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, persistent_buffers
 from dskd.models.weights import TensorReader
 
@@ -40,7 +39,7 @@ def compare_with_transformers(
     """Refuses a model whose states or buffers differ from those that transformers computes for it.
 
     Tokens differ between ranks. They are run at the first positions, and at the last ones that config.json allows,
-    where errors in scaled rotations are largest.
+    because errors in scaled rotations are largest there.
 
     Args:
         engine: the callable that runs the model, from token ids and position ids [B, T].
@@ -60,21 +59,20 @@ def compare_with_transformers(
     tokens = min(_TOKENS, longest)
     numbers = torch.arange(tokens, device=world.device)[None]
     input_ids = (7 * numbers + 3 + 11 * world.rank) % config.vocab_size
-    parameters = inspect.signature(decoder.base.forward).parameters
-    starts = [longest - tokens, 0] if "position_ids" in parameters and longest > tokens else [0]
+    starts = [longest - tokens, 0] if takes_positions(decoder.base) and longest > tokens else [0]
     # Compare a small model whole, and of a large one a layer of each kind, which need little memory.
     reader = TensorReader(folder.path)
     size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * dtype.itemsize
     chosen = None if size <= small else _one_of_each_kind(decoder.layers)
-    watched = [] if chosen is None else [decoder.layers[layer] for layer in chosen]
+    compared = [] if chosen is None else [decoder.layers[layer] for layer in chosen]
     # Run the loaded model on all ranks, and record the inputs and outputs of the compared layers and the last states.
-    found = []
+    states_by_start = []
     for start in starts:
-        with _watched(decoder, watched) as seen:
+        with recorded([*compared, decoder]) as runs:
             engine(input_ids, *([numbers + start] if start else []))
-        found.append(torch.stack(seen.states))
-    everyone = _gather(torch.stack(found), world)  # [ranks][starts, 2 * watched layers + 1, 1, T, D]
-    compared = min(world.world_size, _RANKS)
+        of_layers = [states for run in runs[:-1] for states in (run.input, run.output)]
+        states_by_start.append(torch.stack([*of_layers, runs[-1].output]))
+    everyone = _gather(torch.stack(states_by_start), world)  # [ranks][starts, 2 * compared layers + 1, 1, T, D]
 
     def compare() -> list[Any]:
         worst, place, is_finite = 0.0, "the last hidden states", True
@@ -82,18 +80,18 @@ def compare_with_transformers(
             if layer is None:
                 reference = load_whole(folder, dtype)
             else:
-                reference = _one_layer(decoder, folder, dtype, layer, returns_tuple=seen.is_tuple)
+                reference = _one_layer(decoder, folder, dtype, layer, returns_tuple=runs[0].returns_tuple)
             reference = type(decoder)(reference.to(world.device).eval())
-            for rank in range(compared):
+            for rank in range(min(world.world_size, _RANKS)):
                 ids = (7 * numbers + 3 + 11 * rank) % config.vocab_size
                 for number, start in enumerate(starts):
                     positions = {"position_ids": numbers + start} if start else {}
                     states = everyone[rank][number]
                     if chosen is None or layer is None:
-                        theirs = _run_whole(reference, ids, positions, states)
+                        results = _run_whole(reference, ids, positions, states)
                     else:
-                        theirs = _run_layer(reference, ids, positions, states, layer, chosen)
-                    for name, ours, expected in theirs:
+                        results = _run_layer(reference, ids, positions, states, layer, chosen)
+                    for name, ours, expected in results:
                         error = relative_difference(ours, expected)
                         if not error <= worst:
                             worst, place = error, f"{name} on rank {rank}, at positions from {start}"
@@ -142,12 +140,12 @@ def _check_buffers(decoder: Any, folder: ModelFolder, dtype: torch.dtype) -> Non
     """Refuses a model whose computed buffers are not bit for bit those that transformers computes without ZeRO."""
     causal_lm = empty_model(folder, dtype)
     base, stored = base_model(causal_lm), persistent_buffers(base_model(causal_lm))
-    found = dict(decoder.base.named_buffers())
+    own = dict(decoder.base.named_buffers())
     wrong = [
         name
         for name, buffer in base.named_buffers()
         if name not in stored
-        and (found[name].dtype != buffer.dtype or not torch.equal(found[name].to(buffer.device), buffer))
+        and (own[name].dtype != buffer.dtype or not torch.equal(own[name].to(buffer.device), buffer))
     ]
     if wrong:
         raise UserError(
@@ -158,45 +156,11 @@ def _check_buffers(decoder: Any, folder: ModelFolder, dtype: torch.dtype) -> Non
 
 def _one_of_each_kind(layers: nn.ModuleList) -> list[int]:
     """Returns the numbers of the first layer, the last, and the first of each other kind, up to _KINDS of these."""
-    first_of: dict[Any, int] = {}
+    first_of: dict[str, int] = {}
     for number, layer in enumerate(layers):
-        settings = {
-            (path, name, value)
-            for path, module in layer.named_modules()
-            for name, value in vars(module).items()
-            if isinstance(value, (bool, int, float, str)) and not name.startswith(("_", "ds_")) and "idx" not in name
-        }
-        names = {name for name, _ in layer.named_parameters()}
-        first_of.setdefault(frozenset(settings | names), number)
+        first_of.setdefault(json.dumps(kind_of(layer, number), sort_keys=True), number)
     others = sorted(set(first_of.values()) - {0, len(layers) - 1})[:_KINDS]
     return sorted({0, *others, len(layers) - 1})
-
-
-@dataclass
-class _Seen:
-    """The states of a forward pass [1, T, D]: the input and output of each watched layer, and the last ones."""
-
-    states: list[torch.Tensor] = field(default_factory=list)
-    is_tuple: bool = False  # whether layers return a tuple of which the states are the first item
-
-
-@contextmanager
-def _watched(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[_Seen]:
-    """Records the input and output of each layer, in the order in which they run, and then the last hidden states."""
-    seen = _Seen()
-
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.is_tuple = isinstance(output, tuple)
-        seen.states.append((args[0] if args else kwargs["hidden_states"]).detach())
-        seen.states.append((output[0] if seen.is_tuple else output).detach())
-
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
-    hooks.append(decoder.register_forward_hook(lambda module, args, output: seen.states.append(output.detach())))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _gather(states: torch.Tensor, world: World) -> list[torch.Tensor]:
@@ -296,11 +260,11 @@ def _run_layer(
 
     hook = module.register_forward_pre_hook(replace, with_kwargs=True)
     try:
-        with torch.no_grad(), _watched(decoder, [module]) as expected:
+        with torch.no_grad(), recorded([module, decoder]) as expected:
             decoder(input_ids, **positions)
     finally:
         hook.remove()
-    compared = [(f"what layer {layer} computes", states[place + 1], expected.states[1])]
+    results = [(f"what layer {layer} computes", states[place + 1], expected[0].output)]
     if layer == chosen[-1]:  # the last of all layers
-        compared.append(("the last hidden states", states[-1], expected.states[-1]))
-    return compared
+        results.append(("the last hidden states", states[-1], expected[-1].output))
+    return results

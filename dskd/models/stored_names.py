@@ -118,9 +118,9 @@ def check_stored_tensors(
     """
     names = StoredNames(causal_lm, reader, first_layer=first_layer)
     problems, taken, embeddings = [], set(), _embeddings_name(causal_lm)
-    wanted = [(aliases, parameter) for parameter, aliases in parameter_names(causal_lm)]
-    wanted += [([name], buffer) for name, buffer in persistent_buffers(causal_lm).items()]
-    for aliases, tensor in wanted:
+    tensors = [(aliases, parameter) for parameter, aliases in parameter_names(causal_lm)]
+    tensors += [([name], buffer) for name, buffer in persistent_buffers(causal_lm).items()]
+    for aliases, tensor in tensors:
         taken |= {stored for alias in aliases if (stored := names.find(alias)) is not None}
         stored = names.find_any(aliases)
         if tensor is leave_out:
@@ -169,9 +169,8 @@ def _left_over(causal_lm: Any, reader: TensorReader, taken: set[str], first_laye
     buffers = {shift_layer(name, first_layer) for name, _ in causal_lm.named_buffers()}
     ignored = list(getattr(causal_lm, "_keys_to_ignore_on_load_unexpected", None) or [])
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-        ignored.append(
-            r"rotary_emb\.inv_freq"
-        )  # older models store it for every layer; it is computed from config.json
+        # Older models store it for every layer; it is computed from config.json.
+        ignored.append(r"rotary_emb\.inv_freq")
     count = first_layer + causal_lm.config.num_hidden_layers
     # Layers above the last that predict tokens further ahead; no architecture of transformers runs them.
     further = range(count, count + int(getattr(causal_lm.config, "num_nextn_predict_layers", None) or 0))

@@ -105,7 +105,7 @@ def student_activations(
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         causal_lm.train(checkpointing)  # only if needed: there is no dropout, but some models draw random numbers
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
-        hidden_size, vocab_size = base.config.hidden_size, output.shape[0]
+        hidden_size = base.config.hidden_size
         copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None
         head = DistillationHead(output, copy, loss, chunk_size=chunk_size)
         # Run the phases of a micro-batch one after the other, and read the peak after each.
@@ -118,10 +118,14 @@ def student_activations(
             else:
                 inputs = {"input_ids": torch.empty(*shape, dtype=torch.int64)}
             with live.uncounted():  # dskd.plan.memory counts the loader's batches
-                brought = _brought(batch, vocab_size, hidden_size)
+                loaded = loaded_tensors(batch, hidden_size)
+                # If the device holds all rows of the dictionary, one of them represents all.
+                if "senses" in loaded:
+                    loaded["senses"].setdefault("sense_rows", torch.empty(1, hidden_size, dtype=torch.bfloat16))
+            loaded.pop("input_ids"), loaded.pop("position_ids", None)
             hidden = base(**inputs, use_cache=False, **_mask(batch, way)).last_hidden_state
             kept, forward = live.now, live.restart_peak()
-            total, sums = head(hidden, teacher_hidden=teacher_hidden, normalizers=Normalizers(1.0, 1.0), **brought)
+            total, sums = head(hidden, teacher_hidden=teacher_hidden, normalizers=Normalizers(1.0, 1.0), **loaded)
             of_loss = live.restart_peak()
             del hidden, inputs
             for parameter in causal_lm.parameters():
@@ -129,7 +133,7 @@ def student_activations(
                     parameter.register_post_accumulate_grad_hook(_drop_gradient)
             total.backward()
             backward = live.restart_peak()
-            del total, sums, teacher_hidden, brought
+            del total, sums, teacher_hidden, loaded
     return Activations(kept, forward, max(0, of_loss - kept), backward)
 
 
@@ -149,28 +153,36 @@ def _mask(batch: Batch, way: Way) -> dict[str, torch.Tensor]:
     return {"attention_mask": torch.empty(batch.size, 1, batch.length, batch.length, dtype=torch.bool)}
 
 
-def _brought(batch: Batch, vocab_size: int, hidden_size: int) -> dict[str, Any]:
-    """Returns the inputs of the head other than states, which the loader brings."""
+def loaded_tensors(batch: Batch, hidden_size: int) -> dict[str, Any]:
+    """Returns tensors like those that the loader brings for a micro-batch (:class:`dskd.training.collator.Collator`).
+
+    `sense_rows` is not among them if the device holds the whole dictionary.
+    """
     shape, positions, kappa = (batch.size, batch.length), batch.sense_positions, batch.kappa
-    brought: dict[str, Any] = {
+    loaded: dict[str, Any] = {
+        "input_ids": torch.zeros(shape, dtype=torch.int64),
         "labels": torch.zeros(shape, dtype=torch.int64),
         "loss_mask": torch.ones(shape, dtype=torch.bool),
     }
+    if batch.is_packed:
+        loaded["position_ids"] = torch.zeros(shape, dtype=torch.int64)
     if positions:
-        index = torch.zeros(positions, kappa, dtype=torch.int64)
-        place = torch.zeros(positions, dtype=torch.int64)
-        brought["senses"] = {
-            "sense_rows": torch.empty(max(1, batch.sense_rows), hidden_size, dtype=torch.bfloat16),
-            **{"relation_positions": place, "synonym_rows": index, "antonym_rows": index},
-            **{"own_positions": place, "own_rows": index},
+        loaded["senses"] = {
+            **{name: torch.zeros(positions, dtype=torch.int64) for name in ("relation_positions", "own_positions")},
+            **{
+                name: torch.zeros(positions, kappa, dtype=torch.int64)
+                for name in ("synonym_rows", "antonym_rows", "own_rows")
+            },
         }
+        if batch.sense_rows:
+            loaded["senses"]["sense_rows"] = torch.empty(batch.sense_rows, hidden_size, dtype=torch.bfloat16)
     if batch.teacher_top_n:
-        brought["teacher_cache"] = {
-            "token_ids": torch.zeros(*shape, batch.teacher_top_n, dtype=torch.int64),
+        loaded["teacher_cache"] = {
+            "token_ids": torch.zeros(*shape, batch.teacher_top_n, dtype=torch.int32),
             "logprobs": torch.empty(*shape, batch.teacher_top_n, dtype=torch.float16),
             "rest_logprob": torch.empty(shape, dtype=torch.float32),
         }
-    return brought
+    return loaded
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -216,8 +228,8 @@ def _register_attention() -> None:
 def _always_makes_masks() -> bool:
     """Returns whether the installed transformers gives attention a mask even for sequences of one document.
 
-    Version 4.57 does so in training. This is found out by running a tiny model with the masks of `sdpa`, the attention
-    used in training.
+    Version 4.57 does so in training. This function runs a tiny model with the masks of `sdpa`, the attention used in
+    training, to see.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaModel
     from transformers.masking_utils import sdpa_mask

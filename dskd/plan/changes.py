@@ -37,17 +37,17 @@ def candidates(plan: Plan) -> list[Change]:
     First come changes that cost hardly any speed, then changes that cost time, and then changes that need preparations.
     """
     train, teacher = plan.config.train, plan.config.teacher
-    found = _for_stages_before(plan)
+    changes = _for_stages_before(plan)
     if train.sense_bank == "device":
-        found.append(Change(("train.sense_bank=host",)))
+        changes.append(Change(("train.sense_bank=host",)))
     size = plan.micro_batch_size
     while size > 1:
         size = max(divisor for divisor in range(1, size) if plan.micro_batch_size % divisor == 0)
-        found.append(Change((f"train.micro_batch_size={size}",)))
+        changes.append(Change((f"train.micro_batch_size={size}",)))
     if train.loss_chunk_size is not None or plan.cluster.device == "cuda":
-        found.append(Change(("train.loss_chunk_size=64",)))
+        changes.append(Change(("train.loss_chunk_size=64",)))
     if not train.activation_checkpointing:
-        found.append(Change(("train.activation_checkpointing=true",)))
+        changes.append(Change(("train.activation_checkpointing=true",)))
     if plan.config.needs_teacher:
         places = []
         if teacher.mode == "resident":
@@ -60,16 +60,16 @@ def candidates(plan: Plan) -> list[Change]:
         for place, mode in places:
             where = ("teacher.nvme_path=/local/dskd",) if place == "nvme" and teacher.nvme_path is None else ()
             away = ("teacher.nvme_path=null",) if place != "nvme" and teacher.nvme_path is not None else ()
-            found.append(Change((*([mode] if mode else []), f"teacher.offload={place}", *where, *away)))
+            changes.append(Change((*([mode] if mode else []), f"teacher.offload={place}", *where, *away)))
         if not plan.config.loss.hidden_weight and plan.config.student.shared_trunk != "on":
             top_n = () if plan.config.annotation.teacher_top_n else ("annotation.teacher_top_n=64",)
-            found.append(Change(("teacher.mode=cached", *top_n)))
-    return found
+            changes.append(Change(("teacher.mode=cached", *top_n)))
+    return changes
 
 
 def _for_stages_before(plan: Plan) -> list[Change]:
     """Returns smaller batches and budgets for stages before training that do not fit; none changes their results."""
-    found: list[Change] = []
+    changes: list[Change] = []
     senses, annotation = plan.config.senses, plan.config.annotation
     sections = {
         "gathering states": ("senses", senses.memory_budget, senses.batch_size),
@@ -80,11 +80,11 @@ def _for_stages_before(plan: Plan) -> list[Change]:
             continue
         name, budget, size = sections[stage.name]
         # The budget of `senses` is host memory and that of `annotation` GPU memory; without GPUs both are host memory.
-        found += [Change((f"{name}.memory_budget={budget / share:g}",)) for share in (2, 4, 8, 16)]
+        changes += [Change((f"{name}.memory_budget={budget / share:g}",)) for share in (2, 4, 8, 16)]
         while size > 1:
             size //= 2
-            found.append(Change((f"{name}.batch_size={size}",)))
-    return found
+            changes.append(Change((f"{name}.batch_size={size}",)))
+    return changes
 
 
 def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Change, Plan] | None:
@@ -106,7 +106,7 @@ def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Chang
     single = candidates(plan)
     places = itertools.combinations(range(len(single)), 2)
     pairs = [
-        _both(single[one], single[other])
+        Change(single[one].overrides + single[other].overrides)
         for one, other in sorted(places, key=sum)  # the cheapest together first
         if not _keys(single[one]) & _keys(single[other])
     ]
@@ -154,10 +154,6 @@ def _trimmed(change: Change, attempt: Attempt) -> tuple[Change, Plan]:
     changed = attempt(change)
     assert changed is not None
     return change, changed
-
-
-def _both(one: Change, other: Change) -> Change:
-    return Change(one.overrides + other.overrides)
 
 
 def _keys(change: Change) -> set[str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from dskd.config import Config
 from dskd.plan.cluster import Cluster
 from dskd.plan.shapes import Architecture, Shapes, Student
+from dskd.shards import sample_bytes
+from dskd.training.saving import ELEMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,6 @@ class Disk:
     checkpoint: int
     checkpoints: int  # of one run: those that are kept, and the one that is being written
     nvme: int  # of the teacher, on each node
-
-
-def sample_bytes(config: Config) -> int:
-    """Returns the bytes of one sample of the shards before compression (docs/formats.md)."""
-    kappa, top_n = config.annotation.kappa, config.annotation.teacher_top_n
-    position = 4 + 1 + 1 + 3 * 4 * kappa + (top_n * (4 + 2) + 4 if top_n else 0)
-    return config.corpus.sequence_length * position
 
 
 def compute_disk(
@@ -54,18 +49,24 @@ def compute_disk(
     if samples is not None:  # a position gives one state
         states = min(states, samples * config.corpus.sequence_length)
     train = config.train
-    checkpoint = 16 * student.shapes.trained_numel
+    checkpoint = ELEMENT_BYTES * student.shapes.trained_numel
     for_good = steps // train.keep_every if train.keep_every and steps else 0
     is_on_disk = config.teacher.mode == "zero3" and config.teacher.offload == "nvme"
     return Disk(
         states * hidden_size * 2,
         dictionary_rows(config, architecture) * hidden_size * 2,
         student.whole_numel * size,
-        None if samples is None else samples * sample_bytes(config),
+        None if samples is None else samples * sample_bytes_of(config),
         checkpoint,
         checkpoint * (train.keep_last + 1 + for_good),
         teacher.share(cluster.world_size) * size * cluster.gpus_per_node if is_on_disk else 0,
     )
+
+
+def sample_bytes_of(config: Config) -> int:
+    """Returns the bytes of one sample of the shards before compression."""
+    annotation = config.annotation
+    return sample_bytes(config.corpus.sequence_length, kappa=annotation.kappa, teacher_top_n=annotation.teacher_top_n)
 
 
 def dictionary_rows(config: Config, architecture: Architecture) -> int:

@@ -1,21 +1,17 @@
 """A simulation of what ZeRO-3 gathers while a model runs: how many elements are whole at one time, and how many travel.
 
 It follows DeepSpeed's coordinator. Before a module runs, its weights are gathered, and then those of the next modules,
-about `PREFETCH` elements at a time, while no more than `MAX_LIVE` elements are whole. After the module has run, its
-weights are released unless they are needed again within the next `MAX_REUSE` elements. Weights that are gathered
-together arrive in one buffer, from which each is copied; they exist twice until the last of them is used.
+about `PREFETCHED` elements at a time, while no more than `MAX_LIVE` elements are whole. After the module has run, its
+weights are released unless they are needed again within the next `MAX_REUSE_DISTANCE` elements. Weights that are
+gathered together arrive in one buffer, from which each is copied; they exist twice until the last of them is used.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dskd.models.causal_lm import MAX_LIVE, MAX_REUSE_DISTANCE, PREFETCHED
 from dskd.plan.shapes import Shapes, Weight
-
-# DeepSpeed's defaults, in elements: stage3_prefetch_bucket_size, stage3_max_live_parameters, stage3_max_reuse_distance.
-PREFETCH, MAX_LIVE, MAX_REUSE = 50_000_000, 1_000_000_000, 1_000_000_000
-# Training sets stage3_param_persistence_threshold to this many times the hidden size; smaller weights stay gathered.
-PERSISTENT_WIDTHS = 10
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class _Coordinator:
         return peak
 
     def _prefetch(self) -> None:
-        room = min(MAX_LIVE - sum(self._available.values()), PREFETCH)
+        room = min(MAX_LIVE - sum(self._available.values()), PREFETCHED)
         chosen: list[Weight] = []
         while self._ahead and sum(weight.numel for weight in chosen) < room:
             number, weight = self._ahead.popleft()
@@ -106,7 +102,7 @@ class _Coordinator:
     def _is_needed_soon(self, weight: Weight, number: int) -> bool:
         passed = 0
         for use in self._uses[number + 1 :]:
-            if passed >= MAX_REUSE:
+            if passed >= MAX_REUSE_DISTANCE:
                 return False
             if weight in use:
                 return True

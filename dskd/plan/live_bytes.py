@@ -28,9 +28,11 @@ class LiveBytes(TorchDispatchMode):
             # The size of the result depends on data, which does not exist; assume the largest, where all are nonzero.
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
         result = func(*args, **(kwargs or {}))
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        existing = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in given:
+            if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in existing:
                 self._count(leaf.untyped_storage())
         return result
 

@@ -8,24 +8,27 @@ that of the largest phase.
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dskd.config import Config
+from dskd.models.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
+from dskd.models.nvme import BUFFERS, buffer_numel
 from dskd.models.readouts import chunk_size
 from dskd.plan import GB
-from dskd.plan.activations import Activations, Batch, student_activations, teacher_activations
+from dskd.plan.activations import Batch, loaded_tensors, student_activations, teacher_activations
 from dskd.plan.cluster import Cluster
-from dskd.plan.gathering import PERSISTENT_WIDTHS, Gathered, gather
+from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
-from dskd.training.student import REDUCE_BUCKET
+from dskd.training.loader import PREFETCHED_STEPS
+from dskd.training.saving import EXPORTED_BYTES
+from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
 
 # Memory of a process in addition to tensors, which is assumed, not counted: on a GPU the contexts of CUDA and NCCL, and
 # fragmented memory that the allocator cannot use; in the host's memory Python, torch and DeepSpeed.
 RESERVED_ON_GPU = 2 * GB
 RESERVED_ON_HOST = 2 * GB
-_MASTER, _MOMENTS, _GRADIENTS = 4, 8, 4  # bytes per trained element: float32 weights, AdamW's moments, gradient sums
-_STEP = 4 + 8  # bytes per element in the optimizer's step: a copy of the gradients, and two intermediate results
-_SUB_GROUP = 1_000_000_000  # elements that a step processes at one time (DeepSpeed's sub_group_size)
-_PREFETCHED = 2  # steps that each of the loader's workers prepares ahead
+# Bytes that the optimizer's step needs for an element: a copy of its gradient, and AdamW's two intermediate results.
+_STEP = GRADIENT_BYTES + MOMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,10 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float) -> Batc
 
 def batch_bytes(batch: Batch, hidden_size: int) -> tuple[int, int]:
     """Returns the bytes that the loader brings for a micro-batch: those of sense rows, and those of all the rest."""
-    tokens = batch.size * batch.length
-    named = batch.sense_positions * (2 + 3 * batch.kappa) * 8
-    rest = tokens * (8 + 8 + 1 + 8 * batch.is_packed) + named
-    if batch.teacher_top_n:
-        rest += tokens * (batch.teacher_top_n * 6 + 4)
-    return batch.sense_rows * hidden_size * 2, rest
+    with torch.device("meta"):
+        tensors = loaded_tensors(batch, hidden_size)
+    rows = tensors["senses"].pop("sense_rows").nbytes if batch.sense_rows else 0
+    return rows, sum(leaf.nbytes for leaf in tree_leaves(tensors))
 
 
 def compute_memory(
@@ -121,11 +122,25 @@ def compute_memory(
         bank_rows: the number of rows in the sense dictionary.
     """
     ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
-    size, hidden_size = dtype.itemsize, _hidden_size(architecture)
+    size, hidden_size = dtype.itemsize, architecture.values()["hidden_size"]
     with_teacher = config.needs_teacher
     batch = batch_of(config, micro_batch_size, relations=relations)
     persistent = PERSISTENT_WIDTHS * hidden_size
-    moments = _moments(config, cluster, architecture, student, batch, dtype, with_teacher=with_teacher)
+    activations = student_activations(
+        architecture,
+        tuple(student.layers),
+        student.trunk,
+        config.student,
+        config.loss,
+        batch,
+        dtype,
+        chunk_size=chunk_size(
+            config.train.loss_chunk_size, architecture.values()["vocab_size"], torch.device(cluster.device)
+        ),
+        checkpointing=config.train.activation_checkpointing,
+        with_teacher=with_teacher,
+    )
+    of_teacher = teacher_activations(architecture, _only_text(batch), dtype) if with_teacher else 0
 
     # The teacher: what a rank holds all the time, and what is gathered while it runs.
     held, host_teacher, gathered = 0, 0, None
@@ -146,12 +161,10 @@ def compute_memory(
     copy = each * student.teacher_matrix  # the teacher's output matrix, if the student's differs from it
     along = [each * elements for elements in student_gathered.along]
     # Activations grow from module to module while prefetched weights are released, so the peak can be at any module.
-    forward = max(
-        elements + moments.student.forward * (number + 1) // len(along) for number, elements in enumerate(along)
-    )
+    forward = max(elements + activations.forward * (number + 1) // len(along) for number, elements in enumerate(along))
     at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
     # The optimizer's share, and the bucket in which DeepSpeed collects gradients.
-    optimizer = (_MASTER + _MOMENTS + _GRADIENTS) * share + REDUCE_BUCKET * size
+    optimizer = (MASTER_BYTES + MOMENT_BYTES + GRADIENT_BYTES) * share + REDUCE_BUCKET * size
     # A full bucket is copied to be summed over ranks. A gradient that is larger than the bucket is held separately.
     flushed = min(trained, REDUCE_BUCKET) * size
     over = max((w.numel for w in shapes.weights if w.is_trained and w.numel > REDUCE_BUCKET), default=0) * size
@@ -166,21 +179,21 @@ def compute_memory(
     static = held + student_held + optimizer + sum(of_batches.values())
     # What each phase holds in addition to all that is always there; the largest decides the peak.
     at = {
-        "the teacher's forward pass": teacher_live + moments.teacher,
+        "the teacher's forward pass": teacher_live + of_teacher,
         "the student's forward pass": forward,
-        "the loss": at_turn + moments.student.kept + moments.student.loss,
-        "the backward pass": backward + moments.student.backward + (flushed + over if is_flushed_early else over),
+        "the loss": at_turn + activations.kept + activations.loss,
+        "the backward pass": backward + activations.backward + (flushed + over if is_flushed_early else over),
         "the sum over ranks": backward + flushed + over,
-        "the optimizer's step": _STEP * min(share, _SUB_GROUP),
+        "the optimizer's step": _STEP * min(share, SUB_GROUP),
     }
     moment = max(at, key=at.__getitem__)
     reserved = RESERVED_ON_GPU if on_gpu else RESERVED_ON_HOST
     gpu = Parts(
         teacher=held + teacher_live,
         student=student_held + max(*along, at_turn, backward),
-        optimizer=optimizer + max(_STEP * min(share, _SUB_GROUP), flushed + over),
-        activations=max(moments.teacher, moments.student.forward, moments.student.backward),
-        loss=moments.student.loss,
+        optimizer=optimizer + max(_STEP * min(share, SUB_GROUP), flushed + over),
+        activations=max(of_teacher, activations.forward, activations.backward),
+        loss=activations.loss,
         **of_batches,
         reserved=reserved,
         peak=static + at[moment] + reserved,
@@ -190,37 +203,9 @@ def compute_memory(
     return Memory(gpu, host, gathered, student_gathered, senses + rest)
 
 
-@dataclass(frozen=True)
-class _Moments:
-    teacher: int
-    student: Activations
-
-
-def _moments(
-    config: Config,
-    cluster: Cluster,
-    architecture: Architecture,
-    student: Student,
-    batch: Batch,
-    dtype: torch.dtype,
-    *,
-    with_teacher: bool,
-) -> _Moments:
-    vocab_size = architecture.values()["vocab_size"]
-    activations = student_activations(
-        architecture,
-        tuple(student.layers),
-        student.trunk,
-        config.student,
-        config.loss,
-        batch,
-        dtype,
-        chunk_size=chunk_size(config.train.loss_chunk_size, vocab_size, torch.device(cluster.device)),
-        checkpointing=config.train.activation_checkpointing,
-        with_teacher=with_teacher,
-    )
-    without = replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0)
-    return _Moments(teacher_activations(architecture, without, dtype) if with_teacher else 0, activations)
+def _only_text(batch: Batch) -> Batch:
+    """Returns a batch of the same texts without senses or a cached teacher, which the teacher does not read."""
+    return replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0)
 
 
 def _teacher(
@@ -234,14 +219,10 @@ def _teacher(
     kept = teacher.persistent(persistent) * size if ranks > 1 else 0
     if offload == "none" or cluster.device == "cpu":
         return teacher.share(ranks) * size + kept, 0, gathered
-    shares = [weight.share(ranks) * size for weight in teacher.weights]
     if offload == "cpu":
-        return kept, sum(map(_pinned, shares)), gathered
-    largest = max(shares) + 1024 * size
-    return kept, _pinned(_NVME_BUFFERS * largest), gathered
-
-
-_NVME_BUFFERS = 8
+        return kept, sum(_pinned(weight.share(ranks) * size) for weight in teacher.weights), gathered
+    largest = max(weight.numel for weight in teacher.weights)
+    return kept, _pinned(BUFFERS * buffer_numel(largest, ranks) * size), gathered
 
 
 def _pinned(size: int) -> int:
@@ -262,9 +243,8 @@ def _host(config: Config, cluster: Cluster, gpu: Parts, teacher: int, senses: in
     ranks = cluster.gpus_per_node
     is_cpu = cluster.device == "cpu"
     # Steps that workers have prepared, and steps in page-locked memory for copying to the GPU.
-    steps = _PREFETCHED * max(1, config.train.num_workers) + 2 * (not is_cpu)
-    # Rank 0 writes the trained weights in float32 with each checkpoint.
-    saved = 4 * trained
+    steps = PREFETCHED_STEPS * max(1, config.train.num_workers) + 2 * (not is_cpu)
+    saved = EXPORTED_BYTES * trained  # which rank 0 writes with each checkpoint
     of = {
         "teacher": (teacher + gpu.teacher * is_cpu) * ranks,
         "student": gpu.student * is_cpu * ranks + saved,
@@ -309,7 +289,7 @@ def stages_before(
     config_of = (
         config.teacher.model_copy(update={"mode": "zero3"}) if config.teacher.mode == "cached" else config.teacher
     )
-    hidden_size = _hidden_size(architecture)
+    hidden_size = architecture.values()["hidden_size"]
     held, on_host, gathered = _teacher(
         config.model_copy(update={"teacher": config_of}), cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size
     )
@@ -322,14 +302,14 @@ def stages_before(
     kept_rows = min(int(config.annotation.memory_budget * GB), rows)
     stages = []
     cache = _cache_bytes(config, architecture, size) if config.annotation.continuation_tokens else 0
-    for name, sequences, on_device, beside in (
+    for name, sequences, on_device, in_host in (
         ("gathering states", config.senses.batch_size, 0, kept_states),
         ("annotation", config.annotation.batch_size, kept_rows + cache, 0),
     ):
-        batch = replace(batch_of(config, sequences, relations=0.0), sense_positions=0, sense_rows=0, teacher_top_n=0)
+        batch = _only_text(batch_of(config, sequences, relations=0.0))
         gpu = live + reserved + on_device + teacher_activations(architecture, batch, dtype)
         # Without GPUs a rank's tensors are in the host's memory, and `gpu` includes its process.
-        host = (on_host + beside + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
+        host = (on_host + in_host + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
         stages.append(StageMemory(name, gpu, host))
     return stages[0], stages[1]
 
@@ -344,7 +324,3 @@ def _cache_bytes(config: Config, architecture: Architecture, size: int) -> int:
     width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)
     tokens = config.annotation.batch_size * config.corpus.sequence_length
     return tokens * 2 * width * size * (layers + 1)
-
-
-def _hidden_size(architecture: Architecture) -> int:
-    return architecture.values()["hidden_size"]

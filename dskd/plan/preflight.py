@@ -50,8 +50,8 @@ def preflight(config: Config, world: World) -> None:
         OutageError: when only some nodes have one, so that the job may run on others.
     """
     gigabytes_per_s = _reduce(world)
-    mine = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}
-    reports = gather_json(mine)
+    own_report = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}
+    reports = gather_json(own_report)
     nodes = Counter(_node(report) for report in reports)
     reports = [report | {"ranks_on_node": nodes[_node(report)]} for report in reports]
     for line in describe(reports):
@@ -78,7 +78,7 @@ def find_problems(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     for report in reports:
         where = f"rank {report['rank']} ({report['host']})"
         if not report["reduced"]:
-            problems.append(f"{where}: a sum over all ranks came out wrong there; do not use this node")
+            problems.append(f"{where}: a sum over all ranks was wrong there; do not use this node")
         problems += [f"{where}: {text}" for text in report["problems"]]
     leaders = [report for report in reports if report["local_rank"] == 0]
     problems += _wrong_clocks(leaders)
@@ -111,19 +111,19 @@ def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> l
     def values(report: Mapping[str, Any]) -> Mapping[str, Any]:
         return report[what] if isinstance(report[what], Mapping) else {what.replace("_", " "): report[what]}
 
-    found = []
+    differences = []
     for name in sorted({name for report in reports for name in values(report)}):
         counts = Counter(values(report).get(name) for report in reports).most_common(2)
         usual = counts[0][0]
         if len(counts) == 2 and counts[0][1] == counts[1][1]:  # there is no majority
             seen = "; ".join(f"{value} on {_hosts_with(reports, values, name, value)}" for value, _ in counts)
-            found.append(f"{name} differs: {seen}; {remedy}")
+            differences.append(f"{name} differs: {seen}; {remedy}")
             continue
         for report in reports:
             own = values(report).get(name)
             if own != usual:
-                found.append(f"{report['host']}: {name} {own}, elsewhere {usual}; {remedy}")
-    return found
+                differences.append(f"{report['host']}: {name} {own}, elsewhere {usual}; {remedy}")
+    return differences
 
 
 def _hosts_with(
@@ -142,12 +142,10 @@ def _wrong_clocks(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     clocks = sorted((report["clock_s"], report["host"]) for report in reports)
     if len(clocks) == 2:
-        (early, behind), (late, ahead) = clocks
+        (early, slow), (late, fast) = clocks
         if late - early <= _CLOCK_TOLERANCE_S:
             return []
-        return [
-            f"the clocks of {behind} and {ahead} are {late - early:.0f} s apart ({ahead}'s is ahead); set them (NTP)"
-        ]
+        return [f"the clocks of {slow} and {fast} are {late - early:.0f} s apart ({fast}'s is ahead); set them (NTP)"]
     usual = statistics.median(clock for clock, _ in clocks)
     return [
         f"{host}: its clock is {abs(clock - usual):.0f} s {'ahead' if clock > usual else 'behind'}; set it (NTP)"
@@ -232,7 +230,7 @@ def _check_storage(config: Config, world: World) -> list[str]:
         # Ranks with a problem of their own report it themselves, so only check the others' files.
         sound = [rank for rank, own in enumerate(reports) if own is None and rank != 0]
         if missing := [rank for rank in sound if not (folder / f"rank-{rank}").exists()]:
-            problem = f"{config.path()}: what ranks {missing} write there is not seen here"
+            problem = f"{config.path()}: files that ranks {missing} wrote there are not visible here"
     barrier()
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)

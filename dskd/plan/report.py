@@ -3,7 +3,7 @@
 from dskd.console import table
 from dskd.plan import GB
 from dskd.plan.changes import Change
-from dskd.plan.disk import sample_bytes
+from dskd.plan.disk import sample_bytes_of
 from dskd.plan.memory import RESERVED_ON_HOST
 from dskd.plan.plan import Plan
 from dskd.training.schedule import describe_learning_rate
@@ -20,7 +20,7 @@ _PARTS = {
 }
 _ASSUMPTIONS = """\
 Memory is counted from the code that trains, on shapes, each part at its own largest moment; "reserved" is assumed.
-Speed is an estimate: it stands on --tflops, --bandwidth and --host-bandwidth, which say what a GPU sustains."""
+Speed is an estimate: it depends on --tflops, --bandwidth and --host-bandwidth, which say what a GPU sustains."""
 
 
 def format_plan(plan: Plan) -> str:
@@ -36,19 +36,22 @@ def format_offload(plan: Plan, without: Plan | None) -> str:
     if without is None:
         return "Offload: none, there is no teacher in training."
     needed = f"a GPU then needs {_gb(without.memory.gpu.peak)} GB of its {_gb(plan.cluster.gpu_memory)}"
-    said = f"with teacher.mode=zero3 teacher.offload=none {needed}"
+    setting = f"with teacher.mode=zero3 teacher.offload=none {needed}"
     too_large = without.too_large_for_gpus
     if not too_large:
-        of_this = "" if plan.fits else " This plan is of what the configuration says, and is another one."
+        of_this = "" if plan.fits else " This plan is for the setting of the configuration, which differs."
         is_other = (plan.config.teacher.mode, plan.config.teacher.offload) != ("zero3", "none")
-        return f"Offload: not needed; {said}.{of_this if is_other else ''}"
+        return f"Offload: not needed; {setting}.{of_this if is_other else ''}"
     if too_large[-1].name != "training":
-        said += f", and for {too_large[-1].name} {_gb(too_large[-1].gpu)}"
-    return f"Offload: needed; {said}."
+        setting += f", and for {too_large[-1].name} {_gb(too_large[-1].gpu)}"
+    return f"Offload: needed; {setting}."
 
 
-def format_refusal(plan: Plan, found: tuple[Change, Plan] | None) -> str:
-    """Formats what memory is too small, and the smallest change that fits (`found`) or advice if there is none."""
+def format_refusal(plan: Plan, fitting: tuple[Change, Plan] | None) -> str:
+    """Formats which memory is too small, and what to do.
+
+    `fitting` is the smallest change that makes the job fit, with its plan; None if there is none.
+    """
     what = "GPU" if plan.cluster.device == "cuda" else "rank"
     gpu, host = _gb(plan.cluster.gpu_memory), _gb(plan.cluster.host_memory)
     lacks = [
@@ -58,18 +61,19 @@ def format_refusal(plan: Plan, found: tuple[Change, Plan] | None) -> str:
         f"for {stage.name} each host needs {_gb(stage.host)} GB and has {host}" for stage in plan.too_large_for_hosts
     ]
     text = "does not fit:\n" + "\n".join(f"  {lack}" for lack in lacks)
-    if found is None:
+    if fitting is None:
         processes = RESERVED_ON_HOST * plan.cluster.gpus_per_node
         if processes >= plan.cluster.host_memory:
             return (
                 f"{text}\nNo change makes it fit: the processes of {_count(plan.cluster.gpus_per_node, 'rank')} alone "
-                f"are taken to need {_gb(processes)} GB of a host; take nodes with more memory, or fewer ranks on each."
+                f"are assumed to need {_gb(processes)} GB of a host; take nodes with more memory, or fewer ranks on "
+                "each."
             )
         return (
-            f"{text}\nNo setting of those that leave the loss as it is, and no number of such nodes, makes it fit: "
+            f"{text}\nNo setting that leaves the loss as it is, and no number of such nodes, makes it fit: "
             f"take a smaller student or teacher, or {what}s and hosts with more memory."
         )
-    change, changed = found
+    change, changed = fitting
     largest = (max(getattr(stage, name) for stage in changed.stages) for name in ("gpu", "host"))
     needed = " GB, a host ".join(map(_gb, largest))
     lines = [
@@ -82,7 +86,7 @@ def format_refusal(plan: Plan, found: tuple[Change, Plan] | None) -> str:
 def _speed_of(changed: Plan, plan: Plan) -> str:
     now, before = (f"{one.speed.tokens_per_s:,.0f}" for one in (changed, plan))
     return (
-        "as many tokens/s are expected: what travels is hidden behind computation"
+        "the same tokens/s are expected: data travels during computation"
         if now == before
         else f"{now} tokens/s are expected instead of {before}"
     )
@@ -127,7 +131,7 @@ def _memory(plan: Plan) -> str:
     gpu, host = plan.memory.gpu, plan.memory.host
     rows = [[text, _gb(getattr(gpu, name)), _gb(getattr(host, name))] for name, text in _PARTS.items()]
     rows.append([f"at one time, most in {gpu.peak_moment}", _gb(gpu.peak), _gb(host.peak)])
-    rows.append(["there is", _gb(plan.cluster.gpu_memory), _gb(plan.cluster.host_memory)])
+    rows.append(["available", _gb(plan.cluster.gpu_memory), _gb(plan.cluster.host_memory)])
     what = "a GPU" if plan.cluster.device == "cuda" else "a rank"
     return table(("memory, GB", what, "a host"), rows)
 
@@ -148,7 +152,7 @@ def _speed(plan: Plan) -> str:
 
 def _disk(plan: Plan) -> str:
     disk = plan.disk
-    shards = f"{sample_bytes(plan.config) / 2**10:.1f} KB a sample" if disk.shards is None else _gb(disk.shards)
+    shards = f"{sample_bytes_of(plan.config) / 2**10:.1f} KB a sample" if disk.shards is None else _gb(disk.shards)
     rows = [
         ["senses, at most, without spans", _gb(disk.senses)],
         ["states while senses are built, at most", _gb(disk.states)],
@@ -165,7 +169,7 @@ def _stages(plan: Plan) -> str:
     what = "a GPU" if plan.cluster.device == "cuda" else "a rank"
     rows = [[stage.name, _gb(stage.gpu), _gb(stage.host)] for stage in plan.before]
     text = table(("the stages before, at most, GB", what, "a host"), rows)
-    return f"{text}\nThey are over: the shards are there." if plan.is_annotated else text
+    return f"{text}\nThey are done: the shards exist." if plan.is_annotated else text
 
 
 def _gb(size: int) -> str:

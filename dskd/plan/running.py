@@ -82,9 +82,10 @@ def without_values(architecture: Architecture) -> Iterator[None]:
 
 
 def _cannot_be_planned(architecture: Architecture, reason: str) -> UserError:
-    what = "this mixture of experts" if _is_mixture(architecture) else "this architecture"
+    is_mixture = any("expert" in key for key in architecture.values())
+    what = "this mixture of experts" if is_mixture else "this architecture"
     return UserError(
-        f"{architecture.named_by}: {what} cannot be planned, for it cannot be run without its weights ({reason}); "
+        f"{architecture.named_by}: {what} cannot be planned, because it cannot be run without its weights ({reason}); "
         "training is not affected"
     )
 
@@ -119,10 +120,6 @@ def experts_per_token(values: Any) -> int:
     """Returns how many experts process a token, or 1 if the model has no experts."""
     get = values.get if isinstance(values, dict) else lambda key: getattr(values, key, None)
     return next((value for key in _EXPERTS_PER_TOKEN if isinstance(value := get(key), int)), 1)
-
-
-def _is_mixture(architecture: Architecture) -> bool:
-    return any("expert" in key for key in architecture.values())
 
 
 class _OneExpert(nn.Module):

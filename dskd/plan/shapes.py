@@ -15,9 +15,10 @@ from dskd.config import Config, StudentConfig
 from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.cut_config import cut_config
 from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
+from dskd.models.layers import check_kinds
 from dskd.plan.known_models import known_model
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size
@@ -147,8 +148,8 @@ def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
         try:
             yield ModelFolder(Path(path), "", "")
         except UserError as error:
-            said = str(error).replace(str(Path(path, "config.json")), named_by)
-            raise UserError(said.replace(path, named_by)) from None
+            message = str(error).replace(str(Path(path, "config.json")), named_by)
+            raise UserError(message.replace(path, named_by)) from None
         except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -288,7 +289,7 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
 
     model_type = values["model_type"]
     if model_type in ENCODERS or (model_type not in DECODERS and not values.get("auto_map")):
-        what = "an encoder" if model_type in ENCODERS else "none that transformers knows"
+        what = "an encoder" if model_type in ENCODERS else "unknown to transformers"
         raise UserError(
             f"{where}: model_type {model_type!r} is {what}; a teacher is a decoder (a causal language model)"
         )
@@ -326,8 +327,8 @@ def _fetch(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"teacher.path: {name!r} is no folder here, and its config.json cannot be fetched from the hub ({reason}); "
-            f"{advice}"
+            f"teacher.path: {name!r} is not a folder here, and its config.json cannot be fetched from the hub "
+            f"({reason}); {advice}"
         ) from None
 
 

@@ -24,6 +24,7 @@ from dskd.shards.schema import (
     require_fitting,
     require_samples,
     require_teacher_cache,
+    sample_bytes,
 )
 from dskd.shards.writing import join_blocks, write_block
 
@@ -45,5 +46,6 @@ __all__ = [
     "require_remote",
     "require_samples",
     "require_teacher_cache",
+    "sample_bytes",
     "write_block",
 ]

@@ -46,7 +46,7 @@ from dskd.models.precision import resolve_precision
 from dskd.models.readouts import TopTokens, chunk_size, top_tokens
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.senses.states import read_states_of, states_of
-from dskd.shards import columns_of, join_blocks, write_block
+from dskd.shards import columns_of, join_blocks, sample_bytes, write_block
 from dskd.shards.continuations import Continuer
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 from dskd.shards.search import Searcher
@@ -344,11 +344,10 @@ def _blocks(num_sequences: int, sequence_length: int, config: Config, split: str
 
     All but the last have the same size, which depends only on these arguments.
     """
-    annotation = config.annotation
-    top_n = _teacher_top_n(config, split)
-    of_teacher = top_n * (4 + 2) + 4 * (top_n > 0)
-    sample_bytes = sequence_length * (4 + 2 + 3 * 4 * annotation.kappa + of_teacher)
-    by_size = annotation.shard_size_mb * 2**20 // sample_bytes
+    size_of_sample = sample_bytes(
+        sequence_length, kappa=config.annotation.kappa, teacher_top_n=_teacher_top_n(config, split)
+    )
+    by_size = config.annotation.shard_size_mb * 2**20 // size_of_sample
     size = max(1, min(by_size, -(-num_sequences // _MIN_BLOCKS)))
     return [range(start, min(start + size, num_sequences)) for start in range(0, num_sequences, size)]
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, read_manifest, require_same, verify_files
 from dskd.config import Config
@@ -30,6 +32,19 @@ COMPRESSION, HASH = "zstd", "xxh64"
 def columns_of(*, teacher_top_n: int) -> dict[str, str]:
     """Returns {column: its encoding} for the shards that annotation writes."""
     return COLUMNS | (TEACHER_COLUMNS if teacher_top_n else {})
+
+
+def sample_bytes(sequence_length: int, *, kappa: int, teacher_top_n: int) -> int:
+    """Returns the bytes of a sample's columns before compression."""
+    values = {
+        **dict.fromkeys(("sense_ids", "synonym_ids", "antonym_ids"), kappa),
+        **dict.fromkeys(("teacher_token_ids", "teacher_logprobs"), teacher_top_n),
+    }
+    columns = columns_of(teacher_top_n=teacher_top_n)
+    position = sum(
+        np.dtype(encoding.removeprefix("ndarray:")).itemsize * values.get(name, 1) for name, encoding in columns.items()
+    )
+    return sequence_length * position
 
 
 def load_manifest(config: Config, split: str) -> Manifest:

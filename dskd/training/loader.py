@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
-_PREFETCHED_STEPS = 2  # per worker
+PREFETCHED_STEPS = 2  # per worker
 
 
 def load_steps(
@@ -89,7 +89,7 @@ def load_steps(
         num_workers=workers,
         collate_fn=functools.partial(_collate_packed, collate),
         pin_memory=on_cuda,
-        prefetch_factor=_PREFETCHED_STEPS if workers else None,
+        prefetch_factor=PREFETCHED_STEPS if workers else None,
         worker_init_fn=_end_with_rank,
         # Without a timeout, a worker waits forever for a shard that another rank's worker failed to fetch.
         timeout=config.train.collective_timeout_s if workers else 0,

@@ -20,7 +20,13 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.agreement import PROBE_TOKENS, probe_inputs
 from dskd.training.checkpoint import LATEST_FILE, PROBE_FILE, REHEARSAL, TRAINED_FILE, Checkpoint, steps_on_disk
+from dskd.training.student import MASTER_BYTES, MOMENT_BYTES
 from dskd.training.universal_checkpoint import make_universal, no_pickles, universal_folder
+
+# Bytes of a checkpoint for each trained element: DeepSpeed's parameters and AdamW's two moments in float32, and the
+# parameter once more for export, also in float32.
+EXPORTED_BYTES = 4
+ELEMENT_BYTES = MASTER_BYTES + MOMENT_BYTES + EXPORTED_BYTES
 
 
 def save(
@@ -86,15 +92,11 @@ def require_space(engine: Any, config: Config) -> None:
 
 
 def required_bytes(engine: Any) -> int:
-    """Returns the bytes of a checkpoint.
-
-    DeepSpeed writes the trained parameters and AdamW's two moments in float32. Added to these are the parameters once
-    more for export, the probe's logits, and an allowance for headers and small files.
-    """
+    """Returns the bytes of a checkpoint: its tensors, and an allowance for headers and small files."""
     module = engine.module
     trained = [parameter.ds_numel for parameter in module.parameters() if parameter.requires_grad]
     probe = PROBE_TOKENS * module.head.weight.ds_shape[0]
-    return 16 * sum(trained) + 4 * probe + engine.world_size * (2**16 + 2**12 * len(trained))
+    return ELEMENT_BYTES * sum(trained) + 4 * probe + engine.world_size * (2**16 + 2**12 * len(trained))
 
 
 def needs_universal(checkpoint: Checkpoint | None, world: World) -> bool:

@@ -27,6 +27,9 @@ from dskd.models.reference import compare_with_transformers
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, output_name
 from dskd.models.weights import LAYER_NAME, TensorReader
 
+# Bytes that DeepSpeed holds for each trained element, all in float32: the weight, AdamW's two moments, and the sum of
+# gradients over micro-batches.
+MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4
 REDUCE_BUCKET = 50_000_000  # gradient elements that DeepSpeed reduces over the ranks in one operation
 
 

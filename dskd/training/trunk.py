@@ -9,8 +9,7 @@ Whether the trunk is exact depends on which parameters are trained (:func:`trunk
 architectures scale or change the input of their lowest layer, which :func:`difference` detects by running both models.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from dskd.config import Config
 from dskd.distributed.collectives import sum_over_ranks
 from dskd.distributed.world import World
 from dskd.errors import UserError
+from dskd.models.layers import input_states, recorded
 from dskd.training.student import trained_layers, trains_embeddings
 
 # Largest accepted difference of the lowest trained layer's output, relative to the norm of the layer's change to its
@@ -85,7 +85,7 @@ class HandOver:
         self._hook.remove()
 
     def _keep(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        self._states = _hidden_states(args, kwargs)
+        self._states = input_states(args, kwargs)
 
 
 @torch.no_grad()
@@ -114,37 +114,19 @@ def difference(
     differs = [0.0, 0.0]
     for input_ids, positions in ((short, start), (whole, None)):
         # Run the teacher, then the student on the states that went into the teacher's layer.
-        with _watched(teacher.decoder.layers[twin]) as expected:
+        with recorded([teacher.decoder.layers[twin]]) as runs:
             teacher.hidden_states(input_ids, positions)
-        with _watched(engine.module.decoder.layers[0]) as found:
-            engine(expected["input"], positions)
-        limit = _TOLERANCE[dtype] * float((expected["output"] - expected["input"]).float().norm())
-        for index, name in enumerate(("input", "output")):
+        expected = runs[0]
+        with recorded([engine.module.decoder.layers[0]]) as runs:
+            engine(expected.input, positions)
+        limit = _TOLERANCE[dtype] * float((expected.output - expected.input).float().norm())
+        own = runs[0]
+        for index, (theirs, ours) in enumerate(((expected.input, own.input), (expected.output, own.output))):
             # Written with `not … <=` so that a NaN counts as a difference.
-            differs[index] += not float((expected[name] - found[name]).float().norm()) <= limit
+            differs[index] += not float((theirs - ours).float().norm()) <= limit
     # All ranks must reach the same decision, even if their hardware rounds differently.
     changes_input, changes_output = sum_over_ranks(torch.tensor(differs, device=world.device)).tolist()
     name = type(engine.module.decoder.base).__name__
     if changes_input:
         return f"{name} changes the states that go into its lowest layer"
     return f"{name}'s lowest trained layer computes something else than the teacher's" if changes_output else None
-
-
-@contextlib.contextmanager
-def _watched(layer: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields a dict that receives the input and output of a layer's last run."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen["input"] = _hidden_states(args, kwargs)
-        seen["output"] = output[0] if isinstance(output, tuple) else output
-
-    hook = layer.register_forward_hook(keep, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def _hidden_states(args: Any, kwargs: Any) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]

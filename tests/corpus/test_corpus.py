@@ -25,7 +25,7 @@ def _texts(config, split):
     return list(read_texts(config, split))
 
 
-def test_documents_are_split_by_content_wherever_they_stand(tmp_path):
+def test_documents_are_split_by_content_in_any_order(tmp_path):
     texts = [f"text number {index}" for index in range(200)]
     (tmp_path / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
     lines = "\n".join(json.dumps({"text": text}) for text in reversed(texts))
@@ -55,7 +55,7 @@ def test_a_training_text_that_is_held_out_is_left_out(tmp_path):
     assert (_texts(config, "train"), _texts(config, "validation")) == (["one", "two"], ["three", "four"])
 
 
-def test_every_kind_of_file_comes_to_one_corpus(tmp_path):
+def test_files_of_every_kind_form_one_corpus(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.txt").write_text("one", encoding="utf-8")
@@ -68,9 +68,9 @@ def test_every_kind_of_file_comes_to_one_corpus(tmp_path):
     build_corpus(config)
     assert _texts(config, "train") == ["one", "two", "three", "five"]
     assert _texts(config, "validation") == ["four", "six"]
-    wanted = recipe(config)
+    before = recipe(config)
     pq.write_table(pa.table({"text": ["three", "seven"]}), data / "c.parquet")
-    assert recipe(config).inputs != wanted.inputs
+    assert recipe(config).inputs != before.inputs
 
 
 def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
@@ -90,6 +90,18 @@ def test_sequences_of_another_tokenizer_are_refused(tmp_path):
     assert sequences.batch(1, 3).input_ids.shape == (2, 8)
     with pytest.raises(UserError, match=r"different tokenizers \(fedcba987654… and 0123456789ab…\)"):
         load_sequences(config, "train", "fedcba9876543210")
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_a_tokenizer_that_ends_no_text_is_warned_of(tmp_path, capsys, has_end):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"a b w{i}" for i in range(100)), encoding="utf-8")
+    config = _config(tmp_path, train=(str(tmp_path / "a.txt"),), validation_share=0.3)
+    build_corpus(config)
+    tokenizer = word_tokenizer(["a", "b"])
+    if not has_end:
+        tokenizer.eos_token = None
+    build_sequences(config, tokenizer, "0123456789abcdef")
+    assert ("no token ends a document" in capsys.readouterr().err) == (not has_end)
 
 
 def test_wordnet_is_split_by_synset_and_definition(tmp_path):

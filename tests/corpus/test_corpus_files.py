@@ -105,7 +105,7 @@ def test_mds_shards_are_read_as_mosaicml_streaming_reads_them(tmp_path, compress
     documents = list(read_file(index, "text"))
     assert [document.text for document in documents] == [sample["text"].strip() for sample in samples]
     assert documents[200].name == f"{index}:200"
-    assert sorted(path.name for path in index.parent.iterdir()) == before  # nothing is unpacked beside the shards
+    assert sorted(path.name for path in index.parent.iterdir()) == before  # nothing is unpacked next to the shards
 
 
 def test_other_columns_of_mds_shards_are_not_decoded(tmp_path):
@@ -142,7 +142,7 @@ def test_a_folder_around_the_work_directory_is_searched_without_it(tmp_path):
         tmp_path / "c.parquet",
     ]
     inside = [str(tmp_path / "work" / "own"), str(tmp_path / "work" / "corpus" / "train.parquet")]
-    assert len(expand(inside, "corpus.train", tmp_path / "work")) == 2  # what is named itself is read
+    assert len(expand(inside, "corpus.train", tmp_path / "work")) == 2  # a file that the config names is always read
     assert expand([str(tmp_path / "**" / "*.parquet"), str(tmp_path / "*.txt")], "corpus.train", tmp_path / "work") == [
         tmp_path / "a.txt",
         tmp_path / "c.parquet",
@@ -203,6 +203,16 @@ def _write_cut_parquet(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def _write_stream(path, texts=("one", "two", "three"), *, is_closed=True):
+    table = pa.table({"text": texts})
+    with path.open("ab") as file:  # appends, for files of several streams
+        writer = pa.ipc.new_stream(file, table.schema)
+        for batch in table.to_batches(max_chunksize=1):
+            writer.write_batch(batch)
+        if is_closed:
+            writer.close()
+
+
 def _zstd(data):
     return pa.compress(data, codec="zstd", asbytes=True)
 
@@ -218,7 +228,7 @@ ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: this line is not JSON"),
         ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: expected an object with a text under 'text', but it has body"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: expected an object with a text under 'text'"),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected an object .* it is no object"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected an object .* it is not an object"),
         ("a.txt", b"\xff\xfe\x00", r"a.txt: this is not UTF-8 text"),
         ("a.txt.gz", _write_cut_gzip, r"a.txt.gz: the compressed file ends too early"),
         ("a.txt.gz", _write_damaged_gzip, r"a.txt.gz: (this is not whole gzip data|this is not UTF-8 text)"),
@@ -228,9 +238,9 @@ ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
         (
             "a.txt",
             gzip.compress(b"text", mtime=0),
-            r"a\.txt: this is no plain text: its content is that of a \.gz file",
+            r"a\.txt: this is not plain text: its content is that of a \.gz file",
         ),
-        ("a.jsonl", _zstd(b"{}"), r"a\.jsonl: this is no plain text: its content is that of a \.zst file"),
+        ("a.jsonl", _zstd(b"{}"), r"a\.jsonl: this is not plain text: its content is that of a \.zst file"),
         ("a.jsonl.zst", _zstd(b'{"text": "x"}\n' * 999)[:-3], r"a\.jsonl\.zst: .*ends too early"),
         ("a.jsonl.zst", b"plain", r"a\.jsonl\.zst: cannot be read \(ZSTD decompress failed"),
         ("a.jsonl.zst", b"", r"a\.jsonl\.zst: the compressed file is empty"),
@@ -260,7 +270,8 @@ ENDINGS = ("txt", "jsonl", "json", "txt.gz", "jsonl.zst", "parquet", "arrow")
         ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]', r"a\.json: there is more text after its array"),
         ("a.json", b'[{"text": "x"},]', r"a\.json: after element 1 of the array: a comma, and no element"),
         ("a.arrow", b"ARROW1", r"a\.arrow: this is not a readable Arrow file"),
-        ("a.arrow", b"", r"a\.arrow: "),
+        ("a.arrow", b"", r"a\.arrow: this Arrow stream has no end mark"),
+        ("a.arrow", lambda path: _write_stream(path, is_closed=False), r"a\.arrow: .*no end mark.* close the writer"),
         (
             "a.parquet",
             lambda path: pq.write_table(pa.table({"text": pa.array([b"x"], pa.binary())}), path),
@@ -297,11 +308,24 @@ def test_unreadable_text_is_named(tmp_path, name, content, message):
         list(read_file(tmp_path / name, "text"))
 
 
+def test_all_streams_of_an_arrow_file_are_read(tmp_path):
+    """Streams that were appended to each other: pyarrow's reader stops at the end of the first."""
+    path = tmp_path / "a.arrow"
+    _write_stream(path)
+    _write_stream(path, ["four"])
+    assert [(d.name, d.text) for d in read_file(path, "text")] == [
+        (f"{path}:{row}", text) for row, text in enumerate(("one", "two", "three", "four"), start=1)
+    ]
+    path.write_bytes(path.read_bytes()[:-8])  # whole batches, without the last end mark
+    with pytest.raises(UserError, match="no end mark"):
+        list(read_file(path, "text"))
+
+
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
 @pytest.mark.parametrize(
-    ("record", "says"),
+    ("record", "message"),
     [
         (TURNS, "one turn of a chat"),  # a line that begins with [ is read as an array
         ({"conversation": TURNS}, "this is a chat: 'conversation' has 2 turns, the first by 'user'"),
@@ -314,9 +338,9 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
         ({"inputs": "x", "targets": "y"}, "an instruction and its answer"),
     ],
 )
-def test_chats_in_every_layout_point_to_the_page_on_chats(tmp_path, record, says):
+def test_chats_in_every_layout_point_to_the_page_on_chats(tmp_path, record, message):
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
-    with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{says}.*docs/training\.md"):
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{message}.*docs/training\.md"):
         list(read_file(tmp_path / "a.jsonl", "text"))
     (tmp_path / "a.json").write_text(json.dumps([record]))
     with pytest.raises(UserError, match=r"a\.json:1: .*docs/training\.md"):
@@ -344,15 +368,15 @@ def test_mds_shards_of_another_kind_are_refused(tmp_path):
         ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n{"text": "two"}\n', 2),
     ],
 )
-def test_what_is_no_text_is_left_out_and_said(tmp_path, capsys, name, content, line):
+def test_values_that_are_not_text_are_left_out_and_reported(tmp_path, capsys, name, content, line):
     (tmp_path / name).write_bytes(content)
     assert [document.text for document in read_file(tmp_path / name, "text")] == ["one", "two"]
     assert (
-        f"1 documents are no text (a NUL or half a surrogate pair) and are left out: {line}" in capsys.readouterr().err
+        f"1 documents are not text (a NUL or half a surrogate pair) and are left out: {line}" in capsys.readouterr().err
     )
 
 
-def test_null_is_no_document(tmp_path, capsys):
+def test_a_null_is_not_a_document(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "two"}\n')
     assert [document.text for document in read_file(tmp_path / "a.jsonl", "text")] == ["two"]
     assert "1 records without a text (null) are left out" in capsys.readouterr().err
@@ -398,7 +422,7 @@ def test_a_shard_that_was_cut_or_is_missing_is_named(tmp_path, compression, mess
         list(read_file(index, "text"))
 
 
-def test_a_fingerprint_changes_with_the_shards_behind_an_index(tmp_path):
+def test_a_fingerprint_changes_with_the_shards_of_an_index(tmp_path):
     index = _write_mds(tmp_path / "mds", [{"text": "x", "id": 1}])
     before = fingerprint(index)
     assert fingerprint(index) == before

@@ -1,4 +1,4 @@
-"""Folders as people have them: checksums, licences and descriptions beside the text, links that lead nowhere."""
+"""Folders as people have them: checksums, licences and descriptions next to the text, broken links."""
 
 import json
 import os
@@ -96,8 +96,8 @@ def test_a_folder_of_records_is_not_trained_on_its_checksums(tmp_path, capsys):
     printed = capsys.readouterr().err
     for part in (
         "reads 1 .jsonl.zst",
-        "1 SHA256SUMS.txt (by its name about the data)",
-        "1 README.txt (by its name",
+        "1 SHA256SUMS.txt (named like a file about the data)",
+        "1 README.txt (named like a file",
         "1 files.txt (checksums)",
         "1 .md",
         "1 without an ending",
@@ -106,7 +106,7 @@ def test_a_folder_of_records_is_not_trained_on_its_checksums(tmp_path, capsys):
         assert part in printed
 
 
-def test_what_is_named_itself_is_read(tmp_path):
+def test_a_file_that_the_config_names_is_always_read(tmp_path):
     data = _write(tmp_path / "d", README__txt="read me", a__txt="text")
     assert _find(data / "README.txt").files == [data / "README.txt"]
     assert _find(data / "*.txt").files == [data / "a.txt"]
@@ -115,14 +115,14 @@ def test_what_is_named_itself_is_read(tmp_path):
         _find(data)
 
 
-def test_text_beside_records_is_said(tmp_path):
+def test_text_files_in_folders_of_records_are_reported(tmp_path):
     data = _write(tmp_path / "d", a__jsonl=LINES, b__txt="text")
     found = _find(data)
     assert found.files == [data / "a.jsonl", data / "b.txt"]
-    assert any("1 .txt beside files of records (b.txt) are read too" in line for line in found.describe())
+    assert any("1 .txt in folders with files of records (b.txt) are read too" in line for line in found.describe())
 
 
-def test_a_file_that_is_named_twice_is_said(tmp_path):
+def test_a_file_that_is_named_twice_is_reported(tmp_path):
     data = _write(tmp_path / "d", a__txt="text")
     found = _find(data / "a.txt", data / "a.txt")
     assert len(found.files) == 1
@@ -140,8 +140,8 @@ def test_links_are_followed_once_and_dead_ones_are_named(tmp_path):
     (data / "d.txt").symlink_to("d.txt")
     with pytest.raises(UserError) as error:
         _find(data, data / "d.txt")
-    assert f"{data / 'c.jsonl'} is a link to what is not there" in str(error.value)
-    assert f"{data / 'd.txt'} is a link to what is not there" in str(error.value)
+    assert f"{data / 'c.jsonl'} is a broken link" in str(error.value)
+    assert f"{data / 'd.txt'} is a broken link" in str(error.value)
 
 
 def test_saved_datasets_are_read_in_the_order_of_their_state(tmp_path):
@@ -167,15 +167,15 @@ def test_saved_datasets_are_read_in_the_order_of_their_state(tmp_path):
 def test_a_saved_dataset_that_was_cut_is_refused(tmp_path):
     saved = _save_to_disk(tmp_path / "d", [["one"], ["two"] * 5])
     shard = saved / "data-00001-of-00002.arrow"
-    shard.write_bytes(shard.read_bytes()[:-8])  # whole records, and no end: Arrow alone does not notice
-    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: the Arrow stream has no end"):
+    shard.write_bytes(shard.read_bytes()[:-8])  # whole records without the end mark, which Arrow alone does not miss
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: this Arrow stream has no end mark"):
         list(read_file(saved / "state.json", "text"))
     shard.unlink()
     with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: this file is missing, but state\.json names it"):
         list(read_file(saved / "state.json", "text"))
 
 
-def test_of_a_saved_dataset_with_splits_the_one_that_is_meant_is_read(tmp_path):
+def test_the_right_split_of_a_saved_dataset_is_read(tmp_path):
     for split in ("train", "validation", "test"):
         _save_to_disk(tmp_path / "d" / split, [[split]])
     _write(tmp_path / "d", dataset_dict__json='{"splits": ["train", "validation", "test"]}')
@@ -224,7 +224,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the inputs are in ../shared/cases, which is not there")
-def test_shared_inputs_come_to_what_they_should():
+def test_shared_inputs_are_read_as_their_table_says():
     (zst,) = _find(SHARED / "pile").files
     assert [document.text for document in read_file(zst, "text")] == ["one"]
     (saved,) = _find(SHARED / "saved_to_disk").files

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face: the library reads local folders here, and must say plainly what it cannot reach."""
+"""Datasets of Hugging Face: the library reads local folders here; errors name what cannot be reached."""
 
 import json
 import sys
@@ -49,9 +49,9 @@ def test_without_a_held_out_split_a_share_of_the_documents_is_held_out(tmp_path,
     train, validation = list(read_texts(config, "train")), list(read_texts(config, "validation"))
     assert sorted(train + validation) == sorted(texts)
     assert 30 <= len(validation) <= 90
-    wanted = recipe(config)
+    before = recipe(config)
     (tmp_path / "data" / "train.jsonl").write_text(lines * 2, encoding="utf-8")
-    assert recipe(config).inputs != wanted.inputs
+    assert recipe(config).inputs != before.inputs
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_without_a_held_out_split_a_share_of_the_documents_is_held_out(tmp_path,
         ({"dataset": "/no/such/folder"}, r"split 'train' of '/no/such/folder' cannot be read"),
     ],
 )
-def test_what_cannot_be_found_or_reached_is_a_users_error(tmp_path, datasets, monkeypatch, corpus, message):
+def test_a_dataset_that_cannot_be_found_or_reached_is_a_user_error(tmp_path, datasets, monkeypatch, corpus, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     _write_parquet(tmp_path, train=["one"])
@@ -72,7 +72,7 @@ def test_what_cannot_be_found_or_reached_is_a_users_error(tmp_path, datasets, mo
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_a_file_that_was_cut_is_a_users_error(tmp_path, datasets):
+def test_a_truncated_file_is_a_user_error(tmp_path, datasets):
     _write_parquet(tmp_path, train=["one"])
     file = tmp_path / "data" / "train-00000.parquet"
     file.write_bytes(file.read_bytes()[:-30])
@@ -80,7 +80,7 @@ def test_a_file_that_was_cut_is_a_users_error(tmp_path, datasets):
         build_corpus(_config(tmp_path, text_field="body"))
 
 
-def test_without_the_package_the_way_to_it_is_named(tmp_path, monkeypatch):
+def test_without_the_package_the_message_tells_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the package `datasets`.*pip install 'datasets>=4,<6'"):
         build_corpus(_config(tmp_path))

@@ -71,7 +71,7 @@ def test_the_file_holds_what_is_documented(tmp_path):
 
 
 def _oracle(documents, sequence_length, mode):
-    """(token, position, has a target) of every position of every sequence, token by token."""
+    """Returns (token, position, has a target) of every position of every sequence, token by token."""
     if mode == "none":
         cuts = [d[i : i + sequence_length] for d in documents for i in range(0, len(d), sequence_length)]
         return [
@@ -108,11 +108,11 @@ def test_random_documents_agree_with_a_loop_over_tokens(tmp_path, monkeypatch, m
     assert len(sequences) == len(expected)
     position_ids = torch.arange(8).expand(len(expected), 8) if batch.position_ids is None else batch.position_ids
     assert (batch.position_ids is None) == (mode != "documents")
-    found = [
+    actual = [
         list(zip(*row, strict=True))
         for row in zip(batch.input_ids.tolist(), position_ids.tolist(), batch.has_target.tolist(), strict=True)
     ]
-    assert found == expected
+    assert actual == expected
     # Any sequences, in any order, and a limit, give the same ones.
     rows = np.array([5, 0, 3])
     chosen = sequences.select(rows)

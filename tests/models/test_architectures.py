@@ -1,4 +1,4 @@
-"""Decoders of the table: numbers are those of transformers, and docs/models.md says what was found.
+"""Decoders of the table: numbers are those of transformers, and docs/models.md has the findings.
 
 Some are examined here as `make models` examines all of them, the others by what needs no ranks.
 """
@@ -16,9 +16,10 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import check_kinds, cut_config
+from dskd.models.cut_config import cut_config
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
+from dskd.models.layers import check_kinds
 from dskd.models.probes import check_documents
 from dskd.models.stored_names import base_model
 

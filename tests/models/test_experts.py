@@ -52,12 +52,12 @@ def test_each_rank_runs_its_own_experts(examined, name, number):
     for rank, length in enumerate(LENGTHS[number]):
         ids = (torch.arange(length)[None] * 7 + 3 + 31 * rank) % 120
         states = model(input_ids=ids).last_hidden_state
-        found = load_file(folder / f"states-{number}-{rank}.safetensors")["states"]
-        torch.testing.assert_close(found, states.detach(), rtol=1e-4, atol=1e-5)
+        own_states = load_file(folder / f"states-{number}-{rank}.safetensors")["states"]
+        torch.testing.assert_close(own_states, states.detach(), rtol=1e-4, atol=1e-5)
         (states.square().sum() / 2).backward()
     gradients = load_file(folder / f"gradients-{number}.safetensors")
     expected = {key: p.grad for key, p in model.named_parameters() if "layers.3." in key}
     assert gradients.keys() == expected.keys()
     for key, gradient in expected.items():
-        wanted = torch.zeros_like(gradients[key]) if gradient is None else gradient
-        torch.testing.assert_close(gradients[key], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max() + 1))
+        expected = torch.zeros_like(gradients[key]) if gradient is None else gradient
+        torch.testing.assert_close(gradients[key], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1))

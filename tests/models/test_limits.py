@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import word_tokenizer
+from tiny_models import save_model, word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -17,6 +17,7 @@ from transformers import (
 
 from dskd.config import Config
 from dskd.errors import UserError
+from dskd.models.folder import find_teacher
 from dskd.models.limits import check_limits, check_new_tokens, check_text, position_limit, vocabulary_size
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -90,7 +91,7 @@ def test_learned_positions_end_where_the_limit_says(config):
         model(torch.ones(1, limit + 1, dtype=torch.int64))
 
 
-def test_both_numbers_are_named_and_what_fits_passes(tmp_path):
+def test_refusals_name_both_numbers_and_fitting_models_pass(tmp_path):
     tokenizer = word_tokenizer(["a", "b"])
     model_config = LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer)}, max_position_embeddings=32)
     config = Config(workdir=str(tmp_path), teacher={"path": "x"}, corpus={"sequence_length": 32})
@@ -105,6 +106,16 @@ def test_both_numbers_are_named_and_what_fits_passes(tmp_path):
         f"'<|im_end|>' at the ends of texts, whose id is {len(tokenizer) - 1}, but the model has",
     ):
         assert part in str(error.value)
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_its_files_are_hashed(tmp_path):
+    save_model(tmp_path / "teacher")
+    config = {"workdir": str(tmp_path), "teacher": {"path": str(tmp_path / "teacher")}}
+    with pytest.raises(UserError, match=r"corpus\.sequence_length: 1000 is more than"):
+        find_teacher(Config(**config, corpus={"sequence_length": 1000}))
+    assert not (tmp_path / ".teacher_digests.json").exists()
+    find_teacher(Config(**config, corpus={"sequence_length": 16}))
+    assert (tmp_path / ".teacher_digests.json").is_file()
 
 
 def test_answers_need_room_for_a_question(tmp_path):

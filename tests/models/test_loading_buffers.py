@@ -83,11 +83,11 @@ def load(folder, world, *, mode="zero3", precision="bf16"):
 
 
 def tensors_of(model):
-    """Buffers, and tensors that are plain attributes, by name."""
-    found = dict(model.named_buffers())
+    """Returns buffers, and tensors that are plain attributes, by name."""
+    tensors = dict(model.named_buffers())
     for prefix, module in model.named_modules():
-        found |= {f"{prefix}.{k}": v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
-    return found
+        tensors |= {f"{prefix}.{k}": v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
+    return tensors
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -97,13 +97,13 @@ def test_every_buffer_is_the_one_that_transformers_loads(tmp_path, world, name, 
     save(tmp_path / "teacher", name)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=dtype).eval()
-    wanted = tensors_of(base_model(expected))
+    reference = tensors_of(base_model(expected))
     teacher = load(tmp_path / "teacher", world, mode=mode, precision=precision)
-    found = tensors_of(teacher.decoder.base)
-    assert wanted.keys() <= found.keys()  # longrope keeps the table of late positions that it made when it ran
-    for key, tensor in wanted.items():
-        assert found[key].dtype == tensor.dtype, key
-        assert torch.equal(found[key], tensor), key
+    loaded = tensors_of(teacher.decoder.base)
+    assert reference.keys() <= loaded.keys()  # longrope keeps the table of late positions that it made when it ran
+    for key, tensor in reference.items():
+        assert loaded[key].dtype == tensor.dtype, key
+        assert torch.equal(loaded[key], tensor), key
     teacher.close()
 
 
@@ -124,7 +124,7 @@ def test_states_at_late_positions_in_bf16_are_those_of_transformers(tmp_path, wo
 
 
 @pytest.mark.parametrize("mode", ["zero3", "resident"])
-def test_tensors_that_nothing_takes_and_missing_buffers_are_named(tmp_path, world, mode):
+def test_unused_tensors_and_missing_buffers_are_named(tmp_path, world, mode):
     save(tmp_path / "teacher", "deepseek_v3")
     file = tmp_path / "teacher" / "model.safetensors"
     tensors = load_file(file)

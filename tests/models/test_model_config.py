@@ -1,4 +1,4 @@
-"""Model folders: keys of newer transformers, quantised weights, two sets of weights, models that are no decoders."""
+"""Model folders: keys of newer transformers, quantised weights, two sets of weights, models that are not decoders."""
 
 import importlib.util
 import json
@@ -104,13 +104,13 @@ def test_of_two_sets_of_weights_the_single_file_is_read(tmp_path, capsys):
     assert "model.safetensors is read" in capsys.readouterr().err
 
 
-def test_what_is_no_decoder_for_text_is_refused_by_name(tmp_path):
+def test_models_that_are_not_text_decoders_are_refused_by_name(tmp_path):
     save_model(tmp_path / "teacher")
     folder = tmp_path / "teacher"
     _edit(folder, vision_config={"hidden_size": 8}, architectures=["Gemma3ForConditionalGeneration"])
     assert "Gemma3ForConditionalGeneration is a multimodal model" in _refusal(folder)
     _edit(folder, without=("vision_config",), architectures=["BertForMaskedLM"])
-    assert "BertForMaskedLM is no decoder" in _refusal(folder)
+    assert "BertForMaskedLM does not predict the next token" in _refusal(folder)
     _edit(folder, architectures=None, model_type="nonsense")
     assert "no causal language model of the type 'nonsense'" in _refusal(folder)
     _edit(folder, auto_map={"AutoConfig": "c.C"})
@@ -120,19 +120,19 @@ def test_what_is_no_decoder_for_text_is_refused_by_name(tmp_path):
 def test_adapters_pointers_and_revisions_of_folders_are_refused(tmp_path):
     folder = tmp_path / "teacher"
     save_model(folder)
-    assert "teacher.revision: 'main' is of a model of the hub" in _refusal(folder, revision="main")
+    assert "teacher.revision: 'main' is a revision of a model on the hub" in _refusal(folder, revision="main")
     shutil.move(folder / "model.safetensors", tmp_path / "kept")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="this is a LoRA adapter; merge it"):
         check_model_folder(folder, named_by="teacher.path")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "model.safetensors is a git-lfs pointer" in _refusal(folder)
+    assert "model.safetensors: this is only a pointer of git" in _refusal(folder)
 
 
 def test_every_key_that_this_transformers_writes_is_known_to_it(tmp_path, capsys):
     refused = {}
     for name, architecture in ARCHITECTURES.items():
-        if name == "recurrent-gemma":  # is given positions that it has no use for
+        if name == "recurrent-gemma":  # the file has positions that it does not use
             continue
         architecture.config().save_pretrained(tmp_path)
         _edit(tmp_path, transformers_version="5.2.0")
@@ -199,7 +199,7 @@ def test_a_tensor_that_its_file_lacks_is_named(tmp_path, method):
         getattr(TensorReader(tmp_path), method)("b")
 
 
-def test_tokenizers_that_cannot_be_loaded_say_why(tmp_path):
+def test_tokenizers_that_cannot_be_loaded_are_refused_with_the_reason(tmp_path):
     folder = tmp_path / "teacher"
     save_model(folder)
     file = folder / "tokenizer.json"
@@ -211,7 +211,7 @@ def test_tokenizers_that_cannot_be_loaded_say_why(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
-def test_a_missing_sentencepiece_is_said_first(tmp_path, name):
+def test_a_missing_sentencepiece_is_reported_first(tmp_path, name):
     folder = tmp_path / "teacher"
     save_model(folder)
     (folder / "tokenizer.json").unlink()

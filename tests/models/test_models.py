@@ -33,12 +33,12 @@ def test_the_frozen_model_computes_what_transformers_does_in_every_mode(tmp_path
     expected = save_model(tmp_path / "teacher", architecture)
     with torch.no_grad():
         output = expected(IDS, output_hidden_states=True)
-    found = {}
+    results = {}
     for mode in ("zero3", "resident"):
         config = _config(tmp_path, {"mode": mode})
         teacher = load_frozen(find_teacher(config), config, world)
         assert (teacher.vocab_size, teacher.hidden_size, teacher.device) == (120, 32, world.device)
-        hidden, logits = found[mode] = teacher.read(IDS, None, _states_and_logits)
+        hidden, logits = results[mode] = teacher.read(IDS, None, _states_and_logits)
         torch.testing.assert_close(hidden, output.hidden_states[-1], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logits, output.logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(teacher.hidden_states(IDS), hidden)
@@ -47,7 +47,7 @@ def test_the_frozen_model_computes_what_transformers_does_in_every_mode(tmp_path
         bare = load_frozen(find_teacher(config), config, world, with_head=False)
         assert torch.equal(bare.hidden_states(IDS), hidden)
         bare.close()
-    for one, other in zip(*found.values(), strict=True):
+    for one, other in zip(*results.values(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -108,7 +108,7 @@ def test_states_that_are_not_finite_are_refused(tmp_path, world):
     batch = TokenBatch(IDS, None, has_target, torch.zeros(2, 12, dtype=torch.uint8), 24)
     with pytest.raises(UserError, match=r"position 0 of sequence 40 is not finite, nor are those of 11 more positions"):
         states_of(teacher, batch, 40)
-    has_target[0] = False  # nobody asks for those
+    has_target[0] = False  # these are not used
     assert states_of(teacher, batch, 40).shape == (2, 12, 32)
     teacher.close()
 

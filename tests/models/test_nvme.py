@@ -1,4 +1,4 @@
-"""Parameters on a local disk: the same states, a folder for each model, and what is missing is said at once."""
+"""Parameters on a local disk: the same states, one folder per model, and missing requirements reported at once."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def _states_and_logits(hidden, weight):
 
 
 def _why_not():
-    """Why this cannot be tried here: DeepSpeed's operator takes minutes to compile, which no test is to do."""
+    """Returns why this test cannot run here: no test compiles DeepSpeed's operator, which takes minutes."""
     import deepspeed
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from torch.utils.cpp_extension import get_default_build_root
@@ -78,7 +78,7 @@ def test_a_model_on_a_local_disk_computes_the_same_and_leaves_nothing_there(tmp_
     assert [folder.name for folder in disk.iterdir()] == ["of another run"]
 
 
-def test_a_disk_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, world, monkeypatch):
+def test_a_missing_disk_is_named_before_anything_is_loaded(tmp_path, world, monkeypatch):
     save_model(tmp_path / "teacher")
     monkeypatch.setattr(frozen, "build_sharded", lambda *arguments: pytest.fail("loaded"))
     config = _config(tmp_path, offload="nvme", nvme_path=str(tmp_path / "nowhere"))
@@ -86,7 +86,7 @@ def test_a_disk_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, w
         load_frozen(find_teacher(config), config, world)
 
 
-def test_what_async_io_lacks_is_named(tmp_path, monkeypatch):
+def test_missing_requirements_of_async_io_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(nvme, "_async_io_problem", lambda: "libaio is missing")
     with pytest.raises(UserError, match=r"teacher.offload: nvme needs DeepSpeed's async_io, but libaio is missing"):
         nvme.open_nvme_folder(str(tmp_path))
@@ -99,7 +99,7 @@ def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, monkeypatch, read_o
         nvme.open_nvme_folder(str(tmp_path))
 
 
-def test_what_a_killed_process_left_on_the_disk_goes_with_the_next_one(tmp_path, monkeypatch):
+def test_the_next_process_deletes_what_a_killed_one_left_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(nvme, "_async_io_problem", lambda: None)
     child = os.fork()
     if child == 0:

@@ -17,12 +17,12 @@ from dskd.shards import annotate
 from dskd.training import inputs, teacher_from_scratch, train
 
 
-def test_auto_is_what_the_machine_has(monkeypatch):
+def test_auto_is_the_format_that_the_machine_supports(monkeypatch):
     for has, name, dtype in ((True, "bf16", torch.bfloat16), (False, "fp32", torch.float32)):
         monkeypatch.setattr(precision, "supports_bf16", lambda _, has=has: has)
         assert resolve_precision("auto") == name
         assert compute_dtype("auto", torch.device("cpu")) == dtype
-        assert [resolve_precision(given) for given in ("bf16", "fp32")] == ["bf16", "fp32"]
+        assert [resolve_precision(precision) for precision in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
 def _recipes(config):
@@ -48,7 +48,7 @@ def _recipes(config):
 
 @pytest.mark.slow
 def test_recipes_name_the_format_that_auto_is_on_this_machine(copy_of_tiny, monkeypatch):
-    """So that what was begun in bf16 is never continued in fp32, and the other way round."""
+    """An artifact that was begun in bf16 must not be continued in fp32, nor the other way round."""
     path = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
     explicit = {name: _recipes(load_config(path, [f"precision={name}"])) for name in ("bf16", "fp32")}
     for kind in explicit["bf16"]:

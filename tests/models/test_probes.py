@@ -71,10 +71,10 @@ def test_the_student_learns_from_packed_documents_as_from_single_ones(tmp_path, 
     )
     engine.backward(total)
 
-    wanted = [
+    losses = [
         F.cross_entropy(plain(document).logits[0, :-1], document[0, 1:], reduction="sum") for document in _documents()
     ]
-    expected = sum(wanted) / count
+    expected = sum(losses) / count
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     gradients = {name: p.grad for name, p in plain.named_parameters() if ".layers.3." in name}
@@ -91,7 +91,7 @@ def test_the_student_learns_from_packed_documents_as_from_single_ones(tmp_path, 
 
 
 CROSSING = {
-    "bloom": lambda: BloomConfig(vocab_size=120, hidden_size=32, n_layer=2, n_head=4),  # takes positions, uses none
+    "bloom": lambda: BloomConfig(vocab_size=120, hidden_size=32, n_layer=2, n_head=4),  # ignores positions
     "gpt-neo": lambda: GPTNeoConfig(  # uses them, and attention crosses
         vocab_size=120, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     ),
@@ -156,7 +156,7 @@ def test_a_model_whose_head_cannot_be_tried_is_refused(tmp_path, world):
         ("phi", "adds a bias to its logits"),
     ],
 )
-def test_what_a_head_does_shows_before_there_are_weights(name, message):
+def test_heads_are_checked_before_there_are_weights(name, message):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architectures.ARCHITECTURES[name].config())
     with pytest.raises(UserError, match=message):
@@ -197,7 +197,7 @@ def test_both_types_judge_packed_documents_alike(tmp_path, dtype, name, apart):
             check()
 
 
-def test_a_model_that_looks_ahead_is_no_decoder(tmp_path, world):
+def test_a_model_that_looks_ahead_is_refused(tmp_path, world):
     save_model(tmp_path / "teacher")
     (tmp_path / "teacher" / "config.json").unlink()
     model_config = Gemma3TextConfig(**SHAPE, head_dim=8, use_bidirectional_attention=True)

@@ -70,14 +70,14 @@ def test_a_wrong_layer_is_named(tmp_path, world, small):
     save(tmp_path / "teacher", "deepseek_v3")
     teacher = load(tmp_path / "teacher", world, mode="resident", precision="fp32")
     teacher.decoder.layers[1].mlp.gate.e_score_correction_bias.zero_()
-    found = "what layer 1 computes" if small == 0 else "the last hidden states"
-    with pytest.raises(UserError, match=f"{found} on rank 0"):
+    place = "what layer 1 computes" if small == 0 else "the last hidden states"
+    with pytest.raises(UserError, match=f"{place} on rank 0"):
         _compare(teacher, world, "fp32", small=small)
     teacher.close()
 
 
 @pytest.mark.parametrize("mode", ["zero3", "resident"])
-def test_weights_that_spoil_all_states_are_said_to(tmp_path, world, mode):
+def test_weights_that_are_not_finite_are_named_as_the_cause(tmp_path, world, mode):
     save(tmp_path / "teacher", "yarn")
     file = tmp_path / "teacher" / "model.safetensors"
     tensors = load_file(file)

@@ -53,7 +53,7 @@ def test_layers_that_do_not_exist_are_refused(layers):
         choose_layers(StudentConfig(layers=layers), 10)
 
 
-def test_lists_with_an_item_a_layer_are_cut_too():
+def test_lists_with_one_item_per_layer_are_cut_too():
     config = {
         "num_hidden_layers": 4,
         "layer_types": ["a", "b", "c", "d"],
@@ -104,7 +104,7 @@ def _teacher(tmp_path, **options):
     return Config(workdir=str(tmp_path / "work"), teacher={"path": str(tmp_path / "teacher"), **options})
 
 
-def test_a_folder_that_is_no_model_says_all_it_lacks(tmp_path):
+def test_a_folder_without_a_model_is_refused_with_everything_it_lacks(tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError) as error:
@@ -186,7 +186,7 @@ def test_layers_that_would_be_of_another_kind_are_refused(tmp_path):
     assert not (tmp_path / "work" / "student").exists()
 
 
-def test_an_adapter_beside_merged_weights_is_left_behind(tmp_path):
+def test_an_adapters_config_next_to_merged_weights_is_not_copied(tmp_path):
     save_model(tmp_path / "teacher")
     (tmp_path / "teacher" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     config = Config(

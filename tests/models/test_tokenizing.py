@@ -87,7 +87,7 @@ def test_a_text_without_a_place_to_cut_stays_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("packing", ["documents", "stream", "none"])
-def test_of_a_long_text_only_what_is_needed_is_tokenized(tmp_path, monkeypatch, packing):
+def test_a_long_text_is_tokenized_only_as_far_as_needed(tmp_path, monkeypatch, packing):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level(), bos_token="<s>", eos_token="</s>")
     text = _text(7, 2000)
     whole = pack(iter([text]), tokenizer, tmp_path / "a", sequence_length=16, packing=packing, max_sequences=9)

@@ -1,4 +1,4 @@
-"""What `dskd plan` says: against counts that others publish, sums by hand, and what training really allocates."""
+"""The output of `dskd plan`: against counts that others publish, sums by hand, and what training really allocates."""
 
 import json
 import re
@@ -84,11 +84,11 @@ def test_flops_are_those_of_the_formula(tmp_path, trunk):
     architecture = Architecture(json.dumps(LLAMA), "llama")
     student = cut_student(config, architecture)
     shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
-    found = flops_per_token(config, architecture, teacher_shapes(architecture), student)
-    assert found == step_flops(shape, shared_trunk=trunk == "on")
+    flops = flops_per_token(config, architecture, teacher_shapes(architecture), student)
+    assert flops == step_flops(shape, shared_trunk=trunk == "on")
 
 
-def test_live_bytes_are_counted_until_nobody_holds_them():
+def test_bytes_count_as_long_as_something_refers_to_them():
     with LiveBytes() as live:
         one = torch.ones(100)
         view = one[:50].view(5, 10)
@@ -101,7 +101,7 @@ def test_live_bytes_are_counted_until_nobody_holds_them():
     assert live.peak == 800
 
 
-def test_what_a_layer_keeps_is_what_autograd_saves(tmp_path):
+def test_a_layer_keeps_the_tensors_that_autograd_saves(tmp_path):
     """Independent of the counter: the tensors that autograd saves, storage by storage, in a real forward pass."""
     config = _config(tmp_path, "student.layers=2", "student.shared_trunk='off'", "loss.kd_weight=0")
     batch = Batch(2, 16, False, 0, 0, 5, 0)
@@ -152,7 +152,7 @@ def _modules(count, numel):
     return Shapes(tuple((Weight(f"layers.{number}.weight", numel, True),) for number in range(count)))
 
 
-def test_zero3_gathers_every_weight_once_and_ahead_only_as_far_as_is_allowed():
+def test_zero3_gathers_every_weight_once_and_prefetches_within_its_limits():
     large = gather(_modules(20, 300_000_000), persistent=1000, backward=False)
     assert large.travelled == 20 * 300_000_000
     assert large.forward == 2 * 300_000_000  # the one that runs, and the next: one is more than is read ahead
@@ -164,7 +164,7 @@ def test_zero3_gathers_every_weight_once_and_ahead_only_as_far_as_is_allowed():
     assert gather(_modules(2, 1000), persistent=1000, backward=True).travelled == 0
 
 
-def test_a_job_that_does_not_fit_is_refused_and_the_change_that_is_named_makes_it_fit(tmp_path, monkeypatch, capsys):
+def test_a_job_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(tmp_path, monkeypatch, capsys):
     # A vocabulary that makes the teacher the largest part: 2 · 200,000 · 256 elements in float32 and more.
     shapes = _shapes_file(tmp_path, vocab_size=200_000, hidden_size=256, num_hidden_layers=4)
     config = tmp_path / "config.yaml"
@@ -187,8 +187,8 @@ def test_a_job_that_does_not_fit_is_refused_and_the_change_that_is_named_makes_i
     assert code == 0, printed
 
 
-def test_a_stage_before_training_that_does_not_fit_is_refused_until_it_is_over(tmp_path, monkeypatch, capsys):
-    """Annotation reads more texts at once than training, and has the teacher's output matrix beside."""
+def test_a_stage_before_training_that_does_not_fit_is_refused_until_it_is_done(tmp_path, monkeypatch, capsys):
+    """Annotation reads more texts at once than training, and also holds the teacher's output matrix."""
     shapes = _shapes_file(tmp_path, vocab_size=200_000, hidden_size=256)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b", "mode": "zero3"}}))
@@ -210,11 +210,11 @@ def test_a_stage_before_training_that_does_not_fit_is_refused_until_it_is_over(t
     with build_artifact(tmp_path / "work" / "shards" / "train", Recipe("shards", {}, {})) as building:
         building.facts["samples"] = 64
     code, printed, _ = _run(monkeypatch, capsys, *options)
-    assert code == 0 and "the shards are there" in printed
+    assert code == 0 and "the shards exist" in printed
 
 
 def test_the_speed_of_a_change_is_that_of_the_plan_with_it(tmp_path, monkeypatch, capsys):
-    """More nodes talk over another network than the GPUs of one."""
+    """Several nodes communicate over another network than the GPUs of one."""
     shapes = _shapes_file(tmp_path, vocab_size=100_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
     _config(tmp_path, mode="zero3")
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", shapes, "--nodes", 1, "--gpus-per-node", 8]
@@ -234,7 +234,7 @@ def test_the_speed_of_a_change_is_that_of_the_plan_with_it(tmp_path, monkeypatch
     assert re.search(rf"tokens/s of all ranks +{speed}$", printed, re.MULTILINE)
 
 
-def test_annotation_has_the_keys_and_values_of_what_the_teacher_goes_on_with(tmp_path):
+def test_annotation_holds_keys_and_values_of_the_texts_that_the_teacher_continues(tmp_path):
     def of_annotation(*overrides):
         config = _config(tmp_path, "corpus.packing=none", "annotation.batch_size=64", *overrides)
         plan = make_plan(config, _cluster(1, "cuda"), Architecture(json.dumps(LLAMA), "llama"))
@@ -246,7 +246,7 @@ def test_annotation_has_the_keys_and_values_of_what_the_teacher_goes_on_with(tmp
 
 
 def _refused(tmp_path):
-    """A plan that does not fit, and one that does."""
+    """Returns a plan that does not fit, and one that does."""
     config = _config(tmp_path, "train.global_batch_size=48")
     small, large = (
         make_plan(config, _cluster(1, "cuda", memory), Architecture(json.dumps(LLAMA), "llama")) for memory in (1, 80)
@@ -256,7 +256,7 @@ def _refused(tmp_path):
 
 
 @pytest.mark.parametrize("needed", [3, 4, 5, 65])
-def test_as_few_nodes_as_fit_are_named(tmp_path, needed):
+def test_the_smallest_number_of_nodes_that_fits_is_named(tmp_path, needed):
     small, large = _refused(tmp_path)
 
     def replan(change):
@@ -264,24 +264,24 @@ def test_as_few_nodes_as_fit_are_named(tmp_path, needed):
             raise UserError("cannot be shared out")
         return large if (change.nodes or 1) >= needed else small
 
-    change, found = smallest_change(small, replan)
-    assert (change, found) == (Change((), needed), large)
+    change, changed = smallest_change(small, replan)
+    assert (change, changed) == (Change((), needed), large)
 
 
-def test_no_setting_is_named_that_it_fits_without(tmp_path):
+def test_only_settings_that_are_needed_are_named(tmp_path):
     small, large = _refused(tmp_path)
-    wanted = {"train.activation_checkpointing=true", "train.loss_chunk_size=64", "train.micro_batch_size=1"}
-    change, _ = smallest_change(small, lambda change: large if wanted <= set(change.overrides) else small)
-    assert set(change.overrides) == wanted
+    needed = {"train.activation_checkpointing=true", "train.loss_chunk_size=64", "train.micro_batch_size=1"}
+    change, _ = smallest_change(small, lambda change: large if needed <= set(change.overrides) else small)
+    assert set(change.overrides) == needed
     assert smallest_change(small, lambda change: small) is None
 
 
-def test_a_host_that_is_too_small_makes_no_offload_needed(tmp_path, monkeypatch, capsys):
+def test_a_host_that_is_too_small_is_no_reason_to_offload(tmp_path, monkeypatch, capsys):
     _config(tmp_path)
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", _shapes_file(tmp_path), *MACHINES]
     code, printed, _ = _run(monkeypatch, capsys, *options, "student.layers=2", "--host-memory", 1)
     assert code == 3 and "Offload: not needed" in printed
-    assert "the processes of 2 ranks alone are taken to need 4 GB" in printed
+    assert "the processes of 2 ranks alone are assumed to need 4 GB" in printed
 
 
 @pytest.mark.parametrize(
@@ -312,11 +312,11 @@ def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
         (json.dumps(LLAMA | {"num_attention_heads": 0}), "num_attention_heads: expected a number, 1 or more; found 0"),
         (json.dumps(LLAMA | {"vocab_size": "many"}), "vocab_size: expected a number, 1 or more; found 'many'"),
         (json.dumps(LLAMA | {"hidden_act": "none"}), "transformers cannot build this architecture"),
-        ('{"model_type": "nonsense", "num_hidden_layers": 2}', "'nonsense' is none that transformers knows"),
+        ('{"model_type": "nonsense", "num_hidden_layers": 2}', "'nonsense' is unknown to transformers"),
         ('{"model_type": "bert", "num_hidden_layers": 2}', "'bert' is an encoder"),
     ],
 )
-def test_a_file_that_is_no_config_of_a_decoder_is_named(tmp_path, monkeypatch, capsys, text, part):
+def test_a_file_that_is_not_the_config_of_a_decoder_is_named(tmp_path, monkeypatch, capsys, text, part):
     _config(tmp_path)
     (tmp_path / "x.json").write_text(text)
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", tmp_path / "x.json", *MACHINES]

@@ -1,4 +1,4 @@
-"""Preflight: what is wrong with a node is said by its name."""
+"""Preflight reports the faults of each node by its name."""
 
 import copy
 import shutil
@@ -44,7 +44,7 @@ NODES = [_report(number, f"node{number}") for number in range(3)]
         ({"versions": {"torch": "2.8", "dskd": "0.1"}}, "node1: torch 2.8, elsewhere 2.9; install the same"),
         ({"device": "T4"}, "node1: device T4, elsewhere cpu"),
         ({"ranks_on_node": 4}, "node1: ranks on node 4, elsewhere 1"),
-        ({"reduced": False}, "rank 1 (node1): a sum over all ranks came out wrong there"),
+        ({"reduced": False}, "rank 1 (node1): a sum over all ranks was wrong there"),
         ({"problems": ["there is no folder x"]}, "rank 1 (node1): there is no folder x"),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_machine_by_itself_is_checked(tmp_path, capsys, world):
         preflight(config.model_copy(update={"workdir": str(file / "below")}), ONE_RANK)
 
 
-def test_a_remote_copy_of_the_shards_is_looked_at(copy_of_tiny, tmp_path, capsys):
+def test_a_remote_copy_of_the_shards_is_checked(copy_of_tiny, tmp_path, capsys):
     remote = tmp_path / "far"
     config = load_config(copy_of_tiny("shards", train={"shard_remote": str(remote)}))
     with pytest.raises(UserError, match=rf"train.shard_remote: {remote}/train/index.json cannot be read"):
@@ -98,7 +98,7 @@ def test_a_remote_copy_of_the_shards_is_looked_at(copy_of_tiny, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_ranks_that_do_not_come_are_named_with_their_node(copy_of_tiny):
+def test_ranks_that_do_not_arrive_are_named_with_their_node(copy_of_tiny):
     config = copy_of_tiny()
     (first,) = start_ranks("train.py", config, "train.collective_timeout_s=10", ranks=2, absent=[1])
     assert first.wait(60) == 1, first.output
@@ -131,7 +131,7 @@ def test_ranks_find_storage_that_is_not_shared_and_shards_that_are_damaged(copy_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("action", [preflight, train])
-def test_one_node_of_several_without_the_shared_storage_is_no_mistake(copy_of_tiny, tmp_path, action):
+def test_one_node_without_the_shared_storage_is_an_outage(copy_of_tiny, tmp_path, action):
     config = copy_of_tiny(*BEFORE_TRAINING)
     base = {"workdir": str(tmp_path / "other"), "teacher": {"path": "t"}}
     lacks_it = write_config(tmp_path / "other.yaml", yaml.safe_load(config.read_text()), **base)
@@ -144,7 +144,7 @@ def test_one_node_of_several_without_the_shared_storage_is_no_mistake(copy_of_ti
 
 @pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_a_work_directory_that_cannot_be_written_is_a_mistake_where_no_node_can(tmp_path, everywhere):
+def test_a_work_directory_that_no_node_can_write_to_is_a_user_error(tmp_path, everywhere):
     (tmp_path / "file").touch()
     good, bad = (
         write_config(tmp_path / f"{name}.yaml", {"workdir": str(tmp_path / folder), "teacher": {"path": "t"}})

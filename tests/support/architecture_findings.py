@@ -30,11 +30,11 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.architecture import check_architecture
-from dskd.models.cut_config import layers_of
 from dskd.models.cutting import build_student, find_student
 from dskd.models.final_norm import final_norm_names
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
+from dskd.models.layers import layers_of
 from dskd.models.probes import check_documents
 from dskd.models.stored_names import base_model
 from dskd.plan import GB

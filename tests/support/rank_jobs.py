@@ -28,7 +28,6 @@ from dskd.config.reading import load_config
 from dskd.distributed.collectives import barrier, gather_json
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World
-from dskd.models.causal_lm import sharded_numel
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.tracking import start_tracking
@@ -158,7 +157,7 @@ def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
         hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
         parameters = list(teacher.engine.module.parameters())
         held = {
-            "held": sharded_numel(parameters),
+            "held": sum(parameter.ds_tensor.numel() for parameter in parameters),
             "all": sum(p.ds_numel for p in parameters),
             "gathered": sum(p.numel() for p in parameters if p.ds_numel > 10 * 32),
             "devices": sorted({str(p.ds_tensor.device) for p in parameters}),

@@ -33,12 +33,12 @@ class Example:
 
     @property
     def group(self) -> str:
-        """The passage or question that related examples share; all examples of a group are on one side of a split."""
+        """Returns the passage or question that related examples share; a group is always on one side of a split."""
         return self.passage or self.question
 
     @property
     def gold(self) -> str:
-        """The answer shown when this example is part of a prompt."""
+        """Returns the answer shown when this example is part of a prompt."""
         return self.answers[0] if self.answers else NO_ANSWER
 
 
@@ -59,12 +59,12 @@ class Benchmark:
 
     @property
     def is_choice(self) -> bool:
-        """True if the answer is a label; the score is then an accuracy, otherwise a token F1."""
+        """Returns True if the answer is a label; the score is then an accuracy, otherwise a token F1."""
         return self.name != "squad_v2"
 
     @property
     def metric(self) -> str:
-        """The name of the metric whose mean is the score."""
+        """Returns the name of the metric whose mean is the score."""
         return "accuracy" if self.is_choice else "f1"
 
     def shots(self, settings: TasksConfig) -> int:

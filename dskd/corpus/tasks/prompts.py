@@ -34,26 +34,26 @@ class Question:
 
     @property
     def identity(self) -> list[Any]:
-        """The data that affects the prompt or the right answers, as JSON-like values."""
-        *shown, (asked, _) = self._turns(len(self.shots))
+        """Returns the data that affects the prompt or the right answers, as JSON-like values."""
+        *shown, (last, _) = self._turns(len(self.shots))
         turns = [list(turn) for turn in shown]
-        return [self.example.name, self._instruction, turns, asked, list(self.example.answers)]
+        return [self.example.name, self._instruction, turns, last, list(self.example.answers)]
 
     def messages(self, num_shots: int) -> list[dict[str, str]]:
         """Returns the prompt as chat messages, with the last `num_shots` examples."""
         messages = []
-        *shown, (asked, _) = self._turns(num_shots)
+        *shown, (last, _) = self._turns(num_shots)
         for text, answer in shown:
             messages.append({"role": "user", "content": text})
             messages.append({"role": "assistant", "content": answer})
-        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "user", "content": last})
         messages[0]["content"] = f"{self._instruction}\n\n{messages[0]['content']}"
         return messages
 
     def plain(self, num_shots: int) -> str:
         """Returns the prompt as plain text, for a model without a chat template, with the last `num_shots` examples."""
-        *shown, (asked, _) = self._turns(num_shots)
-        return "\n\n".join([self._instruction, *(f"{text} {answer}" for text, answer in shown), asked])
+        *shown, (last, _) = self._turns(num_shots)
+        return "\n\n".join([self._instruction, *(f"{text} {answer}" for text, answer in shown), last])
 
     def _turns(self, num_shots: int) -> list[tuple[str, str]]:
         """Returns the last `num_shots` examples and the question, each with its answer.
@@ -153,12 +153,12 @@ def _gives_away(shot: Example, example: Example) -> bool:
     return shot.question == example.question or any(shown in answer or answer in shown for answer in right)
 
 
-def _order(count: int, wanted: int, seed: int, *parts: str) -> Iterator[int]:
+def _order(count: int, needed: int, seed: int, *parts: str) -> Iterator[int]:
     """Yields each number below `count` once, in an order that depends on `seed` and `parts`.
 
-    The order is ascending if all numbers are needed, that is if `count` is at most `wanted`.
+    The order is ascending if all numbers are needed, that is if `count` is at most `needed`.
     """
-    if count <= wanted:
+    if count <= needed:
         yield from range(count)
         return
     seen: set[int] = set()
@@ -182,7 +182,7 @@ class Prompt:
 
     @property
     def sha256(self) -> str:
-        """The identity of the text."""
+        """Returns the identity of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -194,12 +194,12 @@ class Prompter:
 
     @property
     def has_template(self) -> bool:
-        """True if the tokenizer has a chat template, so that prompts are chats."""
+        """Returns True if the tokenizer has a chat template, so that prompts are chats."""
         return bool(getattr(self._tokenizer, "chat_template", None))
 
     @property
     def format(self) -> str:
-        """The form of the prompts: `plain`, or the digest of the chat template."""
+        """Returns the form of the prompts: `plain`, or the digest of the chat template."""
         return digest_of_json(self._tokenizer.chat_template) if self.has_template else "plain"
 
     def text(self, question: Question, num_shots: int | None = None) -> str:
@@ -244,7 +244,7 @@ class Prompter:
 
     @cached_property
     def _own_start(self) -> str:
-        """The text of the token that the tokenizer puts before every text; empty if it puts none there."""
+        """Returns the text of the token that the tokenizer puts before every text; empty if it puts none there."""
         ids = self._tokenizer("a", verbose=False)["input_ids"]
         start = self._tokenizer.bos_token
         return start if start and ids[:1] == [self._tokenizer.bos_token_id] and len(ids) > 1 else ""

@@ -43,25 +43,28 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
     """
     folder = Path(place).expanduser()
     if folder.is_dir():
-        found, rows = _rows_of_folder(benchmark, folder, split)
+        source, rows = _rows_of_folder(benchmark, folder, split)
     else:
-        found, rows = f"{place}, split {split!r}", _rows_of_hub(benchmark, place, split)
+        source, rows = f"{place}, split {split!r}", _rows_of_hub(benchmark, place, split)
     examples = []
     for row_place, row in rows:
         try:
-            examples.append(_of_whole_characters(_PARSERS[benchmark.name](benchmark, row)))
+            example = _of_whole_characters(_PARSERS[benchmark.name](benchmark, row))
+            if benchmark.one_score_a_subject and split != benchmark.trained and not example.subject:
+                raise _NoExampleError("it has no subject, and the score is a mean over subjects")
+            examples.append(example)
         except (_NoExampleError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{error}" if isinstance(error, _NoExampleError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{row_place}: this is no example of {benchmark.name} as it is published ({reason}); "
+                f"{row_place}: this is not an example of {benchmark.name} as it is published ({reason}); "
                 "docs/formats.md has the formats"
             ) from None
     if not examples:
-        raise UserError(f"tasks.{benchmark.name}: {found} has no examples; is it whole?")
+        raise UserError(f"tasks.{benchmark.name}: {source} has no examples; is it whole?")
     named = _named(examples, split)
     twice = [name for name, count in Counter(example.name for example in named).items() if count > 1]
     if twice:
-        raise UserError(f"tasks.{benchmark.name}: {found} has the id {twice[0]!r} more than once; keep one of them")
+        raise UserError(f"tasks.{benchmark.name}: {source} has the id {twice[0]!r} more than once; keep one of them")
     return named
 
 
@@ -103,15 +106,15 @@ def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str
     files = _parquet_files(benchmark, folder, split)
     if files:
         return ", ".join(map(str, files[:3])), _parquet_rows(files)
-    wanted = " or ".join(benchmark.files[split])
+    patterns = " or ".join(benchmark.files[split])
     raise UserError(
-        f"tasks.{benchmark.name}: {folder} has neither {wanted}, as published, nor {split}-*.parquet, as on the hub; "
+        f"tasks.{benchmark.name}: {folder} has neither {patterns}, as published, nor {split}-*.parquet, as on the hub; "
         "name the folder that has them"
     )
 
 
 def _visible(folder: Path, pattern: str) -> Iterator[Path]:
-    """Yields the files of a pattern, except hidden ones and those that archives made on a Mac have beside each file."""
+    """Yields the files of a pattern, except hidden ones and those that archives made on a Mac have for each file."""
     for path in folder.rglob(pattern):
         parts = path.relative_to(folder).parts
         if path.is_file() and "__MACOSX" not in parts and not any(part.startswith(".") for part in parts):
@@ -189,7 +192,7 @@ def _piqa_rows(path: Path) -> Iterator[tuple[int, Row]]:
     name = path.name[: len(without_compression(path.name))]
     labels_path = path.with_name(f"{Path(name).stem}-labels.lst")
     if not labels_path.is_file():
-        raise UserError(f"{path}: its labels are missing; put {labels_path.name} beside it")
+        raise UserError(f"{path}: its labels are missing; put {labels_path.name} into the same folder")
     labels = _piqa_labels(labels_path)
     rows = list(_json_lines(path))
     if len(rows) != len(labels):
@@ -331,7 +334,7 @@ def _choice(
     if not all(isinstance(text, str) for text in texts):
         raise _NoExampleError("question and choices are to be strings")
     if not 2 <= len(choices) <= len(benchmark.labels):
-        raise _NoExampleError(f"it has {len(choices)} choices, 2 to {len(benchmark.labels)} can be asked for")
+        raise _NoExampleError(f"it has {len(choices)} choices; expected 2 to {len(benchmark.labels)}")
     # The choices of MMLU's auxiliary split, which has no subjects and is collected from other data, stay as published.
     is_auxiliary = benchmark.one_score_a_subject and not subject
     if not question.strip() or not (is_auxiliary or all(choice.strip() for choice in choices)):

@@ -54,7 +54,7 @@ def test_every_prompt_is_of_a_training_split_and_both_sides_have_nothing_in_comm
         path.read_text()
         for pattern in ("arc/*-Dev.jsonl", "commonsense_qa/dev*", "piqa/valid.jsonl", "mmlu/*/*_test.csv", "squad/dev*")
         for path in DATA.glob(pattern)
-        if path.name != "mc_test.csv"  # which is to train on
+        if path.name != "mc_test.csv"  # which is for training
     )
     assert "How many arches has the bridge?" in evaluated
     assert "Which of these conducts heat best?" in evaluated
@@ -95,7 +95,7 @@ def test_with_examples_of_the_same_passage_a_prompt_has_one_passage(tmp_path):
         assert "No answer" not in answers
 
 
-def test_a_split_takes_its_share_and_no_group_stands_on_both_sides():
+def test_a_split_takes_its_share_and_no_group_is_on_both_sides():
     benchmark = BENCHMARKS["squad_v2"]
     examples = [
         Example(f"{p}-{q}", f"{q}?", ("a",), passage=f"passage {p}") for p in range(50) for q in range(1 + p % 7)
@@ -117,24 +117,24 @@ def test_a_split_takes_its_share_and_no_group_stands_on_both_sides():
     assert split(benchmark, examples, train_share=0.25, validation_share=0.1, seed=4)[0] != train
 
 
-def test_what_decides_the_documents_is_in_the_recipe(tmp_path):
-    wanted = recipe(_config(tmp_path))
-    assert recipe(_config(tmp_path)) == wanted
+def test_everything_that_affects_the_documents_is_in_the_recipe(tmp_path):
+    before = recipe(_config(tmp_path))
+    assert recipe(_config(tmp_path)) == before
     changes = [{"seed": 1}, {"train_share": 0.6}, {"choice_shots": 1}, {"squad_tokens": 9}, {"piqa_tokens": 1}]
     for change in (*changes, {"squad_shots_from": "same_passage"}):
-        assert recipe(_config(tmp_path, **change)) != wanted, change
-    assert recipe(_config(tmp_path, batch_size=1, limit=3)) == wanted
+        assert recipe(_config(tmp_path, **change)) != before, change
+    assert recipe(_config(tmp_path, batch_size=1, limit=3)) == before
 
 
-def test_too_little_data_is_a_users_error_and_leaves_nothing(tmp_path):
+def test_too_little_data_is_a_user_error_and_leaves_nothing(tmp_path):
     config = _config(tmp_path, choice_shots=5)
     with pytest.raises(UserError, match=r"tasks.arc_challenge: a prompt shows 5 examples, but there are only 3"):
         build_corpus(config)
     assert not list((tmp_path / "work").glob("*"))
 
 
-def test_the_teacher_goes_on_with_a_prompt_by_as_many_tokens_as_its_task_may_be_answered_with(tmp_path, world):
-    """From the files to the texts that the teacher goes on with: 1 or 2 tokens in a choice task, up to 10 in SQuAD."""
+def test_the_teacher_continues_a_prompt_by_at_most_the_tokens_of_an_answer(tmp_path, world):
+    """From the files to the texts that the teacher continues: 1 or 2 tokens in a choice task, up to 10 in SQuAD."""
     teacher_folder = tmp_path / "teacher"
     save_model(teacher_folder)
     values = json.loads((teacher_folder / "config.json").read_text())

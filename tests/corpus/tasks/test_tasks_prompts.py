@@ -1,4 +1,4 @@
-"""Prompts: what is asked, with which examples, and that its tokens are those that the chat template gives."""
+"""Prompts: their texts, their examples, and their tokens, which are those of the chat template."""
 
 import pytest
 from task_files import DATA
@@ -51,7 +51,7 @@ def test_without_a_template_a_prompt_is_plain():
     )
 
 
-def test_every_task_is_asked_in_its_own_way():
+def test_every_task_has_its_own_form_of_prompt():
     prompter = Prompter(word_tokenizer(["a"]))
     piqa = prompter.text(_questions("piqa", "piqa", 0)[0])
     assert piqa.endswith("Goal: light a candle\n0. hold a match to it\n1. hold a spoon to it\nAnswer:")
@@ -71,9 +71,11 @@ def test_the_tokens_of_a_chat_are_those_that_the_template_gives(writes_start):
     for question in _questions("arc_challenge", "arc", 3):
         messages = [message for shot in question.shots for message in _turns(shot)] + _turns(question.example)[:1]
         messages[0]["content"] = f"{question.benchmark.instruction}\n\n{messages[0]['content']}"
-        wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, date_string="-", return_dict=False)
+        expected = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, date_string="-", return_dict=False
+        )
         prompt = prompter.prompt(question, None)
-        assert prompt.input_ids == list(wanted)
+        assert prompt.input_ids == list(expected)
         assert prompt.input_ids.count(tokenizer.bos_token_id) == 1
         assert (prompt.num_shots, prompt.is_cut) == (3, False)
 
@@ -84,7 +86,7 @@ def _turns(example):
     return [asked, {"role": "assistant", "content": example.answers[0]}]
 
 
-def test_a_template_that_refuses_the_turns_is_a_users_error():
+def test_a_template_that_refuses_the_turns_is_a_user_error():
     tokenizer = _chat_tokenizer(writes_start=False)
     tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
     with pytest.raises(UserError, match=r"chat template refuses turns .*only one turn"):
@@ -112,7 +114,7 @@ def test_examples_are_a_function_of_seed_and_question():
     assert [q.shots for q in one] != [q.shots for q in _questions("commonsense_qa", "commonsense_qa", 5, seed=1)]
     assert len({q.shots for q in one}) > 1
     assert all(len(set(q.shots)) == 5 for q in one)
-    # What is asked after it does not change what a question is asked with.
+    # Later questions do not change the examples of a question.
     benchmark, pool = BENCHMARKS["commonsense_qa"], _examples("commonsense_qa", "train", "commonsense_qa")
     assert list(with_shots(benchmark, [one[2].example], pool, 5, 0)) == [one[2]]
 
@@ -141,16 +143,16 @@ def test_an_example_of_the_questions_passage_is_another_answerable_one_that_does
     longer_answer = _squad("5", "What was said?", "stands by the river")
     elsewhere = _squad("6", "Who rows?", "Tom", passage="Tom rows.")
     pool = [asked, unanswerable, shot, same_answer, longer_answer, elsewhere]
-    found = {
+    shown = {
         question.example.name: [shown.name for shown in question.shots]
         for seed in range(9)
         for question in with_shots(BENCHMARKS["squad_v2"], pool, pool, 9, seed, own_passage=True)
     }
-    assert found["1"] == ["3"]
-    assert found["2"] == ["1", "3", "4", "5"]  # nothing gives away that there is no answer
-    assert found["3"] == ["1", "4", "5"]
-    assert found["4"] == found["5"] == ["3"]
-    assert found["6"] == []  # as in the published program: no example
+    assert shown["1"] == ["3"]
+    assert shown["2"] == ["1", "3", "4", "5"]  # nothing gives away that there is no answer
+    assert shown["3"] == ["1", "4", "5"]
+    assert shown["4"] == shown["5"] == ["3"]
+    assert shown["6"] == []  # as in the published program: no example
     one = list(with_shots(BENCHMARKS["squad_v2"], [unanswerable, asked], pool, 1, 0, own_passage=True))
     assert one[:1] == list(with_shots(BENCHMARKS["squad_v2"], [unanswerable], pool, 1, 0, own_passage=True))
     drawn = {
@@ -179,14 +181,14 @@ def test_a_passage_that_examples_share_with_the_question_is_shown_once():
     assert other.plain(1).endswith(f"Passage: {passage}\nQuestion: Where is it?\nAnswer:")
 
 
-def test_too_few_examples_are_a_users_error():
+def test_too_few_examples_are_a_user_error():
     with pytest.raises(
         UserError, match=r"tasks.mmlu: a prompt shows 6 examples about old towns, .* only 5 .*choice_shots"
     ):
         _questions("mmlu", "mmlu", 6)
 
 
-def test_what_is_asked_is_known_by_its_content():
+def test_the_identity_of_a_task_depends_on_its_content():
     questions = _questions("piqa", "piqa", 2)
     assert digest_of(questions) == digest_of(_questions("piqa", "piqa", 2))
     assert len({digest_of(_questions("piqa", "piqa", shots)) for shots in (0, 1, 2)}) == 3

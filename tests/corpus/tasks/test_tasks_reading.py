@@ -114,7 +114,7 @@ def _labelled_row(record):
 
 
 def _hub_rows(name, split):
-    """The rows that the hub has of the same examples, from the published files."""
+    """Returns the rows that the hub has of the same examples, from the published files."""
     folder = DATA / FOLDERS[name]
     if name in ("arc_challenge", "commonsense_qa"):
         return [_labelled_row(record) for record in _lines(folder / BENCHMARKS[name].files[split][0])]
@@ -150,7 +150,7 @@ def test_the_hubs_files_have_the_examples_of_the_published_ones(tmp_path, name):
         rows = _hub_rows(name, split)
         for part, piece in enumerate((rows[:2], rows[2:])):
             pq.write_table(pa.Table.from_pylist(piece), folder / f"{split}-{part:05d}-of-00002.parquet")
-        (tmp_path / "ARC-Easy").mkdir(exist_ok=True)  # another configuration beside it
+        (tmp_path / "ARC-Easy").mkdir(exist_ok=True)  # another configuration in the same folder
         pq.write_table(pa.table({"id": ["easy"]}), tmp_path / "ARC-Easy" / f"{split}-00000-of-00001.parquet")
         if benchmark.hub_config is None:
             shutil.rmtree(tmp_path / "ARC-Easy")
@@ -162,10 +162,10 @@ def _copy(tmp_path, name):
     return tmp_path / name
 
 
-def _refused(name, split, folder, *says):
+def _refused(name, split, folder, *parts):
     with pytest.raises(UserError) as error:
         _read(name, split, folder)
-    for part in says:
+    for part in parts:
         assert part in str(error.value)
 
 
@@ -194,7 +194,7 @@ def test_mistakes_in_files_are_named_with_file_and_line(tmp_path):
     labels.write_bytes(b"0\n\xff\n")
     _refused("piqa", "validation", piqa, f"{labels}: this is not UTF-8 text")
     labels.unlink()
-    _refused("piqa", "validation", piqa, "put valid-labels.lst beside it")
+    _refused("piqa", "validation", piqa, "put valid-labels.lst into the same folder")
 
     mmlu = _copy(tmp_path, "mmlu")
     path = mmlu / "test" / "old_towns_test.csv"
@@ -210,7 +210,7 @@ def test_mistakes_in_files_are_named_with_file_and_line(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["[1]", '"abc"', "3", "null"])
-def test_a_line_of_json_that_is_no_object_is_named(tmp_path, line):
+def test_a_line_of_json_that_is_not_an_object_is_named(tmp_path, line):
     path = _copy(tmp_path, "piqa") / "valid.jsonl"
     _, *others = path.read_text().splitlines()
     path.write_text("\n".join(["", line, *others]))
@@ -218,11 +218,11 @@ def test_a_line_of_json_that_is_no_object_is_named(tmp_path, line):
 
 
 @pytest.mark.parametrize("letter", ["", " ", "BC", "AB", "E", "b"])
-def test_an_answer_that_is_no_single_letter_is_no_answer(tmp_path, letter):
+def test_an_answer_that_is_not_a_single_letter_is_refused(tmp_path, letter):
     path = _copy(tmp_path, "mmlu") / "test" / "old_towns_test.csv"
     path.write_text(f"one,a,b,c,d,A\ntwo,a,b,c,d,{letter}\n")
-    says = f"{path}:2: expected question, four choices and a letter of A to D, found 6 fields, the last of them "
-    _refused("mmlu", "test", path.parents[1], f"{says}{letter!r}")
+    message = f"{path}:2: expected question, four choices and a letter of A to D, found 6 fields, the last of them "
+    _refused("mmlu", "test", path.parents[1], f"{message}{letter!r}")
 
 
 def test_a_quote_that_is_never_closed_is_named_with_the_line_that_opens_it(tmp_path):
@@ -232,18 +232,18 @@ def test_a_quote_that_is_never_closed_is_named_with_the_line_that_opens_it(tmp_p
         _refused("mmlu", "test", path.parents[1], f"{path}:3: ")
 
 
-def test_blank_lines_are_no_examples(tmp_path):
+def test_blank_lines_are_skipped(tmp_path):
     for name, split, file in (("piqa", "validation", "valid.jsonl"), ("mmlu", "test", "test/old_towns_test.csv")):
         path = _copy(tmp_path, name) / file
         path.write_text("\n" + path.read_text().replace("\n", "\n\n  \n"))
         assert _read(name, split, tmp_path / name) == _read(name, split)
 
 
-def test_half_of_a_character_is_refused_before_a_tokenizer_meets_it(tmp_path):
+def test_half_of_a_surrogate_pair_is_refused_when_it_is_read(tmp_path):
     piqa = _copy(tmp_path, "piqa") / "valid.jsonl"
     piqa.write_text(piqa.read_text().replace("water a plant", r"water \ud800 a plant"))
-    says = r"'water \ud800 a plant' has half of a character, '\ud800'"
-    _refused("piqa", "validation", piqa.parent, f"{piqa}:2:", says)
+    message = r"'water \ud800 a plant' has half of a character, '\ud800'"
+    _refused("piqa", "validation", piqa.parent, f"{piqa}:2:", message)
     squad = _copy(tmp_path, "squad_v2") / "dev-v2.0.json"
     squad.write_text(squad.read_text().replace("seven arches.", r"seven \udc00 arches."))
     _refused("squad_v2", "validation", squad.parent, f"{squad}:1:", r"has half of a character, '\udc00'")
@@ -287,7 +287,7 @@ def test_the_published_files_are_read_whole(name, folder, labels):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"choices": {"label": ["A", "B", "C"], "text": ["a", "b"]}}, "3 labels, but 2 texts"),
         ({"choices": {"label": ["A", "A"], "text": ["a", "b"]}}, "a label twice: A, A"),
@@ -296,11 +296,29 @@ def test_the_published_files_are_read_whole(name, folder, labels):
         ({"id": None}, "its id is None"),
     ],
 )
-def test_a_damaged_question_with_choices_is_refused_with_its_row(tmp_path, changes, says):
+def test_a_damaged_question_with_choices_is_refused_with_its_row(tmp_path, changes, message):
     row = {"id": "q", "question": "What?", "choices": {"label": ["A", "B"], "text": ["a", "b"]}, "answerKey": "A"}
     pq.write_table(pa.Table.from_pylist([row, {**row, "id": "r"} | changes]), tmp_path / "validation-0.parquet")
-    with pytest.raises(UserError, match=rf"validation-0\.parquet:2: .*{says}"):
+    with pytest.raises(UserError, match=rf"validation-0\.parquet:2: .*{message}"):
         _read("arc_challenge", "validation", tmp_path)
+
+
+def test_choices_may_be_empty_in_the_auxiliary_split_of_mmlu_alone(tmp_path):
+    """As in the published file, which is collected from other data and has no subjects."""
+    path = _copy(tmp_path, "mmlu") / "auxiliary_train" / "more.csv"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("Which word is missing?,, ,cat,dog,C\n")
+    (example,) = (e for e in _read("mmlu", "auxiliary_train", tmp_path / "mmlu") if "missing" in e.question)
+    assert (example.choices, example.answers, example.subject) == (("", "", "cat", "dog"), ("C",), "")
+    test = tmp_path / "mmlu" / "test" / "old_towns_test.csv"
+    test.write_text("Which word is missing?,, ,cat,dog,C\n")
+    _refused("mmlu", "test", tmp_path / "mmlu", f"{test}:1: ", "the question or a choice is empty")
+
+
+def test_a_question_of_mmlu_without_its_subject_is_refused(tmp_path):
+    row = {"question": "What?", "subject": "", "choices": ["a", "b", "c", "d"], "answer": 1}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "test-0.parquet")
+    _refused("mmlu", "test", tmp_path, "test-0.parquet:1: ", "it has no subject")
 
 
 def test_labels_and_keys_are_compared_as_text(tmp_path):
@@ -311,7 +329,7 @@ def test_labels_and_keys_are_compared_as_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"is_impossible": "false"}, "is_impossible is 'false'; expected true or false"),
         ({"answers": []}, "it has no answers, but is_impossible is not true"),
@@ -319,11 +337,11 @@ def test_labels_and_keys_are_compared_as_text(tmp_path):
         ({"id": None}, "its id is None"),
     ],
 )
-def test_a_damaged_question_about_a_passage_is_refused_with_its_number(tmp_path, changes, says):
+def test_a_damaged_question_about_a_passage_is_refused_with_its_number(tmp_path, changes, message):
     question = {"id": "q", "question": "Who?", "answers": [{"text": "he"}], "is_impossible": False} | changes
     content = {"data": [{"paragraphs": [{"context": "It was he.", "qas": [question]}]}]}
     (tmp_path / "dev-v2.0.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"dev-v2\.0\.json:? ?(question )?1.*{says}"):
+    with pytest.raises(UserError, match=rf"dev-v2\.0\.json:? ?(question )?1.*{message}"):
         _read("squad_v2", "validation", tmp_path)
 
 
