@@ -1,5 +1,6 @@
 """Fixtures that tests of several folders share. What is not a fixture is in tests/support/."""
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -96,6 +97,25 @@ def _closed_databases() -> Iterator[None]:
         for engine in list(store.SqlAlchemyStore._engine_map.values()):
             if engine.pool.checkedin():
                 engine.dispose()
+
+
+@pytest.fixture(autouse=True)
+def _closed_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Closes the shared memory of a test's datasets, which mosaicml-streaming keeps until the process ends."""
+    cleanups: list[Callable[[], object]] = []
+    register = atexit.register
+
+    def remember(function: Callable[..., object], *args: object, **options: object) -> Callable[..., object]:
+        if type(getattr(function, "__self__", None)).__module__ == "streaming.base.shared.memory":
+            cleanups.append(function)
+        return register(function, *args, **options)
+
+    monkeypatch.setattr(atexit, "register", remember)
+    yield
+    for cleanup in cleanups:
+        with contextlib.suppress(BufferError):  # a dataset of a fixture that lives on
+            cleanup()
+            atexit.unregister(cleanup)
 
 
 @pytest.fixture(scope="session")

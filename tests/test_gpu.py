@@ -149,7 +149,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_the_cpu_in_float64(form, di
     sense_rows = random(rows, hidden_size)
     if form == "distance":
         related = {"relation_positions": positions[:50], "own_positions": positions[50:100]}
-        named = {f"{kind}_index": index(50, 5) for kind in ("synonym", "antonym", "own")}
+        named = {f"{kind}_rows": index(50, 5) for kind in ("synonym", "antonym", "own")}
         for indices in named.values():
             indices[:, 0].clamp_(min=0)
         senses = {"sense_rows": sense_rows, **related, **named}

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -20,6 +21,7 @@ from dskd.distributed.rendezvous import free_port
 from dskd.distributed.world import World
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
+_NUMBERS = itertools.count()  # of the files to which ranks print
 # What the fork server imports in addition to what programs import when they start: DeepSpeed compiles Muon's kernels
 # whatever the optimizer is; transformers imports an architecture, and MLflow its store, at first use.
 IMPORTED_LATE = [
@@ -124,7 +126,8 @@ def fork_ranks(
     started = []
     for rank in sorted(set(range(ranks)) - set(absent)):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        path = log or Path(tempfile.mkstemp(dir=_logs())[1])
+        path = log or _logs() / f"{next(_NUMBERS)}.txt"
+        path.touch()
         process = context.Process(target=target, args=(*arguments, environment, path), kwargs=options)
         process.start()
         started.append(Rank(process, path))
