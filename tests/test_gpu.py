@@ -24,7 +24,8 @@ from dskd.artifacts import kinds
 from dskd.config import LossConfig
 from dskd.config.reading import load_config
 from dskd.distributed.rendezvous import free_port
-from dskd.losses.head import TERMS, DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.terms import SUMS
 from dskd.senses.kmeans import kmeans
 
 pytestmark = pytest.mark.slow
@@ -89,7 +90,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING)
     _launch("train.py", config)
     undisturbed = losses_of(config)
-    base = kinds.folder(load_config(config))
+    base = kinds.checkpoint_folder(load_config(config))
     shutil.rmtree(base / "step-00000006")
     _launch("train.py", config, "--resume")
     (_, again), (_, once) = zip(*losses_of(config)[-3:], strict=True), zip(*undisturbed[-3:], strict=True)
@@ -172,7 +173,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_the_cpu_in_float64(form, di
             states, normalizers=Normalizers(tokens=1 / 170, senses=1 / 50), senses=all_there(senses), **all_there(case)
         )
         total.backward()
-        return {"total": total, "gradient": states.grad, **dict(zip(TERMS, sums, strict=True))}
+        return {"total": total, "gradient": states.grad, **dict(zip(SUMS, sums, strict=True))}
 
     ours, exact = run(torch.device(device), torch.float32, 37), run(CPU, torch.float64, batch * length)
     for name, value in exact.items():

@@ -39,7 +39,7 @@ def _stages_run(finished):
     return re.findall(r"^== (\w+)", finished.output, re.MULTILINE)
 
 
-def test_it_ends_with_a_table_a_picture_and_the_way_to_mlflow(tiny):
+def test_the_pipeline_ends_with_a_table_a_picture_and_the_command_for_mlflow(tiny):
     printed = (tiny.parent / "printed.txt").read_text()
     for model in ("teacher", "cut student, untrained", "dskd"):
         assert re.search(rf"^{model}  +[\d,.]+  +0\.\d+  +[01]\.\d+  +[\d,.]+  +[01]\.\d+$", printed, re.MULTILINE), (
@@ -62,14 +62,15 @@ def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends
     changed = run_program("pipeline.py", config, *changes, "--until", "train dskd")
     assert _stages_run(changed) == ["train"]
     assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in changed.output
-    stages = pipeline.plan_stages(load_config(config, changes), config, changes)
+    loaded = load_config(config, changes)
+    stages = pipeline.plan_stages(loaded, config, changes, lambda: find_teacher(loaded))
     (export,) = [stage for stage in stages if not stage.is_current()]
     assert export.name == "export dskd"
     export.build()
     assert [stage.name for stage in stages if not stage.is_current()] == ["evaluation"]
 
 
-def test_benchmarks_that_the_config_names_are_asked_last_and_once(copy_of_tiny, monkeypatch):
+def test_benchmarks_that_the_config_names_are_evaluated_last_and_once(copy_of_tiny, monkeypatch):
     monkeypatch.setattr(pipeline, "launch", launch_forked)
     artifacts = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
     path = copy_of_tiny(*artifacts, "export", "evaluation")
@@ -140,7 +141,7 @@ def test_any_decoder_can_be_the_teacher(tiny, tmp_path, world, architecture, pac
         assert part in printed
 
 
-def test_it_stops_after_the_stage_that_is_named(copy_of_tiny):
+def test_until_names_the_last_stage_to_run(copy_of_tiny):
     config = copy_of_tiny("corpus", "lexicon", "teacher")
     finished = run_program("pipeline.py", config, "--until", "student")
     assert _stages_run(finished) == ["sequences", "student"]
@@ -154,7 +155,7 @@ def test_it_stops_after_the_stage_that_is_named(copy_of_tiny):
     assert "Traceback" not in unknown.output
 
 
-def test_a_request_is_passed_on_until_the_ranks_that_are_just_being_started_hear_it(copy_of_tiny):
+def test_a_request_to_stop_is_repeated_until_starting_ranks_handle_it(copy_of_tiny):
     config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
     one_rank = 'pipeline.launcher_args=["--num_gpus", "1"]'
     (process,) = start_ranks("pipeline.py", config, "tracking.enabled=false", "train.steps=100000", one_rank)

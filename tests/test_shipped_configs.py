@@ -119,7 +119,7 @@ def test_the_papers_rate_follows_the_batch(name, batch):
 
 @pytest.mark.parametrize("name", RATE_OF_A_RANK)
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_the_papers_batch_is_shared_out_over_the_gpus_of_a_node(name, ranks):
+def test_the_papers_batch_is_divided_among_the_gpus_of_a_node(name, ranks):
     train = load_config(REPOSITORY / "configs" / name).train
     micro_batch, accumulation = share_out(train, ranks)
     assert micro_batch * accumulation * ranks == train.global_batch_size == 8
@@ -155,7 +155,7 @@ def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeyp
         assert all(weight.equal(layers[number][key]) for key, weight in weights.items())
     losses = {}
     for run in trained_runs:
-        steps = [kinds.folder(config) / ".." / run / f"step-{step:08d}" for step in (1, 2)]
+        steps = [kinds.checkpoint_folder(config) / ".." / run / f"step-{step:08d}" for step in (1, 2)]
         losses[run] = [read_manifest(step, "checkpoint", made_by="-").facts["loss"] for step in steps]
         assert all(math.isfinite(loss) and loss > 0 for loss in losses[run])
         weights = load_file(steps[-1] / checkpoint.TRAINED_FILE)

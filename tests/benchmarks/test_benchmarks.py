@@ -18,7 +18,7 @@ from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish
 from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary
 from benchmarks.workload import Preset, build_loss, write_work_directory
 from dskd.config import LossConfig
-from dskd.losses.head import TERMS
+from dskd.losses.terms import SUMS
 from dskd.shards.search import Searcher
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -108,7 +108,7 @@ def test_the_published_algorithm_has_our_losses(tmp_path):
     }
     ours = build_loss(torch.nn.Parameter(weight), teacher_weight, loss, torch.device("cpu"), chunk_size=7)
     total, sums = ours(hidden, teacher_hidden, targets, senses)
-    terms = dict(zip(TERMS, sums.tolist(), strict=True))
+    terms = dict(zip(SUMS, sums.tolist(), strict=True))
     assert terms["ce"] / length == pytest.approx(float(ce), rel=1e-5)
     assert terms["kl"] / length == pytest.approx(float(kl), rel=1e-4)
     assert terms["sense"] / (len(relation) + len(own)) == pytest.approx(float(sense), rel=1e-5)

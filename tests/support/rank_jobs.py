@@ -32,8 +32,8 @@ from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.tracking import start_tracking
 from dskd.tracking.client import load_mlflow
-from dskd.training.packed_step import Step, count_positions
-from dskd.training.pair import Pair
+from dskd.training.packed_step import StepBatches, count_positions
+from dskd.training.pair import ModelPair
 from dskd.training.step import train_step
 from dskd.training.student import load_student
 
@@ -117,7 +117,7 @@ def _head_gradients(folder: Path, world: World) -> None:
     student = ModelFolder(folder / "student", "", "")
     teacher = find_teacher(config)
     engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
-    pair = Pair(load_frozen(teacher, config, world, with_head=False), engine)
+    pair = ModelPair(load_frozen(teacher, config, world, with_head=False), engine)
     rows = range(2 * world.rank, 2 * world.rank + 2)
     micro_batches = [
         {
@@ -129,7 +129,7 @@ def _head_gradients(folder: Path, world: World) -> None:
         }
         for row in rows
     ]
-    step = Step(micro_batches, count_positions(micro_batches))
+    step = StepBatches(micro_batches, count_positions(micro_batches))
     gradients = {}
 
     def keep_gradients() -> None:
