@@ -20,8 +20,9 @@ SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
         "import sys; sys.argv = ['dskd', 'config', '--config', 'configs/quickstart.yaml']; "
         "import dskd.__main__; dskd.__main__.main()",
         *(
-            f"import runpy, sys; sys.argv = ['{file.name}', '--help']; runpy.run_path('{file}', run_name='__main__')"
-            for file in sorted((REPOSITORY / "launcher").glob("*.py"))
+            f"import runpy, sys; sys.argv = ['{name}', '--help']; "
+            f"runpy.run_path('launcher/{name}', run_name='__main__')"
+            for name in sorted(file.name for file in (REPOSITORY / "launcher").glob("*.py"))
         ),
     ],
 )

@@ -26,7 +26,8 @@ printf '%s\n' "${nodes[@]}" >"$notes/nodes"
 export DSKD_VENV DSKD_RANKS_PER_NODE DSKD_NOTES=$notes
 # MLflow shows these with the run (dskd/distributed/world.py).
 export DSKD_JOB_SCHEDULER=slurm DSKD_JOB_ID=$SLURM_JOB_ID DSKD_JOB_NAME=$SLURM_JOB_NAME
-export DSKD_JOB_RESTART=${SLURM_RESTART_COUNT:-}
+export DSKD_JOB_RESTART=${SLURM_RESTART_COUNT:-} # empty: not in an array, or not requeued
+export DSKD_JOB_ARRAY=${SLURM_ARRAY_JOB_ID:-} DSKD_JOB_TASK=${SLURM_ARRAY_TASK_ID:-}
 # The programs of launcher/ import this clone's package, even if an image has another version.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # This script sees all GPUs of its node (--exclusive), but its steps see only those that were requested, which node.sh

@@ -139,11 +139,9 @@ def _matching(runs: Sequence[TrackedRun], tags: Mapping[str, str], all_runs: Seq
     if chosen:
         return chosen
     experiments = ", ".join(dict.fromkeys(run.experiment for run in all_runs))
+    where = f" in experiment {experiments}" if experiments else ""
     if not tags:
-        raise UserError(f"no run is left to compare, of experiment {experiments}")
+        raise UserError(f"there is no run to compare{where}")
     required = ", ".join(f"{key}={value}" for key, value in tags.items())
     seen = sorted({f"{key}={run.tags[key]}" for run in all_runs for key in tags if key in run.tags})
-    raise UserError(
-        f"no run of experiment {experiments} has the tags {required}; there are "
-        f"{', '.join(seen[:8]) or 'none with these keys'}"
-    )
+    raise UserError(f"no run{where} has the tags {required}; there are {', '.join(seen[:8]) or 'none with these keys'}")

@@ -7,14 +7,18 @@ import numpy as np
 
 from dskd.config import Config
 from dskd.evaluation import held_out_text
+from dskd.losses import terms
 from dskd.tracking import TrackedRun, read_histories
 
 EVALUATED, TRAINED, COVERAGE = "eval/", "train/", "coverage/"
 SPEEDS = ("speed/tokens_per_s", "speed/step_s")
 COST = "cost/device_hours"
-TERMS = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")  # shown first, in this order
+TERMS = tuple(terms.curve_titles())  # shown first, in this order
 # Metrics of training that are not terms of the loss: smaller is not better, and the last value tells nothing.
-_NOT_LOSSES = ("train/grad_norm", "train/learning_rate", "train/active_hinges", "train/sense_teacher_entropy")
+_NOT_LOSSES = (
+    *("train/grad_norm", "train/learning_rate"),
+    *(term.metric for term in terms.TERMS if term.kind == "indicator"),
+)
 _DIVERGED = 1e30  # values from here on count as infinite: servers store infinity as their largest number
 History = Sequence[tuple[int, float]]
 

@@ -10,16 +10,13 @@ from dskd.compare.metrics import COST, COVERAGE, EVALUATED, TRAINED, Best
 from dskd.compare.statistics import Estimate
 from dskd.evaluation.models import CUT_STUDENT, TEACHER
 from dskd.evaluation.scores_by_example import Measure
+from dskd.losses import terms
 
 _OF_ANY_SIZE = ("train/", "speed/")
 _LABELS = {
     "agreement": "agrees with teacher",
     "lexical_perplexity": "perplexity, lexical targets",
-    "train/loss": "loss",
-    "train/ce": "cross-entropy (nats)",
-    "train/kl": "divergence from the teacher (nats)",
-    "train/sense": "sense loss",
-    "train/hidden": "hidden-state distance",
+    **terms.labels(),
     "speed/tokens_per_s": "tokens/s, median step",
     "speed/step_s": "seconds a step, median",
     "coverage/with_senses": "targets with senses",

@@ -12,25 +12,3 @@ from dskd.tracking.datasets import describe_dataset
 from dskd.tracking.reading import TrackedRun, read_artifact, read_histories, read_history, read_run, read_runs
 from dskd.tracking.runs import KIND_TAG, PARENT
 from dskd.tracking.tracker import Start, Tracker, start_tracking
-
-__all__ = [
-    "EVALUATION_FOLDER",
-    "KIND_TAG",
-    "PARENT",
-    "Start",
-    "TrackedRun",
-    "Tracker",
-    "data_tag",
-    "describe_dataset",
-    "git_commit",
-    "log_export",
-    "log_results",
-    "read_artifact",
-    "read_histories",
-    "read_history",
-    "read_run",
-    "read_runs",
-    "start_tracking",
-    "tracking_uri",
-    "without_secrets",
-]

@@ -12,7 +12,7 @@ from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Message, Outbox
 from dskd.tracking.registered_model import size_bytes
 from dskd.tracking.runs import load_run, run_folder
-from dskd.tracking.system_metrics import take_samples
+from dskd.tracking.system_metrics import collect_usage
 
 EVALUATION_FOLDER = "evaluation"  # among a run's artifacts
 
@@ -25,10 +25,10 @@ def data_tag(kind: str) -> str:
 def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
     """Records that the run was exported to `folder`; with `tracking.log_model`, uploads the model."""
     if not config.tracking.log_model:
-        _tell(config, run, run_id)
+        _send(config, run, run_id)
         return
     say(f"  uploading the model to MLflow's run {run_id}: {size_bytes(folder) / 1e9:.3g} GB")
-    _tell(config, run, run_id, {"kind": "model", "folder": _inside(config, folder)})
+    _send(config, run, run_id, {"kind": "model", "folder": _inside(config, folder)})
 
 
 def log_results(
@@ -51,7 +51,7 @@ def log_results(
     of the work directory.
     """
     prefix = "eval" if kind == EVALUATION_FOLDER else kind
-    _tell(
+    _send(
         config,
         run,
         run_id,
@@ -64,41 +64,41 @@ def log_results(
     )
 
 
-def _tell(config: Config, run: str, run_id: str, *messages: Message) -> None:
+def _send(config: Config, run: str, run_id: str, *messages: Message) -> None:
     """Sends messages to MLflow.
 
-    If the server is away, prints a warning and keeps the messages for the next process that exports, evaluates or
-    trains the run.
+    If the server cannot be reached, prints a warning and keeps the messages for the next process that exports,
+    evaluates or trains the run.
     """
     named = [{"run_id": run_id, **message} for message in messages]
     delivery = Delivery(config, run)
-    with lock_if_free(kinds.lock_path(config, run)) as is_free:
+    with lock_if_free(kinds.run_lock_path(config, run)) as is_free:
         if not is_free:  # a process is training the run and has taken over the earlier unsent messages
-            _tell_at_once(delivery, run, named)
+            _send_at_once(delivery, run, named)
             return
         folder = run_folder(config, run)
         outbox = Outbox(folder)
-        take_samples(folder, load_run(folder), outbox)
+        collect_usage(folder, load_run(folder), outbox)
         outbox.put(*named)
         while batch := outbox.next_batch():
             try:
                 delivery.deliver(batch)
             except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
                 warn(
-                    f"MLflow is away ({first_line(error)}); {len(outbox)} messages about run {run!r} are kept in "
-                    f"{outbox.file}, and sent when it is trained, exported or evaluated again"
+                    f"MLflow cannot be reached ({first_line(error)}); {len(outbox)} messages about run {run!r} are "
+                    f"kept in {outbox.file}; training, exporting or evaluating the run again sends them"
                 )
                 break
             outbox.drop(len(batch))
         outbox.save()
 
 
-def _tell_at_once(delivery: Delivery, run: str, messages: Sequence[Message]) -> None:
+def _send_at_once(delivery: Delivery, run: str, messages: Sequence[Message]) -> None:
     for message in messages:
         try:
             delivery.deliver([message])
         except Exception as error:
-            warn(f"MLflow did not take {message['kind']} of run {run!r} ({first_line(error)})")
+            warn(f"MLflow did not accept {message['kind']} of run {run!r} ({first_line(error)})")
 
 
 def _inside(config: Config, path: Path) -> str:

@@ -34,7 +34,7 @@ def test_a_lock_is_held_by_one_process_and_released_however_it_ends(tmp_path):
     with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*\) trains run 'a'") as refused:
         hold_lock(path, "trains run 'a'")
     assert refused.value.exit_code == 2
-    with pytest.raises(OutageError) as waited:  # a restart may find it free
+    with pytest.raises(OutageError) as waited:  # a retry may find it free
         hold_lock(path, "trains run 'a'", wait_s=0.1)
     assert waited.value.exit_code == 1
     threading.Timer(1.0, holder.kill).start()
@@ -50,12 +50,14 @@ def test_a_lock_file_of_another_user_is_reported_with_what_to_do(tmp_path, monke
     may_open = Path.open
 
     def refuse(self, *arguments, **options):
-        if self == path:  # root, who runs tests too, may open everything
+        if self == path:  # tests may run as root, who may open everything
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return may_open(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=rf"{path}: Permission denied; it is of user {os.getuid()}.* remove this file"):
+    with pytest.raises(
+        UserError, match=rf"{path}: Permission denied; it belongs to user {os.getuid()}.* remove this file"
+    ):
         hold_lock(path, "works")
 
 
@@ -63,11 +65,11 @@ def test_runs_of_two_work_directories_that_share_a_folder_by_links_share_a_lock(
     first, second, third = (Config(workdir=str(tmp_path / name), teacher={"path": "t"}) for name in "abc")
     own = first.path("checkpoints", "kd")
     own.mkdir(parents=True)
-    assert kinds.lock_path(first, "kd") == own.with_name(".kd.lock")
+    assert kinds.run_lock_path(first, "kd") == own.with_name(".kd.lock")
     for config, run in ((second, "kd"), (third, "other")):
         config.path("checkpoints").mkdir(parents=True)
         config.path("checkpoints", run).symlink_to(own)
-        assert kinds.lock_path(config, run) == kinds.lock_path(first, "kd")
+        assert kinds.run_lock_path(config, run) == kinds.run_lock_path(first, "kd")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

@@ -405,7 +405,7 @@ def test_the_link_is_mlflows_own(tracked):
     path, ids = tracked
     config = load_config(path)
     runs = [run for run in read_runs(config) if run.name in ("kd-s0", "margin")]
-    wanted = {"runs": [ids["margin"], ids["kd-s0"]], "experiments": [runs[0].experiment_id]}
+    expected = {"runs": [ids["margin"], ids["kd-s0"]], "experiments": [runs[0].experiment_id]}
     local = mlflow_link(config, runs)
     assert local.command.endswith(f"mlflow ui --backend-store-uri sqlite:///{config.path('mlflow.db').resolve()}")
     served = mlflow_link(load_config(path, ["tracking.uri=https://me:secret@mlflow.example.org/base/"]), runs)
@@ -413,7 +413,7 @@ def test_the_link_is_mlflows_own(tracked):
     for link, server in ((local, "http://127.0.0.1:5000"), (served, "https://mlflow.example.org/base")):
         start, question = link.address.split("?")
         assert start == f"{server}/#/compare-runs"
-        assert {key: json.loads(value) for key, (value,) in parse_qs(question).items()} == wanted
+        assert {key: json.loads(value) for key, (value,) in parse_qs(question).items()} == expected
 
 
 def test_the_report_is_one_file_that_links_only_to_mlflow(report):
@@ -450,7 +450,7 @@ def test_a_browser_without_network_shows_the_report(report, browser, tmp_path):
     assert pixels.shape == (2400, 1280, 3)
     assert (pixels == 255).all(-1).mean() > 0.5  # dark on white
     assert (pixels.max(-1) < 90).mean() > 0.01  # text
-    for number in range(2):  # bars, and not only the small squares beside a group's name
+    for number in range(2):  # bars, and not only the small squares before a group's name
         color = [int(color_of(number)[at : at + 2], 16) for at in (1, 3, 5)]
         assert (np.abs(pixels.astype(int) - color).max(-1) < 3).sum() > 5000, number
 

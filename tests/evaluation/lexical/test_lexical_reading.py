@@ -131,7 +131,8 @@ def test_states_that_encode_the_sense_separate_it_and_random_states_do_not():
 def test_retrieval_by_hand():
     contexts = _contexts("bank.1", "bank.1", "bank.2", "bank.3")
     items = retrieval(contexts, _at(0, 80, 50, 100))
-    # 0°: the other of its sense is at 80°, 50° is nearer. 80°: 0° is behind 100° and 50°. The single ones ask nothing.
+    # 0°: the other of its sense is at 80°, 50° is nearer. 80°: 0° is farther than 100° and 50°.
+    # Senses with a single example have no query.
     assert [(item.measure, item.total) for item in items] == [
         ("sense_retrieval", 0.0),
         ("sense_retrieval_rank", 1 / 2),
