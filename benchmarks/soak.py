@@ -232,7 +232,7 @@ class Soak:
         if when == "in its steps":
             time.sleep(self._draw.uniform(0, self._steps_s))
             return True
-        base = kinds.folder(config)
+        base = kinds.checkpoint_folder(config)
         is_writing = job.wait_until(lambda: any(base.glob(".step-*.partial")))
         time.sleep(self._draw.uniform(0, 0.1))
         return is_writing

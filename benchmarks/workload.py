@@ -216,7 +216,7 @@ def build_loss(
     def run(
         hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor, senses: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the mean loss, for the backward pass, and the sums of its terms (:data:`dskd.losses.head.TERMS`)."""
+        """Returns the mean loss, for the backward pass, and the sums of its terms (:data:`dskd.losses.terms.SUMS`)."""
         positions = 0 if senses is None else len(senses["relation_positions"]) + len(senses["own_positions"])
         return head(
             hidden[None],

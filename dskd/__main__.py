@@ -5,7 +5,7 @@ import sys
 
 from dskd import __version__
 from dskd.cli import compare, config, inspect, plan, preflight, senses, stages, status, wordnet
-from dskd.cli.program import parse
+from dskd.cli.program import parse, run
 from dskd.console import allow_any_text
 from dskd.distributed.world import leave_launcher
 
@@ -36,7 +36,7 @@ def main() -> int:
     args = parse(parser)
     if args.verb != "preflight":
         leave_launcher()
-    return args.run_verb(args)
+    return run(lambda: args.run_verb(args))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
             current = []
         stage.build()
         if not stage.is_current():
-            raise StageFailedError(f"stage {stage.name!r} ended without its artifact", 1)
+            raise StageFailedError(f"stage {stage.name!r} ended without its artifact")
     if current:
         say(f"up to date: {', '.join(current)}")
     if until is None:

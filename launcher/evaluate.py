@@ -7,7 +7,6 @@ measures their knowledge of words and senses instead, and writes WORKDIR/lexical
 from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import TASKS, Config
 from dskd.console import say
-from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
 
 EPILOG = """
@@ -60,13 +59,14 @@ def main() -> None:
         parser.error("--tasks and --lexical exclude each other; give one of them at a time")
 
     def work(config: Config, world: World) -> None:
-        # Imported here so that --help does not wait for DeepSpeed.
+        # Imported here so that --help does not wait for torch.
+        from dskd.distributed.collectives import on_main
         from dskd.evaluation.held_out_text import evaluate
         from dskd.evaluation.models import require_exports
 
         tasks = args.tasks or config.tasks.evaluate
         if on_tasks and not tasks:
-            say("tasks.evaluate is empty and --tasks names no benchmark: there is nothing to evaluate on")
+            say("nothing to evaluate: --tasks names no benchmark, and tasks.evaluate is empty")
             return
         if not args.models:
             run_is_named = any(override.startswith("run=") for override in args.overrides)

@@ -25,14 +25,14 @@ def main() -> int:
     parser.add_argument("--until", metavar="STAGE", help="the last stage to run; later stages are left as they are")
     args = parse(parser)
     leave_launcher()
-    from dskd.cli.launching import StageFailedError, exit_code_of
+    from dskd.cli.launching import StageFailedError
     from dskd.pipeline import run_pipeline  # imported here so that --help does not wait for DeepSpeed
 
     try:
         return run(lambda: run_pipeline(args.config, args.overrides, until=args.until))
     except StageFailedError as failure:
         print(f"error: {failure}; its own message is above", file=sys.stderr)
-        return exit_code_of(failure)
+        return failure.exit_code
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def _held_by_another_process(lock: Path):
     process.join()
 
 
-def test_an_evaluation_that_another_process_made_meanwhile_is_kept(copy_of_tiny, world, monkeypatch, tmp_path):
+def test_an_evaluation_that_another_process_made_in_the_meantime_is_kept(copy_of_tiny, world, monkeypatch, tmp_path):
     path = copy_of_tiny("teacher", "student", "senses", "shards", "evaluation")
     config = load_config(path, ["tracking.enabled=false"])
     target, theirs = config.path("evaluation", "student"), tmp_path / "theirs"
@@ -71,12 +71,12 @@ def test_an_evaluation_that_another_process_made_meanwhile_is_kept(copy_of_tiny,
 def test_a_model_that_was_replaced_before_its_turn_is_not_evaluated(copy_of_tiny, world, monkeypatch):
     config = load_config(copy_of_tiny("teacher", "student", "senses", "shards", "export"), ["tracking.enabled=false"])
     replace_at_loading(monkeypatch, config.path("export", "dskd"))
-    with pytest.raises(OutageError, match="export/dskd: this is not the model that was here when this began"):
+    with pytest.raises(OutageError, match="export/dskd: the model was replaced after the evaluation began"):
         evaluate(config, world)
     assert sorted(path.name for path in config.path("evaluation").iterdir()) == ["student", "teacher"]
 
 
-def test_ranks_that_find_different_models_are_named_with_their_node(copy_of_tiny, tmp_path):
+def test_ranks_that_find_different_models_are_reported_with_their_node(copy_of_tiny, tmp_path):
     config = copy_of_tiny("teacher", "student", "senses", "shards", "export")
     other = shutil.copytree(load_config(config).path(), tmp_path / "other")
     shutil.rmtree(other / "export")
@@ -88,7 +88,7 @@ def test_ranks_that_find_different_models_are_named_with_their_node(copy_of_tiny
     assert "Traceback" not in ended.output
 
 
-def test_a_second_pipeline_says_at_once_for_whom_it_waits_and_is_to_be_tried_again(tmp_path, monkeypatch, capsys):
+def test_a_second_pipeline_names_the_first_at_once_and_ends_with_a_retryable_code(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path / "config.yaml", {"workdir": str(tmp_path / "work"), "teacher": {"path": "t"}})
     monkeypatch.setattr("dskd.distributed.stopping.listen", lambda: None)  # signals to this process are pytest's
     monkeypatch.setattr(pipeline, "LOCK_PATIENCE_S", 0.1)

@@ -69,7 +69,7 @@ def undisturbed(prepared, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ARTIFACTS)
-def test_kills_at_random_times_leave_nothing_half_and_change_no_byte(prepared, undisturbed, tmp_path, stage):
+def test_kills_at_random_times_leave_nothing_half_written_and_change_no_byte(prepared, undisturbed, tmp_path, stage):
     reference, seconds = undisturbed
     config = _copy(prepared, tmp_path)
     work = _work(config)
@@ -89,7 +89,7 @@ def test_kills_at_random_times_leave_nothing_half_and_change_no_byte(prepared, u
     assert "goes on" in _log(config)  # a killed build was gone on with
 
 
-def test_three_ranks_go_on_where_one_was_killed(prepared, undisturbed, tmp_path):
+def test_three_ranks_resume_where_one_was_killed(prepared, undisturbed, tmp_path):
     reference, _ = undisturbed
     config = _copy(prepared, tmp_path)
     work = _work(config)
@@ -119,7 +119,7 @@ def test_a_kill_while_shards_are_published_costs_no_annotation(prepared, undistu
     assert _content(_work(config), "shards") == _content(_work(reference), "shards")
 
 
-def test_damaged_saved_states_are_gathered_anew(prepared, undisturbed, tmp_path):
+def test_damaged_saved_states_are_gathered_again(prepared, undisturbed, tmp_path):
     reference, _ = undisturbed
     config = _copy(prepared, tmp_path)
     states = _work(config) / ".states.partial"

@@ -60,7 +60,7 @@ def test_a_message_keeps_its_characters_as_escapes(terminal, monkeypatch):
     assert "\\u2192" in error
 
 
-def test_a_path_that_the_system_cannot_name_is_refused_with_what_to_set(tmp_path):
+def test_a_path_that_the_locale_cannot_encode_is_refused_with_the_remedy(tmp_path):
     """Where even UTF-8 mode was switched off, which Python chooses by itself in the locale C."""
     config = write_config(tmp_path / "c.yaml", {"workdir": f"{tmp_path}/→", "teacher": {"path": "t"}})
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -71,7 +71,7 @@ def test_a_path_that_the_system_cannot_name_is_refused_with_what_to_set(tmp_path
     assert "set LC_ALL=C.UTF-8" in ended.stderr
 
 
-def test_a_fault_of_ours_keeps_its_traceback_where_every_character_can_be_named():
+def test_a_unicode_bug_keeps_its_traceback_in_a_utf8_locale():
     def fail():
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "ours")
 

@@ -47,7 +47,7 @@ def test_derived_seeds_differ(other):
     assert 0 <= derived_seed(1, "a") < 2**63
 
 
-def test_integers_may_stand_before_and_after_tensors():
+def test_integers_can_precede_and_follow_tensors():
     # Everything is computed where the tensors are; on the meta device a mixture of devices would raise.
     keys = torch.arange(3, device="meta")
     assert random_bits(1, keys, 0, torch.arange(2, device="meta").unsqueeze(-1)).device.type == "meta"

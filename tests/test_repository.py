@@ -17,7 +17,7 @@ each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(
 
 
 @each_document
-def test_every_link_and_every_file_named_exists(path):
+def test_every_link_and_file_in_a_document_exists(path):
     text = path.read_text(encoding="utf-8")
     for target, section in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
         if target.startswith("http"):
@@ -38,7 +38,7 @@ def _sections(file):
 
 
 @each_document
-def test_every_key_of_the_config_that_is_named_exists(path):
+def test_every_config_key_in_a_document_exists(path):
     sections = {name: field.annotation for name, field in Config.model_fields.items() if _is_section(field.annotation)}
     assert {"train", "loss", "senses"} <= sections.keys()
     text = path.read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def test_every_invariant_names_a_test_that_exists():
 
 
 @pytest.mark.parametrize("program", sorted((REPOSITORY / "launcher").glob("*.py")), ids=lambda path: path.name)
-def test_every_program_teaches_its_use(program):
+def test_the_help_of_every_program_has_examples(program):
     finished = subprocess.run(
         [sys.executable, str(program), "--help"], capture_output=True, text=True, timeout=60, cwd=REPOSITORY
     )
@@ -68,9 +68,11 @@ def test_every_program_teaches_its_use(program):
         assert part in finished.stdout
 
 
-def test_only_one_package_imports_mlflow_and_one_reads_the_launchers_variables():
+def test_only_tracking_imports_mlflow_only_distributed_reads_launchers_and_nothing_reads_schedulers():
     sources = {path: path.read_text(encoding="utf-8") for path in (REPOSITORY / "dskd").rglob("*.py")}
     importers = {p.parent.name for p, text in sources.items() if re.search(r"^\s*(?:from|import) mlflow", text, re.M)}
     readers = {p.parent.name for p, text in sources.items() if re.search(r'"(?:RANK|WORLD_SIZE|LOCAL_RANK)"', text)}
+    schedulers = re.compile(r"\b(?:SLURM|SBATCH|KUBERNETES|PBS|LSB)_[A-Z]|JOB_COMPLETION_INDEX")
     assert importers == {"tracking"}
     assert readers == {"distributed"}
+    assert [path for path, text in sources.items() if schedulers.search(text)] == []

@@ -206,7 +206,7 @@ def test_the_stored_distributions_are_those_of_transformers(work, tmp_path):
     assert not set(TEACHER_COLUMNS) & set(held_out)
 
 
-def test_training_samples_are_texts_that_the_teacher_goes_on_with(work, copy_of_tiny, world, tmp_path, capsys):
+def test_training_samples_are_texts_that_the_teacher_continues(work, copy_of_tiny, world, tmp_path, capsys):
     """The stage itself: what it writes of training texts, and that held-out ones stay as they are."""
     path = copy_of_tiny(
         "corpus",
@@ -260,7 +260,7 @@ def test_training_samples_are_texts_that_the_teacher_goes_on_with(work, copy_of_
         assert int(sample["loss_mask"].sum()) == int(held_out["lengths"][index]) - 1
 
 
-def test_every_artifact_says_what_it_was_made_from(work):
+def test_every_manifest_names_the_inputs_of_its_artifact(work):
     digests = {}
     for folder, kind in [
         ("corpus", "corpus"),
@@ -286,7 +286,7 @@ def test_every_artifact_says_what_it_was_made_from(work):
         assert ".partial" not in path.name, path
 
 
-def test_the_recipe_of_shards_holds_the_settings_that_it_always_held(work):
+def test_the_recipe_of_shards_keeps_its_settings(work):
     """Another key, or a lost one, would have every user's shards made again."""
     kept = read_manifest(work / "shards/validation", "shards").config
     assert kept == {"kappa": 2, "shard_size_mb": 64, "precision": "fp32"}
@@ -339,7 +339,7 @@ def test_measures_are_those_of_a_plain_evaluation(work, tmp_path, name, folder):
     )
 
 
-def test_one_rank_gives_each_sample_what_two_give_whatever_the_batch(work, copy_of_tiny, world):
+def test_measures_of_each_sample_do_not_depend_on_ranks_or_batches(work, copy_of_tiny, world):
     path = copy_of_tiny("teacher", "student", "senses", "shards", "export", evaluation={"batch_size": 5})
     config = load_config(path, ["tracking.enabled=false"])
     evaluate(config, world)
@@ -359,7 +359,7 @@ def test_one_rank_gives_each_sample_what_two_give_whatever_the_batch(work, copy_
                 assert apart.mean() < (1e-4 if "nll" in column else 0.06), (name, column)
 
 
-def test_the_tracked_run_has_its_evaluation_and_says_of_what(tiny, work):
+def test_the_tracked_run_has_its_evaluation_and_names_its_data(tiny, work):
     config = load_config(tiny)
     (run,) = [run for run in read_runs(config) if run.name == "dskd"]
     digest = sha256_of_file(work / "sequences" / "validation.safetensors")  # of the text alone, whatever the senses
@@ -375,7 +375,7 @@ def test_the_tracked_run_has_its_evaluation_and_says_of_what(tiny, work):
 
 
 @pytest.mark.parametrize(("name", "folder"), [("teacher", "teacher"), ("student", "student"), ("dskd", "export/dskd")])
-def test_samples_are_what_transformers_generates(work, tmp_path, name, folder):
+def test_continuations_are_those_that_transformers_generates(work, tmp_path, name, folder):
     model = AutoModelForCausalLM.from_pretrained(work / folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(work / "teacher")
     end, count = tokenizer.eos_token_id, TINY["evaluation"]["sample_tokens"]

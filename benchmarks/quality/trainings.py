@@ -148,7 +148,7 @@ class Runner:
         began = time.monotonic()
         train(config, self._world, overwrite=True)
         build_export(config)
-        shutil.rmtree(kinds.folder(config))
+        shutil.rmtree(kinds.checkpoint_folder(config))
         result = self._result(training, judge.measure_run(config), time.monotonic() - began)
         if training.stage == "tune":  # students of the tuning are not needed again
             shutil.rmtree(config.path(kinds.EXPORT.folder, training.run))

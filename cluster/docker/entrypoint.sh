@@ -5,12 +5,12 @@
 #
 # train.py, build_senses.py, annotate.py, evaluate.py and preflight run on DSKD_NODES pods with DSKD_RANKS_PER_NODE ranks
 # each; pipeline.py, which starts ranks by itself, on one pod; export, compare and status in one process on pod 0, while
-# the other pods have nothing to do. Training always goes on from the run's last checkpoint, and looks at the nodes first
-# (dskd preflight), where DSKD_PREFLIGHT is 1.
+# the other pods end at once. Training always resumes from the run's last checkpoint, and first checks the nodes
+# (dskd preflight) if DSKD_PREFLIGHT is 1.
 #
-# The exit code is the program's: 0 done, 2 the user's mistake (do not retry), 75 stopped on request and to be gone on
-# with, anything else a fault or a lost peer (retry). That a run is not trained to its end, status only prints: 0.
-# shellcheck disable=SC2329  # what the trap calls does get called
+# The exit code is the program's: 0 done, 2 a mistake of the user (do not retry), 75 stopped on request (start again to
+# resume), anything else a fault or a lost peer (retry). status returns 0 even if the run is not finished.
+# shellcheck disable=SC2329  # the trap calls these functions
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -26,7 +26,7 @@ require_number() {
 
 started='' stopping=''
 
-# USR1 to the session of what was started, with all that it has started itself; fails when there is no such session.
+# Sends USR1 to the session of the started program and all of its children; fails if there is no such session.
 ask_to_stop() {
     kill -USR1 -- "-$started" 2>/dev/null
 }
@@ -34,14 +34,14 @@ ask_to_stop() {
 stop() {
     [[ -z $stopping ]] || return
     stopping=1
-    [[ -n $started ]] || exit 75   # nothing runs yet, so there is nothing to save
-    printf 'entrypoint: asked to stop; ranks save a checkpoint after the step under way\n' >&2
+    [[ -n $started ]] || exit 75   # nothing has been started, so there is nothing to save
+    printf 'entrypoint: asked to stop; ranks save a checkpoint after the current step\n' >&2
     ask_to_stop
-    # Again and again: ranks that are still importing do not listen yet.
+    # Repeated, because ranks that are still importing do not handle signals yet.
     while sleep 5 && ask_to_stop; do :; done &
 }
 
-# Waits until every node's name has an address, and names those that have none when it takes too long.
+# Waits until every node's name has an address; after the time-out, reports the names that have none.
 wait_for_peers() {
     local deadline=$((SECONDS + DSKD_PEERS_TIMEOUT_S)) missing
     while true; do
@@ -51,7 +51,7 @@ wait_for_peers() {
         done
         ((${#missing[@]})) || return 0
         if ((SECONDS >= deadline)); then
-            printf 'error: no address for %s after %s s: their pods do not run; kubectl describe says why\n' \
+            printf 'error: no address for %s after %s s: their pods are not running; kubectl describe shows why\n' \
                 "${missing[*]}" "$DSKD_PEERS_TIMEOUT_S" >&2
             exit 1
         fi
@@ -63,7 +63,7 @@ name_of() {
     printf '%s-%s.%s' "$DSKD_JOB" "$1" "$DSKD_SERVICE"
 }
 
-# 0 when the run of these arguments is trained to its end, 3 when not; another code when that cannot be said.
+# Returns 0 if the run of these arguments is finished, 3 if not, and another code if that is unknown.
 run_status() {
     local argument arguments=()
     for argument; do
@@ -72,31 +72,31 @@ run_status() {
     dskd status "${arguments[@]}"
 }
 
-# start COMMAND …: in a session of its own, whose leader is $started
+# start COMMAND …: starts a command in a session of its own, whose leader is $started
 start() {
     setsid "$@" &
     started=$!
 }
 
-# start_ranks PROGRAM [ARGUMENT …]: those of this node, with DeepSpeed's launcher
+# start_ranks PROGRAM [ARGUMENT …]: starts the ranks of this node with DeepSpeed's launcher
 start_ranks() {
     start deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$JOB_COMPLETION_INDEX" \
         --master_addr "$(name_of 0)" --master_port "$DSKD_MASTER_PORT" "$@"
 }
 
-# Waits for the end of what was started and of all that it has started; returns its exit code.
+# Waits for the end of the started program, kills what is left of its session, and returns its exit code.
 finish() {
     local code
     while true; do
         wait "$started"
         code=$?
-        # A signal ends the wait early, with a code above 128.
+        # A signal ends `wait` early, with a code above 128.
         ((code > 128)) || break
         kill -0 "$started" 2>/dev/null || break
     done
-    wait "$started"   # again: a signal may have come in when it was just ending
+    wait "$started"   # again, because a signal may have arrived just when it ended
     code=$?
-    kill -KILL -- "-$started" 2>/dev/null   # ranks whose launcher was killed would go on by themselves
+    kill -KILL -- "-$started" 2>/dev/null   # ranks whose launcher was killed would continue by themselves
     started=''
     return "$code"
 }
@@ -107,7 +107,7 @@ end() {
 }
 
 program=${1:-}
-[[ -n $program ]] || refuse "no program: the first argument is one of launcher/, train.py for example, or a verb of dskd"
+[[ -n $program ]] || refuse "no program: the first argument is one of launcher/, such as train.py, or a verb of dskd"
 shift
 case $program in
     train.py | build_senses.py | annotate.py | evaluate.py | pipeline.py | preflight | export | compare | status) ;;
@@ -127,14 +127,14 @@ for name in DSKD_JOB DSKD_SERVICE HOME; do
     [[ -n ${!name:-} ]] || refuse "$name: is not set; the manifest sets it"
 done
 ((JOB_COMPLETION_INDEX < DSKD_NODES)) ||
-    refuse "DSKD_NODES: is $DSKD_NODES, but this is node $JOB_COMPLETION_INDEX (from 0); give it the job's completions"
+    refuse "DSKD_NODES: is $DSKD_NODES, but this is node $JOB_COMPLETION_INDEX (from 0); set it to the job's completions"
 
 # MLflow shows these with the run (dskd/distributed/world.py).
 export DSKD_JOB_SCHEDULER=kubernetes DSKD_JOB_ID=$DSKD_JOB DSKD_JOB_POD=$HOSTNAME
 
-mkdir -p "$HOME" || refuse "HOME: cannot make $HOME; set it to a folder on a writable volume"
-trap stop TERM INT   # the first process of a container ignores what it has no handler for
-trap '' USR1         # inherited: launchers would die of it, while ranks have a handler of their own
+mkdir -p "$HOME" || refuse "HOME: cannot create $HOME; set it to a folder on a writable volume"
+trap stop TERM INT   # the first process of a container ignores signals without a handler
+trap '' USR1         # inherited by the launchers, which would die of it; ranks set their own handlers
 
 if [[ $program == pipeline.py ]]; then
     ((DSKD_NODES == 1)) || refuse "DSKD_NODES: is $DSKD_NODES, but pipeline.py runs on one node"
@@ -148,12 +148,12 @@ if [[ $program == export || $program == compare || $program == status ]]; then
     start dskd "$program" "$@"
     finish
     code=$?
-    [[ $program != status || $code != 3 ]] || code=0   # an answer, which would be the same again
+    [[ $program != status || $code != 3 ]] || code=0   # not a fault: a retry would give the same answer
     end "$code"
 fi
 
 if [[ $program == train.py ]]; then
-    # A pod that failed when all was done would wait in vain for those that are done and gone.
+    # If the run is finished, a replaced pod would wait in vain for the pods that are gone.
     run_status "$@"
     code=$?
     ((code == 3)) || exit "$code"
@@ -168,7 +168,7 @@ if [[ $program == preflight || ($program == train.py && ${DSKD_PREFLIGHT:-} == 1
     start_ranks --module dskd preflight "$@"
     finish
     code=$?
-    [[ $code != 0 || -z $stopping ]] || code=75   # it was too late for the ranks to hear of it
+    [[ $code != 0 || -z $stopping ]] || code=75   # the request came too late for the ranks
     [[ $program == train.py && $code == 0 ]] || end "$code"
 fi
 
@@ -176,12 +176,12 @@ fi
 start_ranks "$root/launcher/$program" "$@"
 finish
 code=$?
-# `deepspeed` returns 0 when its inner launcher was killed: a run is judged by its checkpoints.
+# `deepspeed` returns 0 even if its inner launcher was killed, so ask the checkpoints whether the run is finished.
 if ((code == 0)) && [[ $program == train.py ]]; then
     run_status "$@"
     code=$?
     if ((code == 3)); then
-        printf 'error: the launcher says that all went well, but the run is not at its end: it was killed\n' >&2
+        printf 'error: the launcher returned 0, but the run is not finished: the launcher was killed\n' >&2
         code=1
     fi
 fi

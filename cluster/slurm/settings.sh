@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Reads the settings of cluster.env and names everything that is wrong with them; sourced by submit.sh and by every job.
+# Reads the settings of cluster.env and reports every mistake in them. submit.sh and every job source this file.
 DSKD_ENV=${DSKD_ENV:-cluster/slurm/cluster.env}
 if [[ ! -r $DSKD_ENV ]]; then
     echo "error: DSKD_ENV: there is no settings file $DSKD_ENV; copy cluster/slurm/cluster.env and name the copy" >&2
     exit 2
 fi
-# Those of the shell that submits are no settings of the job.
+# Variables of the submitting shell are not settings of the job.
 for name in $(compgen -v DSKD_); do [[ $name == DSKD_ENV ]] || unset "$name"; done
-# In a shell of its own first: what is no bash would end this one with a line that says neither what it is nor what to do.
-# Unset variables are no mistake in it: what modules and conda run does not care for them.
+# First in a shell of its own: text that is not bash would end this shell with a message that does not say what to do.
+# Unset variables are allowed, because scripts of modules and conda use them.
 # shellcheck disable=SC2016 # expanded there
-if ! said=$(bash -eo pipefail -c 'source "$1"' bash "$DSKD_ENV" 2>&1 >/dev/null); then
+if ! output=$(bash -eo pipefail -c 'source "$1"' bash "$DSKD_ENV" 2>&1 >/dev/null); then
     echo "error: DSKD_ENV: bash cannot read the settings file, or a command in it fails:" >&2
-    echo "  ${said:-$DSKD_ENV: a command in it fails and says nothing}" >&2
-    [[ ! $said =~ DSKD_[A-Z_]*:\ command\ not\ found ]] || echo "  NAME=value takes no blanks around the =" >&2
+    echo "  ${output:-$DSKD_ENV: a command in it fails without a message}" >&2
+    [[ ! $output =~ DSKD_[A-Z_]*:\ command\ not\ found ]] || echo "  write NAME=value with no blanks around the =" >&2
     exit 2
 fi
 set +u
@@ -40,10 +40,10 @@ known=" DSKD_ENV DSKD_ACCOUNT DSKD_PARTITION DSKD_TIME DSKD_NODES DSKD_GPUS_PER_
  DSKD_RETRIES DSKD_LOGS "
 for name in $(compgen -v DSKD_); do
     [[ $known == *[[:space:]]"$name"[[:space:]]* ]] ||
-        problems+=("$name: there is no such setting; those that there are stand in cluster/slurm/cluster.env")
+        problems+=("$name: there is no such setting; cluster/slurm/cluster.env has all of them")
 done
 for name in $known; do
-    [[ $name == DSKD_ENV ]] || declare -p "$name" >/dev/null 2>&1 || problems+=("$name: is missing; empty is \`$name=\`")
+    [[ $name == DSKD_ENV ]] || declare -p "$name" >/dev/null 2>&1 || problems+=("$name: is missing; to leave it empty, write \`$name=\`")
 done
 require_number DSKD_NODES 1
 require_number DSKD_GPUS_PER_NODE 0
@@ -55,10 +55,10 @@ require_list DSKD_SRUN_OPTIONS "(--container-image=/shared/dskd.sqsh)"
 require_list DSKD_OVERRIDES "(train.steps=1000 run=kd)"
 require_list DSKD_RUNS "(kd dskd)"
 [[ ${DSKD_PREFLIGHT-} =~ ^1?$ ]] || problems+=("DSKD_PREFLIGHT: expected 1 or nothing, found '$DSKD_PREFLIGHT'")
-[[ -n ${DSKD_LOGS-} ]] || problems+=("DSKD_LOGS: is empty; name a folder that all nodes see")
+[[ -n ${DSKD_LOGS-} ]] || problems+=("DSKD_LOGS: is empty; name a folder on a disk that all nodes share")
 [[ -r ${DSKD_CONFIG-} ]] || problems+=("DSKD_CONFIG: there is no file '${DSKD_CONFIG-}'")
 [[ -z ${DSKD_VENV-} || -x $DSKD_VENV/bin/python ]] ||
-    problems+=("DSKD_VENV: '$DSKD_VENV' is no virtual environment (bin/python is not there); make env makes .venv")
+    problems+=("DSKD_VENV: '$DSKD_VENV' is not a virtual environment (it has no bin/python); \`make env\` creates .venv")
 if ((${#problems[@]})); then
     echo "error: ${#problems[@]} problem(s) in $DSKD_ENV:" >&2
     printf '  %s\n' "${problems[@]}" >&2

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Submits training, or the whole pipeline as jobs that wait for each other, with what cluster.env says.
+# Submits training, or the whole pipeline as jobs that wait for each other, with the settings of cluster.env.
 #
 #   cluster/slurm/submit.sh train [section.key=value …]
 #   cluster/slurm/submit.sh pipeline [section.key=value …]
 #
-# Prints a line a job: its number and what it does. DSKD_ENV=FILE names another file than cluster/slurm/cluster.env.
+# Prints one line per job: its id and name. DSKD_ENV=FILE names another settings file than cluster/slurm/cluster.env.
 set -euo pipefail
 
 usage="usage: $0 train|pipeline [section.key=value …]"
@@ -15,8 +15,8 @@ case $what in
         cat <<END
 $usage
 
-Submits training, or the whole pipeline as jobs that wait for each other, as cluster/slurm/cluster.env says, or the file
-that DSKD_ENV names. Prints a line for each job: its number and what it does. cluster/slurm/README.md has the rest.
+Submits training, or the whole pipeline as jobs that wait for each other, with the settings of cluster/slurm/cluster.env,
+or of the file that DSKD_ENV names. Prints one line per job: its id and name. See cluster/slurm/README.md.
 
 examples:
   cluster/slurm/submit.sh pipeline
@@ -32,7 +32,7 @@ END
 esac
 
 DSKD_ENV=$(realpath -m "${DSKD_ENV:-$(dirname "$0")/cluster.env}")
-export DSKD_ENV # jobs read it too; as an option of sbatch it would end at a comma
+export DSKD_ENV # jobs read it too; an option of sbatch would cut it at a comma
 cd "$(dirname "$0")/../.."
 # shellcheck source=cluster/slurm/settings.sh
 source cluster/slurm/settings.sh
@@ -41,8 +41,8 @@ overrides=("${@:2}")
 config=(--config "$DSKD_CONFIG" "${DSKD_OVERRIDES[@]}" "${overrides[@]}")
 runs=("")
 
-# What is wrong with the config is said now, and not when the job has come through the queue: as it stands, which is what
-# the stages read, with all of its runs, and for each that is named. (Where there is only a container it may be of another machine.)
+# Report mistakes in the config now, not when the job has come through the queue: check the config itself, which the stages
+# read, with all of its runs, and with each run that is named. (A container's config may have paths of another machine.)
 if [[ -n $DSKD_VENV ]]; then
     names=$("$DSKD_VENV/bin/python" -m dskd config "${config[@]}" --run-names) || exit 2
     [[ $what != pipeline ]] || mapfile -t runs <<<"$names"
@@ -53,7 +53,7 @@ if [[ $what == pipeline ]] && ((${#DSKD_RUNS[@]})); then
         "$DSKD_VENV/bin/python" -m dskd config "${config[@]}" "run=$run" >/dev/null || exit 2
     done
 elif [[ $what == pipeline && -z $DSKD_VENV ]]; then
-    echo "without DSKD_VENV the config is not read here: only its \`run\` is trained; name others in DSKD_RUNS" >&2
+    echo "without DSKD_VENV, submit.sh does not read the config: only its \`run\` is trained; name others in DSKD_RUNS" >&2
 fi
 mkdir -p "$DSKD_LOGS"
 
@@ -67,7 +67,7 @@ common=(--parsable --chdir="$PWD" --output="$DSKD_LOGS/%x-%j.log" --export=ALL)
 submit() {
     local name=$1 nodes=$2 after=$3 job
     local options=(--job-name="dskd-$name" --nodes="$nodes")
-    # A job whose predecessor failed would wait for ever.
+    # Otherwise a job whose predecessor failed would wait forever.
     [[ -z $after ]] || options+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes)
     job=$(sbatch "${common[@]}" "${options[@]}" "${DSKD_SBATCH_OPTIONS[@]}" "${@:4}")
     submitted=${job%%;*}
@@ -86,7 +86,7 @@ case $what in
         trained=()
         for run in "${runs[@]}"; do
             submit "train${run:+-$run}" "$DSKD_NODES" "$annotate" cluster/slurm/train.sbatch \
-                "${overrides[@]}" ${run:+"run=$run"} # last: overrides may choose another
+                "${overrides[@]}" ${run:+"run=$run"} # last, because overrides may choose another run
             trained+=("$submitted")
         done
         after=$(IFS=:; echo "${trained[*]}")

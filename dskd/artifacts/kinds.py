@@ -43,45 +43,37 @@ EXPORT = Kind("export", "export", "dskd export --config FILE", 1, "is no export 
 EVALUATION = Kind(
     "evaluation", "evaluation", "deepspeed launcher/evaluate.py --config FILE", 3, "is no evaluation here; make it"
 )
-TASK = Kind("task", "tasks", "deepspeed launcher/evaluate.py --config FILE --tasks", 1, "is no task here; make it")
+TASK = Kind(
+    "task",
+    "tasks",
+    "deepspeed launcher/evaluate.py --config FILE --tasks",
+    1,
+    "are no results of this benchmark here; make them",
+)
 LEXICAL_ITEMS = Kind(
     "lexical-items",
     "lexical_items",
     "deepspeed launcher/evaluate.py --config FILE --lexical",
     1,
-    "is no lexical-items here; make it",
+    "are no lexical items here; make them",
 )
 LEXICAL = Kind(
-    "lexical", "lexical", "deepspeed launcher/evaluate.py --config FILE --lexical", 2, "is no lexical here; make it"
+    "lexical",
+    "lexical",
+    "deepspeed launcher/evaluate.py --config FILE --lexical",
+    2,
+    "are no lexical measures here; make them",
 )
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        LEXICON,
-        CORPUS,
-        TEACHER,
-        SEQUENCES,
-        STUDENT,
-        STATES,
-        SENSES,
-        SHARDS,
-        CHECKPOINT,
-        EXPORT,
-        EVALUATION,
-        TASK,
-        LEXICAL_ITEMS,
-        LEXICAL,
-    )
-}
+KINDS = {kind.name: kind for kind in list(globals().values()) if isinstance(kind, Kind)}
 
 
-def folder(config: Config) -> Path:
+def checkpoint_folder(config: Config) -> Path:
     """Returns the folder of the checkpoints of the config's run."""
     return config.path(CHECKPOINT.folder, config.run)
 
 
-def lock_path(config: Config, run: str) -> Path:
+def run_lock_path(config: Config, run: str) -> Path:
     """Returns the path of the lock that a process holds while it trains a run.
 
     If the run's folder is a symbolic link, the lock is next to the real folder, where the processes of other work

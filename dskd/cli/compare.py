@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, add_verb, run
-from dskd.config import TASKS, Config
+from dskd.cli.program import add_config_arguments, add_verb
+from dskd.config import TASKS
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 
@@ -73,18 +73,15 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     )
 
 
-def run_compare(args: argparse.Namespace) -> int:
-    """Runs `compare` and returns its exit code."""
-    return run(lambda: _compare(load_config(args.config, args.overrides), args))
-
-
-def _compare(config: Config, args: argparse.Namespace) -> None:
+def run_compare(args: argparse.Namespace) -> None:
+    """Prints the comparison, and writes it as HTML if the arguments name a file."""
     from dskd.compare.choosing import Selection
     from dskd.compare.comparison import make_comparison
     from dskd.compare.report import require_writable, write_report
-    from dskd.compare.results import KINDS
+    from dskd.compare.results import EVALUATIONS
     from dskd.compare.text import summarize
 
+    config = load_config(args.config, args.overrides)
     tags: dict[str, str] = {}
     for key, value in args.tag:
         if tags.setdefault(key, value) != value:
@@ -93,7 +90,7 @@ def _compare(config: Config, args: argparse.Namespace) -> None:
             )
     if args.html is not None:
         require_writable(args.html)
-    without = list(KINDS) if args.without_measures else args.without
+    without = list(EVALUATIONS) if args.without_measures else args.without
     selection = Selection(args.experiment, args.run, tags)
     comparison = make_comparison(config, selection, baseline=args.baseline, without=without)
     print(summarize(comparison))

@@ -1,9 +1,8 @@
 """The verb `dskd config`: explains the keys of a configuration, or checks a file."""
 
 import argparse
-from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, add_verb, run
+from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 
@@ -26,21 +25,17 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     )
 
 
-def run_config(args: argparse.Namespace) -> int:
-    """Prints what the arguments ask for and returns the exit code."""
-    return run(lambda: _print(args.config, args.overrides, run_names=args.run_names))
-
-
-def _print(path: Path | None, overrides: list[str], *, run_names: bool) -> None:
-    if path is None:
-        if overrides or run_names:
-            raise UserError(f"{overrides[0] if overrides else '--run-names'} needs --config FILE")
+def run_config(args: argparse.Namespace) -> None:
+    """Prints the explanation of all keys, a configuration, or the names of its runs."""
+    if args.config is None:
+        if args.overrides or args.run_names:
+            raise UserError(f"{args.overrides[0] if args.overrides else '--run-names'} needs --config FILE")
         from dskd.config.messages import describe
 
         print(describe())
         return
-    config = load_config(path, overrides)
-    if run_names:
+    config = load_config(args.config, args.overrides)
+    if args.run_names:
         print("\n".join(config.run_names))
     else:
         import yaml

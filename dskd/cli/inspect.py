@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, add_verb, run
+from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
@@ -67,12 +67,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: WORKDIR/plots/senses-WORD….png")
 
 
-def run_inspect(args: argparse.Namespace) -> int:
-    """Runs `inspect` and returns its exit code."""
-    return run(lambda: _inspect(args))
-
-
-def _inspect(args: argparse.Namespace) -> None:
+def run_inspect(args: argparse.Namespace) -> None:
+    """Prints the report that the sub-verb names; its words and overrides may be mixed on the command line."""
     words = [text.strip() for text in args.overrides if "=" not in text]
     overrides = [text for text in args.overrides if "=" in text]
     if "" in words:

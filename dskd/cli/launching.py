@@ -15,17 +15,21 @@ from dskd.console import say
 from dskd.distributed import stopping
 from dskd.distributed.rendezvous import free_port
 from dskd.distributed.world import uses_gpu
-from dskd.errors import USER_ERROR_EXIT_CODE, UserError
+from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
 
 LAUNCHERS = Path(__file__).resolve().parent.parent.parent / "launcher"
 
 
 class StageFailedError(Exception):
-    """The error of a stage of several ranks that failed and has printed the reason itself."""
+    """The error of a stage of several ranks that failed and has printed the reason itself.
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    Its exit code is that of the stage for a user error or a stop, otherwise 1.
+    """
+
+    def __init__(self, message: str, exit_code: int = FAULT_EXIT_CODE) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        is_kept = exit_code in (USER_ERROR_EXIT_CODE, stopping.STOPPED_EXIT_CODE)
+        self.exit_code = exit_code if is_kept else FAULT_EXIT_CODE
 
 
 def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
@@ -91,8 +95,3 @@ def _end(process: subprocess.Popen) -> None:
             process.wait(10)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
-
-
-def exit_code_of(error: StageFailedError) -> int:
-    """Returns the stage's exit code if it is that of a user error or a stop, otherwise 1."""
-    return error.exit_code if error.exit_code in (USER_ERROR_EXIT_CODE, stopping.STOPPED_EXIT_CODE) else 1

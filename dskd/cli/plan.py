@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, add_verb, run
+from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import say
@@ -108,11 +108,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Prints the plan or the reason why the job will not fit, and returns the exit code."""
-    return run(lambda: _plan(args))
-
-
-def _plan(args: argparse.Namespace) -> int:
+    """Prints the plan, and the smallest change that makes the job fit if it does not; returns the exit code."""
     from dskd.plan.changes import Change, smallest_change
     from dskd.plan.plan import RELATIONS, Plan, make_plan
     from dskd.plan.report import format_offload, format_plan, format_refusal

@@ -49,7 +49,7 @@ def build_parser(description: str | None, epilog: str = "") -> argparse.Argument
 def add_verb(
     verbs: argparse._SubParsersAction,
     name: str,
-    run_verb: Callable[[argparse.Namespace], int],
+    run_verb: Callable[[argparse.Namespace], int | None],
     *,
     text: str,
     epilog: str,
@@ -60,7 +60,7 @@ def add_verb(
     Args:
         verbs: the parsers of all verbs.
         name: the verb.
-        run_verb: runs it with the parsed arguments and returns the exit code.
+        run_verb: runs it with the parsed arguments; returns the exit code, None for 0.
         text: its line in the list of verbs.
         epilog: its examples.
         description: the text above its arguments, by default `text`.

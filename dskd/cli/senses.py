@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, add_verb, run
+from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 
 MERGE_HELP = "merge sense dictionaries that one teacher built on different corpora"
@@ -47,23 +47,15 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     add_config_arguments(geometry)
 
 
-def run_merge(args: argparse.Namespace) -> int:
-    """Merges the dictionaries and returns the exit code."""
-    return run(lambda: _merge(args))
-
-
-def _merge(args: argparse.Namespace) -> None:
+def run_merge(args: argparse.Namespace) -> None:
+    """Merges the dictionaries."""
     from dskd.senses.merge import merge_dictionaries
 
     merge_dictionaries(load_config(args.config, args.overrides), args.dictionary, args.output)
 
 
-def run_geometry(args: argparse.Namespace) -> int:
-    """Prints the geometry of the sense dictionary and returns the exit code."""
-    return run(lambda: _report_geometry(args))
-
-
-def _report_geometry(args: argparse.Namespace) -> None:
+def run_geometry(args: argparse.Namespace) -> None:
+    """Prints the geometry of the sense dictionary."""
     from dskd.inspection.geometry import report_geometry
 
     report_geometry(load_config(args.config, args.overrides))

@@ -2,8 +2,7 @@
 
 import argparse
 
-from dskd.cli.program import add_config_arguments, add_verb, run
-from dskd.config import Config
+from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 
 _HELP = {
@@ -28,17 +27,14 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         add_config_arguments(add_verb(verbs, stage, run_stage, text=text, epilog=examples))
 
 
-def run_stage(args: argparse.Namespace) -> int:
-    """Builds the artifact of the stage and returns the exit code."""
-    return run(lambda: _build(args.verb, load_config(args.config, args.overrides)))
-
-
-def _build(stage: str, config: Config) -> None:
-    if stage == "lexicon":
+def run_stage(args: argparse.Namespace) -> None:
+    """Builds the artifact of the stage."""
+    config = load_config(args.config, args.overrides)
+    if args.verb == "lexicon":
         from dskd.lexicon.build import build_lexicon
 
         build_lexicon(config)
-    elif stage == "student":
+    elif args.verb == "student":
         from dskd.models.cutting import build_student
 
         build_student(config)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from dskd.cli.program import add_config_arguments, add_verb, run
+from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 
 UNFINISHED_EXIT_CODE = 3
@@ -21,10 +21,6 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 def run_status(args: argparse.Namespace) -> int:
     """Prints the step of the newest checkpoint and returns the exit code."""
-    return run(lambda: _report(args))
-
-
-def _report(args: argparse.Namespace) -> int:
     from dskd.training.records import report_status
 
     return 0 if report_status(load_config(args.config, args.overrides)) else UNFINISHED_EXIT_CODE

@@ -2,7 +2,7 @@
 
 import argparse
 
-from dskd.cli.program import add_verb, run
+from dskd.cli.program import add_verb
 
 HELP = "find WordNet, and print its folder"
 EPILOG = """
@@ -18,12 +18,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--path", help="a folder with WordNet's dictionary files, instead of looking for one")
 
 
-def run_wordnet(args: argparse.Namespace) -> int:
-    """Prints the folder of WordNet and returns the exit code."""
-    return run(lambda: _find(args.path))
-
-
-def _find(path: str | None) -> None:
+def run_wordnet(args: argparse.Namespace) -> None:
+    """Prints the folder of WordNet."""
     from dskd.lexicon.wordnet import open_wordnet
 
-    print(f"WordNet: {open_wordnet(path).folder}")
+    print(f"WordNet: {open_wordnet(args.path).folder}")

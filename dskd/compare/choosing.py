@@ -37,7 +37,7 @@ class Chosen:
 
 
 def choose_runs(config: Config, selection: Selection) -> Chosen:
-    """Chooses the runs: in the order of the user's selection, or else in the config's order and by start time.
+    """Chooses the runs: in the order of the user's selection; without one, in the config's order and by start time.
 
     Of several runs with the same name and settings, the newest is chosen, because it was trained last. If the selection
     is empty, the newest run of each name is chosen, whatever its settings.
@@ -48,24 +48,22 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
     # Full ids are looked up one by one, in any experiment. If nothing else is selected, the choice is complete.
     ids = [text for text in selection.runs if _RUN_ID.fullmatch(text)]
     names = [text for text in selection.runs if text not in ids]
-    found: list[TrackedRun] = []
+    by_id: list[TrackedRun] = []
     for run_id in ids:
         run = read_run(config, run_id)
         if run is None:
-            raise UserError(
-                f"--run {run_id}: there is no run of this id; `dskd compare --config FILE` shows the newest"
-            )
+            raise UserError(f"--run {run_id}: no run has this id; `dskd compare --config FILE` shows the newest runs")
         if run.tags.get(KIND_TAG) == PARENT:
             raise UserError(f"--run {run_id}: {run.name!r} is the parent of a sweep and trained nothing; name its runs")
         if selection.experiments and run.experiment not in selection.experiments:
             raise UserError(
-                f"--run {run_id}: {run.name!r} is of experiment {run.experiment!r}, which is none of --experiment "
-                f"{', '.join(selection.experiments)}; name that too, or leave --experiment out"
+                f"--run {run_id}: {run.name!r} is in experiment {run.experiment!r}, but --experiment names only "
+                f"{', '.join(selection.experiments)}; add that experiment, or leave --experiment out"
             )
-        found.append(run)
+        by_id.append(run)
     if not names and ids:
-        return Chosen(_matching(found, selection.tags, found))
-    everything = runs = read_runs(config, selection.experiments)
+        return Chosen(_matching(by_id, selection.tags, by_id))
+    all_runs = runs = read_runs(config, selection.experiments)
     if not selection:
         newest = newest_of_each(runs, config.run_names)
         return Chosen(newest, _hidden(runs, newest))
@@ -74,12 +72,12 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
     by_beginning = {
         name: [run for run in runs if run.run_id.startswith(name)] for name in names if _SHORT_ID.match(name)
     }
-    found += [alike[0] for name, alike in by_beginning.items() if name not in known and len(alike) == 1]
+    by_id += [alike[0] for name, alike in by_beginning.items() if name not in known and len(alike) == 1]
     names = [name for name in names if name in known or len(by_beginning.get(name, ())) != 1]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none'}"
+            hint = f"did you mean {near[0]}?" if near else f"its runs: {', '.join(sorted(known)) or 'none'}"
             where = ", ".join(selection.experiments) or config.tracking.experiment
             raise UserError(f"--run {name}: experiment {where} has no run of this name; {hint}")
     if selection.runs:
@@ -87,7 +85,7 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
     # Tags are matched before the newest run is chosen: the newest of some name and settings may lack the tags.
     runs = [run for run in runs if _has(run, selection.tags)]
     newest = newest_of_each(runs, names, settings_matter=True)
-    matching = _matching([*found, *(run for run in newest if run not in found)], selection.tags, everything)
+    matching = _matching([*by_id, *(run for run in newest if run not in by_id)], selection.tags, all_runs)
     return Chosen(matching, _hidden(runs, matching))
 
 
@@ -131,18 +129,19 @@ def _has(run: TrackedRun, tags: Mapping[str, str]) -> bool:
     return all(run.tags.get(key) == value for key, value in tags.items())
 
 
-def _matching(
-    runs: Sequence[TrackedRun], tags: Mapping[str, str], everything: Sequence[TrackedRun]
-) -> list[TrackedRun]:
+def _matching(runs: Sequence[TrackedRun], tags: Mapping[str, str], all_runs: Sequence[TrackedRun]) -> list[TrackedRun]:
+    """Returns the runs that have these tags.
+
+    Raises:
+        UserError: when there is none; the message names values that these tags have in `all_runs`.
+    """
     chosen = [run for run in runs if _has(run, tags)]
     if chosen:
         return chosen
-    experiments = ", ".join(dict.fromkeys(run.experiment for run in everything)) or "that was asked for"
+    experiments = ", ".join(dict.fromkeys(run.experiment for run in all_runs))
+    where = f" in experiment {experiments}" if experiments else ""
     if not tags:
-        raise UserError(f"no run of experiment {experiments} was chosen")
-    wanted = ", ".join(f"{key}={value}" for key, value in tags.items())
-    seen = sorted({f"{key}={run.tags[key]}" for run in everything for key in tags if key in run.tags})
-    raise UserError(
-        f"no run of experiment {experiments} was chosen: none has the tags {wanted}; there are: "
-        f"{', '.join(seen[:8]) or 'none with these keys'}"
-    )
+        raise UserError(f"there is no run to compare{where}")
+    required = ", ".join(f"{key}={value}" for key, value in tags.items())
+    seen = sorted({f"{key}={run.tags[key]}" for run in all_runs for key in tags if key in run.tags})
+    raise UserError(f"no run{where} has the tags {required}; there are {', '.join(seen[:8]) or 'none with these keys'}")

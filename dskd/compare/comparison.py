@@ -8,9 +8,10 @@ from dskd.compare.choosing import Chosen, Selection, choose_runs
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
 from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
-from dskd.compare.results import HELD_OUT, Results, read_results
+from dskd.compare.results import Results, read_results
 from dskd.config import Config
 from dskd.errors import UserError
+from dskd.evaluation.held_out_text import HELD_OUT
 from dskd.evaluation.scores_by_example import Examples, Measure
 from dskd.tracking import TrackedRun
 
@@ -23,7 +24,7 @@ class Comparison:
     groups: Sequence[Group]
     baseline: Group | None
     differences: Sequence[tuple[str, Sequence[str]]]
-    results: Sequence[Results]  # one for each kind of data
+    results: Sequence[Results]  # one for each evaluation
     final: Mapping[str, Mapping[str, float]]
     best: Mapping[str, Mapping[str, Best]]
     histories: Mapping[str, Mapping[str, History]]
@@ -38,38 +39,42 @@ class Comparison:
 
     def metrics(self, prefix: str) -> list[str]:
         """Returns the metrics of any run that begin with `prefix`, in a fixed order."""
-        found = [metric for metric in self.final if metric.startswith(prefix)]
-        return sorted(found, key=lambda name: (TERMS.index(name) if name in TERMS else len(TERMS), name))
+        metrics = [metric for metric in self.final if metric.startswith(prefix)]
+        return sorted(metrics, key=lambda name: (TERMS.index(name) if name in TERMS else len(TERMS), name))
 
     @property
     def references(self) -> dict[str, dict[str, float]]:
         """Measures of models that are not tracked runs: {model: {measure: value}}."""
-        found: dict[str, dict[str, float]] = {}
+        merged: dict[str, dict[str, float]] = {}
         for results in self.results:
             for name, values in results.references.items():
-                found[name] = dict(values) | found.get(name, {})
-        return found
+                merged[name] = dict(values) | merged.get(name, {})
+        return merged
 
     def measured(self, title: str | None = None) -> list[str]:
         """Returns the measures for which any group or reference has a value, in the order in which they are shown.
 
-        With a `title`, returns only those of the kinds of results with this title.
+        With a `title`, returns only those of the evaluations with this title.
         """
-        # {measure: whether it has this title}; a measure of two kinds belongs to the first.
+        # {measure: whether it has this title}; a measure of two evaluations belongs to the first.
         names: dict[str, bool] = {}
         for results in self.results:
-            is_asked_for = title is None or results.kind.title == title
+            has_title = title is None or results.evaluation.title == title
             of_references = [name for values in results.references.values() for name in values]
             for name in [*(measure.name for measure in results.measures), *of_references]:
-                names.setdefault(name, is_asked_for)
+                names.setdefault(name, has_title)
         shown = {name for values in self.references.values() for name in values}
         shown |= {metric.removeprefix(EVALUATED) for metric in self.metrics(EVALUATED)}
-        return [name for name, is_asked_for in names.items() if is_asked_for and name in shown]
+        return [name for name, has_title in names.items() if has_title and name in shown]
 
     @property
     def titles(self) -> list[str]:
-        """Titles of the kinds of results that have measures, each once."""
-        return list(dict.fromkeys(results.kind.title for results in self.results if self.measured(results.kind.title)))
+        """Titles of the evaluations that have measures, each once."""
+        return list(
+            dict.fromkeys(
+                results.evaluation.title for results in self.results if self.measured(results.evaluation.title)
+            )
+        )
 
     @property
     def has_measures(self) -> bool:
@@ -98,7 +103,7 @@ def make_comparison(
         config: gives the address of MLflow and the experiment.
         selection: the runs to compare.
         baseline: name of the group that the others are tested against; by default the first group.
-        without: names of the kinds of results (:mod:`dskd.compare.results`) to leave out.
+        without: names of the evaluations to leave out.
 
     Raises:
         DifferentDataError: when runs were evaluated on different data.
@@ -109,31 +114,31 @@ def make_comparison(
     groups, notes = group_runs(chosen.runs)
     runs = [run for group in groups for run in group.runs]
     results = read_results(config, runs, selection, without=without)
-    if not groups and (selection or not any(of_kind.references for of_kind in results)):
+    if not groups and (selection or not any(evaluated.references for evaluated in results)):
         raise UserError(
             f"{config.workdir}: nothing to compare yet; train with `deepspeed launcher/train.py`, evaluate with "
             f"`{kinds.EVALUATION.made_by}`, or do it all with `python launcher/pipeline.py`"
-            + ("" if config.tracking.enabled else "; tracking.enabled is false, so no tracked run was looked for")
+            + ("" if config.tracking.enabled else "; tracked runs are not compared, because tracking.enabled is false")
         )
     base = _find_baseline(groups, baseline)
     final, best, histories = read_metrics(config, runs, with_measures=HELD_OUT.name not in without)
     # Values computed from the results' tables are shown. A measure that could not be compared is removed, even if the
     # tracking server has values of it.
     measures: dict[str, tuple[Measure, Mapping[str, Examples]]] = {}
-    for of_kind in results:
-        left_out = set(_names(of_kind.tables)) - {measure.name for measure in of_kind.measures}
+    for evaluated in results:
+        left_out = set(_names(evaluated.tables)) - {measure.name for measure in evaluated.measures}
         for name in left_out - measures.keys():
             final.pop(f"{EVALUATED}{name}", None)
-        for measure in of_kind.measures:
+        for measure in evaluated.measures:
             if measure.name in measures:  # the evaluation on held-out text comes first and takes precedence
                 continue
-            measures[measure.name] = measure, of_kind.tables
+            measures[measure.name] = measure, evaluated.tables
             # The tables replace the logged values: training may have logged a metric of the same name.
-            for run_id, table in of_kind.tables.items():
+            for run_id, table in evaluated.tables.items():
                 values = table.values()
                 if measure.name in values:
                     final.setdefault(f"{EVALUATED}{measure.name}", {})[run_id] = values[measure.name]
-    with_values = [found for name, found in measures.items() if f"{EVALUATED}{name}" in final]
+    with_values = [measure for name, measure in measures.items() if f"{EVALUATED}{name}" in final]
     per_example, per_seed = test_groups(groups, base, with_values, final)
     return Comparison(
         config,
@@ -146,7 +151,7 @@ def make_comparison(
         histories,
         per_example,
         per_seed,
-        [*chosen.notes, *notes, *_notes(runs, results), *(note for of_kind in results for note in of_kind.notes)],
+        [*chosen.notes, *notes, *_notes(runs, results), *(note for evaluated in results for note in evaluated.notes)],
     )
 
 
@@ -161,7 +166,7 @@ def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
         if group.name == name:
             return group
     raise UserError(
-        f"--baseline {name}: there is no such group; there are: {', '.join(g.name for g in groups) or 'none'}"
+        f"--baseline {name}: there is no such group; the groups are: {', '.join(g.name for g in groups) or 'none'}"
     )
 
 
@@ -170,16 +175,16 @@ def _notes(runs: Sequence[TrackedRun], results: Sequence[Results]) -> list[str]:
     notes = []
     if unfinished := [f"{run.name} ({run.status.lower()})" for run in runs if run.status != "FINISHED"]:
         notes.append(f"not trained to the end: {', '.join(unfinished)}")
-    tables = next((of_kind.tables for of_kind in results if of_kind.kind is HELD_OUT), None)
+    tables = next((evaluated.tables for evaluated in results if evaluated.evaluation is HELD_OUT), None)
     evaluated = [run for run in runs if any(metric.startswith(EVALUATED) for metric in run.metrics)]
     if tables is not None:
         if missing := [run.name for run in runs if run not in evaluated]:
-            notes.append(f"not evaluated: {', '.join(missing)}; `dskd export` and `{HELD_OUT.made_by}` do it")
+            notes.append(f"not evaluated: {', '.join(missing)}; `dskd export` and `{HELD_OUT.made_by}` evaluate them")
         if old := [run.name for run in evaluated if HELD_OUT.tag not in run.tags]:
             notes.append(
-                f"evaluated on data of unknown hash, by an older version: {', '.join(old)}; `{HELD_OUT.made_by}` "
-                "evaluates again"
+                f"evaluated by an older version, which did not record the data's hash: {', '.join(old)}; "
+                f"`{HELD_OUT.made_by}` evaluates them again"
             )
         elif gone := [run.name for run in evaluated if run.run_id not in tables]:
-            notes.append(f"no results for each example, so in no paired test: {', '.join(gone)}")
+            notes.append(f"in no test on examples, because their scores of each example are missing: {', '.join(gone)}")
     return notes

@@ -56,10 +56,10 @@ def test_groups(
     on_examples, over_seeds = [], []
     for group in others:
         for measure, tables in measures:
-            mine, base = (_mean_over_seeds(one, measure, tables, baseline) for one in (group, baseline))
-            if mine is not None and base is not None:
-                (one, counts), (other, same_counts) = mine, base
-                if not np.array_equal(counts, same_counts):
+            of_group, of_baseline = (_mean_over_seeds(one, measure, tables, baseline) for one in (group, baseline))
+            if of_group is not None and of_baseline is not None:
+                (one, counts), (other, baseline_counts) = of_group, of_baseline
+                if not np.array_equal(counts, baseline_counts):
                     raise UserError(
                         f"{group.name} and {baseline.name}: their examples have different numbers of {measure.count}, "
                         "although the digests of their data are equal; evaluate both again with "
@@ -75,9 +75,9 @@ def test_groups(
     return _corrected(on_examples), _corrected(over_seeds)
 
 
-def _corrected(found: Sequence[tuple[Group, Measure, Difference]]) -> list[Test]:
-    corrected = holm([difference.p_value for _, _, difference in found])
-    return [Test(*one, p_value) for one, p_value in zip(found, corrected, strict=True)]
+def _corrected(differences: Sequence[tuple[Group, Measure, Difference]]) -> list[Test]:
+    corrected = holm([difference.p_value for _, _, difference in differences])
+    return [Test(*one, p_value) for one, p_value in zip(differences, corrected, strict=True)]
 
 
 def _mean_over_seeds(
@@ -95,11 +95,11 @@ def _mean_over_seeds(
             continue
         if set(table.ids) != set(first.ids):
             raise UserError(
-                f"{run.name} ({run.run_id}): its examples are not those of {baseline.name}, though the data is said to "
-                f"be the same; evaluate both again with `{kinds.EVALUATION.made_by}`"
+                f"{run.name} ({run.run_id}) and {baseline.name}: their examples have different ids, although the "
+                f"digests of their data are equal; evaluate both again with `{kinds.EVALUATION.made_by}`"
             )
-        place = {example: number for number, example in enumerate(table.ids)}
-        order = [place[example] for example in first.ids]
+        index = {example: number for number, example in enumerate(table.ids)}
+        order = [index[example] for example in first.ids]
         sums.append(table.columns[measure.total][order])
         counts = table.columns[measure.count][order]
     return None if counts is None else (np.mean(sums, axis=0), counts)

@@ -33,8 +33,8 @@ class Group:
 
     def estimate(self, values: Mapping[str, float]) -> Estimate | None:
         """Returns the mean over seeds, with its interval, from {run id: value}; None if no run has a value."""
-        found = [values[run.run_id] for run in self.runs if run.run_id in values]
-        return Estimate.of(found) if found else None
+        of_runs = [values[run.run_id] for run in self.runs if run.run_id in values]
+        return Estimate.of(of_runs) if of_runs else None
 
     def by_seed(self, values: Mapping[str, float]) -> dict[str, list[float]]:
         """Returns {seed: values of its runs}, from {run id: value}."""
@@ -49,8 +49,8 @@ def group_runs(runs: Sequence[TrackedRun]) -> tuple[list[Group], list[str]]:
     """Groups the runs by experiment and by settings without the seed; also returns notes about the groups.
 
     The groups are in the order of their first runs. A group has one run for each seed: if two have the same seed, the
-    one that was trained to its end is kept, or else the newer one. If two runs have the same seed but different inputs,
-    the runs are also grouped by inputs, because they differ in more than their settings.
+    one that was trained to its end is kept; of equal ones, the newer. If two runs have the same seed but different
+    inputs, the runs are also grouped by inputs, because they differ in more than their settings.
     """
     together: dict[tuple, list[TrackedRun]] = {}
     for run in runs:
@@ -65,8 +65,8 @@ def group_runs(runs: Sequence[TrackedRun]) -> tuple[list[Group], list[str]]:
         groups = [Group(f"{group.runs[0].experiment}/{group.name}", group.runs) for group in groups]
     groups = _numbered(groups)
     notes += [
-        f"the seeds of {group.name} have different inputs ({', '.join(group.mixed_inputs)}), so their spread is of "
-        "those too; --tag INPUT=HASH chooses those of one"
+        f"the seeds of {group.name} have different inputs ({', '.join(group.mixed_inputs)}), which adds to their "
+        "spread; --tag INPUT=HASH chooses the runs with one of them"
         for group in groups
         if group.mixed_inputs
     ]
@@ -91,6 +91,7 @@ def _inputs_of(run: TrackedRun) -> tuple:
 
 
 def _once_a_seed(runs: Sequence[TrackedRun], notes: list[str]) -> list[TrackedRun]:
+    """Returns one run for each seed, and adds a note about the others."""
     best: dict[str, TrackedRun] = {}
     for run in sorted(runs, key=lambda run: (run.status == "FINISHED", run.start_time_s)):
         best[run.params.get(SEED, "-")] = run
@@ -98,7 +99,7 @@ def _once_a_seed(runs: Sequence[TrackedRun], notes: list[str]) -> list[TrackedRu
     if left_out:
         kept = [run.name for run in runs if run in best.values()]
         names = ", ".join(f"{run.name} ({run.run_id[:8]})" for run in left_out)
-        notes.append(f"of the same settings and seed as others, and left out: {names}; what counts: {', '.join(kept)}")
+        notes.append(f"left out, because other runs have the same settings and seed: {names}; kept: {', '.join(kept)}")
     return [run for run in runs if run in best.values()]
 
 

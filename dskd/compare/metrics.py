@@ -7,14 +7,18 @@ import numpy as np
 
 from dskd.config import Config
 from dskd.evaluation import held_out_text
+from dskd.losses import terms
 from dskd.tracking import TrackedRun, read_histories
 
 EVALUATED, TRAINED, COVERAGE = "eval/", "train/", "coverage/"
 SPEEDS = ("speed/tokens_per_s", "speed/step_s")
 COST = "cost/device_hours"
-TERMS = ("train/loss", "train/ce", "train/kl", "train/sense", "train/hidden")  # shown first, in this order
+TERMS = tuple(terms.curve_titles())  # shown first, in this order
 # Metrics of training that are not terms of the loss: smaller is not better, and the last value tells nothing.
-_NOT_LOSSES = ("train/grad_norm", "train/learning_rate", "train/active_hinges", "train/sense_teacher_entropy")
+_NOT_LOSSES = (
+    *("train/grad_norm", "train/learning_rate"),
+    *(term.metric for term in terms.TERMS if term.kind == "indicator"),
+)
 _DIVERGED = 1e30  # values from here on count as infinite: servers store infinity as their largest number
 History = Sequence[tuple[int, float]]
 
@@ -42,11 +46,11 @@ def read_metrics(
     for run in runs:
         metrics = {m: value for m, value in run.metrics.items() if m.startswith(prefixes) and m not in _NOT_LOSSES}
         smaller_is_better |= {metric: True for metric in metrics if metric.startswith(TRAINED)}
-        wanted = [metric for metric in metrics if metric in smaller_is_better or metric in SPEEDS]
-        read = read_histories(config, run.run_id, wanted)
+        with_history = [metric for metric in metrics if metric in smaller_is_better or metric in SPEEDS]
+        points_of = read_histories(config, run.run_id, with_history)
         for metric, last in metrics.items():
             # NaN is dropped as well, because it is not smaller than anything.
-            points = [(step, value) for step, value in read.get(metric, ()) if abs(value) < _DIVERGED]
+            points = [(step, value) for step, value in points_of.get(metric, ()) if abs(value) < _DIVERGED]
             # The final speed is the median step: single steps vary, and the first step after each start is slow.
             is_speed = metric in SPEEDS and points
             final.setdefault(metric, {})[run.run_id] = float(np.median([v for _, v in points])) if is_speed else last

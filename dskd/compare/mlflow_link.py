@@ -34,12 +34,9 @@ def mlflow_link(config: Config, runs: Sequence[TrackedRun]) -> MLflowLink:
     ids, experiments = [run.run_id for run in runs], list(dict.fromkeys(run.experiment_id for run in runs))
     page = f"/#/compare-runs?runs={_as_parameter(ids)}&experiments={_as_parameter(experiments)}"
     if re.match(r"https?://", uri):
-        return MLflowLink(
-            re.sub(r"://[^/@]*@", "://", uri).rstrip("/") + page, None
-        )  # without the password: the browser asks for it
-    program = Path(sys.executable).with_name(
-        "mlflow"
-    )  # in the folder of this Python, because it need not be on the PATH
+        without_password = re.sub(r"://[^/@]*@", "://", uri)  # the browser asks for it
+        return MLflowLink(without_password.rstrip("/") + page, None)
+    program = Path(sys.executable).with_name("mlflow")  # of this environment, whose programs may not be on the PATH
     shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
     return MLflowLink(_LOCAL + page, shlex.join([str(shown), "ui", "--backend-store-uri", without_secrets(uri)]))
 

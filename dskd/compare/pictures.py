@@ -112,24 +112,24 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
         # A bar for each group's mean, its interval, and a dot for each seed; `right` is where the longest bar ends.
         right = 0.0
         for number, group in enumerate(groups):
-            found = group.estimate(values)
-            if found is None or not math.isfinite(found.mean):
+            estimate = group.estimate(values)
+            if estimate is None or not math.isfinite(estimate.mean):
                 continue
-            half = found.half_width or 0.0
-            panel.barh(number, found.mean, color=_paint(number)[0], height=0.62)
-            if found.half_width is not None:
-                panel.errorbar(found.mean, number, xerr=half, color=_INK, capsize=3.5, linewidth=1.2)
+            half = estimate.half_width or 0.0
+            panel.barh(number, estimate.mean, color=_paint(number)[0], height=0.62)
+            if estimate.half_width is not None:
+                panel.errorbar(estimate.mean, number, xerr=half, color=_INK, capsize=3.5, linewidth=1.2)
                 seeds = [values[run.run_id] for run in group.runs if run.run_id in values]
                 panel.plot(seeds, [number] * len(seeds), "o", color="white", markeredgecolor=_INK, markersize=3.6)
-            right = max(right, found.mean + half)
+            right = max(right, estimate.mean + half)
         # The values in words, once `right` is known, because their distance to the bars depends on it.
         for number, group in enumerate(groups):
-            found = group.estimate(values)
-            if found is not None and math.isfinite(found.mean):
+            estimate = group.estimate(values)
+            if estimate is not None and math.isfinite(estimate.mean):
                 panel.text(
-                    found.mean + (found.half_width or 0.0) + 0.035 * right,
+                    estimate.mean + (estimate.half_width or 0.0) + 0.035 * right,
                     number,
-                    wording.estimate(metric, found),
+                    wording.estimate(metric, estimate),
                     va="center",
                     fontsize=8.5,
                     parse_math=False,
@@ -155,17 +155,17 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
     groups = [group for group in comparison.groups if any(test.group is group for test in tests)]
     figure, axes = _panels(plt, len(names), width=4.0, height=1.1 + 0.4 * len(groups), share_y=True)
     for panel, name in zip(axes, names, strict=False):
-        mine = [test for test in tests if test.measure.name == name]
-        measure = mine[0].measure
+        of_measure = [test for test in tests if test.measure.name == name]
+        measure = of_measure[0].measure
         scale = 1.0 if measure.is_exponential else 100.0
         panel.axvline(0, color=_INK, linewidth=1.0)
-        for test in mine:
-            found, row = test.difference, groups.index(test.group)
+        for test in of_measure:
+            difference, row = test.difference, groups.index(test.group)
             color = _paint(comparison.groups.index(test.group))[0]
-            low, high = (scale * (one - found.value) for one in (found.low, found.high))
+            low, high = (scale * (one - difference.value) for one in (difference.low, difference.high))
             # A hollow marker: the test shows no difference.
             panel.errorbar(
-                scale * found.value,
+                scale * difference.value,
                 row,
                 xerr=[[-low], [high]],
                 fmt="o",
@@ -245,7 +245,7 @@ def _thinned(points: History) -> tuple[list[int], list[float]]:
     """Returns the steps and values of at most `_POINTS` points, evenly spread over the curve, including the last."""
     if not points:
         return [], []
-    kept = sorted({round(place) for place in np.linspace(0, len(points) - 1, min(len(points), _POINTS))})
+    kept = sorted({round(index) for index in np.linspace(0, len(points) - 1, min(len(points), _POINTS))})
     return [points[index][0] for index in kept], [points[index][1] for index in kept]
 
 
@@ -267,8 +267,8 @@ def _svg(draw: Any, name: str) -> str:
     with _figures() as plt, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure = draw(plt)
         buffer = io.StringIO()
-        nothing: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        no_metadata: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
         plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # without the XML declaration and the document type

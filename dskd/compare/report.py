@@ -7,8 +7,7 @@ and in these matplotlib has escaped all text. The page's own policy forbids load
 import datetime
 import platform
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,18 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from dskd.artifacts.files import write_text
-from dskd.compare import wording
+from dskd.compare import tables, wording
 from dskd.compare.comparison import Comparison
-from dskd.compare.group_tests import Test
 from dskd.compare.groups import INPUT_TAGS, Group
-from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import bars_svg, color_of, curves_svg, differences_svg, slug
+from dskd.compare.tables import Row, Table
 from dskd.errors import UserError
 from dskd.tracking import git_commit
 
 TEMPLATE = "report.html.jinja"
 _PACKAGES = ("dskd", "mlflow", "matplotlib", "scipy")
 _SHOWN_DIGITS = 12
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table."""
-
-    cells: Sequence[str]
-    kind: str = ""  # `reference` and `sub` rows are less prominent
-    color: str = ""  # colour of the row's group
-    verdict: str = ""  # for a row of a test: the style of its last cell
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
@@ -76,36 +64,44 @@ def render_report(comparison: Comparison) -> str:
     template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     groups = comparison.groups
     experiments = list(dict.fromkeys(run.experiment for run in comparison.runs))
-    title = f"Comparison: {', '.join(experiments) or comparison.config.tracking.experiment}"
     return template.render(
-        title=title,
+        title=f"Comparison: {', '.join(experiments) or comparison.config.tracking.experiment}",
         version=metadata.version("dskd"),
         lead=_lead(comparison),
         facts=_facts(comparison),
         link=mlflow_link(comparison.config, comparison.runs) if comparison.runs else None,
         warnings=[f"{note[0].upper()}{note[1:]}." for note in comparison.notes],
         measured=[
-            {"title": t, "id": slug(t), "table": _measures(comparison, t), "bars": bars_svg(comparison, t)}
+            {
+                "title": t,
+                "id": slug(t),
+                "table": _grid(comparison, _measures(comparison, t)),
+                "bars": bars_svg(comparison, t),
+            }
             for t in comparison.titles
         ],
         references_note=_references_note(comparison),
         baseline=comparison.baseline.name if comparison.baseline else "",
         tests=_tests(comparison),
-        differences=_grid(
-            ["setting", *(g.label for g in groups)], [Row([key, *v]) for key, v in comparison.differences]
-        ),
+        differences=_grid(comparison, tables.settings_table(comparison)),
         colors=[color_of(number) for number in range(len(groups))],
         curves=curves_svg(comparison),
-        training=_training(comparison),
-        resources=_resources(comparison),
-        runs=_runs(comparison),
+        training=_grid(comparison, _training(comparison)),
+        resources=_grid(comparison, tables.resources_table(comparison)) if groups else None,
+        runs=_grid(comparison, _runs(comparison)),
         notes=[f"{note[0].upper()}{note[1:]}." for note in wording.method_notes(comparison)],
         footer=_footer(),
     )
 
 
-def _grid(header: Sequence[str], rows: Sequence[Row]) -> dict[str, Any] | None:
-    return {"header": header, "rows": rows} if rows else None
+def _grid(comparison: Comparison, table: Table) -> dict[str, Any] | None:
+    """Returns what the template shows of a table; None if it has no rows."""
+    colors = {id(group): color_of(number) for number, group in enumerate(comparison.groups)}
+    rows = [
+        {"cells": row.cells, "kind": row.kind, "verdict": row.verdict, "color": colors.get(id(row.group), "")}
+        for row in table.rows
+    ]
+    return {"header": table.header, "rows": rows} if rows else None
 
 
 def _lead(comparison: Comparison) -> str:
@@ -126,7 +122,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     facts = [("made", f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")]
     for results in comparison.results:
         if results.data:
-            facts.append((f"{results.kind.name} of", results.data))
+            facts.append((f"{results.evaluation.name} of", results.data))
     if comparison.baseline and len(comparison.groups) > 1:
         facts.append(("baseline", comparison.baseline.name))
     for tag in INPUT_TAGS:
@@ -136,21 +132,14 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     return facts
 
 
-def _measures(comparison: Comparison, title: str) -> dict[str, Any] | None:
-    names = comparison.measured(title)
+def _measures(comparison: Comparison, title: str) -> Table:
+    """Returns the table of measures with the number of seeds in its second column."""
+    table = tables.measures_table(comparison, title)
     rows = [
-        Row(
-            [wording.reference_label(name), "", *(wording.number(m, v[m]) if m in v else "-" for m in names)],
-            "reference",
-        )
-        for name, v in comparison.references.items()
+        replace(row, cells=[row.cells[0], str(len(row.group.runs)) if row.group else "", *row.cells[1:]])
+        for row in table.rows
     ]
-    for number, group in enumerate(comparison.groups):
-        cells = [
-            wording.estimate(name, group.estimate(comparison.final.get(f"{EVALUATED}{name}", {}))) for name in names
-        ]
-        rows.append(Row([group.name, str(len(group.runs)), *cells], color=color_of(number)))
-    return _grid(["model", "seeds", *(wording.label(name) for name in names)], rows) if names else None
+    return Table([table.header[0], "seeds", *table.header[1:]], rows)
 
 
 def _references_note(comparison: Comparison) -> str:
@@ -162,7 +151,7 @@ def _references_note(comparison: Comparison) -> str:
         )
         if name in comparison.references
     ]
-    return f"Grey lines, where they fit in: {'; '.join(lines)}." if lines and comparison.groups else ""
+    return f"Grey lines, if they fit into the panel: {'; '.join(lines)}." if lines and comparison.groups else ""
 
 
 def _tests(comparison: Comparison) -> list[dict[str, Any]]:
@@ -181,74 +170,30 @@ def _tests(comparison: Comparison) -> list[dict[str, Any]]:
             "Would other trainings of the same settings differ? Few seeds make wide intervals.",
         ),
     ]
-    header = ["group", "measure", "difference", "95 % interval", "perplexity", "p", "p (Holm)", "test", "n", "verdict"]
     return [
         {
             "title": title,
             "text": text,
             "svg": differences_svg(tests, comparison, f"differences-{name}"),
-            "header": header,
-            "rows": [_test_row(test, comparison) for test in tests],
+            "table": _grid(comparison, tables.tests_table(tests)),
         }
         for tests, name, title, text in kinds
         if tests
     ]
 
 
-def _test_row(test: Test, comparison: Comparison) -> Row:
-    value, interval = wording.difference(test)
-    cells = [
-        test.group.name,
-        wording.compared(test.measure),
-        value,
-        interval,
-        wording.as_factor(test),
-        wording.p_value(test.difference.p_value),
-        wording.p_value(test.corrected_p),
-        test.difference.test,
-        f"{test.difference.count:,}",
-        wording.verdict(test),
-    ]
-    color = color_of(list(comparison.groups).index(test.group))
-    return Row(cells, color=color, verdict={True: "better", False: "worse", None: "unclear"}[test.is_better])
+def _training(comparison: Comparison) -> Table:
+    """Returns the table of training with the metrics' names instead of their keys."""
+    table = tables.training_table(comparison)
+    return replace(
+        table, rows=[replace(row, cells=[wording.label(row.cells[0]), *row.cells[1:]]) for row in table.rows]
+    )
 
 
-def _training(comparison: Comparison) -> dict[str, Any] | None:
-    rows = []
-    for metric in [*comparison.metrics(TRAINED), *comparison.evaluated_in_training()]:
-        cells = [wording.estimate(metric, group.estimate(comparison.final[metric])) for group in comparison.groups]
-        rows.append(Row([wording.label(metric), *cells]))
-        if metric in comparison.best:
-            found = comparison.best[metric]
-            rows.append(
-                Row(["best @ step", *(wording.best(metric, group, found) for group in comparison.groups)], "sub")
-            )
-    return _grid(["last step", *(group.label for group in comparison.groups)], rows)
-
-
-def _resources(comparison: Comparison) -> dict[str, Any] | None:
-    groups = comparison.groups
-    if not groups:
-        return None
-    rows = []
-    for metric in [*SPEEDS, *comparison.metrics(COVERAGE)]:
-        values = comparison.final.get(metric, {})
-        rows.append(
-            Row([wording.label(metric), *(wording.estimate(metric, group.estimate(values)) for group in groups)])
-        )
-    rows += [Row([label, *cells]) for label, cells in wording.cost_rows(comparison)]
-    return _grid(["", *(group.label for group in groups)], rows)
-
-
-def _runs(comparison: Comparison) -> dict[str, Any] | None:
+def _runs(comparison: Comparison) -> Table:
     header = ["run", "group", "seed", "status", "started (UTC)", "ranks", "id in MLflow", "evaluated on", "commit"]
-    return _grid(
-        header,
-        [
-            Row(_run_cells(run, group), color=color_of(number))
-            for number, group in enumerate(comparison.groups)
-            for run in group.runs
-        ],
+    return Table(
+        header, [Row(_run_cells(run, group), group=group) for group in comparison.groups for run in group.runs]
     )
 
 

@@ -3,21 +3,23 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from dskd.artifacts import kinds
 from dskd.artifacts.manifest import read_file
 from dskd.compare.choosing import Selection
 from dskd.compare.metrics import EVALUATED
-from dskd.config import TASKS, Config
+from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.evaluation import held_out_text, tasks
-from dskd.evaluation.lexical import results as lexical
+from dskd.evaluation.held_out_text import HELD_OUT
+from dskd.evaluation.lexical.results import LEXICAL
 from dskd.evaluation.models import CUT_STUDENT, TEACHER
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples
-from dskd.tracking import EVALUATION_FOLDER, TrackedRun, data_tag, read_artifact
+from dskd.evaluation.suite import EXAMPLES_FILE, Evaluation
+from dskd.tracking import TrackedRun, read_artifact
+
+EVALUATIONS = {evaluation.name: evaluation for evaluation in (HELD_OUT, LEXICAL, *tasks.EVALUATIONS.values())}
 
 
 class DifferentDataError(UserError):
@@ -25,56 +27,10 @@ class DifferentDataError(UserError):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of results: on held-out text, on words and senses, or on a benchmark."""
-
-    name: str
-    title: str
-    folder: str  # among a run's artifacts; in the work directory, the model's name follows the first part
-    file: str
-    made_by: str
-
-    @property
-    def tag(self) -> str:
-        """The tag in which a run has the digest of its evaluation data."""
-        return data_tag(self.folder)
-
-    def path(self, config: Config, model: str) -> Path:
-        """Returns the path of a model's results in the work directory."""
-        first, *rest = self.folder.split("/")
-        return config.path(first, model, *rest, self.file)
-
-    def measure_name(self, name: str) -> str:
-        """Returns a measure's name that is unique over all kinds, because each benchmark has an accuracy."""
-        return f"{self.name}_{name}" if self.folder.startswith(kinds.TASK.folder) else name
-
-
-HELD_OUT = Kind("evaluation", "Held-out text", EVALUATION_FOLDER, held_out_text.EXAMPLES_FILE, kinds.EVALUATION.made_by)
-_LEXICAL = Kind("lexical", "Words and senses", kinds.LEXICAL.folder, lexical.EXAMPLES_FILE, kinds.LEXICAL.made_by)
-KINDS = {
-    kind.name: kind
-    for kind in (
-        HELD_OUT,
-        _LEXICAL,
-        *(
-            Kind(
-                task,
-                "Benchmarks",
-                f"{kinds.TASK.folder}/{task}",
-                tasks.EXAMPLES_FILE,
-                f"{kinds.EVALUATION.made_by} --tasks {task}",
-            )
-            for task in TASKS
-        ),
-    )
-}
-
-
-@dataclass(frozen=True)
 class Results:
-    """The scores of runs on one kind of data."""
+    """The results of runs in one evaluation."""
 
-    kind: Kind
+    evaluation: Evaluation
     data: str | None  # digest of the data; None if nothing was evaluated
     measures: Sequence[Measure]  # the measures that are comparable between all runs that have them
     tables: Mapping[str, Examples]  # by run id
@@ -85,56 +41,61 @@ class Results:
 def read_results(
     config: Config, runs: Sequence[TrackedRun], selection: Selection, *, without: Sequence[str] = ()
 ) -> list[Results]:
-    """Reads all results of the runs except the kinds in `without`, those on held-out text first.
+    """Reads the results of the runs in all evaluations that `without` does not name, those on held-out text first.
 
     Raises:
-        DifferentDataError: when results of one kind are from different data.
+        DifferentDataError: when results of one evaluation are from different data.
     """
-    found = []
-    for kind in KINDS.values():
-        if kind.name in without:
+    all_results = []
+    for evaluation in EVALUATIONS.values():
+        if evaluation.name in without:
             continue
-        tables = _read_tables(config, runs, kind)
-        data = _require_same_data(runs, tables, kind)
-        local = _read_local(config, kind)
-        references = _references(local, runs, data, selection, kind)
-        if kind is not HELD_OUT and not tables:
+        tables = _read_tables(config, runs, evaluation)
+        data = _require_same_data(runs, tables, evaluation)
+        local = _read_local(config, evaluation)
+        references = _references(local, runs, data, selection, evaluation)
+        if evaluation is not HELD_OUT and not tables:
             references = references if not runs else {}
-        if kind is not HELD_OUT and not (tables or references):
+        if evaluation is not HELD_OUT and not (tables or references):
             continue
-        measures, notes = _comparable(tables, kind, runs)
+        measures, notes = _comparable(tables, evaluation, runs)
         missing = [run.name for run in runs if run.run_id not in tables]
-        if kind is not HELD_OUT and tables and missing:
-            notes.append(f"without {kind.name}: {', '.join(missing)}; `{kind.made_by}` adds it")
-        found.append(Results(kind, data, measures, tables, references, notes))
-    return found
+        if evaluation is not HELD_OUT and tables and missing:
+            notes.append(f"without {evaluation.name}: {', '.join(missing)}; `{evaluation.made_by}` adds it")
+        all_results.append(Results(evaluation, data, measures, tables, references, notes))
+    return all_results
 
 
-def _read_tables(config: Config, runs: Sequence[TrackedRun], kind: Kind) -> dict[str, Examples]:
-    """Reads {run id: table of examples} of the runs that have results of this kind."""
+def _read_tables(config: Config, runs: Sequence[TrackedRun], evaluation: Evaluation) -> dict[str, Examples]:
+    """Reads {run id: table of examples} of the runs that have results of this evaluation."""
     tables = {}
     for run in runs:
-        if kind.tag not in run.tags:
+        if evaluation.tag not in run.tags:
             continue
-        path = f"{kind.folder}/{kind.file}"
+        path = f"{evaluation.folder}/{EXAMPLES_FILE}"
         content = read_artifact(config, run.run_id, path)
         if content is not None:
             try:
-                tables[run.run_id] = _named(read_examples(content), kind)
+                tables[run.run_id] = _named(read_examples(content), evaluation)
             except ValueError as error:
                 raise UserError(
                     f"artifact {path} of run {run.name} ({run.run_id}): {error}; evaluate it again with "
-                    f"`{kind.made_by}`"
+                    f"`{evaluation.made_by}`"
                 ) from None
     return tables
 
 
-def _named(examples: Examples, kind: Kind) -> Examples:
-    measures = [dataclasses.replace(one, name=kind.measure_name(one.name)) for one in examples.measures]
+def _named(examples: Examples, evaluation: Evaluation) -> Examples:
+    """Returns the examples with unique names of measures: each benchmark has an accuracy, which is named after it."""
+    if evaluation.name not in tasks.EVALUATIONS:
+        return examples
+    measures = [dataclasses.replace(one, name=f"{evaluation.name}_{one.name}") for one in examples.measures]
     return dataclasses.replace(examples, measures=measures)
 
 
-def _require_same_data(runs: Sequence[TrackedRun], tables: Mapping[str, Examples], kind: Kind) -> str | None:
+def _require_same_data(
+    runs: Sequence[TrackedRun], tables: Mapping[str, Examples], evaluation: Evaluation
+) -> str | None:
     """Returns the digest of the data that all of these runs were evaluated on; None if no run was evaluated.
 
     Raises:
@@ -142,23 +103,23 @@ def _require_same_data(runs: Sequence[TrackedRun], tables: Mapping[str, Examples
     """
     by_digest: dict[str, list[str]] = {}
     for run in runs:
-        digests = {run.tags.get(kind.tag)}
+        digests = {run.tags.get(evaluation.tag)}
         if run.run_id in tables:
             digests.add(tables[run.run_id].data)
         for digest in digests - {None}:
             by_digest.setdefault(str(digest), []).append(f"{run.name} ({run.run_id[:8]})")
-    return _only_one(by_digest, kind)
+    return _only_one(by_digest, evaluation)
 
 
 def _comparable(
-    tables: Mapping[str, Examples], kind: Kind, runs: Sequence[TrackedRun]
+    tables: Mapping[str, Examples], evaluation: Evaluation, runs: Sequence[TrackedRun]
 ) -> tuple[list[Measure], list[str]]:
     """Returns the measures that are comparable between all runs that have them, and notes about the others.
 
     A measure is comparable if all of its runs have the same digest of its further data (such as the sense embeddings),
     and the same counts on each example.
     """
-    measures: list[Measure] = list(held_out_text.MEASURES) if kind is HELD_OUT else []
+    measures: list[Measure] = list(held_out_text.MEASURES) if evaluation is HELD_OUT else []
     names = {run.run_id: run.name for run in runs}
     notes = []
     for name in dict.fromkeys(measure.name for table in tables.values() for measure in table.measures):
@@ -173,9 +134,9 @@ def _comparable(
         known = next((one for one in measures if one.name == name), None)
         if len(by_data) > 1:
             sides = "; ".join(f"{str(digest)[:12]}: {', '.join(of)}" for digest, of in by_data.items())
-            notes.append(f"{name} is of different teachers or sense embeddings, and left out ({sides})")
+            notes.append(f"{name} left out: the runs have different teachers or sense embeddings ({sides})")
         elif not _same_counts(tables, of_runs):
-            notes.append(f"{name} counts other positions in some of the runs, whose relations differ, and is left out")
+            notes.append(f"{name} left out: some runs count it at other positions, because their relations differ")
         else:
             measures = [one for one in measures if one is not known] if known else measures
             measures.append(next(iter(of_runs.values())))
@@ -200,19 +161,21 @@ def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure])
     return True
 
 
-def _read_local(config: Config, kind: Kind) -> dict[str, tuple[str, dict[str, float]]]:
+def _read_local(config: Config, evaluation: Evaluation) -> dict[str, tuple[str, dict[str, float]]]:
     """Reads {model: (digest of the data, its measures)} of the models evaluated in the work directory."""
-    found = {}
+    local = {}
     for model in (TEACHER, CUT_STUDENT, *config.run_names):
-        path = kind.path(config, model)
-        content = read_file(path.parent, path.name)
+        folder = evaluation.folder_of(config, model)
+        content = read_file(folder, EXAMPLES_FILE)
         if content is not None:
             try:
-                examples = _named(read_examples(content), kind)
+                examples = _named(read_examples(content), evaluation)
             except ValueError as error:
-                raise UserError(f"{path}: {error}; evaluate it again with `{kind.made_by}`") from None
-            found[model] = (examples.data, examples.values())
-    return found
+                raise UserError(
+                    f"{folder / EXAMPLES_FILE}: {error}; evaluate it again with `{evaluation.made_by}`"
+                ) from None
+            local[model] = (examples.data, examples.values())
+    return local
 
 
 def _references(
@@ -220,7 +183,7 @@ def _references(
     runs: Sequence[TrackedRun],
     data: str | None,
     selection: Selection,
-    kind: Kind,
+    evaluation: Evaluation,
 ) -> dict[str, dict[str, float]]:
     """Returns the measures of models that are not tracked runs and were evaluated on the same data.
 
@@ -228,20 +191,20 @@ def _references(
     the tracking server has no measures. `data` is the digest of the runs' data; if it is None, these models decide it.
     """
     measured = {run.name for run in runs if any(metric.startswith(EVALUATED) for metric in run.metrics)}
-    wanted = {
+    shown = {
         name: digest
         for name, (digest, _) in local.items()
         if name in (TEACHER, CUT_STUDENT) or not (selection or name in measured)
     }
     if data is None:
         by_digest: dict[str, list[str]] = {}
-        for name, digest in wanted.items():
+        for name, digest in shown.items():
             by_digest.setdefault(digest, []).append(name)
-        data = _only_one(by_digest, kind)
-    return {name: local[name][1] for name, digest in wanted.items() if digest == data}
+        data = _only_one(by_digest, evaluation)
+    return {name: local[name][1] for name, digest in shown.items() if digest == data}
 
 
-def _only_one(by_digest: Mapping[str, Sequence[str]], kind: Kind) -> str | None:
+def _only_one(by_digest: Mapping[str, Sequence[str]], evaluation: Evaluation) -> str | None:
     """Returns the only digest in {digest: names of runs or models evaluated on it}, or None if there is none.
 
     Raises:
@@ -250,10 +213,10 @@ def _only_one(by_digest: Mapping[str, Sequence[str]], kind: Kind) -> str | None:
     if len(by_digest) > 1:
         raise DifferentDataError(
             listed(
-                f"{kind.name}: these were evaluated on different data, so their measures cannot be compared",
+                f"{evaluation.name}: these were evaluated on different data, so their measures cannot be compared",
                 [f"{digest}: {', '.join(names)}" for digest, names in by_digest.items()],
             )
-            + f"\nchoose those of one kind with --run or --tag {kind.tag}=HASH; or evaluate the others on the same "
-            f"data with `{kind.made_by}`; or leave it out, with --without {kind.name}"
+            + f"\nchoose those with the same data, with --run or --tag {evaluation.tag}=HASH; or evaluate the others "
+            f"on that data with `{evaluation.made_by}`; or leave the evaluation out, with --without {evaluation.name}"
         )
     return next(iter(by_digest), None)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from dskd.evaluation.scores_by_example import standard_error
+
 CONFIDENCE = 0.95
 PAIRED, WELCH = "paired t", "Welch's t"
 
@@ -30,8 +32,7 @@ class Estimate:
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
             return cls(mean, None, count)
-        error = float(np.std(values, ddof=1)) / math.sqrt(count)
-        return cls(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error, count)
+        return cls(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values)), count)
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,20 @@ def paired_on_examples(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -
     """Computes a paired t test of two models, or of two groups' means over seeds, on the same examples.
 
     The difference is that of the measures themselves, R = sum(one - other) / sum(counts). For perplexity it is the
-    difference of mean negative log-likelihoods per token, so each example is weighted by its tokens. R is a ratio
-    estimator, and its standard error is the linearised one (Cochran, Sampling Techniques, 6.4), from the residuals
-    e = (one - other) - R·counts: se² = n/(n - 1) · sum(e²) / sum(counts)². If every count is 1, this is the ordinary
-    paired t test. Examples with count 0 carry no information and are left out of n.
+    difference of mean negative log-likelihoods per token, so each example is weighted by its tokens. The standard error
+    of R is that of a ratio (:func:`dskd.evaluation.scores_by_example.standard_error`). If every count is 1, this is the
+    ordinary paired t test. Examples with count 0 carry no information and are not counted.
 
     Args:
         one: sums [N] over each example.
         other: the same sums [N] of the other model or group.
         counts: the counts [N] that both are divided by.
     """
-    counted = counts > 0
-    differences, counts = (one - other)[counted].astype(float), counts[counted].astype(float)
-    number = len(counts)
-    if number < 2:
-        value = float(differences.sum() / counts.sum()) if number else math.nan
+    differences, number = (one - other).astype(float), int((counts > 0).sum())
+    value = float(differences[counts > 0].sum() / counts.sum()) if number else math.nan
+    error = standard_error(differences, counts)
+    if error is None:
         return Difference(value, math.nan, math.nan, math.nan, number, PAIRED)
-    value = float(differences.sum() / counts.sum())
-    residuals = differences - value * counts
-    error = math.sqrt(number / (number - 1) * float(residuals @ residuals)) / float(counts.sum())
     half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
     # An error of 0: the difference is 0 on every example, or the same amount per count on every example.
     p_value = float(2 * stats.t.sf(abs(value) / error, number - 1)) if error else float(value == 0)

@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dskd.compare import wording
+from dskd.compare import tables, wording
 from dskd.compare.comparison import Comparison, make_comparison
 from dskd.compare.group_tests import Test
-from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import draw_curves
-from dskd.compare.results import HELD_OUT
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
+from dskd.evaluation.held_out_text import HELD_OUT
 
 PICTURE = "curves.png"
 
@@ -40,11 +39,11 @@ def format_comparison(comparison: Comparison, picture: Path | None) -> str:
 def _measures(comparison: Comparison) -> list[str]:
     parts = []
     for title in comparison.titles:
-        parts += [f"{title}:", _measures_table(comparison, comparison.measured(title))]
+        parts += [f"{title}:", _measures_of(comparison, title)]
         parts += [
-            f"{'evaluated' if results.kind is HELD_OUT else results.kind.name} on {results.data}"
+            f"{'evaluated' if results.evaluation is HELD_OUT else results.evaluation.name} on {results.data}"
             for results in comparison.results
-            if results.kind.title == title and results.data
+            if results.evaluation.title == title and results.data
         ]
         parts.append("")
     if comparison.example_tests and comparison.baseline:
@@ -58,57 +57,31 @@ def _measures(comparison: Comparison) -> list[str]:
     return parts
 
 
-def _measures_table(comparison: Comparison, names: Sequence[str]) -> str:
+def _measures_of(comparison: Comparison, title: str) -> str:
+    built = tables.measures_table(comparison, title)
     rows = [
-        [
-            wording.reference_label(name),
-            *(wording.number(one, values[one]) if one in values else "-" for one in names),
-        ]
-        for name, values in comparison.references.items()
-        if any(one in values for one in names)
+        [row.group.label if row.group else row.cells[0], *row.cells[1:]]
+        for row in built.rows
+        if any(cell != "-" for cell in row.cells[1:])
     ]
-    for group in comparison.groups:
-        values = [comparison.final.get(f"{EVALUATED}{name}", {}) for name in names]
-        if any(run.run_id in found for found in values for run in group.runs):
-            cells = [wording.estimate(name, group.estimate(found)) for name, found in zip(names, values, strict=True)]
-            rows.append([group.label, *cells])
-    return table(["model", *(wording.label(name) for name in names)], rows)
+    return table(built.header, rows)
 
 
 def _tests(tests: Sequence[Test]) -> str:
-    header = ["group", "measure", "difference", "95 % interval", "perplexity", "p (Holm)", "", "test"]
     rows = []
-    for test in tests:
-        value, interval = wording.difference(test)
-        rows.append(
-            [
-                test.group.name,
-                wording.compared(test.measure),
-                value,
-                interval,
-                wording.as_factor(test),
-                wording.p_value(test.corrected_p),
-                wording.verdict(test),
-                f"{test.difference.test}, n = {test.difference.count:,}",
-            ]
-        )
+    for row in tables.tests_table(tests).rows:
+        group, measure, difference, interval, factor, _, corrected_p, test, count, verdict = row.cells
+        rows.append([group, measure, difference, interval, factor, corrected_p, verdict, f"{test}, n = {count}"])
+    header = ["group", "measure", "difference", "95 % interval", "perplexity", "p (Holm)", "", "test"]
     return table(header, rows, left=2)
 
 
 def _groups_table(comparison: Comparison) -> str:
-    groups = comparison.groups
-    rows = [["status", *(wording.status(group) for group in groups)]]
-    rows += [[key, *values] for key, values in comparison.differences]
-    for metric in [*comparison.metrics(TRAINED), *comparison.evaluated_in_training()]:
-        rows.append([metric, *(wording.estimate(metric, g.estimate(comparison.final[metric])) for g in groups)])
-        if metric in comparison.best:
-            found = comparison.best[metric]
-            rows.append(["  best @ step", *(wording.best(metric, group, found) for group in groups)])
-    for metric in [*SPEEDS, *comparison.metrics(COVERAGE)]:
-        values = comparison.final.get(metric, {})
-        rows.append([wording.label(metric), *(wording.estimate(metric, g.estimate(values)) for g in groups)])
-    rows += [[label, *cells] for label, cells in wording.cost_rows(comparison)]
-    return table(["", *(group.label for group in groups)], rows)
+    rows = [["status", *(wording.status(group) for group in comparison.groups)]]
+    for built in (tables.settings_table, tables.training_table, tables.resources_table):
+        for row in built(comparison).rows:
+            rows.append([f"  {row.cells[0]}" if row.kind == "sub" else row.cells[0], *row.cells[1:]])
+    return table(["", *(group.label for group in comparison.groups)], rows)
 
 
 def compare(config: Config) -> str:

@@ -10,17 +10,13 @@ from dskd.compare.metrics import COST, COVERAGE, EVALUATED, TRAINED, Best
 from dskd.compare.statistics import Estimate
 from dskd.evaluation.models import CUT_STUDENT, TEACHER
 from dskd.evaluation.scores_by_example import Measure
+from dskd.losses import terms
 
-MINUS, TIMES = "−", "×"
 _OF_ANY_SIZE = ("train/", "speed/")
 _LABELS = {
     "agreement": "agrees with teacher",
     "lexical_perplexity": "perplexity, lexical targets",
-    "train/loss": "loss",
-    "train/ce": "cross-entropy (nats)",
-    "train/kl": "divergence from the teacher (nats)",
-    "train/sense": "sense loss",
-    "train/hidden": "hidden-state distance",
+    **terms.labels(),
     "speed/tokens_per_s": "tokens/s, median step",
     "speed/step_s": "seconds a step, median",
     "coverage/with_senses": "targets with senses",
@@ -41,11 +37,6 @@ def reference_label(name: str) -> str:
     return _REFERENCES.get(name, name)
 
 
-def cost_label(device: str) -> str:
-    """Returns the name of the cost, which is in GPU hours only if the devices were GPUs."""
-    return "GPU hours a run" if device == "cuda" else f"{device.upper()} rank hours a run"
-
-
 def number(metric: str, value: float) -> str:
     """Formats a value with the number of digits that suits its metric."""
     if not abs(value) < 1e9:
@@ -61,21 +52,21 @@ def number(metric: str, value: float) -> str:
     return f"{value:.4f}"
 
 
-def estimate(metric: str, found: Estimate | None) -> str:
+def estimate(metric: str, estimated: Estimate | None) -> str:
     """Formats a mean over seeds ± half of its 95 % interval; for one seed, the value alone."""
-    if found is None:
+    if estimated is None:
         return "-"
-    text = number(metric, found.mean)
-    if found.half_width is None:
+    text = number(metric, estimated.mean)
+    if estimated.half_width is None:
         return text
-    if metric.startswith(_OF_ANY_SIZE) and 1e-3 <= abs(found.mean) < 1e9:  # both with the same number of decimals
-        return f"{text} ± {found.half_width:,.{_decimals(found.mean)}f}"
-    return f"{text.removesuffix(' %')} ± {number(metric, found.half_width)}"
+    if metric.startswith(_OF_ANY_SIZE) and 1e-3 <= abs(estimated.mean) < 1e9:  # both with the same number of decimals
+        return f"{text} ± {estimated.half_width:,.{_decimals(estimated.mean)}f}"
+    return f"{text.removesuffix(' %')} ± {number(metric, estimated.half_width)}"
 
 
-def best(metric: str, group: Group, found: Mapping[str, Best]) -> str:
+def best(metric: str, group: Group, of_runs: Mapping[str, Best]) -> str:
     """Formats the best value, as a mean over seeds, and the range of the steps at which the runs had it."""
-    bests = [found[run.run_id] for run in group.runs if run.run_id in found]
+    bests = [of_runs[run.run_id] for run in group.runs if run.run_id in of_runs]
     if not bests:
         return "-"
     steps = sorted({one.step for one in bests})
@@ -85,9 +76,9 @@ def best(metric: str, group: Group, found: Mapping[str, Best]) -> str:
 
 def difference(test: Test) -> tuple[str, str]:
     """Formats a difference and its 95 % interval: nats per target for a perplexity, percentage points for a share."""
-    found = test.difference
+    result = test.difference
     scale, digits = (1.0, 4) if test.measure.is_exponential else (100.0, 2)
-    value, low, high = (signed(scale * one, digits) for one in (found.value, found.low, found.high))
+    value, low, high = (signed(scale * one, digits) for one in (result.value, result.low, result.high))
     return value, f"[{low}, {high}]"
 
 
@@ -104,7 +95,7 @@ def unit(measure: Measure) -> str:
 
 def as_factor(test: Test) -> str:
     """Formats a difference of logarithms as the factor between the perplexities; "" for other measures."""
-    return f"{TIMES} {math.exp(test.difference.value):.3f}" if test.measure.is_exponential else ""
+    return f"× {math.exp(test.difference.value):.3f}" if test.measure.is_exponential else ""
 
 
 def _decimals(value: float) -> int:
@@ -120,7 +111,7 @@ def p_value(value: float) -> str:
 def signed(value: float, digits: int) -> str:
     """Formats a value with its sign, using a true minus sign, and without a sign if it rounds to zero."""
     text = f"{value:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", MINUS)
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def verdict(test: Test) -> str:
@@ -130,10 +121,10 @@ def verdict(test: Test) -> str:
 
 def status(group: Group) -> str:
     """Returns the status of the group's runs, such as `finished`, or the number of runs with each status."""
-    found = [run.status.lower() for run in group.runs]
-    if len(set(found)) == 1:
-        return found[0]
-    return ", ".join(f"{found.count(one)} {one}" for one in dict.fromkeys(found))
+    statuses = [run.status.lower() for run in group.runs]
+    if len(set(statuses)) == 1:
+        return statuses[0]
+    return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
 
 
 def cost_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
@@ -141,12 +132,13 @@ def cost_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     hours = comparison.final.get(COST, {})
     rows = []
     for device in sorted({run.tags.get("device", "device") for run in comparison.runs if run.run_id in hours}):
-        mine = {
+        of_device = {
             run.run_id: hours[run.run_id]
             for run in comparison.runs
             if run.tags.get("device", "device") == device and run.run_id in hours
         }
-        rows.append((cost_label(device), [estimate(COST, group.estimate(mine)) for group in comparison.groups]))
+        label = "GPU hours a run" if device == "cuda" else f"{device.upper()} rank hours a run"
+        rows.append((label, [estimate(COST, group.estimate(of_device)) for group in comparison.groups]))
     return rows or [("GPU hours a run", ["-" for _ in comparison.groups])]
 
 

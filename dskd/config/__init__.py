@@ -12,32 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
-from dskd.config.evaluation import TASKS, EvaluationConfig, TaskName, TasksConfig
-from dskd.config.models import StudentConfig, TeacherConfig, TeacherRecipe
+from dskd.config.evaluation import TASKS as TASKS
+from dskd.config.evaluation import EvaluationConfig, TasksConfig
+from dskd.config.models import FromScratchConfig as FromScratchConfig
+from dskd.config.models import StudentConfig, TeacherConfig
 from dskd.config.section import PathText, Section
 from dskd.config.training import LossConfig, PipelineConfig, TrackingConfig, TrainConfig
-
-__all__ = [
-    "TASKS",
-    "AnnotationConfig",
-    "Config",
-    "CorpusConfig",
-    "EvaluationConfig",
-    "LexiconConfig",
-    "LossConfig",
-    "PipelineConfig",
-    "Section",
-    "SensesConfig",
-    "StudentConfig",
-    "TaskName",
-    "TasksConfig",
-    "TeacherConfig",
-    "TeacherRecipe",
-    "TrackingConfig",
-    "TrainConfig",
-    "WordNetConfig",
-]
-
 
 # Folders and files are named after runs, and file systems allow names of 255 bytes; the rest is for prefixes, suffixes.
 LONGEST_RUN_NAME = 128

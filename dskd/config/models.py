@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from dskd.config.section import PathText, Section
 
 
-class TeacherRecipe(Section):
+class FromScratchConfig(Section):
     """A small Llama-architecture teacher, trained from scratch on the corpus, for use when no model is available."""
 
     vocab_size: int = Field(4096, ge=300, description="size of the byte-pair encoding that is trained on the corpus")
@@ -20,7 +20,7 @@ class TeacherRecipe(Section):
     embedding_learning_rate: float = Field(0.003, gt=0, description="learning rate of AdamW, for all other parameters")
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "TeacherRecipe":
+    def _heads_divide_width(self) -> "FromScratchConfig":
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be num_heads ({self.num_heads}) times an even number"
@@ -46,7 +46,9 @@ class TeacherConfig(Section):
         description="with mode: zero3. Where a rank keeps its share: on the device, in memory, or on disk",
     )
     nvme_path: PathText | None = Field(None, description="with offload: nvme. Node-local folder for the shares")
-    train_from_scratch: TeacherRecipe | None = Field(None, description="train a small teacher on the corpus instead")
+    train_from_scratch: FromScratchConfig | None = Field(
+        None, description="train a small teacher on the corpus instead"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherConfig":

@@ -47,9 +47,11 @@ def is_main_process() -> bool:
 def launcher_job() -> dict[str, str]:
     """Returns the facts about the scheduler's job that the scripts of `cluster/` export; {} without them.
 
-    `scheduler` (`slurm` or `kubernetes`), `id`, `name`, `pod`, and `restart`, the number of times it was requeued.
+    `scheduler` (`slurm` or `kubernetes`), `id`, `name`, `pod`, of an array its `array` and `task`, and `restart`, the
+    number of times it was requeued.
     """
-    facts = {name: os.environ.get(f"DSKD_JOB_{name.upper()}") for name in ("scheduler", "id", "name", "restart", "pod")}
+    names = ("scheduler", "id", "name", "array", "task", "restart", "pod")
+    facts = {name: os.environ.get(f"DSKD_JOB_{name.upper()}") for name in names}
     return {name: text for name, text in facts.items() if text}
 
 

@@ -67,11 +67,11 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     last = prompts.input_ids.shape[1] - 1
     added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
     _, ends = end_tokens(model.folder)
-    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in added]
+    return [row[: next((index for index, token in enumerate(row) if token in ends), len(row))] for row in added]
 
 
 def write_samples(
-    folder: Path, teacher: ModelFolder, prompts: Prompts, continuations: list[list[int]], *, name: str, beside: Path
+    folder: Path, *, teacher: ModelFolder, prompts: Prompts, continuations: list[list[int]], name: str, teachers: Path
 ) -> None:
     """Writes the continuations of the model `name` into `folder`, in a column next to the teacher's.
 
@@ -81,7 +81,7 @@ def write_samples(
         prompts: the prompts.
         continuations: the token ids that the model added to each prompt.
         name: the model's name.
-        beside: folder of the teacher's evaluation, which may be `folder` itself.
+        teachers: folder of the teacher's evaluation; for the teacher it may not exist yet.
     """
     tokenizer = teacher.load_tokenizer()
     columns: dict[str, list[str]] = {_PROMPT: [], _TEXT: []}
@@ -91,8 +91,8 @@ def write_samples(
         columns[_PROMPT].append(tokenizer.decode(row[:start], skip_special_tokens=True))
         rest = row[start : min(end, start + prompts.num_tokens)]
         columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
-    if (teachers := read_file(beside, TABLE_FILE)) is not None:
-        columns["teacher"] = _column_of(teachers, "teacher")  # overwritten below if this model is the teacher
+    if (table := read_file(teachers, TABLE_FILE)) is not None:
+        columns["teacher"] = _column_of(table, "teacher")  # overwritten below if this model is the teacher
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / TABLE_FILE, {"columns": list(columns), "data": rows})

@@ -13,9 +13,8 @@ runs can be compared sample by sample.
 """
 
 import functools
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +22,24 @@ import torch
 
 from dskd import shards
 from dskd.artifacts import kinds
-from dskd.artifacts.building import build_artifact, was_made_meanwhile
-from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_file, write_json
+from dskd.artifacts.manifest import Manifest, Recipe
 from dskd.config import Config
-from dskd.console import progress_bar, say, stage
+from dskd.console import progress_bar
 from dskd.distributed.collectives import main_first, on_main, sum_over_ranks
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.world import World
-from dskd.evaluation import continued_texts
-from dskd.evaluation.models import CUT_STUDENT, TEACHER, Candidate, candidates, load_candidate, same_on_all_ranks
+from dskd.evaluation import continued_texts, suite
+from dskd.evaluation.models import TEACHER, Candidate, candidates, load_candidate, same_on_all_ranks
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.evaluation.suite import EXAMPLES_FILE, Evaluation, Measurement, Outcome
+from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.precision import resolve_precision
 from dskd.models.readouts import chunk_size, next_token
-from dskd.senses.dictionary import load_dictionary, map_vectors
-from dskd.tracking import log_evaluation
+from dskd.senses.dictionary import SenseDictionary, load_dictionary, map_vectors
+from dskd.tracking import EVALUATION_FOLDER
 
-FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"
+HELD_OUT = Evaluation("evaluation", "Held-out text", "evaluate", EVALUATION_FOLDER, kinds.EVALUATION.made_by)
 MEASURES = (
     Measure("perplexity", "nll", "tokens", lower_is_better=True, is_exponential=True),
     Measure("accuracy", "correct", "tokens"),
@@ -52,77 +51,120 @@ _SUMS = ("nll", "tokens", "correct", "agree", "lexical_nll", "lexical_tokens", "
 _NOT_INTEGERS = ("nll", "lexical_nll")
 
 
-def recipe(config: Config, candidate: Candidate, teacher: ModelFolder) -> Recipe:
+@dataclass(frozen=True)
+class HeldOutInputs:
+    """The artifacts that every model is measured with."""
+
+    teacher: ModelFolder
+    dictionary: SenseDictionary
+    senses: Manifest  # of the dictionary
+    validation: Manifest  # of the shards
+
+
+def open_inputs(config: Config, teacher: ModelFolder) -> HeldOutInputs:
+    """Opens the sense dictionary and the manifest of the validation shards.
+
+    Raises:
+        UserError: when one of them is missing or damaged.
+    """
+    return HeldOutInputs(teacher, *load_dictionary(config), shards.load_manifest(config, "validation"))
+
+
+def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs) -> Recipe:
     """Returns everything that a model's measures depend on; the batch size is not part of it."""
-    _, senses = load_dictionary(config)
-    validation = shards.load_manifest(config, "validation")
     return Recipe(
         "evaluation",
-        {"model": candidate.folder.digest, "shards": validation.digest, "senses": senses.digest},
+        {"model": candidate.folder.digest, "shards": inputs.validation.digest, "senses": inputs.senses.digest},
         {"precision": resolve_precision(config.precision), **continued_texts.settings(config)},
-        teacher.digest,
-        teacher.tokenizer_digest,
+        inputs.teacher.digest,
+        inputs.teacher.tokenizer_digest,
     )
+
+
+def _measurements(config: Config, models: Sequence[Candidate], inputs: HeldOutInputs) -> list[Measurement]:
+    reads = [config.path(kinds.SHARDS.folder, "validation")]
+    return [Measurement(HELD_OUT, model, recipe(config, model, inputs), reads) for model in models]
 
 
 def are_current(config: Config) -> bool:
-    """Returns True when every model has measures, and they are of that model and this text."""
-    teacher = find_teacher(config)
-    return all(
-        is_current(config.path(kinds.EVALUATION.folder, candidate.name), recipe(config, candidate, teacher))
-        for candidate in candidates(config)
-    )
+    """Returns True if every model has measures, and they are of that model and this text."""
+    models = candidates(config)
+    inputs = open_inputs(config, models[0].folder)
+    return all(one.is_current(config) for one in _measurements(config, models, inputs))
 
 
-def evaluate(config: Config, world: World, *, force: bool = False) -> None:
-    """Measures every model whose measures are not up to date, and writes `WORKDIR/evaluation/NAME`."""
-    teacher = main_first(lambda: find_teacher(config))
-    dictionary, senses = main_first(lambda: load_dictionary(config))
-    validation = main_first(lambda: shards.load_manifest(config, "validation"))
+def evaluate(
+    config: Config, world: World, models: Sequence[Candidate] | None = None, *, force: bool = False
+) -> HeldOutInputs:
+    """Measures every model whose measures are not up to date, and writes `WORKDIR/evaluation/NAME`.
+
+    Args:
+        config: the experiment.
+        world: the ranks; all of them must call this.
+        models: the models, the teacher first, if they have already been found.
+        force: measure also models that are up to date.
+
+    Returns:
+        the artifacts that the models were measured with.
+    """
+    models = models or same_on_all_ranks(lambda: candidates(config))
+    teacher = models[0]
+    inputs = main_first(lambda: open_inputs(config, teacher.folder))
     on_main(
         lambda: shards.require_fitting(
             config,
             "validation",
-            validation,
-            senses=senses.digest,
-            teacher=teacher.digest,
-            tokenizer=teacher.tokenizer_digest,
+            inputs.validation,
+            senses=inputs.senses.digest,
+            teacher=teacher.folder.digest,
+            tokenizer=teacher.folder.tokenizer_digest,
         )
     )
-    found = same_on_all_ranks(lambda: candidates(config))
-    wanted = main_first(lambda: {candidate.name: recipe(config, candidate, teacher) for candidate in found})
-    # Rank 0 decides, because all ranks must evaluate the same models.
-    names = on_main(
-        lambda: [n for n, it in wanted.items() if force or not is_current(config.path(kinds.EVALUATION.folder, n), it)]
-    )
-    if not names:
-        say(f"up to date: {config.path(kinds.EVALUATION.folder)}")
-        return
-    # The teacher comes first: the other models are compared with its predictions.
-    stale = [candidate for candidate in found if candidate.name in names]
-    text = HeldOutText(config, validation, dictionary.path, world)
+    stale = suite.find_stale(config, _measurements(config, models, inputs), force=force)
+    if not stale:
+        return inputs
+    text = HeldOutText(config, inputs.validation, inputs.dictionary.path, world)
     prompts = text.prompts(config)
+    # The teacher comes first: the other models are compared with its predictions.
     predictions: list[torch.Tensor] = []
-    if TEACHER not in names:
-        model = load_candidate(Candidate(TEACHER, teacher), config, world)
+    if stale[0].candidate.name != TEACHER:
+        model = load_candidate(teacher, config, world)
         measure(model, text, predictions, world, label="teacher's predictions")
         model.close()
-    for candidate in stale:
-        target = config.path(kinds.EVALUATION.folder, candidate.name)
-        sources = [candidate.folder.path, config.path(kinds.SHARDS.folder, "validation")]
-        with stage(f"evaluate: {candidate.name}", reads=sources, writes=target / FILE):
-            model = load_candidate(candidate, config, world)
-            examples = measure(model, text, predictions, world, label="evaluating")
-            continuations = continued_texts.continue_prompts(model, prompts)
-            model.close()
 
-            def write(folder: Path, name: str = candidate.name, said: list[list[int]] = continuations) -> None:
-                continued_texts.write_samples(
-                    folder, teacher, prompts, said, name=name, beside=config.path(kinds.EVALUATION.folder, TEACHER)
-                )
+    def measure_model(model: FrozenModel, one: Measurement) -> Callable[[], Outcome]:
+        examples = measure(model, text, predictions, world, label="evaluating")
+        write_samples = functools.partial(
+            continued_texts.write_samples,
+            teacher=teacher.folder,
+            prompts=prompts,
+            continuations=continued_texts.continue_prompts(model, prompts),
+            name=one.candidate.name,
+            teachers=HELD_OUT.folder_of(config, TEACHER),
+        )
+        return functools.partial(_outcome, examples, write_samples if len(prompts) else None)
 
-            recipe_of_it, written = wanted[candidate.name], write if len(prompts) else None
-            on_main(functools.partial(_publish, config, candidate, recipe_of_it, examples, written, force=force))
+    suite.run(config, world, stale, measure_model, force=force)
+    return inputs
+
+
+def _outcome(examples: Examples, write_samples: Callable[[Path], None] | None) -> Outcome:
+    measures = examples.values()
+
+    def write_files(folder: Path) -> None:
+        save_examples(folder / EXAMPLES_FILE, examples)
+        if write_samples is not None:
+            write_samples(folder)
+
+    return Outcome(
+        measures,
+        measures,
+        examples.data,
+        write_files,
+        lines=[", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items())],
+        tables=[] if write_samples is None else [continued_texts.TABLE_FILE],
+        files=[] if write_samples is None else [continued_texts.TEXT_FILE],
+    )
 
 
 class HeldOutText:
@@ -135,7 +177,8 @@ class HeldOutText:
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # len(dataset) is only this rank's share
-        self.digest = text_digest(validation)
+        # Of the held-out tokens, whatever their annotation; older shards only have their own digest.
+        self.digest = validation.facts.get("text", validation.digest)
         # Digests of the data that a measure depends on in addition to the text.
         self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
         self._loss_chunk_size = config.train.loss_chunk_size
@@ -166,7 +209,7 @@ class HeldOutText:
             if number >= len(starts):
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["samples"] = torch.arange(start, stop)
-            # The row among the target's own that the teacher's state is nearest to; -1 where it has none.
+            # Of the target's own rows the one that is nearest to the teacher's state; -1 if it has no rows.
             batch["nearest_sense"] = torch.stack([torch.tensor(sample[shards.OWN_ROWS][:, 0]) for sample in samples])
             batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
             both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
@@ -174,11 +217,6 @@ class HeldOutText:
             near, far = synonyms.flatten(0, 1)[both].numpy(), antonyms.flatten(0, 1)[both].numpy()
             batch["sense_rows"], (batch["near"], batch["far"]) = shards.gather_rows(self._vectors, [near, far])
             yield batch
-
-
-def text_digest(validation: Manifest) -> str:
-    """Returns the digest of the held-out tokens, whatever their annotation; older shards only have their own digest."""
-    return validation.facts.get("text", validation.digest)
 
 
 def measure(
@@ -239,17 +277,6 @@ def _by_sample(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     )
 
 
-def load_measures(config: Config) -> dict[str, dict[str, float]]:
-    """Returns {model: its measures} of the models evaluated so far, teacher and cut student first."""
-    names = [TEACHER, CUT_STUDENT, *config.run_names]
-    found = {}
-    for name in names:
-        content = read_file(config.path(kinds.EVALUATION.folder, name), FILE)
-        if content is not None:
-            found[name] = json.loads(content)
-    return found
-
-
 def _read_next_token(
     hidden: torch.Tensor, head_weight: torch.Tensor, *, mask: torch.Tensor, labels: torch.Tensor, chunk_size: int
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -264,42 +291,10 @@ def alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torc
     positions = batch["aligned_positions"].to(device)
     if not len(positions):
         return torch.zeros(0, dtype=torch.bool, device=device)
-    at, rows = states[positions].float(), batch["sense_rows"].to(device).float()
+    aligned, rows = states[positions].float(), batch["sense_rows"].to(device).float()
     nearest = []
     for name in ("near", "far"):
         index = batch[name].to(device)
-        squares = (at.unsqueeze(1) - rows[index.clamp(min=0)]).square().sum(-1)
+        squares = (aligned.unsqueeze(1) - rows[index.clamp(min=0)]).square().sum(-1)
         nearest.append(squares.masked_fill(index < 0, torch.inf).min(-1).values)
     return nearest[0] < nearest[1]
-
-
-def _publish(
-    config: Config,
-    candidate: Candidate,
-    wanted: Recipe,
-    examples: Examples,
-    write_samples: Callable[[Path], None] | None,
-    *,
-    force: bool,
-) -> None:
-    target, measures = config.path(kinds.EVALUATION.folder, candidate.name), examples.values()
-    if not force and was_made_meanwhile(target, wanted):
-        return
-    with build_artifact(target, wanted) as building:
-        write_json(building.folder / FILE, measures)
-        save_examples(building.folder / EXAMPLES_FILE, examples)
-        if write_samples is not None:
-            write_samples(building.folder)
-    say("  " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()))
-    if candidate.mlflow_run_id and config.tracking.enabled:
-        log_evaluation(
-            config,
-            candidate.name,
-            candidate.mlflow_run_id,
-            measures,
-            target / EXAMPLES_FILE,
-            data=examples.data,
-            step=candidate.step,
-            tables=[target / continued_texts.TABLE_FILE],
-            files=[target / continued_texts.TEXT_FILE],
-        )

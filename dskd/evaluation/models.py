@@ -32,7 +32,7 @@ class Candidate:
 def candidates(config: Config) -> list[Candidate]:
     """Returns the teacher, the cut student, and those of the config's runs that have an export."""
     teacher = find_teacher(config)
-    found = [Candidate(TEACHER, teacher), Candidate(CUT_STUDENT, find_student(config))]
+    models = [Candidate(TEACHER, teacher), Candidate(CUT_STUDENT, find_student(config))]
     for run in config.run_names:
         if config.path(kinds.EXPORT.folder, run).is_dir():
             folder, manifest = export.find_export(config, run)
@@ -43,23 +43,22 @@ def candidates(config: Config) -> list[Candidate]:
                 between=f"{folder.path} and what is here now",
                 remedy=f"train and export it again, or remove {folder.path}",
             )
-            found.append(Candidate(run, folder, manifest.facts["mlflow_run_id"], manifest.facts["step"]))
-    return found
+            models.append(Candidate(run, folder, manifest.facts["mlflow_run_id"], manifest.facts["step"]))
+    return models
 
 
-def chosen(config: Config, names: Sequence[str] | None) -> list[Candidate]:
-    """Returns the candidates with these names, or all candidates if `names` is None.
+def choose(config: Config, models: Sequence[Candidate], names: Sequence[str] | None) -> list[Candidate]:
+    """Returns the models with these names, or all of them if `names` is None.
 
     Raises:
-        UserError: when a name has no candidate.
+        UserError: when there is no model of a name.
     """
-    found = candidates(config)
-    there = [candidate.name for candidate in found]
-    missing = [name for name in names or () if name not in there]
+    existing = [candidate.name for candidate in models]
+    missing = [name for name in names or () if name not in existing]
     if missing:
-        remedy = f"; {_export_command(missing[0])} makes it" if missing[0] in config.run_names else ""
-        raise UserError(f"--models {missing[0]}: there is no such model here; there are {', '.join(there)}{remedy}")
-    return [candidate for candidate in found if names is None or candidate.name in names]
+        remedy = f"; {_remedy(missing[0])}" if missing[0] in config.run_names else ""
+        raise UserError(f"--models {missing[0]}: there is no such model here, only {', '.join(existing)}{remedy}")
+    return [candidate for candidate in models if names is None or candidate.name in names]
 
 
 def same_on_all_ranks(find: Callable[[], list[Candidate]]) -> list[Candidate]:
@@ -68,21 +67,21 @@ def same_on_all_ranks(find: Callable[[], list[Candidate]]) -> list[Candidate]:
     Raises:
         OutageError: when a rank finds other models than rank 0; the message names its node.
     """
-    found = main_first(find)
-    seen = gather_json([socket.gethostname(), {candidate.name: candidate.folder.digest for candidate in found}])
-    for host, models in seen:
-        if models != seen[0][1]:
+    models = main_first(find)
+    by_rank = gather_json([socket.gethostname(), {model.name: model.folder.digest for model in models}])
+    for host, digests in by_rank:
+        if digests != by_rank[0][1]:
             raise OutageError(
-                f"{host} finds the models {_with_digests(models)}, and rank 0 {_with_digests(seen[0][1])}; another "
-                "job may have exported meanwhile, or that node sees an old state of the shared storage. Start all "
-                "ranks again",
+                f"{host} finds the models {_with_digests(digests)}, but rank 0 finds {_with_digests(by_rank[0][1])}; "
+                "another job may have exported one meanwhile, or that node sees an old state of the shared storage. "
+                "Start all ranks again",
                 known_to_all_ranks=True,
             )
-    return found
+    return models
 
 
-def _with_digests(models: dict[str, str]) -> str:
-    return ", ".join(f"{name} ({digest[:12]}…)" for name, digest in models.items())
+def _with_digests(digests: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({digest[:12]}…)" for name, digest in digests.items())
 
 
 def load_candidate(candidate: Candidate, config: Config, world: World) -> FrozenModel:
@@ -105,17 +104,17 @@ def _require_unchanged(candidate: Candidate, config: Config) -> None:
         now, _ = export.find_export(config, candidate.name)
     if now.digest != candidate.folder.digest:
         raise OutageError(
-            f"{now.path}: this is not the model that was here when this began ({now.digest[:12]}…, and not "
-            f"{candidate.folder.digest[:12]}…), so it is not measured; start it again"
+            f"{now.path}: the model was replaced after the evaluation began (its digest is {now.digest[:12]}…, and was "
+            f"{candidate.folder.digest[:12]}…), so it is not measured; start the evaluation again"
         )
 
 
 def require_exports(config: Config, *, run_is_named: bool) -> None:
-    """Prints which runs of the config have no export and are left out.
+    """Prints which runs of the config are left out because they have no export.
 
     Args:
         config: the experiment.
-        run_is_named: the user asked for the config's run by its name, so it must not be left out.
+        run_is_named: whether the user named the config's run, which must then not be left out.
 
     Raises:
         UserError: when the named run has no export.
@@ -123,11 +122,10 @@ def require_exports(config: Config, *, run_is_named: bool) -> None:
     missing = [run for run in config.run_names if not config.path(kinds.EXPORT.folder, run).is_dir()]
     if run_is_named and config.run in missing:
         folder = config.path(kinds.EXPORT.folder, config.run)
-        raise UserError(f"run={config.run}: {folder} is not there; {_export_command(config.run)} makes it")
+        raise UserError(f"run={config.run}: there is no export {folder}; {_remedy(config.run)}")
     if missing:
-        them = "run has" if len(missing) == 1 else "runs have"
-        say(f"left out: the {them} no export yet: {', '.join(missing)}; {_export_command(missing[0])} makes one")
+        say(f"left out, because there is no export yet: {', '.join(missing)}; {_remedy(missing[0])}")
 
 
-def _export_command(run: str) -> str:
-    return f"`{kinds.EXPORT.made_by} run={run}`, when it is trained,"
+def _remedy(run: str) -> str:
+    return f"when {run} is trained, export it with `{kinds.EXPORT.made_by} run={run}`"

@@ -45,7 +45,7 @@ class Examples:
     """One model's table of N examples."""
 
     data: str  # digest of the evaluation's data
-    ids: Sequence[str]  # N different ones
+    ids: Sequence[str]  # [N], all different
     columns: Mapping[str, np.ndarray]  # each [N]
     measures: Sequence[Measure]
 
@@ -53,6 +53,22 @@ class Examples:
         """Returns {measure: its value} of the measures that have one."""
         values = {measure.name: measure.value(self.columns) for measure in self.measures}
         return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def standard_error(totals: np.ndarray, counts: np.ndarray) -> float | None:
+    """Returns the standard error of the ratio sum(totals) / sum(counts) over a sample of examples, both [N].
+
+    It is linearised (Cochran, Sampling Techniques, 6.4): with the ratio R and the residuals e = total - R · count,
+    se² = N/(N - 1) · sum(e²) / sum(counts)². If every count is 1, this is s / sqrt(N), the error of a mean. Examples
+    with count 0 carry no information and are not part of N; with fewer than two others the error is None. If each
+    example is a cluster, given as the sums over its members, the members may resemble each other.
+    """
+    totals, counts = totals[counts > 0], counts[counts > 0]
+    number = len(counts)
+    if number < 2:
+        return None
+    residuals = totals - totals.sum() / counts.sum() * counts
+    return math.sqrt(number / (number - 1) * float(residuals @ residuals)) / float(counts.sum())
 
 
 def save_examples(path: Path, examples: Examples) -> None:
@@ -81,10 +97,11 @@ def read_examples(content: bytes) -> Examples:
         measures = [Measure(**measure) for measure in about["measures"]]
         ids = table.column(ID_COLUMN).to_pylist()
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"no table of examples ({type(error).__name__}: {error})") from None
+        raise ValueError(f"this is not a table of examples ({type(error).__name__}: {error})") from None
     missing = {column for measure in measures for column in (measure.total, measure.count)} - set(columns)
     if missing or len(set(ids)) != len(ids):
         raise ValueError(
-            f"no table of examples (missing columns: {sorted(missing)}; {len(ids) - len(set(ids))} ids twice)"
+            f"this is not a table of examples (missing columns: {sorted(missing)}; repeated ids: "
+            f"{len(ids) - len(set(ids))})"
         )
     return Examples(about["data"], ids, columns, measures)

@@ -35,16 +35,16 @@ def load_task(config: Config, benchmark: Benchmark) -> Task:
         UserError: when the benchmark's data is missing or not in its format.
     """
     settings = config.tasks
-    place = getattr(settings, benchmark.name)
-    examples = _some(read_examples(benchmark, place, benchmark.evaluated), benchmark, settings.limit, settings.seed)
+    path = getattr(settings, benchmark.name)
+    examples = _draw(read_examples(benchmark, path, benchmark.evaluated), benchmark, settings.limit, settings.seed)
     num_shots, own_passage = benchmark.shots(settings), benchmark.shows_own_passage(settings)
     pool_split = benchmark.evaluated if own_passage else benchmark.shots_from
-    pool = read_examples(benchmark, place, pool_split) if num_shots else []
+    pool = read_examples(benchmark, path, pool_split) if num_shots else []
     questions = list(with_shots(benchmark, examples, pool, num_shots, settings.seed, own_passage=own_passage))
     return Task(benchmark, questions, digest_of(questions))
 
 
-def _some(examples: list[Example], benchmark: Benchmark, limit: int | None, seed: int) -> list[Example]:
+def _draw(examples: list[Example], benchmark: Benchmark, limit: int | None, seed: int) -> list[Example]:
     """Returns at most `limit` examples of each subject, drawn at random, in their original order."""
     if limit is None:
         return examples
@@ -59,14 +59,14 @@ def require_same_data(config: Config, tasks: dict[str, Task]) -> None:
     """Checks that all ranks find the same data of each task.
 
     Raises:
-        UserError: when a rank finds other data than rank 0.
+        UserError: when a rank finds different data than rank 0.
     """
     digests = gather_json({name: task.digest for name, task in tasks.items()})
     for name in tasks:
-        others = [rank for rank, found in enumerate(digests) if found[name] != digests[0][name]]
+        others = [rank for rank, of_rank in enumerate(digests) if of_rank[name] != digests[0][name]]
         if others:
             raise UserError(
-                f"tasks.{name}: rank {others[0]} finds other data under {getattr(config.tasks, name)!r} than rank 0; "
-                "give all nodes the same files",
+                f"tasks.{name}: rank {others[0]} and rank 0 find different data under {getattr(config.tasks, name)!r}; "
+                "put the same files on all nodes",
                 known_to_all_ranks=True,
             )

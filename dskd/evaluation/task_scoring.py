@@ -11,7 +11,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dskd.corpus.tasks.benchmarks import NO_ANSWER, Benchmark, Example, normalize
+from dskd.evaluation.scores_by_example import standard_error
 
 _AROUND_A_LABEL = " \t()[].:*\"'"
 
@@ -39,11 +42,11 @@ def score_of(benchmark: Benchmark, example: Example, answer: str) -> float:
 
 def token_f1(answer: str, right: str) -> float:
     """Returns the harmonic mean of precision and recall of an answer's tokens, as bags, after :func:`normalize`."""
-    given, wanted = normalize(answer).split(), normalize(right).split()
-    if not given or not wanted:
-        return float(given == wanted)
-    common = (Counter(given) & Counter(wanted)).total()
-    return 2 * common / (len(given) + len(wanted))
+    answer_tokens, right_tokens = normalize(answer).split(), normalize(right).split()
+    if not answer_tokens or not right_tokens:
+        return float(answer_tokens == right_tokens)
+    common = (Counter(answer_tokens) & Counter(right_tokens)).total()
+    return 2 * common / (len(answer_tokens) + len(right_tokens))
 
 
 def weights_of(benchmark: Benchmark, subjects: Sequence[str]) -> list[float]:
@@ -79,11 +82,8 @@ def measures_of(benchmark: Benchmark, examples: Sequence[Example], scores: Seque
 
 def _mean(scores: Sequence[float]) -> dict[str, float]:
     n = len(scores)
-    mean = math.fsum(scores) / n
-    if n == 1:
-        return {"score": mean, "n": n}
-    variance = math.fsum((score - mean) ** 2 for score in scores) / (n - 1)
-    return {"score": mean, "standard_error": math.sqrt(variance / n), "n": n}
+    error = standard_error(np.array(scores), np.ones(n))
+    return {"score": math.fsum(scores) / n, **({} if error is None else {"standard_error": error}), "n": n}
 
 
 def _mean_of_means(by_subject: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

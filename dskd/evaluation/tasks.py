@@ -7,7 +7,7 @@ Answers are generated greedily.
 import functools
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ import pyarrow.parquet as pq
 import torch
 
 from dskd.artifacts import kinds
-from dskd.artifacts.building import build_artifact, was_made_meanwhile
-from dskd.artifacts.manifest import Recipe, is_current, write_json
-from dskd.config import Config
-from dskd.console import progress_bar, say, stage, table
-from dskd.corpus.tasks.benchmarks import Benchmark, benchmarks_named
+from dskd.artifacts.manifest import Recipe
+from dskd.config import TASKS, Config
+from dskd.console import progress_bar, say, table
+from dskd.corpus.tasks.benchmarks import benchmarks_named
 from dskd.corpus.tasks.prompts import Prompter
 from dskd.distributed.collectives import gather_json, main_first, on_main
 from dskd.distributed.world import World
+from dskd.evaluation import suite
 from dskd.evaluation.batching import batches_by_length, padded
-from dskd.evaluation.models import Candidate, candidates, chosen, load_candidate, same_on_all_ranks
+from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
+from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Evaluation, Measurement, Outcome
 from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
 from dskd.models.frozen import FrozenModel
@@ -33,9 +34,11 @@ from dskd.models.generation import end_tokens, generate_greedily
 from dskd.models.limits import check_new_tokens, position_limit, vocabulary_size
 from dskd.models.precision import resolve_precision
 from dskd.models.tokenizing import has_more_tokens, require_known
-from dskd.tracking import log_results
 
-FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"
+EVALUATIONS: dict[str, Evaluation] = {
+    name: Evaluation(name, "Benchmarks", name, f"{kinds.TASK.folder}/{name}", f"{kinds.TASK.made_by} {name}")
+    for name in TASKS
+}
 _SCHEMA = pa.schema(
     [
         ("example", pa.string()),
@@ -66,11 +69,24 @@ def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter)
     return Recipe("task", inputs, settings, tokenizer=candidate.folder.tokenizer_digest)
 
 
+def _measurements(
+    config: Config, models: Sequence[Candidate], tasks: Sequence[Task], prompters: Sequence[Prompter]
+) -> list[Measurement]:
+    return [
+        Measurement(
+            EVALUATIONS[task.name], model, recipe(config, model, task, prompter), [getattr(config.tasks, task.name)]
+        )
+        for model, prompter in zip(models, prompters, strict=True)
+        for task in tasks
+    ]
+
+
 def are_current(config: Config, names: Sequence[str]) -> bool:
-    """Returns True when every model has results on these benchmarks, and on their present questions."""
+    """Returns True if every model has results on these benchmarks, and on their present questions."""
     tasks = [load_task(config, benchmark) for benchmark in benchmarks_named(names)]
-    wanted = _recipes(config, candidates(config), tasks)
-    return all(is_current(_folder(config, *key), it) for key, it in wanted.items())
+    models = candidates(config)
+    prompters = [Prompter(model.folder.load_tokenizer()) for model in models]
+    return all(one.is_current(config) for one in _measurements(config, models, tasks, prompters))
 
 
 def run_tasks(
@@ -94,120 +110,101 @@ def run_tasks(
         UserError: when a model, a task or its data does not exist, before any model is loaded.
     """
     benchmarks = benchmarks_named(names)
-    models = same_on_all_ranks(lambda: chosen(config, model_names))
+    models = same_on_all_ranks(lambda: choose(config, candidates(config), model_names))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
     require_same_data(config, tasks)
-    wanted = main_first(lambda: _recipes(config, models, list(tasks.values())))
-    # Rank 0 decides, because all ranks must run the same models.
-    stale = on_main(lambda: [key for key, it in wanted.items() if force or not is_current(_folder(config, *key), it)])
-    pairs = [(model, task) for model in models for task in tasks.values() if [model.name, task.name] in stale]
-    on_main(lambda: check_prompts(pairs))
-    for candidate in models:
-        todo = [task for task in tasks.values() if [candidate.name, task.name] in stale]
-        if not todo:
-            say(f"up to date: {candidate.name}")
-            continue
-        model_config = candidate.folder.load_config()
-        for task in todo:
-            key = "tasks.choice_tokens" if task.benchmark.is_choice else "tasks.squad_tokens"
-            check_new_tokens(key, task.benchmark.new_tokens(config.tasks), candidate.folder.path, model_config)
-        prompter = Prompter(candidate.folder.load_tokenizer())
-        if not prompter.has_template:
-            say(f"{candidate.folder.path}: the tokenizer has no chat template; prompts are plain text")
-        model = load_candidate(candidate, config, world)
-        for task in todo:
-            target = _folder(config, candidate.name, task.name)
-            sources = [candidate.folder.path, getattr(config.tasks, task.name)]
-            with stage(f"{task.name}: {candidate.name}", reads=sources, writes=target):
-                runner = _Runner(model, prompter, task, config, world)
-                answers = runner.run()
-                recipe_of_it = wanted[candidate.name, task.name]
-                publish = functools.partial(_publish, config, candidate, target, recipe_of_it, task, answers)
-                on_main(functools.partial(publish, force=force))
-        model.close()
-    on_main(lambda: say(f"\n{summary(config, [model.name for model in models], benchmarks)}"))
+    tokenizers = {model.name: model.folder.load_tokenizer() for model in models}
+    prompters = {name: Prompter(tokenizer) for name, tokenizer in tokenizers.items()}
+    measurements = _measurements(config, models, list(tasks.values()), list(prompters.values()))
+    stale = suite.find_stale(config, measurements, force=force)
+    for model in models:
+        todo = [tasks[one.evaluation.name] for one in stale if one.candidate is model]
+        on_main(functools.partial(check_prompts, config, model, tokenizers[model.name], todo))
+        if todo and not prompters[model.name].has_template:
+            say(f"{model.folder.path}: the tokenizer has no chat template; prompts are plain text")
+
+    def measure(model: FrozenModel, one: Measurement) -> Callable[[], Outcome]:
+        task, name = tasks[one.evaluation.name], one.candidate.name
+        answers = _Runner(model, prompters[name], tokenizers[name], task, config, world).run()
+        return functools.partial(_outcome, task, answers)
+
+    suite.run(config, world, stale, measure, force=force)
+    on_main(lambda: say(f"\n{summary(config, [model.name for model in models], list(tasks.values()))}"))
 
 
-def check_prompts(pairs: Iterable[tuple[Candidate, Task]]) -> None:
-    """Checks that each model has all tokens of the task's prompts; its tokenizer can have more tokens than the model.
+def check_prompts(config: Config, model: Candidate, tokenizer: Any, tasks: Sequence[Task]) -> None:
+    """Checks that a model has all tokens of the tasks' prompts, and positions for the answers.
 
     Raises:
-        UserError: for a prompt with a token that the model lacks, such as one that the chat template adds.
+        UserError: for a prompt with a token that the model lacks, such as one that the chat template adds, or a number
+            of new tokens for which the model has no positions.
     """
-    for candidate, task in pairs:
-        vocab_size, tokenizer = vocabulary_size(candidate.folder.load_config()), candidate.folder.load_tokenizer()
+    model_config = model.folder.load_config()
+    vocab_size, prompter = vocabulary_size(model_config), Prompter(tokenizer)
+    for task in tasks:
+        key = "tasks.choice_tokens" if task.benchmark.is_choice else "tasks.squad_tokens"
+        check_new_tokens(key, task.benchmark.new_tokens(config.tasks), model.folder.path, model_config)
         if not has_more_tokens(tokenizer, vocab_size):  # the usual case, which needs no prompt
             continue
-        prompter = Prompter(tokenizer)
         for question in task.questions:
             tokens = prompter.tokens(prompter.text(question))
-            place = f"tasks.{task.name}: the prompt of {question.example.name!r} for {candidate.folder.path}"
+            place = f"tasks.{task.name}: the prompt of {question.example.name!r} for {model.folder.path}"
             require_known(tokens, vocab_size, tokenizer, place)
 
 
-def summary(config: Config, models: Sequence[str], benchmarks: Sequence[Benchmark]) -> str:
+def summary(config: Config, models: Sequence[str], tasks: Sequence[Task]) -> str:
     """Returns a table of models × tasks: score ± standard error in percent; the last row is the score of chance."""
     rows, chances = [], {}
     for model in models:
         row = [model]
-        for benchmark in benchmarks:
-            path = _folder(config, model, benchmark.name) / FILE
+        for task in tasks:
+            path = EVALUATIONS[task.name].folder_of(config, model) / FILE
             measures = json.loads(path.read_text(encoding="utf-8"))
-            chances[benchmark.name] = f"{100 * measures['chance']:.1f}"
+            chances[task.name] = f"{100 * measures['chance']:.1f}"
             error = measures.get("standard_error")
             row.append(f"{100 * measures['score']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else ""))
         rows.append(row)
-    header = ["%", *(f"{benchmark.name} ({benchmark.metric})" for benchmark in benchmarks)]
-    return table(header, [*rows, ["chance", *(chances[benchmark.name] for benchmark in benchmarks)]])
-
-
-def _recipes(config: Config, models: Sequence[Candidate], tasks: Sequence[Task]) -> dict[tuple[str, str], Recipe]:
-    return {
-        (model.name, task.name): recipe(config, model, task, Prompter(model.folder.load_tokenizer()))
-        for model in models
-        for task in tasks
-    }
-
-
-def _folder(config: Config, model: str, task: str) -> Path:
-    return config.path(kinds.TASK.folder, model, task)
+    header = ["%", *(f"{task.name} ({task.benchmark.metric})" for task in tasks)]
+    return table(header, [*rows, ["chance", *chances.values()]])
 
 
 class _Runner:
-    """A loaded model with all questions of a task."""
+    """A loaded model that answers all questions of a task."""
 
-    def __init__(self, model: FrozenModel, prompter: Prompter, task: Task, config: Config, world: World) -> None:
+    def __init__(
+        self, model: FrozenModel, prompter: Prompter, tokenizer: Any, task: Task, config: Config, world: World
+    ) -> None:
         self._model = model
         self._prompter = prompter
         self._task = task
         self._batch_size = config.tasks.batch_size
         self._new_tokens = task.benchmark.new_tokens(config.tasks)
         self._world = world
-        self._tokenizer = model.folder.load_tokenizer()
+        self._tokenizer = tokenizer
         self._ends = end_tokens(model.folder)[1]
         self._max_positions = position_limit(model.folder.load_config())
 
     def run(self) -> list[dict[str, Any]]:
         """Returns a record of each question's prompt and answer, in the order of the questions, on every rank."""
-        mine: dict[int, dict[str, Any]] = {}
+        own_records: dict[int, dict[str, Any]] = {}
         started, tokens = time.perf_counter(), 0
         num_questions = len(self._task.questions)
         with progress_bar(total=num_questions, label=self._task.name, unit="questions") as bar:
             # Batches are made by length in characters, so that a rank does not tokenize the other ranks' prompts.
             lengths = [len(question.plain(len(question.shots))) for question in self._task.questions]
             for batch in batches_by_length(lengths, self._batch_size, self._world):
-                answers = self._answer(batch)
-                mine.update(zip(batch, answers, strict=True))
-                tokens += sum(answer["prompt_tokens"] + self._new_tokens for answer in answers)
+                records = self._answer(batch)
+                own_records.update(zip(batch, records, strict=True))
+                tokens += sum(record["prompt_tokens"] + self._new_tokens for record in records)
                 bar.update(min(len(batch) * self._world.world_size, bar.total - bar.n))
                 rate = tokens * self._world.world_size / (time.perf_counter() - started)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        everyone = dict(pair for part in gather_json(list(mine.items())) for pair in part)
-        answers = [everyone[number] for number in range(num_questions)]
-        tokens = sum(answer["prompt_tokens"] + self._new_tokens for answer in answers)
+        all_records = dict(pair for part in gather_json(list(own_records.items())) for pair in part)
+        records = [all_records[number] for number in range(num_questions)]
+        tokens = sum(record["prompt_tokens"] + self._new_tokens for record in records)
         seconds = time.perf_counter() - started
         say(f"  {num_questions:,} questions, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
-        return answers
+        return records
 
     def _answer(self, batch: list[int]) -> list[dict[str, Any]]:
         room = None if self._max_positions is None else max(1, self._max_positions - self._new_tokens)
@@ -230,76 +227,51 @@ class _Runner:
         ]
 
     def _up_to_end(self, tokens: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        end = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         return tokens[:end]
 
 
-def _publish(
-    config: Config,
-    candidate: Candidate,
-    target: Path,
-    wanted: Recipe,
-    task: Task,
-    answers: Sequence[dict[str, Any]],
-    *,
-    force: bool,
-) -> None:
-    if not force and was_made_meanwhile(target, wanted):
-        return
+def _outcome(task: Task, records: Sequence[dict[str, Any]]) -> Outcome:
+    """Scores the answers; `records` are those of :meth:`_Runner.run`."""
     benchmark, examples = task.benchmark, [question.example for question in task.questions]
-    said = [answer_of(benchmark, answer["generated"]) for answer in answers]
-    scores = [score_of(benchmark, example, text) for example, text in zip(examples, said, strict=True)]
+    answers = [answer_of(benchmark, record["generated"]) for record in records]
+    scores = [score_of(benchmark, example, answer) for example, answer in zip(examples, answers, strict=True)]
     weights = weights_of(benchmark, [example.subject for example in examples])
     measures = measures_of(benchmark, examples, scores)
-    fewer = sum(answer["shots"] < len(q.shots) for answer, q in zip(answers, task.questions, strict=True))
-    cut = sum(answer["is_cut"] for answer in answers)
     # One row per question: what was generated, the answer taken from it, the right answers, and the score.
     rows = [
         {
             "example": example.name,
             "subject": example.subject,
-            **answer,
-            "answer": text,
+            **record,
+            "answer": answer,
             "gold": list(example.answers),
             "score": score,
             "weight": weight,
             "weighted_score": weight * score,
         }
-        for example, answer, text, score, weight in zip(examples, answers, said, scores, weights, strict=True)
+        for example, record, answer, score, weight in zip(examples, records, answers, scores, weights, strict=True)
     ]
     # Says how to compute the measure from the columns, for tools that compare models example by example.
     measure: dict[str, Any] = {"name": benchmark.metric, "total": "weighted_score", "count": "weight"}
     about = {"data": task.digest, "measures": [measure | {"lower_is_better": False, "is_exponential": False}]}
-    with build_artifact(target, wanted) as building:
-        schema = _SCHEMA.with_metadata({b"dskd": json.dumps(about).encode()})
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), building.folder / EXAMPLES_FILE, compression="zstd")
-        write_json(building.folder / FILE, measures)
-        building.facts.update(questions=len(rows), fewer_shots=fewer, cut=cut)
-    _track(config, candidate, task, measures, target / EXAMPLES_FILE)
-    error = measures.get("standard_error")
-    spread = f" ± {error:.4f}" if error is not None else ""
-    say(f"  {benchmark.metric} {measures['score']:.4f}{spread} (chance {measures['chance']:.4f})")
-    if fewer:
-        say(
-            f"  {fewer:,} prompts show fewer examples than they should, for more do not fit into the model's context; "
-            f"of {cut:,} even the question is cut"
-        )
+    schema = _SCHEMA.with_metadata({b"dskd": json.dumps(about).encode()})
 
+    def write_files(folder: Path) -> None:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / EXAMPLES_FILE, compression="zstd")
 
-def _track(config: Config, candidate: Candidate, task: Task, measures: dict[str, Any], examples: Path) -> None:
-    """Logs the results to MLflow if the model is from a tracked run."""
-    if not candidate.mlflow_run_id or not config.tracking.enabled:
-        return
-    values = {measures["metric"]: measures["score"], "chance": measures["chance"]}
+    fewer = sum(record["shots"] < len(q.shots) for record, q in zip(records, task.questions, strict=True))
+    cut = sum(record["is_cut"] for record in records)
+    metrics = {benchmark.metric: measures["score"], "chance": measures["chance"]}
+    line = f"{benchmark.metric} {measures['score']:.4f}"
     if "standard_error" in measures:
-        values["standard_error"] = measures["standard_error"]
-    log_results(
-        config,
-        candidate.name,
-        candidate.mlflow_run_id,
-        f"{kinds.TASK.folder}/{task.name}",
-        values,
-        examples,
-        data=task.digest,
-        step=candidate.step,
-    )
+        metrics["standard_error"] = measures["standard_error"]
+        line += f" ± {measures['standard_error']:.4f}"
+    lines = [f"{line} (chance {measures['chance']:.4f})"]
+    if fewer:
+        lines.append(
+            f"{fewer:,} prompts show fewer examples than they should, because more do not fit into the model's "
+            f"context; in {cut:,} of them even the question is cut"
+        )
+    facts = {"questions": len(rows), "fewer_shots": fewer, "cut": cut}
+    return Outcome(measures, metrics, task.digest, write_files, lines, facts)

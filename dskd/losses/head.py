@@ -16,10 +16,8 @@ from dskd.config import LossConfig
 from dskd.losses.logits import cached_divergence, cross_entropy, divergence, hidden_distance
 from dskd.losses.sense_distance import sense_loss
 from dskd.losses.sense_distribution import sense_divergence
+from dskd.losses.terms import SUMS
 from dskd.models.readouts import TopTokens
-
-# The terms that `DistillationHead.forward` reports, in this order: unweighted sums over this rank's micro-batch.
-TERMS = ("ce", "kl", "hidden", "sense", "synonym", "antonym", "own", "active_hinges", "hinges", "teacher_entropy")
 
 
 class Normalizers(NamedTuple):
@@ -92,7 +90,8 @@ class DistillationHead(nn.Module):
             token_weights: [B, T], the weight of each position in CE and KL; None means 1 everywhere.
 
         Returns:
-            A scalar, and the detached sums [len(TERMS)] float32.
+            A scalar, and the detached sums [len(SUMS)] float32 of the terms over this rank's micro-batch, without
+            their weights, in the order of :data:`dskd.losses.terms.SUMS`.
         """
         if labels is None:
             return F.linear(hidden, self.weight)
@@ -109,7 +108,7 @@ class DistillationHead(nn.Module):
             senses = {**senses, "teacher_hidden": teacher_hidden.flatten(0, 1)}
         # The terms come with their gradients, so autograd is off, and the loss gets the gradients for its backward.
         with torch.no_grad():
-            terms, hidden_grad, weight_grad = self._terms_and_gradients(
+            total, sums, hidden_grad, weight_grad = self._sums_and_gradients(
                 flat,
                 valid,
                 labels.flatten()[valid],
@@ -119,10 +118,11 @@ class DistillationHead(nn.Module):
                 senses,
                 None if token_weights is None else token_weights.flatten()[valid],
             )
-        loss = _GivenGradients.apply(terms[0], hidden_grad, weight_grad, flat, self.weight)
-        return loss, terms[1:].float()
+        loss = _GivenGradients.apply(total, hidden_grad, weight_grad, flat, self.weight)
+        assert sums.keys() <= set(SUMS)
+        return loss, torch.stack([sums.get(name, total.new_zeros(())) for name in SUMS]).float()
 
-    def _terms_and_gradients(
+    def _sums_and_gradients(
         self,
         flat: torch.Tensor,
         valid: torch.Tensor,
@@ -132,8 +132,8 @@ class DistillationHead(nn.Module):
         cache: TopTokens | None,
         senses: dict[str, torch.Tensor] | None,
         token_weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Computes the loss and its terms [1 + len(TERMS)], and the loss's gradients.
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        """Computes the loss, {term: its unweighted sum}, and the loss's gradients.
 
         The gradients are with respect to all states [N, D] and, if it is trained, the output matrix [V, D]; the latter
         is accumulated in float32 or wider.
@@ -151,7 +151,7 @@ class DistillationHead(nn.Module):
         weight_grad = None
         if self.weight.requires_grad:
             weight_grad = torch.zeros_like(self.weight, dtype=_accumulator(self.weight))
-        terms = flat.new_zeros(1 + len(TERMS), dtype=_accumulator(flat))
+        logit_sums = flat.new_zeros(3, dtype=_accumulator(flat))
         # CE and KL, chunk by chunk: the logits of a chunk give its sums and their gradient by the logits, which the
         # chain rule turns into gradients by the chunk's states and by the matrix before the next chunk replaces them.
         # `dskd.models.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and teacher
@@ -161,42 +161,61 @@ class DistillationHead(nn.Module):
             logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
             known = teacher if cache is None else TopTokens(*(values[part] for values in cache))
             of_part = None if token_weights is None else token_weights[part]
-            sums, logits_grad = self._logit_losses(logits, labels[part], known, coefficients, of_part)
-            terms[:3] += sums
+            of_chunk, logits_grad = self._logit_losses(logits, labels[part], known, coefficients, of_part)
+            logit_sums += of_chunk
             logits_grad = logits_grad.to(states.dtype)
             at_valid[part] = logits_grad @ self.weight
             if weight_grad is not None:
                 weight_grad += logits_grad.T @ states[part]
+        total, ce, kl = logit_sums
+        sums = {"ce": ce, "kl": kl}
         # The distance of hidden states needs no logits, so one call computes it for all positions.
         if weights.hidden_weight:
             assert teacher_states is not None
             scale = weights.hidden_weight * normalizers.tokens
-            terms[3], gradient = hidden_distance(states, teacher_states)
-            terms[0] += scale * terms[3]
+            sums["hidden"], gradient = hidden_distance(states, teacher_states)
+            total += scale * sums["hidden"]
             at_valid += gradient.mul_(scale).to(at_valid.dtype)
         # Positions of the sense loss index all N states, so the gradients first move back to their places among these.
         hidden_grad = torch.zeros_like(flat).index_copy_(0, valid, at_valid)
         if senses is not None and weights.sense_weight:
             scale = weights.sense_weight * normalizers.senses
-            sums = self._sense_sums(flat, senses, hidden_grad, scale)
-            for name, value in sums.items():
-                terms[1 + TERMS.index(name)] = value
-            terms[0] += scale * sums["sense"]
-        return terms, hidden_grad, weight_grad
+            sums |= self._sense_sums(flat, senses, hidden_grad, scale)
+            total += scale * sums["sense"]
+        return total, sums, hidden_grad, weight_grad
 
     def _sense_sums(
         self, flat: torch.Tensor, senses: dict[str, torch.Tensor], gradient: torch.Tensor, scale: float
     ) -> dict[str, torch.Tensor]:
         """Returns {term: its sum} of the sense loss in the configured form, and adds its gradient to `gradient`."""
-        loss, given = self.loss, dict[str, Any](senses, gradient=gradient, scale=scale)
+        loss = self.loss
         if loss.sense_form == "distribution":
-            total, entropy = sense_divergence(
-                flat, temperature=loss.sense_temperature, distance=loss.sense_distance, **given
+            divergence = sense_divergence(
+                flat,
+                temperature=loss.sense_temperature,
+                distance=loss.sense_distance,
+                gradient=gradient,
+                scale=scale,
+                **senses,
             )
-            return {"sense": total, "teacher_entropy": entropy}
-        given |= {"synonym_weight": loss.synonym_weight, "antonym_weight": loss.antonym_weight}
-        sums = sense_loss(flat, margin=self.margin, **given)
-        return {"sense": sums.total} | {name: value for name, value in sums._asdict().items() if name != "total"}
+            return {"sense": divergence.total, "sense_teacher_entropy": divergence.teacher_entropy}
+        distances = sense_loss(
+            flat,
+            margin=self.margin,
+            synonym_weight=loss.synonym_weight,
+            antonym_weight=loss.antonym_weight,
+            gradient=gradient,
+            scale=scale,
+            **senses,
+        )
+        return {
+            "sense": distances.total,
+            "sense_synonym": distances.synonym,
+            "sense_antonym": distances.antonym,
+            "sense_own": distances.own,
+            "active_hinges": distances.active_hinges,
+            "hinges": distances.hinges,
+        }
 
     def _logits(
         self, states: torch.Tensor, teacher_states: torch.Tensor | None

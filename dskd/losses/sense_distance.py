@@ -66,24 +66,25 @@ def sense_loss(
     # Relation positions have two sets of rows, first those that pull and then those that push. Own positions only have
     # rows that pull. Both kinds take the same path.
     kappa = synonym_rows.shape[-1]
-    sums = hidden.new_zeros(5, dtype=at_least_float32(hidden[:0]).dtype)
+    sums = hidden.new_zeros(5, dtype=at_least_float32(hidden[:0]).dtype)  # in the order of `SenseSums`, without total
     groups = (
         (relation_positions, torch.cat([synonym_rows, antonym_rows], dim=-1), kappa),
         (own_positions, own_rows, own_rows.shape[-1]),
     )
     for is_own, (positions, index, pulling) in enumerate(groups):
-        for part in in_parts(len(positions), index.shape[-1] * hidden.shape[-1], hidden.device.type):
-            at, named = positions[part], index[part]
-            exists = named >= 0
+        parts = in_parts(len(positions), index.shape[-1] * hidden.shape[-1], hidden.device.type)
+        for part in parts if len(sense_rows) else ():
+            # Gather the rows of a few positions. Padding gathers row 0, and gets no weight below.
+            at, row_index = positions[part], index[part]
+            exists = row_index >= 0
             states = at_least_float32(hidden[at])
-            rows = sense_rows[named.clamp(min=0)].to(states.dtype) if len(sense_rows) else None
-            if rows is None:
-                continue
+            rows = sense_rows[row_index.clamp(min=0)].to(states.dtype)
             distance = _distance(states, rows)
             # `pull` and `push` are the weights of the rows in the two means; padding has weight 0.
             near, far = exists[:, :pulling], exists[:, pulling:]
             pull = near / near.sum(-1, keepdim=True).clamp(min=1)
             push = far / far.sum(-1, keepdim=True).clamp(min=1)
+            # Antonyms push only within the margin: a hinge farther away is 0 and has no gradient.
             hinge = (margin - distance[:, pulling:]).clamp(min=0)
             active = far & (hinge > 0)
             attraction = (distance[:, :pulling] * pull).sum()

@@ -56,9 +56,9 @@ def sense_divergence(
     parts = in_parts(len(positions), (own + 1) * width + len(shared), hidden.device.type)
     # Gather the candidates of a few positions at a time. Shared ones are not copied per position.
     for part in parts if len(sense_rows) else ():
-        at, named = positions[part], candidate_rows[part]
-        exists = F.pad(named >= 0, (0, len(shared)), value=True)
-        rows = sense_rows[named.clamp(min=0)].to(dtype)
+        at, row_index = positions[part], candidate_rows[part]
+        exists = F.pad(row_index >= 0, (0, len(shared)), value=True)
+        rows = sense_rows[row_index.clamp(min=0)].to(dtype)
         lengths = torch.cat([_length(rows), _length(shared).expand(len(at), -1)], dim=-1)
         states, targets = hidden[at].to(dtype), teacher_hidden[at].to(dtype)
         # -distance / temperature = slope · (h·s) - offset, plus a constant that is the same for all candidates of a
@@ -78,18 +78,18 @@ def sense_divergence(
             (_products(x, rows, shared) * slope - offset).masked_fill(~exists, torch.finfo(dtype).min)
             for x in (states, targets)
         )
+        # Compare the two distributions. The entropy of the teacher's shows whether the temperature fits it.
         values, by_z = divergence(z, z_teacher)
         log_p = z_teacher.log_softmax(-1)
         sums += torch.stack([values.sum(), -(log_p.exp() * log_p).masked_fill(~exists, 0).sum()])
-        # The chain rule from the logits z to h: the derivative of z by h is slope · s.
         if gradient is not None:
+            # The chain rule from the logits z to h: the derivative of z by h is slope · s.
             weights = by_z.mul_(slope)
             change = torch.bmm(weights[:, :own].unsqueeze(1), rows).squeeze(1) + weights[:, own:] @ shared
             if distance == "cosine":  # the loss depends on h's direction alone, so keep the part orthogonal to h
                 change = (change - (change * states).sum(-1, keepdim=True) * states) / length
-            gradient[at] = (gradient[at] + scale * change).to(
-                gradient.dtype
-            )  # positions are distinct, so no update is lost
+            # Positions are distinct, so no update is lost.
+            gradient[at] = (gradient[at] + scale * change).to(gradient.dtype)
     return SenseDivergenceSums(*sums)
 
 

@@ -1,10 +1,8 @@
 """Tracking with MLflow: one MLflow run per training, written by rank 0. No other package imports mlflow."""
 
 from dskd.tracking.afterwards import (
-    EVALUATION_DATA_TAG,
     EVALUATION_FOLDER,
     data_tag,
-    log_evaluation,
     log_export,
     log_results,
 )
@@ -14,27 +12,3 @@ from dskd.tracking.datasets import describe_dataset
 from dskd.tracking.reading import TrackedRun, read_artifact, read_histories, read_history, read_run, read_runs
 from dskd.tracking.runs import KIND_TAG, PARENT
 from dskd.tracking.tracker import Start, Tracker, start_tracking
-
-__all__ = [
-    "EVALUATION_DATA_TAG",
-    "EVALUATION_FOLDER",
-    "KIND_TAG",
-    "PARENT",
-    "Start",
-    "TrackedRun",
-    "Tracker",
-    "data_tag",
-    "describe_dataset",
-    "git_commit",
-    "log_evaluation",
-    "log_export",
-    "log_results",
-    "read_artifact",
-    "read_histories",
-    "read_history",
-    "read_run",
-    "read_runs",
-    "start_tracking",
-    "tracking_uri",
-    "without_secrets",
-]

@@ -12,7 +12,7 @@ from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Message, Outbox
 from dskd.tracking.registered_model import size_bytes
 from dskd.tracking.runs import load_run, run_folder
-from dskd.tracking.system_metrics import take_samples
+from dskd.tracking.system_metrics import collect_usage
 
 EVALUATION_FOLDER = "evaluation"  # among a run's artifacts
 
@@ -22,40 +22,13 @@ def data_tag(kind: str) -> str:
     return f"{kind.replace('/', '_')}_data"
 
 
-EVALUATION_DATA_TAG = data_tag(EVALUATION_FOLDER)
-
-
 def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
     """Records that the run was exported to `folder`; with `tracking.log_model`, uploads the model."""
     if not config.tracking.log_model:
-        _tell(config, run, run_id)
+        _send(config, run, run_id)
         return
     say(f"  uploading the model to MLflow's run {run_id}: {size_bytes(folder) / 1e9:.3g} GB")
-    _tell(config, run, run_id, {"kind": "model", "folder": _inside(config, folder)})
-
-
-def log_evaluation(
-    config: Config,
-    run: str,
-    run_id: str,
-    measures: Mapping[str, float],
-    examples: Path,
-    *,
-    data: str,
-    step: int,
-    tables: Sequence[Path] = (),
-    files: Sequence[Path] = (),
-) -> None:
-    """Logs an evaluation of the run's model after `step` steps.
-
-    Logs its measures, the scores of each example, the digest of the data, and tables and other files of the work
-    directory.
-    """
-    shown: list[Message] = []
-    for kind, paths in (("table", tables), ("file", files)):
-        shown += [{"kind": kind, "file": _inside(config, path), "folder": None} for path in paths]
-    named = {f"eval/{name}": value for name, value in measures.items()}
-    _tell(config, run, run_id, *shown, *_results(config, EVALUATION_FOLDER, named, examples, data, step))
+    _send(config, run, run_id, {"kind": "model", "folder": _inside(config, folder)})
 
 
 def log_results(
@@ -68,62 +41,64 @@ def log_results(
     *,
     data: str,
     step: int,
+    tables: Sequence[Path] = (),
+    files: Sequence[Path] = (),
 ) -> None:
-    """Logs other results of the run's model after `step` steps, under the name `kind`, such as `tasks/piqa`.
+    """Logs results of the run's model after `step` steps, under the name `kind`, such as `evaluation` or `tasks/piqa`.
 
-    Measures become metrics `KIND/NAME`, the scores of each example an artifact in the folder `KIND`, and the digest of
-    the data a tag.
+    Measures become metrics `KIND/NAME` (those of the evaluation on held-out text, `eval/NAME`), the scores of each
+    example an artifact in the folder `KIND`, and the digest of the data a tag. `tables` and `files` are further files
+    of the work directory.
     """
-    named = {f"{kind}/{name}": value for name, value in measures.items()}
-    _tell(config, run, run_id, *_results(config, kind, named, examples, data, step))
-
-
-def _results(
-    config: Config, kind: str, measures: Mapping[str, float], examples: Path, data: str, step: int
-) -> list[Message]:
-    return [
+    prefix = "eval" if kind == EVALUATION_FOLDER else kind
+    _send(
+        config,
+        run,
+        run_id,
+        *({"kind": "table", "file": _inside(config, path), "folder": None} for path in tables),
+        *({"kind": "file", "file": _inside(config, path), "folder": None} for path in files),
         {"kind": "file", "file": _inside(config, examples), "folder": kind},
-        {"kind": "measures", "measures": dict(measures), "step": step},
+        {"kind": "measures", "measures": {f"{prefix}/{name}": v for name, v in measures.items()}, "step": step},
         # The digest comes last: if a run has it, its measures are complete.
         {"kind": "tags", "tags": {data_tag(kind): data}},
-    ]
+    )
 
 
-def _tell(config: Config, run: str, run_id: str, *messages: Message) -> None:
+def _send(config: Config, run: str, run_id: str, *messages: Message) -> None:
     """Sends messages to MLflow.
 
-    If the server is away, prints a warning and keeps the messages for the next process that exports, evaluates or
-    trains the run.
+    If the server cannot be reached, prints a warning and keeps the messages for the next process that exports,
+    evaluates or trains the run.
     """
     named = [{"run_id": run_id, **message} for message in messages]
     delivery = Delivery(config, run)
-    with lock_if_free(kinds.lock_path(config, run)) as is_free:
+    with lock_if_free(kinds.run_lock_path(config, run)) as is_free:
         if not is_free:  # a process is training the run and has taken over the earlier unsent messages
-            _tell_at_once(delivery, run, named)
+            _send_at_once(delivery, run, named)
             return
         folder = run_folder(config, run)
         outbox = Outbox(folder)
-        take_samples(folder, load_run(folder), outbox)
+        collect_usage(folder, load_run(folder), outbox)
         outbox.put(*named)
         while batch := outbox.next_batch():
             try:
                 delivery.deliver(batch)
             except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
                 warn(
-                    f"MLflow is away ({first_line(error)}); {len(outbox)} messages about run {run!r} are kept in "
-                    f"{outbox.file}, and sent when it is trained, exported or evaluated again"
+                    f"MLflow cannot be reached ({first_line(error)}); {len(outbox)} messages about run {run!r} are "
+                    f"kept in {outbox.file}; training, exporting or evaluating the run again sends them"
                 )
                 break
             outbox.drop(len(batch))
         outbox.save()
 
 
-def _tell_at_once(delivery: Delivery, run: str, messages: Sequence[Message]) -> None:
+def _send_at_once(delivery: Delivery, run: str, messages: Sequence[Message]) -> None:
     for message in messages:
         try:
             delivery.deliver([message])
         except Exception as error:
-            warn(f"MLflow did not take {message['kind']} of run {run!r} ({first_line(error)})")
+            warn(f"MLflow did not accept {message['kind']} of run {run!r} ({first_line(error)})")
 
 
 def _inside(config: Config, path: Path) -> str:

@@ -85,7 +85,7 @@ def connect_to_read(config: Config) -> Any:
     return MlflowClient(database_uri(readable))
 
 
-@functools.cache  # a server that answered once is not asked again
+@functools.cache  # one answer is enough
 def require_answer(uri: str) -> None:
     """Checks within seconds that an HTTP server answers; MLflow's own client would retry for a minute.
 

@@ -9,7 +9,7 @@
 | `end` | the run ended with `status`, at `time_ms` |
 | `file` | upload `file` of the work directory to `folder` of the run's artifacts |
 | `table` | the same for a table that `mlflow.load_table` can read |
-| `curves` | draw the picture of the losses |
+| `curves` | draw the picture of the losses: `titles`, {metric: title} |
 | `datasets` | the datasets that the run reads |
 | `tags` | `tags` of the run |
 | `model` | the exported model in `folder` of the work directory |
@@ -20,7 +20,7 @@ MLflow has for its metric: when a run trains some steps again, with the same res
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,6 @@ from dskd.tracking.datasets import log_datasets
 from dskd.tracking.outbox import Message
 from dskd.tracking.registered_model import log_model
 from dskd.tracking.runs import fail_dead_runs, load_run, note_restart, refresh_parent, run_folder
-
-_PANELS = {
-    "train/loss": "loss",
-    "train/ce": "cross-entropy (nats)",
-    "train/kl": "divergence from the teacher (nats)",
-    "train/sense": "sense loss",
-    "train/hidden": "hidden-state distance",
-}
 
 CURVES_FILE = "loss.png"
 
@@ -67,7 +59,9 @@ class Delivery:
             # A message that MLflow will never accept must not block the messages after it.
             if not is_refusal(error):
                 raise
-            warn(f"MLflow refused {first['kind']} of run {first['run_id']} ({first_line(error)}); it is left out")
+            warn(
+                f"MLflow refused {first['kind']} of run {first['run_id']} ({first_line(error)}); the message is dropped"
+            )
 
     def _deliver(self, first: Message, more: list[Message]) -> None:
         run_id, kind = first["run_id"], first["kind"]
@@ -91,7 +85,7 @@ class Delivery:
         elif kind == "datasets":
             log_datasets(self.client, run_id, first["datasets"])
         elif kind == "curves":
-            self._send_curves(run_id)
+            self._send_curves(run_id, first.get("titles", {}))
         elif kind == "model":
             log_model(self.client, self._config, run_id, self._config.path(first["folder"]))
         elif kind in ("file", "table"):
@@ -131,15 +125,15 @@ class Delivery:
             if (entry := {"path": path, "type": "table"}) not in logged:
                 self.client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([*logged, entry]))
 
-    def _send_curves(self, run_id: str) -> None:
+    def _send_curves(self, run_id: str, titles: Mapping[str, str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / CURVES_FILE
-            if draw_curves(self.client, run_id, picture):
+            if draw_curves(self.client, run_id, titles, picture):
                 self.client.log_artifact(run_id, str(picture))
 
 
-def draw_curves(client: Any, run_id: str, path: Path) -> bool:
-    """Draws a panel for each term of the loss that the run has, over all of its restarts.
+def draw_curves(client: Any, run_id: str, titles: Mapping[str, str], path: Path) -> bool:
+    """Draws a panel for each metric in `titles` that the run has, over all of its restarts.
 
     Reads the points from MLflow, because this process knows only those since the last restart.
 
@@ -151,7 +145,7 @@ def draw_curves(client: Any, run_id: str, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     run = client.get_run(run_id)
-    names = [name for name in _PANELS if name in run.data.metrics]
+    names = [name for name in titles if name in run.data.metrics]
     if not names:
         return False
     figure = Figure(figsize=(4.2 * len(names), 3.4))
@@ -159,7 +153,7 @@ def draw_curves(client: Any, run_id: str, path: Path) -> bool:
         points = sorted({point.step: point.value for point in client.get_metric_history(run_id, name)}.items())
         panel = figure.add_subplot(1, len(names), number)
         panel.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) == 1 else None)
-        panel.set_title(_PANELS[name])
+        panel.set_title(titles[name])
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
     figure.suptitle(run.info.run_name)

@@ -11,7 +11,7 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.tracking.client import cause_of, connect_to_read, require_answer, tracking_uri, without_secrets
 from dskd.tracking.database import FILE
-from dskd.tracking.runs import KIND_TAG, PARENT, require_active
+from dskd.tracking.runs import KIND_TAG, PARENT, find_run, require_active
 
 _PAGE = 1000  # runs per request
 
@@ -38,7 +38,7 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
         UserError: if the tracking server cannot be read, or lacks one of the named experiments; the config's own
             experiment need not exist yet.
     """
-    if not _is_there(config) and not experiments:
+    if not _is_tracked(config) and not experiments:
         return []
     with _reading(config) as client:
         runs = []
@@ -52,28 +52,19 @@ def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRu
                     if run.data.tags.get(KIND_TAG) != PARENT  # a parent only groups runs; it was not trained
                 ]
             elif experiments:
-                known = sorted(known.name for known in client.search_experiments())
+                names = sorted(other.name for other in client.search_experiments())
                 raise UserError(
                     f"experiment {name!r}: MLflow at {without_secrets(tracking_uri(config))} has no such experiment; "
-                    f"it has {', '.join(known) or 'none'}"
+                    f"it has {', '.join(names) or 'none'}"
                 )
         return sorted(runs, key=lambda run: -run.start_time_s)
 
 
 def read_run(config: Config, run_id: str) -> TrackedRun | None:
     """Returns the run with this id, in any experiment; None if there is none or it was deleted."""
-    from mlflow.exceptions import MlflowException
-
     with _reading(config) as client:
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        if run.info.lifecycle_stage != "active":
-            return None
-        return _tracked(run, client.get_experiment(run.info.experiment_id).name)
+        run = find_run(client, run_id)
+        return None if run is None else _tracked(run, client.get_experiment(run.info.experiment_id).name)
 
 
 def read_history(config: Config, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -102,7 +93,7 @@ def read_artifact(config: Config, run_id: str, path: str) -> bytes | None:
         return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
 
-def _is_there(config: Config) -> bool:
+def _is_tracked(config: Config) -> bool:
     """Returns False if nothing was tracked in this work directory yet: MLflow would create a database just to read."""
     return config.tracking.uri is not None or config.path(FILE).exists()
 
@@ -110,8 +101,8 @@ def _is_there(config: Config) -> bool:
 @contextmanager
 def _reading(config: Config) -> Iterator[Any]:
     """Yields a client; turns errors in the block into a UserError that says what to do."""
-    if not _is_there(config):
-        raise UserError(f"{config.path('mlflow.db')}: nothing was tracked here yet; train first, or give tracking.uri")
+    if not _is_tracked(config):
+        raise UserError(f"{config.path('mlflow.db')}: no run was tracked here yet; train first, or set tracking.uri")
     uri = tracking_uri(config)
     try:
         require_answer(uri)
@@ -121,7 +112,7 @@ def _reading(config: Config) -> Iterator[Any]:
     except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
         raise UserError(
             f"tracking.uri: MLflow at {without_secrets(uri)} cannot be read ({cause_of(error)}); start its server, or "
-            "set tracking.uri to where it is, with http:// or https://, host and port"
+            "set tracking.uri to its address, with http:// or https://, host and port"
         ) from error
 
 

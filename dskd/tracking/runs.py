@@ -104,9 +104,9 @@ def note_restart(client: Any, run_id: str, restart: Mapping[str, Any]) -> None:
     note = f"from step {restart['step']}, after {ended}; {restart['on']}; {restart['at']}"
     if any(restart["at"] in text for name, text in run.data.tags.items() if name.startswith("restart.")):
         return  # this message was delivered before
-    told = {**restart["tags"], "restarts": str(count + 1), f"restart.{count + 1}": note}
+    tags = {**restart["tags"], "restarts": str(count + 1), f"restart.{count + 1}": note}
     client.update_run(run_id, status="RUNNING")
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in told.items()])
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     refresh_parent(client, run_id)
 
 
@@ -116,14 +116,14 @@ def refresh_parent(client: Any, run_id: str) -> None:
     parent_id = run.data.tags.get(PARENT_TAG)
     if parent_id is None or find_run(client, parent_id) is None:
         return
-    told = None
+    reported = None
     # Repeat until the status is stable: if two children end at the same time, each may have seen the other running.
-    while (together := _status_of_children(client, run.info.experiment_id, parent_id)) not in (told, None):
-        if together == "RUNNING":
-            client.update_run(parent_id, status=together)
+    while (status := _status_of_children(client, run.info.experiment_id, parent_id)) not in (reported, None):
+        if status == "RUNNING":
+            client.update_run(parent_id, status=status)
         else:
-            client.set_terminated(parent_id, together)
-        told = together
+            client.set_terminated(parent_id, status)
+        reported = status
 
 
 def _status_of_children(client: Any, experiment_id: str, parent_id: str) -> str | None:
@@ -135,15 +135,15 @@ def _status_of_children(client: Any, experiment_id: str, parent_id: str) -> str 
 
 def _parent(client: Any, experiment_id: str, name: str) -> str:
     """Returns the id of the parent run with this name, and creates the run if there is none."""
-    if found := _parents(client, experiment_id, name):
-        return found[0]
-    mine = client.create_run(experiment_id, run_name=name, tags={KIND_TAG: PARENT}).info.run_id
+    if existing := _parents(client, experiment_id, name):
+        return existing[0]
+    own_id = client.create_run(experiment_id, run_name=name, tags={KIND_TAG: PARENT}).info.run_id
     # Children that start at the same time may each create a parent. Once all of these are visible, all children choose
     # the same one.
     time.sleep(_SETTLED_AFTER_S)
-    chosen = (_parents(client, experiment_id, name) or [mine])[0]
-    if chosen != mine:
-        client.delete_run(mine)
+    chosen = (_parents(client, experiment_id, name) or [own_id])[0]
+    if chosen != own_id:
+        client.delete_run(own_id)
     return chosen
 
 

@@ -1,11 +1,11 @@
-"""System metrics: use of processors, memory, disks, network and GPUs, sampled by the first rank of each node.
+"""System metrics: use of processors, memory, disks, network and GPUs, read by the first rank of each node.
 
 MLflow's own monitor stops at the first failed request, and would write to one sqlite file from every node. So this
-module calls MLflow's collectors itself and sends the samples as ordinary messages. Rank 0 puts its own samples into the
-outbox; each other node appends its samples to a file in the run's folder, which the nodes share, and rank 0 collects
-them from there. Only rank 0 needs a connection to the server.
+module calls MLflow's collectors itself and sends the readings as ordinary messages. Rank 0 puts its own into the
+outbox; each other node appends its own to a file in the run's folder, which the nodes share, and rank 0 collects them
+from there. Only rank 0 needs a connection to the server.
 
-The step of a sample is the number of seconds since the start of the run: it grows over restarts and is the same on all
+The step of a reading is the number of seconds since the start of the run: it grows over restarts and is the same on all
 nodes.
 """
 
@@ -21,30 +21,30 @@ from dskd.tracking.client import first_line, load_mlflow
 from dskd.tracking.outbox import Outbox
 
 _FOLDER = "nodes"
-_FIRST_SAMPLE_AFTER_S = 1.0  # not 0: CPU use is a mean since the previous sample
+_FIRST_READING_AFTER_S = 1.0  # not 0: CPU use is a mean since the previous reading
 _JOIN_TIMEOUT_S = 5.0
 
 Points = list[list[Any]]  # [name, value, time in ms, step] each
 
 
-class NodeSampler:
-    """A thread that samples the node it runs on until `stop` is called. Its errors end only the sampling."""
+class UsageMonitor:
+    """A thread that reads the use of the node it runs on until `stop` is called. Its errors end only the readings."""
 
     def __init__(self, node: str, started_ms: int, every_s: float, hand_over: Callable[[Points], None]) -> None:
-        """Starts sampling.
+        """Starts reading.
 
         Args:
-            node: the name under which MLflow shows the samples: `system/NODE/…`.
+            node: the name under which MLflow shows the readings: `system/NODE/…`.
             started_ms: start time of the run, in ms since the epoch.
-            every_s: seconds between two samples.
-            hand_over: receives the points of each sample.
+            every_s: seconds between two readings.
+            hand_over: receives the points of each reading.
         """
         self._node = node
         self._started_ms = started_ms
         self._every_s = every_s
         self._hand_over = hand_over
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample_all, name="system metrics", daemon=True)
+        self._thread = threading.Thread(target=self._read_all, name="system metrics", daemon=True)
         try:
             load_mlflow()
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -63,8 +63,8 @@ class NodeSampler:
         if self._thread.ident is not None:
             self._thread.join(_JOIN_TIMEOUT_S)
 
-    def _sample_all(self) -> None:
-        wait_s = min(self._every_s, _FIRST_SAMPLE_AFTER_S)
+    def _read_all(self) -> None:
+        wait_s = min(self._every_s, _FIRST_READING_AFTER_S)
         try:
             while not self._stopped.wait(wait_s):
                 for collector in self._monitor.monitors:
@@ -79,13 +79,13 @@ class NodeSampler:
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        warn(f"{self._node}: its use of processors and memory is not recorded from here on ({first_line(error)})")
+        warn(f"{self._node}: the use of its processors and memory is no longer recorded ({first_line(error)})")
 
 
-def write_sample(folder: Path, node: str, points: Points) -> None:
-    """Appends a sample to the node's file.
+def write_usage(folder: Path, node: str, points: Points) -> None:
+    """Appends a reading to the node's file.
 
-    Opens and closes the file each time, so that other nodes see the sample on a network file system.
+    Opens and closes the file each time, so that other nodes see the reading on a network file system.
     """
     file = folder / _FOLDER / f"{node}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +93,8 @@ def write_sample(folder: Path, node: str, points: Points) -> None:
         stream.write(f"{json.dumps(points)}\n")
 
 
-class SampleReader:
-    """A reader of the samples of the other nodes, which remembers its position in each node's file."""
+class UsageReader:
+    """A reader of the readings of the other nodes, which remembers its position in each node's file."""
 
     def __init__(self, folder: Path) -> None:
         """Prepares to read from a run's folder."""
@@ -102,7 +102,7 @@ class SampleReader:
         self._offsets: dict[Path, int] = {}
 
     def read(self) -> Points:
-        """Returns the points of all complete samples since the last call."""
+        """Returns the points of all complete readings since the last call."""
         points: Points = []
         for file in sorted(self._folder.glob("*.jsonl")):
             with file.open("rb") as stream:
@@ -120,9 +120,9 @@ class SampleReader:
             file.unlink()
 
 
-def take_samples(folder: Path, recorded: dict[str, Any] | None, outbox: Outbox) -> None:
-    """Moves samples that rank 0 did not collect before it ended into the outbox of the run's folder."""
-    reader = SampleReader(folder)
+def collect_usage(folder: Path, recorded: dict[str, Any] | None, outbox: Outbox) -> None:
+    """Moves readings that rank 0 did not collect before it ended into the outbox of the run's folder."""
+    reader = UsageReader(folder)
     points = reader.read()
     if recorded is not None and points:
         outbox.put({"run_id": recorded["run_id"], "kind": "metrics", "metrics": points})

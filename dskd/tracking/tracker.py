@@ -1,7 +1,7 @@
 """Tracking of a training in MLflow.
 
-Rank 0 puts messages into an outbox, from which a thread sends them, so a slow server does not slow down the steps. If
-the server is away, messages are kept until it is back; training continues and prints one warning. Messages that are
+Rank 0 puts messages into an outbox, from which a thread sends them, so a slow server does not slow down the steps.
+While the server cannot be reached, messages are kept; training continues and prints one warning. Messages that are
 unsent at the end of the process stay in a file of the run's folder, and the next process that trains, exports or
 evaluates the run sends them.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dskd.config import Config
 from dskd.console import say, warn
@@ -26,7 +26,7 @@ from dskd.tracking.context import write_context
 from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Outbox
 from dskd.tracking.runs import create_run, find_run, load_run, run_folder, save_run
-from dskd.tracking.system_metrics import NodeSampler, Points, SampleReader, name_nodes, take_samples, write_sample
+from dskd.tracking.system_metrics import Points, UsageMonitor, UsageReader, collect_usage, name_nodes, write_usage
 
 _CONTEXT = "context"
 _RETRY_AFTER_S = 5.0
@@ -46,29 +46,16 @@ class Start:
     overwrite: bool = False
 
 
-class Tracker(Protocol):
-    """The interface through which training reports to MLflow."""
-
-    run_id: str | None
-    device_hours: float
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs the metrics of one step."""
-
-    def before_checkpoint(self) -> None:
-        """Writes unsent messages to disk: training may resume after the checkpoint and would not send them again."""
-
-    def finish(self, status: str) -> None:
-        """Sends the remaining messages and ends the run as FINISHED, FAILED or KILLED."""
-
-
 @dataclass
 class NoTracker:
-    """A tracker that sends nothing, for every rank but the first and for disabled tracking; it may sample its node."""
+    """A tracker that sends nothing, for every rank but the first and for disabled tracking; it may monitor its node.
+
+    It has the methods of :class:`MLflowTracker`.
+    """
 
     run_id: str | None = None
     device_hours: float = 0.0
-    sampler: NodeSampler | None = field(default=None, repr=False)
+    monitor: UsageMonitor | None = field(default=None, repr=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Does nothing."""
@@ -77,9 +64,9 @@ class NoTracker:
         """Does nothing."""
 
     def finish(self, status: str) -> None:
-        """Stops the sampling."""
-        if self.sampler is not None:
-            self.sampler.stop()
+        """Stops the monitor."""
+        if self.monitor is not None:
+            self.monitor.stop()
 
 
 def start_tracking(
@@ -88,19 +75,21 @@ def start_tracking(
     *,
     tags: Mapping[str, str],
     datasets: Callable[[], list[dict[str, Any]]] = list,
+    curves: Mapping[str, str] | None = None,
     start: Start | None = None,
-) -> Tracker:
+) -> "NoTracker | MLflowTracker":
     """Starts a run in MLflow, or resumes the one that was begun in this work directory. Every rank must call it.
 
     It resumes the run that the checkpoint names or, if there is no checkpoint yet, the run recorded in the run's
-    folder, provided that it has the same recipe. If the server is away when a run is resumed, all messages are kept
-    until it is back.
+    folder, provided that it has the same recipe. If the server cannot be reached when a run is resumed, all
+    messages are kept until it is back.
 
     Args:
         config: the experiment.
         world: the ranks.
         tags: tags of the run; those of a later start replace them.
         datasets: returns descriptions of the datasets that the run reads; called on rank 0.
+        curves: {metric: title} of the curves in the picture of the losses; without any there is no picture.
         start: the starting point of the training.
 
     Raises:
@@ -113,38 +102,47 @@ def start_tracking(
     trackers: list[MLflowTracker] = []
 
     def begin() -> int:
-        trackers.append(_begin(config, tags, datasets(), start))
+        trackers.append(_begin(config, tags, datasets(), curves or {}, start))
         return trackers[0].started_ms
 
     started_ms = on_main(begin)
     node = _own_node(world)
-    sampled = config.tracking.system_metrics and node is not None
+    is_monitored = config.tracking.system_metrics and node is not None
     folder = run_folder(config, config.run)
     if trackers:
-        if sampled:
-            trackers[0].sample(str(node), config.tracking.system_metrics_every_s)
+        if is_monitored:
+            trackers[0].start_monitor(str(node), config.tracking.system_metrics_every_s)
         return trackers[0]
-    if not sampled:
+    if not is_monitored:
         return NoTracker()
     every_s = config.tracking.system_metrics_every_s
     return NoTracker(
-        sampler=NodeSampler(str(node), started_ms, every_s, lambda points: write_sample(folder, str(node), points))
+        monitor=UsageMonitor(str(node), started_ms, every_s, lambda points: write_usage(folder, str(node), points))
     )
 
 
 class MLflowTracker:
     """Rank 0's tracker, which sends messages from a separate thread."""
 
-    def __init__(self, config: Config, run_id: str, started_ms: int, outbox: Outbox, delivery: Delivery) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_id: str,
+        started_ms: int,
+        outbox: Outbox,
+        delivery: Delivery,
+        curves: Mapping[str, str],
+    ) -> None:
         self.run_id: str | None = run_id
         self.device_hours = 0.0
         self.started_ms = started_ms
         self._outbox = outbox
         self._delivery = delivery
-        self._sampler: NodeSampler | None = None
-        self._reader = SampleReader(run_folder(config, config.run))
+        self._monitor: UsageMonitor | None = None
+        self._reader = UsageReader(run_folder(config, config.run))
+        self._curves = dict(curves)
         self._curves_at = time.monotonic()
-        self._away = False
+        self._is_away = False
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
@@ -153,45 +151,55 @@ class MLflowTracker:
         """Hands a message to the sending thread; returns at once."""
         self._outbox.put({"run_id": self.run_id, **message})
 
-    def sample(self, node: str, every_s: float) -> None:
-        """Starts sampling this node and collecting the samples of the other nodes."""
+    def start_monitor(self, node: str, every_s: float) -> None:
+        """Starts reading the use of this node, and collecting the readings of the other nodes."""
 
         def hand_over(points: Points) -> None:
             self.put(kind="metrics", metrics=points + self._reader.read())
 
-        self._sampler = NodeSampler(node, self.started_ms, every_s, hand_over)
+        self._monitor = UsageMonitor(node, self.started_ms, every_s, hand_over)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hands the metrics to the sending thread; returns at once."""
+        """Hands the metrics of one step to the sending thread; returns at once."""
         now = int(time.time() * 1000)
         self.put(kind="metrics", metrics=[[name, float(value), now, step] for name, value in metrics.items()])
 
     def before_checkpoint(self) -> None:
-        """Writes unsent messages to disk; from time to time has the sending thread redraw the picture of the losses."""
-        if time.monotonic() - self._curves_at > _CURVES_EVERY_S and not self._away:
+        """Writes unsent messages to disk: training may resume after the checkpoint and would not send them again.
+
+        From time to time, has the sending thread redraw the picture of the losses.
+        """
+        if time.monotonic() - self._curves_at > _CURVES_EVERY_S and not self._is_away:
             self._curves_at = time.monotonic()
-            self.put(kind="curves")
+            self._put_curves()
         self._outbox.save()
 
     def finish(self, status: str) -> None:
-        """Ends the run and waits up to a minute for unsent messages; those that remain are on disk."""
-        if self._sampler is not None:
-            self._sampler.stop()
+        """Ends the run as FINISHED, FAILED or KILLED, and waits up to a minute for unsent messages.
+
+        Those that remain are on disk.
+        """
+        if self._monitor is not None:
+            self._monitor.stop()
             if points := self._reader.read():
                 self.put(kind="metrics", metrics=points)
-        self.put(kind="curves")
+        self._put_curves()
         self.put(kind="end", status=status, time_ms=int(time.time() * 1000))
         self._outbox.save()  # before waiting: whoever sent a stop signal may kill this process soon
-        has_time = status == "FINISHED" and not self._away
+        has_time = status == "FINISHED" and not self._is_away
         self._outbox.wait_until_empty(_FLUSH_TIMEOUT_S if has_time else _FLUSH_TIMEOUT_IN_HASTE_S)
         self._ending.set()
         if len(self._outbox):
             warn(
-                f"MLflow is away: {len(self._outbox)} messages about run {self.run_id} are kept in {self._outbox.file} "
-                "and sent when the run is trained, exported or evaluated again"
+                f"MLflow cannot be reached: {len(self._outbox)} messages about run {self.run_id} are kept in "
+                f"{self._outbox.file}; training, exporting or evaluating the run again sends them"
             )
         else:
             self._outbox.save()
+
+    def _put_curves(self) -> None:
+        if self._curves:
+            self.put(kind="curves", titles=self._curves)
 
     def _send_all(self) -> None:
         while not self._ending.is_set():
@@ -202,39 +210,44 @@ class MLflowTracker:
             try:
                 self._delivery.deliver(batch)
             except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
-                if not self._away:
-                    warn(f"MLflow is away ({first_line(error)}); training goes on, and what it logs is kept")
-                    self._away = True
+                if not self._is_away:
+                    warn(f"MLflow cannot be reached ({first_line(error)}); training continues and keeps its messages")
+                    self._is_away = True
                 self._ending.wait(_RETRY_AFTER_S)
                 continue
-            if self._away:
-                say("MLflow is back, and gets what was kept")
-                self._away = False
+            if self._is_away:
+                say("MLflow can be reached again; sending the messages that were kept")
+                self._is_away = False
             self._outbox.drop(len(batch))
 
 
-def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any]], start: Start) -> MLflowTracker:
+Tracker = NoTracker | MLflowTracker
+
+
+def _begin(
+    config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any]], curves: Mapping[str, str], start: Start
+) -> MLflowTracker:
     """Returns rank 0's tracker for a run that it creates or resumes."""
     folder = run_folder(config, config.run)
     outbox, delivery = Outbox(folder), Delivery(config, config.run)
     recorded = load_run(folder)
-    take_samples(folder, recorded, outbox)
-    known = [start.run_id, recorded["run_id"] if recorded and recorded["recipe"] == start.recipe else None]
-    candidates = [] if start.overwrite else [run_id for run_id in known if run_id is not None]
+    collect_usage(folder, recorded, outbox)
+    recorded_id = recorded["run_id"] if recorded and recorded["recipe"] == start.recipe else None
+    resumable = [] if start.overwrite else [run_id for run_id in (start.run_id, recorded_id) if run_id is not None]
     run, device_hours = None, start.device_hours
-    # Resume the first candidate that MLflow still has, or create a run.
+    # Resume the first of these runs that MLflow still has, or create a run.
     try:
         client = delivery.client = connect(config)
-        run = next((found for run_id in candidates if (found := find_run(client, run_id)) is not None), None)
+        run = next((known for run_id in resumable if (known := find_run(client, run_id)) is not None), None)
         if run is None:
-            candidates = []
+            resumable = []
             run = create_run(client, config, {**tags, **{f"job.{name}": text for name, text in launcher_job().items()}})
         else:
             # MLflow's number includes the hours of steps trained after the checkpoint, which were spent too.
             device_hours = max(device_hours, run.data.metrics.get("cost/device_hours", 0.0))
         run_id, started_ms = run.info.run_id, run.info.start_time
     except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
-        if not candidates:
+        if not resumable:
             if isinstance(error, UserError):
                 raise
             # A server that is restarting, or a database that is locked, may work at the next attempt.
@@ -242,14 +255,14 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
                 f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be used "
                 f"({first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
             ) from error
-        # The server is away, but there is a run to resume: take its id from the records and keep all messages.
-        run_id = candidates[0]
-        same = recorded is not None and recorded["run_id"] == run_id
-        started_ms = recorded["started_ms"] if recorded is not None and same else int(time.time() * 1000)
+        # No server, but a run to resume: take its id from the records and keep all messages.
+        run_id = resumable[0]
+        is_recorded = recorded is not None and recorded["run_id"] == run_id
+        started_ms = recorded["started_ms"] if recorded and is_recorded else int(time.time() * 1000)
     save_run(folder, run_id, start.recipe, started_ms)
-    tracker = MLflowTracker(config, run_id, started_ms, outbox, delivery)
+    tracker = MLflowTracker(config, run_id, started_ms, outbox, delivery, curves)
     tracker.device_hours = device_hours
-    if candidates:
+    if resumable:
         # The run's `job.` tags name the job of the first start, so the restart message names this one.
         job = {**launcher_job(), "world_size": tags.get("world_size", "?")}
         on = ", ".join(f"{name} {text}" for name, text in job.items())
@@ -265,7 +278,7 @@ def _begin(config: Config, tags: Mapping[str, str], datasets: list[dict[str, Any
 
 
 def _write_context(config: Config, folder: Path) -> list[Path]:
-    # Kept in the run's folder because the server may be away for long.
+    # Kept in the run's folder because the server may be unreachable for long.
     context = folder / _CONTEXT
     shutil.rmtree(context, ignore_errors=True)
     context.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Training: the data, the models, the loop and the files it writes.
 
-train, step, schedule, inputs, records
-            the loop, its inputs and its records
+train, step, run, setup, schedule, inputs, records
+            the loop; what it computes and uses, how that is set up, and the records of it
 loader, packed_step, collator, positions, candidates, sense_bank
             the data of a step
 pair, trunk, student

@@ -1,4 +1,4 @@
-"""Candidates: the rows of the sense dictionary over which teacher and student are compared at a position
+"""Candidate rows: the rows of the sense dictionary over which teacher and student are compared at a position
 (`loss.sense_form: distribution`).
 
 Some candidates are rows that annotation found for the position, others are random. Without random rows, a position
@@ -20,7 +20,7 @@ _COLUMNS = {"own": OWN_ROWS, "synonym": SYNONYM_ROWS, "antonym": ANTONYM_ROWS}
 
 
 @dataclass(frozen=True)
-class Candidates:
+class CandidateRows:
     """The rule that selects candidate rows: a function of seed, step and sample, not of rank or micro-batch."""
 
     seed: int
@@ -29,7 +29,7 @@ class Candidates:
     num_rows: int  # of the dictionary
 
     @classmethod
-    def of(cls, loss: LossConfig, seed: int, num_rows: int) -> "Candidates":
+    def of(cls, loss: LossConfig, seed: int, num_rows: int) -> "CandidateRows":
         """Returns the rule for a run with this loss."""
         return cls(seed, loss.sense_candidates, loss.sense_random_candidates, num_rows)
 

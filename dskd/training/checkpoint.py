@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dskd.artifacts.kinds import folder
+from dskd.artifacts.kinds import checkpoint_folder
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest, verify_files
 from dskd.config import Config
 from dskd.config.reading import differences
@@ -61,38 +61,40 @@ def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
     Raises:
         UserError: if there are checkpoints and all of them are damaged.
     """
-    base = folder(config)
+    base = checkpoint_folder(config)
     while True:
         named = _read_latest(base)
-        found, problems, damaged = _newest_whole(base, named, verify=verify)
+        newest, problems, damaged = _newest_complete(base, named, verify=verify)
         # Training may have published a new checkpoint meanwhile and removed those inspected here: then try again.
-        if (found is not None and not problems) or _read_latest(base) == named:
+        if (newest is not None and not problems) or _read_latest(base) == named:
             break
     for problem in problems:
         warn(problem)
-    if found is None and damaged:
+    if newest is None and damaged:
         remedy = "restore one, or start from scratch with --overwrite"
-        raise UserError(listed(f"{base}: none of the checkpoints is whole; {remedy}", damaged))
-    return found
+        raise UserError(listed(f"{base}: no checkpoint is complete; {remedy}", damaged))
+    return newest
 
 
-def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Checkpoint | None, list[str], list[str]]:
+def _newest_complete(base: Path, named: str | None, *, verify: bool) -> tuple[Checkpoint | None, list[str], list[str]]:
     """Finds the newest complete checkpoint that is not newer than the one named in `latest`.
 
     Returns:
         The checkpoint or None; the problems of the file `latest` and of skipped checkpoints; the latter alone.
     """
     problems, damaged = [], []
-    step_named = _STEP_FOLDER.match(named) if named is not None else None
-    newest = int(step_named[1]) if step_named else None
-    if named is not None and newest is None:
-        problems.append(f"{base / LATEST_FILE}: it names no checkpoint; looking for the newest whole one")
+    name = _STEP_FOLDER.match(named) if named is not None else None
+    step_named = int(name[1]) if name else None
+    if named is not None and step_named is None:
+        problems.append(f"{base / LATEST_FILE}: this file does not name a checkpoint; using the newest complete one")
     steps = sorted(steps_on_disk(base), reverse=True)
-    if newest is not None and newest not in dict(steps):
-        problems.append(f"{base / LATEST_FILE}: it names step {newest}, which is not there; looking for the one before")
+    if step_named is not None and step_named not in dict(steps):
+        problems.append(
+            f"{base / LATEST_FILE}: this file names step {step_named}, which is missing; using the one before"
+        )
     for step, path in steps:
         # A later checkpoint is not published yet, or belongs to a run that is being overwritten.
-        if newest is not None and step > newest:
+        if step_named is not None and step > step_named:
             continue
         try:
             manifest = read_manifest(path, "checkpoint")
@@ -101,7 +103,7 @@ def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Check
                 verify_files(path, manifest)
         except (UserError, FileNotFoundError) as problem:  # FileNotFoundError: removed while it was being read
             damaged.append(str(problem))
-            problems.append(f"{problem}; passing over this checkpoint")
+            problems.append(f"{problem}; skipping this checkpoint")
             continue
         return Checkpoint(path, step, manifest), problems, damaged
     return None, problems, damaged
@@ -110,7 +112,7 @@ def _newest_whole(base: Path, named: str | None, *, verify: bool) -> tuple[Check
 def _require_facts(path: Path, manifest: Manifest) -> None:
     missing = [name for name in ("total_steps", "world_size") if not isinstance(manifest.facts.get(name), int)]
     if missing:
-        raise UserError(f"{path}: its manifest does not say {' and '.join(missing)}")
+        raise UserError(f'{path}: manifest.json has no {" and no ".join(missing)} under "facts"')
 
 
 def at_step(config: Config, step: int) -> Checkpoint:
@@ -119,7 +121,7 @@ def at_step(config: Config, step: int) -> Checkpoint:
     Raises:
         UserError: if it is missing or damaged.
     """
-    path = folder(config) / f"step-{step:08d}"
+    path = checkpoint_folder(config) / f"step-{step:08d}"
     return Checkpoint(path, step, read_manifest(path, "checkpoint"))
 
 
@@ -131,12 +133,12 @@ def is_finished(config: Config, recipe: Recipe) -> bool:
 
 def changes_since(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """Lists the differences between the run of a checkpoint and the one that `recipe` describes; empty if none."""
-    found = checkpoint.manifest
-    changes = [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(found.config, recipe.config)]
+    before = checkpoint.manifest
+    changes = [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(before.config, recipe.config)]
     changes += [
-        f"{name}: another one then ({found.inputs.get(name, 'none')[:12]}…, now {digest[:12]}…)"
+        f"{name}: another one then ({before.inputs.get(name, 'none')[:12]}…, now {digest[:12]}…)"
         for name, digest in recipe.inputs.items()
-        if found.inputs.get(name) != digest
+        if before.inputs.get(name) != digest
     ]
     return changes
 
@@ -149,14 +151,15 @@ def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> 
     """
     changes = changes_since(checkpoint, recipe)
     if changes:
-        then, now = (found.get("precision") for found in (checkpoint.manifest.config, recipe.config))
+        then, now = (settings.get("precision") for settings in (checkpoint.manifest.config, recipe.config))
         machine = ""
         if config.precision == "auto" and then != now:
             machine = f". precision: auto is {now} on this machine; set it to {then} to continue as before"
         raise UserError(
             listed(
-                f"{checkpoint.path}: this checkpoint is of another run than {config.run!r} is now; put the "
-                f"config back, name another run, or start from scratch with --overwrite{machine}",
+                f"{checkpoint.path}: this checkpoint was trained with other settings or inputs than run "
+                f"{config.run!r} has now; restore them, choose another name for the run, or start from scratch with "
+                f"--overwrite{machine}",
                 changes,
             )
         )

@@ -17,7 +17,7 @@ import torch
 from dskd.senses.dictionary import map_vectors
 from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.positions import SensePositions, is_lexical
 
 _LENGTH_MULTIPLE = 8  # of a micro-batch's length: tensor cores are fastest on multiples of 8
@@ -35,7 +35,7 @@ class Collator:
         positions: SensePositions | None,
         *,
         micro_batch_size: int,
-        candidates: Candidates | None = None,
+        candidates: CandidateRows | None = None,
         lexical: bool = False,
         teacher_cache: bool = False,
     ) -> None:
@@ -114,7 +114,7 @@ _RowsByName = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 def _name_rows(
-    samples: Sequence[Mapping[str, Any]], length: int, rule: SensePositions, candidates: Candidates | None
+    samples: Sequence[Mapping[str, Any]], length: int, rule: SensePositions, candidates: CandidateRows | None
 ) -> _RowsByName:
     """Returns the inputs of a sense loss: {name: positions into B·T}, and {name: row numbers of the dictionary}."""
     drawn = [rule.draw(sample, sample["sample_id"], sample["epoch"]) for sample in samples]

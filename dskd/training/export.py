@@ -31,9 +31,9 @@ from dskd.tracking import log_export
 from dskd.training import checkpoint
 
 
-def recipe(found: checkpoint.Checkpoint) -> Recipe:
+def recipe(source: checkpoint.Checkpoint) -> Recipe:
     """Returns the recipe of an export from this checkpoint."""
-    manifest = found.manifest
+    manifest = source.manifest
     return Recipe("export", {"checkpoint": manifest.digest}, {}, manifest.teacher, manifest.tokenizer)
 
 
@@ -46,56 +46,58 @@ def build_export(config: Config) -> None:
         UserError: if there is no checkpoint, or the export's logits differ from those of the student in training.
         OutageError: if training removes the checkpoint meanwhile.
     """
-    found = checkpoint.latest(config)
-    if found is None:
-        raise UserError(f"{kinds.folder(config)}: there is no checkpoint; train with `{kinds.CHECKPOINT.made_by}`")
-    student = find_student(config)
-    if student.digest != found.manifest.inputs["student"]:
+    source = checkpoint.latest(config)
+    if source is None:
         raise UserError(
-            f"{found.path}: trained from another student ({found.manifest.inputs['student'][:12]}…) than "
+            f"{kinds.checkpoint_folder(config)}: there is no checkpoint; train with `{kinds.CHECKPOINT.made_by}`"
+        )
+    student = find_student(config)
+    if student.digest != source.manifest.inputs["student"]:
+        raise UserError(
+            f"{source.path}: trained from another student ({source.manifest.inputs['student'][:12]}…) than "
             f"{student.path} ({student.digest[:12]}…); train again with `{kinds.CHECKPOINT.made_by}`"
         )
     target = config.path(kinds.EXPORT.folder, config.run)
-    if is_current(target, recipe(found)):
+    if is_current(target, recipe(source)):
         say(f"up to date: {target}")
     else:
         try:
-            _build(config, found, student, target)
+            _build(config, source, student, target)
         except FileNotFoundError as error:
-            if found.path.exists():
+            if source.path.exists():
                 raise
             raise OutageError(
-                f"{found.path}: training has replaced this checkpoint while it was exported; export again"
+                f"{source.path}: training replaced this checkpoint during the export; export again"
             ) from error
-    run_id = found.manifest.facts["mlflow_run_id"]
+    run_id = source.manifest.facts["mlflow_run_id"]
     if run_id and config.tracking.enabled:
         log_export(config, config.run, run_id, target)
 
 
-def _build(config: Config, found: checkpoint.Checkpoint, student: ModelFolder, target: Path) -> None:
-    with stage(f"export: run {config.run!r}", reads=[student.path, found.path], writes=target):
-        verify_files(found.path, found.manifest)
-        with build_artifact(target, recipe(found)) as building:
-            trained = load_file(found.path / checkpoint.TRAINED_FILE)
+def _build(config: Config, source: checkpoint.Checkpoint, student: ModelFolder, target: Path) -> None:
+    with stage(f"export: run {config.run!r}", reads=[student.path, source.path], writes=target):
+        verify_files(source.path, source.manifest)
+        with build_artifact(target, recipe(source)) as building:
+            trained = load_file(source.path / checkpoint.TRAINED_FILE)
             types = write_export(student, trained, building.folder)
             agreement = check_agreement(
                 building.folder,
-                load_file(found.path / checkpoint.PROBE_FILE),
+                load_file(source.path / checkpoint.PROBE_FILE),
                 trained,
-                getattr(torch, found.manifest.facts["dtype"]),
+                getattr(torch, source.manifest.facts["dtype"]),
                 student.trust_remote_code,
                 trained=trained,
                 remedy="nothing was published. Train again, or report this with the manifest of the checkpoint",
             )
             building.facts.update(
-                step=found.step,
-                mlflow_run_id=found.manifest.facts["mlflow_run_id"],
+                step=source.step,
+                mlflow_run_id=source.manifest.facts["mlflow_run_id"],
                 run=config.run,
                 logits_error=agreement.error,
                 rounding_error=agreement.rounding,
             )
         say(
-            f"  step {found.step}; reloaded, its logits differ from the trained student's by {agreement.error:.1e} "
+            f"  step {source.step}; reloaded, its logits differ from the trained student's by {agreement.error:.1e} "
             "(relative)"
         )
         if agreement.rounding:
@@ -182,7 +184,7 @@ def _other_names(student: ModelFolder, trained: Mapping[str, torch.Tensor]) -> s
     names = StoredNames(model, TensorReader(student.path))
     stale: set[str] = set()
     for _, aliases in parameter_names(model):
-        stored = {found for alias in aliases if (found := names.find(alias)) is not None}
+        stored = {name for alias in aliases if (name := names.find(alias)) is not None}
         if stored & set(trained):
             stale |= stored - set(trained)
     return stale

@@ -15,7 +15,7 @@ from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.precision import resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions
 from dskd.training.schedule import Schedule
@@ -40,12 +40,6 @@ class Inputs:
     shards: Manifest
     vectors_path: Path
     num_senses: int  # rows of the sense dictionary
-
-
-def recipe(config: Config) -> Recipe:
-    """Returns the recipe of a run: all that determines its result. The number of ranks is not part of it."""
-    inputs = load_inputs(config)
-    return recipe_of(config, inputs)
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -74,7 +68,7 @@ def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> Collat
     if loss.sense_weight:
         positions = SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
     if loss.compares_sense_distributions:
-        candidates = Candidates.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
+        candidates = CandidateRows.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
     return Collator(
         None if _bank_on_device(config) else inputs.vectors_path,
         positions,
@@ -99,9 +93,9 @@ def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
     sizes = [folder.load_config().vocab_size for folder in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"teacher.mode: cached needs teacher and student of one vocabulary size, but {teacher.path} has {sizes[0]} "
-            f"tokens and {student.path} has {sizes[1]}; cut the student from the teacher (`dskd student`), or set "
-            "teacher.mode to zero3 or resident"
+            f"teacher.mode: cached needs the same vocabulary size in teacher and student, but {teacher.path} has "
+            f"{sizes[0]} tokens and {student.path} has {sizes[1]}; cut the student from this "
+            "teacher (`dskd student`), or set teacher.mode to zero3 or resident"
         )
 
 
@@ -127,8 +121,14 @@ def verify_inputs(config: Config, inputs: Inputs) -> None:
     )
 
 
-def recipe_of(config: Config, inputs: Inputs) -> Recipe:
-    """Returns the recipe of a run with these inputs: all that determines its result."""
+def recipe(config: Config, inputs: Inputs | None = None) -> Recipe:
+    """Returns the recipe of a run: all that determines its result. The number of ranks is not part of it.
+
+    Args:
+        config: the experiment.
+        inputs: the run's inputs, if they are loaded already.
+    """
+    inputs = inputs or load_inputs(config)
     train = {key: value for key, value in config.train.as_dict().items() if key not in _NOT_IN_RECIPE}
     train["learning_rate"] = config.train.peak_learning_rate  # set directly or computed from the batch size
     student = {key: value for key, value in config.student.as_dict().items() if key.startswith("train_")}

@@ -24,7 +24,7 @@ from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError
 from dskd.random_numbers import derived_seed
-from dskd.training.packed_step import CudaCopier, PackedStep, Step, copy_ahead
+from dskd.training.packed_step import CudaCopier, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def load_steps(
     *,
     start_step: int,
     sense_bank: torch.Tensor | None = None,
-) -> Generator[Step, None, None]:
+) -> Generator[StepBatches, None, None]:
     """Yields this rank's part of each step from `start_step` to the last.
 
     An epoch is a shuffle of the shards by (seed, epoch), cut into whole global batches; the step's number determines
@@ -107,7 +107,7 @@ class Unreadable:
     """
 
     message: str
-    may_mend_itself: bool
+    is_temporary: bool
 
 
 class StepSamples(IterableDataset):
@@ -130,9 +130,9 @@ class StepSamples(IterableDataset):
         except Exception as error:  # file system, object store and decoder each raise their own types
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             yield Unreadable(
-                f"{self._place}: a shard of the training data cannot be read ({reason}); put it there as it was made, "
-                "or see to the access, and continue with --resume",
-                may_mend_itself=not shards.is_lasting(error),
+                f"{self._place}: a shard of the training data cannot be read ({reason}); restore the file, or your "
+                "access to it, and continue with --resume",
+                is_temporary=not shards.is_lasting(error),
             )
 
     def _steps(self) -> Iterator[list[dict[str, Any]]]:
@@ -146,12 +146,12 @@ class StepSamples(IterableDataset):
             self._dataset.current_epoch = epoch
             samples = iter(self._dataset)
             for turn in range(-(-left // num_workers)):
-                wanted = schedule.samples_per_rank if turn * num_workers + own < left else 0
+                needed = schedule.samples_per_rank if turn * num_workers + own < left else 0
                 self._dataset.current_step = step + turn * num_workers + own
                 # Read even if this worker has no step left: workers wait for each other when an epoch begins.
                 of_step = list(itertools.islice(samples, schedule.samples_per_rank))
-                if len(of_step) < wanted:
-                    raise self._dataset.failure or EOFError(f"{len(of_step)} samples of a step where it has {wanted}")
+                if len(of_step) < needed:
+                    raise self._dataset.failure or EOFError(f"only {len(of_step)} of {needed} samples of a step")
                 yield of_step
             step += left
             if step < schedule.total_steps:
@@ -167,7 +167,7 @@ def _collate_packed(collate: Collate, samples: list[dict[str, Any]] | Unreadable
 def _steps_in(loader: Iterable[PackedStep | Unreadable | None]) -> Iterator[PackedStep]:
     for step in loader:
         if isinstance(step, Unreadable):
-            raise (OutageError if step.may_mend_itself else UserError)(step.message)
+            raise (OutageError if step.is_temporary else UserError)(step.message)
         if step is not None:
             yield step
 

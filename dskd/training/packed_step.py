@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
@@ -20,9 +20,14 @@ class Counts(NamedTuple):
     relations: int  # with the relation term, included in `senses`; 0 in the distribution form
     lexical: int  # targets with a synonym or antonym; 0 if the batches do not mark them
 
+    @property
+    def own(self) -> int:
+        """Number of positions with the own term of the distance form."""
+        return self.senses - self.relations
+
 
 @dataclass(frozen=True)
-class Step:
+class StepBatches:
     """The micro-batches that one rank runs in one optimizer step."""
 
     micro_batches: list[
@@ -50,7 +55,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedStep:
-    """A :class:`Step` whose tensors share one buffer."""
+    """A :class:`StepBatches` whose tensors share one buffer."""
 
     buffer: torch.Tensor  # [bytes] uint8
     layout: list[dict[str, Any]]  # the micro-batches, with a `_Place` instead of each tensor
@@ -80,7 +85,7 @@ class PackedStep:
             buffer, layout, [batch[_ON_HOST].tolist() for batch in micro_batches], count_positions(micro_batches)
         )
 
-    def unpack(self, sense_bank: torch.Tensor | None = None) -> Step:
+    def unpack(self, sense_bank: torch.Tensor | None = None) -> StepBatches:
         """Returns the micro-batches as views of the buffer, with `sense_bank`, if given, as their sense rows."""
 
         def view(place: Any) -> Any:
@@ -95,7 +100,7 @@ class PackedStep:
         if sense_bank is not None:
             for batch in batches:
                 batch["senses"]["sense_rows"] = sense_bank
-        return Step(batches, self.counts)
+        return StepBatches(batches, self.counts)
 
     def pin_memory(self) -> "PackedStep":
         """Copies the step to page-locked memory; called by the loader's thread."""
@@ -115,17 +120,7 @@ def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> Counts:
     return Counts(targets, senses, relations, lexical)
 
 
-class Copier(Protocol):
-    """An object that copies steps to a device in two phases."""
-
-    def start(self, step: PackedStep) -> Any:
-        """Begins a copy and returns the argument of `finish`."""
-
-    def finish(self, started: Any) -> PackedStep:
-        """Returns the step on the device; operations queued there from now on can use it."""
-
-
-def copy_ahead(steps: Iterable[PackedStep], copier: Copier) -> Iterator[PackedStep]:
+def copy_ahead(steps: Iterable[PackedStep], copier: "CudaCopier") -> Iterator[PackedStep]:
     """Yields each step after starting the copy of the next one, which proceeds while the step runs."""
     ahead: Any = None
     for step in steps:
@@ -145,13 +140,16 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, step: PackedStep) -> tuple[PackedStep, torch.cuda.Event]:
-        """Queues the copy without waiting for it."""
+        """Queues the copy without waiting for it; returns the argument of `finish`."""
         with torch.cuda.stream(self._stream):
             buffer = step.buffer.to(self._device, non_blocking=True)
         return replace(step, buffer=buffer), self._stream.record_event()
 
     def finish(self, started: tuple[PackedStep, torch.cuda.Event]) -> PackedStep:
-        """Makes operations queued on the current stream from now on wait for this copy, but not for later ones."""
+        """Returns the step on the device.
+
+        Operations queued on the current stream from now on wait for this copy, but not for later ones.
+        """
         step, event = started
         current = torch.cuda.current_stream(self._device)
         current.wait_event(event)

@@ -20,7 +20,7 @@ from dskd.training.trunk import HandOver, TrunkError, difference, trunk_depth
 
 
 @dataclass
-class Pair:
+class ModelPair:
     """The models of a run.
 
     There is no teacher if no term of the loss needs one, or if its distributions are in the shards.
@@ -34,6 +34,11 @@ class Pair:
     def trunk_depth(self) -> int:
         """Number of layers that the teacher computes for the student."""
         return 0 if self.trunk is None else self.trunk.depth
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the learning rate of the student's next update."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
 
     def run_teacher(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
@@ -74,7 +79,7 @@ def load_pair(
     accumulation_steps: int,
     teacher: FrozenModel | None = None,
     load_universal: bool = False,
-) -> Pair:
+) -> ModelPair:
     """Loads the student and, if the run needs it, the teacher; decides whether they share a trunk.
 
     Args:
@@ -109,7 +114,7 @@ def load_pair(
 
     engine = load(depth)
     if not depth:
-        return Pair(teacher, engine)
+        return ModelPair(teacher, engine)
     assert teacher is not None
     problem = difference(
         teacher,
@@ -121,11 +126,11 @@ def load_pair(
         dtype=compute_dtype(config.precision, world.device),
     )
     if problem is None:
-        say(f"  the lowest {depth} layers are the teacher's and are computed once")
-        return Pair(teacher, engine, HandOver(teacher.decoder.layers, depth))
-    _refuse_or_say(config, problem)
+        say(f"  the teacher computes the lowest {depth} layers for both models")
+        return ModelPair(teacher, engine, HandOver(teacher.decoder.layers, depth))
+    _refuse_or_report(config, problem)
     engine.destroy()
-    return Pair(teacher, load(0))
+    return ModelPair(teacher, load(0))
 
 
 def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[int, list[int]]:
@@ -139,15 +144,15 @@ def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[
             raise TrunkError("in this architecture a layer's shape depends on its place")
         return depth, kept
     except TrunkError as problem:
-        _refuse_or_say(config, str(problem))
+        _refuse_or_report(config, str(problem))
         return 0, kept
 
 
-def _refuse_or_say(config: Config, problem: str) -> None:
+def _refuse_or_report(config: Config, problem: str) -> None:
     if config.student.shared_trunk == "on":
         raise UserError(
-            f"student.shared_trunk: on is not possible: {problem}; set it to auto, and the student computes all of its "
-            "layers",
+            f"student.shared_trunk: on is not possible: {problem}; set it to auto, and the student computes "
+            "all of its layers",
             known_to_all_ranks=True,
         )
     say(f"  the student computes all of its layers: {problem}")

@@ -36,14 +36,15 @@ class SensePositions:
         counts = sample["loss_mask"].astype(bool)
         lexical = np.flatnonzero(counts & is_lexical(sample))
         own = np.flatnonzero(counts & (sample[OWN_ROWS][:, 0] >= 0))
-        wanted = min(len(lexical), max(round(self.relation_share * len(lexical)), self.min_relations))
-        return self._first(lexical, wanted, sample_id, epoch, _RELATION_DRAW), self._first(
-            own, wanted, sample_id, epoch, _OWN_DRAW
+        count = min(len(lexical), max(round(self.relation_share * len(lexical)), self.min_relations))
+        return (
+            self._first(lexical, count, sample_id, epoch, _RELATION_DRAW),
+            self._first(own, count, sample_id, epoch, _OWN_DRAW),
         )
 
-    def _first(self, positions: np.ndarray, wanted: int, sample_id: int, epoch: int, draw: int) -> np.ndarray:
+    def _first(self, positions: np.ndarray, count: int, sample_id: int, epoch: int, draw: int) -> np.ndarray:
         priorities = random_bits(self.seed, draw, epoch, sample_id, torch.from_numpy(positions)).numpy()
-        return np.sort(positions[np.argsort(priorities, kind="stable")[:wanted]])
+        return np.sort(positions[np.argsort(priorities, kind="stable")[:count]])
 
 
 def is_lexical(sample: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -1,25 +1,83 @@
-"""Records of a run: its tags and datasets, the metrics of a step, and the summary printed at its beginning."""
+"""Records of a run: the metrics of its steps, its status, tags and datasets, and the summary at its beginning."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from dskd import shards
 from dskd.artifacts import kinds
-from dskd.config import Config
-from dskd.console import say
+from dskd.config import Config, LossConfig
+from dskd.console import progress_bar, say
 from dskd.distributed.world import World
 from dskd.errors import listed
+from dskd.losses.terms import LOSS_METRIC, TERMS
 from dskd.models.precision import compute_dtype
-from dskd.tracking import describe_dataset, git_commit
+from dskd.tracking import Tracker, describe_dataset, git_commit
 from dskd.training import checkpoint
 from dskd.training.inputs import Inputs, recipe
+from dskd.training.run import Run, Step
 from dskd.training.schedule import Schedule, describe_learning_rate
 from dskd.training.step import StepResult
 
-# By `loss.sense_form`, in addition to the other terms.
-_SENSE_METRICS = {
-    "distance": ("sense", "sense_synonym", "sense_antonym", "sense_own", "active_hinges"),
-    "distribution": ("sense", "sense_teacher_entropy"),
-}
+
+class Progress:
+    """The progress of a run, on a progress bar, in MLflow and in the manifests of checkpoints."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._bar = progress_bar(total=run.schedule.total_steps, label="training", unit="steps", initial=run.steps_done)
+        self._trained_s = 0.0  # without checkpoints
+        self._loss = 0.0
+        self._device_hours = 0.0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def report(self, step: Step, result: StepResult) -> None:
+        """Reports a step that has just been computed."""
+        elapsed = time.perf_counter() - step.started
+        self._trained_s += elapsed
+        self._loss, self._device_hours = result.loss, self._run.device_hours()
+        if step.is_last or step.number % self._run.config.tracking.log_every == 0:
+            metrics = metrics_of(step, result, self._run.config.loss, elapsed)
+            self._run.tracker.log_metrics(metrics | {"cost/device_hours": self._device_hours}, step.number)
+        self._bar.set_postfix(loss=f"{result.loss:.4f}", tok_s=f"{result.tokens / elapsed:,.0f}", refresh=False)
+        self._bar.update(1)
+
+    def checkpoint_facts(self, step: Step) -> dict[str, Any]:
+        """Returns the facts for the manifest of the checkpoint after `step`, the last one that was reported."""
+        run = self._run
+        return {
+            "step": step.number,
+            "total_steps": run.schedule.total_steps,
+            "world_size": run.world.world_size,
+            "trunk_depth": run.pair.trunk_depth,
+            "mlflow_run_id": run.tracker.run_id,
+            "device_hours": self._device_hours,
+            "loss": self._loss,
+            "dtype": str(compute_dtype(run.config.precision, run.world.device)).removeprefix("torch."),
+        }
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._bar.close()
+        if error is None:
+            steps = self._run.schedule.total_steps - self._run.steps_done
+            say(f"  loss {self._loss:.4f}; {self._trained_s / steps:.2f} s a step")
+
+
+@contextlib.contextmanager
+def ended_in_mlflow(tracker: Tracker) -> Iterator[None]:
+    """Ends MLflow's run after the block: as FINISHED, as KILLED if the block was stopped, otherwise as FAILED."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
 
 
 def report_status(config: Config) -> bool:
@@ -28,7 +86,7 @@ def report_status(config: Config) -> bool:
     if newest is not None and newest.is_final:  # read its files fully: nothing checks them again before they are used
         newest = checkpoint.latest(config, verify=True)
     if newest is None:
-        print(f"run {config.run!r}: no checkpoint in {kinds.folder(config)}")
+        print(f"run {config.run!r}: no checkpoint in {kinds.checkpoint_folder(config)}")
         return False
     step, total = newest.step, newest.manifest.facts["total_steps"]
     if changes := checkpoint.changes_since(newest, recipe(config)):
@@ -72,25 +130,20 @@ def datasets_of(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
     return described
 
 
-def metrics_of(result: StepResult, config: Config, rate: float, elapsed: float, waited: float) -> dict[str, float]:
-    """Returns the metrics of a step by their names in MLflow."""
-    loss = config.loss
-    wanted = {"ce": True, "kl": loss.kd_weight > 0, "hidden": loss.hidden_weight > 0}
-    metrics = {f"train/{name}": result.terms[name] for name, is_used in wanted.items() if is_used}
-    if loss.sense_weight:
-        metrics |= {f"train/{name}": result.terms[name] for name in _SENSE_METRICS[loss.sense_form]}
-    return metrics | {
-        "train/loss": result.loss,
+def metrics_of(step: Step, result: StepResult, loss: LossConfig, elapsed: float) -> dict[str, float]:
+    """Returns the metrics of a step that took `elapsed` seconds, by their names in MLflow."""
+    return {term.metric: result.terms[term.name] for term in TERMS if term.is_computed(loss)} | {
+        LOSS_METRIC: result.loss,
         "train/grad_norm": result.grad_norm,
-        "train/learning_rate": rate,
+        "train/learning_rate": step.learning_rate,
         "speed/tokens_per_s": result.tokens / elapsed,
         "speed/step_s": elapsed,
-        "speed/data_wait_share": waited / elapsed,
+        "speed/data_wait_share": step.waited_s / elapsed,
     }
 
 
-def say_what_runs(config: Config, world: World, engine: Any, schedule: Schedule, first_step: int) -> None:
-    """Prints the ranks, precision, parameters, steps and batches of the run, and the step it starts from."""
+def describe_run(config: Config, world: World, engine: Any, schedule: Schedule, steps_done: int) -> None:
+    """Prints the ranks, precision, parameters, steps and batches of the run, and how many steps are done already."""
     parameters = list(engine.module.parameters())
     trained = sum(p.ds_numel for p in parameters if p.requires_grad)
     say(
@@ -100,5 +153,5 @@ def say_what_runs(config: Config, world: World, engine: Any, schedule: Schedule,
         f"  {schedule.total_steps} steps of {schedule.global_batch_size} sequences "
         f"({schedule.accumulation_steps} × {schedule.micro_batch_size} a rank), "
         f"{schedule.total_steps / schedule.steps_per_epoch:.2f} epochs; {describe_learning_rate(config.train)}"
-        + (f"; from step {first_step}" if first_step else "")
+        + (f"; from step {steps_done}" if steps_done else "")
     )

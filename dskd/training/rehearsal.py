@@ -22,16 +22,16 @@ from dskd.models.precision import compute_dtype
 from dskd.models.weights import TensorReader
 from dskd.training import checkpoint
 from dskd.training.export import copy_files, write_export
-from dskd.training.pair import Pair
+from dskd.training.pair import ModelPair
 
 # Largest student, in bytes, whose weights are written to the rehearsal; larger ones are linked.
 _WRITTEN = 2**30
 # Largest student, in bytes of float32, that is reloaded; larger ones would take minutes.
 _RELOADED = 40 * 10**9
-_REMEDY = "an export of this student would not be the student that was trained, so nothing is trained"
+_REMEDY = "an export of this student would not be the student that was trained, so training does not start"
 
 
-def rehearse_export(pair: Pair, student: ModelFolder, config: Config, world: World) -> None:
+def rehearse_export(pair: ModelPair, student: ModelFolder, config: Config, world: World) -> None:
     """Exports the engine's student and compares it with the engine. All ranks call it, before any step.
 
     Raises:
@@ -47,7 +47,7 @@ def rehearse_export(pair: Pair, student: ModelFolder, config: Config, world: Wor
 
     def rehearse() -> None:
         on_cpu = {name: tensor.cpu() for name, tensor in probe.items()}
-        scratch = kinds.folder(config) / checkpoint.REHEARSAL
+        scratch = kinds.checkpoint_folder(config) / checkpoint.REHEARSAL
         remove_tree(scratch)
         make_folder(scratch)
         try:
@@ -72,7 +72,9 @@ def _rehearse(student: ModelFolder, scratch: Path, probe: dict[str, Any], names:
     # again in float32.
     size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * 4
     if size > min(_RELOADED, psutil.virtual_memory().available // 2):
-        say(f"  the export is not tried beforehand: reloading the student would take {size / 1e9:,.0f} GB of memory")
+        say(f"  the export is not rehearsed: reloading the student would need {size / 1e9:,.0f} GB of memory")
         return
-    found = check_agreement(scratch, probe, names, dtype, student.trust_remote_code, remedy=_REMEDY)
-    say(f"  the export was rehearsed: the untrained student, reloaded, has the same logits but for {found.error:.1e}")
+    agreement = check_agreement(scratch, probe, names, dtype, student.trust_remote_code, remedy=_REMEDY)
+    say(
+        f"  export rehearsed: the logits of the untrained student, reloaded, differ by {agreement.error:.1e} (relative)"
+    )

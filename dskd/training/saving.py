@@ -2,7 +2,6 @@
 
 import shutil
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dskd.artifacts.building import Building
 from dskd.artifacts.files import make_folder, remove_tree, report_full_disk, write_text
-from dskd.artifacts.kinds import folder
+from dskd.artifacts.kinds import checkpoint_folder
 from dskd.artifacts.manifest import Recipe, is_current
 from dskd.config import Config, TrainConfig
 from dskd.console import say
@@ -20,6 +19,7 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.agreement import PROBE_TOKENS, probe_inputs
 from dskd.training.checkpoint import LATEST_FILE, PROBE_FILE, REHEARSAL, TRAINED_FILE, Checkpoint, steps_on_disk
+from dskd.training.pair import ModelPair
 from dskd.training.student import MASTER_BYTES, MOMENT_BYTES
 from dskd.training.universal_checkpoint import make_universal, no_pickles, universal_folder
 
@@ -30,8 +30,7 @@ ELEMENT_BYTES = MASTER_BYTES + MOMENT_BYTES + EXPORTED_BYTES
 
 
 def save(
-    engine: Any,
-    student_logits: Callable[..., torch.Tensor],
+    pair: ModelPair,
     config: Config,
     recipe: Recipe,
     facts: dict[str, Any],
@@ -40,8 +39,7 @@ def save(
     """Writes the checkpoint of `facts["step"]`, then removes the checkpoints it replaces. All ranks call it.
 
     Args:
-        engine: the student's engine.
-        student_logits: computes logits [1, T, V] from the output of :func:`dskd.models.agreement.probe_inputs`.
+        pair: the models in training.
         config: the experiment.
         recipe: the run's recipe.
         facts: facts for the manifest.
@@ -50,14 +48,14 @@ def save(
     Raises:
         UserError: if there is no space, or the student's weights are not finite; older checkpoints then stay.
     """
-    base = folder(config)
+    base, engine = checkpoint_folder(config), pair.engine
     require_space(engine, config)
     building = Building(base / f"step-{facts['step']:08d}", recipe, facts)
     on_main(building.clear)
     with report_full_disk(base):
         engine.save_checkpoint(str(base), tag=building.folder.name, save_latest=False, exclude_frozen_parameters=True)
         _save_trained(engine, building.folder / TRAINED_FILE, world)
-        _save_probe(engine, student_logits, config, building.folder / PROBE_FILE, world)
+        _save_probe(pair, config, building.folder / PROBE_FILE, world)
     barrier()
     on_main(lambda: _publish(building, config.train))
 
@@ -77,15 +75,15 @@ def require_space(engine: Any, config: Config) -> None:
     Raises:
         UserError: if there is less free space than a checkpoint needs.
     """
-    needed, base = required_bytes(engine), folder(config)
+    needed, base = required_bytes(engine), checkpoint_folder(config)
 
     def check() -> None:
         make_folder(base)
         free = shutil.disk_usage(base).free
         if free < needed:
             raise UserError(
-                f"{base}: a checkpoint takes {needed / 1e9:.2f} GB, and there are {free / 1e9:.2f} GB free; what was "
-                "complete stays. Free some, or set workdir to another disk, and continue with --resume"
+                f"{base}: a checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; complete "
+                "checkpoints stay. Free some space, or set workdir to another disk, and continue with --resume"
             )
 
     on_main(check)
@@ -115,13 +113,14 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
     then = checkpoint.manifest.facts.get("trunk_depth", 0)
     if then != trunk_depth:
         raise UserError(
-            f"{checkpoint.path}: written with a shared trunk of {then} layers, and it has {trunk_depth} now; set "
-            f"student.shared_trunk to {'on' if then else 'off'}, or start from scratch with --overwrite",
+            f"{checkpoint.path}: written with a shared trunk of {then} layers, but the run has one of {trunk_depth} "
+            f"now; set student.shared_trunk to {'on' if then else 'off'}, or start from scratch with --overwrite",
             known_to_all_ranks=True,
         )
     path = checkpoint.path
     if needs_universal(checkpoint, world):
-        say(f"  written by {checkpoint.manifest.facts['world_size']} ranks: it is made into one for any number of them")
+        written_by = checkpoint.manifest.facts["world_size"]
+        say(f"  converting the checkpoint of {written_by} ranks into one for any number of ranks")
         on_main(lambda: make_universal(checkpoint.path))
         path = universal_folder(path)
     with no_pickles():
@@ -133,7 +132,7 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
         )
     if loaded is None:  # DeepSpeed only warns, and training would silently start from scratch
         raise UserError(
-            f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before is used"
+            f"{checkpoint.path}: DeepSpeed did not load this checkpoint; remove it, and the one before will be used"
         )
     if path != checkpoint.path:  # remove the universal form: the next checkpoint needs its space
         barrier()
@@ -168,8 +167,8 @@ def _require_finite(building: Building) -> None:
                 shutil.rmtree(building.folder)
                 building.release()
                 raise UserError(
-                    f"step {building.facts['step']}: {name} of the student is not finite; the run stops, and no "
-                    "checkpoint of this step is written. Lower train.learning_rate, or use precision: fp32"
+                    f"step {building.facts['step']}: {name} of the student is not finite; the run stops without a "
+                    "checkpoint of this step. Lower train.learning_rate, or use precision: fp32"
                 )
 
 
@@ -191,15 +190,13 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _save_probe(
-    engine: Any, student_logits: Callable[..., torch.Tensor], config: Config, path: Path, world: World
-) -> None:
+def _save_probe(pair: ModelPair, config: Config, path: Path, world: World) -> None:
     """Writes the logits of the student in training on the tokens used to check the export."""
-    module = engine.module
+    module = pair.engine.module
     inputs = probe_inputs(
         module.decoder.base, module.head.weight.ds_shape[0], config.corpus.sequence_length, world.device
     )
-    logits = student_logits(**inputs)
+    logits = pair.student_logits(**inputs)
     if world.is_main:
         tensors = {name: tensor.cpu() for name, tensor in inputs.items()}
         save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path)

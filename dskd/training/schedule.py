@@ -80,15 +80,15 @@ def share_out(train: TrainConfig, world_size: int) -> tuple[int, int]:
     global_batch = train.global_batch_size
     if global_batch % world_size:
         raise UserError(
-            f"train.global_batch_size: {global_batch} sequences cannot be shared out over {world_size} ranks; "
-            f"set it to a multiple of {world_size}, or take "
+            f"train.global_batch_size: {global_batch} sequences cannot be divided among {world_size} ranks; "
+            f"set it to a multiple of {world_size}, or use "
             f"{next(ranks for ranks in range(world_size - 1, 0, -1) if global_batch % ranks == 0)} ranks"
         )
     per_rank = global_batch // world_size
     micro_batch = min(train.micro_batch_size, per_rank)
     if per_rank % micro_batch:
         raise UserError(
-            f"train.micro_batch_size: each of {world_size} ranks has {per_rank} sequences a step, which is no multiple "
-            f"of {micro_batch}; set it to a divisor of {per_rank}"
+            f"train.micro_batch_size: each of {world_size} ranks has {per_rank} sequences a step, which is not a "
+            f"multiple of {micro_batch}; set it to a divisor of {per_rank}"
         )
     return micro_batch, per_rank // micro_batch

@@ -53,6 +53,6 @@ def require_room(path: Path, needed: int, free: int) -> None:
     """
     if needed > free:
         raise UserError(
-            f"train.sense_bank: device: the vectors of {path} have {needed / 2**30:.1f} GB, and the device has "
-            f"{free / 2**30:.1f} GB free; set sense_bank: host"
+            f"train.sense_bank: device: the vectors of {path} need {needed / 2**30:.1f} GB, but the device has "
+            f"only {free / 2**30:.1f} GB free; set train.sense_bank to host"
         )

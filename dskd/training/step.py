@@ -15,11 +15,10 @@ from dskd.config import LossConfig
 from dskd.distributed.collectives import gather_json, sum_over_ranks
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.losses.head import TERMS, Normalizers
-from dskd.training.packed_step import Counts, Step
-from dskd.training.pair import Pair
-
-_LOSS_TERMS = ("ce", "kl", "hidden", "sense")
+from dskd.losses.head import Normalizers
+from dskd.losses.terms import SUMS, TERMS
+from dskd.training.packed_step import Counts, StepBatches
+from dskd.training.pair import ModelPair
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class StepResult:
 
 
 def train_step(
-    pair: Pair,
-    step_batches: Step,
+    pair: ModelPair,
+    step_batches: StepBatches,
     loss: LossConfig,
     world: World,
     *,
@@ -58,17 +57,17 @@ def train_step(
     """
     # Sum the counts of positions over all ranks before any loss is computed: they are the denominators of the terms.
     micro_batches = step_batches.micro_batches
-    mine = torch.tensor([*step_batches.counts, stop_requested], device=world.device)
-    *of_all, stops = sum_over_ranks(mine).tolist()
-    counts = Counts(*of_all)
+    own_counts = torch.tensor([*step_batches.counts, stop_requested], device=world.device)
+    *all_counts, stops = sum_over_ranks(own_counts).tolist()
+    counts = Counts(*all_counts)
     normalizers = _normalizers(counts, world, len(micro_batches))
     engine = pair.engine
-    losses, terms = [], []
+    losses, of_micro_batches = [], []
     # Accumulate gradients: per micro-batch the teacher's forward pass, then the student's forward and backward pass.
     for number, batch in enumerate(micro_batches):
         position_ids = batch.get("position_ids")
         teacher_hidden, student_inputs = pair.run_teacher(batch["input_ids"], position_ids)
-        total, sums = engine(
+        loss_of_batch, sums_of_batch = engine(
             student_inputs,
             position_ids,
             labels=batch["labels"],
@@ -79,22 +78,23 @@ def train_step(
             senses=batch.get("senses"),
             token_weights=_token_weights(batch["lexical"], loss, counts) if "lexical" in batch else None,
         )
-        losses.append(total.detach().float())
-        engine.backward(total)
-        terms.append(sums)
+        losses.append(loss_of_batch.detach().float())
+        engine.backward(loss_of_batch)
+        of_micro_batches.append(sums_of_batch)
         # The last `engine.step()`, which updates the weights, comes after the check that all losses are finite.
         if number + 1 < len(micro_batches):
             engine.step()
     # Sum loss and terms over micro-batches and ranks in float64, in one collective operation.
-    of_step = torch.cat([torch.stack(losses).unsqueeze(-1), torch.stack(terms)], dim=-1)
-    total_loss, *sums = sum_over_ranks(of_step.double().sum(0)).tolist()
-    _require_finite(sums, terms, micro_batches, step)
+    of_step = torch.cat([torch.stack(losses).unsqueeze(-1), torch.stack(of_micro_batches)], dim=-1)
+    total_loss, *values = sum_over_ranks(of_step.double().sum(0)).tolist()
+    sums = dict(zip(SUMS, values, strict=True))
+    _require_finite(sums, of_micro_batches, micro_batches, step)
     engine.step()
     grad_norm = float(engine.get_global_grad_norm())
     if not math.isfinite(grad_norm):
         raise UserError(
-            f"step {step}: the gradient norm is {grad_norm} although every term of the loss is finite; the run stops "
-            "before a checkpoint is written. Lower train.learning_rate, or use precision: fp32",
+            f"step {step}: the gradient norm is {grad_norm}, although every term of the loss is finite; the run stops "
+            "without a checkpoint of this step. Lower train.learning_rate, or use precision: fp32",
             known_to_all_ranks=True,
         )
     # `_normalizers` scaled each micro-batch's loss up by this factor, because DeepSpeed divides gradients by it.
@@ -119,39 +119,30 @@ def _token_weights(lexical: torch.Tensor, loss: LossConfig, counts: Counts) -> t
     return (1 + (loss.lexical_weight - 1) * lexical.float()) * (counts.targets / max(added_up, 1e-12))
 
 
-def _means(sums: list[float], counts: Counts) -> dict[str, float]:
-    tokens, senses, relations = (max(count, 1) for count in counts[:3])
-    of = dict(zip(TERMS, sums, strict=True))
-    return {
-        "ce": of["ce"] / tokens,
-        "kl": of["kl"] / tokens,
-        "hidden": of["hidden"] / tokens,
-        "sense": of["sense"] / senses,
-        "sense_synonym": of["synonym"] / relations,
-        "sense_antonym": of["antonym"] / relations,
-        "sense_own": of["own"] / max(senses - relations, 1),
-        "active_hinges": of["active_hinges"] / max(of["hinges"], 1),
-        "sense_teacher_entropy": of["teacher_entropy"] / senses,
-    }
+def _means(sums: dict[str, float], counts: Counts) -> dict[str, float]:
+    """Returns {term: its mean} for all terms, which is 0 where there is nothing to take a mean of."""
+    numbers = {**counts._asdict(), "own": counts.own, **sums}
+    return {term.name: sums[term.name] / max(numbers[term.mean_over], 1) for term in TERMS}
 
 
 def _require_finite(
-    sums: list[float], terms: Sequence[torch.Tensor], micro_batches: Sequence[dict[str, Any]], step: int
+    sums: dict[str, float], of_micro_batches: Sequence[torch.Tensor], micro_batches: Sequence[dict[str, Any]], step: int
 ) -> None:
-    if all(math.isfinite(value) for value in sums):
+    if all(math.isfinite(value) for value in sums.values()):
         return
-    mine = [
+    terms = {term.name for term in TERMS if term.kind == "term"}
+    own_culprits = [
         (name, batch["sample_ids"].tolist())
-        for values, batch in zip(terms, micro_batches, strict=True)
-        for name, value in zip(TERMS, values.tolist(), strict=True)
-        if name in _LOSS_TERMS and not math.isfinite(value)
+        for values, batch in zip(of_micro_batches, micro_batches, strict=True)
+        for name, value in zip(SUMS, values.tolist(), strict=True)
+        if name in terms and not math.isfinite(value)
     ]
     culprits: dict[str, list[int]] = {}
-    for name, samples in (item for rank in gather_json(mine) for item in rank):
+    for name, samples in (item for rank in gather_json(own_culprits) for item in rank):
         culprits.setdefault(name, []).extend(samples)
     named = "; ".join(f"{name} on samples {sorted(samples)}" for name, samples in culprits.items())
     raise UserError(
-        f"step {step}: the loss is not finite: {named}. The run stops; the last checkpoint is as it was. Look at those "
+        f"step {step}: the loss is not finite: {named}. The run stops, and the last checkpoint stays. Look at those "
         "samples of the training shards, lower train.learning_rate, or use precision: fp32, and continue with --resume",
         known_to_all_ranks=True,
     )

@@ -33,7 +33,7 @@ MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4
 REDUCE_BUCKET = 50_000_000  # gradient elements that DeepSpeed reduces over the ranks in one operation
 
 
-class Student(nn.Module):
+class StudentModule(nn.Module):
     """The trained decoder with the head that holds its output matrix and computes the losses.
 
     `hub_names` maps each parameter's name to its name in the Hugging Face folder.
@@ -126,7 +126,7 @@ def load_student(
         margin=margin,
         compile_losses=train.compile_losses,
     )
-    student = Student(Decoder(base_model(causal_lm)), head, names)
+    student = StudentModule(Decoder(base_model(causal_lm)), head, names)
     # Activation checkpointing works in training mode only. `build_sharded` has removed dropout.
     student.train()
     optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
@@ -140,11 +140,11 @@ def load_student(
 
 def _require_compiler() -> None:
     """Checks that there is a C++ compiler: on a CPU, unlike on a GPU, torch.compile needs one."""
-    wanted = os.environ.get("CXX", "g++")
-    if shutil.which(wanted) is None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
         raise UserError(
-            f"train.compile_losses: torch.compile needs a C++ compiler, and there is no {wanted}; install one (g++ on "
-            "Debian), name one in the variable CXX, or set train.compile_losses to false",
+            f"train.compile_losses: torch.compile needs a C++ compiler, but there is no {compiler}; install one "
+            "(g++ on Debian), set the variable CXX to one, or set train.compile_losses to false",
             known_to_all_ranks=True,
         )
 
@@ -155,11 +155,11 @@ def trained_layers(student: StudentConfig, count: int) -> set[int]:
     Raises:
         UserError: if one does not exist.
     """
-    wanted = student.train_layers
-    layers = set(range(max(0, count - wanted), count)) if isinstance(wanted, int) else set(wanted)
+    chosen = student.train_layers
+    layers = set(range(max(0, count - chosen), count)) if isinstance(chosen, int) else set(chosen)
     missing = sorted(layers - set(range(count)))
     if missing:
-        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
+        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, but not {missing}")
     return layers
 
 
@@ -252,7 +252,7 @@ def _drop_embeddings(causal_lm: Any) -> None:
 
 
 def _hub_names(causal_lm: Any, folder: ModelFolder, first_layer: int) -> dict[str, str]:
-    """Returns {name of a parameter in :class:`Student`: its name in the Hugging Face folder}."""
+    """Returns {name of a parameter in :class:`StudentModule`: its name in the Hugging Face folder}."""
     stored = StoredNames(causal_lm, TensorReader(folder.path), first_layer=first_layer)
     prefix = base_model_name(causal_lm)
     names = {}

@@ -15,7 +15,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe, read_manifest
-from dskd.config import Config, TeacherRecipe
+from dskd.config import Config, FromScratchConfig
 from dskd.console import progress_bar, say, stage
 from dskd.corpus.build import read_texts
 from dskd.corpus.packing import pack
@@ -48,8 +48,7 @@ def build_teacher(config: Config) -> None:
     assert settings is not None
     target = config.path(kinds.TEACHER.folder)
     with stage("teacher: trained from scratch", reads=[config.path(kinds.CORPUS.folder)], writes=target):
-        wanted = recipe(config)
-        with build_artifact(target, wanted) as building:
+        with build_artifact(target, recipe(config)) as building:
             tokenizer = train_tokenizer(read_texts(config, "train"), settings.vocab_size)
             tokenizer.save_pretrained(building.folder)
             sequence_length = config.corpus.sequence_length
@@ -63,8 +62,8 @@ def build_teacher(config: Config) -> None:
             )
             if packed.tokens < sequence_length:
                 raise UserError(
-                    f"the corpus has {packed.tokens:,} tokens, less than one sequence of "
-                    f"{sequence_length}: too little to train a teacher on; add text to corpus.train"
+                    f"the corpus has {packed.tokens:,} tokens, fewer than one sequence of "
+                    f"{sequence_length}: too few to train a teacher on; add text to corpus.train"
                 )
             model = build_llama(settings, len(tokenizer), sequence_length, tokenizer, config.seed)
             loss = train_model(model, open_sequences(file), settings, config.seed, config.precision)
@@ -98,7 +97,7 @@ def intermediate_size(hidden_size: int) -> int:
     return hidden_size * 8 // 3 // 8 * 8
 
 
-def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, tokenizer: Any, seed: int) -> Any:
+def build_llama(settings: FromScratchConfig, vocab_size: int, sequence_length: int, tokenizer: Any, seed: int) -> Any:
     """Builds an untrained Llama of the recipe's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -119,7 +118,7 @@ def build_llama(settings: TeacherRecipe, vocab_size: int, sequence_length: int, 
     )
 
 
-def train_model(model: Any, sequences: Sequences, settings: TeacherRecipe, seed: int, precision: str) -> float:
+def train_model(model: Any, sequences: Sequences, settings: FromScratchConfig, seed: int, precision: str) -> float:
     """Trains `model` on `sequences` for the recipe's token budget.
 
     Returns:

@@ -69,9 +69,9 @@ def _require_space(checkpoint: Path) -> None:
     free = shutil.disk_usage(checkpoint).free
     if free < needed:
         raise UserError(
-            f"{checkpoint}: to go on with another number of ranks takes {needed / 1e9:.2f} GB for a while, and there "
-            f"are {free / 1e9:.2f} GB free; free some, set workdir to another disk, or go on with as many ranks as "
-            "before"
+            f"{checkpoint}: resuming with another number of ranks needs {needed / 1e9:.2f} GB for a while, but only "
+            f"{free / 1e9:.2f} GB are free; free some space, set workdir to another disk, or resume with as many ranks "
+            "as before"
         )
 
 

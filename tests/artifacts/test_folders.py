@@ -1,4 +1,4 @@
-"""Making folders."""
+"""Creating folders and replacing files."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +8,7 @@ from dskd.artifacts.files import make_folder, replaced_file, write_text
 from dskd.errors import UserError
 
 
-def test_ranks_may_make_one_folder_at_once(tmp_path):
+def test_ranks_can_create_one_folder_at_the_same_time(tmp_path):
     folder = tmp_path / "parent" / "made"
     with ThreadPoolExecutor(8) as pool:
         for made in [pool.submit(make_folder, folder) for _ in range(2000)]:
@@ -16,13 +16,13 @@ def test_ranks_may_make_one_folder_at_once(tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/below: cannot write there \(Not a directory\); set workdir"):
         make_folder(tmp_path / "file" / "below")
 
 
-def test_a_link_to_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_link_to_a_missing_folder_is_reported(tmp_path):
     (tmp_path / "work").symlink_to(tmp_path / "unmounted" / "work")
     with pytest.raises(UserError, match=r"work: this is a link to .*unmounted/work, which is not there; make that"):
         make_folder(tmp_path / "work")
@@ -38,7 +38,7 @@ def test_a_link_to_a_file_stays_when_the_file_is_replaced(tmp_path):
     assert len([*(tmp_path / "reports").iterdir()]) == 1
 
 
-def test_processes_may_replace_one_file_at_once(tmp_path):
+def test_processes_can_replace_one_file_at_the_same_time(tmp_path):
     path = tmp_path / "table.txt"
     with replaced_file(path) as first, replaced_file(path) as second:
         second.write_text("second")

@@ -21,7 +21,7 @@ HOLDER = "import sys; from pathlib import Path; from dskd.artifacts.lock import 
 )
 
 
-def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path):
+def test_a_lock_is_held_by_one_process_and_released_however_it_ends(tmp_path):
     path = tmp_path / "folder" / "lock"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)],
@@ -34,7 +34,7 @@ def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path
     with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*\) trains run 'a'") as refused:
         hold_lock(path, "trains run 'a'")
     assert refused.value.exit_code == 2
-    with pytest.raises(OutageError) as waited:  # a restart may find it free
+    with pytest.raises(OutageError) as waited:  # a retry may find it free
         hold_lock(path, "trains run 'a'", wait_s=0.1)
     assert waited.value.exit_code == 1
     threading.Timer(1.0, holder.kill).start()
@@ -44,18 +44,20 @@ def test_a_lock_is_held_by_one_process_and_goes_with_it_however_it_ends(tmp_path
     release_lock(path)
 
 
-def test_a_lock_file_of_somebody_else_is_named_with_what_to_do(tmp_path, monkeypatch):
+def test_a_lock_file_of_another_user_is_reported_with_what_to_do(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     path.touch()
     may_open = Path.open
 
     def refuse(self, *arguments, **options):
-        if self == path:  # root, who runs tests too, may open everything
+        if self == path:  # tests may run as root, who may open everything
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return may_open(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=rf"{path}: Permission denied; it is of user {os.getuid()}.* remove this file"):
+    with pytest.raises(
+        UserError, match=rf"{path}: Permission denied; it belongs to user {os.getuid()}.* remove this file"
+    ):
         hold_lock(path, "works")
 
 
@@ -63,15 +65,15 @@ def test_runs_of_two_work_directories_that_share_a_folder_by_links_share_a_lock(
     first, second, third = (Config(workdir=str(tmp_path / name), teacher={"path": "t"}) for name in "abc")
     own = first.path("checkpoints", "kd")
     own.mkdir(parents=True)
-    assert kinds.lock_path(first, "kd") == own.with_name(".kd.lock")
+    assert kinds.run_lock_path(first, "kd") == own.with_name(".kd.lock")
     for config, run in ((second, "kd"), (third, "other")):
         config.path("checkpoints").mkdir(parents=True)
         config.path("checkpoints", run).symlink_to(own)
-        assert kinds.lock_path(config, run) == kinds.lock_path(first, "kd")
+        assert kinds.run_lock_path(config, run) == kinds.run_lock_path(first, "kd")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_reported_with_what_to_do(tmp_path, monkeypatch, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 

@@ -32,7 +32,7 @@ def _read(path):
     return read_manifest(path, "senses", made_by="make senses")
 
 
-def test_an_artifact_records_what_it_is_made_from(tmp_path):
+def test_an_artifact_records_what_it_was_made_from(tmp_path):
     _build(tmp_path / "a")
     manifest = _read(tmp_path / "a")
     assert manifest.inputs == {"corpus": "abc"}
@@ -68,7 +68,7 @@ def test_a_build_that_fails_publishes_nothing_and_keeps_the_old(tmp_path):
     assert _read(tmp_path / "a").facts == {"n": 3}
 
 
-def test_a_link_to_a_larger_disk_stays_and_what_it_points_to_is_replaced(tmp_path):
+def test_a_link_to_a_larger_disk_stays_and_its_target_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()
     place = tmp_path / "work" / "senses"
     place.parent.mkdir()
@@ -84,13 +84,13 @@ def test_a_link_to_a_larger_disk_stays_and_what_it_points_to_is_replaced(tmp_pat
     assert [path.name for path in place.parent.iterdir()] == ["senses"]
 
 
-def test_leftovers_behind_a_link_are_removed(tmp_path):
+def test_leftovers_in_a_linked_folder_are_removed(tmp_path):
     (tmp_path / "disk" / ".real.partial").mkdir(parents=True)
     (tmp_path / "disk" / ".real.partial" / "leftover").write_bytes(b"x")
     (tmp_path / "a").symlink_to(tmp_path / "disk" / "real")
     building_module.remove_partial(tmp_path / "a")
     assert not [*(tmp_path / "disk").iterdir()]
-    # Someone has linked the temporary folder itself.
+    # The temporary folder itself is a link.
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "leftover").write_bytes(b"x")
     (tmp_path / ".b.partial").symlink_to(tmp_path / "elsewhere")
@@ -106,7 +106,7 @@ def test_leftovers_behind_a_link_are_removed(tmp_path):
         ("/proc", r"a: this is a link to /proc, which is a mount point, so it cannot be replaced"),
     ],
 )
-def test_a_place_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, target, message):
+def test_a_path_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, target, message):
     (tmp_path / "file").touch()
     (tmp_path / "a").symlink_to(tmp_path / target)
     with pytest.raises(UserError, match=message), build_artifact(tmp_path / "a", RECIPE):
@@ -114,14 +114,14 @@ def test_a_place_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, ta
     assert not (tmp_path / "not mounted").exists()
 
 
-def test_leftovers_of_a_killed_build_do_not_get_into_the_next(tmp_path):
+def test_leftovers_of_a_killed_build_do_not_enter_the_next(tmp_path):
     (tmp_path / ".a.partial").mkdir()
     (tmp_path / ".a.partial" / "leftover").write_bytes(b"x")
     _build(tmp_path / "a")
     assert list(_read(tmp_path / "a").files) == ["inner/file"]
 
 
-def test_damage_is_named(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     _build(tmp_path / "a")
     file = tmp_path / "a" / "inner" / "file"
     file.write_bytes(b"dat")
@@ -152,12 +152,12 @@ def test_other_artifacts_are_refused(tmp_path, change, message):
         _read(tmp_path / "a")
 
 
-def test_a_missing_artifact_says_how_to_make_it(tmp_path):
+def test_a_missing_artifact_is_reported_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match="there is no sense dictionary here; make it with `make senses`"):
         _read(tmp_path / "a")
 
 
-def test_a_misfit_names_both_sides():
+def test_inputs_that_do_not_fit_are_reported_with_both_sides():
     with pytest.raises(UserError, match=r"a and b: made with different teachers \(one… and two…\); make it again"):
         require_same("teachers", expected="one", found="two", between="a and b", remedy="make it again")
 
@@ -178,7 +178,7 @@ def test_two_processes_never_make_the_same_artifact(tmp_path, monkeypatch, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]  # no lock, no partial folder
 
 
-def test_a_reader_that_meets_a_replacement_reads_the_new_artifact(tmp_path, monkeypatch):
+def test_a_reader_gets_the_new_artifact_during_a_replacement(tmp_path, monkeypatch):
     monkeypatch.setattr(manifests, "_LOOK_AGAIN_S", 0)
     load = manifests._load_manifest
     contents = [b"longer", b"still longer"]
@@ -199,10 +199,10 @@ def test_a_reader_that_meets_a_replacement_reads_the_new_artifact(tmp_path, monk
         assert not contents
 
 
-def test_an_artifact_that_is_away_while_it_is_replaced_is_waited_for(tmp_path, monkeypatch):
+def test_a_reader_waits_while_an_artifact_is_replaced(tmp_path, monkeypatch):
     _build(tmp_path / "a")
     place, old = tmp_path / "a", tmp_path / ".a.old"
-    monkeypatch.setattr(time, "sleep", lambda _: old.rename(place))  # as the other process does meanwhile
+    monkeypatch.setattr(time, "sleep", lambda _: old.rename(place))  # as the other process does in the meantime
     for look in (_read, lambda path: is_current(path, RECIPE), lambda path: read_file(path, "inner/file") == b"data"):
         place.rename(old)
         assert look(place)

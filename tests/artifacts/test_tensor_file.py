@@ -1,4 +1,4 @@
-"""Tensors larger than memory: safetensors itself is what they are read and written with on the other side."""
+"""Files of tensors that are larger than memory, read back and written with safetensors itself."""
 
 import os
 import resource
@@ -12,7 +12,7 @@ from dskd.artifacts.tensor_file import create_tensors, map_tensor
 from dskd.errors import UserError
 
 SHAPES = {
-    "flags": ("U8", (3,)),  # an odd number of bytes: the others must still begin where their type may
+    "flags": ("U8", (3,)),  # an odd number of bytes: the other tensors must still be aligned to their types
     "rows": ("BF16", (5, 2)),
     "ids": ("I32", (3,)),
     "counts": ("I64", (4,)),
@@ -20,7 +20,7 @@ SHAPES = {
 }
 
 
-def test_what_is_written_piece_by_piece_is_what_safetensors_reads(tmp_path):
+def test_safetensors_reads_what_was_written_piece_by_piece(tmp_path):
     rows = torch.randn(5, 2).bfloat16()
     with create_tensors(tmp_path / "x", SHAPES) as maps:
         maps["rows"][3:] = rows[3:].view(torch.uint16).numpy()
@@ -35,7 +35,7 @@ def test_what_is_written_piece_by_piece_is_what_safetensors_reads(tmp_path):
     assert found["nothing"].shape == (0, 3)
 
 
-def test_what_safetensors_writes_is_mapped(tmp_path):
+def test_files_that_safetensors_wrote_are_mapped(tmp_path):
     rows = torch.randn(4, 3).bfloat16()
     save_file({"a": torch.arange(3), "rows": rows, "none": torch.empty(0, 2)}, tmp_path / "x")
     mapped = map_tensor(tmp_path / "x", "rows", "BF16")
@@ -45,8 +45,8 @@ def test_what_safetensors_writes_is_mapped(tmp_path):
         map_tensor(tmp_path / "x", "rows", "F32")
 
 
-def test_no_place_on_disk_is_an_error_and_no_crash(tmp_path):
-    """A limit on the size of files stands for a full disk: both refuse the reservation."""
+def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path):
+    """Uses a limit on file sizes instead of a full disk: both refuse the reservation."""
     process = os.fork()
     if process == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))

@@ -2,14 +2,14 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from rank_jobs import run_benchmark
+from rank_processes import finish, fork_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import Shape, step_flops
@@ -18,7 +18,7 @@ from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish
 from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary
 from benchmarks.workload import Preset, build_loss, write_work_directory
 from dskd.config import LossConfig
-from dskd.losses.head import TERMS
+from dskd.losses.terms import SUMS
 from dskd.shards.search import Searcher
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -108,7 +108,7 @@ def test_the_published_algorithm_has_our_losses(tmp_path):
     }
     ours = build_loss(torch.nn.Parameter(weight), teacher_weight, loss, torch.device("cpu"), chunk_size=7)
     total, sums = ours(hidden, teacher_hidden, targets, senses)
-    terms = dict(zip(TERMS, sums.tolist(), strict=True))
+    terms = dict(zip(SUMS, sums.tolist(), strict=True))
     assert terms["ce"] / length == pytest.approx(float(ce), rel=1e-5)
     assert terms["kl"] / length == pytest.approx(float(kl), rel=1e-4)
     assert terms["sense"] / (len(relation) + len(own)) == pytest.approx(float(sense), rel=1e-5)
@@ -164,10 +164,7 @@ def test_the_step_benchmark_trains_and_reports_its_measurements(tmp_path):
     preset = Preset(Shape(300, 32, 48, 4, 2, 4, 3, 1, 32), global_batch_size=4, micro_batch_size=2)
     write_work_directory(tmp_path / "toy", preset, steps=6)
     options = ["--folder", tmp_path, "--preset", "toy", "--rounds", 2, "--warm-up", 1, "--output", tmp_path / "x.json"]
-    # Without the variables of the rank that this process may be.
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
-    command = [sys.executable, "-m", "benchmarks.step", *map(str, options)]
-    subprocess.run(command, cwd=FOLDER.parent, env=environment, check=True)
+    finish(fork_ranks(run_benchmark, "benchmarks.step", list(map(str, options))))
     results = json.loads((tmp_path / "x.json").read_text())["results"]
     use, shape = results["use"], preset.shape
     assert use["flops_per_token"] == step_flops(shape, shared_trunk=True)

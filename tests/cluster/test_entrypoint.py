@@ -1,7 +1,8 @@
-"""What cluster/docker/entrypoint.sh refuses, and how long it waits, before it starts anything."""
+"""cluster/docker/entrypoint.sh: what it refuses, how long it waits, and what it passes to programs."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,20 +54,20 @@ def start(tmp_path):
         (("train.py", *CONFIG), {"JOB_COMPLETION_INDEX": None}, "JOB_COMPLETION_INDEX: expected a whole number"),
         (("train.py", *CONFIG), {"JOB_COMPLETION_INDEX": "2"}, "DSKD_NODES: is 2, but this is node 2 (from 0)"),
         (("train.py", *CONFIG), {"DSKD_SERVICE": None}, "DSKD_SERVICE: is not set"),
-        (("train.py", *CONFIG), {"HOME": "/proc/home"}, "HOME: cannot make /proc/home"),
+        (("train.py", *CONFIG), {"HOME": "/proc/home"}, "HOME: cannot create /proc/home"),
         (("train.py", *CONFIG), {"HOME": None}, "HOME: is not set"),
         (("pipeline.py", *CONFIG), {}, "DSKD_NODES: is 2, but pipeline.py runs on one node"),
     ],
 )
-def test_a_mistake_of_the_manifest_is_named_and_not_to_be_retried(start, arguments, changes, message):
+def test_a_mistake_in_a_manifest_is_reported_and_not_to_be_retried(start, arguments, changes, message):
     process = start(*arguments, **changes)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 2, said
     assert f"error: {message}" in said
 
 
-def test_verbs_of_one_process_run_on_pod_0_and_the_others_are_done(start, tmp_path):
-    """Without the other pods: none of them has an address here."""
+def test_verbs_run_on_pod_0_and_other_pods_end_at_once(start, tmp_path):
+    """There are no other pods: none of their names has an address here."""
     config = (*CONFIG, f"workdir={tmp_path / 'work'}", "train.shard_cache=/scratch/shards")
     there = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     running = {
@@ -75,23 +76,33 @@ def test_verbs_of_one_process_run_on_pod_0_and_the_others_are_done(start, tmp_pa
     others = [start(verb, *config, JOB_COMPLETION_INDEX="1") for verb in running]
     said = {verb: process.communicate(timeout=300)[1] for verb, process in running.items()}
     assert [process.wait(30) for process in others] == [0, 0, 0]
-    # There is neither a checkpoint nor a tracked run: mistakes. That nothing is trained yet is none.
+    # Without a checkpoint and a tracked run, export and compare report a mistake; status does not.
     assert {verb: process.returncode for verb, process in running.items()} == {"export": 2, "compare": 2, "status": 0}
     assert "there is no checkpoint; train with" in said["export"]
     assert said["compare"].count("error: ") == 1
     assert "Traceback" not in "".join(said.values())
 
 
-def test_a_node_that_does_not_come_is_named_and_the_pod_may_be_retried(start):
+def test_programs_get_the_facts_about_the_job(start, tmp_path):
+    program = tmp_path / "dskd"
+    program.write_text("#!/bin/sh\nenv | grep ^DSKD_JOB_ >&2\n")
+    program.chmod(0o755)
+    process = start("compare", *CONFIG, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    _, output = process.communicate(timeout=30)
+    facts = {"DSKD_JOB_SCHEDULER=kubernetes", "DSKD_JOB_ID=dskd", f"DSKD_JOB_POD={socket.gethostname()}"}
+    assert set(output.splitlines()) == facts
+
+
+def test_a_missing_node_is_reported_and_the_pod_may_be_retried(start):
     process = start("annotate.py", *CONFIG)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "no address for dskd-0.nowhere.invalid dskd-1.nowhere.invalid after 0 s" in said
 
 
-def test_a_pod_that_still_waits_for_others_stops_at_once(start):
+def test_a_pod_that_waits_for_others_stops_at_once(start):
     process = start("annotate.py", *CONFIG, DSKD_PEERS_TIMEOUT_S="600")
-    # It listens when TERM is among the signals that the shell catches.
+    # The script is ready when TERM is among the signals that the shell catches.
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()

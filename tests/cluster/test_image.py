@@ -1,4 +1,4 @@
-"""The image of cluster/docker/, as far as it can be looked at without a builder: versions, user, entry point, files."""
+"""The image of cluster/docker/, as far as it can be checked without building it: versions, user, entry point, files."""
 
 import json
 import os
@@ -18,8 +18,10 @@ ENTRYPOINT = DOCKER / "entrypoint.sh"
 IN_IMAGE = "/opt/dskd"
 
 
-def test_the_entry_point_reads_what_manifests_set_and_manifests_set_nothing_else_of_ours():
-    read = set(re.findall(r"\bDSKD_[A-Z_]+\b", ENTRYPOINT.read_text(encoding="utf-8")))
+def test_manifests_set_the_variables_that_the_entry_point_reads_and_no_others():
+    text = ENTRYPOINT.read_text(encoding="utf-8")
+    exported = set(re.findall(r"\b(DSKD_[A-Z_]+)=", text))
+    read = set(re.findall(r"\bDSKD_[A-Z_]+\b", text)) - exported
     for name in JOBS:
         for pod in pods_of(render(name), SECRETS):
             assert {key for key in pod.env if key.startswith("DSKD_")} == read
@@ -42,7 +44,7 @@ def _instructions():
     return [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-def test_the_image_is_pinned_runs_as_nobody_and_starts_what_manifests_start():
+def test_the_image_is_pinned_runs_unprivileged_and_starts_what_manifests_start():
     instructions = _instructions()
     arguments = dict(value.split("=") for word, value in instructions if word == "ARG")
     (base,) = [value for word, value in instructions if word == "FROM"]
@@ -59,7 +61,7 @@ def test_the_image_is_pinned_runs_as_nobody_and_starts_what_manifests_start():
         assert all(pod.container["command"] == entry for pod in pods_of(render(name), SECRETS))
 
 
-def test_what_the_image_copies_is_there_and_goes_to_the_builder():
+def test_the_files_that_the_image_copies_exist_and_reach_the_builder():
     kept = [line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     sources = [name for word, value in _instructions() if word == "COPY" for name in value.split()[:-1]]
     assert "dskd" in sources and "launcher" in sources
@@ -68,7 +70,7 @@ def test_what_the_image_copies_is_there_and_goes_to_the_builder():
         assert any(source == name or source.startswith(f"{name}/") for name in kept), source
 
 
-def test_every_dependency_is_pinned_to_a_version_that_the_package_takes():
+def test_every_dependency_is_pinned_to_a_version_that_the_package_allows():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (DOCKER / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = {}

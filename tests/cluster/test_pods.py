@@ -1,4 +1,4 @@
-"""Each manifest's own command and environment, run as pods on two hosts: to the end, and through what clusters do."""
+"""Pods with each manifest's own command and environment, on two hosts: to the end, and through disruptions."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ HOSTS = ("node1", "node2")
 SMOKE = (REPOSITORY / "configs" / "smoke.yaml").read_text(encoding="utf-8")
 STEPS = yaml.safe_load(SMOKE)["train"]["steps"]
 USER = 10001
-# What a cluster's DNS would say of the pods of each job, and of the services.
+# The names that a cluster's DNS would have for the pods of each job and the services.
 ALIASES = {
     HOSTS[0]: ["dskd-0.dskd", "dskd-node-0-0.dskd", "dskd-pipeline-0.dskd"],
     HOSTS[1]: ["dskd-1.dskd", "dskd-node-0-1.dskd"],
@@ -44,7 +44,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def kubelet(cluster, tmp_path_factory):
-    """A work volume with what the smoke test's pipeline has made."""
+    """A work volume with the artifacts of the smoke test's pipeline."""
     kubelet = Kubelet(cluster, tmp_path_factory.mktemp("volumes"))
     (pod,) = pods_of(render("overlays/cpu-smoke-test-pipeline"))
     running = kubelet.start(pod, HOSTS[0])
@@ -57,13 +57,13 @@ def kubelet(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(kubelet):
-    """(step, loss) of the smoke test's training, on pods that nobody disturbs."""
+    """(step, loss) of the smoke test's training on undisturbed pods."""
     pods = pods_of(render("overlays/cpu-smoke-test"))
     assert {pod.env["DSKD_PREFLIGHT"] for pod in pods} == {"1"}
     running = _start(kubelet, pods, preflight=True)
     assert _wait(running) == [0, 0], _output(running)
     assert "preflight: everything is as training needs it" in running[0].output
-    for one in running:  # each judges by the checkpoints
+    for one in running:  # each pod checks the checkpoints
         assert f"run 'dskd': finished, step {STEPS} of {STEPS}" in one.output
     losses = _losses(kubelet, "dskd")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
@@ -71,7 +71,7 @@ def undisturbed(kubelet):
 
 
 def _start(kubelet, pods, *arguments, preflight=False, **env):
-    """One pod a host, each with a few more arguments than its manifest gives it.
+    """Starts one pod per host, with arguments in addition to those of its manifest.
 
     The manifest's preflight is left out where it is not what the test is about: it starts all ranks once more.
     """
@@ -107,7 +107,7 @@ def _wait_for_step(kubelet, run, step, running):
 
 
 def _inner_launcher(pod):
-    """The process ID, on this machine, of the launcher that `deepspeed` has started in a pod."""
+    """Returns the process ID, on this machine, of the launcher that `deepspeed` has started in a pod."""
     namespace = Path(f"/proc/{pod.pid}/ns/pid").readlink()
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -124,14 +124,14 @@ def test_the_smoke_test_ends_well_and_belongs_to_the_pods_user(kubelet, undistur
     assert {path.stat().st_uid for path in work.rglob("*")} == {USER}
 
 
-def test_a_pod_that_comes_when_the_others_are_done_is_done_too(kubelet, undisturbed):
+def test_a_pod_that_starts_after_the_run_is_finished_ends_at_once(kubelet, undisturbed):
     pods = pods_of(render("overlays/cpu-smoke-test"))
     running = kubelet.start(pods[1], HOSTS[1])
     assert running.wait(60) == 0, running.output
     assert "deepspeed" not in running.output
 
 
-def test_a_pod_can_write_to_its_volumes_only_and_has_no_rights(kubelet):
+def test_a_pod_can_write_only_to_its_volumes_and_has_no_capabilities(kubelet):
     pod = pods_of(render("overlays/cpu-smoke-test"))[0]
     looks = (
         "touch /opt/dskd/x /usr/x /x /etc/dskd/x; touch /data/x /scratch/x /tmp/x /dev/shm/x && echo written; "
@@ -146,7 +146,7 @@ def test_a_pod_can_write_to_its_volumes_only_and_has_no_rights(kubelet):
     (kubelet.claim("dskd-work") / "x").unlink()
 
 
-def test_stopped_and_killed_pods_are_replaced_and_the_run_is_the_undisturbed_one(kubelet, undisturbed):
+def test_stopped_and_killed_pods_are_replaced_and_the_losses_stay_the_same(kubelet, undisturbed):
     objects = render("overlays/cpu-smoke-test")
     pods, (_, spec) = pods_of(objects), job_of(objects)
 
@@ -162,12 +162,12 @@ def test_stopped_and_killed_pods_are_replaced_and_the_run_is_the_undisturbed_one
     stopped_at = checkpoint.latest(_config(kubelet, "disturbed")).step
     assert f"stopped at step {stopped_at} of {STEPS}" in running[0].output
 
-    # A launcher is killed, as by a lack of memory. `deepspeed` says 0 then, and its ranks would live on.
+    # A launcher is killed, as for lack of memory. `deepspeed` then returns 0, and its ranks would live on.
     running = _start(kubelet, pods, "run=disturbed")
     _wait_for_step(kubelet, "disturbed", min(stopped_at + 1, STEPS - 10), running)
     os.kill(_inner_launcher(running[0]), signal.SIGKILL)
     codes = _wait(running)
-    assert "the launcher says that all went well, but the run is not at its end" in running[0].output
+    assert "the launcher returned 0, but the run is not finished" in running[0].output
     assert [verdict(spec, code) for code in codes] == ["Count", "Count"], (codes, _output(running))
 
     running = _start(kubelet, pods, "run=disturbed")
@@ -175,7 +175,7 @@ def test_stopped_and_killed_pods_are_replaced_and_the_run_is_the_undisturbed_one
     assert _losses(kubelet, "disturbed") == undisturbed
 
 
-def test_a_pod_that_is_asked_before_its_ranks_listen_still_stops(kubelet):
+def test_a_pod_stops_even_if_asked_before_its_ranks_handle_signals(kubelet):
     pods = pods_of(render("overlays/cpu-smoke-test"))
     running = _start(kubelet, pods, "run=early", "train.collective_timeout_s=30")
     deadline = time.monotonic() + 60
@@ -187,7 +187,7 @@ def test_a_pod_that_is_asked_before_its_ranks_listen_still_stops(kubelet):
     assert codes[1] not in (0, 2), _output(running)
 
 
-def test_a_pipeline_that_is_asked_to_stop_stops(cluster, tmp_path):
+def test_a_pipeline_stops_on_request(cluster, tmp_path):
     kubelet = Kubelet(cluster, tmp_path)
     (pod,) = pods_of(render("overlays/cpu-smoke-test-pipeline"))
     running = kubelet.start(pod, HOSTS[0])
@@ -210,7 +210,7 @@ def test_a_users_mistake_fails_the_job(kubelet):
     assert "Traceback" not in _output(running)
 
 
-def test_a_jobset_trains_and_tells_the_mlflow_server_of_its_manifest(cluster, kubelet, undisturbed):
+def test_a_jobset_trains_and_logs_to_the_mlflow_server_of_its_manifest(cluster, kubelet, undisturbed):
     (server,) = pods_of(render("mlflow"))
     serving = kubelet.start(server, SWITCH)
     try:
@@ -251,7 +251,7 @@ def test_the_mlflow_server_takes_its_database_from_the_secret(cluster, kubelet):
 
 
 def _wait_for_server(cluster, serving):
-    """As the kubelet probes: by the pod's address."""
+    """Probes the server as the kubelet does, by the pod's address."""
     deadline = time.monotonic() + 120
     while _status_code(cluster, "http://10.77.0.254:5000/health") != "200":
         assert serving.poll() is None and time.monotonic() < deadline, serving.output
@@ -270,7 +270,7 @@ def _status_code(cluster, url):
 
 @pytest.fixture
 def store(cluster):
-    """An object store on a host of its own; its address and how to talk to it from here."""
+    """Starts an object store on a host of its own and yields its address."""
     command = [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", "9000"]
     serving = cluster.start(SWITCH, command, {**os.environ, "PATH": PATH})
     deadline = time.monotonic() + 60
@@ -282,7 +282,7 @@ def store(cluster):
 
 
 def _upload(cluster, folder: Path, bucket: str, prefix: str) -> None:
-    """Runs on a host, for from here nothing leads to the hosts' network."""
+    """Uploads a folder from a host, because this process is not on the hosts' network."""
     program = (
         "import boto3, pathlib, sys\n"
         "folder, bucket, prefix = sys.argv[1:]\n"
@@ -303,7 +303,7 @@ def test_shards_in_a_bucket_give_the_same_run_and_other_shards_are_refused(
     pods = pods_of(objects, {"dskd-object-storage": keys})
     shards = kubelet.claim("dskd-work") / "work" / "smoke" / "shards"
     _upload(cluster, shards, "example-bucket", "llama-3-8b/shards")
-    # A work directory without shards: only their manifests are there.
+    # A work directory with the manifests of the shards, but without the shards.
     bare = Kubelet(cluster, tmp_path, {"llama3-8b-16layers.yaml": SMOKE})
     shutil.copytree(
         kubelet.claim("dskd-work"), bare.claim("dskd-work"), ignore=shutil.ignore_patterns("*.mds*", "index.json")

@@ -1,4 +1,4 @@
-"""What cluster/slurm/submit.sh refuses before anything is submitted, and what it asks of sbatch."""
+"""cluster/slurm/submit.sh: what it refuses before anything is submitted, and the options it gives to sbatch."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ SLURM = REPOSITORY / "cluster" / "slurm"
 
 @pytest.fixture
 def submit(tmp_path):
-    """Runs submit.sh with more lines behind cluster.env's own; `sbatch` writes down what it is given."""
+    """Runs submit.sh with cluster.env and further lines; `sbatch` is a script that records its arguments."""
     programs = tmp_path / "bin"
     programs.mkdir()
     sbatch = programs / "sbatch"
@@ -38,7 +38,7 @@ def submit(tmp_path):
     return run
 
 
-def test_every_problem_of_the_settings_is_named_at_once(submit):
+def test_all_problems_of_the_settings_are_reported_at_once(submit):
     wrong = {
         "DSKD_NODES=": "DSKD_NODES: expected a whole number from 1, found ''",
         "DSKD_GPUS_PER_NODE=eight": "DSKD_GPUS_PER_NODE: expected a whole number from 0, found 'eight'",
@@ -50,7 +50,7 @@ def test_every_problem_of_the_settings_is_named_at_once(submit):
         "DSKD_PREFLIGHT=yes": "DSKD_PREFLIGHT: expected 1 or nothing, found 'yes'",
         "DSKD_LOGS=": "DSKD_LOGS: is empty",
         "DSKD_CONFIG=nowhere.yaml": "DSKD_CONFIG: there is no file 'nowhere.yaml'",
-        "DSKD_VENV=/nowhere": "DSKD_VENV: '/nowhere' is no virtual environment",
+        "DSKD_VENV=/nowhere": "DSKD_VENV: '/nowhere' is not a virtual environment",
     }
     finished = submit("train", env="\n".join(wrong))
     assert finished.returncode == 2
@@ -60,7 +60,7 @@ def test_every_problem_of_the_settings_is_named_at_once(submit):
     assert submit.submitted() == []
 
 
-def test_a_mistake_in_the_config_is_said_before_the_queue(submit):
+def test_a_mistake_in_the_config_is_reported_before_anything_is_submitted(submit):
     for arguments in (("train", "trian.steps=5"), ("pipeline", "trian.steps=5")):
         finished = submit(*arguments)
         assert finished.returncode == 2
@@ -68,14 +68,14 @@ def test_a_mistake_in_the_config_is_said_before_the_queue(submit):
     assert submit.submitted() == []
 
 
-def test_a_run_that_the_pipeline_would_train_is_looked_at_before_the_queue(submit):
+def test_runs_of_the_pipeline_are_checked_before_anything_is_submitted(submit):
     finished = submit("pipeline", env="DSKD_RUNS=(b/c)")
     assert finished.returncode == 2
     assert "override 'run=b/c'" in finished.stderr
     assert submit.submitted() == []
 
 
-def test_a_settings_file_that_is_no_bash_is_refused_with_its_line(submit, tmp_path):
+def test_a_settings_file_that_is_not_bash_is_refused_with_its_line(submit, tmp_path):
     for line, blanks in (("DSKD_NODES = 2", True), ("modul load cuda", False), ("DSKD_RUNS=(one", False)):
         finished = submit("train", env=line)
         assert finished.returncode == 2
@@ -85,7 +85,7 @@ def test_a_settings_file_that_is_no_bash_is_refused_with_its_line(submit, tmp_pa
     assert submit.submitted() == []
 
 
-def test_a_settings_file_may_load_modules_which_read_what_is_not_set(submit):
+def test_a_settings_file_can_load_modules_that_read_unset_variables(submit):
     module = """module() { [ "$1-$NEVER_SET" = load- ] || echo "no such module: $2" >&2; [ "$2" = cuda ]; }\n"""
     finished = submit("train", env=f"{module}module load cuda")
     assert finished.returncode == 0, finished.stderr
@@ -95,7 +95,7 @@ def test_a_settings_file_may_load_modules_which_read_what_is_not_set(submit):
     assert len(submit.submitted()) == 1
 
 
-def test_what_is_neither_training_nor_pipeline_is_refused(submit):
+def test_jobs_other_than_train_and_pipeline_are_refused(submit):
     finished = submit("eval")
     assert finished.returncode == 2
     assert "error: 'eval' is neither train nor pipeline" in finished.stderr
@@ -128,7 +128,7 @@ def test_the_pipeline_trains_all_runs_of_the_config_or_those_that_are_named(subm
     assert _trained(submit)[2:] == [["run=two"]]
 
 
-def test_where_the_config_cannot_be_read_its_run_is_trained_and_it_is_said(submit):
+def test_without_a_readable_config_only_its_run_is_trained_with_a_warning(submit):
     finished = submit("pipeline", env="DSKD_VENV=")
     assert finished.returncode == 0, finished.stderr
     assert _trained(submit) == [[]]
@@ -136,7 +136,7 @@ def test_where_the_config_cannot_be_read_its_run_is_trained_and_it_is_said(submi
     assert "DSKD_RUNS" not in submit("train", env="DSKD_VENV=").stderr
 
 
-def test_a_settings_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_settings_file_is_reported(tmp_path):
     environment = {**os.environ, "DSKD_ENV": str(tmp_path / "no.env")}
     finished = subprocess.run(
         [str(SLURM / "submit.sh"), "train"], env=environment, capture_output=True, text=True, timeout=60

@@ -20,13 +20,13 @@ from dskd.compare.choosing import Selection
 from dskd.compare.comparison import make_comparison
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import color_of
-from dskd.compare.results import KINDS
+from dskd.compare.results import EVALUATIONS
 from dskd.compare.text import compare
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
 from dskd.pipeline import compare_or_say_why_not
-from dskd.tracking import log_evaluation, log_results, read_runs, start_tracking
+from dskd.tracking import log_results, read_runs, start_tracking
 
 pytestmark = pytest.mark.slow
 
@@ -37,25 +37,25 @@ TAGS = {"device": "cpu", "world_size": "2", "teacher": "7" * 64, "student": "8" 
 
 
 def _examples(better, seed, data=DATA):
-    """What a model could score: the texts are as hard for all, and `better` nats a token are its own."""
-    hard, mine = np.random.default_rng(1), np.random.default_rng([2, seed])
-    per_token = 5 + hard.normal(0, 0.5, N) - better + mine.normal(0, 0.02, N)
+    """Returns a model's scores: texts are equally hard for all models, and this one is `better` nats a token better."""
+    of_texts, of_model = np.random.default_rng(1), np.random.default_rng([2, seed])
+    per_token = 5 + of_texts.normal(0, 0.5, N) - better + of_model.normal(0, 0.02, N)
     lexical, alignable = TOKENS // 4, TOKENS // 10
     columns = {
         "nll": per_token * TOKENS,
         "tokens": TOKENS,
-        "correct": mine.binomial(TOKENS, 0.3 + better / 2),
-        "agree": mine.binomial(TOKENS, 0.5 + better / 2),
+        "correct": of_model.binomial(TOKENS, 0.3 + better / 2),
+        "agree": of_model.binomial(TOKENS, 0.5 + better / 2),
         "lexical_nll": (per_token + 0.3) * lexical,
         "lexical_tokens": lexical,
-        "aligned": mine.binomial(alignable, 0.6),
+        "aligned": of_model.binomial(alignable, 0.6),
         "alignable": alignable,
     }
     return Examples(data, [str(number) for number in range(N)], columns, MEASURES)
 
 
 def _track(config_path, name, *overrides, better=0.0, seed=0, data=DATA, evaluated=True, tags=()):
-    """A run as training and evaluation leave it."""
+    """Makes a run like those of training and evaluation; returns its id."""
     config = load_config(config_path, [f"run={name}", f"seed={seed}", *overrides])
     tracker = start_tracking(config, ONE_RANK, tags=TAGS | dict(tags))
     tracker.log_metrics({"coverage/with_senses": 0.62, "coverage/with_synonyms": 0.25}, 0)
@@ -72,7 +72,7 @@ def _track(config_path, name, *overrides, better=0.0, seed=0, data=DATA, evaluat
         examples = _examples(better, seed + 10 * len(name), data)
         file = config.path(EXAMPLES_FILE)
         save_examples(file, examples)
-        log_evaluation(config, name, tracker.run_id, examples.values(), file, data=data, step=STEPS)
+        log_results(config, name, tracker.run_id, "evaluation", examples.values(), file, data=data, step=STEPS)
     return tracker.run_id
 
 
@@ -185,7 +185,7 @@ def test_example_tests_compare_the_groups_means_over_seeds(comparison):
 
 @pytest.fixture
 def empty(tracked, tmp_path):
-    """A config whose experiment has no runs yet, in a database that is there already: to make one takes seconds."""
+    """A config whose experiment has no runs yet, in an existing database, because making one takes seconds."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b"}}))
     (tmp_path / "work").mkdir()
@@ -194,7 +194,7 @@ def empty(tracked, tmp_path):
 
 
 def _add_results(path, name, run_id, folder, scores, *, data="a" * 64, measure="score", of=None):
-    """Results with one score an example, as tasks and lexical measures leave them."""
+    """Adds results with one score for each example, like those of benchmarks and lexical measures."""
     config = load_config(path)
     columns = {measure: np.asarray(scores), f"{measure}_items": np.ones(len(scores), dtype=np.int64)}
     table = Examples(
@@ -206,22 +206,22 @@ def _add_results(path, name, run_id, folder, scores, *, data="a" * 64, measure="
 
 
 @pytest.mark.parametrize(
-    ("folder", "measure", "shown", "kind"),
+    ("folder", "measure", "shown", "evaluation"),
     [
         ("lexical", "sense_separation", "sense_separation", "lexical"),
         ("tasks/piqa", "accuracy", "piqa_accuracy", "piqa"),
     ],
 )
-def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd, folder, measure, shown, kind):
+def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd, folder, measure, shown, evaluation):
     scores = {name: np.random.default_rng(seed).random(40) for seed, name in enumerate(("kd", "dskd", "other"))}
     ids = {}
     for name in ("kd", "dskd"):
         ids[name] = _track(empty, name, f"loss.sense_weight={len(name)}")
         config, table = _add_results(empty, name, ids[name], folder, scores[name], measure=measure)
     _, table = _add_results(empty, "kd", ids["kd"], folder, scores["kd"], measure=measure)
-    teacher = config.path(*KINDS[kind].path(config, "teacher").relative_to(config.path()).parts)
-    teacher.parent.mkdir(parents=True)
-    save_examples(teacher, table)
+    teacher = EVALUATIONS[evaluation].folder_of(config, "teacher")
+    teacher.mkdir(parents=True)
+    save_examples(teacher / EXAMPLES_FILE, table)
     comparison = make_comparison(load_config(empty), baseline="kd")
     assert comparison.final[f"eval/{shown}"] == {ids[name]: pytest.approx(scores[name].mean()) for name in ids}
     assert comparison.references["teacher"] == {shown: pytest.approx(scores["kd"].mean())}
@@ -232,24 +232,24 @@ def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd
     assert comparison.notes == []
     code, out, _ = dskd("compare", "--config", empty)
     assert code == 0
-    assert re.search(rf"^{KINDS[kind].title}:\n.*{shown.replace('_', ' ')}", out, re.MULTILINE)
+    assert re.search(rf"^{EVALUATIONS[evaluation].title}:\n.*{shown.replace('_', ' ')}", out, re.MULTILINE)
 
     ids["other"] = _track(empty, "other", "loss.sense_weight=9")
-    assert f"without {kind}: other" in make_comparison(load_config(empty)).notes[-1]
+    assert f"without {evaluation}: other" in make_comparison(load_config(empty)).notes[-1]
     _add_results(empty, "other", ids["other"], folder, scores["other"], data="b" * 64, measure=measure)
     code, out, err = dskd("compare", "--config", empty)
     assert (code, out) == (2, "")
     assert f"{'b' * 64}: other ({ids['other'][:8]})" in err
     assert re.search(rf"{'a' * 64}: .*kd \({ids['kd'][:8]}\)", err)
-    assert f"--without {kind}" in err
-    code, out, _ = dskd("compare", "--config", empty, "--without", kind)
+    assert f"--without {evaluation}" in err
+    code, out, _ = dskd("compare", "--config", empty, "--without", evaluation)
     assert code == 0
     assert "perplexity" in out
     assert shown.replace("_", " ") not in out
 
 
-def test_what_is_of_other_senses_is_left_out_and_the_rest_compared(empty):
-    """As where senses.k differs: the text is the same, and a measure that looks at sense embeddings is not."""
+def test_measures_of_other_senses_are_left_out_and_the_rest_compared(empty):
+    """As with another senses.k: the text is the same, but a measure that depends on sense embeddings is not."""
     ids = {name: _track(empty, name, f"senses.k={k}") for name, k in (("five", 5), ("ten", 10))}
     for name, of in (("five", "1" * 64), ("ten", "2" * 64)):
         _add_results(empty, name, ids[name], "lexical", [0.5, 1.0], measure="row_agreement", of=of)
@@ -257,7 +257,7 @@ def test_what_is_of_other_senses_is_left_out_and_the_rest_compared(empty):
     assert set(comparison.final["eval/perplexity"]) == set(ids.values())
     assert "eval/row_agreement" not in comparison.final
     assert "row_agreement" not in comparison.measured()
-    assert "row_agreement is of different teachers or sense embeddings, and left out" in comparison.notes[-1]
+    assert "row_agreement left out: the runs have different teachers or sense embeddings" in comparison.notes[-1]
     assert "111111111111: five" in comparison.notes[-1]
 
 
@@ -268,11 +268,13 @@ def test_a_measure_over_other_positions_is_left_out(empty):
         examples = _examples(0, 3)
         columns = dict(examples.columns, lexical_tokens=examples.columns["lexical_tokens"] + number)
         save_examples(config.path(EXAMPLES_FILE), Examples(DATA, examples.ids, columns, MEASURES))
-        log_evaluation(config, name, run_id, {"perplexity": 5.0}, config.path(EXAMPLES_FILE), data=DATA, step=STEPS)
+        log_results(
+            config, name, run_id, "evaluation", {"perplexity": 5.0}, config.path(EXAMPLES_FILE), data=DATA, step=STEPS
+        )
     comparison = make_comparison(config)
     assert "lexical_perplexity" not in comparison.measured()
     assert {"perplexity", "accuracy"} < set(comparison.measured())
-    assert "lexical_perplexity counts other positions" in comparison.notes[-1]
+    assert "lexical_perplexity left out: some runs count it at other positions" in comparison.notes[-1]
 
 
 def test_seed_tests_are_paired_by_seed(comparison):
@@ -283,7 +285,7 @@ def test_seed_tests_are_paired_by_seed(comparison):
     assert (test.difference.test, test.difference.count) == ("paired t", 2)
 
 
-def test_the_text_says_what_was_found_and_what_not(tracked):
+def test_the_text_shows_the_tests_and_what_they_do_not_cover(tracked):
     path, _ = tracked
     printed = compare(load_config(path))
     assert re.search(r"^kd \(2 seeds\)  +1\d\d\.\d\d ± \d+\.\d\d  ", printed, re.MULTILINE)
@@ -299,7 +301,7 @@ def test_the_text_says_what_was_found_and_what_not(tracked):
     assert "sweep" not in printed  # the parent of a sweep trained nothing
 
 
-def test_what_was_evaluated_on_different_data_is_refused(tracked, dskd):
+def test_runs_evaluated_on_different_data_are_refused(tracked, dskd):
     path, ids = tracked
     both = ("compare", "--config", path, "--experiment", EXPERIMENT, "--experiment", OTHER)
     code, out, err = dskd(*both)
@@ -321,21 +323,21 @@ def test_what_was_evaluated_on_different_data_is_refused(tracked, dskd):
     assert "kd-s0" not in out
 
 
-def test_the_pipeline_says_it_and_does_not_fail(tracked):
+def test_the_pipeline_reports_different_data_and_does_not_fail(tracked):
     config = load_config(tracked[0], [f"tracking.experiment={OTHER}", "run=far"])
     assert "far" in compare_or_say_why_not(config)
     _log_table(config, tracked[1]["far"], DATA)  # under another digest: the one is not the other
-    said = compare_or_say_why_not(config)
+    text = compare_or_say_why_not(config)
     _log_table(config, tracked[1]["far"], OTHER_DATA)
-    assert said.startswith("Not compared: ")
-    assert DATA in said
-    assert OTHER_DATA in said
+    assert text.startswith("Not compared: ")
+    assert DATA in text
+    assert OTHER_DATA in text
 
 
 def _log_table(config, run_id, data):
     table = config.path(EXAMPLES_FILE)
     save_examples(table, _examples(0, 30, data))
-    log_evaluation(config, "far", run_id, {}, table, data=OTHER_DATA, step=STEPS)
+    log_results(config, "far", run_id, "evaluation", {}, table, data=OTHER_DATA, step=STEPS)
 
 
 def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
@@ -343,7 +345,7 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
     config = load_config(path)
 
     def names(**selection):
-        return [run.name for run in make_comparison(config, Selection(**selection), without=list(KINDS)).runs]
+        return [run.name for run in make_comparison(config, Selection(**selection), without=list(EVALUATIONS)).runs]
 
     assert names(runs=["dskd-s1", "kd-s0"]) == ["dskd-s1", "kd-s0"]
     assert names(runs=[ids["far"], "margin"]) == ["far", "margin"]
@@ -353,16 +355,16 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (
             ["--run", "dskd-s7"],
             "--run dskd-s7: experiment senses & <b>words</b> has no run of this name; did you mean dskd-s",
         ),
-        (["--run", "0" * 32], f"--run {'0' * 32}: there is no run of this id"),
+        (["--run", "0" * 32], f"--run {'0' * 32}: no run has this id"),
         (["--experiment", "kdd"], "experiment 'kdd': MLflow at sqlite:"),
-        (["--tag", "device=tpu"], "none has the tags device=tpu; there are: device=cpu"),
-        (["--baseline", "kdd"], "--baseline kdd: there is no such group; there are: kd, dskd, margin"),
+        (["--tag", "device=tpu"], "has the tags device=tpu; there are device=cpu"),
+        (["--baseline", "kdd"], "--baseline kdd: there is no such group; the groups are: kd, dskd, margin"),
         (["--html", "/proc/report.html"], "--html /proc/report.html: cannot write there"),
         (
             ["tracking.uri=http://127.0.0.1:9"],
@@ -371,18 +373,18 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
         (["--html", ""], "--html '.': that is a folder; name a file"),
         (["--html", "/tmp"], "--html '/tmp': that is a folder; name a file"),
         (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda: also device=cpu is asked for"),
-        (["--experiment", EXPERIMENT, "--run", "FAR"], "'far' is of experiment 'other', which is none of --experiment"),
+        (["--experiment", EXPERIMENT, "--run", "FAR"], "'far' is in experiment 'other', but --experiment names only"),
     ],
 )
-def test_a_choice_of_what_is_not_there_says_what_is(tracked, dskd, arguments, says):
+def test_an_impossible_choice_is_refused_with_the_possible_ones(tracked, dskd, arguments, message):
     path, ids = tracked
     code, _, err = dskd("compare", "--config", path, *(ids["far"] if one == "FAR" else one for one in arguments))
     assert code == 2
-    assert says in err
+    assert message in err
     assert "Traceback" not in err
 
 
-def test_a_work_directory_that_one_may_only_read_is_compared_and_nothing_is_written(dskd, tracked, tmp_path, read_only):
+def test_a_read_only_work_directory_is_compared_and_left_unchanged(dskd, tracked, tmp_path, read_only):
     work = tmp_path / "work"
     shutil.copytree(load_config(tracked[0]).path(), work)
     (work / "curves.png").unlink(missing_ok=True)
@@ -392,7 +394,7 @@ def test_a_work_directory_that_one_may_only_read_is_compared_and_nothing_is_writ
     code, out, err = dskd(*arguments)
     assert (code, err) == (0, "")
     _, expected, _ = dskd("compare", "--config", tracked[0])
-    # All but where the picture and the database of MLflow's page are.
+    # Everything before the paths of the picture and of MLflow's database.
     assert expected.split("Loss curves: ")[0] in out
     assert f"No picture of the loss curves: {work / 'curves.png'}: the picture cannot be written there" in out
     assert (tmp_path / "report.html").is_file()
@@ -403,7 +405,7 @@ def test_the_link_is_mlflows_own(tracked):
     path, ids = tracked
     config = load_config(path)
     runs = [run for run in read_runs(config) if run.name in ("kd-s0", "margin")]
-    wanted = {"runs": [ids["margin"], ids["kd-s0"]], "experiments": [runs[0].experiment_id]}
+    expected = {"runs": [ids["margin"], ids["kd-s0"]], "experiments": [runs[0].experiment_id]}
     local = mlflow_link(config, runs)
     assert local.command.endswith(f"mlflow ui --backend-store-uri sqlite:///{config.path('mlflow.db').resolve()}")
     served = mlflow_link(load_config(path, ["tracking.uri=https://me:secret@mlflow.example.org/base/"]), runs)
@@ -411,10 +413,10 @@ def test_the_link_is_mlflows_own(tracked):
     for link, server in ((local, "http://127.0.0.1:5000"), (served, "https://mlflow.example.org/base")):
         start, question = link.address.split("?")
         assert start == f"{server}/#/compare-runs"
-        assert {key: json.loads(value) for key, (value,) in parse_qs(question).items()} == wanted
+        assert {key: json.loads(value) for key, (value,) in parse_qs(question).items()} == expected
 
 
-def test_the_report_is_one_file_that_points_nowhere_but_to_mlflow(report):
+def test_the_report_is_one_file_that_links_only_to_mlflow(report):
     page = report.read_text(encoding="utf-8")
     targets = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)""", page)
     outside = [target for target in targets if not target.startswith("#")]
@@ -429,7 +431,7 @@ def test_the_report_is_one_file_that_points_nowhere_but_to_mlflow(report):
 
 @pytest.fixture(scope="module")
 def browser():
-    """A browser that shows a file, with no name to be resolved and no address to be reached."""
+    """A browser that shows a file and can neither resolve a name nor reach an address."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("there is no chromium; `make test` installs it where it is root: apt-get install chromium")
@@ -448,7 +450,7 @@ def test_a_browser_without_network_shows_the_report(report, browser, tmp_path):
     assert pixels.shape == (2400, 1280, 3)
     assert (pixels == 255).all(-1).mean() > 0.5  # dark on white
     assert (pixels.max(-1) < 90).mean() > 0.01  # text
-    for number in range(2):  # bars, and not only the small squares beside a group's name
+    for number in range(2):  # bars, and not only the small squares before a group's name
         color = [int(color_of(number)[at : at + 2], 16) for at in (1, 3, 5)]
         assert (np.abs(pixels.astype(int) - color).max(-1) < 3).sum() > 5000, number
 

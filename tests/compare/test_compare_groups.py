@@ -1,4 +1,4 @@
-"""Which runs are one group, which of several alike counts, and what is said of the others."""
+"""Groups of runs: which runs belong together, which one of several with equal settings is kept, and the notes."""
 
 import pytest
 
@@ -21,8 +21,8 @@ def _names(groups):
     return [(group.label, [run.run_id[0] for run in group.runs]) for group in groups]
 
 
-def test_seeds_of_other_inputs_are_pooled_and_it_is_said():
-    """As whole pipelines with another seed each are: whether that was meant, nobody can know."""
+def test_seeds_with_different_inputs_are_pooled_with_a_note():
+    """As those of whole pipelines with a seed each; whether that was intended is unknown."""
     runs = [_run("a", "dskd-s0", 1), _run("b", "dskd-s1", 2, seed=1, dataset="e" * 64)]
     groups, (note,) = group_runs(runs)
     assert _names(groups) == [("dskd (2 seeds)", ["a", "b"])]
@@ -30,7 +30,7 @@ def test_seeds_of_other_inputs_are_pooled_and_it_is_said():
     assert config_differences(groups) == []
 
 
-def test_one_seed_with_other_inputs_is_another_group():
+def test_the_same_seed_with_other_inputs_is_another_group():
     runs = [_run("a", "dskd-s0", 1), _run("b", "other", 2, teacher="0" * 64), _run("c", "dskd-s1", 3, seed=1)]
     groups, notes = group_runs(runs)
     assert _names(groups) == [("dskd (2 seeds)", ["a", "c"]), ("other", ["b"])]
@@ -38,7 +38,7 @@ def test_one_seed_with_other_inputs_is_another_group():
     assert config_differences(groups) == [("teacher (digest)", ["7" * 12, "0" * 12])]
 
 
-def test_a_seed_counts_once_and_the_run_that_finished_last_is_it():
+def test_each_seed_counts_once_by_the_run_that_finished_last():
     runs = [
         _run("a", "dskd", 1),
         _run("b", "again", 3),
@@ -47,10 +47,12 @@ def test_a_seed_counts_once_and_the_run_that_finished_last_is_it():
     ]
     groups, (note,) = group_runs(runs)
     assert [[run.run_id[0] for run in group.runs] for group in groups] == [["b", "d"]]
-    assert "left out: dskd (aaaaaaaa), running (cccccccc); what counts: again, dskd-s1" in note
+    assert (
+        "other runs have the same settings and seed: dskd (aaaaaaaa), running (cccccccc); kept: again, dskd-s1" in note
+    )
 
 
-def test_a_run_that_failed_takes_no_finished_ones_place_and_tags_are_looked_at_first(monkeypatch):
+def test_a_failed_run_does_not_replace_a_finished_one_and_tags_are_matched_first(monkeypatch):
     failed, finished = _run("b", "kd", 3, status="FAILED"), _run("a", "kd", 1, evaluation_data="1" * 64)
     config = Config(workdir="work", teacher={"path": "a/b"})
     monkeypatch.setattr(choosing, "read_runs", lambda config, experiments: [failed, finished])
@@ -61,7 +63,7 @@ def test_a_run_that_failed_takes_no_finished_ones_place_and_tags_are_looked_at_f
     assert choose_runs(config, Selection(tags={"evaluation_data": "1" * 64})).runs == [finished]
 
 
-def test_the_beginning_of_an_id_names_a_run_where_it_is_of_one_only(monkeypatch):
+def test_the_beginning_of_an_id_chooses_a_run_if_it_is_unique(monkeypatch):
     runs = [_run("b", "kd", 3), _run("a", "kd", 1), _run("c", "dskd", 0)]
     monkeypatch.setattr(choosing, "read_runs", lambda config, experiments: runs)
     config = Config(workdir="work", teacher={"path": "a/b"})

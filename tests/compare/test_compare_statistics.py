@@ -1,4 +1,4 @@
-"""Intervals and tests against scipy, values by hand, and what they promise."""
+"""Intervals and tests against scipy, values computed by hand, and their definitions."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_an_example_weighs_as_much_as_it_counts():
     assert (found.low, found.high) == pytest.approx((1 - half_width, 1 + half_width))
 
 
-def test_the_error_is_that_of_the_jackknife_where_examples_are_many():
+def test_the_error_is_that_of_the_jackknife_for_many_examples():
     generator = np.random.default_rng(1)
     counts = generator.integers(1, 50, 2000)
     one = generator.normal(0.1, 1, 2000) * counts
@@ -65,7 +65,7 @@ def test_p_values_agree_with_flipping_signs():
     assert found.p_value == pytest.approx(flipped.pvalue, abs=0.03)
 
 
-def test_nineteen_of_twenty_intervals_hold_the_truth():
+def test_nineteen_of_twenty_intervals_contain_the_true_value():
     generator = np.random.default_rng(4)
     counts = generator.integers(5, 40, 60)
     held = 0
@@ -76,7 +76,7 @@ def test_nineteen_of_twenty_intervals_hold_the_truth():
     assert 0.92 < held / 1000 < 0.97
 
 
-def test_examples_with_nothing_to_count_change_nothing():
+def test_examples_without_a_count_change_nothing():
     generator = np.random.default_rng(5)
     one, counts = generator.normal(0, 1, 30), generator.integers(1, 5, 30)
     padded = paired_on_examples(np.append(one, [0, 0]), np.zeros(32), np.append(counts, [0, 0]))
@@ -84,7 +84,7 @@ def test_examples_with_nothing_to_count_change_nothing():
     assert math.isnan(paired_on_examples(np.zeros(3), np.zeros(3), np.zeros(3)).p_value)
 
 
-def test_equals_are_not_different():
+def test_equal_models_do_not_differ():
     same = np.arange(5.0)
     assert paired_on_examples(same, same, np.ones(5)).p_value == 1.0
     assert on_seeds({"0": [1.0], "1": [2.0]}, {"0": [1.0], "1": [2.0]}).p_value == 1.0

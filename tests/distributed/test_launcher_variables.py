@@ -1,4 +1,4 @@
-"""The variables that launchers set, and those that they leave out or get wrong."""
+"""The variables that launchers set, leave out or set wrongly."""
 
 import json
 import os
@@ -30,7 +30,7 @@ TORCHRUN = {
 
 @pytest.fixture
 def read(monkeypatch):
-    """Reads these variables and no others, and returns all of them afterwards."""
+    """Reads the launcher's variables with only these set, and returns all of them afterwards."""
 
     def read(**variables):
         for name in NAMES:
@@ -59,18 +59,18 @@ def read(monkeypatch):
         ({"RANK": "4"}, "RANK: is 4 of WORLD_SIZE=4"),
         ({"WORLD_SIZE": "0"}, "RANK: is 1 of WORLD_SIZE=0"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK: is 2 of LOCAL_SIZE=2"),
-        # mosaicml-streaming would count no nodes, and divide by them
+        # mosaicml-streaming would compute 0 nodes and divide by that
         ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_SIZE: is 8, more than WORLD_SIZE=4"),
     ],
 )
-def test_what_a_launcher_left_out_or_got_wrong_is_named(read, changes, problem):
+def test_missing_and_wrong_launcher_variables_are_reported(read, changes, problem):
     with pytest.raises(UserError) as refused:
         read(**TORCHRUN | changes)
     assert problem in str(refused.value)
     assert "unset RANK and WORLD_SIZE for a single process" in str(refused.value)
 
 
-def test_all_that_is_wrong_is_named_at_once(read):
+def test_all_wrong_variables_are_reported_at_once(read):
     with pytest.raises(
         UserError, match=r"RANK: is not set(.|\n)*MASTER_ADDR: is not set(.|\n)*MASTER_PORT: is not set"
     ):
@@ -85,7 +85,7 @@ def test_a_single_process_needs_no_variables(read, variables):
     assert int(found["MASTER_PORT"]) > 0
 
 
-def test_torchruns_number_of_local_ranks_is_read(read):
+def test_the_number_of_local_ranks_that_torchrun_sets_is_read(read):
     assert read(**TORCHRUN)["LOCAL_SIZE"] == "2"
 
 
@@ -100,8 +100,8 @@ def test_a_rank_without_a_device_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("hosts", "expected"), [(["a", "b"], [[0, 1], [0, 1]]), (["a", "a"], [[0, 2], [1, 2]])], ids=["two nodes", "one"]
 )
-def test_ranks_whose_launcher_names_no_local_ranks_find_them_by_host(hosts, expected):
-    """As Kubernetes' PyTorchJob starts them, with one rank or with several in a pod."""
+def test_without_local_ranks_from_the_launcher_ranks_find_them_by_host(hosts, expected):
+    """Kubernetes' PyTorchJob starts ranks like this, with one or several per pod."""
     without = ("LOCAL_RANK", "LOCAL_SIZE")
     printed = finish(fork_ranks(join_as_launched, without, ranks=2, hosts=hosts), 60).output.splitlines()
     found = sorted(json.loads(line) for line in printed if line.startswith("["))
@@ -109,17 +109,17 @@ def test_ranks_whose_launcher_names_no_local_ranks_find_them_by_host(hosts, expe
 
 
 @pytest.mark.slow
-def test_a_port_in_use_is_named_with_what_to_do():
+def test_a_port_in_use_is_reported_with_what_to_do():
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         ended = finish(fork_ranks(join_as_launched, (), ranks=1, port=port), 60, check=False)
-    assert ended.exit_code == 1  # another try may find it free
+    assert ended.exit_code == 1  # a retry may find it free
     assert f"rank 0 cannot listen on port {port} (Address already in use)" in ended.output
     assert "`deepspeed --master_port PORT`" in ended.output
     assert "Traceback" not in ended.output
 
 
-def test_a_verb_of_one_process_speaks_whatever_rank_a_job_gave_it(monkeypatch, capsys, tmp_path):
+def test_a_verb_prints_whatever_rank_a_job_gave_its_process(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "1")
     config = write_config(tmp_path / "c.yaml", {"workdir": str(tmp_path / "work"), "teacher": {"path": "t"}, "x": 1})
     monkeypatch.setattr(sys, "argv", ["dskd", "status", "--config", str(config)])

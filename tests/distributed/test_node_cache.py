@@ -30,33 +30,33 @@ def _job(base):
     return process, process.stdout.readline().strip()
 
 
-def test_jobs_have_folders_of_their_own_and_take_away_only_what_dead_ones_left(tmp_path):
+def test_jobs_have_their_own_folders_and_remove_only_those_of_dead_jobs(tmp_path):
     (live, live_folder), (dead, dead_folder) = _job(tmp_path), _job(tmp_path)
     assert live_folder != dead_folder
     os.kill(dead.pid, signal.SIGKILL)
     dead.wait(10)
     assert Path(dead_folder).is_dir()
-    mine = open_node_cache(str(tmp_path), ONE_RANK)
-    assert sorted(map(str, tmp_path.iterdir())) == sorted([live_folder, str(mine)])
+    own = open_node_cache(str(tmp_path), ONE_RANK)
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([live_folder, str(own)])
     live.communicate(timeout=10)
-    assert [str(path) for path in tmp_path.iterdir()] == [str(mine)]  # a job that ends takes its folder with it
+    assert [str(path) for path in tmp_path.iterdir()] == [str(own)]  # a job removes its folder when it ends
 
 
-def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, read_only):
+def test_a_read_only_cache_folder_is_refused(tmp_path, read_only):
     read_only(tmp_path)
     with pytest.raises(UserError, match=r"set train\.shard_cache"):
         open_node_cache(str(tmp_path), ONE_RANK)
 
 
-def test_a_place_that_is_a_file_is_refused(tmp_path):
+def test_a_file_instead_of_a_cache_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write there"):
         open_node_cache(str(tmp_path / "file"), ONE_RANK)
 
 
 @pytest.mark.slow
-def test_two_jobs_on_the_same_two_nodes_do_not_wait_for_each_other_for_ever(tmp_path):
-    """In one job the first rank is on node1, in the other on node2."""
+def test_two_jobs_on_the_same_two_nodes_do_not_deadlock(tmp_path):
+    """In one job the first rank is on node1, in the other it is on node2."""
     for name in ("node1", "node2"):
         (tmp_path / name).mkdir()
     nodes = (["node1", "node2"], ["node2", "node1"])
@@ -65,8 +65,8 @@ def test_two_jobs_on_the_same_two_nodes_do_not_wait_for_each_other_for_ever(tmp_
         assert finish(ranks, 40).output.count("alone on node") == 2
 
 
-def test_no_number_that_anybody_has_in_shared_memory_is_taken(tmp_path):
-    """A killed job leaves some kinds of segments and not others; mosaicml-streaming would take a number in use."""
+def test_no_number_in_use_in_shared_memory_is_chosen(tmp_path):
+    """A killed job leaves some kinds of segments but not others; mosaicml-streaming would choose a number in use."""
     folder = tmp_path / "cache"
     folder.mkdir()
     samples = tmp_path / "samples"

@@ -1,4 +1,4 @@
-"""A request to stop: ranks agree on a step, save, and say so by their exit code; the run goes on as if undisturbed."""
+"""Requests to stop: ranks agree on a step, save and exit with 75; the run resumes as if it had not been stopped."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-def test_a_request_stops_a_program_with_its_own_exit_code(handlers, number):
+def test_a_request_stops_a_program_with_exit_code_75(handlers, number):
     def work():
         stopping.listen()
         os.kill(os.getpid(), number)
@@ -36,17 +36,17 @@ def test_a_request_stops_a_program_with_its_own_exit_code(handlers, number):
     assert run(work) == 75
 
 
-def test_a_deferred_request_is_remembered_and_cuts_nothing_off(handlers):
+def test_a_deferred_request_is_recorded_and_interrupts_nothing(handlers):
     stopping.listen()
     with stopping.deferred() as request:
         assert not request.is_pending
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.is_pending
-    os.kill(os.getpid(), signal.SIGTERM)  # requests are repeated: this one must not cut off what comes after
+    os.kill(os.getpid(), signal.SIGTERM)  # senders repeat requests: this one must not interrupt the code that follows
 
 
-def test_without_a_request_everything_is_as_before(handlers):
+def test_without_a_request_the_handlers_are_restored(handlers):
     stopping.listen()
     with stopping.deferred():
         pass
@@ -55,8 +55,8 @@ def test_without_a_request_everything_is_as_before(handlers):
 
 
 @pytest.mark.parametrize("is_main", [True, False])
-def test_a_launcher_that_ends_a_rank_does_not_cut_off_its_mistake(handlers, monkeypatch, capsys, is_main):
-    """With TERM and USR1 at once, as from a batch script, while the rank says what is wrong or waits for rank 0 to."""
+def test_a_launcher_that_ends_a_rank_does_not_cut_off_its_message(handlers, monkeypatch, capsys, is_main):
+    """TERM and USR1 arrive at once, as from a batch script, while the rank prints its message or waits for rank 0."""
 
     def asked():
         for number in stopping.SIGNALS:
@@ -69,10 +69,10 @@ def test_a_launcher_that_ends_a_rank_does_not_cut_off_its_mistake(handlers, monk
 
     monkeypatch.setattr("dskd.cli.program.is_main_process", asked)
     assert run(work) == 2
-    assert capsys.readouterr().err.count("bad input") == is_main  # rank 0 has said it, the other one does not
+    assert capsys.readouterr().err.count("bad input") == is_main  # only rank 0 prints it
 
 
-def test_work_that_stops_is_not_asked_again(handlers):
+def test_requests_after_the_first_are_ignored(handlers):
     stopping.listen()
     with pytest.raises(stopping.Stopped, match="at a good place"), stopping.deferred():
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -87,7 +87,7 @@ def _status(monkeypatch, config):
 
 
 @pytest.mark.slow
-def test_ranks_asked_at_different_times_stop_at_one_step_and_go_on(tiny, copy_of_tiny, monkeypatch, capsys):
+def test_ranks_asked_at_different_times_stop_after_one_step_and_resume(tiny, copy_of_tiny, monkeypatch, capsys):
     settings = {**TINY["train"], "steps": 40, "checkpoint_every": 4, "num_workers": 2}
     config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
     loaded = load_config(config)
@@ -97,7 +97,7 @@ def test_ranks_asked_at_different_times_stop_at_one_step_and_go_on(tiny, copy_of
         deadline = time.monotonic() + 120
         while checkpoint.latest(loaded) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        # All processes of a rank get it, its loader's workers too, as from a scheduler.
+        # As with a scheduler, all processes of a rank get the signal, including its loader's workers.
         os.killpg(ranks[1].pid, signal.SIGUSR1)
         time.sleep(0.1)
         os.killpg(ranks[0].pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness: it runs the exported student, hears the same from it, and scores the same."""
+"""EleutherAI's lm-evaluation-harness runs the exported student, gets the same answers, and scores them equally."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def lm_eval():
     return pytest.importorskip("lm_eval", reason="the optional package `lm_eval` is not installed (extra `eval`)")
 
 
-def test_the_harness_hears_the_same_from_the_export_and_scores_it_the_same(copy_of_tiny, tmp_path, world):
+def test_the_harness_gets_and_scores_the_same_answers_from_the_export(copy_of_tiny, tmp_path, world):
     config = copy_of_tiny("teacher", "student", "export")
     overrides = [f"tasks.arc_challenge={DATA / 'arc'}", f"tasks.commonsense_qa={DATA / 'commonsense_qa'}"]
     loaded = load_config(config, overrides)

@@ -1,4 +1,4 @@
-"""Benchmarks on ranks: what models say is what transformers generates, and their measures are made of that."""
+"""Benchmarks on ranks: answers are what transformers generates, and the measures follow from them."""
 
 import json
 import runpy
@@ -30,20 +30,20 @@ from dskd.models.cutting import build_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.tracking import Start, read_artifact, read_history, read_run, start_tracking
 
-SAID = ["A", "B", "C", "D", "E", "0", "1", "seven", "lake", "the", "No", "answer"]
+ANSWER_WORDS = ["A", "B", "C", "D", "E", "0", "1", "seven", "lake", "the", "No", "answer"]
 MODELS = ("teacher", "student")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The config of a teacher that says letters, and of its student."""
+    """The config of a teacher that answers with letters, and of its student."""
     folder = tmp_path_factory.mktemp("tasks")
     files = [path.read_text() for path in sorted(DATA.rglob("*")) if path.is_file()]
     marks = ["Question:", "Answer:", "Goal:", "Passage:", "A.", "B.", "C.", "D.", "E.", "0.", "1."]
-    words = list(dict.fromkeys([*SAID, *marks, *"".join(files).split()]))
+    words = list(dict.fromkeys([*ANSWER_WORDS, *marks, *"".join(files).split()]))
     model = save_model(folder / "model", words=words[:98])
-    known = [2 + words.index(word) for word in SAID]
-    with torch.no_grad():  # says what can be right, and ends early now and then
+    known = [2 + words.index(word) for word in ANSWER_WORDS]
+    with torch.no_grad():  # its answers can be right, and some end early
         model.lm_head.weight.mul_(0.3)
         model.lm_head.weight[known] *= 8
         model.lm_head.weight[0] *= 6
@@ -75,16 +75,16 @@ def results(config, world):
 
 
 def _results(config):
-    found = {}
+    results = {}
     for model in MODELS:
         for task in BENCHMARKS:
             folder = config.path("tasks", model, task)
             rows = pq.read_table(folder / "examples.parquet").to_pylist()
-            found[model, task] = rows, json.loads((folder / "measures.json").read_text())
-    return found
+            results[model, task] = rows, json.loads((folder / "measures.json").read_text())
+    return results
 
 
-def test_what_a_model_says_is_what_transformers_generates_for_each_prompt_alone(config, results):
+def test_answers_are_what_transformers_generates_for_each_prompt_alone(config, results):
     loaded = load_config(config)
     for model, task in results:
         folder = loaded.path("student") if model == "student" else loaded.teacher.path
@@ -109,7 +109,7 @@ def test_what_a_model_says_is_what_transformers_generates_for_each_prompt_alone(
             )
 
 
-def test_measures_are_made_of_the_table(results):
+def test_measures_follow_from_the_table_of_examples(results):
     scores = []
     for (_, task), (rows, measures) in results.items():
         scores += [row["score"] for row in rows]
@@ -129,7 +129,7 @@ def test_measures_are_made_of_the_table(results):
     assert 0 < sum(scores) < len(scores)  # some are right and some are wrong
 
 
-def test_the_table_says_itself_how_its_columns_make_the_measure(config, results):
+def test_the_table_describes_how_its_columns_make_the_measure(config, results):
     loaded = load_config(config)
     file = loaded.path("tasks", "teacher", "mmlu", "examples.parquet")
     about = json.loads(pq.read_schema(file).metadata[b"dskd"])
@@ -141,40 +141,40 @@ def test_the_table_says_itself_how_its_columns_make_the_measure(config, results)
     assert manifest.facts["questions"] == 5
 
 
-def test_what_is_up_to_date_is_not_asked_again(config, results, world, tmp_path, capsys):
+def test_results_that_are_up_to_date_are_not_computed_again(config, results, world, tmp_path, capsys):
     shutil.copytree(load_config(config).path(), tmp_path / "work")
     work = [f"workdir={tmp_path / 'work'}"]
 
-    def asked(*overrides, tasks=("piqa",), **options):
+    def stages_run(*overrides, tasks=("piqa",), **options):
         capsys.readouterr()
         run_tasks(load_config(config, [*work, *overrides]), world, tasks, **options)
         return [line.removeprefix("== ") for line in capsys.readouterr().err.splitlines() if line.startswith("== ")]
 
     both = ["piqa: teacher", "piqa: student"]
-    assert asked(tasks=["all"]) == []
-    assert asked(model_names=["student"], force=True) == ["piqa: student"]
-    assert asked("tasks.batch_size=1") == []
-    assert asked(force=True) == both
-    assert asked("tasks.seed=1") == both
-    assert asked("tasks.limit=2") == both
-    assert asked("tasks.limit=2", "tasks.choice_tokens=1") == both
+    assert stages_run(tasks=["all"]) == []
+    assert stages_run(model_names=["student"], force=True) == ["piqa: student"]
+    assert stages_run("tasks.batch_size=1") == []
+    assert stages_run(force=True) == both
+    assert stages_run("tasks.seed=1") == both
+    assert stages_run("tasks.limit=2") == both
+    assert stages_run("tasks.limit=2", "tasks.choice_tokens=1") == both
     data = shutil.copytree(DATA / "piqa", tmp_path / "piqa")
-    assert asked("tasks.limit=2", "tasks.choice_tokens=1", f"tasks.piqa={data}") == []
+    assert stages_run("tasks.limit=2", "tasks.choice_tokens=1", f"tasks.piqa={data}") == []
     (data / "valid-labels.lst").write_text("1\n1\n1\n1\n")
-    assert asked("tasks.limit=2", "tasks.choice_tokens=1", f"tasks.piqa={data}") == both
+    assert stages_run("tasks.limit=2", "tasks.choice_tokens=1", f"tasks.piqa={data}") == both
     rows = pq.read_table(tmp_path / "work" / "tasks" / "teacher" / "piqa" / "examples.parquet").to_pylist()
     assert [row["gold"] for row in rows] == [["1"], ["1"]]
 
 
-def test_a_model_that_was_replaced_before_its_turn_is_not_asked(config, results, world, tmp_path, monkeypatch):
+def test_a_model_replaced_before_its_turn_gets_no_benchmark_results(config, results, world, tmp_path, monkeypatch):
     shutil.copytree(load_config(config).path(), tmp_path / "work")
     replace_at_loading(monkeypatch, tmp_path / "work" / "student")
-    with pytest.raises(OutageError, match="student: this is not the model that was here when this began"):
+    with pytest.raises(OutageError, match="student: the model was replaced after the evaluation began"):
         run_tasks(load_config(config, [f"workdir={tmp_path / 'work'}"]), world, ["piqa"], force=True)
 
 
-def test_the_tracked_run_has_its_scores(config, results, world, tmp_path):
-    """The export of a run is asked too, here with the student's weights: it says the same."""
+def test_scores_are_logged_to_the_tracked_run(config, results, world, tmp_path):
+    """The export of a run is evaluated too; here it has the student's weights, so its answers are the same."""
     shutil.copytree(load_config(config).path(), tmp_path / "work")
     loaded = load_config(config, [f"workdir={tmp_path / 'work'}"])
     tracker = start_tracking(loaded, world, tags={}, start=Start())
@@ -232,11 +232,11 @@ def test_prompts_that_do_not_fit_are_counted(config, results, world, tmp_path, c
 
 
 def test_data_that_is_missing_is_named_before_a_model_is_loaded(config, world, monkeypatch):
-    monkeypatch.setattr("dskd.evaluation.tasks.load_candidate", None)
+    monkeypatch.setattr("dskd.evaluation.suite.load_candidate", None)
     with pytest.raises(UserError, match=r"tasks.mmlu: .*arc has neither test/\*_test.csv, as published"):
         run_tasks(load_config(config, [f"tasks.mmlu={DATA / 'arc'}"]), world, ["all"])
     with pytest.raises(
-        UserError, match=r"--models dskd: there is no such model here; .*, student; `dskd export --config"
+        UserError, match=r"--models dskd: there is no such model here, only .*, student; .* `dskd export --config"
     ):
         run_tasks(load_config(config), world, ["piqa"], ["dskd"])
     with pytest.raises(UserError, match=r"--tasks arc: no such task; there are arc_challenge, .*squad_v2, and all"):
@@ -253,29 +253,32 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
     candidate = Candidate("teacher", ModelFolder(tmp_path, "", ""))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <|im_end|>{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    check_prompts([(candidate, task)])
+    check_prompts(loaded, candidate, tokenizer, [task])
     tokenizer.add_tokens(["<|im_end|>"])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=rf"tasks.piqa: the prompt of .*has the token '<\|im_end\|>', whose id is {size},"
     ):
-        check_prompts([(candidate, task)])
+        check_prompts(loaded, candidate, tokenizer, [task])
 
 
 @pytest.mark.slow
-def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, results, tmp_path):
-    """7 batches for 2 ranks are one too few: a rank without questions takes part all the same."""
+def test_two_ranks_with_a_sharded_model_and_other_batches_get_the_same_results(config, results, tmp_path):
+    """With 7 batches, one of 2 ranks has no questions in the last turn, and must take part all the same."""
     shutil.copytree(load_config(config).path("student"), tmp_path / "work" / "student")
     overrides = (f"workdir={tmp_path / 'work'}", "teacher.mode=zero3", "tasks.batch_size=3")
     finished = run_program("evaluate.py", config, "--tasks", "all", *overrides, ranks=2)
-    assert finished.output.count("left out: the run has no export yet: dskd; `dskd export --config FILE run=dskd`") == 1
+    assert (
+        finished.output.count("left out, because there is no export yet: dskd; when dskd is trained, export it with")
+        == 1
+    )
     assert finished.output.count("== arc_challenge: teacher") == 1
     assert "tokens/s" in finished.output
     assert _results(load_config(config, overrides)) == results
-    # Those of the config: all of them, none of which is left to do.
+    # The benchmarks that the config names: all of them, and their results are up to date.
     evaluate = f"tasks.evaluate=[{', '.join(TASKS)}]"
     again = run_program("evaluate.py", config, "--tasks", *overrides, evaluate, ranks=1)
-    assert again.output.count("up to date: ") == 2
+    assert again.output.count("up to date: ") == 1
     refused = run_program("evaluate.py", config, "--tasks", "piqa", "run=nosuch", *overrides, ranks=2, check=False)
     assert refused.exit_code == 2
     assert refused.output.count("error: run=nosuch: ") == 1
@@ -284,7 +287,7 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--tasks", "arc"], "invalid choice: 'arc' (choose from arc_challenge, "),
         (["--tasks", "piqa", "--models"], "argument --models: expected at least one argument"),
@@ -293,9 +296,9 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, 
         (["--models", "teacher"], "--models needs --tasks or --lexical"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_before_anything_is_done(monkeypatch, capsys, arguments, says):
+def test_contradictory_arguments_are_refused_before_work_begins(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "no-such-file.yaml", *arguments])
     with pytest.raises(SystemExit) as exit_of_program:
         runpy.run_path(str(REPOSITORY / "launcher" / "evaluate.py"), run_name="__main__")
     assert exit_of_program.value.code == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Scores against the formulas of SQuAD's own script, in transformers' copy of it, and measures by hand."""
+"""Scores against SQuAD's own script, in transformers' copy of it, and measures against values computed by hand."""
 
 import math
 import random
@@ -53,7 +53,7 @@ def test_token_f1_is_that_of_squads_script(official):
 
 
 @pytest.mark.parametrize(
-    ("answers", "said"),
+    ("right_answers", "answer"),
     [
         (("seven", "seven arches"), "the seven arches."),
         (("seven", "seven arches"), "seven stone arches"),
@@ -67,17 +67,19 @@ def test_token_f1_is_that_of_squads_script(official):
         (("", "the", "lake"), "a lake"),
     ],
 )
-def test_a_score_is_what_squads_script_gives_an_abstention_or_an_answer(official, answers, said):
-    class Asked:
+def test_a_score_is_what_squads_script_gives_an_abstention_or_an_answer(official, right_answers, answer):
+    class QuestionOfScript:
         qas_id = "x"
 
-    Asked.answers = [{"text": text} for text in answers]
-    prediction = "" if normalize(said) == "no answer" else said  # how an abstention is written there
-    _, expected = official.get_raw_scores([Asked], {"x": prediction})
-    assert score_of(SQUAD, Example("x", "?", answers, passage="-"), said) == pytest.approx(expected["x"], abs=1e-12)
+    QuestionOfScript.answers = [{"text": text} for text in right_answers]
+    prediction = "" if normalize(answer) == "no answer" else answer  # how an abstention is written there
+    _, expected = official.get_raw_scores([QuestionOfScript], {"x": prediction})
+    assert score_of(SQUAD, Example("x", "?", right_answers, passage="-"), answer) == pytest.approx(
+        expected["x"], abs=1e-12
+    )
 
 
-def test_silence_is_no_abstention():
+def test_an_empty_answer_is_not_an_abstention():
     assert score_of(SQUAD, Example("x", "?", (), passage="-"), "") == 0
     assert score_of(SQUAD, Example("x", "?", ("lake",), passage="-"), "") == 0
 
@@ -101,13 +103,13 @@ def test_silence_is_no_abstention():
         (SQUAD, "(1710)", "(1710)"),
     ],
 )
-def test_the_answer_is_the_first_line_that_is_said(benchmark, generated, answer):
+def test_the_answer_is_the_first_line_that_is_not_empty(benchmark, generated, answer):
     assert answer_of(benchmark, generated) == answer
 
 
 def test_a_label_is_an_exact_match():
     example = Example("x", "?", ("B",), ("one", "two", "three"))
-    assert [score_of(ARC, example, said) for said in ("B", "A", "b", "Because", "")] == [1, 0, 0, 0, 0]
+    assert [score_of(ARC, example, answer) for answer in ("B", "A", "b", "Because", "")] == [1, 0, 0, 0, 0]
 
 
 def test_the_measure_of_independent_examples_is_their_mean_with_its_standard_error():
@@ -135,7 +137,7 @@ def test_mmlu_is_the_mean_over_subjects_with_its_standard_error():
     assert sum(weights) == pytest.approx(8)
 
 
-def test_squad_says_how_good_answers_and_abstentions_are_and_what_abstaining_gives():
+def test_squad_measures_answers_abstentions_and_always_abstaining():
     examples = [Example(str(n), "?", answers, passage="-") for n, answers in enumerate([("a",), ("b",), ("c",), ()])]
     measures = measures_of(SQUAD, examples, [1.0, 0.5, 0.0, 1.0])
     assert measures["answerable"]["score"] == 0.5

@@ -1,5 +1,7 @@
 import pyarrow.parquet as pq
 import pytest
+from wordnet_files import pairs as read_pairs
+from wordnet_files import read_synsets
 
 from dskd.errors import UserError
 from dskd.lexicon.reading import Report
@@ -73,7 +75,10 @@ def test_a_binary_tsv_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_wordnet_gives_the_relations_its_browser_shows():
-    relations, dropped = resolve(read_wordnet(open_wordnet()))
+    wordnet = open_wordnet()
+    relations = list(read_wordnet(wordnet))
+    assert {(r.head, r.tail, r.relation) for r in relations} == set(read_pairs(read_synsets(wordnet.folder)))
+    relations, dropped = resolve(relations)
     pairs = _pairs(relations)
     assert {
         ("happy", "antonym", "unhappy"),

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from tiny_wordnet import SYNSETS, write_wordnet
 
 from dskd.errors import UserError
 from dskd.lexicon import wordnet
@@ -12,10 +13,8 @@ from dskd.lexicon.wordnet import DICTIONARY_FILES, _private_folder, open_wordnet
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """Only the dictionary files, as Debian's package has them: neither lexnames nor index.sense."""
-    folder = tmp_path_factory.mktemp("dict")
-    for file in open_wordnet().folder.iterdir():
-        if file.name not in ("lexnames", "index.sense", "LICENSE"):
-            shutil.copyfile(file, folder / file.name)
+    folder = tmp_path_factory.mktemp("wordnet") / "dict"
+    write_wordnet(folder, [*SYNSETS, ("run", "v", ["run"], [])])
     assert {file.name for file in folder.iterdir()} >= set(DICTIONARY_FILES)
     return folder
 
@@ -43,7 +42,7 @@ def test_without_wordnet_the_error_names_three_ways_out(nowhere):
 
 def test_bare_dictionary_files_named_by_the_config_are_completed(nowhere, bare):
     found = open_wordnet(str(bare))
-    assert found.reader.synset("happy.a.01").lemma_names() == ["happy"]
+    assert found.reader.synset("car.n.01").lemma_names() == ["car", "auto", "motor_car"]
     assert found.reader.synset("run.v.01").lexname() == "verb.motion"
     assert not (bare / "lexnames").exists()  # a folder of the user's is not written to
 

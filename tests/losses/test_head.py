@@ -1,5 +1,7 @@
 """The chunked head against the plain formulation, with whole logits and autograd, in float64."""
 
+import json
+
 import pytest
 import torch
 from rank_jobs import head_gradients
@@ -12,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dskd.config import LossConfig
-from dskd.losses.head import TERMS, DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.terms import SUMS, TERMS
 
 B, T, D, D_TEACHER, V, R, K = 2, 6, 5, 7, 11, 4, 2
 
@@ -49,7 +52,7 @@ def case():
 
 
 def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_weights=None):
-    """L as the paper has it in section 4, in one expression each, with loops for the senses."""
+    """Computes L as in section 4 of the paper, one expression for each term, with loops for the senses."""
     mask = case["loss_mask"]
     emphasis = 1 if token_weights is None else token_weights[mask]
     teacher_weight = case["teacher_weight"] if teacher_weight is None else teacher_weight
@@ -105,7 +108,7 @@ def _plain_sense_divergence(case, loss, flat):
 
 
 WEIGHTS = {"ce_weight": 0.9, "kd_weight": 0.7, "sense_weight": 1.3, "hidden_weight": 0.4}
-LOSS = LossConfig(**WEIGHTS, margin=2.0, synonym_weight=0.8, antonym_weight=0.6)
+LOSS = LossConfig(**WEIGHTS, margin=6.0, synonym_weight=0.8, antonym_weight=0.6)
 DISTRIBUTION = LossConfig(**WEIGHTS, sense_form="distribution", sense_temperature=0.6)
 NORMALIZERS = Normalizers(tokens=0.25, senses=0.5)
 
@@ -121,7 +124,7 @@ def _run(case, head, **changes):
     }
     total, terms = head(hidden, **{**inputs, **changes})
     (3 * total).backward()
-    return total.detach(), dict(zip(TERMS, terms.tolist(), strict=True)), hidden.grad, head.weight.grad
+    return total.detach(), dict(zip(SUMS, terms.tolist(), strict=True)), hidden.grad, head.weight.grad
 
 
 def _expected(case, loss, *, trained_head=False, teacher_weight=None, token_weights=None):
@@ -130,6 +133,10 @@ def _expected(case, loss, *, trained_head=False, teacher_weight=None, token_weig
     total, sums = _plain(case, loss, hidden, weight, NORMALIZERS, teacher_weight, token_weights)
     (3 * total).backward()
     return total.detach(), [float(value.detach()) for value in sums], hidden.grad, weight.grad
+
+
+def _computed(loss):
+    return {term.name for term in TERMS if term.is_computed(loss)}
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
@@ -143,6 +150,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(case, chunk_size,
     for index in (0, 2, 3):
         torch.testing.assert_close(found[index], expected[index])
     assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
+    assert {name for name, value in found[1].items() if value} == _computed(loss) | {"hinges"}
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
@@ -154,9 +162,9 @@ def test_weights_of_positions_and_the_distribution_of_senses_are_those_of_the_pl
     expected = _expected(case, DISTRIBUTION, trained_head=True, token_weights=weights)
     for index in (0, 2, 3):
         torch.testing.assert_close(found[index], expected[index])
-    # The terms by themselves stay comparable with those of other weights.
+    # The reported terms do not contain the weights, so runs with other weights stay comparable.
     assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
-    assert found[1]["teacher_entropy"] > 0
+    assert {name for name, value in found[1].items() if value} == _computed(DISTRIBUTION)
 
 
 def test_one_matrix_serves_student_and_teacher(case):
@@ -167,7 +175,7 @@ def test_one_matrix_serves_student_and_teacher(case):
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation makes."""
+    """A mode that records the number of elements of the largest tensor that any operation makes."""
 
     numel = 0
 
@@ -181,7 +189,7 @@ class _LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("teacher", ["loaded", "cached"])
 def test_no_tensor_of_a_step_has_more_than_one_chunks_logits(teacher, monkeypatch):
-    """With rows of the sense dictionary at half of the positions, where there is a teacher to compare them with."""
+    """Half of the positions have rows of the sense dictionary if there is a teacher to compare them with."""
     positions, hidden_size, vocab_size, chunk = 600, 8, 500, 16
     hidden, teacher_hidden = torch.randn(2, 1, positions, hidden_size)
     head = DistillationHead(
@@ -234,7 +242,7 @@ def test_compiled_losses_are_the_same(case):
     torch.testing.assert_close((plain[0], plain[2]), (compiled[0], compiled[2]))
 
 
-def test_all_of_a_teachers_distribution_in_the_shards_is_the_teacher_itself(case):
+def test_a_cached_distribution_over_all_tokens_equals_the_teacher(case):
     loss = LOSS.model_copy(update={"hidden_weight": 0.0})
     head = DistillationHead(
         nn.Parameter(case["weight"], requires_grad=False), case["teacher_weight"], loss, chunk_size=4
@@ -244,13 +252,13 @@ def test_all_of_a_teachers_distribution_in_the_shards_is_the_teacher_itself(case
     online, cached = _run(case, head), _run(case, head, teacher_hidden=None, teacher_cache=cache)
     torch.testing.assert_close((cached[0], cached[2]), (online[0], online[2]))
     assert cached[1] == pytest.approx(online[1])
-    # As the shards have them, in half precision: the same to that rounding.
+    # The shards store half precision, so results agree up to its rounding.
     rounded = _run(case, head, teacher_hidden=None, teacher_cache={**cache, "logprobs": top.values.half()})
     torch.testing.assert_close((rounded[0], rounded[2]), (online[0], online[2]), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
-def test_vocabularies_padded_to_different_sizes_are_compared_in_what_they_share(case, padded):
+def test_vocabularies_padded_to_different_sizes_are_compared_on_shared_tokens(case, padded):
     padding = torch.full((3, D), 0.1, dtype=torch.float64)
     weight, teacher_weight = case["weight"], case["teacher_weight"]
     if padded == "student":
@@ -295,8 +303,8 @@ def test_a_teacher_of_another_width_is_fine_without_a_hidden_state_term(case):
 
 
 @pytest.mark.parametrize("steps", [3, 6, 7, 12])
-def test_accumulation_scales_bf16_gradients_by_its_own_number_and_not_by_that_number_rounded(case, steps):
-    """1/3 is .33398 in bf16, so every gradient would be .2 % too large: more than its own rounding, and to one side."""
+def test_the_scale_of_bf16_gradients_is_not_rounded_to_bf16(case, steps):
+    """1/3 is .33398 in bf16: every gradient would be .2 % too large, more than its own rounding and always upwards."""
     hidden = case["hidden"].bfloat16().requires_grad_(True)
     weight = nn.Parameter(case["weight"].bfloat16())
     head = DistillationHead(weight, None, LossConfig(kd_weight=0, sense_weight=0), chunk_size=64)
@@ -316,27 +324,45 @@ def test_without_labels_the_head_gives_logits(case):
     torch.testing.assert_close(head(case["hidden"]), case["hidden"] @ case["weight"].T)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "kind", "form"),
-    [
-        ("llama", "forward_kl", "distance"),
-        ("llama", "reverse_kl", "distribution"),
-        ("qwen2", "jensen_shannon", "distance"),
-    ],
-)  # untied, and tied to the embeddings
-def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_path, architecture, kind, form):
-    """ZeRO-3 on two ranks, two micro-batches each, a trained head and all terms of the loss; against whole logits and
-    loops in one process in float64. DeepSpeed computes in float32."""
-    teacher = save_model(tmp_path / f"{architecture}-teacher", architecture, seed=1).double()
-    student = save_model(tmp_path / f"{architecture}-student", architecture).double()
-    ids = torch.arange(4 * 12).view(4, 12) * 11 % 117
-    counted = torch.tensor([11, 2, 6, 0])
-    mask = torch.arange(12) < counted[:, None]
-    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)) * 0.5
-    save_file({"input_ids": ids, "loss_mask": mask.to(torch.uint8), "rows": rows}, tmp_path / "batch.safetensors")
-    finish(fork_ranks(head_gradients, tmp_path, architecture, kind, form, ranks=2), 120)
+COUNTED = torch.tensor([11, 2, 6, 0])
+ON_RANKS = [
+    ("llama", "forward_kl", "distance"),  # untied
+    ("llama", "reverse_kl", "distribution"),
+    ("qwen2", "jensen_shannon", "distance"),  # tied to the embeddings
+]
 
+
+@pytest.fixture(scope="module")
+def steps_of_two_ranks(tmp_path_factory):
+    """{(architecture, kind, form): its folder, its student and teacher in float64}; two ranks took a step of each."""
+    cases = {}
+    for architecture, kind, form in ON_RANKS:
+        folder = tmp_path_factory.mktemp("head")
+        teacher = save_model(folder / "teacher", architecture, seed=1).double()
+        student = save_model(folder / "student", architecture).double()
+        cases[architecture, kind, form] = folder, student, teacher
+        (folder / "loss.json").write_text(json.dumps([kind, form]))
+        save_file(_batch(), folder / "batch.safetensors")
+    finish(fork_ranks(head_gradients, [folder for folder, *_ in cases.values()], ranks=2), 240)
+    return cases
+
+
+def _batch():
+    ids = torch.arange(4 * 12).view(4, 12) * 11 % 117
+    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)) * 0.5
+    return {"input_ids": ids, "loss_mask": (torch.arange(12) < COUNTED[:, None]).to(torch.uint8), "rows": rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "kind", "form"), ON_RANKS)
+def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(
+    steps_of_two_ranks, architecture, kind, form
+):
+    """Compares two ranks under ZeRO-3, each with two micro-batches, a trained head and all terms, to whole logits and
+    loops in one process in float64. DeepSpeed computes in float32."""
+    folder, student, teacher = steps_of_two_ranks[architecture, kind, form]
+    batch = _batch()
+    ids, mask, rows, counted = batch["input_ids"], batch["loss_mask"].bool(), batch["rows"], COUNTED
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("layers.3." in name or parameter is student.lm_head.weight)
     states = student.model(ids).last_hidden_state
@@ -369,7 +395,7 @@ def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_p
     # The definition of a mean: everything over the number of positions on all ranks.
     loss = of_logits + 0.3 * distance / counted.sum() + 0.8 * sense / 7
     loss.backward()
-    found = load_file(tmp_path / f"{architecture}.safetensors")
+    found = load_file(folder / "gradients.safetensors")
     assert float(found.pop("loss")) == pytest.approx(loss.item(), rel=1e-5)
     expected = {name: p.grad.float() for name, p in student.named_parameters() if p.grad is not None}
     assert len(expected) == 10 + 3 * (architecture == "qwen2")

@@ -1,4 +1,4 @@
-"""Both forms of the sense loss: values by hand, and values and gradients of plain loops by autograd."""
+"""Both forms of the sense loss, against values by hand, and against values and gradients of plain loops by autograd."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_sense_loss_by_hand():
     torch.testing.assert_close(gradient, 1 + 10 * torch.tensor([[2.0, 0.0], [-1.0 + 1.0, 2.0 - 1.0]]))
 
 
-def test_without_the_weight_of_synonyms_and_antonyms_own_senses_are_left():
+def test_with_zero_weights_of_synonyms_and_antonyms_only_own_senses_count():
     gradient = torch.zeros(2, 2)
     hidden = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
     sums = _sense(hidden, synonym_weight=0.0, antonym_weight=0.0, gradient=gradient)
@@ -126,7 +126,7 @@ def test_sense_loss_and_gradient_are_those_of_loops_however_many_rows_are_gather
 
 
 N, D, R, POSITIONS, CANDIDATES, TAU = 9, 5, 12, 6, 7, 0.3
-# Different rows at a position, one without any, and rows that all positions have besides.
+# Each position has rows of its own, one has none, and all positions share some more.
 INDEX = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:CANDIDATES] for i in range(6)])
 INDEX[0, 4:], INDEX[1], INDEX[2, [0, 3]] = -1, -1, -1
 SHARED = torch.tensor([9, 10, 11])
@@ -144,7 +144,7 @@ def _divergence(hidden, teacher, rows, **changes):
 
 
 def _plain_divergence(hidden, teacher, rows, distance, shared):
-    """Position by position, over lists of rows, from torch's own distances and distributions."""
+    """Computes it position by position, over lists of rows, with torch's own distances and distributions."""
     total, entropy = 0, 0
     for position, named in zip([7, 2, 0, 8, 3, 5], INDEX.tolist(), strict=True):
         candidates = rows[[row for row in named if row >= 0] + shared]
@@ -210,7 +210,7 @@ def test_sense_divergence_and_gradient_are_those_of_loops_however_many_rows_are_
 
 
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
-def test_sense_divergence_is_zero_where_student_and_teacher_agree_and_positive_elsewhere(distance):
+def test_sense_divergence_is_zero_if_student_and_teacher_agree_and_positive_otherwise(distance):
     hidden, rows, gradient = _random(N, D, seed=1), _random(R, D, seed=3), torch.zeros(N, D, dtype=torch.float64)
     agreeing = _divergence(hidden, hidden.clone(), rows, distance=distance, gradient=gradient)
     assert agreeing.total.item() == pytest.approx(0, abs=1e-12)

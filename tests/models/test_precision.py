@@ -28,6 +28,7 @@ def test_auto_is_the_format_that_the_machine_supports(monkeypatch):
 def _recipes(config):
     teacher = find_teacher(config)
     candidate = candidates(config)[0]
+    measured_with = held_out_text.open_inputs(config, teacher)
     corpus = read_manifest(config.path("corpus"), "corpus", made_by="")  # a manifest of any kind will do
 
     class Task:
@@ -40,9 +41,9 @@ def _recipes(config):
         "senses": senses.recipe(config, senses.open_inputs(config, teacher)),
         "shards": annotate.recipe(config, "train", annotate.open_inputs(config, teacher)),
         "checkpoint": inputs.recipe(config),
-        "evaluation": held_out_text.recipe(config, candidate, teacher),
+        "evaluation": held_out_text.recipe(config, candidate, measured_with),
         "task": tasks.recipe(config, candidate, Task, type("Prompter", (), {"format": {}})),
-        "lexical": lexical_recipe(config, candidate, teacher, corpus),
+        "lexical": lexical_recipe(config, candidate, measured_with, corpus),
     }
 
 

@@ -259,7 +259,7 @@ def test_the_smallest_number_of_nodes_that_fits_is_named(tmp_path, needed):
 
     def replan(change):
         if change.nodes is not None and change.nodes == 66:
-            raise UserError("cannot be shared out")
+            raise UserError("cannot be divided")
         return large if (change.nodes or 1) >= needed else small
 
     change, changed = smallest_change(small, replan)
@@ -326,7 +326,7 @@ def test_a_batch_that_training_would_refuse_is_refused_here(tmp_path, monkeypatc
     _config(tmp_path)
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", _shapes_file(tmp_path), *MACHINES]
     code, _, error = _run(monkeypatch, capsys, *options, "student.layers=2", "train.global_batch_size=7")
-    assert code == 2 and "train.global_batch_size: 7 sequences cannot be shared out over 2 ranks" in error
+    assert code == 2 and "train.global_batch_size: 7 sequences cannot be divided among 2 ranks" in error
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -1,4 +1,4 @@
-"""What a real `mlflow server` is told of runs, their evaluations and their models."""
+"""What a real `mlflow server` receives about runs, their evaluations and their models."""
 
 import json
 import shutil
@@ -27,8 +27,8 @@ from dskd.tracking import (
     Start,
     context,
     describe_dataset,
-    log_evaluation,
     log_export,
+    log_results,
     read_artifact,
     read_history,
     read_run,
@@ -41,7 +41,7 @@ from dskd.training import checkpoint
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_was(server, copy_of_tiny):
+def test_a_run_records_its_settings_metrics_and_inputs(server, copy_of_tiny):
     tracking = {"uri": server.uri, "experiment": "over http"}
     config_path = copy_of_tiny(*BEFORE_TRAINING, tracking=tracking)
     run_program("train.py", config_path, ranks=2)
@@ -71,7 +71,7 @@ def test_a_run_says_what_it_was(server, copy_of_tiny):
     files = {file.path for file in client.list_artifacts(run.run_id)}
     assert {"config.yaml", "environment.json", "manifest-senses.json", "manifest-shards-train.json"} <= files
     picture = client.download_artifacts(run.run_id, "loss.png")
-    assert plt.imread(picture).std() > 0  # something is drawn
+    assert plt.imread(picture).std() > 0  # the picture is not blank
     hours = [value for _, value in read_history(config, run.run_id, "cost/device_hours")]
     assert hours == sorted(hours)
     assert hours[0] > 0
@@ -89,7 +89,7 @@ def test_a_run_says_what_it_was(server, copy_of_tiny):
 
 
 @pytest.mark.slow
-def test_an_unreachable_server_is_named_at_the_start_and_may_be_back_at_the_next(copy_of_tiny):
+def test_an_unreachable_server_is_reported_at_the_start_as_an_outage(copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING, tracking={"uri": f"http://someone:secret@127.0.0.1:{free_port()}"})
     finished = run_program("train.py", config, check=False)
     assert finished.exit_code == 1
@@ -106,7 +106,7 @@ def test_an_evaluation_is_kept_with_its_run_on_the_server(server, tmp_path):
     assert read_artifact(config, tracking.run_id, "evaluation/examples.parquet") is None
     examples = tmp_path / "examples.parquet"
     examples.write_bytes(b"what each example scored")
-    log_evaluation(config, "dskd", tracking.run_id, {"accuracy": 0.5}, examples, data="f" * 64, step=7)
+    log_results(config, "dskd", tracking.run_id, "evaluation", {"accuracy": 0.5}, examples, data="f" * 64, step=7)
     run = read_run(config, tracking.run_id)
     assert (run.name, run.experiment, run.metrics["eval/accuracy"]) == ("dskd", "evaluated", 0.5)
     assert read_history(config, run.run_id, "eval/accuracy") == [(7, 0.5)]
@@ -126,11 +126,11 @@ def test_tracking_can_be_off(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_looking_where_nothing_was_tracked_makes_no_database(tmp_path):
+def test_reading_an_untracked_work_directory_creates_no_database(tmp_path):
     config = tracking_config(tmp_path)
     assert read_runs(config) == []
     for look in (lambda: read_runs(config, ["other"]), lambda: read_run(config, "0" * 32)):
-        with pytest.raises(UserError, match=r"mlflow.db: nothing was tracked here yet; train first"):
+        with pytest.raises(UserError, match=r"mlflow.db: no run was tracked here yet; train first"):
             look()
     assert list(tmp_path.iterdir()) == []
 
@@ -149,7 +149,7 @@ def test_runs_that_start_at_once_on_a_new_work_directory_make_one_database(tmp_p
     assert not [*tmp_path.glob(".mlflow.db*")]
 
 
-def test_an_sqlite_file_that_is_none_is_refused(tmp_path):
+def test_a_file_that_is_no_sqlite_database_is_refused(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 30)
     with pytest.raises(UserError, match=r"tracking.uri: MLflow at sqlite:"):
         start_tracking(tracking_config(tmp_path), ONE_RANK, tags={})
@@ -192,7 +192,7 @@ def test_runs_that_start_at_once_have_one_parent_with_their_status(link, tmp_pat
     again = start_tracking(configs[1], ONE_RANK, tags={}, start=Start(run_id=children[1].run_id))
     again.finish("FINISHED")
     assert parent() == "FINISHED"
-    assert len(read_runs(configs[0])) == 3  # the parent was trained by nobody
+    assert len(read_runs(configs[0])) == 3  # a parent is not trained
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_the_exported_student_is_a_model_of_its_run(link, tiny, tmp_path):
     config = tracking_config(tmp_path, uri=link.uri, experiment="models", log_model=True)
     tracking = start_tracking(config, ONE_RANK, tags={})
     tracking.finish("FINISHED")
-    for _ in range(2):  # the second time it is there
+    for _ in range(2):  # the second time MLflow already has it
         log_export(config, "dskd", tracking.run_id, tmp_path / "export" / "dskd")
     client = MlflowClient(link.uri)
     run = client.get_run(tracking.run_id)
@@ -226,7 +226,7 @@ def test_an_evaluation_that_is_repeated_leaves_one_table(link, tmp_path):
     for said in ("first", "second"):
         table.write_text(json.dumps({"columns": ["prompt", "dskd"], "data": [["a", said]]}))
         more = {"step": 7, "tables": [table], "files": [text]}
-        log_evaluation(config, "dskd", tracking.run_id, {"perplexity": 3.5}, text, data="f" * 64, **more)
+        log_results(config, "dskd", tracking.run_id, "evaluation", {"perplexity": 3.5}, text, data="f" * 64, **more)
     client = MlflowClient(link.uri)
     experiment = client.get_experiment_by_name("tables").experiment_id
     mlflow.set_tracking_uri(link.uri)
@@ -243,7 +243,7 @@ def test_datasets_are_described_with_digests_that_mlflow_takes_and_no_secrets(ti
     assert described["digest"] == manifest.digest[:36]
 
 
-def test_a_run_is_recorded_with_the_manifests_of_what_is_whole(tmp_path):
+def test_a_run_is_recorded_with_the_manifests_of_complete_artifacts(tmp_path):
     config = tracking_config(tmp_path)
     for name in ("senses", ".senses.partial", "shards/train", "shards/.train.old"):
         config.path(name).mkdir(parents=True)
@@ -273,6 +273,6 @@ def test_the_commit_is_the_checkouts_or_the_one_that_an_image_was_built_from(tmp
     assert context.git_commit() == "0123"
 
 
-def test_nodes_of_one_name_get_a_number():
+def test_nodes_with_the_same_name_get_numbers():
     assert name_nodes(["a", "b", "a"]) == ["a-0", "b", "a-2"]
     assert name_nodes(["a", "b"]) == ["a", "b"]

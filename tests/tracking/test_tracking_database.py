@@ -1,4 +1,4 @@
-"""The database of a work directory, whatever its path, after it was moved or copied, and where it is read-only."""
+"""The database of a work directory: at any path, after the directory was moved or copied, and if it is read-only."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ from dskd.compare.mlflow_link import mlflow_link
 from dskd.errors import UserError
 from dskd.tracking import Start, log_export, read_artifact, read_run, read_runs, start_tracking, tracking_uri
 
-# Every character that means something in a URI, in SQLAlchemy's, to a shell or to a file pattern.
+# All characters with a meaning in URIs, in SQLAlchemy, in shells or in file patterns.
 ODD_NAMES = ["a b", "what?mode=ro", "100%41", "#1", "a&b=c;d", "é→", "two\nlines", 'it\'s "it"', "x:y@z", "[a]*", "\\"]
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    """A database without runs, for copies: to make one takes seconds."""
+    """Makes a database without runs, to be copied: making one takes seconds."""
     folder = tmp_path_factory.mktemp("database")
     MlflowClient(tracking_uri(tracking_config(folder))).search_experiments()
     return folder / "mlflow.db"
@@ -30,7 +30,7 @@ def database(tmp_path_factory):
 
 @pytest.fixture
 def work(tmp_path, database):
-    """Makes a work directory below the test's own."""
+    """Makes a work directory within the test's folder."""
 
     def make(name="work"):
         folder = tmp_path / name
@@ -42,7 +42,7 @@ def work(tmp_path, database):
 
 
 def _train(folder, start=None, **tracking):
-    """A run as training leaves it, with the artifact `config.yaml`."""
+    """Tracks a run as training does, with the artifact `config.yaml`, and returns its id."""
     tracker = start_tracking(tracking_config(folder, **tracking), ONE_RANK, tags={}, start=start or SAME)
     tracker.log_metrics({"train/loss": 1.0}, 1)
     tracker.finish("FINISHED")
@@ -50,7 +50,7 @@ def _train(folder, start=None, **tracking):
 
 
 def _end_process():
-    """Makes MLflow forget where the artifacts of runs are, as a new process does not know."""
+    """Makes MLflow forget where the artifacts of runs are, as in a new process."""
     utils._artifact_repos_cache.clear()
 
 
@@ -93,7 +93,7 @@ def test_a_name_that_no_uri_can_express_is_refused(tmp_path, monkeypatch):
         _train("work")
 
 
-def test_a_work_directory_that_was_moved_goes_on_where_it_is(tmp_path, work):
+def test_a_moved_work_directory_keeps_its_runs_and_artifacts(tmp_path, work):
     before, after = work("before?"), tmp_path / "after 100%41"
     run_id = _train(before)
     dead = start_tracking(tracking_config(before), ONE_RANK, tags={}, start=Start("of a dead process")).run_id
@@ -108,7 +108,7 @@ def test_a_work_directory_that_was_moved_goes_on_where_it_is(tmp_path, work):
     new = _train(after, Start("another"))
     for run in (run_id, new):
         assert (after / "mlartifacts" / run / "artifacts" / "config.yaml").is_file()
-    assert read_run(config, dead).status == "FAILED"  # though it says that it is of another directory
+    assert read_run(config, dead).status == "FAILED"  # although its tag names another directory
     assert list(tmp_path.iterdir()) == [after]
 
 
@@ -145,7 +145,7 @@ def test_an_experiment_with_a_place_of_its_own_keeps_it(tmp_path, work):
     assert client.get_experiment_by_name("own").artifact_location == elsewhere
 
 
-def test_a_database_that_one_may_only_read_is_read_and_nothing_is_written(tmp_path, work, read_only):
+def test_a_read_only_database_is_read_without_writing(tmp_path, work, read_only):
     before, after = work("before"), tmp_path / "after"
     run_id = _train(before)
     before.rename(after)

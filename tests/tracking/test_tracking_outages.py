@@ -1,4 +1,4 @@
-"""Servers that go away and runs that die: a real `mlflow server` is taken away and brought back."""
+"""Outages and dead runs, with a real `mlflow server` that is cut off and connected again."""
 
 import time
 
@@ -16,25 +16,25 @@ from dskd.training import checkpoint
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_loses_nothing_and_stops_nobody(server, tmp_path, capsys):
+def test_an_outage_of_the_server_loses_nothing_and_stops_no_training(server, tmp_path, capsys):
     config = tracking_config(tmp_path, uri=server.uri, experiment="outage")
     tracking = start_tracking(config, ONE_RANK, tags={"world_size": "1"})
     tracking.log_metrics({"train/loss": 1.0}, 1)
     time.sleep(1)
     server.stop()
-    for step in range(2, 30):  # logging that waited for the server would not come to the line that starts it again
+    for step in range(2, 30):  # if logging waited for the server, the line that starts it again would not be reached
         tracking.log_metrics({"train/loss": 1.0 / step, "train/ce": 2.0}, step)
     time.sleep(3)
     server.start()
     tracking.finish("FINISHED")
-    assert capsys.readouterr().err.count("MLflow is away") == 1
+    assert capsys.readouterr().err.count("MLflow cannot be reached") == 1
     (run,) = read_runs(config)
     assert run.status == "FINISHED"
     assert read_history(config, run.run_id, "train/loss") == [(step, 1.0 / step) for step in range(1, 30)]
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, tmp_path, capsys):
+def test_unsent_messages_are_sent_by_the_next_start_and_by_export(link, tmp_path, capsys):
     config = tracking_config(tmp_path, uri=link.uri, experiment="unsent")
     first = start_tracking(config, ONE_RANK, tags={"world_size": "1"}, start=SAME)
     for step in (1, 2, 3):
@@ -43,15 +43,15 @@ def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, 
     link.cut()
     first.log_metrics({"train/loss": 4.0}, 4)
     first.before_checkpoint()
-    unsent = kinds.folder(config) / "tracking" / "unsent.jsonl"
-    assert '["train/loss", 4.0,' in unsent.read_text()  # a killed process has lost nothing of what the checkpoint has
+    unsent = kinds.checkpoint_folder(config) / "tracking" / "unsent.jsonl"
+    assert '["train/loss", 4.0,' in unsent.read_text()  # a killed process loses nothing from before its checkpoint
     first.log_metrics({"train/loss": 5.0}, 5)
     first.finish("KILLED")
     assert f"are kept in {unsent}" in capsys.readouterr().err
 
-    # From a checkpoint of step 4, while the server is still away. What is trained again is told once.
+    # From a checkpoint of step 4, during the outage. Steps that are trained again are sent once.
     resumed = Start("the same", 4, first.run_id, device_hours=0.7)
-    second = start_tracking(config, ONE_RANK, tags={"world_size": "4"}, start=resumed)
+    second = start_tracking(config, ONE_RANK, tags={"world_size": "4"}, curves={"train/loss": "loss"}, start=resumed)
     assert (second.run_id, second.device_hours) == (first.run_id, 0.7)
     for step in (5, 6, 7):
         second.log_metrics({"train/loss": 5.5 if step == 5 else float(step)}, step)
@@ -69,7 +69,7 @@ def test_what_a_run_leaves_unsent_is_sent_by_the_next_start_and_by_export(link, 
 
 
 @pytest.mark.slow
-def test_a_run_that_died_is_gone_on_with_or_marked_so(link, tmp_path):
+def test_a_dead_run_is_resumed_or_marked_as_failed(link, tmp_path):
     config = tracking_config(tmp_path / "one", uri=link.uri, experiment="deaths")
     elsewhere = start_tracking(tracking_config(tmp_path / "two", uri=link.uri, experiment="deaths"), ONE_RANK, tags={})
     dead = start_tracking(config, ONE_RANK, tags={}, start=SAME)
@@ -79,27 +79,27 @@ def test_a_run_that_died_is_gone_on_with_or_marked_so(link, tmp_path):
     def statuses():
         return {run.run_id: run.status for run in read_runs(config)}
 
-    # Before its first checkpoint a run is known by its folder. What was paid for behind a checkpoint counts.
+    # Before its first checkpoint a run is found by its folder. Device hours after a checkpoint count.
     again = start_tracking(config, ONE_RANK, tags={}, start=SAME)
     assert (again.run_id, again.device_hours) == (dead.run_id, 3.0)
     client = MlflowClient(link.uri)
     wait_for(lambda: "restarts" in client.get_run(dead.run_id).data.tags)
     assert client.get_run(dead.run_id).data.tags["restart.1"].startswith("from step 0, after its process died; ")
-    # Here all of them live on; a process that has died could not look for dead runs while others begin.
+    # All of these processes are alive, unlike a dead one, which could not mark others as dead.
     again._outbox.wait_until_empty(60)
 
     other = start_tracking(config, ONE_RANK, tags={}, start=Start(recipe="another"))
     other._outbox.wait_until_empty(60)
     overwriting = start_tracking(config, ONE_RANK, tags={}, start=Start(recipe="another", overwrite=True))
     assert len({dead.run_id, other.run_id, overwriting.run_id}) == 3
-    # The second of them finds a message of `again` that was written to disk, and delivered since.
+    # The second one reads a message of `again` from disk that has been delivered since.
     alive = {overwriting.run_id: "RUNNING", elsewhere.run_id: "RUNNING"}
     wait_for(lambda: statuses() == alive | {dead.run_id: "FAILED", other.run_id: "FAILED"})
     assert f"by run {overwriting.run_id}" in client.get_run(other.run_id).data.tags["died"]
-    # All trackers here share a folder, in which one run at a time keeps what it has not delivered.
+    # All trackers here share a folder, in which one run at a time keeps its undelivered messages.
     for tracker_of_the_dead in (dead, again, other, overwriting):
         assert tracker_of_the_dead._outbox.wait_until_empty(60)
-    # A checkpoint's run comes before the folder's.
+    # The run of the checkpoint takes precedence over that of the folder.
     last = start_tracking(config, ONE_RANK, tags={}, start=Start("another", 2, dead.run_id))
     assert last.run_id == dead.run_id
     last.finish("FINISHED")
@@ -137,7 +137,7 @@ def test_four_ranks_on_two_nodes_are_one_run_through_a_death_and_an_outage(serve
     assert died_behind < 12
     ranks = start("--resume")
     try:
-        wait_for(lambda: "MLflow is away" in ranks[0].output, 600)
+        wait_for(lambda: "MLflow cannot be reached" in ranks[0].output, 600)
         wait_for(lambda: checkpoint.latest(config).step > died_behind, 600)
     finally:
         link.mend()
@@ -157,4 +157,4 @@ def test_four_ranks_on_two_nodes_are_one_run_through_a_death_and_an_outage(serve
         assert len(points(server.uri, run.run_id, f"system/{node}/cpu_utilization_percentage")) > 1
     assert len(client.get_run(run.run_id).inputs.dataset_inputs) == 3
     assert {"config.yaml", "loss.png"} <= {file.path for file in client.list_artifacts(run.run_id)}
-    assert not (kinds.folder(config) / "tracking" / "unsent.jsonl").exists()
+    assert not (kinds.checkpoint_folder(config) / "tracking" / "unsent.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Which rows teacher and student are compared over, against sets that a loop over the samples collects."""
+"""The rows over which teacher and student are compared, against sets that a loop over the samples collects."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from dskd.config import LossConfig
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions
 
@@ -16,7 +16,7 @@ COLUMNS = {"own": "sense_ids", "synonym": "synonym_ids", "antonym": "antonym_ids
 
 
 def _samples():
-    """Eight of them, with few rows, so that some stand in several columns of a position and among the random ones."""
+    """Returns 8 samples of few rows, so that some are in several columns of a position and among the random ones."""
     random = np.random.default_rng(0)
     samples = []
     for number in range(8):
@@ -44,12 +44,12 @@ def _candidates(kinds=ALL, *, seed=3, number=12, rows=ROWS):
         sense_candidates=kinds,
         **({"sense_random_candidates": number} if "random" in kinds else {}),
     )
-    return Candidates.of(loss, seed, rows)
+    return CandidateRows.of(loss, seed, rows)
 
 
 @pytest.mark.parametrize("kinds", [ALL, ("own", "random"), ("synonym", "antonym"), ("random",)])
-@pytest.mark.parametrize("rows_lie", ["in the batch", "on the device"])
-def test_a_position_has_each_of_its_rows_once_in_any_micro_batches(tmp_path, kinds, rows_lie):
+@pytest.mark.parametrize("place_of_rows", ["in the batch", "on the device"])
+def test_a_position_has_each_of_its_rows_once_in_any_micro_batches(tmp_path, kinds, place_of_rows):
     samples, rule, candidates = _samples(), SensePositions(1, 0.5, 2), _candidates(kinds)
     drawn = set(candidates.draw(STEP).tolist())
     assert bool(drawn) == ("random" in kinds)
@@ -60,7 +60,7 @@ def test_a_position_has_each_of_its_rows_once_in_any_micro_batches(tmp_path, kin
             named = {int(row) for kind in kinds if kind in COLUMNS for row in sample[COLUMNS[kind]][position]}
             expected[sample["sample_id"], position] = (named - {-1}) | drawn
     path = None
-    if rows_lie == "in the batch":
+    if place_of_rows == "in the batch":
         path = tmp_path / "v.safetensors"
         save_file({"vectors": torch.arange(float(ROWS)).unsqueeze(-1).repeat(1, 2).bfloat16()}, path)
     for size in (1, 2, 8):
@@ -89,11 +89,11 @@ def test_random_rows_are_a_function_of_seed_and_step_and_come_equally_often():
         drawn = candidates.draw(step)
         assert len(set(drawn)) == len(drawn) <= 10
         counts[drawn] += 1
-    expected = 2000 * (1 - (1 - 1 / ROWS) ** 10)  # drawn with replacement, and counted once
+    expected = 2000 * (1 - (1 - 1 / ROWS) ** 10)  # drawn with replacement, counted once
     assert abs(counts - expected).max() < 5 * np.sqrt(expected)
 
 
-def test_no_random_rows_are_drawn_where_none_are_wanted_or_there_are_none():
+def test_no_random_rows_are_drawn_if_none_are_configured_or_none_exist():
     assert len(_candidates(("own",)).draw(STEP)) == 0
     assert len(_candidates(rows=0).draw(STEP)) == 0
 

@@ -1,4 +1,4 @@
-"""Checkpoints: which one counts, which are kept, whether they fit the disk, and going on with other ranks."""
+"""Checkpoints: which one counts, which are kept, whether they fit on the disk, and resuming on other ranks."""
 
 import json
 import shutil
@@ -23,30 +23,30 @@ pytestmark = pytest.mark.slow
 
 
 def _names(config):
-    names = {path.name for path in kinds.folder(load_config(config)).iterdir()}
-    return sorted(names - {"tracking"})  # what MLflow is told
+    names = {path.name for path in kinds.checkpoint_folder(load_config(config)).iterdir()}
+    return sorted(names - {"tracking"})  # the messages for MLflow
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(tiny, copy_of_tiny):
-    """A step or two with each number of ranks, more and fewer than before: the losses, and what was trained, are those
-    of two ranks undisturbed."""
+def test_a_run_resumes_on_any_number_of_ranks(tiny, copy_of_tiny):
+    """Trains a step with each number of ranks, more and fewer than before: losses and weights are those of two ranks
+    that were not stopped."""
     settings = {**TINY["train"], "micro_batch_size": 1, "checkpoint_every": 1, "keep_last": 9}
-    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints", train=settings)
     loaded = load_config(config)
-    for ranks, stops_at in ((2, 2), (4, 3), (1, 5), (2, 6)):
-        output = run_program("train.py", config, "--resume", ranks=ranks).output
-        assert ("is made into one for any number of them" in output) == (stops_at > 2)
-        for path in kinds.folder(loaded).glob("step-*"):  # as if it had been stopped there
-            if int(path.name[5:]) > stops_at:
+    for ranks, resumes_at in ((4, 3), (1, 4), (2, 5)):
+        for path in kinds.checkpoint_folder(loaded).glob("step-*"):  # as if the run had stopped there
+            if int(path.name[5:]) > resumes_at:
                 shutil.rmtree(path)
+        output = run_program("train.py", config, "--resume", ranks=ranks).output
+        assert "into one for any number of ranks" in output
     last = checkpoint.latest(loaded, verify=True)
-    assert _names(config) == ["latest", *(f"step-{step:08d}" for step in range(1, 7))]  # and no hidden folder
-    resumed, undisturbed = losses_of(config), losses_of(tiny)
-    assert [step for step, _ in resumed] == list(range(1, 7))
+    assert _names(config) == ["latest", *(f"step-{step:08d}" for step in range(3, 7))]  # and no hidden folder
+    resumed, undisturbed = losses_of(config), losses_of(tiny)[3:]
+    assert [step for step, _ in resumed] == [step for step, _ in undisturbed] == list(range(4, 7))
     assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in undisturbed], rel=2e-4)
     expected = load_file(checkpoint.latest(load_config(tiny)).path / checkpoint.TRAINED_FILE)
     for name, tensor in load_file(last.path / checkpoint.TRAINED_FILE).items():
-        # Moments that were not carried over, or a step that was not counted, would show in the weights at once.
+        # Lost moments of the optimizer, or a step that was not counted, would change the weights at once.
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
 
 
@@ -61,71 +61,71 @@ def _truncate(path):
 
 
 @pytest.mark.parametrize("damage", [_spoil, _truncate])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy_of_tiny, capsys, damage):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(copy_of_tiny, capsys, damage):
     config = load_config(copy_of_tiny("checkpoints"))
     newest = checkpoint.latest(config, verify=True)
     assert newest.step == 6
     damage(next(newest.path.glob("*optim_states.pt")))
     assert checkpoint.latest(config, verify=True).step == 3
-    assert "passing over this checkpoint" in capsys.readouterr().err
-    shutil.rmtree(kinds.folder(config) / "step-00000003")
-    with pytest.raises(UserError, match=r"none of the checkpoints is whole.*--overwrite"):
+    assert "skipping this checkpoint" in capsys.readouterr().err
+    shutil.rmtree(kinds.checkpoint_folder(config) / "step-00000003")
+    with pytest.raises(UserError, match=r"no checkpoint is complete.*--overwrite"):
         checkpoint.latest(config, verify=True)
 
 
-def test_the_pointer_says_which_checkpoint_counts(copy_of_tiny):
+def test_the_file_latest_names_the_checkpoint_that_counts(copy_of_tiny):
     config = load_config(copy_of_tiny("checkpoints"))
-    (kinds.folder(config) / "latest").write_text("step-00000003\n")
+    (kinds.checkpoint_folder(config) / "latest").write_text("step-00000003\n")
     assert checkpoint.latest(config).step == 3
-    (kinds.folder(config) / "latest").unlink()
+    (kinds.checkpoint_folder(config) / "latest").unlink()
     assert checkpoint.latest(config).step == 6
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff\xfe\x00", "it names no checkpoint; looking for the newest whole one"),
-        (b"", "it names no checkpoint; looking for the newest whole one"),
-        (b"step-00000099\n", "it names step 99, which is not there; looking for the one before"),
+        (b"\xff\xfe\x00", "this file does not name a checkpoint; using the newest complete one"),
+        (b"", "this file does not name a checkpoint; using the newest complete one"),
+        (b"step-00000099\n", "this file names step 99, which is missing; using the one before"),
     ],
 )
-def test_a_damaged_pointer_costs_nothing_and_is_said(copy_of_tiny, capsys, content, message):
+def test_a_damaged_file_latest_is_reported_and_costs_no_checkpoint(copy_of_tiny, capsys, content, message):
     config = load_config(copy_of_tiny("checkpoints"))
-    (kinds.folder(config) / "latest").write_bytes(content)
+    (kinds.checkpoint_folder(config) / "latest").write_bytes(content)
     assert checkpoint.latest(config).step == 6
-    assert f"{kinds.folder(config) / 'latest'}: {message}" in capsys.readouterr().err
+    assert f"{kinds.checkpoint_folder(config) / 'latest'}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_a_look_at_checkpoints_while_training_replaces_them_finds_one(copy_of_tiny, capsys, monkeypatch, verify):
+def test_a_checkpoint_is_found_while_training_replaces_them(copy_of_tiny, capsys, monkeypatch, verify):
     config = load_config(copy_of_tiny("checkpoints"))
-    base = kinds.folder(config)
-    (base / "latest").write_text("step-00000003\n")  # the newer one is being written still
+    base = kinds.checkpoint_folder(config)
+    (base / "latest").write_text("step-00000003\n")  # as if the newer one were still being written
     read_name = "verify_files" if verify else "read_manifest"
     read = getattr(checkpoint, read_name)
 
-    def read_after_training_went_on(path, *arguments, **options):
+    def read_after_the_next_checkpoint(path, *arguments, **options):
         if path.name == "step-00000003":
             (base / "latest").write_text("step-00000006\n")
             shutil.rmtree(path)
         return read(path, *arguments, **options)
 
-    monkeypatch.setattr(checkpoint, read_name, read_after_training_went_on)
+    monkeypatch.setattr(checkpoint, read_name, read_after_the_next_checkpoint)
     assert checkpoint.latest(config, verify=verify).step == 6
     assert capsys.readouterr().err == ""
 
 
-def test_a_manifest_that_does_not_say_how_long_the_run_is_makes_no_checkpoint(copy_of_tiny, capsys):
+def test_a_checkpoint_without_total_steps_in_its_manifest_is_skipped(copy_of_tiny, capsys):
     config = load_config(copy_of_tiny("checkpoints"))
-    path = kinds.folder(config) / "step-00000006" / "manifest.json"
+    path = kinds.checkpoint_folder(config) / "step-00000006" / "manifest.json"
     content = json.loads(path.read_text())
     del content["facts"]["total_steps"]
     path.write_text(json.dumps(content))
     assert checkpoint.latest(config).step == 3
-    assert "its manifest does not say total_steps; passing over this checkpoint" in capsys.readouterr().err
+    assert 'manifest.json has no total_steps under "facts"; skipping this checkpoint' in capsys.readouterr().err
 
 
-def test_a_finished_run_with_a_damaged_checkpoint_is_not_called_finished(copy_of_tiny, capsys):
+def test_a_run_whose_final_checkpoint_is_damaged_is_not_finished(copy_of_tiny, capsys):
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"))
     assert report_status(config)
     _spoil(next(checkpoint.latest(config).path.glob("*optim_states.pt")))
@@ -133,40 +133,39 @@ def test_a_finished_run_with_a_damaged_checkpoint_is_not_called_finished(copy_of
     assert "run 'dskd': step 3 of 6" in capsys.readouterr().out
 
 
-def test_room_for_another_number_of_ranks_is_looked_for_before_anything_is_written(copy_of_tiny, monkeypatch):
+def test_space_for_the_universal_form_is_checked_before_anything_is_written(copy_of_tiny, monkeypatch):
     newest = checkpoint.latest(load_config(copy_of_tiny("checkpoints")))
     before = sorted(newest.path.parent.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    with pytest.raises(UserError, match=r"another number of ranks takes .* GB for a while, and there are 0.00 GB free"):
+    with pytest.raises(UserError, match=r"another number of ranks needs .* GB for a while, but only 0.00 GB are free"):
         make_universal(newest.path)
     assert sorted(newest.path.parent.iterdir()) == before
 
 
-def test_multiples_are_kept_beside_the_newest(copy_of_tiny, world):
+def test_keep_every_keeps_checkpoints_in_addition_to_the_newest(copy_of_tiny, world):
     settings = {**TINY["train"], "num_workers": 0, "checkpoint_every": 1, "keep_last": 2, "keep_every": 3}
     config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
     train(load_config(config, ["tracking.enabled=false"]), world)
     assert _names(config) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
 
 
-def test_a_disk_without_room_is_named_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
-    asked = []
+    sizes = []
     real = saving.required_bytes
-    monkeypatch.setattr(saving, "required_bytes", lambda engine: asked.append(real(engine)) or 10**18)
-    with pytest.raises(UserError, match=r"a checkpoint takes 1000000000.00 GB, and there are .* free.*--resume"):
+    monkeypatch.setattr(saving, "required_bytes", lambda engine: sizes.append(real(engine)) or 10**18)
+    with pytest.raises(UserError, match=r"a checkpoint needs 1000000000.00 GB, but only .* free.*--resume"):
         train(config, world, overwrite=True)
     newest = checkpoint.latest(config)
     assert newest.step == 6
     size = sum(entry["size_bytes"] for entry in newest.manifest.files.values())
-    assert 0.9 * size < asked[0] < 1.5 * size
+    assert 0.9 * size < sizes[0] < 1.5 * size
 
 
-def test_what_killed_processes_left_takes_no_room_from_those_that_go_on(copy_of_tiny, world, monkeypatch):
-    """The disk has room only where nothing is left: for the start, for the form of another number of ranks, and for the
-    checkpoint after it."""
+def test_leftovers_of_killed_processes_are_removed_before_space_is_checked(copy_of_tiny, world, monkeypatch):
+    """The disk has space only without leftovers: at the start, for the universal form, and for the next checkpoint."""
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
-    base = kinds.folder(config)
+    base = kinds.checkpoint_folder(config)
     shutil.rmtree(base / "step-00000006")
     for left in (".step-00000006.partial", ".step-00000003.universal", ".step-00000003.universal.partial"):
         (base / left).mkdir()
@@ -178,14 +177,14 @@ def test_what_killed_processes_left_takes_no_room_from_those_that_go_on(copy_of_
     assert not [*base.glob(".step-*")]
 
 
-def test_a_cached_teacher_makes_it_another_run(copy_of_tiny, world, capsys):
+def test_a_cached_teacher_is_part_of_the_recipe(copy_of_tiny, world, capsys):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     assert report_status(load_config(path))
     assert not report_status(load_config(path, ["teacher.mode=cached"]))
     assert "teacher.mode" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"another run than 'dskd' is now"):
+    with pytest.raises(UserError, match=r"trained with other settings or inputs than run 'dskd'"):
         train(load_config(path, ["teacher.mode=cached"]), world, resume=True)
-    # What only takes more or less memory does not.
+    # Settings that only change the use of memory do not.
     assert report_status(load_config(path, ["train.loss_chunk_size=7", "train.activation_checkpointing=true"]))
 
 

@@ -59,7 +59,7 @@ def test_an_export_that_computes_something_else_is_not_published(copy_of_tiny):
     config = load_config(copy_of_tiny("teacher", "student", "checkpoints"))
     newest = checkpoint.latest(config)
     probe = load_file(newest.path / checkpoint.PROBE_FILE)
-    # Files of the right size with another content: only comparing what is computed, or hashes, can tell.
+    # Files of the right size with other content, which only hashes or a comparison of logits can detect.
     save_file({**probe, "logits": probe["logits"] + 1}, newest.path / checkpoint.PROBE_FILE)
     with pytest.raises(UserError, match=r"probe.safetensors: the content is not what the manifest says"):
         build_export(config)
@@ -86,8 +86,10 @@ def test_without_a_checkpoint_or_with_another_student_there_is_no_export(copy_of
 def test_a_checkpoint_that_training_replaces_meanwhile_is_said(copy_of_tiny, monkeypatch):
     config = load_config(copy_of_tiny("teacher", "student", "checkpoints"))
     newest = checkpoint.latest(config)
-    monkeypatch.setattr(export, "verify_files", lambda path, *_, **__: shutil.rmtree(path))  # as it goes just then
-    with pytest.raises(OutageError, match=r"step-00000006: training has replaced this checkpoint.*export again"):
+    monkeypatch.setattr(
+        export, "verify_files", lambda path, *_, **__: shutil.rmtree(path)
+    )  # training removes it at that moment
+    with pytest.raises(OutageError, match=r"step-00000006: training replaced this checkpoint.*export again"):
         build_export(config)
     assert not newest.path.exists()
     assert not [*config.path("export").glob("*")]

@@ -1,4 +1,4 @@
-"""Exports of what users bring: any stored type, the names of the hub, both of two tied matrices, an adapter's file."""
+"""Exports of users' models: any stored type, names as on the hub, both of two tied matrices, an adapter's file."""
 
 import json
 from dataclasses import replace
@@ -67,7 +67,7 @@ def _train_and_export(config, world):
     """Rehearses, takes a step, writes a checkpoint and exports it; returns the trained tensors and the export."""
     pair, student = _load(config, world), find_student(config)
     rehearse_export(pair, student, config, world)
-    assert not [*kinds.folder(config).glob(".*")]
+    assert not [*kinds.checkpoint_folder(config).glob(".*")]
     ids = torch.arange(24).view(1, 24) * 11 % 117
     states, inputs = pair.run_teacher(ids)
     total, _ = pair.engine(
@@ -81,7 +81,7 @@ def _train_and_export(config, world):
     pair.engine.step()
     recipe = Recipe("checkpoint", {"student": student.digest}, {}, student.digest, student.tokenizer_digest)
     facts = {"step": 1, "total_steps": 1, "world_size": 1, "mlflow_run_id": None, "dtype": _dtype(config)}
-    saving.save(pair.engine, pair.student_logits, config, recipe, facts, world)
+    saving.save(pair, config, recipe, facts, world)
     pair.engine.destroy()
     build_export(config)
     trained = load_file(checkpoint.latest(config).path / checkpoint.TRAINED_FILE)
@@ -95,7 +95,7 @@ def _dtype(config):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_export_has_the_teachers_type_whatever_the_run_computes_in(tmp_path, world, capsys, stored, precision):
-    """Nearly every model of the hub is stored in bf16, and many machines compute in fp32."""
+    """Nearly every model on the hub is stored in bf16, and many machines compute in fp32."""
     _save(tmp_path / "teacher", LlamaConfig(**SHAPE), stored)
     trained, export = _train_and_export(_config(tmp_path, precision=precision), world)
     student = load_file(tmp_path / "work" / "student" / "model.safetensors")
@@ -184,7 +184,7 @@ def test_checkpoints_and_exports_may_be_links_to_another_disk(tmp_path, world):
         config.path(name, config.run).symlink_to(tmp_path / "disk" / name)
     trained, export = _train_and_export(config, world)
     assert export.is_symlink()
-    assert kinds.folder(config).is_symlink()
+    assert kinds.checkpoint_folder(config).is_symlink()
     assert (tmp_path / "disk" / "checkpoints" / "step-00000001").is_dir()
     assert trained.keys() <= load_file(tmp_path / "disk" / "export" / "model.safetensors").keys()
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoints", "export"]
@@ -208,12 +208,12 @@ def test_what_would_fail_at_the_end_fails_before_the_first_step(tmp_path, world)
     _save(tmp_path / "teacher", LlamaConfig(**SHAPE))
     config = _config(tmp_path)
     pair, student = _load(config, world), find_student(config)
-    # A killed process has left something.
-    scratch = kinds.folder(config) / checkpoint.REHEARSAL
+    # As if a killed process had left a file.
+    scratch = kinds.checkpoint_folder(config) / checkpoint.REHEARSAL
     scratch.mkdir(parents=True)
     (scratch / "model-00001-of-00009.safetensors").write_bytes(b"x")
     rehearse_export(pair, student, config, world)
-    # Its own rotations: right between neighbours, and wrong further away.
+    # Wrong rotations: right between neighbours, and wrong at larger distances.
     rotary = pair.teacher.decoder.base.rotary_emb
     right = rotary.inv_freq.clone()
     rotary.inv_freq.mul_(1.004)

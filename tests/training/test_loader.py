@@ -1,4 +1,4 @@
-"""The loader of training on real shards: any number of workers, any start, packed and unpacked, copied ahead."""
+"""The loader of training on real shards: any number of workers, any first step, packing, and copying ahead."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.shards import COLUMNS, join_blocks, require_teacher_cache, write_block
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.loader import load_steps
 from dskd.training.packed_step import Counts, CudaCopier, PackedStep, copy_ahead, count_positions
@@ -32,7 +32,7 @@ SCHEDULE = Schedule(global_batch_size=8, micro_batch_size=2, accumulation_steps=
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A work directory with shards of samples of many lengths, and a sense dictionary's vectors."""
+    """Makes a work directory with shards of samples of many lengths, and the vectors of a sense dictionary."""
     folder = tmp_path_factory.mktemp("loader")
     random = np.random.default_rng(0)
     samples = []
@@ -69,7 +69,7 @@ def _sample_ids(step):
 
 @pytest.fixture(scope="module")
 def whole_run(folder, tmp_path_factory):
-    """The samples of each step without worker processes."""
+    """Returns the samples of each step, read without worker processes."""
     return [_sample_ids(step) for step in _steps(folder, tmp_path_factory.mktemp("whole"))]
 
 
@@ -84,7 +84,7 @@ def test_an_epoch_has_each_sample_at_most_once(whole_run):
     assert flat[:5] != flat[5:10]
 
 
-# 5, 4 and 3 steps of an epoch are no multiples of the numbers of workers, and 13 steps end within one.
+# 5, 4 and 3 steps of an epoch do not divide evenly among the workers, and the 13th step is within an epoch.
 @pytest.mark.parametrize(("workers", "start"), [(1, 0), (2, 0), (3, 1), (2, 5), (2, 12), (0, 7)])
 def test_any_number_of_workers_and_any_start_give_the_same_steps(folder, tmp_path, whole_run, workers, start):
     steps = _steps(folder, tmp_path, workers, start)
@@ -110,8 +110,8 @@ def test_sense_positions_follow_the_epoch_in_workers_that_live_through_several(f
 
 
 @pytest.mark.parametrize(("workers", "start"), [(2, 0), (3, 7)])
-def test_random_candidates_follow_the_step_whoever_makes_its_batches(folder, tmp_path, workers, start):
-    candidates = Candidates(seed=5, kinds=("own", "random"), num_random=6, num_rows=ROWS)
+def test_random_candidates_depend_on_the_step_and_not_on_the_worker(folder, tmp_path, workers, start):
+    candidates = CandidateRows(seed=5, kinds=("own", "random"), num_random=6, num_rows=ROWS)
     collate = Collator(None, SensePositions(1, 0.3, 0), micro_batch_size=2, candidates=candidates, lexical=True)
     steps = list(_steps(folder, tmp_path, workers, start, collate=collate))
     assert len(steps) == SCHEDULE.total_steps - start
@@ -142,7 +142,7 @@ def test_a_bank_gives_the_batches_the_rows_that_they_would_bring(folder, tmp_pat
                 assert one["sense_rows"][one[index]].equal(other["sense_rows"][other[index]])
 
 
-def test_a_bank_is_the_whole_of_the_vectors_however_it_is_cut(folder):
+def test_a_bank_holds_all_vectors_for_any_size_of_pieces(folder):
     path = folder / "senses.safetensors"
     vectors = map_tensor(path, "vectors", "BF16")
     mapped = load_bank(path, torch.device("cpu"))
@@ -155,11 +155,13 @@ def test_a_bank_is_the_whole_of_the_vectors_however_it_is_cut(folder):
 
 def test_a_bank_that_does_not_fit_is_refused_with_both_sizes(folder):
     require_room(folder, 10, 10)
-    with pytest.raises(UserError, match=r"have 10\.0 GB, and the device has 4\.5 GB free; set sense_bank: host"):
+    with pytest.raises(
+        UserError, match=r"need 10\.0 GB, but the device has only 4\.5 GB free; set train\.sense_bank to host"
+    ):
         require_room(folder, 10 * 2**30, 9 * 2**29)
 
 
-def test_a_step_in_one_buffer_is_the_step(folder):
+def test_a_packed_step_unpacks_to_the_same_step(folder):
     batches = [
         {
             "input_ids": torch.randint(0, 9, (2, 5)).t(),  # not contiguous
@@ -210,7 +212,7 @@ def test_the_next_step_is_copied_while_one_runs():
 
 
 def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypatch):
-    """The order of calls only: there may be no GPU here."""
+    """Checks the order of calls only, because there may be no GPU."""
     calls = []
 
     class Stream:
@@ -262,7 +264,7 @@ def test_shards_without_the_teachers_distributions_are_refused(folder):
 
 
 def test_workers_end_with_a_rank_that_is_killed_wherever_they_wait(folder, tmp_path, monkeypatch):
-    """At the gate of an epoch mosaicml-streaming waits for other ranks' workers, and looks at nothing else."""
+    """At the start of an epoch mosaicml-streaming waits for other ranks' workers, whatever else happens."""
     read, write = os.pipe()
 
     class Waiting:
@@ -287,8 +289,8 @@ def test_workers_end_with_a_rank_that_is_killed_wherever_they_wait(folder, tmp_p
     assert os.read(read, 1) == b"."  # the worker waits
     os.kill(rank, signal.SIGKILL)
     os.waitpid(rank, 0)
-    end = select.poll()  # unlike select, for any number of open files
+    end = select.poll()  # unlike select, it takes any number of open files
     end.register(read)
-    assert end.poll(20_000)  # the pipe's other end is closed when the last process that inherited it is gone
+    assert end.poll(20_000)  # the last process that inherited the pipe's other end has closed it
     assert os.read(read, 1) == b""
     os.close(read)

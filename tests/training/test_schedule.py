@@ -1,4 +1,4 @@
-"""The learning rate of a run, by hand."""
+"""The learning rate of a run, against values computed by hand."""
 
 import pytest
 from pydantic import ValidationError
@@ -28,7 +28,7 @@ def test_the_rate_rises_over_the_warm_up_and_falls_to_zero():
         ("square_root", 3, 1.5e-4),
     ],
 )
-def test_a_rate_that_is_meant_for_a_batch_follows_it(rule, batch, peak):
+def test_a_rate_meant_for_one_batch_size_is_scaled_to_another(rule, batch, peak):
     train = TrainConfig(
         learning_rate=1.5e-4, learning_rate_batch_size=3, learning_rate_rule=rule, global_batch_size=batch
     )
@@ -36,7 +36,7 @@ def test_a_rate_that_is_meant_for_a_batch_follows_it(rule, batch, peak):
     assert describe_learning_rate(train).startswith(f"peak learning rate {peak:.4g}, from 0.00015 at a batch of 3 (")
 
 
-def test_a_rate_follows_no_batch_by_default():
+def test_the_rate_does_not_depend_on_the_batch_by_default():
     assert {TrainConfig(global_batch_size=batch).peak_learning_rate for batch in (1, 16, 4096)} == {5e-5}
     assert describe_learning_rate(TrainConfig()) == "peak learning rate 5e-05"
 

@@ -1,4 +1,4 @@
-"""The student's engine: what many micro-batches add up to."""
+"""The student's engine: sums over micro-batches, its compiler, and its final norm."""
 
 import pytest
 import torch
@@ -60,8 +60,8 @@ def test_compiled_losses_without_a_compiler_are_refused(monkeypatch, tmp_path, w
         load_student(None, config, world, teacher=None, margin=1.0, accumulation_steps=1)
 
 
-def test_many_micro_batches_in_bf16_add_up_to_what_one_of_them_is(tmp_path, world):
-    """In bf16 a sum of 256 equal gradients is off by a tenth: small ones are lost beside the sum."""
+def test_many_micro_batches_in_bf16_have_the_gradient_of_one_of_them(tmp_path, world):
+    """A sum of 256 equal gradients in bf16 is off by a tenth: small ones are lost when added to the sum."""
     save_model(tmp_path / "teacher")
     config = Config(
         workdir=str(tmp_path),
@@ -108,7 +108,7 @@ def test_many_micro_batches_in_bf16_add_up_to_what_one_of_them_is(tmp_path, worl
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_the_final_norm_is_what_runs_after_the_last_layer_and_nothing_else(config, norm):
+def test_the_final_norm_is_the_module_that_runs_after_the_last_layer(config, norm):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     chosen = choose_trained(model, StudentConfig(train_layers=0, train_final_norm=True))

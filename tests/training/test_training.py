@@ -1,4 +1,4 @@
-"""Training, on real shards and real ranks: against a plain loop, one rank against two, stopped against not stopped."""
+"""Training on real shards and ranks: against a plain loop, one rank against two, resumed against uninterrupted."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ from dskd.random_numbers import derived_seed
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_runs
 from dskd.training import checkpoint
-from dskd.training.candidates import Candidates
+from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.export import build_export
 from dskd.training.loader import load_steps
@@ -57,7 +57,7 @@ def test_one_rank_equals_two(tiny, copy_of_tiny):
 
 def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
     config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    base = kinds.folder(load_config(config))
+    base = kinds.checkpoint_folder(load_config(config))
     assert sorted(path.name for path in base.iterdir()) == ["latest", "step-00000003", "step-00000006", "tracking"]
     assert (base / "latest").read_text() == "step-00000006\n"
     shutil.rmtree(base / "step-00000006")
@@ -71,9 +71,9 @@ def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 8])
 def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro_batch_size):
-    """As after running out of memory: only the number of accumulated micro-batches changes."""
+    """As after running out of memory; only the number of accumulated micro-batches changes."""
     config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    shutil.rmtree(kinds.folder(load_config(config)) / "step-00000006")
+    shutil.rmtree(kinds.checkpoint_folder(load_config(config)) / "step-00000006")
     train(load_config(config, [f"train.micro_batch_size={micro_batch_size}"]), world, resume=True)
     expected = [value for _, value in losses_of(tiny)[3:]]
     assert [value for _, value in losses_of(config)] == pytest.approx(expected, rel=2e-4)
@@ -83,7 +83,7 @@ def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro
         torch.testing.assert_close(tensor, undisturbed[name], rtol=1e-3, atol=2e-5)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
+def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
     # 12 steps an epoch: the run ends in its second.
     settings = {**TINY["train"], "steps": 14, "checkpoint_every": 4, "num_workers": 2}
     config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
     run_program("train.py", config, "--resume", ranks=2)
     resumed, (_, weights) = losses_of(config), _trained(config)
     assert [step for step, _ in resumed] == list(range(1, 15))
-    assert len(list(kinds.folder(loaded).glob("step-*"))) == loaded.train.keep_last
+    assert len(list(kinds.checkpoint_folder(loaded).glob("step-*"))) == loaded.train.keep_last
 
     undisturbed = copy_of_tiny(train=settings, run="undisturbed")
     run_program("train.py", undisturbed, ranks=2)
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_in_the_same_tracked_run(c
     ids=["plain fine-tuning", "all that the paper has not"],
 )
 def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, loss):
-    """No DeepSpeed, no packing, no chunks, no sums: each document by itself, autograd, torch's AdamW and clipping."""
+    """The loop has no DeepSpeed, packing, chunks or sums: single documents, autograd, torch's AdamW and clipping."""
     settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
     config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
     run_program("train.py", config_path)
@@ -194,14 +194,14 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
 
 
 def _rows(sample, *columns):
-    """The row numbers of each position, padded with -1."""
+    """Returns the row numbers of each position, padded with -1."""
     return np.concatenate([sample[name] for name in columns], axis=-1).tolist()
 
 
 def _sense_divergences(config, step, samples, vectors, states, target_states):
-    """KL of softmax(-D / tau) over each drawn position's rows and the random ones, from sets of row numbers."""
+    """Returns KL of softmax(-D / tau) over each drawn position's rows and the random ones, from sets of row numbers."""
     rule = SensePositions.of(config.loss, derived_seed(config.seed, "train", "positions"))
-    random = Candidates.of(config.loss, derived_seed(config.seed, "train", "candidates"), len(vectors)).draw(step)
+    random = CandidateRows.of(config.loss, derived_seed(config.seed, "train", "candidates"), len(vectors)).draw(step)
     divergences = []
     for number, sample in enumerate(samples):
         named = _rows(sample, "sense_ids", "synonym_ids", "antonym_ids")
@@ -216,8 +216,8 @@ def _sense_divergences(config, step, samples, vectors, states, target_states):
     return divergences
 
 
-def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(tiny, tmp_path, capsys):
-    """A quarter of the rate for a quarter of the batch: the run of the whole rate, shown as such."""
+def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(tiny, tmp_path, capsys):
+    """A quarter of the rate, meant for a quarter of the batch, is the same run as the whole rate."""
     whole = copy_work(tiny, tmp_path / "whole", *BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
     quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
     path = copy_work(tiny, tmp_path / "quarter", *BEFORE_TRAINING, train={**TINY["train"], **quarter})
@@ -233,7 +233,7 @@ def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(tin
     capsys.readouterr()
     assert report_status(config)
     assert shown in capsys.readouterr().out
-    # The same run, given by its rate; and another one, of another batch's.
+    # The same run, set by its rate; and a different one, set by another batch size.
     unset = ["train.learning_rate=1e-3", "train.learning_rate_batch_size=null"]
     assert report_status(load_config(path, unset))
     assert not report_status(load_config(path, ["train.learning_rate_batch_size=4"]))
@@ -241,7 +241,7 @@ def test_a_rate_that_follows_the_batch_is_the_runs_rate_wherever_it_is_shown(tin
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny, tmp_path):
-    """Sense embeddings that the first step does not touch and the second does are made NaN."""
+    """Sets to NaN the sense embeddings that the second step reads and the first does not."""
     path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 1})
     config = load_config(path)
     schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     finished = run_program("train.py", path, ranks=2, check=False)
     assert finished.exit_code == 2, finished.output
     assert "Traceback" not in finished.output
-    assert finished.output.count("the loss is not finite") == 1  # rank 0 says it for all
+    assert finished.output.count("the loss is not finite") == 1  # rank 0 reports it for all ranks
     line = next(line for line in finished.output.splitlines() if "the loss is not finite" in line)
     assert "error: step 2: the loss is not finite: sense on samples [" in line
     named = {int(number) for number in re.findall(r"\d+", line.split("samples [")[1].split("]")[0])}
@@ -275,7 +275,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     assert run.status == "FAILED"
 
 
-def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, world, monkeypatch):
+def test_recomputing_activations_does_not_change_the_run(copy_of_tiny, world, monkeypatch):
     from transformers import modeling_layers
 
     calls = []
@@ -297,7 +297,7 @@ def test_recomputed_activations_change_memory_and_not_the_run(copy_of_tiny, worl
     assert losses[0] == losses[1]
 
 
-def test_where_the_sense_embeddings_lie_changes_memory_and_not_the_run(copy_of_tiny, world):
+def test_the_place_of_sense_embeddings_does_not_change_the_run(copy_of_tiny, world):
     losses = []
     for bank in ("host", "device"):
         settings = {**TINY["train"], "sense_bank": bank, "steps": 2, "num_workers": 0}
@@ -310,7 +310,7 @@ def test_where_the_sense_embeddings_lie_changes_memory_and_not_the_run(copy_of_t
 
 def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_tiny, world):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    base = kinds.folder(load_config(path))
+    base = kinds.checkpoint_folder(load_config(path))
     with pytest.raises(UserError, match="nothing would be trained"):
         train(load_config(path, ["student.train_layers=0"]), world, overwrite=True)
     with pytest.raises(UserError, match="is not finite"):
@@ -323,14 +323,14 @@ def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_
 def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, world):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     config = load_config(path)
-    shutil.rmtree(kinds.folder(config) / "step-00000006")
+    shutil.rmtree(kinds.checkpoint_folder(config) / "step-00000006")
     with pytest.raises(
         UserError, match="was stopped at step 3 of 6; continue with --resume, or start from scratch with --overwrite"
     ):
         train(config, world)
     with pytest.raises(UserError, match=r"loss.margin: 1.0 then, 7.0 now"):
         train(load_config(path, ["loss.margin=7"]), world, resume=True)
-    assert sorted(found.name for found in kinds.folder(config).iterdir()) == [
+    assert sorted(found.name for found in kinds.checkpoint_folder(config).iterdir()) == [
         "latest",
         "step-00000003",
         "tracking",
@@ -360,14 +360,16 @@ def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny
     for name in names[0] - {"model.safetensors", "manifest.json"}:
         assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes(), name
 
-    checkpoints = kinds.folder(config)
+    checkpoints = kinds.checkpoint_folder(config)
     shutil.rmtree(checkpoints)
     shutil.copytree(config.path("checkpoints", "on", "step-00000001"), checkpoints / "step-00000001")
-    with pytest.raises(UserError, match=r"trunk of 1 layers, and it has 0 now; set student.shared_trunk to on"):
+    with pytest.raises(
+        UserError, match=r"trunk of 1 layers, but the run has one of 0 now; set student.shared_trunk to on"
+    ):
         train(config, world, resume=True)
 
 
-def test_training_without_a_teacher_on_all_of_its_distribution_is_training_with_it(copy_of_tiny, world):
+def test_training_from_a_complete_cached_distribution_equals_training_with_the_teacher(copy_of_tiny, world):
     losses = []
     for run, mode in (("online", "resident"), ("cached", "cached")):
         path = copy_of_tiny(
@@ -378,10 +380,10 @@ def test_training_without_a_teacher_on_all_of_its_distribution_is_training_with_
             train={**TINY["train"], "steps": 2, "num_workers": 0},
         )
         config = load_config(path)
-        annotate(config, world)  # the second time there is nothing to do
+        annotate(config, world)  # the second time the shards are up to date
         train(config, world)
         losses.append([losses_of(path, f"train/{term}") for term in ("ce", "kl", "sense")])
-    # As far as half precision goes, in which the shards keep it.
+    # The shards store log-probabilities in half precision.
     for online, cached in zip(*losses, strict=True):
         assert [value for _, value in cached] == pytest.approx([value for _, value in online], rel=1e-3)
     assert len(losses[0][0]) == 2

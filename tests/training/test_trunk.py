@@ -1,4 +1,4 @@
-"""The shared trunk changes nothing but the work: losses, gradients and exports are those of separate models."""
+"""The shared trunk only saves work: losses, gradients and exports are those of separate models."""
 
 import json
 
@@ -44,7 +44,7 @@ def _load(config, world):
 
 
 def _step(pair):
-    """The loss, its terms, and the gradients by their names in the Hugging Face folder."""
+    """Returns the loss, its terms, and the gradients by their names in the Hugging Face folder."""
     from deepspeed.utils import safe_get_full_grad
 
     positions = position_ids_of(STARTS)
@@ -92,7 +92,7 @@ def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, ar
         pair = _load(config, world)
         assert len(pair.engine.module.decoder.layers) == (1 if mode == "on" else 3)
         held = sum(p.ds_numel for name, p in pair.engine.module.named_parameters() if "layers" not in name)
-        # With it neither the trunk nor the embeddings are loaded: only the norm, and the matrix of the head.
+        # With a trunk, neither its layers nor the embeddings are loaded: outside of layers, only norm and head.
         assert (held == 120 * 32 + 32) == (mode == "on" or architecture == "qwen2")
         results[mode] = _step(pair)
         pair.engine.destroy()
@@ -102,7 +102,7 @@ def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, ar
 
 
 @pytest.mark.parametrize("trained", [(0, "train_lm_head"), (1, "train_final_norm")])
-def test_what_else_is_trained_is_trained_alike(tmp_path, world, trained):
+def test_parameters_outside_the_layers_are_trained_alike_with_a_trunk(tmp_path, world, trained):
     save_model(tmp_path / "teacher")
     results = {}
     for mode in ("on", "off"):
@@ -127,7 +127,7 @@ def _depth(kept=(0, 1, 2, 3), *, same_teacher=True, tied=False, loss=None, mode=
     return trunk_depth(config, kept=kept, same_teacher=same_teacher, tied=tied)
 
 
-def test_the_trunk_is_what_is_frozen_and_lies_lowest_in_both():
+def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
     assert _depth() == 3
     assert _depth(train_layers=3) == 1
     assert _depth(train_layers=(1, 3)) == 1
@@ -149,7 +149,7 @@ def test_the_trunk_is_what_is_frozen_and_lies_lowest_in_both():
         ({"mode": "cached"}, "teacher.mode is cached"),
     ],
 )
-def test_there_is_no_trunk_where_it_would_not_be_exact(options, message):
+def test_there_is_no_trunk_if_it_would_not_be_exact(options, message):
     with pytest.raises(TrunkError, match=message):
         _depth(**options)
 
@@ -174,7 +174,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
-def test_an_architecture_that_changes_what_goes_in_is_found_out(tmp_path, world, architecture, capsys):
+def test_an_architecture_that_changes_the_input_of_layers_is_detected(tmp_path, world, architecture, capsys):
     save_model(tmp_path / "teacher")
     for name in ("model.safetensors", "config.json"):
         (tmp_path / "teacher" / name).unlink()
@@ -192,7 +192,7 @@ def test_an_architecture_that_changes_what_goes_in_is_found_out(tmp_path, world,
         _load(_config(tmp_path, student={"shared_trunk": "on"}, **sections), world)
 
 
-def test_a_student_that_is_no_copy_any_more_is_found_out(tmp_path, world):
+def test_a_student_that_is_no_longer_a_copy_is_detected(tmp_path, world):
     from safetensors.torch import load_file, save_file
 
     save_model(tmp_path / "teacher")

@@ -40,8 +40,8 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
             several = (mask & (sizes > 1)).nonzero().squeeze(-1)
             for part in several.split(_POSITIONS) if len(several) else ():
                 starts, counts = dictionary.entry_offsets[targets[part]], sizes[part]
-                place = torch.arange(int(counts.max()))
-                rows = torch.where(place < counts[:, None], starts[:, None] + place, -1)
+                column = torch.arange(int(counts.max()))
+                rows = torch.where(column < counts[:, None], starts[:, None] + column, -1)
                 used, (index,) = gather_rows(vectors, [rows.int().numpy()])
                 nearest = nearest_of(hidden[part.to(world.device)], used.to(world.device), index.to(world.device))
                 agree = starts + nearest.cpu() == batch["nearest_sense"].flatten()[part]

@@ -47,11 +47,11 @@ class Context:
 
 def read_contexts(wordnet: WordNet) -> list[Context]:
     """Returns all contexts in WordNet, sorted."""
-    found: set[Context] = set()
+    contexts: set[Context] = set()
     for synset in progress(wordnet.reader.all_synsets(), total=None, label="reading examples", unit="synsets"):
         for text in synset.examples():
-            found.update(_contexts_of(wordnet, synset, text))
-    return sorted(found, key=lambda c: (c.lemma, c.part_of_speech, c.synset, c.text))
+            contexts.update(_contexts_of(wordnet, synset, text))
+    return sorted(contexts, key=lambda c: (c.lemma, c.part_of_speech, c.synset, c.text))
 
 
 def _contexts_of(wordnet: WordNet, synset: Any, text: str) -> Iterator[Context]:
@@ -59,8 +59,8 @@ def _contexts_of(wordnet: WordNet, synset: Any, text: str) -> Iterator[Context]:
     similar = [lemma for other in synset.similar_tos() for lemma in other.lemmas()]
     for lemma in synset.lemmas():
         word = spelled(lemma.name())
-        places = _places(wordnet, word, part, text)
-        if len(places) != 1 or not _WORD.search(text, 0, places[0][0]):
+        spans = _spans(wordnet, word, part, text)
+        if len(spans) != 1 or not _WORD.search(text, 0, spans[0][0]):
             continue
         synonyms = {spelled(other.name()) for other in (*synset.lemmas(), *similar)} - {word}
         antonyms = {spelled(antonym.name()) for other in (lemma, *similar) for antonym in other.antonyms()} - {word}
@@ -69,21 +69,21 @@ def _contexts_of(wordnet: WordNet, synset: Any, text: str) -> Iterator[Context]:
             part,
             synset.name(),
             text,
-            *places[0],
+            *spans[0],
             synonyms=tuple(sorted(synonyms - antonyms)),
             antonyms=tuple(sorted(antonyms - synonyms)),
         )
 
 
-def _places(wordnet: WordNet, word: str, part: str, text: str) -> list[tuple[int, int]]:
+def _spans(wordnet: WordNet, word: str, part: str, text: str) -> list[tuple[int, int]]:
     if not _WORD.fullmatch(word):  # a lemma of several words is not inflected
         return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)]
-    wanted = word.lower()
+    lemma = word.lower()
     return [
         match.span()
         for match in _WORD.finditer(text)
-        if (form := match.group().lower()) == wanted
-        or (form[:1] == wanted[:1] and wordnet.reader.morphy(form, part) == wanted)
+        if (form := match.group().lower()) == lemma
+        or (form[:1] == lemma[:1] and wordnet.reader.morphy(form, part) == lemma)
     ]
 
 

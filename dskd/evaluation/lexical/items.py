@@ -1,6 +1,6 @@
 """The items that all models are measured on: `WORKDIR/lexical_items`, made from WordNet when they are first needed.
 
-An example of WordNet is used if it is no training text of this config: no run of `RUN_WORDS` of its words (all of its
+An example of WordNet is used if it is not training text of this config: no run of `RUN_WORDS` of its words (all of its
 words, if it has fewer) occurs in `WORKDIR/corpus/train.parquet` (:mod:`dskd.evaluation.lexical.training_text`). If the
 corpus is WordNet's own text, these are the examples of held-out synsets; with other corpora most examples are used.
 The same rule applies to sentences of Words in Context, many of which are WordNet's.
@@ -64,26 +64,26 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
         "corpus": read_manifest(config.path(kinds.CORPUS.folder), "corpus").digest,
         "wordnet": open_wordnet(config.wordnet.path).digest,
     }
-    _read_pairs(config)
+    _read_pairs(config)  # so that a file in another format is refused before anything is made
     for key in ("wic", "wic_threshold"):
-        place = getattr(config.evaluation, key)
-        if place is not None:
-            data = Path(place).expanduser()
+        file = getattr(config.evaluation, key)
+        if file is not None:
+            data = Path(file).expanduser()
             inputs |= {key: sha256_of_file(data), f"{key}_gold": sha256_of_file(gold_of(data))}
     return Recipe("lexical-items", inputs, {"run_words": RUN_WORDS}, tokenizer=teacher.tokenizer_digest)
 
 
 def _read_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
     """Returns the pairs to measure on, and those to choose the threshold on; [] if the config names no file."""
-    places = {f"evaluation.{key}": getattr(config.evaluation, key) for key in ("wic", "wic_threshold")}
-    asked, threshold = ([] if place is None else read_wic(place, key) for key, place in places.items())
-    if asked and [pair[1:] for pair in asked] == [pair[1:] for pair in threshold]:  # without FILE:LINE
+    files = {f"evaluation.{key}": getattr(config.evaluation, key) for key in ("wic", "wic_threshold")}
+    measured, threshold = ([] if file is None else read_wic(file, key) for key, file in files.items())
+    if measured and [pair[1:] for pair in measured] == [pair[1:] for pair in threshold]:  # without FILE:LINE
         raise UserError(
-            f"evaluation.wic_threshold: {config.evaluation.wic_threshold} has the pairs of evaluation.wic, and the "
-            "threshold would be chosen on what is measured; name another file, such as that of the training split, or "
-            "leave it out"
+            f"evaluation.wic_threshold: {config.evaluation.wic_threshold} has the pairs of evaluation.wic, so the "
+            "threshold would be chosen on the pairs that are measured; name another file, such as that of the training "
+            "split, or leave the key out"
         )
-    return asked, threshold
+    return measured, threshold
 
 
 def build_items(config: Config, teacher: ModelFolder) -> Manifest:
@@ -93,26 +93,28 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
         UserError: as :func:`recipe`, and when the tokenizer does not report the letters of each token.
     """
     target = config.path(kinds.LEXICAL_ITEMS.folder)
-    wanted = recipe(config, teacher)
-    if not is_current(target, wanted):
+    current_recipe = recipe(config, teacher)
+    if not is_current(target, current_recipe):
         tokenizer = teacher.load_tokenizer()
         if not tokenizer.is_fast:
             raise UserError(
-                f"{teacher.path}: {type(tokenizer).__name__} does not say which letters a token has, and without that "
-                "no word is found in a sentence; put a tokenizer.json of it into the folder"
+                f"{teacher.path}: {type(tokenizer).__name__} does not report the letters of each token, so no word can "
+                "be found in a sentence; put the tokenizer's tokenizer.json into the folder"
             )
         sources: list[str | Path] = ["WordNet's examples", config.path(kinds.CORPUS.folder, "train.parquet")]
-        with stage("lexical items: what no training text has", reads=sources, writes=target):
+        with stage("lexical items: WordNet's examples that no training text has", reads=sources, writes=target):
             wordnet = open_wordnet(config.wordnet.path)
-            with build_artifact(target, wanted) as building:
-                texts = progress(read_texts(config, "train"), total=None, label="looking for them", unit="documents")
+            with build_artifact(target, current_recipe) as building:
+                texts = progress(
+                    read_texts(config, "train"), total=None, label="searching the training text", unit="documents"
+                )
                 items, facts = make_items(wordnet, texts, tokenizer, *_read_pairs(config))
                 write_text(building.folder / FILE, _ITEMS.dump_json(items).decode())
                 surface = surface_scores(items.contexts, items.choices, items.wic, items.wic_threshold)
                 building.facts.update(facts, surface=surface)
             say("  " + ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items()))
             if min(facts["of_both_kinds"], facts["synonyms_against_antonyms"]) < _FEW:
-                say("  that is little to measure on; where the corpus is WordNet, a larger validation_share gives more")
+                say("  these are few; if the corpus is WordNet, a larger corpus.validation_share gives more of them")
     return read_manifest(target, "lexical-items")
 
 
@@ -120,13 +122,13 @@ def load_items(config: Config, manifest: Manifest) -> Items:
     """Loads the items of `WORKDIR/lexical_items` that the manifest describes.
 
     Raises:
-        OutageError: when the items there are others by now, because another config's job replaced them.
+        OutageError: when another config's job has replaced them.
     """
     content = read_file(config.path(kinds.LEXICAL_ITEMS.folder), FILE) or b""
     if hashlib.sha256(content).hexdigest() != manifest.files[FILE]["sha256"]:
         raise OutageError(
             f"{config.path(kinds.LEXICAL_ITEMS.folder, FILE)}: these are not the items that were made for this config; "
-            "another job may have made those of its own config meanwhile. Start it again when that has ended"
+            "another job may have replaced them by its own. Start again when that job has ended"
         )
     return _ITEMS.validate_json(content)
 
@@ -134,42 +136,42 @@ def load_items(config: Config, manifest: Manifest) -> Items:
 def make_items(
     wordnet: WordNet, training_texts: Iterable[str], tokenizer: Any, wic: list[Pair], wic_threshold: list[Pair]
 ) -> tuple[Items, dict[str, int]]:
-    """Returns the items that no training text contains, and counts of what was found and what was kept."""
-    everything = read_contexts(wordnet)
+    """Returns the items that no training text contains, and counts of all candidates and of those that were kept."""
+    contexts = read_contexts(wordnet)
     pairs = [*wic, *wic_threshold]
     sentences = {
-        *(context.text for context in everything),
+        *(context.text for context in contexts),
         *(marked.text for p in pairs for marked in (p.one, p.other)),
     }
     # One pass over the training text counts both the words to choose among and the runs that make a sentence known.
-    phrases: set[Phrase] = phrases_of(everything)
+    phrases: set[Phrase] = phrases_of(contexts)
     phrases.update(run for text in sentences for run in runs_of(text))
     counts = count_phrases(training_texts, phrases)
     new = {text for text in sentences if is_new(text, counts)}
-    held_out = [context for context in everything if context.text in new]
+    held_out = [context for context in contexts if context.text in new]
     # Of the held-out contexts, keep those whose word is whole tokens, after the first, and of a lemma with several.
-    read = [(context, tokenize(tokenizer, context.text, context.start, context.stop)) for context in held_out]
-    whole = [(context, tokens) for context, tokens in read if tokens is not None and tokens.first > 0]
+    tokenized = [(context, tokenize(tokenizer, context.text, context.start, context.stop)) for context in held_out]
+    whole = [(context, tokens) for context, tokens in tokenized if tokens is not None and tokens.first > 0]
     of_lemmas = lemmas_with_pairs([context for context, _ in whole])
     kept = [whole[number] for numbers in of_lemmas.values() for number in numbers]
-    asked, threshold = (_held_out_pairs(some, new, tokenizer) for some in (wic, wic_threshold))
+    measured, threshold = (_held_out_pairs(pairs, new, tokenizer) for pairs in (wic, wic_threshold))
     items = Items(
         [context for context, _ in kept],
         [tokens for _, tokens in kept],
         choices(held_out, counts, tokenizer),
-        *map(list, zip(*asked, strict=True)) if asked else ([], []),
+        *map(list, zip(*measured, strict=True)) if measured else ([], []),
         *map(list, zip(*threshold, strict=True)) if threshold else ([], []),
     )
     facts = {
-        "examples": len({context.text for context in everything}),
+        "examples": len({context.text for context in contexts}),
         "held_out_examples": len({context.text for context in held_out}),
         "words_in_them": len(items.contexts),
         "lemmas_with_pairs": len(of_lemmas),
         "of_both_kinds": len(lemmas_with_both(items.contexts)),
         "synonyms_against_antonyms": len(items.choices),
     }
-    for name, given, used in (("wic", wic, items.wic), ("wic_threshold", wic_threshold, items.wic_threshold)):
-        facts |= {f"{name}_pairs": len(given), f"held_out_{name}_pairs": len(used)} if given else {}
+    for name, pairs, kept_pairs in (("wic", wic, items.wic), ("wic_threshold", wic_threshold, items.wic_threshold)):
+        facts |= {f"{name}_pairs": len(pairs), f"held_out_{name}_pairs": len(kept_pairs)} if pairs else {}
     return items, facts
 
 

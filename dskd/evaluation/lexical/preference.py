@@ -45,14 +45,14 @@ def candidates_of(context: Context) -> list[tuple[str, str]]:
     if context.word != context.lemma:
         return []
     before = words_of(context.text[: context.start])[-1:]
-    there = set(words_of(context.text))
-    fit = [
+    words = set(words_of(context.text))
+    fitting = [
         word
         for word in {*context.synonyms, *context.antonyms}
-        if not there.intersection(words_of(word))
+        if not words.intersection(words_of(word))
         and (before not in (("a",), ("an",)) or (word[0].lower() in _VOWELS) == (before == ("an",)))
     ]
-    return sorted(itertools.product(set(context.synonyms) & set(fit), set(context.antonyms) & set(fit)))
+    return sorted(itertools.product(set(context.synonyms) & set(fitting), set(context.antonyms) & set(fitting)))
 
 
 def phrases_of(contexts: Iterable[Context]) -> set[Phrase]:
@@ -62,7 +62,7 @@ def phrases_of(contexts: Iterable[Context]) -> set[Phrase]:
 
 def choices(contexts: Sequence[Context], frequencies: Mapping[Phrase, int], tokenizer: Any) -> list[Choice]:
     """Returns the items, at most one per context, in the order of the contexts."""
-    found = []
+    items = []
     for context in contexts:
         best: tuple[float, Choice] | None = None
         for pair in candidates_of(context):
@@ -76,8 +76,8 @@ def choices(contexts: Sequence[Context], frequencies: Mapping[Phrase, int], toke
             name = f"{context.synset}/{context.lemma}/{pair[0]}/{pair[1]}/{context.text}"
             best = distance, Choice(context.cluster, name, synonym, antonym, (counts[0], counts[1]))
         if best is not None:
-            found.append(best[1])
-    return found
+            items.append(best[1])
+    return items
 
 
 def _with(context: Context, word: str, tokenizer: Any) -> Tokens | None:
@@ -86,12 +86,12 @@ def _with(context: Context, word: str, tokenizer: Any) -> Tokens | None:
     return tokens if tokens is not None and tokens.first > 0 else None  # the first token has no likelihood
 
 
-def preference(found: Sequence[Choice], likelihoods: Sequence[float]) -> list[Item]:
+def preference(items: Sequence[Choice], likelihoods: Sequence[float]) -> list[Item]:
     """Returns one item per choice; a tie scores half.
 
     `likelihoods` [2 n] holds the log-likelihoods of each choice's two sentences, the synonym's before the antonym's.
     """
     return [
         Item(MEASURE, choice.cluster, choice.name, 0.5 + 0.5 * ((synonym > antonym) - (synonym < antonym)), 0.5)
-        for choice, synonym, antonym in zip(found, likelihoods[::2], likelihoods[1::2], strict=True)
+        for choice, synonym, antonym in zip(items, likelihoods[::2], likelihoods[1::2], strict=True)
     ]

@@ -2,26 +2,27 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dskd.artifacts import kinds
-from dskd.artifacts.building import build_artifact, was_made_meanwhile
 from dskd.artifacts.hashing import digest_of_json
-from dskd.artifacts.manifest import Manifest, Recipe, write_json
+from dskd.artifacts.manifest import Manifest
 from dskd.config import Config
 from dskd.console import table
 from dskd.evaluation import held_out_text
 from dskd.evaluation.lexical.alignment import MEASURES as OF_POSITIONS
-from dskd.evaluation.lexical.scores import Item, clustered_error, columns_of, summarize
+from dskd.evaluation.lexical.scores import Item, columns_of, summarize
 from dskd.evaluation.models import CUT_STUDENT, TEACHER, Candidate
-from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples
-from dskd.tracking import log_results
+from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples, standard_error
+from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Evaluation, Measurement, Outcome
 
-FILE, EXAMPLES_FILE, ITEMS_FILE = "measures.json", "examples.parquet", "items.parquet"
-_ITEMS_SCHEMA = pa.schema(
+LEXICAL = Evaluation("lexical", "Words and senses", "lexical knowledge", kinds.LEXICAL.folder, kinds.LEXICAL.made_by)
+ITEMS_FILE = "items.parquet"
+_ITEMS_SCHEMA = pa.schema(  # the fields of an Item, in their order
     [
         ("measure", pa.string()),
         ("cluster", pa.string()),
@@ -37,7 +38,7 @@ Summary = dict[str, dict[str, Any]]
 def _perplexity(config: Config, candidate: Candidate) -> Summary:
     """Returns the perplexity on lexical targets, from the scores of the evaluation on held-out text."""
     vocab_size = candidate.folder.load_config().vocab_size
-    path = config.path(kinds.EVALUATION.folder, candidate.name, held_out_text.EXAMPLES_FILE)
+    path = held_out_text.HELD_OUT.folder_of(config, candidate.name) / EXAMPLES_FILE
     columns = read_examples(path.read_bytes()).columns
     by_name = {measure.name: measure for measure in held_out_text.MEASURES}
     lexical = by_name["lexical_perplexity"]
@@ -45,7 +46,7 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
     counts = columns[lexical.count]
     if not counts.sum():
         return {}
-    error = clustered_error(columns[lexical.total], counts)
+    error = standard_error(columns[lexical.total], counts)
     return {
         lexical.name: {
             "value": value,
@@ -57,65 +58,34 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
     }
 
 
-def publish(
-    config: Config,
-    candidate: Candidate,
-    wanted: Recipe,
-    items: Sequence[Item],
-    areas: Summary,
-    *,
-    text: str,
-    force: bool,
-) -> None:
-    """Writes a model's measures and its score on each item, and logs them to MLflow if it is from a tracked run.
-
-    If another process has meanwhile written results of the same recipe, those are kept.
+def outcome(config: Config, one: Measurement, items: Sequence[Item], areas: Summary, *, text: str) -> Outcome:
+    """Returns a model's measures, with a function that writes its score on each item.
 
     Args:
         config: the experiment.
-        candidate: the model.
-        wanted: the recipe of the results.
-        items: the model's score on each item.
-        areas: summaries of measures that are not a mean over items.
+        one: the model, whose evaluation on held-out text exists, and the recipe of its results.
+        items: its score on each item.
+        areas: summaries of measures that are not means over items.
         text: digest of the held-out tokens.
-        force: replace results even if they are up to date.
     """
-    summary = summarize(items) | areas | _perplexity(config, candidate)
-    clusters, columns = columns_of(items)
-    names = list(dict.fromkeys(item.measure for item in items))
-    target = config.path(kinds.LEXICAL.folder, candidate.name)
-    if not force and was_made_meanwhile(target, wanted):
-        return
-    data = digest_of_json({"items": wanted.inputs["items"], "text": text})
-    with build_artifact(target, wanted) as building:
-        write_json(building.folder / FILE, summary)
-        shards = wanted.inputs["shards"]
-        measures = [Measure(n, n, f"{n}_items", data=shards if n in OF_POSITIONS else None) for n in names]
-        save_examples(building.folder / EXAMPLES_FILE, Examples(data, clusters, columns, measures))
-        rows = [dict(zip(_ITEMS_SCHEMA.names, _row(item), strict=True)) for item in items]
-        pq.write_table(pa.Table.from_pylist(rows, _ITEMS_SCHEMA), building.folder / ITEMS_FILE, compression="zstd")
-    if candidate.mlflow_run_id and config.tracking.enabled:
-        values = {name: one["value"] for name, one in summary.items()}
-        examples = target / EXAMPLES_FILE
-        log_results(
-            config,
-            candidate.name,
-            candidate.mlflow_run_id,
-            kinds.LEXICAL.folder,
-            values,
-            examples,
-            data=data,
-            step=candidate.step,
-        )
+    summary = summarize(items) | areas | _perplexity(config, one.candidate)
+    inputs = one.recipe.inputs
+    data = digest_of_json({"items": inputs["items"], "text": text})
 
+    def write_files(folder: Path) -> None:
+        clusters, columns = columns_of(items)
+        names = list(dict.fromkeys(item.measure for item in items))
+        measures = [Measure(n, n, f"{n}_items", data=inputs["shards"] if n in OF_POSITIONS else None) for n in names]
+        save_examples(folder / EXAMPLES_FILE, Examples(data, clusters, columns, measures))
+        rows = [dict(zip(_ITEMS_SCHEMA.names, item, strict=True)) for item in items]
+        pq.write_table(pa.Table.from_pylist(rows, _ITEMS_SCHEMA), folder / ITEMS_FILE, compression="zstd")
 
-def _row(item: Item) -> tuple[Any, ...]:
-    return item.measure, item.cluster, item.name, item.total, item.chance, item.num
+    return Outcome(summary, {name: measure["value"] for name, measure in summary.items()}, data, write_files)
 
 
 def load_summary(config: Config, name: str) -> Summary:
     """Loads {measure: {value, standard_error, chance, items, clusters, …}} of a model that was measured."""
-    return json.loads(config.path(kinds.LEXICAL.folder, name, FILE).read_text(encoding="utf-8"))
+    return json.loads((LEXICAL.folder_of(config, name) / FILE).read_text(encoding="utf-8"))
 
 
 def comparison(config: Config, names: Sequence[str], items: Manifest) -> str:

@@ -30,16 +30,16 @@ def retrieval(contexts: Sequence[Context], states: torch.Tensor, suffix: str = "
         directions = F.normalize(states[numbers].double(), dim=-1)
         synsets = [contexts[number].synset for number in numbers]
         senses = sorted(set(synsets))
-        for query, own in enumerate(synsets):
+        for query, right in enumerate(synsets):
             others = {
                 sense: [n for n, synset in enumerate(synsets) if synset == sense and n != query] for sense in senses
             }
-            if not others[own]:
+            if not others[right]:
                 continue
             centroids = torch.stack([directions[others[sense]].mean(dim=0) for sense in senses])
             cosines = (F.normalize(centroids, dim=-1) @ directions[query]).numpy()
-            accuracy, rank = scores_of(cosines, senses.index(own))
-            name = f"{own}/{lemma}/{query}"
+            accuracy, rank = scores_of(cosines, senses.index(right))
+            name = f"{right}/{lemma}/{query}"
             count = len(senses)
             items.append(Item(f"{ACCURACY}{suffix}", lemma, name, accuracy, 1 / count))
             items.append(Item(f"{RANK}{suffix}", lemma, name, rank, float(np.mean(1 / np.arange(1, count + 1)))))

@@ -1,32 +1,29 @@
 """Lexical measures on all ranks: `WORKDIR/lexical/NAME`, for teacher, cut student and exports."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from dskd.artifacts import kinds
-from dskd.artifacts.manifest import Manifest, Recipe, is_current
+from dskd.artifacts.manifest import Manifest, Recipe
 from dskd.config import Config
-from dskd.console import say, stage
+from dskd.console import say
 from dskd.distributed.collectives import main_first, on_main
 from dskd.distributed.world import World
-from dskd.evaluation import held_out_text
-from dskd.evaluation.held_out_text import HeldOutText
+from dskd.evaluation import held_out_text, suite
+from dskd.evaluation.held_out_text import HeldOutInputs, HeldOutText
 from dskd.evaluation.lexical import alignment, preference, retrieval, separation, wic
 from dskd.evaluation.lexical.items import Items, build_items, load_items
-from dskd.evaluation.lexical.results import Summary, comparison, publish
+from dskd.evaluation.lexical.results import LEXICAL, Summary, comparison, outcome
 from dskd.evaluation.lexical.scores import Item, area
 from dskd.evaluation.lexical.states import TARGET, WORD, Tokens, read_likelihoods, read_states
-from dskd.evaluation.models import Candidate, chosen, load_candidate, same_on_all_ranks
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
+from dskd.evaluation.suite import Measurement, Outcome
 from dskd.models.frozen import FrozenModel
 from dskd.models.limits import check_text
 from dskd.models.precision import resolve_precision
-from dskd.senses.dictionary import SenseDictionary, load_dictionary
-from dskd.shards import load_manifest
 
 
 def run_lexical(config: Config, world: World, names: Sequence[str] | None = None, *, force: bool = False) -> None:
@@ -43,42 +40,39 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     Raises:
         UserError: when a model of `names` does not exist, or there is no corpus.
     """
-    models = same_on_all_ranks(lambda: chosen(config, names))
+    all_models = same_on_all_ranks(lambda: candidates(config))
+    models = main_first(lambda: choose(config, all_models, names))
+    teacher = all_models[0].folder
     # All ranks use rank 0's manifest: another job may replace the items by those of its own config at any time.
-    manifest = Manifest(**on_main(lambda: asdict(build_items(config, find_teacher(config)))))
+    manifest = Manifest(**on_main(lambda: asdict(build_items(config, teacher))))
     items = main_first(lambda: load_items(config, manifest))
-    held_out_text.evaluate(config, world)
-    teacher = main_first(lambda: find_teacher(config))
-    wanted = main_first(lambda: {model.name: recipe(config, model, teacher, manifest) for model in models})
-    # Rank 0 decides, because all ranks must measure the same models.
-    stale = on_main(
-        lambda: [n for n, it in wanted.items() if force or not is_current(config.path(kinds.LEXICAL.folder, n), it)]
-    )
-    on_main(lambda: check_items(items, [model for model in models if model.name in stale], teacher.load_tokenizer()))
-    dictionary, _ = main_first(lambda: load_dictionary(config))
-    validation = main_first(lambda: load_manifest(config, "validation"))
-    text = HeldOutText(config, validation, dictionary.path, world) if stale else None
-    for model in models:
-        if model.name not in stale:
-            say(f"up to date: {config.path(kinds.LEXICAL.folder, model.name)}")
-            continue
-        assert text is not None
-        target = config.path(kinds.LEXICAL.folder, model.name)
-        with stage(f"lexical knowledge: {model.name}", reads=[model.folder.path, "lexical items"], writes=target):
-            frozen = load_candidate(model, config, world)
-            found, summary = measure(frozen, items, text, dictionary, _texts_at_once(config, items), world)
-            frozen.close()
-            publish_it = functools.partial(publish, config, model, wanted[model.name], found, summary)
-            on_main(functools.partial(publish_it, text=text.digest, force=force))
+    inputs = held_out_text.evaluate(config, world, all_models)
+    measurements = [
+        Measurement(LEXICAL, model, recipe(config, model, inputs, manifest), ["lexical items"]) for model in models
+    ]
+    stale = suite.find_stale(config, measurements, force=force)
+    if stale:
+        on_main(lambda: check_items(items, [one.candidate for one in stale], teacher.load_tokenizer()))
+        text = HeldOutText(config, inputs.validation, inputs.dictionary.path, world)
+
+    def measure(model: FrozenModel, one: Measurement) -> Callable[[], Outcome]:
+        scores, areas = measure_items(model, items, _texts_at_once(config, items), world)
+        scores += alignment.senses_of_positions(model, text, inputs.dictionary, world)
+        return functools.partial(outcome, config, one, scores, areas, text=text.digest)
+
+    suite.run(config, world, stale, measure, force=force)
     on_main(lambda: say(f"\n{comparison(config, [model.name for model in models], manifest)}"))
 
 
-def recipe(config: Config, candidate: Candidate, teacher: ModelFolder, items: Manifest) -> Recipe:
+def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs, items: Manifest) -> Recipe:
     """Returns everything that a model's results depend on; the batch size is not part of it."""
-    evaluated = held_out_text.recipe(config, candidate, teacher)
-    inputs = {**evaluated.inputs, "items": items.digest}
+    evaluated = held_out_text.recipe(config, candidate, inputs)
     return Recipe(
-        "lexical", inputs, {"precision": resolve_precision(config.precision)}, teacher.digest, teacher.tokenizer_digest
+        "lexical",
+        {**evaluated.inputs, "items": items.digest},
+        {"precision": resolve_precision(config.precision)},
+        evaluated.teacher,
+        evaluated.tokenizer,
     )
 
 
@@ -106,42 +100,32 @@ def check_items(items: Items, models: Sequence[Candidate], tokenizer: Any) -> No
             check_text(tokens.input_ids, model_config, tokenizer, f"{place} cannot be read by {model.name}")
 
 
-def measure(
-    model: FrozenModel,
-    items: Items,
-    text: HeldOutText,
-    dictionary: SenseDictionary,
-    batch_size: int,
-    world: World,
-) -> tuple[list[Item], Summary]:
-    """Returns a model's score on each item, and the areas, which are not a mean over items, on every rank."""
-    found, areas = measure_items(model, items, batch_size, world)
-    return found + alignment.senses_of_positions(model, text, dictionary, world), areas
-
-
 def measure_items(model: FrozenModel, items: Items, batch_size: int, world: World) -> tuple[list[Item], Summary]:
-    """Returns what :func:`measure` does, for the items that need no shards; reads `batch_size` texts at once."""
-    found: list[Item] = []
+    """Returns a model's score on each item that needs no shards, and the areas, which are not means over items.
+
+    All ranks must call it, and all get the result. `batch_size` is the number of texts that a rank reads at once.
+    """
+    scores: list[Item] = []
     areas: Summary = {}
     states = read_states(model, items.context_tokens, batch_size, world, label="words in examples")
     for place, suffix in ((WORD, ""), (TARGET, "_target")):
         name = f"{separation.MEASURE}{suffix}"
-        found += separation.separation(items.contexts, states[:, place], name)
+        scores += separation.separation(items.contexts, states[:, place], name)
         if items.contexts:
             areas[f"{name}_pooled"] = separation.pooled(items.contexts, states[:, place])
-        found += retrieval.retrieval(items.contexts, states[:, place], suffix)
+        scores += retrieval.retrieval(items.contexts, states[:, place], suffix)
     pairs = [tokens for choice in items.choices for tokens in (choice.synonym, choice.antonym)]
     likelihoods = read_likelihoods(model, pairs, batch_size, world, label="synonyms or antonyms")
-    found += preference.preference(items.choices, likelihoods.tolist())
+    scores += preference.preference(items.choices, likelihoods.tolist())
     if items.wic:
-        scores = _wic_similarities(model, items.wic_tokens, batch_size, world)
+        similarities = _wic_similarities(model, items.wic_tokens, batch_size, world)
         labels = [pair.is_same for pair in items.wic]
-        areas[wic.AUC] = area(scores, labels, [pair.word for pair in items.wic])
+        areas[wic.AUC] = area(similarities, labels, [pair.word for pair in items.wic])
         if items.wic_threshold:
             tuning = _wic_similarities(model, items.wic_threshold_tokens, batch_size, world)
             threshold = wic.best_threshold(tuning, torch.tensor([p.is_same for p in items.wic_threshold]).numpy())
-            found += wic.accuracy(items.wic, scores, threshold)
-    return found, areas
+            scores += wic.accuracy(items.wic, similarities, threshold)
+    return scores, areas
 
 
 def _wic_similarities(model: FrozenModel, pairs: list[tuple[Tokens, Tokens]], batch_size: int, world: World) -> Any:

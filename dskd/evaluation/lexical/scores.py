@@ -1,8 +1,8 @@
 """Measures computed from items: means and areas, with errors that count the items of one lemma as one observation.
 
-Items of one lemma resemble each other, so the lemma is the cluster. The standard error of a mean is the linearised one
-of a ratio of sums over clusters (Cochran, Sampling Techniques, 6.4, as in :mod:`dskd.compare.statistics`); that of an
-area is from the bootstrap over clusters.
+Items of one lemma resemble each other, so the lemma is the cluster. The standard error of a mean is that of a ratio of
+sums over clusters (:func:`dskd.evaluation.scores_by_example.standard_error`); that of an area is from the bootstrap
+over clusters.
 """
 
 import math
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from dskd.evaluation.scores_by_example import standard_error
 
 _REPLICATES = 500
 
@@ -32,13 +34,13 @@ def summarize(items: Iterable[Item]) -> dict[str, dict[str, Any]]:
     for item in items:
         by_measure.setdefault(item.measure, []).append(item)
     summary = {}
-    for measure, mine in by_measure.items():
-        totals, counts, chances = _sums(mine)
+    for measure, of_measure in by_measure.items():
+        totals, counts, chances = _sums(of_measure)
         count = math.fsum(counts)
         if count:
             summary[measure] = {
                 "value": math.fsum(totals) / count,
-                "standard_error": clustered_error(totals, counts),
+                "standard_error": standard_error(totals, counts),
                 "chance": math.fsum(chances) / count,
                 "items": int(count),
                 "clusters": int(np.count_nonzero(counts)),
@@ -52,19 +54,6 @@ def _sums(items: Iterable[Item]) -> np.ndarray:
     for item in items:
         sums[item.cluster] = sums.get(item.cluster, 0.0) + np.array([item.total, item.num, item.chance])
     return np.array([sums[cluster] for cluster in sorted(sums)]).T
-
-
-def clustered_error(totals: np.ndarray, counts: np.ndarray) -> float | None:
-    """Returns the standard error of sum(totals) / sum(counts), or None if fewer than two clusters have items.
-
-    Both are sums over clusters [G]. If every count is 1, the error is s / sqrt(G).
-    """
-    totals, counts = totals[counts > 0], counts[counts > 0]
-    number = len(counts)
-    if number < 2:
-        return None
-    residuals = totals - totals.sum() / counts.sum() * counts
-    return math.sqrt(number / (number - 1) * float(residuals @ residuals)) / float(counts.sum())
 
 
 def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -88,11 +77,12 @@ def area(scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[str
     """
     values, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     names, members = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    places = [np.flatnonzero(members == number) for number in range(len(names))]
+    rows_of = [np.flatnonzero(members == number) for number in range(len(names))]
+    # Each replicate draws as many clusters as there are, with replacement, and takes all items of each.
     generator = np.random.default_rng(seed)
     drawn = []
     for _ in range(_REPLICATES if len(names) > 1 else 0):
-        rows = np.concatenate([places[number] for number in generator.integers(len(names), size=len(names))])
+        rows = np.concatenate([rows_of[number] for number in generator.integers(len(names), size=len(names))])
         drawn.append(roc_auc(values[rows], truth[rows]))
     areas = np.array(drawn)[~np.isnan(drawn)] if drawn else np.zeros(0)
     result: dict[str, Any] = {
@@ -113,12 +103,12 @@ def columns_of(items: Sequence[Item]) -> tuple[list[str], Mapping[str, np.ndarra
     Each measure has two columns: `MEASURE`, its total, and `MEASURE_items`, its number of items.
     """
     clusters = sorted({item.cluster for item in items})
-    place = {cluster: number for number, cluster in enumerate(clusters)}
+    index = {cluster: number for number, cluster in enumerate(clusters)}
     columns: dict[str, np.ndarray] = {}
     for item in items:
         if item.measure not in columns:
             columns[item.measure] = np.zeros(len(clusters))
             columns[f"{item.measure}_items"] = np.zeros(len(clusters), dtype=np.int64)
-        columns[item.measure][place[item.cluster]] += item.total
-        columns[f"{item.measure}_items"][place[item.cluster]] += item.num
+        columns[item.measure][index[item.cluster]] += item.total
+        columns[f"{item.measure}_items"][index[item.cluster]] += item.num
     return clusters, columns

@@ -68,10 +68,10 @@ def pooled(contexts: Sequence[Context], states: torch.Tensor) -> dict[str, Any]:
 
 def _pairs(contexts: Sequence[Context], states: torch.Tensor) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     """Returns {lemma: (cosines, booleans)}: for each pair of contexts, its cosine and whether its sense is the same."""
-    found = {}
+    pairs = {}
     for lemma, numbers in lemmas_with_pairs(contexts).items():
         directions = F.normalize(states[numbers].double(), dim=-1)
         one, other = np.triu_indices(len(numbers), k=1)
         synsets = np.array([contexts[number].synset for number in numbers])
-        found[lemma] = (directions @ directions.T).numpy()[one, other], synsets[one] == synsets[other]
-    return found
+        pairs[lemma] = (directions @ directions.T).numpy()[one, other], synsets[one] == synsets[other]
+    return pairs

@@ -57,13 +57,13 @@ def read_states(
     """
     states = torch.zeros(len(texts), 2, model.hidden_size)
     for batch, input_ids in _batches(texts, batch_size, world, label):
-        places = torch.tensor([[texts[n].last, max(texts[n].first - 1, 0)] for n in batch] or [[0, 0]])
+        positions = torch.tensor([[texts[n].last, max(texts[n].first - 1, 0)] for n in batch] or [[0, 0]])
         hidden = model.hidden_states(input_ids)
-        rows = torch.arange(len(places), device=hidden.device)[:, None]
-        taken = hidden[rows, places.to(hidden.device)].float().cpu()
+        rows = torch.arange(len(positions), device=hidden.device)[:, None]
+        read = hidden[rows, positions.to(hidden.device)].float().cpu()
         if batch:
-            taken[[texts[n].first == 0 for n in batch], TARGET] = 0.0
-            states[batch] = taken
+            read[[texts[n].first == 0 for n in batch], TARGET] = 0.0
+            states[batch] = read
     for part in states.split(max(1, _REDUCED_ELEMENTS // max(1, 2 * model.hidden_size))):
         part.copy_(sum_over_ranks(part.to(world.device)))  # one rank read each text, the others add zeros
     return states

@@ -27,30 +27,30 @@ def words_of(text: str) -> Phrase:
 
 def count_phrases(texts: Iterable[str], phrases: Iterable[Phrase]) -> dict[Phrase, int]:
     """Counts how often each phrase of one or more words occurs in the texts, never across two texts."""
-    wanted = sorted({phrase for phrase in phrases if phrase})
+    distinct = sorted({phrase for phrase in phrases if phrase})
     # Only words of phrases have a number from 1 and a random odd code; every other word is 0.
-    numbers = {word: number for number, word in enumerate(sorted({w for phrase in wanted for w in phrase}), start=1)}
+    numbers = {word: number for number, word in enumerate(sorted({w for phrase in distinct for w in phrase}), start=1)}
     codes = np.array([0, *(2 * derived_seed(0, "word", word) + 1 for word in numbers)], dtype=np.uint64)
     by_length: dict[int, list[Phrase]] = {}
-    for phrase in wanted:
+    for phrase in distinct:
         by_length.setdefault(len(phrase), []).append(phrase)
-    # Phrases of one length share a sorted array of hashes; `places` is the index of each phrase's hash in it.
-    hashes, places, counts = {}, {}, {}
+    # Phrases of one length share a sorted array of hashes; `indices` is the index of each phrase's hash in it.
+    hashes, indices, counts = {}, {}, {}
     for length, same in by_length.items():
         values = np.concatenate([_hashes(np.array([numbers[w] for w in p]), length, codes) for p in same])
-        hashes[length], places[length] = np.unique(values, return_inverse=True)
+        hashes[length], indices[length] = np.unique(values, return_inverse=True)
         counts[length] = np.zeros(len(hashes[length]), dtype=np.int64)
     # A "" after each text becomes a 0, so that no run crosses into the next text.
     for chunk in _chunks(texts):
-        found = np.fromiter((numbers.get(word, 0) for words in chunk for word in (*words, "")), dtype=np.int64)
+        words_of_chunk = np.fromiter((numbers.get(word, 0) for words in chunk for word in (*words, "")), dtype=np.int64)
         for length, known in hashes.items():
-            values = _hashes(found, length, codes)
-            place = np.searchsorted(known, values).clip(max=len(known) - 1)
-            counts[length] += np.bincount(place[known[place] == values], minlength=len(known))
+            values = _hashes(words_of_chunk, length, codes)
+            index = np.searchsorted(known, values).clip(max=len(known) - 1)
+            counts[length] += np.bincount(index[known[index] == values], minlength=len(known))
     return {
-        phrase: int(counts[length][place])
+        phrase: int(counts[length][index])
         for length, same in by_length.items()
-        for phrase, place in zip(same, places[length], strict=True)
+        for phrase, index in zip(same, indices[length], strict=True)
     }
 
 
@@ -87,8 +87,8 @@ def _hashes(numbers: np.ndarray, length: int, codes: np.ndarray) -> np.ndarray:
     size = max(0, len(numbers) - length + 1)
     values = np.zeros(size, dtype=np.uint64)
     known = np.ones(size, dtype=bool)
-    for place in range(length):
-        part = numbers[place : place + size]
+    for index in range(length):
+        part = numbers[index : index + size]
         # A polynomial modulo 2^64. Its odd multiplier is invertible, and the shift carries high bits to low ones.
         values = values * np.uint64(0x9E3779B97F4A7C15) + codes[part]
         values ^= values >> np.uint64(29)

@@ -54,28 +54,28 @@ def gold_of(data: Path) -> Path:
     return data.with_name(data.name.removesuffix(_DATA) + _GOLD)
 
 
-def read_wic(place: str, key: str) -> list[Pair]:
+def read_wic(file: str, key: str) -> list[Pair]:
     """Reads the pairs of a data file and its gold file.
 
     Args:
-        place: the data file.
+        file: the data file.
         key: the config's key, for messages.
 
     Raises:
         UserError: when a file is missing or cannot be read, or a line is not in the format; the message says which
             line, and why.
     """
-    path = Path(place).expanduser()
+    path = Path(file).expanduser()
     if not path.name.endswith(_DATA):
-        raise UserError(f"{key}: {path} is not called NAME{_DATA}, as Words in Context is published; name that file")
+        raise UserError(f"{key}: expected a data file of Words in Context, called NAME{_DATA}, found {path}")
     data, gold = _lines(path, key), _lines(gold_of(path), key)
     if len(data) != len(gold):
         raise UserError(
-            f"{gold_of(path)}: it has {len(gold):,} lines, but {path.name} has {len(data):,}; the two belong to "
-            "different versions, or a download was cut"
+            f"{gold_of(path)}: it has {len(gold):,} lines, but {path.name} has {len(data):,}; fetch both again, in the "
+            "same version"
         )
     if not data:
-        raise UserError(f"{key}: {path} is empty; is it whole?")
+        raise UserError(f"{key}: {path} is empty; fetch it again")
     pairs = []
     for number, (line, answer) in enumerate(zip(data, gold, strict=True), start=1):
         if answer.strip() not in _SAME:
@@ -84,26 +84,30 @@ def read_wic(place: str, key: str) -> list[Pair]:
         try:
             if len(fields) != 5:
                 raise ValueError(f"it has {len(fields)} fields")
-            word, part, places, *sentences = (field.strip() for field in fields)
+            word, part, indices, *sentences = (field.strip() for field in fields)
             if part not in ("N", "V"):
                 raise ValueError(f"the part of speech is {part!r}")
-            one, other = _marked(places, sentences)
+            one, other = _marked(indices, sentences)
         except ValueError as error:
             raise UserError(f"{path}:{number}: expected {_FORMAT}; {error}") from None
         pairs.append(Pair(f"{path.name}:{number}", word, one, other, _SAME[answer.strip()]))
-    _check_places(pairs, path)
+    _require_indices_of_the_word(pairs, path)
     return pairs
 
 
-def _check_places(pairs: Sequence[Pair], path: Path) -> None:
-    """Refuses a file most of whose places are other words: a form of a word nearly always has its first letter."""
+def _require_indices_of_the_word(pairs: Sequence[Pair], path: Path) -> None:
+    """Checks that most indices are of the pair's word: nearly every form of a word begins with its first letter.
+
+    Raises:
+        UserError: when most of them are of other words.
+    """
     marked = [(pair.word, mark.text[mark.start : mark.stop]) for pair in pairs for mark in (pair.one, pair.other)]
-    others = [(word, found) for word, found in marked if word[:1].casefold() != found[:1].casefold()]
+    others = [(word, other) for word, other in marked if word[:1].casefold() != other[:1].casefold()]
     if 2 * len(others) > len(marked):
-        word, found = others[0]
+        word, other = others[0]
         raise UserError(
-            f"{path}: in {len(others):,} of {len(marked):,} sentences the places name another word than the pair's, "
-            f"such as {found!r} for {word!r}; places count the words between spaces, from 0"
+            f"{path}: in {len(others):,} of {len(marked):,} sentences the index is that of another word, such as "
+            f"{other!r} instead of {word!r}; an index counts the words between spaces, from 0"
         )
 
 
@@ -114,24 +118,24 @@ def _lines(path: Path, key: str) -> list[str]:
         raise UserError(f"{path}: this is not UTF-8 text ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(
-            f"{key}: {path} cannot be read ({error.strerror}); name the data file, its gold file beside it"
+            f"{key}: {path} cannot be read ({error.strerror}); name a data file with its gold file in the same folder"
         ) from None
     # Not splitlines(), which also divides at characters that may be in a sentence, such as U+2028.
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def _marked(places: str, sentences: Sequence[str]) -> list[Marked]:
-    numbers = places.split("-")
+def _marked(indices: str, sentences: Sequence[str]) -> list[Marked]:
+    numbers = indices.split("-")
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"the places of the word are {places!r}, not such as 2-5")
-    found = []
+        raise ValueError(f"the indices of the word are {indices!r} and should look like 2-5")
+    marked = []
     for number, text in zip(map(int, numbers), sentences, strict=True):
         words = text.split(" ")
         if number >= len(words) or not words[number]:
             raise ValueError(f"{text[:40]!r} has no word {number}")
         start = len(" ".join(words[:number])) + bool(number)
-        found.append(Marked(text, start, start + len(words[number])))
-    return found
+        marked.append(Marked(text, start, start + len(words[number])))
+    return marked
 
 
 def similarities(states: torch.Tensor) -> np.ndarray:

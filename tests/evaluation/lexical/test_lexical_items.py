@@ -1,4 +1,4 @@
-"""What lexical measures ask: words in WordNet's examples that no training text has."""
+"""The items of lexical measures: words in WordNet's examples that no training text has."""
 
 import random
 from collections import Counter
@@ -40,7 +40,7 @@ def wordnet(tmp_path_factory):
         yield open_wordnet(str(folder))
 
 
-def test_words_are_found_where_they_stand_once_behind_another_word(wordnet):
+def test_a_word_counts_if_it_occurs_once_and_after_another_word(wordnet):
     found = {(c.lemma, c.part_of_speech, c.synset, c.text, c.word) for c in read_contexts(wordnet)}
     assert found == {
         ("bank", "n", "bank.n.01", "they sat on the bank", "bank"),
@@ -59,14 +59,14 @@ def test_synonyms_and_antonyms_are_those_of_the_sense(wordnet):
     assert of["cold"] == ((), ("hot",))
 
 
-def test_replacements_have_to_fit_the_sentence(wordnet):
+def test_replacements_must_fit_the_sentence(wordnet):
     pairs = {c.text: candidates_of(c) for c in read_contexts(wordnet)}
     assert pairs["a torrid day"] == [("hot", "cold"), ("scorching", "cold")]
     assert pairs["the scorching sun burned us"] == [("hot", "cold"), ("torrid", "cold")]
     assert pairs["along both Banks of the river"] == []
 
 
-def test_an_article_and_a_word_that_is_there_already_rule_a_replacement_out(wordnet):
+def test_replacements_fit_the_article_and_do_not_occur_in_the_sentence(wordnet):
     torrid = next(c for c in read_contexts(wordnet) if c.text == "a torrid day")
     assert candidates_of(replace(torrid, synonyms=("arid", "hot"))) == [("hot", "cold")]
     an = replace(torrid, text="an arid day", lemma="arid", start=3, stop=7, synonyms=("icy", "hot"), antonyms=("odd",))
@@ -91,7 +91,7 @@ def test_phrases_are_counted_as_a_loop_counts_them():
     assert count_phrases([], [("a",)]) == {("a",): 0}
 
 
-def test_a_sentence_is_known_by_its_words_and_not_by_signs_and_capitals():
+def test_a_sentence_is_known_by_its_words_in_any_case_and_punctuation():
     long = "one two three four five six seven eight nine ten"
     assert len(runs_of(long)) == 10 - RUN_WORDS + 1
     for text, known in [
@@ -107,7 +107,7 @@ def test_a_sentence_is_known_by_its_words_and_not_by_signs_and_capitals():
     assert words_of("The dog's 2nd-best — “bone”") == ("the", "dog's", "2nd", "best", "bone")
 
 
-def test_nothing_of_the_training_text_is_asked(wordnet):
+def test_no_item_is_in_the_training_text(wordnet):
     texts = ["bank: land by water. They sat on the bank.", "hot cold torrid scorching hot cold"]
     words = sorted({word for c in read_contexts(wordnet) for word in (*c.text.split(), "hot", "they")})
     items, facts = make_items(wordnet, texts, word_tokenizer(words), [], [])

@@ -1,4 +1,4 @@
-"""What models make of sentences, against transformers."""
+"""States and likelihoods of sentences, against transformers, and the measures computed from them."""
 
 from dataclasses import replace
 
@@ -63,7 +63,7 @@ def test_likelihoods_are_those_of_transformers_for_each_sentence_alone(model, wo
         assert likelihood == pytest.approx(float(logprobs[:-1].gather(1, ids[1:, None]).sum()), rel=1e-5)
 
 
-def test_a_word_has_the_tokens_that_hold_its_letters_and_no_others():
+def test_a_word_has_exactly_the_tokens_of_its_letters():
     tokenizer = train_tokenizer(iter(["the bank of the river bank's banks"] * 9), 300)
     text = "on the banks' side"
     start = text.index("banks")
@@ -77,7 +77,7 @@ def test_a_word_has_the_tokens_that_hold_its_letters_and_no_others():
     assert tokenize(whole, "a banks", 3, 7) is None
 
 
-def test_what_the_tokenizer_puts_around_a_text_is_kept_before_it_and_left_out_behind_it():
+def test_start_tokens_are_kept_and_end_tokens_are_removed():
     tokenizer = train_tokenizer(iter(["the bank"] * 9), 280)
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -113,12 +113,12 @@ def test_separation_by_hand():
     assert (summary["items"], summary["clusters"]) == (8, 4)
 
 
-def test_states_that_say_the_sense_separate_it_and_those_that_say_nothing_do_not():
+def test_states_that_encode_the_sense_separate_it_and_random_states_do_not():
     contexts = _contexts(*(f"w{word}.{sense}" for word in range(40) for sense in (1, 1, 2, 2, 3)))
     torch.manual_seed(0)
     noise = torch.randn(len(contexts), 16)
-    told = torch.stack([F.one_hot(torch.tensor(int(c.synset[-1])), 16).float() for c in contexts])
-    for states, separated, retrieved in ((told + 0.01 * noise, 1.0, 1.0), (noise, 0.5, 1 / 3)):
+    informative = torch.stack([F.one_hot(torch.tensor(int(c.synset[-1])), 16).float() for c in contexts])
+    for states, separated, retrieved in ((informative + 0.01 * noise, 1.0, 1.0), (noise, 0.5, 1 / 3)):
         items = [*separation(contexts, states), *retrieval(contexts, states)]
         summary = summarize(items)
         assert summary["sense_separation"]["value"] == pytest.approx(separated, abs=0.08)
@@ -131,7 +131,8 @@ def test_states_that_say_the_sense_separate_it_and_those_that_say_nothing_do_not
 def test_retrieval_by_hand():
     contexts = _contexts("bank.1", "bank.1", "bank.2", "bank.3")
     items = retrieval(contexts, _at(0, 80, 50, 100))
-    # 0°: the other of its sense is at 80°, 50° is nearer. 80°: 0° is behind 100° and 50°. The single ones ask nothing.
+    # 0°: the other of its sense is at 80°, 50° is nearer. 80°: 0° is farther than 100° and 50°.
+    # Senses with a single example have no query.
     assert [(item.measure, item.total) for item in items] == [
         ("sense_retrieval", 0.0),
         ("sense_retrieval_rank", 1 / 2),
@@ -144,14 +145,14 @@ def test_retrieval_by_hand():
     )
 
 
-def test_equal_candidates_share_their_places():
+def test_equal_candidates_share_their_ranks():
     assert scores_of(np.array([0.1, 0.9, 0.9]), 1) == (0.5, 0.75)
     assert scores_of(np.array([0.9, 0.5, 0.5]), 2) == (0.0, pytest.approx((1 / 2 + 1 / 3) / 2))
     assert scores_of(np.array([0.1, 0.2, 0.9]), 2) == (1.0, 1.0)
 
 
 def test_a_model_that_knows_the_words_prefers_synonyms(model, world):
-    """An output matrix that finds one token probable everywhere and another one improbable; and its opposite."""
+    """An output matrix makes one token probable everywhere and another improbable, or the other way round."""
     _, frozen = model
     liked, other = 10, 11
     choices = [
@@ -180,7 +181,7 @@ def test_a_model_that_knows_the_words_prefers_synonyms(model, world):
     assert surface_scores([], choices, [])["synonym_preference"] == pytest.approx((3 * 1 + 3 * 0.5) / 6)
 
 
-def test_letters_alone_tell_senses_apart_where_their_examples_are_alike_as_strings():
+def test_letters_alone_separate_senses_whose_examples_are_similar_strings():
     def context(synset, text):
         return Context("bank", "n", synset, text, text.index("bank"), text.index("bank") + 4)
 

@@ -60,7 +60,7 @@ def measured(config, world):
     return load_config(config)
 
 
-def test_every_model_has_every_measure_beside_chance(measured):
+def test_every_model_has_every_measure_and_its_chance(measured):
     for name in MODELS:
         summary = load_summary(measured, name)
         assert {"sense_separation", "sense_separation_pooled", "sense_retrieval_rank_target", "wic_auc"} < set(summary)
@@ -77,7 +77,7 @@ def test_every_model_has_every_measure_beside_chance(measured):
 
 
 @pytest.mark.parametrize(("name", "folder"), [("student", "student"), ("dskd", "export/dskd")])
-def test_rows_are_compared_as_brute_force_does(measured, tmp_path, name, folder):
+def test_row_agreement_is_that_of_brute_force(measured, tmp_path, name, folder):
     tensors = load_file(measured.path("senses", "senses.safetensors"))
     vectors, offsets = tensors["vectors"].double(), tensors["entry_offsets"]
     models = [
@@ -107,7 +107,7 @@ def test_rows_are_compared_as_brute_force_does(measured, tmp_path, name, folder)
     assert load_summary(measured, name)["lexical_perplexity"]["value"] == evaluated["lexical_perplexity"]
 
 
-def test_the_tracked_run_has_them(measured):
+def test_lexical_measures_are_logged_to_the_tracked_run(measured):
     manifest = json.loads(measured.path("export", "dskd", "manifest.json").read_text())
     run_id, step = manifest["facts"]["mlflow_run_id"], manifest["facts"]["step"]
     run, summary = read_run(measured, run_id), load_summary(measured, "dskd")
@@ -118,21 +118,19 @@ def test_the_tracked_run_has_them(measured):
     assert run.tags["lexical_data"] == read_examples(content).data
 
 
-def test_what_is_up_to_date_is_not_measured_again_and_only_models_that_are_there_are(config, measured, world, capsys):
+def test_results_that_are_up_to_date_are_kept_and_unknown_models_are_refused(config, measured, world, capsys):
     run_lexical(load_config(config, ["evaluation.batch_size=7"]), world, ["student", "teacher"])
     printed = capsys.readouterr().err
-    assert printed.count("up to date: ") == 3  # the evaluation too
+    assert printed.count("up to date: ") == 2  # the evaluation too
     assert "== lexical" not in printed
     header, *rows = printed[printed.index("measure ") :].splitlines()
     assert header.split() == ["measure", "items", "chance", "surface", "student", "teacher"]
     assert any(row.startswith("sense separation ") and "0.500" in row for row in rows)
-    with pytest.raises(
-        UserError, match="--models nobody: there is no such model here; there are teacher, student, dskd"
-    ):
+    with pytest.raises(UserError, match="--models nobody: there is no such model here, only teacher, student, dskd"):
         run_lexical(load_config(config), world, ["nobody"])
 
 
-def test_a_copy_of_the_pairs_is_nothing_to_choose_a_threshold_on(config, measured, world):
+def test_a_threshold_file_with_the_measured_pairs_is_refused(config, measured, world):
     data = config.parent / "dev.data.txt"
     other = config.parent / "train.data.txt"
     other.write_bytes(data.read_bytes().replace(b"\n", b"\r\n"))
@@ -146,7 +144,7 @@ def test_models_and_items_that_another_job_replaced_are_not_measured(config, mea
     loaded = load_config(config, [f"workdir={work}", "tracking.enabled=false"])
     with pytest.MonkeyPatch.context() as patch:
         replace_at_loading(patch, work / "student")
-        with pytest.raises(OutageError, match="student: this is not the model that was here when this began"):
+        with pytest.raises(OutageError, match="student: the model was replaced after the evaluation began"):
             run_lexical(loaded, world, ["student"], force=True)
 
     def build_then_lose(*arguments):
@@ -162,7 +160,7 @@ def test_models_and_items_that_another_job_replaced_are_not_measured(config, mea
 
 
 @pytest.mark.slow
-def test_two_ranks_with_a_sharded_model_and_other_batches_find_the_same(config, measured, tmp_path):
+def test_two_ranks_with_a_sharded_model_and_other_batches_get_the_same_results(config, measured, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(
         measured.path(), work, ignore=shutil.ignore_patterns("lexical", "lexical_items", "mlflow*", "mlart*")

@@ -1,16 +1,15 @@
-"""Means, areas and errors of lexical measures, against sklearn, scipy and values by hand."""
+"""Means, areas and errors of lexical measures, against sklearn and values by hand."""
 
 import math
 
 import numpy as np
 import pytest
-from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from dskd.evaluation.lexical.scores import Item, area, clustered_error, columns_of, roc_auc, summarize
+from dskd.evaluation.lexical.scores import Item, area, columns_of, roc_auc, summarize
 
 
-def test_an_area_is_sklearns_with_ties_too():
+def test_areas_are_sklearns_also_with_ties():
     random = np.random.default_rng(0)
     for _ in range(20):
         labels = random.random(50) < 0.4
@@ -20,14 +19,8 @@ def test_an_area_is_sklearns_with_ties_too():
     assert math.isnan(roc_auc(np.array([1.0, 2.0]), np.array([True, True])))
 
 
-def test_without_clusters_the_error_is_that_of_a_mean():
-    values = np.random.default_rng(1).normal(size=30)
-    assert clustered_error(values, np.ones(30)) == pytest.approx(stats.sem(values))
-    assert clustered_error(np.array([3.0]), np.array([5.0])) is None
-
-
 def test_items_of_one_lemma_are_one_observation():
-    """Two lemmas whose items are all alike tell as much as two items do, however many there are."""
+    """Two lemmas with equal items each tell as much as two items, however many items they have."""
     items = [Item("m", "a", f"a{i}", 1.0, 0.25) for i in range(50)] + [
         Item("m", "b", f"b{i}", 0.0, 0.5) for i in range(50)
     ]
@@ -47,7 +40,7 @@ def test_items_of_one_lemma_are_one_observation():
 
 
 def test_the_bootstrap_has_the_spread_of_new_samples():
-    """Of clusters: items that are there five times over tell no more than once."""
+    """It draws clusters: items that are repeated five times tell no more than one of each."""
     random = np.random.default_rng(2)
 
     def draw(repeats: int) -> tuple[list[float], list[bool], list[str]]:

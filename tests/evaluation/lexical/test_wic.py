@@ -38,48 +38,48 @@ def test_pairs_are_read_as_they_are_published(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "gold", "said"),
+    ("line", "gold", "message"),
     [
         ("board\tN\t2-2\tRoom and board .", "T", r"dev.data.txt:2: expected word<TAB>N\|V.*it has 4 fields"),
         ("board\tX\t2-2\ta b c\ta b c", "T", r"dev.data.txt:2: .* the part of speech is 'X'"),
-        ("board\tN\t2\ta b c\ta b c", "T", r"dev.data.txt:2: .* are '2', not such as 2-5"),
+        ("board\tN\t2\ta b c\ta b c", "T", r"dev.data.txt:2: .* are '2' and should look like 2-5"),
         ("board\tN\t2-x\ta b c\ta b c", "T", r"dev.data.txt:2: .* are '2-x'"),
         ("board\tN\t2-3\ta b c\ta b c", "T", r"dev.data.txt:2: .*'a b c' has no word 3"),
         ("board\tN\t2-2\ta b c\ta b c", "yes", r"dev.gold.txt:2: expected T or F, found 'yes'"),
     ],
 )
-def test_a_line_in_another_format_is_named(tmp_path, line, gold, said):
-    place = _write(tmp_path, [LINES[0], line], ["T", gold])
-    with pytest.raises(UserError, match=said):
-        read_wic(place, "evaluation.wic")
+def test_a_line_in_another_format_is_refused_with_its_number(tmp_path, line, gold, message):
+    file = _write(tmp_path, [LINES[0], line], ["T", gold])
+    with pytest.raises(UserError, match=message):
+        read_wic(file, "evaluation.wic")
 
 
-def test_files_that_do_not_fit_are_named(tmp_path):
-    place = _write(tmp_path, LINES, "TF")
+def test_files_that_do_not_fit_together_are_refused(tmp_path):
+    file = _write(tmp_path, LINES, "TF")
     with pytest.raises(UserError, match=r"dev.gold.txt: it has 2 lines, but dev.data.txt has 3"):
-        read_wic(place, "evaluation.wic")
+        read_wic(file, "evaluation.wic")
     (tmp_path / "dev.gold.txt").unlink()
     with pytest.raises(UserError, match=r"evaluation.wic: .*dev.gold.txt cannot be read"):
-        read_wic(place, "evaluation.wic")
-    with pytest.raises(UserError, match=r"evaluation.wic: .*pairs.tsv is not called NAME.data.txt"):
+        read_wic(file, "evaluation.wic")
+    with pytest.raises(UserError, match=r"evaluation.wic: expected .* called NAME.data.txt, found .*pairs.tsv"):
         read_wic(str(tmp_path / "pairs.tsv"), "evaluation.wic")
     (tmp_path / "dev.data.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"dev.data.txt: this is not UTF-8"):
-        read_wic(place, "evaluation.wic")
+        read_wic(file, "evaluation.wic")
     with pytest.raises(UserError, match="is empty"):
         read_wic(_write(tmp_path, [], ""), "evaluation.wic")
 
 
-def test_a_separator_in_a_sentence_is_no_end_of_a_line(tmp_path):
+def test_a_line_separator_in_a_sentence_does_not_end_the_line(tmp_path):
     line = "hook\tV\t3-0\tto catch or hook it\tHook a\u2028fish"
     pairs = read_wic(_write(tmp_path, [*LINES, line], "TFTF"), "evaluation.wic")
     assert pairs[3].other.text == "Hook a\u2028fish"
 
 
-def test_places_that_count_otherwise_are_refused(tmp_path):
-    """Such as from 1: every score would be of a wrong word."""
+def test_indices_that_count_from_one_are_refused(tmp_path):
+    """Otherwise every score would be that of a wrong word."""
     lines = ["board\tN\t3-3\tRoom and board .\tHe nailed boards across the windows ."]
-    with pytest.raises(UserError, match=r"in 2 of 2 sentences .* such as '.' for 'board'; places count .* from 0"):
+    with pytest.raises(UserError, match=r"in 2 of 2 sentences .* such as '.' instead of 'board'; an index .* from 0"):
         read_wic(_write(tmp_path, lines, "T"), "evaluation.wic")
 
 
@@ -88,13 +88,13 @@ def test_a_threshold_without_pairs_is_refused():
         EvaluationConfig(wic_threshold="train.data.txt")
 
 
-def test_a_threshold_from_the_pairs_that_are_asked_is_refused(tmp_path):
-    place = _write(tmp_path, LINES, "FTF")
+def test_a_threshold_from_the_measured_file_is_refused(tmp_path):
+    file = _write(tmp_path, LINES, "FTF")
     (tmp_path / "link").symlink_to(tmp_path)
-    for other in (place, str(tmp_path / "link" / "dev.data.txt"), str(tmp_path / "x" / ".." / "dev.data.txt")):
+    for other in (file, str(tmp_path / "link" / "dev.data.txt"), str(tmp_path / "x" / ".." / "dev.data.txt")):
         with pytest.raises(ValueError, match=r"wic_threshold is evaluation.wic itself, /.*dev.data.txt"):
-            EvaluationConfig(wic=place, wic_threshold=other)
-    assert EvaluationConfig(wic=place, wic_threshold=str(tmp_path / "train.data.txt")).wic == place
+            EvaluationConfig(wic=file, wic_threshold=other)
+    assert EvaluationConfig(wic=file, wic_threshold=str(tmp_path / "train.data.txt")).wic == file
 
 
 def test_the_threshold_is_the_best_of_all():

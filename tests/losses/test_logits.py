@@ -1,4 +1,4 @@
-"""Values by hand or by another library; gradients by automatic differentiation of plain formulations in float64."""
+"""Losses, against values by hand or by another library, and gradients of plain formulations by autograd in float64."""
 
 import math
 
@@ -17,7 +17,7 @@ def _random(*shape, seed=0):
 
 
 def _plain_divergence(student, teacher, temperature, kind):
-    """From torch's own distributions."""
+    """Computes the divergence with torch's own distributions."""
     q, p = Categorical(logits=student / temperature), Categorical(logits=teacher / temperature)
     if kind == "forward_kl":
         return kl_divergence(p, q)
@@ -96,7 +96,7 @@ def _cached(logits, n):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_of_the_vocabulary_cached_is_the_teacher_itself(kind):
+def test_a_cached_teacher_of_the_whole_vocabulary_equals_the_teacher(kind):
     student, teacher = _random(2, 5, 13, seed=2) * 3
     torch.testing.assert_close(
         cached_divergence(student, _cached(teacher, 13), 2.0, kind), divergence(student, teacher, 2.0, kind)
@@ -106,7 +106,7 @@ def test_all_of_the_vocabulary_cached_is_the_teacher_itself(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 4, 12])
 def test_the_rest_of_a_cached_distribution_is_one_more_class(n, kind):
-    """Both distributions lumped to n + 1 classes, by loops, and compared as such."""
+    """Compares with loops that sum both distributions into n + 1 classes."""
     student, teacher = _random(2, 3, 13, seed=3) * 2
     cached = _cached(teacher, n)
 

@@ -1,4 +1,4 @@
-"""The small teacher is trained on documents as it is used on them: each by itself."""
+"""The small teacher is trained as it is used: on each document by itself."""
 
 import copy
 import random
@@ -9,7 +9,7 @@ from plain_reading import run_apart
 from tiny_models import word_tokenizer
 from torch.nn import functional as F
 
-from dskd.config import TeacherRecipe
+from dskd.config import FromScratchConfig
 from dskd.corpus.packing import pack
 from dskd.corpus.sequences import open_sequences
 from dskd.training.teacher_from_scratch import build_llama, train_model
@@ -25,7 +25,7 @@ def test_the_first_loss_is_that_of_every_document_by_itself(tmp_path, packing):
     path = tmp_path / "sequences.safetensors"
     packed = pack(iter(texts), tokenizer, path, sequence_length=16, packing=packing)
     sequences = open_sequences(path)
-    settings = TeacherRecipe(
+    settings = FromScratchConfig(
         vocab_size=300,
         num_layers=2,
         hidden_size=32,
@@ -36,9 +36,9 @@ def test_the_first_loss_is_that_of_every_document_by_itself(tmp_path, packing):
     model = build_llama(settings, len(tokenizer), 16, tokenizer, seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3)  # attention that matters
+            parameter.mul_(3)  # so that attention changes the loss
     untrained = copy.deepcopy(model)
-    loss = train_model(model, sequences, settings, 0, "fp32")  # one step, with every sequence
+    loss = train_model(model, sequences, settings, 0, "fp32")  # one step over all sequences
 
     ids = sequences.batch(0, len(sequences)).input_ids
     with torch.no_grad():

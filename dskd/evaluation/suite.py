@@ -1,0 +1,144 @@
+"""The steps that all evaluations share: skip what is up to date, load each model once, measure, publish, track.
+
+An evaluation is one module with an :class:`Evaluation`. It gives :func:`find_stale` one :class:`Measurement` for each
+model, with its recipe, and :func:`run` a function that measures a loaded model. To be compared, it is also listed in
+:mod:`dskd.compare.results`.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dskd.artifacts.building import build_artifact, was_made_meanwhile
+from dskd.artifacts.manifest import Recipe, is_current, write_json
+from dskd.config import Config
+from dskd.console import say, stage
+from dskd.distributed.collectives import on_main
+from dskd.distributed.world import World
+from dskd.evaluation.models import Candidate, load_candidate
+from dskd.models.frozen import FrozenModel
+from dskd.tracking import data_tag, log_results
+
+FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation of models: on held-out text, on words and senses, or on a benchmark."""
+
+    name: str  # such as `piqa`, for options and messages
+    title: str  # heads its measures in a comparison
+    heading: str  # heads its output, before the model's name
+    folder: str  # its folder among a run's artifacts in MLflow, such as `tasks/piqa`
+    made_by: str  # the command that evaluates, for messages
+
+    @property
+    def tag(self) -> str:
+        """The tag in which a tracked run has the digest of the evaluation's data."""
+        return data_tag(self.folder)
+
+    def folder_of(self, config: Config, model: str) -> Path:
+        """Returns the folder of a model's results in the work directory, such as `WORKDIR/tasks/teacher/piqa`."""
+        first, *rest = self.folder.split("/")
+        return config.path(first, model, *rest)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A model to measure in an evaluation, and the recipe of its results."""
+
+    evaluation: Evaluation
+    candidate: Candidate
+    recipe: Recipe
+    reads: Sequence[Path | str] = ()  # further sources that are named when it begins
+
+    def folder(self, config: Config) -> Path:
+        """Returns the folder of the results."""
+        return self.evaluation.folder_of(config, self.candidate.name)
+
+    def is_current(self, config: Config) -> bool:
+        """Returns True if the results exist and were made by this recipe."""
+        return is_current(self.folder(config), self.recipe)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A model's results, ready to be written and logged."""
+
+    measures: Mapping[str, Any]  # the content of measures.json
+    metrics: Mapping[str, float]  # the values that MLflow gets
+    data: str  # digest of the evaluation's data
+    write_files: Callable[[Path], None]  # writes the examples and any other files into a folder
+    lines: Sequence[str] = ()  # a summary to print
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for the manifest
+    tables: Sequence[str] = ()  # files that MLflow shows as tables
+    files: Sequence[str] = ()  # other files that MLflow shows
+
+
+def find_stale(config: Config, measurements: Sequence[Measurement], *, force: bool) -> list[Measurement]:
+    """Returns the measurements whose results are not up to date, with `force` all of them; prints which are skipped.
+
+    All ranks must call it. Rank 0 decides, because all ranks must measure the same models.
+    """
+    stale = on_main(lambda: [n for n, one in enumerate(measurements) if force or not one.is_current(config)])
+    current = [one.folder(config) for number, one in enumerate(measurements) if number not in stale]
+    if current:
+        say(f"up to date: {', '.join(map(str, current))}")
+    return [measurements[number] for number in stale]
+
+
+def run(
+    config: Config,
+    world: World,
+    stale: Sequence[Measurement],
+    measure: Callable[[FrozenModel, Measurement], Callable[[], Outcome]],
+    *,
+    force: bool,
+) -> None:
+    """Measures models, and publishes and tracks their results; all ranks must call it.
+
+    Args:
+        config: the experiment.
+        world: the ranks.
+        stale: what to measure; a model's measurements follow each other.
+        measure: measures a model on all ranks, and returns a function that makes the outcome, which rank 0 calls.
+        force: replace results even if another process has made them meanwhile.
+    """
+    for candidate, measurements in itertools.groupby(stale, key=lambda one: one.candidate):
+        # Loaded by its first measurement, after the heading, and kept for the others.
+        load = functools.cache(functools.partial(load_candidate, candidate, config, world))
+        for one in measurements:
+            sources = [candidate.folder.path, *one.reads]
+            with stage(f"{one.evaluation.heading}: {candidate.name}", reads=sources, writes=one.folder(config)):
+                make_outcome = measure(load(), one)
+                on_main(functools.partial(_publish, config, one, make_outcome, force=force))
+        load().close()
+
+
+def _publish(config: Config, one: Measurement, make_outcome: Callable[[], Outcome], *, force: bool) -> None:
+    """Writes the results and logs those of a tracked run, unless another process has made the same ones meanwhile."""
+    folder, outcome = one.folder(config), make_outcome()
+    if not force and was_made_meanwhile(folder, one.recipe):
+        return
+    with build_artifact(folder, one.recipe) as building:
+        write_json(building.folder / FILE, outcome.measures)
+        outcome.write_files(building.folder)
+        building.facts.update(outcome.facts)
+    for line in outcome.lines:
+        say(f"  {line}")
+    if one.candidate.mlflow_run_id and config.tracking.enabled:
+        log_results(
+            config,
+            one.candidate.name,
+            one.candidate.mlflow_run_id,
+            one.evaluation.folder,
+            outcome.metrics,
+            folder / EXAMPLES_FILE,
+            data=outcome.data,
+            step=one.candidate.step,
+            tables=[folder / name for name in outcome.tables],
+            files=[folder / name for name in outcome.files],
+        )

@@ -1,0 +1,60 @@
+"""The terms of the loss: one table for the training step, MLflow, and comparisons.
+
+A new term is a row here, its computation in :mod:`dskd.losses.head`, and its weight in
+:class:`dskd.config.LossConfig`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dskd.config import LossConfig
+
+
+@dataclass(frozen=True)
+class Term:
+    """A number that the output head sums over positions, and that is reported as a mean."""
+
+    name: str
+    mean_over: str  # a number of positions (:class:`dskd.training.packed_step.Counts`), or a sum of the head
+    label: str  # in pictures and comparisons
+    # term: weighted and minimised; part: a part of a term, without its weight; indicator: smaller is not better
+    kind: Literal["term", "part", "indicator"] = "term"
+    weight: str | None = None  # key of `loss`; the term is not computed if it is 0. None: always computed
+    sense_form: str | None = None  # only computed with this `loss.sense_form`
+
+    @property
+    def metric(self) -> str:
+        """The name of its mean in MLflow."""
+        return f"train/{self.name}"
+
+    def is_computed(self, loss: LossConfig) -> bool:
+        """Returns True if the head computes it with this loss."""
+        has_weight = self.weight is None or getattr(loss, self.weight) > 0
+        return has_weight and self.sense_form in (None, loss.sense_form)
+
+
+# In the order in which they are shown.
+TERMS = (
+    Term("ce", "targets", "cross-entropy (nats)"),
+    Term("kl", "targets", "divergence from the teacher (nats)", weight="kd_weight"),
+    Term("sense", "senses", "sense loss", weight="sense_weight"),
+    Term("hidden", "targets", "hidden-state distance", weight="hidden_weight"),
+    Term("sense_synonym", "relations", "sense synonym", "part", "sense_weight", "distance"),
+    Term("sense_antonym", "relations", "sense antonym", "part", "sense_weight", "distance"),
+    Term("sense_own", "own", "sense own", "part", "sense_weight", "distance"),
+    Term("active_hinges", "hinges", "active hinges", "indicator", "sense_weight", "distance"),
+    Term("sense_teacher_entropy", "senses", "sense teacher entropy", "indicator", "sense_weight", "distribution"),
+)
+SUMS = (*(term.name for term in TERMS), "hinges")  # all sums that the head returns, in this order
+
+LOSS_METRIC, LOSS_LABEL = "train/loss", "loss"  # the weighted sum of the terms
+
+
+def labels() -> dict[str, str]:
+    """Returns {metric: label} of the loss, its terms and their parts."""
+    return {LOSS_METRIC: LOSS_LABEL} | {term.metric: term.label for term in TERMS}
+
+
+def curve_titles() -> dict[str, str]:
+    """Returns {metric: label} of the loss and its terms, the curves that a run shows."""
+    return {LOSS_METRIC: LOSS_LABEL} | {term.metric: term.label for term in TERMS if term.kind == "term"}
