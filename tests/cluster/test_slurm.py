@@ -228,6 +228,16 @@ def test_a_container_that_starts_in_another_folder_runs_the_clones_programs(site
     assert site.log(job).count(f"in /, imports from {REPOSITORY}\n") == 2
 
 
+def test_programs_get_the_facts_about_the_job(site):
+    environment = site.stand_in("facts", 'env | grep ^DSKD_JOB_; [ -z "$DSKD_JOB_RESTART" ] || exit 2; exit 1')
+    job = site.submit("run=facts", env=f"DSKD_RETRIES=1\nDSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("1", "2:0"), site.log(job)
+    for fact in ("SCHEDULER=slurm", f"ID={job}", "NAME=dskd-train"):
+        assert site.log(job).count(f"DSKD_JOB_{fact}\n") == 4  # two nodes, two attempts
+    assert site.log(job).count("DSKD_JOB_RESTART=\n") == site.log(job).count("DSKD_JOB_RESTART=1\n") == 2
+
+
 def test_a_step_that_reaches_no_node_is_a_fault(site):
     job = site.submit("run=nowhere", env="DSKD_RETRIES=1\nDSKD_SRUN_OPTIONS=(--nodelist=node9)")
     shown = site.wait(job, "FAILED")
