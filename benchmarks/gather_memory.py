@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
         for first in range(0, args.states, args.batch):
             tokens = torch.from_numpy(random.choice(args.vocab_size, args.batch, p=frequency / frequency.sum()))
             priorities = random_bits(0, torch.arange(first, first + args.batch))
-            kept = reservoir.wanted(tokens, priorities)
+            kept = reservoir.can_enter(tokens, priorities)
             place = int(random.integers(args.batch))
             reservoir.add(tokens[kept], priorities[kept], pool[place : place + args.batch][kept])
             offered += args.batch

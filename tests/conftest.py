@@ -1,10 +1,12 @@
 """Fixtures that tests of several folders share. What is not a fixture is in tests/support/."""
 
+import atexit
 import contextlib
 import fcntl
 import functools
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,6 +87,35 @@ def _launcher_variables() -> Iterator[None]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _closed_databases() -> Iterator[None]:
+    """Closes the connections to MLflow's databases, which MLflow keeps for each file until the process ends."""
+    yield
+    if store := sys.modules.get("mlflow.store.tracking.sqlalchemy_store"):
+        for engine in list(store.SqlAlchemyStore._engine_map.values()):
+            if engine.pool.checkedin():
+                engine.dispose()
+
+
+@pytest.fixture(autouse=True)
+def _closed_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Closes the shared memory of a test's datasets, which mosaicml-streaming keeps until the process ends."""
+    cleanups: list[Callable[[], object]] = []
+    register = atexit.register
+
+    def remember(function: Callable[..., object], *args: object, **options: object) -> Callable[..., object]:
+        if type(getattr(function, "__self__", None)).__module__ == "streaming.base.shared.memory":
+            cleanups.append(function)
+        return register(function, *args, **options)
+
+    monkeypatch.setattr(atexit, "register", remember)
+    yield
+    for cleanup in cleanups:
+        with contextlib.suppress(BufferError):  # a dataset of a fixture that lives on
+            cleanup()
+            atexit.unregister(cleanup)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,9 @@ pytestmark = pytest.mark.slow
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+OFFLOADED = ["teacher.mode=zero3", "teacher.offload=cpu"]
+WITHOUT_TRUNK = ["student.shared_trunk='off'", "train.activation_checkpointing=true"]
+BF16 = ["precision=bf16"]
 
 
 def _launch(program: str, config: Path, *arguments: str) -> str:
@@ -57,17 +60,18 @@ def _values(config: Path, term: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "tolerance"),
+    ("device", "overrides", "tolerance"),
     [
-        ([], 5e-4),
-        (["teacher.mode=zero3", "teacher.offload=cpu"], 5e-4),
-        (["student.shared_trunk='off'", "train.activation_checkpointing=true"], 5e-4),
-        (["precision=bf16"], 2e-2),
+        # On the CPU: test_training.py::test_one_rank_equals_two.
+        pytest.param("cuda", [], 5e-4, marks=needs_gpu),
+        pytest.param("cuda", OFFLOADED, 5e-4, marks=needs_gpu),
+        pytest.param("cuda", WITHOUT_TRUNK, 5e-4, marks=needs_gpu),
+        pytest.param("cuda", BF16, 2e-2, marks=needs_gpu),
+        ("cpu", OFFLOADED + WITHOUT_TRUNK, 5e-4),
+        ("cpu", BF16, 2e-2),
     ],
-    ids=["resident", "an offloaded teacher", "no shared trunk", "bf16"],
 )
-@pytest.mark.parametrize("device", DEVICES)
-def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(tiny, copy_of_tiny, overrides, tolerance, device):
+def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(tiny, copy_of_tiny, device, overrides, tolerance):
     config = copy_of_tiny(*BEFORE_TRAINING)
     if device == "cpu":  # ranks as those of other tests, since importing takes longer than training
         printed = run_program("train.py", config, *overrides).output
@@ -146,7 +150,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_the_cpu_in_float64(form, di
     sense_rows = random(rows, hidden_size)
     if form == "distance":
         related = {"relation_positions": positions[:50], "own_positions": positions[50:100]}
-        named = {f"{kind}_index": index(50, 5) for kind in ("synonym", "antonym", "own")}
+        named = {f"{kind}_rows": index(50, 5) for kind in ("synonym", "antonym", "own")}
         for indices in named.values():
             indices[:, 0].clamp_(min=0)
         senses = {"sense_rows": sense_rows, **related, **named}

@@ -1,16 +1,20 @@
-"""The whole pipeline, as a user runs it, and what it does again when something changed."""
+"""The whole pipeline, and what it does again when something changed.
 
+Its process is forked, for it imports for long; the ranks are started by DeepSpeed's launcher, as a user's are.
+"""
+
+import os
 import re
-import subprocess
-import sys
+import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from rank_processes import run_program, start_ranks
 from task_files import PLACES
 from tiny_models import ARCHITECTURES, save_model
-from tiny_work import launch_forked
+from tiny_work import NO_RUNS, launch_forked
 from transformers import AutoModelForCausalLM
 
 from dskd import pipeline
@@ -31,13 +35,8 @@ from dskd.training.train import train
 pytestmark = pytest.mark.slow
 
 
-def _pipeline(config, *overrides, timeout_s=300):
-    command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config), *overrides]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s)
-
-
 def _stages_run(finished):
-    return re.findall(r"^== (\w+)", finished.stderr, re.MULTILINE)
+    return re.findall(r"^== (\w+)", finished.output, re.MULTILINE)
 
 
 def test_the_pipeline_ends_with_a_table_a_picture_and_the_command_for_mlflow(tiny):
@@ -55,15 +54,20 @@ def test_the_pipeline_ends_with_a_table_a_picture_and_the_command_for_mlflow(tin
 def test_a_second_call_does_nothing_and_a_changed_loss_repeats_only_what_depends_on_it(copy_of_tiny):
     artifacts = ("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
     config = copy_of_tiny(*artifacts, "checkpoints", "export", "evaluation")
-    again = _pipeline(config, "tracking.enabled=false")
-    assert again.returncode == 0, again.stderr
+    again = run_program("pipeline.py", config, "tracking.enabled=false")
     assert _stages_run(again) == []
-    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in again.stderr
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards, train dskd" in again.output
 
-    changed = _pipeline(config, "loss.sense_weight=0.5", "tracking.enabled=false")
-    assert changed.returncode == 0, changed.stderr
-    assert _stages_run(changed) == ["train", "export", "evaluate"]
-    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in changed.stderr
+    changes = ["loss.sense_weight=0.5", "tracking.enabled=false"]
+    changed = run_program("pipeline.py", config, *changes, "--until", "train dskd")
+    assert _stages_run(changed) == ["train"]
+    assert "up to date: lexicon, corpus, teacher, sequences, student, senses, shards" in changed.output
+    loaded = load_config(config, changes)
+    stages = pipeline.plan_stages(loaded, config, changes, lambda: find_teacher(loaded))
+    (export,) = [stage for stage in stages if not stage.is_current()]
+    assert export.name == "export dskd"
+    export.build()
+    assert [stage.name for stage in stages if not stage.is_current()] == ["evaluation"]
 
 
 def test_benchmarks_that_the_config_names_are_evaluated_last_and_once(copy_of_tiny, monkeypatch):
@@ -88,7 +92,7 @@ def test_benchmarks_that_the_config_names_are_evaluated_last_and_once(copy_of_ti
 @pytest.mark.parametrize(
     ("architecture", "packing"), [*((name, "documents") for name in ARCHITECTURES), ("llama", "none")]
 )
-def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture, packing):
+def test_any_decoder_can_be_the_teacher(tiny, tmp_path, world, architecture, packing):
     """Another teacher, the user's own text and relations: every stage, on one rank, to a model that loads."""
     words = [f"w{index}" for index in range(100)]
     save_model(tmp_path / "teacher", architecture, words=words)
@@ -115,6 +119,8 @@ def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture, packing):
         loss={"relative_margin": 1.0},
         train={"steps": 3, "global_batch_size": 8, "num_workers": 0},
     )
+    config.path().mkdir()
+    shutil.copyfile(tiny.parent / NO_RUNS, config.path(NO_RUNS))
     build_lexicon(config)
     build_corpus(config)
     teacher = find_teacher(config)
@@ -137,38 +143,34 @@ def test_any_decoder_can_be_the_teacher(tmp_path, world, architecture, packing):
 
 def test_until_names_the_last_stage_to_run(copy_of_tiny):
     config = copy_of_tiny("corpus", "lexicon", "teacher")
-    finished = _pipeline(config, "--until", "student")
-    assert finished.returncode == 0, finished.stderr
+    finished = run_program("pipeline.py", config, "--until", "student")
     assert _stages_run(finished) == ["sequences", "student"]
     work = {path.name for path in (config.parent / "work").iterdir() if not path.name.startswith(".")}
     assert work == {"corpus", "lexicon", "teacher", "sequences", "student"}
-    assert "Loss curves" not in finished.stdout
+    assert "Loss curves" not in finished.output
 
-    unknown = _pipeline(config, "--until", "training")
-    assert unknown.returncode == 2
-    assert "--until training: there is no such stage; stages of this config: lexicon, corpus, teacher" in unknown.stderr
-    assert "Traceback" not in unknown.stderr
+    unknown = run_program("pipeline.py", config, "--until", "training", check=False)
+    assert unknown.exit_code == 2
+    assert "--until training: there is no such stage; stages of this config: lexicon, corpus, teacher" in unknown.output
+    assert "Traceback" not in unknown.output
 
 
-def test_a_request_to_stop_is_repeated_until_starting_ranks_handle_it(copy_of_tiny, tmp_path):
+def test_a_request_to_stop_is_repeated_until_starting_ranks_handle_it(copy_of_tiny):
     config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
-    command = [sys.executable, str(REPOSITORY / "launcher" / "pipeline.py"), "--config", str(config)]
-    log = tmp_path / "log"
-    with log.open("w") as stream:
-        overrides = ("tracking.enabled=false", "train.steps=100000")
-        process = subprocess.Popen([*command, *overrides], cwd=REPOSITORY, stdout=stream, stderr=stream)
+    one_rank = 'pipeline.launcher_args=["--num_gpus", "1"]'
+    (process,) = start_ranks("pipeline.py", config, "tracking.enabled=false", "train.steps=100000", one_rank)
     deadline = time.monotonic() + 120
-    while "$ deepspeed" not in log.read_text() and time.monotonic() < deadline:
+    while "$ deepspeed" not in process.output and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(1)  # they do not listen yet
-    process.terminate()
-    assert process.wait(120) == 75, log.read_text()
-    assert "stopping: waiting for the ranks to save their progress" in log.read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 75, process.output
+    assert "stopping: waiting for the ranks to save their progress" in process.output
 
 
 def test_a_failing_rank_ends_the_pipeline_with_its_own_message_and_code(copy_of_tiny):
     config = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student")
-    finished = _pipeline(config, "student.train_layers=0", "tracking.enabled=false")
-    assert finished.returncode == 2
-    assert finished.stderr.count("nothing would be trained") == 1
-    assert "Traceback" not in finished.stderr
+    finished = run_program("pipeline.py", config, "student.train_layers=0", "tracking.enabled=false", check=False)
+    assert finished.exit_code == 2, finished.output
+    assert finished.output.count("nothing would be trained") == 1
+    assert "Traceback" not in finished.output

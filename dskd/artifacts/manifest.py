@@ -80,9 +80,9 @@ def read_manifest(path: Path, kind: str, *, made_by: str | None = None, files_ar
             f"{KINDS[kind].schema_version}; make it again with `{made_by}`"
         )
     for name, size in misfits.items():
-        found = "it is missing" if size is None else f"it has {size} bytes"
+        state = "it is missing" if size is None else f"it has {size} bytes"
         raise UserError(
-            f"{path / name}: the manifest says {manifest.files[name]['size_bytes']} bytes, but {found}; it was damaged "
+            f"{path / name}: the manifest says {manifest.files[name]['size_bytes']} bytes, but {state}; it was damaged "
             f"after it was made. Remove {path} and make it again with `{made_by}`"
         )
     return manifest
@@ -124,11 +124,11 @@ def verify_files(path: Path, manifest: Manifest, *, made_by: str | None = None) 
         UserError: naming the first file that differs from the manifest.
     """
     made_by = made_by or KINDS[manifest.kind].made_by
-    found = hash_files(path, only=manifest.files)
+    actual = hash_files(path, only=manifest.files)
     for name, entry in manifest.files.items():
-        if found[name]["sha256"] != entry["sha256"]:
+        if actual[name]["sha256"] != entry["sha256"]:
             raise UserError(
-                f"{path / name}: the content is not what the manifest says (sha256 {found[name]['sha256'][:12]}…, "
+                f"{path / name}: the content is not what the manifest says (sha256 {actual[name]['sha256'][:12]}…, "
                 f"expected {entry['sha256'][:12]}…); remove {path} and make it again with `{made_by}`"
             )
 

@@ -4,14 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from dskd.artifacts import kinds
-from dskd.artifacts.manifest import Manifest, read_manifest
+from dskd.artifacts.manifest import Manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.lexicon.relations import FILE
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 
@@ -54,32 +49,15 @@ def open_senses(config: Config, teacher: Teacher) -> Senses:
     return Senses(*load_fitting_dictionary(config, teacher.folder))
 
 
-def lexicon_manifest(config: Config) -> Manifest:
-    """Reads the manifest of `WORKDIR/lexicon`.
-
-    Raises:
-        UserError: when there is no lexicon, or it is damaged.
-    """
-    return read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
-
-
-def read_relations(config: Config, **options: Any) -> pa.Table:
-    """Reads the table of `WORKDIR/lexicon`, or the part of it that `options` for pyarrow's `read_table` select.
-
-    Raises:
-        UserError: when the file cannot be read as a table.
-    """
-    path = config.path(kinds.LEXICON.folder, FILE)
-    try:
-        return pq.read_table(path, **options)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); make it again with `{kinds.LEXICON.made_by}`") from None
-
-
-def if_there(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:
-    """Returns the result of `open_it`. On a UserError returns None, and adds to `notes` what is not shown and why."""
+def or_note(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:
+    """Returns the result of `open_it`; if that raises a UserError, adds a note that `what` is missing and why."""
     try:
         return open_it()
     except UserError as error:
         notes.append(f"no {what}: {error}")
         return None
+
+
+def note_lines(notes: list[str]) -> list[str]:
+    """Formats the notes as the last lines of a report."""
+    return ["", *(f"({note})" for note in notes)] if notes else []

@@ -1,11 +1,10 @@
-"""Example contexts from the training shards: places whose nearest sense is a given row of the sense dictionary.
+"""Example contexts from the training shards: places whose nearest sense is a certain row of the sense dictionary.
 
 The shards are read directly from their files (:mod:`dskd.artifacts.mds`). Datasets of mosaicml-streaming would unpack
 them into a cache, and claim names in shared memory that a training run on the same machine uses.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,6 @@ from dskd.shards import load_manifest
 from dskd.shards.schema import OWN_ROWS, SYNONYM_ROWS
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 16, 8
-
-
-@dataclass(frozen=True)
-class Contexts:
-    """The places found for each row, in the order of the shards, as text with the target between « and »."""
-
-    of_row: dict[int, list[str]]
-    samples_read: int
-    samples: int  # in all shards
 
 
 def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manifest]:
@@ -51,9 +41,9 @@ def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manife
 
 
 def find_contexts(
-    folder: Path, samples: int, rows: range, tokenizer: Any, *, of_synonyms: bool, wanted: int, scan: int
-) -> Contexts:
-    """Finds up to `wanted` places for each of `rows` among the first `scan` samples; stops when every row has enough.
+    folder: Path, samples: int, rows: range, tokenizer: Any, *, of_synonyms: bool, per_row: int, scan: int
+) -> tuple[dict[int, list[str]], int]:
+    """Finds up to `per_row` places for each of `rows` among the first `scan` samples; stops when every row has enough.
 
     Args:
         folder: the folder of the shards.
@@ -62,24 +52,28 @@ def find_contexts(
         tokenizer: the teacher's tokenizer.
         of_synonyms: find the places where a row is in P_i, not those where it is the first of O_i, the target's own
             nearest sense. Only the former exist for a span, which is never a target itself.
-        wanted: the number of places per row.
+        per_row: the number of places per row.
         scan: the most samples to read.
+
+    Returns:
+        The places of each row, in the order of the shards, as text with the target between « and »; and the number of
+        samples read.
     """
-    found: dict[int, list[str]] = {row: [] for row in rows}
-    some = min(scan, samples)
-    read = 0
+    places: dict[int, list[str]] = {row: [] for row in rows}
+    most = min(scan, samples)
+    samples_read = 0
     for sample in progress(
-        islice(read_samples(folder / INDEX), some), total=some, label="finding contexts", unit="samples"
+        islice(read_samples(folder / INDEX), most), total=most, label="finding contexts", unit="samples"
     ):
-        if all(len(places) >= wanted for places in found.values()):
+        if all(len(of_row) >= per_row for of_row in places.values()):
             break
-        read += 1
-        ids = sample[SYNONYM_ROWS] if of_synonyms else sample[OWN_ROWS][:, :1]
-        for position, rank in np.argwhere((ids >= rows.start) & (ids < rows.stop)).tolist():
-            places = found[int(ids[position, rank])]
-            if len(places) < wanted:
-                places.append(render_context(tokenizer, sample["input_ids"].tolist(), position + 1))
-    return Contexts(found, read, samples)
+        samples_read += 1
+        numbers = sample[SYNONYM_ROWS] if of_synonyms else sample[OWN_ROWS][:, :1]
+        for position, rank in np.argwhere((numbers >= rows.start) & (numbers < rows.stop)).tolist():
+            of_row = places[int(numbers[position, rank])]
+            if len(of_row) < per_row:
+                of_row.append(render_context(tokenizer, sample["input_ids"].tolist(), position + 1))
+    return places, samples_read
 
 
 def render_context(tokenizer: Any, input_ids: Sequence[int], target: int) -> str:

@@ -86,7 +86,7 @@ def _add_legend(axes: Any, picture: "Picture", colors: list[str]) -> None:
         bbox_to_anchor=(0.5, -0.01),
         ncols=min(6, len(handles)),
         frameon=False,
-        title="area: states behind a sense",
+        title="area: number of states of a sense",
         title_fontsize=9,
     )
 

@@ -11,10 +11,10 @@ from dskd.artifacts.manifest import Manifest, is_current
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
-from dskd.inspection.artifacts import Teacher, if_there, lexicon_manifest, open_senses, open_teacher, read_relations
+from dskd.inspection.artifacts import Teacher, note_lines, open_senses, open_teacher, or_note
 from dskd.inspection.tokens import whole_words
 from dskd.lexicon.build import recipe
-from dskd.lexicon.relations import FILE, RELATIONS, load_lexicon
+from dskd.lexicon.relations import FILE, RELATIONS, lexicon_manifest, load_lexicon, read_relations
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
 
 _WHY_UNUSABLE = ("head_", "neighbour_")
@@ -43,7 +43,7 @@ class LexiconReport:
     heads: int  # distinct words
     dropped: dict[str, int]  # reason -> pairs
     negation: dict[str, int]  # the effects of the rule for negating affixes, if it was on
-    malformed: dict[str, tuple[int, tuple[int, ...]]]  # file -> number of lines left out, and the first line numbers
+    malformed: dict[str, tuple[int, tuple[int, ...]]]  # file -> number of skipped lines, and the first line numbers
     coverage: Coverage | None
     notes: list[str] = field(default_factory=list)
 
@@ -61,10 +61,10 @@ def inspect_lexicon(config: Config) -> LexiconReport:
         by_source.setdefault(group["source"], dict.fromkeys(RELATIONS, 0))[group["relation"]] = group["count_all"]
     distinct = relations.group_by(["head", "tail", "relation"]).aggregate([])
     notes: list[str] = []
-    wanted = if_there(lambda: recipe(config), "comparison with what the config names", notes)
-    if wanted is not None and not is_current(config.path(kinds.LEXICON.folder), wanted):
+    of_config = or_note(lambda: recipe(config), "comparison with what the config names", notes)
+    if of_config is not None and not is_current(config.path(kinds.LEXICON.folder), of_config):
         notes.append("the config names other sources or settings than this lexicon was made with")
-    teacher = if_there(lambda: open_teacher(config), "coverage of the vocabulary", notes)
+    teacher = or_note(lambda: open_teacher(config), "coverage of the vocabulary", notes)
     malformed = manifest.facts.get("malformed", {})
     return LexiconReport(
         config.path(kinds.LEXICON.folder, FILE),
@@ -73,7 +73,7 @@ def inspect_lexicon(config: Config) -> LexiconReport:
         pc.count_distinct(relations["head"]).as_py(),
         manifest.facts.get("dropped", {}),
         {name: count for name, count in manifest.facts.get("negation", {}).items() if isinstance(count, int)},
-        {file: (found["lines"], tuple(found["first"])) for file, found in malformed.items()},
+        {file: (lines["lines"], tuple(lines["first"])) for file, lines in malformed.items()},
         None if teacher is None else _coverage(config, teacher, manifest, len(relations), notes),
         notes,
     )
@@ -151,10 +151,10 @@ def format_lexicon(report: LexiconReport) -> str:
             [file, f"{count:,}", ", ".join(map(str, first)) + (", …" if count > len(first) else "")]
             for file, (count, first) in report.malformed.items()
         ]
-        lines += ["", table(["malformed lines, left out", "number", "at"], rows)]
+        lines += ["", table(["malformed lines, skipped", "number", "at"], rows)]
     if report.coverage is not None:
         lines += ["", *_coverage_lines(report.coverage)]
-    lines += ["", *(f"({note})" for note in report.notes)] if report.notes else []
+    lines += note_lines(report.notes)
     return "\n".join(lines)
 
 
@@ -171,18 +171,15 @@ def _coverage_lines(coverage: Coverage) -> list[str]:
         row("    with either", coverage.heads["either"], words, "words"),
         ["  other heads (with a hyphen, at the start of a text, …)", f"{coverage.other_heads:,}", ""],
     ]
-    header, pairs = (
-        ["pairs for this tokenizer", "synonym", "antonym"],
-        [["usable", *(f"{coverage.usable[kind]:,}" for kind in RELATIONS)]],
-    )
+    pairs = [["usable", *(f"{coverage.usable[kind]:,}" for kind in RELATIONS)]]
     if coverage.with_senses is not None:
         pairs.append(["  with senses on both sides", *(f"{coverage.with_senses[kind]:,}" for kind in RELATIONS)])
     return [
         table(["vocabulary", "tokens", "share"], vocabulary),
         "",
-        _counts("pairs this tokenizer has no use for", coverage.unusable),
+        _counts("pairs this tokenizer cannot express", coverage.unusable),
         "",
-        table(header, pairs),
+        table(["pairs for this tokenizer", *RELATIONS], pairs),
     ]
 
 

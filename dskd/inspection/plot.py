@@ -11,7 +11,7 @@ from dskd.artifacts.hashing import digest_of_json
 from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
-from dskd.inspection.drawing import DrawnEntry, Picture
+from dskd.inspection.drawing import DrawnEntry, Picture, draw_picture
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.relations import RELATIONS
 from dskd.senses.dictionary import SenseDictionary
@@ -39,8 +39,6 @@ def plot_words(
         UserError: when words cannot be drawn, naming all of them; when there are too few points; when an artifact is
             missing; or when `output` is not a .png file.
     """
-    from dskd.inspection.drawing import draw_picture
-
     path = output or config.path("plots", _file_name(words, method))
     if path.suffix.lower() != ".png":
         raise UserError(f"--output {path}: pictures are PNG files; give it a name that ends in .png")
@@ -53,7 +51,7 @@ def plot_words(
     drawn = {kind: sum(entry.kind == kind for entry in picture.entries) for kind in ("word", *RELATIONS)}
     text = (
         f"{path}: {len(picture.points):,} senses of {', '.join(picture.words)}, and of {drawn['synonym']} synonyms and "
-        f"{drawn['antonym']} antonyms of them beside"
+        f"{drawn['antonym']} antonyms of them"
     )
     return text + (f"; no room for {unlabelled} labels, lower --neighbours" if unlabelled else "")
 
@@ -99,24 +97,24 @@ def tokens_of_words(dictionary: SenseDictionary, teacher: Teacher, words: Sequen
     Raises:
         UserError: when words are not one token or have no sense, naming all of them.
     """
-    found, problems = [], []
+    kept, problems = [], []
     for word, tokens in zip(words, tokenize_words(list(words), teacher.tokenizer, teacher.vocab_size), strict=True):
         if len(tokens) != 1:
             pieces = [readable(text) for text in token_texts(teacher.tokenizer, [[token] for token in tokens])]
             problems.append(f"{word}: the tokenizer makes {len(tokens)} tokens of it ({' | '.join(pieces)})")
         elif not dictionary.rows_of(tokens[0]):
-            problems.append(f"{word}: it has no senses, as none of the teacher's states belongs to it")
+            problems.append(f"{word}: it has no senses, because the teacher has no state of it")
         else:
-            found.append(tokens[0])
+            kept.append(tokens[0])
     if problems:
         raise UserError(
             listed(f"{len(problems)} of {len(words)} words cannot be drawn; choose words of one token", problems)
         )
-    return found
+    return kept
 
 
 def choose_entries(dictionary: SenseDictionary, tokens: Sequence[int], neighbours: int) -> list[tuple[int, int, str]]:
-    """Returns (entry, index of the given word, kind) for the words, then for their neighbours with most states.
+    """Returns (entry, index of its word, kind) for the words, then for their neighbours with most states.
 
     Each entry occurs once. Among the neighbours, tokens come before spans, since a span has no states of its own, only
     those of its parts.

@@ -6,11 +6,10 @@ from pathlib import Path
 from dskd.config import Config
 from dskd.console import table
 from dskd.corpus.sequences import load_sequences
-from dskd.inspection.artifacts import if_there, open_teacher
+from dskd.inspection.artifacts import note_lines, open_teacher, or_note
 from dskd.inspection.contexts import open_training_shards
 from dskd.inspection.histogram import Histogram, draw_histograms, histogram, histogram_text, log2_histogram
 from dskd.inspection.tokens import readable, token_texts
-from dskd.models.folder import tokenizer_digest
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 
 _FREQUENT = 10
@@ -42,8 +41,8 @@ def inspect_senses(config: Config) -> SensesReport:
     """
     dictionary, manifest = load_dictionary(config)
     notes: list[str] = []
-    shards = if_there(lambda: open_training_shards(config, manifest), "share of training targets", notes)
-    frequent = if_there(lambda: _frequent_without_senses(config, dictionary), "frequent tokens without senses", notes)
+    shards = or_note(lambda: open_training_shards(config, manifest), "share of training targets", notes)
+    frequent = or_note(lambda: _frequent_without_senses(config, dictionary), "frequent tokens without senses", notes)
     senses = dictionary.senses_per_token
     return SensesReport(
         dictionary.path,
@@ -70,7 +69,7 @@ def plot_senses(config: Config, report: SensesReport) -> Path:
 
 def _frequent_without_senses(config: Config, dictionary: SenseDictionary) -> tuple[tuple[str, int], ...]:
     teacher = open_teacher(config)
-    sequences, _ = load_sequences(config, "train", tokenizer_digest(teacher.tokenizer))
+    sequences, _ = load_sequences(config, "train", teacher.folder.tokenizer_digest)
     counts = sequences.frequencies(dictionary.vocab_size)
     counts[dictionary.senses_per_token > 0] = 0
     numbers, tokens = counts.sort(descending=True, stable=True)
@@ -91,7 +90,7 @@ def format_senses(report: SensesReport) -> str:
         f"  {report.tokens_with_senses:,} of {report.vocab_size:,} tokens and {report.spans_with_senses:,} of "
         f"{report.spans:,} spans have senses",
         "",
-        "Tokens by the states behind their senses:",
+        "Tokens by the number of states of their senses:",
         histogram_text(report.states),
         "",
         "Tokens by their number of senses:",
@@ -107,5 +106,5 @@ def format_senses(report: SensesReport) -> str:
             "",
             table([title, "times, in a sample"], rows) if rows else "Every token of the training text has a sense.",
         ]
-    lines += ["", *(f"({note})" for note in report.notes)] if report.notes else []
+    lines += note_lines(report.notes)
     return "\n".join(lines)

@@ -14,17 +14,16 @@ from dskd.errors import UserError
 from dskd.inspection.artifacts import (
     Senses,
     Teacher,
-    if_there,
-    lexicon_manifest,
+    note_lines,
     open_senses,
     open_teacher,
-    read_relations,
+    or_note,
 )
 from dskd.inspection.contexts import find_contexts, open_training_shards
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.negation import BASES_FILE
-from dskd.lexicon.relations import RELATIONS
+from dskd.lexicon.relations import RELATIONS, lexicon_manifest, read_relations
 from dskd.senses.dictionary import SenseDictionary
 from dskd.senses.entries import (
     MAX_SPAN_TOKENS,
@@ -91,14 +90,14 @@ def inspect_word(
     """
     related, near = find_related(config, word)
     notes: list[str] = []
-    teacher = if_there(lambda: open_teacher(config), "tokens and senses", notes)
+    teacher = or_note(lambda: open_teacher(config), "tokens and senses", notes)
     if teacher is None:
         if not related:
             raise UserError(_unknown(word, near, None))
         return WordReport(word, related, near, notes=notes)
     tokens, *tails = tokenize_words([word, *(other.word for other in related)], teacher.tokenizer, teacher.vocab_size)
     pieces = tuple(readable(text) for text in token_texts(teacher.tokenizer, [[token] for token in tokens]))
-    senses = if_there(lambda: open_senses(config, teacher), "senses", notes)
+    senses = or_note(lambda: open_senses(config, teacher), "senses", notes)
     if senses is None:
         if not related:
             raise UserError(_unknown(word, near, pieces))
@@ -109,11 +108,11 @@ def inspect_word(
     rows = dictionary.rows_of_tokens(tokens)
     if not related and not rows:
         raise UserError(_unknown(word, near, pieces) + _replaced(config, word))
-    found, contexts_are = _senses(config, teacher, senses, tokens, rows, neighbours, contexts, scan, notes)
+    word_senses, contexts_are = _senses(config, teacher, senses, tokens, rows, neighbours, contexts, scan, notes)
     related = tuple(_measured(other, ids, dictionary) for other, ids in zip(related, tails, strict=True))
     head = _head(word, tokens, dictionary.entries)
     forms = _forms(word, senses, teacher)
-    return WordReport(word, related, near, pieces, tokens, head, forms, found, contexts_are, notes)
+    return WordReport(word, related, near, pieces, tokens, head, forms, word_senses, contexts_are, notes)
 
 
 def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tuple[str, ...]]:
@@ -163,7 +162,7 @@ def _senses(
     if len(tokens) == 1:
         relation_of = {other: kind for kind in RELATIONS for other in entries.neighbours(kind).of(tokens[0])}
     nearest = nearest_entries(dictionary, rows, neighbours, without=entry) if neighbours else [[] for _ in rows]
-    numbers = sorted({neighbour.entry for found in nearest for neighbour in found})
+    numbers = sorted({neighbour.entry for of_row in nearest for neighbour in of_row})
     names = dict(zip(numbers, entry_texts(entries, numbers, teacher.tokenizer), strict=True))
 
     # Targets are tokens, so a span is never a target; its contexts are those of targets of which it is a synonym.
@@ -171,18 +170,16 @@ def _senses(
     contexts_are = "a synonym, pulled to this sense" if is_span else "where this sense of it is the nearest"
     places: dict[int, list[str]] = {}
     if contexts and scan:
-        shards = if_there(lambda: open_training_shards(config, senses.manifest), "example contexts", notes)
+        shards = or_note(lambda: open_training_shards(config, senses.manifest), "example contexts", notes)
         if shards is not None:
             folder, manifest = shards
             samples = manifest.facts["samples"]
-            found = find_contexts(
-                folder, samples, rows, teacher.tokenizer, of_synonyms=is_span, wanted=contexts, scan=scan
+            places, samples_read = find_contexts(
+                folder, samples, rows, teacher.tokenizer, of_synonyms=is_span, per_row=contexts, scan=scan
             )
-            places = found.of_row
-            if found.samples_read == min(scan, samples) < samples:
+            if samples_read == min(scan, samples) < samples:
                 notes.append(
-                    f"contexts were looked for in {found.samples_read:,} of {samples:,} training samples; "
-                    "--scan N looks at more"
+                    f"contexts are from the first {samples_read:,} of {samples:,} training samples; --scan N reads more"
                 )
     return tuple(
         WordSense(
@@ -222,17 +219,17 @@ def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int]
     """Returns the dictionary's surface forms in which the word is a usable head, with the token of each."""
     if len(word) < MIN_HEAD_LETTERS:
         return ()
-    found = []
+    heads = []
     for form in senses.manifest.config.get("surface_forms", ()):
         for (token,) in tokenize_form([word], form, teacher.tokenizer, teacher.vocab_size).values():
             if any(senses.dictionary.entries.neighbours(kind).of(token) for kind in RELATIONS):
-                found.append((form, token))
-    return tuple(found)
+                heads.append((form, token))
+    return tuple(heads)
 
 
 def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> None:
     if senses.manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
-        notes.append("the lexicon was made again since the sense dictionary was: the two may differ in their relations")
+        notes.append("the lexicon was made again after the sense dictionary, so their relations may differ")
 
 
 def _replaced(config: Config, word: str) -> str:
@@ -240,11 +237,11 @@ def _replaced(config: Config, word: str) -> str:
     path = config.path(kinds.LEXICON.folder, BASES_FILE)
     if not path.is_file():
         return ""
-    found = pq.read_table(path, filters=[("word", "==", word.lower())]).to_pylist()
-    if not found:
+    bases = pq.read_table(path, filters=[("word", "==", word.lower())]).to_pylist()
+    if not bases:
         return ""
-    sign = "negated" if found[0]["polarity"] < 0 else "twice negated"
-    return f". It counts as {found[0]['base']!r}, {sign}: lexicon.morpholex is set, and {path} lists such words"
+    sign = "negated" if bases[0]["polarity"] < 0 else "twice negated"
+    return f". It counts as {bases[0]['base']!r}, {sign}: lexicon.morpholex is set, and {path} lists such words"
 
 
 def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -> str:
@@ -274,7 +271,7 @@ def format_word(report: WordReport) -> str:
         lines += ["", f"Relations: {len(report.related)}", _indented(_relations_table(report))]
     if report.senses is not None:
         lines += ["", *_sense_lines(report)]
-    lines += ["", *(f"({note})" for note in report.notes)] if report.notes else []
+    lines += note_lines(report.notes)
     return "\n".join(lines)
 
 

@@ -63,7 +63,7 @@ def build_lexicon(config: Config) -> None:
     with stage("lexicon: words to synonyms and antonyms", reads=sources, writes=target / FILE):
         with build_artifact(target, recipe(config)) as building:
             report = Report()
-            # Read MorphoLEX first, because it is quick: its errors must not appear only after an hour of Wiktionary.
+            # Read MorphoLEX first, because it is quick: its errors should not appear only after an hour of Wiktionary.
             name = config.lexicon.morpholex
             morpholex = read_morpholex(Path(name).expanduser(), report) if name else None
             pairs = Pairs(read_sources(config.lexicon, config.wordnet.path, report), report.dropped)
@@ -88,7 +88,7 @@ def build_lexicon(config: Config) -> None:
             building.facts.update(
                 pairs=by_relation, pairs_by_source=by_source, dropped=dict(report.dropped), malformed=report.facts()
             )
-        _say(building.facts)
+        _report_facts(building.facts)
 
 
 def read_sources(config: LexiconConfig, wordnet_path: str | None, report: Report) -> Iterator[Relation]:
@@ -137,12 +137,12 @@ def _files(config: LexiconConfig) -> list[tuple[str, Path]]:
         for name in ((names,) if isinstance(names, str) else names or ())
     ]
     problems = [
-        f"lexicon.{key}: there is no file {path} that can be read; name {_FILES[key]}"
+        f"lexicon.{key}: {path} is not a file that can be read; name {_FILES[key]}"
         for key, path in files
         if not path.is_file() or not os.access(path, os.R_OK)
     ]
     if problems:
-        raise UserError(listed("files of the lexicon are not there", problems))
+        raise UserError(listed("files of the lexicon are missing", problems))
     return list({(key, path.resolve()): (key, path) for key, path in files}.values())
 
 
@@ -151,21 +151,21 @@ def _source_names(config: LexiconConfig) -> list[str]:
     return [*wordnet, *(str(path) for _, path in _files(config))]
 
 
-def _say(facts: dict[str, Any]) -> None:
+def _report_facts(facts: dict[str, Any]) -> None:
     pairs, dropped = facts["pairs"], facts["dropped"]
     say(f"  {pairs['synonym']:,} synonym and {pairs['antonym']:,} antonym pairs, both directions counted")
     for source, counts in facts["pairs_by_source"].items():
         say(f"    {source}: {counts['synonym']:,} and {counts['antonym']:,}")
     say("  dropped " + ", ".join(f"{number:,} {why}" for why, number in dropped.items()))
     if "negation" in facts:
-        found = facts["negation"]
-        affixes = ", ".join(f"{affix} {count:,}" for affix, count in found["bases_by_affix"].items())
+        negation = facts["negation"]
+        affixes = ", ".join(f"{affix} {count:,}" for affix, count in negation["bases_by_affix"].items())
         say(
-            f"  negation: {found['flips']:,} pairs changed their relation ({FLIPS_FILE}), both directions counted, and "
-            f"{found['bases']:,} words were replaced by their bases ({BASES_FILE}; by affix: "
+            f"  negation: {negation['flips']:,} pairs changed their relation ({FLIPS_FILE}), both directions counted, "
+            f"and {negation['bases']:,} words were replaced by their bases ({BASES_FILE}; by affix: "
             f"{affixes or 'none'})"
         )
         say(
-            f"  {found['words_gone']:,} of the {found['words_before']:,} words that the sources relate have none left, "
-            "mostly because their bases stand for them"
+            f"  {negation['words_gone']:,} of the {negation['words_before']:,} words of the sources have no relation "
+            "left, mostly because their bases replace them"
         )

@@ -63,18 +63,18 @@ def find_language(code: str) -> LanguageFile:
     """
     import nltk
 
-    there: set[str] = set()
+    others: set[str] = set()
     for package in OMW_PACKAGES:
         for base in nltk.data.path:
             for name, read in _language_files(Path(base) / "corpora", package):
-                found = name.removesuffix(".tab").rsplit("wn-data-", 1)[1]
-                if found == code:
+                language = name.removesuffix(".tab").rsplit("wn-data-", 1)[1]
+                if language == code:
                     return LanguageFile(name, read())
-                there.add(found)
-    if there:
+                others.add(language)
+    if others:
         raise UserError(
-            f"lexicon.languages: Open Multilingual WordNet has no {code!r} here; it has {', '.join(sorted(there))} "
-            "(ISO 639-3 codes)"
+            f"lexicon.languages: the Open Multilingual WordNet on this machine has no {code!r}; it has "
+            f"{', '.join(sorted(others))} (ISO 639-3 codes)"
         )
     raise UserError(
         f"lexicon.languages: {code!r} needs Open Multilingual WordNet, which is in none of nltk's data folders. Three "
@@ -152,8 +152,8 @@ def _check_offsets(wordnet: WordNet, file: str, named: Mapping[str, int], missin
     shares = ", ".join(f"{missing[part]:,} of {named[part]:,} {part} lines" for part in named if missing[part])
     raise UserError(
         f"lexicon.languages: the WordNet in {wordnet.origin} is not the one that Open Multilingual WordNet is for: it "
-        f"lacks the synsets of {shares} of {file}. These are named by their offsets in Princeton's WordNet "
-        f"{OMW_VERSION}, and other editions have other offsets, as Debian's wordnet-base has; {_PRINCETONS}"
+        f"lacks the synsets of {shares} of {file}. These lines name synsets by their offsets in Princeton's WordNet "
+        f"{OMW_VERSION}, and other editions, such as Debian's wordnet-base, have other offsets; {_PRINCETONS}"
     )
 
 

@@ -31,7 +31,7 @@ class Segmentation:
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
         """Returns the letters of all morphemes of a kind."""
-        return tuple(letters for found, letters in self.morphemes if found == kind)
+        return tuple(letters for this_kind, letters in self.morphemes if this_kind == kind)
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def parse_segmentation(text: str) -> Segmentation:
     morphemes = []
     position = 0
     while position < len(text):
-        found = _MORPHEME.match(text, position)
-        if found is None:
-            raise MalformedError(f"{text!r} is no segmentation (from {text[position:]!r} on)")
-        if found.lastgroup is not None:
-            morphemes.append((found.lastgroup, found[found.lastgroup].strip().lower()))
-        position = found.end()
+        match = _MORPHEME.match(text, position)
+        if match is None:
+            raise MalformedError(f"{text!r} is not a segmentation (from {text[position:]!r} on)")
+        if match.lastgroup is not None:
+            morphemes.append((match.lastgroup, match[match.lastgroup].strip().lower()))
+        position = match.end()
     if not any(kind == "root" for kind, _ in morphemes):
         raise MalformedError(f"{text!r} has no root")
     return Segmentation(tuple(morphemes))
@@ -97,7 +97,7 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
                     entries.append(_entry(row, columns))
                 except MalformedError as malformed:
                     report.add_malformed(name, number, str(malformed))
-            # Take over the words of a good sheet; remember a sheet that is mostly malformed.
+            # Keep the words of a good sheet; remember a sheet that is mostly malformed.
             if report.is_mostly_malformed(name, count):
                 odd.append(f"{name}: {report.describe(name, count, _EXPECTED)}")
                 continue
@@ -112,9 +112,11 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
     for sheet_problem in odd:
         warn(f"{sheet_problem}; the whole sheet is left out")
     if not good:
-        found = [f"{title}: {', '.join(header) or 'empty'}" for title, header in headers.items()]
+        sheets = [f"{title}: {', '.join(header) or 'empty'}" for title, header in headers.items()]
         raise UserError(
-            listed(f"{path}: no sheet has the columns {WORD} and {SEGMENTATION}; name the workbook of MorphoLEX", found)
+            listed(
+                f"{path}: no sheet has the columns {WORD} and {SEGMENTATION}; name the workbook of MorphoLEX", sheets
+            )
         )
     return MorphoLex(words, repeated)
 
@@ -153,7 +155,7 @@ def _entry(row: tuple[Any, ...], columns: tuple[int, int]) -> tuple[str, Segment
     if isinstance(word, bool):  # spreadsheets turn the words true and false into boolean values
         word = str(word)
     if not isinstance(word, str) or not word.strip():
-        raise MalformedError(f"no word but {word!r}")
+        raise MalformedError(f"there is {word!r} in place of a word")
     if not isinstance(segmentation, str):
-        raise MalformedError(f"{word!r} has no segmentation but {segmentation!r}")
+        raise MalformedError(f"{word!r} has {segmentation!r} in place of a segmentation")
     return word.strip().lower(), parse_segmentation(segmentation.strip())

@@ -68,24 +68,24 @@ class Negation:
 
     bases: Mapping[str, Base]  # by negated word, in lower case
     flips: set[Flip] = field(default_factory=set)  # both directions of every pair
-    acted: set[str] = field(default_factory=set)  # the negated words that were in a pair
-    kept: int = 0  # number of pairs, as given, in which a word was replaced but the relation stayed
+    replaced: set[str] = field(default_factory=set)  # the negated words that were in a pair
+    kept: int = 0  # number of pairs, as the sources give them, in which a word was replaced but the relation stayed
 
     def apply(self, relations: Iterable[Relation]) -> Iterator[Relation]:
         """Yields the relations with each negated word replaced by its base, and records the changes."""
         for relation in relations:
-            found = [self.bases.get(word.lower()) for word in (relation.head, relation.tail)]
-            if not any(found):
+            bases = [self.bases.get(word.lower()) for word in (relation.head, relation.tail)]
+            if not any(bases):
                 yield relation
                 continue
-            self.acted |= {
-                word.lower() for word, base in zip((relation.head, relation.tail), found, strict=True) if base
+            self.replaced |= {
+                word.lower() for word, base in zip((relation.head, relation.tail), bases, strict=True) if base
             }
             # The relation flips when the polarities of the two words multiply to -1.
             polarity = 1
-            for base in filter(None, found):
+            for base in filter(None, bases):
                 polarity *= base.polarity
-            head, tail = (base.word if base else word for word, base in zip(relation[:2], found, strict=True))
+            head, tail = (base.word if base else word for word, base in zip(relation[:2], bases, strict=True))
             kind = relation.relation
             if polarity < 0:
                 kind = RELATIONS[1 - RELATIONS.index(kind)]
@@ -99,11 +99,11 @@ class Negation:
         """Returns counts for the report: flips in both directions, pairs with a replaced word but no flip, and the
         replaced words, in all and by affix.
         """
-        affixes = Counter(self.bases[word].affix for word in self.acted)
+        affixes = Counter(self.bases[word].affix for word in self.replaced)
         return {
             "flips": len(self.flips),
             "kept": self.kept,
-            "bases": len(self.acted),
+            "bases": len(self.replaced),
             "bases_by_affix": dict(affixes.most_common()),
         }
 
@@ -112,12 +112,12 @@ class Negation:
         flips = sorted(self.flips)
         columns = {name: [getattr(flip, name) for flip in flips] for name in FLIPS_SCHEMA.names}
         pq.write_table(pa.table(columns, schema=FLIPS_SCHEMA), folder / FLIPS_FILE, compression="zstd")
-        acted = [(word, self.bases[word]) for word in sorted(self.acted)]
+        replaced = [(word, self.bases[word]) for word in sorted(self.replaced)]
         table = {
-            "word": [word for word, _ in acted],
-            "base": [base.word for _, base in acted],
-            "polarity": [base.polarity for _, base in acted],
-            "affix": [base.affix for _, base in acted],
+            "word": [word for word, _ in replaced],
+            "base": [base.word for _, base in replaced],
+            "polarity": [base.polarity for _, base in replaced],
+            "affix": [base.affix for _, base in replaced],
         }
         pq.write_table(pa.table(table, schema=BASES_SCHEMA), folder / BASES_FILE, compression="zstd")
 

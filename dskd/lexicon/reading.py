@@ -1,7 +1,7 @@
 """Streams text files of lexical resources line by line, plain or .gz, and records malformed lines.
 
-The files are large and come from others, so a malformed line is left out, counted and reported with its number. A file
-that is not text at all, or whose lines are mostly malformed, is refused.
+The files are large and come from others, so malformed lines are skipped, counted and reported with their numbers. A
+file that is not text at all, or whose lines are mostly malformed, is refused.
 """
 
 import codecs
@@ -51,10 +51,10 @@ class Report:
 
     def add_malformed(self, file: str, line: int, reason: str) -> None:
         """Records a line that was left out."""
-        found = self.malformed.setdefault(file, Malformed(example=reason))
-        found.lines += 1
-        if len(found.first) < SHOWN_LINES:
-            found.first.append(line)
+        malformed = self.malformed.setdefault(file, Malformed(example=reason))
+        malformed.lines += 1
+        if len(malformed.first) < SHOWN_LINES:
+            malformed.first.append(line)
 
     def finish(self, file: str, lines: int, expected: str) -> None:
         """Warns about the malformed lines of a file, after all of it was read.
@@ -69,29 +69,29 @@ class Report:
         """
         if file not in self.malformed:
             return
-        what = self.describe(file, lines, expected)
+        problem = self.describe(file, lines, expected)
         if self.is_mostly_malformed(file, lines):
-            raise UserError(f"{file}: {what}; this is a file of another format: name the right one, or remove it")
-        numbers = self.malformed[file]
-        more = ", …" if numbers.lines > len(numbers.first) else ""
-        warn(f"{file}: {what}; they are left out: {', '.join(map(str, numbers.first))}{more}")
+            raise UserError(f"{file}: {problem}; this is a file of another format: name the right one, or remove it")
+        malformed = self.malformed[file]
+        more = ", …" if malformed.lines > len(malformed.first) else ""
+        warn(f"{file}: {problem}; skipped lines: {', '.join(map(str, malformed.first))}{more}")
 
     def is_mostly_malformed(self, file: str, lines: int) -> bool:
         """Returns True if more than half of a file's lines are malformed; `lines` as in :meth:`finish`."""
-        found = self.malformed.get(file)
-        return found is not None and found.lines * 2 > lines + self.unreadable[file]
+        malformed = self.malformed.get(file)
+        return malformed is not None and malformed.lines * 2 > lines + self.unreadable[file]
 
     def describe(self, file: str, lines: int, expected: str) -> str:
         """Returns a text with the number of malformed lines of a file, and what is wrong with the first of them."""
-        found = self.malformed[file]
+        malformed = self.malformed[file]
         return (
-            f"{found.lines:,} of {lines + self.unreadable[file]:,} lines are not {expected} (line {found.first[0]}: "
-            f"{found.example})"
+            f"{malformed.lines:,} of {lines + self.unreadable[file]:,} lines are not {expected} (line "
+            f"{malformed.first[0]}: {malformed.example})"
         )
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """Returns `malformed` in the form that the manifest stores."""
-        return {file: {"lines": found.lines, "first": found.first} for file, found in self.malformed.items()}
+        return {file: {"lines": lines.lines, "first": lines.first} for file, lines in self.malformed.items()}
 
 
 def stream_lines(path: Path, report: Report | None = None) -> Iterator[tuple[int, str]]:
@@ -157,7 +157,7 @@ def _uncompressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
         with gzip.GzipFile(fileobj=raw) as inner, io.BufferedReader(inner, _BUFFER_BYTES) as stream:
             yield stream
     elif path.suffix == ".gz":
-        raise UserError(f"{path}: the name ends in .gz, but this is no gzip file; fetch it again, or rename it")
+        raise UserError(f"{path}: the name ends in .gz, but this is not a gzip file; fetch it again, or rename it")
     else:
         yield raw
 

@@ -3,9 +3,9 @@
 A relation is (head, tail, relation, source). Both directions are kept. Every rule counts what it drops:
 
 1. Self-pairs: a word is never its own synonym or antonym, neither in a source nor after negated words were replaced by
-   their bases (:mod:`dskd.lexicon.negation`). Counted as given.
-2. Repeated pairs: a pair that one source gives several times is kept once. Counted as given. A source that gives both
-   directions of a pair does not repeat it.
+   their bases (:mod:`dskd.lexicon.negation`). Every occurrence counts.
+2. Repeated pairs: a pair that one source gives several times is kept once. Every repetition counts. A source that gives
+   both directions of a pair does not repeat it.
 3. Contradictory pairs: a pair that the sources together give as synonym *and* antonym is kept as neither. This rule is
    applied last, to the pairs after negation. Counted in both directions.
 """
@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dskd.artifacts import kinds
-from dskd.artifacts.manifest import read_manifest
+from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
 
@@ -78,10 +78,10 @@ class Pairs:
         for (low, high), bits in self._bits.items():
             for source, index in self._sources.items():
                 for number, kind in enumerate(RELATIONS):
-                    given = bits >> (_BITS_A_SOURCE * index + 2 * number)
-                    if given & 1:
+                    directions = bits >> (_BITS_A_SOURCE * index + 2 * number)
+                    if directions & 1:
                         yield Relation(low, high, kind, source)
-                    if given & 2:
+                    if directions & 2:
                         yield Relation(high, low, kind, source)
 
     def words(self) -> set[str]:
@@ -107,21 +107,11 @@ class Pairs:
         return kept
 
 
-def resolve(relations: Iterable[Relation]) -> tuple[list[Relation], Counter[str]]:
-    """Makes the relations symmetric, applies the module's rules, and counts what each rule dropped.
-
-    Returns:
-        The relations kept, sorted, and {reason: number dropped}.
-    """
-    pairs = Pairs(relations)
-    return pairs.resolved(), pairs.dropped
-
-
 def count_pairs(relations: Iterable[Relation]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Counts directed pairs by relation, and by source and relation; the former counts a pair from two sources once.
 
     Args:
-        relations: sorted relations, as :func:`resolve` returns them.
+        relations: sorted relations, as :meth:`Pairs.resolved` returns them.
     """
     pairs = dict.fromkeys(RELATIONS, 0)
     by_source: dict[str, dict[str, int]] = {}
@@ -138,18 +128,34 @@ def write_relations(path: Path, relations: list[Relation]) -> None:
     pq.write_table(pa.table(columns, schema=SCHEMA), path, compression="zstd")
 
 
+def lexicon_manifest(config: Config) -> Manifest:
+    """Reads the manifest of `WORKDIR/lexicon`.
+
+    Raises:
+        UserError: when there is no lexicon, or it is damaged.
+    """
+    return read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
+
+
+def read_relations(config: Config, **options: Any) -> pa.Table:
+    """Reads the table of `WORKDIR/lexicon`, or the part of it that `options` for pyarrow's `read_table` select.
+
+    Raises:
+        UserError: when the file cannot be read as a table.
+    """
+    path = config.path(kinds.LEXICON.folder, FILE)
+    try:
+        return pq.read_table(path, **options)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); make it again with `{kinds.LEXICON.made_by}`") from None
+
+
 def load_lexicon(config: Config) -> list[Relation]:
     """Loads the relations of `WORKDIR/lexicon`.
 
     Raises:
         UserError: when there is no lexicon, or its table cannot be read.
     """
-    folder = config.path(kinds.LEXICON.folder)
-    read_manifest(folder, "lexicon")
-    try:
-        columns = pq.read_table(folder / FILE, schema=SCHEMA).to_pydict()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"{folder / FILE}: cannot be read ({error}); make it again with `{kinds.LEXICON.made_by}`"
-        ) from None
+    lexicon_manifest(config)
+    columns = read_relations(config, schema=SCHEMA).to_pydict()
     return [Relation(*row) for row in zip(*(columns[name] for name in SCHEMA.names), strict=True)]

@@ -35,5 +35,5 @@ def read_tsv(path: Path, source: str, report: Report) -> Iterator[Relation]:
             head, relation, tail = fields
             relations.append(Relation(head, tail, relation, source))
     if problems:
-        raise UserError(listed(f"{len(problems)} lines of {path} are no relations; mend or remove them", problems))
+        raise UserError(listed(f"{len(problems)} lines of {path} are not relations; correct or remove them", problems))
     yield from relations

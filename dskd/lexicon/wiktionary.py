@@ -69,7 +69,7 @@ def _entry(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"it is not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise MalformedError(f"it is no object but a {type(entry).__name__}")
+        raise MalformedError(f"it is not an object but a {type(entry).__name__}")
     if "redirect" in entry and "word" not in entry:
         return None
     for key in ("word", "lang"):
@@ -83,16 +83,16 @@ def _relations(entry: dict[str, Any], dropped: Counter[str]) -> list[Relation]:
     head = _spelled(entry["word"])
     senses = entry.get("senses") or ()
     if not isinstance(senses, list | tuple):
-        raise MalformedError('its "senses" are no list')
-    found = []
+        raise MalformedError('its "senses" are not a list')
+    relations = []
     losses: Counter[str] = Counter()
     for place in (*senses, entry):
         if not isinstance(place, dict):
-            raise MalformedError("a sense of it is no object")
+            raise MalformedError("one of its senses is not an object")
         for key, relation in _KEYS:
             neighbours = place.get(key) or ()
             if not isinstance(neighbours, list | tuple):
-                raise MalformedError(f'its "{key}" are no list')
+                raise MalformedError(f'its "{key}" are not a list')
             for neighbour in neighbours:
                 word = neighbour.get("word") if isinstance(neighbour, dict) else None
                 if not isinstance(word, str) or not word.strip() or not is_storable(word):
@@ -100,9 +100,9 @@ def _relations(entry: dict[str, Any], dropped: Counter[str]) -> list[Relation]:
                 elif word.startswith("Thesaurus:") or head.startswith("Thesaurus:"):
                     losses[THESAURUS] += 1
                 else:
-                    found.append(Relation(head, _spelled(word), relation, SOURCE))
+                    relations.append(Relation(head, _spelled(word), relation, SOURCE))
     dropped.update(losses)
-    return found
+    return relations
 
 
 def _spelled(word: str) -> str:
@@ -113,10 +113,10 @@ def _spelled(word: str) -> str:
 def _no_such_language(path: Path, language: str, languages: Counter[str]) -> str:
     if not languages:
         return f"{path}: there is no entry in this file; fetch it again, or name another"
-    found = ", ".join(f"{name} ({count:,})" for name, count in languages.most_common(_NAMED_LANGUAGES))
+    most_common = ", ".join(f"{name} ({count:,})" for name, count in languages.most_common(_NAMED_LANGUAGES))
     more = f" and {len(languages) - _NAMED_LANGUAGES} more" if len(languages) > _NAMED_LANGUAGES else ""
     return (
-        f"{path}: no entry has the language {language!r}; found: {found}{more}. It may be of "
-        "another language edition of Wiktionary, which has its own names for languages: name the file of the right "
-        "edition, or set lexicon.wiktionary_language to the name that stands there"
+        f"{path}: no entry has the language {language!r}; its languages are {most_common}{more}. Each language "
+        "edition of Wiktionary has its own names for languages: name the file of the right edition, or set "
+        "lexicon.wiktionary_language to the name in this one"
     )

@@ -80,19 +80,19 @@ def open_wordnet(path: str | None = None, *, allow_download: bool = True, other_
         if missing:
             raise UserError(
                 f"wordnet.path: {folder} is not a complete WordNet dictionary folder: it lacks {', '.join(missing)}; "
-                "add them, name the folder that has data.noun, index.noun, noun.exc, …, or remove the key to let "
-                "WordNet be looked for"
+                "add them, name the folder that has data.noun, index.noun, noun.exc, …, or remove the key, and "
+                "dskd searches for WordNet"
             )
         return _open(_completed_copy(folder, cache, "wordnet"), folder)
     # Without `path`: nltk's own data first, then a download, and Debian's files last. An earlier copy of the latter
     # makes the download unnecessary, unless other languages need Princeton's.
-    found = _in_nltk_data()
+    in_nltk = _in_nltk_data()
     debian = next((folder for folder in DICTIONARY_FOLDERS if _is_dictionary(folder)), None)
-    copy = None if found else _earlier_copy(cache, debian)
-    if found is None and allow_download and (copy is None or other_languages):
-        found = _downloaded(cache)
-    if found is not None:
-        return _open(found, found)
+    copy = None if in_nltk else _earlier_copy(cache, debian)
+    if in_nltk is None and allow_download and (copy is None or other_languages):
+        in_nltk = _downloaded(cache)
+    if in_nltk is not None:
+        return _open(in_nltk, in_nltk)
     if copy is None and debian is not None:
         copy = _completed_copy(debian, cache, _COPIES)
     if copy is None:
@@ -124,7 +124,7 @@ def _open(folder: Path, origin: Path) -> WordNet:
     except Exception as error:  # nltk can raise any kind of error for damaged files
         for name in DICTIONARY_FILES:
             refuse_pointer_beginning((folder / name).read_bytes(), origin / name)
-        remedy = "remove the folder, and it is downloaded again" if folder == origin else "mend the files there"
+        remedy = "remove the folder, and dskd downloads it again" if folder == origin else "repair the files there"
         raise UserError(
             f"{origin}: nltk cannot read this WordNet ({type(error).__name__}: {error}); {remedy}"
         ) from error
@@ -153,8 +153,8 @@ def _is_dictionary(folder: Path, also: tuple[str, ...] = ()) -> bool:
     missing = [*_missing_files(folder), *(name for name in also if not (folder / name).is_file())]
     if missing and any((folder / name).is_file() for name in DICTIONARY_FILES):
         raise UserError(
-            f"{folder}: this WordNet is incomplete: it lacks {', '.join(missing)}; complete it, or remove the folder "
-            "to let WordNet be looked for elsewhere"
+            f"{folder}: this WordNet is incomplete: it lacks {', '.join(missing)}; complete it, or remove the folder, "
+            "and dskd searches for WordNet elsewhere"
         )
     return not missing
 
@@ -186,9 +186,7 @@ def _unpacked(archive: Path) -> Path:
                 for file in (partial / "wordnet").iterdir():
                     file.rename(partial / file.name)
             except (shutil.ReadError, zipfile.BadZipFile, OSError) as error:
-                raise UserError(
-                    f"{archive}: this zip file has no WordNet that can be read ({error}); fetch it again"
-                ) from None
+                raise UserError(f"{archive}: this zip file has no readable WordNet ({error}); fetch it again") from None
             _is_dictionary(partial, ("lexnames",))
     return folder
 

@@ -10,7 +10,7 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder
-from dskd.models.limits import original_positions
+from dskd.models.limits import original_positions, rope_scaling
 from dskd.models.probes import accepts, check_head, takes_positions
 from dskd.models.stored_names import base_model
 from dskd.models.weights import LAYER_NAME
@@ -80,8 +80,7 @@ def _check_sequences(model_config: Any, config: Config, where: str, *, with_posi
             f"in other places than single ones; set corpus.sequence_length, now {length}, to at most {chunk}, or "
             "corpus.packing to stream or none"
         )
-    scaling = getattr(model_config, "rope_scaling", None) or getattr(model_config, "rope_parameters", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
+    kind, _ = rope_scaling(model_config)
     limit = getattr(model_config, "max_position_embeddings", None)
     if kind == "dynamic" and limit and length > limit:
         raise UserError(

@@ -29,9 +29,9 @@ def position_limit(model_config: Any) -> int | None:
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    scaling = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
+    kind, scaling = rope_scaling(text)
     original, factor = original_positions(text), scaling.get("factor")
-    if scaling.get("rope_type", scaling.get("type")) in _SCALED and original and isinstance(factor, (int, float)):
+    if kind in _SCALED and original and isinstance(factor, (int, float)):
         return max(limit, int(original * factor))
     return limit
 
@@ -39,9 +39,14 @@ def position_limit(model_config: Any) -> int | None:
 def original_positions(model_config: Any) -> int | None:
     """Returns the number of positions before RoPE scaling; None if config.json does not name it."""
     key = "original_max_position_embeddings"
-    scaling = getattr(model_config, "rope_scaling", None) or getattr(model_config, "rope_parameters", None) or {}
-    positions = getattr(model_config, key, None) or scaling.get(key)
+    positions = getattr(model_config, key, None) or rope_scaling(model_config)[1].get(key)
     return positions if isinstance(positions, int) else None
+
+
+def rope_scaling(model_config: Any) -> tuple[str | None, dict[str, Any]]:
+    """Returns the kind of RoPE scaling and its settings, under the names of transformers 4 or 5; (None, {}) if none."""
+    scaling = getattr(model_config, "rope_scaling", None) or getattr(model_config, "rope_parameters", None) or {}
+    return scaling.get("rope_type", scaling.get("type")), scaling
 
 
 def vocabulary_size(model_config: Any) -> int | None:

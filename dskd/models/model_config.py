@@ -172,7 +172,7 @@ def _translate_rotations(values: dict[str, Any], where: str) -> dict[str, Any]:
     added = {key: value for key, value in added.items() if value is not None}
     for key, value in added.items():
         if values.get(key) not in (None, value):
-            raise UserError(f"{where}: {key} is {values[key]}, and rope_parameters says {value}; remove the wrong one")
+            raise UserError(f"{where}: {key} is {values[key]}, but rope_parameters has {value}; remove the wrong one")
     return values | added
 
 

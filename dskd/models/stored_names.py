@@ -141,7 +141,7 @@ def check_stored_tensors(
                 "declare; use the one it was made from"
             )
     problems += [
-        f"{name}: the architecture has no such tensor, so what it does would be missing"
+        f"{name}: the architecture has no such tensor, so its effect would be missing"
         for name in _left_over(causal_lm, reader, taken, first_layer)
     ]
     if problems:

@@ -25,7 +25,7 @@ class Change:
         """Returns sentences on what the user must do before training with this change."""
         needed = []
         if any(override.startswith("teacher.nvme_path=/") for override in self.overrides):
-            needed.append("teacher.nvme_path names a folder on a fast local disk of every node: put yours in its place")
+            needed.append("teacher.nvme_path names a folder on a fast local disk of every node: replace it with yours")
         if any(override.startswith("annotation.teacher_top_n=") for override in self.overrides):
             needed.append("with annotation.teacher_top_n the shards are annotated again, and are larger")
         return needed

@@ -130,7 +130,7 @@ def _teacher_place(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     gpu, host = plan.memory.gpu, plan.memory.host
     rows = [[text, _gb(getattr(gpu, name)), _gb(getattr(host, name))] for name, text in _PARTS.items()]
-    rows.append([f"at one time, most in {gpu.peak_moment}", _gb(gpu.peak), _gb(host.peak)])
+    rows.append([f"peak, in {gpu.peak_moment}", _gb(gpu.peak), _gb(host.peak)])
     rows.append(["available", _gb(plan.cluster.gpu_memory), _gb(plan.cluster.host_memory)])
     what = "a GPU" if plan.cluster.device == "cuda" else "a rank"
     return table(("memory, GB", what, "a host"), rows)

@@ -19,21 +19,21 @@ from dskd.lexicon.relations import RELATIONS
 from dskd.senses.cluster import TokenSenses
 from dskd.senses.csr import offsets_of, ranges
 from dskd.senses.dictionary import FILE, tensor_types
-from dskd.senses.entries import Entries
+from dskd.senses.entries import Entries, describe_dropped_pairs
 from dskd.senses.spans import compose_spans, span_sizes
 
 _CHUNK_BYTES = 64 * 2**20  # size of the vectors copied at once
 
 
 def write_part(
-    path: Path, tokens: torch.Tensor, most: torch.Tensor, hidden_size: int, senses: Iterable[TokenSenses]
+    path: Path, tokens: torch.Tensor, max_sizes: torch.Tensor, hidden_size: int, senses: Iterable[TokenSenses]
 ) -> None:
     """Writes the senses of `tokens` [m] to a part, batch by batch; `senses` must yield them in the order of `tokens`.
 
-    The file has room for `most` [m] rows per token. Rows left over stay zero at the end of the file, and nothing reads
-    them.
+    The file has room for `max_sizes` [m] rows per token. Unused rows stay zero at the end of the file, and nothing
+    reads them.
     """
-    rows = int(most.sum())
+    rows = int(max_sizes.sum())
     shapes = {
         "tokens": ("I64", (len(tokens),)),
         "sizes": ("I64", (len(tokens),)),
@@ -43,12 +43,12 @@ def write_part(
     with create_tensors(path, shapes) as maps:
         maps["tokens"][:] = tokens.numpy()
         first, token = 0, 0
-        for some in senses:
-            stop = first + len(some.counts)
-            maps["sizes"][token : token + len(some.sizes)] = some.sizes.numpy()
-            token += len(some.sizes)
-            maps["counts"][first:stop] = some.counts.numpy()
-            maps["vectors"][first:stop] = _bits(some.vectors)
+        for batch in senses:
+            stop = first + len(batch.counts)
+            maps["sizes"][token : token + len(batch.sizes)] = batch.sizes.numpy()
+            token += len(batch.sizes)
+            maps["counts"][first:stop] = batch.counts.numpy()
+            maps["vectors"][first:stop] = _bits(batch.vectors)
             first = stop
     assert token == len(tokens)
 
@@ -69,7 +69,7 @@ def assemble(
     for part in maps:
         token_sizes[torch.from_numpy(np.array(part["tokens"]))] = torch.from_numpy(np.array(part["sizes"]))
     if not token_sizes.any():
-        raise UserError("the teacher's states belong to no token at all: the training sequences have no target")
+        raise UserError("no token has a state of the teacher, because the training sequences have no targets; add text")
     token_offsets = offsets_of(token_sizes)
     # The spans' rows follow those of all tokens.
     sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, k)
@@ -100,9 +100,9 @@ def assemble(
         def read_rows(rows: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(whole["vectors"][rows.numpy()]).view(torch.bfloat16).float()
 
-        for vectors, behind in compose_spans(entries.span_tokens, read_rows, counts, token_offsets, k):
+        for vectors, span_counts in compose_spans(entries.span_tokens, read_rows, counts, token_offsets, k):
             stop = first + len(vectors)
-            whole["vectors"][first:stop], whole["counts"][first:stop] = _bits(vectors), behind.numpy()
+            whole["vectors"][first:stop], whole["counts"][first:stop] = _bits(vectors), span_counts.numpy()
             bar.update(stop - first)
             first = stop
     for path in parts:
@@ -146,9 +146,5 @@ def _report(facts: dict[str, Any], vocab_size: int) -> None:
         usable, all_pairs = facts[f"{name}_pairs_with_senses"], facts[f"{name}_pairs"]
         heads = facts[f"tokens_with_{name}s"]
         say(f"  {all_pairs:,} {name} pairs of {heads:,} tokens, {usable:,} of them with senses on both sides")
-    unusable = {why: number for why, number in facts.items() if why.startswith(("head", "neighbour"))}
-    if unusable:
-        say(
-            "  pairs the tokenizer cannot express: "
-            + ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in unusable.items())
-        )
+    if reasons := describe_dropped_pairs(facts):
+        say(f"  pairs that the tokenizer cannot express: {reasons}")

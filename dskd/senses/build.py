@@ -11,12 +11,13 @@ from pathlib import Path
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building, remove_partial
 from dskd.artifacts.files import remove_tree
-from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest
+from dskd.artifacts.manifest import Manifest, Recipe, is_current
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.corpus.sequences import Sequences, load_sequences
 from dskd.distributed.collectives import barrier, main_first, on_main
 from dskd.distributed.world import World
+from dskd.lexicon.relations import lexicon_manifest
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.precision import resolve_precision
@@ -50,8 +51,7 @@ def open_inputs(config: Config, teacher: ModelFolder) -> Inputs:
     Raises:
         UserError: when lexicon or sequences are missing, or the sequences were tokenized with another tokenizer.
     """
-    lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
-    return Inputs(teacher, lexicon, *load_sequences(config, "train", teacher.tokenizer_digest))
+    return Inputs(teacher, lexicon_manifest(config), *load_sequences(config, "train", teacher.tokenizer_digest))
 
 
 def recipe(config: Config, inputs: Inputs) -> Recipe:

@@ -28,10 +28,10 @@ def senses_per_token(counts: torch.Tensor, settings: SensesConfig) -> torch.Tens
 
     It is k, or one per `states_per_sense` states up to k if that is set; and never more than the token's states.
     """
-    wanted = torch.full_like(counts, settings.k)
+    numbers = counts.clamp(max=settings.k)
     if settings.states_per_sense is not None:
-        wanted = torch.minimum(wanted, -(-counts // settings.states_per_sense))
-    return torch.minimum(wanted, counts)
+        numbers = numbers.minimum(-(-counts // settings.states_per_sense))
+    return numbers
 
 
 def cluster(
@@ -43,7 +43,7 @@ def cluster(
 ) -> TokenSenses:
     """Computes the sense embeddings of every token of `states`.
 
-    A token that has no more states than senses keeps its states as senses, unchanged.
+    If a token has no more states than senses, its states become its senses, unchanged.
 
     Args:
         states: the states of some tokens, n in all.
@@ -65,14 +65,14 @@ def cluster(
     place, rows = ranges(offsets[few], sizes[few]), ranges(states.offsets[few], sizes[few])
     vectors[place], counts[place] = states.states[rows], weights[rows]
 
-    # All other tokens: k-means, for groups of tokens with similarly many states and equal k. `width` is the number of
-    # states that tokens of a group are padded to; padding has weight 0.
+    # All other tokens: k-means, for groups of tokens that have equal k and about the same number of states. The states
+    # of each token are padded to `width`; padding has weight 0.
     many = (numbers > sizes).nonzero().squeeze(-1)
     cluster_seed = derived_seed(seed, "senses", "kmeans")
     for indices, width, k in groups(numbers[many], sizes[many], states.states.shape[1], device):
         chosen = many[indices]
         rows, exists = padded_ranges(states.offsets[chosen], numbers[chosen], width)
-        found = kmeans(
+        clusters = kmeans(
             states.states[rows].to(device),
             torch.where(exists, weights[rows], 0).to(device),
             k,
@@ -82,8 +82,8 @@ def cluster(
             max_iterations=settings.max_iterations,
         )
         place = ranges(offsets[chosen], sizes[chosen])
-        vectors[place] = found.centers.flatten(0, 1).to(torch.bfloat16).cpu()
-        counts[place] = found.counts.flatten().cpu()
+        vectors[place] = clusters.centers.flatten(0, 1).to(torch.bfloat16).cpu()
+        counts[place] = clusters.counts.flatten().cpu()
     # A token with fewer distinct states than clusters has empty clusters: drop them.
     used = counts > 0
     if not used.all():

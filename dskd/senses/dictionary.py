@@ -21,18 +21,10 @@ from dskd.errors import UserError
 from dskd.models.folder import ModelFolder
 from dskd.models.weights import open_safetensors
 from dskd.senses.csr import sums_of_lists
-from dskd.senses.entries import Entries
+from dskd.senses.entries import ENTRY_TENSORS, Entries
 
 FILE = "senses.safetensors"
-_INDEX_TENSORS = (
-    "counts",
-    "entry_offsets",
-    "span_tokens",
-    "synonym_offsets",
-    "synonym_entries",
-    "antonym_offsets",
-    "antonym_entries",
-)
+_INDEX_TENSORS = ("counts", "entry_offsets", *ENTRY_TENSORS)
 
 
 @dataclass(frozen=True)
@@ -155,12 +147,11 @@ def read_dictionary(path: Path) -> SenseDictionary:
         names = set(stored.keys())
         missing = {"vectors", *_INDEX_TENSORS} - names
         if missing:
-            raise UserError(f"{path}: not a sense dictionary: it lacks {', '.join(sorted(missing))}")
+            raise UserError(f"{path}: this is not a sense dictionary, because it lacks {', '.join(sorted(missing))}")
         tensors = {name: stored.get_tensor(name) for name in _INDEX_TENSORS}
         shape = stored.get_slice("vectors").get_shape()
-    entries = Entries(
-        vocab_size=len(tensors["synonym_offsets"]) - 1, **{name: tensors[name] for name in _INDEX_TENSORS[2:]}
-    )
+    vocab_size = len(tensors["synonym_offsets"]) - 1
+    entries = Entries(vocab_size, **{name: tensors[name] for name in ENTRY_TENSORS})
     offsets = tensors["entry_offsets"]
     if len(offsets) != entries.num_entries + 1 or int(offsets[-1]) != shape[0] or len(tensors["counts"]) != shape[0]:
         raise UserError(
@@ -182,8 +173,8 @@ def require_fitting(
     remedy = f"make the dictionary again with `{kinds.SENSES.made_by}`"
     if dictionary.hidden_size != hidden_size:
         raise UserError(
-            f"{dictionary.path}: its sense embeddings have {dictionary.hidden_size} dimensions, the model's hidden "
-            f"states {hidden_size}; {remedy}"
+            f"{dictionary.path}: its sense embeddings have {dictionary.hidden_size} dimensions, but the model's hidden "
+            f"states have {hidden_size}; {remedy}"
         )
     between = f"{dictionary.path.parent} and the teacher"
     require_same("tokenizers", expected=tokenizer, found=manifest.tokenizer, between=between, remedy=remedy)

@@ -11,7 +11,7 @@ tokenizer does not know, and a token that the model lacks would be taken for a s
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -64,7 +64,10 @@ class Entries:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns every tensor by its name in the dictionary's file."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "vocab_size"}
+        return {name: getattr(self, name) for name in ENTRY_TENSORS}
+
+
+ENTRY_TENSORS = tuple(field.name for field in fields(Entries) if field.name != "vocab_size")
 
 
 def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
@@ -77,17 +80,25 @@ def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entri
     entries, counts = build_entries(relations, tokenizer, vocab_size, config.senses.surface_forms)
     if not counts["synonym_pairs"] and not counts["antonym_pairs"]:
         words = sorted({relation.head for relation in relations})
-        reasons = {why: count for why, count in counts.items() if why.startswith(("head_", "neighbour_"))}
-        reported = ", ".join(f"{count:,} pairs: {why.replace('_', ' ')}" for why, count in reasons.items())
         lexicon = "the lexicon"
         if config.lexicon.wordnet:
             lexicon += f" (WordNet: {', '.join(config.lexicon.languages)})"
         raise UserError(
             f"no pair of {lexicon} can be used with the tokenizer of {tokenizer.name_or_path or 'the teacher'}: none "
-            f"of its {len(words):,} words ({', '.join(words[:3])}, …) is one token behind a space with a neighbour of "
-            f"one to three tokens ({reported}). Take a lexicon in the teacher's language, or another teacher"
+            f"of its {len(words):,} words ({', '.join(words[:3])}, …) is one token after a space and has a "
+            f"neighbour of one to three tokens (pairs dropped: {describe_dropped_pairs(counts)}). Use a lexicon in the "
+            "teacher's language, or another teacher"
         )
     return entries, counts
+
+
+def describe_dropped_pairs(counts: Mapping[str, int]) -> str:
+    """Returns a text with the number of dropped pairs by reason, from the counts of :func:`build_entries`."""
+    return ", ".join(
+        f"{count:,} because the {reason.replace('_', ' ')}"
+        for reason, count in counts.items()
+        if reason.startswith(("head_is_", "neighbour_is_"))
+    )
 
 
 def build_entries(
@@ -96,8 +107,8 @@ def build_entries(
     """Tokenizes the words of the relations and drops the pairs that the tokenizer cannot express.
 
     In addition to " word", a word that begins with a small letter has the `surface_forms`: `capitalized` is " Word",
-    and `sentence_initial` is "Word" at the very beginning of a text. A form counts only if it is one token. It is then
-    a head with the neighbours of the word, and a neighbour of the word's heads.
+    and `sentence_initial` is "Word" at the very beginning of a text. A form counts only if it is one token. Then it
+    has the neighbours of the word, and is a neighbour of the heads that the word is a neighbour of.
 
     Returns:
         The entries, and counts for the report: usable pairs, dropped pairs by reason, words that the tokenizer or the
@@ -171,7 +182,7 @@ def tokenize_words(words: list[str], tokenizer: Any, vocab_size: int | None = No
     prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
     batch = tokenizer([f"{before} {word}" for word in words], add_special_tokens=False)["input_ids"]
     tokens = [tuple(ids[len(prefix) :]) if ids[: len(prefix)] == prefix else () for ids in batch]
-    return _that_say(words, tokens, tokenizer, vocab_size)
+    return _of_known_words(words, tokens, tokenizer, vocab_size)
 
 
 def tokenize_form(
@@ -184,13 +195,13 @@ def tokenize_form(
     texts = list(capitalized.values())
     if form == "sentence_initial":
         batch = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        tokens = _that_say(texts, batch, tokenizer, vocab_size)
+        tokens = _of_known_words(texts, batch, tokenizer, vocab_size)
     else:
         tokens = tokenize_words(texts, tokenizer, vocab_size)
     return {word: ids for word, ids in zip(capitalized, tokens, strict=True) if len(ids) == 1}
 
 
-def _that_say(
+def _of_known_words(
     words: list[str], tokens: list[tuple[int, ...]], tokenizer: Any, vocab_size: int | None
 ) -> list[tuple[int, ...]]:
     """Returns the tokens of each word, or no tokens if they do not represent the word.

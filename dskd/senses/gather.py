@@ -58,7 +58,7 @@ def read_progress(folder: Path) -> Progress:
     except (ValueError, TypeError):
         damaged = [_PROGRESS]
     if damaged:
-        warn(f"{folder}: {', '.join(damaged)} damaged; the states are gathered again")
+        warn(f"{folder}: damaged: {', '.join(damaged)}; gathering all states again")
         return Progress(0, [])
     return progress
 
@@ -75,8 +75,8 @@ def gather_states(
     """
     # This rank continues its own runs. Runs of a gathering with another number of ranks stay as they are: reading the
     # sample merges all runs.
-    progress = Progress(**on_main(lambda: asdict(_continue(folder))))
-    own = f"rank{world.rank}of{world.world_size}"
+    progress = Progress(**on_main(lambda: asdict(_resume(folder))))
+    name = f"rank{world.rank}of{world.world_size}"
     others = [run for run in progress.runs if not run.split("-")[0].endswith(f"of{world.world_size}")]
     reservoir = Reservoir(
         teacher.vocab_size,
@@ -84,8 +84,8 @@ def gather_states(
         teacher.hidden_size,
         int(settings.memory_budget * 2**30),
         folder,
-        own,
-        [run for run in progress.runs if run.split("-")[0] == own],
+        name,
+        [run for run in progress.runs if run.split("-")[0] == name],
     )
     priority_seed = derived_seed(seed, "senses", "priority")
 
@@ -111,11 +111,11 @@ def gather_states(
             sequence, position = batch.has_target.nonzero(as_tuple=True)
             priorities = random_bits(priority_seed, sequence + first, position)
             states = hidden[has_target]
-            # Only the owner of a token knows its threshold, so every state travels; it copies to the CPU only those
-            # that can still get into the sample.
+            # Only the owner of a token knows its threshold, so every state is sent. The owner copies to the CPU only
+            # those that can still get into the sample.
             tokens, priorities, states = _to_owners(tokens, priorities, states.to(torch.bfloat16), world)
-            wanted = reservoir.wanted(tokens, priorities)
-            reservoir.add(tokens[wanted], priorities[wanted], states[wanted.to(states.device)].cpu())
+            eligible = reservoir.can_enter(tokens, priorities)
+            reservoir.add(tokens[eligible], priorities[eligible], states[eligible.to(states.device)].cpu())
             bar.update(min(batch.num_tokens * world.world_size, bar.total - bar.n))
             # All ranks must save at the same batch, so rank 0's clock decides.
             if broadcast_json(time.monotonic() - saved_at >= 60 * settings.save_minutes):
@@ -149,7 +149,7 @@ def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head_weight: torc
     return predict(hidden[positions], head_weight)
 
 
-def _continue(folder: Path) -> Progress:
+def _resume(folder: Path) -> Progress:
     """Reads the progress, prints where the gathering resumes, and deletes all runs that the progress does not name."""
     progress = read_progress(folder)
     for file in folder.glob("*.safetensors"):
@@ -158,7 +158,7 @@ def _continue(folder: Path) -> Progress:
     for file in folder.glob(".*.partial"):
         file.unlink()
     if progress.sequences_done:
-        say(f"  goes on behind {progress.sequences_done:,} sequences of an interrupted gathering")
+        say(f"  resuming after {progress.sequences_done:,} sequences")
     return progress
 
 
@@ -171,7 +171,7 @@ def _to_owners(
     """
     if world.world_size == 1:
         return tokens, priorities, states
-    # Sort by owner, and tell every rank how many states to expect from this one.
+    # Sort by owner, and send every rank the number of states to expect from this one.
     owner = tokens % world.world_size
     order = owner.argsort(stable=True)
     sent = torch.bincount(owner, minlength=world.world_size)

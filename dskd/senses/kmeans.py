@@ -59,15 +59,15 @@ def kmeans(
     best: Clusters | None = None
     for restart in range(restarts):
         centers = _greedy_seeding(points, weights, num_clusters, seed, keys, restart)
-        found = _lloyd(points, weights, centers, max_iterations)
+        clusters = _lloyd(points, weights, centers, max_iterations)
         if best is None:
-            best = found
+            best = clusters
         else:
-            better = found.inertia < best.inertia
+            better = clusters.inertia < best.inertia
             best = Clusters(
-                torch.where(better.view(-1, 1, 1), found.centers, best.centers),
-                torch.where(better.view(-1, 1), found.counts, best.counts),
-                torch.where(better, found.inertia, best.inertia),
+                torch.where(better.view(-1, 1, 1), clusters.centers, best.centers),
+                torch.where(better.view(-1, 1), clusters.counts, best.counts),
+                torch.where(better, clusters.inertia, best.inertia),
             )
     assert best is not None
     return Clusters(best.centers + mean, best.counts, best.inertia)
@@ -135,9 +135,10 @@ def _greedy_seeding(
 def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Draws indices [G, n] with probability proportional to `weights` [G, N]; `uniforms` [G, n] is the randomness."""
     cumulative = weights.double().cumsum(-1)
-    wanted = uniforms * cumulative[:, -1:]
-    indices = torch.searchsorted(cumulative, wanted.contiguous(), right=True)
-    # If all weights are 0 (every point is already a centre), any real point will do: take the first.
+    # Inverse transform sampling: the index at which the cumulative weight exceeds a random share of the total.
+    targets = uniforms * cumulative[:, -1:]
+    indices = torch.searchsorted(cumulative, targets.contiguous(), right=True)
+    # If all weights are 0, every point is already a centre. Any point will do then; the first one is never padding.
     return torch.where(cumulative[:, -1:] > 0, indices.clamp(max=weights.shape[-1] - 1), 0)
 
 
@@ -180,6 +181,7 @@ def _refill(means: torch.Tensor, sizes: torch.Tensor, points: torch.Tensor, dist
     empty = sizes == 0
     if not empty.any():
         return means
+    # Sort a token's points by distance, number its empty centres 0, 1, …, and pair them.
     worst = distances.topk(min(means.shape[1], distances.shape[1]), dim=-1).indices
     rank = (empty.cumsum(-1) - 1).clamp(min=0)
     chosen = worst.gather(1, rank)

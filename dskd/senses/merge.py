@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from dskd.artifacts import kinds
 from dskd.artifacts.building import Building, build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.config import Config
 from dskd.console import progress_bar, stage
 from dskd.errors import UserError, listed
+from dskd.lexicon.relations import lexicon_manifest
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
@@ -34,26 +34,26 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
             `output` is one of them or holds something else.
     """
     if len({folder.resolve() for folder in folders}) < 2:
-        raise UserError("name two or more different folders with sense dictionaries to merge")
+        raise UserError("--dictionary: name two or more different folders with sense dictionaries")
     if output.resolve() in {folder.resolve() for folder in folders}:
-        raise UserError(f"--output: {output} is one of the dictionaries that are merged; name another folder")
+        raise UserError(f"--output: {output} is one of the dictionaries to merge; name another folder")
     if output.exists() and not _is_dictionary(output):
-        raise UserError(f"--output: {output} exists and is no sense dictionary; name another folder")
+        raise UserError(f"--output: {output} exists and is not a sense dictionary; name another folder")
     teacher = find_teacher(config)
     opened = _open_all(folders, teacher)
     keys = {str(manifest.config.get("key")) for _, manifest in opened}
     if len(keys) > 1:
         raise UserError(
-            f"these dictionaries cannot be merged: their senses.key are {' and '.join(sorted(keys))}, so their rows "
-            "mean different things; build one of them again"
+            f"these dictionaries cannot be merged: their values of senses.key are {' and '.join(sorted(keys))}, so "
+            "their rows mean different things; build them again with one key"
         )
-    lexicon = read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
     settings = {
         key: value for key, value in config.senses.as_dict().items() if key in (*CLUSTER_SETTINGS, "surface_forms")
     }
     recipe = Recipe(
         "senses",
-        {"lexicon": lexicon.digest} | {f"merged {i}": manifest.digest for i, (_, manifest) in enumerate(opened)},
+        {"lexicon": lexicon_manifest(config).digest}
+        | {f"merged {i}": manifest.digest for i, (_, manifest) in enumerate(opened)},
         settings | {"seed": config.seed, "key": keys.pop()},
         teacher=teacher.digest,
         tokenizer=teacher.tokenizer_digest,

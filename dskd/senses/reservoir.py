@@ -59,7 +59,7 @@ class Reservoir:
         self._hidden_size = hidden_size
         self._folder, self._name = folder, name
         self._runs = list(runs)
-        self._noted = set(runs)
+        self._flushed = set(runs)
         self._obsolete: list[str] = []
         self._number = 1 + max((int(run.split("-")[-1].split(".")[0]) for run in runs), default=-1)
         capacity = max(2, memory_budget // (2 * hidden_size + 16))
@@ -74,16 +74,17 @@ class Reservoir:
         for run in self._runs:
             self._learn_thresholds(*_keys(self._folder / run))
 
-    def wanted(self, tokens: torch.Tensor, priorities: torch.Tensor) -> torch.Tensor:
-        """Returns a mask [n] of the states that can still get into the sample; there is no need to move the others."""
+    def can_enter(self, tokens: torch.Tensor, priorities: torch.Tensor) -> torch.Tensor:
+        """Returns a mask [n] of the states that can still get into the sample; the others need not be copied."""
         return priorities < self._thresholds[tokens]
 
     def add(self, tokens: torch.Tensor, priorities: torch.Tensor, states: torch.Tensor) -> None:
         """Adds states [n, D] with their tokens [n] and priorities [n]."""
         start = 0
         while start < len(tokens):
+            # When the memory is full, drop what is outside the sample; write to disk only if that frees too little.
             if self._size == len(self._tokens):
-                self._drop_unwanted()
+                self._compact()
                 if self._size > _SPILL_SHARE * len(self._tokens):
                     self._spill()
             stop = min(len(tokens), start + len(self._tokens) - self._size)
@@ -100,9 +101,9 @@ class Reservoir:
         progress file may still name them.
         """
         if self._size:
-            self._drop_unwanted()
+            self._compact()
             self._spill()
-        self._noted = set(self._runs)
+        self._flushed = set(self._runs)
         return list(self._runs)
 
     def remove_obsolete(self) -> None:
@@ -111,8 +112,9 @@ class Reservoir:
             (self._folder / name).unlink(missing_ok=True)
         self._obsolete.clear()
 
-    def _drop_unwanted(self) -> None:
+    def _compact(self) -> None:
         """Drops states that are outside the sample, and compacts the others in place, without a copy of all states."""
+        # Sort the keys, but not the states: moving each kept state once, in ascending order, needs no second buffer.
         tokens, priorities = self._tokens[: self._size], self._priorities[: self._size]
         order, kept = _select(tokens, priorities, self._max_states)
         self._learn_thresholds(tokens[order], priorities[order])
@@ -137,13 +139,14 @@ class Reservoir:
 
     def _merge(self) -> None:
         runs = [_Run(self._folder / name) for name in self._runs]
-        tokens, priorities, which, row = _chosen(runs, self._max_states)
+        tokens, priorities, which, row = _select_from_runs(runs, self._max_states)
         self._learn_thresholds(tokens, priorities)
         merged = self._write_run(
             tokens, priorities, lambda first, last: _read(runs, which[first:last], row[first:last])
         )
         for run in self._runs:
-            if run in self._noted:
+            # The progress file still names the runs of the last flush, so they stay until the next one is recorded.
+            if run in self._flushed:
                 self._obsolete.append(run)
             else:
                 (self._folder / run).unlink()
@@ -189,7 +192,7 @@ class SampledStates:
 
     def __init__(self, paths: Sequence[Path], max_states: int, share: tuple[int, int] = (0, 1)) -> None:
         self._runs = [_Run(path) for path in paths]
-        tokens, _, self._which, self._row = _chosen(self._runs, max_states, share)
+        tokens, _, self._which, self._row = _select_from_runs(self._runs, max_states, share)
         self.tokens, self.counts = tokens.unique_consecutive(return_counts=True)
         self._offsets = offsets_of(self.counts)
 
@@ -234,7 +237,7 @@ def _keys(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.array(priorities))
 
 
-def _chosen(
+def _select_from_runs(
     runs: Sequence[_Run], max_states: int, share: tuple[int, int] = (0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Selects the sample from all runs.
@@ -246,11 +249,11 @@ def _chosen(
     tokens, priorities, which, row = [], [], [], []
     for number, run in enumerate(runs):
         run_tokens, run_priorities = _keys(run.path)
-        mine = (run_tokens % share[1] == share[0]).nonzero().squeeze(-1)
-        tokens.append(run_tokens[mine])
-        priorities.append(run_priorities[mine])
-        which.append(torch.full((len(mine),), number, dtype=torch.int16))
-        row.append(mine)
+        rows = (run_tokens % share[1] == share[0]).nonzero().squeeze(-1)
+        tokens.append(run_tokens[rows])
+        priorities.append(run_priorities[rows])
+        which.append(torch.full((len(rows),), number, dtype=torch.int16))
+        row.append(rows)
     if not runs:
         empty = torch.empty(0, dtype=torch.int64)
         return empty, empty, empty, empty
@@ -265,8 +268,8 @@ def _read(runs: Sequence[_Run], which: torch.Tensor, row: torch.Tensor) -> torch
     states = torch.empty(len(which), runs[0].states.shape[1] if runs else 0, dtype=torch.bfloat16)
     for number in which.unique().tolist():
         places = (which == number).nonzero().squeeze(-1)
-        found = runs[number].states[row[places].numpy()]
-        states[places] = torch.from_numpy(found).view(torch.bfloat16)
+        bits = runs[number].states[row[places].numpy()]
+        states[places] = torch.from_numpy(bits).view(torch.bfloat16)
     return states
 
 

@@ -45,14 +45,15 @@ def compose_spans(
         All batches together hold the senses of all spans in order, :func:`span_sizes` senses per span.
     """
     chunk = max(1, _ELEMENTS // (k * read_rows(torch.zeros(1, dtype=torch.int64)).shape[-1]))
-    sizes, numbers = span_sizes(span_tokens, offsets, k), offsets.diff()
-    for spans, wanted in zip(span_tokens[sizes > 0].long().split(chunk), sizes[sizes > 0].split(chunk), strict=True):
-        rows, _ = padded_ranges(offsets[spans[:, 0]], numbers[spans[:, 0]], k)
-        exists = torch.arange(k) < wanted.unsqueeze(-1)
+    numbers = offsets.diff()
+    for spans in span_tokens[span_sizes(span_tokens, offsets, k) > 0].long().split(chunk):
+        # Start with the senses of the first token, at most k; `exists` [S, k] is the mask of the span's senses.
+        rows, exists = padded_ranges(offsets[spans[:, 0]], numbers[spans[:, 0]], k)
         total = read_rows(rows)  # [S, k, D], the sum of the rows so far
-        behind = counts[rows]
+        states = counts[rows]
         parts = torch.ones(len(spans), 1, 1)
         for place in range(1, spans.shape[1]):
+            # The senses of the next token, for the spans that have one.
             present = spans[:, place] >= 0
             tokens = spans[:, place].clamp(min=0)
             rows, candidates = padded_ranges(offsets[tokens], numbers[tokens], k)
@@ -63,6 +64,6 @@ def compose_spans(
             # Spans without a token at this place keep their sum.
             matched = vectors.gather(1, nearest.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
             total = torch.where(present.view(-1, 1, 1), total + matched, total)
-            behind = torch.where(present.unsqueeze(-1), behind + counts[rows.gather(1, nearest)], behind)
+            states = torch.where(present.unsqueeze(-1), states + counts[rows.gather(1, nearest)], states)
             parts = parts + present.view(-1, 1, 1)
-        yield (total / parts)[exists], behind[exists]
+        yield (total / parts)[exists], states[exists]

@@ -13,7 +13,7 @@ def states_of(model: FrozenModel, batch: TokenBatch, first: int) -> torch.Tensor
     """Computes the last hidden states of a batch; `first` is the number of its first sequence, for error messages.
 
     Raises:
-        UserError: when the state at a position with a target is not finite; it would spoil every mean it is part of.
+        UserError: when the state at a position with a target is not finite; every mean with it would not be either.
     """
     hidden = model.hidden_states(batch.input_ids, batch.position_ids)
     _require_finite(model, hidden, batch, first)
@@ -34,11 +34,11 @@ def read_states_of(model: FrozenModel, batch: TokenBatch, first: int, readout: R
 
 
 def _require_finite(model: FrozenModel, hidden: torch.Tensor, batch: TokenBatch, first: int) -> None:
-    spoiled = batch.has_target & ~hidden.isfinite().all(-1).cpu()
-    if spoiled.any():
-        sequence, position = spoiled.nonzero()[0].tolist()
+    not_finite = batch.has_target & ~hidden.isfinite().all(-1).cpu()
+    if not_finite.any():
+        sequence, position = not_finite.nonzero()[0].tolist()
         raise UserError(
-            f"{model.folder.path}: this model's state at position {position} of sequence {first + sequence} is "
-            f"not finite, nor are those of {int(spoiled.sum()) - 1} more positions of this batch; check its "
+            f"{model.folder.path}: this model's state at position {position} of sequence {first + sequence} is not "
+            f"finite, nor are those of {int(not_finite.sum()) - 1} more positions of this batch; check its "
             "weights, or use precision: fp32"
         )

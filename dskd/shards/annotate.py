@@ -204,7 +204,7 @@ def _annotate_split(
     building: Building,
     world: World,
 ) -> None:
-    """Annotates the blocks of a split that no interrupted annotation has left, and publishes the shards."""
+    """Annotates the blocks of a split that an interrupted annotation has not written, and publishes the shards."""
     sequences = inputs.sequences[split]
     with stage(
         f"annotate: rows of the sense dictionary for every position ({split})",
@@ -216,11 +216,11 @@ def _annotate_split(
         is_done = on_main(lambda: [_block_folder(building.folder, block).is_dir() for block in blocks])
         left = [block for block, done in zip(blocks, is_done, strict=True) if not done]
         if len(left) < len(blocks):
-            say(f"  goes on with {len(left)} of {len(blocks)} blocks, the others were written before an interruption")
-        mine = left[world.rank :: world.world_size]
+            say(f"  resuming: {len(blocks) - len(left)} of {len(blocks)} blocks were written before an interruption")
+        own_blocks = left[world.rank :: world.world_size]
         turns = [-(-len(block) // config.annotation.batch_size) for block in left]
         # A forward pass under ZeRO-3 needs all ranks: ranks with less work run passes without targets at the end.
-        most = max(sum(turns[rank :: world.world_size]) for rank in range(world.world_size))
+        most_turns = max(sum(turns[rank :: world.world_size]) for rank in range(world.world_size))
         tokens_left = sum(int(sequences.lengths[block.start : block.stop].sum()) for block in left)
         with (
             progress_bar(
@@ -229,11 +229,11 @@ def _annotate_split(
                 label="annotating",
                 unit="tokens",
             ) as bar,
-            # The teacher reads the next block while a thread compresses and writes the last one.
+            # While the teacher reads the next block, a thread compresses and writes the last one.
             ThreadPoolExecutor(max_workers=1) as writer,
         ):
             written: Future[None] | None = None
-            for block in mine:
+            for block in own_blocks:
                 samples, counts = _annotate_block(block, sequences, reader, searcher, config, world, bar)
                 if written is not None:
                     written.result()
@@ -242,7 +242,7 @@ def _annotate_split(
             if written is not None:
                 written.result()
         done_turns = sum(turns[world.rank :: world.world_size])
-        for _ in range(most - done_turns):
+        for _ in range(most_turns - done_turns):
             reader.read(sequences.batch(0, 1).without_targets(), 0)
         barrier()
         text = inputs.text.files[sequences.path.name]["sha256"]
@@ -265,7 +265,7 @@ def _annotate_block(
         unread = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
         read = reader.read(unread, first)
         batch, hidden = read.batch, read.hidden
-        # Search the rows for all positions of the batch that have a target.
+        # Search the nearest rows for all positions of the batch that have a target.
         targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
         nearest = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
         columns = {
@@ -283,7 +283,7 @@ def _annotate_block(
             columns["teacher_token_ids"] = _column(batch, read.top.token_ids, torch.int32, fill=-1)
             columns["teacher_logprobs"] = _column(batch, read.top.logprobs, torch.float16, fill=0)
             columns["teacher_rest_logprob"] = _column(batch, read.top.rest_logprob, torch.float32, fill=0)
-        # One sample per sequence, and sums that give the coverage and the unit of `loss.relative_margin`.
+        # One sample per sequence, and the sums from which `_publish` computes the facts of the manifest.
         samples += ({name: column[index] for name, column in columns.items()} for index in range(len(hidden)))
         counts["targets"] += len(targets)
         counts["with_senses"] += int((nearest.own_rows[:, 0] >= 0).sum())
@@ -336,7 +336,7 @@ def _publish(building: Building, blocks: list[range], text: str) -> None:
     shares = ", ".join(f"{100 * share:.1f} % {name.replace('_', ' ')}" for name, share in coverage.items())
     say(f"  {samples:,} samples, {targets:,} target positions: {shares}")
     if continued:
-        say(f"  the teacher went on with these texts by {counts['continued_tokens']:,} tokens")
+        say(f"  the teacher continued these texts by {counts['continued_tokens']:,} tokens")
 
 
 def _blocks(num_sequences: int, sequence_length: int, config: Config, split: str) -> list[range]:

@@ -1,4 +1,4 @@
-"""Lets the teacher continue texts, greedily, for samples of text and continuation (docs/method.md, section 4).
+"""The teacher's greedy continuations of texts, for samples of text and continuation (docs/method.md, section 4).
 
 The text's end-of-text token is removed, and the teacher adds c tokens. c is random in 1 … N, because the paper cuts its
 sequences at a random point within the continuation, and is a function of (seed, sequence). N comes from the config;
@@ -32,7 +32,7 @@ class Continuer:
         # The token that packing puts at the end of a text, and all tokens that end a generation.
         self._text_end, self._ends = end_tokens(teacher.folder)
 
-    def wanted_tokens(self, first: int, count: int, at_most: torch.Tensor | None = None) -> torch.Tensor:
+    def draw_lengths(self, first: int, count: int, at_most: torch.Tensor | None = None) -> torch.Tensor:
         """Returns c [count] int64, the number of tokens in 1 … N to add to each of `count` sequences from `first` on.
 
         `at_most` [count] limits c further for each sequence.
@@ -52,19 +52,19 @@ class Continuer:
         """
         lengths = _lengths(batch)
         prompt_lengths, room = self._room(batch.input_ids, lengths)
-        wanted = self.wanted_tokens(first, len(lengths), batch.continuation_tokens).minimum(room)
+        limits = self.draw_lengths(first, len(lengths), batch.continuation_tokens).minimum(room)
         # A text without room takes part with its first token only, so that all ranks run the same number of passes.
         added = generate_greedily(
             self._teacher,
             batch.input_ids,
-            prompt_lengths.where(wanted > 0, 1),
+            prompt_lengths.where(limits > 0, 1),
             self._max_tokens,
             # Tokens after the end of the sequence are not kept.
             last_position=batch.input_ids.shape[1] - 1,
         )
         ended = torch.isin(added, torch.tensor(self._ends, dtype=torch.int64))
         # Keep the first c tokens, but only up to the first end-of-text token, and that one too.
-        kept = (ended.int().cumsum(dim=1) - ended.int() == 0) & (torch.arange(added.shape[1]) < wanted[:, None])
+        kept = (ended.int().cumsum(dim=1) - ended.int() == 0) & (torch.arange(added.shape[1]) < limits[:, None])
         counts = kept.sum(dim=1)
         # Put the kept tokens after each text, over its end-of-text token.
         input_ids = batch.input_ids.clone()

@@ -32,7 +32,7 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     from dskd.shards.dataset import ShardDataset
 
     if config.train.shard_remote is not None:
-        # If the library meets the error first, all ranks but one wait forever for files that never come.
+        # Check first: if the library meets the error, all ranks but one wait forever for files that never come.
         on_main(lambda: require_remote(config, split))
     with streaming_names(cache, world):
         dataset = ShardDataset(
@@ -68,11 +68,11 @@ def require_remote(config: Config, split: str) -> None:
         index = Path(folder) / INDEX
         try:
             CloudDownloader.get(remote).direct_download(remote, str(index), timeout=_REMOTE_TIMEOUT_S)
-        except Exception as error:  # of each store its own kind
+        except Exception as error:  # every store has its own kinds of errors
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise (UserError if is_lasting(error) else OutageError)(
                 f"train.shard_remote: {remote} cannot be read ({reason}); copy {config.path(kinds.SHARDS.folder)} "
-                "there, correct the address, or see to the access (credentials, network)"
+                "there, correct the address, or check the access (credentials, network)"
             ) from error
         _require_same_index(config, split, index)
 
@@ -85,7 +85,7 @@ def is_lasting(error: Exception) -> bool:
     """
     if isinstance(error, (FileNotFoundError, PermissionError, ValueError, ImportError)):
         return True
-    # Amazon's library has one class for all answers of a server, and may not be installed.
+    # Amazon's library has one class for all errors of a server. It may not be installed, so look at attributes.
     code = getattr(error, "response", {}).get("Error", {}).get("Code")
     return code in ("403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket") or (
         type(error).__name__ == "NoCredentialsError"
@@ -94,11 +94,11 @@ def is_lasting(error: Exception) -> bool:
 
 def _require_same_index(config: Config, split: str, index: Path) -> None:
     expected = load_manifest(config, split).files[INDEX]["sha256"]
-    found = sha256_of_file(index)
-    if found != expected:
+    digest = sha256_of_file(index)
+    if digest != expected:
         raise UserError(
             f"{place(config, split)}: its {INDEX} is not that of {config.path(kinds.SHARDS.folder, split)} (sha256 "
-            f"{found[:12]}…, expected {expected[:12]}…): it has other shards; copy {config.path(kinds.SHARDS.folder)} "
-            "there again, or correct train.shard_remote",
+            f"{digest[:12]}…, expected {expected[:12]}…), so it has other shards; copy "
+            f"{config.path(kinds.SHARDS.folder)} there again, or correct train.shard_remote",
             known_to_all_ranks=True,
         )

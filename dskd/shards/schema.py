@@ -37,7 +37,7 @@ def columns_of(*, teacher_top_n: int) -> dict[str, str]:
 def sample_bytes(sequence_length: int, *, kappa: int, teacher_top_n: int) -> int:
     """Returns the bytes of a sample's columns before compression."""
     values = {
-        **dict.fromkeys(("sense_ids", "synonym_ids", "antonym_ids"), kappa),
+        **dict.fromkeys((OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS), kappa),
         **dict.fromkeys(("teacher_token_ids", "teacher_logprobs"), teacher_top_n),
     }
     columns = columns_of(teacher_top_n=teacher_top_n)
@@ -88,13 +88,13 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
         UserError: when they hold none, or distributions over another number of tokens; it names the command that builds
             them again.
     """
-    wanted, found = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
-    if found and found != wanted:
+    top_n, stored = config.annotation.teacher_top_n, manifest.config.get("teacher_top_n")
+    if stored and stored != top_n:
         raise UserError(
-            f"annotation.teacher_top_n: {wanted}, but {config.path(kinds.SHARDS.folder, split)} holds the teacher's "
-            f"{found} most probable tokens; set it to {found}, or make the shards again with `{kinds.SHARDS.made_by}`"
+            f"annotation.teacher_top_n: {top_n}, but {config.path(kinds.SHARDS.folder, split)} holds the teacher's "
+            f"{stored} most probable tokens; set it to {stored}, or make the shards again with `{kinds.SHARDS.made_by}`"
         )
-    if not found:
+    if not stored:
         raise UserError(
             f"{config.path(kinds.SHARDS.folder, split)}: the shards hold no distributions of the teacher, and "
             f"teacher.mode: cached with loss.kd_weight {config.loss.kd_weight:g} reads them; set "

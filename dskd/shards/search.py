@@ -48,19 +48,19 @@ class Searcher:
         memory_budget: int = 2**62,
     ) -> None:
         self.kappa = kappa
-        kinds = build_candidates(dictionary)
+        own, synonyms, _ = candidates = build_candidates(dictionary)
         if frequencies is None:
             frequencies = torch.ones(dictionary.vocab_size, dtype=torch.int64)
-        self._rows = Rows(dictionary, _row_use(kinds, frequencies, dictionary.num_rows), memory_budget, device)
-        self.has_synonyms = kinds[1].sizes > kinds[0].sizes
-        self._own, self._related, self._antonyms = (kind.to(device) for kind in kinds)
+        self._rows = Rows(dictionary, _row_use(candidates, frequencies, dictionary.num_rows), memory_budget, device)
+        self.has_synonyms = synonyms.sizes > own.sizes  # the candidates for P_i include those for O_i
+        self._own, self._synonyms, self._antonyms = (lists.to(device) for lists in candidates)
 
     def search(self, states: torch.Tensor, targets: torch.Tensor) -> NearestRows:
         """Returns the rows for teacher states [n, D] with target tokens [n]; all are on the searcher's device."""
         states = states.float()
         tiles = _Tiles(targets)
         own_rows, _ = nearest_rows(states, tiles, self._own, self._rows, self.kappa)
-        synonym_rows, _ = nearest_rows(states, tiles, self._related, self._rows, self.kappa)
+        synonym_rows, _ = nearest_rows(states, tiles, self._synonyms, self._rows, self.kappa)
         antonym_rows, distances = nearest_rows(states, tiles, self._antonyms, self._rows, self.kappa)
         exists = antonym_rows >= 0
         mean_distance = distances.where(exists, 0).sum(-1) / exists.sum(-1).clamp(min=1) / states.shape[-1]
@@ -81,7 +81,7 @@ def build_candidates(dictionary: SenseDictionary) -> tuple[Csr, Csr, Csr]:
 
 
 class Rows:
-    """The dictionary's vectors by row number: the most used are on the device, the others on disk.
+    """The dictionary's vectors by row number: the most used are on the device, the others are read from disk.
 
     Args:
         dictionary: the dictionary.
@@ -97,7 +97,7 @@ class Rows:
         self._device = device
         fitting = min(dictionary.num_rows, memory_budget // (2 * dictionary.hidden_size))
         resident = use.argsort(descending=True, stable=True)[:fitting].sort().values
-        self.all_resident = len(resident) == dictionary.num_rows
+        self._all_resident = len(resident) == dictionary.num_rows
         self._slots = torch.full((dictionary.num_rows,), -1, dtype=torch.int64)
         self._slots[resident] = torch.arange(len(resident))
         self._slots = self._slots.to(device)
@@ -105,14 +105,15 @@ class Rows:
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns the vectors [..., D] float32 of row numbers [...], on the device."""
-        if self.all_resident:
+        if self._all_resident:
             return self._resident[rows].float()
         slots = self._slots[rows]
         absent = slots < 0
         taken = torch.empty(*rows.shape, self._map.shape[1], device=self._device)
         taken[~absent] = self._resident[slots[~absent]].float()
-        wanted, place = rows[absent].unique(return_inverse=True)
-        taken[absent] = self._read(wanted.cpu())[place].float()
+        # Read each of the other rows from disk once, even if it is a candidate of several tokens.
+        on_disk, place = rows[absent].unique(return_inverse=True)
+        taken[absent] = self._read(on_disk.cpu())[place].float()
         return taken
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
@@ -126,6 +127,7 @@ class _Tiles:
     """
 
     def __init__(self, tokens: torch.Tensor) -> None:
+        # Sort the positions by token, so that each tile is a stretch of `order`.
         ordered, self.order = tokens.sort(stable=True)
         distinct, counts = ordered.unique_consecutive(return_counts=True)
         # A token with many positions has several tiles; `number` counts them within each token.
@@ -136,7 +138,6 @@ class _Tiles:
         self.starts = offsets_of(counts)[:-1].repeat_interleave(per_token) + number * _TILE
         self.sizes = (counts.repeat_interleave(per_token) - number * _TILE).clamp(max=_TILE)
         self.heights = _power_of_two(self.sizes)
-        self.num_positions = len(tokens)
 
 
 def nearest_rows(
@@ -190,21 +191,23 @@ def _rows_by_token(dictionary: SenseDictionary, heads: torch.Tensor, tails: torc
     sizes = dictionary.senses_per_entry[tails]
     rows = ranges(dictionary.entry_offsets[tails], sizes)
     owners = heads.repeat_interleave(sizes)
+    # Sort by token, then by row: a stable sort by row first, and one by token after it.
     order = rows.argsort(stable=True)
     order = order[owners[order].argsort(stable=True)]
     return Csr(offsets_of(torch.bincount(owners, minlength=dictionary.vocab_size)), rows[order])
 
 
-def _row_use(kinds: tuple[Csr, ...], frequencies: torch.Tensor, num_rows: int) -> torch.Tensor:
+def _row_use(candidates: tuple[Csr, ...], frequencies: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Returns how often each row [R] is a candidate, if each token is a target as often as `frequencies` [V] says."""
     use = torch.zeros(num_rows, dtype=torch.int64)
-    for kind in kinds:
-        use.index_add_(0, kind.values, frequencies.repeat_interleave(kind.sizes))
+    for lists in candidates:
+        use.index_add_(0, lists.values, frequencies.repeat_interleave(lists.sizes))
     return use
 
 
 def _squared_distances(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Computes |t - s|² [g, P, C] of states [g, P, D] and rows [g, C, D]."""
+    # |t|² - 2 t·s + |s|² needs one batched product, and no difference of shape [g, P, C, D].
     products = torch.bmm(states, rows.transpose(1, 2))
     squares = states.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1).unsqueeze(1)
     return squares.clamp(min=0)

@@ -1,4 +1,4 @@
-"""Making folders."""
+"""Creating folders and replacing files."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -34,7 +34,7 @@ def test_a_lock_is_held_by_one_process_and_released_however_it_ends(tmp_path):
     with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*\) trains run 'a'") as refused:
         hold_lock(path, "trains run 'a'")
     assert refused.value.exit_code == 2
-    with pytest.raises(OutageError) as waited:  # a restart may find it free
+    with pytest.raises(OutageError) as waited:  # a retry may find it free
         hold_lock(path, "trains run 'a'", wait_s=0.1)
     assert waited.value.exit_code == 1
     threading.Timer(1.0, holder.kill).start()
@@ -50,7 +50,7 @@ def test_a_lock_file_of_another_user_is_reported_with_what_to_do(tmp_path, monke
     may_open = Path.open
 
     def refuse(self, *arguments, **options):
-        if self == path:  # root, who runs tests too, may open everything
+        if self == path:  # tests may run as root, who may open everything
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return may_open(self, *arguments, **options)
 

@@ -90,7 +90,7 @@ def test_leftovers_in_a_linked_folder_are_removed(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "disk" / "real")
     building_module.remove_partial(tmp_path / "a")
     assert not [*(tmp_path / "disk").iterdir()]
-    # Someone has linked the temporary folder itself.
+    # The temporary folder itself is a link.
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "leftover").write_bytes(b"x")
     (tmp_path / ".b.partial").symlink_to(tmp_path / "elsewhere")
@@ -202,7 +202,7 @@ def test_a_reader_gets_the_new_artifact_during_a_replacement(tmp_path, monkeypat
 def test_a_reader_waits_while_an_artifact_is_replaced(tmp_path, monkeypatch):
     _build(tmp_path / "a")
     place, old = tmp_path / "a", tmp_path / ".a.old"
-    monkeypatch.setattr(time, "sleep", lambda _: old.rename(place))  # as the other process does meanwhile
+    monkeypatch.setattr(time, "sleep", lambda _: old.rename(place))  # as the other process does in the meantime
     for look in (_read, lambda path: is_current(path, RECIPE), lambda path: read_file(path, "inner/file") == b"data"):
         place.rename(old)
         assert look(place)

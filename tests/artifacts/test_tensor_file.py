@@ -1,4 +1,4 @@
-"""Tensors larger than memory: safetensors itself is what they are read and written with on the other side."""
+"""Files of tensors that are larger than memory, read back and written with safetensors itself."""
 
 import os
 import resource
@@ -12,7 +12,7 @@ from dskd.artifacts.tensor_file import create_tensors, map_tensor
 from dskd.errors import UserError
 
 SHAPES = {
-    "flags": ("U8", (3,)),  # an odd number of bytes: the others must still begin where their type may
+    "flags": ("U8", (3,)),  # an odd number of bytes: the other tensors must still be aligned to their types
     "rows": ("BF16", (5, 2)),
     "ids": ("I32", (3,)),
     "counts": ("I64", (4,)),
@@ -46,7 +46,7 @@ def test_files_that_safetensors_wrote_are_mapped(tmp_path):
 
 
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path):
-    """A limit on the size of files stands for a full disk: both refuse the reservation."""
+    """Uses a limit on file sizes instead of a full disk: both refuse the reservation."""
     process = os.fork()
     if process == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))

@@ -2,14 +2,14 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from rank_jobs import run_benchmark
+from rank_processes import finish, fork_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import Shape, step_flops
@@ -164,10 +164,7 @@ def test_the_step_benchmark_trains_and_reports_its_measurements(tmp_path):
     preset = Preset(Shape(300, 32, 48, 4, 2, 4, 3, 1, 32), global_batch_size=4, micro_batch_size=2)
     write_work_directory(tmp_path / "toy", preset, steps=6)
     options = ["--folder", tmp_path, "--preset", "toy", "--rounds", 2, "--warm-up", 1, "--output", tmp_path / "x.json"]
-    # Without the variables of the rank that this process may be.
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
-    command = [sys.executable, "-m", "benchmarks.step", *map(str, options)]
-    subprocess.run(command, cwd=FOLDER.parent, env=environment, check=True)
+    finish(fork_ranks(run_benchmark, "benchmarks.step", list(map(str, options))))
     results = json.loads((tmp_path / "x.json").read_text())["results"]
     use, shape = results["use"], preset.shape
     assert use["flops_per_token"] == step_flops(shape, shared_trunk=True)

@@ -14,7 +14,7 @@ CONFIG = str(REPOSITORY / "configs" / "quickstart.yaml")
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Runs the command; returns its exit code, and what it printed to standard output and error."""
+    """Runs the command; returns its exit code, standard output and standard error."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["dskd", *arguments])

@@ -1,4 +1,4 @@
-"""What cluster/docker/entrypoint.sh refuses, and how long it waits, before it starts anything."""
+"""cluster/docker/entrypoint.sh: what it refuses, how long it waits, and what it passes to programs."""
 
 import os
 import signal
@@ -67,7 +67,7 @@ def test_a_mistake_in_a_manifest_is_reported_and_not_to_be_retried(start, argume
 
 
 def test_verbs_run_on_pod_0_and_other_pods_end_at_once(start, tmp_path):
-    """Without the other pods: none of them has an address here."""
+    """There are no other pods: none of their names has an address here."""
     config = (*CONFIG, f"workdir={tmp_path / 'work'}", "train.shard_cache=/scratch/shards")
     there = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     running = {
@@ -76,7 +76,7 @@ def test_verbs_run_on_pod_0_and_other_pods_end_at_once(start, tmp_path):
     others = [start(verb, *config, JOB_COMPLETION_INDEX="1") for verb in running]
     said = {verb: process.communicate(timeout=300)[1] for verb, process in running.items()}
     assert [process.wait(30) for process in others] == [0, 0, 0]
-    # There is neither a checkpoint nor a tracked run: mistakes. That nothing is trained yet is none.
+    # Without a checkpoint and a tracked run, export and compare report a mistake; status does not.
     assert {verb: process.returncode for verb, process in running.items()} == {"export": 2, "compare": 2, "status": 0}
     assert "there is no checkpoint; train with" in said["export"]
     assert said["compare"].count("error: ") == 1
@@ -102,7 +102,7 @@ def test_a_missing_node_is_reported_and_the_pod_may_be_retried(start):
 
 def test_a_pod_that_waits_for_others_stops_at_once(start):
     process = start("annotate.py", *CONFIG, DSKD_PEERS_TIMEOUT_S="600")
-    # It listens when TERM is among the signals that the shell catches.
+    # The script is ready when TERM is among the signals that the shell catches.
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()

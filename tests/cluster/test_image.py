@@ -1,4 +1,4 @@
-"""The image of cluster/docker/, as far as it can be looked at without a builder: versions, user, entry point, files."""
+"""The image of cluster/docker/, as far as it can be checked without building it: versions, user, entry point, files."""
 
 import json
 import os

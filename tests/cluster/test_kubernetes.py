@@ -1,5 +1,4 @@
-"""The manifests of cluster/kubernetes/: what an API server would refuse, and what it would take although the parts do
-not fit together."""
+"""The manifests of cluster/kubernetes/: what an API server refuses, and what it accepts although it cannot work."""
 
 import copy
 import json
@@ -35,13 +34,13 @@ from dskd.distributed.stopping import STOPPED_EXIT_CODE
 from dskd.errors import USER_ERROR_EXIT_CODE
 
 DOCKERFILE = REPOSITORY / "cluster" / "docker" / "Dockerfile"
-# From the oldest of 2025 to the newest that the package has.
+# From the oldest version of 2025 to the newest one of the package.
 VERSIONS = sorted({version.rpartition(".")[0] for version in all_versions()} - {f"1.{old}" for old in range(32)})
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
 def _as_core(item):
-    """A JobSet's Job as a Job: its own schema is a CRD's, which is not among those of Kubernetes."""
+    """Returns a JobSet's Job as a Job, because Kubernetes' schemas do not include that of JobSets."""
     if item["kind"] != "JobSet":
         return item
     name, spec = job_of([item])
@@ -64,7 +63,7 @@ def _object(**properties):
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-# What may be said in a JobSet (v1alpha2) beside the Jobs that it makes; Jobs are looked at by Kubernetes' own schema.
+# The keys of a JobSet (v1alpha2) except those of its Jobs, which Kubernetes' own schema checks.
 _REASONS = ["BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"]
 _ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
 _NAMES = {"type": "array", "items": {"type": "string"}}
@@ -125,7 +124,7 @@ def _kubectl(*arguments):
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl, whose types would decode them")
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
 def test_kubectls_own_types_decode_every_object(name, tmp_path):
-    # Commands that decode with no server; neither knows a JobSet.
+    # Commands that decode without a server; neither knows JobSets.
     for item in map(_as_core, render(name)):
         file = tmp_path / "object.yaml"
         file.write_text(yaml.safe_dump(item))
@@ -153,7 +152,7 @@ def test_names_are_dns_labels_and_so_are_those_of_the_pods(name):
         assert len(item["metadata"]["name"]) <= 63
         if item["kind"] in ("Job", "JobSet"):
             job, spec = job_of([item])
-            # A pod is called JOB-INDEX-xxxxx, and its first part is its host's name; room for a thousand nodes.
+            # A pod is called JOB-INDEX-xxxxx, and JOB-INDEX is its host name; leave room for a thousand nodes.
             assert spec["completions"] <= 1000
             assert len(f"{job}-999-abcde") <= 63
 
@@ -170,11 +169,11 @@ def test_pods_find_each_other_by_the_service_that_selects_them(name):
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     for pod in pods_of(objects, SECRETS):
         assert pod.env["DSKD_SERVICE"] == template["spec"]["subdomain"]
-        # The names that the entry point makes are those that pods have.
+        # The entry point computes the same names that the pods have.
         assert f"{pod.env['DSKD_JOB']}-{pod.env['JOB_COMPLETION_INDEX']}.{pod.env['DSKD_SERVICE']}" == pod.names[1]
         assert int(pod.env["DSKD_MASTER_PORT"]) == ports["rendezvous"]
     jobsets = [item for item in objects if item["kind"] == "JobSet"]
-    if jobsets:  # its controller makes the Service
+    if jobsets:  # its controller creates the Service
         network = jobsets[0]["spec"]["network"]
         assert network["enableDNSHostnames"] and network["publishNotReadyAddresses"]
         assert network["subdomain"] == template["spec"]["subdomain"]
@@ -203,7 +202,7 @@ def test_the_mlflow_service_reaches_its_pod_by_a_name_that_the_server_accepts(na
     assert {service["metadata"]["name"], f"{service['metadata']['name']}:{port['containerPort']}"} <= set(hosts)
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
-    # No rank looks like a server of the ranks' Service.
+    # The MLflow server is not among the pods of the ranks' Service.
     ranks = one(render("base"), "Service")["spec"]["selector"]
     assert not ranks.items() <= labels.items()
 
@@ -226,7 +225,7 @@ def test_the_number_of_nodes_is_consistent_and_retries_cover_an_incident_on_each
     assert len(pods_of(objects, SECRETS)) == nodes
     assert all(pod.env["DSKD_NODES"] == str(nodes) for pod in pods_of(objects, SECRETS))
     jobsets = [item for item in objects if item["kind"] == "JobSet"]
-    if jobsets:  # the first failed pod fails the Job, and the group counts
+    if jobsets:  # the first failed pod fails the Job, and restarts of the group are counted
         assert spec["backoffLimit"] == 0
         assert jobsets[0]["spec"]["failurePolicy"]["maxRestarts"] >= 3
         return
@@ -299,7 +298,7 @@ def test_volumes_exist_fit_into_memory_and_hold_everything_that_is_written(name)
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"] or (
             container["name"] == "mlflow"
         )
-        # The root is read-only: whatever an environment variable names has to lie on a volume.
+        # The root is read-only, so folders in environment variables must be on a volume.
         writable = [path for path, mount in mounts.items() if not mount.get("readOnly")]
         places = [e["value"] for e in container["env"] if e.get("value", "").startswith("/")]
         places += [a.partition("=")[2] for a in container["args"] if a.partition("=")[2].startswith("/")]
@@ -334,7 +333,7 @@ def test_dskd_accepts_the_config_that_the_job_names(name, tmp_path):
         assert data[path.name] == (REPOSITORY / "configs" / path.name).read_text(encoding="utf-8")
         (tmp_path / path.name).write_text(data[path.name], encoding="utf-8")
         config = load_config(tmp_path / path.name, [a for a in arguments[2:] if "=" in a])
-        assert not Path(config.workdir).is_absolute()  # it begins at workingDir, on the work volume
+        assert not Path(config.workdir).is_absolute()  # it is relative to workingDir, on the work volume
         if "object-storage" in name:
             assert config.train.shard_remote.startswith("s3://")
         if "mlflow" in (config.tracking.uri or ""):
@@ -374,7 +373,7 @@ def test_no_manifest_contains_a_secret_or_a_token():
 
 
 def test_jobs_with_names_of_their_own_share_service_and_volumes(tmp_path):
-    """What the README says of several runs at one time."""
+    """The README's overlay for several runs at the same time."""
     folder = KUBERNETES / "overlays" / "cpu-smoke-test"
     readme = (KUBERNETES / "README.md").read_text(encoding="utf-8")
     (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "allowNameChange" in block]

@@ -1,4 +1,4 @@
-"""Each manifest's own command and environment, run as pods on two hosts: to the end, and through what clusters do."""
+"""Pods with each manifest's own command and environment, on two hosts: to the end, and through disruptions."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ HOSTS = ("node1", "node2")
 SMOKE = (REPOSITORY / "configs" / "smoke.yaml").read_text(encoding="utf-8")
 STEPS = yaml.safe_load(SMOKE)["train"]["steps"]
 USER = 10001
-# What a cluster's DNS would say of the pods of each job, and of the services.
+# The names that a cluster's DNS would have for the pods of each job and the services.
 ALIASES = {
     HOSTS[0]: ["dskd-0.dskd", "dskd-node-0-0.dskd", "dskd-pipeline-0.dskd"],
     HOSTS[1]: ["dskd-1.dskd", "dskd-node-0-1.dskd"],
@@ -44,7 +44,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def kubelet(cluster, tmp_path_factory):
-    """A work volume with what the smoke test's pipeline has made."""
+    """A work volume with the artifacts of the smoke test's pipeline."""
     kubelet = Kubelet(cluster, tmp_path_factory.mktemp("volumes"))
     (pod,) = pods_of(render("overlays/cpu-smoke-test-pipeline"))
     running = kubelet.start(pod, HOSTS[0])
@@ -57,13 +57,13 @@ def kubelet(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(kubelet):
-    """(step, loss) of the smoke test's training, on pods that nobody disturbs."""
+    """(step, loss) of the smoke test's training on undisturbed pods."""
     pods = pods_of(render("overlays/cpu-smoke-test"))
     assert {pod.env["DSKD_PREFLIGHT"] for pod in pods} == {"1"}
     running = _start(kubelet, pods, preflight=True)
     assert _wait(running) == [0, 0], _output(running)
     assert "preflight: everything is as training needs it" in running[0].output
-    for one in running:  # each judges by the checkpoints
+    for one in running:  # each pod checks the checkpoints
         assert f"run 'dskd': finished, step {STEPS} of {STEPS}" in one.output
     losses = _losses(kubelet, "dskd")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
@@ -71,7 +71,7 @@ def undisturbed(kubelet):
 
 
 def _start(kubelet, pods, *arguments, preflight=False, **env):
-    """One pod a host, each with a few more arguments than its manifest gives it.
+    """Starts one pod per host, with arguments in addition to those of its manifest.
 
     The manifest's preflight is left out where it is not what the test is about: it starts all ranks once more.
     """
@@ -107,7 +107,7 @@ def _wait_for_step(kubelet, run, step, running):
 
 
 def _inner_launcher(pod):
-    """The process ID, on this machine, of the launcher that `deepspeed` has started in a pod."""
+    """Returns the process ID, on this machine, of the launcher that `deepspeed` has started in a pod."""
     namespace = Path(f"/proc/{pod.pid}/ns/pid").readlink()
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -162,7 +162,7 @@ def test_stopped_and_killed_pods_are_replaced_and_the_losses_stay_the_same(kubel
     stopped_at = checkpoint.latest(_config(kubelet, "disturbed")).step
     assert f"stopped at step {stopped_at} of {STEPS}" in running[0].output
 
-    # A launcher is killed, as by a lack of memory. `deepspeed` says 0 then, and its ranks would live on.
+    # A launcher is killed, as for lack of memory. `deepspeed` then returns 0, and its ranks would live on.
     running = _start(kubelet, pods, "run=disturbed")
     _wait_for_step(kubelet, "disturbed", min(stopped_at + 1, STEPS - 10), running)
     os.kill(_inner_launcher(running[0]), signal.SIGKILL)
@@ -251,7 +251,7 @@ def test_the_mlflow_server_takes_its_database_from_the_secret(cluster, kubelet):
 
 
 def _wait_for_server(cluster, serving):
-    """As the kubelet probes: by the pod's address."""
+    """Probes the server as the kubelet does, by the pod's address."""
     deadline = time.monotonic() + 120
     while _status_code(cluster, "http://10.77.0.254:5000/health") != "200":
         assert serving.poll() is None and time.monotonic() < deadline, serving.output
@@ -270,7 +270,7 @@ def _status_code(cluster, url):
 
 @pytest.fixture
 def store(cluster):
-    """An object store on a host of its own; its address and how to talk to it from here."""
+    """Starts an object store on a host of its own and yields its address."""
     command = [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", "9000"]
     serving = cluster.start(SWITCH, command, {**os.environ, "PATH": PATH})
     deadline = time.monotonic() + 60
@@ -282,7 +282,7 @@ def store(cluster):
 
 
 def _upload(cluster, folder: Path, bucket: str, prefix: str) -> None:
-    """Runs on a host, for from here nothing leads to the hosts' network."""
+    """Uploads a folder from a host, because this process is not on the hosts' network."""
     program = (
         "import boto3, pathlib, sys\n"
         "folder, bucket, prefix = sys.argv[1:]\n"
@@ -303,7 +303,7 @@ def test_shards_in_a_bucket_give_the_same_run_and_other_shards_are_refused(
     pods = pods_of(objects, {"dskd-object-storage": keys})
     shards = kubelet.claim("dskd-work") / "work" / "smoke" / "shards"
     _upload(cluster, shards, "example-bucket", "llama-3-8b/shards")
-    # A work directory without shards: only their manifests are there.
+    # A work directory with the manifests of the shards, but without the shards.
     bare = Kubelet(cluster, tmp_path, {"llama3-8b-16layers.yaml": SMOKE})
     shutil.copytree(
         kubelet.claim("dskd-work"), bare.claim("dskd-work"), ignore=shutil.ignore_patterns("*.mds*", "index.json")

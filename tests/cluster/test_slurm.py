@@ -1,6 +1,6 @@
 """The batch scripts of `cluster/slurm/` on a real SLURM: two nodes with two ranks each.
 
-What happens to a run there, preemption, a warning, a killed launcher, must not be seen in its losses.
+Preemptions, warnings and killed launchers must not change the losses of a run.
 """
 
 import contextlib
@@ -45,17 +45,17 @@ class Site:
         return self.slurm.submit(TRAIN, *overrides, options=options, env={"DSKD_ENV": str(file), **PYTHON})
 
     def write_env(self, more: str = "") -> Path:
-        """The repository's own file with the values of this place behind its own."""
+        """Writes the repository's own cluster.env, followed by the values of this site and further lines."""
         own = (REPOSITORY / "cluster" / "slurm" / "cluster.env").read_text(encoding="utf-8")
         file = self.folder / f"{len(list(self.folder.glob('*.env')))}.env"
         values = {"VENV": sys.prefix, "CONFIG": self.config, "LOGS": self.folder, "NODES": 2, "GPUS_PER_NODE": 2}
         lines = [f"DSKD_{name}='{value}'" for name, value in values.items()]
-        # It starts all ranks once more: left out where it is not what the test is about.
+        # Preflight starts all ranks once more, so only tests about it turn it on.
         file.write_text("\n".join([own, *lines, "DSKD_PREFLIGHT=", more, ""]), encoding="utf-8")
         return file
 
     def log(self, job: int) -> str:
-        """What a job has printed."""
+        """Returns the output of a job."""
         return (self.folder / f"{job}.log").read_text(errors="replace")
 
     def wait(self, job: int, state: str) -> dict[str, str]:
@@ -76,21 +76,21 @@ class Site:
         return step_of_newest()
 
     def wait_for_attempt(self, job: int, number: int) -> None:
-        """Waits until a job runs for the time `number`, the first being 0."""
+        """Waits until attempt `number` of a job runs; the first is 0."""
         self.until(lambda: f"Restarts={number}" in self.shown(job) and "JobState=RUNNING" in self.shown(job), job)
 
     def shown(self, job: int) -> str:
-        """What `scontrol show job` prints."""
+        """Returns the output of `scontrol show job`."""
         return self.slurm.run("scontrol", "--oneliner", "show", "job", str(job))
 
     def wait_for_line(self, job: int, text: str, times: int = 1) -> None:
-        """Waits until a job has printed a text that often."""
+        """Waits until a job has printed a text `times` times."""
         log = self.folder / f"{job}.log"
         self.until(lambda: log.exists() and self.log(job).count(text) >= times, job)
 
     @contextlib.contextmanager
     def dead(self, host: str) -> Iterator[None]:
-        """A host without power, and with power and its node daemon again afterwards."""
+        """Switches a host off during the block, and afterwards on again with its node daemon."""
         self.slurm.lab.halt(host)
         try:
             yield
@@ -99,7 +99,7 @@ class Site:
             self.slurm.start_node(host)
 
     def stand_in(self, name: str, deepspeed: str) -> Path:
-        """An environment in which `deepspeed` is another program, lines of a shell's."""
+        """Makes a virtual environment in which `deepspeed` is a shell script of these lines."""
         programs = self.folder / name / "bin"
         programs.mkdir(parents=True)
         for program, lines in (("deepspeed", deepspeed), ("python", f'exec {sys.executable} "$@"')):
@@ -108,11 +108,11 @@ class Site:
         return programs.parent
 
     def runs(self, run: str) -> list:
-        """The tracked runs of that name."""
+        """Returns the tracked runs of that name."""
         return [one for one in read_runs(load_config(self.config)) if one.name == run]
 
     def losses(self, run: str) -> list[tuple[int, float]]:
-        """(step, loss) of a run; there must be one tracked run of that name."""
+        """Returns (step, loss) of a run; there must be one tracked run of that name."""
         config = yaml.safe_load(self.config.read_text())
         return losses_of(write_config(self.folder / f"{run}.yaml", config, run=run))
 
@@ -125,7 +125,7 @@ class Site:
             time.sleep(0.1)
 
 
-# Where jobs are submitted from: their ranks import the clone all the same.
+# In the environment of the submitter; ranks import the clone nevertheless.
 PYTHON = {"PYTHONPATH": "/elsewhere"}
 
 
@@ -140,7 +140,7 @@ def site(slurm, tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(site):
-    """The losses of a run that nothing happened to."""
+    """The losses of an undisturbed run."""
     job = site.submit("run=undisturbed", env="DSKD_PREFLIGHT=1")
     shown = site.wait(job, "COMPLETED")
     assert "preflight: everything is as training needs it" in site.log(job)
@@ -182,7 +182,7 @@ def test_a_preempted_run_resumes_and_ends_like_an_undisturbed_one(site, undistur
 def test_a_warning_and_a_killed_launcher_cost_steps_and_change_nothing(site, undisturbed):
     job = site.submit("run=disturbed", env="DSKD_RETRIES=1")
     site.wait_for_checkpoint(job, "disturbed")
-    # As SLURM warns before a job's time is up: only the shell of the batch script gets it.
+    # SLURM's warning before a job's time is up: only the shell of the batch script gets it.
     site.slurm.run("scancel", "--batch", "--signal=USR1", str(job))
     site.wait_for_attempt(job, 1)
     stopped_at = site.wait_for_checkpoint(job, "disturbed")
@@ -210,7 +210,7 @@ def test_a_users_mistake_fails_the_job_and_is_not_retried(site):
 
 
 def test_a_node_has_one_rank_for_each_requested_gpu(site):
-    """The job takes whole nodes, and its batch script sees both GPUs of one; ranks see what a step has."""
+    """The job takes whole nodes, and its batch script sees both GPUs of a node; ranks see those of their step."""
     environment = site.stand_in("counting", 'sed "s/^/listed /" "$2"; echo "sees $CUDA_VISIBLE_DEVICES"; exit 2')
     for options, seen, slots in ((["--gpus-per-node=1"], "0", 1), (["--gres=gpu:2"], "0,1", 2), ([], "", 1)):
         job = site.submit("run=counting", env=f"DSKD_VENV={environment}", gpus=options)
@@ -221,11 +221,21 @@ def test_a_node_has_one_rank_for_each_requested_gpu(site):
 
 
 def test_a_container_that_starts_in_another_folder_runs_the_clones_programs(site):
-    """As one of Pyxis does, whose image may have a package of another version."""
+    """Like a container of Pyxis, whose image may have another version of the package."""
     environment = site.stand_in("elsewhere", 'echo "in $PWD, imports from ${PYTHONPATH%%:*}"; exit 2')
     job = site.submit("run=elsewhere", env=f"DSKD_VENV={environment} DSKD_CONTAINER=(env --chdir=/)")
     site.wait(job, "FAILED")
     assert site.log(job).count(f"in /, imports from {REPOSITORY}\n") == 2
+
+
+def test_programs_get_the_facts_about_the_job(site):
+    environment = site.stand_in("facts", 'env | grep ^DSKD_JOB_; [ -z "$DSKD_JOB_RESTART" ] || exit 2; exit 1')
+    job = site.submit("run=facts", env=f"DSKD_RETRIES=1\nDSKD_VENV={environment}")
+    shown = site.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("1", "2:0"), site.log(job)
+    for fact in ("SCHEDULER=slurm", f"ID={job}", "NAME=dskd-train"):
+        assert site.log(job).count(f"DSKD_JOB_{fact}\n") == 4  # two nodes, two attempts
+    assert site.log(job).count("DSKD_JOB_RESTART=\n") == site.log(job).count("DSKD_JOB_RESTART=1\n") == 2
 
 
 def test_a_step_that_reaches_no_node_is_a_fault(site):
@@ -237,7 +247,7 @@ def test_a_step_that_reaches_no_node_is_a_fault(site):
 
 
 def test_faults_without_progress_are_retried_a_limited_number_of_times(site, tiny):
-    """The first step fails on one node each time, in the first two attempts with a later checkpoint than before."""
+    """The first step fails on one node each time, in the first two attempts with a newer checkpoint than before."""
     work = Path(yaml.safe_load(tiny.read_text())["workdir"])
     kept = sorted((work / "checkpoints" / TINY["run"]).glob("step-*"))
     assert len(kept) >= 2
@@ -263,7 +273,7 @@ def test_faults_without_progress_are_retried_a_limited_number_of_times(site, tin
 
 
 def test_a_node_that_ends_without_an_exit_code_is_a_fault(site):
-    """As when its memory is full. The other node is asked to stop because of it, which nobody else has asked for."""
+    """Like a node whose memory is full. srun then stops the other node, although nobody requested a stop."""
     ready = site.folder / "ready"
     environment = site.stand_in(
         "killed",
@@ -285,7 +295,7 @@ def test_a_mistake_is_recognized_even_if_nodes_cannot_report_it(site):
 
 
 def test_a_warning_before_the_ranks_are_started_is_not_lost(site):
-    """srun runs a prolog of the user's before its tasks."""
+    """The request comes from the user's prolog, which srun runs before its tasks."""
     environment = site.stand_in("warned", _stops_when_asked())
     prolog = environment / "prolog"
     prolog.write_text("#!/bin/bash\nscancel --batch --signal=USR1 $SLURM_JOB_ID\nsleep 3\n")
@@ -296,14 +306,17 @@ def test_a_warning_before_the_ranks_are_started_is_not_lost(site):
 
 
 def _stops_when_asked(first: str = "") -> str:
-    """Becomes a program that does something, and then nothing until it is asked to save and stop."""
+    """Returns a shell line: a program that runs `first` and then waits for a request to stop."""
     lines = f"import signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n{first}\nsignal.pause()"
     return f"exec {sys.executable} -c '{lines}'"
 
 
 def test_a_dead_node_is_not_a_fault(site):
-    """The other node's ranks fail for it: once when its part was done, and SLURM only does not hear of it any more; and
-    once in the middle, when SLURM ends and requeues the job itself."""
+    """The other node's ranks fail because of it.
+
+    The first time its part is done, and it only stops responding to SLURM. The second time it dies in the middle,
+    and SLURM itself ends and requeues the job.
+    """
     slurm = site.slurm
     fails = site.folder / "fails"
     environment = site.stand_in(
@@ -316,10 +329,10 @@ def test_a_dead_node_is_not_a_fault(site):
     job = site.submit("run=orphaned", env=f"DSKD_RETRIES=0 DSKD_VENV={environment}")
     site.until(lambda: (site.folder / f"job-{job}" / "exits-0-1" / "1").exists(), job)
     with site.dead("node2"):
-        # What SLURM finds out in its own time (SlurmdTimeout) it is told.
+        # Tell SLURM what it would find out after SlurmdTimeout.
         slurm.run("scontrol", "update", "nodename=node2", "state=noresp")
         fails.touch()
-        # Whichever of the two is the first to see that the node is gone: the script, or SLURM after all.
+        # Either the script or SLURM is the first to notice that the node is gone.
         seen = ("not counted as a fault, because SLURM has lost node2", "DUE TO NODE FAILURE")
         site.until(lambda: any(text in site.log(job) for text in seen), job)
         fails.unlink()
@@ -334,7 +347,7 @@ def test_a_dead_node_is_not_a_fault(site):
 
 
 def test_a_job_is_requeued_when_its_time_is_over_but_not_when_it_is_cancelled(site):
-    """First its ranks are killed before they have saved; when it is cancelled they end as soon as they are asked to."""
+    """First its ranks are killed before they have saved; when it is cancelled, they end on request."""
     asked = "lambda *_: sys.exit(75) if attempt == '1' else None"
     program = f"""import os, signal, sys, time
 attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -346,7 +359,7 @@ time.sleep(600)
     job = site.submit("run=cancelled", env=f"DSKD_VENV={environment}")
     site.wait_for_line(job, "begun 0", 2)
     site.slurm.run("scontrol", "update", f"jobid={job}", "timelimit=5", "endtime=now+1seconds")
-    site.wait_for_line(job, "begun 1", 2)  # SLURM looks at the time every 30 s
+    site.wait_for_line(job, "begun 1", 2)  # SLURM checks the time every 30 s
     assert "DUE TO TIME LIMIT" in site.log(job)
     site.slurm.run("scancel", str(job))
     site.wait(job, "CANCELLED")
@@ -379,7 +392,7 @@ def test_the_pipeline_is_a_chain_of_jobs(site):
 
 
 def test_a_stage_whose_predecessor_fails_is_cancelled(site):
-    # What only the first stage finds out: submit.sh has looked at the config itself.
+    # A mistake that only the first stage finds: submit.sh has checked the config itself.
     file = site.write_env(
         f"DSKD_OVERRIDES=(workdir={site.folder}/elsewhere 'corpus.train=[{site.folder}/nowhere.txt]')"
     )

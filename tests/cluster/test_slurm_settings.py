@@ -1,4 +1,4 @@
-"""What cluster/slurm/submit.sh refuses before anything is submitted, and what it asks of sbatch."""
+"""cluster/slurm/submit.sh: what it refuses before anything is submitted, and the options it gives to sbatch."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ SLURM = REPOSITORY / "cluster" / "slurm"
 
 @pytest.fixture
 def submit(tmp_path):
-    """Runs submit.sh with more lines behind cluster.env's own; `sbatch` writes down what it is given."""
+    """Runs submit.sh with cluster.env and further lines; `sbatch` is a script that records its arguments."""
     programs = tmp_path / "bin"
     programs.mkdir()
     sbatch = programs / "sbatch"

@@ -34,15 +34,15 @@ class Site:
     config: Path
 
     def start(self, *arguments: str) -> list[HostProcess]:
-        """Starts training with two ranks a host."""
+        """Starts training with two ranks per host."""
         return self._launch(str(REPOSITORY / "launcher" / "train.py"), "--config", str(self.config), *arguments)
 
     def start_module(self, verb: str) -> list[HostProcess]:
-        """Starts a verb of `dskd` likewise."""
+        """Starts a verb of `dskd` in the same way."""
         return self._launch("--module", "dskd", verb, "--config", str(self.config))
 
     def _launch(self, *program: str) -> list[HostProcess]:
-        """A launcher on each host, as a user starts them on hosts without ssh."""
+        """Starts a launcher on each host, as a user does on hosts without ssh."""
         hostfile = self.folder / "hosts"
         hostfile.write_text("".join(f"{host} slots=2\n" for host in self.lab.hosts))
         env = os.environ | {"PYTHONPATH": str(REPOSITORY), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
@@ -94,7 +94,7 @@ def test_a_cut_link_ends_every_rank_and_the_run_resumes_from_the_last_checkpoint
     for ranks, launcher, lost in (((0, 1), first, "ranks 2, 3 (node2)"), ((2, 3), second, "ranks 0, 1 (node1)")):
         assert launcher.wait(PATIENCE_S) not in (0, 2, 75), launcher.output
         named = re.findall(rf"\[rank (\d), node\d\] {re.escape(lost)} cannot be reached", launcher.output)
-        # The first that says it ends, and its launcher may then end the other one before that has said it too.
+        # The first rank that reports it ends, and its launcher may then end the other before it reports it too.
         assert named and {int(rank) for rank in named} <= set(ranks), launcher.output
     site.lab.mend_link("node2")
     _go_on(site, "cut", undisturbed)
@@ -113,7 +113,7 @@ def test_a_host_whose_processes_die_is_named_and_the_run_resumes(site, undisturb
 
 
 def test_preflight_names_the_host_with_different_storage(site):
-    """One that mounts something else where the work directory is; what the others look at is as it should be."""
+    """The host mounts something else at the work directory; everything else that preflight checks is right."""
     site.lab.run("node2", "mount", "-t", "tmpfs", "none", str(site.folder / "work"))
     try:
         launchers = site.start_module("preflight")

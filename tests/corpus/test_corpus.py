@@ -5,12 +5,12 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import MDSWriter
 from tiny_models import word_tokenizer
+from tiny_wordnet import SYNSETS, write_wordnet
 
 from dskd.config import Config
 from dskd.corpus.build import build_corpus, read_texts, recipe
 from dskd.corpus.sequences import build_sequences, load_sequences
 from dskd.errors import UserError
-from dskd.lexicon.wordnet import open_wordnet
 
 
 def _config(tmp_path, **corpus):
@@ -104,18 +104,27 @@ def test_a_tokenizer_that_ends_no_text_is_warned_of(tmp_path, capsys, has_end):
     assert ("no token ends a document" in capsys.readouterr().err) == (not has_end)
 
 
-@pytest.mark.slow
 def test_wordnet_is_split_by_synset_and_definition(tmp_path):
-    config = Config(workdir=str(tmp_path), teacher={"path": "unused"}, corpus={"source": "wordnet"})
+    """Every third synset has the definition of the one before it."""
+    synsets = [(f"thing-{number}", "n", [f"thing-{number}", "a_thing"], []) for number in range(600)]
+    definitions = {name: f"definition {number - (number % 3 == 2)}" for number, (name, *_) in enumerate(synsets)}
+    synsets.append(("happy", "a", ["happy", "glad(ip)"], []))
+    examples = 'enjoying or showing joy; "a happy smile"; "are you happy?"'
+    write_wordnet(tmp_path / "dict", [*synsets, *SYNSETS], definitions | {"happy": examples})
+    config = Config(
+        workdir=str(tmp_path / "work"),
+        teacher={"path": "unused"},
+        corpus={"source": "wordnet"},
+        wordnet={"path": str(tmp_path / "dict")},
+    )
     build_corpus(config)
-    train, validation = _texts(config, "train"), _texts(config, "validation")
-    assert len(train) + len(validation) == 117_659
-    assert 0.03 < len(validation) / 117_659 < 0.07
-    reader = open_wordnet().reader
-    (found,) = [text for text in (*train, *validation) if text.startswith("happy: enjoying or showing")]
-    assert "a happy smile." in found
+    texts = [text for split in ("train", "validation") for text in _texts(config, split)]
+    assert "happy, glad: enjoying or showing joy. a happy smile. are you happy?" in texts
     sides = []
     for split in ("train", "validation"):
         names = pq.read_table(config.path("corpus", f"{split}.parquet"))["document"].to_pylist()
-        sides.append({reader.synset(name).definition() for name in names})
-    assert not sides[0] & sides[1]
+        sides.append([name.split(".")[0] for name in names])
+    assert sorted(sides[0] + sides[1]) == sorted([*definitions, "happy", *(name for name, *_ in SYNSETS)])
+    assert 0.03 < len(sides[1]) / len(texts) < 0.07
+    train, validation = ({definitions[name] for name in side if name in definitions} for side in sides)
+    assert not train & validation

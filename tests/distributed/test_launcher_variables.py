@@ -1,4 +1,4 @@
-"""The variables that launchers set, and those that they leave out or get wrong."""
+"""The variables that launchers set, leave out or set wrongly."""
 
 import json
 import os
@@ -30,7 +30,7 @@ TORCHRUN = {
 
 @pytest.fixture
 def read(monkeypatch):
-    """Reads these variables and no others, and returns all of them afterwards."""
+    """Reads the launcher's variables with only these set, and returns all of them afterwards."""
 
     def read(**variables):
         for name in NAMES:
@@ -59,7 +59,7 @@ def read(monkeypatch):
         ({"RANK": "4"}, "RANK: is 4 of WORLD_SIZE=4"),
         ({"WORLD_SIZE": "0"}, "RANK: is 1 of WORLD_SIZE=0"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK: is 2 of LOCAL_SIZE=2"),
-        # mosaicml-streaming would count no nodes, and divide by them
+        # mosaicml-streaming would compute 0 nodes and divide by that
         ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_SIZE: is 8, more than WORLD_SIZE=4"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_rank_without_a_device_is_refused(monkeypatch):
     ("hosts", "expected"), [(["a", "b"], [[0, 1], [0, 1]]), (["a", "a"], [[0, 2], [1, 2]])], ids=["two nodes", "one"]
 )
 def test_without_local_ranks_from_the_launcher_ranks_find_them_by_host(hosts, expected):
-    """As Kubernetes' PyTorchJob starts them, with one rank or with several in a pod."""
+    """Kubernetes' PyTorchJob starts ranks like this, with one or several per pod."""
     without = ("LOCAL_RANK", "LOCAL_SIZE")
     printed = finish(fork_ranks(join_as_launched, without, ranks=2, hosts=hosts), 60).output.splitlines()
     found = sorted(json.loads(line) for line in printed if line.startswith("["))
@@ -113,7 +113,7 @@ def test_a_port_in_use_is_reported_with_what_to_do():
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         ended = finish(fork_ranks(join_as_launched, (), ranks=1, port=port), 60, check=False)
-    assert ended.exit_code == 1  # another try may find it free
+    assert ended.exit_code == 1  # a retry may find it free
     assert f"rank 0 cannot listen on port {port} (Address already in use)" in ended.output
     assert "`deepspeed --master_port PORT`" in ended.output
     assert "Traceback" not in ended.output

@@ -36,10 +36,10 @@ def test_jobs_have_their_own_folders_and_remove_only_those_of_dead_jobs(tmp_path
     os.kill(dead.pid, signal.SIGKILL)
     dead.wait(10)
     assert Path(dead_folder).is_dir()
-    mine = open_node_cache(str(tmp_path), ONE_RANK)
-    assert sorted(map(str, tmp_path.iterdir())) == sorted([live_folder, str(mine)])
+    own = open_node_cache(str(tmp_path), ONE_RANK)
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([live_folder, str(own)])
     live.communicate(timeout=10)
-    assert [str(path) for path in tmp_path.iterdir()] == [str(mine)]  # a job that ends takes its folder with it
+    assert [str(path) for path in tmp_path.iterdir()] == [str(own)]  # a job removes its folder when it ends
 
 
 def test_a_read_only_cache_folder_is_refused(tmp_path, read_only):
@@ -56,7 +56,7 @@ def test_a_file_instead_of_a_cache_folder_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_two_jobs_on_the_same_two_nodes_do_not_deadlock(tmp_path):
-    """In one job the first rank is on node1, in the other on node2."""
+    """In one job the first rank is on node1, in the other it is on node2."""
     for name in ("node1", "node2"):
         (tmp_path / name).mkdir()
     nodes = (["node1", "node2"], ["node2", "node1"])
@@ -66,7 +66,7 @@ def test_two_jobs_on_the_same_two_nodes_do_not_deadlock(tmp_path):
 
 
 def test_no_number_in_use_in_shared_memory_is_chosen(tmp_path):
-    """A killed job leaves some kinds of segments and not others; mosaicml-streaming would take a number in use."""
+    """A killed job leaves some kinds of segments but not others; mosaicml-streaming would choose a number in use."""
     folder = tmp_path / "cache"
     folder.mkdir()
     samples = tmp_path / "samples"

@@ -1,4 +1,4 @@
-"""A request to stop: ranks agree on a step, save, and say so by their exit code; the run goes on as if undisturbed."""
+"""Requests to stop: ranks agree on a step, save and exit with 75; the run resumes as if it had not been stopped."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_a_deferred_request_is_recorded_and_interrupts_nothing(handlers):
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.is_pending
-    os.kill(os.getpid(), signal.SIGTERM)  # requests are repeated: this one must not cut off what comes after
+    os.kill(os.getpid(), signal.SIGTERM)  # senders repeat requests: this one must not interrupt the code that follows
 
 
 def test_without_a_request_the_handlers_are_restored(handlers):
@@ -56,7 +56,7 @@ def test_without_a_request_the_handlers_are_restored(handlers):
 
 @pytest.mark.parametrize("is_main", [True, False])
 def test_a_launcher_that_ends_a_rank_does_not_cut_off_its_message(handlers, monkeypatch, capsys, is_main):
-    """With TERM and USR1 at once, as from a batch script, while the rank says what is wrong or waits for rank 0 to."""
+    """TERM and USR1 arrive at once, as from a batch script, while the rank prints its message or waits for rank 0."""
 
     def asked():
         for number in stopping.SIGNALS:
@@ -69,7 +69,7 @@ def test_a_launcher_that_ends_a_rank_does_not_cut_off_its_message(handlers, monk
 
     monkeypatch.setattr("dskd.cli.program.is_main_process", asked)
     assert run(work) == 2
-    assert capsys.readouterr().err.count("bad input") == is_main  # rank 0 has said it, the other one does not
+    assert capsys.readouterr().err.count("bad input") == is_main  # only rank 0 prints it
 
 
 def test_requests_after_the_first_are_ignored(handlers):
@@ -97,7 +97,7 @@ def test_ranks_asked_at_different_times_stop_after_one_step_and_resume(tiny, cop
         deadline = time.monotonic() + 120
         while checkpoint.latest(loaded) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        # All processes of a rank get it, its loader's workers too, as from a scheduler.
+        # As with a scheduler, all processes of a rank get the signal, including its loader's workers.
         os.killpg(ranks[1].pid, signal.SIGUSR1)
         time.sleep(0.1)
         os.killpg(ranks[0].pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Whether synonyms lie nearer than antonyms, of dictionaries whose answer is known."""
+"""The shares of synonyms nearer than antonyms, for dictionaries with known answers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SYNONYM, NEAR_ANTONYM, FAR_ANTONYM, WITHOUT_SENSES, SPAN = 1, 2, 3, 4, 8
 
 
 def _dictionary(folder, rows: dict[int, list[list[float]]], synonyms, antonyms, counts=None) -> SenseDictionary:
-    """Of 8 tokens and a span."""
+    """A dictionary of 8 tokens and a span."""
     sizes = torch.tensor([len(rows.get(entry, [])) for entry in range(9)])
     vectors = torch.tensor([row for entry in range(9) for row in rows.get(entry, [])])
     relations = []
@@ -30,7 +30,7 @@ def _dictionary(folder, rows: dict[int, list[list[float]]], synonyms, antonyms, 
 
 
 def test_shares_by_hand(tmp_path):
-    """By L2 the synonym lies between the antonyms, and by direction behind both; heads count alike."""
+    """By L2 the synonym is between the antonyms; by cosine it is farther than both. All heads count alike."""
     dictionary = _dictionary(
         tmp_path,
         {
@@ -57,7 +57,7 @@ def test_shares_by_hand(tmp_path):
 
 
 def test_the_other_words_are_heads_without_a_relation_to_it(tmp_path):
-    """Of them SECOND has only OTHER_HEAD, which is nearer than the antonym and farther than the synonym."""
+    """SECOND's only other word is OTHER_HEAD, which is nearer than the antonym and farther than the synonym."""
     dictionary = _dictionary(
         tmp_path,
         {SECOND: [[0.0, 0.0]], SYNONYM: [[1.0, 1.0]], OTHER_HEAD: [[2.0, 2.0]], NEAR_ANTONYM: [[3.0, 3.0]]},
@@ -78,11 +78,11 @@ def test_random_rows_are_at_chance_and_exchanging_the_relations_mirrors_them(tmp
     assert value + mirrored == pytest.approx(1)
 
 
-def test_no_word_with_both_is_said(tmp_path):
+def test_a_dictionary_without_a_word_with_both_relations_has_no_shares(tmp_path):
     assert measure_geometry(_dictionary(tmp_path, {0: [[1.0]], 1: [[1.0]]}, [(0, 1)], []), seed=0) is None
 
 
-def test_the_report_is_a_table_or_says_what_is_missing(tiny, tmp_path, capsys):
+def test_the_report_is_a_table_or_an_error_that_names_what_is_missing(tiny, tmp_path, capsys):
     report_geometry(load_config(tiny))
     printed = capsys.readouterr().out
     assert all(comparison in printed for comparison in COMPARISONS)

@@ -1,4 +1,4 @@
-"""`dskd inspect` at the command itself, on a work directory that the real pipeline made."""
+"""The command `dskd inspect`, on a work directory that the real pipeline made."""
 
 import re
 import sys
@@ -47,14 +47,14 @@ def _words_with_senses(config):
     return {word: token for word, token in token_of.items() if related[token] and senses[token] > 1}
 
 
-def test_a_word_is_shown_with_what_the_artifacts_say(tiny, inspect, tmp_path):
+def test_a_word_is_shown_with_the_content_of_all_artifacts(tiny, inspect, tmp_path):
     config = load_config(tiny)
     word, token = next(iter(_words_with_senses(config).items()))
     work = config.path()
     before = hash_files(work)
     code, out, _ = inspect("word", word, "--config", tiny, "--neighbours", 5, "--contexts", 2, "seed=3")
     assert code == 0
-    assert hash_files(work) == before  # looking changes nothing
+    assert hash_files(work) == before  # inspecting changes nothing
 
     # The relations are the lexicon's.
     lines = [line.split() for line in out.splitlines()]
@@ -77,7 +77,7 @@ def test_a_word_is_shown_with_what_the_artifacts_say(tiny, inspect, tmp_path):
         )
         np.testing.assert_allclose([far for _, far, _ in sense.neighbours], by_entry[:5], rtol=1e-4)
 
-    # The contexts are as many as mosaicml-streaming's own reader finds, and show the word.
+    # There are as many contexts as mosaicml-streaming's own reader finds, and they show the word.
     dataset = open_dataset(work / "shards" / "train", tmp_path / "cache")
     nearest = np.concatenate([dataset[index]["sense_ids"][:, 0] for index in range(len(dataset))])
     for sense in report.senses:
@@ -86,7 +86,7 @@ def test_a_word_is_shown_with_what_the_artifacts_say(tiny, inspect, tmp_path):
         assert all(context in out for context in sense.contexts)
 
 
-def test_a_span_is_an_entry_too_and_others_are_explained(tiny, inspect):
+def test_a_span_is_shown_and_other_words_without_an_entry_are_explained(tiny, inspect):
     config = load_config(tiny)
     dictionary, _ = load_dictionary(config)
     tokenizer = find_teacher(config).load_tokenizer()
@@ -109,7 +109,7 @@ def test_a_span_is_an_entry_too_and_others_are_explained(tiny, inspect):
     )
 
 
-def test_what_is_not_there_is_said_in_a_line(copy_of_tiny, inspect):
+def test_each_missing_artifact_gets_a_line(copy_of_tiny, inspect):
     config = copy_of_tiny("lexicon", "teacher", "sequences", "senses")
     word = next(iter(_words_with_senses(load_config(config))))
     for arguments, what in ((("word", word), "example contexts"), (("senses",), "share of training targets")):
@@ -165,7 +165,7 @@ def test_the_senses_are_counted_and_drawn(copy_of_tiny, inspect, tmp_path):
     tensors = load_file(load_config(config).path("senses", "senses.safetensors"))
     sizes = tensors["entry_offsets"].diff()[: len(tensors["synonym_offsets"]) - 1]
     assert re.search(rf"\n  3 +{int((sizes == 3).sum()):,}  █", out)
-    # Filed under their targets, every token that is one has a state.
+    # With senses.key: target, every token that is a target has a state.
     assert "most frequent tokens without a sense" not in out
 
 

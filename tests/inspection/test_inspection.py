@@ -1,4 +1,4 @@
-"""What the inspections compute, on dictionaries, shards and tokenizers made by hand."""
+"""The results of the inspections, on dictionaries, shards and tokenizers made by hand."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.plot import choose_entries, compose_picture, project, tokens_of_words
 from dskd.inspection.tokens import entry_texts, readable, token_texts, whole_words
 from dskd.inspection.word import near_spellings
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.dictionary import read_dictionary, save_dictionary
 from dskd.senses.entries import build_entries
 from dskd.shards import COLUMNS, join_blocks, write_block
@@ -28,8 +28,8 @@ T = 8
 
 
 def _dictionary(folder, tokenizer, pairs, sizes, vectors=None, counts=None):
-    """A dictionary whose entries are those of the pairs and have so many rows each."""
-    relations, _ = resolve(Relation(*pair.split("|"), "test") for pair in pairs)
+    """A dictionary with the entries of the pairs, each with the number of rows that `sizes` gives."""
+    relations = Pairs(Relation(*pair.split("|"), "test") for pair in pairs).resolved()
     entries, facts = build_entries(relations, tokenizer, len(tokenizer))
     sizes = torch.tensor([sizes.get(entry, 0) for entry in range(entries.num_entries)])
     offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
@@ -80,7 +80,7 @@ def test_nearest_entries_are_those_of_a_brute_force_search(tmp_path, tokenizer, 
         np.testing.assert_allclose([n.distance for n in neighbours], [d for d, _ in expected], rtol=1e-5)
 
 
-def test_equally_near_entries_come_in_their_order_and_those_without_senses_not_at_all(tmp_path, tokenizer):
+def test_equally_near_entries_are_in_order_and_entries_without_senses_are_absent(tmp_path, tokenizer):
     vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0], [300.0, 0.0]])
     dictionary, _ = _dictionary(tmp_path, tokenizer, ["big|large|synonym"], {2: 1, 4: 1, 7: 1, 9: 1}, vectors)
     ((first, second, third),) = nearest_entries(dictionary, range(1), 8, without=2)
@@ -90,11 +90,11 @@ def test_equally_near_entries_come_in_their_order_and_those_without_senses_not_a
 # ------------------------------------------------------------------------------------------------------------- tokens
 
 
-def test_tokens_read_as_they_stand_behind_a_word():
+def test_tokens_are_shown_as_they_read_after_a_word():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # As sentencepiece does: a space of its own before a text, which decoding takes off again.
+    # Like sentencepiece: it adds a space before a text, and decoding removes it.
     tokens = ["<unk>", "▁", "▁the", "▁big", "ger", "▁of", *"thebigrof"]
     pieces = {token: -1.0 - i for i, token in enumerate(dict.fromkeys(tokens))}
     inner = Tokenizer(models.Unigram(list(pieces.items()), unk_id=0))
@@ -128,7 +128,7 @@ def test_entries_are_found_by_their_tokens_and_read_as_words(dictionary, tokeniz
     assert entry_texts(dictionary.entries, [span, ids["big"]], tokenizer) == ["very large", "big"]
 
 
-def test_near_spellings_know_no_case():
+def test_near_spellings_ignore_case():
     words = ["Paris", "happy", "harpy", "parish", "unhappiness"]
     assert sorted(near_spellings("hapy", words)) == ["happy", "harpy"]
     assert near_spellings("paris", words)[0] == "Paris"
@@ -179,7 +179,7 @@ def test_states_and_senses_of_each_token(dictionary, ids):
     }
     assert int(states[ids["big"]]) == 1 + 2 + 3
     assert int(states[ids["large"]]) == 4 + 5
-    assert int(states.sum()) == sum(range(1, 9))  # the two rows of the span are no token's
+    assert int(states.sum()) == sum(range(1, 9))  # the two rows of the span belong to no token
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
@@ -226,23 +226,22 @@ def test_shards_are_read_as_they_were_written_and_stay_as_they_are(shards):
 
 def test_contexts_are_the_places_where_a_row_is_nearest(shards, tokenizer):
     folder, _ = shards
-    found = find_contexts(folder, 3, range(4, 6), tokenizer, of_synonyms=False, wanted=2, scan=99)
+    contexts = find_contexts(folder, 3, range(4, 6), tokenizer, of_synonyms=False, per_row=2, scan=99)
     first, second = "the «big» size of very big the small", "the big size of very «big» the small"
-    assert found.of_row == {4: [first, second], 5: [second, first]}
-    assert (found.samples_read, found.samples) == (3, 3)
+    assert contexts == ({4: [first, second], 5: [second, first]}, 3)
 
 
-def test_the_scan_stops_when_there_is_enough_or_at_its_limit(shards, tokenizer):
+def test_the_scan_stops_when_every_row_has_enough_places_or_at_its_limit(shards, tokenizer):
     folder, _ = shards
-    enough = find_contexts(folder, 3, range(5, 6), tokenizer, of_synonyms=False, wanted=1, scan=99)
-    assert (len(enough.of_row[5]), enough.samples_read) == (1, 1)
-    limited = find_contexts(folder, 3, range(4, 5), tokenizer, of_synonyms=False, wanted=9, scan=2)
-    assert (len(limited.of_row[4]), limited.samples_read) == (1, 2)
+    places, samples_read = find_contexts(folder, 3, range(5, 6), tokenizer, of_synonyms=False, per_row=1, scan=99)
+    assert (len(places[5]), samples_read) == (1, 1)
+    places, samples_read = find_contexts(folder, 3, range(4, 5), tokenizer, of_synonyms=False, per_row=9, scan=2)
+    assert (len(places[4]), samples_read) == (1, 2)
 
 
 def test_a_span_is_shown_where_a_synonym_is_pulled_to_it(shards, tokenizer):
-    found = find_contexts(shards[0], 3, range(9, 10), tokenizer, of_synonyms=True, wanted=3, scan=99)
-    assert found.of_row == {9: ["the big size of very big the «small»"]}
+    places, _ = find_contexts(shards[0], 3, range(9, 10), tokenizer, of_synonyms=True, per_row=3, scan=99)
+    assert places == {9: ["the big size of very big the «small»"]}
 
 
 def test_a_context_is_a_window_that_ends_with_its_document(tokenizer, ids):
@@ -278,7 +277,7 @@ def test_the_neighbours_with_most_states_are_drawn_tokens_before_spans_and_each_
         (large, 0, "synonym"),
     ]
     assert choose_entries(dictionary, [big], 99)[-1] == (span, 0, "synonym")
-    # A given word is nobody's neighbour, and huge is already there for big.
+    # A word of the picture is not drawn as a neighbour too, and huge is already drawn as a neighbour of big.
     assert choose_entries(dictionary, [big, large], 2) == [
         (big, 0, "word"),
         (large, 1, "word"),
@@ -316,7 +315,7 @@ def test_every_word_that_cannot_be_drawn_is_named(dictionary, tokenizer):
     assert "tiny: it has no senses" in str(error.value)
 
 
-def test_too_few_senses_are_no_picture(tmp_path, tokenizer, ids):
+def test_too_few_senses_for_a_picture_are_refused(tmp_path, tokenizer, ids):
     teacher = Teacher(None, tokenizer, len(tokenizer))
     dictionary, _ = _dictionary(
         tmp_path, tokenizer, ["big|large|synonym"], {ids["big"]: 3}, torch.ones(3, 6) * torch.tensor([[1.0], [2], [2]])
@@ -325,7 +324,7 @@ def test_too_few_senses_are_no_picture(tmp_path, tokenizer, ids):
         compose_picture(dictionary, teacher, ["big"], method="pca", neighbours=5, seed=0)
 
 
-def test_a_picture_is_written_and_nothing_beside_it(dictionary, tokenizer, tmp_path):
+def test_a_picture_holds_words_and_neighbours_and_is_the_only_file_written(dictionary, tokenizer, tmp_path):
     import matplotlib.image
 
     teacher = Teacher(None, tokenizer, len(tokenizer))
@@ -345,7 +344,7 @@ def test_a_picture_is_written_and_nothing_beside_it(dictionary, tokenizer, tmp_p
     assert [file.name for file in path.parent.iterdir()] == ["senses.png"]
     image = matplotlib.image.imread(path)
     assert image.shape[0] > 500
-    assert image.std() > 0.01  # something is on it
+    assert image.std() > 0.01  # it is not blank
 
 
 def test_labels_neither_overlap_nor_leave_the_picture():
@@ -363,7 +362,7 @@ def test_labels_neither_overlap_nor_leave_the_picture():
             assert right <= other[0] or other[2] <= left or top <= other[1] or other[3] <= bottom
 
 
-def test_a_label_without_room_is_left_out_and_a_free_one_is_beside_its_point():
+def test_a_label_without_room_is_omitted_and_others_are_next_to_their_points():
     anchors, sizes = np.array([[50.0, 50.0], [50.0, 50.0]]), np.array([[40.0, 10.0], [400.0, 10.0]])
     first, second = place_labels(anchors, np.full(2, 4.0), sizes, anchors[:1], np.full(1, 4.0), (0, 0, 200, 100))
     assert second is None

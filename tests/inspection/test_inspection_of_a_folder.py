@@ -19,7 +19,7 @@ from dskd.senses.entries import build_entries
 
 @pytest.fixture
 def lexicon_only(tmp_path, monkeypatch, capsys):
-    """Runs `dskd` with a work directory that has a lexicon and nothing else."""
+    """Runs `dskd` with a work directory that has only a lexicon."""
     (tmp_path / "own.tsv").write_text("big\tsynonym\tlarge\nbig\tantonym\tsmall\nbig\tsynonym\tbig\n", encoding="utf-8")
     (tmp_path / "more.tsv").write_text("big\tsynonym\tlarge\nbig\tsynonym\tvery large\n", encoding="utf-8")
     config = {
@@ -68,7 +68,7 @@ def test_an_unknown_word_gets_near_spellings(lexicon_only):
     assert "'lagre' is not in the lexicon; near spellings: large" in err
 
 
-def test_what_cannot_be_shown_at_all_names_the_command_that_makes_it(lexicon_only):
+def test_a_missing_artifact_is_refused_with_the_command_that_makes_it(lexicon_only):
     code, _, err = lexicon_only("inspect", "senses")
     assert code == 2
     assert "there is no sense dictionary here; make it with `deepspeed launcher/build_senses.py --config FILE`" in err
@@ -77,7 +77,7 @@ def test_what_cannot_be_shown_at_all_names_the_command_that_makes_it(lexicon_onl
     assert "there is no teacher here; make it with `python launcher/pipeline.py --config FILE`" in err
 
 
-def test_wrong_arguments_say_what_is_right(lexicon_only, capsys):
+def test_wrong_arguments_are_refused_with_the_right_ones(lexicon_only, capsys):
     for words, message in (
         (
             ("word", "big", "small"),
@@ -152,7 +152,7 @@ def test_a_word_of_a_hand_made_work_directory(tmp_path):
         (0, 7, (("very large", 2.0, "synonym"), ("small", 5.0, "antonym")), ()),
         (1, 3, (("very large", 1.0, "synonym"), ("small", 13.0, "antonym")), ()),
     ]
-    assert len(report.notes) == 1  # that there are no shards
+    assert len(report.notes) == 1  # the note that there are no shards
     text = format_word(report)
     assert "    near: very large 2.00 (synonym), small 5.00 (antonym)" in text
     assert f"  a head too where it is capitalized (token {ids['Big']})" in text
@@ -163,10 +163,10 @@ def test_a_word_of_a_hand_made_work_directory(tmp_path):
         (3, (("big", 1.0, ""),)),
         (4, (("big", 2.0, ""),)),
     ]
-    # A word that is in no lexicon and has no sense.
+    # A word that is not in the lexicon and has no sense.
     with pytest.raises(UserError, match=r"'tiny' is not in the lexicon, and has no senses of its own: .* 1 token"):
         inspect_word(config, "tiny")
-    # Without a dictionary of these surface forms the same is computed on the spot.
+    # Without a dictionary of these surface forms, the same numbers are computed from the lexicon.
     built, other = inspect_lexicon(config), inspect_lexicon(load_config(tmp_path / "config.yaml", ["seed=9"]))
     assert built == other
     assert built.coverage.usable == {"synonym": 2, "antonym": 4}  # big and Big are both heads, and neighbours of small

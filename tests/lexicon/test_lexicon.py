@@ -1,9 +1,11 @@
 import pyarrow.parquet as pq
 import pytest
+from wordnet_files import pairs as read_pairs
+from wordnet_files import read_synsets
 
 from dskd.errors import UserError
 from dskd.lexicon.reading import Report
-from dskd.lexicon.relations import SCHEMA, Relation, resolve, write_relations
+from dskd.lexicon.relations import SCHEMA, Pairs, Relation, write_relations
 from dskd.lexicon.tsv import read_tsv
 from dskd.lexicon.wordnet import open_wordnet
 from dskd.lexicon.wordnet_relations import read_wordnet
@@ -14,7 +16,7 @@ def _pairs(relations):
 
 
 def test_relations_are_symmetric_and_free_of_self_pairs_repeats_and_contradictions():
-    kept, dropped = resolve(
+    pairs = Pairs(
         [
             Relation("big", "large", "synonym", "a"),
             Relation("large", "big", "synonym", "a"),
@@ -26,6 +28,7 @@ def test_relations_are_symmetric_and_free_of_self_pairs_repeats_and_contradictio
             Relation("hot", "cold", "antonym", "a"),
         ]
     )
+    kept, dropped = pairs.resolved(), pairs.dropped
     assert _pairs(kept) == {
         ("big", "synonym", "large"),
         ("large", "synonym", "big"),
@@ -73,8 +76,11 @@ def test_a_binary_tsv_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_wordnet_gives_the_relations_its_browser_shows():
-    relations, dropped = resolve(read_wordnet(open_wordnet()))
-    pairs = _pairs(relations)
+    wordnet = open_wordnet()
+    relations = list(read_wordnet(wordnet))
+    assert {(r.head, r.tail, r.relation) for r in relations} == set(read_pairs(read_synsets(wordnet.folder)))
+    of_wordnet = Pairs(relations)
+    pairs = _pairs(of_wordnet.resolved())
     assert {
         ("happy", "antonym", "unhappy"),
         ("unhappy", "antonym", "happy"),
@@ -85,5 +91,5 @@ def test_wordnet_gives_the_relations_its_browser_shows():
     assert ("car", "synonym", "car") not in pairs
     assert not {(h, t) for h, r, t in pairs if r == "synonym"} & {(h, t) for h, r, t in pairs if r == "antonym"}
     assert all("_" not in head and "(" not in head for head, _, _ in pairs)
-    assert dropped["contradictory pairs"] > 0
+    assert of_wordnet.dropped["contradictory pairs"] > 0
     assert len(pairs) > 300_000

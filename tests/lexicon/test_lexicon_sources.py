@@ -1,4 +1,4 @@
-"""Dict2Vec's lists, users' own lists, what all text files have in common, and the stage over all sources together."""
+"""Dict2Vec's lists, users' own lists, rules for all text files, and the stage over all sources together."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def test_dict2vec_has_two_synonyms_a_line(tmp_path):
     assert not report.malformed
 
 
-def test_malformed_lines_of_dict2vec_are_left_out_and_numbered(tmp_path, capsys):
+def test_malformed_lines_of_dict2vec_are_skipped_and_numbered(tmp_path, capsys):
     path = tmp_path / "pairs.txt"
     path.write_text("car automobile\ncar\nbig large\nbig very large\nsmall little\n", encoding="utf-8")
     report = Report()
@@ -47,7 +47,7 @@ def test_malformed_lines_of_dict2vec_are_left_out_and_numbered(tmp_path, capsys)
     assert "2 of 5 lines are not two words" in capsys.readouterr().err
 
 
-def test_a_list_of_other_lines_is_no_dict2vec(tmp_path):
+def test_a_file_of_other_lines_is_refused_as_dict2vec(tmp_path):
     path = tmp_path / "own.tsv"
     path.write_text("big\tsynonym\tlarge\nhot\tantonym\tcold\n", encoding="utf-8")
     with pytest.raises(UserError, match="a file of another format"):
@@ -78,7 +78,7 @@ def test_a_binary_file_is_refused_by_every_reader(tmp_path, source, content, mes
         READERS[source](tmp_path / "file")
 
 
-def test_lines_that_are_no_text_are_left_out_where_the_file_is_other_peoples(tmp_path):
+def test_lines_that_are_not_text_are_skipped_in_files_of_other_people(tmp_path):
     (tmp_path / "file").write_bytes(b"big large\ncaf\xe9 bistro\nfew some\na\x00b c\nhot warm\n")
     report = Report()
     found = [relation.head for relation in read_dict2vec(tmp_path / "file", report)]
@@ -96,7 +96,7 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
         list(stream_lines(tmp_path / "file"))
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_word(tmp_path):
     (tmp_path / "pairs.txt").write_bytes(b"\xef\xbb\xbfbig large\n")
     assert next(read_dict2vec(tmp_path / "pairs.txt", Report())).head == "big"
 
@@ -123,7 +123,7 @@ def sources(tmp_path):
     }
 
 
-def test_all_sources_together_each_under_its_name(tmp_path, sources):
+def test_relations_of_all_sources_name_their_source(tmp_path, sources):
     config = _config(tmp_path, **sources)
     build_lexicon(config)
     given = {(r.head, r.relation, r.tail, r.source) for r in load_lexicon(config) if r.head < r.tail}
@@ -148,7 +148,7 @@ def test_all_sources_together_each_under_its_name(tmp_path, sources):
     assert sorted(path.name for path in config.path("lexicon").iterdir()) == ["manifest.json", "relations.parquet"]
 
 
-def test_negation_in_the_stage(tmp_path, sources):
+def test_the_stage_replaces_negated_words_and_records_the_changes(tmp_path, sources):
     config = _config(tmp_path, **sources, morpholex=str(tmp_path / "morpholex.xlsx"))
     build_lexicon(config)
     given = {(r.head, r.relation, r.tail, r.source) for r in load_lexicon(config) if r.head < r.tail}
@@ -206,9 +206,9 @@ def test_every_missing_file_is_named_with_its_key(tmp_path):
     with pytest.raises(UserError) as error:
         recipe(config)
     message = str(error.value)
-    for part in ("lexicon.wiktionary: there is no file a.jsonl", "lexicon.dict2vec: there is no file b.txt"):
+    for part in ("lexicon.wiktionary: a.jsonl is not a file", "lexicon.dict2vec: b.txt is not a file"):
         assert part in message
-    for part in ("lexicon.tsv: there is no file c.tsv", "file d.tsv", "lexicon.morpholex: there is no file"):
+    for part in ("lexicon.tsv: c.tsv is not a file", "lexicon.tsv: d.tsv is not a file", "lexicon.morpholex: "):
         assert part in message
 
 
@@ -223,8 +223,8 @@ def test_a_refused_source_leaves_nothing(tmp_path):
     ("lexicon", "message"),
     [
         ("{wordnet: false}", "no source of relations"),
-        ("{wordnet: false, tsv: [x], languages: [fra]}", "languages are WordNet's"),
-        ("{languages: [fra], indirect_antonyms: true}", "indirect_antonyms come from WordNet, in English"),
+        ("{wordnet: false, tsv: [x], languages: [fra]}", "languages are those of WordNet"),
+        ("{languages: [fra], indirect_antonyms: true}", "indirect_antonyms come from WordNet in English"),
         ("{languages: [french]}", r"lexicon\.languages"),
         ("{languages: []}", r"lexicon\.languages"),
     ],

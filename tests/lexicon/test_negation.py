@@ -1,4 +1,4 @@
-"""Negation polarity, on words whose bases are plain to see; MorphoLEX as the workbook it is."""
+"""Negation polarity, on words with obvious bases, and reading the workbook of MorphoLEX."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from dskd.lexicon.build import build_lexicon
 from dskd.lexicon.morpholex import parse_segmentation, read_morpholex
 from dskd.lexicon.negation import Base, find_negation
 from dskd.lexicon.reading import MalformedError, Report
-from dskd.lexicon.relations import Relation, load_lexicon, resolve
+from dskd.lexicon.relations import Pairs, Relation, load_lexicon
 
 AFFIXES = LexiconConfig.model_fields["negating_affixes"].default
 SHARED = Path(__file__).parents[3] / "shared"
@@ -36,7 +36,7 @@ WORDS = {
     "smokeless": "{(smoke)}>less>",
     "unsmokeless": "<un<{(smoke)}>less>",
     "fear": "{(fear)}",
-    "fearlessly": "{(fear)>less>}>ly>",  # less is no suffix of the whole word
+    "fearlessly": "{(fear)>less>}>ly>",  # "less" is not a suffix of the whole word
     "predisposition": "{<pre<<dis<(pose)}>ition>",  # nor is dis its prefix: "preposition" is another word
     "preposition": "{<pre<(pose)}>ition>",
     "unsaid": "<un<{(sayd)}",  # no word without the prefix
@@ -83,7 +83,7 @@ def test_the_negating_affixes_are_those_of_the_config():
     assert _negation(affixes=["anti-"]).bases == {"anti-war": Base("war", -1, "anti")}
 
 
-def test_a_base_that_is_known_with_a_capital_only_is_none():
+def test_a_word_known_only_with_a_capital_is_not_a_base():
     words = {"decline": "{<de<(cline)}", "cline": "{(cline)}", "unserious": "<un<{(serious)}", "serious": "{(serious)}"}
     assert set(_negation(words, {"Cline", "decline"}, ["un-", "de-"]).bases) == {"unserious"}
     assert _negation(words, {"Cline", "cline"}, ["un-", "de-"]).bases["decline"] == Base("cline", -1, "de")
@@ -123,7 +123,7 @@ def test_polarities_multiply_and_every_flip_is_kept():
         ("dislike", "like", "antonym", "a", "like", "like", "synonym"),
         ("like", "dislike", "antonym", "a", "like", "like", "synonym"),
     }
-    assert negation.acted == {"unhappy", "penniless", "dislike", "unsmokeless"}
+    assert negation.replaced == {"unhappy", "penniless", "dislike", "unsmokeless"}
     assert negation.facts() == {
         "flips": 4,
         "kept": 2,
@@ -132,7 +132,7 @@ def test_polarities_multiply_and_every_flip_is_kept():
     }
 
 
-def test_what_replacing_makes_equal_or_contradictory_is_resolved():
+def test_pairs_that_replacing_makes_equal_or_contradictory_are_dropped():
     relations = [
         Relation("unhappy", "happy", "antonym", "a"),
         Relation("unhappy", "sad", "synonym", "a"),
@@ -140,9 +140,12 @@ def test_what_replacing_makes_equal_or_contradictory_is_resolved():
         Relation("unhappy", "glad", "synonym", "a"),
         Relation("happy", "glad", "synonym", "b"),
     ]
-    kept, dropped = resolve(_negation().apply(relations))
-    assert [(r.head, r.relation, r.tail) for r in kept] == [("happy", "antonym", "sad"), ("sad", "antonym", "happy")]
-    assert dict(dropped) == {"self-pairs": 1, "repeated": 1, "contradictory pairs": 2}
+    pairs = Pairs(_negation().apply(relations))
+    assert [(r.head, r.relation, r.tail) for r in pairs.resolved()] == [
+        ("happy", "antonym", "sad"),
+        ("sad", "antonym", "happy"),
+    ]
+    assert dict(pairs.dropped) == {"self-pairs": 1, "repeated": 1, "contradictory pairs": 2}
 
 
 def test_segmentations_are_parsed_morpheme_by_morpheme():
@@ -156,7 +159,7 @@ def test_segmentations_are_parsed_morpheme_by_morpheme():
 
 
 @pytest.mark.parametrize("text", ["", "happy", "<un<", "<un(happy)", "{(happy)>ness", "{(happy) }", "(ha(p)py)"])
-def test_what_is_no_segmentation_is_malformed(text):
+def test_a_text_that_is_not_a_segmentation_is_malformed(text):
     with pytest.raises(MalformedError):
         parse_segmentation(text)
 
@@ -172,7 +175,7 @@ def _workbook(path, **sheets):
     return path
 
 
-def test_a_pointer_of_git_is_no_workbook(tmp_path):
+def test_a_git_lfs_pointer_is_refused_as_a_workbook(tmp_path):
     (tmp_path / "m.xlsx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(UserError, match="this is only a pointer of git"):
         read_morpholex(tmp_path / "m.xlsx", Report())
@@ -202,7 +205,7 @@ def test_all_sheets_with_both_columns_are_read(tmp_path):
     assert not report.malformed
 
 
-def test_malformed_rows_are_left_out_and_numbered_by_sheet(tmp_path):
+def test_malformed_rows_are_skipped_and_numbered_by_sheet(tmp_path):
     good = [["big", "(big)"], ["small", "(small)"], ["hot", "(hot)"]]
     path = _workbook(
         tmp_path / "m.xlsx", a=[["Word", "MorphoLexSegm"], *good, [None, "(x)"], ["cold", None], ["odd", "<un<"]]
@@ -221,18 +224,18 @@ def test_a_workbook_without_the_columns_is_refused_with_what_it_has(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"Word\tMorphoLexSegm\n", b"PK\x03\x04 not really", b"\xd0\xcf\x11\xe0" * 99])
-def test_what_is_no_workbook_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_workbook_is_refused(tmp_path, content):
     (tmp_path / "m.xlsx").write_bytes(content)
     with pytest.raises(UserError, match="this is not a workbook"):
         read_morpholex(tmp_path / "m.xlsx", Report())
 
 
-def test_a_sheet_of_odd_rows_is_left_out_and_named_while_others_are_good(tmp_path, capsys):
+def test_a_mostly_malformed_sheet_is_skipped_and_named_if_others_are_good(tmp_path, capsys):
     header, odd = ["Word", "MorphoLexSegm"], ["implicate", "{(<in<(plic)>ate>)}"]
     good = [header, ["happy", "{(happy)}"], ["unhappy", "<un<{(happy)}"]]
     path = _workbook(tmp_path / "m.xlsx", good=good, odd=[header, odd, ["few", "{(few)}"], odd])
     report = Report()
-    assert set(read_morpholex(path, report).words) == {"happy", "unhappy"}  # nothing of the odd sheet, "few" neither
+    assert set(read_morpholex(path, report).words) == {"happy", "unhappy"}  # no word of the odd sheet, not even "few"
     assert "m.xlsx[odd]: 2 of 3 lines are not words with a segmentation" in capsys.readouterr().err
     assert report.facts() == {f"{path}[odd]": {"lines": 2, "first": [2, 4]}}
     with pytest.raises(UserError, match=r"no sheet has words with a segmentation.*\n.*\[odd\]: 1 of 1 lines"):

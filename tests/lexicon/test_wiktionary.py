@@ -64,13 +64,13 @@ def test_relations_of_senses_and_of_the_entry_itself(tmp_path, name):
     assert not report.malformed
 
 
-def test_the_language_is_the_configs(tmp_path):
+def test_only_entries_of_the_configured_language_are_read(tmp_path):
     relations, report = _read(_write(tmp_path / "all.jsonl", BIG, GRAND), "French")
     assert relations == [("grand", "synonym", "gros", "wiktionary")]
     assert report.dropped["Wiktionary entries of other languages"] == 1
 
 
-def test_malformed_lines_are_left_out_counted_and_numbered(tmp_path, capsys):
+def test_malformed_lines_are_skipped_counted_and_numbered(tmp_path, capsys):
     bad = [
         '{"word": "cut off',
         "[1, 2]",
@@ -89,7 +89,7 @@ def test_malformed_lines_are_left_out_counted_and_numbered(tmp_path, capsys):
     assert report.facts() == {str(path): {"lines": 10, "first": list(range(11, 21))}}
     printed = capsys.readouterr().err
     assert f"{path}: 10 of 20 lines are not entries of Wiktextract (line 11: it is not JSON" in printed
-    assert "they are left out: 11, 12, 13" in printed
+    assert "skipped lines: 11, 12, 13" in printed
 
 
 def test_only_the_first_twenty_numbers_are_kept(tmp_path):
@@ -98,7 +98,7 @@ def test_only_the_first_twenty_numbers_are_kept(tmp_path):
     assert report.facts() == {str(path): {"lines": 30, "first": list(range(1, 21))}}
 
 
-def test_a_file_most_of_whose_lines_are_malformed_is_of_another_format(tmp_path):
+def test_a_file_of_mostly_malformed_lines_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"list\.txt: 2 of 3 lines are not entries .* a file of another format"):
         _read(_write(tmp_path / "list.txt", "big large", "small little", RUN))
     with pytest.raises(UserError, match="a file of another format"):  # one JSON value over many lines
@@ -119,7 +119,7 @@ def test_an_empty_file_is_refused(tmp_path):
         _read(_write(tmp_path / "empty.jsonl"))
 
 
-def test_a_truncated_gzip_file_says_how_far_it_was_read(tmp_path):
+def test_the_error_of_a_truncated_gzip_file_names_how_much_was_read(tmp_path):
     import random
 
     numbers = random.Random(0)  # what compresses badly, so that the cut is in the middle of the lines
@@ -139,8 +139,8 @@ def test_a_truncated_gzip_file_says_how_far_it_was_read(tmp_path):
         _read(path)
 
 
-def test_a_name_that_promises_gzip_is_checked(tmp_path):
+def test_a_file_named_gz_that_is_not_gzip_is_refused(tmp_path):
     path = tmp_path / "english.jsonl.gz"
     path.write_text(json.dumps(BIG))
-    with pytest.raises(UserError, match=r"the name ends in \.gz, but this is no gzip file"):
+    with pytest.raises(UserError, match=r"the name ends in \.gz, but this is not a gzip file"):
         _read(path)

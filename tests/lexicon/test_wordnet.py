@@ -1,8 +1,9 @@
-"""Where WordNet is looked for, and in which order. The dictionary files are those of the WordNet that was found."""
+"""The places that dskd searches for WordNet, in order. The dictionary files are those of this machine's WordNet."""
 
 import shutil
 
 import pytest
+from tiny_wordnet import SYNSETS, write_wordnet
 
 from dskd.errors import UserError
 from dskd.lexicon import wordnet
@@ -12,17 +13,15 @@ from dskd.lexicon.wordnet import DICTIONARY_FILES, _private_folder, open_wordnet
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """Only the dictionary files, as Debian's package has them: neither lexnames nor index.sense."""
-    folder = tmp_path_factory.mktemp("dict")
-    for file in open_wordnet().folder.iterdir():
-        if file.name not in ("lexnames", "index.sense", "LICENSE"):
-            shutil.copyfile(file, folder / file.name)
+    folder = tmp_path_factory.mktemp("wordnet") / "dict"
+    write_wordnet(folder, [*SYNSETS, ("run", "v", ["run"], [])])
     assert {file.name for file in folder.iterdir()} >= set(DICTIONARY_FILES)
     return folder
 
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
-    """A machine on which WordNet is in none of the places."""
+    """A machine without WordNet in any of the places."""
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])
@@ -43,17 +42,17 @@ def test_without_wordnet_the_error_names_three_ways_out(nowhere):
 
 def test_bare_dictionary_files_named_by_the_config_are_completed(nowhere, bare):
     found = open_wordnet(str(bare))
-    assert found.reader.synset("happy.a.01").lemma_names() == ["happy"]
+    assert found.reader.synset("car.n.01").lemma_names() == ["car", "auto", "motor_car"]
     assert found.reader.synset("run.v.01").lexname() == "verb.motion"
-    assert not (bare / "lexnames").exists()  # a folder of the user's is not written to
+    assert not (bare / "lexnames").exists()  # nothing is written into the user's folder
 
 
-def test_a_config_path_that_is_no_dictionary_says_what_it_lacks(nowhere, tmp_path):
+def test_a_config_path_that_is_not_a_dictionary_is_refused_with_the_missing_files(nowhere, tmp_path):
     with pytest.raises(UserError, match=r"wordnet.path: .* lacks data.noun"):
         open_wordnet(str(tmp_path))
 
 
-def test_debians_files_are_the_last_resort_and_found_at_once_the_next_time(nowhere, bare, monkeypatch):
+def test_debians_files_are_the_last_resort_and_their_copy_is_used_again(nowhere, bare, monkeypatch):
     monkeypatch.setattr(wordnet, "DICTIONARY_FOLDERS", (bare,))
     first = open_wordnet()
     assert first.reader.synset("entity.n.01")
@@ -76,7 +75,7 @@ def test_nltks_own_data_comes_before_a_download_and_may_be_zipped(nowhere, bare,
     assert open_wordnet().reader.synset("entity.n.01")
 
 
-def test_processes_may_complete_it_at_once(tmp_path):
+def test_several_processes_may_complete_one_copy_at_once(tmp_path):
     target = tmp_path / "corpora" / "wordnet"
     with _private_folder(target) as first:
         (first / "lexnames").touch()
@@ -92,7 +91,7 @@ def test_there_are_forty_five_lexicographer_files():
     assert (lines[3], lines[5], lines[38]) == ("03\tnoun.Tops\t1", "05\tnoun.animal\t1", "38\tverb.motion\t2")
 
 
-def test_an_incomplete_folder_is_named_with_what_it_lacks_and_mending_it_helps(nowhere, bare, tmp_path):
+def test_an_incomplete_folder_is_refused_with_the_missing_files_until_repaired(nowhere, bare, tmp_path):
     folder = tmp_path / "mine"
     shutil.copytree(bare, folder)
     (folder / "noun.exc").rename(tmp_path / "noun.exc")
@@ -101,7 +100,7 @@ def test_an_incomplete_folder_is_named_with_what_it_lacks_and_mending_it_helps(n
     (tmp_path / "noun.exc").rename(folder / "noun.exc")
     data = (folder / "index.adv").read_bytes()
     (folder / "index.adv").write_bytes(b"junk junk junk\n" * 9)
-    with pytest.raises(UserError, match=rf"^{folder}: nltk cannot read this WordNet .* mend the files there"):
+    with pytest.raises(UserError, match=rf"^{folder}: nltk cannot read this WordNet .* repair the files there"):
         open_wordnet(str(folder))
     (folder / "index.adv").write_bytes(data)
     assert open_wordnet(str(folder)).origin == folder
@@ -111,7 +110,7 @@ def test_an_incomplete_folder_is_named_with_what_it_lacks_and_mending_it_helps(n
         open_wordnet(str(folder))
 
 
-def test_an_incomplete_wordnet_of_nltks_is_named_and_not_passed_over(nowhere, bare, monkeypatch):
+def test_an_incomplete_wordnet_in_nltks_data_is_refused_and_not_skipped(nowhere, bare, monkeypatch):
     import nltk
 
     folder = nowhere / "nltk_data" / "corpora" / "wordnet"
@@ -140,7 +139,7 @@ def test_for_other_languages_nltks_wordnet_comes_before_debians(nowhere, bare, m
     monkeypatch.setattr(nltk, "download", download)
     open_wordnet.cache_clear()
     assert open_wordnet().origin == bare
-    assert not tried  # what was found once does for English
+    assert not tried  # for English, the copy that exists is enough
     found = open_wordnet(other_languages=True).folder
     assert tried == ["wordnet"]
     assert found.name.startswith("wordnet-zip-")
@@ -157,5 +156,5 @@ def test_a_damaged_zip_is_named(nowhere, content):
     archive.parent.mkdir(parents=True)
     archive.write_bytes(content)
     nltk.data.path.append(str(nowhere / "nltk_data"))
-    with pytest.raises(UserError, match=rf"{archive}: this zip file has no WordNet"):
+    with pytest.raises(UserError, match=rf"{archive}: this zip file has no readable WordNet"):
         open_wordnet()

@@ -80,7 +80,7 @@ def test_indirect_antonyms_go_from_satellites_to_the_antonyms_of_their_heads(tin
     assert {(r.relation, r.source) for r in relations} == {("antonym", "wordnet-indirect")}
     assert {(r.head, r.tail) for r in relations} == {
         ("scorching", "cold"),
-        ("torrid", "cold"),  # "hot" stands beside it, but hot and cold are direct antonyms
+        ("torrid", "cold"),  # hot and cold are direct antonyms, so that pair is not here
         ("frigid", "hot"),
         ("huge", "small"),
         ("huge", "little"),
@@ -98,13 +98,13 @@ def test_another_language_has_the_synonyms_of_its_lemmas_and_the_antonyms_of_its
         ("voiture", "automobile"),
         ("voiture", "voiture de tourisme"),
         ("automobile", "voiture de tourisme"),
-        ("brûlant", "torride"),  # satellites, which the file calls adjectives
+        ("brûlant", "torride"),  # satellites; the file calls them adjectives
     )
     assert _of(relations, "antonym") == _both(("chaud", "froid"))
     assert not report.malformed
 
 
-def test_malformed_lines_of_a_language_are_left_out_and_numbered(tiny_wordnet, tmp_path):
+def test_malformed_lines_of_a_language_are_skipped_and_numbered(tiny_wordnet, tmp_path):
     extra = [f"{tiny_wordnet['car']}\tfra:lemma", "car\tfra:lemma\tauto", "99999999-n\tfra:lemma\trien"]
     path = _write_french(tmp_path, tiny_wordnet, extra) / "fra" / "wn-data-fra.tab"
     report = Report()
@@ -134,7 +134,7 @@ def test_a_language_that_does_not_fit_is_refused_before_english_is_read(tiny_wor
         next(read_sources(config, str(tmp_path / "dict"), Report()))
 
 
-def test_joints_and_gaps_of_open_multilingual_wordnet_are_no_letters(tiny_wordnet, tmp_path):
+def test_joints_and_gaps_of_open_multilingual_wordnet_are_removed(tiny_wordnet, tmp_path):
     lines = [
         f"{tiny_wordnet['large']}\tcmn:lemma\t大+的",
         f"{tiny_wordnet['large']}\tcmn:lemma\t巨大+的",
@@ -161,13 +161,13 @@ def test_the_package_may_be_zipped(tiny_wordnet, tmp_path):
     assert ("chaud", "froid") in _of(relations, "antonym")
 
 
-def test_a_language_that_is_not_there_is_refused_with_the_ways_out(tiny_wordnet, tmp_path):
+def test_a_missing_language_is_refused_with_the_ways_to_get_it(tiny_wordnet, tmp_path):
     with pytest.raises(UserError) as error:
         list(read_other_language(_open(tmp_path), "fra", Report()))
     for way in ("python -m nltk.downloader omw-1.4", "NLTK_DATA", "lexicon.languages=[eng]"):
         assert way in str(error.value)
     _write_french(tmp_path, tiny_wordnet)
-    with pytest.raises(UserError, match="has no 'ita' here; it has fra"):
+    with pytest.raises(UserError, match="has no 'ita'; it has fra"):
         list(read_other_language(_open(tmp_path), "ita", Report()))
 
 

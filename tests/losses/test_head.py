@@ -1,5 +1,7 @@
 """The chunked head against the plain formulation, with whole logits and autograd, in float64."""
 
+import json
+
 import pytest
 import torch
 from rank_jobs import head_gradients
@@ -322,27 +324,45 @@ def test_without_labels_the_head_gives_logits(case):
     torch.testing.assert_close(head(case["hidden"]), case["hidden"] @ case["weight"].T)
 
 
+COUNTED = torch.tensor([11, 2, 6, 0])
+ON_RANKS = [
+    ("llama", "forward_kl", "distance"),  # untied
+    ("llama", "reverse_kl", "distribution"),
+    ("qwen2", "jensen_shannon", "distance"),  # tied to the embeddings
+]
+
+
+@pytest.fixture(scope="module")
+def steps_of_two_ranks(tmp_path_factory):
+    """{(architecture, kind, form): its folder, its student and teacher in float64}; two ranks took a step of each."""
+    cases = {}
+    for architecture, kind, form in ON_RANKS:
+        folder = tmp_path_factory.mktemp("head")
+        teacher = save_model(folder / "teacher", architecture, seed=1).double()
+        student = save_model(folder / "student", architecture).double()
+        cases[architecture, kind, form] = folder, student, teacher
+        (folder / "loss.json").write_text(json.dumps([kind, form]))
+        save_file(_batch(), folder / "batch.safetensors")
+    finish(fork_ranks(head_gradients, [folder for folder, *_ in cases.values()], ranks=2), 240)
+    return cases
+
+
+def _batch():
+    ids = torch.arange(4 * 12).view(4, 12) * 11 % 117
+    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)) * 0.5
+    return {"input_ids": ids, "loss_mask": (torch.arange(12) < COUNTED[:, None]).to(torch.uint8), "rows": rows}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "kind", "form"),
-    [
-        ("llama", "forward_kl", "distance"),
-        ("llama", "reverse_kl", "distribution"),
-        ("qwen2", "jensen_shannon", "distance"),
-    ],
-)  # untied embeddings, and tied ones
-def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_path, architecture, kind, form):
+@pytest.mark.parametrize(("architecture", "kind", "form"), ON_RANKS)
+def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(
+    steps_of_two_ranks, architecture, kind, form
+):
     """Compares two ranks under ZeRO-3, each with two micro-batches, a trained head and all terms, to whole logits and
     loops in one process in float64. DeepSpeed computes in float32."""
-    teacher = save_model(tmp_path / f"{architecture}-teacher", architecture, seed=1).double()
-    student = save_model(tmp_path / f"{architecture}-student", architecture).double()
-    ids = torch.arange(4 * 12).view(4, 12) * 11 % 117
-    counted = torch.tensor([11, 2, 6, 0])
-    mask = torch.arange(12) < counted[:, None]
-    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)) * 0.5
-    save_file({"input_ids": ids, "loss_mask": mask.to(torch.uint8), "rows": rows}, tmp_path / "batch.safetensors")
-    finish(fork_ranks(head_gradients, tmp_path, architecture, kind, form, ranks=2), 120)
-
+    folder, student, teacher = steps_of_two_ranks[architecture, kind, form]
+    batch = _batch()
+    ids, mask, rows, counted = batch["input_ids"], batch["loss_mask"].bool(), batch["rows"], COUNTED
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("layers.3." in name or parameter is student.lm_head.weight)
     states = student.model(ids).last_hidden_state
@@ -375,7 +395,7 @@ def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(tmp_p
     # The definition of a mean: everything over the number of positions on all ranks.
     loss = of_logits + 0.3 * distance / counted.sum() + 0.8 * sense / 7
     loss.backward()
-    found = load_file(tmp_path / f"{architecture}.safetensors")
+    found = load_file(folder / "gradients.safetensors")
     assert float(found.pop("loss")) == pytest.approx(loss.item(), rel=1e-5)
     expected = {name: p.grad.float() for name, p in student.named_parameters() if p.grad is not None}
     assert len(expected) == 10 + 3 * (architecture == "qwen2")

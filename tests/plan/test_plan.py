@@ -173,9 +173,7 @@ def test_a_job_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(tmp_
     settings = ["student.layers=2", "corpus.sequence_length=256", "train.micro_batch_size=4"]
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80, *settings)
     assert code == 0 and printed.rstrip().endswith("fits")
-    stages = re.findall(
-        r"^(?:at one time.*|gathering states|annotation) +([\d.]+) +[\d.]+$", printed, flags=re.MULTILINE
-    )
+    stages = re.findall(r"^(?:peak, in .*|gathering states|annotation) +([\d.]+) +[\d.]+$", printed, flags=re.MULTILINE)
     assert len(stages) == 3
     needed = max(map(float, stages))
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.05, *settings)
@@ -198,7 +196,7 @@ def test_a_stage_before_training_that_does_not_fit_is_refused_until_it_is_done(t
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80)
     training, annotation = (
         float(re.search(rf"^{name}.* +([\d.]+) +[\d.]+$", printed, flags=re.MULTILINE).group(1))
-        for name in ("at one time", "annotation")
+        for name in ("peak, in", "annotation")
     )
     assert code == 0 and training < annotation - 0.1
     options += ["--gpu-memory", annotation - 0.05]
@@ -224,7 +222,7 @@ def test_the_speed_of_a_change_is_that_of_the_plan_with_it(tmp_path, monkeypatch
     options += ["train.activation_checkpointing=true", "train.global_batch_size=64", "teacher.offload=nvme"]
     options += ["teacher.nvme_path=/local", "loss.hidden_weight=1"]
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80)
-    needed = float(re.search(r"at one time.* +([\d.]+) +[\d.]+\n", printed).group(1))
+    needed = float(re.search(r"peak, in .* +([\d.]+) +[\d.]+\n", printed).group(1))
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.02)
     assert code == 3
     nodes, speed = re.search(r"fits: --nodes (\d+)\n.* ([\d,]+) tokens/s are expected", printed).groups()

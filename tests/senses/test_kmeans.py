@@ -31,7 +31,7 @@ def test_inertia_is_close_to_that_of_scikit_learn():
         [KMeans(5, n_init=10, random_state=0).fit(points[i][mask[i]].numpy()).inertia_ for i in range(len(points))]
     )
     ratios = found.inertia / expected
-    assert ratios.min() > 0.999  # nobody beats ten restarts but by rounding, or the inertia is not what it says
+    assert ratios.min() > 0.999  # less inertia than ten restarts only by rounding; otherwise ours would be wrong
     assert ratios.median() < 1.03
 
 
@@ -50,14 +50,14 @@ def test_inertia_counts_and_centers_agree_with_each_other():
             )
 
 
-def test_a_token_does_not_depend_on_its_company():
+def test_the_clusters_of_a_token_do_not_depend_on_its_group():
     points, mask = _clouds([20, 32, 32, 24])
     together = _fit(points, mask, 3)
     alone = kmeans(points[2:3], mask[2:3], 3, seed=SEED, keys=torch.tensor([2]))
     torch.testing.assert_close(together.centers[2:3], alone.centers)
 
 
-def test_more_restarts_never_make_it_worse():
+def test_more_restarts_never_raise_the_inertia():
     points, mask = _clouds([50] * 20)
     assert (_fit(points, mask, 6, restarts=4).inertia <= _fit(points, mask, 6).inertia * (1 + 1e-6)).all()
 
@@ -84,7 +84,7 @@ def test_groups_hold_every_token_once_and_pad_by_size_alone():
     assert len(seen) == len(sizes)
 
 
-def test_a_weight_is_as_good_as_repeating_the_point():
+def test_a_weighted_point_counts_like_repeated_points():
     (points,), _ = _clouds([30])
     weights = torch.randint(1, 5, (30,), generator=torch.Generator().manual_seed(0))
     repeated = points.repeat_interleave(weights, dim=0)

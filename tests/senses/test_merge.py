@@ -1,4 +1,4 @@
-"""Merging sense dictionaries: what must come out of it, computed by hand."""
+"""Merging sense dictionaries, against results computed by hand."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ FEW, MANY, ONE_SIDE = 10, 11, 12  # tokens
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
-    """Two dictionaries with some senses for three tokens, and what merging them gave: (config, first, second)."""
+    """Two dictionaries with some senses for three tokens, and the merged one: (config, first, second)."""
     folder = tmp_path_factory.mktemp("merge")
     save_model(folder / "teacher")
     (folder / "own.tsv").write_text(f"w{FEW}\tsynonym\tw{MANY} w{ONE_SIDE}\n", encoding="utf-8")
@@ -75,19 +75,19 @@ def test_spans_are_composed_of_the_merged_tokens(merged):
     config, ids, *_ = merged
     many, _ = _senses(config, ids[MANY])
     (only,), _ = _senses(config, ids[ONE_SIDE])
-    vectors, counts = _senses(config, V)  # the first entry behind the tokens
+    vectors, counts = _senses(config, V)  # the first entry after the tokens
     torch.testing.assert_close(vectors, (many + only) / 2, rtol=1e-2, atol=1e-2)
     assert sum(counts) == 119 + 3 * 9
 
 
-def test_a_merged_dictionary_says_what_it_was_made_from(merged):
+def test_the_manifest_of_a_merged_dictionary_names_its_inputs(merged):
     config, *_ = merged
     _, manifest = load_dictionary(config)
     assert set(manifest.inputs) == {"lexicon", "merged 0", "merged 1"}
     assert manifest.teacher == find_teacher(config).digest
 
 
-def test_all_that_cannot_be_merged_is_named_at_once(merged, tmp_path):
+def test_every_dictionary_that_cannot_be_merged_is_named_at_once(merged, tmp_path):
     config, ids, *_ = merged
     _write(config, tmp_path / "other teacher", {ids[FEW]: (torch.ones(1, D), [1])}, teacher="another")
     (tmp_path / "nothing").mkdir()
@@ -98,13 +98,13 @@ def test_all_that_cannot_be_merged_is_named_at_once(merged, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_that_is_no_dictionary_is_overwritten(merged, tmp_path):
+def test_a_folder_that_is_not_a_dictionary_is_not_overwritten(merged, tmp_path):
     config, *_ = merged
     (tmp_path / "precious").mkdir()
     folders = [config.path("..", "one"), config.path("..", "two")]
-    with pytest.raises(UserError, match="is no sense dictionary"):
+    with pytest.raises(UserError, match="is not a sense dictionary"):
         merge_dictionaries(config, folders, tmp_path / "precious")
-    with pytest.raises(UserError, match="is no sense dictionary"):  # another artifact neither
+    with pytest.raises(UserError, match="is not a sense dictionary"):  # nor is another artifact
         merge_dictionaries(config, folders, config.path("lexicon"))
     assert load_lexicon(config)
     with pytest.raises(UserError, match="is one of the dictionaries"):

@@ -9,7 +9,7 @@ from dskd.artifacts.building import Building
 from dskd.artifacts.manifest import Recipe
 from dskd.config import SensesConfig
 from dskd.errors import UserError
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Pairs, Relation
 from dskd.random_numbers import random_bits
 from dskd.senses.build import _finish, _prepare
 from dskd.senses.cluster import cluster
@@ -22,7 +22,7 @@ WORDS = ["big", "large", "huge", "small", "of", "very", "the", "size", "ox"]
 
 
 def _relations(*lines):
-    return resolve(Relation(*line.split("|"), "test") for line in lines)[0]
+    return Pairs(Relation(*line.split("|"), "test") for line in lines).resolved()
 
 
 def test_entries_of_a_hand_made_lexicon():
@@ -55,7 +55,7 @@ def test_entries_of_a_hand_made_lexicon():
     assert counts["head_is_not_one_token"] == 2  # the two spans as heads
 
 
-def test_words_are_tokenized_as_they_stand_inside_a_text():
+def test_words_get_the_tokens_that_they_have_inside_a_text():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +81,7 @@ ROW_BYTES = 2 * 4 + 16  # of a state of 4 dimensions with its token and priority
         (True, 20, 60, 100, 3),
     ],
 )
-def test_the_sample_is_that_of_lowest_priority_whatever_the_memory(
+def test_the_sample_has_the_lowest_priorities_for_any_memory_budget(
     tmp_path, shuffled, step, budget_rows, flush_every, ranks
 ):
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +94,7 @@ def test_the_sample_is_that_of_lowest_priority_whatever_the_memory(
         for rank, reservoir in enumerate(reservoirs):
             part = order[start : start + step]
             part = part[tokens[part] % ranks == rank]
-            part = part[reservoir.wanted(tokens[part], priorities[part])]
+            part = part[reservoir.can_enter(tokens[part], priorities[part])]
             reservoir.add(tokens[part], priorities[part], states[part])
             if flush_every and number % (flush_every // step or 1) == 0:
                 reservoir.flush()
@@ -116,22 +116,22 @@ def test_the_sample_is_that_of_lowest_priority_whatever_the_memory(
             assert torch.equal(found[token], states[rows])
 
 
-def test_a_reservoir_goes_on_from_the_runs_that_were_noted(tmp_path):
+def test_a_reservoir_resumes_from_the_runs_of_the_last_flush(tmp_path):
     priorities = random_bits(5, torch.arange(300))
     tokens, states = torch.arange(300) % 3, torch.randn(300, 4).bfloat16()
     first = Reservoir(3, 4, 4, 50 * ROW_BYTES, tmp_path, "rank0")
     first.add(tokens[:150], priorities[:150], states[:150])
     noted = first.flush()
-    first.add(tokens[150:], priorities[150:], states[150:])  # lost: nobody noted the runs that this made
+    first.add(tokens[150:], priorities[150:], states[150:])  # lost: no flush recorded the runs of these
     second = Reservoir(3, 4, 4, 50 * ROW_BYTES, tmp_path, "rank0", noted)
-    assert not second.wanted(tokens, priorities).all()  # it knows what it need not be sent
+    assert not second.can_enter(tokens, priorities).all()  # the runs give it thresholds
     second.add(tokens[150:], priorities[150:], states[150:])
     (found,) = SampledStates([tmp_path / run for run in second.flush()], 4).ranges(10**6)
     expected = [i for token in range(3) for i in sorted(range(token, 300, 3), key=lambda i: int(priorities[i]))[:4]]
     assert torch.equal(found.states, states[expected])
 
 
-def test_no_state_at_all_is_no_error_of_the_sample(tmp_path):
+def test_a_sample_without_states_is_empty(tmp_path):
     assert Reservoir(3, 4, 4, 1000, tmp_path, "rank0").flush() == []
     assert list(SampledStates([], 4).ranges(1000)) == []
 
@@ -157,7 +157,7 @@ def test_equal_states_are_one_sense():
     assert len(found.vectors) == len(found.counts) == 7
 
 
-def test_a_token_can_have_a_sense_for_so_many_states():
+def test_states_per_sense_limits_the_number_of_senses():
     states = torch.randn(3 + 8 + 25, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     given = TokenStates(torch.tensor([1, 2, 7]), torch.tensor([0, 3, 11, 36]), states)
     found = cluster(given, SensesConfig(k=4, states_per_sense=5), 0, torch.device("cpu"))
@@ -166,7 +166,7 @@ def test_a_token_can_have_a_sense_for_so_many_states():
     assert [int(part.sum()) for part in found.counts.split(found.sizes.tolist())] == [3, 8, 25]
 
 
-def test_states_that_the_user_moved_to_another_disk_and_linked_are_no_obstacle(tmp_path):
+def test_a_build_ends_well_if_its_folder_of_states_is_a_link(tmp_path):
     building, states = (Building(tmp_path / kind, Recipe(kind)) for kind in ("senses", "states"))
     _prepare(building, states, force=False)
     elsewhere = states.folder.rename(tmp_path / "elsewhere")

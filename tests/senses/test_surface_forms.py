@@ -1,13 +1,13 @@
-"""Words behind a space, capitalized, and at the beginning of a text, with a tokenizer of a few plain tokens."""
+"""Words after a space, capitalized, and at the beginning of a text, with a tokenizer of a few plain tokens."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.entries import build_entries
 
-# Ġ is a space. What is not here falls apart into letters.
+# Ġ is a space. Words that are not here are split into letters.
 TOKENS = [
     "Ġbig",
     "ĠBig",
@@ -38,7 +38,7 @@ def tokenizer():
 
 
 def _relations(*lines):
-    return resolve(Relation(*line.split("|"), "test") for line in lines)[0]
+    return Pairs(Relation(*line.split("|"), "test") for line in lines).resolved()
 
 
 def _neighbours(tokenizer, relations, *forms):
@@ -61,7 +61,7 @@ def _neighbours(tokenizer, relations, *forms):
 PAIRS = ("big|large|synonym", "big|very huge|synonym", "big|small|antonym")
 
 
-def test_the_paper_has_words_behind_a_space_only(tokenizer):
+def test_without_surface_forms_only_words_after_a_space_count(tokenizer):
     found, counts = _neighbours(tokenizer, _relations(*PAIRS))
     assert found == {
         "Ġbig": ({"Ġlarge", "ĠveryĠhuge"}, {"Ġsmall"}),
@@ -71,9 +71,9 @@ def test_the_paper_has_words_behind_a_space_only(tokenizer):
     assert not [name for name in counts if name.startswith(("capitalized", "sentence"))]
 
 
-def test_capitalized_forms_are_heads_and_neighbours_where_they_are_one_token(tokenizer):
+def test_capitalized_forms_of_one_token_are_heads_and_neighbours(tokenizer):
     found, counts = _neighbours(tokenizer, _relations(*PAIRS), "capitalized")
-    both = ({"Ġlarge", "ĠLarge", "ĠveryĠhuge"}, {"Ġsmall"})  # " Small" falls apart
+    both = ({"Ġlarge", "ĠLarge", "ĠveryĠhuge"}, {"Ġsmall"})  # " Small" has several tokens
     assert found == {
         "Ġbig": both,
         "ĠBig": both,
@@ -92,7 +92,7 @@ def test_both_forms_together(tokenizer):
     assert (counts["sentence_initial_heads"], counts["sentence_initial_neighbours"]) == (2, 2)
 
 
-def test_a_word_that_is_one_token_only_in_a_form_is_a_head_in_it(tokenizer):
+def test_a_word_that_is_one_token_only_in_a_surface_form_is_a_head_in_that_form(tokenizer):
     found, counts = _neighbours(tokenizer, _relations("tiny|small|synonym"), "capitalized", "sentence_initial")
     assert set(found) == {"Tiny", "ĠTiny", "Ġsmall", "Small"}  # " tiny" has five tokens
     assert found["Ġsmall"] == ({"ĠTiny", "Tiny"}, set())

@@ -1,4 +1,4 @@
-"""Which words a tokenizer says, with every kind of tokenizer that teachers have, each made of a few words."""
+"""The words that a tokenizer can express, for every kind of tokenizer that teachers have, each made of a few words."""
 
 import json
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.lexicon.build import build_lexicon
-from dskd.lexicon.relations import Relation, resolve
+from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.entries import build_entries, load_entries, tokenize_form, tokenize_words
 
 TEXT = ["the big house and the large house", "a small garden, the big garden", "the well-known house of the king"] * 50
@@ -27,7 +27,7 @@ def _trained(model, trainer, pre_tokenizer, decoder, normalizer=None, **options)
 
 
 def _bytes():
-    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it: there is no unknown token."""
+    """Byte-level BPE, as in GPT-2, Llama 3 and Qwen: there is no unknown token."""
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<|endoftext|>"],
@@ -40,7 +40,7 @@ def _bytes():
 
 
 def _sentencepiece(byte_fallback):
-    """BPE behind a metaspace, as Llama 2 and Mistral have it with byte fallback, others without."""
+    """BPE with a metaspace, as in Llama 2 and Mistral (with byte fallback) and in others (without)."""
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, show_progress=False)
     split = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     decoder = decoders.Sequence(
@@ -68,7 +68,7 @@ def _unigram():
 
 
 def _wordpiece():
-    """Lower case without accents, as uncased BERT has it."""
+    """Lower case without accents, as in uncased BERT."""
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[CLS]"], show_progress=False)
     normalizer = normalizers.BertNormalizer(lowercase=True)
     model = models.WordPiece(unk_token="[UNK]")
@@ -83,8 +83,8 @@ KINDS = {
     "unigram": _unigram,
     "wordpiece": _wordpiece,
 }
-# What each says of a word it has no letters for, of one with a capital, and of one with an accent.
-SAYS = {
+# Whether each kind can express a word whose letters it lacks, a word with a capital, and a word with an accent.
+CAN_EXPRESS = {
     "byte-level BPE": (True, True, True),
     "BPE with byte fallback": (True, True, True),
     "BPE with an unknown token": (False, False, False),
@@ -98,27 +98,27 @@ def kind(request):
     return request.param, KINDS[request.param]()
 
 
-def _says(word, tokenizer):
-    """How often each letter is in what a word's tokens decode to, read by the tokenizer itself."""
+def _decoded(word, tokenizer):
+    """Returns the text that a word's tokens decode to, without spaces; () if the word has no tokens."""
     (ids,) = tokenize_words([word], tokenizer)
     return ids and tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).replace(" ", "").replace("▁", "")
 
 
-def test_words_of_the_training_text_are_said_and_one_token(kind):
+def test_words_of_the_training_text_are_one_token(kind):
     _, tokenizer = kind
     for word in ("big", "house", "garden", "the"):
         (ids,) = tokenize_words([word], tokenizer)
         assert len(ids) == 1
-        assert _says(word, tokenizer) == word
-    assert _says("well-known", tokenizer) == "well-known"  # a decoder may put spaces around the hyphen
-    assert _says("big house", tokenizer) == "bighouse"
+        assert _decoded(word, tokenizer) == word
+    assert _decoded("well-known", tokenizer) == "well-known"  # a decoder may put spaces around the hyphen
+    assert _decoded("big house", tokenizer) == "bighouse"
 
 
-def test_words_that_the_tokens_do_not_say_are_left_out(kind):
+def test_words_whose_tokens_decode_to_other_text_get_no_tokens(kind):
     name, tokenizer = kind
-    for word, is_said in zip(("友善", "BIG", "gárden"), SAYS[name], strict=True):
-        assert bool(tokenize_words([word], tokenizer)[0]) == is_said, word
-        assert _says(word, tokenizer) in ((), word)
+    for word, can_express in zip(("友善", "BIG", "gárden"), CAN_EXPRESS[name], strict=True):
+        assert bool(tokenize_words([word], tokenizer)[0]) == can_express, word
+        assert _decoded(word, tokenizer) in ((), word)
     for special in tokenizer.all_special_tokens:
         assert tokenize_words([special, f"{special} house"], tokenizer) == [(), ()]
 
@@ -126,7 +126,7 @@ def test_words_that_the_tokens_do_not_say_are_left_out(kind):
 def test_no_special_token_is_a_head_or_in_a_span(kind):
     _, tokenizer = kind
     special = tokenizer.all_special_tokens
-    relations, _ = resolve(
+    relations = Pairs(
         Relation(head, tail, "synonym", "test")
         for head, tail in (
             ("big", "large"),
@@ -137,7 +137,7 @@ def test_no_special_token_is_a_head_or_in_a_span(kind):
             ("house", f"{special[0]} house"),
             (special[-1], "garden"),
         )
-    )
+    ).resolved()
     entries, counts = build_entries(relations, tokenizer, len(tokenizer))
     heads = {token for token in range(len(tokenizer)) if entries.synonym_offsets.diff()[token]}
     assert {tokenizer.decode([head]).strip().strip("▁") for head in heads} <= {"big", "large"}
@@ -147,7 +147,7 @@ def test_no_special_token_is_a_head_or_in_a_span(kind):
     assert counts["neighbour_is_unknown_to_the_tokenizer"] + counts["head_is_unknown_to_the_tokenizer"] >= 4
 
 
-def test_an_added_special_token_and_unknown_forms_are_none():
+def test_added_special_tokens_and_unknown_forms_do_not_count():
     tokenizer = word_tokenizer(["big", "Big", "the", "<|im_end|>"])
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|im_start|>", special=True)]})
     assert tokenize_words(["<|im_start|>", "unheard", "big unheard", "big"], tokenizer)[:3] == [(), (), ()]
@@ -160,7 +160,7 @@ def test_a_word_whose_token_the_model_lacks_is_unknown():
     huge, vast = tokenize_words(["huge", "vast"], tokenizer)
     assert vast[0] == len(tokenizer) - 1
     pairs = [("big", "large"), ("big", "vast"), ("vast", "huge")]
-    relations, _ = resolve(Relation(head, tail, "synonym", "test") for head, tail in pairs)
+    relations = Pairs(Relation(head, tail, "synonym", "test") for head, tail in pairs).resolved()
     entries, counts = build_entries(relations, tokenizer, len(tokenizer) - 1, ["sentence_initial"])
     assert entries.num_entries == entries.vocab_size == vast[0]
     assert vast[0] not in entries.synonym_entries.tolist()
@@ -181,5 +181,5 @@ def test_a_lexicon_in_another_language_is_refused_with_the_tokenizer_and_the_rea
     tokenizer.name_or_path = "models/english"
     with pytest.raises(UserError) as error:
         load_entries(config, tokenizer, len(tokenizer))
-    for part in ("no pair of the lexicon", "models/english", "友善", "2 pairs: head is unknown to the tokenizer"):
+    for part in ("no pair of the lexicon", "models/english", "友善", "2 because the head is unknown to the tokenizer"):
         assert part in str(error.value)

@@ -93,7 +93,7 @@ def test_a_batch_without_targets_finds_nothing(dictionary):
     assert nearest.own_rows.shape == nearest.synonym_rows.shape == nearest.antonym_rows.shape == (0, KAPPA)
 
 
-def test_the_oracle_meets_every_kind_of_position(dictionary):
+def test_the_brute_force_search_covers_every_kind_of_position(dictionary):
     kinds = {
         tuple(ids[0] >= 0 for ids in _oracle(dictionary, np.zeros(D), target)) for target in range(V)
     }  # (has senses, has P_i, has N_i)

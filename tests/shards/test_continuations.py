@@ -1,4 +1,4 @@
-"""The teacher's continuations against transformers' own greedy generation, and what becomes of the sequences."""
+"""The teacher's continuations against transformers' own greedy generation, and the extended sequences."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from dskd.models.frozen import load_frozen
 from dskd.shards.continuations import Continuer
 
 T, N, END = 24, 6, 0
-# A text and its end in each; the last three are a text without room, one that goes on in the next row, and only an end.
+# A text and its end in each; the last three: a text without room, one that continues in the next row, and only an end.
 SIZES = [3, 15, 22, 9, 23]
 
 
@@ -44,13 +44,13 @@ def _config(tmp_path, mode="zero3"):
     return Config(workdir=str(tmp_path), teacher=teacher, corpus=corpus, precision="fp32")
 
 
-def _generated(model, sequences, wanted):
-    """{row: the tokens that transformers generates behind its text}, one text at a time, without padding."""
+def _generated(model, sequences, lengths):
+    """{row: the tokens that transformers generates after its text}, one text at a time, without padding."""
     expected = {}
     for row, size in enumerate(SIZES):
         prompt = sequences.batch(row, row + 1).input_ids[:, :size]
         output = model.generate(prompt, max_new_tokens=N, do_sample=False, eos_token_id=END, pad_token_id=END)
-        count = min(int(wanted[row]), T - size)
+        count = min(int(lengths[row]), T - size)
         expected[row] = output[0, size : size + count].tolist()
     return expected
 
@@ -64,7 +64,7 @@ def test_a_continuation_is_what_transformers_generates(tmp_path, world, architec
     continuer = Continuer(teacher, N, seed=3)
     before = sequences.batch(0, 8)
     batch, added = continuer.extend(before, 0)
-    expected = _generated(model, sequences, continuer.wanted_tokens(0, 8))
+    expected = _generated(model, sequences, continuer.draw_lengths(0, 8))
     for row, tokens in expected.items():
         size, end = SIZES[row], SIZES[row] + len(tokens)
         assert batch.input_ids[row, :end].tolist() == [*before.input_ids[row, :size].tolist(), *tokens]
@@ -82,7 +82,7 @@ def test_an_end_of_text_is_kept_and_ends_the_continuation(tmp_path, world):
     config = _config(tmp_path, "resident")
     prompt = sequences.batch(0, 1).input_ids[:, : SIZES[0]]
     second = int(model.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)[0, -1])
-    # The model's own end of text, beside the tokenizer's.
+    # The model's own end of text, in addition to the tokenizer's.
     file = tmp_path / "teacher" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [END, second]}))
     teacher = load_frozen(find_teacher(config), config, world)
@@ -95,18 +95,18 @@ def test_an_end_of_text_is_kept_and_ends_the_continuation(tmp_path, world):
 
 
 def _wants(teacher, seed):
-    return int(Continuer(teacher, N, seed).wanted_tokens(0, 1))
+    return int(Continuer(teacher, N, seed).draw_lengths(0, 1))
 
 
-def test_how_far_a_text_goes_on_is_a_function_of_seed_and_sequence(tmp_path, world):
+def test_the_length_of_a_continuation_is_a_function_of_seed_and_sequence(tmp_path, world):
     save_model(tmp_path / "teacher")
     config = _config(tmp_path, "resident")
     teacher = load_frozen(find_teacher(config), config, world)
-    wanted = Continuer(teacher, N, seed=1).wanted_tokens(0, 600)
-    assert torch.equal(torch.bincount(wanted).clamp(max=1), torch.tensor([0] + [1] * N))
-    assert torch.bincount(wanted)[1:].min() > 60  # 100 of each are expected
-    assert torch.equal(Continuer(teacher, N, seed=1).wanted_tokens(250, 9), wanted[250:259])
-    assert not torch.equal(Continuer(teacher, N, seed=2).wanted_tokens(0, 600), wanted)
+    lengths = Continuer(teacher, N, seed=1).draw_lengths(0, 600)
+    assert torch.equal(torch.bincount(lengths).clamp(max=1), torch.tensor([0] + [1] * N))
+    assert torch.bincount(lengths)[1:].min() > 60  # 100 of each are expected
+    assert torch.equal(Continuer(teacher, N, seed=1).draw_lengths(250, 9), lengths[250:259])
+    assert not torch.equal(Continuer(teacher, N, seed=2).draw_lengths(0, 600), lengths)
     teacher.close()
 
 
@@ -126,7 +126,7 @@ config = Config.model_validate_json(sys.argv[2])
 sequences = open_sequences(folder / "sequences.safetensors")
 teacher = load_frozen(find_teacher(config), config, world)
 reader = TextReader(teacher, Continuer(teacher, 6, 3), 5, 16)
-# The second rank has one batch less, and makes up for it.
+# The second rank has one batch less, so it runs one without targets.
 batches = [(0, 3), (6, 8)] if world.rank == 0 else [(3, 6)]
 rows = {}
 for first, stop in batches:

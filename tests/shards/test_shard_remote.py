@@ -1,4 +1,4 @@
-"""Shards that are read from a copy elsewhere (train.shard_remote); from a real object store, see test_pods.py."""
+"""Shards that are read from a remote copy (train.shard_remote); test_pods.py reads them from a real object store."""
 
 import shutil
 
@@ -22,7 +22,7 @@ def _sample(number):
 
 @pytest.fixture
 def copied(tmp_path):
-    """(config, its remote copy of 6 samples in 3 shards); in the work directory only the manifest is left."""
+    """(config, its remote copy of 6 samples in 3 shards); the work directory has only the manifest."""
     config = Config(
         workdir=str(tmp_path / "work"), teacher={"path": "x"}, train={"shard_remote": str(tmp_path / "far")}
     )
@@ -45,20 +45,20 @@ def _read(config, cache):
     return [int(dataset[i]["input_ids"].flat[0]) for i in range(len(dataset))]
 
 
-def test_the_samples_are_those_of_the_copy_and_only_the_manifest_has_to_be_here(copied, tmp_path):
+def test_samples_come_from_the_remote_copy_and_only_the_manifest_must_be_local(copied, tmp_path):
     config, _ = copied
     require_fitting(config, "train", load_manifest(config, "train"), senses="s", teacher="t", tokenizer="k")
     assert _read(config, tmp_path / "cache") == list(range(6))
 
 
-def test_without_a_copy_the_shards_have_to_be_here(copied):
+def test_without_a_remote_copy_the_shards_must_be_local(copied):
     config, _ = copied
     here = config.model_copy(update={"train": config.train.model_copy(update={"shard_remote": None})})
     with pytest.raises(UserError, match="it is missing"):
         load_manifest(here, "train")
 
 
-def test_shards_that_fit_other_things_are_refused_as_ever(copied):
+def test_shards_that_do_not_fit_are_refused_with_a_remote_copy_too(copied):
     config, _ = copied
     with pytest.raises(UserError, match="made with different sense dictionaries"):
         require_fitting(config, "train", load_manifest(config, "train"), senses="o", teacher="t", tokenizer="k")
@@ -72,7 +72,7 @@ def test_a_copy_of_other_shards_is_refused(copied, tmp_path):
         open_shards(config, "train", tmp_path / "cache", ONE_RANK, batch_size=1)
 
 
-def test_a_shard_that_was_changed_there_is_not_read(copied, tmp_path):
+def test_a_shard_that_was_changed_in_the_remote_copy_is_not_read(copied, tmp_path):
     config, remote = copied
     shard = sorted(remote.glob("*.mds.zstd"))[1]
     content = bytearray(shard.read_bytes())
@@ -95,12 +95,12 @@ def test_a_shard_that_was_changed_there_is_not_read(copied, tmp_path):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_would_go_wrong_again_is_told_from_what_may_mend_itself(error, expected):
+def test_only_errors_that_a_retry_would_repeat_are_lasting(error, expected):
     assert is_lasting(error) == expected
 
 
 @pytest.mark.parametrize("place", ["bucket/shards", "s3:bucket", "s3://", ""])
-def test_a_place_that_is_none_is_refused_with_what_would_be_right(tmp_path, place):
+def test_an_address_of_no_remote_folder_is_refused_with_the_right_form(tmp_path, place):
     (tmp_path / "config.yaml").write_text("workdir: w\nteacher: {path: x}\n")
     with pytest.raises(UserError, match=r"is not a remote folder; give SCHEME://BUCKET/FOLDER"):
         load_config(tmp_path / "config.yaml", [f"train.shard_remote='{place}'"])

@@ -85,7 +85,7 @@ def test_no_padding_and_no_rows_are_fine():
 
 
 def _ragged(real_lengths):
-    """Samples as `packing: none` makes them: so many tokens, then padding; rows of all kinds stand there too."""
+    """Samples as `packing: none` makes them: some tokens, then padding, with rows of all kinds in the padding too."""
     samples = []
     for number, real in enumerate(real_lengths):
         sample = _sample(number, sample_id=100 + number)
@@ -141,7 +141,7 @@ def test_equal_lengths_keep_their_order():
 
 
 def test_a_step_sums_up_the_same_in_any_micro_batches(tmp_path):
-    """Any function of position, token, label and rows, summed over what counts; brute force over untrimmed samples."""
+    """The sum of any function of position, token, label and rows equals a brute-force sum over untrimmed samples."""
     samples = _ragged([9, 1, 20, 2, 18, 10, 17, 3])
     for sample in samples:
         sample["document_starts"][5] = 1
@@ -179,7 +179,7 @@ def test_a_step_sums_up_the_same_in_any_micro_batches(tmp_path):
     assert expected["relation_positions"] and expected["own_positions"]
 
 
-def test_a_bank_on_the_device_is_pointed_to_by_row_numbers(tmp_path):
+def test_batches_hold_row_numbers_if_the_device_holds_all_rows(tmp_path):
     samples, rule = _ragged([9, 20, 18, 12]), SensePositions(1, 0.5, 3)
     on_host = Collator(_vectors(tmp_path), rule, micro_batch_size=2)(samples)
     on_device = Collator(None, rule, micro_batch_size=2)(samples)
@@ -196,7 +196,7 @@ def test_a_bank_on_the_device_is_pointed_to_by_row_numbers(tmp_path):
             assert host["senses"]["sense_rows"][named[exists]].equal(bank[row_numbers[exists]])
 
 
-def test_the_teachers_distributions_come_with_a_batch_only_when_they_are_asked_for():
+def test_batches_hold_the_teachers_distributions_only_if_requested():
     samples = _ragged([9, 20, 18, 3])
     random = np.random.default_rng(0)
     for sample in samples:
@@ -215,7 +215,7 @@ def test_the_teachers_distributions_come_with_a_batch_only_when_they_are_asked_f
                 assert np.array_equal(row, by_id[sample_id][f"teacher_{name}"][:length])
 
 
-def test_positions_begin_anew_where_documents_start():
+def test_position_ids_restart_at_each_document():
     samples = [_sample(0, 4), _sample(1, 9)]
     collate = Collator(None, None, micro_batch_size=2)
     assert "position_ids" not in collate(samples)[0]
@@ -224,7 +224,7 @@ def test_positions_begin_anew_where_documents_start():
     assert batch["position_ids"].tolist() == [list(range(T)), [0, 1, 2, 0, *range(15), 0]]
 
 
-def test_blocks_join_to_one_dataset_whoever_wrote_them(tmp_path):
+def test_joined_blocks_are_one_dataset_whichever_rank_wrote_them(tmp_path):
     samples = [{name: _sample(index)[name] for name in COLUMNS} for index in range(7)]
     contents = []
     for folder, order in (("one", (0, 1, 2)), ("two", (2, 0, 1))):

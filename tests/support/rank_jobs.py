@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -61,80 +62,88 @@ def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, d
     run_as_rank(run, environment, log)
 
 
-def head_gradients(
-    folder: Path, architecture: str, divergence: str, form: str, environment: dict[str, str], log: Path
-) -> None:
-    """Runs one step of a student with a trained head in two micro-batches per rank; rank 0 writes gradients and loss.
-
-    Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`.
-    """
+def head_gradients(folders: Sequence[Path], environment: dict[str, str], log: Path) -> None:
+    """Runs :func:`_head_gradients` for each folder."""
 
     def run() -> None:
-        from deepspeed.utils import safe_get_full_grad
-
         world = initialize(60)
-        batch = load_file(folder / "batch.safetensors")
-        distribution = form == "distribution"
-
-        def senses_of(row: int) -> dict[str, torch.Tensor]:
-            """Returns the senses of position 0 and, in all but the last row, of position 1."""
-            both = 1 + (row < 3)
-            if distribution:
-                index = torch.tensor([[0, 1], [1, -1]])[:both]
-                return {
-                    "positions": torch.arange(both),
-                    "candidate_rows": index,
-                    "random_rows": torch.tensor([2]),
-                }
-            return {
-                "relation_positions": torch.tensor([0]),
-                "synonym_rows": torch.tensor([[0, -1]]),
-                "antonym_rows": torch.tensor([[1, -1]]),
-                "own_positions": torch.arange(1, both),
-                "own_rows": torch.full((both - 1, 1), 2),
-            }
-
-        of_form = {"sense_form": form, "sense_temperature": 0.2, "lexical_weight": 1.7} if distribution else {}
-        config = Config(
-            workdir=str(folder),
-            precision="fp32",
-            teacher={"path": str(folder / f"{architecture}-teacher")},
-            corpus={"packing": "stream"},
-            student={"train_layers": 1, "train_lm_head": True, "shared_trunk": "off"},
-            loss={"hidden_weight": 0.3, "sense_weight": 0.8, "divergence": divergence, **of_form},
-            train={"global_batch_size": 4, "micro_batch_size": 1, "loss_chunk_size": 5},
-        )
-        student = ModelFolder(folder / f"{architecture}-student", "", "")
-        teacher = find_teacher(config)
-        engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
-        pair = ModelPair(load_frozen(teacher, config, world, with_head=False), engine)
-        rows = range(2 * world.rank, 2 * world.rank + 2)
-        micro_batches = [
-            {
-                "input_ids": batch["input_ids"][row][None],
-                "labels": batch["input_ids"][row][None].roll(-1, 1),
-                "loss_mask": batch["loss_mask"][row][None].bool(),
-                "senses": {"sense_rows": batch["rows"], **senses_of(row)},
-                **({"lexical": batch["input_ids"][row][None] % 2 == 0} if distribution else {}),
-            }
-            for row in rows
-        ]
-        step = StepBatches(micro_batches, count_positions(micro_batches))
-        gradients = {}
-
-        def keep_gradients() -> None:
-            for name, parameter in engine.module.named_parameters():
-                if parameter.requires_grad:
-                    gradients[engine.module.hub_names[name]] = safe_get_full_grad(parameter).clone()
-            step_engine()
-
-        step_engine, engine.step = engine.step, lambda: keep_gradients()
-        result = train_step(pair, step, config.loss, world, step=1)
-        if world.is_main:
-            save_file(gradients | {"loss": torch.tensor(result.loss)}, folder / f"{architecture}.safetensors")
+        for folder in folders:
+            _head_gradients(folder, world)
         os._exit(0)
 
     run_as_rank(run, environment, log)
+
+
+def _head_gradients(folder: Path, world: World) -> None:
+    """Runs one step of the student in `FOLDER/student` with a trained head in two micro-batches per rank.
+
+    Rank 0 writes gradients and loss to `gradients.safetensors`. `loss.json` has the divergence and the form of the
+    sense loss. Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    divergence, form = json.loads((folder / "loss.json").read_text())
+    batch = load_file(folder / "batch.safetensors")
+    distribution = form == "distribution"
+
+    def senses_of(row: int) -> dict[str, torch.Tensor]:
+        """Returns the senses of position 0 and, in all but the last row, of position 1."""
+        both = 1 + (row < 3)
+        if distribution:
+            index = torch.tensor([[0, 1], [1, -1]])[:both]
+            return {
+                "positions": torch.arange(both),
+                "candidate_rows": index,
+                "random_rows": torch.tensor([2]),
+            }
+        return {
+            "relation_positions": torch.tensor([0]),
+            "synonym_rows": torch.tensor([[0, -1]]),
+            "antonym_rows": torch.tensor([[1, -1]]),
+            "own_positions": torch.arange(1, both),
+            "own_rows": torch.full((both - 1, 1), 2),
+        }
+
+    of_form = {"sense_form": form, "sense_temperature": 0.2, "lexical_weight": 1.7} if distribution else {}
+    config = Config(
+        workdir=str(folder),
+        precision="fp32",
+        teacher={"path": str(folder / "teacher")},
+        corpus={"packing": "stream"},
+        student={"train_layers": 1, "train_lm_head": True, "shared_trunk": "off"},
+        loss={"hidden_weight": 0.3, "sense_weight": 0.8, "divergence": divergence, **of_form},
+        train={"global_batch_size": 4, "micro_batch_size": 1, "loss_chunk_size": 5},
+    )
+    student = ModelFolder(folder / "student", "", "")
+    teacher = find_teacher(config)
+    engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
+    pair = ModelPair(load_frozen(teacher, config, world, with_head=False), engine)
+    rows = range(2 * world.rank, 2 * world.rank + 2)
+    micro_batches = [
+        {
+            "input_ids": batch["input_ids"][row][None],
+            "labels": batch["input_ids"][row][None].roll(-1, 1),
+            "loss_mask": batch["loss_mask"][row][None].bool(),
+            "senses": {"sense_rows": batch["rows"], **senses_of(row)},
+            **({"lexical": batch["input_ids"][row][None] % 2 == 0} if distribution else {}),
+        }
+        for row in rows
+    ]
+    step = StepBatches(micro_batches, count_positions(micro_batches))
+    gradients = {}
+
+    def keep_gradients() -> None:
+        for name, parameter in engine.module.named_parameters():
+            if parameter.requires_grad:
+                gradients[engine.module.hub_names[name]] = safe_get_full_grad(parameter).clone()
+        step_engine()
+
+    step_engine, engine.step = engine.step, lambda: keep_gradients()
+    result = train_step(pair, step, config.loss, world, step=1)
+    if world.is_main:
+        save_file(gradients | {"loss": torch.tensor(result.loss)}, folder / "gradients.safetensors")
+    engine.destroy()
+    pair.teacher.close()
 
 
 def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
@@ -256,48 +265,67 @@ def join_as_launched(
     run_as_rank(join, environment, log)
 
 
-def experts_by_ranks(folder: Path, lengths: Sequence[int], environment: dict[str, str], log: Path) -> None:
-    """Computes states of a frozen mixture of experts, and gradients of a trained one, with other tokens on each rank.
+def experts_by_ranks(
+    folder: Path, names: Sequence[str], lengths: Sequence[Sequence[int]], environment: dict[str, str], log: Path
+) -> None:
+    """Runs :func:`_examine_experts` for the model in `FOLDER/NAME` of each name, and for each of `lengths`.
 
-    Rank r has `lengths[r]` tokens and writes its states to `states-r.safetensors`. Rank 0 writes the gradients of the
-    mean of all ranks' squared states to `gradients.safetensors`; :func:`dskd.models.causal_lm.build_sharded` builds
-    the trained model.
+    `lengths` are the numbers of tokens of the ranks.
     """
 
     def run() -> None:
-        import deepspeed
-        from deepspeed.utils import safe_get_full_grad
-
-        from dskd.models.causal_lm import build_sharded, engine_settings
-        from dskd.models.frozen import Decoder
-        from dskd.models.stored_names import base_model
-
         world = initialize(60)
-        config = Config(
-            workdir=str(folder),
-            teacher={"path": str(folder / "teacher")},
-            precision="fp32",
-            corpus={"packing": "stream", "sequence_length": 32},
-        )
-        model_folder = find_teacher(config)
-        ids = (torch.arange(lengths[world.rank])[None] * 7 + 3 + 31 * world.rank) % 120
-        teacher = load_frozen(model_folder, config, world, with_head=False)
-        save_file({"states": teacher.hidden_states(ids)}, folder / f"states-{world.rank}.safetensors")
-        settings = engine_settings(torch.float32, world, 32, micro_batch_size=1)
-        settings["zero_allow_untested_optimizer"] = True
-        decoder = Decoder(base_model(build_sharded(model_folder, settings, torch.float32, world)))
-        trained = [parameter for name, parameter in decoder.named_parameters() if "layers.3." in name]
-        for parameter in decoder.parameters():
-            parameter.requires_grad_(any(parameter is one for one in trained))
-        engine, *_ = deepspeed.initialize(model=decoder, optimizer=torch.optim.AdamW(trained), config=settings)
-        engine.backward(engine(ids).square().sum())
-        gradients = {
-            name.removeprefix("base."): safe_get_full_grad(parameter).clone()
-            for name, parameter in decoder.named_parameters()
-            if parameter.requires_grad
-        }
-        if world.is_main:
-            save_file(gradients, folder / "gradients.safetensors")
+        for name in names:
+            for number, of_ranks in enumerate(lengths):
+                _examine_experts(folder / name, number, of_ranks[world.rank], world)
         os._exit(0)
 
     run_as_rank(run, environment, log)
+
+
+def _examine_experts(folder: Path, number: int, length: int, world: World) -> None:
+    """Computes states of the frozen mixture of experts in `FOLDER/teacher`, and gradients of a trained one.
+
+    Each rank has other tokens, of which there are `length`. Rank r writes its states to `states-NUMBER-r.safetensors`.
+    Rank 0 writes the gradients of the mean of all ranks' squared states to `gradients-NUMBER.safetensors`;
+    :func:`dskd.models.causal_lm.build_sharded` builds the trained model.
+    """
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    from dskd.models.causal_lm import build_sharded, engine_settings
+    from dskd.models.frozen import Decoder
+    from dskd.models.stored_names import base_model
+
+    config = Config(
+        workdir=str(folder),
+        teacher={"path": str(folder / "teacher")},
+        precision="fp32",
+        corpus={"packing": "stream", "sequence_length": 32},
+    )
+    model_folder = find_teacher(config)
+    ids = (torch.arange(length)[None] * 7 + 3 + 31 * world.rank) % 120
+    teacher = load_frozen(model_folder, config, world, with_head=False)
+    save_file({"states": teacher.hidden_states(ids)}, folder / f"states-{number}-{world.rank}.safetensors")
+    teacher.close()
+    settings = engine_settings(torch.float32, world, 32, micro_batch_size=1)
+    settings["zero_allow_untested_optimizer"] = True
+    decoder = Decoder(base_model(build_sharded(model_folder, settings, torch.float32, world)))
+    trained = [parameter for name, parameter in decoder.named_parameters() if "layers.3." in name]
+    for parameter in decoder.parameters():
+        parameter.requires_grad_(any(parameter is one for one in trained))
+    engine, *_ = deepspeed.initialize(model=decoder, optimizer=torch.optim.AdamW(trained), config=settings)
+    engine.backward(engine(ids).square().sum())
+    gradients = {
+        name.removeprefix("base."): safe_get_full_grad(parameter).clone()
+        for name, parameter in decoder.named_parameters()
+        if parameter.requires_grad
+    }
+    if world.is_main:
+        save_file(gradients, folder / f"gradients-{number}.safetensors")
+    engine.destroy()
+
+
+def run_benchmark(module: str, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    """Runs the benchmark of that module."""
+    run_as_rank(lambda: importlib.import_module(module).main(arguments), environment, log)

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -20,6 +21,7 @@ from dskd.distributed.rendezvous import free_port
 from dskd.distributed.world import World
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
+_NUMBERS = itertools.count()  # of the files to which ranks print
 # What the fork server imports in addition to what programs import when they start: DeepSpeed compiles Muon's kernels
 # whatever the optimizer is; transformers imports an architecture, and MLflow its store, at first use.
 IMPORTED_LATE = [
@@ -49,23 +51,28 @@ class Rank:
     def __init__(self, process: Any, log: Path) -> None:
         self.pid = process.pid
         self._process = process
+        self._exit_code: int | None = None  # after `kill`
         self._log = log
 
     def is_running(self) -> bool:
         """Returns True until it has ended."""
-        return self._process.is_alive()
+        return self._exit_code is None and self._process.is_alive()
 
     def wait(self, timeout_s: float) -> int:
         """Waits for its end and returns its exit code, which is negative if a signal ended it."""
-        self._process.join(timeout_s)
-        assert not self.is_running(), f"still runs after {timeout_s} s; so far:\n{self.output}"
-        return self._process.exitcode
+        if self._exit_code is None:
+            self._process.join(timeout_s)
+            assert not self.is_running(), f"still runs after {timeout_s} s; so far:\n{self.output}"
+        return self._process.exitcode if self._exit_code is None else self._exit_code
 
     def kill(self) -> None:
-        """Kills it and its children if it still runs."""
+        """Kills it and its children if it still runs, and closes its pipes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.join(10)
+        if self._exit_code is None:
+            self._process.join(10)
+            self._exit_code = self._process.exitcode
+            self._process.close()
 
     @property
     def output(self) -> str:
@@ -119,7 +126,8 @@ def fork_ranks(
     started = []
     for rank in sorted(set(range(ranks)) - set(absent)):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        path = log or Path(tempfile.mkstemp(dir=_logs())[1])
+        path = log or _logs() / f"{next(_NUMBERS)}.txt"
+        path.touch()
         process = context.Process(target=target, args=(*arguments, environment, path), kwargs=options)
         process.start()
         started.append(Rank(process, path))

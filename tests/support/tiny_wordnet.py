@@ -18,6 +18,7 @@ SYNSETS = [
     ("huge", "s", ["huge", "galore(ip)"], [("&", "large", 0, 0)]),
 ]
 _FILES = {"n": "noun", "v": "verb", "a": "adj", "s": "adj", "r": "adv"}
+_LEXNAMES = {"n": 3, "v": 38, "a": 0, "s": 0, "r": 2}  # noun.Tops, verb.motion, adj.all and adv.all of lexnames(5WN)
 
 
 def write_wordnet(folder: Path, synsets=SYNSETS, glosses: dict[str, str] | None = None) -> dict[str, str]:
@@ -52,7 +53,7 @@ def _line(synset, offsets, parts, glosses):
         for symbol, target, source, aim in pointers
     )
     body = " ".join(filter(None, (words, f"{len(pointers):03d}", links)))
-    return f"{offsets[name]:08d} 00 {part} {len(lemmas):02x} {body} | {glosses[name]}  \n"
+    return f"{offsets[name]:08d} {_LEXNAMES[part]:02d} {part} {len(lemmas):02x} {body} | {glosses[name]}  \n"
 
 
 def _index(synsets, offsets):

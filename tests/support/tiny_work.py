@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,13 +11,12 @@ import pytest
 import yaml
 from rank_processes import finish, fork_ranks
 from repository import REPOSITORY
+from wordnet_files import pairs, read_synsets, some_texts
 
 from dskd.artifacts.lock import release_lock
 from dskd.config import Config
-from dskd.corpus.build import read_wordnet_documents
-from dskd.lexicon.relations import resolve
-from dskd.lexicon.wordnet import open_wordnet
-from dskd.lexicon.wordnet_relations import read_wordnet
+from dskd.lexicon.relations import Pairs, Relation
+from dskd.lexicon.wordnet import DICTIONARY_FOLDERS, open_wordnet
 
 TINY = {
     "run": "dskd",
@@ -63,22 +61,21 @@ BEFORE_TRAINING: Sequence[str] = (
 def make_tiny(folder: Path) -> None:
     """Makes `work` of the config `tiny.yaml` in `folder`, and `printed.txt`, the output of the pipeline.
 
-    Text and relations are a part of WordNet's, written to files: reading all of it in every process would take longer
+    Text and relations are a part of WordNet's, read without nltk and written to files: with it this would take longer
     than the rest. `corpus.source: wordnet` and `lexicon.wordnet` have tests of their own.
     """
     from mlflow import MlflowClient
 
     from dskd import pipeline
 
-    wordnet = open_wordnet()
-    documents = itertools.islice(read_wordnet_documents(wordnet), 4000)
-    lines = "".join(f"{json.dumps({'text': document.text})}\n" for document in documents)
+    installed = (place for place in DICTIONARY_FOLDERS if (place / "data.noun").is_file())
+    synsets = read_synsets(next(installed, None) or open_wordnet().folder)
+    lines = "".join(f"{json.dumps({'text': text})}\n" for text in some_texts(synsets, 4000))
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
-    relations, _ = resolve(read_wordnet(wordnet))
-    short = [r for r in relations if len(r.head) <= 6 and len(r.tail) <= 8]
-    pairs = "".join(f"{r.head}\t{r.relation}\t{r.tail}\n" for r in short)
+    related = Pairs(Relation(*pair, "wordnet") for pair in pairs(synsets) if max(map(len, pair[:2])) <= 8)
+    short = "".join(f"{r.head}\t{r.relation}\t{r.tail}\n" for r in related.resolved() if len(r.head) <= 6)
     own = "# head, relation, tail\nlarge\tsynonym\tgreat\nlarge\tantonym\tsmall\n"
-    (folder / "own.tsv").write_text(own + pairs, encoding="utf-8")
+    (folder / "own.tsv").write_text(own + short, encoding="utf-8")
     config = write_config(
         folder / "tiny.yaml",
         TINY,
