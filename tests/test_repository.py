@@ -76,3 +76,18 @@ def test_only_tracking_imports_mlflow_only_distributed_reads_launchers_and_nothi
     assert importers == {"tracking"}
     assert readers == {"distributed"}
     assert [path for path, text in sources.items() if schedulers.search(text)] == []
+
+
+def test_every_test_that_continuous_integration_chooses_exists():
+    """`.ci/run` chooses tests on a cluster by parts of their names; a part that is in no name chooses nothing."""
+    script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    chosen = " ".join(
+        [*re.findall(r"^ *chosen=(.+)$", script, re.MULTILINE), *re.findall(r"-k '([^$'][^']*)'", script)]
+    )
+    parts = {part for part in re.findall(r"\w+", chosen) if part not in ("or", "and", "chosen")}
+    files = sorted((REPOSITORY / "tests" / "cluster").glob("test_*.py"))
+    names = " ".join(
+        name for file in files for name in (file.stem, *re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE))
+    )
+    assert len(parts) > 10
+    assert {part for part in parts if part not in names} == set()
