@@ -115,3 +115,18 @@ def test_every_package_that_the_library_imports_is_a_declared_dependency():
 
 def _normalized(name):
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_test_that_continuous_integration_chooses_exists():
+    """`.ci/run` chooses tests on a cluster by parts of their names; a part that is in no name chooses nothing."""
+    script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    chosen = " ".join(
+        [*re.findall(r"^ *chosen=(.+)$", script, re.MULTILINE), *re.findall(r"-k '([^$'][^']*)'", script)]
+    )
+    parts = {part for part in re.findall(r"\w+", chosen) if part not in ("or", "and", "chosen")}
+    files = sorted((REPOSITORY / "tests" / "cluster").glob("test_*.py"))
+    names = " ".join(
+        name for file in files for name in (file.stem, *re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE))
+    )
+    assert len(parts) > 10
+    assert {part for part in parts if part not in names} == set()
