@@ -183,12 +183,12 @@ class Soak:
         """Annotates again until `kills` kills are survived, and checks that the shards stay the same bytes."""
         config = self._config("undisturbed")
         expected = self._shards()
-        shutil.rmtree(config.path("shards"))
+        shutil.rmtree(config.path(kinds.SHARDS.folder))
         started = time.monotonic()
         self._start("annotate.py", "undisturbed").wait()
         usual_s = time.monotonic() - started
         self._require_shards(expected)
-        shutil.rmtree(config.path("shards"))
+        shutil.rmtree(config.path(kinds.SHARDS.folder))
         while self.survived < kills:
             job, who = self._start("annotate.py", "undisturbed"), self._draw.choice(_WHO)
             time.sleep(self._draw.uniform(0, usual_s))
@@ -197,7 +197,7 @@ class Soak:
             else:  # the job was done before the kill
                 job.wait()
                 self._require_shards(expected)
-                shutil.rmtree(config.path("shards"))
+                shutil.rmtree(config.path(kinds.SHARDS.folder))
         self._start("annotate.py", "undisturbed").wait()
         self._require_shards(expected)
 
@@ -259,7 +259,7 @@ class Soak:
         return [self._manifest(split).digest for split in ("train", "validation")]
 
     def _manifest(self, split: str) -> Manifest:
-        return read_manifest(self._config("undisturbed").path("shards", split), "shards", made_by="the soak")
+        return read_manifest(self._config("undisturbed").path(kinds.SHARDS.folder, split), "shards", made_by="the soak")
 
     def _require_shards(self, expected: list[str]) -> None:
         if self._shards() != expected:

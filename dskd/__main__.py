@@ -30,6 +30,9 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         verb.add_parser(verbs)
+    first = next((word for word in sys.argv[1:] if not word.startswith("--local_rank")), "")
+    if first.partition("=")[0] == "--config" or ("=" in first and not first.startswith("-")):
+        parser.error("put --config and overrides after the verb: `dskd VERB --config FILE section.key=value`")
     if (name := next((word for word in sys.argv[1:] if not word.startswith("-")), "")) in PROGRAMS:
         launcher = "python" if name == "pipeline" else "deepspeed"
         parser.error(f"{name!r} is not a verb of dskd; start it with `{launcher} launcher/{name}.py --config FILE`")

@@ -116,14 +116,15 @@ def plan_stages(
     def shards_are_current() -> bool:
         opened = annotate.open_inputs(config, teacher())
         return all(
-            is_current(config.path("shards", split), annotate.recipe(config, split, opened)) for split in corpus.SPLITS
+            is_current(config.path(kinds.SHARDS.folder, split), annotate.recipe(config, split, opened))
+            for split in corpus.SPLITS
         )
 
     def senses_are_current() -> bool:
         if config.senses.path is not None:
             return True
         opened = senses.open_inputs(config, teacher())
-        return is_current(config.path("senses"), senses.recipe(config, opened))
+        return is_current(config.path(kinds.SENSES.folder), senses.recipe(config, opened))
 
     stages = [
         Stage(

@@ -87,7 +87,7 @@ def test_kills_at_random_times_leave_nothing_half_written_and_change_no_byte(pre
                 verify_files(work / name, read_manifest(work / name, stage, made_by=""), made_by="")
     assert _finish(_start(stage, config)) == [0], _log(config)
     assert _content(work, stage) == _content(_work(reference), stage)
-    assert "goes on" in _log(config)  # a killed build was gone on with
+    assert "resuming" in _log(config)  # the last start continued a killed build
 
 
 def test_three_ranks_resume_where_one_was_killed(prepared, undisturbed, tmp_path):

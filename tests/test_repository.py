@@ -1,8 +1,11 @@
 """The documents name files, sections, keys and tests that exist; programs explain themselves."""
 
+import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from repository import REPOSITORY
@@ -76,3 +79,54 @@ def test_only_tracking_imports_mlflow_only_distributed_reads_launchers_and_nothi
     assert importers == {"tracking"}
     assert readers == {"distributed"}
     assert [path for path, text in sources.items() if schedulers.search(text)] == []
+
+
+PACKAGES = [file for file in sorted((REPOSITORY / "dskd").rglob("__init__.py")) if file.parent.name != "dskd"]
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.parent.relative_to(REPOSITORY)))
+def test_the_docstring_of_every_package_lists_its_modules(path):
+    """Each has a line that begins with its name, or the name in backticks."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    listed = {*re.findall(r"^(\w+/?)  +\S", text, re.MULTILINE), *re.findall(r"`(\w+)`", text)}
+    modules = {file.stem for file in path.parent.glob("[!_]*.py")}
+    packages = {f"{file.parent.name}/" for file in path.parent.glob("*/__init__.py")}
+    assert modules | packages <= listed
+    lines = set(re.findall(r"^(\w+/?)  +\S", text, re.MULTILINE))
+    assert lines <= modules | packages
+
+
+def test_every_package_that_the_library_imports_is_a_declared_dependency():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
+    declared = {_normalized(re.match(r"[\w.-]+", text)[0]) for text in declared}
+    distributions = importlib.metadata.packages_distributions()
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (REPOSITORY / "dskd").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported = {name.partition(".")[0] for name in names} - {"dskd", *sys.stdlib_module_names}
+    undeclared = {
+        name for name in imported if not declared & {_normalized(one) for one in distributions.get(name, [name])}
+    }
+    assert "torch" in imported
+    assert undeclared == set()
+
+
+def _normalized(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_test_that_continuous_integration_chooses_exists():
+    """`.ci/run` chooses tests on a cluster by parts of their names; a part that is in no name chooses nothing."""
+    script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    chosen = " ".join(
+        [*re.findall(r"^ *chosen=(.+)$", script, re.MULTILINE), *re.findall(r"-k '([^$'][^']*)'", script)]
+    )
+    parts = {part for part in re.findall(r"\w+", chosen) if part not in ("or", "and", "chosen")}
+    files = sorted((REPOSITORY / "tests" / "cluster").glob("test_*.py"))
+    names = " ".join(
+        name for file in files for name in (file.stem, *re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE))
+    )
+    assert len(parts) > 10
+    assert {part for part in parts if part not in names} == set()

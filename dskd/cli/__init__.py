@@ -3,6 +3,12 @@
 program    shared by all programs: arguments, overrides, ranks, exit codes
 launching  starts a program of `launcher/` on all ranks
 stages     lexicon, student, export: the stages that run in one process
-config, wordnet, status, preflight, compare, inspect, plan, senses
-           the verbs of the same name
+config     explains the keys, or checks a file
+wordnet    finds WordNet on this machine
+status     prints how far a run is trained
+preflight  checks the nodes of a job
+plan       predicts memory, time and disk space
+compare    compares runs
+inspect    shows what was built
+senses     measures and merges sense dictionaries
 """

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from dskd.cli.program import add_config_arguments, add_verb
-from dskd.config import TASKS
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 
@@ -64,9 +63,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         "--without",
         action="append",
         default=[],
-        choices=("evaluation", "lexical", *TASKS),
-        metavar="KIND",
-        help=f"leave out results: evaluation (the held-out text), lexical, {', '.join(TASKS)}; may be repeated",
+        metavar="EVALUATION",
+        help="leave out results: evaluation (the held-out text), lexical, or a benchmark such as piqa; may be repeated",
     )
     parser.add_argument(
         "--without-measures", action="store_true", help="leave out everything that depends on the evaluation data"
@@ -81,6 +79,8 @@ def run_compare(args: argparse.Namespace) -> None:
     from dskd.compare.results import EVALUATIONS
     from dskd.compare.text import summarize
 
+    if unknown := [name for name in args.without if name not in EVALUATIONS]:
+        raise UserError(f"--without {unknown[0]}: there is no such evaluation; choose from {', '.join(EVALUATIONS)}")
     config = load_config(args.config, args.overrides)
     tags: dict[str, str] = {}
     for key, value in args.tag:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, add_verb
+from dskd.cli.program import add_config_arguments, add_verb, split_overrides
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
@@ -69,8 +69,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints the report that the sub-verb names; its words and overrides may be mixed on the command line."""
-    words = [text.strip() for text in args.overrides if "=" not in text]
-    overrides = [text for text in args.overrides if "=" in text]
+    overrides, others = split_overrides(args.overrides)
+    words = [text.strip() for text in others]
     if "" in words:
         raise UserError("inspect: an empty text is not a word")
     if args.what == "word" and len(words) != 1:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -89,7 +89,7 @@ def add_config_arguments(
 
 
 def parse(parser: argparse.ArgumentParser, *lists: str) -> argparse.Namespace:
-    """Parses the command line, on which overrides may be anywhere, even after an option that takes several names.
+    """Parses the command line. Overrides may be anywhere after the verb, even after an option that takes several names.
 
     Args:
         parser: the parser of the program. An unknown option after a verb is refused with the verb's usage.
@@ -103,9 +103,15 @@ def parse(parser: argparse.ArgumentParser, *lists: str) -> argparse.Namespace:
     for name in lists:
         words = getattr(args, name)
         if words is not None:
-            args.overrides += [word for word in words if "=" in word]
-            setattr(args, name, [word for word in words if "=" not in word])
+            overrides, names = split_overrides(words)
+            args.overrides += overrides
+            setattr(args, name, names)
     return args
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the overrides among the words of a command line, which contain `=`, and the other words."""
+    return [word for word in words if "=" in word], [word for word in words if "=" not in word]
 
 
 def run(action: Callable[[], int | None]) -> int:

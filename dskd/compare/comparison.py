@@ -116,8 +116,8 @@ def make_comparison(
     results = read_results(config, runs, selection, without=without)
     if not groups and (selection or not any(evaluated.references for evaluated in results)):
         raise UserError(
-            f"{config.workdir}: nothing to compare yet; train with `deepspeed launcher/train.py`, evaluate with "
-            f"`{kinds.EVALUATION.made_by}`, or do it all with `python launcher/pipeline.py`"
+            f"{config.workdir}: nothing to compare yet; train with `{kinds.CHECKPOINT.made_by}`, evaluate with "
+            f"`{kinds.EVALUATION.made_by}`, or do it all with `python launcher/pipeline.py --config FILE`"
             + ("" if config.tracking.enabled else "; tracked runs are not compared, because tracking.enabled is false")
         )
     base = _find_baseline(groups, baseline)

@@ -1,8 +1,17 @@
 """The typed, frozen configuration of an experiment: its sections and keys, with their defaults and meanings.
 
-:mod:`dskd.config.reading` reads a configuration from a YAML file. One file can describe several training runs that
-share everything up to the shards: `runs` maps a run's name to the keys in which it differs, and `run` names the one
-that a process trains.
+This file has the top-level keys. One file can describe several training runs that share everything up to the shards:
+`runs` maps a run's name to the keys in which it differs, and `run` names the one that a process trains.
+
+section     the base class of sections, and the type of paths
+data        the sections `corpus`, `wordnet`, `lexicon`, `senses` and `annotation`
+models      the sections `teacher` and `student`
+training    the sections `loss`, `train`, `tracking` and `pipeline`
+evaluation  the sections `evaluation` and `tasks`
+reading     reads a configuration from a YAML file and overrides
+yaml_file   reads YAML: numbers such as 5e-5, no duplicate keys, and the line of each key
+runs        chooses one of the file's runs, with one of its seeds
+messages    describes keys, and explains mistakes
 """
 
 import re

@@ -1,10 +1,13 @@
 """Turns text into documents, `WORKDIR/corpus`, and documents into sequences of tokens, `WORKDIR/sequences`.
 
-build    the stage: reads documents from WordNet, files, a dataset or benchmarks, and splits off held-out ones
-finding  finds the text files that paths, folders and globs name, and records what it leaves out
-files    reads the documents of a file: text, JSON, Parquet, Arrow or MDS (opening, records, tables)
-hub      reads the documents of a Hugging Face dataset
-tasks/   reads the documents of the paper's benchmarks
-packing, sequences
-         turn documents into sequences of tokens
+build      the stage: reads documents from WordNet, files, a dataset or benchmarks, and splits off held-out ones
+finding    finds the text files that paths, folders and globs name, and records what it leaves out
+files      reads the documents of a file: text, JSON, Parquet, Arrow or MDS
+opening    opens text files, compressed or not
+records    reads texts from JSON files
+tables     reads texts from files with columns
+hub        reads the documents of a Hugging Face dataset
+tasks/     reads the documents of the paper's benchmarks
+sequences  the stage that turns documents into sequences of tokens
+packing    packs documents into sequences of equal length
 """

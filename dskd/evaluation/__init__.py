@@ -1,12 +1,13 @@
 """Evaluations of the teacher, the untrained student and trained runs.
 
-held_out_text, continued_texts
-                    perplexity, agreement with the teacher, and how a model continues a text
-tasks, task_questions, task_scoring
-                    the paper's benchmarks
-lexical/            knowledge of words and senses
-suite               the steps that all of them share; a new evaluation is one module that uses it
-models              the models that are evaluated
-scores_by_example   the file of each example's scores
-batching            batches of texts of similar lengths
+suite              the steps that all evaluations share, and what a new one needs
+models             the models that are evaluated
+scores_by_example  the file of each example's scores
+batching           batches of texts of similar lengths
+held_out_text      perplexity, agreement with the teacher, and alignment with sense embeddings
+continued_texts    how each model continues a few held-out texts
+tasks              the paper's benchmarks: runs each model on the questions
+task_questions     reads and checks the questions
+task_scoring       scores the answers
+lexical/           knowledge of words and senses
 """

@@ -37,9 +37,8 @@ from dskd.models.frozen import FrozenModel
 from dskd.models.precision import resolve_precision
 from dskd.models.readouts import chunk_size, next_token
 from dskd.senses.dictionary import SenseDictionary, load_dictionary, map_vectors
-from dskd.tracking import EVALUATION_FOLDER
 
-HELD_OUT = Evaluation("evaluation", "Held-out text", "evaluate", EVALUATION_FOLDER, kinds.EVALUATION.made_by)
+HELD_OUT = Evaluation("evaluation", "Held-out text", "evaluate", kinds.EVALUATION.folder, kinds.EVALUATION.made_by)
 MEASURES = (
     Measure("perplexity", "nll", "tokens", lower_is_better=True, is_exponential=True),
     Measure("accuracy", "correct", "tokens"),

@@ -1,8 +1,12 @@
 """The steps that all evaluations share: skip what is up to date, load each model once, measure, publish, track.
 
-An evaluation is one module with an :class:`Evaluation`. It gives :func:`find_stale` one :class:`Measurement` for each
-model, with its recipe, and :func:`run` a function that measures a loaded model. To be compared, it is also listed in
-:mod:`dskd.compare.results`.
+An evaluation is a module with an :class:`Evaluation`. It gives :func:`find_stale` one :class:`Measurement` for each
+model, with its recipe, and :func:`run` a function that measures a loaded model. It also needs
+
+- a kind in :mod:`dskd.artifacts.kinds`, for its folder and the version of its files;
+- an entry in `EVALUATIONS` of :mod:`dskd.compare.results`, so that `dskd compare` shows it or leaves it out;
+- an option of `launcher/evaluate.py`, which starts it;
+- a stage in :mod:`dskd.pipeline`, if the pipeline should run it.
 """
 
 import functools

@@ -124,7 +124,7 @@ def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, n
         )
     notes.append(
         "no pairs with senses: there is no sense dictionary of this lexicon, teacher and senses.surface_forms; "
-        "make it with `deepspeed launcher/build_senses.py --config FILE`"
+        f"make it with `{kinds.SENSES.made_by}`"
     )
     entries, facts = build_entries(load_lexicon(config), teacher.tokenizer, teacher.vocab_size, forms)
     return compute_coverage(words, entries, facts, pairs_or_none, with_senses=False)

@@ -1,14 +1,24 @@
-"""Causal language models of transformers: their folders, and how they are loaded and run.
+"""Causal language models of transformers: their folders, and how they are loaded, run, cut and checked.
 
-folder      a model's folder on disk or on the hub, and its tokenizer
-weights     the tensors in a folder's safetensors files
-layers      a model's layers: their kinds, and the states that enter and leave them
-causal_lm   building a causal LM and filling it with a folder's weights
-frozen      the teacher, whole on every rank or sharded with ZeRO-3
-cutting     the student, cut from the teacher
-generation  greedy generation
-readouts    reading logits chunk by chunk
-probes      checks that run the model, such as whether packed documents stay apart
-nvme        parameters on NVMe
-precision   the number format that models run in
+folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
+model_config    reads a folder's config.json for the installed transformers, or refuses it
+weights         the tensors in a folder's safetensors files
+stored_names    the names of a model's tensors in those files, and the check that none is missing or left over
+tokenizing      runs a tokenizer, also on texts that are too long for one call
+limits          how many positions and which tokens a model takes
+precision       the number format that models run in
+nvme            parameters on a local disk
+causal_lm       builds a causal LM and fills it with a folder's weights
+layers          a model's layers: their kinds, and the states that enter and leave them
+final_norm      finds the parameters of a decoder's final norm
+frozen          runs the teacher, whole on every rank or sharded with ZeRO-3
+readouts        reads logits out of hidden states, chunk by chunk
+generation      greedy generation
+cutting         cuts the student from the teacher's files
+cut_config      the student's config.json
+architecture    checks a teacher by its config.json, before anything runs
+probes          checks that a model does what training assumes, such as keeping packed documents apart
+reference       checks that a loaded model computes what transformers' own computes from the same folder
+pruned_teacher  checks that a cut student computes what the teacher computes without the other layers
+agreement       checks that an export computes what the student in training computes
 """

@@ -208,7 +208,7 @@ def _annotate_split(
     sequences = inputs.sequences[split]
     with stage(
         f"annotate: rows of the sense dictionary for every position ({split})",
-        reads=[config.path("sequences"), inputs.dictionary.path],
+        reads=[config.path(kinds.SEQUENCES.folder), inputs.dictionary.path],
         writes=building.path,
     ):
         on_main(building.resume_or_clear)

@@ -1,7 +1,20 @@
-"""Tracking with MLflow: one MLflow run per training, written by rank 0. No other package imports mlflow."""
+"""Tracking with MLflow: one MLflow run per training, written by rank 0. No other package imports mlflow.
+
+tracker           tracks a training, from its start to its end
+runs              creates the MLflow run of a training, resumes an earlier one, and ends those of dead processes
+context           records a run's parameters, environment, commit and manifests
+datasets          describes a run's inputs for MLflow's dataset API
+outbox            keeps messages to MLflow in order until they have arrived
+delivery          sends the outbox's messages, by one thread of one process at a time
+system_metrics    reads the use of processors, memory, disks, network and GPUs
+afterwards        sends what follows a training: its model and its measures
+registered_model  uploads the exported student as an MLflow model
+reading           reads runs, metrics and artifacts from MLflow
+client            connects to the server, and recognises its errors
+database          the sqlite database in a work directory
+"""
 
 from dskd.tracking.afterwards import (
-    EVALUATION_FOLDER,
     data_tag,
     log_export,
     log_results,

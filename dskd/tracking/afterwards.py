@@ -14,8 +14,6 @@ from dskd.tracking.registered_model import size_bytes
 from dskd.tracking.runs import load_run, run_folder
 from dskd.tracking.system_metrics import collect_usage
 
-EVALUATION_FOLDER = "evaluation"  # among a run's artifacts
-
 
 def data_tag(kind: str) -> str:
     """Returns the tag for the digest of the data behind results of a kind, such as `evaluation` or `tasks/piqa`."""
@@ -50,7 +48,7 @@ def log_results(
     example an artifact in the folder `KIND`, and the digest of the data a tag. `tables` and `files` are further files
     of the work directory.
     """
-    prefix = "eval" if kind == EVALUATION_FOLDER else kind
+    prefix = "eval" if kind == kinds.EVALUATION.folder else kind
     _send(
         config,
         run,

@@ -5,6 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dskd.artifacts import kinds
 from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
@@ -18,7 +19,7 @@ def log_model(client: Any, config: Config, run_id: str, folder: Path) -> None:
     """Uploads an exported folder without loading the model; does nothing if the run already has exactly this model."""
     import mlflow
 
-    digest = read_manifest(folder, "export", made_by="dskd export").digest
+    digest = read_manifest(folder, kinds.EXPORT.name).digest
     run = client.get_run(run_id)
     if run.data.tags.get("model") == digest:
         return

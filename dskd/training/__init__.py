@@ -1,13 +1,25 @@
 """Training: the data, the models, the loop and the files it writes.
 
-train, step, run, setup, schedule, inputs, records
-            the loop; what it computes and uses, how that is set up, and the records of it
-loader, packed_step, collator, positions, candidates, sense_bank
-            the data of a step
-pair, trunk, student
-            teacher and student on a rank
-checkpoint, saving, universal_checkpoint, export
-            files on disk
-teacher_from_scratch
-            a small teacher, for when there is none to download
+train                 the loop
+step                  computes one optimizer step
+run                   everything that the loop uses, and what it needs for each step
+setup                 prepares that from the config
+inputs                opens and checks what training reads, and hashes it into the run's recipe
+schedule              the number of steps, their batch sizes and learning rates
+records               a run's metrics, status, tags and first lines
+loader                reads the shards, and has the data of the next steps ready on the device
+collator              turns samples into micro-batches
+packed_step           puts the data of a step into one buffer, and copies it to the device
+positions             chooses the positions that get a sense term
+candidates            chooses the sense rows that the distribution form compares
+sense_bank            all sense embeddings on the device
+pair                  teacher and student on a rank
+trunk                 computes the layers that teacher and student share only once
+student               the student in a ZeRO-3 engine
+checkpoint            the format of checkpoints: finding, checking and comparing those on disk
+saving                moves a checkpoint between an engine and the disk: writes it, and loads it again
+universal_checkpoint  converts a checkpoint for another number of ranks
+export                writes a checkpoint as a Hugging Face folder
+rehearsal             exports the untrained student before the first step, to see early whether exporting will work
+teacher_from_scratch  trains a small teacher, for when there is none to download
 """

@@ -36,7 +36,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     began = time.perf_counter()
     with stage(
         f"train: run {config.run!r}",
-        reads=[config.path("student"), config.path(kinds.SHARDS.folder, "train"), dictionary_folder(config)],
+        reads=[config.path(kinds.STUDENT.folder), config.path(kinds.SHARDS.folder, "train"), dictionary_folder(config)],
         writes=kinds.checkpoint_folder(config),
     ):
         run = set_up(config, world, began=began, resume=resume, overwrite=overwrite)

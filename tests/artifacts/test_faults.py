@@ -151,7 +151,7 @@ def test_an_exhausted_quota_is_reported_as_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_a_shard_missing_at_the_remote_is_reported_and_the_run_resumes_when_it_is_back(tiny, copy_of_tiny, tmp_path):
-    """A changed shard: test_shard_remote.py::test_a_shard_that_was_changed_there_is_not_read."""
+    """A changed shard: test_shard_remote.py::test_a_shard_that_was_changed_in_the_remote_copy_is_not_read."""
     remote = tmp_path / "remote"
     shutil.copytree(load_config(tiny).path("shards"), remote)
     config = copy_of_tiny(

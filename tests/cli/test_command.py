@@ -78,6 +78,23 @@ def test_overrides_may_be_anywhere_on_a_command_line(call, line):
     assert "margin: 2.0\n" in printed
 
 
+@pytest.mark.parametrize("line", ["run=kd lexicon --config FILE", "--config FILE status", "--config=FILE status"])
+def test_overrides_and_config_before_the_verb_are_refused_clearly(call, line):
+    code, printed, error = call(*line.replace("FILE", CONFIG).split())
+    assert (code, printed) == (2, "")
+    assert "put --config and overrides after the verb: `dskd VERB --config FILE section.key=value`" in error
+
+
+def test_the_launchers_option_may_come_before_the_verb(call):
+    assert call("--local_rank=0", "config", "--config", CONFIG, "--run-names")[0] == 0
+
+
+def test_comparing_without_an_unknown_evaluation_names_those_that_exist(call):
+    code, printed, error = call("compare", "--config", CONFIG, "--without", "picqa")
+    assert (code, printed) == (2, "")
+    assert "--without picqa: there is no such evaluation; choose from evaluation, lexical, arc_challenge" in error
+
+
 def test_overrides_of_a_program_may_follow_any_option(monkeypatch):
     parser = build_parser(None)
     parser.add_argument("--force", action="store_true")

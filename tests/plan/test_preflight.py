@@ -92,7 +92,7 @@ def test_a_remote_copy_of_the_shards_is_checked(copy_of_tiny, tmp_path, capsys):
     shutil.copytree(config.path("shards"), remote)
     preflight(config, ONE_RANK)
     shutil.copy(remote / "validation" / "index.json", remote / "train" / "index.json")
-    with pytest.raises(UserError, match=r"its index.json is not that of .*: it has other shards"):
+    with pytest.raises(UserError, match=r"its index.json is not that of .*, so it has other shards"):
         preflight(config, ONE_RANK)
     assert "all checks passed" in capsys.readouterr().err
 

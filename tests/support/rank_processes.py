@@ -33,6 +33,9 @@ IMPORTED_LATE = [
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.system_metrics.system_metrics_monitor",
     "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "setuptools",
+    "torch.distributed.checkpoint",
     "dskd.shards.dataset",
 ]
 
