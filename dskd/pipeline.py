@@ -93,7 +93,10 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     if current:
         say(f"up to date: {', '.join(current)}")
     if until is None:
-        print(f"\n{compare_or_say_why_not(config)}\n\nAll of it in {time.perf_counter() - started:.0f} s.", flush=True)
+        print(
+            f"\n{compare_or_say_why_not(config)}\n\nPipeline finished in {time.perf_counter() - started:.0f} s.",
+            flush=True,
+        )
 
 
 def plan_stages(

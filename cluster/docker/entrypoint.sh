@@ -35,7 +35,7 @@ stop() {
     [[ -z $stopping ]] || return
     stopping=1
     [[ -n $started ]] || exit 75   # nothing has been started, so there is nothing to save
-    printf 'entrypoint: asked to stop; ranks save a checkpoint after the current step\n' >&2
+    printf 'entrypoint: stop requested; the ranks save a checkpoint after the current step\n' >&2
     ask_to_stop
     # Repeated, because ranks that are still importing do not handle signals yet.
     while sleep 5 && ask_to_stop; do :; done &

@@ -43,7 +43,7 @@ steps=0
 # SLURM sends USR1 some time before the end of the job (--signal), and TERM to preempt it. srun passes signals to its tasks.
 stop() {
     stop_requested=1
-    say "asked to stop; the ranks save and end"
+    say "stop requested; the ranks save and end"
     [[ -z $running ]] || kill -USR1 "$running" 2>/dev/null || true
     # If the time is over, SLURM kills the ranks and this script after `KillWait`, so requeue the job now.
     if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID" || true) == *Reason=TimeLimit* ]]; then

@@ -73,10 +73,12 @@ def read_manifest(path: Path, kind: str, *, made_by: str | None = None, files_ar
     if manifest is None:
         raise UserError(f"{path}: there {KINDS[kind].missing} with `{made_by}`")
     if manifest.kind != kind:
-        raise UserError(f"{path}: expected a {kind}, found a {manifest.kind}; name the right folder")
+        raise UserError(
+            f"{path}: expected an artifact of kind {kind!r}, found {manifest.kind!r}; name the right folder"
+        )
     if manifest.schema_version != KINDS[kind].schema_version:
         raise UserError(
-            f"{path}: this {kind} has format {manifest.schema_version}, this version of dskd reads "
+            f"{path}: this artifact ({kind!r}) has format {manifest.schema_version}, this version of dskd reads "
             f"{KINDS[kind].schema_version}; make it again with `{made_by}`"
         )
     for name, size in misfits.items():

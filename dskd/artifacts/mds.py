@@ -97,15 +97,17 @@ def _unpacked(folder: Path, reader: Any) -> tuple[Path, bytes]:
     refuse_pointer_beginning(data, path)
     for algorithm, expected in (stored.hashes or {}).items():
         if get_hash(algorithm, data) != expected:
-            raise UserError(f"{path}: the content is not what {INDEX} says: cut or changed; fetch or make it again")
+            raise UserError(
+                f"{path}: the content is not what {INDEX} says: truncated or changed; fetch or make it again"
+            )
     if not raw:
         try:
             data = decompress(reader.compression, data)
         except Exception as error:  # each of the five codecs raises its own errors
-            raise UserError(f"{path}: cannot be unpacked ({error}); was it cut? Fetch it again") from None
+            raise UserError(f"{path}: cannot be unpacked ({error}); was it truncated? Fetch it again") from None
     if len(data) != reader.raw_data.bytes:
         raise UserError(
-            f"{path}: {len(data)} bytes, but {INDEX} says {reader.raw_data.bytes}; was its download or copy cut? "
+            f"{path}: {len(data)} bytes, but {INDEX} says {reader.raw_data.bytes}; was its download or copy truncated? "
             "Fetch it again"
         )
     return path, data

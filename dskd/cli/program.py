@@ -72,7 +72,7 @@ def add_verb(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run_verb=run_verb)
+    parser.set_defaults(run_verb=run_verb, parser=parser)
     return parser
 
 
@@ -92,12 +92,12 @@ def parse(parser: argparse.ArgumentParser, *lists: str) -> argparse.Namespace:
     """Parses the command line. Overrides may be anywhere after the verb, even after an option that takes several names.
 
     Args:
-        parser: the parser of the program.
+        parser: the parser of the program. An unknown option after a verb is refused with the verb's usage.
         lists: its options that take several names. What contains `=` after them is an override.
     """
     args, rest = parser.parse_known_args()  # argparse takes only the first group of overrides if the line has several
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(args, "overrides"):
         args.overrides += rest
     for name in lists:
@@ -136,10 +136,10 @@ def run(action: Callable[[], int | None]) -> int:
             raise
         place = f" ({error.filename})" if error.filename else ""
         if not place and (shortage := describe_shortage()):
-            print(f"error: {error.strerror}; {shortage}. What was complete stays", file=sys.stderr, flush=True)
+            print(f"error: {error.strerror}; {shortage}. Completed files are kept", file=sys.stderr, flush=True)
             return USER_ERROR_EXIT_CODE
         print(
-            f"error: {error.strerror}{place}; what was complete stays. Free some space, or set workdir to another "
+            f"error: {error.strerror}{place}; completed files are kept. Free some space, or set workdir to another "
             "disk, and run the same command again: it resumes",
             file=sys.stderr,
             flush=True,
@@ -160,10 +160,10 @@ def run(action: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return FAULT_EXIT_CODE
     except Stopped as stopped:
-        say(f"{str(stopped) or 'stopped on request; what was complete stays'}")
+        say(f"{str(stopped) or 'stopped on request; completed files are kept'}")
         return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
-        say("interrupted; what was complete stays")
+        say("interrupted; completed files are kept")
         return 130
 
 
@@ -207,10 +207,10 @@ def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], obj
             lost = peers.find_lost()
             if lost is None:
                 if _shared_memory_failed(error) and (shortage := describe_shortage(is_known=True)):
-                    raise UserError(f"{shortage}. What was complete stays") from error
+                    raise UserError(f"{shortage}. Completed files are kept") from error
                 raise
             raise LostPeerError(
-                f"[rank {world.rank}, {peers.host}] {lost}; this rank cannot continue without, so it ends too. "
+                f"[rank {world.rank}, {peers.host}] {lost}; this rank cannot continue without them, so it ends too. "
                 f"Start all ranks again (training: with --resume). Noticed by: {str(error).strip().splitlines()[0]}"
             ) from error
         shutdown()

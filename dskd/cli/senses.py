@@ -6,6 +6,13 @@ from pathlib import Path
 from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 
+HELP = "work on finished sense dictionaries: merge, geometry"
+EPILOG = """
+examples:
+  dskd senses geometry --config configs/quickstart.yaml
+  dskd senses merge --config configs/wiki.yaml --dictionary work/wiki/senses --dictionary work/tasks/senses \\
+      --output work/merged
+"""
 MERGE_HELP = "merge sense dictionaries that one teacher built on different corpora"
 MERGE_EPILOG = """
 The config names the teacher, the lexicon (for the spans and relations), and how to cluster: senses.k,
@@ -30,7 +37,13 @@ example:
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parsers of `senses merge` and `senses geometry`."""
-    senses = verbs.add_parser("senses", help="work on finished sense dictionaries: merge, geometry")
+    senses = verbs.add_parser(
+        "senses",
+        help=HELP,
+        description=f"{HELP[0].upper()}{HELP[1:]}.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     actions = senses.add_subparsers(dest="action", required=True, metavar="ACTION")
     merge = add_verb(actions, "merge", run_merge, text=MERGE_HELP, epilog=MERGE_EPILOG)
     add_config_arguments(merge)

@@ -121,7 +121,7 @@ class LexiconConfig(Section):
             raise ValueError("languages are those of WordNet: set wordnet: true, or remove them")
         if self.indirect_antonyms and not (self.wordnet and "eng" in self.languages):
             raise ValueError(
-                "indirect_antonyms come from WordNet in English: set wordnet: true and have eng in languages"
+                "indirect_antonyms come from WordNet in English: set wordnet: true and add eng to languages"
             )
         return self
 

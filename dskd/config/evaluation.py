@@ -78,7 +78,7 @@ class TasksConfig(Section):
     )
     batch_size: int = Field(16, ge=1, description="number of prompts that a rank runs at once")
     train_share: float = Field(
-        0.25, gt=0, le=1, description="with corpus.source: tasks. Share of training splits to use, but for squad_v2"
+        0.25, gt=0, le=1, description="with corpus.source: tasks. Share of training splits to use, except for squad_v2"
     )
     seed: int = Field(
         0,

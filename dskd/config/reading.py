@@ -33,18 +33,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     data, lines = read_yaml(path)
-    problems: list[str] = []
+    problems: list[tuple[tuple[bool, int], str]] = []  # with the place of each, by which they are listed
     overridden: dict[str, str] = {}
     changes: dict[str, Any] = {}
-    for override in overrides:
+    for number, override in enumerate(overrides):
         key, equals, text = override.partition("=")
         if not equals or not key or not all(key.split(".")):
-            problems.append(f"{override!r}: an override is section.key=value, for example loss.sense_weight=0")
+            problem = f"{override!r}: an override is section.key=value, for example loss.sense_weight=0"
+            problems.append(((True, number), problem))
             continue
         try:
             _set_dotted(changes, key, load_yaml(text)[0])
-        except (yaml.YAMLError, UserError, RecursionError) as problem:
-            problems.append(f"{override!r}: the value is not YAML ({problem})")
+        except (yaml.YAMLError, UserError, RecursionError) as error:
+            problems.append(((True, number), f"{override!r}: the value is not YAML ({error})"))
             continue
         overridden[key] = override
     # Overrides can choose the run, so they are applied before the run's keys are known, and again over those keys.
@@ -52,19 +53,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     seed_problems = _seed_problems(merged, data, changes)
     merged, run_problems = apply_run(with_seeds(merged), changes)
     merged, path_problems = _expand_variables(merged)
-    problems += [
-        f"{_place(path, lines, overridden, key)}{message}"
-        for key, message in (*seed_problems, *run_problems, *path_problems)
-    ]
+    found = [*seed_problems, *run_problems, *path_problems]
     try:
         config = Config.model_validate_json(json.dumps(merged, default=str))
-    except ValidationError as error:
-        problems += [
-            f"{_place(path, lines, overridden, key)}{message}" for key, message in explain(error.errors(), merged)
-        ]
+    except ValidationError as invalid:
+        keys = {key for key, _ in found}
+        found += [(key, message) for key, message in explain(invalid.errors(), merged) if key not in keys]
+    for key, message in found:
+        place, start = _locate(path, lines, overridden, overrides, key)
+        problems.append((place, f"{start}{message}"))
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise UserError(listed(f"{count} in the configuration", problems))
+        texts = [text for _, text in sorted(problems, key=lambda problem: problem[0])]
+        raise UserError(listed(f"{count} in the configuration", texts))
     return config
 
 
@@ -187,10 +188,13 @@ def _contains_path(annotation: Any) -> bool:
     return EXPANDED in getattr(annotation, "__metadata__", ()) or any(map(_contains_path, get_args(annotation)))
 
 
-def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: str) -> str:
-    """Returns the beginning of a message about `key`.
+def _locate(
+    path: Path, lines: dict[str, int], overridden: dict[str, str], overrides: Sequence[str], key: str
+) -> tuple[tuple[bool, int], str]:
+    """Returns the place of a problem with `key`, to list problems by it, and the beginning of the message.
 
-    It names the override that set the key, its line in the file, or the line of the nearest section in the file.
+    The place is (False, line in the file) or (True, number of the override). The message begins with the override that
+    set the key, its line in the file, or the line of the nearest section in the file.
     """
     shown = f"{key}: " if key else ""
     parts = key.split(".")
@@ -201,7 +205,7 @@ def _place(path: Path, lines: dict[str, int], overridden: dict[str, str], key: s
             text for name, text in overridden.items() if name == prefix or (is_whole and name.startswith(f"{prefix}."))
         ]
         if matching:
-            return f"override {matching[0]!r}: {shown}"
+            return (True, overrides.index(matching[0])), f"override {matching[0]!r}: {shown}"
         if prefix in lines:
-            return f"{path}:{lines[prefix]}: {shown}"
-    return f"{path}: {shown}"
+            return (False, lines[prefix]), f"{path}:{lines[prefix]}: {shown}"
+    return (False, 0), f"{path}: {shown}"

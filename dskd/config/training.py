@@ -66,7 +66,9 @@ class LossConfig(Section):
     sense_random_candidates: int = Field(
         128, ge=1, description="with random in sense_candidates. Rows drawn from the whole dictionary in each step"
     )
-    margin: float = Field(1.0, ge=0, description="m: antonym rows s farther than this (|h-s|²/D) are not pushed from")
+    margin: float = Field(
+        1.0, ge=0, description="m: a position is not pushed away from antonym rows s farther than this (|h-s|²/D)"
+    )
     relative_margin: float | None = Field(
         None, ge=0, description="instead of margin: a multiple of the teacher's own mean distance to antonym rows"
     )
@@ -77,7 +79,9 @@ class LossConfig(Section):
     )
     antonym_weight: float = Field(1.0, ge=0, description="w_n, weight of the push from antonyms")
     relation_share: float = Field(0.4, ge=0, le=1, description="share of positions with relations that a step draws")
-    min_relations: int = Field(25, ge=0, description="number of such positions at least, or all")
+    min_relations: int = Field(
+        25, ge=0, description="draw at least this many such positions, or all if there are fewer"
+    )
     hidden_weight: float = Field(0.0, ge=0, description="weight of the squared distance to the teacher's state")
 
     @model_validator(mode="after")

@@ -127,6 +127,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file; examples are in configs/") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder; name a file in it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the config file cannot be read ({error})") from None
     try:
@@ -136,10 +138,16 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: this is not YAML: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', found {type(data).__name__}")
+        raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', {_found(data)}")
     # x-NAME holds anchors for the other sections, as in Compose files.
     data = {key: value for key, value in data.items() if not str(key).startswith("x-")}
     return data, dict(_lines_of(node, ""))
+
+
+def _found(data: Any) -> str:
+    if data is None:
+        return "but the file is empty"
+    return "found a list" if isinstance(data, list) else f"found {str(data)[:40]!r}"
 
 
 def _lines_of(node: Any, prefix: str) -> Iterator[tuple[str, int]]:

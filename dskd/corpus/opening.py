@@ -69,7 +69,7 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
         start = raw.read(16)
     opener = _OPENERS.get(ending)
     if opener is not None and not start:
-        raise UserError(f"{path}: the compressed file is empty; was its download or copy cut?")
+        raise UserError(f"{path}: the compressed file is empty; was its download or copy truncated?")
     if opener is None:
         _refuse_hidden_kind(path, start)
     with contextlib.ExitStack() as stack:
@@ -108,7 +108,7 @@ def reading_errors(path: Path) -> Iterator[None]:
             "leave it out"
         ) from None
     except EOFError:
-        raise UserError(f"{path}: the compressed file ends too early; was its download or copy cut?") from None
+        raise UserError(f"{path}: the compressed file ends too early; was its download or copy truncated?") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: this is not whole gzip data ({error}); fetch it again, or leave it out") from None
     except lzma.LZMAError as error:
@@ -116,11 +116,11 @@ def reading_errors(path: Path) -> Iterator[None]:
     except pa.ArrowException as error:
         kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: this is not a readable {kind} file ({reason}); was its download cut?") from None
+        raise UserError(f"{path}: this is not a readable {kind} file ({reason}); was its download truncated?") from None
     except OSError as error:
         reason = error.strerror or str(error)
         if "Truncated compressed stream" in reason:
-            reason = "the compressed file ends too early; was its download or copy cut?"
+            reason = "the compressed file ends too early; was its download or copy truncated?"
         raise UserError(f"{path}: cannot be read ({reason})") from None
 
 

@@ -160,7 +160,7 @@ def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any
             here = repr(actual) if actual else "the end of the file"
             raise UserError(
                 f"{path}: after element {number} of the array: expected {' or '.join(expected)}, found {here}; was its "
-                "download cut?"
+                "download truncated?"
             )
 
     skip_blanks()

@@ -62,8 +62,8 @@ def _arrow_batches(path: Path, text_field: str, source: pa.MemoryMappedFile) -> 
     source.seek(max(0, size - len(_ARROW_STREAM_END)))
     if source.read(len(_ARROW_STREAM_END)) != _ARROW_STREAM_END:
         raise UserError(
-            f"{path}: this Arrow stream has no end mark: its download or copy was cut, or its writer was never closed; "
-            "fetch it again, or write it again and close the writer"
+            f"{path}: this Arrow stream has no end mark: its download or copy was truncated, or its writer was never "
+            "closed; fetch it again, or write it again and close the writer"
         )
     source.seek(0)
     while source.tell() < size:  # a reader stops at the end of its stream, where another may begin

@@ -199,13 +199,13 @@ def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
 def _describe_missing(store: dist.Store, world_size: int) -> str:
     try:
         missing = [rank for rank in range(world_size) if not store.check([f"rank {rank}"])]
-        came = sorted({store.get(f"rank {rank}").decode() for rank in range(world_size) if rank not in missing})
+        joined = sorted({store.get(f"rank {rank}").decode() for rank in range(world_size) if rank not in missing})
     except dist.DistError:
-        return "not all ranks came, and rank 0 has ended: read its messages"
+        return "not all ranks joined, and rank 0 has ended: read its messages"
     nodes = sorted({rank // int(os.environ.get("LOCAL_SIZE", "1")) for rank in missing})
     return (
         f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, of node{'s' * (len(nodes) > 1)} "
-        f"{', '.join(map(str, nodes))} (from 0, as in the hostfile), did not come (there are: {', '.join(came)})"
+        f"{', '.join(map(str, nodes))} (from 0, as in the hostfile), did not join (joined: {', '.join(joined)})"
     )
 
 

@@ -249,7 +249,7 @@ def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -
     if pieces is not None:
         made = f"{len(pieces)} token{'s' * (len(pieces) != 1)} of it ({' | '.join(pieces)})"
         text += f", and has no senses of its own: the tokenizer makes {made}"
-    return text + (f"; near spellings: {', '.join(near)}" if near else "; no word there is spelled like it")
+    return text + (f"; near spellings: {', '.join(near)}" if near else "; no similar spelling")
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -263,7 +263,7 @@ def format_word(report: WordReport) -> str:
         lines.append(f"  {len(report.tokens)} token{'s' * (len(report.tokens) != 1)}: {shown}")
     if report.head is not None:
         lines.append(f"  {report.head}")
-    lines += [f"  a head too where it is {form.replace('_', ' ')} (token {token})" for form, token in report.forms]
+    lines += [f"  also a head when {form.replace('_', '-')} (token {token})" for form, token in report.forms]
     if not report.related:
         near = f"; near spellings: {', '.join(report.near_spellings)}" if report.near_spellings else ""
         lines.append(f"  not in the lexicon{near}")
@@ -292,9 +292,7 @@ def _relations_table(report: WordReport) -> str:
 def _sense_lines(report: WordReport) -> list[str]:
     assert report.senses is not None
     if not report.senses:
-        why = (
-            "none of the teacher's states belongs to it" if len(report.tokens or ()) == 1 else "it is no span of tokens"
-        )
+        why = "none of the teacher's states belongs to it" if len(report.tokens or ()) == 1 else "it is not a span"
         return [f"Senses: none, as {why}"]
     total = sum(sense.count for sense in report.senses)
     lines = [f"Senses: {len(report.senses)}, of {total:,} states"]

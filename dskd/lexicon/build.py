@@ -79,7 +79,7 @@ def build_lexicon(config: Config) -> None:
                 }
             relations = pairs.resolved()
             if not relations:
-                raise UserError(f"the sources of the lexicon ({', '.join(sources)}) give no pair of words")
+                raise UserError(f"the sources of the lexicon ({', '.join(sources)}) contain no pair of words")
             if morpholex is not None:
                 heads = {relation.head for relation in relations}
                 building.facts["negation"] |= {"words_before": len(words), "words_gone": len(words - heads)}

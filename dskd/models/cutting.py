@@ -115,8 +115,8 @@ def check_student(student: ModelFolder, teacher: ModelFolder, layers: list[int])
         layers: the teacher's layers that the student keeps.
 
     Raises:
-        UserError: when tensors do not fit, the student cannot be loaded, or it computes something else than the teacher
-            without its other layers.
+        UserError: when tensors do not fit, the student cannot be loaded, or it computes something different from the
+            teacher without its other layers.
     """
     reader = TensorReader(student.path)
     check_stored_tensors(empty_model(student), reader, student)

@@ -150,7 +150,7 @@ def _tokenizer_reason(folder: Path, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which runs only with teacher.trust_remote_code: true; read that code first"
     if type(error) is Exception or isinstance(error, json.JSONDecodeError):
-        return f"{folder / 'tokenizer.json'} may be damaged ({reason_of(error)}); was its download or copy cut?"
+        return f"{folder / 'tokenizer.json'} may be damaged ({reason_of(error)}); was its download or copy truncated?"
     model = next((name for name in _SENTENCEPIECE_FILES if (folder / name).is_file()), None)
     missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
     if model is not None and missing and not (folder / "tokenizer.json").is_file():

@@ -69,9 +69,9 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
     kept = ", ".join(map(str, layers))
     if not difference <= _TOLERANCE:
         raise UserError(
-            f"student.layers: {name} with the teacher's layers {kept} alone computes something else than the teacher "
-            f"without its other layers: the last hidden states differ by {difference:.1e} of their norm. So what a "
-            "layer of this architecture computes depends on its place; keep others, for example the lowest ones "
+            f"student.layers: {name} with the teacher's layers {kept} alone computes something different from the "
+            f"teacher without its other layers: the last hidden states differ by {difference:.1e} of their norm. So "
+            "what a layer of this architecture computes depends on its place; keep others, for example the lowest ones "
             "(student.spacing: first), or all"
         )
     tokens = probe["input_ids"].numel()

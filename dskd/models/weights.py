@@ -117,7 +117,9 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); was its download or copy cut?") from None
+        raise UserError(
+            f"{path}: not a readable safetensors file ({error}); was its download or copy truncated?"
+        ) from None
 
 
 def _json_or_empty(file: Path) -> dict[str, Any]:

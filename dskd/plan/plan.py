@@ -95,7 +95,7 @@ def make_plan(
     if samples is not None and samples < config.train.global_batch_size:
         raise UserError(
             f"train.global_batch_size: {config.train.global_batch_size} sequences a step, but there are {samples}; "
-            "lower it, or have more text"
+            "lower it, or add text"
         )
     steps = config.train.steps if samples is None else count_steps(config.train, samples)
     batches = {"micro_batch_size": micro_batch_size, "accumulation_steps": accumulation_steps}

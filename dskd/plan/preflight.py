@@ -64,8 +64,8 @@ def preflight(config: Config, world: World) -> None:
             for host in {report["host"] for report in reports}
         )
         error = UserError if everywhere else OutageError
-        raise error(listed("preflight: not everything is as training needs it", problems), known_to_all_ranks=True)
-    say("preflight: everything is as training needs it")
+        raise error(listed("preflight: the nodes are not ready for training", problems), known_to_all_ranks=True)
+    say("preflight: all checks passed")
 
 
 def _node(report: Mapping[str, Any]) -> int:
@@ -180,7 +180,7 @@ def _look(config: Config, world: World) -> dict[str, Any]:
     shared_gb = shutil.disk_usage(shared).total / GB if shared.is_dir() else 0.0
     if config.train.num_workers and shared_gb < _SMALLEST_SHARED_MEMORY_GB:
         problems.append(
-            f"/dev/shm has {shared_gb:.2f} GB, and the loader's workers hand batches over in it; give the container at "
+            f"/dev/shm has {shared_gb:.2f} GB, and the loader's workers pass batches through it; give the container at "
             f"least {_SMALLEST_SHARED_MEMORY_GB:.0f} GB (docker: --shm-size), or set train.num_workers=0"
         )
     is_cuda = world.device.type == "cuda"
@@ -248,7 +248,7 @@ def _remove_leftovers(workdir: Path) -> None:
 
 def _check_lock(path: Path) -> str | None:
     try:
-        hold_lock(path, "looks whether there are locks")
+        hold_lock(path, "checks that files can be locked")
         release_lock(path)
     except UserError as problem:
         return str(problem)

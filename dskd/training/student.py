@@ -159,7 +159,7 @@ def trained_layers(student: StudentConfig, count: int) -> set[int]:
     layers = set(range(max(0, count - chosen), count)) if isinstance(chosen, int) else set(chosen)
     missing = sorted(layers - set(range(count)))
     if missing:
-        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, but not {missing}")
+        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
     return layers
 
 

@@ -129,4 +129,4 @@ def difference(
     name = type(engine.module.decoder.base).__name__
     if changes_input:
         return f"{name} changes the states that go into its lowest layer"
-    return f"{name}'s lowest trained layer computes something else than the teacher's" if changes_output else None
+    return f"{name}'s lowest trained layer computes something different from the teacher's" if changes_output else None

@@ -139,8 +139,8 @@ def test_damaged_files_are_reported(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "shards"}, "expected a senses, found a shards"),
-        ({"schema_version": 99}, "this senses has format 99, this version of dskd reads 1"),
+        ({"kind": "shards"}, "expected an artifact of kind 'senses', found 'shards'"),
+        ({"schema_version": 99}, r"this artifact \('senses'\) has format 99, this version of dskd reads 1"),
         ({"kind": None, "extra": 1}, "this is not a manifest"),
     ],
 )

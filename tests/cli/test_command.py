@@ -40,7 +40,9 @@ def test_the_version_is_that_of_the_package(call):
     assert call("--version") == (0, f"dskd {importlib.metadata.version('dskd')}\n", "")
 
 
-@pytest.mark.parametrize("verb", ["lexicon", "config", "student", "export", "status", "wordnet", "compare", "plan"])
+@pytest.mark.parametrize(
+    "verb", ["lexicon", "config", "student", "export", "status", "wordnet", "compare", "plan", "senses"]
+)
 def test_the_help_of_a_verb_has_examples(call, verb):
     code, printed, _ = call(verb, "--help")
     assert code == 0
@@ -118,6 +120,7 @@ def test_an_option_without_names_may_precede_overrides(monkeypatch):
 def test_unknown_options_are_refused(call, words):
     code, printed, error = call("config", "--config", CONFIG, *words)
     assert (code, printed) == (2, "")
+    assert error.startswith("usage: dskd config ")
     assert "unrecognized arguments: --nonsense" in error
 
 

@@ -62,7 +62,7 @@ def undisturbed(kubelet):
     assert {pod.env["DSKD_PREFLIGHT"] for pod in pods} == {"1"}
     running = _start(kubelet, pods, preflight=True)
     assert _wait(running) == [0, 0], _output(running)
-    assert "preflight: everything is as training needs it" in running[0].output
+    assert "preflight: all checks passed" in running[0].output
     for one in running:  # each pod checks the checkpoints
         assert f"run 'dskd': finished, step {STEPS} of {STEPS}" in one.output
     losses = _losses(kubelet, "dskd")
@@ -157,8 +157,8 @@ def test_stopped_and_killed_pods_are_replaced_and_the_losses_stay_the_same(kubel
     codes = _wait(running, 60)
     assert codes == [75, 75], _output(running)
     assert [verdict(spec, codes[0]), verdict(spec, codes[1], disrupted=True)] == ["Ignore", "Ignore"]
-    assert "entrypoint: asked to stop" in running[1].output
-    assert "entrypoint: asked to stop" not in running[0].output
+    assert "entrypoint: stop requested" in running[1].output
+    assert "entrypoint: stop requested" not in running[0].output
     stopped_at = checkpoint.latest(_config(kubelet, "disturbed")).step
     assert f"stopped at step {stopped_at} of {STEPS}" in running[0].output
 
@@ -198,7 +198,7 @@ def test_a_pipeline_stops_on_request(cluster, tmp_path):
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 75, running.output
-    assert "stopped on request; what was complete stays" in running.output
+    assert "stopped on request; completed files are kept" in running.output
 
 
 def test_a_users_mistake_fails_the_job(kubelet):

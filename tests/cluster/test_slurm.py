@@ -143,7 +143,7 @@ def undisturbed(site):
     """The losses of an undisturbed run."""
     job = site.submit("run=undisturbed", env="DSKD_PREFLIGHT=1")
     shown = site.wait(job, "COMPLETED")
-    assert "preflight: everything is as training needs it" in site.log(job)
+    assert "preflight: all checks passed" in site.log(job)
     assert shown["Restarts"] == "0", site.log(job)
     (run,) = site.runs("undisturbed")
     assert (run.status, run.tags["world_size"]) == ("FINISHED", "4")

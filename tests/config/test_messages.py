@@ -17,7 +17,7 @@ from dskd.errors import UserError
     [
         ("loss=3", "loss: expected keys, such as loss.ce_weight=1.0, found 3"),
         ("teacher=x", 'teacher: expected keys, such as teacher.path=VALUE, found "x"'),
-        ("runs=[a]", "runs: expected keys, such as NAME: {}, found"),
+        ("runs=[a]", "runs: expected the name of each run with the keys in which it differs, such as kd: {}"),
         ("lexicon.tsv=a.tsv", 'lexicon.tsv: expected a list, such as [a, b], found "a.tsv"'),
         ("student.layers=x", 'student.layers: expected a whole number, or a list, such as [a, b], found "x"'),
         ("train.steps=1.5", "train.steps: expected a whole number, found 1.5"),
@@ -43,7 +43,7 @@ def test_the_documented_keys_are_those_that_dskd_config_prints():
 
 def test_every_key_is_described():
     text = describe()
-    assert "its own (O_i), those of its synonyms" in text  # a section is told of to the end
+    assert "its own (O_i), those of its synonyms" in text  # the whole text of a section
     for section, field in Config.model_fields.items():
         assert section in text
         annotation = field.annotation

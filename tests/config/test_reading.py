@@ -56,7 +56,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
         load_config(path, ["train.epochs=0", "nonsense", "senses.k=true"])
     message = str(error.value)
     assert "7 problems in the configuration" in message
-    for part in (
+    parts = (
         f"{path}:4: teacher.offlaod: unknown key; did you mean teacher.offload?",
         f"{path}:6: train.learning_rate:",
         f"{path}:7: train.steps:",
@@ -64,8 +64,10 @@ def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
         "override 'train.epochs=0'",
         "'nonsense': an override is section.key=value",
         "override 'senses.k=true'",
-    ):
-        assert part in message
+    )
+    places = [message.find(part) for part in parts]
+    assert places == sorted(places)  # by line, then in the order of the overrides
+    assert -1 not in places
 
 
 def test_overrides_win_over_runs_and_runs_over_the_file(tmp_path):

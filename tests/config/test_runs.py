@@ -77,6 +77,8 @@ def test_a_run_that_does_not_exist_is_refused(tmp_path):
     path = write_yaml(tmp_path, {**MINIMAL, "run": "a", "runs": {"a": {}, "b": {}}})
     with pytest.raises(UserError, match="there is no run 'c' in this file; its runs: a, b"):
         load_config(path, ["run=c"])
+    with pytest.raises(UserError, match="1 problem in the configuration"):
+        load_config(path, ["run=a/b"])
 
 
 def test_a_seed_that_contradicts_seeds_is_refused(tmp_path):

@@ -59,7 +59,7 @@ def test_layers_and_trained_layers_must_fit_together(tmp_path):
     assert "student: layers: expected different layers in ascending order, such as [1, 5], found [5, 1, 5]" in str(
         error.value
     )
-    assert "train_layers: the student has layers 0 to 1, but not [2]" in str(error.value)
+    assert "train_layers: the student has layers 0 to 1, so there is no [2]" in str(error.value)
     assert load_config(path, ["student.layers=[1, 5, 7]"]).student.train_layers == (1, 2)
 
 

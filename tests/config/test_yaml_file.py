@@ -74,3 +74,13 @@ def test_mistakes_in_merged_keys_are_reported_with_their_lines(tmp_path, text, m
     path = write_yaml(tmp_path, f"workdir: w\nteacher: {{path: a/b}}\n{text}")
     with pytest.raises(UserError, match=message):
         load_config(path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("# later\n", "but the file is empty"), ("- a\n", "found a list")])
+def test_a_file_without_sections_is_refused(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"expected sections like 'teacher:' and 'train:', {message}"):
+        load_config(path)
+    with pytest.raises(UserError, match="this is a folder; name a file in it"):
+        load_config(tmp_path)

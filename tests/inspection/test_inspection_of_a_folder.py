@@ -155,7 +155,7 @@ def test_a_word_of_a_hand_made_work_directory(tmp_path):
     assert len(report.notes) == 1  # the note that there are no shards
     text = format_word(report)
     assert "    near: very large 2.00 (synonym), small 5.00 (antonym)" in text
-    assert f"  a head too where it is capitalized (token {ids['Big']})" in text
+    assert f"  also a head when capitalized (token {ids['Big']})" in text
 
     of_span = inspect_word(config, "very large", neighbours=1)
     assert of_span.head == "no usable head: it is 2 tokens, and a head must be one"

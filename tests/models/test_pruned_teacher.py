@@ -101,7 +101,9 @@ def test_layers_that_depend_on_their_place_in_a_models_own_code_are_refused(tmp_
     (folder / "modeling_own.py").write_text(OWN_CODE)
     own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     edit_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=own)
-    with pytest.raises(UserError, match=r"OwnForCausalLM with the teacher's layers 0, 2 alone computes something else"):
+    with pytest.raises(
+        UserError, match=r"OwnForCausalLM with the teacher's layers 0, 2 alone computes something different"
+    ):
         build_student(_config(tmp_path, (0, 2), trust_remote_code=True))
     assert not (tmp_path / "work" / "student").exists()
     build_student(_config(tmp_path, (0, 1), trust_remote_code=True))

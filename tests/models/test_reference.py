@@ -85,4 +85,4 @@ def test_weights_that_are_not_finite_are_named_as_the_cause(tmp_path, world, mod
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"weights or states are not finite: the last hidden states on rank 0") as error:
         load(tmp_path / "teacher", world, mode=mode, precision="fp32")
-    assert "computes something else" not in str(error.value)
+    assert "computes something different" not in str(error.value)

@@ -76,7 +76,7 @@ def test_a_machine_by_itself_is_checked(tmp_path, capsys, world):
     config = load_config(write_config(tmp_path / "x.yaml", {"workdir": str(tmp_path / "w"), "teacher": {"path": "t"}}))
     preflight(config, ONE_RANK)
     printed = capsys.readouterr().err
-    assert "everything is as training needs it" in printed
+    assert "all checks passed" in printed
     assert list((tmp_path / "w").iterdir()) == []
     file = tmp_path / "file"
     file.touch()
@@ -94,7 +94,7 @@ def test_a_remote_copy_of_the_shards_is_checked(copy_of_tiny, tmp_path, capsys):
     shutil.copy(remote / "validation" / "index.json", remote / "train" / "index.json")
     with pytest.raises(UserError, match=r"its index.json is not that of .*, so it has other shards"):
         preflight(config, ONE_RANK)
-    assert "everything is as training needs it" in capsys.readouterr().err
+    assert "all checks passed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_ranks_that_do_not_arrive_are_named_with_their_node(copy_of_tiny):
     config = copy_of_tiny()
     (first,) = start_ranks("train.py", config, "train.collective_timeout_s=10", ranks=2, absent=[1])
     assert first.wait(60) == 1, first.output
-    assert "rank 1, of node 0 (from 0, as in the hostfile), did not come" in first.output
+    assert "rank 1, of node 0 (from 0, as in the hostfile), did not join" in first.output
     assert "within 10 s; look at that node" in first.output
     assert "Traceback" not in first.output
 
@@ -112,7 +112,7 @@ def test_ranks_find_storage_that_is_not_shared_and_shards_that_are_damaged(copy_
     config = copy_of_tiny(*BEFORE_TRAINING)
     jobs = [fork_ranks(act_on_nodes, preflight, [config, config], ranks=2) for _ in range(2)]  # as of two runs
     for job in jobs:
-        assert "everything is as training needs it" in finish(job, 60).output
+        assert "all checks passed" in finish(job, 60).output
     assert not list(load_config(config).path().glob(".preflight*"))
 
     shutil.copytree(load_config(config).path(), tmp_path / "other")
@@ -121,7 +121,7 @@ def test_ranks_find_storage_that_is_not_shared_and_shards_that_are_damaged(copy_
     next((tmp_path / "other" / "shards" / "train").glob("*.mds*")).unlink()
     ended = finish(fork_ranks(act_on_nodes, preflight, [config, other], ranks=2), 60, check=False)
     assert ended.exit_code == 2
-    assert ended.output.count("error: preflight: not everything is as training needs it") == 1
+    assert ended.output.count("error: preflight: the nodes are not ready for training") == 1
     for expected in ("other is not the folder that rank 0 writes to", "it is missing"):
         assert expected in ended.output, ended.output
     assert "rank 1 (" in ended.output

@@ -68,7 +68,7 @@ def row(name: str, finding: Finding) -> str:
 def _short(reason: str) -> str:
     """Returns a refusal without its advice."""
     reason = re.sub(r"^student\.\w+: on is not possible: ", "", reason)
-    if "would compute something else" in reason:  # only the first difference
+    if "would compute something different" in reason:  # only the first difference
         reason = "a layer depends on its place: " + re.split(r"the teacher's \d+: |first\) ", reason)[-1]
     elif "its states of a document depend" in reason:
         reason = "documents see each other"

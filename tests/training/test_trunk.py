@@ -204,5 +204,5 @@ def test_a_student_that_is_no_longer_a_copy_is_detected(tmp_path, world):
     save_file(tensors, file, metadata={"format": "pt"})
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
     assert manifest["kind"] == "student"
-    with pytest.raises(UserError, match="lowest trained layer computes something else"):
+    with pytest.raises(UserError, match="lowest trained layer computes something different"):
         _load(config, world)

@@ -287,7 +287,7 @@ def _from_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: this is not JSON ({error}); was its download cut?") from None
+        raise UserError(f"{place}: this is not JSON ({error}); was its download truncated?") from None
 
 
 # ---------------------------------------------------------------------------------------------------- rows to examples
