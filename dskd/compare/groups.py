@@ -108,7 +108,7 @@ def config_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     rows = []
     settings = [settings_of(group.runs[0]) for group in groups]
     for key in sorted(set().union(*settings) - {SEED}):
-        values = [one.get(key, "-") for one in settings]
+        values = [group_settings.get(key, "-") for group_settings in settings]
         if len(set(values)) > 1:
             rows.append((key, values))
     for tag in INPUT_TAGS:
