@@ -157,10 +157,10 @@ def test_the_teacher_continues_a_prompt_by_at_most_the_tokens_of_an_answer(tmp_p
     counts = extended.has_target.sum(1) - batch.has_target.sum(1) + 1
     assert added == counts.sum()
     assert (counts <= torch.tensor(allowed)).all()
-    many = Continuer(teacher, 10, seed=1).wanted_tokens(0, 400, torch.tensor([2, 10] * 200))
+    many = Continuer(teacher, 10, seed=1).draw_lengths(0, 400, torch.tensor([2, 10] * 200))
     assert set(many[::2].tolist()) == {1, 2}
     assert set(many[1::2].tolist()) == set(range(1, 11))
-    fewer = Continuer(teacher, 3, seed=1).wanted_tokens(0, 400, torch.tensor([2, 10] * 200))
+    fewer = Continuer(teacher, 3, seed=1).draw_lengths(0, 400, torch.tensor([2, 10] * 200))
     assert set(fewer[::2].tolist()) == {1, 2}
     assert set(fewer[1::2].tolist()) == {1, 2, 3}
     teacher.close()
