@@ -170,7 +170,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_the_cpu_in_float64(form, di
         head = DistillationHead(torch.nn.Parameter(there(weight)), there(teacher_weight), loss, chunk_size=chunk_size)
         states = there(hidden).clone().requires_grad_()
         total, sums = head(
-            states, normalizers=Normalizers(tokens=1 / 170, senses=1 / 50), senses=all_there(senses), **all_there(case)
+            states, normalizers=Normalizers(targets=1 / 170, senses=1 / 50), senses=all_there(senses), **all_there(case)
         )
         total.backward()
         return {"total": total, "gradient": states.grad, **dict(zip(SUMS, sums, strict=True))}

@@ -181,15 +181,15 @@ def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) 
         if arm.name != baseline
     }
     whole = {
-        name: [one for one in of_measures if one is not None]
+        name: [tested for tested in of_measures if tested is not None]
         for name, of_measures in differences.items()
         if None not in of_measures
     }
     if not whole:
         return "There is nothing to compare yet: a difference needs two seeds of both arms."
-    p_values = iter(holm([one.p_value for of_measures in whole.values() for one in of_measures]))
+    p_values = iter(holm([tested.p_value for of_measures in whole.values() for tested in of_measures]))
     rows = [
-        [name, *(_shown(one, m, next(p_values)) for one, m in zip(of_measures, measures, strict=True))]
+        [name, *(_shown(tested, m, next(p_values)) for tested, m in zip(of_measures, measures, strict=True))]
         for name, of_measures in whole.items()
     ]
     return (

@@ -17,7 +17,7 @@ class Row:
     cells: Sequence[str]
     kind: str = ""  # `reference` and `sub` rows are less prominent
     group: Group | None = None  # the group of runs that the row is about
-    verdict: str = ""  # of a test: `better`, `worse` or `unclear`
+    verdict: str = ""  # of a test: `better`, `worse` or `not shown`
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def tests_table(tests: Sequence[Test]) -> Table:
                 wording.verdict(test),
             ],
             group=test.group,
-            verdict={True: "better", False: "worse", None: "unclear"}[test.is_better],
+            verdict=wording.verdict(test),
         )
         for test in tests
     ]

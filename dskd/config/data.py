@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dskd.config.evaluation import TASKS, TaskName
-from dskd.config.section import PathText, Section
+from dskd.config.section import GB, PathText, Section
 
 _KEYS_OF_SOURCES = {
     "files": ("train", "validation"),
@@ -169,6 +169,11 @@ class SensesConfig(Section):
         "capitalized: ' Word'; sentence_initial: 'Word' at the beginning of a text",
     )
 
+    @property
+    def memory_bytes(self) -> int:
+        """The memory budget in bytes."""
+        return int(self.memory_budget * GB)
+
 
 class AnnotationConfig(Section):
     """Settings for making the streaming shards (docs/method.md, section 3).
@@ -197,3 +202,8 @@ class AnnotationConfig(Section):
         description="with corpus.packing: none. The teacher continues each training text greedily, by 1 to this number "
         "of tokens; text and continuation are the sample (docs/method.md, section 4). 0: none",
     )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory budget in bytes."""
+        return int(self.memory_budget * GB)

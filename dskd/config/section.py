@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict
 
+GB = 2**30  # bytes, in this project
 EXPANDED = "environment variables are expanded"
 # A path in a config file; dskd/config/reading.py expands the environment variables $NAME and ${NAME} in it.
 PathText = Annotated[str, EXPANDED]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
+from dskd.evaluation.scores_by_example import standard_error
 from dskd.lexicon.relations import RELATIONS
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 
@@ -126,8 +127,7 @@ def _share_nearer(near: torch.Tensor, far: torch.Tensor) -> float:
 def _mean(values: list[float]) -> Share:
     if not values:
         return Share(math.nan, None, 0)
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Share(float(np.mean(values)), error, len(values))
+    return Share(float(np.mean(values)), standard_error(np.array(values), np.ones(len(values))), len(values))
 
 
 def _shown(share: Share) -> str:

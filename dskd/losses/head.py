@@ -27,7 +27,7 @@ class Normalizers(NamedTuple):
     gradients over ranks and accumulation steps, and the other factors cancel that.
     """
 
-    tokens: float  # for CE, KL and the hidden-state distance
+    targets: float  # for CE, KL and the hidden-state distance
     senses: float  # for the sense loss
 
 
@@ -141,8 +141,8 @@ class DistillationHead(nn.Module):
         weights, states = self.loss, flat[valid]
         coefficients = _Coefficients(
             # Tensors, because torch.compile would compile the function again for every new Python number.
-            ce=torch.tensor(weights.ce_weight * normalizers.tokens, dtype=torch.float64),
-            kl=torch.tensor(weights.kd_weight * weights.temperature**2 * normalizers.tokens, dtype=torch.float64),
+            ce=torch.tensor(weights.ce_weight * normalizers.targets, dtype=torch.float64),
+            kl=torch.tensor(weights.kd_weight * weights.temperature**2 * normalizers.targets, dtype=torch.float64),
             temperature=weights.temperature,
             divergence=weights.divergence,
         )
@@ -174,7 +174,7 @@ class DistillationHead(nn.Module):
         # The distance of hidden states needs no logits, so one call computes it for all positions.
         if weights.hidden_weight:
             assert teacher_states is not None
-            scale = weights.hidden_weight * normalizers.tokens
+            scale = weights.hidden_weight * normalizers.targets
             sums["hidden"], gradient = hidden_distance(states, teacher_states)
             total += scale * sums["hidden"]
             at_valid += gradient.mul_(scale).to(at_valid.dtype)

@@ -21,4 +21,4 @@ report        formats a plan as text
 preflight     checks the nodes of a job just before it starts
 """
 
-GB = 2**30
+from dskd.config.section import GB

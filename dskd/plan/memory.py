@@ -298,8 +298,8 @@ def stages_before(
     is_cpu = cluster.device == "cpu"
     reserved = RESERVED_ON_HOST if is_cpu else RESERVED_ON_GPU
     # Each stage holds at most its budget, and no more than all states or rows.
-    kept_states = min(int(config.senses.memory_budget * GB), -(-states // cluster.world_size))
-    kept_rows = min(int(config.annotation.memory_budget * GB), rows)
+    kept_states = min(config.senses.memory_bytes, -(-states // cluster.world_size))
+    kept_rows = min(config.annotation.memory_bytes, rows)
     stages = []
     cache = _cache_bytes(config, architecture, size) if config.annotation.continuation_tokens else 0
     for name, sequences, on_device, in_host in (

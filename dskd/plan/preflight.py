@@ -32,6 +32,7 @@ from dskd.distributed.collectives import barrier, broadcast_json, gather_json, s
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, listed
+from dskd.plan import GB
 
 _CLOCK_TOLERANCE_S = 2.0  # if clocks differ by more, logs and metrics of two nodes cannot be compared by time
 _SMALLEST_SHARED_MEMORY_GB = 1.0  # the loader's workers pass batches through it
@@ -176,7 +177,7 @@ def _look(config: Config, world: World) -> dict[str, Any]:
     barrier()
     clock_s = time.time()  # ranks read their clocks within the few milliseconds in which they leave the barrier
     shared = Path("/dev/shm")
-    shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else 0.0
+    shared_gb = shutil.disk_usage(shared).total / GB if shared.is_dir() else 0.0
     if config.train.num_workers and shared_gb < _SMALLEST_SHARED_MEMORY_GB:
         problems.append(
             f"/dev/shm has {shared_gb:.2f} GB, and the loader's workers pass batches through it; give the container at "

@@ -36,7 +36,7 @@ _NOT_IN_RECIPE = ("path", "batch_size", "memory_budget", "save_minutes", "keep_s
 
 
 @dataclass(frozen=True)
-class Inputs:
+class DictionaryInputs:
     """What a dictionary is built from, checked to fit together."""
 
     teacher: ModelFolder
@@ -45,16 +45,18 @@ class Inputs:
     text: Manifest  # of the sequences
 
 
-def open_inputs(config: Config, teacher: ModelFolder) -> Inputs:
+def open_inputs(config: Config, teacher: ModelFolder) -> DictionaryInputs:
     """Opens what a dictionary is built from.
 
     Raises:
         UserError: when lexicon or sequences are missing, or the sequences were tokenized with another tokenizer.
     """
-    return Inputs(teacher, lexicon_manifest(config), *load_sequences(config, "train", teacher.tokenizer_digest))
+    return DictionaryInputs(
+        teacher, lexicon_manifest(config), *load_sequences(config, "train", teacher.tokenizer_digest)
+    )
 
 
-def recipe(config: Config, inputs: Inputs) -> Recipe:
+def recipe(config: Config, inputs: DictionaryInputs) -> Recipe:
     """Returns the recipe of the dictionary: every input and setting that affects its content."""
     states = states_recipe(config, inputs)
     settings = {key: value for key, value in config.senses.as_dict().items() if key not in _NOT_IN_RECIPE}
@@ -67,7 +69,7 @@ def recipe(config: Config, inputs: Inputs) -> Recipe:
     )
 
 
-def states_recipe(config: Config, inputs: Inputs) -> Recipe:
+def states_recipe(config: Config, inputs: DictionaryInputs) -> Recipe:
     """Returns the recipe of the sampled states: every input and setting that affects which states are sampled."""
     settings = config.senses.as_dict()
     for key in (*_NOT_SAMPLING, *_NOT_IN_RECIPE):
@@ -131,7 +133,7 @@ def _finish(building: Building, states: Building, *, keep_states: bool) -> None:
     states.release()
 
 
-def _sample(config: Config, inputs: Inputs, folder: Path, world: World) -> list[Path]:
+def _sample(config: Config, inputs: DictionaryInputs, folder: Path, world: World) -> list[Path]:
     """Returns the runs that hold the sample, and gathers them first if they are incomplete.
 
     Loads the teacher only when it has to gather.
@@ -155,7 +157,7 @@ def _cluster_own_tokens(config: Config, runs: list[Path], path: Path, world: Wor
         with progress_bar(total=len(sampled.tokens), label="k-means", unit="tokens") as bar:
             # A fifth of the budget: reading and clustering copy parts of the states, and the senses can need as much
             # memory as the states.
-            for states in sampled.ranges(int(settings.memory_budget * 2**30) // 5):
+            for states in sampled.ranges(settings.memory_bytes // 5):
                 yield cluster(states, settings, config.seed, world.device)
                 bar.update(len(states.tokens))
 

@@ -82,7 +82,7 @@ def gather_states(
         teacher.vocab_size,
         settings.max_states,
         teacher.hidden_size,
-        int(settings.memory_budget * 2**30),
+        settings.memory_bytes,
         folder,
         name,
         [run for run in progress.runs if run.split("-")[0] == name],

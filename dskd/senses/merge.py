@@ -103,7 +103,7 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
     states_per_token = torch.stack([dictionary.states_per_token for dictionary in dictionaries]).sum(0)
     sizes = torch.minimum(senses_per_token(states_per_token, config.senses), numbers)
     # A fifth of the budget: reading and clustering copy the rows.
-    rows_at_once = max(1, int(config.senses.memory_budget * 2**30) // 5 // (2 * hidden_size))
+    rows_at_once = max(1, config.senses.memory_bytes // 5 // (2 * hidden_size))
 
     def senses() -> Iterator[TokenSenses]:
         with progress_bar(total=vocab_size, label="k-means", unit="tokens") as bar:

@@ -57,7 +57,7 @@ _COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
 
 @dataclass(frozen=True)
-class Inputs:
+class AnnotationInputs:
     """What annotation reads, checked to fit together."""
 
     teacher: ModelFolder
@@ -67,7 +67,7 @@ class Inputs:
     text: Manifest  # of the sequences
 
 
-def open_inputs(config: Config, teacher: ModelFolder) -> Inputs:
+def open_inputs(config: Config, teacher: ModelFolder) -> AnnotationInputs:
     """Opens what annotation reads.
 
     Raises:
@@ -84,10 +84,10 @@ def open_inputs(config: Config, teacher: ModelFolder) -> Inputs:
     sequences = {}
     for split in SPLITS:
         sequences[split], text = load_sequences(config, split, teacher.tokenizer_digest)
-    return Inputs(teacher, dictionary, senses, sequences, text)
+    return AnnotationInputs(teacher, dictionary, senses, sequences, text)
 
 
-def recipe(config: Config, split: str, inputs: Inputs) -> Recipe:
+def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     """Returns the recipe of a split's shards: every input and setting that affects their content.
 
     The batch size does not, nor does the memory budget.
@@ -134,7 +134,7 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         config.annotation.kappa,
         world.device,
         inputs.sequences[stale[0]].frequencies(inputs.dictionary.vocab_size),
-        int(config.annotation.memory_budget * 2**30),
+        config.annotation.memory_bytes,
     )
     for split in stale:
         max_tokens = _continuation_tokens(config, split)
@@ -198,7 +198,7 @@ def _teacher_top_n(config: Config, split: str) -> int:
 def _annotate_split(
     config: Config,
     split: str,
-    inputs: Inputs,
+    inputs: AnnotationInputs,
     reader: TextReader,
     searcher: Searcher,
     building: Building,

@@ -1,8 +1,8 @@
 """Training: the data, the models, the loop and the files it writes.
 
 train                 the loop
-step                  computes one optimizer step
-run                   everything that the loop uses, and what it needs for each step
+step                  one optimizer step: its data, and how it is computed
+run                   everything that the loop uses; yields the steps, each with its data
 setup                 prepares that from the config
 inputs                opens and checks what training reads, and hashes it into the run's recipe
 schedule              the number of steps, their batch sizes and learning rates

@@ -31,7 +31,7 @@ _NOT_IN_RECIPE = {
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainingInputs:
     """The inputs of a run, checked to fit together."""
 
     teacher: ModelFolder
@@ -42,7 +42,7 @@ class Inputs:
     num_senses: int  # rows of the sense dictionary
 
 
-def load_inputs(config: Config) -> Inputs:
+def load_inputs(config: Config) -> TrainingInputs:
     """Finds the inputs of training and checks that they fit together.
 
     Raises:
@@ -50,7 +50,7 @@ def load_inputs(config: Config) -> Inputs:
     """
     teacher, student = find_teacher(config), find_student(config)
     dictionary, senses = load_dictionary(config)
-    hidden_size = student.load_config().hidden_size
+    hidden_size = student.load_config().hidden_size  # the student's, whose states the sense loss compares with the rows
     require_fitting(
         dictionary, senses, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest, hidden_size=hidden_size
     )
@@ -58,10 +58,10 @@ def load_inputs(config: Config) -> Inputs:
     if _reads_teacher_cache(config):
         shards.require_teacher_cache(config, "train", train_shards)
         _require_one_vocabulary(teacher, student)
-    return Inputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows)
+    return TrainingInputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows)
 
 
-def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> Collator:
+def build_collator(config: Config, inputs: TrainingInputs, schedule: Schedule) -> Collator:
     """Builds the collator whose batches hold what the loss of the run reads."""
     loss = config.loss
     positions = candidates = None
@@ -79,7 +79,7 @@ def build_collator(config: Config, inputs: Inputs, schedule: Schedule) -> Collat
     )
 
 
-def load_sense_bank(config: Config, inputs: Inputs, world: World) -> torch.Tensor | None:
+def load_sense_bank(config: Config, inputs: TrainingInputs, world: World) -> torch.Tensor | None:
     """Returns all sense embeddings [R, D] on the device, or None if batches bring their own rows."""
     return load_bank(inputs.vectors_path, world.device) if _bank_on_device(config) else None
 
@@ -103,7 +103,7 @@ def _reads_teacher_cache(config: Config) -> bool:
     return config.teacher.mode == "cached" and config.loss.kd_weight > 0
 
 
-def verify_inputs(config: Config, inputs: Inputs) -> None:
+def verify_inputs(config: Config, inputs: TrainingInputs) -> None:
     """Compares every file of dictionary, student and shards with its manifest, and the shards with the other inputs.
 
     Files of remote shards are compared later, when they are read.
@@ -121,7 +121,7 @@ def verify_inputs(config: Config, inputs: Inputs) -> None:
     )
 
 
-def recipe(config: Config, inputs: Inputs | None = None) -> Recipe:
+def recipe(config: Config, inputs: TrainingInputs | None = None) -> Recipe:
     """Returns the recipe of a run: all that determines its result. The number of ranks is not part of it.
 
     Args:

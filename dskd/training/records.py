@@ -15,10 +15,10 @@ from dskd.losses.terms import LOSS_METRIC, TERMS
 from dskd.models.precision import compute_dtype
 from dskd.tracking import Tracker, describe_dataset, git_commit
 from dskd.training import checkpoint
-from dskd.training.inputs import Inputs, recipe
-from dskd.training.run import Run, Step
+from dskd.training.inputs import TrainingInputs, recipe
+from dskd.training.run import Run
 from dskd.training.schedule import Schedule, describe_learning_rate
-from dskd.training.step import StepResult
+from dskd.training.step import Step, StepResult
 
 
 class Progress:
@@ -99,7 +99,7 @@ def report_status(config: Config) -> bool:
     return newest.is_final
 
 
-def tags_of(config: Config, inputs: Inputs, world: World) -> dict[str, str]:
+def tags_of(config: Config, inputs: TrainingInputs, world: World) -> dict[str, str]:
     """Returns the tags of a run in MLflow: its ranks, and digests of what it reads."""
     tags = {
         "world_size": str(world.world_size),
@@ -113,7 +113,7 @@ def tags_of(config: Config, inputs: Inputs, world: World) -> dict[str, str]:
     return tags | ({"git_commit": commit} if commit else {})
 
 
-def datasets_of(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
+def datasets_of(config: Config, inputs: TrainingInputs) -> list[dict[str, Any]]:
     """Describes the data that the run reads in the format of MLflow's dataset API."""
     described = []
     for split, context, top_n in (

@@ -11,19 +11,7 @@ from dskd.tracking import Tracker
 from dskd.training.packed_step import StepBatches
 from dskd.training.pair import ModelPair
 from dskd.training.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Step:
-    """An optimizer step that is about to be computed."""
-
-    number: int  # counted from 1
-    batches: StepBatches
-    learning_rate: float
-    started: float  # `time.perf_counter()` when the wait for its data began
-    waited_s: float  # for its data
-    is_last: bool
-    needs_checkpoint: bool
+from dskd.training.step import Step
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dskd.losses.terms import curve_titles
 from dskd.tracking import Start, Tracker, start_tracking
 from dskd.training import checkpoint, saving
 from dskd.training.inputs import (
-    Inputs,
+    TrainingInputs,
     build_collator,
     load_inputs,
     load_sense_bank,
@@ -97,7 +97,7 @@ def _claim(config: Config, run_recipe: Recipe, *, resume: bool, overwrite: bool)
 
 
 def _load_models(
-    config: Config, world: World, inputs: Inputs, schedule: Schedule, start: checkpoint.Checkpoint | None
+    config: Config, world: World, inputs: TrainingInputs, schedule: Schedule, start: checkpoint.Checkpoint | None
 ) -> ModelPair:
     """Loads teacher and student, the latter with the weights and the optimizer's state of the checkpoint `start`."""
     pair = load_pair(
@@ -120,7 +120,7 @@ def _load_models(
 def _track(
     config: Config,
     world: World,
-    inputs: Inputs,
+    inputs: TrainingInputs,
     run_recipe: Recipe,
     start: checkpoint.Checkpoint | None,
     *,

@@ -22,6 +22,19 @@ from dskd.training.pair import ModelPair
 
 
 @dataclass(frozen=True)
+class Step:
+    """An optimizer step that is about to be computed."""
+
+    number: int  # counted from 1
+    batches: StepBatches
+    learning_rate: float
+    started: float  # `time.perf_counter()` when the wait for its data began
+    waited_s: float  # for its data
+    is_last: bool
+    needs_checkpoint: bool
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The results of a step over all ranks."""
 
@@ -105,7 +118,7 @@ def train_step(
 def _normalizers(counts: Counts, world: World, accumulation_steps: int) -> Normalizers:
     divided_by_deepspeed = world.world_size * accumulation_steps
     return Normalizers(
-        tokens=divided_by_deepspeed / max(counts.targets, 1), senses=divided_by_deepspeed / max(counts.senses, 1)
+        targets=divided_by_deepspeed / max(counts.targets, 1), senses=divided_by_deepspeed / max(counts.senses, 1)
     )
 
 
@@ -121,8 +134,11 @@ def _token_weights(lexical: torch.Tensor, loss: LossConfig, counts: Counts) -> t
 
 def _means(sums: dict[str, float], counts: Counts) -> dict[str, float]:
     """Returns {term: its mean} for all terms; 0 if the count is 0."""
-    numbers = {**counts._asdict(), "own": counts.own, **sums}
-    return {term.name: sums[term.name] / max(numbers[term.mean_over], 1) for term in TERMS}
+
+    def number(name: str) -> float:
+        return sums[name] if name in sums else getattr(counts, name)
+
+    return {term.name: sums[term.name] / max(number(term.mean_over), 1) for term in TERMS}
 
 
 def _require_finite(

@@ -70,7 +70,7 @@ def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_w
     total = senses(case, loss, hidden.reshape(-1, D))
     of_logits = (emphasis * (loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl)).sum()
     return (
-        normalizers.tokens * (of_logits + loss.hidden_weight * distance)
+        normalizers.targets * (of_logits + loss.hidden_weight * distance)
         + normalizers.senses * loss.sense_weight * total,
         (ce.sum(), kl.sum(), distance, total),
     )
@@ -110,7 +110,7 @@ def _plain_sense_divergence(case, loss, flat):
 WEIGHTS = {"ce_weight": 0.9, "kd_weight": 0.7, "sense_weight": 1.3, "hidden_weight": 0.4}
 LOSS = LossConfig(**WEIGHTS, margin=6.0, synonym_weight=0.8, antonym_weight=0.6)
 DISTRIBUTION = LossConfig(**WEIGHTS, sense_form="distribution", sense_temperature=0.6)
-NORMALIZERS = Normalizers(tokens=0.25, senses=0.5)
+NORMALIZERS = Normalizers(targets=0.25, senses=0.5)
 
 
 def _run(case, head, **changes):

@@ -18,6 +18,7 @@ from dskd.distributed.world import World
 from dskd.evaluation.held_out_text import HeldOutText, alignment
 from dskd.evaluation.lexical.scores import Item
 from dskd.models.frozen import FrozenModel
+from dskd.senses.csr import padded_ranges
 from dskd.senses.dictionary import SenseDictionary, map_vectors
 from dskd.shards import gather_rows
 
@@ -36,13 +37,12 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
             sample = batch["samples"].repeat_interleave(batch["input_ids"].shape[1])
             targets, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()
             # row_agreement: only targets with several rows have a nearest one to disagree about.
-            sizes = dictionary.entry_offsets.diff()[targets.where(mask, 0)]
+            sizes = dictionary.senses_per_entry[targets.where(mask, 0)]
             several = (mask & (sizes > 1)).nonzero().squeeze(-1)
             for part in several.split(_POSITIONS) if len(several) else ():
                 starts, counts = dictionary.entry_offsets[targets[part]], sizes[part]
-                column = torch.arange(int(counts.max()))
-                rows = torch.where(column < counts[:, None], starts[:, None] + column, -1)
-                used, (index,) = gather_rows(vectors, [rows.int().numpy()])
+                rows, exist = padded_ranges(starts, counts, int(counts.max()))
+                used, (index,) = gather_rows(vectors, [rows.where(exist, -1).int().numpy()])
                 nearest = nearest_of(hidden[part.to(world.device)], used.to(world.device), index.to(world.device))
                 agree = starts + nearest.cpu() == batch["nearest_sense"].flatten()[part]
                 _add(sums[:, 0], sample[part], agree, 1 / counts.double())
