@@ -86,7 +86,7 @@ def read(path: Path, reader: str) -> dict[str, float]:
     from dskd.lexicon.wiktionary import read_wiktionary
 
     before = _peak_mb()
-    found = 0
+    relations = 0
     started = time.perf_counter()
     if reader == "control":
         with gzip.open(path, "rt", encoding="utf-8") as stream:
@@ -96,8 +96,8 @@ def read(path: Path, reader: str) -> dict[str, float]:
     else:
         pairs = Pairs(read_wiktionary(path, "English", Report()))
         seconds = time.perf_counter() - started  # before the table is resolved, which the control does not do
-        found = len(pairs.resolved())
-    return {"seconds": seconds, "relations": found, "before_mb": before, "peak_mb": _peak_mb()}
+        relations = len(pairs.resolved())
+    return {"seconds": seconds, "relations": relations, "before_mb": before, "peak_mb": _peak_mb()}
 
 
 def _peak_mb() -> float:
@@ -122,16 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path = Path(folder) / "wiktionary.jsonl.gz"
             write(path, int(gigabytes * 1e9), args.relations)
             for reader in ("control", "dskd"):
-                found = run_child("benchmarks.lexicon_memory", "--read", path, reader)
-                results.append({"gigabytes": gigabytes, "reader": reader, **found})
+                measured = run_child("benchmarks.lexicon_memory", "--read", path, reader)
+                results.append({"gigabytes": gigabytes, "reader": reader, **measured})
                 rows.append(
                     [
                         f"{gigabytes:.2f} GB",
                         reader,
-                        f"{gigabytes * 1e3 / found['seconds']:.0f}",
-                        f"{found['relations']:,}",
-                        f"{found['before_mb']:.0f}",
-                        f"{found['peak_mb']:.0f}",
+                        f"{gigabytes * 1e3 / measured['seconds']:.0f}",
+                        f"{measured['relations']:,}",
+                        f"{measured['before_mb']:.0f}",
+                        f"{measured['peak_mb']:.0f}",
                     ]
                 )
     header = ("unpacked", "reader", "MB/s", "relations", "MB at start", "MB at peak")

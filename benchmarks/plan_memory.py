@@ -64,15 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for ranks in args.ranks:
                 batch = f"train.global_batch_size={ranks * _PRESET.micro_batch_size}"
                 options = [f"teacher.mode={mode}", "teacher.offload=none", batch, *args.overrides]
-                found = compare(Path(folder, "config.yaml"), ranks, options)
-                results.append({"mode": mode, "ranks": ranks, **found})
+                figures = compare(Path(folder, "config.yaml"), ranks, options)
+                results.append({"mode": mode, "ranks": ranks, **figures})
                 rows.append(
                     [
                         mode,
                         str(ranks),
-                        f"{found['planned'] / 2**20:,.1f}",
-                        f"{found['measured'] / 2**20:,.1f}",
-                        f"{found['planned'] / found['measured']:.3f}",
+                        f"{figures['planned'] / 2**20:,.1f}",
+                        f"{figures['measured'] / 2**20:,.1f}",
+                        f"{figures['planned'] / figures['measured']:.3f}",
                         "within 10 %",
                     ]
                 )

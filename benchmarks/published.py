@@ -55,8 +55,8 @@ class Lexicon:
         entries = dictionary.entries
 
         def neighbours(offsets: torch.Tensor, of: torch.Tensor) -> dict[int, list[int]]:
-            found = {token: of[int(offsets[token]) : int(offsets[token + 1])].tolist() for token in tokens}
-            return {token: listed for token, listed in found.items() if listed}
+            rows = {token: of[int(offsets[token]) : int(offsets[token + 1])].tolist() for token in tokens}
+            return {token: listed for token, listed in rows.items() if listed}
 
         synonyms = neighbours(entries.synonym_offsets, entries.synonym_entries)
         antonyms = neighbours(entries.antonym_offsets, entries.antonym_entries)

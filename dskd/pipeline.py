@@ -94,7 +94,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
         say(f"up to date: {', '.join(current)}")
     if until is None:
         print(
-            f"\n{compare_or_say_why_not(config)}\n\nPipeline finished in {time.perf_counter() - started:.0f} s.",
+            f"\n{compare_or_explain(config)}\n\nPipeline finished in {time.perf_counter() - started:.0f} s.",
             flush=True,
         )
 
@@ -191,7 +191,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     ]
 
 
-def compare_or_say_why_not(config: Config) -> str:
+def compare_or_explain(config: Config) -> str:
     """Returns the comparison or, if earlier tracked runs were evaluated on other data, the reason why there is none.
 
     That is not a failure of the pipeline, since all artifacts exist.

@@ -35,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tiny",
         type=Path,
         metavar="FOLDER",
-        help="keep the work directory that many tests share, and use it again; for work on tests, since a change of "
-        "the code does not make it again",
+        help="keep the work directory that many tests share, and use it again; for work on tests, "
+        "because it is not rebuilt when the code changes",
     )
 
 

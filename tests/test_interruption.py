@@ -101,8 +101,8 @@ def test_three_ranks_resume_where_one_was_killed(prepared, undisturbed, tmp_path
     process.kill()
     assert _finish(_start("senses", config, ranks=3)) == [0, 0, 0], _log(config)
     assert "resuming after" in _log(config)
-    mine, expected = (read_manifest(w / "senses", "senses", made_by="").facts for w in (work, _work(reference)))
-    assert mine == expected
+    facts, expected = (read_manifest(w / "senses", "senses", made_by="").facts for w in (work, _work(reference)))
+    assert facts == expected
     shutil.rmtree(work / "senses")
     shutil.copytree(_work(reference) / "senses", work / "senses")
     assert _finish(_start("shards", config, ranks=3)) == [0, 0, 0]

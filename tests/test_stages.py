@@ -129,7 +129,7 @@ def test_the_shards_are_as_documented(work, tmp_path):
             assert sample[name].shape == (T, KAPPA)
             assert sample[name].max() < rows
             assert (sample[name][sample["loss_mask"] == 0] == -1).all()
-            # Padding stands behind the rows.
+            # Padding follows the rows.
             assert ((sample[name][:, 0] >= 0) | (sample[name][:, 1] < 0)).all()
         pulled = np.concatenate([sample["sense_ids"], sample["synonym_ids"]], 1)
         for near, far in zip(pulled, sample["antonym_ids"], strict=True):
@@ -391,7 +391,7 @@ def test_continuations_are_those_that_transformers_generates(work, tmp_path, nam
     table = json.loads((work / "evaluation" / name / "samples.json").read_text())
     assert table["columns"] == list(dict.fromkeys(["prompt", "the text itself", "teacher", name]))
     assert [[row[0], row[1], row[-1]] for row in table["data"]] == expected
-    # Beside what the teacher says, which is in its own table.
+    # The teacher's column is the same as in its own table.
     teachers = json.loads((work / "evaluation" / "teacher" / "samples.json").read_text())
     assert [row[2] for row in table["data"]] == [row[2] for row in teachers["data"]]
     lines = (work / "evaluation" / name / "samples.md").read_text().splitlines()

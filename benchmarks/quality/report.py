@@ -31,9 +31,9 @@ def write_report(results: Sequence[Result], path: Path) -> None:
     draw_differences(
         {
             (measure, baseline): {
-                arm.name: found
+                arm.name: measured
                 for arm in study.ARMS
-                if (found := difference(results, _TESTED, arm.name, _TESTED, baseline, measure)) is not None
+                if (measured := difference(results, _TESTED, arm.name, _TESTED, baseline, measure)) is not None
                 and arm.name != baseline
             }
             for measure in ("perplexity", "lexical_perplexity")
@@ -61,12 +61,12 @@ def render_summary(results: Sequence[Result]) -> str:
     """Returns the table of docs/results.md: each arm against the one that it adds something to."""
     rows = []
     for name, other in _SUMMARY.items():
-        found = [difference(results, _TESTED, name, _TESTED, other, measure) for measure in _OF_SUMMARY]
-        if None not in found:
-            cells = [_shown(one, measure) for one, measure in zip(found, _OF_SUMMARY, strict=True)]
+        differences = [difference(results, _TESTED, name, _TESTED, other, measure) for measure in _OF_SUMMARY]
+        if None not in differences:
+            cells = [_shown(tested, measure) for tested, measure in zip(differences, _OF_SUMMARY, strict=True)]
             arm = study.BY_NAME[name]
-            weight = f"{arm.tuned.rpartition('.')[2]} {choose(results, arm):g}"
-            rows.append([f"`{name}`: {arm.what} ({weight})", f"`{other}`", *cells])
+            weight = f"{arm.tuned_key.rpartition('.')[2]} {choose(results, arm):g}"
+            rows.append([f"`{name}`: {arm.description} ({weight})", f"`{other}`", *cells])
     names = [measure.replace("_", " ") for measure in _OF_SUMMARY]
     if not rows:
         return "There are no results yet.\n"
@@ -140,12 +140,12 @@ def _tuned(results: Sequence[Result]) -> str:
             tried = ", ".join(done[value] for value in arm.trials if value in done) or "none yet"
         else:
             tried = "not tuned"
-        also_tried = ", ".join(done[value] for value in arm.beyond if value in done)
+        also_tried = ", ".join(done[value] for value in arm.extra_values if value in done)
         best = choose(results, arm)
         chosen = "" if best is None else f"{best:g}"
         if arm.is_tuned and best in {min(arm.trials), max(arm.trials)}:
             chosen += ", an end"
-        rows.append([arm.name, arm.what, arm.on or "", f"`{arm.tuned}`", tried, also_tried, chosen])
+        rows.append([arm.name, arm.description, arm.based_on or "", f"`{arm.tuned_key}`", tried, also_tried, chosen])
     header = ["arm", "description", "builds on", "tuned key", "trials", "also tried", "chosen"]
     return (
         "The values are perplexity / perplexity on targets with relations, both on the validation part, with one seed. "
@@ -158,18 +158,18 @@ def _tuned(results: Sequence[Result]) -> str:
 def _tested(results: Sequence[Result], measures: Sequence[str]) -> str:
     rows = []
     for name in (*REFERENCES, *(arm.name for arm in study.ARMS)):
-        found = [result for result in results if (result.stage, result.arm) == ("test", name)]
-        cells = [_cell(found, measure) for measure in measures]
+        of_arm = [result for result in results if (result.stage, result.arm) == ("test", name)]
+        cells = [_cell(of_arm, measure) for measure in measures]
         if any(cells):
-            rows.append([name, str(len(found)) if name not in REFERENCES else "", *cells])
+            rows.append([name, str(len(of_arm)) if name not in REFERENCES else "", *cells])
     return _table(["arm", "seeds", *measures], rows) if rows else "There are no results yet."
 
 
-def _cell(found: Sequence[Result], measure: str) -> str:
-    values = [result.measures[measure] for result in found if measure in result.measures]
+def _cell(results: Sequence[Result], measure: str) -> str:
+    values = [result.measures[measure] for result in results if measure in result.measures]
     if not values:
         return ""
-    error, items = (found[0].measures.get(name.format(measure)) for name in (ERROR, ITEMS))
+    error, items = (results[0].measures.get(name.format(measure)) for name in (ERROR, ITEMS))
     error_text = "" if error is None else f" (s.e. {error:.{DIGITS[measure]}f}, {items:,.0f} items)"
     return _estimate(values, measure) + error_text
 
@@ -181,15 +181,15 @@ def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) 
         if arm.name != baseline
     }
     whole = {
-        name: [one for one in of_measures if one is not None]
+        name: [tested for tested in of_measures if tested is not None]
         for name, of_measures in differences.items()
         if None not in of_measures
     }
     if not whole:
         return "There is nothing to compare yet: a difference needs two seeds of both arms."
-    p_values = iter(holm([one.p_value for of_measures in whole.values() for one in of_measures]))
+    p_values = iter(holm([tested.p_value for of_measures in whole.values() for tested in of_measures]))
     rows = [
-        [name, *(_shown(one, m, next(p_values)) for one, m in zip(of_measures, measures, strict=True))]
+        [name, *(_shown(tested, m, next(p_values)) for tested, m in zip(of_measures, measures, strict=True))]
         for name, of_measures in whole.items()
     ]
     return (

@@ -21,12 +21,12 @@ class Arm:
     """A way to train."""
 
     name: str
-    what: str  # description for the report
+    description: str  # for the report
     keys: Mapping[str, Any]  # the keys in which it differs from study.yaml
-    tuned: str  # the key that is tuned
+    tuned_key: str  # the key that is tuned
     trials: tuple[float, ...]  # values to try; a single value is used without tuning
-    on: str | None = None  # the arm whose keys and tuned value it also has
-    beyond: tuple[float, ...] = ()  # values tried in addition, which cannot be chosen
+    based_on: str | None = None  # the arm whose keys and tuned value it also has
+    extra_values: tuple[float, ...] = ()  # values tried in addition, which cannot be chosen
     # The variant of an arm that is only reported: it was trained with a key that the config no longer has.
     past_variant: str | None = None
 
@@ -54,7 +54,7 @@ ARMS = (
         "loss.kd_weight",
         (1.4, 2.8, 5.6, 11.2),
         # The first grid was 0.35 to 2.8, and its end was best; in the second grid the end is best again.
-        beyond=(0.35, 0.7, 22.4, 44.8),
+        extra_values=(0.35, 0.7, 22.4, 44.8),
     ),
     Arm("kd-paper", "CE + KL with the paper's weight", {"loss.sense_weight": 0}, "loss.kd_weight", (0.7,)),
     Arm(
@@ -181,10 +181,10 @@ def keys_of(arm: Arm, chosen: Mapping[str, float]) -> dict[str, Any]:
         arm: the arm.
         chosen: the tuned values, by name, of the arms that it adds to.
     """
-    if arm.on is None:
+    if arm.based_on is None:
         return dict(arm.keys)
-    below = BY_NAME[arm.on]
-    inherited = keys_of(below, chosen) | {below.tuned: chosen[below.name]}
-    if arm.tuned == "loss.sense_weight":  # the arms that it adds to set it to 0
+    below = BY_NAME[arm.based_on]
+    inherited = keys_of(below, chosen) | {below.tuned_key: chosen[below.name]}
+    if arm.tuned_key == "loss.sense_weight":  # the arms that it adds to set it to 0
         inherited.pop("loss.sense_weight", None)
     return inherited | dict(arm.keys)

@@ -53,12 +53,12 @@ def planned_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Itera
     chosen: dict[str, float] = {}
     arms = [arm for arm in study.ARMS if arm.past_variant is None]
     for arm in arms:
-        if arm.on is not None and arm.on not in chosen:
+        if arm.based_on is not None and arm.based_on not in chosen:
             continue
         keys = study.keys_of(arm, chosen)
-        for value in (*(arm.trials if arm.is_tuned else ()), *arm.beyond) if "tune" in stages else ():
+        for value in (*(arm.trials if arm.is_tuned else ()), *arm.extra_values) if "tune" in stages else ():
             for seed in study.TUNING_SEEDS:
-                yield Training("tune", arm, seed, value, None, keys | {arm.tuned: value})
+                yield Training("tune", arm, seed, value, None, keys | {arm.tuned_key: value})
         best = choose(results, arm)
         if best is not None:
             chosen[arm.name] = best
@@ -80,7 +80,7 @@ def planned_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Itera
 
 def _with_choice(stage: Stage, arm: Arm, seed: int, variant: str | None, chosen: Mapping[str, float]) -> Training:
     value = chosen[arm.name]
-    return Training(stage, arm, seed, value, variant, study.keys_of(arm, chosen) | {arm.tuned: value})
+    return Training(stage, arm, seed, value, variant, study.keys_of(arm, chosen) | {arm.tuned_key: value})
 
 
 class Runner:
@@ -117,7 +117,7 @@ class Runner:
                     return False
                 with lock_if_free(self._folder / f".{training.run}-{training.variant}.lock") as is_ours:
                     if is_ours and not self.is_done(training, reread=True):
-                        self.do(training)
+                        self.run_training(training)
                         break  # start over: the result may make other trainings possible
                     is_busy = is_busy or not is_ours
             else:
@@ -134,7 +134,7 @@ class Runner:
             self.results = read_results(self._path)
         return self._result(training, {}, 0.0).name in {result.name for result in self.results}
 
-    def do(self, training: Training) -> Result:
+    def run_training(self, training: Training) -> Result:
         """Trains, exports and measures; saves and returns the result."""
         config = work.load_variant(
             self._folder,

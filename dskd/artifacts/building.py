@@ -1,4 +1,4 @@
-"""Building of an artifact under a hidden name, and its publication under its own name when it is complete."""
+"""Builds an artifact under a hidden name, and publishes it under its own name when it is complete."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -21,7 +21,7 @@ _FULL_BYTES = 2**20  # a disk counts as full if it cannot take this many more by
 
 
 def real_place(path: Path) -> Path:
-    """Returns the path to which `path` resolves if it is a symbolic link (such as to a larger disk), else `path`."""
+    """Returns where `path` points if it is a symbolic link (such as to a larger disk), otherwise `path`."""
     return path.resolve() if path.is_symlink() else path
 
 

@@ -1,4 +1,4 @@
-"""Reading of MDS shards from a folder without mosaicml-streaming's datasets, which need shared memory and a cache.
+"""Reads MDS shards from a folder without mosaicml-streaming's datasets, which need shared memory and a cache.
 
 Holds one shard at a time in memory, unpacked and checked against the index, and writes nothing. Never decodes columns
 that would run code (pickles).

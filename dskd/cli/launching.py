@@ -1,4 +1,4 @@
-"""Starting of a program of `launcher/` on all ranks through DeepSpeed's launcher."""
+"""Starts a program of `launcher/` on all ranks through DeepSpeed's launcher."""
 
 import contextlib
 import os

@@ -67,7 +67,7 @@ def choose_runs(config: Config, selection: Selection) -> Chosen:
     if not selection:
         newest = newest_of_each(runs, config.run_names)
         return Chosen(newest, _hidden(runs, newest))
-    # Of the other texts, those that are no name but begin the id of exactly one run stand for that run.
+    # A text that is not a name but is a prefix of exactly one run's id means that run.
     known = list(dict.fromkeys(run.name for run in runs))
     by_beginning = {
         name: [run for run in runs if run.run_id.startswith(name)] for name in names if _SHORT_ID.match(name)

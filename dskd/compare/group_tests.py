@@ -56,7 +56,7 @@ def test_groups(
     on_examples, over_seeds = [], []
     for group in others:
         for measure, tables in measures:
-            of_group, of_baseline = (_mean_over_seeds(one, measure, tables, baseline) for one in (group, baseline))
+            of_group, of_baseline = (_mean_over_seeds(side, measure, tables, baseline) for side in (group, baseline))
             if of_group is not None and of_baseline is not None:
                 (one, counts), (other, baseline_counts) = of_group, of_baseline
                 if not np.array_equal(counts, baseline_counts):
@@ -77,7 +77,7 @@ def test_groups(
 
 def _corrected(differences: Sequence[tuple[Group, Measure, Difference]]) -> list[Test]:
     corrected = holm([difference.p_value for _, _, difference in differences])
-    return [Test(*one, p_value) for one, p_value in zip(differences, corrected, strict=True)]
+    return [Test(*compared, p_value) for compared, p_value in zip(differences, corrected, strict=True)]
 
 
 def _mean_over_seeds(
@@ -91,7 +91,7 @@ def _mean_over_seeds(
     sums, counts = [], None
     for run in group.runs:
         table = tables.get(run.run_id)
-        if first is None or table is None or measure.name not in {one.name for one in table.measures}:
+        if first is None or table is None or measure.name not in {m.name for m in table.measures}:
             continue
         if set(table.ids) != set(first.ids):
             raise UserError(

@@ -59,7 +59,8 @@ def group_runs(runs: Sequence[TrackedRun]) -> tuple[list[Group], list[str]]:
     notes: list[str] = []
     members = [group for alike in together.values() for group in _by_inputs(alike)]
     groups = [
-        Group(_common_name([run.name for run in one]), one) for one in (_once_a_seed(alike, notes) for alike in members)
+        Group(_common_name([run.name for run in members_once]), members_once)
+        for members_once in (_once_a_seed(alike, notes) for alike in members)
     ]
     if len({group.name for group in groups}) < len(groups) > 1 and len({run.experiment_id for run in runs}) > 1:
         groups = [Group(f"{group.runs[0].experiment}/{group.name}", group.runs) for group in groups]
@@ -108,7 +109,7 @@ def config_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     rows = []
     settings = [settings_of(group.runs[0]) for group in groups]
     for key in sorted(set().union(*settings) - {SEED}):
-        values = [one.get(key, "-") for one in settings]
+        values = [group_settings.get(key, "-") for group_settings in settings]
         if len(set(values)) > 1:
             rows.append((key, values))
     for tag in INPUT_TAGS:

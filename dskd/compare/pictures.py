@@ -162,7 +162,7 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
         for test in of_measure:
             difference, row = test.difference, groups.index(test.group)
             color = _paint(comparison.groups.index(test.group))[0]
-            low, high = (scale * (one - difference.value) for one in (difference.low, difference.high))
+            low, high = (scale * (bound - difference.value) for bound in (difference.low, difference.high))
             # A hollow marker: the test shows no difference.
             panel.errorbar(
                 scale * difference.value,

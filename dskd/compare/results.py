@@ -89,7 +89,7 @@ def _named(examples: Examples, evaluation: Evaluation) -> Examples:
     """Returns the examples with unique names of measures: each benchmark has an accuracy, which is named after it."""
     if evaluation.name not in tasks.EVALUATIONS:
         return examples
-    measures = [dataclasses.replace(one, name=f"{evaluation.name}_{one.name}") for one in examples.measures]
+    measures = [dataclasses.replace(measure, name=f"{evaluation.name}_{measure.name}") for measure in examples.measures]
     return dataclasses.replace(examples, measures=measures)
 
 
@@ -124,26 +124,28 @@ def _comparable(
     notes = []
     for name in dict.fromkeys(measure.name for table in tables.values() for measure in table.measures):
         of_runs = {
-            run_id: next(one for one in table.measures if one.name == name)
+            run_id: next(measure for measure in table.measures if measure.name == name)
             for run_id, table in tables.items()
-            if any(one.name == name for one in table.measures)
+            if any(measure.name == name for measure in table.measures)
         }
         by_data: dict[str | None, list[str]] = {}
         for run_id, measure in of_runs.items():
             by_data.setdefault(measure.data, []).append(names[run_id])
-        known = next((one for one in measures if one.name == name), None)
+        known = next((measure for measure in measures if measure.name == name), None)
         if len(by_data) > 1:
             sides = "; ".join(f"{str(digest)[:12]}: {', '.join(of)}" for digest, of in by_data.items())
             notes.append(f"{name} left out: the runs have different teachers or sense embeddings ({sides})")
         elif not _same_counts(tables, of_runs):
             notes.append(f"{name} left out: some runs count it at other positions, because their relations differ")
         else:
-            measures = [one for one in measures if one is not known] if known else measures
+            measures = [measure for measure in measures if measure is not known] if known else measures
             measures.append(next(iter(of_runs.values())))
             continue
-        measures = [one for one in measures if one is not known]
+        measures = [measure for measure in measures if measure is not known]
     order = [measure.name for measure in held_out_text.MEASURES]
-    return sorted(measures, key=lambda one: order.index(one.name) if one.name in order else len(order)), notes
+    return sorted(
+        measures, key=lambda measure: order.index(measure.name) if measure.name in order else len(order)
+    ), notes
 
 
 def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure]) -> bool:

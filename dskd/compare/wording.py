@@ -69,16 +69,16 @@ def best(metric: str, group: Group, of_runs: Mapping[str, Best]) -> str:
     bests = [of_runs[run.run_id] for run in group.runs if run.run_id in of_runs]
     if not bests:
         return "-"
-    steps = sorted({one.step for one in bests})
+    steps = sorted({best_of_run.step for best_of_run in bests})
     shown = str(steps[0]) if len(steps) == 1 else f"{steps[0]}…{steps[-1]}"
-    return f"{estimate(metric, Estimate.of([one.value for one in bests]))} @ {shown}"
+    return f"{estimate(metric, Estimate.of([best_of_run.value for best_of_run in bests]))} @ {shown}"
 
 
 def difference(test: Test) -> tuple[str, str]:
     """Formats a difference and its 95 % interval: nats per target for a perplexity, percentage points for a share."""
     result = test.difference
     scale, digits = (1.0, 4) if test.measure.is_exponential else (100.0, 2)
-    value, low, high = (signed(scale * one, digits) for one in (result.value, result.low, result.high))
+    value, low, high = (signed(scale * number, digits) for number in (result.value, result.low, result.high))
     return value, f"[{low}, {high}]"
 
 

@@ -31,7 +31,7 @@ READABLE = (
     f"{', '.join((TEXT_SUFFIX, *JSON_SUFFIXES))} (also with {', '.join(COMPRESSIONS)}), {', '.join(TABLE_SUFFIXES)}, "
     "or a folder of MDS shards or of Dataset.save_to_disk"
 )
-# Files about the text rather than of it, recognised by their names: in lower case, without the ending.
+# Files that describe the text, recognised by their names: in lower case, without the ending.
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|checksums?|(md5|sha\d+)(sums?)?)([._-].*)?|.*[._-](readme|licen[cs]e|checksums?|(md5|sha\d+)(sums?)?)"
     r"|copying|notice|changelog|citation|authors|contributing|requirements|manifest"

@@ -52,7 +52,9 @@ def open_node_cache(base: str | None, world: World) -> Path:
 
 @contextlib.contextmanager
 def streaming_names(folder: Path, world: World) -> Iterator[None]:
-    """Makes mosaicml-streaming choose names of shared memory that are not in use. Every rank opens its dataset in it.
+    """Makes mosaicml-streaming choose names of shared memory that are not in use.
+
+    Every rank opens its dataset inside this block.
 
     For each kind of segment, mosaicml-streaming finds the first number that is free, and then uses the highest of these
     numbers. If a killed job, or one that is just ending, has left some kinds of segments but not others, that number

@@ -1,4 +1,4 @@
-"""Detection of lost ranks: when a collective fails, torch reports a time-out or a closed connection, but not whose.
+"""Detection of lost ranks: a failed collective reports a time-out or a closed connection, but not of which rank.
 
 Every rank listens on a port without accepting connections: the kernel answers for a process as long as it lives,
 whatever it is busy with. So a refused connection means that the process has ended, and no answer means that the node

@@ -89,7 +89,7 @@ def are_current(config: Config) -> bool:
     """Returns True if every model has measures, and they are of that model and this text."""
     models = candidates(config)
     inputs = open_inputs(config, models[0].folder)
-    return all(one.is_current(config) for one in _measurements(config, models, inputs))
+    return all(measurement.is_current(config) for measurement in _measurements(config, models, inputs))
 
 
 def evaluate(
@@ -131,14 +131,14 @@ def evaluate(
         measure(model, text, predictions, world, label="teacher's predictions")
         model.close()
 
-    def measure_model(model: FrozenModel, one: Measurement) -> Callable[[], Outcome]:
+    def measure_model(model: FrozenModel, measurement: Measurement) -> Callable[[], Outcome]:
         examples = measure(model, text, predictions, world, label="evaluating")
         write_samples = functools.partial(
             continued_texts.write_samples,
             teacher=teacher.folder,
             prompts=prompts,
             continuations=continued_texts.continue_prompts(model, prompts),
-            name=one.candidate.name,
+            name=measurement.candidate.name,
             teachers=HELD_OUT.folder_of(config, TEACHER),
         )
         return functools.partial(_outcome, examples, write_samples if len(prompts) else None)
@@ -176,7 +176,7 @@ class HeldOutText:
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # len(dataset) is only this rank's share
-        # Of the held-out tokens, whatever their annotation; older shards only have their own digest.
+        # The digest covers the held-out tokens, not their annotation; older shards only have their own digest.
         self.digest = validation.facts.get("text", validation.digest)
         # Digests of the data that a measure depends on in addition to the text.
         self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
@@ -208,7 +208,7 @@ class HeldOutText:
             if number >= len(starts):
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["samples"] = torch.arange(start, stop)
-            # Of the target's own rows the one that is nearest to the teacher's state; -1 if it has no rows.
+            # The nearest of the target's own rows to the teacher's state; -1 if it has no rows.
             batch["nearest_sense"] = torch.stack([torch.tensor(sample[shards.OWN_ROWS][:, 0]) for sample in samples])
             batch["lexical"] = (synonyms[..., 0] >= 0) | (antonyms[..., 0] >= 0)
             both = ((synonyms[..., 0] >= 0) & (antonyms[..., 0] >= 0) & batch["loss_mask"]).flatten()
@@ -265,7 +265,7 @@ def measure(
             name: column if name in _NOT_INTEGERS else column.astype(np.int64)
             for name, column in zip(_SUMS, columns, strict=True)
         },
-        [replace(one, data=text.measured_with.get(one.name)) for one in MEASURES],
+        [replace(each, data=text.measured_with.get(each.name)) for each in MEASURES],
     )
 
 

@@ -87,8 +87,10 @@ def find_stale(config: Config, measurements: Sequence[Measurement], *, force: bo
 
     All ranks must call it. Rank 0 decides, because all ranks must measure the same models.
     """
-    stale = on_main(lambda: [n for n, one in enumerate(measurements) if force or not one.is_current(config)])
-    current = [one.folder(config) for number, one in enumerate(measurements) if number not in stale]
+    stale = on_main(
+        lambda: [n for n, measurement in enumerate(measurements) if force or not measurement.is_current(config)]
+    )
+    current = [measurement.folder(config) for number, measurement in enumerate(measurements) if number not in stale]
     if current:
         say(f"up to date: {', '.join(map(str, current))}")
     return [measurements[number] for number in stale]
@@ -111,38 +113,40 @@ def run(
         measure: measures a model on all ranks, and returns a function that makes the outcome, which rank 0 calls.
         force: replace results even if another process has made them meanwhile.
     """
-    for candidate, measurements in itertools.groupby(stale, key=lambda one: one.candidate):
+    for candidate, measurements in itertools.groupby(stale, key=lambda measurement: measurement.candidate):
         # Loaded by its first measurement, after the heading, and kept for the others.
         load = functools.cache(functools.partial(load_candidate, candidate, config, world))
-        for one in measurements:
-            sources = [candidate.folder.path, *one.reads]
-            with stage(f"{one.evaluation.heading}: {candidate.name}", reads=sources, writes=one.folder(config)):
-                make_outcome = measure(load(), one)
-                on_main(functools.partial(_publish, config, one, make_outcome, force=force))
+        for measurement in measurements:
+            sources = [candidate.folder.path, *measurement.reads]
+            with stage(
+                f"{measurement.evaluation.heading}: {candidate.name}", reads=sources, writes=measurement.folder(config)
+            ):
+                make_outcome = measure(load(), measurement)
+                on_main(functools.partial(_publish, config, measurement, make_outcome, force=force))
         load().close()
 
 
-def _publish(config: Config, one: Measurement, make_outcome: Callable[[], Outcome], *, force: bool) -> None:
+def _publish(config: Config, measurement: Measurement, make_outcome: Callable[[], Outcome], *, force: bool) -> None:
     """Writes the results and logs those of a tracked run, unless another process has made the same ones meanwhile."""
-    folder, outcome = one.folder(config), make_outcome()
-    if not force and was_made_meanwhile(folder, one.recipe):
+    folder, outcome = measurement.folder(config), make_outcome()
+    if not force and was_made_meanwhile(folder, measurement.recipe):
         return
-    with build_artifact(folder, one.recipe) as building:
+    with build_artifact(folder, measurement.recipe) as building:
         write_json(building.folder / FILE, outcome.measures)
         outcome.write_files(building.folder)
         building.facts.update(outcome.facts)
     for line in outcome.lines:
         say(f"  {line}")
-    if one.candidate.mlflow_run_id and config.tracking.enabled:
+    if measurement.candidate.mlflow_run_id and config.tracking.enabled:
         log_results(
             config,
-            one.candidate.name,
-            one.candidate.mlflow_run_id,
-            one.evaluation.folder,
+            measurement.candidate.name,
+            measurement.candidate.mlflow_run_id,
+            measurement.evaluation.folder,
             outcome.metrics,
             folder / EXAMPLES_FILE,
             data=outcome.data,
-            step=one.candidate.step,
+            step=measurement.candidate.step,
             tables=[folder / name for name in outcome.tables],
             files=[folder / name for name in outcome.files],
         )

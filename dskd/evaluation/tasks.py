@@ -86,7 +86,7 @@ def are_current(config: Config, names: Sequence[str]) -> bool:
     tasks = [load_task(config, benchmark) for benchmark in benchmarks_named(names)]
     models = candidates(config)
     prompters = [Prompter(model.folder.load_tokenizer()) for model in models]
-    return all(one.is_current(config) for one in _measurements(config, models, tasks, prompters))
+    return all(measurement.is_current(config) for measurement in _measurements(config, models, tasks, prompters))
 
 
 def run_tasks(
@@ -118,13 +118,13 @@ def run_tasks(
     measurements = _measurements(config, models, list(tasks.values()), list(prompters.values()))
     stale = suite.find_stale(config, measurements, force=force)
     for model in models:
-        todo = [tasks[one.evaluation.name] for one in stale if one.candidate is model]
+        todo = [tasks[each.evaluation.name] for each in stale if each.candidate is model]
         on_main(functools.partial(check_prompts, config, model, tokenizers[model.name], todo))
         if todo and not prompters[model.name].has_template:
             say(f"{model.folder.path}: the tokenizer has no chat template; prompts are plain text")
 
-    def measure(model: FrozenModel, one: Measurement) -> Callable[[], Outcome]:
-        task, name = tasks[one.evaluation.name], one.candidate.name
+    def measure(model: FrozenModel, measurement: Measurement) -> Callable[[], Outcome]:
+        task, name = tasks[measurement.evaluation.name], measurement.candidate.name
         answers = _Runner(model, prompters[name], tokenizers[name], task, config, world).run()
         return functools.partial(_outcome, task, answers)
 

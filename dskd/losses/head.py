@@ -159,10 +159,12 @@ class DistillationHead(nn.Module):
         for start in range(0, len(states), self.chunk_size):
             part = slice(start, start + self.chunk_size)
             logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
-            known = teacher if cache is None else TopTokens(*(values[part] for values in cache))
-            of_part = None if token_weights is None else token_weights[part]
-            of_chunk, logits_grad = self._logit_losses(logits, labels[part], known, coefficients, of_part)
-            logit_sums += of_chunk
+            teacher_distribution = teacher if cache is None else TopTokens(*(values[part] for values in cache))
+            token_weights_of_chunk = None if token_weights is None else token_weights[part]
+            chunk_sums, logits_grad = self._logit_losses(
+                logits, labels[part], teacher_distribution, coefficients, token_weights_of_chunk
+            )
+            logit_sums += chunk_sums
             logits_grad = logits_grad.to(states.dtype)
             at_valid[part] = logits_grad @ self.weight
             if weight_grad is not None:

@@ -128,7 +128,7 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_
 
 
 def _keep_in_fp32(causal_lm: Any) -> None:
-    """Turns back to float32 the parameters that transformers always loads in float32, whatever the model's type."""
+    """Converts back to float32 the parameters that transformers always loads in float32, whatever the model's type."""
     kept = getattr(causal_lm, "_keep_in_fp32_modules_strict", None)
     if not kept:
         return

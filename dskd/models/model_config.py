@@ -92,7 +92,7 @@ def _refuse_other_models(values: dict[str, Any], where: str) -> None:
         )
     if values.get("is_encoder_decoder"):
         raise UserError(f"{where}: {name} is an encoder-decoder; only decoders are supported")
-    if any(str(one).endswith(_NO_DECODERS) for one in values.get("architectures") or []):
+    if any(str(name).endswith(_NO_DECODERS) for name in values.get("architectures") or []):
         raise UserError(f"{where}: {name} does not predict the next token; only decoders are supported")
 
 
@@ -242,11 +242,11 @@ def _read_by_code(model_type: str) -> frozenset[str]:
         names |= set(vars(config_class()))
     text = inspect.getsource(inspect.getmodule(config_class) or config_class)
     pairs = re.findall(r"""self\.(\w+) =|["'](\w+)["']""", text)
-    names |= {one for pair in pairs for one in pair}
+    names |= {name for pair in pairs for name in pair}
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     text = inspect.getsource(inspect.getmodule(model_class) or model_class)
     pairs = re.findall(r"""\bconfig\.(\w+)|\bgetattr\(\s*(?:self\.)?config,\s*["'](\w+)""", text)
-    return frozenset(names | {one for pair in pairs for one in pair})
+    return frozenset(names | {name for pair in pairs for name in pair})
 
 
 def _is_known(model_type: Any) -> bool:

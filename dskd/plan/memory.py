@@ -178,7 +178,7 @@ def compute_memory(
     of_batches = {"senses": senses * copies + (bank if on_gpu else 0), "batches": rest * copies}
     static = held + student_held + optimizer + sum(of_batches.values())
     # What each phase holds in addition to all that is always there; the largest decides the peak.
-    at = {
+    phase_bytes = {
         "the teacher's forward pass": teacher_live + of_teacher,
         "the student's forward pass": forward,
         "the loss": at_turn + activations.kept + activations.loss,
@@ -186,7 +186,7 @@ def compute_memory(
         "the sum over ranks": backward + flushed + over,
         "the optimizer's step": _STEP * min(share, SUB_GROUP),
     }
-    moment = max(at, key=at.__getitem__)
+    moment = max(phase_bytes, key=phase_bytes.__getitem__)
     reserved = RESERVED_ON_GPU if on_gpu else RESERVED_ON_HOST
     gpu = Parts(
         teacher=held + teacher_live,
@@ -196,7 +196,7 @@ def compute_memory(
         loss=activations.loss,
         **of_batches,
         reserved=reserved,
-        peak=static + at[moment] + reserved,
+        peak=static + phase_bytes[moment] + reserved,
         peak_moment=moment,
     )
     host = _host(config, cluster, gpu, host_teacher, senses, rest, trained)

@@ -84,7 +84,7 @@ def format_refusal(plan: Plan, fitting: tuple[Change, Plan] | None) -> str:
 
 
 def _speed_of(changed: Plan, plan: Plan) -> str:
-    now, before = (f"{one.speed.tokens_per_s:,.0f}" for one in (changed, plan))
+    now, before = (f"{each.speed.tokens_per_s:,.0f}" for each in (changed, plan))
     return (
         "the same tokens/s are expected: data travels during computation"
         if now == before

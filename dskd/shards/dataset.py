@@ -19,7 +19,7 @@ class ShardDataset(StreamingDataset):
     def on_exception(self, future: Future) -> None:
         """Stores the error of a fetch that failed, and ends the iteration.
 
-        The library raises the error in a thread, where nobody catches it, and the iteration would just end.
+        The library raises the error in a thread, where nothing catches it, and the iteration would just end.
         """
         if error := future.exception():
             self.failure = error

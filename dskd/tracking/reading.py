@@ -1,4 +1,4 @@
-"""Reading of runs, metrics and artifacts from the tracking server."""
+"""Reads runs, metrics and artifacts from the tracking server."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence

@@ -47,7 +47,7 @@ class CandidateRows:
         if not columns:
             return np.empty((len(positions), 0), dtype=np.int64)
         rows = np.sort(np.concatenate(columns, axis=-1).astype(np.int64), axis=-1)
-        again = rows[:, 1:] == rows[:, :-1]
-        rows[:, 1:][again] = -1
+        is_duplicate = rows[:, 1:] == rows[:, :-1]
+        rows[:, 1:][is_duplicate] = -1
         rows[np.isin(rows, drawn)] = -1
         return rows

@@ -149,10 +149,10 @@ class StepSamples(IterableDataset):
                 needed = schedule.samples_per_rank if turn * num_workers + own < left else 0
                 self._dataset.current_step = step + turn * num_workers + own
                 # Read even if this worker has no step left: workers wait for each other when an epoch begins.
-                of_step = list(itertools.islice(samples, schedule.samples_per_rank))
-                if len(of_step) < needed:
-                    raise self._dataset.failure or EOFError(f"only {len(of_step)} of {needed} samples of a step")
-                yield of_step
+                step_samples = list(itertools.islice(samples, schedule.samples_per_rank))
+                if len(step_samples) < needed:
+                    raise self._dataset.failure or EOFError(f"only {len(step_samples)} of {needed} samples of a step")
+                yield step_samples
             step += left
             if step < schedule.total_steps:
                 next(samples, None)  # exhausts the iterator, which ends the epoch

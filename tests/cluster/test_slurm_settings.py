@@ -120,7 +120,7 @@ def test_the_pipeline_trains_all_runs_of_the_config_or_those_that_are_named(subm
     runs = "'runs={one: {}, two: {}}'"
     finished = submit("pipeline", "train.steps=5", "run=two", env=f"DSKD_OVERRIDES=({runs})")
     assert finished.returncode == 0, finished.stderr
-    # Behind the overrides, among which another one may be chosen.
+    # The run follows the overrides, which may choose another run.
     assert _trained(submit) == [["train.steps=5", "run=two", "run=one"], ["train.steps=5", "run=two", "run=two"]]
     assert "17 train-one\n17 train-two\n17 evaluate\n" in finished.stdout
     finished = submit("pipeline", env=f"DSKD_OVERRIDES=({runs} run=one)\nDSKD_RUNS=(two)")
@@ -150,9 +150,9 @@ def test_settings_become_options_of_sbatch(submit, tmp_path):
         "train", "run=kd", env="DSKD_NODES=3\nDSKD_PARTITION=gpu\nDSKD_TIME=\nDSKD_SBATCH_OPTIONS=(--qos=long)"
     )
     assert finished.returncode == 0, finished.stderr
-    (asked,) = submit.submitted()
+    (submitted,) = submit.submitted()
     for option in ("--nodes=3", "--partition=gpu", "--gpus-per-node=1", "--qos=long", "train.sbatch run=kd"):
-        assert option in asked
-    assert asked.startswith(f"{tmp_path / 'my,own.env'} ") and "--export=ALL " in asked
-    assert "--time" not in asked
+        assert option in submitted
+    assert submitted.startswith(f"{tmp_path / 'my,own.env'} ") and "--export=ALL " in submitted
+    assert "--time" not in submitted
     assert finished.stdout == "17 train\n"

@@ -121,11 +121,11 @@ def test_preflight_names_the_host_with_different_storage(site):
     finally:
         site.lab.run("node2", "umount", str(site.folder / "work"))
     assert codes == [1, 1], output(launchers)
-    said = launchers[0].output
+    printed = launchers[0].output
     for rank in (2, 3):
-        assert f"rank {rank} (node2): {site.folder / 'work'} is not the folder that rank 0 writes to" in said
-    assert "(node1)" not in said
-    assert re.search(r"^node2  +2  +cpu", said, re.MULTILINE)
+        assert f"rank {rank} (node2): {site.folder / 'work'} is not the folder that rank 0 writes to" in printed
+    assert "(node1)" not in printed
+    assert re.search(r"^node2  +2  +cpu", printed, re.MULTILINE)
     assert "Traceback" not in output(launchers)
 
 

@@ -25,7 +25,7 @@ from dskd.compare.text import compare
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
-from dskd.pipeline import compare_or_say_why_not
+from dskd.pipeline import compare_or_explain
 from dskd.tracking import log_results, read_runs, start_tracking
 
 pytestmark = pytest.mark.slow
@@ -325,9 +325,9 @@ def test_runs_evaluated_on_different_data_are_refused(tracked, dskd):
 
 def test_the_pipeline_reports_different_data_and_does_not_fail(tracked):
     config = load_config(tracked[0], [f"tracking.experiment={OTHER}", "run=far"])
-    assert "far" in compare_or_say_why_not(config)
+    assert "far" in compare_or_explain(config)
     _log_table(config, tracked[1]["far"], DATA)  # under another digest: the one is not the other
-    text = compare_or_say_why_not(config)
+    text = compare_or_explain(config)
     _log_table(config, tracked[1]["far"], OTHER_DATA)
     assert text.startswith("Not compared: ")
     assert DATA in text

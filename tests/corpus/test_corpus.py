@@ -34,7 +34,7 @@ def test_documents_are_split_by_content_in_any_order(tmp_path):
     build_corpus(config)
     train, validation = _texts(config, "train"), _texts(config, "validation")
     assert set(train) | set(validation) == set(texts)
-    assert not set(train) & set(validation)  # every text stands in both files, and on one side
+    assert not set(train) & set(validation)  # every text is in both files, and on one side
     assert len(train) + len(validation) == 400
     assert 20 <= len(set(validation)) <= 60
 
@@ -93,7 +93,7 @@ def test_sequences_of_another_tokenizer_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("has_end", [True, False])
-def test_a_tokenizer_that_ends_no_text_is_warned_of(tmp_path, capsys, has_end):
+def test_a_tokenizer_without_an_end_token_causes_a_warning(tmp_path, capsys, has_end):
     (tmp_path / "a.txt").write_text("\n\n".join(f"a b w{i}" for i in range(100)), encoding="utf-8")
     config = _config(tmp_path, train=(str(tmp_path / "a.txt"),), validation_share=0.3)
     build_corpus(config)

@@ -126,8 +126,8 @@ def sources(tmp_path):
 def test_relations_of_all_sources_name_their_source(tmp_path, sources):
     config = _config(tmp_path, **sources)
     build_lexicon(config)
-    given = {(r.head, r.relation, r.tail, r.source) for r in load_lexicon(config) if r.head < r.tail}
-    assert given == {
+    relations = {(r.head, r.relation, r.tail, r.source) for r in load_lexicon(config) if r.head < r.tail}
+    assert relations == {
         ("big", "synonym", "large", "dict2vec"),
         ("big", "synonym", "large", "own.tsv"),
         ("sad", "synonym", "unhappy", "dict2vec"),
@@ -151,8 +151,8 @@ def test_relations_of_all_sources_name_their_source(tmp_path, sources):
 def test_the_stage_replaces_negated_words_and_records_the_changes(tmp_path, sources):
     config = _config(tmp_path, **sources, morpholex=str(tmp_path / "morpholex.xlsx"))
     build_lexicon(config)
-    given = {(r.head, r.relation, r.tail, r.source) for r in load_lexicon(config) if r.head < r.tail}
-    assert given == {
+    relations = {(r.head, r.relation, r.tail, r.source) for r in load_lexicon(config) if r.head < r.tail}
+    assert relations == {
         ("big", "synonym", "large", "dict2vec"),
         ("big", "synonym", "large", "own.tsv"),
         ("few", "synonym", "some", "dict2vec"),

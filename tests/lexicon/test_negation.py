@@ -103,14 +103,14 @@ def test_a_chain_of_negations_is_followed_to_its_end():
 
 def test_polarities_multiply_and_every_flip_is_kept():
     negation = _negation()
-    given = [
+    relations = [
         Relation("Unhappy", "sad", "synonym", "a"),
         Relation("unhappy", "penniless", "synonym", "b"),  # both negated: the relation stays
         Relation("dislike", "like", "antonym", "a"),
         Relation("unsmokeless", "sooty", "synonym", "a"),
         Relation("hot", "Cold", "antonym", "a"),
     ]
-    assert list(negation.apply(given)) == [
+    assert list(negation.apply(relations)) == [
         Relation("happy", "sad", "antonym", "a"),
         Relation("happy", "penny", "synonym", "b"),
         Relation("like", "like", "synonym", "a"),

@@ -138,8 +138,8 @@ def test_a_sample_without_states_is_empty(tmp_path):
 
 def test_a_token_with_few_states_keeps_them_as_they_are():
     states = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    given = TokenStates(torch.tensor([2, 5]), torch.tensor([0, 3, 9]), states)
-    found = cluster(given, SensesConfig(k=3), 0, torch.device("cpu"))
+    sampled = TokenStates(torch.tensor([2, 5]), torch.tensor([0, 3, 9]), states)
+    found = cluster(sampled, SensesConfig(k=3), 0, torch.device("cpu"))
     assert found.tokens.tolist() == [2, 5]
     assert found.sizes.tolist() == [3, 3]
     assert torch.equal(found.vectors[:3], states[:3])
@@ -149,8 +149,8 @@ def test_a_token_with_few_states_keeps_them_as_they_are():
 
 def test_equal_states_are_one_sense():
     states = torch.cat([torch.ones(30, 4), torch.zeros(20, 4), torch.randn(30, 4, generator=torch.Generator())])
-    given = TokenStates(torch.tensor([1, 2]), torch.tensor([0, 50, 80]), states.bfloat16())
-    found = cluster(given, SensesConfig(k=5), 0, torch.device("cpu"))
+    sampled = TokenStates(torch.tensor([1, 2]), torch.tensor([0, 50, 80]), states.bfloat16())
+    found = cluster(sampled, SensesConfig(k=5), 0, torch.device("cpu"))
     assert found.sizes.tolist() == [2, 5]
     assert sorted(found.counts[:2].tolist()) == [20, 30]
     assert found.vectors[:2].float().sum(-1).sort().values.tolist() == pytest.approx([0, 4], abs=1e-5)
@@ -159,8 +159,8 @@ def test_equal_states_are_one_sense():
 
 def test_states_per_sense_limits_the_number_of_senses():
     states = torch.randn(3 + 8 + 25, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    given = TokenStates(torch.tensor([1, 2, 7]), torch.tensor([0, 3, 11, 36]), states)
-    found = cluster(given, SensesConfig(k=4, states_per_sense=5), 0, torch.device("cpu"))
+    sampled = TokenStates(torch.tensor([1, 2, 7]), torch.tensor([0, 3, 11, 36]), states)
+    found = cluster(sampled, SensesConfig(k=4, states_per_sense=5), 0, torch.device("cpu"))
     assert found.sizes.tolist() == [1, 2, 4]  # 3/5 and 8/5 rounded up; 25/5 is more than k
     torch.testing.assert_close(found.vectors[0], states[:3].float().mean(0).bfloat16())
     assert [int(part.sum()) for part in found.counts.split(found.sizes.tolist())] == [3, 8, 25]
@@ -186,9 +186,9 @@ def test_spans_are_composed_as_in_a_plain_loop():
     spans = torch.tensor([[0, 2, -1], [2, 3, 0], [0, 1, -1], [1, 0, 2]], dtype=torch.int32)
     sizes = span_sizes(spans, offsets, 3)
     pieces = list(compose_spans(spans, lambda rows: vectors[rows], counts, offsets, k=3))
-    found, behind = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    found, counts_of_spans = (torch.cat(parts) for parts in zip(*pieces, strict=True))
 
-    expected, expected_behind, expected_sizes = [], [], []
+    expected, expected_counts, expected_sizes = [], [], []
     for span in spans.tolist():
         tokens = [token for token in span if token >= 0]
         rows_of = [range(int(offsets[token]), int(offsets[token + 1])) for token in tokens]
@@ -202,10 +202,10 @@ def test_spans_are_composed_as_in_a_plain_loop():
                 mean = vectors[matched].mean(0)
                 matched.append(min(rows, key=lambda row: float((vectors[row] - mean).norm())))
             expected.append(vectors[matched].mean(0))
-            expected_behind.append(int(counts[matched].sum()))
+            expected_counts.append(int(counts[matched].sum()))
     assert sizes.tolist() == expected_sizes
     torch.testing.assert_close(found, torch.stack(expected))
-    assert behind.tolist() == expected_behind
+    assert counts_of_spans.tolist() == expected_counts
 
 
 @pytest.fixture

@@ -256,8 +256,10 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> No
     ids = torch.cat([_tokens(rank) for rank in range(world.world_size)])
     logits = student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     with torch.no_grad():
-        wanted = teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    kl = F.kl_div((logits / 2).log_softmax(-1), (wanted / 2).log_softmax(-1), log_target=True, reduction="batchmean")
+        teacher_logits = teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    kl = F.kl_div(
+        (logits / 2).log_softmax(-1), (teacher_logits / 2).log_softmax(-1), log_target=True, reduction="batchmean"
+    )
     (F.cross_entropy(logits, ids[:, 1:].flatten()) + 0.7 * 4 * kl).backward()
     parameters = dict(student.named_parameters())
     last, norm = f".{student.config.num_hidden_layers - 1}.", _final_norm(folder)

@@ -223,8 +223,8 @@ def test_an_evaluation_that_is_repeated_leaves_one_table(link, tmp_path):
     tracking.finish("FINISHED")
     table, text = tmp_path / "samples.json", tmp_path / "samples.md"
     text.write_text("| a |")
-    for said in ("first", "second"):
-        table.write_text(json.dumps({"columns": ["prompt", "dskd"], "data": [["a", said]]}))
+    for continuation in ("first", "second"):
+        table.write_text(json.dumps({"columns": ["prompt", "dskd"], "data": [["a", continuation]]}))
         more = {"step": 7, "tables": [table], "files": [text]}
         log_results(config, "dskd", tracking.run_id, "evaluation", {"perplexity": 3.5}, text, data="f" * 64, **more)
     client = MlflowClient(link.uri)

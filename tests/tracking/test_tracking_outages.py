@@ -135,12 +135,12 @@ def test_four_ranks_on_two_nodes_are_one_run_through_a_death_and_an_outage(serve
     finally:
         for rank in ranks:
             rank.kill()
-    died_behind = checkpoint.latest(config).step
-    assert died_behind < 12
+    last_saved_step = checkpoint.latest(config).step
+    assert last_saved_step < 12
     ranks = start("--resume")
     try:
         wait_for(lambda: "MLflow cannot be reached" in ranks[0].output, 600)
-        wait_for(lambda: checkpoint.latest(config).step > died_behind, 600)
+        wait_for(lambda: checkpoint.latest(config).step > last_saved_step, 600)
     finally:
         link.mend()
     finish(ranks, 600)
@@ -148,7 +148,7 @@ def test_four_ranks_on_two_nodes_are_one_run_through_a_death_and_an_outage(serve
     client = MlflowClient(server.uri)
     (run,) = read_runs(config)
     assert (run.status, run.tags["restarts"], run.tags["world_size"]) == ("FINISHED", "1", "4")
-    assert run.tags["restart.1"].startswith(f"from step {died_behind}, after its process died; world_size 4; ")
+    assert run.tags["restart.1"].startswith(f"from step {last_saved_step}, after its process died; world_size 4; ")
     assert [step for step, _ in points(server.uri, run.run_id, "train/loss")] == list(range(1, 13))
     for metric in run.metrics:
         steps = [step for step, _ in points(server.uri, run.run_id, metric)]

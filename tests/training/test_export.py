@@ -83,7 +83,7 @@ def test_without_a_checkpoint_or_with_another_student_there_is_no_export(copy_of
         build_export(config)
 
 
-def test_a_checkpoint_that_training_replaces_meanwhile_is_said(copy_of_tiny, monkeypatch):
+def test_a_checkpoint_that_training_replaces_meanwhile_is_reported(copy_of_tiny, monkeypatch):
     config = load_config(copy_of_tiny("teacher", "student", "checkpoints"))
     newest = checkpoint.latest(config)
     monkeypatch.setattr(

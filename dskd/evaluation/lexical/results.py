@@ -58,18 +58,18 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
     }
 
 
-def outcome(config: Config, one: Measurement, items: Sequence[Item], areas: Summary, *, text: str) -> Outcome:
+def outcome(config: Config, measurement: Measurement, items: Sequence[Item], areas: Summary, *, text: str) -> Outcome:
     """Returns a model's measures, with a function that writes its score on each item.
 
     Args:
         config: the experiment.
-        one: the model, whose evaluation on held-out text exists, and the recipe of its results.
+        measurement: the model, whose evaluation on held-out text exists, and the recipe of its results.
         items: its score on each item.
         areas: summaries of measures that are not means over items.
         text: digest of the held-out tokens.
     """
-    summary = summarize(items) | areas | _perplexity(config, one.candidate)
-    inputs = one.recipe.inputs
+    summary = summarize(items) | areas | _perplexity(config, measurement.candidate)
+    inputs = measurement.recipe.inputs
     data = digest_of_json({"items": inputs["items"], "text": text})
 
     def write_files(folder: Path) -> None:
@@ -101,18 +101,18 @@ def comparison(config: Config, names: Sequence[str], items: Manifest) -> str:
     measures = list(dict.fromkeys(measure for summary in summaries.values() for measure in summary))
     rows = []
     for name in measures:
-        one = next(summary[name] for summary in summaries.values() if name in summary)
+        any_entry = next(summary[name] for summary in summaries.values() if name in summary)
         cells = [_cell(summaries[model].get(name)) for model in order]
-        before = [f"{one['items']:,}", _number(one["chance"]), _number(surface.get(name))]
+        before = [f"{any_entry['items']:,}", _number(any_entry["chance"]), _number(surface.get(name))]
         rows.append([name.replace("_", " "), *before, *cells])
     return table(["measure", "items", "chance", "surface", *order], rows)
 
 
-def _cell(one: dict[str, Any] | None) -> str:
-    if one is None:
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None:
         return "–"
-    error = one.get("standard_error")
-    return _number(one["value"]) + (f" ± {_number(error)}" if error is not None else "")
+    error = entry.get("standard_error")
+    return _number(entry["value"]) + (f" ± {_number(error)}" if error is not None else "")
 
 
 def _number(value: float | None) -> str:

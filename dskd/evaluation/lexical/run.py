@@ -52,13 +52,13 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     ]
     stale = suite.find_stale(config, measurements, force=force)
     if stale:
-        on_main(lambda: check_items(items, [one.candidate for one in stale], teacher.load_tokenizer()))
+        on_main(lambda: check_items(items, [measurement.candidate for measurement in stale], teacher.load_tokenizer()))
         text = HeldOutText(config, inputs.validation, inputs.dictionary.path, world)
 
-    def measure(model: FrozenModel, one: Measurement) -> Callable[[], Outcome]:
+    def measure(model: FrozenModel, measurement: Measurement) -> Callable[[], Outcome]:
         scores, areas = measure_items(model, items, _texts_at_once(config, items), world)
         scores += alignment.senses_of_positions(model, text, inputs.dictionary, world)
-        return functools.partial(outcome, config, one, scores, areas, text=text.digest)
+        return functools.partial(outcome, config, measurement, scores, areas, text=text.digest)
 
     suite.run(config, world, stale, measure, force=force)
     on_main(lambda: say(f"\n{comparison(config, [model.name for model in models], manifest)}"))

@@ -47,7 +47,7 @@ def surface_scores(
         scores[wic.AUC] = roc_auc(similarities, labels)
         if threshold_pairs:
             items += wic.accuracy(pairs, similarities, wic.best_threshold(*_surface_of_pairs(threshold_pairs)))
-    return {name: one["value"] for name, one in summarize(items).items()} | scores
+    return {name: entry["value"] for name, entry in summarize(items).items()} | scores
 
 
 def _surface_of_pairs(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:

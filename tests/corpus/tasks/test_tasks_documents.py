@@ -70,9 +70,9 @@ def test_a_document_ends_where_the_answer_begins_and_shows_answers_to_others(tmp
     texts = list(read_texts(config, "train"))
     assert len(texts) == round(7 * 0.5)
     for text in texts:
-        instruction, *shots, asked = text.split("\n\n")
+        instruction, *shots, question = text.split("\n\n")
         assert instruction.startswith("Answer with the number")
-        assert asked.endswith("\nAnswer:")
+        assert question.endswith("\nAnswer:")
         assert len(shots) == 2
         for shot in shots:
             goal, answer = shot.splitlines()[0].removeprefix("Goal: "), shot[-1]
@@ -88,8 +88,8 @@ def test_with_examples_of_the_same_passage_a_prompt_has_one_passage(tmp_path):
     assert {text.count("Passage: ") for text in shown} == {1}
     assert {text.count("Question: ") for text in shown} == {1, 2}
     for text in shown:
-        *_, asked = text.split("\n\n")
-        assert asked.endswith("\nAnswer:")
+        *_, question = text.split("\n\n")
+        assert question.endswith("\nAnswer:")
         answers = [part.rsplit("Answer: ", 1)[1] for part in text.split("\n\n") if "Answer: " in part]
         assert len(answers) == text.count("Question: ") - 1
         assert "No answer" not in answers

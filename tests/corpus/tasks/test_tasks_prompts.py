@@ -82,8 +82,8 @@ def test_the_tokens_of_a_chat_are_those_that_the_template_gives(writes_start):
 
 def _turns(example):
     choices = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCDE", example.choices, strict=False))
-    asked = {"role": "user", "content": f"Question: {example.question}\n{choices}Answer:"}
-    return [asked, {"role": "assistant", "content": example.answers[0]}]
+    turn = {"role": "user", "content": f"Question: {example.question}\n{choices}Answer:"}
+    return [turn, {"role": "assistant", "content": example.answers[0]}]
 
 
 def test_a_template_that_refuses_the_turns_is_a_user_error():
@@ -136,13 +136,13 @@ def _squad(name, question, *answers, passage="The mill stands by the river, said
 
 
 def test_an_example_of_the_questions_passage_is_another_answerable_one_that_does_not_give_its_answer_away():
-    asked = _squad("1", "Where is the mill?", "by the river", "river")
+    mill_question = _squad("1", "Where is the mill?", "by the river", "river")
     unanswerable = _squad("2", "Who built it?")
     shot = _squad("3", "Who said so?", "Ann")
     same_answer = _squad("4", "What is near?", "The river")
     longer_answer = _squad("5", "What was said?", "stands by the river")
     elsewhere = _squad("6", "Who rows?", "Tom", passage="Tom rows.")
-    pool = [asked, unanswerable, shot, same_answer, longer_answer, elsewhere]
+    pool = [mill_question, unanswerable, shot, same_answer, longer_answer, elsewhere]
     shown = {
         question.example.name: [shown.name for shown in question.shots]
         for seed in range(9)
@@ -153,7 +153,7 @@ def test_an_example_of_the_questions_passage_is_another_answerable_one_that_does
     assert shown["3"] == ["1", "4", "5"]
     assert shown["4"] == shown["5"] == ["3"]
     assert shown["6"] == []  # as in the published program: no example
-    one = list(with_shots(BENCHMARKS["squad_v2"], [unanswerable, asked], pool, 1, 0, own_passage=True))
+    one = list(with_shots(BENCHMARKS["squad_v2"], [unanswerable, mill_question], pool, 1, 0, own_passage=True))
     assert one[:1] == list(with_shots(BENCHMARKS["squad_v2"], [unanswerable], pool, 1, 0, own_passage=True))
     drawn = {
         next(with_shots(BENCHMARKS["squad_v2"], [unanswerable], pool, 1, seed, own_passage=True)).shots[0].name
@@ -197,10 +197,10 @@ def test_the_identity_of_a_task_depends_on_its_content():
 
 def test_shots_and_tokens_are_the_papers():
     settings = TasksConfig()
-    asked = {name: (b.shots(settings), b.new_tokens(settings)) for name, b in BENCHMARKS.items()}
-    assert asked.pop("squad_v2") == (1, 10)
-    assert set(asked.values()) == {(5, 2)}
+    limits = {name: (b.shots(settings), b.new_tokens(settings)) for name, b in BENCHMARKS.items()}
+    assert limits.pop("squad_v2") == (1, 10)
+    assert set(limits.values()) == {(5, 2)}
     # Mistral's digits are two tokens, its letters one.
     settings = TasksConfig(choice_tokens=1, piqa_tokens=2)
-    asked = {name: b.new_tokens(settings) for name, b in BENCHMARKS.items()}
-    assert asked == {"arc_challenge": 1, "commonsense_qa": 1, "piqa": 2, "mmlu": 1, "squad_v2": 10}
+    limits = {name: b.new_tokens(settings) for name, b in BENCHMARKS.items()}
+    assert limits == {"arc_challenge": 1, "commonsense_qa": 1, "piqa": 2, "mmlu": 1, "squad_v2": 10}

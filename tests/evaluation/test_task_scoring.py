@@ -43,10 +43,10 @@ def _texts(count):
 def test_token_f1_is_that_of_squads_script(official):
     texts = _texts(300)
     seen = set()
-    for given, right in zip(texts, reversed(texts), strict=True):
-        assert normalize(given) == official.normalize_answer(given)
-        expected = official.compute_f1(right, given)
-        assert token_f1(given, right) == pytest.approx(expected, abs=1e-12)
+    for answer, right in zip(texts, reversed(texts), strict=True):
+        assert normalize(answer) == official.normalize_answer(answer)
+        expected = official.compute_f1(right, answer)
+        assert token_f1(answer, right) == pytest.approx(expected, abs=1e-12)
         seen.add(round(expected, 3))
     assert {0.0, 1.0} < seen
     assert len(seen) > 6
