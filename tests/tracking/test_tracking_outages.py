@@ -1,5 +1,6 @@
 """Outages and dead runs, with a real `mlflow server` that is cut off and connected again."""
 
+import threading
 import time
 
 import pytest
@@ -56,6 +57,7 @@ def test_unsent_messages_are_sent_by_the_next_start_and_by_export(link, tmp_path
     for step in (5, 6, 7):
         second.log_metrics({"train/loss": 5.5 if step == 5 else float(step)}, step)
     second.finish("FINISHED")
+    wait_for(lambda: all(thread.name != "mlflow" for thread in threading.enumerate()))  # as if their process had ended
     link.mend()
     log_export(config, config.run, second.run_id, tmp_path)
 
