@@ -227,7 +227,9 @@ def test_what_would_fail_at_the_end_fails_before_the_first_step(tmp_path, world)
     _change_tensors(
         student.path, lambda tensors: {name: t for name, t in tensors.items() if "layers.0.mlp.down_proj" not in name}
     )
-    with pytest.raises(UserError, match=r"fills these in at random.*so training does not start[^$]*layers.0.mlp.down_proj"):
+    with pytest.raises(
+        UserError, match=r"fills these in at random.*so training does not start[^$]*layers.0.mlp.down_proj"
+    ):
         rehearse_export(pair, student, config, world)
     assert not scratch.exists()
     pair.engine.destroy()
