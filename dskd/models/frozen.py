@@ -169,7 +169,7 @@ def load_frozen(folder: ModelFolder, config: Config, world: World, *, with_head:
 
     Raises:
         UserError: when weights are missing, the model does more than a matrix product after its last hidden state, it
-            does not keep packed documents apart, it computes something different from transformers does, or there is no
+            does not keep packed documents apart, it computes something different from transformers, or there is no
             disk to offload it to.
     """
     dtype = compute_dtype(config.precision, world.device)

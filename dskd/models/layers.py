@@ -66,8 +66,8 @@ def check_kinds(teacher: nn.Module, student: Any, layers: Sequence[int]) -> None
         raise UserError(
             listed(
                 f"student.layers: {type(student).__name__} with the teacher's layers {', '.join(map(str, layers))} "
-                "would compute something different from these layers do in the teacher; keep others, for example the "
-                "lowest ones (student.spacing: first)",
+                "would compute something different from what these layers compute in the teacher; keep others, for "
+                "example the lowest ones (student.spacing: first)",
                 differences[:10],
             )
         )

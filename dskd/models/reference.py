@@ -110,7 +110,7 @@ def compare_with_transformers(
         remedy = "; try teacher.mode: resident" if sharded else ""
         raise UserError(
             f"{folder.path}: {type(decoder.base).__name__}, as it is loaded here, computes something different from "
-            f"transformers does: {place} differ by {worst:.1e} of their norm, more than {_TOLERANCE[dtype]:.0e}; this "
+            f"transformers: {place} differ by {worst:.1e} of their norm, more than {_TOLERANCE[dtype]:.0e}; this "
             f"architecture is not supported{remedy}",
             known_to_all_ranks=True,
         )
