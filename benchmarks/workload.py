@@ -222,7 +222,7 @@ def build_loss(
             hidden[None],
             labels=labels[None],
             loss_mask=torch.ones_like(labels, dtype=torch.bool)[None],
-            normalizers=Normalizers(tokens=1 / len(labels), senses=1 / max(positions, 1)),
+            normalizers=Normalizers(targets=1 / len(labels), senses=1 / max(positions, 1)),
             teacher_hidden=teacher_hidden[None],
             senses=senses,
         )
