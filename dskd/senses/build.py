@@ -37,7 +37,7 @@ _NOT_IN_RECIPE = ("path", "batch_size", "memory_budget", "save_minutes", "keep_s
 
 @dataclass(frozen=True)
 class DictionaryInputs:
-    """What a dictionary is built from, checked to fit together."""
+    """The inputs from which a dictionary is built, checked to fit together."""
 
     teacher: ModelFolder
     lexicon: Manifest

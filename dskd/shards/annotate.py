@@ -58,7 +58,7 @@ _COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
 @dataclass(frozen=True)
 class AnnotationInputs:
-    """What annotation reads, checked to fit together."""
+    """The inputs of annotation, checked to fit together."""
 
     teacher: ModelFolder
     dictionary: SenseDictionary

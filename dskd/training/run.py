@@ -16,7 +16,7 @@ from dskd.training.step import Step
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that the training loop uses."""
+    """A run that is set up: the objects that the training loop uses."""
 
     config: Config
     world: World

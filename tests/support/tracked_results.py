@@ -1,4 +1,4 @@
-"""What MLflow has of a run."""
+"""The record of a run in MLflow."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a real `mlflow server` receives about runs, their evaluations and their models."""
+"""The data that a real `mlflow server` receives about runs, their evaluations and their models."""
 
 import json
 import shutil
