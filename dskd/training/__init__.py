@@ -22,4 +22,5 @@ universal_checkpoint  converts a checkpoint for another number of ranks
 export                writes a checkpoint as a Hugging Face folder
 rehearsal             exports the untrained student before the first step, to see early whether exporting will work
 teacher_from_scratch  trains a small teacher, for when there is none to download
+muon                  the optimizer of that teacher's matrices in float32
 """

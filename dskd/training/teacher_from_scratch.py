@@ -24,6 +24,7 @@ from dskd.distributed.world import uses_gpu
 from dskd.errors import UserError
 from dskd.models.precision import compute_dtype, resolve_precision
 from dskd.random_numbers import derived_seed
+from dskd.training.muon import Float32Muon
 
 END_OF_TEXT = "<|endoftext|>"
 _WARMUP_SHARE = 0.05
@@ -130,15 +131,20 @@ def train_model(model: Any, sequences: Sequences, settings: FromScratchConfig, s
     # Muon is for the layers' matrices; embeddings, output matrix and norms are trained with AdamW at their own rate.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
+    device = torch.device("cuda" if uses_gpu() else "cpu")
+    use_bf16 = compute_dtype(precision, device) == torch.bfloat16
+    muon: torch.optim.Optimizer = (
+        torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=0.0)
+        if use_bf16
+        else Float32Muon(matrices, lr=settings.learning_rate)
+    )
     optimizers = [
-        torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=0.0),
+        muon,
         torch.optim.AdamW(others, lr=settings.embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [settings.learning_rate, settings.embedding_learning_rate]
     sequence_length = sequences.sequence_length
     steps = max(1, settings.train_tokens // (settings.batch_size * sequence_length))
-    device = torch.device("cuda" if uses_gpu() else "cpu")
-    use_bf16 = compute_dtype(precision, device) == torch.bfloat16
     model.to(device).train()
     batches = _batches(sequences, settings.batch_size, derived_seed(seed, "teacher", "order"))
     losses: list[float] = []
