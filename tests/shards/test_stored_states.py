@@ -181,7 +181,6 @@ def _config(folder, store=BOTH, sequence_length=T, **student):
         ({"train_embeddings": True}, "the student's embeddings are trained"),
         ({"layers": (1, 2)}, "lowest layer is the teacher's layer 1"),
         ({"layers": 9}, "student.layers: the teacher has 4 layers"),
-        ({"sequence_length": 2**25}, r"a sequence of 33,554,432 tokens has [\d.]+ GB, and a sample can have 2.0"),
     ],
 )
 def test_states_that_cannot_be_stored_are_refused_before_work_begins(tmp_path, options, message):
@@ -189,9 +188,20 @@ def test_states_that_cannot_be_stored_are_refused_before_work_begins(tmp_path, o
     config = _config(tmp_path, **options)
     with pytest.raises(UserError, match=message):
         plan_stored(config, find_teacher(config))
-    if "sequence_length" not in options:  # what is wrong with the student is no problem of the last states
-        config = _config(tmp_path, ("teacher_states",), **options)
-        assert plan_stored(config, find_teacher(config)) == Stored(("teacher_states",), "float32", 32, 0)
+    # What is wrong with the student is no problem of the last states.
+    config = _config(tmp_path, ("teacher_states",), **options)
+    assert plan_stored(config, find_teacher(config)) == Stored(("teacher_states",), "float32", 32, 0)
+
+
+def test_a_sample_that_no_shard_can_hold_is_refused(tmp_path):
+    save_model(tmp_path / "teacher")
+    settings = tmp_path / "teacher" / "config.json"
+    settings.write_text(
+        settings.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 9e7')
+    )
+    config = _config(tmp_path, sequence_length=2**25)
+    with pytest.raises(UserError, match=r"a sequence of 33,554,432 tokens has 10\.\d GB, and a sample can have 2.0"):
+        plan_stored(config, find_teacher(config))
 
 
 def test_layers_whose_shape_depends_on_their_place_have_no_trunk_to_store(tmp_path):
