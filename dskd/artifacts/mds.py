@@ -1,7 +1,7 @@
 """Reads MDS shards from a folder without mosaicml-streaming's datasets, which need shared memory and a cache.
 
-Holds one shard at a time in memory, unpacked and checked against the index; if only some columns are read, and it is not
-packed, maps it instead. Writes nothing. Never decodes columns that would run code (pickles).
+Holds one shard at a time in memory, unpacked and checked against the index. If only some columns are read, it maps
+shards that are not packed instead. Writes nothing, and never decodes columns that would run code (pickles).
 """
 
 import json
