@@ -15,10 +15,11 @@ messages    describes keys, and explains mistakes
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
 from dskd.config.evaluation import TASKS as TASKS
@@ -110,35 +111,21 @@ class Config(Section):
     tasks: TasksConfig = TasksConfig()  # type: ignore[call-arg]
     pipeline: PipelineConfig = PipelineConfig()  # type: ignore[call-arg]
 
-    @model_validator(mode="after")
-    def _sections_fit_together(self) -> "Config":
-        problems = []
+    def problems(self) -> Iterator[str]:
+        """Yields messages about sections that do not fit together."""
         if self.teacher.mode == "cached":
             if self.loss.kd_weight and not self.annotation.teacher_top_n:
-                problems.append(
-                    "teacher.mode: cached needs annotation.teacher_top_n, how many tokens are stored (64, say)"
-                )
+                yield "teacher.mode: cached needs annotation.teacher_top_n, how many tokens are stored (64, say)"
+            lacks = "needs the teacher's states, which teacher.mode: cached does not have: set it to"
+            instead = "or teacher.mode to resident or zero3"
             if self.loss.hidden_weight:
-                problems.append(
-                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached does not have: set it "
-                    "to 0, or teacher.mode to resident or zero3"
-                )
+                yield f"loss.hidden_weight {lacks} 0, {instead}"
             if self.loss.compares_sense_distributions:
-                problems.append(
-                    "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached does not "
-                    "have: set it to distance, or teacher.mode to resident or zero3"
-                )
+                yield f"loss.sense_form: distribution {lacks} distance, {instead}"
             if self.student.shared_trunk == "on":
-                problems.append(
-                    "student.shared_trunk: on needs a teacher in training, and teacher.mode: cached has none"
-                )
+                yield "student.shared_trunk: on needs a teacher in training, and teacher.mode: cached has none"
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
-            problems.append(
-                "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
 
     @property
     def run_names(self) -> tuple[str, ...]:

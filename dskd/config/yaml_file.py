@@ -10,6 +10,14 @@ import yaml
 from dskd.errors import UserError
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+# What YAML can read a key without quotes as, by the name of the type.
+_NOT_TEXT = {
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "NoneType": "nothing",
+    "dict": "a mapping",
+}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -92,9 +100,9 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
             key = key_node.value if is_merge else loader.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
+                what = _NOT_TEXT.get(type(key).__name__, f"a {type(key).__name__}")  # such as a date or a list
                 raise UserError(
-                    f"line {line}: a key of a configuration is text, and YAML reads this one as {type(key).__name__} "
-                    f"({key}); put it in quotes"
+                    f"line {line}: the key {_written(key_node)} has to be text, but is {what}; put it in quotes"
                 )
             if key in seen:
                 remedy = "merge a list, <<: [*ONE, *OTHER]" if is_merge else "keep one of them"
@@ -115,6 +123,10 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
                     own.append((key_node, value_node))
         node.value = own
     done.add(id(node))
+
+
+def _written(node: yaml.Node) -> str:
+    return node.value if isinstance(node, yaml.ScalarNode) else "of this line"
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
