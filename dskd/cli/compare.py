@@ -76,8 +76,8 @@ def run_compare(args: argparse.Namespace) -> None:
     from dskd.compare.choosing import Selection
     from dskd.compare.comparison import make_comparison
     from dskd.compare.report import require_writable, write_report
-    from dskd.compare.results import EVALUATIONS
     from dskd.compare.text import summarize
+    from dskd.evaluation.table import EVALUATIONS
 
     if unknown := [name for name in args.without if name not in EVALUATIONS]:
         raise UserError(f"--without {unknown[0]}: there is no such evaluation; choose from {', '.join(EVALUATIONS)}")

@@ -11,15 +11,12 @@ from dskd.compare.choosing import Selection
 from dskd.compare.metrics import EVALUATED
 from dskd.config import Config
 from dskd.errors import UserError, listed
-from dskd.evaluation import held_out_text, tasks
-from dskd.evaluation.held_out_text import HELD_OUT
-from dskd.evaluation.lexical.results import LEXICAL
+from dskd.evaluation import held_out_text
 from dskd.evaluation.models import CUT_STUDENT, TEACHER
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples
-from dskd.evaluation.suite import EXAMPLES_FILE, Evaluation
+from dskd.evaluation.suite import EXAMPLES_FILE
+from dskd.evaluation.table import BENCHMARKS, EVALUATIONS, HELD_OUT, Evaluation
 from dskd.tracking import TrackedRun, read_artifact
-
-EVALUATIONS = {evaluation.name: evaluation for evaluation in (HELD_OUT, LEXICAL, *tasks.EVALUATIONS.values())}
 
 
 class DifferentDataError(UserError):
@@ -87,7 +84,7 @@ def _read_tables(config: Config, runs: Sequence[TrackedRun], evaluation: Evaluat
 
 def _named(examples: Examples, evaluation: Evaluation) -> Examples:
     """Returns the examples with unique names of measures: each benchmark has an accuracy, which is named after it."""
-    if evaluation.name not in tasks.EVALUATIONS:
+    if evaluation.name not in BENCHMARKS:
         return examples
     measures = [dataclasses.replace(measure, name=f"{evaluation.name}_{measure.name}") for measure in examples.measures]
     return dataclasses.replace(examples, measures=measures)

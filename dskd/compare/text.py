@@ -11,7 +11,7 @@ from dskd.compare.pictures import draw_curves
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
-from dskd.evaluation.held_out_text import HELD_OUT
+from dskd.evaluation.table import HELD_OUT
 
 PICTURE = "curves.png"
 

@@ -18,9 +18,8 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, world: World) -> 
     """
     order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for turn in range(-(-len(batches) // world.world_size)):
-        number = turn * world.world_size + world.rank
-        yield batches[number] if number < len(batches) else []
+    for number in world.turns(len(batches)):
+        yield [] if number is None else batches[number]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:

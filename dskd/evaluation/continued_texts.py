@@ -5,6 +5,7 @@ A prompt is the first half of a document of the validation shards, and every mod
 """
 
 import html
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     last = prompts.input_ids.shape[1] - 1
     added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
     _, ends = end_tokens(model.folder)
-    return [row[: next((index for index, token in enumerate(row) if token in ends), len(row))] for row in added]
+    return [[*itertools.takewhile(lambda token: token not in ends, row)] for row in added]
 
 
 def write_samples(
@@ -75,13 +76,8 @@ def write_samples(
 ) -> None:
     """Writes the continuations of the model `name` into `folder`, in a column next to the teacher's.
 
-    Args:
-        folder: folder of this model's evaluation.
-        teacher: the teacher, whose tokenizer all models use.
-        prompts: the prompts.
-        continuations: the token ids that the model added to each prompt.
-        name: the model's name.
-        teachers: folder of the teacher's evaluation; for the teacher it may not exist yet.
+    `continuations` are the token ids that the model added to each prompt. `teachers` is the folder of the teacher's
+    evaluation; for the teacher it may not exist yet. All models use the tokenizer of `teacher`.
     """
     tokenizer = teacher.load_tokenizer()
     columns: dict[str, list[str]] = {_PROMPT: [], _TEXT: []}

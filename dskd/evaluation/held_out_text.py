@@ -31,14 +31,14 @@ from dskd.distributed.world import World
 from dskd.evaluation import continued_texts, suite
 from dskd.evaluation.models import TEACHER, Candidate, candidates, load_candidate, same_on_all_ranks
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
-from dskd.evaluation.suite import EXAMPLES_FILE, Evaluation, Measurement, Outcome
+from dskd.evaluation.suite import EXAMPLES_FILE, Measurement, Outcome
+from dskd.evaluation.table import HELD_OUT
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.precision import resolve_precision
 from dskd.models.readouts import chunk_size, next_token
 from dskd.senses.dictionary import SenseDictionary, load_dictionary, map_vectors
 
-HELD_OUT = Evaluation("evaluation", "Held-out text", "evaluate", kinds.EVALUATION.folder, kinds.EVALUATION.made_by)
 MEASURES = (
     Measure("perplexity", "nll", "tokens", lower_is_better=True, is_exponential=True),
     Measure("accuracy", "correct", "tokens"),
@@ -95,16 +95,10 @@ def are_current(config: Config) -> bool:
 def evaluate(
     config: Config, world: World, models: Sequence[Candidate] | None = None, *, force: bool = False
 ) -> HeldOutInputs:
-    """Measures every model whose measures are not up to date, and writes `WORKDIR/evaluation/NAME`.
+    """Measures models whose measures are not up to date, or with `force` all, and writes `WORKDIR/evaluation/NAME`.
 
-    Args:
-        config: the experiment.
-        world: the ranks; all of them must call this.
-        models: the models, the teacher first, if they have already been found.
-        force: measure also models that are up to date.
-
-    Returns:
-        the artifacts that the models were measured with.
+    All ranks must call it. `models` are the models, the teacher first, if they have already been found. Returns the
+    artifacts that the models were measured with.
     """
     models = models or same_on_all_ranks(lambda: candidates(config))
     teacher = models[0]
@@ -197,15 +191,14 @@ class HeldOutText:
         `samples` [B] holds the indices of a batch's samples.
         """
         starts = range(0, self.num_samples, self._batch_size)
-        for turn in range(-(-len(starts) // self._world.world_size)):
-            number = turn * self._world.world_size + self._world.rank
-            start = starts[number] if number < len(starts) else 0
+        for number in self._world.turns(len(starts)):
+            start = starts[number or 0]
             stop = min(start + self._batch_size, self.num_samples)
             samples = [self._dataset[index] for index in range(start, stop)]
             batch = shards.collate_tokens(samples)
             synonyms = torch.stack([torch.tensor(sample[shards.SYNONYM_ROWS]) for sample in samples])
             antonyms = torch.stack([torch.tensor(sample[shards.ANTONYM_ROWS]) for sample in samples])
-            if number >= len(starts):
+            if number is None:
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["samples"] = torch.arange(start, stop)
             # The nearest of the target's own rows to the teacher's state; -1 if it has no rows.

@@ -112,12 +112,8 @@ def _require_unchanged(candidate: Candidate, config: Config) -> None:
 def require_exports(config: Config, *, run_is_named: bool) -> None:
     """Prints which runs of the config are left out because they have no export.
 
-    Args:
-        config: the experiment.
-        run_is_named: whether the user named the config's run, which must then not be left out.
-
     Raises:
-        UserError: when the named run has no export.
+        UserError: when the config's run has no export and `run_is_named`, because the user chose it.
     """
     missing = [run for run in config.run_names if not config.path(kinds.EXPORT.folder, run).is_dir()]
     if run_is_named and config.run in missing:

@@ -20,11 +20,11 @@ from dskd.compare.choosing import Selection
 from dskd.compare.comparison import make_comparison
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import color_of
-from dskd.compare.results import EVALUATIONS
 from dskd.compare.text import compare
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
+from dskd.evaluation.table import EVALUATIONS
 from dskd.pipeline import compare_or_explain
 from dskd.tracking import log_results, read_runs, start_tracking
 

@@ -57,13 +57,9 @@ def gold_of(data: Path) -> Path:
 def read_wic(file: str, key: str) -> list[Pair]:
     """Reads the pairs of a data file and its gold file.
 
-    Args:
-        file: the data file.
-        key: the config's key, for messages.
-
     Raises:
         UserError: when a file is missing or cannot be read, or a line is not in the format; the message says which
-            line, and why.
+            line, and why. It names `key`, the config's.
     """
     path = Path(file).expanduser()
     if not path.name.endswith(_DATA):
