@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from dskd.artifacts.files import save_figure
 from dskd.inspection.labels import place_labels
@@ -18,12 +22,8 @@ _FAR = 30.0  # a label more pixels than this away from its point gets a line to 
 
 def draw_picture(picture: "Picture", path: Path) -> int:
     """Writes the picture, and returns the number of labels left out for lack of room."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(10.5, 7.5), dpi=_DPI)
+    figure = Figure(figsize=(10.5, 7.5), dpi=_DPI)
+    axes = figure.subplots()
     colors = [f"C{index % 10}" for index in range(len(picture.words))]
     for entry in sorted(picture.entries, key=lambda entry: entry.kind == "word"):  # the words on top
         points, areas = picture.points[_slice(entry)], _areas(picture, entry)
@@ -36,7 +36,6 @@ def draw_picture(picture: "Picture", path: Path) -> int:
     figure.tight_layout()
     unlabelled = _add_labels(figure, axes, picture, colors)
     save_figure(figure, path)
-    plt.close(figure)
     return unlabelled
 
 
@@ -65,8 +64,6 @@ def _radii(areas: np.ndarray) -> np.ndarray:
 
 
 def _add_legend(axes: Any, picture: "Picture", colors: list[str]) -> None:
-    from matplotlib.lines import Line2D
-
     def handle(label: str, **options: Any) -> Line2D:
         return Line2D([], [], linestyle="none", label=label, **options)
 
@@ -96,10 +93,8 @@ def _add_labels(figure: Any, axes: Any, picture: "Picture", colors: list[str]) -
 
     The given words get their places first, then the other entries, those with most states first.
     """
-    from matplotlib.patheffects import withStroke
-
     order = sorted(picture.entries, key=lambda e: (e.kind != "word", -int(picture.counts[_slice(e)].sum())))
-    renderer = figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     to_pixels = axes.transData.transform
     anchors, radii, sizes, texts = [], [], [], []
     # Draw every label once to learn its size in pixels.

@@ -10,11 +10,11 @@ import numpy as np
 from dskd.artifacts.hashing import digest_of_json
 from dskd.config import Config
 from dskd.errors import UserError, listed
-from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
+from dskd.inspection.artifacts import Teacher, open_teacher
 from dskd.inspection.drawing import DrawnEntry, Picture, draw_picture
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.relations import RELATIONS
-from dskd.senses.dictionary import SenseDictionary
+from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.senses.entries import tokenize_words
 
 Method = Literal["pca", "tsne"]
@@ -45,7 +45,7 @@ def plot_words(
     if path.is_dir():
         raise UserError(f"--output {path}: this is a folder; name a file in it")
     teacher = open_teacher(config)
-    dictionary = open_senses(config, teacher).dictionary
+    dictionary, _ = load_fitting_dictionary(config, teacher.folder)
     picture = compose_picture(dictionary, teacher, words, method=method, neighbours=neighbours, seed=config.seed)
     unlabelled = draw_picture(picture, path)
     drawn = {kind: sum(entry.kind == kind for entry in picture.entries) for kind in ("word", *RELATIONS)}
