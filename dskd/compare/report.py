@@ -19,7 +19,7 @@ from dskd.compare import tables, wording
 from dskd.compare.comparison import Comparison
 from dskd.compare.groups import INPUT_TAGS, Group
 from dskd.compare.mlflow_link import mlflow_link
-from dskd.compare.pictures import bars_svg, color_of, curves_svg, differences_svg, slug
+from dskd.compare.pictures import bars_svg, curves_svg, differences_svg, paint, slug
 from dskd.compare.tables import Row, Table
 from dskd.errors import UserError
 from dskd.tracking import git_commit
@@ -84,7 +84,7 @@ def render_report(comparison: Comparison) -> str:
         baseline=comparison.baseline.name if comparison.baseline else "",
         tests=_tests(comparison),
         differences=_grid(comparison, tables.settings_table(comparison)),
-        colors=[color_of(number) for number in range(len(groups))],
+        colors=[paint(number)[0] for number in range(len(groups))],
         curves=curves_svg(comparison),
         training=_grid(comparison, _training(comparison)),
         resources=_grid(comparison, tables.resources_table(comparison)) if groups else None,
@@ -96,7 +96,7 @@ def render_report(comparison: Comparison) -> str:
 
 def _grid(comparison: Comparison, table: Table) -> dict[str, Any] | None:
     """Returns what the template shows of a table; None if it has no rows."""
-    colors = {id(group): color_of(number) for number, group in enumerate(comparison.groups)}
+    colors = {id(group): paint(number)[0] for number, group in enumerate(comparison.groups)}
     rows = [
         {"cells": row.cells, "kind": row.kind, "verdict": row.verdict, "color": colors.get(id(row.group), "")}
         for row in table.rows

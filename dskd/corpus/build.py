@@ -23,7 +23,7 @@ from dskd.corpus.files import Document, read_file
 from dskd.corpus.finding import TextFiles, find_files, fingerprint
 from dskd.corpus.hub import read_dataset
 from dskd.corpus.tasks import documents as tasks
-from dskd.errors import UserError
+from dskd.errors import UserError, shortened
 from dskd.lexicon.wordnet import WordNet, open_wordnet
 
 SPLITS = ("train", "validation")
@@ -31,7 +31,6 @@ _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
 _TASKS_SCHEMA = _SCHEMA.append(pa.field("continuation_tokens", pa.int32()))
 BATCH_DOCUMENTS = 1000
 _BATCH_CHARACTERS = 32_000_000  # written earlier at this size: a thousand books would need too much memory
-_SHOWN = 20
 _READ_KEYS = (
     "source",
     "train",
@@ -176,15 +175,14 @@ def _read_files(config: Config, key: str) -> Iterator[Document]:
             yield first
             yield from documents
     if without:
-        shown = ", ".join(without[:_SHOWN]) + (", …" if len(without) > _SHOWN else "")
-        warn(f"corpus.{key}: {len(without):,} files have no document: {shown}")
+        warn(f"corpus.{key}: {len(without):,} files have no document: {shortened(without)}")
 
 
 def _require_unchanged(before: Recipe, after: Recipe) -> None:
     changed = [name for name in {**before.inputs, **after.inputs} if before.inputs.get(name) != after.inputs.get(name)]
     if changed:
         raise UserError(
-            f"{', '.join(changed[:_SHOWN])}: changed while it was read; start again when nothing writes there any more"
+            f"{shortened(changed)}: changed while it was read; start again when nothing writes there any more"
         )
 
 

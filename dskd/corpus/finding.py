@@ -20,7 +20,7 @@ from dskd.artifacts.hashing import digest_of_json
 from dskd.artifacts.hashing import fingerprint as fingerprint_of_file
 from dskd.corpus.opening import COMPRESSIONS, without_compression
 from dskd.corpus.tables import saved_files
-from dskd.errors import UserError, listed
+from dskd.errors import UserError, listed, shortened
 
 TEXT_SUFFIX = ".txt"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -254,7 +254,7 @@ def _note_mixture(files: Sequence[Path], notes: list[str]) -> None:
     texts = [file for file in files if without_compression(file.name).endswith(TEXT_SUFFIX)]
     folders = {file.parent for file in files if file not in texts}
     if mixed := [file for file in texts if file.parent in folders]:
-        shown = ", ".join(file.name for file in mixed[:3]) + (", …" if len(mixed) > 3 else "")
+        shown = shortened([file.name for file in mixed], 3)
         notes.append(
             f"warning: {len(mixed):,} .txt in folders with files of records ({shown}) are read too, as paragraphs of "
             "text; if they are not text, name the others by a pattern"
