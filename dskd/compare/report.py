@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from dskd.artifacts.files import write_text
 from dskd.compare import tables, wording
 from dskd.compare.comparison import Comparison
-from dskd.compare.groups import INPUT_TAGS, Group
+from dskd.compare.groups import INPUT_TAGS
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import bars_svg, curves_svg, differences_svg, paint, slug
 from dskd.compare.tables import Row, Table
@@ -107,7 +107,7 @@ def _grid(comparison: Comparison, table: Table) -> dict[str, Any] | None:
 def _lead(comparison: Comparison) -> str:
     groups, runs = len(comparison.groups), len(comparison.runs)
     text = f"{groups} group{'s' * (groups != 1)} of settings, {runs} run{'s' * (runs != 1)}"
-    if not comparison.has_measures:
+    if not comparison.results:
         return f"{text}; settings, speed and cost only"
     better = [test for test in comparison.example_tests if test.is_better]
     if comparison.example_tests and comparison.baseline:
@@ -192,25 +192,22 @@ def _training(comparison: Comparison) -> Table:
 
 def _runs(comparison: Comparison) -> Table:
     header = ["run", "group", "seed", "status", "started (UTC)", "ranks", "id in MLflow", "evaluated on", "commit"]
-    return Table(
-        header, [Row(_run_cells(run, group), group=group) for group in comparison.groups for run in group.runs]
-    )
-
-
-def _run_cells(run: Any, group: Group) -> list[str]:
-    started = datetime.datetime.fromtimestamp(run.start_time_s, datetime.UTC)
-    ranks = f"{run.tags.get('world_size', '-')} {run.tags.get('device', '')}".strip()
-    return [
-        run.name,
-        group.name,
-        run.params.get("seed", "-"),
-        run.status.lower(),
-        f"{started:%Y-%m-%d %H:%M}",
-        ranks,
-        run.run_id,
-        run.tags.get("evaluation_data", "-")[:_SHOWN_DIGITS],
-        run.tags.get("git_commit", "-")[:_SHOWN_DIGITS],
-    ]
+    rows = []
+    for group in comparison.groups:
+        for run in group.runs:
+            cells = [
+                run.name,
+                group.name,
+                run.params.get("seed", "-"),
+                run.status.lower(),
+                f"{datetime.datetime.fromtimestamp(run.start_time_s, datetime.UTC):%Y-%m-%d %H:%M}",
+                f"{run.tags.get('world_size', '-')} {run.tags.get('device', '')}".strip(),
+                run.run_id,
+                run.tags.get("evaluation_data", "-")[:_SHOWN_DIGITS],
+                run.tags.get("git_commit", "-")[:_SHOWN_DIGITS],
+            ]
+            rows.append(Row(cells, group=group))
+    return Table(header, rows)
 
 
 def _footer() -> str:

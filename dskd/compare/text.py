@@ -22,7 +22,7 @@ def format_comparison(comparison: Comparison, picture: Path | None) -> str:
     `picture` is the file with the loss curves, or None if there is none.
     """
     parts = []
-    if comparison.has_measures:
+    if comparison.results:
         parts += _measures(comparison)
     if comparison.groups:
         parts += ["Runs:", _groups_table(comparison), ""]
