@@ -21,7 +21,7 @@ def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
 
     Returns {} for a dataset on the hub, which only its name identifies.
     """
-    folder = _folder(corpus)
+    folder = Path(corpus.dataset or "").expanduser()
     if not folder.is_dir():
         return {}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -35,9 +35,8 @@ def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
         UserError: when the library is missing, or the dataset cannot be found, reached or read; it says what to do.
     """
     name = f"{corpus.dataset}/{split}"
-    assert corpus.dataset is not None
     rows = read_rows(
-        corpus.dataset,
+        str(corpus.dataset),
         split,
         corpus.dataset_config,
         key="corpus.dataset",
@@ -64,19 +63,14 @@ def read_rows(
     revision: str | None = None,
     column: str | None = None,
 ) -> Iterator[Any]:
-    """Yields the rows of a split of a dataset, in its order.
+    """Yields the rows of a split of a dataset, which is a name on the hub or a folder, in its order.
 
-    Args:
-        dataset: a name on the hub, or a folder.
-        split: name of the split.
-        config: the dataset's configuration, if it has several.
-        key: the config's key that names the dataset, for messages.
-        instead: what to do if the hub cannot be reached, for messages.
-        revision: branch, tag or commit on the hub.
-        column: the only column to read, if the files have columns.
+    `config` is the dataset's configuration, if it has several; `revision` a branch, tag or commit on the hub; `column`
+    the only column to read, if the files have columns.
 
     Raises:
-        UserError: when the library is missing, or the dataset cannot be found, reached or read; it says what to do.
+        UserError: when the library is missing, or the dataset cannot be found, reached or read. It names `key`, the
+            config's, and says with `instead` what to do if the hub cannot be reached.
     """
     try:
         from datasets import load_dataset
@@ -107,7 +101,3 @@ def read_rows(
             "name a dataset of the hub that can be reached from here, or a folder of one, and one of its splits and "
             f"configurations; {instead}"
         ) from None
-
-
-def _folder(corpus: CorpusConfig) -> Path:
-    return Path(corpus.dataset or "").expanduser()

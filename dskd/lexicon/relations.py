@@ -26,7 +26,6 @@ from dskd.errors import UserError
 
 FILE = "relations.parquet"
 RELATIONS = ("synonym", "antonym")
-SCHEMA = pa.schema([(name, pa.string()) for name in ("head", "tail", "relation", "source")])
 _BITS_A_SOURCE = 4  # synonym and antonym, each in two directions
 _SYNONYM_BITS, _ANTONYM_BITS = 0b0011, 0b1100
 
@@ -41,6 +40,9 @@ class Relation(NamedTuple):
     tail: str
     relation: str
     source: str
+
+
+SCHEMA = pa.schema([(name, pa.string()) for name in Relation._fields])
 
 
 class Pairs:

@@ -262,6 +262,11 @@ def _private_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def spelled(name: str) -> str:
+    """Returns a lemma's name as text has it, without the "(p)" and the like that mark an adjective's position."""
+    return name.split("(")[0].replace("_", " ")
+
+
 def _lexnames() -> str:
     names = ["adj.all", "adj.pert", "adv.all"]
     names += [f"noun.{name}" for name in _NOUN_FILES.split()]

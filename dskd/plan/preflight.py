@@ -225,7 +225,7 @@ def _check_storage(config: Config, world: World) -> list[str]:
         except OSError as error:
             problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror}); {_SHARED}"
     if problem is None and token is not None:
-        problem = _check_lock(folder / f"lock-{world.rank}")
+        problem = next(iter(_problems_of(lambda: _try_lock(folder / f"lock-{world.rank}"))), None)
     reports = gather_json(problem)
     if world.is_main and problem is None:
         # Ranks with a problem of their own report it themselves, so only check the others' files.
@@ -246,36 +246,35 @@ def _remove_leftovers(workdir: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_lock(path: Path) -> str | None:
+def _try_lock(path: Path) -> None:
+    hold_lock(path, "checks that files can be locked")
+    release_lock(path)
+
+
+def _problems_of(check: Callable[[], object]) -> list[str]:
     try:
-        hold_lock(path, "checks that files can be locked")
-        release_lock(path)
+        check()
     except UserError as problem:
-        return str(problem)
-    return None
+        return [str(problem)]
+    return []
 
 
 def _check_shards(config: Config) -> list[str]:
     """Checks that this rank's node can read the training shards, if they exist; returns its problem, if any."""
     if not config.path(kinds.SHARDS.folder, "train").exists():
         return []
-    try:
-        shards.load_manifest(config, "train")
-        if config.train.shard_remote is not None:
-            shards.require_remote(config, "train")
-    except UserError as problem:
-        return [str(problem)]
-    return []
+    problems = _problems_of(lambda: shards.load_manifest(config, "train"))
+    if not problems and config.train.shard_remote is not None:
+        problems = _problems_of(lambda: shards.require_remote(config, "train"))
+    return problems
 
 
 def _check_cache(config: Config, world: World) -> list[str]:
-    own = f"{socket.gethostname()}: "
-    try:
-        open_node_cache(config.train.shard_cache, world)
-    except UserError as problem:  # it has the problems of all nodes, each line starting with a host name
-        lines = str(problem).splitlines()
-        return [line.removeprefix(own) for line in lines if line.startswith(own)] if world.local_rank == 0 else []
-    return []
+    # The error has the problems of all nodes, each line starting with a host name.
+    problems, own = _problems_of(lambda: open_node_cache(config.train.shard_cache, world)), f"{socket.gethostname()}: "
+    if not problems or world.local_rank != 0:
+        return []
+    return [line.removeprefix(own) for line in problems[0].splitlines() if line.startswith(own)]
 
 
 def _existing(path: Path) -> Path:

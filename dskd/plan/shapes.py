@@ -19,7 +19,7 @@ from dskd.models.cut_config import cut_config
 from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
-from dskd.plan.known_models import known_model
+from dskd.plan.known_models import KNOWN_MODELS
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size
 from dskd.training.trunk import TrunkError, trunk_depth
@@ -202,8 +202,7 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
     folder = Path(path).expanduser()
     if folder.is_dir():
         return _read(folder / "config.json", named_by="teacher.path")
-    known = known_model(path)
-    if known is not None:
+    if (known := KNOWN_MODELS.get(path.lower())) is not None:
         return Architecture(json.dumps(known), f"teacher.path: {path}")
     return _read(_fetch(path, config.teacher.revision), named_by=f"teacher.path: {path}")
 

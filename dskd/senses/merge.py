@@ -80,13 +80,7 @@ def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[Sense
         try:
             manifest = read_manifest(folder, "senses")
             dictionary = read_dictionary(folder / FILE)
-            require_fitting(
-                dictionary,
-                manifest,
-                teacher=teacher.digest,
-                tokenizer=teacher.tokenizer_digest,
-                hidden_size=hidden_size,
-            )
+            require_fitting(dictionary, manifest, teacher, hidden_size)
             verify_files(folder, manifest)
             opened.append((dictionary, manifest))
         except UserError as error:

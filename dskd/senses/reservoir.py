@@ -138,11 +138,12 @@ class Reservoir:
             self._merge()
 
     def _merge(self) -> None:
-        runs = [_Run(self._folder / name) for name in self._runs]
+        runs = [self._folder / name for name in self._runs]
+        states = [map_tensor(run, "states", "BF16") for run in runs]
         tokens, priorities, which, row = _select_from_runs(runs, self._max_states)
         self._learn_thresholds(tokens, priorities)
         merged = self._write_run(
-            tokens, priorities, lambda first, last: _read(runs, which[first:last], row[first:last])
+            tokens, priorities, lambda first, last: _read(states, which[first:last], row[first:last])
         )
         for run in self._runs:
             # The progress file still names the runs of the last flush, so they stay until the next one is recorded.
@@ -191,15 +192,15 @@ class SampledStates:
     """
 
     def __init__(self, paths: Sequence[Path], max_states: int, share: tuple[int, int] = (0, 1)) -> None:
-        self._runs = [_Run(path) for path in paths]
-        tokens, _, self._which, self._row = _select_from_runs(self._runs, max_states, share)
+        self._states = [map_tensor(path, "states", "BF16") for path in paths]
+        tokens, _, self._which, self._row = _select_from_runs(paths, max_states, share)
         self.tokens, self.counts = tokens.unique_consecutive(return_counts=True)
         self._offsets = offsets_of(self.counts)
 
     @property
     def hidden_size(self) -> int:
         """The states' hidden size D; 0 if there are no runs."""
-        return self._runs[0].states.shape[1] if self._runs else 0
+        return self._states[0].shape[1] if self._states else 0
 
     def ranges(self, memory_budget: int) -> Iterator[TokenStates]:
         """Yields the states of all tokens, in batches of whole tokens that fit into `memory_budget` bytes.
@@ -209,7 +210,7 @@ class SampledStates:
         rows = max(1, memory_budget // max(1, 2 * self.hidden_size))
         for start, stop in split_tokens(self._offsets, rows):
             first, last = int(self._offsets[start]), int(self._offsets[stop])
-            states = _read(self._runs, self._which[first:last], self._row[first:last])
+            states = _read(self._states, self._which[first:last], self._row[first:last])
             yield TokenStates(self.tokens[start:stop], self._offsets[start : stop + 1] - first, states)
 
 
@@ -223,14 +224,6 @@ def split_tokens(offsets: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-class _Run:
-    """A run on disk, with its states memory-mapped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.states = map_tensor(path, "states", "BF16")
-
-
 def _keys(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads the tokens [n] and priorities [n] of a run."""
     tokens, priorities = map_tensor(path, "tokens", "I32"), map_tensor(path, "priorities", "I64")
@@ -238,7 +231,7 @@ def _keys(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _select_from_runs(
-    runs: Sequence[_Run], max_states: int, share: tuple[int, int] = (0, 1)
+    runs: Sequence[Path], max_states: int, share: tuple[int, int] = (0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Selects the sample from all runs.
 
@@ -248,7 +241,7 @@ def _select_from_runs(
     """
     tokens, priorities, which, row = [], [], [], []
     for number, run in enumerate(runs):
-        run_tokens, run_priorities = _keys(run.path)
+        run_tokens, run_priorities = _keys(run)
         rows = (run_tokens % share[1] == share[0]).nonzero().squeeze(-1)
         tokens.append(run_tokens[rows])
         priorities.append(run_priorities[rows])
@@ -263,12 +256,12 @@ def _select_from_runs(
     return all_tokens[order], all_priorities[order], torch.cat(which)[order], torch.cat(row)[order]
 
 
-def _read(runs: Sequence[_Run], which: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Reads states [n, D] bf16: row `row[j]` of run `which[j]` for every j."""
-    states = torch.empty(len(which), runs[0].states.shape[1] if runs else 0, dtype=torch.bfloat16)
+def _read(runs: Sequence[np.ndarray], which: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Reads states [n, D] bf16: row `row[j]` of the mapped states of run `which[j]` for every j."""
+    states = torch.empty(len(which), runs[0].shape[1] if runs else 0, dtype=torch.bfloat16)
     for number in which.unique().tolist():
         places = (which == number).nonzero().squeeze(-1)
-        bits = runs[number].states[row[places].numpy()]
+        bits = runs[number][row[places].numpy()]
         states[places] = torch.from_numpy(bits).view(torch.bfloat16)
     return states
 

@@ -154,8 +154,8 @@ def test_segmentations_are_parsed_morpheme_by_morpheme():
         ("root", "happy"),
         ("suffix", "ness"),
     )
-    assert parse_segmentation("{<Non<<re<(new)>able>}").of_kind("prefix") == ("non", "re")
-    assert parse_segmentation("{(black)}{(bird)}").of_kind("root") == ("black", "bird")
+    assert parse_segmentation("{<Non<<re<(new)>able>}")[:2] == (("prefix", "non"), ("prefix", "re"))
+    assert parse_segmentation("{(black)}{(bird)}") == (("root", "black"), ("root", "bird"))
 
 
 @pytest.mark.parametrize("text", ["", "happy", "<un<", "<un(happy)", "{(happy)>ness", "{(happy) }", "(ha(p)py)"])
