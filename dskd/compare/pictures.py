@@ -20,6 +20,8 @@ from dskd.compare.metrics import EVALUATED, TERMS, History
 
 _SMOOTHING = 0.9  # decay of the exponential mean that is drawn over the raw curve
 _PIXELS_AN_INCH = 93  # on a screen; with it, three panels fill the page
+_PANEL_INCHES = 4.0  # width
+_LONGEST_LABEL = 24  # characters
 _POINTS = 400  # largest number of points drawn for a curve, which is more than a panel has pixels
 # After Paul Tol's "bright" palette: distinct to colour-blind readers, and dark enough on white. Further groups use the
 # same colours with other dashes.
@@ -81,7 +83,7 @@ def differences_svg(tests: Sequence[Test], comparison: Comparison, name: str) ->
 
 def _curves(comparison: Comparison) -> Figure:
     metrics = _drawn_curves(comparison)
-    figure, axes = _panels(len(metrics), width=4.0, height=3.0)
+    figure, axes = _panels(len(metrics), height=3.0)
     for panel, metric in zip(axes, metrics, strict=False):
         for number, group in enumerate(comparison.groups):
             curves = [comparison.histories[metric].get(run.run_id, ()) for run in group.runs]
@@ -104,7 +106,7 @@ def _curves(comparison: Comparison) -> Figure:
 
 def _bars(comparison: Comparison, metrics: Sequence[str]) -> Figure:
     groups = comparison.groups
-    figure, axes = _panels(len(metrics), width=4.0, height=0.75 + 0.42 * len(groups), share_y=True)
+    figure, axes = _panels(len(metrics), height=0.75 + 0.42 * len(groups), share_y=True)
     for panel, metric in zip(axes, metrics, strict=False):
         values = comparison.final.get(f"{EVALUATED}{metric}", {})
         # A bar for each group's mean, its interval, and a dot for each seed; `right` is where the longest bar ends.
@@ -151,7 +153,7 @@ def _bars(comparison: Comparison, metrics: Sequence[str]) -> Figure:
 def _differences(tests: Sequence[Test], comparison: Comparison) -> Figure:
     names = list(dict.fromkeys(test.measure.name for test in tests))
     groups = [group for group in comparison.groups if any(test.group is group for test in tests)]
-    figure, axes = _panels(len(names), width=4.0, height=1.1 + 0.4 * len(groups), share_y=True)
+    figure, axes = _panels(len(names), height=1.1 + 0.4 * len(groups), share_y=True)
     for panel, name in zip(axes, names, strict=False):
         of_measure = [test for test in tests if test.measure.name == name]
         measure = of_measure[0].measure
@@ -192,14 +194,14 @@ def paint(number: int) -> tuple[str, str]:
     return _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS) % len(_DASHES)]
 
 
-def _short(text: str, limit: int = 24) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
 
 
-def _panels(count: int, *, width: float, height: float, share_y: bool = False) -> tuple[Figure, list[Any]]:
+def _panels(count: int, *, height: float, share_y: bool = False) -> tuple[Figure, list[Any]]:
     columns = max(1, min(3, count))
     rows = max(1, math.ceil(count / columns))
-    size = (width * columns, height * rows + 0.4)
+    size = (_PANEL_INCHES * columns, height * rows + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
     for panel in axes.flat[count:]:

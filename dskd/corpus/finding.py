@@ -48,6 +48,7 @@ _COMMENT = ("#", ";", "//")
 _CHECKSUM_LINES = 5  # lines to look at that are no comments
 _LONGEST_CHECKSUM_LINE = 400  # characters; a longer line with a hash is text
 _READ_LINES = 200
+_SHOWN_KINDS = 12
 
 
 @dataclass(frozen=True)
@@ -340,6 +341,7 @@ def _ending(file: Path) -> str:
     return "".join(suffixes).lower() or "without an ending"
 
 
-def _counted(numbers: Mapping[str, int], limit: int = 12) -> str:
+def _counted(numbers: Mapping[str, int]) -> str:
     shown = [f"{number:,} {name}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))]
-    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} other kinds" if len(shown) > limit else "")
+    others = len(shown) - _SHOWN_KINDS
+    return ", ".join(shown[:_SHOWN_KINDS]) + (f" and {others} other kinds" if others > 0 else "")

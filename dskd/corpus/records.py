@@ -155,14 +155,6 @@ def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any
                 return
             fill()
 
-    def expect(actual: str, expected: str) -> None:
-        if actual not in expected or not actual:
-            here = repr(actual) if actual else "the end of the file"
-            raise UserError(
-                f"{path}: after element {number} of the array: expected {' or '.join(expected)}, found {here}; was its "
-                "download truncated?"
-            )
-
     skip_blanks()
     while buffer[at : at + 1] != "]":
         while True:
@@ -178,8 +170,13 @@ def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any
         number, at = number + 1, end
         yield number, element
         skip_blanks()
-        expect(buffer[at : at + 1], ",]")
-        if buffer[at] == ",":
+        after = buffer[at : at + 1]
+        if after not in (",", "]"):
+            raise UserError(
+                f"{path}: after element {number} of the array: expected , or ], found "
+                f"{repr(after) if after else 'the end of the file'}; was its download truncated?"
+            )
+        if after == ",":
             at += 1
             skip_blanks()
             if buffer[at : at + 1] in ("]", ""):

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -88,17 +87,13 @@ def write_samples(
         rest = row[start : min(end, start + prompts.num_tokens)]
         columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
     if (table := read_file(teachers, TABLE_FILE)) is not None:
-        columns["teacher"] = _column_of(table, "teacher")  # overwritten below if this model is the teacher
+        samples = json.loads(table)
+        index = samples["columns"].index("teacher")
+        columns["teacher"] = [row[index] for row in samples["data"]]  # overwritten below if this model is the teacher
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / TABLE_FILE, {"columns": list(columns), "data": rows})
     (folder / TEXT_FILE).write_text(_as_markdown(list(columns), rows), encoding="utf-8")
-
-
-def _column_of(content: bytes, name: str) -> list[str]:
-    table: dict[str, Any] = json.loads(content)
-    index = table["columns"].index(name)
-    return [row[index] for row in table["data"]]
 
 
 def _as_markdown(columns: list[str], rows: list[list[str]]) -> str:

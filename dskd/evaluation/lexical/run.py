@@ -106,7 +106,7 @@ def measure_items(model: FrozenModel, items: Items, batch_size: int, world: Worl
             areas[f"{name}_pooled"] = separation.pooled(items.contexts, states[:, place])
         scores += retrieval.retrieval(items.contexts, states[:, place], suffix)
     pairs = [tokens for choice in items.choices for tokens in (choice.synonym, choice.antonym)]
-    likelihoods = read_likelihoods(model, pairs, batch_size, world, label="synonyms or antonyms")
+    likelihoods = read_likelihoods(model, pairs, batch_size, world)
     scores += preference.preference(items.choices, likelihoods.tolist())
     if items.wic:
         similarities = _wic_similarities(model, items.wic_tokens, batch_size, world)
