@@ -19,6 +19,7 @@ from dskd.models.cut_config import cut_config
 from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
+from dskd.models.model_config import load_json
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size
@@ -146,7 +147,7 @@ def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
     with tempfile.TemporaryDirectory(prefix="dskd-plan-") as path:
         Path(path, "config.json").write_text(config, encoding="utf-8")
         try:
-            yield ModelFolder(Path(path), "", "")
+            yield ModelFolder(Path(path), "", "", source=named_by)
         except UserError as error:
             message = str(error).replace(str(Path(path, "config.json")), named_by)
             raise UserError(message.replace(path, named_by)) from None
@@ -262,15 +263,13 @@ class _Cut:
 
 
 def _read(path: Path, *, named_by: str) -> Architecture:
+    if not path.is_file():
+        raise UserError(f"{named_by}: there is no file {path}; name the teacher's config.json with --teacher-config")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{named_by}: there is no file {path}; name the teacher's config.json with --teacher-config"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{named_by}: {path} is not a readable config.json ({error})") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        values = load_json(path)
+    except UserError as problem:
+        raise UserError(f"{named_by}: {problem}") from None
+    if not isinstance(values.get("model_type"), str):
         raise UserError(f"{named_by}: {path} has no model_type; it is not the config.json of a Hugging Face model")
     _require_decoder(values, f"{named_by}: {path}")
     return Architecture(json.dumps(values), f"{named_by}: {path}")
