@@ -114,18 +114,30 @@ class Config(Section):
     def problems(self) -> Iterator[str]:
         """Yields messages about sections that do not fit together."""
         if self.teacher.mode == "cached":
-            if self.loss.kd_weight and not self.annotation.teacher_top_n:
-                yield "teacher.mode: cached needs annotation.teacher_top_n, how many tokens are stored (64, say)"
-            lacks = "needs the teacher's states, which teacher.mode: cached does not have: set it to"
-            instead = "or teacher.mode to resident or zero3"
-            if self.loss.hidden_weight:
-                yield f"loss.hidden_weight {lacks} 0, {instead}"
-            if self.loss.compares_sense_distributions:
-                yield f"loss.sense_form: distribution {lacks} distance, {instead}"
-            if self.student.shared_trunk == "on":
-                yield "student.shared_trunk: on needs a teacher in training, and teacher.mode: cached has none"
+            yield from self._missing_in_the_shards()
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
             yield "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
+
+    def _missing_in_the_shards(self) -> Iterator[str]:
+        """Yields what teacher.mode: cached would read from the shards, and `annotation` does not store."""
+        store = self.annotation.store
+        if "teacher_states" not in store:
+            if self.loss.kd_weight and not self.annotation.teacher_top_n:
+                yield (
+                    "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n, how "
+                    "many tokens are stored (64, say)"
+                )
+            lacks = "needs the teacher's states, which teacher.mode: cached reads from the shards"
+            remedy = "set annotation.store to [teacher_states], or teacher.mode to resident or zero3"
+            if self.loss.hidden_weight:
+                yield f"loss.hidden_weight {lacks}; {remedy}, or loss.hidden_weight to 0"
+            if self.loss.compares_sense_distributions:
+                yield f"loss.sense_form: distribution {lacks}; {remedy}, or loss.sense_form to distance"
+        if self.student.shared_trunk == "on" and "trunk_states" not in store:
+            yield (
+                "student.shared_trunk: on needs a teacher in training, or annotation.store: [teacher_states, "
+                "trunk_states], and teacher.mode: cached loads no teacher"
+            )
 
     @property
     def run_names(self) -> tuple[str, ...]:
@@ -134,8 +146,10 @@ class Config(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """True if training runs the teacher."""
-        return self.loss.needs_teacher and self.teacher.mode != "cached"
+        """True if training runs the teacher, as far as the config says: the shards may have been made with another."""
+        mode, store = self.teacher.mode, self.annotation.store
+        reads_shards = mode == "cached" or (mode == "auto" and "teacher_states" in store)
+        return self.loss.needs_teacher and not reads_shards
 
     def path(self, *parts: str) -> Path:
         """Returns a path inside the work directory."""
