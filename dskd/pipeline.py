@@ -51,12 +51,8 @@ class Stage:
 
 
 def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = None) -> None:
-    """Brings every artifact of the config up to date and prints the comparison.
-
-    Args:
-        path: the config.
-        overrides: overrides of the config.
-        until: name of the last stage to run, without a comparison; None runs all stages.
+    """Brings every artifact of the config up to date, and prints the comparison unless `until` names the last stage to
+    run.
 
     Raises:
         UserError: for errors that the user has to fix.

@@ -33,11 +33,8 @@ class StageFailedError(Exception):
 
 
 def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
-    """Starts a program of `launcher/` on all ranks and waits for it.
-
-    Raises:
-        StageFailedError: if it failed.
-        UserError: if there is no `deepspeed` command.
+    """Starts a program of `launcher/` on all ranks and waits for it. Raises a StageFailedError if it failed, or a
+    UserError if there is no `deepspeed` command.
     """
     executable = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if executable is None:

@@ -130,10 +130,8 @@ def _has(run: TrackedRun, tags: Mapping[str, str]) -> bool:
 
 
 def _matching(runs: Sequence[TrackedRun], tags: Mapping[str, str], all_runs: Sequence[TrackedRun]) -> list[TrackedRun]:
-    """Returns the runs that have these tags.
-
-    Raises:
-        UserError: when there is none; the message names values that these tags have in `all_runs`.
+    """Returns the runs that have these tags. If there is none, the UserError names values that these tags have in
+    `all_runs`.
     """
     chosen = [run for run in runs if _has(run, tags)]
     if chosen:

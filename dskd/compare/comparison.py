@@ -92,13 +92,10 @@ def make_comparison(
     baseline: str | None = None,
     without: Sequence[str] = (),
 ) -> Comparison:
-    """Reads the runs and compares them.
+    """Reads the runs of the config's address of MLflow and experiment, or those of the selection, and compares them.
 
-    Args:
-        config: gives the address of MLflow and the experiment.
-        selection: the runs to compare.
-        baseline: name of the group that the others are tested against; by default the first group.
-        without: names of the evaluations to leave out.
+    `baseline` is the name of the group that the others are tested against, by default the first; `without` has the
+    names of evaluations to leave out.
 
     Raises:
         DifferentDataError: when runs were evaluated on different data.

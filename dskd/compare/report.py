@@ -30,11 +30,7 @@ _SHOWN_DIGITS = 12
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
-    """Writes the report; on failure, an existing file at `path` stays as it is.
-
-    Raises:
-        UserError: when the file cannot be written.
-    """
+    """Writes the report; an existing file at `path` stays as it is if that is impossible (UserError)."""
     text = render_report(comparison)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +40,7 @@ def write_report(comparison: Comparison, path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Checks that the report can be written to `path`; called before anything is read.
-
-    Raises:
-        UserError: when `path` is a folder, or its folder is not writable.
-    """
+    """Raises a UserError if the report cannot be written to `path`; called before anything is read."""
     if not path.name or path.is_dir():
         raise UserError(f"--html {str(path)!r}: that is a folder; name a file, such as {path / 'report.html'}")
     parent = next(folder for folder in path.absolute().parents if folder.exists())

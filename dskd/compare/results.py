@@ -39,9 +39,7 @@ def read_results(
     config: Config, runs: Sequence[TrackedRun], selection: Selection, *, without: Sequence[str] = ()
 ) -> list[Results]:
     """Reads the results of the runs in all evaluations that `without` does not name, those on held-out text first.
-
-    Raises:
-        DifferentDataError: when results of one evaluation are from different data.
+    Raises a DifferentDataError when results of one evaluation are from different data.
     """
     all_results = []
     for evaluation in EVALUATIONS.values():

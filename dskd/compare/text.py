@@ -87,9 +87,7 @@ def _groups_table(comparison: Comparison) -> str:
 def compare(config: Config) -> str:
     """Returns the comparison of the newest run of each name as text; saves their curves in the work directory.
 
-    Raises:
-        DifferentDataError: when the runs were evaluated on different data.
-        UserError: when nothing was trained or evaluated yet.
+    Raises the errors of :func:`dskd.compare.comparison.make_comparison`.
     """
     return summarize(make_comparison(config))
 

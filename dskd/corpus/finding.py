@@ -70,13 +70,8 @@ class TextFiles:
 def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> TextFiles:
     """Finds the files with text that paths, folders and globs name: sorted, each once, and for MDS shards their index.
 
-    Args:
-        patterns: the paths, folders and globs of the config.
-        key: the config's key, for messages.
-        workdir: the work directory; a folder or glob that contains it is searched without it.
-
-    Raises:
-        UserError: when a pattern names nothing readable; it lists all of these.
+    A folder or glob that contains the work directory is searched without it. Raises a UserError that lists all patterns
+    of `key`, the config's, that name nothing readable.
     """
     files: dict[Path, Path] = {}  # by real path, because links can give one file several names
     left_out: Counter[str] = Counter()

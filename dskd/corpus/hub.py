@@ -29,11 +29,7 @@ def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
 
 
 def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
-    """Yields the documents of a split of `corpus.dataset`, in its order.
-
-    Raises:
-        UserError: when the library is missing, or the dataset cannot be found, reached or read; it says what to do.
-    """
+    """Yields the documents of a split of `corpus.dataset`, in its order; raises the errors of :func:`read_rows`."""
     name = f"{corpus.dataset}/{split}"
     rows = read_rows(
         str(corpus.dataset),

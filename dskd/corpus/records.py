@@ -32,8 +32,7 @@ _INSTRUCTION_KEYS = (
 def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
     """Yields (number, text) for a JSON file: the number is that of the line, or in the array, from 1; None for null.
 
-    Raises:
-        UserError: when a line or element is not an object with a text; it names that line or element.
+    Raises a UserError that names a line or element which is not an object with a text.
     """
     with open_text(path) as stream:
         start = stream.readline(_CHUNK_CHARACTERS)
@@ -49,11 +48,7 @@ def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
 
 
 def text_of(record: Any, text_field: str, place: str) -> str:
-    """Returns the text of a record.
-
-    Raises:
-        UserError: when the record has no text under `text_field`; it says what the record has instead.
-    """
+    """Returns the text of a record. If it has none under `text_field`, the UserError says what it has instead."""
     if isinstance(record, dict) and isinstance(record.get(text_field), str):
         text: str = record[text_field]
         return text

@@ -32,10 +32,8 @@ def read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str | None]
 def read_arrow(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
     """Yields (row, text) for an Arrow file, in stream or file format; rows count from 1, and a null is None.
 
-    A file may hold several streams, one after the other.
-
-    Raises:
-        UserError: when a stream has no end mark, or there is no column of texts.
+    A file may hold several streams, one after the other. Raises a UserError when a stream has no end mark, or there is
+    no column of texts.
     """
     refuse_pointer(path)
     with pa.memory_map(str(path)) as source:

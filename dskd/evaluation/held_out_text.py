@@ -61,10 +61,8 @@ class HeldOutInputs:
 
 
 def open_inputs(config: Config, teacher: ModelFolder) -> HeldOutInputs:
-    """Opens the sense dictionary and the manifest of the validation shards.
-
-    Raises:
-        UserError: when one of them is missing or damaged.
+    """Opens the sense dictionary and the manifest of the validation shards, unless one of them is missing or damaged
+    (UserError).
     """
     return HeldOutInputs(teacher, *load_dictionary(config), shards.load_manifest(config, "validation"))
 

@@ -86,11 +86,7 @@ def metadata_of(data: str, measures: Sequence[Measure]) -> dict[bytes, bytes]:
 
 
 def read_examples(content: bytes) -> Examples:
-    """Reads the content of a file that :func:`save_examples` wrote.
-
-    Raises:
-        ValueError: when the content is anything else.
-    """
+    """Reads the content of a file that :func:`save_examples` wrote; raises a ValueError for anything else."""
     try:
         table = pq.read_table(io.BytesIO(content))
         about = json.loads(table.schema.metadata[_METADATA])

@@ -77,7 +77,7 @@ def _run_lexical(config: Config, world: World, request: Request) -> None:
 
 HELD_OUT = Evaluation("evaluation", "Held-out text", "evaluate", kinds.EVALUATION.folder, kinds.EVALUATION.made_by)
 LEXICAL = Evaluation("lexical", "Words and senses", "lexical knowledge", kinds.LEXICAL.folder, kinds.LEXICAL.made_by)
-BENCHMARKS = {
+BENCHMARKS: dict[str, Evaluation] = {
     name: Evaluation(name, "Benchmarks", name, f"{kinds.TASK.folder}/{name}", f"{kinds.TASK.made_by} {name}")
     for name in TASKS
 }

@@ -130,9 +130,8 @@ def run_tasks(
 def check_prompts(config: Config, model: Candidate, prompter: Prompter, tasks: Sequence[Task]) -> None:
     """Checks that a model has all tokens of the tasks' prompts, and positions for the answers.
 
-    Raises:
-        UserError: for a prompt with a token that the model lacks, such as one that the chat template adds, or a number
-            of new tokens for which the model has no positions.
+    Raises a UserError for a prompt with a token that the model lacks, such as one that the chat template adds, or a
+    number of new tokens for which the model has no positions.
     """
     model_config = model.folder.load_config()
     vocab_size = vocabulary_size(model_config)

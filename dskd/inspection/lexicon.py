@@ -50,10 +50,8 @@ class LexiconReport:
 
 
 def inspect_lexicon(config: Config) -> LexiconReport:
-    """Counts the pairs of the lexicon and, if there is a teacher, how well its tokenizer covers them.
-
-    Raises:
-        UserError: when there is no lexicon.
+    """Counts the pairs of the lexicon and, if there is a teacher, how well its tokenizer covers them. Raises a
+    UserError without a lexicon.
     """
     manifest = lexicon_manifest(config)
     relations = read_relations(config)

@@ -28,12 +28,8 @@ def plot_words(
 ) -> str:
     """Draws the picture, and returns a line with its path and contents.
 
-    Args:
-        config: the experiment.
-        words: words that are one token each and have senses.
-        method: principal components, or t-SNE.
-        neighbours: the most synonyms, and the most antonyms, per word; see :func:`choose_entries`.
-        output: the path of a .png; None chooses a name in `WORKDIR/plots`.
+    Each word is one token and has senses; `neighbours` is the most synonyms, and the most antonyms, that it gets
+    (:func:`choose_entries`). `output` is the path of a .png; None chooses a name in `WORKDIR/plots`.
 
     Raises:
         UserError: when words cannot be drawn, naming all of them; when there are too few points; when an artifact is
@@ -65,10 +61,8 @@ def compose_picture(
     neighbours: int,
     seed: int,
 ) -> Picture:
-    """Chooses the entries, reads their senses and projects them to two dimensions.
-
-    Raises:
-        UserError: when words cannot be drawn, naming all of them, or when there are too few points.
+    """Chooses the entries, reads their senses and projects them to two dimensions. Raises a UserError that names all
+    words which cannot be drawn, or when there are too few points.
     """
     words = tuple(dict.fromkeys(words))
     chosen = choose_entries(dictionary, tokens_of_words(dictionary, teacher, words), neighbours)
@@ -92,10 +86,8 @@ def compose_picture(
 
 
 def tokens_of_words(dictionary: SenseDictionary, teacher: Teacher, words: Sequence[str]) -> list[int]:
-    """Returns the token of each word.
-
-    Raises:
-        UserError: when words are not one token or have no sense, naming all of them.
+    """Returns the token of each word. Raises a UserError that names all words which are not one token or have no
+    sense.
     """
     kept, problems = [], []
     for word, tokens in zip(words, tokenize_words(list(words), teacher.tokenizer, teacher.vocab_size), strict=True):

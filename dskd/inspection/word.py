@@ -68,15 +68,9 @@ def inspect_word(
 ) -> WordReport:
     """Looks a word up in the lexicon, the tokenizer, the sense dictionary and the training shards.
 
-    Args:
-        config: the experiment.
-        word: the word as the lexicon spells it, or several words.
-        neighbours: the number of nearest entries per sense.
-        contexts: the number of example contexts per sense.
-        scan: the most training samples to search for contexts.
-
-    Raises:
-        UserError: when there is no lexicon, or the word is neither in it nor in the sense dictionary.
+    `word` is spelled as in the lexicon, and may be several words. Each sense gets up to `neighbours` nearest entries,
+    and `contexts` examples from the first `scan` training samples. Raises a UserError when there is no lexicon, or the
+    word is neither in it nor in the sense dictionary.
     """
     related, near = find_related(config, word)
     notes: list[str] = []
@@ -118,9 +112,7 @@ def inspect_word(
 
 def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tuple[str, ...]]:
     """Returns the word's relations in `WORKDIR/lexicon`, with all their sources, or near spellings if it has none.
-
-    Raises:
-        UserError: when there is no lexicon.
+    Raises a UserError without a lexicon.
     """
     lexicon_manifest(config)
     relations = read_relations(config, filters=[("head", "==", word)]).to_pylist()

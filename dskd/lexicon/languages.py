@@ -48,10 +48,8 @@ class LanguageFile:
 
 
 def find_language(code: str) -> LanguageFile:
-    """Finds the Open Multilingual WordNet file of a language (ISO 639-3) in nltk's data folders, unpacked or zipped.
-
-    Raises:
-        UserError: when there is none; it names the languages that were found, or the ways to get them.
+    """Finds the Open Multilingual WordNet file of a language (ISO 639-3) in nltk's data folders, unpacked or zipped. If
+    there is none, the UserError names the languages that were found, or the ways to get them.
     """
     import nltk
 
@@ -134,10 +132,8 @@ def _has_synset(wordnet: WordNet, name: str) -> bool:
 
 
 def _check_offsets(wordnet: WordNet, file: str, named: Mapping[str, int], missing: Mapping[str, int]) -> None:
-    """Checks that WordNet has most synsets of the file, for each part of speech; otherwise its offsets are others.
-
-    Raises:
-        UserError: when it lacks those of more than `_MAX_MISSING` of the lines of a part of speech.
+    """Raises a UserError if WordNet lacks the synsets of more than `_MAX_MISSING` of the file's lines of a part of
+    speech: then its offsets are others.
     """
     if all(missing[part] <= _MAX_MISSING * named[part] for part in named):
         return

@@ -36,10 +36,8 @@ class MorphoLex:
 
 
 def parse_segmentation(text: str) -> Segmentation:
-    """Parses a segmentation like `{<un<(happy)}>ness>`.
-
-    Raises:
-        MalformedError: when it does not have that form, or has no root.
+    """Parses a segmentation like `{<un<(happy)}>ness>`. Raises a MalformedError if it does not have that form, or has
+    no root.
     """
     morphemes = []
     position = 0

@@ -119,10 +119,8 @@ class Negation:
 def find_negation(words: Mapping[str, Segmentation], related: Iterable[str], affixes: Iterable[str]) -> Negation:
     """Finds the bases of all negated words, at the ends of their chains.
 
-    Args:
-        words: the words of MorphoLEX, in lower case.
-        related: the words of the relations, as the relations spell them.
-        affixes: the negating affixes, written as in `lexicon.negating_affixes` (`un-`, `-less`).
+    `words` are those of MorphoLEX, in lower case, and `related` those of the relations, as the relations spell them.
+    `affixes` are written as in `lexicon.negating_affixes` (`un-`, `-less`).
     """
     # Known words, in lower case; `names` are the words that the relations have only with a capital.
     related = set(related)

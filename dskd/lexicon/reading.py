@@ -59,13 +59,8 @@ class Report:
     def finish(self, file: str, lines: int, expected: str) -> None:
         """Warns about the malformed lines of a file, after all of it was read.
 
-        Args:
-            file: the name that :meth:`add_malformed` got.
-            lines: number of lines that reached the reader, without empty ones.
-            expected: the format of a line, for the message.
-
-        Raises:
-            UserError: when most lines are malformed, so that the file must have another format.
+        `lines` is the number of lines that reached the reader, without empty ones, and `expected` the format of a line,
+        for the message. Raises a UserError when most lines are malformed, so that the file must have another format.
         """
         if file not in self.malformed:
             return

@@ -142,10 +142,8 @@ def _missing_files(folder: Path) -> list[str]:
 
 
 def _is_dictionary(folder: Path, also: tuple[str, ...] = ()) -> bool:
-    """Returns True if a folder is a complete dictionary, with the files named in `also` too.
-
-    Raises:
-        UserError: when the folder has only some of the files.
+    """Returns True if a folder is a complete dictionary, with the files named in `also` too. Raises a UserError when it
+    has only some of the files.
     """
     missing = [*_missing_files(folder), *(name for name in also if not (folder / name).is_file())]
     if missing and any((folder / name).is_file() for name in DICTIONARY_FILES):

@@ -85,17 +85,9 @@ def student_activations(
 ) -> Activations:
     """Measures the bytes of the student's forward, loss and backward, including the teacher's states.
 
-    Args:
-        architecture: the teacher's.
-        layers: the teacher's layers that the student keeps.
-        trunk: the number of lowest layers that the teacher computes for the student.
-        student: the student's config.
-        loss: the config of the loss.
-        batch: the micro-batch.
-        dtype: the type of weights and states.
-        chunk_size: positions whose logits exist at one time.
-        checkpointing: whether activations are checkpointed.
-        with_teacher: whether there is a teacher in training.
+    `architecture` is the teacher's, `layers` are the layers of it that the student keeps, and `trunk` is the number of
+    lowest ones that the teacher computes for the student. `chunk_size` is the number of positions whose logits exist at
+    one time.
     """
     way, model = _build(architecture, layers, trunk)
     with without_values(architecture):

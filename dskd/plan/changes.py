@@ -88,11 +88,8 @@ def _for_stages_before(plan: Plan) -> list[Change]:
 
 
 def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Change, Plan] | None:
-    """Returns the first change that makes the job fit, with its plan, or None if there is no such change.
-
-    Args:
-        plan: the plan of the job that does not fit.
-        replan: a function that returns the plan with a change.
+    """Returns the first change that makes a job fit which does not, with its plan, or None if there is no such change.
+    `replan` returns the plan with a change.
     """
 
     def attempt(change: Change) -> Plan | None:

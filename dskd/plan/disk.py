@@ -32,16 +32,8 @@ def compute_disk(
     samples: int | None,
     steps: int | None,
 ) -> Disk:
-    """Computes the sizes of a job's artifacts.
-
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        teacher: its weights.
-        student: the student.
-        samples: the number of training sequences, or None if it is unknown.
-        steps: the number of optimizer steps of a run, or None if it is unknown.
+    """Computes the sizes of a job's artifacts. `samples`, the number of training sequences, and `steps`, that of
+    optimizer steps of a run, are None if they are unknown.
     """
     values, size = architecture.values(), cluster.dtype(config.precision).itemsize
     vocab_size, hidden_size = values["vocab_size"], values["hidden_size"]

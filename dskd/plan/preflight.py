@@ -44,11 +44,8 @@ _SHARED = "workdir has to be on storage that all nodes share"
 
 
 def preflight(config: Config, world: World) -> None:
-    """Checks ranks, storage, clocks, versions and shards, and prints one line per node.
-
-    Raises:
-        UserError: when every node has a problem, with all problems and their nodes.
-        OutageError: when only some nodes have one, so that the job may run on others.
+    """Checks ranks, storage, clocks, versions and shards, and prints one line per node. Raises a UserError with all
+    problems and their nodes, or an OutageError if only some nodes have one, so that the job may run on others.
     """
     gigabytes_per_s = _reduce(world)
     own_report = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}

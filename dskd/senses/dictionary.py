@@ -93,10 +93,8 @@ def dictionary_folder(config: Config) -> Path:
 
 
 def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
-    """Returns the experiment's dictionary and its manifest.
-
-    Raises:
-        UserError: when it is missing, damaged or lacks a tensor.
+    """Returns the experiment's dictionary and its manifest. Raises a UserError when it is missing, damaged or lacks a
+    tensor.
     """
     folder = dictionary_folder(config)
     made_by = kinds.SENSES.made_by if config.senses.path is None else "dskd senses merge …, or remove senses.path"
@@ -105,10 +103,8 @@ def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
 
 
 def load_fitting_dictionary(config: Config, teacher: ModelFolder) -> tuple[SenseDictionary, Manifest]:
-    """Returns what :func:`load_dictionary` returns, after checking that the dictionary was built with this teacher.
-
-    Raises:
-        UserError: as :func:`load_dictionary`; also when the dictionary was built with another teacher.
+    """Returns what :func:`load_dictionary` returns, with the same errors, and with a UserError if the dictionary was
+    built with another teacher.
     """
     dictionary, manifest = load_dictionary(config)
     require_fitting(dictionary, manifest, teacher, teacher.load_config().hidden_size)
@@ -116,10 +112,8 @@ def load_fitting_dictionary(config: Config, teacher: ModelFolder) -> tuple[Sense
 
 
 def read_dictionary(path: Path) -> SenseDictionary:
-    """Reads a dictionary's file.
-
-    Raises:
-        UserError: when the file is damaged, lacks a tensor, or its tensors do not fit each other.
+    """Reads a dictionary's file. Raises a UserError when it is damaged, lacks a tensor, or its tensors do not fit each
+    other.
     """
     with open_safetensors(path) as stored:
         names = set(stored.keys())

@@ -71,10 +71,8 @@ ENTRY_TENSORS = tuple(field.name for field in fields(Entries) if field.name != "
 
 
 def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
-    """Builds the entries from `WORKDIR/lexicon`, and returns what :func:`build_entries` returns.
-
-    Raises:
-        UserError: when there is no lexicon, or when none of its pairs can be used with this tokenizer.
+    """Builds the entries from `WORKDIR/lexicon`, as :func:`build_entries`. Raises a UserError when there is no lexicon,
+    or when none of its pairs can be used with this tokenizer.
     """
     relations = load_lexicon(config)
     entries, counts = build_entries(relations, tokenizer, vocab_size, config.senses.surface_forms)

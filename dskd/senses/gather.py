@@ -68,10 +68,7 @@ def gather_states(
 ) -> list[Path]:
     """Runs the teacher over all sequences and writes the sample of its states to runs in `folder`.
 
-    Every rank must call it. Rank v mod world_size owns token v.
-
-    Returns:
-        The paths of the runs of all ranks.
+    Every rank must call it. Rank v mod world_size owns token v. Returns the paths of the runs of all ranks.
     """
     # This rank continues its own runs. Runs of a gathering with another number of ranks stay as they are: reading the
     # sample merges all runs.

@@ -112,10 +112,8 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
 
 
 def _read_tokens(dictionaries: Sequence[SenseDictionary], start: int, stop: int) -> tuple[TokenStates, torch.Tensor]:
-    """Reads the rows of all dictionaries for the tokens from `start` up to, not including, `stop`.
-
-    Returns:
-        The rows sorted by token, and the number of states that each row represents.
+    """Reads the rows of all dictionaries for the tokens from `start` up to, not including, `stop`. Returns them sorted
+    by token, and the number of states that each row represents.
     """
     vectors, counts, owners = [], [], []
     for dictionary in dictionaries:

@@ -35,14 +35,8 @@ class TokenStates:
 class Reservoir:
     """A sample of the states offered: for every token, the `max_states` states with the lowest priorities.
 
-    Args:
-        vocab_size: V.
-        max_states: number of states kept per token.
-        hidden_size: D.
-        memory_budget: bytes of states held in memory; further states are written to runs.
-        folder: existing folder for the runs.
-        name: prefix of the runs' file names, different for each rank.
-        runs: names of the runs in `folder`, from an interrupted gathering, that belong to the sample.
+    States beyond the memory budget, in bytes, are written to runs in `folder`, whose names begin with `name`, which is
+    different for each rank. `runs` are names of runs there, from an interrupted gathering, that belong to the sample.
     """
 
     def __init__(
@@ -183,12 +177,8 @@ class Reservoir:
 
 
 class SampledStates:
-    """The sample that several runs hold together, read by ranges of tokens.
-
-    Args:
-        paths: all runs, from any number of ranks.
-        max_states: number of states kept per token.
-        share: (r, n) reads only the tokens v with v mod n = r.
+    """The sample that several runs, from any number of ranks, hold together: `max_states` states per token, read by
+    ranges of tokens. `share` (r, n) reads only the tokens v with v mod n = r.
     """
 
     def __init__(self, paths: Sequence[Path], max_states: int, share: tuple[int, int] = (0, 1)) -> None:
@@ -235,9 +225,8 @@ def _select_from_runs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Selects the sample from all runs.
 
-    Returns:
-        Its tokens, its priorities, the number of the run that holds each state and the row in that run, each [n] and
-        sorted by token, then by priority.
+    Returns its tokens, its priorities, the number of the run that holds each state and the row in that run, each [n]
+    and sorted by token, then by priority.
     """
     tokens, priorities, which, row = [], [], [], []
     for number, run in enumerate(runs):
@@ -267,10 +256,8 @@ def _read(runs: Sequence[np.ndarray], which: torch.Tensor, row: torch.Tensor) ->
 
 
 def _select(tokens: torch.Tensor, priorities: torch.Tensor, max_states: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorts states by token, then by priority.
-
-    Returns:
-        The order [n], and a mask [n] in that order of the first `max_states` states of each token.
+    """Sorts states by token, then by priority. Returns the order [n], and a mask [n] in that order of the first
+    `max_states` states of each token.
     """
     order = priorities.argsort(stable=True)
     order = order[tokens[order].argsort(stable=True)]

@@ -145,10 +145,8 @@ assert tuple(BENCHMARKS) == TASKS
 
 
 def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
-    """Returns the benchmarks with these names, or all if `all` is among the names, in the paper's order.
-
-    Raises:
-        UserError: when there are unknown names; it lists all of them.
+    """Returns the benchmarks with these names, or all if `all` is among the names, in the paper's order. Raises a
+    UserError that lists all unknown names.
     """
     unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
     if unknown:

@@ -203,10 +203,8 @@ class Prompter:
         return digest_of_json(self.tokenizer.chat_template) if self.has_template else "plain"
 
     def text(self, question: Question, num_shots: int | None = None) -> str:
-        """Returns the prompt as the text whose tokens the model reads.
-
-        Raises:
-            UserError: when the chat template raises an error for these turns.
+        """Returns the prompt as the text whose tokens the model reads. Raises a UserError when the chat template raises
+        an error for these turns.
         """
         num_shots = len(question.shots) if num_shots is None else num_shots
         if not self.has_template:

@@ -36,10 +36,8 @@ class _NoExampleError(ValueError):
 
 
 def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]:
-    """Returns the examples of a split from `place`, a folder or the name of a dataset on the hub.
-
-    Raises:
-        UserError: when there are none, a record is not in the benchmark's format, or two examples have the same id.
+    """Returns the examples of a split from `place`, a folder or the name of a dataset on the hub. Raises a UserError
+    when there are none, a record is not in the benchmark's format, or two examples have the same id.
     """
     folder = Path(place).expanduser()
     if folder.is_dir():
@@ -69,12 +67,8 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
 
 
 def _of_whole_characters(example: Example) -> Example:
-    """Returns the example, after checking that none of its texts has half of a surrogate pair.
-
-    JSON can express such a half, but no tokenizer can read it.
-
-    Raises:
-        _NoExampleError: when a text has one.
+    """Returns the example. Raises a _NoExampleError if one of its texts has half of a surrogate pair: JSON can express
+    it, but no tokenizer can read it.
     """
     for text in (example.name, example.question, *example.answers, *example.choices, example.passage, example.subject):
         try:

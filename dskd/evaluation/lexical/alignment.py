@@ -60,12 +60,10 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
 
 
 def nearest_of(states: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Returns the column [n] of `index` that holds each state's nearest row; the first of equal ones.
+    """Returns the column [n] of `index` that holds the row nearest to each of the states [n, D]; the first of equal
+    ones.
 
-    Args:
-        states: the states [n, D].
-        rows: the rows [R, D] that the states are compared with.
-        index: each state's candidates [n, C], as indices into `rows`, padded with -1 on the right.
+    `index` [n, C] has each state's candidates, as indices into the `rows` [R, D], padded with -1 on the right.
     """
     squares = (states.float().unsqueeze(1) - rows.float()[index.clamp(min=0)]).square().sum(-1)
     return squares.masked_fill(index < 0, torch.inf).min(dim=-1).indices

@@ -73,10 +73,8 @@ def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs, items: M
 
 
 def check_items(items: Items, models: Sequence[Candidate], tokenizer: Any) -> None:
-    """Checks that models can read all texts of the items; `tokenizer` is the teacher's, which made their tokens.
-
-    Raises:
-        UserError: for a text with a token that a model lacks, or with more tokens than a model has positions.
+    """Raises a UserError if a text of the items has a token that a model lacks, or more tokens than it has positions.
+    `tokenizer` is the teacher's, which made their tokens.
     """
     texts = [
         (f"WordNet's example {context.text!r}", tokens)
