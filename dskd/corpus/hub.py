@@ -40,13 +40,8 @@ def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
         revision=corpus.dataset_revision,
         column=corpus.text_field,
     )
-    yield from as_documents(name, _texts(rows, corpus.text_field, name))
-
-
-def _texts(rows: Iterator[Any], text_field: str, name: str) -> Iterator[tuple[int, str | None]]:
-    for number, row in enumerate(rows):
-        is_null = text_field in row and row[text_field] is None
-        yield number, None if is_null else text_of(row, text_field, f"{name}:{number}")
+    texts = ((number, text_of(row, corpus.text_field, f"{name}:{number}")) for number, row in enumerate(rows))
+    yield from as_documents(name, texts)
 
 
 def read_rows(

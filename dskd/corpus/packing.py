@@ -12,7 +12,7 @@ Tokens go through a temporary file, so memory does not grow with the corpus. Sha
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -72,7 +72,7 @@ def pack(
         spool = {name: stack.enter_context(Path(folder, name).open("w+b")) for name in names}
         with progress_bar(total=limit, label="tokenizing", unit="tokens") as bar:
             first = 0  # the number of the batch's first document
-            for batch in _batched(texts):
+            for batch in batched(texts):
                 before = bar.n
                 documents = tokenizing.read(
                     batch,
@@ -158,8 +158,8 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
         return Packed(size, tokens, spooled - whole * sequence_length if whole else 0)
 
 
-def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Yields batches of texts for the tokenizer, limited in characters too.
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields batches of texts, limited in number and in characters.
 
     The tokenizer needs some hundred bytes per token, so a thousand books at once would need too much memory.
     """

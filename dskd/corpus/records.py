@@ -15,7 +15,7 @@ _WRITE_CHATS = (
 _CHUNK_CHARACTERS = 2**20
 _LARGEST_ELEMENT = 2**30  # characters; stops the reader from loading a whole file that is not JSON
 # Keys under which data sets have chats, and sets of keys under which they have an instruction and its answer.
-_CHAT_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "mapping")
+CHAT_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "mapping")
 _INSTRUCTION_KEYS = (
     {"instruction", "output"},
     {"instruction", "response"},
@@ -43,15 +43,15 @@ def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
         is_array = start.lstrip().startswith("[")
         numbered = _elements(path, start, stream) if is_array else _lines(path, start, stream, blank)
         for number, record in numbered:
-            is_null = isinstance(record, dict) and record.get(text_field, "") is None
-            yield number, None if is_null else text_of(record, text_field, f"{path}:{number}")
+            yield number, text_of(record, text_field, f"{path}:{number}")
 
 
-def text_of(record: Any, text_field: str, place: str) -> str:
-    """Returns the text of a record. If it has none under `text_field`, the UserError says what it has instead."""
-    if isinstance(record, dict) and isinstance(record.get(text_field), str):
-        text: str = record[text_field]
-        return text
+def text_of(record: Any, text_field: str, place: str) -> str | None:
+    """Returns the text of a record, or None if it is null. If there is none under `text_field`, the UserError says what
+    the record has instead.
+    """
+    if isinstance(record, dict) and text_field in record and isinstance(record[text_field], str | None):
+        return record[text_field]
     expected = f"{place}: expected an object with a text under {text_field!r}, but"
     if isinstance(record, list) and (is_chat(record) or (record and all(map(is_chat, record)))):
         raise UserError(f"{expected} this is a chat: a list of {len(record)}. {_WRITE_CHATS}")
@@ -91,20 +91,15 @@ def has_instruction(keys: Iterable[str]) -> bool:
     return any(needed <= names for needed in _INSTRUCTION_KEYS)
 
 
-def is_chat_key(name: str) -> bool:
-    """Returns True if a key or column has the name that chats usually have."""
-    return name in _CHAT_KEYS
-
-
 def _chat(record: dict[str, Any]) -> str:
     """Describes the chat in a record; returns an empty text if there is none."""
     for key, turns in record.items():
         if is_chat(turns):
             speaker = turns[0].get("role", turns[0].get("from"))
             return f"{key!r} has {len(turns)} turn{'s' * (len(turns) != 1)}, the first by {speaker!r}"
-        if is_chat_key(key) and isinstance(turns, (list, dict)):
+        if key in CHAT_KEYS and isinstance(turns, (list, dict)):
             return f"{key!r} is {'a list' if isinstance(turns, list) else 'an object'} of {len(turns)}"
-        if is_chat_key(key) and isinstance(turns, str):
+        if key in CHAT_KEYS and isinstance(turns, str):
             return f"{key!r} is a text, of JSON as it seems" if turns.lstrip()[:1] in ("[", "{") else f"{key!r}"
     return ""
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from dskd.artifacts import mds
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.corpus.opening import reading_errors
-from dskd.corpus.records import CHATS, has_instruction, is_chat_key
+from dskd.corpus.records import CHAT_KEYS, CHATS, has_instruction
 from dskd.errors import UserError
 
 _PARQUET_ROWS = 1000
@@ -127,7 +127,7 @@ def _holds_strings(kind: pa.DataType) -> bool:
 
 def _no_text_column(path: Path, text_field: str, columns: Mapping[str, Any]) -> str:
     has = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no columns"
-    chats = [name for name, kind in columns.items() if _holds_chats(kind) or is_chat_key(name)]
+    chats = [name for name, kind in columns.items() if _holds_chats(kind) or name in CHAT_KEYS]
     remedy = "name it with corpus.text_field"
     if chats:
         remedy = (

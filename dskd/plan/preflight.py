@@ -114,7 +114,8 @@ def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> l
         counts = Counter(values(report).get(name) for report in reports).most_common(2)
         usual = counts[0][0]
         if len(counts) == 2 and counts[0][1] == counts[1][1]:  # there is no majority
-            seen = "; ".join(f"{value} on {_hosts_with(reports, values, name, value)}" for value, _ in counts)
+            hosts = [[r["host"] for r in reports if values(r).get(name) == value] for value, _ in counts]
+            seen = "; ".join(f"{value} on {', '.join(on)}" for (value, _), on in zip(counts, hosts, strict=True))
             differences.append(f"{name} differs: {seen}; {remedy}")
             continue
         for report in reports:
@@ -122,15 +123,6 @@ def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> l
             if own != usual:
                 differences.append(f"{report['host']}: {name} {own}, elsewhere {usual}; {remedy}")
     return differences
-
-
-def _hosts_with(
-    reports: Sequence[Mapping[str, Any]],
-    values: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    name: str,
-    value: Any,
-) -> str:
-    return ", ".join(report["host"] for report in reports if values(report).get(name) == value)
 
 
 def _wrong_clocks(reports: Sequence[Mapping[str, Any]]) -> list[str]:

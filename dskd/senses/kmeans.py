@@ -55,21 +55,20 @@ def kmeans(
     # from the origin.
     mean = (points * weights.unsqueeze(-1)).sum(1, keepdim=True) / weights.sum(1).view(-1, 1, 1)
     points = (points - mean) * mask.unsqueeze(-1)
-    # Each token keeps its own best run.
-    best: Clusters | None = None
-    for restart in range(restarts):
+
+    def run(restart: int) -> Clusters:
         centers = _greedy_seeding(points, weights, num_clusters, seed, keys, restart)
-        clusters = _lloyd(points, weights, centers, max_iterations)
-        if best is None:
-            best = clusters
-        else:
-            better = clusters.inertia < best.inertia
-            best = Clusters(
-                torch.where(better.view(-1, 1, 1), clusters.centers, best.centers),
-                torch.where(better.view(-1, 1), clusters.counts, best.counts),
-                torch.where(better, clusters.inertia, best.inertia),
-            )
-    assert best is not None
+        return _lloyd(points, weights, centers, max_iterations)
+
+    best = run(0)
+    for restart in range(1, restarts):  # each token keeps its own best run
+        clusters = run(restart)
+        better = clusters.inertia < best.inertia
+        best = Clusters(
+            torch.where(better.view(-1, 1, 1), clusters.centers, best.centers),
+            torch.where(better.view(-1, 1), clusters.counts, best.counts),
+            torch.where(better, clusters.inertia, best.inertia),
+        )
     return Clusters(best.centers + mean, best.counts, best.inertia)
 
 

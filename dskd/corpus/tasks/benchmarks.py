@@ -48,10 +48,10 @@ class Benchmark:
 
     name: str
     instruction: str  # with the placeholder `{subject}` if examples have one
-    evaluated: str  # the split that scores are computed on
-    shots_from: str  # the split that provides the examples in its prompts
-    trained: str  # the split to train on
     files: dict[str, tuple[str, ...]]  # {split: patterns of its published files; the first pattern with a match counts}
+    evaluated: str = "validation"  # the split that scores are computed on
+    shots_from: str = "train"  # the split that provides the examples in its prompts
+    trained: str = "train"  # the split to train on
     hub_config: str | None = None
     labels: str = LETTERS  # labels of the choices, in order
     question_label: str = "Question"
@@ -90,26 +90,17 @@ BENCHMARKS = {
         Benchmark(
             "arc_challenge",
             _LETTER,
-            evaluated="validation",
-            shots_from="train",
-            trained="train",
             files={"train": ("ARC-Challenge-Train.jsonl",), "validation": ("ARC-Challenge-Dev.jsonl",)},
             hub_config="ARC-Challenge",
         ),
         Benchmark(
             "commonsense_qa",
             _LETTER,
-            evaluated="validation",
-            shots_from="train",
-            trained="train",
             files={"train": ("train_rand_split.jsonl",), "validation": ("dev_rand_split.jsonl",)},
         ),
         Benchmark(
             "piqa",
             "Answer with the number of the solution that reaches the goal and nothing else.",
-            evaluated="validation",
-            shots_from="train",
-            trained="train",
             files={"train": ("train.jsonl",), "validation": ("valid.jsonl", "dev.jsonl")},
             labels="01",
             question_label="Goal",
@@ -132,9 +123,6 @@ BENCHMARKS = {
             "squad_v2",
             "Answer the question with a few words of the passage and nothing else; if it does not answer the question, "
             f"with: {NO_ANSWER}",
-            evaluated="validation",
-            shots_from="train",
-            trained="train",
             files={"train": ("train-v2.0.json",), "validation": ("dev-v2.0.json",)},
             hub_config="squad_v2",
             labels="",

@@ -45,9 +45,10 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
     else:
         source, rows = f"{place}, split {split!r}", _rows_of_hub(benchmark, place, split)
     examples = []
+    _, parse = _FORMATS[benchmark.name]
     for row_place, row in rows:
         try:
-            example = _of_whole_characters(_PARSERS[benchmark.name](benchmark, row))
+            example = _of_whole_characters(parse(benchmark, row))
             if benchmark.one_score_a_subject and split != benchmark.trained and not example.subject:
                 raise _NoExampleError("it has no subject, and the score is a mean over subjects")
             examples.append(example)
@@ -158,14 +159,10 @@ def _rows_of_hub(benchmark: Benchmark, place: str, split: str) -> Iterator[tuple
 
 
 def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[Place, Row]]:
-    rows_of: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
-        "piqa": _piqa_rows,
-        "mmlu": _mmlu_rows,
-        "squad_v2": _squad_rows,
-    }
+    rows_of, _ = _FORMATS[benchmark.name]
     for path in files:
         with reading_errors(path):
-            for line, row in rows_of.get(benchmark.name, _json_lines)(path):
+            for line, row in rows_of(path):
                 yield f"{path}:{line}", row
 
 
@@ -349,10 +346,11 @@ def _parse_squad(benchmark: Benchmark, row: Row) -> Example:
     return Example(_id_of(row), question, tuple(answers), passage=passage)
 
 
-_PARSERS: dict[str, Callable[[Benchmark, Row], Example]] = {
-    "arc_challenge": _parse_labelled,
-    "commonsense_qa": _parse_labelled,
-    "piqa": _parse_piqa,
-    "mmlu": _parse_mmlu,
-    "squad_v2": _parse_squad,
+# How the published files of each benchmark become rows, and rows examples.
+_FORMATS: dict[str, tuple[Callable[[Path], Iterator[tuple[int, Row]]], Callable[[Benchmark, Row], Example]]] = {
+    "arc_challenge": (_json_lines, _parse_labelled),
+    "commonsense_qa": (_json_lines, _parse_labelled),
+    "piqa": (_piqa_rows, _parse_piqa),
+    "mmlu": (_mmlu_rows, _parse_mmlu),
+    "squad_v2": (_squad_rows, _parse_squad),
 }
