@@ -7,7 +7,6 @@ and in these matplotlib has escaped all text. The page's own policy forbids load
 import datetime
 import platform
 import tempfile
-from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def render_report(comparison: Comparison) -> str:
             {
                 "title": t,
                 "id": slug(t),
-                "table": _grid(comparison, _measures(comparison, t)),
+                "table": _grid(comparison, tables.measures_table(comparison, t)),
                 "bars": bars_svg(comparison, t),
             }
             for t in comparison.titles
@@ -78,7 +77,7 @@ def render_report(comparison: Comparison) -> str:
         differences=_grid(comparison, tables.settings_table(comparison)),
         colors=[paint(number)[0] for number in range(len(groups))],
         curves=curves_svg(comparison),
-        training=_grid(comparison, _training(comparison)),
+        training=_grid(comparison, tables.training_table(comparison, wording.label)),
         resources=_grid(comparison, tables.resources_table(comparison)) if groups else None,
         runs=_grid(comparison, _runs(comparison)),
         notes=[f"{note[0].upper()}{note[1:]}." for note in wording.method_notes(comparison)],
@@ -124,16 +123,6 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     return facts
 
 
-def _measures(comparison: Comparison, title: str) -> Table:
-    """Returns the table of measures with the number of seeds in its second column."""
-    table = tables.measures_table(comparison, title)
-    rows = [
-        replace(row, cells=[row.cells[0], str(len(row.group.runs)) if row.group else "", *row.cells[1:]])
-        for row in table.rows
-    ]
-    return Table([table.header[0], "seeds", *table.header[1:]], rows)
-
-
 def _references_note(comparison: Comparison) -> str:
     lines = [
         text
@@ -172,14 +161,6 @@ def _tests(comparison: Comparison) -> list[dict[str, Any]]:
         for tests, name, title, text in kinds
         if tests
     ]
-
-
-def _training(comparison: Comparison) -> Table:
-    """Returns the table of training with the metrics' names instead of their keys."""
-    table = tables.training_table(comparison)
-    return replace(
-        table, rows=[replace(row, cells=[wording.label(row.cells[0]), *row.cells[1:]]) for row in table.rows]
-    )
 
 
 def _runs(comparison: Comparison) -> Table:

@@ -60,11 +60,11 @@ def _measures(comparison: Comparison) -> list[str]:
 def _measures_of(comparison: Comparison, title: str) -> str:
     built = tables.measures_table(comparison, title)
     rows = [
-        [row.group.label if row.group else row.cells[0], *row.cells[1:]]
+        [row.group.label if row.group else row.cells[0], *row.cells[2:]]  # the label has the number of seeds
         for row in built.rows
-        if any(cell != "-" for cell in row.cells[1:])
+        if any(cell != "-" for cell in row.cells[2:])
     ]
-    return table(built.header, rows)
+    return table([built.header[0], *built.header[2:]], rows)
 
 
 def _tests(tests: Sequence[Test]) -> str:
@@ -78,8 +78,12 @@ def _tests(tests: Sequence[Test]) -> str:
 
 def _groups_table(comparison: Comparison) -> str:
     rows = [["status", *(wording.status(group) for group in comparison.groups)]]
-    for built in (tables.settings_table, tables.training_table, tables.resources_table):
-        for row in built(comparison).rows:
+    for built in (
+        tables.settings_table(comparison),
+        tables.training_table(comparison, str),
+        tables.resources_table(comparison),
+    ):
+        for row in built.rows:
             rows.append([f"  {row.cells[0]}" if row.kind == "sub" else row.cells[0], *row.cells[1:]])
     return table(["", *(group.label for group in comparison.groups)], rows)
 
