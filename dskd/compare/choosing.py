@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -120,8 +121,7 @@ def _hidden(runs: Sequence[TrackedRun], chosen: Sequence[TrackedRun]) -> list[st
     older = [run for run in runs if run.run_id not in ids and run.name in names]
     if not older:
         return []
-    counts = {name: sum(run.name == name for run in older) for name in dict.fromkeys(run.name for run in older)}
-    shown = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    shown = ", ".join(f"{count} of {name}" for name, count in Counter(run.name for run in older).items())
     return [f"older runs of the same name are left out ({shown}); --run ID names one of them"]
 
 

@@ -111,10 +111,9 @@ def _bars(comparison: Comparison, metrics: Sequence[str]) -> Figure:
         values = comparison.final.get(f"{EVALUATED}{metric}", {})
         # A bar for each group's mean, its interval, and a dot for each seed; `right` is where the longest bar ends.
         right = 0.0
-        for number, group in enumerate(groups):
-            estimate = group.estimate(values)
-            if estimate is None or not math.isfinite(estimate.mean):
-                continue
+        of_groups = [(number, group, group.estimate(values)) for number, group in enumerate(groups)]
+        drawn = [(n, group, each) for n, group, each in of_groups if each is not None and math.isfinite(each.mean)]
+        for number, group, estimate in drawn:
             half = estimate.half_width or 0.0
             panel.barh(number, estimate.mean, color=paint(number)[0], height=0.62)
             if estimate.half_width is not None:
@@ -123,18 +122,16 @@ def _bars(comparison: Comparison, metrics: Sequence[str]) -> Figure:
                 panel.plot(seeds, [number] * len(seeds), "o", color="white", markeredgecolor=_INK, markersize=3.6)
             right = max(right, estimate.mean + half)
         # The values in words, once `right` is known, because their distance to the bars depends on it.
-        for number, group in enumerate(groups):
-            estimate = group.estimate(values)
-            if estimate is not None and math.isfinite(estimate.mean):
-                panel.text(
-                    estimate.mean + (estimate.half_width or 0.0) + 0.035 * right,
-                    number,
-                    wording.estimate(metric, estimate),
-                    va="center",
-                    fontsize=8.5,
-                    parse_math=False,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-                )
+        for number, _, estimate in drawn:
+            panel.text(
+                estimate.mean + (estimate.half_width or 0.0) + 0.035 * right,
+                number,
+                wording.estimate(metric, estimate),
+                va="center",
+                fontsize=8.5,
+                parse_math=False,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+            )
         # Lines for the teacher and the untrained student, unless they are so far off that the bars would shrink.
         references = {n: v[metric] for n, v in comparison.references.items() if metric in v}
         panel.set_yticks(range(len(groups)), [_short(group.label) for group in groups], parse_math=False)

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from dskd.artifacts.manifest import read_file
 from dskd.compare.choosing import Selection
 from dskd.compare.metrics import EVALUATED
@@ -130,14 +128,11 @@ def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure])
 
     Tables with different examples are not compared here; the tests on examples report them.
     """
-    first: dict[str, float] | None = None
-    for run_id, measure in of_runs.items():
-        counts = dict(zip(tables[run_id].ids, np.asarray(tables[run_id].columns[measure.count]).tolist(), strict=True))
-        if first is None:
-            first = counts
-        elif counts.keys() == first.keys() and counts != first:
-            return False
-    return True
+    first, *others = (
+        dict(zip(tables[run_id].ids, tables[run_id].columns[measure.count].tolist(), strict=True))
+        for run_id, measure in of_runs.items()
+    )
+    return all(counts == first for counts in others if counts.keys() == first.keys())
 
 
 def _references(

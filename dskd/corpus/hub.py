@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dskd.artifacts import hashing
 from dskd.artifacts.hashing import digest_of_json
+from dskd.artifacts.hashing import fingerprint as fingerprint_of_file
 from dskd.config import CorpusConfig
 from dskd.corpus.files import Document, as_documents
 from dskd.corpus.finding import DATASET_SPLITS, DATASET_STATE
@@ -25,7 +25,7 @@ def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(folder): digest_of_json([hashing.fingerprint(file) for file in files])}
+    return {str(folder): digest_of_json([fingerprint_of_file(file) for file in files])}
 
 
 def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:

@@ -92,10 +92,9 @@ def reading_errors(path: Path) -> Iterator[None]:
         ) from None
     except EOFError:
         raise UserError(f"{path}: the compressed file ends too early; was its download or copy truncated?") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: this is not whole gzip data ({error}); fetch it again, or leave it out") from None
-    except lzma.LZMAError as error:
-        raise UserError(f"{path}: this is not whole xz data ({error}); fetch it again, or leave it out") from None
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        kind = "xz" if isinstance(error, lzma.LZMAError) else "gzip"
+        raise UserError(f"{path}: this is not whole {kind} data ({error}); fetch it again, or leave it out") from None
     except pa.ArrowException as error:
         kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
         reason = str(error).splitlines()[0]

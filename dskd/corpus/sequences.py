@@ -99,9 +99,9 @@ def open_sequences(path: Path) -> Sequences:
     """Opens the sequences in a file that :func:`dskd.corpus.packing.pack` wrote."""
     sequence_length = map_tensor(path, "input_ids", "I32").shape[1]
     lengths = np.array(map_tensor(path, "lengths", "I32"))
-    if "continuation_tokens" not in tensor_names(path):
-        return Sequences(path, lengths, sequence_length)
-    return Sequences(path, lengths, sequence_length, np.array(map_tensor(path, "continuation_tokens", "I32")))
+    has_limits = "continuation_tokens" in tensor_names(path)
+    limits = np.array(map_tensor(path, "continuation_tokens", "I32")) if has_limits else None
+    return Sequences(path, lengths, sequence_length, limits)
 
 
 def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:

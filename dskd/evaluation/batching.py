@@ -7,6 +7,7 @@ depend on the number of ranks.
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from dskd.distributed.world import World
 
@@ -27,6 +28,4 @@ def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 
     A rank without texts still runs the model, on one token: when the model is sharded, the other ranks wait for it.
     """
-    rows = rows or [[0]]
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows or [[0]]], batch_first=True)

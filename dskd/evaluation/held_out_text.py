@@ -37,7 +37,7 @@ from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.precision import resolve_precision
 from dskd.models.readouts import chunk_size, next_token
-from dskd.senses.dictionary import SenseDictionary, load_dictionary, map_vectors
+from dskd.senses.dictionary import SenseDictionary, load_dictionary
 
 MEASURES = (
     Measure("perplexity", "nll", "tokens", lower_is_better=True, is_exponential=True),
@@ -114,7 +114,7 @@ def evaluate(
     stale = suite.find_stale(config, _measurements(config, models, inputs), force=force)
     if not stale:
         return inputs
-    text = HeldOutText(config, inputs.validation, inputs.dictionary.path, world)
+    text = HeldOutText(config, inputs, world)
     prompts = text.prompts(config)
     # The teacher comes first: the other models are compared with its predictions.
     predictions: list[torch.Tensor] = []
@@ -161,10 +161,10 @@ def _outcome(examples: Examples, write_samples: Callable[[Path], None] | None) -
 class HeldOutText:
     """The validation shards, which every model reads in the same batches."""
 
-    def __init__(self, config: Config, validation: Manifest, vectors_path: Path, world: World) -> None:
-        cache = open_node_cache(config.train.shard_cache, world)
+    def __init__(self, config: Config, inputs: HeldOutInputs, world: World) -> None:
+        validation, cache = inputs.validation, open_node_cache(config.train.shard_cache, world)
         self._dataset = shards.open_shards(config, "validation", cache, world, batch_size=1)
-        self._vectors = map_vectors(vectors_path)
+        self._vectors = inputs.dictionary.mapped
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # len(dataset) is only this rank's share
@@ -172,11 +172,7 @@ class HeldOutText:
         self.digest = validation.facts.get("text", validation.digest)
         # Digests of the data that a measure depends on in addition to the text.
         self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
-        self._loss_chunk_size = config.train.loss_chunk_size
-
-    def logits_chunk(self, model: FrozenModel) -> int:
-        """Returns the number of positions whose logits exist at one time."""
-        return chunk_size(self._loss_chunk_size, model.vocab_size, self._world.device)
+        self.loss_chunk_size = config.train.loss_chunk_size
 
     def prompts(self, config: Config) -> continued_texts.Prompts:
         """Returns the prompts that the models continue."""
@@ -217,7 +213,7 @@ def measure(
     `predictions` holds the teacher's predicted tokens by batch. If it is empty, `model` is the teacher and its
     predictions are appended.
     """
-    is_teacher = not predictions
+    is_teacher, size = not predictions, chunk_size(text.loss_chunk_size, model.vocab_size, world.device)
     # One rank fills in each sample, and adding the other ranks' zeros is exact: the number of ranks changes nothing.
     sums = torch.zeros(text.num_samples, len(_SUMS), dtype=torch.float64)
     with progress_bar(total=text.num_samples, label=label, unit="sequences") as bar:
@@ -227,7 +223,7 @@ def measure(
             hidden, (nll, predicted) = model.read(
                 batch["input_ids"],
                 batch.get("position_ids"),
-                functools.partial(_read_next_token, mask=mask, labels=labels, chunk_size=text.logits_chunk(model)),
+                functools.partial(_read_next_token, mask=mask, labels=labels, chunk_size=size),
             )
             if is_teacher:
                 predictions.append(predicted)

@@ -90,12 +90,8 @@ def load_candidate(candidate: Candidate, config: Config, world: World) -> Frozen
 
 
 def _require_unchanged(candidate: Candidate, config: Config) -> None:
-    if candidate.name == TEACHER:
-        now = find_teacher(config)
-    elif candidate.name == CUT_STUDENT:
-        now = find_student(config)
-    else:
-        now, _ = export.find_export(config, candidate.name)
+    find = {TEACHER: find_teacher, CUT_STUDENT: find_student}.get(candidate.name)
+    now = find(config) if find is not None else export.find_export(config, candidate.name)[0]
     if now.digest != candidate.folder.digest:
         raise OutageError(
             f"{now.path}: the model was replaced after the evaluation began (its digest is {now.digest[:12]}…, and was "

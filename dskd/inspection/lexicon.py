@@ -119,9 +119,6 @@ def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, n
     return compute_coverage(words, entries, facts, pairs_or_none, with_senses=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
 def format_lexicon(report: LexiconReport) -> str:
     """Formats the report as text."""
     rows = [[source, *(f"{counts[kind]:,}" for kind in RELATIONS)] for source, counts in report.pairs_by_source.items()]

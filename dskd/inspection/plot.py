@@ -78,7 +78,7 @@ def compose_picture(
     texts = list(words) + entry_texts(dictionary.entries, [e for e, _, _ in chosen[len(words) :]], teacher.tokenizer)
     stops = np.cumsum([len(part) for part in rows]).tolist()
     entries = tuple(
-        DrawnEntry(text, owner, kind, range(stop - len(part), stop))
+        DrawnEntry(text, owner, kind, slice(stop - len(part), stop))
         for text, (_, owner, kind), part, stop in zip(texts, chosen, rows, stops, strict=True)
     )
     counts = np.concatenate([dictionary.counts[part.start : part.stop].numpy() for part in rows])

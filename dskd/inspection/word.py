@@ -1,6 +1,7 @@
 """`dskd inspect word`: everything the artifacts contain about one word."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -233,9 +234,6 @@ def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -
     return text + (f"; near spellings: {', '.join(near)}" if near else "; no similar spelling")
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
 def format_word(report: WordReport) -> str:
     """Formats the report as text."""
     lines = [report.word]
@@ -249,7 +247,7 @@ def format_word(report: WordReport) -> str:
         near = f"; near spellings: {', '.join(report.near_spellings)}" if report.near_spellings else ""
         lines.append(f"  not in the lexicon{near}")
     if report.related:
-        lines += ["", f"Relations: {len(report.related)}", _indented(_relations_table(report))]
+        lines += ["", f"Relations: {len(report.related)}", textwrap.indent(_relations_table(report), "  ")]
     if report.senses is not None:
         lines += ["", *_sense_lines(report)]
     lines += note_lines(report.notes)
@@ -286,7 +284,3 @@ def _sense_lines(report: WordReport) -> list[str]:
     if report.contexts_are:
         lines.append(f"  «»: {report.contexts_are}")
     return lines
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())

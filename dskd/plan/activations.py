@@ -48,11 +48,6 @@ class Activations:
     loss: int  # in the head: chunks of logits, and gradients of the states
     backward: int
 
-    @property
-    def peak(self) -> int:
-        """Returns the largest of the three peaks."""
-        return max(self.forward, self.loss, self.backward)
-
 
 @functools.lru_cache(maxsize=256)
 def teacher_activations(architecture: Architecture, batch: Batch, dtype: torch.dtype) -> int:

@@ -60,7 +60,6 @@ class Memory:
     host: Parts  # of each host
     teacher_gathered: Gathered | None
     student_gathered: Gathered
-    step_bytes: int  # bytes that the loader brings to a rank for a step
 
 
 def batch_of(config: Config, micro_batch_size: int, *, relations: float) -> Batch:
@@ -189,7 +188,7 @@ def compute_memory(
         peak_moment=moment,
     )
     host = _host(config, cluster, gpu, host_teacher, senses, rest, trained)
-    return Memory(gpu, host, gathered, student_gathered, senses + rest)
+    return Memory(gpu, host, gathered, student_gathered)
 
 
 def _only_text(batch: Batch) -> Batch:

@@ -1,8 +1,5 @@
 """Preflight: a check of a job's nodes that takes seconds and names what is wrong, before hours are spent on the job.
 
-    dskd preflight --config FILE                                            this machine
-    deepspeed --hostfile HOSTS --module dskd preflight --config FILE        the ranks that training will have
-
 Every rank examines its own node and reports what it finds. If ranks should agree and do not, the ones that differ from
 the majority are named. Preflight changes nothing that training needs.
 """

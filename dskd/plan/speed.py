@@ -19,24 +19,13 @@ from dskd.plan.shapes import Architecture, Shapes, Student
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of training; times in seconds are those of one optimizer step."""
+    """The speed of training."""
 
     flops_per_token: dict[str, float]  # by part of the step
-    step_s: float
+    step_s: float  # seconds of an optimizer step
     tokens_per_s: float  # of all ranks together
-    compute_s: float
-    network_s: float  # while weights or gradients travel between ranks
-    offload_s: float  # while the teacher's shares are copied from the host's memory or a disk
-
-    @property
-    def network_share(self) -> float:
-        """Returns the share of a step in which data travels between the ranks."""
-        return min(1.0, self.network_s / self.step_s)
-
-    @property
-    def waiting_share(self) -> float:
-        """Returns the share of a step in which ranks wait for data, from ranks, hosts or disks, and compute nothing."""
-        return 1 - self.compute_s / self.step_s
+    network_share: float  # of a step: weights or gradients travel between ranks
+    waiting_share: float  # of a step: ranks wait for data, from ranks, hosts or disks, and compute nothing
 
 
 def compute_speed(
@@ -72,10 +61,9 @@ def compute_speed(
     return Speed(
         parts,
         step_s,
-        config.train.global_batch_size * config.corpus.sequence_length / step_s,
-        accumulation_steps * (of_teacher + of_student),
-        accumulation_steps * (teacher_network + student_network),
-        accumulation_steps * offload,
+        tokens_per_s=config.train.global_batch_size * config.corpus.sequence_length / step_s,
+        network_share=min(1.0, (teacher_network + student_network) / micro_batch_s),
+        waiting_share=1 - (of_teacher + of_student) / micro_batch_s,
     )
 
 

@@ -78,14 +78,12 @@ def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entri
     entries, counts = build_entries(relations, tokenizer, vocab_size, config.senses.surface_forms)
     if not counts["synonym_pairs"] and not counts["antonym_pairs"]:
         words = sorted({relation.head for relation in relations})
-        lexicon = "the lexicon"
-        if config.lexicon.wordnet:
-            lexicon += f" (WordNet: {', '.join(config.lexicon.languages)})"
+        wordnet = f" (WordNet: {', '.join(config.lexicon.languages)})" if config.lexicon.wordnet else ""
         raise UserError(
-            f"no pair of {lexicon} can be used with the tokenizer of {tokenizer.name_or_path or 'the teacher'}: none "
-            f"of its {len(words):,} words ({', '.join(words[:3])}, …) is one token after a space and has a "
-            f"neighbour of one to three tokens (pairs dropped: {describe_dropped_pairs(counts)}). Use a lexicon in the "
-            "teacher's language, or another teacher"
+            f"no pair of the lexicon{wordnet} can be used with the tokenizer of "
+            f"{tokenizer.name_or_path or 'the teacher'}: none of its {len(words):,} words ({', '.join(words[:3])}, …) "
+            "is one token after a space and has a neighbour of one to three tokens (pairs dropped: "
+            f"{describe_dropped_pairs(counts)}). Use a lexicon in the teacher's language, or another teacher"
         )
     return entries, counts
 

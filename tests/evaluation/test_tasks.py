@@ -239,8 +239,6 @@ def test_data_that_is_missing_is_named_before_a_model_is_loaded(config, world, m
         UserError, match=r"--models dskd: there is no such model here, only .*, student; .* `dskd export --config"
     ):
         run_tasks(load_config(config), world, ["piqa"], ["dskd"])
-    with pytest.raises(UserError, match=r"--tasks arc: no such task; there are arc_challenge, .*squad_v2, and all"):
-        run_tasks(load_config(config), world, ["arc"])
 
 
 def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dskd.config import TASKS, TasksConfig
-from dskd.errors import UserError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -133,12 +132,7 @@ assert tuple(BENCHMARKS) == TASKS
 
 
 def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
-    """Returns the benchmarks with these names, or all if `all` is among the names, in the paper's order. Raises a
-    UserError that lists all unknown names.
-    """
-    unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
-    if unknown:
-        raise UserError(f"--tasks {' '.join(unknown)}: no such task; there are {', '.join(BENCHMARKS)}, and {ALL}")
+    """Returns the benchmarks with these names, or all if `all` is among the names, in the paper's order."""
     return [benchmark for name, benchmark in BENCHMARKS.items() if name in names or ALL in names]
 
 

@@ -155,9 +155,6 @@ def _rows_of_hub(benchmark: Benchmark, place: str, split: str) -> Iterator[tuple
         yield f"{place}/{split}:{number}", row
 
 
-# --------------------------------------------------------------------------------------------- published files to rows
-
-
 def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[Place, Row]]:
     rows_of, _ = _FORMATS[benchmark.name]
     for path in files:
@@ -279,9 +276,6 @@ def _from_json(text: str, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: this is not JSON ({error}); was its download truncated?") from None
-
-
-# ---------------------------------------------------------------------------------------------------- rows to examples
 
 
 def _parse_labelled(benchmark: Benchmark, row: Row) -> Example:
