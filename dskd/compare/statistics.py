@@ -24,15 +24,14 @@ class Estimate:
 
     mean: float
     half_width: float | None
-    count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
         """Computes the estimate from one value per seed."""
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
-            return cls(mean, None, count)
-        return cls(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values)), count)
+            return cls(mean, None)
+        return cls(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values)))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ class Disk:
     senses: int  # of single tokens, at most; spans of several tokens are not counted
     student: int
     shards: int | None  # before compression; a node's unpacked copy has the same size
-    checkpoint: int
     checkpoints: int  # of one run: those that are kept, and the one that is being written
     nvme: int  # of the teacher, on each node
 
@@ -49,7 +48,6 @@ def compute_disk(
         dictionary_rows(config, architecture) * hidden_size * 2,
         student.whole_numel * size,
         None if samples is None else samples * sample_bytes_of(config),
-        checkpoint,
         checkpoint * (train.keep_last + 1 + for_good),
         teacher.share(cluster.world_size) * size * cluster.gpus_per_node if is_on_disk else 0,
     )
