@@ -50,11 +50,6 @@ class Activations:
     loss: int  # in the head: chunks of logits, and gradients of the states
     backward: int
 
-    @property
-    def peak(self) -> int:
-        """Returns the largest of the three peaks."""
-        return max(self.forward, self.loss, self.backward)
-
 
 @functools.lru_cache(maxsize=256)
 def teacher_activations(architecture: Architecture, batch: Batch, dtype: torch.dtype) -> int:
@@ -87,17 +82,9 @@ def student_activations(
 ) -> Activations:
     """Measures the bytes of the student's forward, loss and backward, including the teacher's states if it runs.
 
-    Args:
-        architecture: the teacher's.
-        layers: the teacher's layers that the student keeps.
-        trunk: the number of lowest layers that the student need not compute.
-        student: the student's config.
-        loss: the config of the loss.
-        batch: the micro-batch.
-        dtype: the type of weights and states.
-        chunk_size: positions whose logits exist at one time.
-        checkpointing: whether activations are checkpointed.
-        with_teacher: whether the loss reads the teacher's states, computed or stored.
+    `architecture` is the teacher's, `layers` are the layers of it that the student keeps, and `trunk` is the number of
+    lowest ones that the student need not compute. `chunk_size` is the number of positions whose logits exist at one
+    time. `with_teacher` says whether the loss reads the teacher's states, computed or stored.
     """
     way, model = _build(architecture, layers, trunk)
     with without_values(architecture):

@@ -103,11 +103,9 @@ def _for_stages_before(plan: Plan) -> list[Change]:
 
 
 def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Change, Plan] | None:
-    """Returns the first change that makes the job fit, with its plan, or None if there is no such change.
+    """Returns the first change with which the job of `plan` fits, and its plan with it; None if there is none.
 
-    Args:
-        plan: the plan of the job that does not fit.
-        replan: a function that returns the plan with a change.
+    `replan` returns the plan with a change.
     """
 
     def attempt(change: Change) -> Plan | None:
@@ -132,20 +130,19 @@ def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Chang
             return change, changed
     # Then everything that needs no preparation together, and then more nodes, without and with all these settings. What
     # fits is reduced to the settings that are needed.
-    if attempt(strongest) is not None:
-        return _trimmed(strongest, attempt)
+    if (changed := attempt(strongest)) is not None:
+        return _trimmed(strongest, changed, attempt)
     for settings in ((), strongest.overrides):
-        nodes = _fewest_nodes(plan.cluster.nodes, settings, attempt)
-        if nodes is not None:
-            return _trimmed(Change(settings, nodes), attempt)
+        if (more := _fewest_nodes(plan.cluster.nodes, settings, attempt)) is not None:
+            return _trimmed(*more, attempt)
     return None
 
 
 Attempt = Callable[[Change], Plan | None]
 
 
-def _fewest_nodes(now: int, settings: tuple[str, ...], attempt: Attempt) -> int | None:
-    """Returns the smallest number of nodes, above `now`, with which the job fits with these settings, or None.
+def _fewest_nodes(now: int, settings: tuple[str, ...], attempt: Attempt) -> tuple[Change, Plan] | None:
+    """Returns the change to the fewest nodes, above `now`, with which the job fits with these settings, or None.
 
     Doubles the number until the job fits, and then tries the numbers between the last two.
     """
@@ -155,19 +152,16 @@ def _fewest_nodes(now: int, settings: tuple[str, ...], attempt: Attempt) -> int 
     if many > _MOST_NODES:
         return None
     # Not every number between the two can divide the batch evenly, so try each one.
-    return next(number for number in range(few + 1, many + 1) if attempt(Change(settings, number)) is not None)
+    changes = (Change(settings, number) for number in range(few + 1, many + 1))
+    return next((change, changed) for change in changes if (changed := attempt(change)) is not None)
 
 
-def _trimmed(change: Change, attempt: Attempt) -> tuple[Change, Plan]:
+def _trimmed(change: Change, changed: Plan, attempt: Attempt) -> tuple[Change, Plan]:
     """Drops each setting that the change does not need, the costliest (last) first; returns the change and its plan."""
-    kept = list(change.overrides)
     for override in reversed(change.overrides):
-        fewer = [other for other in kept if other != override]
-        if (fewer or change.nodes is not None) and attempt(Change(tuple(fewer), change.nodes)) is not None:
-            kept = fewer
-    change = Change(tuple(kept), change.nodes)
-    changed = attempt(change)
-    assert changed is not None
+        fewer = Change(tuple(other for other in change.overrides if other != override), change.nodes)
+        if (fewer.overrides or fewer.nodes is not None) and (fitting := attempt(fewer)) is not None:
+            change, changed = fewer, fitting
     return change, changed
 
 

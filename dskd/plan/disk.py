@@ -20,7 +20,6 @@ class Disk:
     sample: int  # of the shards, before compression; a node's unpacked copy has the same size
     sample_states: int  # the stored states in a sample
     samples: int | None  # None if their number is unknown
-    checkpoint: int
     checkpoints: int  # of one run: those that are kept, and the one that is being written
     nvme: int  # of the teacher, on each node
 
@@ -35,16 +34,8 @@ def compute_disk(
     samples: int | None,
     steps: int | None,
 ) -> Disk:
-    """Computes the sizes of a job's artifacts.
-
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        teacher: its weights.
-        student: the student.
-        samples: the number of training sequences, or None if it is unknown.
-        steps: the number of optimizer steps of a run, or None if it is unknown.
+    """Computes the sizes of a job's artifacts. `samples`, the number of training sequences, and `steps`, that of
+    optimizer steps of a run, are None if they are unknown.
     """
     values, dtype = architecture.values(), cluster.dtype(config.precision)
     size, vocab_size, hidden_size = dtype.itemsize, values["vocab_size"], values["hidden_size"]
@@ -63,7 +54,6 @@ def compute_disk(
         sample_bytes_of(config, stored),
         states_bytes(config, stored),
         samples,
-        checkpoint,
         checkpoint * (train.keep_last + 1 + for_good),
         teacher.share(cluster.world_size) * size * cluster.gpus_per_node if is_on_disk else 0,
     )

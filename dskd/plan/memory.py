@@ -64,13 +64,8 @@ class Memory:
 
 
 def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: int = 0) -> Batch:
-    """Returns the largest micro-batch that can occur.
-
-    Args:
-        config: the experiment.
-        micro_batch_size: the number of samples in it.
-        relations: the share of targets that have a synonym or an antonym.
-        trunk: the number of lowest layers that the student need not compute.
+    """Returns the largest micro-batch that can occur if `relations` is the share of targets that have a synonym or an
+    antonym, and the student need not compute its `trunk` lowest layers.
     """
     loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
     lexical = min(length, round(relations * length))
@@ -113,16 +108,9 @@ def compute_memory(
 ) -> Memory:
     """Computes the bytes that a rank of training and its host hold.
 
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        teacher: its weights, without the output matrix unless that is tied to the embeddings.
-        student: the student.
-        micro_batch_size: the number of samples that a rank runs at once.
-        accumulation_steps: the number of micro-batches in a step.
-        relations: the share of targets that have a synonym or an antonym.
-        bank_rows: the number of rows in the sense dictionary.
+    `architecture` is the teacher's, and `teacher` are its weights, without the output matrix unless that is tied to the
+    embeddings. `relations` is the share of targets that have a synonym or an antonym, and `bank_rows` the number of
+    rows in the sense dictionary.
     """
     ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
     size, hidden_size = dtype.itemsize, architecture.values()["hidden_size"]
@@ -288,15 +276,9 @@ class StageMemory:
 def stages_before(
     config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, *, states: int, rows: int
 ) -> tuple[StageMemory, StageMemory]:
-    """Computes the memory that gathering states and annotation need.
-
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        teacher: its weights, as in :func:`compute_memory`.
-        states: the most bytes that all gathered states take.
-        rows: the most bytes that the sense dictionary takes.
+    """Computes the memory that gathering states and annotation need; the other arguments are as in
+    :func:`compute_memory`. All gathered states take at most `states` bytes, and the sense dictionary at most `rows`
+    bytes.
     """
     size, dtype = cluster.dtype(config.precision).itemsize, cluster.dtype(config.precision)
     hidden_size = architecture.values()["hidden_size"]

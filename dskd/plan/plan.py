@@ -76,17 +76,12 @@ def make_plan(
 ) -> Plan:
     """Plans a job.
 
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        samples: the number of training sequences. If it is None, the number in the work directory's shards is used if
-            they exist, and otherwise corpus.max_sequences.
-        relations: the share of targets that have a synonym or an antonym.
+    If `samples`, the number of training sequences, is None, it is that in the work directory's shards if they exist,
+    and otherwise corpus.max_sequences. `relations` is the share of targets that have a synonym or an antonym.
 
     Raises:
-        UserError: when training with this config is impossible on these machines: the batch cannot be divided among
-            the ranks, the teacher is not supported or lacks the student's layers, or there are too few samples.
+        UserError: when training with this config is impossible on these machines: the batch cannot be divided among the
+            ranks, the teacher is not supported or lacks the student's layers, or there are too few samples.
     """
     micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
     architecture.check(config)

@@ -21,28 +21,17 @@ from dskd.plan.stored import columns_read, reads_states
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of training; times in seconds are those of one optimizer step."""
+    """The speed of training."""
 
     flops_per_token: dict[str, float]  # by part of the step
-    step_s: float
+    step_s: float  # seconds of an optimizer step
     tokens_per_s: float  # of all ranks together
-    compute_s: float
-    network_s: float  # while weights or gradients travel between ranks
-    offload_s: float  # while the teacher's shares are copied from the host's memory or a disk
+    network_share: float  # of a step: weights or gradients travel between ranks
+    waiting_share: float  # of a step: ranks wait for data, from ranks, hosts or disks, and compute nothing
     teacher_s: float  # while the teacher runs, with what travels for it
     reading_s: float  # while a node reads the stored states of all of its ranks from disk
     read_bytes: int  # of stored states, by each rank
-    step_without_reading_s: float  # of a step, if no disk limited it
-
-    @property
-    def network_share(self) -> float:
-        """Returns the share of a step in which data travels between the ranks."""
-        return min(1.0, self.network_s / self.step_s)
-
-    @property
-    def waiting_share(self) -> float:
-        """Returns the share of a step in which ranks wait for data, from ranks, hosts or disks, and compute nothing."""
-        return 1 - self.compute_s / self.step_s
+    step_without_reading_s: float  # if no disk limited it
 
 
 def compute_speed(
@@ -74,14 +63,13 @@ def compute_speed(
     return Speed(
         parts,
         step_s,
-        config.train.global_batch_size * config.corpus.sequence_length / step_s,
-        accumulation_steps * (of_teacher.compute_s + of_student),
-        accumulation_steps * (of_teacher.network_s + student_network),
-        accumulation_steps * of_teacher.offload_s,
-        accumulation_steps * of_teacher.seconds,
-        reading_s,
-        read_bytes,
-        without_reading_s,
+        tokens_per_s=config.train.global_batch_size * config.corpus.sequence_length / step_s,
+        network_share=min(1.0, accumulation_steps * (of_teacher.network_s + student_network) / step_s),
+        waiting_share=1 - accumulation_steps * (of_teacher.compute_s + of_student) / step_s,
+        teacher_s=accumulation_steps * of_teacher.seconds,
+        reading_s=reading_s,
+        read_bytes=read_bytes,
+        step_without_reading_s=without_reading_s,
     )
 
 
@@ -96,7 +84,6 @@ class TeacherPass:
 
     compute_s: float
     network_s: float
-    offload_s: float
     seconds: float  # of the whole pass
 
     @classmethod
@@ -105,14 +92,14 @@ class TeacherPass:
     ) -> "TeacherPass":
         """Estimates a pass of `flops` operations; one without operations takes no time."""
         if not flops:
-            return cls(0.0, 0.0, 0.0, 0.0)
+            return cls(0.0, 0.0, 0.0)
         size = cluster.dtype(config.precision).itemsize
         compute = flops / cluster.flops
         network = 0.0 if gathered is None else size * _others(cluster) * gathered.travelled / cluster.bandwidth
         offload = _offload_s(config, cluster, teacher, size)
         overlaps = cluster.device == "cuda"
         seconds = max(compute, network + offload) if overlaps else compute + network + offload
-        return cls(compute, network, offload, seconds)
+        return cls(compute, network, seconds)
 
 
 def _others(cluster: Cluster) -> float:

@@ -370,6 +370,7 @@ def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
     ("text", "part"),
     [
         ("{", "is not a readable config.json"),
+        ("\ufeff{}", "it begins with a byte order mark, with which transformers cannot read it; save it as UTF-8"),
         ('{"hidden_size": 3}', "has no model_type"),
         ('{"model_type": "llama"}', "num_hidden_layers: expected a number, 1 or more; it is missing"),
         (json.dumps(LLAMA | {"num_attention_heads": 0}), "num_attention_heads: expected a number, 1 or more; found 0"),
@@ -381,10 +382,19 @@ def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
 )
 def test_a_file_that_is_not_the_config_of_a_decoder_is_named(tmp_path, monkeypatch, capsys, text, part):
     _config(tmp_path)
-    (tmp_path / "x.json").write_text(text)
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", tmp_path / "x.json", *MACHINES]
     code, _, error = _run(monkeypatch, capsys, *options, "student.layers=1", "student.train_layers=1")
     assert code == 2 and part in error and "Traceback" not in error
+
+
+def test_a_warning_about_keys_that_transformers_lacks_names_the_file_once(tmp_path, monkeypatch, capsys):
+    _config(tmp_path)
+    file = _shapes_file(tmp_path, attention_sink_scale=0.5, transformers_version="4.40.0")
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", file, *MACHINES]
+    _, _, error = _run(monkeypatch, capsys, *options, "student.layers=2", "student.train_layers=1")
+    warning = f"warning: --teacher-config: {file} (transformers 4.40.0): transformers "
+    assert error.count("attention_sink_scale") == error.count(warning) == 1
 
 
 def test_a_batch_that_training_would_refuse_is_refused_here(tmp_path, monkeypatch, capsys):
