@@ -107,8 +107,8 @@ def make_plan(
         relations=relations,
         bank_rows=dictionary_rows(config, architecture),
     )
-    gathered = gather_models(config, cluster, architecture, teacher, student)
-    speed = compute_speed(config, cluster, architecture, teacher, student, *gathered, **batches)
+    of_teacher, of_student = gather_models(config, cluster, architecture, teacher, student)
+    speed = compute_speed(config, cluster, architecture, teacher, student, of_teacher, of_student, **batches)
     stored = compare_with_stored_states(
         config, cluster, architecture, teacher, student.trunk, **batches, samples=samples
     )
