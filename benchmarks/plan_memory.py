@@ -35,12 +35,13 @@ from benchmarks.report import (
 from benchmarks.workload import OurTraining, Preset, read_config, write_work_directory
 from dskd.distributed.collectives import gather_json
 from dskd.distributed.rendezvous import initialize, shutdown
+from dskd.models.precision import compute_dtype
 from dskd.plan import GB
 from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import find_architecture
 
-_MODES = ("resident", "zero3")
+_MODES = ("resident", "zero3", "cached")
 _STEPS = 3  # from the second step on, ZeRO-3 gathers parameters ahead
 # Large enough that tensors are nearly all that training holds, small enough for four ranks on two cores.
 _PRESET = Preset(Shape(16_384, 1024, 3584, 8, 2, 6, 4, 2, 128), global_batch_size=16, micro_batch_size=4)
@@ -49,7 +50,9 @@ _PRESET = Preset(Shape(16_384, 1024, 3584, 8, 2, 6, 4, 2, 128), global_batch_siz
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--modes", choices=_MODES, nargs="+", default=list(_MODES), help="teacher.mode")
+    parser.add_argument(
+        "--modes", choices=_MODES, nargs="+", default=list(_MODES), help="teacher.mode; cached: stored states"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     parser.add_argument("--child", metavar="CONFIG", help=argparse.SUPPRESS)
     args = parse(parser, arguments)
@@ -59,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     at_start = machine()
     rows, results = [], []
     with tempfile.TemporaryDirectory(prefix="dskd-benchmark-") as folder:
-        write_work_directory(Path(folder), _PRESET, steps=_STEPS)
+        states = str(compute_dtype("auto", default_device())).removeprefix("torch.")
+        write_work_directory(Path(folder), _PRESET, steps=_STEPS, states=states)
         for mode in args.modes:
             for ranks in args.ranks:
                 batch = f"train.global_batch_size={ranks * _PRESET.micro_batch_size}"

@@ -9,7 +9,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.flops import Shape
 from benchmarks.report import build_parser, default_device
-from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary, write_teacher
+from benchmarks.synthetic import draw_annotation, draw_states, draw_tokens, write_dictionary, write_teacher
 from dskd import shards
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
@@ -44,6 +44,7 @@ from dskd.training.step import StepResult, train_step
 
 _SENSES_PER_TOKEN, _SYNONYMS, _KAPPA = 10, 8, 5
 _TOKENS_FILE = "tokens.npy"
+_SHARD_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,26 @@ def work_directory(args: argparse.Namespace) -> Iterator[Path]:
         yield folder / "config.yaml"
 
 
-def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> None:
-    """Writes everything that a training run of `steps` steps reads; `config.yaml` comes last."""
+def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, states: str | None = None) -> None:
+    """Writes everything that a training run of `steps` steps reads; `config.yaml` comes last.
+
+    With `states`, "bfloat16" or "float32", the shards also have the states of teacher and trunk. They are random, of
+    this type, and training must compute in it.
+    """
     shape = preset.shape
+    stored = None
+    if states is not None:
+        columns, depth = (shards.TEACHER_STATES, shards.TRUNK_STATES), shape.student_layers - shape.trained_layers
+        stored = shards.Stored(columns, states, shape.hidden_size, depth)
     settings = {
         "workdir": str(folder.resolve()),
-        "teacher": {"path": str(folder.resolve() / "llama"), "mode": "resident", "offload": "none"},
+        "teacher": {
+            "path": str(folder.resolve() / "llama"),
+            "mode": "resident" if stored is None else "cached",
+            "offload": "none",
+        },
         "corpus": {"packing": "stream", "sequence_length": shape.sequence_length},
-        "annotation": {"kappa": _KAPPA},
+        "annotation": {"kappa": _KAPPA, "store": [] if stored is None else list(stored.columns)},
         "student": {"layers": shape.student_layers, "train_layers": shape.trained_layers},
         "train": {
             "steps": 10_000,
@@ -129,7 +142,13 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> N
         annotation = draw_annotation(tokens, dictionary, _KAPPA)
         columns = {"input_ids": tokens, "loss_mask": mask, "document_starts": starts, **annotation}
         samples = ({name: column[i] for name, column in columns.items()} for i in range(len(tokens)))
-        shards.write_block(building.folder, samples)
+        if stored is None:
+            shards.write_block(building.folder, samples)
+        else:
+            samples = (sample | draw_states(stored, shape.sequence_length, i) for i, sample in enumerate(samples))
+            encodings = shards.columns_of(teacher_top_n=0, stored=stored)
+            shards.write_block(building.folder, samples, encodings, compression=None, most_bytes=_SHARD_BYTES)
+            building.facts["stored"] = asdict(stored)
         building.facts.update(samples=len(tokens), targets=int(mask.sum()), coverage={}, teacher_antonym_distance=2.0)
     np.save(config.path(_TOKENS_FILE), tokens)
     build_student(config)
