@@ -38,7 +38,7 @@ class StepBatches:
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor [B, T, …] whose rows [up to T, …] are still in separate arrays, so that packing copies each only once."""
+    """A tensor [B, T, …] whose rows are still in separate arrays, so that packing copies each of them only once."""
 
     arrays: Sequence[np.ndarray]  # one or more, contiguous
     length: int  # T; zeros follow a shorter row

@@ -124,7 +124,7 @@ def datasets_of(config: Config, inputs: TrainingInputs) -> list[dict[str, Any]]:
     ):
         manifest = inputs.shards if split == "train" else shards.load_manifest(config, split)
         encodings = shards.columns_of(teacher_top_n=top_n, stored=shards.Stored.of(manifest))
-        columns = {name: encoding.split(":")[1] for name, encoding in encodings.items()}
+        columns = {name: kind.split(":")[1] for name, kind in encodings.items()}
         described.append(describe_dataset(f"shards-{split}", context, shards.place(config, split), manifest, columns))
     vectors = {"vectors": "float32"}  # MLflow knows no bfloat16
     described.append(
