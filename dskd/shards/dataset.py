@@ -20,6 +20,8 @@ class ShardDataset(StreamingDataset):
     The arrays of a sample are read-only views of the mapped shard file.
     """
 
+    shards: list[MDSReader]
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         maps = _Maps()

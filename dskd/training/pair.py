@@ -22,7 +22,7 @@ from dskd.models.trunk import HandOver, TrunkError, trunk_depth
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource
-from dskd.training.trunk import StoredTrunk, difference, run_trunk_once, run_twin
+from dskd.training.trunk import Expected, StoredTrunk, difference, run_trunk_once, run_twin
 
 
 @dataclass
@@ -141,7 +141,8 @@ def load_pair(
     elif teacher is None:
         teacher = load_frozen(teacher_folder, config, world, with_head=False)
     # Before the student is loaded, so that its lowest layers and the engine are never in memory together.
-    stored, expected = None, []
+    stored: StoredTrunk | None = None
+    expected: list[Expected] = []
     if depth and source.reads_trunk:
         stored, expected = run_trunk_once(student_folder, config, world, depth)
 

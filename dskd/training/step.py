@@ -76,8 +76,8 @@ def train_step(
     normalizers = _normalizers(counts, world, len(micro_batches))
     engine = pair.engine
     losses, sums_of_micro_batches = [], []
-    # Accumulate gradients: per micro-batch the teacher's forward pass, unless the shards have what
-    # it computes, then the student's forward and backward pass.
+    # Accumulate gradients: per micro-batch the teacher's forward pass, unless the shards have its result, then the
+    # student's forward and backward pass.
     for number, batch in enumerate(micro_batches):
         teacher_hidden, student_inputs = pair.inputs_of(batch)
         loss_of_batch, sums_of_batch = engine(
