@@ -149,7 +149,7 @@ def test_shards_with_only_the_last_states_let_the_student_compute_its_layers(sto
         capsys.readouterr().err
     )
     with pytest.raises(UserError, match="shared_trunk: on is not possible: no teacher is loaded, and the shards have"):
-        train(load_config(path, ["run=on", "student.shared_trunk='on'"]), world)
+        train(load_config(path, ["run=forced", "student.shared_trunk='on'"]), world)
 
 
 def test_a_run_with_a_deeper_trunk_than_the_shards_starts_from_theirs(stored, world, capsys):
@@ -179,7 +179,7 @@ def test_a_run_that_trains_a_layer_below_the_stored_trunk_computes_all_layers(st
     assert "training reads the teacher's states from the shards; no teacher is loaded" in printed
     assert "trunk_states of the shards enter layer 2, but this run shares only the lowest 1 layers" in printed
     with pytest.raises(UserError, match=r"shared_trunk: on .* enter layer 2, but .* make the shards again with `deep"):
-        train(load_config(path, ["run=on", deeper, "student.shared_trunk='on'"]), world)
+        train(load_config(path, ["run=forced", deeper, "student.shared_trunk='on'"]), world)
 
 
 def test_a_run_without_a_teachers_terms_starts_from_the_stored_trunk(stored, world, capsys):
