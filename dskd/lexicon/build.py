@@ -4,6 +4,7 @@
 changed, and `bases.parquet` the words that were replaced by their bases.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def recipe(config: Config) -> Recipe:
         inputs["wordnet"] = _open_wordnet(lexicon, config.wordnet.path).digest
         for code in lexicon.languages:
             if code != ENGLISH:
-                inputs[f"wordnet:{code}"] = find_language(code).digest
+                inputs[f"wordnet:{code}"] = hashlib.sha256(find_language(code)[1]).hexdigest()
     return Recipe("lexicon", inputs, lexicon.as_dict())
 
 
