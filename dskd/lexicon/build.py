@@ -58,7 +58,8 @@ def recipe(config: Config) -> Recipe:
 def build_lexicon(config: Config) -> None:
     """Reads the configured sources and writes `WORKDIR/lexicon`."""
     target = config.path(kinds.LEXICON.folder)
-    sources = _source_names(config.lexicon)
+    wordnet = [f"WordNet ({', '.join(config.lexicon.languages)})"] if config.lexicon.wordnet else []
+    sources = [*wordnet, *(str(path) for _, path in _files(config.lexicon))]
     with stage("lexicon: words to synonyms and antonyms", reads=sources, writes=target / FILE):
         with build_artifact(target, recipe(config)) as building:
             report = Report()
@@ -141,11 +142,6 @@ def _files(config: LexiconConfig) -> list[tuple[str, Path]]:
     if problems:
         raise UserError(listed("files of the lexicon are missing", problems))
     return list({(key, path.resolve()): (key, path) for key, path in files}.values())
-
-
-def _source_names(config: LexiconConfig) -> list[str]:
-    wordnet = [f"WordNet ({', '.join(config.languages)})"] if config.wordnet else []
-    return [*wordnet, *(str(path) for _, path in _files(config))]
 
 
 def _report_facts(facts: dict[str, Any]) -> None:
