@@ -12,6 +12,7 @@ from tiny_work import BEFORE_TRAINING, TINY, copy_work
 from tracked_results import losses_of
 
 from dskd.artifacts import kinds
+from dskd.artifacts.lock import release_lock
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.training import checkpoint, saving
@@ -49,6 +50,7 @@ def resumed(tiny, world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if [*base.glob(".step-*")] else 10**18))
         train(config, world, resume=True)
+    release_lock(kinds.run_lock_path(config, config.run))
     shutil.rmtree(base / "step-00000006")  # as if the run had stopped after step 5
     output = run_program("train.py", path, "--resume", "train.micro_batch_size=1", ranks=2).output
     assert "into one for any number of ranks" in output
