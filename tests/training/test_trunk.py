@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from architectures import save_architecture
-from tiny_models import SHAPE, save_model
+from tiny_models import ARCHITECTURES, SHAPE, save_model
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
