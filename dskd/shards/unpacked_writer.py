@@ -12,6 +12,8 @@ from streaming.base.format.mds.encodings import NDArray, mds_encode
 
 from dskd.shards.schema import HASH
 
+_LARGE = 2**17  # bytes of an array of which a copy takes longer than the code that avoids it
+
 
 @dataclass(frozen=True)
 class _Pieces:
@@ -33,15 +35,12 @@ class UnpackedWriter(MDSWriter):
     def encode_sample(self, sample: Mapping[str, np.ndarray]) -> Any:
         """Returns the sample's parts; the library needs only their length."""
         parts: list[bytes | memoryview] = []
+        sizes = []
         for name, encoding in zip(self.column_names, self.column_encodings, strict=True):
-            array = np.ascontiguousarray(sample[name])
-            # The library checks and encodes the first element, for the type, and the shape is as it would write it.
-            mds_encode(encoding, array.reshape(-1)[:1])
-            shape = np.array(array.shape, np.int64)
-            kind = NDArray._rightsize_shape_dtype(shape)
-            parts.append(bytes([array.ndim << 2 | NDArray._shape_dtype2int[kind]]) + shape.astype(kind).tobytes())
-            parts.append(array.data.cast("B"))
-        sizes = [len(parts[i]) + len(parts[i + 1]) for i in range(0, len(parts), 2)]
+            array = sample[name]
+            column = _large(encoding, array) if array.nbytes > _LARGE else [mds_encode(encoding, array)]
+            sizes.append(sum(map(len, column)))
+            parts += column
         return _Pieces([np.array(sizes, np.uint32).tobytes(), *parts])
 
     def flush_shard(self) -> None:
@@ -57,3 +56,12 @@ class UnpackedWriter(MDSWriter):
                 digest.update(part)
         raw = {"basename": name, "bytes": int(places[-1]), "hashes": {HASH: digest.hexdigest()}}
         self.shards.append({"samples": len(self.new_samples), "raw_data": raw, "zip_data": None, **self.get_config()})
+
+
+def _large(encoding: str, array: np.ndarray) -> list[bytes | memoryview]:
+    """Returns what the library's encoding of an array consists of: its dimensions, and its values in their place."""
+    mds_encode(encoding, array.reshape(-1)[:1])  # the library refuses an array of another type
+    shape = np.array(array.shape, np.int64)
+    kind = NDArray._rightsize_shape_dtype(shape)
+    head = bytes([array.ndim << 2 | NDArray._shape_dtype2int[kind]]) + shape.astype(kind).tobytes()
+    return [head, np.ascontiguousarray(array).data.cast("B")]

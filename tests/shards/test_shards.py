@@ -245,7 +245,8 @@ def test_joined_blocks_are_one_dataset_whichever_rank_wrote_them(tmp_path):
 
 
 @pytest.mark.parametrize("most_bytes", [None, 4000])
-def test_shards_that_are_not_compressed_have_the_bytes_that_the_library_writes(tmp_path, most_bytes):
+def test_shards_that_are_not_compressed_have_the_bytes_that_the_library_writes(tmp_path, monkeypatch, most_bytes):
+    monkeypatch.setattr("dskd.shards.unpacked_writer._LARGE", 1000)
     columns = {**COLUMNS, "teacher_states": "ndarray:uint16", "trunk_states": "ndarray:float32"}
     samples = [{name: _sample(index)[name] for name in COLUMNS} for index in range(7)]
     for index, sample in enumerate(samples):
