@@ -87,7 +87,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         type=_positive,
         default=DISK_BANDWIDTH,
         metavar="GB/s",
-        help=f"rate of a node's local disks, for teacher.offload: nvme [{DISK_BANDWIDTH:.0f}]",
+        help="rate at which a node reads the teacher's shares (teacher.offload: nvme), and shards with stored states "
+        f"[{DISK_BANDWIDTH:.0f}]",
     )
     parser.add_argument(
         "--teacher-config",
