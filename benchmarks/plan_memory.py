@@ -35,7 +35,6 @@ from benchmarks.report import (
 from benchmarks.workload import OurTraining, Preset, read_config, write_work_directory
 from dskd.distributed.collectives import gather_json
 from dskd.distributed.rendezvous import initialize, shutdown
-from dskd.models.precision import compute_dtype
 from dskd.plan import GB
 from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan
@@ -62,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     at_start = machine()
     rows, results = [], []
     with tempfile.TemporaryDirectory(prefix="dskd-benchmark-") as folder:
-        states = str(compute_dtype("auto", default_device())).removeprefix("torch.")
-        write_work_directory(Path(folder), _PRESET, steps=_STEPS, states=states)
+        write_work_directory(Path(folder), _PRESET, states=True)
         for mode in args.modes:
             for ranks in args.ranks:
                 batch = f"train.global_batch_size={ranks * _PRESET.micro_batch_size}"

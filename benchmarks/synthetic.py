@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from benchmarks.flops import Shape
 from dskd.senses.dictionary import SenseDictionary, read_dictionary
 from dskd.senses.entries import Entries
-from dskd.shards import Stored
 
 _POOL = 65_536  # number of different random sense embeddings; a larger dictionary repeats them
 _GENERATED = 64  # positions of a teacher beyond a sequence, so that it can continue the sequence
@@ -76,15 +75,6 @@ def write_dictionary(path: Path, vocab_size: int, hidden_size: int, *, k: int, s
     entries = Entries(vocab_size, torch.empty(0, 3, dtype=torch.int32), **csr)
     save_file({"vectors": vectors, "counts": counts, "entry_offsets": offsets, **entries.tensors()}, path)
     return read_dictionary(path)
-
-
-def draw_states(stored: Stored, length: int, seed: int) -> dict[str, np.ndarray]:
-    """Draws the columns of stored states for one sequence: {column: [length, D]}."""
-    generator, columns = torch.Generator().manual_seed(seed), {}
-    for name in stored.columns:
-        states = torch.randn(length, stored.hidden_size, generator=generator).to(getattr(torch, stored.dtype))
-        columns[name] = states.numpy() if stored.dtype == "float32" else states.view(torch.uint16).numpy()
-    return columns
 
 
 def draw_annotation(tokens: np.ndarray, dictionary: SenseDictionary, kappa: int) -> dict[str, np.ndarray]:

@@ -86,7 +86,7 @@ def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(tiny, copy_of_tin
 
 @needs_gpu
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(copy_of_tiny):
-    """On the CPU they are the same bits: test_training.py::test_resume_is_bitwise_equal."""
+    """On the CPU they are the same bits (distributed/test_stopping.py)."""
     config = copy_of_tiny(*BEFORE_TRAINING)
     _launch("train.py", config)
     undisturbed = losses_of(config)

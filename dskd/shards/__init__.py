@@ -2,6 +2,7 @@
 
 schema         the columns, and checks that shards fit a config, a teacher and a sense dictionary
 writing        writes blocks of samples, and joins many blocks into one dataset
+unpacked_writer  writes shards that are not compressed, without copies
 opening        opens the dataset, from the work directory or a remote copy
 dataset        the dataset class: mosaicml-streaming's, with sample ids added to the samples
 batches        collates samples into batches of tokens, and reads the rows that they point to

@@ -454,16 +454,14 @@ def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, r
     from benchmarks.report import parse_result
     from benchmarks.workload import Preset, write_work_directory
 
-    folder = tmp_path_factory.getbasetemp() / "plan"
+    stored = mode == "cached"
+    folder = tmp_path_factory.getbasetemp() / mode
     if not (folder / "config.yaml").is_file():
         shape = Shape(4096, 512, 1536, 8, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=64)
-        write_work_directory(folder, Preset(shape, global_batch_size=8, micro_batch_size=4), steps=3, states="float32")
-    settings = [
-        f"teacher.mode={mode}",
-        "teacher.offload=none",
-        "precision=fp32",
-        f"train.global_batch_size={4 * ranks}",
-    ]
+        write_work_directory(folder, Preset(shape, global_batch_size=8, micro_batch_size=4), steps=15, states=stored)
+    precision = "auto" if stored else "fp32"  # states are stored in the type that `auto` means here
+    settings = [f"teacher.mode={mode}", "teacher.offload=none", f"precision={precision}"]
+    settings += [f"train.global_batch_size={4 * ranks}"]
     arguments = ["--child", str(folder / "config.yaml"), *settings]
     processes = fork_ranks(run_launcher, REPOSITORY / "benchmarks" / "plan_memory.py", arguments, ranks=ranks)
     finish(processes)

@@ -83,13 +83,16 @@ def make_tiny(folder: Path) -> None:
         corpus={**TINY["corpus"], "train": [str(folder / "text.jsonl")]},
         lexicon={"wordnet": False, "tsv": [str(folder / "own.tsv")]},
     )
+    # MLflow's tables are created once: the work directory, too, begins with a database without runs.
+    MlflowClient(f"sqlite:///{folder / NO_RUNS}").search_experiments()
+    (folder / "work").mkdir()
+    shutil.copyfile(folder / NO_RUNS, folder / "work" / NO_RUNS)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(pipeline, "launch", launch_forked)
         patch.setattr("dskd.distributed.stopping.listen", lambda: None)  # pytest handles signals to this process
         pipeline.run_pipeline(config, [])
     release_lock(folder / "work" / pipeline.LOCK)
-    MlflowClient(f"sqlite:///{folder / NO_RUNS}").search_experiments()
     (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
 
 
