@@ -96,9 +96,8 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 what = _NOT_TEXT.get(type(key).__name__, f"a {type(key).__name__}")  # such as a date or a list
-                raise UserError(
-                    f"line {line}: the key {_written(key_node)} has to be text, but is {what}; put it in quotes"
-                )
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "of this line"
+                raise UserError(f"line {line}: the key {shown} has to be text, but is {what}; put it in quotes")
             if key in seen:
                 remedy = "merge a list, <<: [*ONE, *OTHER]" if is_merge else "keep one of them"
                 raise UserError(f"line {line}: {key!r} is given twice (first on line {seen[key]}); {remedy}")
@@ -118,10 +117,6 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
                     own.append((key_node, value_node))
         node.value = own
     done.add(id(node))
-
-
-def _written(node: yaml.Node) -> str:
-    return node.value if isinstance(node, yaml.ScalarNode) else "of this line"
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

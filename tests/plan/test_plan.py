@@ -442,17 +442,20 @@ def test_the_documented_refusal_is_what_the_command_prints(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, ranks):
+@pytest.mark.parametrize(("ranks", "mode"), [(1, "zero3"), (2, "zero3"), (1, "cached")])
+def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, ranks, mode):
     from benchmarks.plan_memory import plan_bytes
     from benchmarks.report import parse_result
     from benchmarks.workload import Preset, write_work_directory
 
-    folder = tmp_path_factory.getbasetemp() / "plan"
+    stored = mode == "cached"
+    folder = tmp_path_factory.getbasetemp() / mode
     if not (folder / "config.yaml").is_file():
         shape = Shape(4096, 512, 1536, 8, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=64)
-        write_work_directory(folder, Preset(shape, global_batch_size=8, micro_batch_size=4), steps=3)
-    settings = ["teacher.mode=zero3", "teacher.offload=none", "precision=fp32", f"train.global_batch_size={4 * ranks}"]
+        write_work_directory(folder, Preset(shape, global_batch_size=8, micro_batch_size=4), steps=15, states=stored)
+    precision = "auto" if stored else "fp32"  # states are stored in the type that `auto` means here
+    settings = [f"teacher.mode={mode}", "teacher.offload=none", f"precision={precision}"]
+    settings += [f"train.global_batch_size={4 * ranks}"]
     arguments = ["--child", str(folder / "config.yaml"), *settings]
     processes = fork_ranks(run_launcher, REPOSITORY / "benchmarks" / "plan_memory.py", arguments, ranks=ranks)
     finish(processes)
