@@ -38,7 +38,7 @@ from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.distributed.world import World
 from dskd.models.precision import compute_dtype
 
-_MATRIX = {"cpu": 2048, "cuda": 8192}
+_MATRIX = {"cpu": 1024, "cuda": 8192}
 _PAIRS = {
     "sense": ("loss.sense_weight=1", "loss.sense_weight=0"),
     "trunk": ("student.shared_trunk='on'", "student.shared_trunk='off'"),  # without quotes YAML reads true or false

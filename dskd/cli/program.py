@@ -130,7 +130,7 @@ def run(action: Callable[[], int | None]) -> int:
         with deferred() as end:  # when the first rank has ended, the launcher sends TERM to the others
             if is_main_process():
                 _print_error(error)
-            elif not error.known_to_all_ranks and not _rank_0_spoke(end):
+            elif not error.known_to_all_ranks and (error.unknown_to_rank_0 or not _rank_0_spoke(end)):
                 _print_error(error, f"[rank {current_rank()}] ")
         return error.exit_code
     except OSError as error:

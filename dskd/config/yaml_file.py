@@ -1,5 +1,7 @@
 """Reading YAML for configurations: numbers such as 5e-5, no duplicate keys, merged mappings, and each key's line."""
 
+import copy
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,7 +132,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the config file cannot be read ({error})") from None
     try:
-        data, node = load_yaml(text)
+        data, lines = _parse(text)
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
@@ -139,6 +141,12 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', {_found(data)}")
     # x-NAME holds anchors for the other sections, as in Compose files.
     data = {key: value for key, value in data.items() if not str(key).startswith("x-")}
+    return copy.deepcopy(data), lines
+
+
+@functools.lru_cache(maxsize=4)  # a plan that does not fit is made again with some hundred overrides of one file
+def _parse(text: str) -> tuple[Any, dict[str, int]]:
+    data, node = load_yaml(text)
     return data, dict(_lines_of(node, ""))
 
 
