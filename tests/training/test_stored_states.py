@@ -91,19 +91,6 @@ def test_a_run_from_stored_states_equals_one_with_the_teacher_bit_for_bit(stored
     assert tags == {"online": "loaded", "shards": "states"}
 
 
-def test_sequences_of_different_lengths_train_as_with_the_teacher(stored, world):
-    """A document per sequence: micro-batches of other lengths than the batches of annotation, and few targets."""
-    corpus = {**TINY["corpus"], "packing": "none"}
-    path = stored(corpus=corpus, train={**SETTINGS, "micro_batch_size": 4})
-    online = _results(path, world, "teacher.mode=zero3", run="online")
-    from_shards = _results(path, world, run="shards")
-    for term, values in online[0].items():
-        found = [value for _, value in from_shards[0][term]]
-        assert found == pytest.approx([value for _, value in values], rel=1e-5), term
-    for name, tensor in online[1].items():
-        torch.testing.assert_close(from_shards[1][name], tensor, rtol=1e-4, atol=1e-6)
-
-
 def test_a_run_resumes_whether_its_teacher_is_loaded_or_stored(stored, world):
     path = stored()
     whole = _results(path, world, "teacher.mode=zero3", run="whole")[:2]
