@@ -20,22 +20,14 @@ from dskd.tracking import Start, log_export, read_artifact, read_run, read_runs,
 ODD_NAMES = ["a b", "what?mode=ro", "100%41", "#1", "a&b=c;d", "é→", "two\nlines", 'it\'s "it"', "x:y@z", "[a]*", "\\"]
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """Makes a database without runs, to be copied: making one takes seconds."""
-    folder = tmp_path_factory.mktemp("database")
-    MlflowClient(tracking_uri(tracking_config(folder))).search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def work(tmp_path, database):
-    """Makes a work directory within the test's folder."""
+def work(tmp_path, no_runs):
+    """Makes a work directory with a database within the test's folder."""
 
     def make(name="work"):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        shutil.copy(database, folder)
+        shutil.copyfile(no_runs, folder / "mlflow.db")
         return folder
 
     return make
