@@ -98,6 +98,7 @@ def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     # Leave out keys whose value changes nothing, so that shards written before a key existed stay up to date.
     if not _teacher_top_n(config, split):
         del settings["teacher_top_n"]
+    del settings["store"]
     if _continuation_tokens(config, split):
         settings["seed"] = config.seed
     else:
