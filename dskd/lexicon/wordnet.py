@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dskd.artifacts.hashing import digest_of_json, sha256_of_file
 from dskd.artifacts.pointers import refuse_pointer_beginning
@@ -115,10 +115,6 @@ def _open(folder: Path, origin: Path) -> WordNet:
 
         def map_wn(self, version: str = "wordnet") -> None:
             return None
-
-        def open(self, file: str) -> IO[str]:
-            """Opens a file as Python does: nltk's own stream decodes a line again to tell its place, which is slow."""
-            return (folder / file).open(encoding="utf-8", newline="\n")
 
     try:
         with warnings.catch_warnings():
