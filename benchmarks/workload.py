@@ -151,10 +151,11 @@ class OurTraining:
             inputs.student,
             margin=config.loss.margin,
             accumulation_steps=schedule.accumulation_steps,
+            source=inputs.source,
             teacher=teacher,
         )
         self.teacher = self._pair.teacher
-        collate = build_collator(config, inputs, schedule)
+        collate = build_collator(config, inputs, schedule, self._pair.source)
         cache = open_node_cache(config.train.shard_cache, world)
         bank = load_sense_bank(config, inputs, world)
         self._batches = load_steps(config, schedule, collate, cache, world, start_step=0, sense_bank=bank)
@@ -178,11 +179,7 @@ class OurTraining:
     def close(self, *, keep_teacher: bool = False) -> None:
         """Ends the loader and frees memory; with `keep_teacher`, the teacher stays loaded."""
         self._batches.close()
-        self._pair.engine.destroy()
-        if self._pair.trunk is not None:
-            self._pair.trunk.close()
-        if not keep_teacher:
-            self.teacher.close()
+        self._pair.close(keep_teacher=keep_teacher)
 
 
 def load_teacher(config: Config, world: World) -> Any:

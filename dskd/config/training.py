@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from dskd.config.section import PathText, Section
 
@@ -84,36 +85,16 @@ class LossConfig(Section):
     )
     hidden_weight: float = Field(0.0, ge=0, description="weight of the squared distance to the teacher's state")
 
-    @model_validator(mode="after")
-    def _something_to_minimise(self) -> "LossConfig":
+    def problems(self) -> Iterator[str]:
+        """Yields messages about a loss without terms, and about keys without effect."""
         if not any((self.ce_weight, self.kd_weight, self.sense_weight, self.hidden_weight)):
-            raise ValueError("every weight is 0: there is nothing to minimise")
-        return self
-
-    @model_validator(mode="after")
-    def _keys_have_a_use(self) -> "LossConfig":
-        problems = []
-        for form, keys in _KEYS_OF_SENSE_FORMS.items():
-            fields = type(self).model_fields
-            wrong = [f"loss.{key}" for key in keys if getattr(self, key) != fields[key].default]
-            if self.sense_form != form and wrong:
-                one = len(wrong) == 1
-                problems.append(
-                    f"{' and '.join(wrong)} {'needs' if one else 'need'} sense_form: {form}, and it is "
-                    f"{self.sense_form}; leave {'it at its default' if one else 'them at their defaults'}, or change it"
-                )
+            yield "every weight is 0: there is nothing to minimise"
+        yield from self.keys_without_use("loss", "sense_form", _KEYS_OF_SENSE_FORMS)
         random = type(self).model_fields["sense_random_candidates"].default
         if self.sense_random_candidates != random and "random" not in self.sense_candidates:
-            problems.append(
-                "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
-            )
+            yield "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
         if self.lexical_weight != 1 and not (self.ce_weight or self.kd_weight):
-            problems.append(
-                "loss.lexical_weight applies to CE and KL, whose weights are 0; remove it, or set one of them"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield "loss.lexical_weight applies to CE and KL, whose weights are 0; remove it, or set one of them"
 
     @property
     def compares_sense_distributions(self) -> bool:
@@ -162,7 +143,11 @@ class TrainConfig(Section):
     keep_last: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
     keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are never removed")
     num_workers: int = Field(2, ge=0, description="number of loader processes of each rank")
-    shard_cache: PathText | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
+    shard_cache: PathText | None = Field(
+        None,
+        description="node-local folder for unpacked shards; null: one in /tmp, and shards that are not packed, such as "
+        "those with stored states, are read where they are",
+    )
     shard_remote: Annotated[PathText, AfterValidator(_remote_folder)] | None = Field(
         None,
         description="folder from which shards are read instead of WORKDIR/shards: a copy of it, such as "
@@ -183,14 +168,13 @@ class TrainConfig(Section):
         1800, ge=10, description="seconds a rank waits in a collective operation before it exits with an error"
     )
 
-    @model_validator(mode="after")
-    def _rule_needs_a_batch(self) -> "TrainConfig":
+    def problems(self) -> Iterator[str]:
+        """Yields a message if there is a rule for the learning rate, but no batch to apply it to."""
         if self.learning_rate_batch_size is None and self.learning_rate_rule != "linear":
-            raise ValueError(
+            yield (
                 f"learning_rate_rule: {self.learning_rate_rule} needs train.learning_rate_batch_size, the batch that "
                 "learning_rate is meant for; give it, or remove the rule"
             )
-        return self
 
     @property
     def peak_learning_rate(self) -> float:

@@ -33,15 +33,17 @@ TEACHER_COLUMNS = {
 TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
 # The type of states: what they are stored as. NumPy has no bf16, so its raw bits are stored.
 _STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
-COMPRESSION, HASH = "zstd", "xxh64"
+HASH = "xxh64"
+LARGEST_SHARD = 2**31  # bytes; a shard has the places of its samples as 32-bit numbers
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The states [T, D] of the teacher that shards hold for each sample.
+    """The states [T', D] of the teacher that shards hold for each sample; T' is 1 + its last position with a target.
 
     `teacher_states` are the last hidden states, after the final norm, and 0 at positions without a target.
-    `trunk_states` are those that enter layer `trunk_depth`, and 0 after a sample's last position with a target.
+    `trunk_states` are those that enter layer `trunk_depth`. What follows T' is padding, and not stored. A sample
+    without any target has one position.
     """
 
     columns: tuple[str, ...]  # TEACHER_STATES, TRUNK_STATES or both
@@ -67,7 +69,7 @@ def columns_of(*, teacher_top_n: int, stored: Stored | None = None) -> dict[str,
 
 
 def sample_bytes(sequence_length: int, *, kappa: int, teacher_top_n: int, stored: Stored | None = None) -> int:
-    """Returns the bytes of a sample's columns before compression."""
+    """Returns the bytes of a sample's columns before compression; of states, as if it had no padding."""
     values = {
         **dict.fromkeys((OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS), kappa),
         **dict.fromkeys(("teacher_token_ids", "teacher_logprobs"), teacher_top_n),

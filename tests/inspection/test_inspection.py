@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_dictionaries import all_vectors, save_dictionary
 from tiny_models import word_tokenizer
 
 from dskd.artifacts.hashing import hash_files
@@ -19,7 +20,7 @@ from dskd.inspection.plot import choose_entries, compose_picture, project, token
 from dskd.inspection.tokens import entry_texts, readable, token_texts, whole_words
 from dskd.inspection.word import near_spellings
 from dskd.lexicon.relations import Pairs, Relation
-from dskd.senses.dictionary import read_dictionary, save_dictionary
+from dskd.senses.dictionary import read_dictionary
 from dskd.senses.entries import build_entries
 from dskd.shards import COLUMNS, join_blocks, write_block
 
@@ -66,7 +67,7 @@ def dictionary(tmp_path, tokenizer, ids):
 def test_nearest_entries_are_those_of_a_brute_force_search(tmp_path, tokenizer, chunk_elements):
     sizes = {token: 1 + token % 3 for token in range(len(tokenizer))}
     dictionary, _ = _dictionary(tmp_path, tokenizer, ["big|large|synonym"], sizes)
-    vectors = dictionary.vectors().double().numpy()
+    vectors = all_vectors(dictionary).double().numpy()
     rows = dictionary.rows_of(5)
     found = nearest_entries(dictionary, rows, 4, without=5, chunk_elements=chunk_elements)
     assert len(found) == 3
@@ -260,6 +261,27 @@ def test_a_tampered_shard_is_named(shards):
         list(read_samples(folder / INDEX))
 
 
+def test_contexts_are_found_without_reading_stored_states(shards, tmp_path, tokenizer):
+    """At the shape of a real model, states are over 99 % of a shard."""
+    folder, samples = shards
+    with_states = [{**sample, "trunk_states": np.full((8, 500), 1.0, np.float32)} for sample in samples]
+    stored = tmp_path / "stored"
+    write_block(stored, with_states, {**COLUMNS, "trunk_states": "ndarray:float32"}, compression=None)
+    path = stored / "shard.00000.mds"
+    path.write_bytes(path.read_bytes()[:-9] + b"\1" * 9)  # inside of the states
+    with pytest.raises(UserError, match="the content is not what"):
+        list(read_samples(stored / INDEX))
+    (read, *_) = read_samples(stored / INDEX, columns=("input_ids", "sense_ids"))
+    assert set(read) == {"input_ids", "sense_ids"}
+    assert np.array_equal(read["sense_ids"], samples[0]["sense_ids"])
+    for of_synonyms, rows in ((False, range(4, 6)), (True, range(9, 10))):
+        found, expected = (
+            find_contexts(place, 3, rows, tokenizer, of_synonyms=of_synonyms, per_row=2, scan=99)
+            for place in (stored, folder)
+        )
+        assert found == expected
+
+
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -330,7 +352,7 @@ def test_a_picture_holds_words_and_neighbours_and_is_the_only_file_written(dicti
     teacher = Teacher(None, tokenizer, len(tokenizer))
     picture = compose_picture(dictionary, teacher, ["big", "the", "big"], method="pca", neighbours=5, seed=0)
     assert picture.words == ("big", "the")
-    assert [(e.text, e.of_word, e.kind, len(e.points)) for e in picture.entries] == [
+    assert [(e.text, e.of_word, e.kind, e.points.stop - e.points.start) for e in picture.entries] == [
         ("big", 0, "word", 3),
         ("the", 1, "word", 1),
         ("large", 0, "synonym", 2),

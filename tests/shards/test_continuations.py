@@ -13,8 +13,8 @@ from dskd.config import Config
 from dskd.corpus.sequences import open_sequences
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
-from dskd.shards.annotate import TextReader
 from dskd.shards.continuations import Continuer
+from dskd.shards.text_reader import TextReader
 
 T, N, END = 24, 6, 0
 # A text and its end in each; the last three: a text without room, one that continues in the next row, and only an end.

@@ -32,8 +32,8 @@ from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import LAUNCHER_VARIABLES, World
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
-from dskd.shards.annotate import TextReader
 from dskd.shards.continuations import Continuer
+from dskd.shards.text_reader import TextReader
 from dskd.tracking import start_tracking
 from dskd.tracking.client import load_mlflow
 from dskd.training.packed_step import StepBatches, count_positions

@@ -21,6 +21,7 @@ from dskd.models.cutting import build_student, find_student
 from dskd.models.folder import find_teacher
 from dskd.models.trunk import TrunkError, missing_source, trunk_depth
 from dskd.training.pair import load_pair
+from dskd.training.trunk import run_trunk_once
 
 IDS = (torch.arange(48) * 11 % 117).view(2, 24)
 STARTS = torch.tensor([[1, 1, *[0] * 8, 1, *[0] * 13], [1, *[0] * 23]], dtype=torch.uint8)
@@ -114,6 +115,24 @@ def test_parameters_outside_the_layers_are_trained_alike_with_a_trunk(tmp_path, 
         pair.engine.destroy()
         pair.teacher.close()
     torch.testing.assert_close(results["on"], results["off"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("mode", ["zero3", "resident"])
+def test_the_trunk_that_runs_once_computes_what_transformers_computes(tmp_path, world, architecture, mode):
+    whole = save_model(tmp_path / "teacher", architecture)
+    config = _config(tmp_path, teacher={"mode": mode}, corpus={"sequence_length": 64})
+    build_student(config)
+    trunk, expected = run_trunk_once(find_student(config), config, world, 2)
+    assert trunk.depth == 2
+    assert trunk.probe["position_ids"].max() == 63
+    with torch.no_grad():
+        states = whole(**trunk.probe, output_hidden_states=True).hidden_states[2]
+        together = whole(torch.arange(1, 65)[None] * 7 % 120, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(trunk.probe_states, states)
+    assert [twin.position_ids is None for twin in expected] == [False, True]
+    torch.testing.assert_close(expected[1].run.input, together[2])
+    torch.testing.assert_close(expected[1].run.output, together[3])
 
 
 def _depth(kept=(0, 1, 2, 3), *, same_teacher=True, tied=False, loss=None, mode="zero3", store=(), **student):
