@@ -176,7 +176,7 @@ def load_frozen(
             disk to offload it to.
     """
     dtype = compute_dtype(config.precision, world.device)
-    check_architecture(folder, config)
+    check_architecture(folder, config.corpus)
     model_config = folder.load_config()
     nvme_folder: Path | None = None
     if config.teacher.mode == "resident":

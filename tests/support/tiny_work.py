@@ -90,6 +90,7 @@ def make_tiny(folder: Path, no_runs: Path) -> None:
         corpus={**TINY["corpus"], "train": [str(folder / "text.jsonl")]},
         lexicon={"wordnet": False, "tsv": [str(folder / "own.tsv")]},
     )
+    # MLflow's tables are created once: the work directory, too, begins with a database without runs.
     shutil.copyfile(no_runs, folder / NO_RUNS)
     (folder / "work").mkdir(exist_ok=True)
     shutil.copyfile(no_runs, folder / "work" / NO_RUNS)
@@ -102,11 +103,11 @@ def make_tiny(folder: Path, no_runs: Path) -> None:
     (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
 
 
-def launch_forked(_: Config, program: str, arguments: Sequence[str]) -> None:
-    """Replaces the pipeline's own `launch`: starts two ranks as other tests do, without DeepSpeed's launcher."""
+def launch_forked(_: Config, program: str, arguments: Sequence[str], *, ranks: int = 2) -> None:
+    """Replaces the pipeline's own `launch`: starts ranks as other tests do, without DeepSpeed's launcher."""
     from forked_rank import run_launcher
 
-    finish(fork_ranks(run_launcher, REPOSITORY / "launcher" / program, list(arguments), ranks=2), timeout_s=540)
+    finish(fork_ranks(run_launcher, REPOSITORY / "launcher" / program, list(arguments), ranks=ranks), timeout_s=540)
 
 
 def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) -> Path:
