@@ -58,6 +58,8 @@ class Preset:
 PRESETS = {
     # A step takes about a second on two cores; the head's share of the FLOPs is the same as at 8B.
     "toy": Preset(Shape(8192, 512, 1792, 8, 2, 8, 4, 2, 256), global_batch_size=8, micro_batch_size=4),
+    # SmolLM2-135M to 15 layers: the smallest model whose vocabulary makes the head as large as its layers.
+    "smollm2": Preset(Shape(49_152, 576, 1536, 9, 3, 30, 15, 2, 512), global_batch_size=4, micro_batch_size=2),
     # Llama-3-8B to 16 layers.
     "8b": Preset(Shape(128_256, 4096, 14_336, 32, 8, 32, 16, 2, 2048), global_batch_size=16, micro_batch_size=4),
 }
@@ -199,13 +201,13 @@ def teacher_tensors(teacher: Any) -> list[torch.Tensor]:
 
 
 def build_loss(
-    weight: nn.Parameter, teacher_weight: torch.Tensor, loss: LossConfig, device: torch.device, **options: Any
+    weight: nn.Parameter, teacher_weight: torch.Tensor | None, loss: LossConfig, device: torch.device, **options: Any
 ) -> Any:
     """Returns our head as a function of student states [N, D], teacher states [N, D], labels [N] and senses.
 
     Args:
         weight: the student's output matrix [V, D].
-        teacher_weight: the teacher's output matrix [V, D].
+        teacher_weight: the teacher's output matrix [V, D], or None if it is the same.
         loss: weights of the terms.
         device: the tensors' device, which determines the chunk size.
         options: further keyword arguments of the head.
