@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.flops import Shape
 from benchmarks.report import build_parser, machine, parse, publish
@@ -25,8 +24,9 @@ from dskd.corpus.sequences import Sequences, open_sequences
 from dskd.distributed.rendezvous import initialize
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import load_frozen
-from dskd.shards.annotate import TextReader, _annotate_block
+from dskd.shards.annotate import annotate_batch
 from dskd.shards.search import Searcher
+from dskd.shards.text_reader import TextReader
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,9 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             def forward(batch=batch):  # type: ignore[no-untyped-def]
                 return teacher.hidden_states(batch.input_ids, batch.position_ids).sum().item()
 
-            def annotation(block=block):  # type: ignore[no-untyped-def]
-                with tqdm(disable=True, total=0) as bar:
-                    _annotate_block(block, sequences, reader, searcher, config, world, bar)
+            def annotation(batch=batch, first=block.start):  # type: ignore[no-untyped-def]
+                annotate_batch(batch, first, reader, searcher, None)
 
             for label, action in (("forward", forward), ("annotation", annotation)):
                 started = time.perf_counter()

@@ -44,7 +44,8 @@ def prepared(tmp_path_factory):
         "corpus": {"source": "files", "train": [str(folder / "text.txt")], "sequence_length": 32},
         "lexicon": {"wordnet": False, "tsv": [str(folder / "own.tsv")]},
         "senses": {"k": 4, "max_states": 40, "batch_size": 8, "memory_budget": 1e-4, "save_minutes": 0.0},
-        "annotation": {"kappa": 3, "batch_size": 8},
+        "annotation": {"kappa": 3, "batch_size": 8, "store": ["teacher_states", "trunk_states"]},
+        "student": {"layers": 3, "train_layers": 1},
     }
     config = _write(folder / "config.yaml", settings)
     loaded = load_config(config)

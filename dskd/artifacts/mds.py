@@ -1,11 +1,12 @@
 """Reads MDS shards from a folder without mosaicml-streaming's datasets, which need shared memory and a cache.
 
-Holds one shard at a time in memory, unpacked and checked against the index, and writes nothing. Never decodes columns
-that would run code (pickles).
+Holds one shard at a time in memory, unpacked and checked against the index. If only some columns are read, it maps
+shards that are not packed instead. Writes nothing, and never decodes columns that would run code (pickles).
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Collection, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,16 @@ def files_of(shard: Mapping[str, Any]) -> list[str]:
     return [part["basename"] for part in parts if isinstance(part, dict) and isinstance(part.get("basename"), str)]
 
 
-def read_samples(index: Path, *, column: str | None = None) -> Iterator[dict[str, Any]]:
+def read_samples(
+    index: Path, *, column: str | None = None, columns: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yields the samples of all shards, in order.
 
     Args:
         index: the `index.json`.
-        column: the only column to decode, as text; None decodes all.
+        column: the only column to decode, as text.
+        columns: the only columns to decode, arrays. Of a shard that is not packed, the others are then not read, which
+            can be nearly all of it, nor is its hash compared. None decodes all.
 
     Raises:
         UserError: naming the shard that is missing, damaged or does not match the index.
@@ -66,36 +71,46 @@ def read_samples(index: Path, *, column: str | None = None) -> Iterator[dict[str
             if column is not None:
                 encodings = ["str" if name == column else "bytes" for name in shard["column_names"]]
                 shard = shard | {"column_encodings": encodings}
+            elif columns is not None:
+                named = zip(shard["column_names"], shard["column_encodings"], strict=True)
+                shard = shard | {"column_encodings": [kind if name in columns else "bytes" for name, kind in named]}
             reader = MDSReader.from_json(str(index.parent), None, shard)
             reader.validate(False)  # refuses columns that would run code
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{index}: this entry does not describe an MDS shard ({error!r}): {json.dumps(shard)[:200]}"
             ) from None
-        path, data = _unpacked(index.parent, reader)
+        path, data = _unpacked(index.parent, reader, maps=columns is not None)
         try:
             places = np.frombuffer(data, np.uint32, reader.samples + 1, offset=_COUNT_BYTES).tolist()
             for begin, end in pairwise(places):
                 sample = reader.decode_sample(data[begin:end])
-                yield sample if column is None else {column: sample[column]}
+                wanted = columns or (sample if column is None else (column,))
+                yield {name: sample[name] for name in wanted}
         except (ValueError, IndexError, TypeError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
             raise UserError(f"{path}: damaged: a sample cannot be decoded ({error}); fetch it again") from None
 
 
-def _unpacked(folder: Path, reader: Any) -> tuple[Path, bytes]:
-    """Returns a shard's file and its unpacked content."""
+def _unpacked(folder: Path, reader: Any, *, maps: bool) -> tuple[Path, bytes | memoryview]:
+    """Returns a shard's file and its unpacked content, which is mapped if `maps` and it is not packed."""
     from streaming.base.compression import decompress
     from streaming.base.hashing import get_hash
 
     raw = reader.zip_data is None or (folder / reader.raw_data.basename).is_file()
     stored = reader.raw_data if raw else reader.zip_data
     path = folder / stored.basename
+    data: bytes | memoryview
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}), but {INDEX} names it; fetch it again") from None
-    refuse_pointer_beginning(data, path)
-    for algorithm, expected in (stored.hashes or {}).items():
+        if raw and maps:
+            with path.open("rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        else:
+            data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{path}: cannot be read ({reason}), but {INDEX} names it; fetch it again") from None
+    refuse_pointer_beginning(bytes(data[:64]), path)
+    for algorithm, expected in {} if isinstance(data, memoryview) else (stored.hashes or {}).items():
         if get_hash(algorithm, data) != expected:
             raise UserError(
                 f"{path}: the content is not what {INDEX} says: truncated or changed; fetch or make it again"

@@ -114,24 +114,7 @@ class Config(Section):
     def _sections_fit_together(self) -> "Config":
         problems = []
         if self.teacher.mode == "cached":
-            if self.loss.kd_weight and not self.annotation.teacher_top_n:
-                problems.append(
-                    "teacher.mode: cached needs annotation.teacher_top_n, how many tokens are stored (64, say)"
-                )
-            if self.loss.hidden_weight:
-                problems.append(
-                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached does not have: set it "
-                    "to 0, or teacher.mode to resident or zero3"
-                )
-            if self.loss.compares_sense_distributions:
-                problems.append(
-                    "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached does not "
-                    "have: set it to distance, or teacher.mode to resident or zero3"
-                )
-            if self.student.shared_trunk == "on":
-                problems.append(
-                    "student.shared_trunk: on needs a teacher in training, and teacher.mode: cached has none"
-                )
+            problems += self._missing_in_the_shards()
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
             problems.append(
                 "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
@@ -140,6 +123,33 @@ class Config(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    def _missing_in_the_shards(self) -> list[str]:
+        """Lists what teacher.mode: cached would read from the shards, and `annotation` does not store."""
+        problems, store = [], self.annotation.store
+        if "teacher_states" not in store:
+            if self.loss.kd_weight and not self.annotation.teacher_top_n:
+                problems.append(
+                    "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n, how "
+                    "many tokens are stored (64, say)"
+                )
+            remedy = "set annotation.store to [teacher_states], or teacher.mode to resident or zero3"
+            if self.loss.hidden_weight:
+                problems.append(
+                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached reads from the shards; "
+                    f"{remedy}, or loss.hidden_weight to 0"
+                )
+            if self.loss.compares_sense_distributions:
+                problems.append(
+                    "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached reads from "
+                    f"the shards; {remedy}, or loss.sense_form to distance"
+                )
+        if self.student.shared_trunk == "on" and "trunk_states" not in store:
+            problems.append(
+                "student.shared_trunk: on needs a teacher in training, or annotation.store: [teacher_states, "
+                "trunk_states], and teacher.mode: cached loads no teacher"
+            )
+        return problems
+
     @property
     def run_names(self) -> tuple[str, ...]:
         """Names of the runs that the file describes, in its order."""
@@ -147,8 +157,10 @@ class Config(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """True if training runs the teacher."""
-        return self.loss.needs_teacher and self.teacher.mode != "cached"
+        """True if training runs the teacher, as far as the config says: the shards may have been made with another."""
+        mode, store = self.teacher.mode, self.annotation.store
+        reads_shards = mode == "cached" or (mode == "auto" and "teacher_states" in store)
+        return self.loss.needs_teacher and not reads_shards
 
     def path(self, *parts: str) -> Path:
         """Returns a path inside the work directory."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dskd.config.evaluation import TASKS, TaskName
 from dskd.config.section import GB, PathText, Section
@@ -175,6 +175,11 @@ class SensesConfig(Section):
         return int(self.memory_budget * GB)
 
 
+def _in_order(store: tuple[str, ...]) -> tuple[str, ...]:
+    # The order has no meaning, and two orders must not be two recipes.
+    return tuple(sorted(set(store)))
+
+
 class AnnotationConfig(Section):
     """Settings for making the streaming shards (docs/method.md, section 3).
 
@@ -189,6 +194,12 @@ class AnnotationConfig(Section):
         4.0,
         gt=0,
         description="GB (2^30 bytes) of sense embeddings a rank holds on its device; the others are read from disk",
+    )
+    store: Annotated[tuple[Literal["teacher_states", "trunk_states"], ...], AfterValidator(_in_order)] = Field(
+        (),
+        description="states of the teacher to store, so that training need not compute them again (docs/method.md, "
+        "section 3). teacher_states: after its last layer; trunk_states: those that enter the student's lowest layer "
+        "that is not shared with it",
     )
     teacher_top_n: int = Field(
         0,

@@ -36,14 +36,15 @@ class TeacherConfig(Section):
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model; only for a model that you trust"
     )
-    mode: Literal["resident", "zero3", "cached"] = Field(
-        "zero3",
-        description="resident: every rank holds all of the teacher; zero3: each holds a share of it; cached: training "
-        "reads the distributions that annotation stored (annotation.teacher_top_n) and loads no teacher",
+    mode: Literal["auto", "resident", "zero3", "cached"] = Field(
+        "auto",
+        description="resident: every rank holds all of the teacher; zero3: each holds a share of it. cached: training "
+        "loads no teacher, and reads from the shards its states (annotation.store), or else its distributions "
+        "(annotation.teacher_top_n). auto: cached if the shards have its states, otherwise zero3",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "cpu",
-        description="with mode: zero3. Where a rank keeps its share: on the device, in memory, or on disk",
+        description="unless mode is resident. Where a rank keeps its share: on the device, in memory, or on disk",
     )
     nvme_path: PathText | None = Field(None, description="with offload: nvme. Node-local folder for the shares")
     train_from_scratch: FromScratchConfig | None = Field(
@@ -59,7 +60,7 @@ class TeacherConfig(Section):
         if self.nvme_path is not None and self.offload != "nvme":
             raise ValueError("nvme_path needs offload: nvme")
         if self.offload == "nvme" and self.mode == "resident":
-            raise ValueError("offload: nvme needs mode: zero3; a resident teacher is on the device")
+            raise ValueError("offload: nvme needs mode: auto or zero3; a resident teacher is on the device")
         return self
 
 

@@ -63,7 +63,10 @@ def find_contexts(
     most = min(scan, samples)
     samples_read = 0
     for sample in progress(
-        islice(read_samples(folder / INDEX), most), total=most, label="finding contexts", unit="samples"
+        islice(read_samples(folder / INDEX, columns=("input_ids", OWN_ROWS, SYNONYM_ROWS)), most),
+        total=most,
+        label="finding contexts",
+        unit="samples",
     ):
         if all(len(of_row) >= per_row for of_row in places.values()):
             break

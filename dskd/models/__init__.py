@@ -10,6 +10,8 @@ precision       the number format that models run in
 nvme            parameters on a local disk
 causal_lm       builds a causal LM and fills it with a folder's weights
 layers          a model's layers: their kinds, and the states that enter and leave them
+trained         which of a student's parameters are trained
+trunk           the lowest layers that teacher and student share: how many, and the states that leave them
 final_norm      finds the parameters of a decoder's final norm
 frozen          runs the teacher, whole on every rank or sharded with ZeRO-3
 readouts        reads logits out of hidden states, chunk by chunk

@@ -111,7 +111,7 @@ class FrozenModel:
 
     @property
     def decoder(self) -> Decoder:
-        """Returns the decoder, whose modules :mod:`dskd.training.trunk` watches; :meth:`hidden_states` runs it."""
+        """Returns the decoder, whose modules :mod:`dskd.models.trunk` watches; :meth:`hidden_states` runs it."""
         module = self.engine if isinstance(self.engine, FrozenDecoder) else self.engine.module
         return module.decoder
 

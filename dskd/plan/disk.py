@@ -51,7 +51,7 @@ def compute_disk(
     train = config.train
     checkpoint = ELEMENT_BYTES * student.shapes.trained_numel
     for_good = steps // train.keep_every if train.keep_every and steps else 0
-    is_on_disk = config.teacher.mode == "zero3" and config.teacher.offload == "nvme"
+    is_on_disk = config.teacher.mode != "resident" and config.teacher.offload == "nvme"
     return Disk(
         states * hidden_size * 2,
         dictionary_rows(config, architecture) * hidden_size * 2,

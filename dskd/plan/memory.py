@@ -284,15 +284,9 @@ def stages_before(
         states: the most bytes that all gathered states take.
         rows: the most bytes that the sense dictionary takes.
     """
-    # These stages run a cached teacher too; it is sharded then.
     size, dtype = cluster.dtype(config.precision).itemsize, cluster.dtype(config.precision)
-    config_of = (
-        config.teacher.model_copy(update={"mode": "zero3"}) if config.teacher.mode == "cached" else config.teacher
-    )
     hidden_size = architecture.values()["hidden_size"]
-    held, on_host, gathered = _teacher(
-        config.model_copy(update={"teacher": config_of}), cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size
-    )
+    held, on_host, gathered = _teacher(config, cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size)
     matrix = size * architecture.values()["vocab_size"] * hidden_size
     live = held + matrix + _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
     is_cpu = cluster.device == "cpu"

@@ -40,7 +40,8 @@ def format_offload(plan: Plan, without: Plan | None) -> str:
     too_large = without.too_large_for_gpus
     if not too_large:
         of_this = "" if plan.fits else " This plan is for the setting of the configuration, which differs."
-        is_other = (plan.config.teacher.mode, plan.config.teacher.offload) != ("zero3", "none")
+        teacher = plan.config.teacher
+        is_other = teacher.mode == "resident" or teacher.offload != "none"
         return f"Offload: not needed; {setting}.{of_this if is_other else ''}"
     if too_large[-1].name != "training":
         setting += f", and for {too_large[-1].name} {_gb(too_large[-1].gpu)}"

@@ -19,10 +19,10 @@ from dskd.models.cut_config import cut_config
 from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
+from dskd.models.trunk import TrunkError, missing_source, trunk_depth
 from dskd.plan.known_models import known_model
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size
-from dskd.training.trunk import TrunkError, trunk_depth
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -229,7 +229,8 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     why = None
     try:
-        trunk = trunk_depth(config, kept=layers, same_teacher=True, tied=whole.is_tied)
+        no_source = missing_source(config)
+        trunk = trunk_depth(config.student, kept=layers, same_teacher=True, tied=whole.is_tied, no_source=no_source)
     except TrunkError as problem:
         if config.student.shared_trunk == "on":
             raise UserError(f"student.shared_trunk: on is not possible: {problem}; set it to auto") from None

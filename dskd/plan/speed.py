@@ -81,7 +81,7 @@ def compute_speed(
 
 def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> float:
     """Returns the seconds for copying a rank's share of an offloaded teacher to its GPU, once per micro-batch."""
-    if not config.needs_teacher or config.teacher.mode != "zero3" or cluster.device == "cpu":
+    if not config.needs_teacher or config.teacher.mode == "resident" or cluster.device == "cpu":
         return 0.0
     share = teacher.share(cluster.world_size) * size
     if config.teacher.offload == "cpu":

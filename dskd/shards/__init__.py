@@ -6,6 +6,8 @@ opening        opens the dataset, from the work directory or a remote copy
 dataset        the dataset class: mosaicml-streaming's, with sample ids added to the samples
 batches        collates samples into batches of tokens, and reads the rows that they point to
 annotate       the stage: finds the rows of the dictionary for each position
+stored_states  the teacher's states as columns of the samples
+text_reader    lets the teacher read batches of text
 search         finds the rows nearest to the teacher's states
 continuations  lets the teacher continue the training texts
 """
@@ -18,6 +20,9 @@ from dskd.shards.schema import (
     OWN_ROWS,
     SYNONYM_ROWS,
     TEACHER_COLUMNS,
+    TEACHER_STATES,
+    TRUNK_STATES,
+    Stored,
     columns_of,
     load_manifest,
     require_fitting,
@@ -33,6 +38,9 @@ __all__ = [
     "OWN_ROWS",
     "SYNONYM_ROWS",
     "TEACHER_COLUMNS",
+    "TEACHER_STATES",
+    "TRUNK_STATES",
+    "Stored",
     "collate_tokens",
     "columns_of",
     "gather_rows",

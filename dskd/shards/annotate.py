@@ -10,29 +10,28 @@ e, t_i the teacher's state at position i, and y_i the target token there:
 Distances are L2, and ties go to the lower row number (:mod:`dskd.shards.search`). P_i and N_i are empty if y_i has
 neither synonym nor antonym.
 
-Two options use the teacher further. With `annotation.continuation_tokens` it first continues the training texts
+Three options use the teacher further. With `annotation.continuation_tokens` it first continues the training texts
 (:mod:`dskd.shards.continuations`). With `annotation.teacher_top_n` its most probable tokens at each position are stored
-(:mod:`dskd.models.readouts`).
+(:mod:`dskd.models.readouts`), and with `annotation.store` its states (:mod:`dskd.shards.stored_states`).
 
 The result is a set of streaming shards, written in blocks of sequences. A block's size does not depend on the ranks, so
 any number of ranks writes the same files, and a resumed run keeps the blocks written before the interruption.
 """
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building
-from dskd.artifacts.manifest import Manifest, Recipe, is_current, verify_files, write_json
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, verify_files
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
 from dskd.corpus.build import SPLITS
@@ -41,17 +40,31 @@ from dskd.distributed.collectives import barrier, main_first, on_main
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.frozen import FrozenModel, load_frozen
+from dskd.models.frozen import load_frozen
 from dskd.models.precision import resolve_precision
-from dskd.models.readouts import TopTokens, chunk_size, top_tokens
+from dskd.models.readouts import chunk_size
+from dskd.models.trunk import HandOver
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
-from dskd.senses.states import read_states_of, states_of
-from dskd.shards import columns_of, join_blocks, sample_bytes, write_block
+from dskd.shards import columns_of, join_blocks, sample_bytes
 from dskd.shards.continuations import Continuer
-from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
+from dskd.shards.schema import (
+    ANTONYM_ROWS,
+    LARGEST_SHARD,
+    OWN_ROWS,
+    SYNONYM_ROWS,
+    TEACHER_STATES,
+    TRUNK_STATES,
+    Stored,
+)
 from dskd.shards.search import Searcher
+from dskd.shards.stored_states import columns_of_states, plan_stored, require_unchanged_input
+from dskd.shards.text_reader import TextReader
+from dskd.shards.writing import BlockWriter, ShardFormat
 
 _MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
+# A sequence of 2,048 tokens with states of 4,096 values has 34 MB. With one or two of these in a shard, a corpus of a
+# billion tokens would have hundreds of thousands of files, which mosaicml-streaming lists in memory on every rank.
+_SAMPLES_PER_SHARD = 8
 _COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
 _COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
@@ -65,6 +78,7 @@ class AnnotationInputs:
     senses: Manifest  # of the dictionary
     sequences: dict[str, Sequences]  # by split
     text: Manifest  # of the sequences
+    stored: Stored | None  # the teacher's states to store of the training text
 
 
 def open_inputs(config: Config, teacher: ModelFolder) -> AnnotationInputs:
@@ -72,7 +86,8 @@ def open_inputs(config: Config, teacher: ModelFolder) -> AnnotationInputs:
 
     Raises:
         UserError: when the dictionary or the sequences are missing, damaged or made with another teacher or tokenizer,
-            or when `annotation.teacher_top_n` is more than the teacher's number of tokens.
+            when `annotation.teacher_top_n` is more than the teacher's number of tokens, or when the states that
+            `annotation.store` names cannot be stored.
     """
     dictionary, senses = load_fitting_dictionary(config, teacher)
     vocab_size, top_n = teacher.load_config().vocab_size, config.annotation.teacher_top_n
@@ -84,7 +99,7 @@ def open_inputs(config: Config, teacher: ModelFolder) -> AnnotationInputs:
     sequences = {}
     for split in SPLITS:
         sequences[split], text = load_sequences(config, split, teacher.tokenizer_digest)
-    return AnnotationInputs(teacher, dictionary, senses, sequences, text)
+    return AnnotationInputs(teacher, dictionary, senses, sequences, text, plan_stored(config, teacher))
 
 
 def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
@@ -98,6 +113,10 @@ def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     # Leave out keys whose value changes nothing, so that shards written before a key existed stay up to date.
     if not _teacher_top_n(config, split):
         del settings["teacher_top_n"]
+    if not (stored := _stored(inputs, split)):
+        del settings["store"]
+    elif TRUNK_STATES in stored.columns:
+        settings["trunk_depth"] = stored.trunk_depth  # nothing else of the student changes what is stored
     if _continuation_tokens(config, split):
         settings["seed"] = config.seed
     else:
@@ -129,6 +148,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         return
     reads_logits = any(_continuation_tokens(config, split) or _teacher_top_n(config, split) for split in stale)
     teacher = load_frozen(inputs.teacher, config, world, with_head=reads_logits)
+    if inputs.stored and inputs.stored.trunk_depth and "train" in stale:
+        require_unchanged_input(teacher, world)
     searcher = Searcher(
         inputs.dictionary,
         config.annotation.kappa,
@@ -138,6 +159,7 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     )
     for split in stale:
         max_tokens = _continuation_tokens(config, split)
+        stored = _stored(inputs, split)
         reader = TextReader(
             teacher,
             Continuer(teacher, max_tokens, config.seed) if max_tokens else None,
@@ -145,45 +167,12 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
             # Not the chunk size of the config: a key of one training run must not change the last digits of what is
             # stored for all runs.
             chunk_size(None, teacher.vocab_size, world.device),
+            HandOver(teacher.decoder.layers, stored.trunk_depth) if stored and stored.trunk_depth else None,
         )
         _annotate_split(config, split, inputs, reader, searcher, buildings[split], world)
+        if reader.trunk is not None:
+            reader.trunk.close()
     teacher.close()
-
-
-@dataclass(frozen=True)
-class TextRead:
-    """A batch that the teacher has read, and continued if the config says so, with the teacher's states for it."""
-
-    batch: TokenBatch
-    hidden: torch.Tensor  # [B, T, D]
-    top: TopTokens | None  # the teacher's most probable tokens, for the positions that have a target
-    continued_tokens: int
-
-
-@dataclass(frozen=True)
-class TextReader:
-    """The teacher's passes over a batch: the same number for every batch, because all ranks must take part in each."""
-
-    teacher: FrozenModel
-    continuer: Continuer | None
-    top_n: int
-    chunk_size: int
-
-    def read(self, batch: TokenBatch, first: int) -> TextRead:
-        """Runs the teacher on a batch; `first` is the number of its first sequence."""
-        added = 0
-        if self.continuer is not None:
-            batch, added = self.continuer.extend(batch, first)
-        if not self.top_n:
-            return TextRead(batch, states_of(self.teacher, batch, first), None, added)
-        has_target = batch.has_target.to(self.teacher.device)
-        hidden, top = read_states_of(
-            self.teacher,
-            batch,
-            first,
-            lambda hidden, weight: top_tokens(hidden[has_target], weight, self.top_n, self.chunk_size),
-        )
-        return TextRead(batch, hidden, top, added)
 
 
 def _continuation_tokens(config: Config, split: str) -> int:
@@ -193,6 +182,10 @@ def _continuation_tokens(config: Config, split: str) -> int:
 def _teacher_top_n(config: Config, split: str) -> int:
     # On held-out text the teacher itself is run, so nothing is stored for it.
     return config.annotation.teacher_top_n if split == "train" else 0
+
+
+def _stored(inputs: AnnotationInputs, split: str) -> Stored | None:
+    return inputs.stored if split == "train" else None
 
 
 def _annotate_split(
@@ -229,70 +222,100 @@ def _annotate_split(
                 label="annotating",
                 unit="tokens",
             ) as bar,
-            # While the teacher reads the next block, a thread compresses and writes the last one.
-            ThreadPoolExecutor(max_workers=1) as writer,
+            # While the teacher reads the next batch, a thread packs and writes the last one.
+            _OneAtATime() as thread,
         ):
-            written: Future[None] | None = None
+            stored = _stored(inputs, split)
+            shard_format = _shard_format(config, sequences.sequence_length, reader.top_n, stored)
             for block in own_blocks:
-                samples, counts = _annotate_block(block, sequences, reader, searcher, config, world, bar)
-                if written is not None:
-                    written.result()
-                folder = _block_folder(building.folder, block)
-                written = writer.submit(_write_block, folder, samples, columns_of(teacher_top_n=reader.top_n), counts)
-            if written is not None:
-                written.result()
+                writer, counts = BlockWriter(_block_folder(building.folder, block), shard_format), Counter[str]()
+                for first in range(block.start, block.stop, config.annotation.batch_size):
+                    unread = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
+                    samples, counts_of_batch = annotate_batch(unread, first, reader, searcher, stored)
+                    counts.update(counts_of_batch)
+                    thread.submit(writer.add, samples)
+                    bar.update(min(unread.num_tokens * world.world_size, bar.total - bar.n))
+                thread.submit(writer.finish, _COUNTS_FILE, dict(counts))
         done_turns = sum(turns[world.rank :: world.world_size])
         for _ in range(most_turns - done_turns):
             reader.read(sequences.batch(0, 1).without_targets(), 0)
         barrier()
         text = inputs.text.files[sequences.path.name]["sha256"]
+        if stored is not None:
+            building.facts["stored"] = asdict(stored)
         on_main(lambda: _publish(building, blocks, text))
 
 
-def _annotate_block(
-    block: range,
-    sequences: Sequences,
-    reader: TextReader,
-    searcher: Searcher,
-    config: Config,
-    world: World,
-    bar: tqdm,
-) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
-    """Annotates a block of sequences, and returns its samples and its counts."""
-    samples: list[dict[str, np.ndarray]] = []
-    counts = Counter[str]()
-    for first in range(block.start, block.stop, config.annotation.batch_size):
-        unread = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
-        read = reader.read(unread, first)
-        batch, hidden = read.batch, read.hidden
-        # Search the nearest rows for all positions of the batch that have a target.
-        targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
-        nearest = searcher.search(hidden[batch.has_target.to(world.device)], targets.to(world.device))
-        columns = {
-            "input_ids": batch.input_ids.int().numpy(),
-            "loss_mask": batch.has_target.to(torch.uint8).numpy(),
-            "document_starts": batch.starts.numpy(),
-        }
-        for column, rows in (
-            (OWN_ROWS, nearest.own_rows),
-            (SYNONYM_ROWS, nearest.synonym_rows),
-            (ANTONYM_ROWS, nearest.antonym_rows),
-        ):
-            columns[column] = _column(batch, rows, torch.int32, fill=-1)
-        if read.top is not None:
-            columns["teacher_token_ids"] = _column(batch, read.top.token_ids, torch.int32, fill=-1)
-            columns["teacher_logprobs"] = _column(batch, read.top.logprobs, torch.float16, fill=0)
-            columns["teacher_rest_logprob"] = _column(batch, read.top.rest_logprob, torch.float32, fill=0)
-        # One sample per sequence, and the sums from which `_publish` computes the facts of the manifest.
-        samples += ({name: column[index] for name, column in columns.items()} for index in range(len(hidden)))
-        counts["targets"] += len(targets)
-        counts["with_senses"] += int((nearest.own_rows[:, 0] >= 0).sum())
-        counts["with_synonyms"] += int(searcher.has_synonyms[targets].sum())
-        counts["with_antonyms"] += int((nearest.antonym_rows[:, 0] >= 0).sum())
-        counts["antonym_distance"] += float(nearest.antonym_distance.double().sum())  # type: ignore[assignment]
-        counts["continued_tokens"] += read.continued_tokens
-        bar.update(min(unread.num_tokens * world.world_size, bar.total - bar.n))
-    return samples, dict(counts)
+class _OneAtATime:
+    """A thread that runs one call at a time; nobody waits for it, except for the call before the last to end."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._running: Future[None] | None = None
+
+    def submit(self, call: Callable[..., None], *args: Any) -> None:
+        """Starts a call once the one before has ended, and raises the error that ended it."""
+        if self._running is not None:
+            self._running.result()
+        self._running = self._thread.submit(call, *args)
+
+    def __enter__(self) -> "_OneAtATime":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if self._running is not None and error is None:
+            self._running.result()
+
+
+def annotate_batch(
+    unread: TokenBatch, first: int, reader: TextReader, searcher: Searcher, stored: Stored | None
+) -> tuple[list[dict[str, np.ndarray]], Counter[str]]:
+    """Annotates a batch of sequences.
+
+    Args:
+        unread: the sequences.
+        first: the number of the first of them.
+        reader: the teacher.
+        searcher: the search for the nearest rows.
+        stored: the states to store.
+
+    Returns:
+        The samples, and the counts and sums from which the manifest's facts are computed.
+    """
+    read = reader.read(unread, first)
+    batch, hidden = read.batch, read.hidden
+    # Search the nearest rows for all positions of the batch that have a target.
+    targets = batch.input_ids.roll(-1, dims=1)[batch.has_target]
+    nearest = searcher.search(hidden[batch.has_target.to(hidden.device)], targets.to(hidden.device))
+    columns: dict[str, Any] = {
+        "input_ids": batch.input_ids.int().numpy(),
+        "loss_mask": batch.has_target.to(torch.uint8).numpy(),
+        "document_starts": batch.starts.numpy(),
+    }
+    for column, rows in (
+        (OWN_ROWS, nearest.own_rows),
+        (SYNONYM_ROWS, nearest.synonym_rows),
+        (ANTONYM_ROWS, nearest.antonym_rows),
+    ):
+        columns[column] = _column(batch, rows, torch.int32, fill=-1)
+    if read.top is not None:
+        columns["teacher_token_ids"] = _column(batch, read.top.token_ids, torch.int32, fill=-1)
+        columns["teacher_logprobs"] = _column(batch, read.top.logprobs, torch.float16, fill=0)
+        columns["teacher_rest_logprob"] = _column(batch, read.top.rest_logprob, torch.float32, fill=0)
+    if stored is not None:
+        states: dict[str, Any] = {TEACHER_STATES: hidden, TRUNK_STATES: read.trunk}
+        columns |= columns_of_states(batch, {name: states[name] for name in stored.columns}, stored.dtype)
+    counts = Counter[str](
+        targets=len(targets),
+        with_senses=int((nearest.own_rows[:, 0] >= 0).sum()),
+        with_synonyms=int(searcher.has_synonyms[targets].sum()),
+        with_antonyms=int((nearest.antonym_rows[:, 0] >= 0).sum()),
+        continued_tokens=read.continued_tokens,
+    )
+    counts["antonym_distance"] = float(nearest.antonym_distance.double().sum())  # type: ignore[assignment]
+    samples = [{name: column[index] for name, column in columns.items()} for index in range(len(hidden))]
+    return samples, counts
 
 
 def _column(batch: TokenBatch, values: torch.Tensor, dtype: torch.dtype, *, fill: float) -> np.ndarray:
@@ -300,17 +323,6 @@ def _column(batch: TokenBatch, values: torch.Tensor, dtype: torch.dtype, *, fill
     column = torch.full((*batch.input_ids.shape, *values.shape[1:]), fill, dtype=dtype)
     column[batch.has_target] = values.to("cpu", dtype)
     return column.numpy()
-
-
-def _write_block(
-    folder: Path, samples: Sequence[dict[str, np.ndarray]], columns: dict[str, str], counts: dict[str, float]
-) -> None:
-    """Writes a block under a temporary name and renames it when it is complete."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_block(partial, iter(samples), columns)
-    write_json(partial / _COUNTS_FILE, counts)
-    partial.rename(folder)
 
 
 def _publish(building: Building, blocks: list[range], text: str) -> None:
@@ -340,9 +352,10 @@ def _publish(building: Building, blocks: list[range], text: str) -> None:
 
 
 def _blocks(num_sequences: int, sequence_length: int, config: Config, split: str) -> list[range]:
-    """Splits the sequences into ranges, one per shard.
+    """Splits the sequences into ranges, one per shard or, with stored states, per several shards.
 
-    All but the last have the same size, which depends only on these arguments.
+    All but the last have the same size, which depends only on these arguments. It does not depend on stored states: a
+    block is what an interruption loses, and the teacher reads no batch beyond the end of a block.
     """
     size_of_sample = sample_bytes(
         sequence_length, kappa=config.annotation.kappa, teacher_top_n=_teacher_top_n(config, split)
@@ -350,6 +363,21 @@ def _blocks(num_sequences: int, sequence_length: int, config: Config, split: str
     by_size = config.annotation.shard_size_mb * 2**20 // size_of_sample
     size = max(1, min(by_size, -(-num_sequences // _MIN_BLOCKS)))
     return [range(start, min(start + size, num_sequences)) for start in range(0, num_sequences, size)]
+
+
+def _shard_format(config: Config, sequence_length: int, teacher_top_n: int, stored: Stored | None) -> ShardFormat:
+    """Returns the format of the shards; with states, a block has several, which are not compressed.
+
+    States hardly compress (benchmarks/README.md), and training maps files that are not packed instead of unpacking a
+    second copy.
+    """
+    columns = columns_of(teacher_top_n=teacher_top_n, stored=stored)
+    if stored is None:
+        return ShardFormat(columns)
+    settings = config.annotation
+    size = sample_bytes(sequence_length, kappa=settings.kappa, teacher_top_n=teacher_top_n, stored=stored)
+    most = min(max(settings.shard_size_mb * 2**20, _SAMPLES_PER_SHARD * size), LARGEST_SHARD)
+    return ShardFormat(columns, compression=None, most_bytes=most + 2**20)  # with room for a shard's own header
 
 
 def _block_folder(folder: Path, block: range) -> Path:

@@ -1,6 +1,9 @@
 """The columns of a sample of the annotated shards, and checks that shards fit the experiment (docs/formats.md)."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,21 +29,53 @@ TEACHER_COLUMNS = {
     "teacher_logprobs": "ndarray:float16",
     "teacher_rest_logprob": "ndarray:float32",
 }
-COMPRESSION, HASH = "zstd", "xxh64"
+# Additional columns with `annotation.store`.
+TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
+# The type of states: what they are stored as. NumPy has no bf16, so its raw bits are stored.
+_STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
+HASH = "xxh64"
+LARGEST_SHARD = 2**31  # bytes; a shard has the places of its samples as 32-bit numbers
 
 
-def columns_of(*, teacher_top_n: int) -> dict[str, str]:
+@dataclass(frozen=True)
+class Stored:
+    """The states [T', D] of the teacher that shards hold for each sample; T' is 1 + its last position with a target.
+
+    `teacher_states` are the last hidden states, after the final norm, and 0 at positions without a target.
+    `trunk_states` are those that enter layer `trunk_depth`. What follows T' is padding, and not stored. A sample
+    without any target has one position.
+    """
+
+    columns: tuple[str, ...]  # TEACHER_STATES, TRUNK_STATES or both
+    dtype: str  # "bfloat16" or "float32": the type that the teacher computed in
+    hidden_size: int  # D
+    trunk_depth: int  # 0 without TRUNK_STATES
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Stored | None":
+        """Returns what the manifest of shards says that they hold; None if they hold no states."""
+        facts: Mapping[str, Any] | None = manifest.facts.get("stored")
+        return None if facts is None else cls(**{**facts, "columns": tuple(facts["columns"])})
+
+    @property
+    def encodings(self) -> dict[str, str]:
+        """{column: its encoding}."""
+        return dict.fromkeys(self.columns, _STORED_AS[self.dtype])
+
+
+def columns_of(*, teacher_top_n: int, stored: Stored | None = None) -> dict[str, str]:
     """Returns {column: its encoding} for the shards that annotation writes."""
-    return COLUMNS | (TEACHER_COLUMNS if teacher_top_n else {})
+    return COLUMNS | (TEACHER_COLUMNS if teacher_top_n else {}) | ({} if stored is None else stored.encodings)
 
 
-def sample_bytes(sequence_length: int, *, kappa: int, teacher_top_n: int) -> int:
-    """Returns the bytes of a sample's columns before compression."""
+def sample_bytes(sequence_length: int, *, kappa: int, teacher_top_n: int, stored: Stored | None = None) -> int:
+    """Returns the bytes of a sample's columns before compression; of states, as if it had no padding."""
     values = {
         **dict.fromkeys((OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS), kappa),
         **dict.fromkeys(("teacher_token_ids", "teacher_logprobs"), teacher_top_n),
+        **dict.fromkeys((TEACHER_STATES, TRUNK_STATES), 0 if stored is None else stored.hidden_size),
     }
-    columns = columns_of(teacher_top_n=teacher_top_n)
+    columns = columns_of(teacher_top_n=teacher_top_n, stored=stored)
     position = sum(
         np.dtype(encoding.removeprefix("ndarray:")).itemsize * values.get(name, 1) for name, encoding in columns.items()
     )

@@ -15,8 +15,9 @@ from dskd.models.causal_lm import fits_without_lower_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import compute_dtype
+from dskd.models.trunk import HandOver, TrunkError, missing_source, trunk_depth
 from dskd.training.student import load_student
-from dskd.training.trunk import HandOver, TrunkError, difference, trunk_depth
+from dskd.training.trunk import difference
 
 
 @dataclass
@@ -139,7 +140,13 @@ def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[
     kept = manifest.facts["layers"]
     tied = bool(getattr(student.load_config(), "tie_word_embeddings", False))
     try:
-        depth = trunk_depth(config, kept=kept, same_teacher=manifest.teacher == teacher.digest, tied=tied)
+        depth = trunk_depth(
+            config.student,
+            kept=kept,
+            same_teacher=manifest.teacher == teacher.digest,
+            tied=tied,
+            no_source=missing_source(config),
+        )
         if depth and not fits_without_lower_layers(student, depth):
             raise TrunkError("in this architecture a layer's shape depends on its place")
         return depth, kept

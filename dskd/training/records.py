@@ -121,7 +121,8 @@ def datasets_of(config: Config, inputs: TrainingInputs) -> list[dict[str, Any]]:
         ("validation", "validation", 0),
     ):
         manifest = inputs.shards if split == "train" else shards.load_manifest(config, split)
-        columns = {name: kind.split(":")[1] for name, kind in shards.columns_of(teacher_top_n=top_n).items()}
+        encodings = shards.columns_of(teacher_top_n=top_n, stored=shards.Stored.of(manifest))
+        columns = {name: kind.split(":")[1] for name, kind in encodings.items()}
         described.append(describe_dataset(f"shards-{split}", context, shards.place(config, split), manifest, columns))
     vectors = {"vectors": "float32"}  # MLflow knows no bfloat16
     described.append(

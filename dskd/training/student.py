@@ -25,6 +25,7 @@ from dskd.models.probes import check_documents
 from dskd.models.readouts import chunk_size
 from dskd.models.reference import compare_with_transformers
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, output_name
+from dskd.models.trained import trained_layers, trains_embeddings, trains_head
 from dskd.models.weights import LAYER_NAME, TensorReader
 
 # Bytes that DeepSpeed holds for each trained element, all in float32: the weight, AdamW's two moments, and the sum of
@@ -147,30 +148,6 @@ def _require_compiler() -> None:
             "(g++ on Debian), set the variable CXX to one, or set train.compile_losses to false",
             known_to_all_ranks=True,
         )
-
-
-def trained_layers(student: StudentConfig, count: int) -> set[int]:
-    """Returns the indices of the trained layers among the student's `count` layers.
-
-    Raises:
-        UserError: if one does not exist.
-    """
-    chosen = student.train_layers
-    layers = set(range(max(0, count - chosen), count)) if isinstance(chosen, int) else set(chosen)
-    missing = sorted(layers - set(range(count)))
-    if missing:
-        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
-    return layers
-
-
-def trains_embeddings(student: StudentConfig, *, tied: bool) -> bool:
-    """Returns True if the input embeddings are trained; if they are tied to the head, training either trains both."""
-    return student.train_embeddings or (tied and student.train_lm_head)
-
-
-def trains_head(student: StudentConfig, *, tied: bool) -> bool:
-    """Returns True if the output matrix is trained."""
-    return student.train_lm_head or (tied and student.train_embeddings)
 
 
 def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int = 0) -> list[nn.Parameter]:

@@ -26,7 +26,7 @@ from dskd.errors import UserError
         ("tracking.enabled=1", "tracking.enabled: expected true or false, found 1"),
         ("tracking.experiment=7", "tracking.experiment: expected text, found 7; put it in quotes"),
         ("tracking.experiment=[7]", "tracking.experiment: expected text, found [7]\n"),
-        ("teacher.mode=whole", "teacher.mode: expected 'resident', 'zero3' or 'cached', found \"whole\""),
+        ("teacher.mode=whole", "teacher.mode: expected 'auto', 'resident', 'zero3' or 'cached', found \"whole\""),
     ],
 )
 def test_messages_say_in_plain_words_what_a_value_must_be(tmp_path, override, message):

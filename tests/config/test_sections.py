@@ -82,10 +82,17 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
     )
     with pytest.raises(UserError) as error:
         load_config(path)
+    states = "annotation.store=[trunk_states, teacher_states]"
+    with pytest.raises(UserError) as with_states:
+        load_config(path, [states])
+    assert "teacher.mode: cached" not in str(with_states.value)
+    config = load_config(path, [states, "corpus.packing=none"])
+    assert config.annotation.store == ("teacher_states", "trunk_states")  # in one order, so that it is one recipe
+    assert not config.needs_teacher
     for part in (
-        "teacher.mode: cached needs annotation.teacher_top_n",
+        "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n",
         "loss.hidden_weight needs the teacher's states",
-        "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached does not have",
+        "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached reads from",
         "student.shared_trunk: on needs a teacher in training",
         "annotation.continuation_tokens needs corpus.packing: none",
     ):

@@ -260,6 +260,27 @@ def test_a_tampered_shard_is_named(shards):
         list(read_samples(folder / INDEX))
 
 
+def test_contexts_are_found_without_reading_stored_states(shards, tmp_path, tokenizer):
+    """At the shape of a real model, states are over 99 % of a shard."""
+    folder, samples = shards
+    with_states = [{**sample, "trunk_states": np.full((8, 500), 1.0, np.float32)} for sample in samples]
+    stored = tmp_path / "stored"
+    write_block(stored, with_states, {**COLUMNS, "trunk_states": "ndarray:float32"}, compression=None)
+    path = stored / "shard.00000.mds"
+    path.write_bytes(path.read_bytes()[:-9] + b"\1" * 9)  # inside of the states
+    with pytest.raises(UserError, match="the content is not what"):
+        list(read_samples(stored / INDEX))
+    (read, *_) = read_samples(stored / INDEX, columns=("input_ids", "sense_ids"))
+    assert set(read) == {"input_ids", "sense_ids"}
+    assert np.array_equal(read["sense_ids"], samples[0]["sense_ids"])
+    for of_synonyms, rows in ((False, range(4, 6)), (True, range(9, 10))):
+        found, expected = (
+            find_contexts(place, 3, rows, tokenizer, of_synonyms=of_synonyms, per_row=2, scan=99)
+            for place in (stored, folder)
+        )
+        assert found == expected
+
+
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 

@@ -113,7 +113,7 @@ def test_the_length_of_a_continuation_is_a_function_of_seed_and_sequence(tmp_pat
 TWO_RANKS = """
 import json, sys
 from pathlib import Path
-from dskd.shards.annotate import TextReader
+from dskd.shards.text_reader import TextReader
 from dskd.config import Config
 from dskd.shards.continuations import Continuer
 from dskd.distributed.rendezvous import initialize; from dskd.distributed.collectives import gather_json
@@ -146,7 +146,7 @@ if world.is_main:
 
 @pytest.mark.slow
 def test_two_ranks_continue_as_one_does(tmp_path, world):
-    from dskd.shards.annotate import TextReader
+    from dskd.shards.text_reader import TextReader
 
     save_model(tmp_path / "teacher", "mistral")
     sequences = _sequences(tmp_path)

@@ -19,8 +19,8 @@ from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.cutting import build_student, find_student
 from dskd.models.folder import find_teacher
+from dskd.models.trunk import TrunkError, missing_source, trunk_depth
 from dskd.training.pair import load_pair
-from dskd.training.trunk import TrunkError, trunk_depth
 
 IDS = (torch.arange(48) * 11 % 117).view(2, 24)
 STARTS = torch.tensor([[1, 1, *[0] * 8, 1, *[0] * 13], [1, *[0] * 23]], dtype=torch.uint8)
@@ -116,15 +116,16 @@ def test_parameters_outside_the_layers_are_trained_alike_with_a_trunk(tmp_path, 
     torch.testing.assert_close(results["on"], results["off"], rtol=1e-5, atol=1e-6)
 
 
-def _depth(kept=(0, 1, 2, 3), *, same_teacher=True, tied=False, loss=None, mode="zero3", **student):
+def _depth(kept=(0, 1, 2, 3), *, same_teacher=True, tied=False, loss=None, mode="zero3", store=(), **student):
     config = Config(
         workdir="w",
         teacher={"path": "t", "mode": mode},
-        annotation={"teacher_top_n": 4},
+        annotation={"teacher_top_n": 4, "store": store},
         loss=loss or {},
         student={"train_layers": 1, **student},
     )
-    return trunk_depth(config, kept=kept, same_teacher=same_teacher, tied=tied)
+    no_source = missing_source(config)
+    return trunk_depth(config.student, kept=kept, same_teacher=same_teacher, tied=tied, no_source=no_source)
 
 
 def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
@@ -135,6 +136,8 @@ def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
     assert _depth((0, 1, 4, 6)) == 2
     assert _depth(shared_trunk="off") == 0
     assert _depth(tied=True, train_final_norm=True) == 3
+    assert _depth(mode="cached", store=("teacher_states", "trunk_states")) == 3
+    assert _depth(mode="auto", store=("trunk_states",), loss={"kd_weight": 0.0}) == 3
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,7 @@ def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
         ({"same_teacher": False}, "cut from another teacher"),
         ({"loss": {"kd_weight": 0.0}}, "no term of the loss reads the teacher"),
         ({"mode": "cached"}, "teacher.mode is cached"),
+        ({"mode": "auto", "store": ("teacher_states",)}, "annotation.store has no trunk_states"),
     ],
 )
 def test_there_is_no_trunk_if_it_would_not_be_exact(options, message):

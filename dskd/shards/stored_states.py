@@ -1,0 +1,122 @@
+"""The teacher's states in the shards: which are stored, and their columns for a batch (`annotation.store`).
+
+Training computes a loss from the teacher's last hidden states, and the student starts from those that enter its lowest
+layer that is not shared (:mod:`dskd.models.trunk`). Both are the same in every epoch, run and seed, so annotation,
+which computes them anyway, can store them. They are stored bit by bit in the type that models compute in, so training
+reads the very numbers that it would compute.
+
+Shapes: B sequences, T tokens, T' positions up to a sequence's last one with a target, D hidden.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dskd.config import Config
+from dskd.corpus.sequences import TokenBatch
+from dskd.distributed.world import World
+from dskd.errors import UserError
+from dskd.models.causal_lm import fits_without_lower_layers
+from dskd.models.cutting import choose_layers
+from dskd.models.folder import ModelFolder
+from dskd.models.frozen import FrozenModel
+from dskd.models.layers import recorded
+from dskd.models.precision import resolve_precision
+from dskd.models.trunk import TrunkError, trunk_depth
+from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stored, sample_bytes
+
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
+    """Returns what annotation stores of the teacher's states; None if `annotation.store` is empty.
+
+    Raises:
+        UserError: if the trunk's states are to be stored and there is no trunk, or a sample would be too large.
+    """
+    columns = config.annotation.store
+    if not columns:
+        return None
+    depth = _depth(config, teacher) if TRUNK_STATES in columns else 0
+    hidden_size = teacher.load_config().hidden_size
+    stored = Stored(columns, _DTYPES[resolve_precision(config.precision)], hidden_size, depth)
+    length, settings = config.corpus.sequence_length, config.annotation
+    size = sample_bytes(length, kappa=settings.kappa, teacher_top_n=settings.teacher_top_n, stored=stored)
+    if size > LARGEST_SHARD:
+        raise UserError(
+            f"annotation.store: with {' and '.join(columns)}, a sequence of {length:,} tokens has {size / 2**30:.1f} "
+            f"GB, and a sample can have {LARGEST_SHARD / 2**30:.1f}; shorten corpus.sequence_length, or store less"
+        )
+    return stored
+
+
+def _depth(config: Config, teacher: ModelFolder) -> int:
+    """Returns the depth of the trunk that the config's student, as `dskd student` cuts it, shares with the teacher."""
+    model_config = teacher.load_config()
+    layers = choose_layers(config.student, model_config.num_hidden_layers)
+    tied = bool(getattr(model_config, "tie_word_embeddings", False))
+    try:
+        depth = trunk_depth(config.student, kept=layers, same_teacher=True, tied=tied)
+        if not depth:
+            raise TrunkError("student.shared_trunk is off")
+        if not fits_without_lower_layers(teacher, depth):
+            raise TrunkError("in this architecture a layer's shape depends on its place")
+    except TrunkError as problem:
+        raise UserError(
+            "annotation.store: trunk_states are those that leave the layers which teacher and student share, and they "
+            f"share none: {problem}; remove trunk_states from annotation.store, or change the section student"
+        ) from None
+    return depth
+
+
+def require_unchanged_input(teacher: FrozenModel, world: World) -> None:
+    """Checks that the teacher's lowest layer takes the token embeddings as they are. All ranks must call this.
+
+    Otherwise the student would change the stored states once more before its lowest layer.
+
+    Raises:
+        UserError: if the architecture changes them.
+    """
+    base: Any = teacher.decoder.base
+    tokens = torch.arange(1, 9, device=world.device).view(1, -1) % teacher.vocab_size
+    with recorded([base.get_input_embeddings(), teacher.decoder.layers[0]]) as runs:
+        teacher.hidden_states(tokens)
+    embeddings, lowest = runs
+    if not torch.equal(embeddings.output, lowest.input):
+        raise UserError(
+            f"annotation.store: trunk_states: {type(base).__name__} changes the states that go into its lowest layer, "
+            "so no student can start from stored ones; remove trunk_states from annotation.store",
+            known_to_all_ranks=True,
+        )
+
+
+def columns_of_states(batch: TokenBatch, states: dict[str, torch.Tensor], dtype: str) -> dict[str, list[np.ndarray]]:
+    """Returns {column: its values [T', D] for each sequence}: float32, or the raw bits of bf16 as uint16.
+
+    Teacher states are 0 at positions without a target. A sequence without any target has one position.
+
+    Args:
+        batch: the sequences.
+        states: {column: states [B, T, D], on any device}.
+        dtype: the type that states must have, "bfloat16" or "float32".
+
+    Raises:
+        UserError: if they have another type.
+    """
+    positions = torch.arange(1, batch.has_target.shape[1] + 1)
+    lengths = (positions * batch.has_target).amax(dim=1).clamp(min=1).tolist()
+    columns = {}
+    for name, values in states.items():
+        if values.dtype != getattr(torch, dtype):
+            raise UserError(
+                f"annotation.store: this teacher's {name} are of type {str(values.dtype).removeprefix('torch.')}, and "
+                f"the type to compute in is {dtype}, so they cannot be stored exactly; remove {name} from "
+                "annotation.store, or set precision to fp32"
+            )
+        if name == TEACHER_STATES:
+            values = values.masked_fill(~batch.has_target.to(values.device).unsqueeze(-1), 0)
+        values = values.cpu()
+        bits = values.numpy() if dtype == "float32" else values.view(torch.uint16).numpy()
+        columns[name] = [bits[index, :length] for index, length in enumerate(lengths)]
+    return columns
