@@ -30,11 +30,10 @@ from dskd.config import Config, LossConfig
 from dskd.config.reading import load_config
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.world import World, uses_gpu
-from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.cutting import build_student
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
-from dskd.models.readouts import chunk_size
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
 from dskd.training.loader import load_steps
@@ -212,8 +211,10 @@ def build_loss(
         device: the tensors' device, which determines the chunk size.
         options: further keyword arguments of the head.
     """
-    options.setdefault("chunk_size", chunk_size(None, weight.shape[0], device))
-    head = DistillationHead(weight, teacher_weight, loss, **options)
+    sizes = HeadSizes.of(None, weight.shape[0], device)
+    head = DistillationHead(
+        weight, teacher_weight, loss, **{"chunk_size": sizes.chunk, "block_size": sizes.block} | options
+    )
 
     def run(
         hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor, senses: dict[str, Any] | None = None

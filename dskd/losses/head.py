@@ -19,9 +19,12 @@ from dskd.losses.sense_distribution import sense_divergence
 from dskd.losses.terms import SUMS
 from dskd.models.readouts import TopTokens
 
-# Numbers in a block of logits, through which the losses pass about twenty times, while a matrix product needs many rows
-# to be fast. On a CPU, the float32 copies of a block fit its caches.
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+# A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
+# times through float32 copies of the logits, which are fast if these stay in the caches. So a chunk of positions has
+# logits at one time, and the losses take them a block at a time.
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+_SMALLEST_CHUNK = 256
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 class Normalizers(NamedTuple):
@@ -35,6 +38,20 @@ class Normalizers(NamedTuple):
     senses: float  # for the sense loss
 
 
+class HeadSizes(NamedTuple):
+    """The numbers of positions that the head computes at one time."""
+
+    chunk: int  # in a matrix product: so many positions have logits
+    block: int  # in a pass of the losses
+
+    @classmethod
+    def of(cls, configured: int | None, vocab_size: int, device: torch.device) -> "HeadSizes":
+        """Returns sizes that suit the device; `configured` replaces that of the chunk."""
+        # Whole tiles of a GPU's matrix products.
+        chunk = _CHUNK_ELEMENTS[device.type] // vocab_size // _SMALLEST_CHUNK * _SMALLEST_CHUNK
+        return cls(configured or max(_SMALLEST_CHUNK, chunk), max(1, _BLOCK_ELEMENTS[device.type] // vocab_size))
+
+
 class DistillationHead(nn.Module):
     """The owner of the output matrices, which computes the loss L of :class:`dskd.config.LossConfig`."""
 
@@ -45,6 +62,7 @@ class DistillationHead(nn.Module):
         loss: LossConfig,
         *,
         chunk_size: int,
+        block_size: int | None = None,
         margin: float | None = None,
         compile_losses: bool = False,
     ) -> None:
@@ -56,6 +74,7 @@ class DistillationHead(nn.Module):
                 share one matrix and it is not trained, or if no term reads the teacher's logits.
             loss: weights and settings of the terms.
             chunk_size: positions whose logits exist at one time.
+            block_size: positions that the losses take at one time; None: the whole chunk.
             margin: the margin in units of D, if it differs from `loss.margin`.
             compile_losses: whether to compile the computation on a chunk's logits with torch.compile.
         """
@@ -66,7 +85,7 @@ class DistillationHead(nn.Module):
         self.chunk_size = chunk_size
         self.margin = loss.margin if margin is None else margin
         self._replace_logits: Callable[..., torch.Tensor] = (
-            _compiled(_replace_logits) if compile_losses else _replace_logits_in_blocks
+            _compiled(_replace_logits) if compile_losses else _in_blocks(_replace_logits, block_size or chunk_size)
         )
 
     def forward(
@@ -197,7 +216,9 @@ class DistillationHead(nn.Module):
             columns = logits, labels[part], *(scale[part] for scale in scales), *teacher
             values[:, part] = self._replace_logits(self.loss.temperature, self.loss.divergence, *columns)
             torch.mm(logits, self.weight, out=at_states[part])
-            if weight_grad is not None:
+            if weight_grad is not None and weight_grad.dtype == states.dtype:
+                weight_grad.addmm_(logits.T, states[part])  # without a second tensor of the matrix's size
+            elif weight_grad is not None:
                 weight_grad += logits.T @ states[part]
         return values, at_states, weight_grad
 
@@ -269,15 +290,18 @@ def _replace_logits(
     return torch.stack([losses.ce, losses.kl])
 
 
-def _replace_logits_in_blocks(temperature: float, divergence: str, *columns: torch.Tensor) -> torch.Tensor:
-    """Does what :func:`_replace_logits` does, a few rows at a time."""
-    rows = max(1, _BLOCK_ELEMENTS[columns[0].device.type] // columns[0].shape[-1])
-    blocks = zip(*(column.split(rows) for column in columns), strict=True)
-    return torch.cat([_replace_logits(temperature, divergence, *block) for block in blocks], dim=-1)
+def _in_blocks(function: Callable[..., torch.Tensor], size: int) -> Callable[..., torch.Tensor]:
+    """Returns :func:`_replace_logits` for `size` rows at a time."""
+
+    def run(temperature: float, divergence: str, *columns: torch.Tensor) -> torch.Tensor:
+        blocks = zip(*(column.split(size) for column in columns), strict=True)
+        return torch.cat([function(temperature, divergence, *block) for block in blocks], dim=-1)
+
+    return run
 
 
 def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Returns the function compiled once for any number of rows; it takes the rows one by one, so it needs no blocks."""
+    """Returns the function compiled for any number of rows; it takes them one by one, so it needs no blocks."""
     compiled = torch.compile(function)
 
     def run(temperature: float, divergence: str, *columns: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dskd.config import LossConfig, StudentConfig
-from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.stored_names import base_model
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values
@@ -79,7 +79,7 @@ def student_activations(
     batch: Batch,
     dtype: torch.dtype,
     *,
-    chunk_size: int,
+    sizes: HeadSizes,
     checkpointing: bool,
     with_teacher: bool,
 ) -> Activations:
@@ -93,7 +93,7 @@ def student_activations(
         loss: the config of the loss.
         batch: the micro-batch.
         dtype: the type of weights and states.
-        chunk_size: positions whose logits exist at one time.
+        sizes: the numbers of positions that the head computes at one time.
         checkpointing: whether activations are checkpointed.
         with_teacher: whether there is a teacher in training.
     """
@@ -107,7 +107,7 @@ def student_activations(
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size = base.config.hidden_size
         copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None
-        head = DistillationHead(output, copy, loss, chunk_size=chunk_size)
+        head = DistillationHead(output, copy, loss, chunk_size=sizes.chunk, block_size=sizes.block)
         # Run the phases of a micro-batch one after the other, and read the peak after each.
         with LiveBytes() as live:
             shape = batch.size, batch.length
