@@ -61,7 +61,7 @@ class Lexicon:
         synonyms = neighbours(entries.synonym_offsets, entries.synonym_entries)
         antonyms = neighbours(entries.antonym_offsets, entries.antonym_entries)
         related = tokens.union(*synonyms.values(), *antonyms.values())
-        vectors, offsets = dictionary.vectors(), dictionary.entry_offsets
+        vectors, offsets = dictionary.read(range(dictionary.num_rows)), dictionary.entry_offsets
         senses = {entry: vectors[int(offsets[entry]) : int(offsets[entry + 1])].to(device) for entry in related}
         return cls({entry: rows for entry, rows in senses.items() if len(rows)}, synonyms, antonyms)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from benchmarks.flops import Shape
-from dskd.senses.dictionary import SenseDictionary, read_dictionary, save_dictionary
+from dskd.senses.dictionary import SenseDictionary, read_dictionary
 from dskd.senses.entries import Entries
 
 _POOL = 65_536  # number of different random sense embeddings; a larger dictionary repeats them
@@ -70,13 +71,9 @@ def write_dictionary(path: Path, vocab_size: int, hidden_size: int, *, k: int, s
     rows = vocab_size * k
     pool = torch.randn(min(rows, _POOL), hidden_size, generator=generator).bfloat16()
     vectors = pool.repeat(-(-rows // len(pool)), 1)[:rows]
-    save_dictionary(
-        path,
-        vectors,
-        torch.ones(rows, dtype=torch.int64),
-        torch.arange(vocab_size + 1) * k,
-        Entries(vocab_size, torch.empty(0, 3, dtype=torch.int32), **csr),
-    )
+    counts, offsets = torch.ones(rows, dtype=torch.int64), torch.arange(vocab_size + 1) * k
+    entries = Entries(vocab_size, torch.empty(0, 3, dtype=torch.int32), **csr)
+    save_file({"vectors": vectors, "counts": counts, "entry_offsets": offsets, **entries.tensors()}, path)
     return read_dictionary(path)
 
 

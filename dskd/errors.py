@@ -3,6 +3,8 @@
 Any other exception is a bug and keeps its traceback.
 """
 
+from collections.abc import Sequence
+
 USER_ERROR_EXIT_CODE = 2
 FAULT_EXIT_CODE = 1  # schedulers may retry it
 
@@ -36,6 +38,12 @@ class OutageError(UserError):
 
 class LostPeerError(Exception):
     """The error of ranks that cannot continue because others are missing; restarting all ranks may help."""
+
+
+def shortened(items: Sequence[object], limit: int = 20, *, total: int | None = None) -> str:
+    """Returns the first `limit` of `total` items, separated by commas, with a mark if there are more."""
+    more = ", …" if (len(items) if total is None else total) > min(limit, len(items)) else ""
+    return f"{', '.join(map(str, items[:limit]))}{more}"
 
 
 def listed(headline: str, problems: list[str], limit: int = 20) -> str:

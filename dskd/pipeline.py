@@ -15,6 +15,7 @@ import yaml
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import LOCK_PATIENCE_S
+from dskd.artifacts.kinds import Kind
 from dskd.artifacts.lock import hold_lock
 from dskd.artifacts.manifest import Recipe, is_current
 from dskd.cli.launching import StageFailedError, launch
@@ -50,12 +51,8 @@ class Stage:
 
 
 def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = None) -> None:
-    """Brings every artifact of the config up to date and prints the comparison.
-
-    Args:
-        path: the config.
-        overrides: overrides of the config.
-        until: name of the last stage to run, without a comparison; None runs all stages.
+    """Brings every artifact of the config up to date, and prints the comparison unless `until` names the last stage to
+    run.
 
     Raises:
         UserError: for errors that the user has to fix.
@@ -107,8 +104,8 @@ def plan_stages(
     `teacher` finds the teacher. The stages after that of the teacher call it.
     """
 
-    def artifact(folder: str, recipe: Callable[[], Recipe]) -> Callable[[], bool]:
-        return lambda: is_current(config.path(folder), recipe())
+    def stage(kind: Kind, recipe: Callable[[], Recipe], build: Callable[[], None]) -> Stage:
+        return Stage(kind.name, lambda: is_current(config.path(kind.folder), recipe()), build)
 
     def ranks(program: str, *arguments: str) -> Callable[[], None]:
         return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
@@ -126,42 +123,22 @@ def plan_stages(
         opened = senses.open_inputs(config, teacher())
         return is_current(config.path(kinds.SENSES.folder), senses.recipe(config, opened))
 
+    def build_sequences() -> None:
+        found = teacher()
+        vocab_size = vocabulary_size(found.load_config())
+        sequences.build_sequences(config, found.load_tokenizer(), found.tokenizer_digest, vocab_size)
+
     stages = [
-        Stage(
-            "lexicon",
-            artifact(kinds.LEXICON.folder, lambda: lexicon.recipe(config)),
-            lambda: lexicon.build_lexicon(config),
-        ),
-        Stage(
-            "corpus", artifact(kinds.CORPUS.folder, lambda: corpus.recipe(config)), lambda: corpus.build_corpus(config)
-        ),
-    ]
-    if config.teacher.train_from_scratch is not None:
-        stages.append(
-            Stage(
-                "teacher",
-                artifact(kinds.TEACHER.folder, lambda: teacher_from_scratch.recipe(config)),
-                lambda: teacher_from_scratch.build_teacher(config),
-            )
-        )
-    stages += [
-        Stage(
-            "sequences",
-            artifact(kinds.SEQUENCES.folder, lambda: sequences.recipe(config, teacher().tokenizer_digest)),
-            lambda: _build_sequences(config, teacher()),
-        ),
-        Stage(
-            "student",
-            artifact(kinds.STUDENT.folder, lambda: cutting.recipe(config, teacher())),
-            lambda: cutting.build_student(config),
-        ),
-        Stage(
-            "senses",
-            senses_are_current,
-            ranks("build_senses.py"),
-        ),
+        stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
+        stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
+        stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
+        stage(kinds.STUDENT, lambda: cutting.recipe(config, teacher()), lambda: cutting.build_student(config)),
+        Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]
+    if config.teacher.train_from_scratch is not None:
+        make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
+        stages.insert(2, stage(kinds.TEACHER, lambda: make(config), lambda: build(config)))  # from the corpus
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
     stages.append(Stage("evaluation", lambda: held_out_text.are_current(config), ranks("evaluate.py")))
@@ -205,9 +182,3 @@ def compare_or_explain(config: Config) -> str:
 def run_override(name: str) -> str:
     """Returns the override that selects a run; the name is quoted if YAML would read it as a number or a boolean."""
     return f"run={name}" if yaml.safe_load(name) == name else f'run="{name}"'
-
-
-def _build_sequences(config: Config, teacher: ModelFolder) -> None:
-    sequences.build_sequences(
-        config, teacher.load_tokenizer(), teacher.tokenizer_digest, vocabulary_size(teacher.load_config())
-    )

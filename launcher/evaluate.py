@@ -5,9 +5,9 @@ measures their knowledge of words and senses instead, and writes WORKDIR/lexical
 """
 
 from dskd.cli.program import build_parser, parse, run_on_ranks
-from dskd.config import TASKS, Config
-from dskd.console import say
+from dskd.config import Config
 from dskd.distributed.world import World
+from dskd.evaluation.table import PROGRAMS, Request
 
 EPILOG = """
 examples:
@@ -29,58 +29,39 @@ export is left out, unless run=NAME chooses it: then that is an error.
 def main() -> None:
     parser = build_parser(__doc__, EPILOG)
     parser.add_argument("--force", action="store_true", help="evaluate again, even what is up to date")
-    parser.add_argument(
-        "--tasks",
-        nargs="*",
-        metavar="TASK",
-        help=f"evaluate on benchmarks instead: {', '.join(TASKS)}, or all; without a name: those of tasks.evaluate",
-    )
-    parser.add_argument(
-        "--lexical",
-        action="store_true",
-        help="measure lexical knowledge instead: sense separation, synonyms against antonyms, … (docs/evaluation.md)",
-    )
+    without_option, *optional = PROGRAMS
+    instead = parser.add_mutually_exclusive_group()
+    for program in optional:
+        form = {"nargs": "*", "metavar": "NAME"} if program.takes else {"action": "store_const", "const": []}
+        instead.add_argument(f"--{program.option}", help=program.help, **form)
+    options = " or ".join(f"--{program.option}" for program in optional)
     parser.add_argument(
         "--models",
         nargs="+",
         metavar="NAME",
-        help="with --tasks or --lexical: only these models, of teacher, student and the runs",
+        help=f"with {options}: only these models, of teacher, student and the runs",
     )
-    args = parse(parser, "tasks", "models")
-    on_tasks = args.tasks is not None
-    for name in args.tasks or ():
-        if name not in (*TASKS, "all"):
-            parser.error(f"argument --tasks: invalid choice: {name!r} (choose from {', '.join(TASKS)}, all)")
+    args = parse(parser, "models", *(program.option for program in optional))
+    program = next((each for each in optional if getattr(args, each.option) is not None), without_option)
+    request = Request(getattr(args, program.option, ()), args.models, args.force)
+    for name in request.names:
+        if name not in program.takes:
+            choices = ", ".join(program.takes)
+            parser.error(f"argument --{program.option}: invalid choice: {name!r} (choose from {choices})")
     if args.models == []:
         parser.error("argument --models: expected at least one name, found only overrides")
-    if args.models and not (on_tasks or args.lexical):
-        parser.error("--models needs --tasks or --lexical; on held-out text, all models are evaluated")
-    if on_tasks and args.lexical:
-        parser.error("--tasks and --lexical exclude each other; give one of them at a time")
+    if args.models and program is without_option:
+        parser.error(f"--models needs {options}; on held-out text, all models are evaluated")
 
     def work(config: Config, world: World) -> None:
         # Imported here so that --help does not wait for torch.
         from dskd.distributed.collectives import on_main
-        from dskd.evaluation.held_out_text import evaluate
         from dskd.evaluation.models import require_exports
 
-        tasks = args.tasks or config.tasks.evaluate
-        if on_tasks and not tasks:
-            say("nothing to evaluate: --tasks names no benchmark, and tasks.evaluate is empty")
-            return
         if not args.models:
             run_is_named = any(override.startswith("run=") for override in args.overrides)
             on_main(lambda: require_exports(config, run_is_named=run_is_named))
-        if on_tasks:
-            from dskd.evaluation.tasks import run_tasks
-
-            run_tasks(config, world, tasks, args.models, force=args.force)
-        elif args.lexical:
-            from dskd.evaluation.lexical.run import run_lexical
-
-            run_lexical(config, world, args.models, force=args.force)
-        else:
-            evaluate(config, world, force=args.force)
+        program.run(config, world, request)
 
     run_on_ranks(args, work)
 

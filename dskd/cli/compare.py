@@ -6,6 +6,7 @@ from pathlib import Path
 from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 from dskd.errors import UserError
+from dskd.evaluation.table import EVALUATIONS
 
 HELP = "compare runs: settings, measures with intervals and tests, speed, cost; --html writes a report"
 DESCRIPTION = """
@@ -63,6 +64,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         "--without",
         action="append",
         default=[],
+        choices=list(EVALUATIONS),
         metavar="EVALUATION",
         help="leave out results: evaluation (the held-out text), lexical, or a benchmark such as piqa; may be repeated",
     )
@@ -76,11 +78,8 @@ def run_compare(args: argparse.Namespace) -> None:
     from dskd.compare.choosing import Selection
     from dskd.compare.comparison import make_comparison
     from dskd.compare.report import require_writable, write_report
-    from dskd.compare.results import EVALUATIONS
     from dskd.compare.text import summarize
 
-    if unknown := [name for name in args.without if name not in EVALUATIONS]:
-        raise UserError(f"--without {unknown[0]}: there is no such evaluation; choose from {', '.join(EVALUATIONS)}")
     config = load_config(args.config, args.overrides)
     tags: dict[str, str] = {}
     for key, value in args.tag:

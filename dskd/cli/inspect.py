@@ -1,10 +1,10 @@
 """The verb `dskd inspect`: its arguments, and the calls of its actions."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, add_verb, split_overrides
+from dskd.cli.program import add_config_arguments, add_verb, split_overrides, whole_number
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
@@ -44,10 +44,18 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     what = inspect.add_subparsers(dest="what", required=True, metavar="WHAT")
     word = what.add_parser("word", help="everything about one word", description=WORD_DESCRIPTION)
     _add_arguments(word, "WORD", "one word (quote one with a space in it); also ")
-    word.add_argument("--neighbours", type=_count, default=8, metavar="N", help="nearest entries of each sense [8]")
-    word.add_argument("--contexts", type=_count, default=3, metavar="N", help="example contexts of each sense [3]")
     word.add_argument(
-        "--scan", type=_count, default=20_000, metavar="N", help="training samples searched for contexts [20000]"
+        "--neighbours", type=whole_number(0), default=8, metavar="N", help="nearest entries of each sense [8]"
+    )
+    word.add_argument(
+        "--contexts", type=whole_number(0), default=3, metavar="N", help="example contexts of each sense [3]"
+    )
+    word.add_argument(
+        "--scan",
+        type=whole_number(0),
+        default=20_000,
+        metavar="N",
+        help="training samples searched for contexts [20000]",
     )
     lexicon = what.add_parser("lexicon", help="sources, coverage, what was dropped", description=LEXICON_DESCRIPTION)
     _add_arguments(lexicon, "section.key=value")
@@ -59,7 +67,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     plot.add_argument("--method", choices=("pca", "tsne"), default="pca", help="projection to two dimensions [pca]")
     plot.add_argument(
         "--neighbours",
-        type=_count,
+        type=whole_number(0),
         default=10,
         metavar="N",
         help="most frequent synonyms, and antonyms, of each word [10]",
@@ -80,55 +88,32 @@ def run_inspect(args: argparse.Namespace) -> None:
     elif args.what not in ("word", "plot") and words:
         needs = "no word, only overrides like senses.k=5"
     else:
-        _ACTIONS[args.what](load_config(args.config, overrides), words, args)
+        print(_report(args, load_config(args.config, overrides), words))
         return
     raise UserError(f"inspect {args.what} takes {needs}; found {', '.join(words) or 'none'}")
 
 
-def _word(config: Config, words: Sequence[str], args: argparse.Namespace) -> None:
-    from dskd.inspection.word import format_word, inspect_word
+def _report(args: argparse.Namespace, config: Config, words: Sequence[str]) -> str:
+    if args.what == "word":
+        from dskd.inspection.word import format_word, inspect_word
 
-    print(
-        format_word(inspect_word(config, words[0], neighbours=args.neighbours, contexts=args.contexts, scan=args.scan))
-    )
+        (word,) = words
+        report = inspect_word(config, word, neighbours=args.neighbours, contexts=args.contexts, scan=args.scan)
+        return format_word(report)
+    if args.what == "lexicon":
+        from dskd.inspection.lexicon import format_lexicon, inspect_lexicon
 
+        return format_lexicon(inspect_lexicon(config))
+    if args.what == "senses":
+        from dskd.inspection.senses import report_senses
 
-def _lexicon(config: Config, words: Sequence[str], args: argparse.Namespace) -> None:
-    from dskd.inspection.lexicon import format_lexicon, inspect_lexicon
-
-    print(format_lexicon(inspect_lexicon(config)))
-
-
-def _senses(config: Config, words: Sequence[str], args: argparse.Namespace) -> None:
-    from dskd.inspection.senses import format_senses, inspect_senses, plot_senses
-
-    report = inspect_senses(config)
-    print(format_senses(report))
-    if args.plot:
-        print(f"\nPicture: {plot_senses(config, report)}")
-
-
-def _plot(config: Config, words: Sequence[str], args: argparse.Namespace) -> None:
+        return report_senses(config, with_picture=args.plot)
     from dskd.inspection.plot import plot_words
 
-    print(plot_words(config, words, method=args.method, neighbours=args.neighbours, output=args.output))
-
-
-_ACTIONS: dict[str, Callable[[Config, Sequence[str], argparse.Namespace], None]] = {
-    "word": _word,
-    "lexicon": _lexicon,
-    "senses": _senses,
-    "plot": _plot,
-}
+    return plot_words(config, words, method=args.method, neighbours=args.neighbours, output=args.output)
 
 
 def _add_arguments(parser: argparse.ArgumentParser, metavar: str, words: str = "") -> None:
     """Adds `--config FILE`, and the words and overrides, which may be mixed: what contains `=` is an override."""
     text = f"{words}overrides of the file; `dskd config` explains every key"
     add_config_arguments(parser, metavar=metavar, text=text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, found {text!r}")
-    return int(text)

@@ -33,19 +33,16 @@ class StageFailedError(Exception):
 
 
 def launch(config: Config, program: str, arguments: Sequence[str]) -> None:
-    """Starts a program of `launcher/` on all ranks and waits for it.
-
-    Raises:
-        StageFailedError: if it failed.
-        UserError: if there is no `deepspeed` command.
+    """Starts a program of `launcher/` on all ranks and waits for it. Raises a StageFailedError if it failed, or a
+    UserError if there is no `deepspeed` command.
     """
-    executable = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    executable = shutil.which("deepspeed", path=path)
     if executable is None:
         raise UserError("there is no `deepspeed` next to this Python; install the package with its dependencies")
     shown = [*_launcher_arguments(config), str(LAUNCHERS / program), *arguments]
     say(f"$ deepspeed {shlex.join(shown)}")
-    command = [executable, "--quiet", *shown]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command, environment = [executable, "--quiet", *shown], os.environ | {"PATH": path}
     # Start a new session, so that signals can go to the launcher and all ranks together: a signal to the launcher alone
     # would leave the ranks running. The launcher inherits that USR1 is ignored; the ranks handle it.
     handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,10 +1,12 @@
 """The verb `dskd plan`: its arguments, and the plan that it prints."""
 
 import argparse
+import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-from dskd.cli.program import add_config_arguments, add_verb
+from dskd.cli.program import add_config_arguments, add_verb, whole_number
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import say
@@ -41,10 +43,10 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser = add_verb(verbs, "plan", run_plan, text=HELP, description=DESCRIPTION, epilog=EPILOG)
     add_config_arguments(parser)
     machines = parser.add_argument_group("machines")
-    machines.add_argument("--nodes", type=_count, required=True, metavar="N", help="number of nodes")
+    machines.add_argument("--nodes", type=whole_number(1), required=True, metavar="N", help="number of nodes")
     machines.add_argument(
         "--gpus-per-node",
-        type=_count,
+        type=whole_number(1),
         required=True,
         metavar="G",
         help="number of GPUs (without GPUs: of ranks) of each node",
@@ -85,7 +87,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         type=_positive,
         default=DISK_BANDWIDTH,
         metavar="GB/s",
-        help=f"rate of a node's local disks, for teacher.offload: nvme [{DISK_BANDWIDTH:.0f}]",
+        help="rate at which a node reads the teacher's shares (teacher.offload: nvme), and shards with stored states "
+        f"[{DISK_BANDWIDTH:.0f}]",
     )
     parser.add_argument(
         "--teacher-config",
@@ -95,7 +98,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--samples",
-        type=_count,
+        type=whole_number(1),
         metavar="N",
         help="number of training sequences [that of WORKDIR/shards, if there, or corpus.max_sequences]",
     )
@@ -158,27 +161,16 @@ def _cluster(args: argparse.Namespace, nodes: int) -> Cluster:
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a number, 1 or more, found {text!r}")
-    return int(text)
-
-
 def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
+    return _number(text, "a number above 0", lambda value: 0 < value < math.inf)
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text!r}")
-    return value
+    return _number(text, "a share from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
+    with contextlib.suppress(ValueError):
+        if fits(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")

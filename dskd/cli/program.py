@@ -55,15 +55,10 @@ def add_verb(
     epilog: str,
     description: str | None = None,
 ) -> argparse.ArgumentParser:
-    """Adds a verb of `dskd` and returns its parser.
+    """Adds a verb of `dskd` to the parsers of all verbs, and returns its parser.
 
-    Args:
-        verbs: the parsers of all verbs.
-        name: the verb.
-        run_verb: runs it with the parsed arguments; returns the exit code, None for 0.
-        text: its line in the list of verbs.
-        epilog: its examples.
-        description: the text above its arguments, by default `text`.
+    `run_verb` runs it with the parsed arguments and returns the exit code, None for 0. `text` is its line in the list
+    of verbs, `epilog` has its examples, and `description`, by default `text`, is above its arguments.
     """
     parser = verbs.add_parser(
         name,
@@ -91,9 +86,8 @@ def add_config_arguments(
 def parse(parser: argparse.ArgumentParser, *lists: str) -> argparse.Namespace:
     """Parses the command line. Overrides may be anywhere after the verb, even after an option that takes several names.
 
-    Args:
-        parser: the parser of the program. An unknown option after a verb is refused with the verb's usage.
-        lists: its options that take several names. What contains `=` after them is an override.
+    `lists` are these options: what contains `=` after them is an override. An unknown option after a verb is refused
+    with the verb's usage.
     """
     args, rest = parser.parse_known_args()  # argparse takes only the first group of overrides if the line has several
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
@@ -107,6 +101,17 @@ def parse(parser: argparse.ArgumentParser, *lists: str) -> argparse.Namespace:
             args.overrides += overrides
             setattr(args, name, names)
     return args
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Returns the parser of an argument that is a number, `least` or more."""
+
+    def parse_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a number, {least} or more, found {text!r}")
+        return int(text)
+
+    return parse_number
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -124,9 +129,9 @@ def run(action: Callable[[], int | None]) -> int:
     except UserError as error:
         with deferred() as end:  # when the first rank has ended, the launcher sends TERM to the others
             if is_main_process():
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                _print_error(error)
             elif not error.known_to_all_ranks and not _rank_0_spoke(end):
-                print(f"[rank {current_rank()}] error: {error}", file=sys.stderr, flush=True)
+                _print_error(error, f"[rank {current_rank()}] ")
         return error.exit_code
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader of the output has closed it, as `head` does
@@ -134,37 +139,37 @@ def run(action: Callable[[], int | None]) -> int:
             return 0
         if error.errno not in DISK_IS_FULL:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        if not place and (shortage := describe_shortage()):
-            print(f"error: {error.strerror}; {shortage}. Completed files are kept", file=sys.stderr, flush=True)
+        if not error.filename and (shortage := describe_shortage()):
+            _print_error(f"{error.strerror}; {shortage}. Completed files are kept")
             return USER_ERROR_EXIT_CODE
-        print(
-            f"error: {error.strerror}{place}; completed files are kept. Free some space, or set workdir to another "
-            "disk, and run the same command again: it resumes",
-            file=sys.stderr,
-            flush=True,
+        place = f" ({error.filename})" if error.filename else ""
+        _print_error(
+            f"{error.strerror}{place}; completed files are kept. Free some space, or set workdir to another disk, and "
+            "run the same command again: it resumes"
         )
         return USER_ERROR_EXIT_CODE
     except UnicodeError as error:
         encoding = sys.getfilesystemencoding()
         if encoding == "utf-8":
             raise
-        print(
-            f"error: {error}. The locale's encoding is {encoding}, which lacks this character; set LC_ALL=C.UTF-8, and "
-            "unset PYTHONUTF8",
-            file=sys.stderr,
-            flush=True,
+        _print_error(
+            f"{error}. The locale's encoding is {encoding}, which lacks this character; set LC_ALL=C.UTF-8, and unset "
+            "PYTHONUTF8"
         )
         return USER_ERROR_EXIT_CODE
     except LostPeerError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_error(error)
         return FAULT_EXIT_CODE
     except Stopped as stopped:
-        say(f"{str(stopped) or 'stopped on request; completed files are kept'}")
+        say(str(stopped) or "stopped on request; completed files are kept")
         return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
         say("interrupted; completed files are kept")
         return 130
+
+
+def _print_error(error: object, start: str = "") -> None:
+    print(f"{start}error: {error}", file=sys.stderr, flush=True)
 
 
 def _shared_memory_failed(error: RuntimeError) -> bool:

@@ -37,13 +37,7 @@ example:
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parsers of `senses merge` and `senses geometry`."""
-    senses = verbs.add_parser(
-        "senses",
-        help=HELP,
-        description=f"{HELP[0].upper()}{HELP[1:]}.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    senses = add_verb(verbs, "senses", run_geometry, text=HELP, epilog=EPILOG)
     actions = senses.add_subparsers(dest="action", required=True, metavar="ACTION")
     merge = add_verb(actions, "merge", run_merge, text=MERGE_HELP, epilog=MERGE_EPILOG)
     add_config_arguments(merge)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -120,8 +121,7 @@ def _hidden(runs: Sequence[TrackedRun], chosen: Sequence[TrackedRun]) -> list[st
     older = [run for run in runs if run.run_id not in ids and run.name in names]
     if not older:
         return []
-    counts = {name: sum(run.name == name for run in older) for name in dict.fromkeys(run.name for run in older)}
-    shown = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    shown = ", ".join(f"{count} of {name}" for name, count in Counter(run.name for run in older).items())
     return [f"older runs of the same name are left out ({shown}); --run ID names one of them"]
 
 
@@ -130,10 +130,8 @@ def _has(run: TrackedRun, tags: Mapping[str, str]) -> bool:
 
 
 def _matching(runs: Sequence[TrackedRun], tags: Mapping[str, str], all_runs: Sequence[TrackedRun]) -> list[TrackedRun]:
-    """Returns the runs that have these tags.
-
-    Raises:
-        UserError: when there is none; the message names values that these tags have in `all_runs`.
+    """Returns the runs that have these tags. If there is none, the UserError names values that these tags have in
+    `all_runs`.
     """
     chosen = [run for run in runs if _has(run, tags)]
     if chosen:

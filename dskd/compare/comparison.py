@@ -11,8 +11,8 @@ from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
 from dskd.compare.results import Results, read_results
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.evaluation.held_out_text import HELD_OUT
 from dskd.evaluation.scores_by_example import Examples, Measure
+from dskd.evaluation.table import HELD_OUT
 from dskd.tracking import TrackedRun
 
 
@@ -24,7 +24,7 @@ class Comparison:
     groups: Sequence[Group]
     baseline: Group | None
     differences: Sequence[tuple[str, Sequence[str]]]
-    results: Sequence[Results]  # one for each evaluation
+    results: Sequence[Results]  # one for each evaluation that is not left out
     final: Mapping[str, Mapping[str, float]]
     best: Mapping[str, Mapping[str, Best]]
     histories: Mapping[str, Mapping[str, History]]
@@ -76,11 +76,6 @@ class Comparison:
             )
         )
 
-    @property
-    def has_measures(self) -> bool:
-        """True unless all results were left out."""
-        return bool(self.results)
-
     def evaluated_in_training(self) -> list[str]:
         """Returns the measures that were logged at several steps; only these have a best value."""
         return [
@@ -97,13 +92,10 @@ def make_comparison(
     baseline: str | None = None,
     without: Sequence[str] = (),
 ) -> Comparison:
-    """Reads the runs and compares them.
+    """Reads the runs of the config's address of MLflow and experiment, or those of the selection, and compares them.
 
-    Args:
-        config: gives the address of MLflow and the experiment.
-        selection: the runs to compare.
-        baseline: name of the group that the others are tested against; by default the first group.
-        without: names of the evaluations to leave out.
+    `baseline` is the name of the group that the others are tested against, by default the first; `without` has the
+    names of evaluations to leave out.
 
     Raises:
         DifferentDataError: when runs were evaluated on different data.
@@ -126,8 +118,8 @@ def make_comparison(
     # tracking server has values of it.
     measures: dict[str, tuple[Measure, Mapping[str, Examples]]] = {}
     for evaluated in results:
-        left_out = set(_names(evaluated.tables)) - {measure.name for measure in evaluated.measures}
-        for name in left_out - measures.keys():
+        in_tables = {measure.name for table in evaluated.tables.values() for measure in table.measures}
+        for name in in_tables - {measure.name for measure in evaluated.measures} - measures.keys():
             final.pop(f"{EVALUATED}{name}", None)
         for measure in evaluated.measures:
             if measure.name in measures:  # the evaluation on held-out text comes first and takes precedence
@@ -153,10 +145,6 @@ def make_comparison(
         per_seed,
         [*chosen.notes, *notes, *_notes(runs, results), *(note for evaluated in results for note in evaluated.notes)],
     )
-
-
-def _names(tables: Mapping[str, Examples]) -> list[str]:
-    return [measure.name for table in tables.values() for measure in table.measures]
 
 
 def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:

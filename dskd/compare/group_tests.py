@@ -39,16 +39,11 @@ def test_groups(
     measures: Sequence[tuple[Measure, Mapping[str, Examples]]],
     final: Mapping[str, Mapping[str, float]],
 ) -> tuple[list[Test], list[Test]]:
-    """Returns the tests on examples, and the tests over seeds.
+    """Returns the tests on examples, and the tests over seeds, of every group against the baseline; none without one.
 
-    Args:
-        groups: the groups, with the baseline among them.
-        baseline: the group that the others are tested against; without one there are no tests.
-        measures: each measure with its tables of examples by run id, for the tests on examples.
-        final: {metric: {run id: value}}, for the tests over seeds.
-
-    Raises:
-        UserError: when examples have different ids or counts, although the data has the same digest.
+    `measures` has each measure with its tables of examples by run id, for the tests on examples, and `final` is
+    {metric: {run id: value}}, for those over seeds. Raises a UserError when examples have different ids or counts,
+    although the data has the same digest.
     """
     if baseline is None:
         return [], []

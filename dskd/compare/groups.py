@@ -1,6 +1,6 @@
 """Groups: runs of one experiment that differ only in their seed."""
 
-import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,13 +129,9 @@ def _common_name(names: Sequence[str]) -> str:
     distinct = list(dict.fromkeys(names))
     if len(distinct) == 1:
         return distinct[0]
-    prefix = re.sub(r"[-_.=+ ]+(?:seed|s)?[-_.=+ ]*\d*$", "", _common_prefix(distinct))
+    alike = os.path.commonprefix(distinct)  # noqa: RUF071 # by letters, as names are no paths
+    prefix = re.sub(r"[-_.=+ ]+(?:seed|s)?[-_.=+ ]*\d*$", "", alike)
     return prefix or f"{distinct[0]} and others"
-
-
-def _common_prefix(texts: Sequence[str]) -> str:
-    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
-    return "".join(letters[0] for letters in alike)
 
 
 def _numbered(groups: Sequence[Group]) -> list[Group]:

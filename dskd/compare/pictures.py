@@ -3,12 +3,14 @@
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dskd.artifacts.files import save_figure
 from dskd.compare import wording
@@ -18,6 +20,8 @@ from dskd.compare.metrics import EVALUATED, TERMS, History
 
 _SMOOTHING = 0.9  # decay of the exponential mean that is drawn over the raw curve
 _PIXELS_AN_INCH = 93  # on a screen; with it, three panels fill the page
+_PANEL_INCHES = 4.0  # width
+_LONGEST_LABEL = 24  # characters
 _POINTS = 400  # largest number of points drawn for a curve, which is more than a panel has pixels
 # After Paul Tol's "bright" palette: distinct to colour-blind readers, and dark enough on white. Further groups use the
 # same colours with other dashes.
@@ -45,10 +49,8 @@ _STYLE = {
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
     """Draws the loss curves into the PNG file `path`."""
-    with _figures() as plt:
-        figure = _curves(plt, comparison)
-        save_figure(figure, path)
-        plt.close(figure)
+    with matplotlib.rc_context(_STYLE):
+        save_figure(_curves(comparison), path)
 
 
 def slug(title: str) -> str:
@@ -58,9 +60,7 @@ def slug(title: str) -> str:
 
 def curves_svg(comparison: Comparison) -> str | None:
     """Draws the loss curves as SVG for an HTML page; returns None if there are no curves."""
-    if not _drawn_curves(comparison):
-        return None
-    return _svg(lambda plt: _curves(plt, comparison), "curves")
+    return _svg(lambda: _curves(comparison), "curves") if _drawn_curves(comparison) else None
 
 
 def bars_svg(comparison: Comparison, title: str) -> str | None:
@@ -69,7 +69,7 @@ def bars_svg(comparison: Comparison, title: str) -> str | None:
     Returns None if no run has such a measure.
     """
     metrics = [name for name in comparison.measured(title) if f"{EVALUATED}{name}" in comparison.final]
-    return _svg(lambda plt: _bars(plt, comparison, metrics), f"bars-{slug(title)}") if metrics else None
+    return _svg(lambda: _bars(comparison, metrics), f"bars-{slug(title)}") if metrics else None
 
 
 def differences_svg(tests: Sequence[Test], comparison: Comparison, name: str) -> str | None:
@@ -78,19 +78,19 @@ def differences_svg(tests: Sequence[Test], comparison: Comparison, name: str) ->
     Returns None if no test has a finite interval.
     """
     drawn = [test for test in tests if math.isfinite(test.difference.low)]
-    return _svg(lambda plt: _differences(plt, drawn, comparison), name) if drawn else None
+    return _svg(lambda: _differences(drawn, comparison), name) if drawn else None
 
 
-def _curves(plt: Any, comparison: Comparison) -> Any:
+def _curves(comparison: Comparison) -> Figure:
     metrics = _drawn_curves(comparison)
-    figure, axes = _panels(plt, len(metrics), width=4.0, height=3.0)
+    figure, axes = _panels(len(metrics), height=3.0)
     for panel, metric in zip(axes, metrics, strict=False):
         for number, group in enumerate(comparison.groups):
             curves = [comparison.histories[metric].get(run.run_id, ()) for run in group.runs]
             curves = [points for points in curves if points]
             if not curves:
                 continue
-            color, dash = _paint(number)
+            color, dash = paint(number)
             # Thin lines: the raw curve of a single run, or the smoothed curve of each of several. Bold: their mean.
             smoothed = [_smoothed(points) for points in curves]
             for raw, smooth in zip(curves, smoothed, strict=True):
@@ -100,41 +100,38 @@ def _curves(plt: Any, comparison: Comparison) -> Any:
         panel.set_title(wording.label(metric), parse_math=False)
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
-    _legend(plt, figure, comparison)
+    _legend(figure, comparison)
     return figure
 
 
-def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
+def _bars(comparison: Comparison, metrics: Sequence[str]) -> Figure:
     groups = comparison.groups
-    figure, axes = _panels(plt, len(metrics), width=4.0, height=0.75 + 0.42 * len(groups), share_y=True)
+    figure, axes = _panels(len(metrics), height=0.75 + 0.42 * len(groups), share_y=True)
     for panel, metric in zip(axes, metrics, strict=False):
         values = comparison.final.get(f"{EVALUATED}{metric}", {})
         # A bar for each group's mean, its interval, and a dot for each seed; `right` is where the longest bar ends.
         right = 0.0
-        for number, group in enumerate(groups):
-            estimate = group.estimate(values)
-            if estimate is None or not math.isfinite(estimate.mean):
-                continue
+        of_groups = [(number, group, group.estimate(values)) for number, group in enumerate(groups)]
+        drawn = [(n, group, each) for n, group, each in of_groups if each is not None and math.isfinite(each.mean)]
+        for number, group, estimate in drawn:
             half = estimate.half_width or 0.0
-            panel.barh(number, estimate.mean, color=_paint(number)[0], height=0.62)
+            panel.barh(number, estimate.mean, color=paint(number)[0], height=0.62)
             if estimate.half_width is not None:
                 panel.errorbar(estimate.mean, number, xerr=half, color=_INK, capsize=3.5, linewidth=1.2)
                 seeds = [values[run.run_id] for run in group.runs if run.run_id in values]
                 panel.plot(seeds, [number] * len(seeds), "o", color="white", markeredgecolor=_INK, markersize=3.6)
             right = max(right, estimate.mean + half)
         # The values in words, once `right` is known, because their distance to the bars depends on it.
-        for number, group in enumerate(groups):
-            estimate = group.estimate(values)
-            if estimate is not None and math.isfinite(estimate.mean):
-                panel.text(
-                    estimate.mean + (estimate.half_width or 0.0) + 0.035 * right,
-                    number,
-                    wording.estimate(metric, estimate),
-                    va="center",
-                    fontsize=8.5,
-                    parse_math=False,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-                )
+        for number, _, estimate in drawn:
+            panel.text(
+                estimate.mean + (estimate.half_width or 0.0) + 0.035 * right,
+                number,
+                wording.estimate(metric, estimate),
+                va="center",
+                fontsize=8.5,
+                parse_math=False,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+            )
         # Lines for the teacher and the untrained student, unless they are so far off that the bars would shrink.
         references = {n: v[metric] for n, v in comparison.references.items() if metric in v}
         panel.set_yticks(range(len(groups)), [_short(group.label) for group in groups], parse_math=False)
@@ -150,10 +147,10 @@ def _bars(plt: Any, comparison: Comparison, metrics: Sequence[str]) -> Any:
     return figure
 
 
-def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any:
+def _differences(tests: Sequence[Test], comparison: Comparison) -> Figure:
     names = list(dict.fromkeys(test.measure.name for test in tests))
     groups = [group for group in comparison.groups if any(test.group is group for test in tests)]
-    figure, axes = _panels(plt, len(names), width=4.0, height=1.1 + 0.4 * len(groups), share_y=True)
+    figure, axes = _panels(len(names), height=1.1 + 0.4 * len(groups), share_y=True)
     for panel, name in zip(axes, names, strict=False):
         of_measure = [test for test in tests if test.measure.name == name]
         measure = of_measure[0].measure
@@ -161,7 +158,7 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
         panel.axvline(0, color=_INK, linewidth=1.0)
         for test in of_measure:
             difference, row = test.difference, groups.index(test.group)
-            color = _paint(comparison.groups.index(test.group))[0]
+            color = paint(comparison.groups.index(test.group))[0]
             low, high = (scale * (bound - difference.value) for bound in (difference.low, difference.high))
             # A hollow marker: the test shows no difference.
             panel.errorbar(
@@ -185,38 +182,34 @@ def _differences(plt: Any, tests: Sequence[Test], comparison: Comparison) -> Any
     return figure
 
 
-def color_of(number: int) -> str:
-    """Returns the colour of the group with index `number` in the comparison."""
-    return _paint(number)[0]
-
-
 def _drawn_curves(comparison: Comparison) -> list[str]:
     return [metric for metric in TERMS if any(comparison.histories.get(metric, {}).values())]
 
 
-def _paint(number: int) -> tuple[str, str]:
-    """Returns the colour and the dashes of a group."""
+def paint(number: int) -> tuple[str, str]:
+    """Returns the colour and the dashes of the group with index `number` in the comparison."""
     return _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS) % len(_DASHES)]
 
 
-def _short(text: str, limit: int = 24) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
 
 
-def _panels(plt: Any, count: int, *, width: float, height: float, share_y: bool = False) -> tuple[Any, list[Any]]:
+def _panels(count: int, *, height: float, share_y: bool = False) -> tuple[Figure, list[Any]]:
     columns = max(1, min(3, count))
     rows = max(1, math.ceil(count / columns))
-    size = (width * columns, height * rows + 0.4)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=share_y, layout="constrained")
+    size = (_PANEL_INCHES * columns, height * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
     for panel in axes.flat[count:]:
         panel.set_visible(False)
     return figure, list(axes.flat)
 
 
-def _legend(plt: Any, figure: Any, comparison: Comparison) -> None:
+def _legend(figure: Figure, comparison: Comparison) -> None:
     handles = [
-        plt.Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=_short(group.label))
-        for group, (color, dash) in zip(comparison.groups, map(_paint, range(len(comparison.groups))), strict=True)
+        Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=_short(group.label))
+        for group, (color, dash) in zip(comparison.groups, map(paint, range(len(comparison.groups))), strict=True)
     ]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     for text in legend.get_texts():
@@ -249,27 +242,13 @@ def _thinned(points: History) -> tuple[list[int], list[float]]:
     return [points[index][0] for index in kept], [points[index][1] for index in kept]
 
 
-@contextmanager
-def _figures() -> Iterator[Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with matplotlib.rc_context(_STYLE):
-        yield plt
-
-
-def _svg(draw: Any, name: str) -> str:
+def _svg(draw: Callable[[], Figure], name: str) -> str:
     """Returns a figure as an `<svg>` element with unique ids and no references to anything outside of it."""
-    import matplotlib
-
-    with _figures() as plt, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure = draw(plt)
+    with matplotlib.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": name}):
+        figure = draw()
         buffer = io.StringIO()
         no_metadata: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=no_metadata)
-        plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # without the XML declaration and the document type
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -7,7 +7,6 @@ and in these matplotlib has escaped all text. The page's own policy forbids load
 import datetime
 import platform
 import tempfile
-from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from jinja2 import Environment, StrictUndefined
 from dskd.artifacts.files import write_text
 from dskd.compare import tables, wording
 from dskd.compare.comparison import Comparison
-from dskd.compare.groups import INPUT_TAGS, Group
+from dskd.compare.groups import INPUT_TAGS
 from dskd.compare.mlflow_link import mlflow_link
-from dskd.compare.pictures import bars_svg, color_of, curves_svg, differences_svg, slug
+from dskd.compare.pictures import bars_svg, curves_svg, differences_svg, paint, slug
 from dskd.compare.tables import Row, Table
 from dskd.errors import UserError
 from dskd.tracking import git_commit
@@ -30,11 +29,7 @@ _SHOWN_DIGITS = 12
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
-    """Writes the report; on failure, an existing file at `path` stays as it is.
-
-    Raises:
-        UserError: when the file cannot be written.
-    """
+    """Writes the report; an existing file at `path` stays as it is if that is impossible (UserError)."""
     text = render_report(comparison)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +39,7 @@ def write_report(comparison: Comparison, path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Checks that the report can be written to `path`; called before anything is read.
-
-    Raises:
-        UserError: when `path` is a folder, or its folder is not writable.
-    """
+    """Raises a UserError if the report cannot be written to `path`; called before anything is read."""
     if not path.name or path.is_dir():
         raise UserError(f"--html {str(path)!r}: that is a folder; name a file, such as {path / 'report.html'}")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
@@ -75,7 +66,7 @@ def render_report(comparison: Comparison) -> str:
             {
                 "title": t,
                 "id": slug(t),
-                "table": _grid(comparison, _measures(comparison, t)),
+                "table": _grid(comparison, tables.measures_table(comparison, t)),
                 "bars": bars_svg(comparison, t),
             }
             for t in comparison.titles
@@ -84,9 +75,9 @@ def render_report(comparison: Comparison) -> str:
         baseline=comparison.baseline.name if comparison.baseline else "",
         tests=_tests(comparison),
         differences=_grid(comparison, tables.settings_table(comparison)),
-        colors=[color_of(number) for number in range(len(groups))],
+        colors=[paint(number)[0] for number in range(len(groups))],
         curves=curves_svg(comparison),
-        training=_grid(comparison, _training(comparison)),
+        training=_grid(comparison, tables.training_table(comparison, wording.label)),
         resources=_grid(comparison, tables.resources_table(comparison)) if groups else None,
         runs=_grid(comparison, _runs(comparison)),
         notes=[f"{note[0].upper()}{note[1:]}." for note in wording.method_notes(comparison)],
@@ -96,7 +87,7 @@ def render_report(comparison: Comparison) -> str:
 
 def _grid(comparison: Comparison, table: Table) -> dict[str, Any] | None:
     """Returns what the template shows of a table; None if it has no rows."""
-    colors = {id(group): color_of(number) for number, group in enumerate(comparison.groups)}
+    colors = {id(group): paint(number)[0] for number, group in enumerate(comparison.groups)}
     rows = [
         {"cells": row.cells, "kind": row.kind, "verdict": row.verdict, "color": colors.get(id(row.group), "")}
         for row in table.rows
@@ -107,7 +98,7 @@ def _grid(comparison: Comparison, table: Table) -> dict[str, Any] | None:
 def _lead(comparison: Comparison) -> str:
     groups, runs = len(comparison.groups), len(comparison.runs)
     text = f"{groups} group{'s' * (groups != 1)} of settings, {runs} run{'s' * (runs != 1)}"
-    if not comparison.has_measures:
+    if not comparison.results:
         return f"{text}; settings, speed and cost only"
     better = [test for test in comparison.example_tests if test.is_better]
     if comparison.example_tests and comparison.baseline:
@@ -130,16 +121,6 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         if len(digests) == 1:
             facts.append((tag.replace("_", " "), digests.pop()))
     return facts
-
-
-def _measures(comparison: Comparison, title: str) -> Table:
-    """Returns the table of measures with the number of seeds in its second column."""
-    table = tables.measures_table(comparison, title)
-    rows = [
-        replace(row, cells=[row.cells[0], str(len(row.group.runs)) if row.group else "", *row.cells[1:]])
-        for row in table.rows
-    ]
-    return Table([table.header[0], "seeds", *table.header[1:]], rows)
 
 
 def _references_note(comparison: Comparison) -> str:
@@ -182,35 +163,24 @@ def _tests(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _training(comparison: Comparison) -> Table:
-    """Returns the table of training with the metrics' names instead of their keys."""
-    table = tables.training_table(comparison)
-    return replace(
-        table, rows=[replace(row, cells=[wording.label(row.cells[0]), *row.cells[1:]]) for row in table.rows]
-    )
-
-
 def _runs(comparison: Comparison) -> Table:
     header = ["run", "group", "seed", "status", "started (UTC)", "ranks", "id in MLflow", "evaluated on", "commit"]
-    return Table(
-        header, [Row(_run_cells(run, group), group=group) for group in comparison.groups for run in group.runs]
-    )
-
-
-def _run_cells(run: Any, group: Group) -> list[str]:
-    started = datetime.datetime.fromtimestamp(run.start_time_s, datetime.UTC)
-    ranks = f"{run.tags.get('world_size', '-')} {run.tags.get('device', '')}".strip()
-    return [
-        run.name,
-        group.name,
-        run.params.get("seed", "-"),
-        run.status.lower(),
-        f"{started:%Y-%m-%d %H:%M}",
-        ranks,
-        run.run_id,
-        run.tags.get("evaluation_data", "-")[:_SHOWN_DIGITS],
-        run.tags.get("git_commit", "-")[:_SHOWN_DIGITS],
-    ]
+    rows = []
+    for group in comparison.groups:
+        for run in group.runs:
+            cells = [
+                run.name,
+                group.name,
+                run.params.get("seed", "-"),
+                run.status.lower(),
+                f"{datetime.datetime.fromtimestamp(run.start_time_s, datetime.UTC):%Y-%m-%d %H:%M}",
+                f"{run.tags.get('world_size', '-')} {run.tags.get('device', '')}".strip(),
+                run.run_id,
+                run.tags.get("evaluation_data", "-")[:_SHOWN_DIGITS],
+                run.tags.get("git_commit", "-")[:_SHOWN_DIGITS],
+            ]
+            rows.append(Row(cells, group=group))
+    return Table(header, rows)
 
 
 def _footer() -> str:

@@ -1,25 +1,20 @@
 """Results of runs, and the check that they are from the same data, without which perplexities cannot be compared."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from dskd.artifacts.manifest import read_file
 from dskd.compare.choosing import Selection
 from dskd.compare.metrics import EVALUATED
 from dskd.config import Config
 from dskd.errors import UserError, listed
-from dskd.evaluation import held_out_text, tasks
-from dskd.evaluation.held_out_text import HELD_OUT
-from dskd.evaluation.lexical.results import LEXICAL
+from dskd.evaluation import held_out_text
 from dskd.evaluation.models import CUT_STUDENT, TEACHER
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples
-from dskd.evaluation.suite import EXAMPLES_FILE, Evaluation
+from dskd.evaluation.suite import EXAMPLES_FILE
+from dskd.evaluation.table import BENCHMARKS, EVALUATIONS, HELD_OUT, Evaluation
 from dskd.tracking import TrackedRun, read_artifact
-
-EVALUATIONS = {evaluation.name: evaluation for evaluation in (HELD_OUT, LEXICAL, *tasks.EVALUATIONS.values())}
 
 
 class DifferentDataError(UserError):
@@ -42,18 +37,15 @@ def read_results(
     config: Config, runs: Sequence[TrackedRun], selection: Selection, *, without: Sequence[str] = ()
 ) -> list[Results]:
     """Reads the results of the runs in all evaluations that `without` does not name, those on held-out text first.
-
-    Raises:
-        DifferentDataError: when results of one evaluation are from different data.
+    Raises a DifferentDataError when results of one evaluation are from different data.
     """
     all_results = []
     for evaluation in EVALUATIONS.values():
         if evaluation.name in without:
             continue
         tables = _read_tables(config, runs, evaluation)
-        data = _require_same_data(runs, tables, evaluation)
-        local = _read_local(config, evaluation)
-        references = _references(local, runs, data, selection, evaluation)
+        data = _only_one(_digests(runs, tables, evaluation.tag), evaluation)
+        references = _references(_read_local(config, evaluation), runs, data, selection, evaluation)
         if evaluation is not HELD_OUT and not tables:
             references = references if not runs else {}
         if evaluation is not HELD_OUT and not (tables or references):
@@ -66,49 +58,38 @@ def read_results(
     return all_results
 
 
-def _read_tables(config: Config, runs: Sequence[TrackedRun], evaluation: Evaluation) -> dict[str, Examples]:
-    """Reads {run id: table of examples} of the runs that have results of this evaluation."""
-    tables = {}
-    for run in runs:
-        if evaluation.tag not in run.tags:
-            continue
-        path = f"{evaluation.folder}/{EXAMPLES_FILE}"
-        content = read_artifact(config, run.run_id, path)
-        if content is not None:
-            try:
-                tables[run.run_id] = _named(read_examples(content), evaluation)
-            except ValueError as error:
-                raise UserError(
-                    f"artifact {path} of run {run.name} ({run.run_id}): {error}; evaluate it again with "
-                    f"`{evaluation.made_by}`"
-                ) from None
-    return tables
-
-
-def _named(examples: Examples, evaluation: Evaluation) -> Examples:
-    """Returns the examples with unique names of measures: each benchmark has an accuracy, which is named after it."""
-    if evaluation.name not in tasks.EVALUATIONS:
+def _read(content: bytes | None, evaluation: Evaluation, place: str) -> Examples | None:
+    """Returns a file's examples with unique names of measures: the accuracy of a benchmark is named after it."""
+    if content is None:
+        return None
+    try:
+        examples = read_examples(content)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; evaluate it again with `{evaluation.made_by}`") from None
+    if evaluation.name not in BENCHMARKS:
         return examples
     measures = [dataclasses.replace(measure, name=f"{evaluation.name}_{measure.name}") for measure in examples.measures]
     return dataclasses.replace(examples, measures=measures)
 
 
-def _require_same_data(
-    runs: Sequence[TrackedRun], tables: Mapping[str, Examples], evaluation: Evaluation
-) -> str | None:
-    """Returns the digest of the data that all of these runs were evaluated on; None if no run was evaluated.
-
-    Raises:
-        DifferentDataError: when there are several digests; the message names the runs evaluated on each.
-    """
-    by_digest: dict[str, list[str]] = {}
+def _read_tables(config: Config, runs: Sequence[TrackedRun], evaluation: Evaluation) -> dict[str, Examples]:
+    """Reads {run id: table of examples} of the runs that have results of this evaluation."""
+    path = f"{evaluation.folder}/{EXAMPLES_FILE}"
+    tables = {}
     for run in runs:
-        digests = {run.tags.get(evaluation.tag)}
-        if run.run_id in tables:
-            digests.add(tables[run.run_id].data)
-        for digest in digests - {None}:
-            by_digest.setdefault(str(digest), []).append(f"{run.name} ({run.run_id[:8]})")
-    return _only_one(by_digest, evaluation)
+        if evaluation.tag in run.tags:
+            content = read_artifact(config, run.run_id, path)
+            tables[run.run_id] = _read(content, evaluation, f"artifact {path} of run {run.name} ({run.run_id})")
+    return {run_id: table for run_id, table in tables.items() if table is not None}
+
+
+def _read_local(config: Config, evaluation: Evaluation) -> dict[str, Examples]:
+    """Reads {model: table of examples} of the models evaluated in the work directory."""
+    tables = {}
+    for model in (TEACHER, CUT_STUDENT, *config.run_names):
+        folder = evaluation.folder_of(config, model)
+        tables[model] = _read(read_file(folder, EXAMPLES_FILE), evaluation, str(folder / EXAMPLES_FILE))
+    return {model: table for model, table in tables.items() if table is not None}
 
 
 def _comparable(
@@ -119,33 +100,27 @@ def _comparable(
     A measure is comparable if all of its runs have the same digest of its further data (such as the sense embeddings),
     and the same counts on each example.
     """
-    measures: list[Measure] = list(held_out_text.MEASURES) if evaluation is HELD_OUT else []
+    measures = {measure.name: measure for measure in held_out_text.MEASURES} if evaluation is HELD_OUT else {}
     names = {run.run_id: run.name for run in runs}
     notes = []
     for name in dict.fromkeys(measure.name for table in tables.values() for measure in table.measures):
         of_runs = {
-            run_id: next(measure for measure in table.measures if measure.name == name)
-            for run_id, table in tables.items()
-            if any(measure.name == name for measure in table.measures)
+            run_id: measure for run_id, table in tables.items() for measure in table.measures if measure.name == name
         }
         by_data: dict[str | None, list[str]] = {}
         for run_id, measure in of_runs.items():
             by_data.setdefault(measure.data, []).append(names[run_id])
-        known = next((measure for measure in measures if measure.name == name), None)
         if len(by_data) > 1:
             sides = "; ".join(f"{str(digest)[:12]}: {', '.join(of)}" for digest, of in by_data.items())
             notes.append(f"{name} left out: the runs have different teachers or sense embeddings ({sides})")
+            measures.pop(name, None)
         elif not _same_counts(tables, of_runs):
             notes.append(f"{name} left out: some runs count it at other positions, because their relations differ")
+            measures.pop(name, None)
         else:
-            measures = [measure for measure in measures if measure is not known] if known else measures
-            measures.append(next(iter(of_runs.values())))
-            continue
-        measures = [measure for measure in measures if measure is not known]
+            measures[name] = next(iter(of_runs.values()))
     order = [measure.name for measure in held_out_text.MEASURES]
-    return sorted(
-        measures, key=lambda measure: order.index(measure.name) if measure.name in order else len(order)
-    ), notes
+    return sorted(measures.values(), key=lambda m: order.index(m.name) if m.name in order else len(order)), notes
 
 
 def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure]) -> bool:
@@ -153,35 +128,15 @@ def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure])
 
     Tables with different examples are not compared here; the tests on examples report them.
     """
-    first: dict[str, float] | None = None
-    for run_id, measure in of_runs.items():
-        counts = dict(zip(tables[run_id].ids, np.asarray(tables[run_id].columns[measure.count]).tolist(), strict=True))
-        if first is None:
-            first = counts
-        elif counts.keys() == first.keys() and counts != first:
-            return False
-    return True
-
-
-def _read_local(config: Config, evaluation: Evaluation) -> dict[str, tuple[str, dict[str, float]]]:
-    """Reads {model: (digest of the data, its measures)} of the models evaluated in the work directory."""
-    local = {}
-    for model in (TEACHER, CUT_STUDENT, *config.run_names):
-        folder = evaluation.folder_of(config, model)
-        content = read_file(folder, EXAMPLES_FILE)
-        if content is not None:
-            try:
-                examples = _named(read_examples(content), evaluation)
-            except ValueError as error:
-                raise UserError(
-                    f"{folder / EXAMPLES_FILE}: {error}; evaluate it again with `{evaluation.made_by}`"
-                ) from None
-            local[model] = (examples.data, examples.values())
-    return local
+    first, *others = (
+        dict(zip(tables[run_id].ids, tables[run_id].columns[measure.count].tolist(), strict=True))
+        for run_id, measure in of_runs.items()
+    )
+    return all(counts == first for counts in others if counts.keys() == first.keys())
 
 
 def _references(
-    local: Mapping[str, tuple[str, dict[str, float]]],
+    local: Mapping[str, Examples],
     runs: Sequence[TrackedRun],
     data: str | None,
     selection: Selection,
@@ -194,24 +149,30 @@ def _references(
     """
     measured = {run.name for run in runs if any(metric.startswith(EVALUATED) for metric in run.metrics)}
     shown = {
-        name: digest
-        for name, (digest, _) in local.items()
+        name: table
+        for name, table in local.items()
         if name in (TEACHER, CUT_STUDENT) or not (selection or name in measured)
     }
     if data is None:
-        by_digest: dict[str, list[str]] = {}
-        for name, digest in shown.items():
-            by_digest.setdefault(digest, []).append(name)
-        data = _only_one(by_digest, evaluation)
-    return {name: local[name][1] for name, digest in shown.items() if digest == data}
+        data = _only_one(((table.data, name) for name, table in shown.items()), evaluation)
+    return {name: table.values() for name, table in shown.items() if table.data == data}
 
 
-def _only_one(by_digest: Mapping[str, Sequence[str]], evaluation: Evaluation) -> str | None:
-    """Returns the only digest in {digest: names of runs or models evaluated on it}, or None if there is none.
+def _digests(runs: Sequence[TrackedRun], tables: Mapping[str, Examples], tag: str) -> Iterator[tuple[str, str]]:
+    """Yields (digest of the data, name of the run) for each run that was evaluated."""
+    for run in runs:
+        digests = {run.tags.get(tag), tables[run.run_id].data if run.run_id in tables else None}
+        yield from ((digest, f"{run.name} ({run.run_id[:8]})") for digest in digests if digest is not None)
 
-    Raises:
-        DifferentDataError: when there are several.
+
+def _only_one(evaluated: Iterable[tuple[str, str]], evaluation: Evaluation) -> str | None:
+    """Returns the only digest among (digest of the data, name of a run or model evaluated on it); None without any.
+
+    Raises a DifferentDataError if there are several.
     """
+    by_digest: dict[str, list[str]] = {}
+    for digest, name in evaluated:
+        by_digest.setdefault(digest, []).append(name)
     if len(by_digest) > 1:
         raise DifferentDataError(
             listed(

@@ -24,15 +24,14 @@ class Estimate:
 
     mean: float
     half_width: float | None
-    count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
         """Computes the estimate from one value per seed."""
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
-            return cls(mean, None, count)
-        return cls(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values)), count)
+            return cls(mean, None)
+        return cls(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values)))
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,11 @@ class Difference:
 def paired_on_examples(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> Difference:
     """Computes a paired t test of two models, or of two groups' means over seeds, on the same examples.
 
-    The difference is that of the measures themselves, R = sum(one - other) / sum(counts). For perplexity it is the
-    difference of mean negative log-likelihoods per token, so each example is weighted by its tokens. The standard error
-    of R is that of a ratio (:func:`dskd.evaluation.scores_by_example.standard_error`). If every count is 1, this is the
-    ordinary paired t test. Examples with count 0 carry no information and are not counted.
-
-    Args:
-        one: sums [N] over each example.
-        other: the same sums [N] of the other model or group.
-        counts: the counts [N] that both are divided by.
+    The difference is that of the measures themselves, R = sum(one - other) / sum(counts), from the sums [N] of both
+    over each example and their common counts [N]. For perplexity it is the difference of mean negative log-likelihoods
+    per token, so each example is weighted by its tokens. The standard error of R is that of a ratio
+    (:func:`dskd.evaluation.scores_by_example.standard_error`). If every count is 1, this is the ordinary paired t test.
+    Examples with count 0 carry no information and are not counted.
     """
     differences, number = (one - other).astype(float), int((counts > 0).sum())
     value = float(differences[counts > 0].sum() / counts.sum()) if number else math.nan
@@ -74,12 +69,9 @@ def paired_on_examples(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -
 def on_seeds(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> Difference | None:
     """Computes the difference of two groups' means over trainings; returns None if either has fewer than two.
 
-    If both groups have the same seeds, once each, the test is paired by seed, because trainings with the same seed have
-    the same data order and random draws. Otherwise it is Welch's t test.
-
-    Args:
-        one: {seed: values of its runs}.
-        other: the same for the other group.
+    Both groups are given as {seed: values of its runs}. If they have the same seeds, once each, the test is paired by
+    seed, because trainings with the same seed have the same data order and random draws. Otherwise it is Welch's t
+    test.
     """
     first, second = ([value for values in group.values() for value in values] for group in (one, other))
     if min(len(first), len(second)) < 2:

@@ -1,6 +1,6 @@
 """The tables of a comparison, each built once: the text prints them in a terminal, the report as HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dskd.compare import wording
@@ -29,11 +29,14 @@ class Table:
 
 
 def measures_table(comparison: Comparison, title: str) -> Table:
-    """Returns the measures of the evaluations with this title: a row for each reference and each group of runs."""
+    """Returns the measures of the evaluations with this title, a row for each reference and each group of runs.
+
+    The second column is the number of seeds.
+    """
     names = comparison.measured(title)
     rows = [
         Row(
-            [wording.reference_label(name), *(wording.number(m, values[m]) if m in values else "-" for m in names)],
+            [wording.reference_label(name), "", *(wording.number(m, values[m]) if m in values else "-" for m in names)],
             "reference",
         )
         for name, values in comparison.references.items()
@@ -41,8 +44,8 @@ def measures_table(comparison: Comparison, title: str) -> Table:
     for group in comparison.groups:
         estimates = [group.estimate(comparison.final.get(f"{EVALUATED}{name}", {})) for name in names]
         cells = [wording.estimate(name, estimate) for name, estimate in zip(names, estimates, strict=True)]
-        rows.append(Row([group.name, *cells], group=group))
-    return Table(["model", *(wording.label(name) for name in names)], rows)
+        rows.append(Row([group.name, str(len(group.runs)), *cells], group=group))
+    return Table(["model", "seeds", *(wording.label(name) for name in names)], rows)
 
 
 def tests_table(tests: Sequence[Test]) -> Table:
@@ -75,11 +78,11 @@ def settings_table(comparison: Comparison) -> Table:
     return Table(["setting", *_labels(comparison)], rows)
 
 
-def training_table(comparison: Comparison) -> Table:
-    """Returns the last value of every metric of training, by its key, and the best one if there is a best."""
+def training_table(comparison: Comparison, name_of: Callable[[str], str]) -> Table:
+    """Returns the last value of every metric of training, and the best one if there is a best."""
     rows = []
     for metric in [*comparison.metrics(TRAINED), *comparison.evaluated_in_training()]:
-        rows.append(_metric_row(comparison, metric, metric))
+        rows.append(_metric_row(comparison, name_of(metric), metric))
         if metric in comparison.best:
             best = comparison.best[metric]
             rows.append(Row(["best @ step", *(wording.best(metric, g, best) for g in comparison.groups)], "sub"))

@@ -11,7 +11,7 @@ from dskd.compare.pictures import draw_curves
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
-from dskd.evaluation.held_out_text import HELD_OUT
+from dskd.evaluation.table import HELD_OUT
 
 PICTURE = "curves.png"
 
@@ -22,7 +22,7 @@ def format_comparison(comparison: Comparison, picture: Path | None) -> str:
     `picture` is the file with the loss curves, or None if there is none.
     """
     parts = []
-    if comparison.has_measures:
+    if comparison.results:
         parts += _measures(comparison)
     if comparison.groups:
         parts += ["Runs:", _groups_table(comparison), ""]
@@ -60,11 +60,11 @@ def _measures(comparison: Comparison) -> list[str]:
 def _measures_of(comparison: Comparison, title: str) -> str:
     built = tables.measures_table(comparison, title)
     rows = [
-        [row.group.label if row.group else row.cells[0], *row.cells[1:]]
+        [row.group.label if row.group else row.cells[0], *row.cells[2:]]  # the label has the number of seeds
         for row in built.rows
-        if any(cell != "-" for cell in row.cells[1:])
+        if any(cell != "-" for cell in row.cells[2:])
     ]
-    return table(built.header, rows)
+    return table([built.header[0], *built.header[2:]], rows)
 
 
 def _tests(tests: Sequence[Test]) -> str:
@@ -78,8 +78,12 @@ def _tests(tests: Sequence[Test]) -> str:
 
 def _groups_table(comparison: Comparison) -> str:
     rows = [["status", *(wording.status(group) for group in comparison.groups)]]
-    for built in (tables.settings_table, tables.training_table, tables.resources_table):
-        for row in built(comparison).rows:
+    for built in (
+        tables.settings_table(comparison),
+        tables.training_table(comparison, str),
+        tables.resources_table(comparison),
+    ):
+        for row in built.rows:
             rows.append([f"  {row.cells[0]}" if row.kind == "sub" else row.cells[0], *row.cells[1:]])
     return table(["", *(group.label for group in comparison.groups)], rows)
 
@@ -87,9 +91,7 @@ def _groups_table(comparison: Comparison) -> str:
 def compare(config: Config) -> str:
     """Returns the comparison of the newest run of each name as text; saves their curves in the work directory.
 
-    Raises:
-        DifferentDataError: when the runs were evaluated on different data.
-        UserError: when nothing was trained or evaluated yet.
+    Raises the errors of :func:`dskd.compare.comparison.make_comparison`.
     """
     return summarize(make_comparison(config))
 

@@ -1,6 +1,7 @@
 """Names of metrics and formats of their numbers, the same in text and report."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from dskd.compare.comparison import Comparison
@@ -121,10 +122,8 @@ def verdict(test: Test) -> str:
 
 def status(group: Group) -> str:
     """Returns the status of the group's runs, such as `finished`, or the number of runs with each status."""
-    statuses = [run.status.lower() for run in group.runs]
-    if len(set(statuses)) == 1:
-        return statuses[0]
-    return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    statuses = Counter(run.status.lower() for run in group.runs)
+    return ", ".join(f"{count} {status}" if len(statuses) > 1 else status for status, count in statuses.items())
 
 
 def cost_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:

@@ -15,10 +15,11 @@ messages    describes keys, and explains mistakes
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
 from dskd.config.evaluation import TASKS as TASKS
@@ -110,45 +111,33 @@ class Config(Section):
     tasks: TasksConfig = TasksConfig()  # type: ignore[call-arg]
     pipeline: PipelineConfig = PipelineConfig()  # type: ignore[call-arg]
 
-    @model_validator(mode="after")
-    def _sections_fit_together(self) -> "Config":
-        problems = []
+    def problems(self) -> Iterator[str]:
+        """Yields messages about sections that do not fit together."""
         if self.teacher.mode == "cached":
-            problems += self._missing_in_the_shards()
+            yield from self._missing_in_the_shards()
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
-            problems.append(
-                "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
 
-    def _missing_in_the_shards(self) -> list[str]:
-        """Lists what teacher.mode: cached would read from the shards, and `annotation` does not store."""
-        problems, store = [], self.annotation.store
+    def _missing_in_the_shards(self) -> Iterator[str]:
+        """Yields what teacher.mode: cached would read from the shards, and `annotation` does not store."""
+        store = self.annotation.store
         if "teacher_states" not in store:
             if self.loss.kd_weight and not self.annotation.teacher_top_n:
-                problems.append(
+                yield (
                     "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n, how "
                     "many tokens are stored (64, say)"
                 )
+            lacks = "needs the teacher's states, which teacher.mode: cached reads from the shards"
             remedy = "set annotation.store to [teacher_states], or teacher.mode to resident or zero3"
             if self.loss.hidden_weight:
-                problems.append(
-                    "loss.hidden_weight needs the teacher's states, which teacher.mode: cached reads from the shards; "
-                    f"{remedy}, or loss.hidden_weight to 0"
-                )
+                yield f"loss.hidden_weight {lacks}; {remedy}, or loss.hidden_weight to 0"
             if self.loss.compares_sense_distributions:
-                problems.append(
-                    "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached reads from "
-                    f"the shards; {remedy}, or loss.sense_form to distance"
-                )
+                yield f"loss.sense_form: distribution {lacks}; {remedy}, or loss.sense_form to distance"
         if self.student.shared_trunk == "on" and "trunk_states" not in store:
-            problems.append(
+            yield (
                 "student.shared_trunk: on needs a teacher in training, or annotation.store: [teacher_states, "
                 "trunk_states], and teacher.mode: cached loads no teacher"
             )
-        return problems
 
     @property
     def run_names(self) -> tuple[str, ...]:

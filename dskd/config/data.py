@@ -1,8 +1,9 @@
 """The sections for the stages before training: `corpus`, `wordnet`, `lexicon`, `senses` and `annotation`."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from dskd.config.evaluation import TASKS, TaskName
 from dskd.config.section import GB, PathText, Section
@@ -53,22 +54,13 @@ class CorpusConfig(Section):
         None, ge=1, description="largest number of held-out sequences; null: all"
     )
 
-    @model_validator(mode="after")
-    def _keys_fit_the_source(self) -> "CorpusConfig":
-        problems = []
+    def problems(self) -> Iterator[str]:
+        """Yields messages about keys that do not fit the source."""
         if self.source == "files" and not self.train:
-            problems.append("source: files needs corpus.train, a list of paths or globs")
+            yield "source: files needs corpus.train, a list of paths or globs"
         if self.source == "huggingface" and not self.dataset:
-            problems.append("source: huggingface needs corpus.dataset, a name on the hub or a folder")
-        for source, keys in _KEYS_OF_SOURCES.items():
-            fields = type(self).model_fields
-            wrong = [f"corpus.{key}" for key in keys if getattr(self, key) != fields[key].default]
-            if self.source != source and wrong:
-                verb = "needs" if len(wrong) == 1 else "need"
-                problems.append(f"{' and '.join(wrong)} {verb} source: {source}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield "source: huggingface needs corpus.dataset, a name on the hub or a folder"
+        yield from self.keys_without_use("corpus", "source", _KEYS_OF_SOURCES)
 
 
 class WordNetConfig(Section):
@@ -111,19 +103,14 @@ class LexiconConfig(Section):
         "im- also covers the negating in-, il- and ir-; its label in- means into (docs/method.md, section 1)",
     )
 
-    @model_validator(mode="after")
-    def _some_source(self) -> "LexiconConfig":
+    def problems(self) -> Iterator[str]:
+        """Yields messages about a lack of sources, and about keys that are for another source."""
         if not (self.wordnet or self.wiktionary or self.dict2vec or self.tsv):
-            raise ValueError(
-                "no source of relations: set wordnet: true, or wiktionary, dict2vec or tsv to a list of files"
-            )
+            yield "no source of relations: set wordnet: true, or wiktionary, dict2vec or tsv to a list of files"
         if not self.wordnet and self.languages != ("eng",):
-            raise ValueError("languages are those of WordNet: set wordnet: true, or remove them")
+            yield "languages are those of WordNet: set wordnet: true, or remove them"
         if self.indirect_antonyms and not (self.wordnet and "eng" in self.languages):
-            raise ValueError(
-                "indirect_antonyms come from WordNet in English: set wordnet: true and add eng to languages"
-            )
-        return self
+            yield "indirect_antonyms come from WordNet in English: set wordnet: true and add eng to languages"
 
 
 class SensesConfig(Section):
@@ -154,20 +141,19 @@ class SensesConfig(Section):
     restarts: int = Field(1, ge=1, description="number of k-means runs for each token; the best is kept")
     max_iterations: int = Field(50, ge=1, description="largest number of Lloyd iterations in a k-means run")
 
-    @model_validator(mode="after")
-    def _more_states_than_senses(self) -> "SensesConfig":
-        if self.k > self.max_states:
-            raise ValueError(
-                f"k {self.k} is more than max_states {self.max_states}, and no token keeps so many states; lower k, or "
-                "raise max_states"
-            )
-        return self
-
     surface_forms: tuple[Literal["capitalized", "sentence_initial"], ...] = Field(
         (),
         description="forms of a word to use in addition to ' word' (the paper), if they are one token. "
         "capitalized: ' Word'; sentence_initial: 'Word' at the beginning of a text",
     )
+
+    def problems(self) -> Iterator[str]:
+        """Yields a message if there are more senses than states."""
+        if self.k > self.max_states:
+            yield (
+                f"k {self.k} is more than max_states {self.max_states}, and no token keeps so many states; lower k, or "
+                "raise max_states"
+            )
 
     @property
     def memory_bytes(self) -> int:

@@ -1,9 +1,10 @@
 """The sections `evaluation` and `tasks`: the data and settings with which models are measured."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dskd.config.section import PathText, Section
 
@@ -27,20 +28,21 @@ class EvaluationConfig(Section):
         description="with wic. Another such file, such as that of the training split, on which the threshold is chosen",
     )
 
-    @model_validator(mode="after")
-    def _threshold_needs_pairs(self) -> "EvaluationConfig":
-        if self.wic_threshold is not None and self.wic is None:
-            raise ValueError(
-                "wic_threshold needs evaluation.wic, the pairs that the threshold is applied to; set it too"
+    def problems(self) -> Iterator[str]:
+        """Yields a message if the threshold is for no pairs, or would be chosen on the pairs that it is applied to."""
+        if self.wic_threshold is None:
+            return
+        if self.wic is None:
+            yield "wic_threshold needs evaluation.wic, the pairs that the threshold is applied to; set it too"
+        elif (place := _real(self.wic)) == _real(self.wic_threshold):
+            yield (
+                f"wic_threshold is evaluation.wic itself, {place}, and the threshold would be chosen on what is "
+                "measured; name another file, such as that of the training split, or leave it out"
             )
-        if self.wic is not None and self.wic_threshold is not None:
-            place, other = (Path(file).expanduser().resolve() for file in (self.wic, self.wic_threshold))
-            if place == other:
-                raise ValueError(
-                    f"wic_threshold is evaluation.wic itself, {place}, and the threshold would be chosen on what is "
-                    "measured; name another file, such as that of the training split, or leave it out"
-                )
-        return self
+
+
+def _real(file: str) -> Path:
+    return Path(file).expanduser().resolve()
 
 
 class TasksConfig(Section):

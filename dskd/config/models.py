@@ -1,8 +1,9 @@
 """The sections `teacher` and `student`."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from dskd.config.section import PathText, Section
 
@@ -19,13 +20,10 @@ class FromScratchConfig(Section):
     learning_rate: float = Field(0.02, gt=0, description="learning rate of Muon, for the weight matrices of the layers")
     embedding_learning_rate: float = Field(0.003, gt=0, description="learning rate of AdamW, for all other parameters")
 
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "FromScratchConfig":
+    def problems(self) -> Iterator[str]:
+        """Yields a message if the heads do not divide the width."""
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be num_heads ({self.num_heads}) times an even number"
-            )
-        return self
+            yield f"hidden_size {self.hidden_size} must be num_heads ({self.num_heads}) times an even number"
 
 
 class TeacherConfig(Section):
@@ -51,17 +49,16 @@ class TeacherConfig(Section):
         None, description="train a small teacher on the corpus instead"
     )
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "TeacherConfig":
+    def problems(self) -> Iterator[str]:
+        """Yields messages unless there is one source of the teacher, and keys of offloading that fit together."""
         if (self.path is None) == (self.train_from_scratch is None):
-            raise ValueError("give either path (a model) or train_from_scratch (a recipe), and not both")
+            yield "give either path (a model) or train_from_scratch (a recipe), and not both"
         if self.offload == "nvme" and self.nvme_path is None:
-            raise ValueError("offload: nvme needs nvme_path, a folder on a local disk of each node")
+            yield "offload: nvme needs nvme_path, a folder on a local disk of each node"
         if self.nvme_path is not None and self.offload != "nvme":
-            raise ValueError("nvme_path needs offload: nvme")
+            yield "nvme_path needs offload: nvme"
         if self.offload == "nvme" and self.mode == "resident":
-            raise ValueError("offload: nvme needs mode: auto or zero3; a resident teacher is on the device")
-        return self
+            yield "offload: nvme needs mode: auto or zero3; a resident teacher is on the device"
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -92,22 +89,14 @@ class StudentConfig(Section):
         "to train if it is not; off: never",
     )
 
-    @model_validator(mode="after")
-    def _layers_are_there(self) -> "StudentConfig":
-        problems = []
+    def problems(self) -> Iterator[str]:
+        """Yields messages about layers that are not in order, and about trained layers that the student lacks."""
         kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
         if isinstance(self.layers, tuple) and list(self.layers) != (ascending := sorted(set(self.layers))):
-            problems.append(
-                f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"
-            )
+            yield f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"
             kept = len(ascending)
         trained = self.train_layers
         if isinstance(trained, int) and trained > kept:
-            problems.append(
-                f"train_layers: at most {kept} can be trained, because `layers` keeps {kept}; found {trained}"
-            )
+            yield f"train_layers: at most {kept} can be trained, because `layers` keeps {kept}; found {trained}"
         elif isinstance(trained, tuple) and (missing := sorted({layer for layer in trained if layer >= kept})):
-            problems.append(f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}"

@@ -5,24 +5,18 @@ reported at once, each with its line, before anything is loaded. A config never 
 """
 
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from dskd.config import Config, Section
-from dskd.config.messages import explain, section_of
+from dskd.config import Config
+from dskd.config.messages import explain
 from dskd.config.runs import apply_run, merge, with_run, with_seeds
-from dskd.config.section import EXPANDED
 from dskd.config.yaml_file import load_yaml, read_yaml
 from dskd.errors import UserError, listed
-
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux
-_VARIABLE = re.compile(r"\$\$|\$(\w+)|\$\{(\w+)\}")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -52,8 +46,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     merged = with_run(merge(data, changes))
     seed_problems = _seed_problems(merged, data, changes)
     merged, run_problems = apply_run(with_seeds(merged), changes)
-    merged, path_problems = _expand_variables(merged)
-    found = [*seed_problems, *run_problems, *path_problems]
+    found = [*seed_problems, *run_problems]
     try:
         config = Config.model_validate_json(json.dumps(merged, default=str))
     except ValidationError as invalid:
@@ -96,96 +89,16 @@ def _seed_problems(merged: dict[str, Any], data: dict[str, Any], overrides: dict
     runs = merged.get("runs")
     if not merged.get("seeds"):
         return []
-    own = (
-        [name for name, keys in runs.items() if isinstance(keys, dict) and "seed" in keys]
-        if isinstance(runs, dict)
-        else []
-    )
-    problems = [
-        (f"runs.{name}.seed", "`seeds` trains this run with each of its own; remove this seed, or `seeds`")
-        for name in own
-    ]
+    named = runs.items() if isinstance(runs, dict) else ()
+    replaced = [f"runs.{name}.seed" for name, keys in named if isinstance(keys, dict) and "seed" in keys]
     if "seed" in data and "seeds" not in overrides:
-        problems.append(("seed", "`seeds` trains each run with each of its own; remove this seed, or `seeds`"))
+        replaced.append("seed")
+    problems = [(key, "`seeds` gives each run seeds of its own; remove this seed, or `seeds`") for key in replaced]
     if "seed" in overrides:
         problems.append(
             ("seed", "the runs of `seeds` would all have this seed; choose one of them with run=NAME-sSEED")
         )
     return problems
-
-
-def _expand_variables(merged: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Expands environment variables in every path; also returns (key, message) for each path with unset variables."""
-    problems: list[tuple[str, str]] = []
-
-    def expand(value: Any, key: str) -> Any:
-        if isinstance(value, list):
-            return [expand(each, f"{key}.{number}") for number, each in enumerate(value)]
-        if not isinstance(value, str):
-            return value
-        missing = [name for name in _variables(value) if name not in os.environ]
-        if missing:
-            names = " and ".join(f"${name}" for name in missing)
-            problems.append(
-                (key, f"{names} is not set in the environment; export it, or write the path ($$ is a dollar sign)")
-            )
-            return value
-        if "${" in _VARIABLE.sub("-", value):
-            problems.append(
-                (
-                    key,
-                    f"{value!r} has a ${{ without a name and }}: write ${{NAME}}, or $$ for a dollar sign",
-                )
-            )
-            return value
-        path = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]] if match[1] or match[2] else "$", value)
-        if problem := _path_problem(path):
-            problems.append((key, problem))
-        return path
-
-    def walk(model: type[Section], data: Any, prefix: str) -> Any:
-        if not isinstance(data, dict):
-            return data
-        changed = dict(data)
-        for name, field in model.model_fields.items():
-            if name not in data:
-                continue
-            section = section_of(field.annotation)
-            if section is not None:
-                changed[name] = walk(section, data[name], f"{prefix}{name}.")
-            elif EXPANDED in field.metadata or _contains_path(field.annotation):
-                changed[name] = expand(data[name], f"{prefix}{name}")
-        return changed
-
-    return walk(Config, merged, ""), problems
-
-
-def _path_problem(path: str) -> str:
-    """Returns why no file can have a path, or an empty text."""
-    longest = max(path.split("/"), key=_num_bytes)
-    if "\0" in path:
-        return "a path cannot contain the character NUL"
-    if _num_bytes(longest) > _LONGEST_NAME:
-        return f"{longest[:40]!r}… has {_num_bytes(longest):,} bytes, and a file's name has at most {_LONGEST_NAME}"
-    if _num_bytes(path) > _LONGEST_PATH:
-        return f"{path[:40]!r}… has {_num_bytes(path):,} bytes, and a path has at most {_LONGEST_PATH:,}"
-    try:
-        Path(path).expanduser()
-    except RuntimeError:
-        return f"{path!r} begins with the home folder of a user that this machine does not know; write the full path"
-    return ""
-
-
-def _num_bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
-
-
-def _variables(text: str) -> list[str]:
-    return [match[1] or match[2] for match in _VARIABLE.finditer(text) if match[1] or match[2]]
-
-
-def _contains_path(annotation: Any) -> bool:
-    return EXPANDED in getattr(annotation, "__metadata__", ()) or any(map(_contains_path, get_args(annotation)))
 
 
 def _locate(

@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from dskd.config.section import PathText, Section
 
@@ -84,36 +85,16 @@ class LossConfig(Section):
     )
     hidden_weight: float = Field(0.0, ge=0, description="weight of the squared distance to the teacher's state")
 
-    @model_validator(mode="after")
-    def _something_to_minimise(self) -> "LossConfig":
+    def problems(self) -> Iterator[str]:
+        """Yields messages about a loss without terms, and about keys without effect."""
         if not any((self.ce_weight, self.kd_weight, self.sense_weight, self.hidden_weight)):
-            raise ValueError("every weight is 0: there is nothing to minimise")
-        return self
-
-    @model_validator(mode="after")
-    def _keys_have_a_use(self) -> "LossConfig":
-        problems = []
-        for form, keys in _KEYS_OF_SENSE_FORMS.items():
-            fields = type(self).model_fields
-            wrong = [f"loss.{key}" for key in keys if getattr(self, key) != fields[key].default]
-            if self.sense_form != form and wrong:
-                one = len(wrong) == 1
-                problems.append(
-                    f"{' and '.join(wrong)} {'needs' if one else 'need'} sense_form: {form}, and it is "
-                    f"{self.sense_form}; leave {'it at its default' if one else 'them at their defaults'}, or change it"
-                )
+            yield "every weight is 0: there is nothing to minimise"
+        yield from self.keys_without_use("loss", "sense_form", _KEYS_OF_SENSE_FORMS)
         random = type(self).model_fields["sense_random_candidates"].default
         if self.sense_random_candidates != random and "random" not in self.sense_candidates:
-            problems.append(
-                "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
-            )
+            yield "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
         if self.lexical_weight != 1 and not (self.ce_weight or self.kd_weight):
-            problems.append(
-                "loss.lexical_weight applies to CE and KL, whose weights are 0; remove it, or set one of them"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield "loss.lexical_weight applies to CE and KL, whose weights are 0; remove it, or set one of them"
 
     @property
     def compares_sense_distributions(self) -> bool:
@@ -171,7 +152,7 @@ class TrainConfig(Section):
     loss_chunk_size: int | None = Field(
         None,
         ge=1,
-        description="number of positions whose logits exist at one time; null: as many as fit the device's caches",
+        description="number of positions whose logits exist at one time; null: enough for fast matrix products",
     )
     compile_losses: bool = Field(False, description="fuse the losses with torch.compile, which takes a minute to start")
     sense_bank: Literal["host", "device"] = Field(
@@ -183,14 +164,13 @@ class TrainConfig(Section):
         1800, ge=10, description="seconds a rank waits in a collective operation before it exits with an error"
     )
 
-    @model_validator(mode="after")
-    def _rule_needs_a_batch(self) -> "TrainConfig":
+    def problems(self) -> Iterator[str]:
+        """Yields a message if there is a rule for the learning rate, but no batch to apply it to."""
         if self.learning_rate_batch_size is None and self.learning_rate_rule != "linear":
-            raise ValueError(
+            yield (
                 f"learning_rate_rule: {self.learning_rate_rule} needs train.learning_rate_batch_size, the batch that "
                 "learning_rate is meant for; give it, or remove the rule"
             )
-        return self
 
     @property
     def peak_learning_rate(self) -> float:

@@ -10,16 +10,22 @@ import yaml
 from dskd.errors import UserError
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+# What YAML can read a key without quotes as, by the name of the type.
+_NOT_TEXT = {
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "NoneType": "nothing",
+    "dict": "a mapping",
+}
 
 
 class _StrictLoader(yaml.SafeLoader):
     """A YAML loader that reads 5e-5 as a number; :func:`load_yaml` refuses duplicate keys."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Returns the data of a node, such as a number or a date.
-
-        Raises:
-            UserError: with the line, if it only looks like one of these (2024-02-30), or is wrongly tagged as one.
+        """Returns the data of a node, such as a number or a date. Raises a UserError with the line if it only looks
+        like one of these (2024-02-30), or is wrongly tagged as one.
         """
         try:
             data = super().construct_object(node, deep)
@@ -62,16 +68,11 @@ def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.Node, ...], done: set[int]) -> None:
-    """Replaces `<<` by the keys that it merges, in a node and all nodes below it, and refuses duplicate keys.
+    """Replaces `<<` by the keys that it merges, in a node and all nodes below it.
 
     If a list of mappings is merged, the first mapping that has a key counts, as YAML defines `<<`. This is not left to
     PyYAML, because its versions disagree on that order, and because duplicate keys cannot be found after its merge.
-
-    Args:
-        loader: the loader that the nodes are from.
-        node: the node to change.
-        around: the nodes that contain it, to detect an alias that contains itself.
-        done: the ids of the nodes that are finished, which aliases repeat.
+    `around` has the nodes that contain `node`, and `done` the ids of the nodes that are finished, which aliases repeat.
 
     Raises:
         UserError: if a key is given twice, a node contains itself, or `<<` has something other than mappings.
@@ -92,9 +93,9 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
             key = key_node.value if is_merge else loader.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
+                what = _NOT_TEXT.get(type(key).__name__, f"a {type(key).__name__}")  # such as a date or a list
                 raise UserError(
-                    f"line {line}: a key of a configuration is text, and YAML reads this one as {type(key).__name__} "
-                    f"({key}); put it in quotes"
+                    f"line {line}: the key {_written(key_node)} has to be text, but is {what}; put it in quotes"
                 )
             if key in seen:
                 remedy = "merge a list, <<: [*ONE, *OTHER]" if is_merge else "keep one of them"
@@ -117,11 +118,13 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
     done.add(id(node))
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns the data of a config file, and the line of each dotted key.
+def _written(node: yaml.Node) -> str:
+    return node.value if isinstance(node, yaml.ScalarNode) else "of this line"
 
-    Raises:
-        UserError: if the file cannot be read, or is not a mapping in YAML.
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns the data of a config file, and the line of each dotted key. Raises a UserError if the file cannot be
+    read, or is not a mapping in YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -23,27 +23,16 @@ from dskd.corpus.files import Document, read_file
 from dskd.corpus.finding import TextFiles, find_files, fingerprint
 from dskd.corpus.hub import read_dataset
 from dskd.corpus.tasks import documents as tasks
-from dskd.errors import UserError
-from dskd.lexicon.wordnet import WordNet, open_wordnet
+from dskd.errors import UserError, shortened
+from dskd.lexicon.wordnet import WordNet, open_wordnet, spelled
 
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
 _TASKS_SCHEMA = _SCHEMA.append(pa.field("continuation_tokens", pa.int32()))
 BATCH_DOCUMENTS = 1000
 _BATCH_CHARACTERS = 32_000_000  # written earlier at this size: a thousand books would need too much memory
-_SHOWN = 20
-_READ_KEYS = (
-    "source",
-    "train",
-    "validation",
-    "dataset",
-    "dataset_config",
-    "dataset_revision",
-    "train_split",
-    "validation_split",
-    "text_field",
-    "validation_share",
-)
+# Settings of `corpus` that do not affect its documents; the digests of benchmarks' documents stand for `tasks`.
+_NOT_IN_RECIPE = ("tasks", "sequence_length", "packing", "max_sequences", "max_validation_sequences")
 
 
 def recipe(config: Config) -> Recipe:
@@ -58,7 +47,8 @@ def recipe(config: Config) -> Recipe:
     else:
         paths = [*_find(config, "train").files, *_find(config, "validation").files]
         inputs = {str(path): fingerprint(path) for path in paths}
-    return Recipe("corpus", inputs, {key: corpus.as_dict()[key] for key in _READ_KEYS})
+    settings = {key: value for key, value in corpus.as_dict().items() if key not in _NOT_IN_RECIPE}
+    return Recipe("corpus", inputs, settings)
 
 
 def build_corpus(config: Config) -> None:
@@ -123,7 +113,7 @@ def read_wordnet_documents(wordnet: WordNet) -> Iterator[Document]:
     """
     documents = []
     for synset in progress(wordnet.reader.all_synsets(), total=None, label="reading WordNet", unit="synsets"):
-        lemmas = ", ".join(name.split("(")[0].replace("_", " ") for name in synset.lemma_names())
+        lemmas = ", ".join(map(spelled, synset.lemma_names()))
         sentences = [f"{lemmas}: {synset.definition()}", *synset.examples()]
         text = " ".join(sentence if sentence.endswith((".", "!", "?")) else f"{sentence}." for sentence in sentences)
         documents.append(Document(synset.name(), text, synset.definition()))
@@ -176,15 +166,14 @@ def _read_files(config: Config, key: str) -> Iterator[Document]:
             yield first
             yield from documents
     if without:
-        shown = ", ".join(without[:_SHOWN]) + (", …" if len(without) > _SHOWN else "")
-        warn(f"corpus.{key}: {len(without):,} files have no document: {shown}")
+        warn(f"corpus.{key}: {len(without):,} files have no document: {shortened(without)}")
 
 
 def _require_unchanged(before: Recipe, after: Recipe) -> None:
     changed = [name for name in {**before.inputs, **after.inputs} if before.inputs.get(name) != after.inputs.get(name)]
     if changed:
         raise UserError(
-            f"{', '.join(changed[:_SHOWN])}: changed while it was read; start again when nothing writes there any more"
+            f"{shortened(changed)}: changed while it was read; start again when nothing writes there any more"
         )
 
 

@@ -12,8 +12,8 @@ from dskd.console import say, warn
 from dskd.corpus import records, tables
 from dskd.corpus.finding import DATASET_STATE
 from dskd.corpus.opening import open_text, reading_errors, without_compression
-
-_SHOWN = 20
+from dskd.errors import shortened
+from dskd.lexicon.reading import is_storable
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def as_documents(source: str, texts: Iterable[tuple[int, str | None]]) -> Iterat
         if text is None:
             nulls += 1
             continue
-        if "\0" in text or not _is_unicode(text):
+        if not is_storable(text):
             left_out.append(number)
             continue
         stripped = text.strip()
@@ -59,10 +59,9 @@ def as_documents(source: str, texts: Iterable[tuple[int, str | None]]) -> Iterat
     if nulls:
         say(f"  {source}: {nulls:,} records without a text (null) are left out")
     if left_out:
-        numbers = ", ".join(map(str, left_out[:_SHOWN])) + (", …" if len(left_out) > _SHOWN else "")
         warn(
             f"{source}: {len(left_out):,} documents are not text (a NUL or half a surrogate pair) and are left out: "
-            f"{numbers}"
+            f"{shortened(left_out)}"
         )
 
 
@@ -93,12 +92,3 @@ def _read_paragraphs(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
                 lines = []
     if lines:
         yield start, "".join(lines)
-
-
-def _is_unicode(text: str) -> bool:
-    """Returns False if a text has lone surrogates, which JSON can express but no encoding can represent."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -20,7 +20,7 @@ from dskd.artifacts.hashing import digest_of_json
 from dskd.artifacts.hashing import fingerprint as fingerprint_of_file
 from dskd.corpus.opening import COMPRESSIONS, without_compression
 from dskd.corpus.tables import saved_files
-from dskd.errors import UserError, listed
+from dskd.errors import UserError, listed, shortened
 
 TEXT_SUFFIX = ".txt"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -48,6 +48,7 @@ _COMMENT = ("#", ";", "//")
 _CHECKSUM_LINES = 5  # lines to look at that are no comments
 _LONGEST_CHECKSUM_LINE = 400  # characters; a longer line with a hash is text
 _READ_LINES = 200
+_SHOWN_KINDS = 12
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,8 @@ class TextFiles:
 def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> TextFiles:
     """Finds the files with text that paths, folders and globs name: sorted, each once, and for MDS shards their index.
 
-    Args:
-        patterns: the paths, folders and globs of the config.
-        key: the config's key, for messages.
-        workdir: the work directory; a folder or glob that contains it is searched without it.
-
-    Raises:
-        UserError: when a pattern names nothing readable; it lists all of these.
+    A folder or glob that contains the work directory is searched without it. Raises a UserError that lists all patterns
+    of `key`, the config's, that name nothing readable.
     """
     files: dict[Path, Path] = {}  # by real path, because links can give one file several names
     left_out: Counter[str] = Counter()
@@ -254,7 +250,7 @@ def _note_mixture(files: Sequence[Path], notes: list[str]) -> None:
     texts = [file for file in files if without_compression(file.name).endswith(TEXT_SUFFIX)]
     folders = {file.parent for file in files if file not in texts}
     if mixed := [file for file in texts if file.parent in folders]:
-        shown = ", ".join(file.name for file in mixed[:3]) + (", …" if len(mixed) > 3 else "")
+        shown = shortened([file.name for file in mixed], 3)
         notes.append(
             f"warning: {len(mixed):,} .txt in folders with files of records ({shown}) are read too, as paragraphs of "
             "text; if they are not text, name the others by a pattern"
@@ -340,6 +336,7 @@ def _ending(file: Path) -> str:
     return "".join(suffixes).lower() or "without an ending"
 
 
-def _counted(numbers: Mapping[str, int], limit: int = 12) -> str:
+def _counted(numbers: Mapping[str, int]) -> str:
     shown = [f"{number:,} {name}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))]
-    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} other kinds" if len(shown) > limit else "")
+    others = len(shown) - _SHOWN_KINDS
+    return ", ".join(shown[:_SHOWN_KINDS]) + (f" and {others} other kinds" if others > 0 else "")

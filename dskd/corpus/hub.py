@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dskd.artifacts import hashing
 from dskd.artifacts.hashing import digest_of_json
+from dskd.artifacts.hashing import fingerprint as fingerprint_of_file
 from dskd.config import CorpusConfig
 from dskd.corpus.files import Document, as_documents
 from dskd.corpus.finding import DATASET_SPLITS, DATASET_STATE
@@ -21,23 +21,18 @@ def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
 
     Returns {} for a dataset on the hub, which only its name identifies.
     """
-    folder = _folder(corpus)
+    folder = Path(corpus.dataset or "").expanduser()
     if not folder.is_dir():
         return {}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(folder): digest_of_json([hashing.fingerprint(file) for file in files])}
+    return {str(folder): digest_of_json([fingerprint_of_file(file) for file in files])}
 
 
 def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
-    """Yields the documents of a split of `corpus.dataset`, in its order.
-
-    Raises:
-        UserError: when the library is missing, or the dataset cannot be found, reached or read; it says what to do.
-    """
+    """Yields the documents of a split of `corpus.dataset`, in its order; raises the errors of :func:`read_rows`."""
     name = f"{corpus.dataset}/{split}"
-    assert corpus.dataset is not None
     rows = read_rows(
-        corpus.dataset,
+        str(corpus.dataset),
         split,
         corpus.dataset_config,
         key="corpus.dataset",
@@ -45,13 +40,8 @@ def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
         revision=corpus.dataset_revision,
         column=corpus.text_field,
     )
-    yield from as_documents(name, _texts(rows, corpus.text_field, name))
-
-
-def _texts(rows: Iterator[Any], text_field: str, name: str) -> Iterator[tuple[int, str | None]]:
-    for number, row in enumerate(rows):
-        is_null = text_field in row and row[text_field] is None
-        yield number, None if is_null else text_of(row, text_field, f"{name}:{number}")
+    texts = ((number, text_of(row, corpus.text_field, f"{name}:{number}")) for number, row in enumerate(rows))
+    yield from as_documents(name, texts)
 
 
 def read_rows(
@@ -64,19 +54,14 @@ def read_rows(
     revision: str | None = None,
     column: str | None = None,
 ) -> Iterator[Any]:
-    """Yields the rows of a split of a dataset, in its order.
+    """Yields the rows of a split of a dataset, which is a name on the hub or a folder, in its order.
 
-    Args:
-        dataset: a name on the hub, or a folder.
-        split: name of the split.
-        config: the dataset's configuration, if it has several.
-        key: the config's key that names the dataset, for messages.
-        instead: what to do if the hub cannot be reached, for messages.
-        revision: branch, tag or commit on the hub.
-        column: the only column to read, if the files have columns.
+    `config` is the dataset's configuration, if it has several; `revision` a branch, tag or commit on the hub; `column`
+    the only column to read, if the files have columns.
 
     Raises:
-        UserError: when the library is missing, or the dataset cannot be found, reached or read; it says what to do.
+        UserError: when the library is missing, or the dataset cannot be found, reached or read. It names `key`, the
+            config's, and says with `instead` what to do if the hub cannot be reached.
     """
     try:
         from datasets import load_dataset
@@ -107,7 +92,3 @@ def read_rows(
             "name a dataset of the hub that can be reached from here, or a folder of one, and one of its splits and "
             f"configurations; {instead}"
         ) from None
-
-
-def _folder(corpus: CorpusConfig) -> Path:
-    return Path(corpus.dataset or "").expanduser()

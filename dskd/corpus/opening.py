@@ -34,8 +34,9 @@ _MAGIC = {
 }
 
 
-def _open_zstd(path: Path) -> Any:
-    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+def _open_zstd(path: Path) -> io.BufferedReader:
+    stream: Any = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return io.BufferedReader(stream, buffer_size=2**18)
 
 
 _OPENERS: Mapping[str, Callable[[Path], Any]] = {
@@ -73,28 +74,10 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
     if opener is None:
         _refuse_hidden_kind(path, start)
     with contextlib.ExitStack() as stack:
-        unpacked = stack.enter_context(opener(path) if opener else path.open("rb"))
-        buffered = io.BufferedReader(_Raw(unpacked), buffer_size=2**18) if opener is _open_zstd else unpacked
+        buffered = stack.enter_context(opener(path) if opener else path.open("rb"))
         head = buffered.peek(_HEAD_CHARACTERS)[:_HEAD_CHARACTERS]
         _refuse_other_content(path, head)
         yield stack.enter_context(io.TextIOWrapper(buffered, encoding="utf-8-sig", newline=newline))
-
-
-class _Raw(io.RawIOBase):
-    """An Arrow stream as a raw stream of Python, so that it can be buffered and peeked into."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        """Returns True; reading is the only operation it supports."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Reads at most as many bytes as fit into the buffer, and returns their number."""
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 @contextlib.contextmanager
@@ -109,10 +92,9 @@ def reading_errors(path: Path) -> Iterator[None]:
         ) from None
     except EOFError:
         raise UserError(f"{path}: the compressed file ends too early; was its download or copy truncated?") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: this is not whole gzip data ({error}); fetch it again, or leave it out") from None
-    except lzma.LZMAError as error:
-        raise UserError(f"{path}: this is not whole xz data ({error}); fetch it again, or leave it out") from None
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        kind = "xz" if isinstance(error, lzma.LZMAError) else "gzip"
+        raise UserError(f"{path}: this is not whole {kind} data ({error}); fetch it again, or leave it out") from None
     except pa.ArrowException as error:
         kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
         reason = str(error).splitlines()[0]

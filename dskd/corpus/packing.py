@@ -12,7 +12,7 @@ Tokens go through a temporary file, so memory does not grow with the corpus. Sha
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,20 +52,14 @@ def pack(
     When documents are concatenated, the last tokens, which do not fill a sequence, are dropped. If they are all there
     is, they are padded to one sequence instead.
 
-    Args:
-        texts: the documents.
-        tokenizer: the teacher's tokenizer.
-        path: the safetensors file to write: `input_ids` [S, T] int32; `starts` [S, T] uint8, 1 where attention and
-            positions start again; `lengths` [S] int32, the number of real tokens in each sequence.
-        sequence_length: T.
-        packing: one of the three ways in the module's table.
-        max_sequences: maximum number of sequences.
-        continuation_tokens: only with packing: none. One number per document, stored as a tensor [S] int32.
-        vocab_size: number of tokens of the model.
-        name_of: returns the name of a document by its number, counted from 0, for messages.
+    `path` is the safetensors file to write: `input_ids` [S, T] int32; `starts` [S, T] uint8, 1 where attention and
+    positions start again; `lengths` [S] int32, the number of real tokens in each sequence; and `continuation_tokens`
+    [S] int32, from one number per document, only with packing: none. `packing` is one of the three ways in the module's
+    table.
 
     Raises:
-        UserError: when a document has a token that is not below `vocab_size`.
+        UserError: when a document has a token that is not below `vocab_size`, the number of the model's tokens.
+            `name_of` returns the document's name by its number, counted from 0.
     """
     tokenizing = Tokenizing(tokenizer, vocab_size)
     padding = tokenizing.end[0] if tokenizing.end else 0
@@ -78,7 +72,7 @@ def pack(
         spool = {name: stack.enter_context(Path(folder, name).open("w+b")) for name in names}
         with progress_bar(total=limit, label="tokenizing", unit="tokens") as bar:
             first = 0  # the number of the batch's first document
-            for batch in _batched(texts):
+            for batch in batched(texts):
                 before = bar.n
                 documents = tokenizing.read(
                     batch,
@@ -116,10 +110,8 @@ def _starts_of(sizes: np.ndarray) -> np.ndarray:
 def _own_rows(
     tokens: np.ndarray, sizes: np.ndarray, sequence_length: int, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Puts each document into rows of its own, padded.
-
-    Returns:
-        The tokens [rows · T] int32, and the number of real tokens [rows] int32 in each row.
+    """Puts each document into rows of its own, padded. Returns the tokens [rows · T] int32, and the number of real
+    tokens [rows] int32 in each row.
     """
     rows = -(-sizes // sequence_length)
     first_row = rows.cumsum() - rows
@@ -166,8 +158,8 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
         return Packed(size, tokens, spooled - whole * sequence_length if whole else 0)
 
 
-def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Yields batches of texts for the tokenizer, limited in characters too.
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields batches of texts, limited in number and in characters.
 
     The tokenizer needs some hundred bytes per token, so a thousand books at once would need too much memory.
     """

@@ -15,7 +15,7 @@ _WRITE_CHATS = (
 _CHUNK_CHARACTERS = 2**20
 _LARGEST_ELEMENT = 2**30  # characters; stops the reader from loading a whole file that is not JSON
 # Keys under which data sets have chats, and sets of keys under which they have an instruction and its answer.
-_CHAT_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "mapping")
+CHAT_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "mapping")
 _INSTRUCTION_KEYS = (
     {"instruction", "output"},
     {"instruction", "response"},
@@ -32,8 +32,7 @@ _INSTRUCTION_KEYS = (
 def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
     """Yields (number, text) for a JSON file: the number is that of the line, or in the array, from 1; None for null.
 
-    Raises:
-        UserError: when a line or element is not an object with a text; it names that line or element.
+    Raises a UserError that names a line or element which is not an object with a text.
     """
     with open_text(path) as stream:
         start = stream.readline(_CHUNK_CHARACTERS)
@@ -44,19 +43,15 @@ def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
         is_array = start.lstrip().startswith("[")
         numbered = _elements(path, start, stream) if is_array else _lines(path, start, stream, blank)
         for number, record in numbered:
-            is_null = isinstance(record, dict) and record.get(text_field, "") is None
-            yield number, None if is_null else text_of(record, text_field, f"{path}:{number}")
+            yield number, text_of(record, text_field, f"{path}:{number}")
 
 
-def text_of(record: Any, text_field: str, place: str) -> str:
-    """Returns the text of a record.
-
-    Raises:
-        UserError: when the record has no text under `text_field`; it says what the record has instead.
+def text_of(record: Any, text_field: str, place: str) -> str | None:
+    """Returns the text of a record, or None if it is null. If there is none under `text_field`, the UserError says what
+    the record has instead.
     """
-    if isinstance(record, dict) and isinstance(record.get(text_field), str):
-        text: str = record[text_field]
-        return text
+    if isinstance(record, dict) and text_field in record and isinstance(record[text_field], str | None):
+        return record[text_field]
     expected = f"{place}: expected an object with a text under {text_field!r}, but"
     if isinstance(record, list) and (is_chat(record) or (record and all(map(is_chat, record)))):
         raise UserError(f"{expected} this is a chat: a list of {len(record)}. {_WRITE_CHATS}")
@@ -96,20 +91,15 @@ def has_instruction(keys: Iterable[str]) -> bool:
     return any(needed <= names for needed in _INSTRUCTION_KEYS)
 
 
-def is_chat_key(name: str) -> bool:
-    """Returns True if a key or column has the name that chats usually have."""
-    return name in _CHAT_KEYS
-
-
 def _chat(record: dict[str, Any]) -> str:
     """Describes the chat in a record; returns an empty text if there is none."""
     for key, turns in record.items():
         if is_chat(turns):
             speaker = turns[0].get("role", turns[0].get("from"))
             return f"{key!r} has {len(turns)} turn{'s' * (len(turns) != 1)}, the first by {speaker!r}"
-        if is_chat_key(key) and isinstance(turns, (list, dict)):
+        if key in CHAT_KEYS and isinstance(turns, (list, dict)):
             return f"{key!r} is {'a list' if isinstance(turns, list) else 'an object'} of {len(turns)}"
-        if is_chat_key(key) and isinstance(turns, str):
+        if key in CHAT_KEYS and isinstance(turns, str):
             return f"{key!r} is a text, of JSON as it seems" if turns.lstrip()[:1] in ("[", "{") else f"{key!r}"
     return ""
 
@@ -155,14 +145,6 @@ def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any
                 return
             fill()
 
-    def expect(actual: str, expected: str) -> None:
-        if actual not in expected or not actual:
-            here = repr(actual) if actual else "the end of the file"
-            raise UserError(
-                f"{path}: after element {number} of the array: expected {' or '.join(expected)}, found {here}; was its "
-                "download truncated?"
-            )
-
     skip_blanks()
     while buffer[at : at + 1] != "]":
         while True:
@@ -178,8 +160,13 @@ def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any
         number, at = number + 1, end
         yield number, element
         skip_blanks()
-        expect(buffer[at : at + 1], ",]")
-        if buffer[at] == ",":
+        after = buffer[at : at + 1]
+        if after not in (",", "]"):
+            raise UserError(
+                f"{path}: after element {number} of the array: expected , or ], found "
+                f"{repr(after) if after else 'the end of the file'}; was its download truncated?"
+            )
+        if after == ",":
             at += 1
             skip_blanks()
             if buffer[at : at + 1] in ("]", ""):

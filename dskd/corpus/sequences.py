@@ -57,7 +57,7 @@ class Sequences:
 
     @property
     def num_tokens(self) -> int:
-        """Returns the number of real tokens in all sequences."""
+        """The number of real tokens in all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:
@@ -99,9 +99,9 @@ def open_sequences(path: Path) -> Sequences:
     """Opens the sequences in a file that :func:`dskd.corpus.packing.pack` wrote."""
     sequence_length = map_tensor(path, "input_ids", "I32").shape[1]
     lengths = np.array(map_tensor(path, "lengths", "I32"))
-    if "continuation_tokens" not in tensor_names(path):
-        return Sequences(path, lengths, sequence_length)
-    return Sequences(path, lengths, sequence_length, np.array(map_tensor(path, "continuation_tokens", "I32")))
+    has_limits = "continuation_tokens" in tensor_names(path)
+    limits = np.array(map_tensor(path, "continuation_tokens", "I32")) if has_limits else None
+    return Sequences(path, lengths, sequence_length, limits)
 
 
 def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
@@ -128,10 +128,8 @@ def recipe(config: Config, tokenizer_digest: str) -> Recipe:
 
 
 def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab_size: int | None = None) -> None:
-    """Tokenizes and packs the documents, and writes `WORKDIR/sequences/{train,validation}.safetensors`.
-
-    Raises:
-        UserError: when a document has a token that is not below `vocab_size`, the number of the model's tokens.
+    """Tokenizes and packs the documents, and writes `WORKDIR/sequences/{train,validation}.safetensors`. Raises the
+    errors of :func:`dskd.corpus.packing.pack`.
     """
     target = config.path(kinds.SEQUENCES.folder)
     corpus = config.corpus
@@ -164,10 +162,8 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab
 
 
 def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[Sequences, Manifest]:
-    """Returns the packed sequences of a split, and the manifest of `WORKDIR/sequences`.
-
-    Raises:
-        UserError: when they are missing, or were tokenized with another tokenizer.
+    """Returns the packed sequences of a split, and the manifest of `WORKDIR/sequences`. Raises a UserError when they
+    are missing, or were tokenized with another tokenizer.
     """
     folder = config.path(kinds.SEQUENCES.folder)
     manifest = read_manifest(folder, "sequences")

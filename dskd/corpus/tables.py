@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from dskd.artifacts import mds
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.corpus.opening import reading_errors
-from dskd.corpus.records import CHATS, has_instruction, is_chat_key
+from dskd.corpus.records import CHAT_KEYS, CHATS, has_instruction
 from dskd.errors import UserError
 
 _PARQUET_ROWS = 1000
@@ -25,28 +25,20 @@ def read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str | None]
     refuse_pointer(path)
     with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
         _require_text_column(path, text_field, file.schema_arrow)
-        number = 0
-        for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_field]):
-            for text in batch.column(0):
-                number += 1
-                yield number, text.as_py()
+        batches = file.iter_batches(_PARQUET_ROWS, columns=[text_field])
+        yield from enumerate((text.as_py() for batch in batches for text in batch.column(0)), start=1)
 
 
 def read_arrow(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
     """Yields (row, text) for an Arrow file, in stream or file format; rows count from 1, and a null is None.
 
-    A file may hold several streams, one after the other.
-
-    Raises:
-        UserError: when a stream has no end mark, or there is no column of texts.
+    A file may hold several streams, one after the other. Raises a UserError when a stream has no end mark, or there is
+    no column of texts.
     """
     refuse_pointer(path)
     with pa.memory_map(str(path)) as source:
-        number = 0
-        for batch in _arrow_batches(path, text_field, source):
-            for text in batch.column(text_field):
-                number += 1
-                yield number, text.as_py()
+        batches = _arrow_batches(path, text_field, source)
+        yield from enumerate((text.as_py() for batch in batches for text in batch.column(text_field)), start=1)
 
 
 def _arrow_batches(path: Path, text_field: str, source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
@@ -118,8 +110,7 @@ def read_mds(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
         columns = dict(zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False))
         if columns.get(text_field) != "str":
             raise UserError(_no_text_column(path, text_field, columns))
-    for number, sample in enumerate(mds.read_samples(path, column=text_field)):
-        yield number, sample[text_field]
+    yield from enumerate(sample[text_field] for sample in mds.read_samples(path, column=text_field))
 
 
 def _require_text_column(path: Path, text_field: str, schema: pa.Schema) -> None:
@@ -136,7 +127,7 @@ def _holds_strings(kind: pa.DataType) -> bool:
 
 def _no_text_column(path: Path, text_field: str, columns: Mapping[str, Any]) -> str:
     has = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no columns"
-    chats = [name for name, kind in columns.items() if _holds_chats(kind) or is_chat_key(name)]
+    chats = [name for name, kind in columns.items() if _holds_chats(kind) or name in CHAT_KEYS]
     remedy = "name it with corpus.text_field"
     if chats:
         remedy = (

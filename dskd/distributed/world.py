@@ -1,6 +1,7 @@
 """The rank and device of this process, the number of ranks, and the launcher's environment variables."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,15 @@ class World:
     def is_main(self) -> bool:
         """True on rank 0, which prints, tracks and publishes artifacts."""
         return self.rank == 0
+
+    def turns(self, count: int) -> Iterator[int | None]:
+        """Yields every `world_size`-th number below `count`, from this rank's own number on: the ranks take turns.
+
+        All ranks get equally many, because all must take part in a forward pass of a sharded model: a rank that has no
+        work in the last turn gets None.
+        """
+        for first in range(0, count, self.world_size):
+            yield number if (number := first + self.rank) < count else None
 
 
 def current_rank() -> int:

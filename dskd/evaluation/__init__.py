@@ -1,6 +1,7 @@
 """Evaluations of the teacher, the untrained student and trained runs.
 
-suite              the steps that all evaluations share, and what a new one needs
+table              all evaluations: what starts each, and its names, folders and commands
+suite              the steps that all evaluations share
 models             the models that are evaluated
 scores_by_example  the file of each example's scores
 batching           batches of texts of similar lengths

@@ -7,6 +7,7 @@ depend on the number of ranks.
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from dskd.distributed.world import World
 
@@ -18,9 +19,8 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, world: World) -> 
     """
     order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for turn in range(-(-len(batches) // world.world_size)):
-        number = turn * world.world_size + world.rank
-        yield batches[number] if number < len(batches) else []
+    for number in world.turns(len(batches)):
+        yield [] if number is None else batches[number]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -28,6 +28,4 @@ def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 
     A rank without texts still runs the model, on one token: when the model is sharded, the other ranks wait for it.
     """
-    rows = rows or [[0]]
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows or [[0]]], batch_first=True)

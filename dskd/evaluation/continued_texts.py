@@ -5,11 +5,11 @@ A prompt is the first half of a document of the validation shards, and every mod
 """
 
 import html
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -67,7 +67,7 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     last = prompts.input_ids.shape[1] - 1
     added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
     _, ends = end_tokens(model.folder)
-    return [row[: next((index for index, token in enumerate(row) if token in ends), len(row))] for row in added]
+    return [[*itertools.takewhile(lambda token: token not in ends, row)] for row in added]
 
 
 def write_samples(
@@ -75,13 +75,8 @@ def write_samples(
 ) -> None:
     """Writes the continuations of the model `name` into `folder`, in a column next to the teacher's.
 
-    Args:
-        folder: folder of this model's evaluation.
-        teacher: the teacher, whose tokenizer all models use.
-        prompts: the prompts.
-        continuations: the token ids that the model added to each prompt.
-        name: the model's name.
-        teachers: folder of the teacher's evaluation; for the teacher it may not exist yet.
+    `continuations` are the token ids that the model added to each prompt. `teachers` is the folder of the teacher's
+    evaluation; for the teacher it may not exist yet. All models use the tokenizer of `teacher`.
     """
     tokenizer = teacher.load_tokenizer()
     columns: dict[str, list[str]] = {_PROMPT: [], _TEXT: []}
@@ -92,17 +87,13 @@ def write_samples(
         rest = row[start : min(end, start + prompts.num_tokens)]
         columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
     if (table := read_file(teachers, TABLE_FILE)) is not None:
-        columns["teacher"] = _column_of(table, "teacher")  # overwritten below if this model is the teacher
+        samples = json.loads(table)
+        index = samples["columns"].index("teacher")
+        columns["teacher"] = [row[index] for row in samples["data"]]  # overwritten below if this model is the teacher
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / TABLE_FILE, {"columns": list(columns), "data": rows})
     (folder / TEXT_FILE).write_text(_as_markdown(list(columns), rows), encoding="utf-8")
-
-
-def _column_of(content: bytes, name: str) -> list[str]:
-    table: dict[str, Any] = json.loads(content)
-    index = table["columns"].index(name)
-    return [row[index] for row in table["data"]]
 
 
 def _as_markdown(columns: list[str], rows: list[list[str]]) -> str:

@@ -31,14 +31,14 @@ from dskd.distributed.world import World
 from dskd.evaluation import continued_texts, suite
 from dskd.evaluation.models import TEACHER, Candidate, candidates, load_candidate, same_on_all_ranks
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
-from dskd.evaluation.suite import EXAMPLES_FILE, Evaluation, Measurement, Outcome
+from dskd.evaluation.suite import EXAMPLES_FILE, Measurement, Outcome
+from dskd.evaluation.table import HELD_OUT
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.precision import resolve_precision
 from dskd.models.readouts import chunk_size, next_token
-from dskd.senses.dictionary import SenseDictionary, load_dictionary, map_vectors
+from dskd.senses.dictionary import SenseDictionary, load_dictionary
 
-HELD_OUT = Evaluation("evaluation", "Held-out text", "evaluate", kinds.EVALUATION.folder, kinds.EVALUATION.made_by)
 MEASURES = (
     Measure("perplexity", "nll", "tokens", lower_is_better=True, is_exponential=True),
     Measure("accuracy", "correct", "tokens"),
@@ -61,10 +61,8 @@ class HeldOutInputs:
 
 
 def open_inputs(config: Config, teacher: ModelFolder) -> HeldOutInputs:
-    """Opens the sense dictionary and the manifest of the validation shards.
-
-    Raises:
-        UserError: when one of them is missing or damaged.
+    """Opens the sense dictionary and the manifest of the validation shards, unless one of them is missing or damaged
+    (UserError).
     """
     return HeldOutInputs(teacher, *load_dictionary(config), shards.load_manifest(config, "validation"))
 
@@ -95,16 +93,10 @@ def are_current(config: Config) -> bool:
 def evaluate(
     config: Config, world: World, models: Sequence[Candidate] | None = None, *, force: bool = False
 ) -> HeldOutInputs:
-    """Measures every model whose measures are not up to date, and writes `WORKDIR/evaluation/NAME`.
+    """Measures models whose measures are not up to date, or with `force` all, and writes `WORKDIR/evaluation/NAME`.
 
-    Args:
-        config: the experiment.
-        world: the ranks; all of them must call this.
-        models: the models, the teacher first, if they have already been found.
-        force: measure also models that are up to date.
-
-    Returns:
-        the artifacts that the models were measured with.
+    All ranks must call it. `models` are the models, the teacher first, if they have already been found. Returns the
+    artifacts that the models were measured with.
     """
     models = models or same_on_all_ranks(lambda: candidates(config))
     teacher = models[0]
@@ -122,7 +114,7 @@ def evaluate(
     stale = suite.find_stale(config, _measurements(config, models, inputs), force=force)
     if not stale:
         return inputs
-    text = HeldOutText(config, inputs.validation, inputs.dictionary.path, world)
+    text = HeldOutText(config, inputs, world)
     prompts = text.prompts(config)
     # The teacher comes first: the other models are compared with its predictions.
     predictions: list[torch.Tensor] = []
@@ -169,10 +161,10 @@ def _outcome(examples: Examples, write_samples: Callable[[Path], None] | None) -
 class HeldOutText:
     """The validation shards, which every model reads in the same batches."""
 
-    def __init__(self, config: Config, validation: Manifest, vectors_path: Path, world: World) -> None:
-        cache = open_node_cache(config.train.shard_cache, world)
+    def __init__(self, config: Config, inputs: HeldOutInputs, world: World) -> None:
+        validation, cache = inputs.validation, open_node_cache(config.train.shard_cache, world)
         self._dataset = shards.open_shards(config, "validation", cache, world, batch_size=1)
-        self._vectors = map_vectors(vectors_path)
+        self._vectors = inputs.dictionary.mapped
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # len(dataset) is only this rank's share
@@ -180,11 +172,7 @@ class HeldOutText:
         self.digest = validation.facts.get("text", validation.digest)
         # Digests of the data that a measure depends on in addition to the text.
         self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
-        self._loss_chunk_size = config.train.loss_chunk_size
-
-    def logits_chunk(self, model: FrozenModel) -> int:
-        """Returns the number of positions whose logits exist at one time."""
-        return chunk_size(self._loss_chunk_size, model.vocab_size, self._world.device)
+        self.loss_chunk_size = config.train.loss_chunk_size
 
     def prompts(self, config: Config) -> continued_texts.Prompts:
         """Returns the prompts that the models continue."""
@@ -197,15 +185,14 @@ class HeldOutText:
         `samples` [B] holds the indices of a batch's samples.
         """
         starts = range(0, self.num_samples, self._batch_size)
-        for turn in range(-(-len(starts) // self._world.world_size)):
-            number = turn * self._world.world_size + self._world.rank
-            start = starts[number] if number < len(starts) else 0
+        for number in self._world.turns(len(starts)):
+            start = starts[number or 0]
             stop = min(start + self._batch_size, self.num_samples)
             samples = [self._dataset[index] for index in range(start, stop)]
             batch = shards.collate_tokens(samples)
             synonyms = torch.stack([torch.tensor(sample[shards.SYNONYM_ROWS]) for sample in samples])
             antonyms = torch.stack([torch.tensor(sample[shards.ANTONYM_ROWS]) for sample in samples])
-            if number >= len(starts):
+            if number is None:
                 batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["samples"] = torch.arange(start, stop)
             # The nearest of the target's own rows to the teacher's state; -1 if it has no rows.
@@ -226,7 +213,7 @@ def measure(
     `predictions` holds the teacher's predicted tokens by batch. If it is empty, `model` is the teacher and its
     predictions are appended.
     """
-    is_teacher = not predictions
+    is_teacher, size = not predictions, chunk_size(text.loss_chunk_size, model.vocab_size, world.device)
     # One rank fills in each sample, and adding the other ranks' zeros is exact: the number of ranks changes nothing.
     sums = torch.zeros(text.num_samples, len(_SUMS), dtype=torch.float64)
     with progress_bar(total=text.num_samples, label=label, unit="sequences") as bar:
@@ -236,7 +223,7 @@ def measure(
             hidden, (nll, predicted) = model.read(
                 batch["input_ids"],
                 batch.get("position_ids"),
-                functools.partial(_read_next_token, mask=mask, labels=labels, chunk_size=text.logits_chunk(model)),
+                functools.partial(_read_next_token, mask=mask, labels=labels, chunk_size=size),
             )
             if is_teacher:
                 predictions.append(predicted)

@@ -48,10 +48,8 @@ def candidates(config: Config) -> list[Candidate]:
 
 
 def choose(config: Config, models: Sequence[Candidate], names: Sequence[str] | None) -> list[Candidate]:
-    """Returns the models with these names, or all of them if `names` is None.
-
-    Raises:
-        UserError: when there is no model of a name.
+    """Returns the models with these names, or all of them if `names` is None. Raises a UserError when there is no model
+    of a name.
     """
     existing = [candidate.name for candidate in models]
     missing = [name for name in names or () if name not in existing]
@@ -62,10 +60,8 @@ def choose(config: Config, models: Sequence[Candidate], names: Sequence[str] | N
 
 
 def same_on_all_ranks(find: Callable[[], list[Candidate]]) -> list[Candidate]:
-    """Returns the candidates that `find` returns, after checking that all ranks see the same; every rank must call it.
-
-    Raises:
-        OutageError: when a rank finds other models than rank 0; the message names its node.
+    """Returns the candidates that `find` returns; every rank must call it. Raises an OutageError that names the node of
+    a rank which finds other models than rank 0.
     """
     models = main_first(find)
     by_rank = gather_json([socket.gethostname(), {model.name: model.folder.digest for model in models}])
@@ -85,10 +81,8 @@ def _with_digests(digests: dict[str, str]) -> str:
 
 
 def load_candidate(candidate: Candidate, config: Config, world: World) -> FrozenModel:
-    """Loads the model of a candidate, which may have been found hours ago.
-
-    Raises:
-        OutageError: when the model was replaced since, so that its measures would pass for those of the candidate.
+    """Loads the model of a candidate, which may have been found hours ago. Raises an OutageError when the model was
+    replaced since, so that its measures would pass for those of the candidate.
     """
     model = load_frozen(candidate.folder, config, world)
     on_main(lambda: _require_unchanged(candidate, config))
@@ -96,12 +90,8 @@ def load_candidate(candidate: Candidate, config: Config, world: World) -> Frozen
 
 
 def _require_unchanged(candidate: Candidate, config: Config) -> None:
-    if candidate.name == TEACHER:
-        now = find_teacher(config)
-    elif candidate.name == CUT_STUDENT:
-        now = find_student(config)
-    else:
-        now, _ = export.find_export(config, candidate.name)
+    find = {TEACHER: find_teacher, CUT_STUDENT: find_student}.get(candidate.name)
+    now = find(config) if find is not None else export.find_export(config, candidate.name)[0]
     if now.digest != candidate.folder.digest:
         raise OutageError(
             f"{now.path}: the model was replaced after the evaluation began (its digest is {now.digest[:12]}…, and was "
@@ -110,14 +100,8 @@ def _require_unchanged(candidate: Candidate, config: Config) -> None:
 
 
 def require_exports(config: Config, *, run_is_named: bool) -> None:
-    """Prints which runs of the config are left out because they have no export.
-
-    Args:
-        config: the experiment.
-        run_is_named: whether the user named the config's run, which must then not be left out.
-
-    Raises:
-        UserError: when the named run has no export.
+    """Prints which runs of the config are left out because they have no export. Raises a UserError if the config's run
+    is among them and `run_is_named`, because the user chose it.
     """
     missing = [run for run in config.run_names if not config.path(kinds.EXPORT.folder, run).is_dir()]
     if run_is_named and config.run in missing:

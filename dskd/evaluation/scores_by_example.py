@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 ID_COLUMN = "example"
 _METADATA = b"dskd"
@@ -73,23 +75,18 @@ def standard_error(totals: np.ndarray, counts: np.ndarray) -> float | None:
 
 def save_examples(path: Path, examples: Examples) -> None:
     """Writes a Parquet file with the ids and the columns; the schema's metadata holds the digest and the measures."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pa.table({ID_COLUMN: pa.array(examples.ids, pa.string()), **examples.columns})
-    about = {"data": examples.data, "measures": [dataclasses.asdict(measure) for measure in examples.measures]}
-    pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(about)}), path)
+    pq.write_table(table.replace_schema_metadata(metadata_of(examples.data, examples.measures)), path)
+
+
+def metadata_of(data: str, measures: Sequence[Measure]) -> dict[bytes, bytes]:
+    """Returns the metadata of a table's schema: the digest of the data, and how its columns make the measures."""
+    about = {"data": data, "measures": [dataclasses.asdict(measure) for measure in measures]}
+    return {_METADATA: json.dumps(about).encode()}
 
 
 def read_examples(content: bytes) -> Examples:
-    """Reads the content of a file that :func:`save_examples` wrote.
-
-    Raises:
-        ValueError: when the content is anything else.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Reads the content of a file that :func:`save_examples` wrote; raises a ValueError for anything else."""
     try:
         table = pq.read_table(io.BytesIO(content))
         about = json.loads(table.schema.metadata[_METADATA])

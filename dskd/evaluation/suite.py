@@ -1,12 +1,7 @@
 """The steps that all evaluations share: skip what is up to date, load each model once, measure, publish, track.
 
-An evaluation is a module with an :class:`Evaluation`. It gives :func:`find_stale` one :class:`Measurement` for each
-model, with its recipe, and :func:`run` a function that measures a loaded model. It also needs
-
-- a kind in :mod:`dskd.artifacts.kinds`, for its folder and the version of its files;
-- an entry in `EVALUATIONS` of :mod:`dskd.compare.results`, so that `dskd compare` shows it or leaves it out;
-- an option of `launcher/evaluate.py`, which starts it;
-- a stage in :mod:`dskd.pipeline`, if the pipeline should run it.
+An evaluation is a module that gives :func:`find_stale` one :class:`Measurement` for each model, with its recipe, and
+:func:`run` a function that measures a loaded model. :mod:`dskd.evaluation.table` says what else it needs.
 """
 
 import functools
@@ -23,31 +18,11 @@ from dskd.console import say, stage
 from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
 from dskd.evaluation.models import Candidate, load_candidate
+from dskd.evaluation.table import Evaluation
 from dskd.models.frozen import FrozenModel
-from dskd.tracking import data_tag, log_results
+from dskd.tracking import log_results
 
 FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation of models: on held-out text, on words and senses, or on a benchmark."""
-
-    name: str  # such as `piqa`, for options and messages
-    title: str  # heads its measures in a comparison
-    heading: str  # heads its output, before the model's name
-    folder: str  # its folder among a run's artifacts in MLflow, such as `tasks/piqa`
-    made_by: str  # the command that evaluates, for messages
-
-    @property
-    def tag(self) -> str:
-        """The tag in which a tracked run has the digest of the evaluation's data."""
-        return data_tag(self.folder)
-
-    def folder_of(self, config: Config, model: str) -> Path:
-        """Returns the folder of a model's results in the work directory, such as `WORKDIR/tasks/teacher/piqa`."""
-        first, *rest = self.folder.split("/")
-        return config.path(first, model, *rest)
 
 
 @dataclass(frozen=True)
@@ -106,12 +81,9 @@ def run(
 ) -> None:
     """Measures models, and publishes and tracks their results; all ranks must call it.
 
-    Args:
-        config: the experiment.
-        world: the ranks.
-        stale: what to measure; a model's measurements follow each other.
-        measure: measures a model on all ranks, and returns a function that makes the outcome, which rank 0 calls.
-        force: replace results even if another process has made them meanwhile.
+    A model's measurements follow each other in `stale`. `measure` measures a model on all ranks, and returns a function
+    that makes the outcome, which rank 0 calls. With `force`, results are replaced even if another process has made them
+    meanwhile.
     """
     for candidate, measurements in itertools.groupby(stale, key=lambda measurement: measurement.candidate):
         # Loaded by its first measurement, after the heading, and kept for the others.

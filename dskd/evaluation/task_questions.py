@@ -29,10 +29,8 @@ class Task:
 
 
 def load_task(config: Config, benchmark: Benchmark) -> Task:
-    """Loads the questions of the evaluated split, each with the few-shot examples of its prompt.
-
-    Raises:
-        UserError: when the benchmark's data is missing or not in its format.
+    """Loads the questions of the evaluated split, each with the few-shot examples of its prompt. Raises a UserError
+    when the benchmark's data is missing or not in its format.
     """
     settings = config.tasks
     path = getattr(settings, benchmark.name)
@@ -56,11 +54,7 @@ def _draw(examples: list[Example], benchmark: Benchmark, limit: int | None, seed
 
 
 def require_same_data(config: Config, tasks: dict[str, Task]) -> None:
-    """Checks that all ranks find the same data of each task.
-
-    Raises:
-        UserError: when a rank finds different data than rank 0.
-    """
+    """Raises a UserError if a rank finds other data of a task than rank 0."""
     digests = gather_json({name: task.digest for name, task in tasks.items()})
     for name in tasks:
         others = [rank for rank, of_rank in enumerate(digests) if of_rank[name] != digests[0][name]]

@@ -5,6 +5,7 @@ Answers are generated greedily.
 """
 
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Recipe
-from dskd.config import TASKS, Config
+from dskd.config import Config
 from dskd.console import progress_bar, say, table
 from dskd.corpus.tasks.benchmarks import benchmarks_named
-from dskd.corpus.tasks.prompts import Prompter
+from dskd.corpus.tasks.prompts import Prompter, Question
 from dskd.distributed.collectives import gather_json, main_first, on_main
 from dskd.distributed.world import World
 from dskd.evaluation import suite
 from dskd.evaluation.batching import batches_by_length, padded
 from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
-from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Evaluation, Measurement, Outcome
+from dskd.evaluation.scores_by_example import Measure, metadata_of
+from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
+from dskd.evaluation.table import BENCHMARKS
 from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
 from dskd.models.frozen import FrozenModel
@@ -35,10 +37,6 @@ from dskd.models.limits import check_new_tokens, position_limit, vocabulary_size
 from dskd.models.precision import resolve_precision
 from dskd.models.tokenizing import has_more_tokens, require_known
 
-EVALUATIONS: dict[str, Evaluation] = {
-    name: Evaluation(name, "Benchmarks", name, f"{kinds.TASK.folder}/{name}", f"{kinds.TASK.made_by} {name}")
-    for name in TASKS
-}
 _SCHEMA = pa.schema(
     [
         ("example", pa.string()),
@@ -74,7 +72,7 @@ def _measurements(
 ) -> list[Measurement]:
     return [
         Measurement(
-            EVALUATIONS[task.name], model, recipe(config, model, task, prompter), [getattr(config.tasks, task.name)]
+            BENCHMARKS[task.name], model, recipe(config, model, task, prompter), [getattr(config.tasks, task.name)]
         )
         for model, prompter in zip(models, prompters, strict=True)
         for task in tasks
@@ -97,59 +95,55 @@ def run_tasks(
     *,
     force: bool = False,
 ) -> None:
-    """Runs the benchmarks for every model whose results are not up to date, and prints the scores of all models.
+    """Runs benchmarks for every model whose results are not up to date, or with `force` all; prints all models' scores.
 
-    Args:
-        config: the experiment.
-        world: the ranks; all of them must call this.
-        names: names of the benchmarks, or `all`.
-        model_names: names of models (teacher, student, runs); None: all models that exist.
-        force: run also benchmarks whose results are up to date.
+    All ranks must call it. `names` are those of benchmarks, or `all`, and `model_names` those of models (teacher,
+    student, runs); None means all models that exist.
 
     Raises:
         UserError: when a model, a task or its data does not exist, before any model is loaded.
     """
+    if not names:
+        say("nothing to evaluate: --tasks names no benchmark, and tasks.evaluate is empty")
+        return
     benchmarks = benchmarks_named(names)
     models = same_on_all_ranks(lambda: choose(config, candidates(config), model_names))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
     require_same_data(config, tasks)
-    tokenizers = {model.name: model.folder.load_tokenizer() for model in models}
-    prompters = {name: Prompter(tokenizer) for name, tokenizer in tokenizers.items()}
+    prompters = {model.name: Prompter(model.folder.load_tokenizer()) for model in models}
     measurements = _measurements(config, models, list(tasks.values()), list(prompters.values()))
     stale = suite.find_stale(config, measurements, force=force)
     for model in models:
         todo = [tasks[each.evaluation.name] for each in stale if each.candidate is model]
-        on_main(functools.partial(check_prompts, config, model, tokenizers[model.name], todo))
+        on_main(functools.partial(check_prompts, config, model, prompters[model.name], todo))
         if todo and not prompters[model.name].has_template:
             say(f"{model.folder.path}: the tokenizer has no chat template; prompts are plain text")
 
     def measure(model: FrozenModel, measurement: Measurement) -> Callable[[], Outcome]:
         task, name = tasks[measurement.evaluation.name], measurement.candidate.name
-        answers = _Runner(model, prompters[name], tokenizers[name], task, config, world).run()
-        return functools.partial(_outcome, task, answers)
+        return functools.partial(_outcome, task, _answer_all(model, prompters[name], task, config, world))
 
     suite.run(config, world, stale, measure, force=force)
     on_main(lambda: say(f"\n{summary(config, [model.name for model in models], list(tasks.values()))}"))
 
 
-def check_prompts(config: Config, model: Candidate, tokenizer: Any, tasks: Sequence[Task]) -> None:
+def check_prompts(config: Config, model: Candidate, prompter: Prompter, tasks: Sequence[Task]) -> None:
     """Checks that a model has all tokens of the tasks' prompts, and positions for the answers.
 
-    Raises:
-        UserError: for a prompt with a token that the model lacks, such as one that the chat template adds, or a number
-            of new tokens for which the model has no positions.
+    Raises a UserError for a prompt with a token that the model lacks, such as one that the chat template adds, or a
+    number of new tokens for which the model has no positions.
     """
     model_config = model.folder.load_config()
-    vocab_size, prompter = vocabulary_size(model_config), Prompter(tokenizer)
+    vocab_size = vocabulary_size(model_config)
     for task in tasks:
         key = "tasks.choice_tokens" if task.benchmark.is_choice else "tasks.squad_tokens"
         check_new_tokens(key, task.benchmark.new_tokens(config.tasks), model.folder.path, model_config)
-        if not has_more_tokens(tokenizer, vocab_size):  # the usual case, which needs no prompt
+        if not has_more_tokens(prompter.tokenizer, vocab_size):  # the usual case, which needs no prompt
             continue
         for question in task.questions:
             tokens = prompter.tokens(prompter.text(question))
             place = f"tasks.{task.name}: the prompt of {question.example.name!r} for {model.folder.path}"
-            require_known(tokens, vocab_size, tokenizer, place)
+            require_known(tokens, vocab_size, prompter.tokenizer, place)
 
 
 def summary(config: Config, models: Sequence[str], tasks: Sequence[Task]) -> str:
@@ -158,7 +152,7 @@ def summary(config: Config, models: Sequence[str], tasks: Sequence[Task]) -> str
     for model in models:
         row = [model]
         for task in tasks:
-            path = EVALUATIONS[task.name].folder_of(config, model) / FILE
+            path = BENCHMARKS[task.name].folder_of(config, model) / FILE
             measures = json.loads(path.read_text(encoding="utf-8"))
             chances[task.name] = f"{100 * measures['chance']:.1f}"
             error = measures.get("standard_error")
@@ -168,71 +162,63 @@ def summary(config: Config, models: Sequence[str], tasks: Sequence[Task]) -> str
     return table(header, [*rows, ["chance", *chances.values()]])
 
 
-class _Runner:
-    """A loaded model that answers all questions of a task."""
+def _answer_all(
+    model: FrozenModel, prompter: Prompter, task: Task, config: Config, world: World
+) -> list[dict[str, Any]]:
+    """Returns a record of each question's prompt and answer, in the order of the questions, on every rank."""
+    own_records: dict[int, dict[str, Any]] = {}
+    started, tokens = time.perf_counter(), 0
+    num_questions, new_tokens = len(task.questions), task.benchmark.new_tokens(config.tasks)
+    limit, (_, ends) = position_limit(model.folder.load_config()), end_tokens(model.folder)
+    with progress_bar(total=num_questions, label=task.name, unit="questions") as bar:
+        # Batches are made by length in characters, so that a rank does not tokenize the other ranks' prompts.
+        lengths = [len(question.plain(len(question.shots))) for question in task.questions]
+        for batch in batches_by_length(lengths, config.tasks.batch_size, world):
+            questions = [task.questions[number] for number in batch]
+            records = _answer(model, prompter, questions, new_tokens, limit, ends)
+            own_records.update(zip(batch, records, strict=True))
+            tokens += sum(record["prompt_tokens"] + new_tokens for record in records)
+            bar.update(min(len(batch) * world.world_size, bar.total - bar.n))
+            rate = tokens * world.world_size / (time.perf_counter() - started)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+    all_records = dict(pair for part in gather_json(list(own_records.items())) for pair in part)
+    records = [all_records[number] for number in range(num_questions)]
+    tokens = sum(record["prompt_tokens"] + new_tokens for record in records)
+    say(f"  {num_questions:,} questions, {tokens:,} tokens, {tokens / (time.perf_counter() - started):,.0f} tokens/s")
+    return records
 
-    def __init__(
-        self, model: FrozenModel, prompter: Prompter, tokenizer: Any, task: Task, config: Config, world: World
-    ) -> None:
-        self._model = model
-        self._prompter = prompter
-        self._task = task
-        self._batch_size = config.tasks.batch_size
-        self._new_tokens = task.benchmark.new_tokens(config.tasks)
-        self._world = world
-        self._tokenizer = tokenizer
-        self._ends = end_tokens(model.folder)[1]
-        self._max_positions = position_limit(model.folder.load_config())
 
-    def run(self) -> list[dict[str, Any]]:
-        """Returns a record of each question's prompt and answer, in the order of the questions, on every rank."""
-        own_records: dict[int, dict[str, Any]] = {}
-        started, tokens = time.perf_counter(), 0
-        num_questions = len(self._task.questions)
-        with progress_bar(total=num_questions, label=self._task.name, unit="questions") as bar:
-            # Batches are made by length in characters, so that a rank does not tokenize the other ranks' prompts.
-            lengths = [len(question.plain(len(question.shots))) for question in self._task.questions]
-            for batch in batches_by_length(lengths, self._batch_size, self._world):
-                records = self._answer(batch)
-                own_records.update(zip(batch, records, strict=True))
-                tokens += sum(record["prompt_tokens"] + self._new_tokens for record in records)
-                bar.update(min(len(batch) * self._world.world_size, bar.total - bar.n))
-                rate = tokens * self._world.world_size / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        all_records = dict(pair for part in gather_json(list(own_records.items())) for pair in part)
-        records = [all_records[number] for number in range(num_questions)]
-        tokens = sum(record["prompt_tokens"] + self._new_tokens for record in records)
-        seconds = time.perf_counter() - started
-        say(f"  {num_questions:,} questions, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
-        return records
-
-    def _answer(self, batch: list[int]) -> list[dict[str, Any]]:
-        room = None if self._max_positions is None else max(1, self._max_positions - self._new_tokens)
-        prompts = [self._prompter.prompt(self._task.questions[number], room) for number in batch]
-        input_ids = padded([prompt.input_ids for prompt in prompts])
-        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts] or [1])
-        last_position = (
-            input_ids.shape[1] + self._new_tokens if self._max_positions is None else self._max_positions - 1
-        )
-        added = generate_greedily(self._model, input_ids, lengths, self._new_tokens, last_position)
-        return [
-            {
-                "prompt_sha256": prompt.sha256,
-                "prompt_tokens": len(prompt.input_ids),
-                "shots": prompt.num_shots,
-                "is_cut": prompt.is_cut,
-                "generated": self._tokenizer.decode(self._up_to_end(row), skip_special_tokens=True),
-            }
-            for prompt, row in zip(prompts, added.tolist(), strict=False)
-        ]
-
-    def _up_to_end(self, tokens: list[int]) -> list[int]:
-        end = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
-        return tokens[:end]
+def _answer(
+    model: FrozenModel,
+    prompter: Prompter,
+    questions: Sequence[Question],
+    new_tokens: int,
+    limit: int | None,
+    ends: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Answers questions at once; `limit` is the number of the model's positions, and `ends` are its end tokens."""
+    room = None if limit is None else max(1, limit - new_tokens)
+    prompts = [prompter.prompt(question, room) for question in questions]
+    input_ids = padded([prompt.input_ids for prompt in prompts])
+    lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts] or [1])
+    last_position = input_ids.shape[1] + new_tokens if limit is None else limit - 1
+    added = generate_greedily(model, input_ids, lengths, new_tokens, last_position)
+    return [
+        {
+            "prompt_sha256": prompt.sha256,
+            "prompt_tokens": len(prompt.input_ids),
+            "shots": prompt.num_shots,
+            "is_cut": prompt.is_cut,
+            "generated": prompter.tokenizer.decode(
+                [*itertools.takewhile(lambda token: token not in ends, row)], skip_special_tokens=True
+            ),
+        }
+        for prompt, row in zip(prompts, added.tolist(), strict=False)
+    ]
 
 
 def _outcome(task: Task, records: Sequence[dict[str, Any]]) -> Outcome:
-    """Scores the answers; `records` are those of :meth:`_Runner.run`."""
+    """Scores the answers; `records` are those of :func:`_answer_all`."""
     benchmark, examples = task.benchmark, [question.example for question in task.questions]
     answers = [answer_of(benchmark, record["generated"]) for record in records]
     scores = [score_of(benchmark, example, answer) for example, answer in zip(examples, answers, strict=True)]
@@ -252,10 +238,7 @@ def _outcome(task: Task, records: Sequence[dict[str, Any]]) -> Outcome:
         }
         for example, record, answer, score, weight in zip(examples, records, answers, scores, weights, strict=True)
     ]
-    # Says how to compute the measure from the columns, for tools that compare models example by example.
-    measure: dict[str, Any] = {"name": benchmark.metric, "total": "weighted_score", "count": "weight"}
-    about = {"data": task.digest, "measures": [measure | {"lower_is_better": False, "is_exponential": False}]}
-    schema = _SCHEMA.with_metadata({b"dskd": json.dumps(about).encode()})
+    schema = _SCHEMA.with_metadata(metadata_of(task.digest, [Measure(benchmark.metric, "weighted_score", "weight")]))
 
     def write_files(folder: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / EXAMPLES_FILE, compression="zstd")

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dskd.artifacts.manifest import Manifest
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder, find_teacher
-from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 
 T = TypeVar("T")
 
@@ -22,31 +20,10 @@ class Teacher:
     vocab_size: int
 
 
-@dataclass(frozen=True)
-class Senses:
-    """The sense dictionary of the experiment, which was checked against the teacher."""
-
-    dictionary: SenseDictionary
-    manifest: Manifest
-
-
 def open_teacher(config: Config) -> Teacher:
-    """Opens the teacher of the experiment.
-
-    Raises:
-        UserError: when it is missing or damaged.
-    """
+    """Opens the teacher of the experiment; raises a UserError if it is missing or damaged."""
     folder = find_teacher(config)
     return Teacher(folder, folder.load_tokenizer(), folder.load_config().vocab_size)
-
-
-def open_senses(config: Config, teacher: Teacher) -> Senses:
-    """Opens the sense dictionary, and checks it against the teacher.
-
-    Raises:
-        UserError: when it is missing, damaged, or was made for another teacher.
-    """
-    return Senses(*load_fitting_dictionary(config, teacher.folder))
 
 
 def or_note(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:

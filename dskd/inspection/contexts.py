@@ -23,10 +23,8 @@ _TOKENS_BEFORE, _TOKENS_AFTER = 16, 8
 
 
 def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manifest]:
-    """Returns the training shards' folder and manifest.
-
-    Raises:
-        UserError: when there are no shards, or their row numbers refer to another sense dictionary.
+    """Returns the training shards' folder and manifest. Raises a UserError when there are none, or their row numbers
+    refer to another sense dictionary.
     """
     folder = config.path(kinds.SHARDS.folder, "train")
     manifest = load_manifest(config, "train")
@@ -45,19 +43,12 @@ def find_contexts(
 ) -> tuple[dict[int, list[str]], int]:
     """Finds up to `per_row` places for each of `rows` among the first `scan` samples; stops when every row has enough.
 
-    Args:
-        folder: the folder of the shards.
-        samples: the number of samples in them.
-        rows: rows of the sense dictionary, all of one entry.
-        tokenizer: the teacher's tokenizer.
-        of_synonyms: find the places where a row is in P_i, not those where it is the first of O_i, the target's own
-            nearest sense. Only the former exist for a span, which is never a target itself.
-        per_row: the number of places per row.
-        scan: the most samples to read.
+    `samples` is the number of samples in the shards' folder, and `rows` are rows of one entry of the sense dictionary.
+    `of_synonyms` finds the places where a row is in P_i, not those where it is the first of O_i, the target's own
+    nearest sense. Only the former exist for a span, which is never a target itself.
 
-    Returns:
-        The places of each row, in the order of the shards, as text with the target between « and »; and the number of
-        samples read.
+    Returns the places of each row, in the order of the shards, as text with the target between « and »; and the number
+    of samples read.
     """
     places: dict[int, list[str]] = {row: [] for row in rows}
     most = min(scan, samples)

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from dskd.artifacts.files import save_figure
 from dskd.inspection.labels import place_labels
@@ -18,15 +22,11 @@ _FAR = 30.0  # a label more pixels than this away from its point gets a line to 
 
 def draw_picture(picture: "Picture", path: Path) -> int:
     """Writes the picture, and returns the number of labels left out for lack of room."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(10.5, 7.5), dpi=_DPI)
+    figure = Figure(figsize=(10.5, 7.5), dpi=_DPI)
+    axes = figure.subplots()
     colors = [f"C{index % 10}" for index in range(len(picture.words))]
     for entry in sorted(picture.entries, key=lambda entry: entry.kind == "word"):  # the words on top
-        points, areas = picture.points[_slice(entry)], _areas(picture, entry)
+        points, areas = picture.points[entry.points], _areas(picture, entry)
         axes.scatter(*points.T, s=areas, marker=_MARKERS[entry.kind], **_paint(entry, colors[entry.of_word]))
     axes.margins(0.1)
     axes.set_title(picture.title, fontsize=14)
@@ -36,7 +36,6 @@ def draw_picture(picture: "Picture", path: Path) -> int:
     figure.tight_layout()
     unlabelled = _add_labels(figure, axes, picture, colors)
     save_figure(figure, path)
-    plt.close(figure)
     return unlabelled
 
 
@@ -54,9 +53,9 @@ def _areas(picture: "Picture", entry: "DrawnEntry") -> np.ndarray:
     Senses of given words share one scale, and those of their synonyms and antonyms another.
     """
     alike = [e for e in picture.entries if (e.kind == "word") == (entry.kind == "word")]
-    most = max(picture.counts[_slice(e)].max() for e in alike)
+    most = max(picture.counts[e.points].max() for e in alike)
     low, high = _AREAS[entry.kind]
-    return low + (high - low) * picture.counts[_slice(entry)] / most
+    return low + (high - low) * picture.counts[entry.points] / most
 
 
 def _radii(areas: np.ndarray) -> np.ndarray:
@@ -65,8 +64,6 @@ def _radii(areas: np.ndarray) -> np.ndarray:
 
 
 def _add_legend(axes: Any, picture: "Picture", colors: list[str]) -> None:
-    from matplotlib.lines import Line2D
-
     def handle(label: str, **options: Any) -> Line2D:
         return Line2D([], [], linestyle="none", label=label, **options)
 
@@ -96,15 +93,13 @@ def _add_labels(figure: Any, axes: Any, picture: "Picture", colors: list[str]) -
 
     The given words get their places first, then the other entries, those with most states first.
     """
-    from matplotlib.patheffects import withStroke
-
-    order = sorted(picture.entries, key=lambda e: (e.kind != "word", -int(picture.counts[_slice(e)].sum())))
-    renderer = figure.canvas.get_renderer()
+    order = sorted(picture.entries, key=lambda e: (e.kind != "word", -int(picture.counts[e.points].sum())))
+    renderer = FigureCanvasAgg(figure).get_renderer()
     to_pixels = axes.transData.transform
     anchors, radii, sizes, texts = [], [], [], []
     # Draw every label once to learn its size in pixels.
     for entry in order:
-        largest = entry.points.start + int(picture.counts[_slice(entry)].argmax())
+        largest = entry.points.start + int(picture.counts[entry.points].argmax())
         area = _areas(picture, entry)[largest - entry.points.start]
         text = axes.text(
             *picture.points[largest],
@@ -126,7 +121,7 @@ def _add_labels(figure: Any, axes: Any, picture: "Picture", colors: list[str]) -
     # Find places for the labels that cover no other label and few points.
     obstacle_radii = np.empty(len(picture.points))
     for entry in picture.entries:
-        obstacle_radii[_slice(entry)] = _radii(_areas(picture, entry))
+        obstacle_radii[entry.points] = _radii(_areas(picture, entry))
     centres = place_labels(
         np.array(anchors),
         np.array(radii),
@@ -148,10 +143,6 @@ def _add_labels(figure: Any, axes: Any, picture: "Picture", colors: list[str]) -
     return sum(centre is None for centre in centres)
 
 
-def _slice(entry: "DrawnEntry") -> slice:
-    return slice(entry.points.start, entry.points.stop)
-
-
 @dataclass(frozen=True)
 class DrawnEntry:
     """An entry of the picture: a given word, or a synonym or antonym of one."""
@@ -159,7 +150,7 @@ class DrawnEntry:
     text: str
     of_word: int  # the index of the given word
     kind: str  # "word", "synonym" or "antonym"
-    points: range  # the points of the picture that are its senses
+    points: slice  # the points of the picture that are its senses
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,8 @@ class Share(NamedTuple):
 
 
 def report_geometry(config: Config) -> None:
-    """Prints the shares for the config's sense dictionary.
-
-    Raises:
-        UserError: when there is no dictionary, or no head in it has both a synonym and an antonym.
+    """Prints the shares for the config's sense dictionary. Raises a UserError when there is none, or no head in it has
+    both a synonym and an antonym.
     """
     dictionary, _ = load_dictionary(config)
     shares = measure_geometry(dictionary, seed=config.seed)
@@ -58,11 +56,8 @@ def report_geometry(config: Config) -> None:
 
 
 def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dict[str, Share]] | None:
-    """Returns {distance: {comparison: share}}, or None if no head has both a synonym and an antonym.
-
-    Args:
-        dictionary: the sense dictionary.
-        seed: the seed for drawing the other words, from the heads with relations.
+    """Returns {distance: {comparison: share}}, or None if no head has both a synonym and an antonym. `seed` draws the
+    other words, from the heads with relations.
     """
     # Heads with both relations, and all words whose means are needed; tokens without senses are left out.
     neighbours = [_neighbours(dictionary, relation) for relation in RELATIONS]

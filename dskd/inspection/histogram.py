@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from dskd.artifacts.files import save_figure
 
@@ -43,12 +44,8 @@ def histogram_text(bins: Histogram) -> str:
 
 def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
     """Draws the histograms side by side into one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(histograms), figsize=(6.4 * len(histograms), 4.2), squeeze=False)
+    figure = Figure(figsize=(6.4 * len(histograms), 4.2))
+    axes = figure.subplots(1, len(histograms), squeeze=False)
     for panel, (title, bins) in zip(axes.flat, histograms.items(), strict=True):
         bars = panel.bar([label for label, _ in bins], [count for _, count in bins], color="#4477aa", width=0.85)
         panel.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
@@ -58,7 +55,6 @@ def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
         panel.margins(y=0.1)
     figure.tight_layout()
     save_figure(figure, path)
-    plt.close(figure)
 
 
 def _bar(count: int, most: int) -> int:

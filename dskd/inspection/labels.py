@@ -20,13 +20,9 @@ def place_labels(
     Each label gets the place that is best by closeness to its point and by how little it covers points. No two labels
     overlap, and all are within the bounds; a label without such a place gets None.
 
-    Args:
-        anchors: [n, 2], the points the labels belong to. All numbers are pixels.
-        radii: [n], the radii of these points.
-        sizes: [n, 2], width and height of the labels.
-        obstacles: [m, 2], all points of the picture.
-        obstacle_radii: [m], the radii of all points.
-        bounds: left, bottom, right and top of the picture.
+    All numbers are pixels: `anchors` [n, 2] and `radii` [n] of the points that the labels belong to; `sizes` [n, 2],
+    width and height of the labels; `obstacles` [m, 2] and `obstacle_radii` [m], all points of the picture; `bounds`,
+    left, bottom, right and top of it.
     """
     points = np.concatenate([obstacles - obstacle_radii[:, None], obstacles + obstacle_radii[:, None]], axis=1)
     placed = np.empty((0, 4))  # left, bottom, right, top

@@ -1,8 +1,10 @@
 """`dskd inspect lexicon`: the sources of the pairs, the dropped pairs, and how much of the vocabulary they cover."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -10,11 +12,12 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, is_current
 from dskd.config import Config
 from dskd.console import table
-from dskd.errors import UserError
-from dskd.inspection.artifacts import Teacher, note_lines, open_senses, open_teacher, or_note
+from dskd.errors import UserError, shortened
+from dskd.inspection.artifacts import Teacher, note_lines, open_teacher, or_note
 from dskd.inspection.tokens import whole_words
 from dskd.lexicon.build import recipe
 from dskd.lexicon.relations import FILE, RELATIONS, lexicon_manifest, load_lexicon, read_relations
+from dskd.senses.dictionary import load_fitting_dictionary
 from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
 
 _WHY_UNUSABLE = ("head_", "neighbour_")
@@ -41,18 +44,14 @@ class LexiconReport:
     pairs_by_source: dict[str, dict[str, int]]  # source -> relation -> pairs
     distinct: dict[str, int]  # relation -> pairs; a pair from several sources counts once
     heads: int  # distinct words
-    dropped: dict[str, int]  # reason -> pairs
-    negation: dict[str, int]  # the effects of the rule for negating affixes, if it was on
-    malformed: dict[str, tuple[int, tuple[int, ...]]]  # file -> number of skipped lines, and the first line numbers
+    facts: dict[str, Any]  # of the manifest: what was dropped, negated and malformed
     coverage: Coverage | None
     notes: list[str] = field(default_factory=list)
 
 
 def inspect_lexicon(config: Config) -> LexiconReport:
-    """Counts the pairs of the lexicon and, if there is a teacher, how well its tokenizer covers them.
-
-    Raises:
-        UserError: when there is no lexicon.
+    """Counts the pairs of the lexicon and, if there is a teacher, how well its tokenizer covers them. Raises a
+    UserError without a lexicon.
     """
     manifest = lexicon_manifest(config)
     relations = read_relations(config)
@@ -65,15 +64,12 @@ def inspect_lexicon(config: Config) -> LexiconReport:
     if of_config is not None and not is_current(config.path(kinds.LEXICON.folder), of_config):
         notes.append("the config names other sources or settings than this lexicon was made with")
     teacher = or_note(lambda: open_teacher(config), "coverage of the vocabulary", notes)
-    malformed = manifest.facts.get("malformed", {})
     return LexiconReport(
         config.path(kinds.LEXICON.folder, FILE),
         dict(sorted(by_source.items())),
         {relation: pc.sum(pc.equal(distinct["relation"], relation)).as_py() or 0 for relation in RELATIONS},
         pc.count_distinct(relations["head"]).as_py(),
-        manifest.facts.get("dropped", {}),
-        {name: count for name, count in manifest.facts.get("negation", {}).items() if isinstance(count, int)},
-        {file: (lines["lines"], tuple(lines["first"])) for file, lines in malformed.items()},
+        manifest.facts,
         None if teacher is None else _coverage(config, teacher, manifest, len(relations), notes),
         notes,
     )
@@ -108,29 +104,19 @@ def compute_coverage(
 
 def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, notes: list[str]) -> Coverage:
     words = whole_words(teacher.tokenizer, teacher.vocab_size)
-    try:
-        senses = open_senses(config, teacher)
-    except UserError:  # not fatal: below, the entries are built from the lexicon instead
-        senses = None
     forms = config.senses.surface_forms
     pairs_or_none = None if forms else pairs
-    if (
-        senses is not None
-        and senses.manifest.inputs.get("lexicon") == lexicon.digest
-        and tuple(senses.manifest.config.get("surface_forms", ())) == forms
-    ):
-        return compute_coverage(
-            words, senses.dictionary.entries, senses.manifest.facts, pairs_or_none, with_senses=True
-        )
+    with contextlib.suppress(UserError):  # without a dictionary, the entries are built from the lexicon, below
+        dictionary, made = load_fitting_dictionary(config, teacher.folder)
+        has_same_forms = tuple(made.config.get("surface_forms", ())) == forms
+        if made.inputs.get("lexicon") == lexicon.digest and has_same_forms:
+            return compute_coverage(words, dictionary.entries, made.facts, pairs_or_none, with_senses=True)
     notes.append(
         "no pairs with senses: there is no sense dictionary of this lexicon, teacher and senses.surface_forms; "
         f"make it with `{kinds.SENSES.made_by}`"
     )
     entries, facts = build_entries(load_lexicon(config), teacher.tokenizer, teacher.vocab_size, forms)
     return compute_coverage(words, entries, facts, pairs_or_none, with_senses=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
 
 
 def format_lexicon(report: LexiconReport) -> str:
@@ -142,14 +128,15 @@ def format_lexicon(report: LexiconReport) -> str:
         "",
         table(["pairs by source", "synonym", "antonym"], rows),
     ]
-    if report.dropped:
-        lines += ["", _counts("dropped while the lexicon was made", report.dropped)]
-    if report.negation:
-        lines += ["", _counts("negating affixes", report.negation, "number")]
-    if report.malformed:
+    if dropped := report.facts.get("dropped"):
+        lines += ["", _counts("dropped while the lexicon was made", dropped)]
+    if negation := report.facts.get("negation"):
+        numbers = {name: count for name, count in negation.items() if isinstance(count, int)}
+        lines += ["", _counts("negating affixes", numbers, "number")]
+    if malformed := report.facts.get("malformed"):
         rows = [
-            [file, f"{count:,}", ", ".join(map(str, first)) + (", …" if count > len(first) else "")]
-            for file, (count, first) in report.malformed.items()
+            [file, f"{found['lines']:,}", shortened(found["first"], total=found["lines"])]
+            for file, found in malformed.items()
         ]
         lines += ["", table(["malformed lines, skipped", "number", "at"], rows)]
     if report.coverage is not None:

@@ -25,14 +25,8 @@ def nearest_entries(
 ) -> list[list[Neighbour]]:
     """Finds, for each of `rows`, the `count` nearest entries, nearest first; of equally near ones, the lower first.
 
-    Every vector is read once, a chunk at a time, since the file may be larger than memory.
-
-    Args:
-        dictionary: the senses.
-        rows: the rows whose neighbours to find.
-        count: the number of entries for each row.
-        without: an entry to leave out: the one that the rows belong to.
-        chunk_elements: elements of vectors read at one time.
+    The entry `without`, to which the rows belong, is left out. Every vector is read once, `chunk_elements` elements at
+    a time, since the file may be larger than memory.
     """
     entry_of_row = torch.arange(dictionary.entries.num_entries).repeat_interleave(dictionary.senses_per_entry)
     queries = dictionary.read(rows).float()

@@ -10,11 +10,11 @@ import numpy as np
 from dskd.artifacts.hashing import digest_of_json
 from dskd.config import Config
 from dskd.errors import UserError, listed
-from dskd.inspection.artifacts import Teacher, open_senses, open_teacher
+from dskd.inspection.artifacts import Teacher, open_teacher
 from dskd.inspection.drawing import DrawnEntry, Picture, draw_picture
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.relations import RELATIONS
-from dskd.senses.dictionary import SenseDictionary
+from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.senses.entries import tokenize_words
 
 Method = Literal["pca", "tsne"]
@@ -28,12 +28,8 @@ def plot_words(
 ) -> str:
     """Draws the picture, and returns a line with its path and contents.
 
-    Args:
-        config: the experiment.
-        words: words that are one token each and have senses.
-        method: principal components, or t-SNE.
-        neighbours: the most synonyms, and the most antonyms, per word; see :func:`choose_entries`.
-        output: the path of a .png; None chooses a name in `WORKDIR/plots`.
+    Each word is one token and has senses; `neighbours` is the most synonyms, and the most antonyms, that it gets
+    (:func:`choose_entries`). `output` is the path of a .png; None chooses a name in `WORKDIR/plots`.
 
     Raises:
         UserError: when words cannot be drawn, naming all of them; when there are too few points; when an artifact is
@@ -45,7 +41,7 @@ def plot_words(
     if path.is_dir():
         raise UserError(f"--output {path}: this is a folder; name a file in it")
     teacher = open_teacher(config)
-    dictionary = open_senses(config, teacher).dictionary
+    dictionary, _ = load_fitting_dictionary(config, teacher.folder)
     picture = compose_picture(dictionary, teacher, words, method=method, neighbours=neighbours, seed=config.seed)
     unlabelled = draw_picture(picture, path)
     drawn = {kind: sum(entry.kind == kind for entry in picture.entries) for kind in ("word", *RELATIONS)}
@@ -65,10 +61,8 @@ def compose_picture(
     neighbours: int,
     seed: int,
 ) -> Picture:
-    """Chooses the entries, reads their senses and projects them to two dimensions.
-
-    Raises:
-        UserError: when words cannot be drawn, naming all of them, or when there are too few points.
+    """Chooses the entries, reads their senses and projects them to two dimensions. Raises a UserError that names all
+    words which cannot be drawn, or when there are too few points.
     """
     words = tuple(dict.fromkeys(words))
     chosen = choose_entries(dictionary, tokens_of_words(dictionary, teacher, words), neighbours)
@@ -84,7 +78,7 @@ def compose_picture(
     texts = list(words) + entry_texts(dictionary.entries, [e for e, _, _ in chosen[len(words) :]], teacher.tokenizer)
     stops = np.cumsum([len(part) for part in rows]).tolist()
     entries = tuple(
-        DrawnEntry(text, owner, kind, range(stop - len(part), stop))
+        DrawnEntry(text, owner, kind, slice(stop - len(part), stop))
         for text, (_, owner, kind), part, stop in zip(texts, chosen, rows, stops, strict=True)
     )
     counts = np.concatenate([dictionary.counts[part.start : part.stop].numpy() for part in rows])
@@ -92,10 +86,8 @@ def compose_picture(
 
 
 def tokens_of_words(dictionary: SenseDictionary, teacher: Teacher, words: Sequence[str]) -> list[int]:
-    """Returns the token of each word.
-
-    Raises:
-        UserError: when words are not one token or have no sense, naming all of them.
+    """Returns the token of each word. Raises a UserError that names all words which are not one token or have no
+    sense.
     """
     kept, problems = [], []
     for word, tokens in zip(words, tokenize_words(list(words), teacher.tokenizer, teacher.vocab_size), strict=True):

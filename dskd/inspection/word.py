@@ -1,39 +1,30 @@
 """`dskd inspect word`: everything the artifacts contain about one word."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dskd.artifacts import kinds
+from dskd.artifacts.manifest import Manifest
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
-from dskd.inspection.artifacts import (
-    Senses,
-    Teacher,
-    note_lines,
-    open_senses,
-    open_teacher,
-    or_note,
-)
+from dskd.inspection.artifacts import Teacher, note_lines, open_teacher, or_note
 from dskd.inspection.contexts import find_contexts, open_training_shards
 from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.negation import BASES_FILE
 from dskd.lexicon.relations import RELATIONS, lexicon_manifest, read_relations
-from dskd.senses.dictionary import SenseDictionary
-from dskd.senses.entries import (
-    MAX_SPAN_TOKENS,
-    MIN_HEAD_LETTERS,
-    Entries,
-    tokenize_form,
-    tokenize_words,
-)
+from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
+from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_form, tokenize_words
 
 _NEAR_SPELLINGS = 5
+# What the contexts of a span show: targets are tokens, so a span is a synonym of a target, and never the target itself.
+_OF_SPANS = "a synonym, pulled to this sense"
 
 
 @dataclass(frozen=True)
@@ -78,15 +69,9 @@ def inspect_word(
 ) -> WordReport:
     """Looks a word up in the lexicon, the tokenizer, the sense dictionary and the training shards.
 
-    Args:
-        config: the experiment.
-        word: the word as the lexicon spells it, or several words.
-        neighbours: the number of nearest entries per sense.
-        contexts: the number of example contexts per sense.
-        scan: the most training samples to search for contexts.
-
-    Raises:
-        UserError: when there is no lexicon, or the word is neither in it nor in the sense dictionary.
+    `word` is spelled as in the lexicon, and may be several words. Each sense gets up to `neighbours` nearest entries,
+    and `contexts` examples from the first `scan` training samples. Raises a UserError when there is no lexicon, or the
+    word is neither in it nor in the sense dictionary.
     """
     related, near = find_related(config, word)
     notes: list[str] = []
@@ -97,29 +82,38 @@ def inspect_word(
         return WordReport(word, related, near, notes=notes)
     tokens, *tails = tokenize_words([word, *(other.word for other in related)], teacher.tokenizer, teacher.vocab_size)
     pieces = tuple(readable(text) for text in token_texts(teacher.tokenizer, [[token] for token in tokens]))
-    senses = or_note(lambda: open_senses(config, teacher), "senses", notes)
+    senses = or_note(lambda: load_fitting_dictionary(config, teacher.folder), "senses", notes)
     if senses is None:
         if not related:
             raise UserError(_unknown(word, near, pieces))
         related = tuple(_measured(other, ids, None) for other, ids in zip(related, tails, strict=True))
         return WordReport(word, related, near, pieces, tokens, _head(word, tokens, None), notes=notes)
-    dictionary = senses.dictionary
-    _note_other_lexicon(config, senses, notes)
+    dictionary, manifest = senses
+    if manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
+        notes.append("the lexicon was made again after the sense dictionary, so their relations may differ")
     rows = dictionary.rows_of_tokens(tokens)
     if not related and not rows:
         raise UserError(_unknown(word, near, pieces) + _replaced(config, word))
-    word_senses, contexts_are = _senses(config, teacher, senses, tokens, rows, neighbours, contexts, scan, notes)
+    contexts_are = ""
+    word_senses: tuple[WordSense, ...] = ()
+    if rows:
+        nearest = _nearest(dictionary, teacher, tokens, rows, neighbours)
+        places = _places(config, teacher, manifest, tokens, rows, contexts, scan, notes)
+        word_senses = tuple(
+            WordSense(row, int(dictionary.counts[row]), near, tuple(places.get(row, ())))
+            for row, near in zip(rows, nearest, strict=True)
+        )
+        if any(places.values()):
+            contexts_are = "where this sense of it is the nearest" if len(tokens) == 1 else _OF_SPANS
     related = tuple(_measured(other, ids, dictionary) for other, ids in zip(related, tails, strict=True))
     head = _head(word, tokens, dictionary.entries)
-    forms = _forms(word, senses, teacher)
+    forms = _forms(word, dictionary, manifest, teacher)
     return WordReport(word, related, near, pieces, tokens, head, forms, word_senses, contexts_are, notes)
 
 
 def find_related(config: Config, word: str) -> tuple[tuple[RelatedWord, ...], tuple[str, ...]]:
     """Returns the word's relations in `WORKDIR/lexicon`, with all their sources, or near spellings if it has none.
-
-    Raises:
-        UserError: when there is no lexicon.
+    Raises a UserError without a lexicon.
     """
     lexicon_manifest(config)
     relations = read_relations(config, filters=[("head", "==", word)]).to_pylist()
@@ -141,55 +135,48 @@ def near_spellings(word: str, words: Iterable[str]) -> tuple[str, ...]:
     return tuple(spelled[other] for other in difflib.get_close_matches(word.lower(), spelled, n=_NEAR_SPELLINGS))
 
 
-def _senses(
-    config: Config,
-    teacher: Teacher,
-    senses: Senses,
-    tokens: tuple[int, ...],
-    rows: range,
-    neighbours: int,
-    contexts: int,
-    scan: int,
-    notes: list[str],
-) -> tuple[tuple[WordSense, ...], str]:
-    """Returns the senses of the word, and a description of what their contexts show."""
-    if not rows:
-        return (), ""
-    dictionary, entries = senses.dictionary, senses.dictionary.entries
-    entry = entries.find(tokens)
-    assert entry is not None
+def _nearest(
+    dictionary: SenseDictionary, teacher: Teacher, tokens: tuple[int, ...], rows: range, count: int
+) -> list[tuple[tuple[str, float, str], ...]]:
+    """Returns, for each row, the `count` nearest other entries: word, distance, and relation to the word or ""."""
+    entries, entry = dictionary.entries, dictionary.entries.find(tokens)
+    if not count or entry is None:
+        return [() for _ in rows]
     relation_of = {}
     if len(tokens) == 1:
         relation_of = {other: kind for kind in RELATIONS for other in entries.neighbours(kind).of(tokens[0])}
-    nearest = nearest_entries(dictionary, rows, neighbours, without=entry) if neighbours else [[] for _ in rows]
+    nearest = nearest_entries(dictionary, rows, count, without=entry)
     numbers = sorted({neighbour.entry for of_row in nearest for neighbour in of_row})
     names = dict(zip(numbers, entry_texts(entries, numbers, teacher.tokenizer), strict=True))
+    return [tuple((names[n.entry], n.distance, relation_of.get(n.entry, "")) for n in near) for near in nearest]
 
-    # Targets are tokens, so a span is never a target; its contexts are those of targets of which it is a synonym.
-    is_span = len(tokens) > 1
-    contexts_are = "a synonym, pulled to this sense" if is_span else "where this sense of it is the nearest"
-    places: dict[int, list[str]] = {}
-    if contexts and scan:
-        shards = or_note(lambda: open_training_shards(config, senses.manifest), "example contexts", notes)
-        if shards is not None:
-            folder, manifest = shards
-            samples = manifest.facts["samples"]
-            places, samples_read = find_contexts(
-                folder, samples, rows, teacher.tokenizer, of_synonyms=is_span, per_row=contexts, scan=scan
-            )
-            if samples_read == min(scan, samples) < samples:
-                notes.append(
-                    f"contexts are from the first {samples_read:,} of {samples:,} training samples; --scan N reads more"
-                )
-    return tuple(
-        WordSense(
-            row,
-            int(dictionary.counts[row]),
-            tuple((names[n.entry], n.distance, relation_of.get(n.entry, "")) for n in near),
-            tuple(places.get(row, ())),
+
+def _places(
+    config: Config,
+    teacher: Teacher,
+    senses: Manifest,
+    tokens: tuple[int, ...],
+    rows: range,
+    per_row: int,
+    scan: int,
+    notes: list[str],
+) -> dict[int, list[str]]:
+    """Returns example contexts of each row of the word."""
+    shards = None
+    if per_row and scan:
+        shards = or_note(lambda: open_training_shards(config, senses), "example contexts", notes)
+    if shards is None:
+        return {}
+    folder, manifest = shards
+    samples = manifest.facts["samples"]
+    places, samples_read = find_contexts(
+        folder, samples, rows, teacher.tokenizer, of_synonyms=len(tokens) > 1, per_row=per_row, scan=scan
+    )
+    if samples_read == min(scan, samples) < samples:
+        notes.append(
+            f"contexts are from the first {samples_read:,} of {samples:,} training samples; --scan N reads more"
         )
-        for row, near in zip(rows, nearest, strict=True)
-    ), contexts_are if any(places.values()) else ""
+    return places
 
 
 def _measured(related: RelatedWord, tokens: tuple[int, ...], dictionary: SenseDictionary | None) -> RelatedWord:
@@ -197,7 +184,7 @@ def _measured(related: RelatedWord, tokens: tuple[int, ...], dictionary: SenseDi
     senses = None
     if dictionary is not None and 1 <= len(tokens) <= MAX_SPAN_TOKENS:
         senses = len(dictionary.rows_of_tokens(tokens))
-    return RelatedWord(related.relation, related.word, related.sources, len(tokens), senses)
+    return replace(related, tokens=len(tokens), senses=senses)
 
 
 def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
@@ -215,21 +202,16 @@ def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
     return f"a usable head: {counts} in the sense dictionary"
 
 
-def _forms(word: str, senses: Senses, teacher: Teacher) -> tuple[tuple[str, int], ...]:
+def _forms(word: str, dictionary: SenseDictionary, manifest: Manifest, teacher: Teacher) -> tuple[tuple[str, int], ...]:
     """Returns the dictionary's surface forms in which the word is a usable head, with the token of each."""
     if len(word) < MIN_HEAD_LETTERS:
         return ()
     heads = []
-    for form in senses.manifest.config.get("surface_forms", ()):
+    for form in manifest.config.get("surface_forms", ()):
         for (token,) in tokenize_form([word], form, teacher.tokenizer, teacher.vocab_size).values():
-            if any(senses.dictionary.entries.neighbours(kind).of(token) for kind in RELATIONS):
+            if any(dictionary.entries.neighbours(kind).of(token) for kind in RELATIONS):
                 heads.append((form, token))
     return tuple(heads)
-
-
-def _note_other_lexicon(config: Config, senses: Senses, notes: list[str]) -> None:
-    if senses.manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
-        notes.append("the lexicon was made again after the sense dictionary, so their relations may differ")
 
 
 def _replaced(config: Config, word: str) -> str:
@@ -252,9 +234,6 @@ def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -
     return text + (f"; near spellings: {', '.join(near)}" if near else "; no similar spelling")
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
 def format_word(report: WordReport) -> str:
     """Formats the report as text."""
     lines = [report.word]
@@ -268,7 +247,7 @@ def format_word(report: WordReport) -> str:
         near = f"; near spellings: {', '.join(report.near_spellings)}" if report.near_spellings else ""
         lines.append(f"  not in the lexicon{near}")
     if report.related:
-        lines += ["", f"Relations: {len(report.related)}", _indented(_relations_table(report))]
+        lines += ["", f"Relations: {len(report.related)}", textwrap.indent(_relations_table(report), "  ")]
     if report.senses is not None:
         lines += ["", *_sense_lines(report)]
     lines += note_lines(report.notes)
@@ -305,7 +284,3 @@ def _sense_lines(report: WordReport) -> list[str]:
     if report.contexts_are:
         lines.append(f"  «»: {report.contexts_are}")
     return lines
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())

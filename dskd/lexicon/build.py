@@ -39,10 +39,8 @@ _FILES = {
 def recipe(config: Config) -> Recipe:
     """Returns the recipe of the lexicon: every input and setting that affects its content.
 
-    The user's own lists are identified by content, the large files by size and modification time.
-
-    Raises:
-        UserError: when files are missing; it lists all of them.
+    The user's own lists are identified by content, the large files by size and modification time. Raises a UserError
+    that lists all missing files.
     """
     lexicon = config.lexicon
     inputs = {}
@@ -125,10 +123,8 @@ def _list_name(path: Path, own: list[Path]) -> str:
 
 
 def _files(config: LexiconConfig) -> list[tuple[str, Path]]:
-    """Returns (config key, path) for every file that the config names, each once.
-
-    Raises:
-        UserError: when files cannot be read; it lists all of them.
+    """Returns (config key, path) for every file that the config names, each once. Raises a UserError that lists all
+    files which cannot be read.
     """
     named = {key: getattr(config, key) for key in _FILES}
     files = [

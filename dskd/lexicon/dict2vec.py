@@ -11,10 +11,8 @@ SOURCE = "dict2vec"
 
 
 def read_dict2vec(path: Path, report: Report) -> Iterator[Relation]:
-    """Yields the pairs of one file; skips lines that do not have exactly two words, and reports them.
-
-    Raises:
-        UserError: when most lines are malformed.
+    """Yields the pairs of one file; skips lines that do not have exactly two words, and reports them. Raises a
+    UserError when these are most lines.
     """
     lines = 0
     for number, line in stream_lines(path, report):

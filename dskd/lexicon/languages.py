@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.errors import UserError
+from dskd.lexicon.reading import Report
 from dskd.lexicon.wordnet import WordNet
 
 # nltk's packages of Open Multilingual WordNet, newest first, and the version of the WordNet whose synsets they name.
@@ -46,20 +47,9 @@ class LanguageFile:
         return hashlib.sha256(self.content).hexdigest()
 
 
-@dataclass(frozen=True)
-class Language:
-    """An opened language: its file, the number of lines, and the malformed lines."""
-
-    name: str  # path of the file
-    lines: int  # without empty lines and comments
-    malformed: tuple[tuple[int, str], ...]  # (line number, what is wrong)
-
-
 def find_language(code: str) -> LanguageFile:
-    """Finds the Open Multilingual WordNet file of a language (ISO 639-3) in nltk's data folders, unpacked or zipped.
-
-    Raises:
-        UserError: when there is none; it names the languages that were found, or the ways to get them.
+    """Finds the Open Multilingual WordNet file of a language (ISO 639-3) in nltk's data folders, unpacked or zipped. If
+    there is none, the UserError names the languages that were found, or the ways to get them.
     """
     import nltk
 
@@ -85,10 +75,10 @@ def find_language(code: str) -> LanguageFile:
     )
 
 
-def open_language(wordnet: WordNet, code: str) -> Language:
+def open_language(wordnet: WordNet, code: str, report: Report) -> None:
     """Adds a language to WordNet's reader, so that `synset.lemma_names(code)` returns its lemmas.
 
-    Skips lines that are not `synset<TAB>kind<TAB>value` with a synset of WordNet, and lists them in the result.
+    Skips lines that are not `synset<TAB>kind<TAB>value` with a synset of WordNet, and adds them to the report.
 
     Raises:
         UserError: when the language is missing, its file is not UTF-8, or this WordNet is not the one whose synsets the
@@ -107,7 +97,6 @@ def open_language(wordnet: WordNet, code: str) -> Language:
     except UnicodeDecodeError as error:
         raise UserError(f"{file.name}: this is not UTF-8 text ({error}); fetch it again") from None
     # Keep the lines that name a synset of this WordNet, and count the others by part of speech.
-    malformed: list[tuple[int, str]] = []
     kept: list[str] = []
     named: Counter[str] = Counter()  # lines that name a synset, by its part of speech
     missing: Counter[str] = Counter()  # those whose synset this WordNet lacks
@@ -118,9 +107,9 @@ def open_language(wordnet: WordNet, code: str) -> Language:
         count += 1
         fields = line.strip().split("\t")
         if len(fields) < 3:
-            malformed.append((number, f"{len(fields)} fields"))
+            report.add_malformed(file.name, number, f"{len(fields)} fields")
         elif not _OMW_SYNSET.fullmatch(fields[0]):
-            malformed.append((number, f"{fields[0]!r} names no synset"))
+            report.add_malformed(file.name, number, f"{fields[0]!r} names no synset")
         else:
             part = _PART_NAMES[fields[0][-1]]
             named[part] += 1
@@ -128,11 +117,12 @@ def open_language(wordnet: WordNet, code: str) -> Language:
                 kept.append(f"{line}\n")
             else:
                 missing[part] += 1
-                malformed.append((number, f"the WordNet in {wordnet.origin} has no synset {fields[0]}"))
+                lacks = f"the WordNet in {wordnet.origin} has no synset {fields[0]}"
+                report.add_malformed(file.name, number, lacks)
     _check_offsets(wordnet, file.name, named, missing)
     # nltk's own function to add a language. The lines that it would skip silently or fail on are no longer among them.
     wordnet.reader.custom_lemmas(io.StringIO("".join(kept)), code)
-    return Language(file.name, count, tuple(malformed))
+    report.finish(file.name, count, "a synset, a kind and a value, separated by tabs")
 
 
 def _has_synset(wordnet: WordNet, name: str) -> bool:
@@ -142,10 +132,8 @@ def _has_synset(wordnet: WordNet, name: str) -> bool:
 
 
 def _check_offsets(wordnet: WordNet, file: str, named: Mapping[str, int], missing: Mapping[str, int]) -> None:
-    """Checks that WordNet has most synsets of the file, for each part of speech; otherwise its offsets are others.
-
-    Raises:
-        UserError: when it lacks those of more than `_MAX_MISSING` of the lines of a part of speech.
+    """Raises a UserError if WordNet lacks the synsets of more than `_MAX_MISSING` of the file's lines of a part of
+    speech: then its offsets are others.
     """
     if all(missing[part] <= _MAX_MISSING * named[part] for part in named):
         return

@@ -23,15 +23,8 @@ _EXPECTED = "words with a segmentation"
 _MORPHEME = re.compile(r"<(?P<prefix>[^<>(){}]+)<|\((?P<root>[^<>(){}]+)\)|>(?P<suffix>[^<>(){}]+)>|[{}]")
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """The morphemes of a word in order, each as (`prefix`, `root` or `suffix`; its letters in lower case)."""
-
-    morphemes: tuple[tuple[str, str], ...]
-
-    def of_kind(self, kind: str) -> tuple[str, ...]:
-        """Returns the letters of all morphemes of a kind."""
-        return tuple(letters for this_kind, letters in self.morphemes if this_kind == kind)
+# The morphemes of a word in order, each as (`prefix`, `root` or `suffix`; its letters in lower case).
+Segmentation = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -43,10 +36,8 @@ class MorphoLex:
 
 
 def parse_segmentation(text: str) -> Segmentation:
-    """Parses a segmentation like `{<un<(happy)}>ness>`.
-
-    Raises:
-        MalformedError: when it does not have that form, or has no root.
+    """Parses a segmentation like `{<un<(happy)}>ness>`. Raises a MalformedError if it does not have that form, or has
+    no root.
     """
     morphemes = []
     position = 0
@@ -59,7 +50,7 @@ def parse_segmentation(text: str) -> Segmentation:
         position = match.end()
     if not any(kind == "root" for kind, _ in morphemes):
         raise MalformedError(f"{text!r} has no root")
-    return Segmentation(tuple(morphemes))
+    return tuple(morphemes)
 
 
 def read_morpholex(path: Path, report: Report) -> MorphoLex:

@@ -33,9 +33,6 @@ from dskd.lexicon.relations import RELATIONS, Relation
 # MorphoLEX's labels that words spell in several ways; every other label has only its own spelling.
 SPELLINGS = {"im-": ("in", "im", "il", "ir", "ig"), "a-": ("an", "a")}
 FLIPS_FILE, BASES_FILE = "flips.parquet", "bases.parquet"
-FLIPS_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("head", "tail", "relation", "source", "head_base", "tail_base", "new_relation")]
-)
 BASES_SCHEMA = pa.schema(
     [("word", pa.string()), ("base", pa.string()), ("polarity", pa.int8()), ("affix", pa.string())]
 )
@@ -60,6 +57,9 @@ class Flip(NamedTuple):
     head_base: str
     tail_base: str
     new_relation: str
+
+
+FLIPS_SCHEMA = pa.schema([(name, pa.string()) for name in Flip._fields])
 
 
 @dataclass
@@ -109,26 +109,18 @@ class Negation:
 
     def write(self, folder: Path) -> None:
         """Writes `flips.parquet` and `bases.parquet`, both sorted."""
-        flips = sorted(self.flips)
-        columns = {name: [getattr(flip, name) for flip in flips] for name in FLIPS_SCHEMA.names}
-        pq.write_table(pa.table(columns, schema=FLIPS_SCHEMA), folder / FLIPS_FILE, compression="zstd")
+        flips = [flip._asdict() for flip in sorted(self.flips)]
+        pq.write_table(pa.Table.from_pylist(flips, FLIPS_SCHEMA), folder / FLIPS_FILE, compression="zstd")
         replaced = [(word, self.bases[word]) for word in sorted(self.replaced)]
-        table = {
-            "word": [word for word, _ in replaced],
-            "base": [base.word for _, base in replaced],
-            "polarity": [base.polarity for _, base in replaced],
-            "affix": [base.affix for _, base in replaced],
-        }
-        pq.write_table(pa.table(table, schema=BASES_SCHEMA), folder / BASES_FILE, compression="zstd")
+        bases = [{"word": w, "base": b.word, "polarity": b.polarity, "affix": b.affix} for w, b in replaced]
+        pq.write_table(pa.Table.from_pylist(bases, BASES_SCHEMA), folder / BASES_FILE, compression="zstd")
 
 
 def find_negation(words: Mapping[str, Segmentation], related: Iterable[str], affixes: Iterable[str]) -> Negation:
     """Finds the bases of all negated words, at the ends of their chains.
 
-    Args:
-        words: the words of MorphoLEX, in lower case.
-        related: the words of the relations, as the relations spell them.
-        affixes: the negating affixes, written as in `lexicon.negating_affixes` (`un-`, `-less`).
+    `words` are those of MorphoLEX, in lower case, and `related` those of the relations, as the relations spell them.
+    `affixes` are written as in `lexicon.negating_affixes` (`un-`, `-less`).
     """
     # Known words, in lower case; `names` are the words that the relations have only with a capital.
     related = set(related)
@@ -158,7 +150,7 @@ def _step(
     """Returns (base, MorphoLEX's label of the affix) if the word is negated, and None otherwise."""
     if is_not_negated(word):
         return None
-    (first_kind, first), (last_kind, last) = segmentation.morphemes[0], segmentation.morphemes[-1]
+    (first_kind, first), (last_kind, last) = segmentation[0], segmentation[-1]
     rests = []
     if first_kind == "prefix" and f"{first}-" in negating:
         rests += [(word.removeprefix(letters), first) for letters in negating[f"{first}-"] if word.startswith(letters)]

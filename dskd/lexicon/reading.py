@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.console import progress_bar, warn
-from dskd.errors import UserError
+from dskd.errors import UserError, shortened
 
 SHOWN_LINES = 20
 # Far longer than any entry of Wiktionary. The limit stops the reader from loading a whole file without line ends.
@@ -59,13 +59,8 @@ class Report:
     def finish(self, file: str, lines: int, expected: str) -> None:
         """Warns about the malformed lines of a file, after all of it was read.
 
-        Args:
-            file: the name that :meth:`add_malformed` got.
-            lines: number of lines that reached the reader, without empty ones.
-            expected: the format of a line, for the message.
-
-        Raises:
-            UserError: when most lines are malformed, so that the file must have another format.
+        `lines` is the number of lines that reached the reader, without empty ones, and `expected` the format of a line,
+        for the message. Raises a UserError when most lines are malformed, so that the file must have another format.
         """
         if file not in self.malformed:
             return
@@ -73,8 +68,7 @@ class Report:
         if self.is_mostly_malformed(file, lines):
             raise UserError(f"{file}: {problem}; this is a file of another format: name the right one, or remove it")
         malformed = self.malformed[file]
-        more = ", …" if malformed.lines > len(malformed.first) else ""
-        warn(f"{file}: {problem}; skipped lines: {', '.join(map(str, malformed.first))}{more}")
+        warn(f"{file}: {problem}; skipped lines: {shortened(malformed.first, total=malformed.lines)}")
 
     def is_mostly_malformed(self, file: str, lines: int) -> bool:
         """Returns True if more than half of a file's lines are malformed; `lines` as in :meth:`finish`."""

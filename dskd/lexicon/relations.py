@@ -26,7 +26,6 @@ from dskd.errors import UserError
 
 FILE = "relations.parquet"
 RELATIONS = ("synonym", "antonym")
-SCHEMA = pa.schema([(name, pa.string()) for name in ("head", "tail", "relation", "source")])
 _BITS_A_SOURCE = 4  # synonym and antonym, each in two directions
 _SYNONYM_BITS, _ANTONYM_BITS = 0b0011, 0b1100
 
@@ -41,6 +40,9 @@ class Relation(NamedTuple):
     tail: str
     relation: str
     source: str
+
+
+SCHEMA = pa.schema([(name, pa.string()) for name in Relation._fields])
 
 
 class Pairs:
@@ -109,9 +111,7 @@ class Pairs:
 
 def count_pairs(relations: Iterable[Relation]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Counts directed pairs by relation, and by source and relation; the former counts a pair from two sources once.
-
-    Args:
-        relations: sorted relations, as :meth:`Pairs.resolved` returns them.
+    The relations are sorted, as :meth:`Pairs.resolved` returns them.
     """
     pairs = dict.fromkeys(RELATIONS, 0)
     by_source: dict[str, dict[str, int]] = {}
@@ -129,19 +129,13 @@ def write_relations(path: Path, relations: list[Relation]) -> None:
 
 
 def lexicon_manifest(config: Config) -> Manifest:
-    """Reads the manifest of `WORKDIR/lexicon`.
-
-    Raises:
-        UserError: when there is no lexicon, or it is damaged.
-    """
+    """Reads the manifest of `WORKDIR/lexicon`. Raises a UserError when there is no lexicon, or it is damaged."""
     return read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
 
 
 def read_relations(config: Config, **options: Any) -> pa.Table:
-    """Reads the table of `WORKDIR/lexicon`, or the part of it that `options` for pyarrow's `read_table` select.
-
-    Raises:
-        UserError: when the file cannot be read as a table.
+    """Reads the table of `WORKDIR/lexicon`, or the part of it that `options` for pyarrow's `read_table` select. Raises
+    a UserError when the file cannot be read as a table.
     """
     path = config.path(kinds.LEXICON.folder, FILE)
     try:
@@ -151,10 +145,8 @@ def read_relations(config: Config, **options: Any) -> pa.Table:
 
 
 def load_lexicon(config: Config) -> list[Relation]:
-    """Loads the relations of `WORKDIR/lexicon`.
-
-    Raises:
-        UserError: when there is no lexicon, or its table cannot be read.
+    """Loads the relations of `WORKDIR/lexicon`; raises the errors of :func:`lexicon_manifest` and
+    :func:`read_relations`.
     """
     lexicon_manifest(config)
     columns = read_relations(config, schema=SCHEMA).to_pydict()

@@ -15,10 +15,8 @@ COMMENTS = "comment lines of own lists"
 
 
 def read_tsv(path: Path, source: str, report: Report) -> Iterator[Relation]:
-    """Yields the relations of one list, with `source` as their source.
-
-    Raises:
-        UserError: when lines do not have that format; it lists all of them.
+    """Yields the relations of one list, with `source` as their source. Raises a UserError that lists all lines which do
+    not have the format.
     """
     problems: list[str] = []
     relations: list[Relation] = []

@@ -59,10 +59,8 @@ def read_wiktionary(path: Path, language: str, report: Report) -> Iterator[Relat
 
 
 def _entry(line: str) -> dict[str, Any] | None:
-    """Parses a line as an entry, which has a word and a language; returns None for a redirect.
-
-    Raises:
-        MalformedError: when the line is not such an entry.
+    """Parses a line as an entry, which has a word and a language; returns None for a redirect. Raises a MalformedError
+    for anything else.
     """
     try:
         entry = json.loads(line)

@@ -57,13 +57,10 @@ class WordNet:
 
 
 @functools.cache  # nltk parses a synset when it is first read; the stages of one process share that work
-def open_wordnet(path: str | None = None, *, allow_download: bool = True, other_languages: bool = False) -> WordNet:
-    """Opens the first WordNet in the module's order of places.
+def open_wordnet(path: str | None = None, *, other_languages: bool = False) -> WordNet:
+    """Opens the first WordNet in the module's order of places; only `path`, the config's `wordnet.path`, if it is set.
 
-    Args:
-        path: the config's `wordnet.path`; if set, no other place is tried.
-        allow_download: try `nltk.download` if there is none on disk.
-        other_languages: try to download Princeton's WordNet 3.0 from nltk, even if the cache has a copy of another one.
+    `other_languages` tries to download Princeton's WordNet 3.0 from nltk even if the cache has a copy of another one.
 
     Raises:
         UserError: when there is none (it names the ways to get one), or when the first one is incomplete.
@@ -89,7 +86,7 @@ def open_wordnet(path: str | None = None, *, allow_download: bool = True, other_
     in_nltk = _in_nltk_data()
     debian = next((folder for folder in DICTIONARY_FOLDERS if _is_dictionary(folder)), None)
     copy = None if in_nltk else _earlier_copy(cache, debian)
-    if in_nltk is None and allow_download and (copy is None or other_languages):
+    if in_nltk is None and (copy is None or other_languages):
         in_nltk = _downloaded(cache)
     if in_nltk is not None:
         return _open(in_nltk, in_nltk)
@@ -145,10 +142,8 @@ def _missing_files(folder: Path) -> list[str]:
 
 
 def _is_dictionary(folder: Path, also: tuple[str, ...] = ()) -> bool:
-    """Returns True if a folder is a complete dictionary, with the files named in `also` too.
-
-    Raises:
-        UserError: when the folder has only some of the files.
+    """Returns True if a folder is a complete dictionary, with the files named in `also` too. Raises a UserError when it
+    has only some of the files.
     """
     missing = [*_missing_files(folder), *(name for name in also if not (folder / name).is_file())]
     if missing and any((folder / name).is_file() for name in DICTIONARY_FILES):
@@ -260,6 +255,11 @@ def _private_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def spelled(name: str) -> str:
+    """Returns a lemma's name as text has it, without the "(p)" and the like that mark an adjective's position."""
+    return name.split("(")[0].replace("_", " ")
 
 
 def _lexnames() -> str:

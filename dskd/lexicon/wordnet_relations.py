@@ -9,7 +9,7 @@ from dskd.console import progress
 from dskd.lexicon.languages import open_language
 from dskd.lexicon.reading import Report
 from dskd.lexicon.relations import Relation
-from dskd.lexicon.wordnet import WordNet
+from dskd.lexicon.wordnet import WordNet, spelled
 
 SOURCE = "wordnet"
 INDIRECT_SOURCE = "wordnet-indirect"
@@ -29,11 +29,11 @@ def read_wordnet(wordnet: WordNet) -> Iterator[Relation]:
     """
     for synset in _synsets(wordnet, "reading WordNet"):
         lemmas = synset.lemmas()
-        words = [_spelled(lemma.name()) for lemma in lemmas]
+        words = [spelled(lemma.name()) for lemma in lemmas]
         yield from _synonyms(words, SOURCE)
         for lemma, head in zip(lemmas, words, strict=True):
             for antonym in lemma.antonyms():
-                yield Relation(head, _spelled(antonym.name()), "antonym", SOURCE)
+                yield Relation(head, spelled(antonym.name()), "antonym", SOURCE)
 
 
 def read_indirect_antonyms(wordnet: WordNet) -> Iterator[Relation]:
@@ -47,7 +47,7 @@ def read_indirect_antonyms(wordnet: WordNet) -> Iterator[Relation]:
     any sense are left out, so that the weaker source does not cost the stronger one a pair.
     """
     heads = {
-        synset: [_spelled(antonym.name()) for lemma in synset.lemmas() for antonym in lemma.antonyms()]
+        synset: [spelled(antonym.name()) for lemma in synset.lemmas() for antonym in lemma.antonyms()]
         for synset in wordnet.reader.all_synsets("a")
         if synset.pos() == "a"
     }
@@ -57,7 +57,7 @@ def read_indirect_antonyms(wordnet: WordNet) -> Iterator[Relation]:
             continue
         antonyms = dict.fromkeys(word for head in satellite.similar_tos() for word in heads.get(head, ()))
         for name in satellite.lemma_names():
-            head = _spelled(name)
+            head = spelled(name)
             for tail in antonyms:
                 if frozenset((head, tail)) not in direct:
                     yield Relation(head, tail, "antonym", INDIRECT_SOURCE)
@@ -74,10 +74,7 @@ def read_other_language(wordnet: WordNet, code: str, report: Report) -> Iterator
         UserError: when Open Multilingual WordNet is missing, or lacks the language.
     """
     source = f"{SOURCE}:{code}"
-    tab = open_language(wordnet, code)
-    for number, reason in tab.malformed:
-        report.add_malformed(tab.name, number, reason)
-    report.finish(tab.name, tab.lines, "a synset, a kind and a value, separated by tabs")
+    open_language(wordnet, code, report)
     for synset in _synsets(wordnet, f"reading WordNet ({code})"):
         words = _words(synset, code)
         report.dropped[GAPS] += any(name in _GAPS for name in synset.lemma_names(code))
@@ -106,8 +103,3 @@ def _words(synset: Any, code: str) -> list[str]:
     if code in _JOINED_LANGUAGES:
         names = (_JOINT.sub("", name) for name in names)
     return list(dict.fromkeys(filter(None, names)))
-
-
-def _spelled(name: str) -> str:
-    # "(p)" and similar marks tell the possible positions of an adjective; they are not part of the word.
-    return name.split("(")[0].replace("_", " ")

@@ -22,7 +22,7 @@ from dskd.models.readouts import TopTokens
 # A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
 # times through float32 copies of the logits, which are fast if these stay in the caches. So a chunk of positions has
 # logits at one time, and the losses take them a block at a time.
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _SMALLEST_CHUNK = 256
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
@@ -84,9 +84,8 @@ class DistillationHead(nn.Module):
         self.loss = loss
         self.chunk_size = chunk_size
         self.margin = loss.margin if margin is None else margin
-        self._replace_logits: Callable[..., torch.Tensor] = (
-            _compiled(_replace_logits) if compile_losses else _in_blocks(_replace_logits, block_size or chunk_size)
-        )
+        function = _compiled(_replace_logits) if compile_losses else _replace_logits
+        self._replace_logits = _in_blocks(function, block_size or chunk_size)
 
     def forward(
         self,
@@ -301,7 +300,7 @@ def _in_blocks(function: Callable[..., torch.Tensor], size: int) -> Callable[...
 
 
 def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Returns the function compiled for any number of rows; it takes them one by one, so it needs no blocks."""
+    """Returns the function compiled for any number of rows."""
     compiled = torch.compile(function)
 
     def run(temperature: float, divergence: str, *columns: torch.Tensor) -> torch.Tensor:

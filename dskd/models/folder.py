@@ -42,10 +42,11 @@ class ModelFolder:
     digest: str
     tokenizer_digest: str
     trust_remote_code: bool = False
+    source: str = ""  # the file that its config.json is a copy of, for messages
 
     def config_values(self) -> dict[str, Any]:
         """Returns its config.json, as :func:`dskd.models.model_config.read_model_config` translates it."""
-        return read_model_config(self.path, trust_remote_code=self.trust_remote_code)
+        return read_model_config(self.path, source=self.source, trust_remote_code=self.trust_remote_code)
 
     def load_config(self) -> Any:
         """Loads the model's `PretrainedConfig`.

@@ -29,25 +29,22 @@ _HARMLESS = re.compile(r"^_|^unsloth|transformers_version|auto_map|^quantization
 _LONGROPE_BY_TYPE = ("phi3", "phimoe")
 
 
-def read_model_config(folder: Path, *, named_by: str = "", trust_remote_code: bool = False) -> dict[str, Any]:
+def read_model_config(
+    folder: Path, *, named_by: str = "", source: str = "", trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Returns the config.json of a folder in a form that the installed transformers reads correctly.
 
     Keys of transformers 5 are translated and also kept, so that both versions read the result alike. A
-    `quantization_config` is dropped, since :class:`dskd.models.weights.TensorReader` undoes the quantisation.
+    `quantization_config` is dropped, since :class:`dskd.models.weights.TensorReader` undoes the quantisation. Messages
+    name the file, or `source` if it is a copy, after `named_by`, the key or option that names it.
 
     Raises:
         UserError: when the file is not JSON, does not describe a text decoder, describes a quantised model that cannot
             be read, or has a key that changes the function and that the installed transformers does not know.
     """
-    file = folder / "config.json"
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable config.json ({error})") from None
-    where = f"{named_by}: {file}" if named_by else str(file)
+    file = source or str(folder / "config.json")
+    values = load_json(folder / "config.json")
+    where = f"{named_by}: {file}" if named_by else file
     _refuse_other_models(values, where)
     _refuse_quantised(values, folder, where)
     values = {key: value for key, value in values.items() if key != "quantization_config"}
@@ -64,7 +61,23 @@ def read_model_config(folder: Path, *, named_by: str = "", trust_remote_code: bo
             f"{values.get('model_type')!r} (the file was written by {values.get('transformers_version', 'another')})"
         )
     values = _translate_rotations(values, where)
-    _check_keys(values, where)
+    _check_keys(values, where, file)
+    return values
+
+
+def load_json(file: Path) -> dict[str, Any]:
+    """Loads a config.json; raises a UserError if it holds no JSON object that transformers could load too."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError(
+                "it begins with a byte order mark, with which transformers cannot read it; save it as UTF-8 without one"
+            )
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: this is not a readable config.json ({error})") from None
     return values
 
 
@@ -183,8 +196,8 @@ def _unknown_rotations(values: dict[str, Any], where: str, what: str) -> UserErr
     )
 
 
-def _check_keys(values: dict[str, Any], where: str) -> None:
-    """Refuses keys of a newer transformers that change the function, and warns of others that may."""
+def _check_keys(values: dict[str, Any], where: str, file: str) -> None:
+    """Refuses keys of a newer transformers that change the function, and warns of others that may, once per file."""
     known = _accepted(values["model_type"]) | {"rope_parameters", "partial_rotary_factor"}
     unknown = [
         key
@@ -208,13 +221,13 @@ def _check_keys(values: dict[str, Any], where: str) -> None:
                 [f"{key}: {json.dumps(values[key])[:80]}" for key in unknown],
             )
         )
-    _warn_once(where, written_by, tuple(unknown))
+    _warn_once(file, written_by, tuple(unknown))
 
 
 @functools.cache
-def _warn_once(where: str, written_by: str, unknown: tuple[str, ...]) -> None:
+def _warn_once(file: str, written_by: str, unknown: tuple[str, ...]) -> None:
     say(
-        f"warning: {where} (transformers {written_by}): transformers {_installed()} does not know "
+        f"warning: {file} (transformers {written_by}): transformers {_installed()} does not know "
         f"{', '.join(unknown)}; they change nothing"
     )
 

@@ -16,6 +16,8 @@ activations   the memory of one micro-batch beyond the weights, counted that way
 gathering     simulates which parameters ZeRO-3 gathers while a model runs
 speed         estimates how long training takes
 disk          the disk space of the artifacts
+stored        which of the teacher's states are stored in the shards, and which a run reads
+stored_speed  compares reading stored states with computing them
 changes       finds the smallest change with which a job fits
 report        formats a plan as text
 preflight     checks the nodes of a job just before it starts

@@ -20,6 +20,7 @@ from dskd.models.stored_names import base_model
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values
 from dskd.plan.shapes import Architecture
+from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import choose_trained
 
 _ATTENTION = "dskd_plan"
@@ -37,6 +38,7 @@ class Batch:
     sense_rows: int  # R, number of distinct rows
     kappa: int
     teacher_top_n: int  # tokens per position of a cached teacher, otherwise 0
+    stored: tuple[str, ...] = ()  # columns of states that the loader reads from the shards
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,6 @@ class Activations:
     forward: int
     loss: int  # in the head: chunks of logits, and gradients of the states
     backward: int
-
-    @property
-    def peak(self) -> int:
-        """Returns the largest of the three peaks."""
-        return max(self.forward, self.loss, self.backward)
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,19 +80,11 @@ def student_activations(
     checkpointing: bool,
     with_teacher: bool,
 ) -> Activations:
-    """Measures the bytes of the student's forward, loss and backward, including the teacher's states.
+    """Measures the bytes of the student's forward, loss and backward, including the teacher's states if it runs.
 
-    Args:
-        architecture: the teacher's.
-        layers: the teacher's layers that the student keeps.
-        trunk: the number of lowest layers that the teacher computes for the student.
-        student: the student's config.
-        loss: the config of the loss.
-        batch: the micro-batch.
-        dtype: the type of weights and states.
-        sizes: the numbers of positions that the head computes at one time.
-        checkpointing: whether activations are checkpointed.
-        with_teacher: whether there is a teacher in training.
+    `architecture` is the teacher's, `layers` are the layers of it that the student keeps, and `trunk` is the number of
+    lowest ones that the student need not compute. `sizes` are the numbers of positions that the head computes at one
+    time. `with_teacher` says whether the loss reads the teacher's states, computed or stored.
     """
     way, model = _build(architecture, layers, trunk)
     with without_values(architecture):
@@ -111,23 +100,25 @@ def student_activations(
         # Run the phases of a micro-batch one after the other, and read the peak after each.
         with LiveBytes() as live:
             shape = batch.size, batch.length
-            # The teacher's states and the student's inputs are held until the backward pass is over.
-            teacher_hidden = torch.empty(*shape, hidden_size, dtype=dtype) if with_teacher else None
-            if trunk:
-                inputs = {"inputs_embeds": torch.empty(*shape, hidden_size, dtype=dtype)}
-            else:
-                inputs = {"input_ids": torch.empty(*shape, dtype=torch.int64)}
             with live.uncounted():  # dskd.plan.memory counts the loader's batches
-                loaded = loaded_tensors(batch, hidden_size)
+                loaded = loaded_tensors(batch, hidden_size, dtype)
                 # If the device holds all rows of the dictionary, one of them represents all.
                 if "senses" in loaded:
                     loaded["senses"].setdefault("sense_rows", torch.empty(1, hidden_size, dtype=torch.bfloat16))
             loaded.pop("input_ids"), loaded.pop("position_ids", None)
+            # The teacher's states and the student's inputs are held until the backward pass is over.
+            teacher_hidden, states = (loaded.pop(column, None) for column in (TEACHER_STATES, TRUNK_STATES))
+            if with_teacher and teacher_hidden is None:
+                teacher_hidden = torch.empty(*shape, hidden_size, dtype=dtype)
+            if trunk:
+                inputs = {"inputs_embeds": torch.empty(*shape, hidden_size, dtype=dtype) if states is None else states}
+            else:
+                inputs = {"input_ids": torch.empty(*shape, dtype=torch.int64)}
             hidden = base(**inputs, use_cache=False, **_mask(batch, way)).last_hidden_state
             kept, forward = live.now, live.restart_peak()
             total, sums = head(hidden, teacher_hidden=teacher_hidden, normalizers=Normalizers(1.0, 1.0), **loaded)
             of_loss = live.restart_peak()
-            del hidden, inputs
+            del hidden, inputs, states
             for parameter in causal_lm.parameters():
                 if parameter.requires_grad:  # DeepSpeed moves each gradient into its bucket as soon as it exists
                     parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -153,10 +144,10 @@ def _mask(batch: Batch, way: Way) -> dict[str, torch.Tensor]:
     return {"attention_mask": torch.empty(batch.size, 1, batch.length, batch.length, dtype=torch.bool)}
 
 
-def loaded_tensors(batch: Batch, hidden_size: int) -> dict[str, Any]:
+def loaded_tensors(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Returns tensors like those that the loader brings for a micro-batch (:class:`dskd.training.collator.Collator`).
 
-    `sense_rows` is not among them if the device holds the whole dictionary.
+    `sense_rows` is not among them if the device holds the whole dictionary. Stored states have type `dtype`.
     """
     shape, positions, kappa = (batch.size, batch.length), batch.sense_positions, batch.kappa
     loaded: dict[str, Any] = {
@@ -182,7 +173,7 @@ def loaded_tensors(batch: Batch, hidden_size: int) -> dict[str, Any]:
             "logprobs": torch.empty(*shape, batch.teacher_top_n, dtype=torch.float16),
             "rest_logprob": torch.empty(shape, dtype=torch.float32),
         }
-    return loaded
+    return loaded | {column: torch.empty(*shape, hidden_size, dtype=dtype) for column in batch.stored}
 
 
 class _FusedAttention(torch.autograd.Function):

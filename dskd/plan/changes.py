@@ -1,13 +1,17 @@
 """A search for the smallest change that makes a job fit: one setting, two settings, as many as it takes, more nodes."""
 
 import itertools
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dskd.errors import UserError
+from dskd.plan import GB
 from dskd.plan.plan import Plan
 
 _MOST_NODES = 1024
+# Settings for which the user must prepare something.
+_PREPARED = ("teacher.mode=cached", "teacher.nvme_path=/", "annotation.store=")
 
 
 @dataclass(frozen=True)
@@ -19,16 +23,25 @@ class Change:
 
     def text(self) -> str:
         """Returns the change as arguments of the command line."""
-        return " ".join([*self.overrides, *([] if self.nodes is None else [f"--nodes {self.nodes}"])])
+        return " ".join([*map(shlex.quote, self.overrides), *([] if self.nodes is None else [f"--nodes {self.nodes}"])])
 
-    def preparations(self) -> list[str]:
-        """Returns sentences on what the user must do before training with this change."""
+    def preparations(self, plan: Plan) -> list[str]:
+        """Returns sentences on what the user must do before training with this change, and what it costs."""
         needed = []
         if any(override.startswith("teacher.nvme_path=/") for override in self.overrides):
             needed.append("teacher.nvme_path names a folder on a fast local disk of every node: replace it with yours")
         if any(override.startswith("annotation.teacher_top_n=") for override in self.overrides):
             needed.append("with annotation.teacher_top_n the shards are annotated again, and are larger")
+        if any(override.startswith("annotation.store=") for override in self.overrides):
+            samples, each = plan.disk.samples, plan.disk.sample_states
+            size = "" if samples is None else f"; the states take {samples * each / GB:,.1f} GB of disk"
+            needed.append(f"with annotation.store the shards are annotated again{size}")
         return needed
+
+
+def stored_states(columns: Sequence[str], mode: str) -> Change:
+    """Returns the change with which training reads these columns of stored states, if `teacher.mode` is `mode` now."""
+    return Change((*(() if mode == "auto" else ("teacher.mode=auto",)), f"annotation.store=[{','.join(columns)}]"))
 
 
 def candidates(plan: Plan) -> list[Change]:
@@ -61,6 +74,8 @@ def candidates(plan: Plan) -> list[Change]:
             where = ("teacher.nvme_path=/local/dskd",) if place == "nvme" and teacher.nvme_path is None else ()
             away = ("teacher.nvme_path=null",) if place != "nvme" and teacher.nvme_path is not None else ()
             changes.append(Change((*([mode] if mode else []), f"teacher.offload={place}", *where, *away)))
+        if plan.stored is not None:
+            changes.append(stored_states(plan.stored.columns, teacher.mode))
         if not plan.config.loss.hidden_weight and plan.config.student.shared_trunk != "on":
             top_n = () if plan.config.annotation.teacher_top_n else ("annotation.teacher_top_n=64",)
             changes.append(Change(("teacher.mode=cached", *top_n)))
@@ -88,11 +103,9 @@ def _for_stages_before(plan: Plan) -> list[Change]:
 
 
 def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Change, Plan] | None:
-    """Returns the first change that makes the job fit, with its plan, or None if there is no such change.
+    """Returns the first change with which the job of `plan` fits, and its plan with it; None if there is none.
 
-    Args:
-        plan: the plan of the job that does not fit.
-        replan: a function that returns the plan with a change.
+    `replan` returns the plan with a change.
     """
 
     def attempt(change: Change) -> Plan | None:
@@ -117,20 +130,19 @@ def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Chang
             return change, changed
     # Then everything that needs no preparation together, and then more nodes, without and with all these settings. What
     # fits is reduced to the settings that are needed.
-    if attempt(strongest) is not None:
-        return _trimmed(strongest, attempt)
+    if (changed := attempt(strongest)) is not None:
+        return _trimmed(strongest, changed, attempt)
     for settings in ((), strongest.overrides):
-        nodes = _fewest_nodes(plan.cluster.nodes, settings, attempt)
-        if nodes is not None:
-            return _trimmed(Change(settings, nodes), attempt)
+        if (more := _fewest_nodes(plan.cluster.nodes, settings, attempt)) is not None:
+            return _trimmed(*more, attempt)
     return None
 
 
 Attempt = Callable[[Change], Plan | None]
 
 
-def _fewest_nodes(now: int, settings: tuple[str, ...], attempt: Attempt) -> int | None:
-    """Returns the smallest number of nodes, above `now`, with which the job fits with these settings, or None.
+def _fewest_nodes(now: int, settings: tuple[str, ...], attempt: Attempt) -> tuple[Change, Plan] | None:
+    """Returns the change to the fewest nodes, above `now`, with which the job fits with these settings, or None.
 
     Doubles the number until the job fits, and then tries the numbers between the last two.
     """
@@ -140,19 +152,16 @@ def _fewest_nodes(now: int, settings: tuple[str, ...], attempt: Attempt) -> int 
     if many > _MOST_NODES:
         return None
     # Not every number between the two can divide the batch evenly, so try each one.
-    return next(number for number in range(few + 1, many + 1) if attempt(Change(settings, number)) is not None)
+    changes = (Change(settings, number) for number in range(few + 1, many + 1))
+    return next((change, changed) for change in changes if (changed := attempt(change)) is not None)
 
 
-def _trimmed(change: Change, attempt: Attempt) -> tuple[Change, Plan]:
+def _trimmed(change: Change, changed: Plan, attempt: Attempt) -> tuple[Change, Plan]:
     """Drops each setting that the change does not need, the costliest (last) first; returns the change and its plan."""
-    kept = list(change.overrides)
     for override in reversed(change.overrides):
-        fewer = [other for other in kept if other != override]
-        if (fewer or change.nodes is not None) and attempt(Change(tuple(fewer), change.nodes)) is not None:
-            kept = fewer
-    change = Change(tuple(kept), change.nodes)
-    changed = attempt(change)
-    assert changed is not None
+        fewer = Change(tuple(other for other in change.overrides if other != override), change.nodes)
+        if (fewer.overrides or fewer.nodes is not None) and (fitting := attempt(fewer)) is not None:
+            change, changed = fewer, fitting
     return change, changed
 
 
@@ -166,6 +175,6 @@ def _strongest(single: list[Change]) -> Change:
     chosen: dict[str, Change] = {}
     for change in single:
         key = "teacher" if change.overrides[0].startswith("teacher.") else change.overrides[0].partition("=")[0]
-        if not any("cached" in part or "nvme_path=/" in part for part in change.overrides):
+        if not any(part.startswith(_PREPARED) for part in change.overrides):
             chosen[key] = change
     return Change(tuple(override for change in chosen.values() for override in change.overrides))

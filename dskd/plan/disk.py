@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from dskd.config import Config
 from dskd.plan.cluster import Cluster
 from dskd.plan.shapes import Architecture, Shapes, Student
-from dskd.shards import sample_bytes
+from dskd.plan.stored import stored_in_shards
+from dskd.shards import Stored, sample_bytes
 from dskd.training.saving import ELEMENT_BYTES
 
 
 @dataclass(frozen=True)
 class Disk:
-    """The sizes of a job's artifacts in bytes; `shards` is None if the number of samples is unknown."""
+    """The sizes of a job's artifacts in bytes."""
 
     states: int  # while the dictionary is built, at most
     senses: int  # of single tokens, at most; spans of several tokens are not counted
     student: int
-    shards: int | None  # before compression; a node's unpacked copy has the same size
-    checkpoint: int
+    sample: int  # of the shards, before compression; a node's unpacked copy has the same size
+    sample_states: int  # the stored states in a sample
+    samples: int | None  # None if their number is unknown
     checkpoints: int  # of one run: those that are kept, and the one that is being written
     nvme: int  # of the teacher, on each node
 
@@ -32,19 +34,12 @@ def compute_disk(
     samples: int | None,
     steps: int | None,
 ) -> Disk:
-    """Computes the sizes of a job's artifacts.
-
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        teacher: its weights.
-        student: the student.
-        samples: the number of training sequences, or None if it is unknown.
-        steps: the number of optimizer steps of a run, or None if it is unknown.
+    """Computes the sizes of a job's artifacts. `samples`, the number of training sequences, and `steps`, that of
+    optimizer steps of a run, are None if they are unknown.
     """
-    values, size = architecture.values(), cluster.dtype(config.precision).itemsize
-    vocab_size, hidden_size = values["vocab_size"], values["hidden_size"]
+    values, dtype = architecture.values(), cluster.dtype(config.precision)
+    size, vocab_size, hidden_size = dtype.itemsize, values["vocab_size"], values["hidden_size"]
+    stored = stored_in_shards(config, dtype, hidden_size, student.trunk)
     states = vocab_size * config.senses.max_states
     if samples is not None:  # a position gives one state
         states = min(states, samples * config.corpus.sequence_length)
@@ -56,17 +51,25 @@ def compute_disk(
         states * hidden_size * 2,
         dictionary_rows(config, architecture) * hidden_size * 2,
         student.whole_numel * size,
-        None if samples is None else samples * sample_bytes_of(config),
-        checkpoint,
+        sample_bytes_of(config, stored),
+        states_bytes(config, stored),
+        samples,
         checkpoint * (train.keep_last + 1 + for_good),
         teacher.share(cluster.world_size) * size * cluster.gpus_per_node if is_on_disk else 0,
     )
 
 
-def sample_bytes_of(config: Config) -> int:
+def sample_bytes_of(config: Config, stored: Stored | None) -> int:
     """Returns the bytes of one sample of the shards before compression."""
     annotation = config.annotation
-    return sample_bytes(config.corpus.sequence_length, kappa=annotation.kappa, teacher_top_n=annotation.teacher_top_n)
+    return sample_bytes(
+        config.corpus.sequence_length, kappa=annotation.kappa, teacher_top_n=annotation.teacher_top_n, stored=stored
+    )
+
+
+def states_bytes(config: Config, stored: Stored | None) -> int:
+    """Returns the bytes of the stored states of one sample, which are included in :func:`sample_bytes_of`."""
+    return sample_bytes_of(config, stored) - sample_bytes_of(config, None)
 
 
 def dictionary_rows(config: Config, architecture: Architecture) -> int:

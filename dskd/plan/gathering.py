@@ -30,14 +30,11 @@ class Gathered:
 
 
 def gather(shapes: Shapes, *, persistent: int, backward: bool, is_gloo: bool = False) -> Gathered:
-    """Simulates what is gathered in a forward pass, and in its backward pass if there is one.
+    """Simulates what is gathered in a forward pass and, with `backward`, in its backward pass over the same modules in
+    reverse.
 
-    Args:
-        shapes: the model.
-        persistent: weights with at most this many elements stay gathered and are not counted.
-        backward: whether there is a backward pass, over the same modules in reverse.
-        is_gloo: whether ranks communicate over gloo, as they do without GPUs; it has its own buffer for all data that
-            is being sent.
+    Weights with at most `persistent` elements stay gathered and are not counted. `is_gloo`: ranks communicate over
+    gloo, as they do without GPUs, which has its own buffer for all data that is being sent.
     """
     # Modules that contain others have no weights, but they also prefetch. Training wraps the model in one more.
     uses: list[list[Weight]] = [[]]

@@ -33,6 +33,7 @@ _MISTRAL_7B = {
     "sliding_window": 4096,
 }
 
+# By name in lower case, with the keys of config.json.
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "meta-llama/meta-llama-3-8b": _8B,
     "meta-llama/meta-llama-3-8b-instruct": _8B,
@@ -43,8 +44,3 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "mistralai/mistral-7b-v0.1": _MISTRAL_7B,
     "mistralai/mistral-7b-instruct-v0.1": _MISTRAL_7B,
 }
-
-
-def known_model(name: str) -> dict[str, Any] | None:
-    """Returns the architecture of a model of the hub, with the keys of its config.json, or None if it is not known."""
-    return KNOWN_MODELS.get(name.lower())

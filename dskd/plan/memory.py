@@ -19,6 +19,8 @@ from dskd.plan.activations import Batch, loaded_tensors, student_activations, te
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
+from dskd.plan.stored import columns_read, reads_states
+from dskd.shards import TRUNK_STATES
 from dskd.training.loader import PREFETCHED_STEPS
 from dskd.training.saving import EXPORTED_BYTES
 from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
@@ -29,6 +31,7 @@ RESERVED_ON_GPU = 2 * GB
 RESERVED_ON_HOST = 2 * GB
 # Bytes that the optimizer's step needs for an element: a copy of its gradient, and AdamW's two intermediate results.
 _STEP = GRADIENT_BYTES + MOMENT_BYTES
+_SAMPLES_PER_SHARD = 8  # that annotation collects before it writes them, if they have stored states
 
 
 @dataclass(frozen=True)
@@ -58,25 +61,19 @@ class Memory:
 
     gpu: Parts  # of each GPU, or of each rank without one
     host: Parts  # of each host
-    teacher_gathered: Gathered | None
-    student_gathered: Gathered
-    step_bytes: int  # bytes that the loader brings to a rank for a step
 
 
-def batch_of(config: Config, micro_batch_size: int, *, relations: float) -> Batch:
-    """Returns the largest micro-batch that can occur.
-
-    Args:
-        config: the experiment.
-        micro_batch_size: the number of samples in it.
-        relations: the share of targets that have a synonym or an antonym.
+def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: int = 0) -> Batch:
+    """Returns the largest micro-batch that can occur if `relations` is the share of targets that have a synonym or an
+    antonym, and the student need not compute its `trunk` lowest layers.
     """
     loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
     lexical = min(length, round(relations * length))
     positions = min(lexical, max(round(loss.relation_share * lexical), loss.min_relations)) if loss.sense_weight else 0
     positions *= micro_batch_size
     on_device = config.train.sense_bank == "device"
-    cached = config.teacher.mode == "cached" and loss.kd_weight > 0
+    stored = columns_read(config, trunk)
+    cached = config.teacher.mode == "cached" and loss.kd_weight > 0 and not reads_states(config)
     return Batch(
         micro_batch_size,
         length,
@@ -85,13 +82,14 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float) -> Batc
         0 if on_device else 3 * positions * kappa,  # synonyms, antonyms and own rows, if all are distinct
         kappa,
         config.annotation.teacher_top_n if cached else 0,
+        stored,
     )
 
 
-def batch_bytes(batch: Batch, hidden_size: int) -> tuple[int, int]:
+def batch_bytes(batch: Batch, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Returns the bytes that the loader brings for a micro-batch: those of sense rows, and those of all the rest."""
     with torch.device("meta"):
-        tensors = loaded_tensors(batch, hidden_size)
+        tensors = loaded_tensors(batch, hidden_size, dtype)
     rows = tensors["senses"].pop("sense_rows").nbytes if batch.sense_rows else 0
     return rows, sum(leaf.nbytes for leaf in tree_leaves(tensors))
 
@@ -110,21 +108,14 @@ def compute_memory(
 ) -> Memory:
     """Computes the bytes that a rank of training and its host hold.
 
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        teacher: its weights, without the output matrix unless that is tied to the embeddings.
-        student: the student.
-        micro_batch_size: the number of samples that a rank runs at once.
-        accumulation_steps: the number of micro-batches in a step.
-        relations: the share of targets that have a synonym or an antonym.
-        bank_rows: the number of rows in the sense dictionary.
+    `architecture` is the teacher's, and `teacher` are its weights, without the output matrix unless that is tied to the
+    embeddings. `relations` is the share of targets that have a synonym or an antonym, and `bank_rows` the number of
+    rows in the sense dictionary.
     """
     ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
     size, hidden_size = dtype.itemsize, architecture.values()["hidden_size"]
     with_teacher = config.needs_teacher
-    batch = batch_of(config, micro_batch_size, relations=relations)
+    batch = batch_of(config, micro_batch_size, relations=relations, trunk=student.trunk)
     persistent = PERSISTENT_WIDTHS * hidden_size
     activations = student_activations(
         architecture,
@@ -138,7 +129,7 @@ def compute_memory(
             config.train.loss_chunk_size, architecture.values()["vocab_size"], torch.device(cluster.device)
         ),
         checkpointing=config.train.activation_checkpointing,
-        with_teacher=with_teacher,
+        with_teacher=with_teacher or reads_states(config),
     )
     of_teacher = teacher_activations(architecture, _only_text(batch), dtype) if with_teacher else 0
 
@@ -171,7 +162,7 @@ def compute_memory(
     is_flushed_early = trained > REDUCE_BUCKET
 
     # Batches: a GPU holds two copies of the loader's data for a step, and the whole bank of sense rows if it is there.
-    senses, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size))
+    senses, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size, dtype))
     bank = bank_rows * hidden_size * 2 if config.train.sense_bank == "device" and config.loss.sense_weight else 0
     on_gpu = cluster.device == "cuda"
     copies = 2 if on_gpu else 0  # of this step and the next; without a GPU they stay where the worker put them
@@ -200,12 +191,23 @@ def compute_memory(
         peak_moment=moment,
     )
     host = _host(config, cluster, gpu, host_teacher, senses, rest, trained)
-    return Memory(gpu, host, gathered, student_gathered, senses + rest)
+    return Memory(gpu, host)
+
+
+def gather_models(
+    config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, student: Student
+) -> tuple[Gathered | None, Gathered]:
+    """Simulates what ZeRO-3 gathers of teacher and student for a micro-batch; None if no teacher is sharded."""
+    persistent, is_gloo = PERSISTENT_WIDTHS * architecture.values()["hidden_size"], cluster.device == "cpu"
+    of_teacher = None
+    if config.needs_teacher and config.teacher.mode != "resident":
+        of_teacher = gather(teacher, persistent=persistent, backward=False, is_gloo=is_gloo)
+    return of_teacher, gather(student.shapes, persistent=persistent, backward=True, is_gloo=is_gloo)
 
 
 def _only_text(batch: Batch) -> Batch:
-    """Returns a batch of the same texts without senses or a cached teacher, which the teacher does not read."""
-    return replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0)
+    """Returns a batch of the same texts with nothing else, which is all that the teacher reads."""
+    return replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0, stored=())
 
 
 def _teacher(
@@ -274,15 +276,9 @@ class StageMemory:
 def stages_before(
     config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, *, states: int, rows: int
 ) -> tuple[StageMemory, StageMemory]:
-    """Computes the memory that gathering states and annotation need.
-
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        teacher: its weights, as in :func:`compute_memory`.
-        states: the most bytes that all gathered states take.
-        rows: the most bytes that the sense dictionary takes.
+    """Computes the memory that gathering states and annotation need; the other arguments are as in
+    :func:`compute_memory`. All gathered states take at most `states` bytes, and the sense dictionary at most `rows`
+    bytes.
     """
     size, dtype = cluster.dtype(config.precision).itemsize, cluster.dtype(config.precision)
     hidden_size = architecture.values()["hidden_size"]
@@ -302,6 +298,10 @@ def stages_before(
     ):
         batch = _only_text(batch_of(config, sequences, relations=0.0))
         gpu = live + reserved + on_device + teacher_activations(architecture, batch, dtype)
+        columns = config.annotation.store if name == "annotation" else ()
+        of_states = batch.length * hidden_size * size
+        gpu += batch.size * of_states * (TRUNK_STATES in columns)  # held until the teacher has read the batch
+        in_host += (2 * batch.size + _SAMPLES_PER_SHARD) * of_states * len(columns)  # two batches, and a shard
         # Without GPUs a rank's tensors are in the host's memory, and `gpu` includes its process.
         host = (on_host + in_host + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
         stages.append(StageMemory(name, gpu, host))

@@ -4,14 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.artifacts import kinds
-from dskd.artifacts.manifest import read_manifest
+from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
-from dskd.plan.memory import Memory, StageMemory, compute_memory, stages_before
+from dskd.plan.memory import Memory, StageMemory, compute_memory, gather_models, stages_before
 from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes
 from dskd.plan.speed import Speed, compute_speed
+from dskd.plan.stored_speed import Comparison, compare_with_stored_states
+from dskd.shards import Stored
 from dskd.training.schedule import count_steps, share_out
 
 RELATIONS = 0.2  # assumed share of targets with a synonym or antonym, if it is not known: more than WordNet gives
@@ -34,6 +36,7 @@ class Plan:
     before: tuple[StageMemory, ...]
     is_annotated: bool  # the shards exist, so the stages before training are done
     speed: Speed
+    stored: Comparison | None  # None if training reads no states of the teacher
     disk: Disk
 
     @property
@@ -73,25 +76,20 @@ def make_plan(
 ) -> Plan:
     """Plans a job.
 
-    Args:
-        config: the experiment.
-        cluster: the machines.
-        architecture: the teacher's.
-        samples: the number of training sequences. If it is None, the number in the work directory's shards is used if
-            they exist, and otherwise corpus.max_sequences.
-        relations: the share of targets that have a synonym or an antonym.
+    If `samples`, the number of training sequences, is None, it is that in the work directory's shards if they exist,
+    and otherwise corpus.max_sequences. `relations` is the share of targets that have a synonym or an antonym.
 
     Raises:
-        UserError: when training with this config is impossible on these machines: the batch cannot be divided among
-            the ranks, the teacher is not supported or lacks the student's layers, or there are too few samples.
+        UserError: when training with this config is impossible on these machines: the batch cannot be divided among the
+            ranks, the teacher is not supported or lacks the student's layers, or there are too few samples.
     """
     micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
     architecture.check(config)
     student = cut_student(config, architecture)
     teacher = teacher_shapes(architecture)
-    annotated = _shard_samples(config)
+    shards = _shards(config)
     if samples is None:
-        samples = annotated if annotated is not None else config.corpus.max_sequences
+        samples = config.corpus.max_sequences if shards is None else int(shards.facts["samples"])
     if samples is not None and samples < config.train.global_batch_size:
         raise UserError(
             f"train.global_batch_size: {config.train.global_batch_size} sequences a step, but there are {samples}; "
@@ -109,17 +107,28 @@ def make_plan(
         relations=relations,
         bank_rows=dictionary_rows(config, architecture),
     )
-    speed = compute_speed(config, cluster, architecture, teacher, student, memory, **batches)
+    of_teacher, of_student = gather_models(config, cluster, architecture, teacher, student)
+    speed = compute_speed(config, cluster, architecture, teacher, student, of_teacher, of_student, **batches)
+    stored = compare_with_stored_states(
+        config, cluster, architecture, teacher, student.trunk, **batches, samples=samples
+    )
     disk = compute_disk(config, cluster, architecture, teacher, student, samples=samples, steps=steps)
     before = stages_before(config, cluster, architecture, teacher, states=disk.states, rows=disk.senses)
     return Plan(
         config, cluster, architecture, teacher, student, **batches, samples=samples, steps=steps, memory=memory,
-        before=before, is_annotated=annotated is not None, speed=speed, disk=disk,
+        before=before, is_annotated=shards is not None and _has_states(config, shards), speed=speed, stored=stored,
+        disk=disk,
     )  # fmt: skip
 
 
-def _shard_samples(config: Config) -> int | None:
+def _shards(config: Config) -> Manifest | None:
     folder = config.path(kinds.SHARDS.folder, "train")
     if not Path(folder, "manifest.json").is_file():
         return None
-    return int(read_manifest(folder, "shards", files_are_here=False).facts["samples"])
+    return read_manifest(folder, "shards", files_are_here=False)
+
+
+def _has_states(config: Config, shards: Manifest) -> bool:
+    """Returns whether the shards hold the states that the config stores; otherwise they are made again."""
+    stored = Stored.of(shards)
+    return set(config.annotation.store) == set(() if stored is None else stored.columns)

@@ -1,8 +1,5 @@
 """Preflight: a check of a job's nodes that takes seconds and names what is wrong, before hours are spent on the job.
 
-    dskd preflight --config FILE                                            this machine
-    deepspeed --hostfile HOSTS --module dskd preflight --config FILE        the ranks that training will have
-
 Every rank examines its own node and reports what it finds. If ranks should agree and do not, the ones that differ from
 the majority are named. Preflight changes nothing that training needs.
 """
@@ -44,11 +41,8 @@ _SHARED = "workdir has to be on storage that all nodes share"
 
 
 def preflight(config: Config, world: World) -> None:
-    """Checks ranks, storage, clocks, versions and shards, and prints one line per node.
-
-    Raises:
-        UserError: when every node has a problem, with all problems and their nodes.
-        OutageError: when only some nodes have one, so that the job may run on others.
+    """Checks ranks, storage, clocks, versions and shards, and prints one line per node. Raises a UserError with all
+    problems and their nodes, or an OutageError if only some nodes have one, so that the job may run on others.
     """
     gigabytes_per_s = _reduce(world)
     own_report = _look(config, world) | {"reduced": gigabytes_per_s > 0, "rate": gigabytes_per_s}
@@ -117,7 +111,8 @@ def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> l
         counts = Counter(values(report).get(name) for report in reports).most_common(2)
         usual = counts[0][0]
         if len(counts) == 2 and counts[0][1] == counts[1][1]:  # there is no majority
-            seen = "; ".join(f"{value} on {_hosts_with(reports, values, name, value)}" for value, _ in counts)
+            hosts = [[r["host"] for r in reports if values(r).get(name) == value] for value, _ in counts]
+            seen = "; ".join(f"{value} on {', '.join(on)}" for (value, _), on in zip(counts, hosts, strict=True))
             differences.append(f"{name} differs: {seen}; {remedy}")
             continue
         for report in reports:
@@ -125,15 +120,6 @@ def _odd_ones(reports: Sequence[Mapping[str, Any]], what: str, remedy: str) -> l
             if own != usual:
                 differences.append(f"{report['host']}: {name} {own}, elsewhere {usual}; {remedy}")
     return differences
-
-
-def _hosts_with(
-    reports: Sequence[Mapping[str, Any]],
-    values: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    name: str,
-    value: Any,
-) -> str:
-    return ", ".join(report["host"] for report in reports if values(report).get(name) == value)
 
 
 def _wrong_clocks(reports: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -225,7 +211,7 @@ def _check_storage(config: Config, world: World) -> list[str]:
         except OSError as error:
             problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror}); {_SHARED}"
     if problem is None and token is not None:
-        problem = _check_lock(folder / f"lock-{world.rank}")
+        problem = next(iter(_problems_of(lambda: _try_lock(folder / f"lock-{world.rank}"))), None)
     reports = gather_json(problem)
     if world.is_main and problem is None:
         # Ranks with a problem of their own report it themselves, so only check the others' files.
@@ -246,36 +232,35 @@ def _remove_leftovers(workdir: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_lock(path: Path) -> str | None:
+def _try_lock(path: Path) -> None:
+    hold_lock(path, "checks that files can be locked")
+    release_lock(path)
+
+
+def _problems_of(check: Callable[[], object]) -> list[str]:
     try:
-        hold_lock(path, "checks that files can be locked")
-        release_lock(path)
+        check()
     except UserError as problem:
-        return str(problem)
-    return None
+        return [str(problem)]
+    return []
 
 
 def _check_shards(config: Config) -> list[str]:
     """Checks that this rank's node can read the training shards, if they exist; returns its problem, if any."""
     if not config.path(kinds.SHARDS.folder, "train").exists():
         return []
-    try:
-        shards.load_manifest(config, "train")
-        if config.train.shard_remote is not None:
-            shards.require_remote(config, "train")
-    except UserError as problem:
-        return [str(problem)]
-    return []
+    problems = _problems_of(lambda: shards.load_manifest(config, "train"))
+    if not problems and config.train.shard_remote is not None:
+        problems = _problems_of(lambda: shards.require_remote(config, "train"))
+    return problems
 
 
 def _check_cache(config: Config, world: World) -> list[str]:
-    own = f"{socket.gethostname()}: "
-    try:
-        open_node_cache(config.train.shard_cache, world)
-    except UserError as problem:  # it has the problems of all nodes, each line starting with a host name
-        lines = str(problem).splitlines()
-        return [line.removeprefix(own) for line in lines if line.startswith(own)] if world.local_rank == 0 else []
-    return []
+    # The error has the problems of all nodes, each line starting with a host name.
+    problems, own = _problems_of(lambda: open_node_cache(config.train.shard_cache, world)), f"{socket.gethostname()}: "
+    if not problems or world.local_rank != 0:
+        return []
+    return [line.removeprefix(own) for line in problems[0].splitlines() if line.startswith(own)]
 
 
 def _existing(path: Path) -> Path:

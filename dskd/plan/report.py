@@ -1,11 +1,13 @@
 """Formatting a plan as text."""
 
+from dskd.config import Config
 from dskd.console import table
 from dskd.plan import GB
-from dskd.plan.changes import Change
-from dskd.plan.disk import sample_bytes_of
+from dskd.plan.changes import Change, stored_states
 from dskd.plan.memory import RESERVED_ON_HOST
 from dskd.plan.plan import Plan
+from dskd.plan.stored import reads_states
+from dskd.plan.stored_speed import Comparison
 from dskd.training.schedule import describe_learning_rate
 
 _PARTS = {
@@ -18,14 +20,18 @@ _PARTS = {
     "batches": "other data",
     "reserved": "reserved",
 }
+_WORTHWHILE = 1.5  # how many times as fast a step must be for the plan to describe stored states that are not used
 _ASSUMPTIONS = """\
 Memory is counted from the code that trains, on shapes, each part at its own largest moment; "reserved" is assumed.
-Speed is an estimate: it depends on --tflops, --bandwidth and --host-bandwidth, which say what a GPU sustains."""
+Speed is an estimate: it depends on --tflops, --bandwidth, --host-bandwidth and --disk-bandwidth."""
 
 
 def format_plan(plan: Plan) -> str:
     """Formats the whole plan."""
-    return "\n\n".join([_headline(plan), _memory(plan), _speed(plan), _disk(plan), _stages(plan), _ASSUMPTIONS])
+    stored = [] if plan.stored is None else [_stored(plan, plan.stored)]
+    return "\n\n".join(
+        [_headline(plan), _memory(plan), _speed(plan), _disk(plan), _stages(plan), _ASSUMPTIONS, *stored]
+    )
 
 
 def format_offload(plan: Plan, without: Plan | None) -> str:
@@ -81,7 +87,7 @@ def format_refusal(plan: Plan, fitting: tuple[Change, Plan] | None) -> str:
         f"{text}\nThe smallest change that fits: {change.text()}",
         f"  then a {what} needs {needed} GB at most, and {_speed_of(changed, plan)}",
     ]
-    return "\n".join([*lines, *(f"  {preparation}" for preparation in change.preparations())])
+    return "\n".join([*lines, *(f"  {preparation}" for preparation in change.preparations(changed))])
 
 
 def _speed_of(changed: Plan, plan: Plan) -> str:
@@ -98,11 +104,11 @@ def _headline(plan: Plan) -> str:
     what = "GPU" if cluster.device == "cuda" else "rank without a GPU"
     values = plan.architecture.values()
     trunk = (
-        f"the lowest {student.trunk} are computed once, in the teacher"
+        f"the lowest {student.trunk} are computed once, in {_trunk_place(config)}"
         if student.trunk
         else f"the student computes all of them ({student.why_no_trunk or 'student.shared_trunk is off'})"
     )
-    loaded = "no teacher in training" if not config.needs_teacher else _teacher_place(plan)
+    loaded = _teacher_place(plan)
     accumulated = plan.accumulation_steps
     return "\n".join(
         [
@@ -120,8 +126,16 @@ def _headline(plan: Plan) -> str:
     )
 
 
+def _trunk_place(config: Config) -> str:
+    return "the teacher" if config.needs_teacher else "annotation, and their states are read"
+
+
 def _teacher_place(plan: Plan) -> str:
     teacher = plan.config.teacher
+    if not plan.config.needs_teacher:
+        return (
+            "not loaded in training, which reads its states" if reads_states(plan.config) else "no teacher in training"
+        )
     if teacher.mode == "resident":
         return "resident, all of it on every rank"
     where = {"none": "on its GPU", "cpu": "in the host's memory", "nvme": "on a local disk"}[teacher.offload]
@@ -153,17 +167,62 @@ def _speed(plan: Plan) -> str:
 
 def _disk(plan: Plan) -> str:
     disk = plan.disk
-    shards = f"{sample_bytes_of(plan.config) / 2**10:.1f} KB a sample" if disk.shards is None else _gb(disk.shards)
+    sizes = {"shards before compression": disk.sample, "stored states, in the shards": disk.sample_states}
     rows = [
         ["senses, at most, without spans", _gb(disk.senses)],
         ["states while senses are built, at most", _gb(disk.states)],
-        ["shards before compression", shards],
+        *([name, _of_samples(size, disk.samples)] for name, size in sizes.items() if size),
         ["student", _gb(disk.student)],
         ["checkpoints of a run", _gb(disk.checkpoints)],
     ]
     if disk.nvme:
         rows.append(["teacher on each node's local disk", _gb(disk.nvme)])
     return table(("disk, GB", "size"), rows)
+
+
+def _of_samples(size: int, samples: int | None) -> str:
+    return f"{size / 2**10:.1f} KB a sample" if samples is None else _gb(size * samples)
+
+
+def _stored(plan: Plan, stored: Comparison) -> str:
+    """Formats what reading the teacher's states from the shards takes and saves."""
+    change = stored_states(stored.columns, plan.config.teacher.mode).text()
+    bandwidth = f"--disk-bandwidth {plan.cluster.disk_bandwidth / GB:g}"
+    if not stored.is_planned and stored.gain < _WORTHWHILE:
+        return f"Stored states: none. With {change} a step would be {stored.gain:.1f} times as fast at {bandwidth}."
+    faster, of_node = (
+        stored.computing.teacher_s / stored.reading.reading_s,
+        stored.rate * plan.cluster.gpus_per_node / GB,
+    )
+    is_limited = stored.reading.step_s > stored.reading.step_without_reading_s
+    what = "GPU" if plan.cluster.device == "cuda" else "rank"
+    lines = [
+        f"Stored states: {' and '.join(stored.columns)}"
+        if stored.is_planned
+        else f"Stored states: none. With {change}:",
+        f"  a step is {stored.gain:.1f} times as fast as with the teacher in it",
+        f"  reading the states is {_compared(faster)} computing them, at {bandwidth}",
+        f"  each {what} reads {stored.rate / GB:.2f} GB/s if the disks keep up, a node {of_node:,.1f} GB/s"
+        + (f": more than {bandwidth}, which limits the step" if is_limited else ""),
+    ]
+    if stored.disk is not None and stored.storing_s is not None and plan.steps is not None:
+        seconds = stored.storing_s, *(plan.steps * speed.step_s for speed in (stored.reading, stored.computing))
+        once, one, other = (f"{_hours(each / 3600)} hours" for each in seconds)
+        copies = ", and as much on each node" if _is_copied(plan) else ""
+        lines += [
+            f"  the states take {_gb(stored.disk)} GB of disk{copies}",
+            f"  annotation runs the teacher once, for about {once}; each run then takes {one} instead of {other}",
+        ]
+    return "\n".join(lines)
+
+
+def _is_copied(plan: Plan) -> bool:
+    """Returns whether each node has its own copy of shards with states, instead of reading them where they are."""
+    return plan.config.train.shard_cache is not None or plan.config.train.shard_remote is not None
+
+
+def _compared(times: float) -> str:
+    return f"{times:.1f} times as fast as" if times > 1 else "slower than"
 
 
 def _stages(plan: Plan) -> str:

@@ -48,14 +48,8 @@ class Way:
 
 @functools.cache
 def find_way(architecture: Architecture, attention: str) -> Way:
-    """Returns the first way in which the architecture can be run.
-
-    Args:
-        architecture: the model.
-        attention: the name of the attention that replaces fused kernels.
-
-    Raises:
-        UserError: when every way fails.
+    """Returns the first way in which the architecture can be run; `attention` is the name of the attention that
+    replaces fused kernels. Raises a UserError when every way fails.
     """
     reason = ""
     for name, takes_mask, returns_router in itertools.product((attention, "eager"), (True, False), (True, False)):

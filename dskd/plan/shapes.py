@@ -19,8 +19,9 @@ from dskd.models.cut_config import cut_config
 from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
+from dskd.models.model_config import load_json
 from dskd.models.trunk import TrunkError, missing_source, trunk_depth
-from dskd.plan.known_models import known_model
+from dskd.plan.known_models import KNOWN_MODELS
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size
 
@@ -99,21 +100,13 @@ class Architecture:
 
     def values(self) -> dict[str, Any]:
         """Returns the config.json as transformers completes it, with sizes under the names most architectures use.
-
-        Raises:
-            UserError: when transformers cannot read it.
+        Raises a UserError when transformers cannot read it.
         """
         return _complete(self.config, self.named_by)
 
     def build(self, *, layers: list[int] | None = None, first_layer: int = 0) -> Any:
-        """Builds the causal LM on the meta device.
-
-        Args:
-            layers: the layers to keep; None keeps all.
-            first_layer: the number of lowest layers, of those kept, to leave out.
-
-        Raises:
-            UserError: when transformers cannot build the architecture.
+        """Builds the causal LM on the meta device, with these layers (None: all), of which the `first_layer` lowest are
+        left out. Raises a UserError when transformers cannot build the architecture.
         """
         values = json.loads(self.config)
         if layers is not None:
@@ -122,20 +115,12 @@ class Architecture:
             return empty_model(folder, first_layer=first_layer)
 
     def check(self, config: Config) -> None:
-        """Refuses a teacher that training would refuse at its start.
-
-        Raises:
-            UserError: when it is refused, with the reason.
-        """
+        """Raises a UserError for a teacher that training would refuse at its start."""
         with _folder_of(self.config, self.named_by) as folder:
             check_architecture(folder, config)
 
     def check_kinds(self, layers: list[int]) -> None:
-        """Refuses layers that cannot form a student.
-
-        Raises:
-            UserError: when they are refused, with the reason.
-        """
+        """Raises a UserError for layers that cannot form a student."""
         if layers != list(range(len(layers))):
             check_kinds(self.build(), self.build(layers=layers), layers)
 
@@ -146,7 +131,7 @@ def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
     with tempfile.TemporaryDirectory(prefix="dskd-plan-") as path:
         Path(path, "config.json").write_text(config, encoding="utf-8")
         try:
-            yield ModelFolder(Path(path), "", "")
+            yield ModelFolder(Path(path), "", "", source=named_by)
         except UserError as error:
             message = str(error).replace(str(Path(path, "config.json")), named_by)
             raise UserError(message.replace(path, named_by)) from None
@@ -180,9 +165,7 @@ class Student:
 
 def find_architecture(config: Config, teacher_config: Path | None) -> Architecture:
     """Returns the teacher's architecture, from `teacher_config`, the config's recipe, the teacher's folder, or the hub.
-
-    Raises:
-        UserError: when no config.json is found, or it is not that of a decoder.
+    Raises a UserError when no config.json is found, or it is not that of a decoder.
     """
     if teacher_config is not None:
         return _read(teacher_config, named_by="--teacher-config")
@@ -202,8 +185,7 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
     folder = Path(path).expanduser()
     if folder.is_dir():
         return _read(folder / "config.json", named_by="teacher.path")
-    known = known_model(path)
-    if known is not None:
+    if (known := KNOWN_MODELS.get(path.lower())) is not None:
         return Architecture(json.dumps(known), f"teacher.path: {path}")
     return _read(_fetch(path, config.teacher.revision), named_by=f"teacher.path: {path}")
 
@@ -218,11 +200,8 @@ def teacher_shapes(architecture: Architecture) -> Shapes:
 
 
 def cut_student(config: Config, architecture: Architecture) -> Student:
-    """Returns the student that would be cut, and which of its weights would be trained.
-
-    Raises:
-        UserError: when the teacher has no such layers, nothing would be trained, or the config requires a shared trunk
-            that is not possible.
+    """Returns the student that would be cut, and which of its weights would be trained. Raises a UserError when the
+    teacher has no such layers, nothing would be trained, or the config requires a shared trunk that is not possible.
     """
     layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
     architecture.check_kinds(layers)
@@ -264,26 +243,20 @@ class _Cut:
 
 
 def _read(path: Path, *, named_by: str) -> Architecture:
+    if not path.is_file():
+        raise UserError(f"{named_by}: there is no file {path}; name the teacher's config.json with --teacher-config")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{named_by}: there is no file {path}; name the teacher's config.json with --teacher-config"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{named_by}: {path} is not a readable config.json ({error})") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        values = load_json(path)
+    except UserError as problem:
+        raise UserError(f"{named_by}: {problem}") from None
+    if not isinstance(values.get("model_type"), str):
         raise UserError(f"{named_by}: {path} has no model_type; it is not the config.json of a Hugging Face model")
     _require_decoder(values, f"{named_by}: {path}")
     return Architecture(json.dumps(values), f"{named_by}: {path}")
 
 
 def _require_decoder(values: dict[str, Any], where: str) -> None:
-    """Refuses values that are not a decoder's config.json.
-
-    Raises:
-        UserError: when they are not, with all problems found.
-    """
+    """Raises a UserError with all problems of values that are not a decoder's config.json."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
@@ -307,10 +280,8 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """Returns the path of the config.json of a model of the hub, after fetching it if it is not in the cache.
-
-    Raises:
-        UserError: when it cannot be fetched.
+    """Returns the path of the config.json of a model of the hub, after fetching it if it is not in the cache. Raises a
+    UserError when it cannot be fetched.
     """
     advice = "name a config.json of its architecture with --teacher-config FILE, which is all that a plan needs"
     if name.startswith((".", "~", "/")) or name.count("/") != 1:

@@ -3,7 +3,8 @@
 A multiply-add of a matrix product counts as two operations, as in benchmarks/flops.py. On GPUs, weights are gathered,
 and copied from the host's memory, while earlier layers compute, and gradients are summed while those of lower layers
 are computed, so a pass takes as long as the longer of computation and transfer. Without GPUs nothing overlaps. Norms,
-the optimizer and checkpoints are left out because they are small, and the loader because it works ahead.
+the optimizer and checkpoints are left out because they are small. The loader works ahead, so it counts only if a node
+needs longer to read the stored states of a step than its ranks need for the step.
 """
 
 from dataclasses import dataclass
@@ -12,31 +13,25 @@ from typing import Any
 from dskd.config import Config
 from dskd.models.weights import LAYER_NAME
 from dskd.plan.cluster import Cluster
-from dskd.plan.memory import Memory
+from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
 from dskd.plan.shapes import Architecture, Shapes, Student
+from dskd.plan.stored import columns_read, reads_states
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of training; times in seconds are those of one optimizer step."""
+    """The speed of training."""
 
     flops_per_token: dict[str, float]  # by part of the step
-    step_s: float
+    step_s: float  # seconds of an optimizer step
     tokens_per_s: float  # of all ranks together
-    compute_s: float
-    network_s: float  # while weights or gradients travel between ranks
-    offload_s: float  # while the teacher's shares are copied from the host's memory or a disk
-
-    @property
-    def network_share(self) -> float:
-        """Returns the share of a step in which data travels between the ranks."""
-        return min(1.0, self.network_s / self.step_s)
-
-    @property
-    def waiting_share(self) -> float:
-        """Returns the share of a step in which ranks wait for data, from ranks, hosts or disks, and compute nothing."""
-        return 1 - self.compute_s / self.step_s
+    network_share: float  # of a step: weights or gradients travel between ranks
+    waiting_share: float  # of a step: ranks wait for data, from ranks, hosts or disks, and compute nothing
+    teacher_s: float  # while the teacher runs, with what travels for it
+    reading_s: float  # while a node reads the stored states of all of its ranks from disk
+    read_bytes: int  # of stored states, by each rank
+    step_without_reading_s: float  # if no disk limited it
 
 
 def compute_speed(
@@ -45,43 +40,76 @@ def compute_speed(
     architecture: Architecture,
     teacher: Shapes,
     student: Student,
-    memory: Memory,
+    teacher_gathered: Gathered | None,
+    student_gathered: Gathered,
     *,
     micro_batch_size: int,
     accumulation_steps: int,
 ) -> Speed:
     """Estimates how long a step takes on the machines."""
-    size, ranks = cluster.dtype(config.precision).itemsize, cluster.world_size
+    size = cluster.dtype(config.precision).itemsize
     parts = flops_per_token(config, architecture, teacher, student)
     tokens = micro_batch_size * config.corpus.sequence_length
-    of_teacher = parts["teacher_layers"] * tokens / cluster.flops
-    of_student = sum(parts.values()) * tokens / cluster.flops - of_teacher
-    # A rank already has its own share of what is gathered, and receives those of the other ranks.
-    others = (ranks - 1) / ranks
-    gathered = memory.teacher_gathered
-    teacher_network = size * others * gathered.travelled / cluster.bandwidth if gathered is not None else 0.0
-    student_network = size * others * (memory.student_gathered.travelled + student.shapes.trained_numel)
+    of_teacher = TeacherPass.of(config, cluster, teacher, teacher_gathered, parts["teacher_layers"] * tokens)
+    of_student = (sum(parts.values()) - parts["teacher_layers"]) * tokens / cluster.flops
+    student_network = size * _others(cluster) * (student_gathered.travelled + student.shapes.trained_numel)
     student_network /= cluster.bandwidth
-    offload = _offload_s(config, cluster, teacher, size)
     # On GPUs transfer and computation overlap within the teacher's pass and within the student's passes.
-    if cluster.device == "cuda":
-        micro_batch_s = max(of_teacher, teacher_network + offload) + max(of_student, student_network)
-    else:
-        micro_batch_s = of_teacher + teacher_network + offload + of_student + student_network
-    step_s = accumulation_steps * micro_batch_s
+    student_s = max(of_student, student_network) if cluster.device == "cuda" else of_student + student_network
+    read_bytes = accumulation_steps * tokens * read_bytes_per_token(config, architecture, student, size)
+    reading_s = read_bytes * cluster.gpus_per_node / cluster.disk_bandwidth
+    without_reading_s = accumulation_steps * (of_teacher.seconds + student_s)
+    step_s = max(without_reading_s, reading_s)
     return Speed(
         parts,
         step_s,
-        config.train.global_batch_size * config.corpus.sequence_length / step_s,
-        accumulation_steps * (of_teacher + of_student),
-        accumulation_steps * (teacher_network + student_network),
-        accumulation_steps * offload,
+        tokens_per_s=config.train.global_batch_size * config.corpus.sequence_length / step_s,
+        network_share=min(1.0, accumulation_steps * (of_teacher.network_s + student_network) / step_s),
+        waiting_share=1 - accumulation_steps * (of_teacher.compute_s + of_student) / step_s,
+        teacher_s=accumulation_steps * of_teacher.seconds,
+        reading_s=reading_s,
+        read_bytes=read_bytes,
+        step_without_reading_s=without_reading_s,
     )
+
+
+def read_bytes_per_token(config: Config, architecture: Architecture, student: Student, size: int) -> int:
+    """Returns the bytes of stored states that training reads for a token; `size` is that of a number."""
+    return len(columns_read(config, student.trunk)) * size * int(architecture.values()["hidden_size"])
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """The seconds of one forward pass of the teacher, by what they are spent on."""
+
+    compute_s: float
+    network_s: float
+    seconds: float  # of the whole pass
+
+    @classmethod
+    def of(
+        cls, config: Config, cluster: Cluster, teacher: Shapes, gathered: Gathered | None, flops: float
+    ) -> "TeacherPass":
+        """Estimates a pass of `flops` operations; one without operations takes no time."""
+        if not flops:
+            return cls(0.0, 0.0, 0.0)
+        size = cluster.dtype(config.precision).itemsize
+        compute = flops / cluster.flops
+        network = 0.0 if gathered is None else size * _others(cluster) * gathered.travelled / cluster.bandwidth
+        offload = _offload_s(config, cluster, teacher, size)
+        overlaps = cluster.device == "cuda"
+        seconds = max(compute, network + offload) if overlaps else compute + network + offload
+        return cls(compute, network, seconds)
+
+
+def _others(cluster: Cluster) -> float:
+    """Returns the share of what is gathered that a rank receives from others, because it is not its own."""
+    return (cluster.world_size - 1) / cluster.world_size
 
 
 def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> float:
     """Returns the seconds for copying a rank's share of an offloaded teacher to its GPU, once per micro-batch."""
-    if not config.needs_teacher or config.teacher.mode == "resident" or cluster.device == "cpu":
+    if config.teacher.mode == "resident" or cluster.device == "cpu":
         return 0.0
     share = teacher.share(cluster.world_size) * size
     if config.teacher.offload == "cpu":
@@ -120,7 +148,7 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
         "backward_layers": backward + recomputed,
         # Products with the output matrix: the student's logits, the gradients of its states, the gradient of the matrix
         # if it is trained, and the teacher's logits if the loss reads them.
-        "head": (2 + head_trained + (with_teacher and config.loss.kd_weight > 0)) * head,
+        "head": (2 + head_trained + ((with_teacher or reads_states(config)) and config.loss.kd_weight > 0)) * head,
     }
 
 

@@ -58,10 +58,8 @@ def assemble(
 ) -> None:
     """Joins the parts in the order of tokens, adds the spans, deletes the parts, and records and prints the counts.
 
-    The counts go to `building.facts`, and so do `entry_counts`, the counts made with the entries.
-
-    Raises:
-        UserError: when no token has a sense.
+    The counts go to `building.facts`, and so do `entry_counts`, the counts made with the entries. Raises a UserError
+    when no token has a sense.
     """
     # The number of senses of each token, from all parts, fixes where its rows go in the whole file.
     maps = [{name: map_tensor(path, name, kind) for name, kind in _PART_TYPES} for path in parts]

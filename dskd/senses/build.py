@@ -46,10 +46,8 @@ class DictionaryInputs:
 
 
 def open_inputs(config: Config, teacher: ModelFolder) -> DictionaryInputs:
-    """Opens what a dictionary is built from.
-
-    Raises:
-        UserError: when lexicon or sequences are missing, or the sequences were tokenized with another tokenizer.
+    """Opens what a dictionary is built from. Raises a UserError when lexicon or sequences are missing, or the sequences
+    were tokenized with another tokenizer.
     """
     return DictionaryInputs(
         teacher, lexicon_manifest(config), *load_sequences(config, "train", teacher.tokenizer_digest)

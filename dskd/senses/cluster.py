@@ -41,16 +41,10 @@ def cluster(
     device: torch.device,
     weights: torch.Tensor | None = None,
 ) -> TokenSenses:
-    """Computes the sense embeddings of every token of `states`.
+    """Computes the sense embeddings of every token of `states`, which has n states in all, with k-means on `device`.
 
-    If a token has no more states than senses, its states become its senses, unchanged.
-
-    Args:
-        states: the states of some tokens, n in all.
-        settings: `k`, `states_per_sense`, `restarts` and `max_iterations` are used.
-        seed: the experiment's seed.
-        device: the device that runs k-means.
-        weights: [n] int64, how many states each row of `states` represents; None means one each.
+    If a token has no more states than senses, its states become its senses, unchanged. `weights` [n] int64 is how many
+    states each row of `states` represents; None means one each.
     """
     if weights is None:
         weights = torch.ones(len(states.states), dtype=torch.int64)

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from dskd.artifacts import kinds
-from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Manifest, read_manifest, require_same
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
@@ -42,10 +40,6 @@ class SenseDictionary:
     def num_rows(self) -> int:
         """The number of rows, R."""
         return len(self.counts)
-
-    def vectors(self) -> torch.Tensor:
-        """Loads all vectors [R, D] bf16 into memory."""
-        return open_safetensors(self.path).get_tensor("vectors")
 
     @functools.cached_property
     def mapped(self) -> np.ndarray:
@@ -93,26 +87,14 @@ def tensor_types(entries: Entries, rows: int, hidden_size: int) -> dict[str, tup
     return types
 
 
-def save_dictionary(
-    path: Path, vectors: torch.Tensor, counts: torch.Tensor, entry_offsets: torch.Tensor, entries: Entries
-) -> None:
-    """Writes a dictionary's file from `vectors` [R, D], stored as bf16, `counts` [R] and `entry_offsets` [E+1]."""
-    tensors = {"vectors": vectors.to(torch.bfloat16), "counts": counts, "entry_offsets": entry_offsets}
-    tensors |= entries.tensors()
-    with report_full_disk(path.parent):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
 def dictionary_folder(config: Config) -> Path:
     """Returns `senses.path` if it is set, otherwise `WORKDIR/senses`."""
     return Path(config.senses.path).expanduser() if config.senses.path is not None else config.path(kinds.SENSES.folder)
 
 
 def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
-    """Returns the experiment's dictionary and its manifest.
-
-    Raises:
-        UserError: when it is missing, damaged or lacks a tensor.
+    """Returns the experiment's dictionary and its manifest. Raises a UserError when it is missing, damaged or lacks a
+    tensor.
     """
     folder = dictionary_folder(config)
     made_by = kinds.SENSES.made_by if config.senses.path is None else "dskd senses merge …, or remove senses.path"
@@ -121,27 +103,17 @@ def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
 
 
 def load_fitting_dictionary(config: Config, teacher: ModelFolder) -> tuple[SenseDictionary, Manifest]:
-    """Returns what :func:`load_dictionary` returns, after checking that the dictionary was built with this teacher.
-
-    Raises:
-        UserError: as :func:`load_dictionary`; also when the dictionary was built with another teacher.
+    """Returns what :func:`load_dictionary` returns, with the same errors, and with a UserError if the dictionary was
+    built with another teacher.
     """
     dictionary, manifest = load_dictionary(config)
-    require_fitting(
-        dictionary,
-        manifest,
-        teacher=teacher.digest,
-        tokenizer=teacher.tokenizer_digest,
-        hidden_size=teacher.load_config().hidden_size,
-    )
+    require_fitting(dictionary, manifest, teacher, teacher.load_config().hidden_size)
     return dictionary, manifest
 
 
 def read_dictionary(path: Path) -> SenseDictionary:
-    """Reads a dictionary's file.
-
-    Raises:
-        UserError: when the file is damaged, lacks a tensor, or its tensors do not fit each other.
+    """Reads a dictionary's file. Raises a UserError when it is damaged, lacks a tensor, or its tensors do not fit each
+    other.
     """
     with open_safetensors(path) as stored:
         names = set(stored.keys())
@@ -162,14 +134,8 @@ def read_dictionary(path: Path) -> SenseDictionary:
     return SenseDictionary(path, entries.vocab_size, shape[1], tensors["counts"], offsets, entries)
 
 
-def require_fitting(
-    dictionary: SenseDictionary, manifest: Manifest, *, teacher: str, tokenizer: str, hidden_size: int
-) -> None:
-    """Checks that the dictionary was built with this teacher.
-
-    Raises:
-        UserError: when hidden size, tokenizer or teacher differ; it names both sides.
-    """
+def require_fitting(dictionary: SenseDictionary, manifest: Manifest, teacher: ModelFolder, hidden_size: int) -> None:
+    """Raises a UserError, which names both sides, if the dictionary has another hidden size, tokenizer or teacher."""
     remedy = f"make the dictionary again with `{kinds.SENSES.made_by}`"
     if dictionary.hidden_size != hidden_size:
         raise UserError(
@@ -177,8 +143,11 @@ def require_fitting(
             f"states have {hidden_size}; {remedy}"
         )
     between = f"{dictionary.path.parent} and the teacher"
-    require_same("tokenizers", expected=tokenizer, found=manifest.tokenizer, between=between, remedy=remedy)
-    require_same("teachers", expected=teacher, found=manifest.teacher, between=between, remedy=remedy)
+    for what, expected, found in (
+        ("tokenizers", teacher.tokenizer_digest, manifest.tokenizer),
+        ("teachers", teacher.digest, manifest.teacher),
+    ):
+        require_same(what, expected=expected, found=found, between=between, remedy=remedy)
 
 
 def map_vectors(path: Path) -> np.ndarray:

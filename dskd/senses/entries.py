@@ -71,23 +71,19 @@ ENTRY_TENSORS = tuple(field.name for field in fields(Entries) if field.name != "
 
 
 def load_entries(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Entries, dict[str, int]]:
-    """Builds the entries from `WORKDIR/lexicon`, and returns what :func:`build_entries` returns.
-
-    Raises:
-        UserError: when there is no lexicon, or when none of its pairs can be used with this tokenizer.
+    """Builds the entries from `WORKDIR/lexicon`, as :func:`build_entries`. Raises a UserError when there is no lexicon,
+    or when none of its pairs can be used with this tokenizer.
     """
     relations = load_lexicon(config)
     entries, counts = build_entries(relations, tokenizer, vocab_size, config.senses.surface_forms)
     if not counts["synonym_pairs"] and not counts["antonym_pairs"]:
         words = sorted({relation.head for relation in relations})
-        lexicon = "the lexicon"
-        if config.lexicon.wordnet:
-            lexicon += f" (WordNet: {', '.join(config.lexicon.languages)})"
+        wordnet = f" (WordNet: {', '.join(config.lexicon.languages)})" if config.lexicon.wordnet else ""
         raise UserError(
-            f"no pair of {lexicon} can be used with the tokenizer of {tokenizer.name_or_path or 'the teacher'}: none "
-            f"of its {len(words):,} words ({', '.join(words[:3])}, …) is one token after a space and has a "
-            f"neighbour of one to three tokens (pairs dropped: {describe_dropped_pairs(counts)}). Use a lexicon in the "
-            "teacher's language, or another teacher"
+            f"no pair of the lexicon{wordnet} can be used with the tokenizer of "
+            f"{tokenizer.name_or_path or 'the teacher'}: none of its {len(words):,} words ({', '.join(words[:3])}, …) "
+            "is one token after a space and has a neighbour of one to three tokens (pairs dropped: "
+            f"{describe_dropped_pairs(counts)}). Use a lexicon in the teacher's language, or another teacher"
         )
     return entries, counts
 
@@ -145,10 +141,12 @@ def build_entries(
     spans = sorted({tail for kind in pairs.values() for _, tail in kind if len(tail) > 1})
     # Number the spans after the tokens, and store each relation as CSR: the entries of token v from offsets[v] on.
     entry_of_span = {span: vocab_size + index for index, span in enumerate(spans)}
-    csr = {}
+    csr: dict[str, torch.Tensor] = {}
     for name, kind in pairs.items():
         edges = sorted((head, entry_of_span.get(tail, tail[0])) for head, tail in kind)
-        csr[name] = _to_csr(edges, vocab_size)
+        heads_of_edges = torch.tensor([head for head, _ in edges], dtype=torch.int64)
+        csr[f"{name}_offsets"] = offsets_of(torch.bincount(heads_of_edges, minlength=vocab_size))
+        csr[f"{name}_entries"] = torch.tensor([entry for _, entry in edges], dtype=torch.int32)
         counts[f"{name}_pairs"] = len(edges)
         counts[f"tokens_with_{name}s"] = len({head for head, _ in edges})
     # For the report: how many tokens of each surface form are used as heads and as neighbours.
@@ -159,14 +157,8 @@ def build_entries(
         counts[f"{form}_heads"] = len(used_heads.intersection(tokens.values()))
         counts[f"{form}_neighbours"] = len(used_tails.intersection(tokens.values()))
     padded = [[*span, *[-1] * (MAX_SPAN_TOKENS - len(span))] for span in spans]
-    return Entries(
-        vocab_size=vocab_size,
-        span_tokens=torch.tensor(padded, dtype=torch.int32).reshape(-1, MAX_SPAN_TOKENS),
-        synonym_offsets=csr["synonym"].offsets,
-        synonym_entries=csr["synonym"].values,
-        antonym_offsets=csr["antonym"].offsets,
-        antonym_entries=csr["antonym"].values,
-    ), dict(counts)
+    span_tokens = torch.tensor(padded, dtype=torch.int32).reshape(-1, MAX_SPAN_TOKENS)
+    return Entries(vocab_size, span_tokens, **csr), dict(counts)
 
 
 def tokenize_words(words: list[str], tokenizer: Any, vocab_size: int | None = None) -> list[tuple[int, ...]]:
@@ -225,10 +217,3 @@ def _comparable(text: str) -> str:
     # Decoders add or remove spaces between pieces, and some leave sentencepiece's sign for a space. Tokenizers
     # normalise full-width letters and composed accents; it is still the same word.
     return "".join(unicodedata.normalize("NFKC", text).replace("▁", " ").split())
-
-
-def _to_csr(edges: list[tuple[int, int]], vocab_size: int) -> Csr:
-    """Converts sorted (token, entry) pairs to the entries of each token [V]."""
-    heads = torch.tensor([head for head, _ in edges], dtype=torch.int64)
-    offsets = offsets_of(torch.bincount(heads, minlength=vocab_size))
-    return Csr(offsets, torch.tensor([entry for _, entry in edges], dtype=torch.int32))

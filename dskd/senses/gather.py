@@ -68,10 +68,7 @@ def gather_states(
 ) -> list[Path]:
     """Runs the teacher over all sequences and writes the sample of its states to runs in `folder`.
 
-    Every rank must call it. Rank v mod world_size owns token v.
-
-    Returns:
-        The paths of the runs of all ranks.
+    Every rank must call it. Rank v mod world_size owns token v. Returns the paths of the runs of all ranks.
     """
     # This rank continues its own runs. Runs of a gathering with another number of ranks stay as they are: reading the
     # sample merges all runs.
@@ -129,20 +126,19 @@ def rank_batches(
 ) -> Iterator[tuple[int, int, TokenBatch]]:
     """Yields this rank's batches of the sequences from `start` on.
 
-    The ranks take batches in turn. Every rank gets the same number of batches, because a forward pass under ZeRO-3
-    needs all ranks: a rank that has no work left gets a batch without targets.
+    The ranks take batches in turn (:meth:`dskd.distributed.world.World.turns`). A rank that has no work left gets a
+    batch without targets.
 
     Yields:
         The number of the batch's first sequence, the number of sequences that all ranks together have done after this
         batch, and the batch.
     """
     starts = range(start, len(sequences), batch_size)
-    for turn in range(-(-len(starts) // world.world_size)):
-        number = turn * world.world_size + world.rank
-        first = starts[number] if number < len(starts) else 0
+    for turn, number in enumerate(world.turns(len(starts)), start=1):
+        first = 0 if number is None else starts[number]
         batch = sequences.batch(first, min(first + batch_size, len(sequences)))
-        done = min(start + (turn + 1) * world.world_size * batch_size, len(sequences))
-        yield first, done, batch if number < len(starts) else batch.without_targets()
+        done = min(start + turn * world.world_size * batch_size, len(sequences))
+        yield first, done, batch.without_targets() if number is None else batch
 
 
 def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:

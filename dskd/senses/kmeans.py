@@ -55,39 +55,31 @@ def kmeans(
     # from the origin.
     mean = (points * weights.unsqueeze(-1)).sum(1, keepdim=True) / weights.sum(1).view(-1, 1, 1)
     points = (points - mean) * mask.unsqueeze(-1)
-    # Each token keeps its own best run.
-    best: Clusters | None = None
-    for restart in range(restarts):
+
+    def run(restart: int) -> Clusters:
         centers = _greedy_seeding(points, weights, num_clusters, seed, keys, restart)
-        clusters = _lloyd(points, weights, centers, max_iterations)
-        if best is None:
-            best = clusters
-        else:
-            better = clusters.inertia < best.inertia
-            best = Clusters(
-                torch.where(better.view(-1, 1, 1), clusters.centers, best.centers),
-                torch.where(better.view(-1, 1), clusters.counts, best.counts),
-                torch.where(better, clusters.inertia, best.inertia),
-            )
-    assert best is not None
+        return _lloyd(points, weights, centers, max_iterations)
+
+    best = run(0)
+    for restart in range(1, restarts):  # each token keeps its own best run
+        clusters = run(restart)
+        better = clusters.inertia < best.inertia
+        best = Clusters(
+            torch.where(better.view(-1, 1, 1), clusters.centers, best.centers),
+            torch.where(better.view(-1, 1), clusters.counts, best.counts),
+            torch.where(better, clusters.inertia, best.inertia),
+        )
     return Clusters(best.centers + mean, best.counts, best.inertia)
 
 
 def groups(
     sizes: torch.Tensor, num_clusters: torch.Tensor, hidden_size: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Groups tokens that have a similar number of points and the same number of clusters.
+    """Groups tokens that have a similar number of points (`sizes`) and the same number of clusters, for points on
+    `device`.
 
-    N depends on a token's own size alone, so that a token's arithmetic does not depend on the other tokens.
-
-    Args:
-        sizes: number of points of each token.
-        num_clusters: K of each token.
-        hidden_size: D.
-        device: the device that the points will be on; it decides how large a group may be.
-
-    Yields:
-        Indices into `sizes`, the N that the tokens' points are padded to, and K.
+    N depends on a token's own size alone, so that a token's arithmetic does not depend on the other tokens. Yields
+    indices into `sizes`, the N that the tokens' points are padded to, and K.
     """
     padded = torch.tensor([_padded(int(size)) for size in sizes], dtype=torch.int64)
     elements = _GROUP_ELEMENTS[device.type]
@@ -172,11 +164,8 @@ def _lloyd(points: torch.Tensor, weights: torch.Tensor, centers: torch.Tensor, m
 def _refill(means: torch.Tensor, sizes: torch.Tensor, points: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
     """Moves the j-th empty centre of a token to the token's point with the j-th largest weighted squared distance.
 
-    Args:
-        means: [G, K, D], the new centres.
-        sizes: [G, K], total weight of each centre's points.
-        points: [G, N, D].
-        distances: [G, N], weighted squared distance of each point to its centre.
+    Takes the new centres `means` [G, K, D], the total weights `sizes` [G, K] of their points, the points [G, N, D], and
+    the weighted squared distance [G, N] of each to its centre.
     """
     empty = sizes == 0
     if not empty.any():

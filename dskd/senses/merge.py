@@ -80,13 +80,7 @@ def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[Sense
         try:
             manifest = read_manifest(folder, "senses")
             dictionary = read_dictionary(folder / FILE)
-            require_fitting(
-                dictionary,
-                manifest,
-                teacher=teacher.digest,
-                tokenizer=teacher.tokenizer_digest,
-                hidden_size=hidden_size,
-            )
+            require_fitting(dictionary, manifest, teacher, hidden_size)
             verify_files(folder, manifest)
             opened.append((dictionary, manifest))
         except UserError as error:
@@ -118,10 +112,8 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
 
 
 def _read_tokens(dictionaries: Sequence[SenseDictionary], start: int, stop: int) -> tuple[TokenStates, torch.Tensor]:
-    """Reads the rows of all dictionaries for the tokens from `start` up to, not including, `stop`.
-
-    Returns:
-        The rows sorted by token, and the number of states that each row represents.
+    """Reads the rows of all dictionaries for the tokens from `start` up to, not including, `stop`. Returns them sorted
+    by token, and the number of states that each row represents.
     """
     vectors, counts, owners = [], [], []
     for dictionary in dictionaries:

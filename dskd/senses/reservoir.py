@@ -35,14 +35,8 @@ class TokenStates:
 class Reservoir:
     """A sample of the states offered: for every token, the `max_states` states with the lowest priorities.
 
-    Args:
-        vocab_size: V.
-        max_states: number of states kept per token.
-        hidden_size: D.
-        memory_budget: bytes of states held in memory; further states are written to runs.
-        folder: existing folder for the runs.
-        name: prefix of the runs' file names, different for each rank.
-        runs: names of the runs in `folder`, from an interrupted gathering, that belong to the sample.
+    States beyond the memory budget, in bytes, are written to runs in `folder`, whose names begin with `name`, which is
+    different for each rank. `runs` are names of runs there, from an interrupted gathering, that belong to the sample.
     """
 
     def __init__(
@@ -138,11 +132,12 @@ class Reservoir:
             self._merge()
 
     def _merge(self) -> None:
-        runs = [_Run(self._folder / name) for name in self._runs]
+        runs = [self._folder / name for name in self._runs]
+        states = [map_tensor(run, "states", "BF16") for run in runs]
         tokens, priorities, which, row = _select_from_runs(runs, self._max_states)
         self._learn_thresholds(tokens, priorities)
         merged = self._write_run(
-            tokens, priorities, lambda first, last: _read(runs, which[first:last], row[first:last])
+            tokens, priorities, lambda first, last: _read(states, which[first:last], row[first:last])
         )
         for run in self._runs:
             # The progress file still names the runs of the last flush, so they stay until the next one is recorded.
@@ -182,24 +177,20 @@ class Reservoir:
 
 
 class SampledStates:
-    """The sample that several runs hold together, read by ranges of tokens.
-
-    Args:
-        paths: all runs, from any number of ranks.
-        max_states: number of states kept per token.
-        share: (r, n) reads only the tokens v with v mod n = r.
+    """The sample that several runs, from any number of ranks, hold together: `max_states` states per token, read by
+    ranges of tokens. `share` (r, n) reads only the tokens v with v mod n = r.
     """
 
     def __init__(self, paths: Sequence[Path], max_states: int, share: tuple[int, int] = (0, 1)) -> None:
-        self._runs = [_Run(path) for path in paths]
-        tokens, _, self._which, self._row = _select_from_runs(self._runs, max_states, share)
+        self._states = [map_tensor(path, "states", "BF16") for path in paths]
+        tokens, _, self._which, self._row = _select_from_runs(paths, max_states, share)
         self.tokens, self.counts = tokens.unique_consecutive(return_counts=True)
         self._offsets = offsets_of(self.counts)
 
     @property
     def hidden_size(self) -> int:
         """The states' hidden size D; 0 if there are no runs."""
-        return self._runs[0].states.shape[1] if self._runs else 0
+        return self._states[0].shape[1] if self._states else 0
 
     def ranges(self, memory_budget: int) -> Iterator[TokenStates]:
         """Yields the states of all tokens, in batches of whole tokens that fit into `memory_budget` bytes.
@@ -209,7 +200,7 @@ class SampledStates:
         rows = max(1, memory_budget // max(1, 2 * self.hidden_size))
         for start, stop in split_tokens(self._offsets, rows):
             first, last = int(self._offsets[start]), int(self._offsets[stop])
-            states = _read(self._runs, self._which[first:last], self._row[first:last])
+            states = _read(self._states, self._which[first:last], self._row[first:last])
             yield TokenStates(self.tokens[start:stop], self._offsets[start : stop + 1] - first, states)
 
 
@@ -223,14 +214,6 @@ def split_tokens(offsets: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-class _Run:
-    """A run on disk, with its states memory-mapped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.states = map_tensor(path, "states", "BF16")
-
-
 def _keys(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads the tokens [n] and priorities [n] of a run."""
     tokens, priorities = map_tensor(path, "tokens", "I32"), map_tensor(path, "priorities", "I64")
@@ -238,17 +221,16 @@ def _keys(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _select_from_runs(
-    runs: Sequence[_Run], max_states: int, share: tuple[int, int] = (0, 1)
+    runs: Sequence[Path], max_states: int, share: tuple[int, int] = (0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Selects the sample from all runs.
 
-    Returns:
-        Its tokens, its priorities, the number of the run that holds each state and the row in that run, each [n] and
-        sorted by token, then by priority.
+    Returns its tokens, its priorities, the number of the run that holds each state and the row in that run, each [n]
+    and sorted by token, then by priority.
     """
     tokens, priorities, which, row = [], [], [], []
     for number, run in enumerate(runs):
-        run_tokens, run_priorities = _keys(run.path)
+        run_tokens, run_priorities = _keys(run)
         rows = (run_tokens % share[1] == share[0]).nonzero().squeeze(-1)
         tokens.append(run_tokens[rows])
         priorities.append(run_priorities[rows])
@@ -263,21 +245,19 @@ def _select_from_runs(
     return all_tokens[order], all_priorities[order], torch.cat(which)[order], torch.cat(row)[order]
 
 
-def _read(runs: Sequence[_Run], which: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Reads states [n, D] bf16: row `row[j]` of run `which[j]` for every j."""
-    states = torch.empty(len(which), runs[0].states.shape[1] if runs else 0, dtype=torch.bfloat16)
+def _read(runs: Sequence[np.ndarray], which: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Reads states [n, D] bf16: row `row[j]` of the mapped states of run `which[j]` for every j."""
+    states = torch.empty(len(which), runs[0].shape[1] if runs else 0, dtype=torch.bfloat16)
     for number in which.unique().tolist():
         places = (which == number).nonzero().squeeze(-1)
-        bits = runs[number].states[row[places].numpy()]
+        bits = runs[number][row[places].numpy()]
         states[places] = torch.from_numpy(bits).view(torch.bfloat16)
     return states
 
 
 def _select(tokens: torch.Tensor, priorities: torch.Tensor, max_states: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorts states by token, then by priority.
-
-    Returns:
-        The order [n], and a mask [n] in that order of the first `max_states` states of each token.
+    """Sorts states by token, then by priority. Returns the order [n], and a mask [n] in that order of the first
+    `max_states` states of each token.
     """
     order = priorities.argsort(stable=True)
     order = order[tokens[order].argsort(stable=True)]

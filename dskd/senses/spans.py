@@ -12,10 +12,7 @@ _ELEMENTS = 8_000_000  # floats in the rows of the spans that are composed at on
 def span_sizes(span_tokens: torch.Tensor, offsets: torch.Tensor, k: int) -> torch.Tensor:
     """Returns the number of senses [S] of each span: that of its first token, up to k, or 0 if any token has no sense.
 
-    Args:
-        span_tokens: [S, 3], padded with -1.
-        offsets: [V+1]; the rows of token v are offsets[v]:offsets[v+1].
-        k: maximum number of senses per token.
+    `span_tokens` [S, 3] is padded with -1, and the rows of token v are offsets[v]:offsets[v+1].
     """
     sizes = offsets.diff()[span_tokens.long().clamp(min=0)]
     complete = ((sizes > 0) | (span_tokens < 0)).all(-1)
@@ -29,20 +26,14 @@ def compose_spans(
     offsets: torch.Tensor,
     k: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Composes one sense of a span from each sense of its first token.
+    """Composes one sense of a span from each sense of its first token; the arguments are as in :func:`span_sizes`.
 
     Each further token contributes its sense nearest to the mean of the senses so far. The span's sense is the mean.
+    `read_rows` returns the tokens' senses, float32 [..., D], for row numbers [...], and `counts` [R] is the number of
+    states that each row represents.
 
-    Args:
-        span_tokens: [S, 3], padded with -1.
-        read_rows: returns the tokens' senses, float32 [..., D], for row numbers [...].
-        counts: [R], number of states that each row represents.
-        offsets: [V+1]; the rows of token v are offsets[v]:offsets[v+1].
-        k: maximum number of senses per token.
-
-    Yields:
-        For some spans at a time: vectors [r, D] float32, and the number of states [r] that all parts of each represent.
-        All batches together hold the senses of all spans in order, :func:`span_sizes` senses per span.
+    Yields, for some spans at a time, vectors [r, D] float32, and the number of states [r] that all parts of each
+    represent. All batches together hold the senses of all spans in order.
     """
     chunk = max(1, _ELEMENTS // (k * read_rows(torch.zeros(1, dtype=torch.int64)).shape[-1]))
     numbers = offsets.diff()

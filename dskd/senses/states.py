@@ -12,8 +12,7 @@ from dskd.models.frozen import FrozenModel, Readout
 def states_of(model: FrozenModel, batch: TokenBatch, first: int) -> torch.Tensor:
     """Computes the last hidden states of a batch; `first` is the number of its first sequence, for error messages.
 
-    Raises:
-        UserError: when the state at a position with a target is not finite; every mean with it would not be either.
+    Raises a UserError when the state at a position with a target is not finite; every mean with it would not be either.
     """
     hidden = model.hidden_states(batch.input_ids, batch.position_ids)
     _require_finite(model, hidden, batch, first)
@@ -21,10 +20,8 @@ def states_of(model: FrozenModel, batch: TokenBatch, first: int) -> torch.Tensor
 
 
 def read_states_of(model: FrozenModel, batch: TokenBatch, first: int, readout: Readout) -> tuple[torch.Tensor, Any]:
-    """Returns the states as :func:`states_of` does, and the result of `readout(states, output matrix)`.
-
-    Raises:
-        UserError: as :func:`states_of`.
+    """Returns the states as :func:`states_of` does, with its errors, and the result of `readout(states, output
+    matrix)`.
     """
     hidden, result = model.read(
         batch.input_ids, batch.position_ids, lambda hidden, weight: (hidden, readout(hidden, weight))

@@ -51,9 +51,7 @@ def load_inputs(config: Config) -> TrainingInputs:
     teacher, student = find_teacher(config), find_student(config)
     dictionary, senses = load_dictionary(config)
     hidden_size = student.load_config().hidden_size  # the student's, whose states the sense loss compares with the rows
-    require_fitting(
-        dictionary, senses, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest, hidden_size=hidden_size
-    )
+    require_fitting(dictionary, senses, teacher, hidden_size)
     train_shards = shards.load_manifest(config, "train")
     if _reads_teacher_cache(config):
         shards.require_teacher_cache(config, "train", train_shards)

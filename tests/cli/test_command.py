@@ -1,6 +1,7 @@
 """The `dskd` command: its verbs, their help, and overrides anywhere on the command line."""
 
 import importlib.metadata
+import re
 import sys
 
 import pytest
@@ -92,7 +93,7 @@ def test_the_launchers_option_may_come_before_the_verb(call):
 def test_comparing_without_an_unknown_evaluation_names_those_that_exist(call):
     code, printed, error = call("compare", "--config", CONFIG, "--without", "picqa")
     assert (code, printed) == (2, "")
-    assert "--without picqa: there is no such evaluation; choose from evaluation, lexical, arc_challenge" in error
+    assert re.search("argument --without: invalid choice: 'picqa' .choose from '?evaluation'?, '?lexical", error)
 
 
 def test_overrides_of_a_program_may_follow_any_option(monkeypatch):

@@ -19,12 +19,12 @@ from dskd.__main__ import main
 from dskd.compare.choosing import Selection
 from dskd.compare.comparison import make_comparison
 from dskd.compare.mlflow_link import mlflow_link
-from dskd.compare.pictures import color_of
-from dskd.compare.results import EVALUATIONS
+from dskd.compare.pictures import paint
 from dskd.compare.text import compare
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
+from dskd.evaluation.table import EVALUATIONS
 from dskd.pipeline import compare_or_explain
 from dskd.tracking import log_results, read_runs, start_tracking
 
@@ -451,7 +451,7 @@ def test_a_browser_without_network_shows_the_report(report, browser, tmp_path):
     assert (pixels == 255).all(-1).mean() > 0.5  # dark on white
     assert (pixels.max(-1) < 90).mean() > 0.01  # text
     for number in range(2):  # bars, and not only the small squares before a group's name
-        color = [int(color_of(number)[at : at + 2], 16) for at in (1, 3, 5)]
+        color = [int(paint(number)[0][at : at + 2], 16) for at in (1, 3, 5)]
         assert (np.abs(pixels.astype(int) - color).max(-1) < 3).sum() > 5000, number
 
     shown = browser(report, "--dump-dom")

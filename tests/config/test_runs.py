@@ -83,9 +83,9 @@ def test_a_run_that_does_not_exist_is_refused(tmp_path):
 
 def test_a_seed_that_contradicts_seeds_is_refused(tmp_path):
     path = write_yaml(tmp_path, {**MINIMAL, "seeds": [3, 5], "runs": {"a": {}, "b": {"seed": 9}}})
-    with pytest.raises(UserError, match=r"config\.yaml:\d+: runs\.b\.seed: `seeds` trains this run"):
+    with pytest.raises(UserError, match=r"config\.yaml:\d+: runs\.b\.seed: `seeds` gives each run seeds of its own"):
         load_config(path)
-    with pytest.raises(UserError, match=r"config\.yaml:\d+: seed: `seeds` trains each run with each of its own"):
+    with pytest.raises(UserError, match=r"config\.yaml:\d+: seed: `seeds` gives each run seeds of its own"):
         load_config(write_yaml(tmp_path, {**MINIMAL, "seed": 1, "seeds": [3, 5]}))
     assert load_config(write_yaml(tmp_path, {**MINIMAL, "seed": 1}), ["seeds=[3, 5]"]).seed == 3
     path = write_yaml(tmp_path, {**MINIMAL, "seeds": [3, 5]})

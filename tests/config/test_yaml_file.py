@@ -11,9 +11,9 @@ from dskd.errors import UserError
     ("text", "message"),
     [
         ("a: [", "this is not YAML"),
-        ("? [a, b]\n: 3\n", "this is not YAML|line 1: a key of a configuration is text"),
-        ("workdir: w\nruns:\n  1: {}\n", "line 3: a key of a configuration is text, and YAML reads this one as int"),
-        ("workdir: w\n2024-02-03: 1\n", "line 2: a key of a configuration is text, and YAML reads this one as date"),
+        ("? [a, b]\n: 3\n", "this is not YAML|line 1: the key of this line has to be text, but is a list"),
+        ("workdir: w\nruns:\n  1: {}\n", "line 3: the key 1 has to be text, but is a number; put it in quotes"),
+        ("workdir: w\n2024-02-03: 1\n", "line 2: the key 2024-02-03 has to be text, but is a date"),
         ("workdir: 2024-02-30\n", "line 1: '2024-02-30' cannot be read as timestamp .*day is out of range"),
         ("a: 1\nseed: !!int abc\n", "line 2: 'abc' cannot be read as int"),
         ("seed: !!bool maybe\n", "line 1: 'maybe' cannot be read as bool"),

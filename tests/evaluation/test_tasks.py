@@ -239,8 +239,6 @@ def test_data_that_is_missing_is_named_before_a_model_is_loaded(config, world, m
         UserError, match=r"--models dskd: there is no such model here, only .*, student; .* `dskd export --config"
     ):
         run_tasks(load_config(config), world, ["piqa"], ["dskd"])
-    with pytest.raises(UserError, match=r"--tasks arc: no such task; there are arc_challenge, .*squad_v2, and all"):
-        run_tasks(load_config(config), world, ["arc"])
 
 
 def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
@@ -253,13 +251,13 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
     candidate = Candidate("teacher", ModelFolder(tmp_path, "", ""))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <|im_end|>{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    check_prompts(loaded, candidate, tokenizer, [task])
+    check_prompts(loaded, candidate, Prompter(tokenizer), [task])
     tokenizer.add_tokens(["<|im_end|>"])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=rf"tasks.piqa: the prompt of .*has the token '<\|im_end\|>', whose id is {size},"
     ):
-        check_prompts(loaded, candidate, tokenizer, [task])
+        check_prompts(loaded, candidate, Prompter(tokenizer), [task])
 
 
 @pytest.mark.slow
@@ -292,8 +290,8 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_get_the_same_results(c
         (["--tasks", "arc"], "invalid choice: 'arc' (choose from arc_challenge, "),
         (["--tasks", "piqa", "--models"], "argument --models: expected at least one argument"),
         (["--tasks", "--models", "seed=2"], "argument --models: expected at least one name, found only overrides"),
-        (["--tasks", "piqa", "--lexical"], "give one of them at a time"),
-        (["--models", "teacher"], "--models needs --tasks or --lexical"),
+        (["--tasks", "piqa", "--lexical"], "not allowed with argument --tasks"),
+        (["--models", "teacher"], "--models needs --lexical or --tasks"),
     ],
 )
 def test_contradictory_arguments_are_refused_before_work_begins(monkeypatch, capsys, arguments, message):

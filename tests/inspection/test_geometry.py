@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from small_dictionaries import save_dictionary
 from torch.nn import functional as F
 
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.inspection.geometry import COMPARISONS, measure_geometry, report_geometry
-from dskd.senses.dictionary import SenseDictionary, read_dictionary, save_dictionary
+from dskd.senses.dictionary import SenseDictionary, read_dictionary
 from dskd.senses.entries import Entries
 
 FIRST, SECOND, OTHER_HEAD = 0, 5, 6  # tokens with relations

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_dictionaries import all_vectors, save_dictionary
 from tiny_models import word_tokenizer
 
 from dskd.artifacts.hashing import hash_files
@@ -19,7 +20,7 @@ from dskd.inspection.plot import choose_entries, compose_picture, project, token
 from dskd.inspection.tokens import entry_texts, readable, token_texts, whole_words
 from dskd.inspection.word import near_spellings
 from dskd.lexicon.relations import Pairs, Relation
-from dskd.senses.dictionary import read_dictionary, save_dictionary
+from dskd.senses.dictionary import read_dictionary
 from dskd.senses.entries import build_entries
 from dskd.shards import COLUMNS, join_blocks, write_block
 
@@ -66,7 +67,7 @@ def dictionary(tmp_path, tokenizer, ids):
 def test_nearest_entries_are_those_of_a_brute_force_search(tmp_path, tokenizer, chunk_elements):
     sizes = {token: 1 + token % 3 for token in range(len(tokenizer))}
     dictionary, _ = _dictionary(tmp_path, tokenizer, ["big|large|synonym"], sizes)
-    vectors = dictionary.vectors().double().numpy()
+    vectors = all_vectors(dictionary).double().numpy()
     rows = dictionary.rows_of(5)
     found = nearest_entries(dictionary, rows, 4, without=5, chunk_elements=chunk_elements)
     assert len(found) == 3
@@ -351,7 +352,7 @@ def test_a_picture_holds_words_and_neighbours_and_is_the_only_file_written(dicti
     teacher = Teacher(None, tokenizer, len(tokenizer))
     picture = compose_picture(dictionary, teacher, ["big", "the", "big"], method="pca", neighbours=5, seed=0)
     assert picture.words == ("big", "the")
-    assert [(e.text, e.of_word, e.kind, len(e.points)) for e in picture.entries] == [
+    assert [(e.text, e.of_word, e.kind, e.points.stop - e.points.start) for e in picture.entries] == [
         ("big", 0, "word", 3),
         ("the", 1, "word", 1),
         ("large", 0, "synonym", 2),

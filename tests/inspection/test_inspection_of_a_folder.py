@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import yaml
+from small_dictionaries import save_dictionary
 from tiny_models import save_model
 
 from dskd.__main__ import main
@@ -13,7 +14,6 @@ from dskd.inspection.artifacts import open_teacher
 from dskd.inspection.lexicon import inspect_lexicon
 from dskd.inspection.word import format_word, inspect_word
 from dskd.lexicon.relations import load_lexicon
-from dskd.senses.dictionary import save_dictionary
 from dskd.senses.entries import build_entries
 
 

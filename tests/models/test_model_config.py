@@ -65,8 +65,9 @@ def test_keys_of_a_newer_transformers_that_change_the_function_are_refused(tmp_p
         read_model_config(tmp_path)
     assert "unsloth" not in str(error.value)
     _edit(tmp_path, transformers_version="4.40.0")
+    read_model_config(tmp_path, named_by="teacher.path")
     read_model_config(tmp_path)
-    assert "does not know attention_sink_scale" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("does not know attention_sink_scale") == 1  # the file is named once
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "mxfp4", "fp8"])

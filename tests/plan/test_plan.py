@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from dskd.losses.head import HeadSizes
 from dskd.models.cutting import build_student
 from dskd.plan import GB
 from dskd.plan.activations import Batch, student_activations
-from dskd.plan.changes import Change, smallest_change
+from dskd.plan.changes import Change, candidates, smallest_change
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import gather
 from dskd.plan.known_models import KNOWN_MODELS
@@ -31,8 +32,10 @@ from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import Architecture, Shapes, Weight, cut_student, find_architecture, teacher_shapes
 from dskd.plan.speed import flops_per_token
+from dskd.shards import TEACHER_STATES, TRUNK_STATES
 
 MACHINES = ["--nodes", "1", "--gpus-per-node", "2", "--gpu-memory", "80", "--host-memory", "500"]
+SMALL = ["student.layers=3", "student.train_layers=2", "corpus.sequence_length=16"]
 LLAMA = {"model_type": "llama", **SHAPE}
 SHIPPED = {
     "llama3-8b-16layers.yaml": ("llama", 2),
@@ -49,7 +52,7 @@ def _config(tmp_path, *overrides, **teacher):
     path = tmp_path / "config.yaml"
     sections = {"workdir": str(tmp_path / "work"), "teacher": {"path": "nobody/nothing", **teacher}}
     path.write_text(json.dumps(sections), encoding="utf-8")
-    return load_config(path, ["student.layers=3", "student.train_layers=2", "corpus.sequence_length=16", *overrides])
+    return load_config(path, [*SMALL, *overrides])
 
 
 def _shapes_file(tmp_path, **values):
@@ -79,14 +82,57 @@ def test_known_shapes_have_the_parameters_that_their_authors_publish(name, publi
     assert sum(parameter.numel() for parameter in model.parameters()) == published
 
 
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("trunk", ["on", "off"])
-def test_flops_are_those_of_the_formula(tmp_path, trunk):
-    config = _config(tmp_path, f"student.shared_trunk='{trunk}'")
+def test_flops_are_those_of_the_formula(tmp_path, trunk, stored):
+    columns = [TEACHER_STATES, TRUNK_STATES][: 1 + (trunk == "on")] if stored else []
+    config = _config(tmp_path, f"student.shared_trunk='{trunk}'", f"annotation.store={json.dumps(columns)}")
     architecture = Architecture(json.dumps(LLAMA), "llama")
     student = cut_student(config, architecture)
     shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
     flops = flops_per_token(config, architecture, teacher_shapes(architecture), student)
-    assert flops == step_flops(shape, shared_trunk=trunk == "on")
+    assert flops == step_flops(shape, shared_trunk=trunk == "on", stored_states=stored)
+
+
+STORED = ("precision=bf16", f"annotation.store=[{TEACHER_STATES},{TRUNK_STATES}]")
+
+
+def test_stored_states_take_two_bytes_a_number_on_disk_and_where_batches_are_held(tmp_path):
+    def plan_of(*overrides):
+        config = _config(tmp_path, "train.global_batch_size=32", "train.micro_batch_size=4", *overrides)
+        return make_plan(config, _cluster(2, "cuda"), Architecture(json.dumps(LLAMA), "llama"), samples=1000)
+
+    computed, stored, no_trunk = plan_of(), plan_of(*STORED), plan_of(*STORED, "student.shared_trunk=off")
+    states = 2 * 16 * 32 * 2  # two columns of 16 tokens, D = 32, two bytes each
+    assert stored.disk.sample - computed.disk.sample == stored.disk.sample_states == states
+    batches = stored.memory.gpu.batches - computed.memory.gpu.batches
+    assert batches == 2 * 16 * states  # 16 sequences a step and rank, in the GPU's two copies
+    # Four steps of two workers and two in page-locked memory, of each of the two ranks.
+    assert stored.memory.host.batches - computed.memory.host.batches == 2 * (2 * 2 + 2) * 16 * states
+    assert stored.memory.gpu.teacher == 0 < computed.memory.gpu.teacher
+    # Without a shared trunk the student computes its layers from token ids, and one column is read.
+    assert no_trunk.memory.gpu.batches - computed.memory.gpu.batches == batches / 2
+    assert no_trunk.student.shapes.numel > stored.student.shapes.numel
+
+
+def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
+    def plan_of(disk_bandwidth, *overrides):
+        config = _config(tmp_path, "train.global_batch_size=32", "train.micro_batch_size=4", *STORED, *overrides)
+        cluster = replace(_cluster(4, "cuda"), disk_bandwidth=disk_bandwidth)
+        return make_plan(config, cluster, Architecture(json.dumps(LLAMA), "llama"), samples=1000)
+
+    of_step = 32 * 16 * 2 * 32 * 2  # bytes of both columns: 32 sequences of 16 tokens, D = 32
+    slow, fast = plan_of(1e3), plan_of(1e15)
+    assert slow.speed.step_s == pytest.approx(of_step / 1e3)
+    assert fast.speed.step_s == slow.speed.step_without_reading_s < slow.speed.step_s
+    assert slow.stored.rate == fast.stored.rate == pytest.approx(of_step / 4 / fast.speed.step_s)
+    # The other run is the one with a teacher.
+    computed = plan_of(1e3, "annotation.store=[]")
+    assert slow.stored.computing == computed.speed
+    assert computed.stored.reading == slow.speed
+    assert slow.stored.gain == computed.stored.gain == computed.speed.step_s / slow.speed.step_s
+    flops = computed.speed.flops_per_token["teacher_layers"] * 16 * 1000
+    assert slow.stored.storing_s >= flops / 4 / 1e14
 
 
 def test_bytes_count_as_long_as_something_refers_to_them():
@@ -221,7 +267,7 @@ def test_the_speed_of_a_change_is_that_of_the_plan_with_it(tmp_path, monkeypatch
     options += ["senses.memory_budget=0.01", "annotation.memory_budget=0.01", "senses.batch_size=1"]
     options += ["annotation.batch_size=1", "train.micro_batch_size=1", "train.loss_chunk_size=64"]
     options += ["train.activation_checkpointing=true", "train.global_batch_size=64", "teacher.offload=nvme"]
-    options += ["teacher.nvme_path=/local", "loss.hidden_weight=1"]
+    options += ["teacher.nvme_path=/local", f"annotation.store=[{TEACHER_STATES},{TRUNK_STATES}]", "teacher.mode=auto"]
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80)
     needed = float(re.search(r"peak, in .* +([\d.]+) +[\d.]+\n", printed).group(1))
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.02)
@@ -275,6 +321,25 @@ def test_only_settings_that_are_needed_are_named(tmp_path):
     assert smallest_change(small, lambda change: small) is None
 
 
+def test_storing_the_teachers_states_is_proposed_with_its_bytes(tmp_path):
+    config = _config(tmp_path, "student.shared_trunk=on", "loss.hidden_weight=1", mode="resident")
+    cluster = _cluster(1, "cuda", 80)
+    plan = make_plan(config, cluster, Architecture(json.dumps(LLAMA), "llama"), samples=2**20)
+    (change,) = (change for change in candidates(plan) if "annotation.store" in change.text())
+    assert change.text() == "teacher.mode=auto 'annotation.store=[teacher_states,trunk_states]'"
+    changed = make_plan(
+        load_config(tmp_path / "config.yaml", [*SMALL, "loss.hidden_weight=1", *change.overrides]),
+        cluster,
+        plan.architecture,
+        samples=2**20,
+    )
+    assert not changed.config.needs_teacher
+    (cost,) = change.preparations(changed)
+    assert (
+        "annotated again" in cost and "2.0 GB of disk" in cost
+    )  # 2**20 sequences · 16 tokens · 2 columns · 32 · 2 bytes
+
+
 def test_a_host_that_is_too_small_is_no_reason_to_offload(tmp_path, monkeypatch, capsys):
     _config(tmp_path)
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", _shapes_file(tmp_path), *MACHINES]
@@ -306,6 +371,7 @@ def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
     ("text", "part"),
     [
         ("{", "is not a readable config.json"),
+        ("\ufeff{}", "it begins with a byte order mark, with which transformers cannot read it; save it as UTF-8"),
         ('{"hidden_size": 3}', "has no model_type"),
         ('{"model_type": "llama"}', "num_hidden_layers: expected a number, 1 or more; it is missing"),
         (json.dumps(LLAMA | {"num_attention_heads": 0}), "num_attention_heads: expected a number, 1 or more; found 0"),
@@ -317,10 +383,19 @@ def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
 )
 def test_a_file_that_is_not_the_config_of_a_decoder_is_named(tmp_path, monkeypatch, capsys, text, part):
     _config(tmp_path)
-    (tmp_path / "x.json").write_text(text)
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", tmp_path / "x.json", *MACHINES]
     code, _, error = _run(monkeypatch, capsys, *options, "student.layers=1", "student.train_layers=1")
     assert code == 2 and part in error and "Traceback" not in error
+
+
+def test_a_warning_about_keys_that_transformers_lacks_names_the_file_once(tmp_path, monkeypatch, capsys):
+    _config(tmp_path)
+    file = _shapes_file(tmp_path, attention_sink_scale=0.5, transformers_version="4.40.0")
+    options = ["--config", tmp_path / "config.yaml", "--teacher-config", file, *MACHINES]
+    _, _, error = _run(monkeypatch, capsys, *options, "student.layers=2", "student.train_layers=1")
+    warning = f"warning: --teacher-config: {file} (transformers 4.40.0): transformers "
+    assert error.count("attention_sink_scale") == error.count(warning) == 1
 
 
 def test_a_batch_that_training_would_refuse_is_refused_here(tmp_path, monkeypatch, capsys):

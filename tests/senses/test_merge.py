@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from small_dictionaries import all_vectors, save_dictionary
 from tiny_models import SHAPE, save_model
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from dskd.errors import UserError
 from dskd.lexicon.build import build_lexicon
 from dskd.lexicon.relations import load_lexicon
 from dskd.models.folder import find_teacher
-from dskd.senses.dictionary import FILE, load_dictionary, save_dictionary
+from dskd.senses.dictionary import FILE, load_dictionary
 from dskd.senses.entries import build_entries
 from dskd.senses.merge import merge_dictionaries
 
@@ -132,4 +133,4 @@ def _write(config, folder, senses, teacher=None):
 def _senses(config, entry):
     dictionary, _ = load_dictionary(config)
     rows = slice(*dictionary.entry_offsets[entry : entry + 2].tolist())
-    return dictionary.vectors()[rows].float(), dictionary.counts[rows].tolist()
+    return all_vectors(dictionary)[rows].float(), dictionary.counts[rows].tolist()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_dictionaries import all_vectors, save_dictionary
 from tiny_models import word_tokenizer
 
 from dskd.artifacts.building import Building
@@ -13,7 +14,7 @@ from dskd.lexicon.relations import Pairs, Relation
 from dskd.random_numbers import random_bits
 from dskd.senses.build import _finish, _prepare
 from dskd.senses.cluster import cluster
-from dskd.senses.dictionary import map_vectors, read_dictionary, save_dictionary
+from dskd.senses.dictionary import map_vectors, read_dictionary
 from dskd.senses.entries import build_entries, tokenize_words
 from dskd.senses.reservoir import Reservoir, SampledStates, TokenStates
 from dskd.senses.spans import compose_spans, span_sizes
@@ -231,7 +232,7 @@ def test_mapped_rows_are_those_of_the_file(dictionary_file):
 def test_a_dictionary_is_read_as_it_was_written(dictionary_file):
     path, vectors = dictionary_file
     dictionary = read_dictionary(path)
-    assert torch.equal(dictionary.vectors(), vectors)
+    assert torch.equal(all_vectors(dictionary), vectors)
     assert dictionary.num_rows == len(vectors)
     assert dictionary.entries.span_tokens.shape == (1, 3)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_dictionaries import all_vectors, save_dictionary
 from torch.nn import functional as F
 
 from dskd.senses.dictionary import SenseDictionary
@@ -21,7 +22,7 @@ def _csr(pairs):
 @pytest.fixture(scope="module")
 def dictionary(tmp_path_factory):
     """Tokens and spans with 0 to 4 rows, some of them equal, and random relations; 0 to 5 neighbours a token."""
-    from dskd.senses.dictionary import read_dictionary, save_dictionary
+    from dskd.senses.dictionary import read_dictionary
 
     random = np.random.default_rng(0)
     sizes = torch.tensor(random.integers(0, 5, V + SPANS))
@@ -49,7 +50,7 @@ def dictionary(tmp_path_factory):
 
 
 def _oracle(dictionary: SenseDictionary, state: np.ndarray, target: int) -> tuple[list[int], list[int], list[int]]:
-    vectors = dictionary.vectors().double().numpy()
+    vectors = all_vectors(dictionary).double().numpy()
     entries, offsets = dictionary.entries, dictionary.entry_offsets.tolist()
 
     def rows(entry):
@@ -112,7 +113,7 @@ def test_no_row_is_both_pulled_and_pushed(dictionary):
 def test_the_mean_antonym_distance_is_that_of_the_rows_found(dictionary):
     states, targets = torch.randn(50, D, generator=torch.Generator().manual_seed(3)), torch.arange(50) % V
     nearest = Searcher(dictionary, KAPPA, torch.device("cpu")).search(states, targets)
-    vectors = dictionary.vectors().float()
+    vectors = all_vectors(dictionary).float()
     for state, rows, distance in zip(
         states, nearest.antonym_rows.tolist(), nearest.antonym_distance.tolist(), strict=True
     ):

@@ -19,7 +19,7 @@ from tiny_models import word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dskd.config import Config
-from dskd.plan.known_models import known_model
+from dskd.plan.known_models import KNOWN_MODELS
 
 SYNONYMS = [("large", "big"), ("glad", "happy"), ("quick", "fast"), ("unhappy", "gloomy"), ("house", "home")]
 ANTONYMS = [("large", "small"), ("happy", "sad"), ("fast", "slow"), ("hot", "cold"), ("new", "old")]
@@ -65,7 +65,7 @@ def _sentence(number: int, length: int) -> str:
 
 
 def _write_model(folder: Path, name: str) -> None:
-    shapes: dict[str, Any] = {**(known_model(name) or {}), **_TOY}
+    shapes: dict[str, Any] = {**KNOWN_MODELS.get(name.lower(), {}), **_TOY}
     if shapes["num_hidden_layers"] > 32:
         shapes["num_hidden_layers"] = LAYERS_OF_LARGE
     words = [*WORDS, *_MARKS]

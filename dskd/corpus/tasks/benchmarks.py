@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dskd.config import TASKS, TasksConfig
-from dskd.errors import UserError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -48,10 +47,10 @@ class Benchmark:
 
     name: str
     instruction: str  # with the placeholder `{subject}` if examples have one
-    evaluated: str  # the split that scores are computed on
-    shots_from: str  # the split that provides the examples in its prompts
-    trained: str  # the split to train on
     files: dict[str, tuple[str, ...]]  # {split: patterns of its published files; the first pattern with a match counts}
+    evaluated: str = "validation"  # the split that scores are computed on
+    shots_from: str = "train"  # the split that provides the examples in its prompts
+    trained: str = "train"  # the split to train on
     hub_config: str | None = None
     labels: str = LETTERS  # labels of the choices, in order
     question_label: str = "Question"
@@ -90,26 +89,17 @@ BENCHMARKS = {
         Benchmark(
             "arc_challenge",
             _LETTER,
-            evaluated="validation",
-            shots_from="train",
-            trained="train",
             files={"train": ("ARC-Challenge-Train.jsonl",), "validation": ("ARC-Challenge-Dev.jsonl",)},
             hub_config="ARC-Challenge",
         ),
         Benchmark(
             "commonsense_qa",
             _LETTER,
-            evaluated="validation",
-            shots_from="train",
-            trained="train",
             files={"train": ("train_rand_split.jsonl",), "validation": ("dev_rand_split.jsonl",)},
         ),
         Benchmark(
             "piqa",
             "Answer with the number of the solution that reaches the goal and nothing else.",
-            evaluated="validation",
-            shots_from="train",
-            trained="train",
             files={"train": ("train.jsonl",), "validation": ("valid.jsonl", "dev.jsonl")},
             labels="01",
             question_label="Goal",
@@ -132,9 +122,6 @@ BENCHMARKS = {
             "squad_v2",
             "Answer the question with a few words of the passage and nothing else; if it does not answer the question, "
             f"with: {NO_ANSWER}",
-            evaluated="validation",
-            shots_from="train",
-            trained="train",
             files={"train": ("train-v2.0.json",), "validation": ("dev-v2.0.json",)},
             hub_config="squad_v2",
             labels="",
@@ -145,14 +132,7 @@ assert tuple(BENCHMARKS) == TASKS
 
 
 def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
-    """Returns the benchmarks with these names, or all if `all` is among the names, in the paper's order.
-
-    Raises:
-        UserError: when there are unknown names; it lists all of them.
-    """
-    unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
-    if unknown:
-        raise UserError(f"--tasks {' '.join(unknown)}: no such task; there are {', '.join(BENCHMARKS)}, and {ALL}")
+    """Returns the benchmarks with these names, or all if `all` is among the names, in the paper's order."""
     return [benchmark for name, benchmark in BENCHMARKS.items() if name in names or ALL in names]
 
 

@@ -34,10 +34,8 @@ def fingerprint(config: Config) -> dict[str, str]:
 
 
 def read_task_documents(config: Config) -> tuple[Iterator[Document], Iterator[Document]]:
-    """Returns the documents to train on and the held-out ones, task by task.
-
-    Raises:
-        UserError: when a task's data is missing, or too small for its prompts.
+    """Returns the documents to train on and the held-out ones, task by task. Raises a UserError when a task's data is
+    missing, or too small for its prompts.
     """
     sides: tuple[list[Question], list[Question]] = ([], [])
     for benchmark in benchmarks_named(config.corpus.tasks):
@@ -51,10 +49,8 @@ def read_task_documents(config: Config) -> tuple[Iterator[Document], Iterator[Do
 def split(
     benchmark: Benchmark, examples: list[Example], *, train_share: float, validation_share: float, seed: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """Splits examples into those to train on and those to hold out, without splitting a group.
-
-    Returns:
-        The examples to train on, those to hold out, and those that held-out prompts may show: all not trained on.
+    """Splits examples, without splitting a group, into those to train on and those to hold out. Also returns those that
+    held-out prompts may show: all not trained on.
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:

@@ -190,29 +190,27 @@ class Prompter:
     """A writer of prompts for one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     @property
     def has_template(self) -> bool:
         """Returns True if the tokenizer has a chat template, so that prompts are chats."""
-        return bool(getattr(self._tokenizer, "chat_template", None))
+        return bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
     def format(self) -> str:
         """Returns the form of the prompts: `plain`, or the digest of the chat template."""
-        return digest_of_json(self._tokenizer.chat_template) if self.has_template else "plain"
+        return digest_of_json(self.tokenizer.chat_template) if self.has_template else "plain"
 
     def text(self, question: Question, num_shots: int | None = None) -> str:
-        """Returns the prompt as the text whose tokens the model reads.
-
-        Raises:
-            UserError: when the chat template raises an error for these turns.
+        """Returns the prompt as the text whose tokens the model reads. Raises a UserError when the chat template raises
+        an error for these turns.
         """
         num_shots = len(question.shots) if num_shots is None else num_shots
         if not self.has_template:
             return question.plain(num_shots)
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 question.messages(num_shots), tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
             )
         except Exception as error:  # templates can raise any kind of error
@@ -238,13 +236,13 @@ class Prompter:
 
     def tokens(self, text: str) -> list[int]:
         """Returns the tokens of a prompt, without an end-of-text token if the tokenizer adds one."""
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
-        end = self._tokenizer.eos_token_id
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
         return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
 
     @cached_property
     def _own_start(self) -> str:
         """Returns the text of the token that the tokenizer puts before every text; empty if it puts none there."""
-        ids = self._tokenizer("a", verbose=False)["input_ids"]
-        start = self._tokenizer.bos_token
-        return start if start and ids[:1] == [self._tokenizer.bos_token_id] and len(ids) > 1 else ""
+        ids = self.tokenizer("a", verbose=False)["input_ids"]
+        start = self.tokenizer.bos_token
+        return start if start and ids[:1] == [self.tokenizer.bos_token_id] and len(ids) > 1 else ""

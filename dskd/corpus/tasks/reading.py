@@ -36,10 +36,8 @@ class _NoExampleError(ValueError):
 
 
 def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]:
-    """Returns the examples of a split from `place`, a folder or the name of a dataset on the hub.
-
-    Raises:
-        UserError: when there are none, a record is not in the benchmark's format, or two examples have the same id.
+    """Returns the examples of a split from `place`, a folder or the name of a dataset on the hub. Raises a UserError
+    when there are none, a record is not in the benchmark's format, or two examples have the same id.
     """
     folder = Path(place).expanduser()
     if folder.is_dir():
@@ -47,9 +45,10 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
     else:
         source, rows = f"{place}, split {split!r}", _rows_of_hub(benchmark, place, split)
     examples = []
+    _, parse = _FORMATS[benchmark.name]
     for row_place, row in rows:
         try:
-            example = _of_whole_characters(_PARSERS[benchmark.name](benchmark, row))
+            example = _of_whole_characters(parse(benchmark, row))
             if benchmark.one_score_a_subject and split != benchmark.trained and not example.subject:
                 raise _NoExampleError("it has no subject, and the score is a mean over subjects")
             examples.append(example)
@@ -69,12 +68,8 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
 
 
 def _of_whole_characters(example: Example) -> Example:
-    """Returns the example, after checking that none of its texts has half of a surrogate pair.
-
-    JSON can express such a half, but no tokenizer can read it.
-
-    Raises:
-        _NoExampleError: when a text has one.
+    """Returns the example. Raises a _NoExampleError if one of its texts has half of a surrogate pair: JSON can express
+    it, but no tokenizer can read it.
     """
     for text in (example.name, example.question, *example.answers, *example.choices, example.passage, example.subject):
         try:
@@ -160,18 +155,11 @@ def _rows_of_hub(benchmark: Benchmark, place: str, split: str) -> Iterator[tuple
         yield f"{place}/{split}:{number}", row
 
 
-# --------------------------------------------------------------------------------------------- published files to rows
-
-
 def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[Place, Row]]:
-    rows_of: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
-        "piqa": _piqa_rows,
-        "mmlu": _mmlu_rows,
-        "squad_v2": _squad_rows,
-    }
+    rows_of, _ = _FORMATS[benchmark.name]
     for path in files:
         with reading_errors(path):
-            for line, row in rows_of.get(benchmark.name, _json_lines)(path):
+            for line, row in rows_of(path):
                 yield f"{path}:{line}", row
 
 
@@ -290,9 +278,6 @@ def _from_json(text: str, place: str) -> Any:
         raise UserError(f"{place}: this is not JSON ({error}); was its download truncated?") from None
 
 
-# ---------------------------------------------------------------------------------------------------- rows to examples
-
-
 def _parse_labelled(benchmark: Benchmark, row: Row) -> Example:
     """Parses a row of ARC or CommonsenseQA. Some questions of ARC have numbers as labels; letters replace them."""
     question, choices = row["question"], row.get("choices")
@@ -355,10 +340,11 @@ def _parse_squad(benchmark: Benchmark, row: Row) -> Example:
     return Example(_id_of(row), question, tuple(answers), passage=passage)
 
 
-_PARSERS: dict[str, Callable[[Benchmark, Row], Example]] = {
-    "arc_challenge": _parse_labelled,
-    "commonsense_qa": _parse_labelled,
-    "piqa": _parse_piqa,
-    "mmlu": _parse_mmlu,
-    "squad_v2": _parse_squad,
+# How the published files of each benchmark become rows, and rows examples.
+_FORMATS: dict[str, tuple[Callable[[Path], Iterator[tuple[int, Row]]], Callable[[Benchmark, Row], Example]]] = {
+    "arc_challenge": (_json_lines, _parse_labelled),
+    "commonsense_qa": (_json_lines, _parse_labelled),
+    "piqa": (_piqa_rows, _parse_piqa),
+    "mmlu": (_mmlu_rows, _parse_mmlu),
+    "squad_v2": (_squad_rows, _parse_squad),
 }

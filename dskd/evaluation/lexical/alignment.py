@@ -19,7 +19,7 @@ from dskd.evaluation.held_out_text import HeldOutText, alignment
 from dskd.evaluation.lexical.scores import Item
 from dskd.models.frozen import FrozenModel
 from dskd.senses.csr import padded_ranges
-from dskd.senses.dictionary import SenseDictionary, map_vectors
+from dskd.senses.dictionary import SenseDictionary
 from dskd.shards import gather_rows
 
 MEASURES = AGREEMENT, ALIGNMENT = "row_agreement", "sense_alignment"
@@ -30,7 +30,6 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
     """Returns an item for each sample and measure, from all ranks, on every rank."""
     # [samples, measures, 3]: hits, positions, and the sum of their chances. Each rank fills in its own samples.
     sums = torch.zeros(text.num_samples, 2, 3, dtype=torch.float64)
-    vectors = map_vectors(dictionary.path)
     with progress_bar(total=text.num_samples, label="senses of positions", unit="sequences") as bar:
         for batch in text.batches():
             hidden = model.hidden_states(batch["input_ids"], batch.get("position_ids")).flatten(0, 1)
@@ -42,7 +41,7 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
             for part in several.split(_POSITIONS) if len(several) else ():
                 starts, counts = dictionary.entry_offsets[targets[part]], sizes[part]
                 rows, exist = padded_ranges(starts, counts, int(counts.max()))
-                used, (index,) = gather_rows(vectors, [rows.where(exist, -1).int().numpy()])
+                used, (index,) = gather_rows(dictionary.mapped, [rows.where(exist, -1).int().numpy()])
                 nearest = nearest_of(hidden[part.to(world.device)], used.to(world.device), index.to(world.device))
                 agree = starts + nearest.cpu() == batch["nearest_sense"].flatten()[part]
                 _add(sums[:, 0], sample[part], agree, 1 / counts.double())
@@ -60,12 +59,10 @@ def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: Sense
 
 
 def nearest_of(states: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Returns the column [n] of `index` that holds each state's nearest row; the first of equal ones.
+    """Returns the column [n] of `index` that holds the row nearest to each of the states [n, D]; the first of equal
+    ones.
 
-    Args:
-        states: the states [n, D].
-        rows: the rows [R, D] that the states are compared with.
-        index: each state's candidates [n, C], as indices into `rows`, padded with -1 on the right.
+    `index` [n, C] has each state's candidates, as indices into the `rows` [R, D], padded with -1 on the right.
     """
     squares = (states.float().unsqueeze(1) - rows.float()[index.clamp(min=0)]).square().sum(-1)
     return squares.masked_fill(index < 0, torch.inf).min(dim=-1).indices

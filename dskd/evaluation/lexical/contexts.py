@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dskd.console import progress
-from dskd.lexicon.wordnet import WordNet
+from dskd.lexicon.wordnet import WordNet, spelled
 
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _SATELLITE, _ADJECTIVE = "s", "a"
@@ -85,8 +85,3 @@ def _spans(wordnet: WordNet, word: str, part: str, text: str) -> list[tuple[int,
         if (form := match.group().lower()) == lemma
         or (form[:1] == lemma[:1] and wordnet.reader.morphy(form, part) == lemma)
     ]
-
-
-def spelled(name: str) -> str:
-    """Returns a lemma's name as text has it, without the "(p)" and the like that mark an adjective's position."""
-    return name.split("(")[0].replace("_", " ")

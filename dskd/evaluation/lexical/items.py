@@ -54,11 +54,8 @@ _FEW = 100
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
-    """Returns everything that the items depend on.
-
-    Raises:
-        UserError: when there is no corpus or no WordNet, a file of Words in Context is not in its format, or the
-            threshold's file has the same pairs as the other.
+    """Returns everything that the items depend on. Raises a UserError when there is no corpus or no WordNet, a file of
+    Words in Context is not in its format, or the threshold's file has the same pairs as the other.
     """
     inputs = {
         "corpus": read_manifest(config.path(kinds.CORPUS.folder), "corpus").digest,
@@ -87,10 +84,8 @@ def _read_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
 
 
 def build_items(config: Config, teacher: ModelFolder) -> Manifest:
-    """Makes the items when they are not up to date, and returns their manifest.
-
-    Raises:
-        UserError: as :func:`recipe`, and when the tokenizer does not report the letters of each token.
+    """Makes the items when they are not up to date, and returns their manifest. Raises the errors of :func:`recipe`,
+    and a UserError when the tokenizer does not report the letters of each token.
     """
     target = config.path(kinds.LEXICAL_ITEMS.folder)
     current_recipe = recipe(config, teacher)
@@ -119,10 +114,8 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
 
 
 def load_items(config: Config, manifest: Manifest) -> Items:
-    """Loads the items of `WORKDIR/lexical_items` that the manifest describes.
-
-    Raises:
-        OutageError: when another config's job has replaced them.
+    """Loads the items of `WORKDIR/lexical_items` that the manifest describes. Raises an OutageError when another
+    config's job has replaced them.
     """
     content = read_file(config.path(kinds.LEXICAL_ITEMS.folder), FILE) or b""
     if hashlib.sha256(content).hexdigest() != manifest.files[FILE]["sha256"]:

@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dskd.artifacts import kinds
 from dskd.artifacts.hashing import digest_of_json
 from dskd.artifacts.manifest import Manifest
 from dskd.config import Config
@@ -18,9 +17,9 @@ from dskd.evaluation.lexical.alignment import MEASURES as OF_POSITIONS
 from dskd.evaluation.lexical.scores import Item, columns_of, summarize
 from dskd.evaluation.models import CUT_STUDENT, TEACHER, Candidate
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples, standard_error
-from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Evaluation, Measurement, Outcome
+from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
+from dskd.evaluation.table import HELD_OUT, LEXICAL
 
-LEXICAL = Evaluation("lexical", "Words and senses", "lexical knowledge", kinds.LEXICAL.folder, kinds.LEXICAL.made_by)
 ITEMS_FILE = "items.parquet"
 _ITEMS_SCHEMA = pa.schema(  # the fields of an Item, in their order
     [
@@ -38,10 +37,9 @@ Summary = dict[str, dict[str, Any]]
 def _perplexity(config: Config, candidate: Candidate) -> Summary:
     """Returns the perplexity on lexical targets, from the scores of the evaluation on held-out text."""
     vocab_size = candidate.folder.load_config().vocab_size
-    path = held_out_text.HELD_OUT.folder_of(config, candidate.name) / EXAMPLES_FILE
+    path = HELD_OUT.folder_of(config, candidate.name) / EXAMPLES_FILE
     columns = read_examples(path.read_bytes()).columns
-    by_name = {measure.name: measure for measure in held_out_text.MEASURES}
-    lexical = by_name["lexical_perplexity"]
+    lexical = next(measure for measure in held_out_text.MEASURES if measure.name == "lexical_perplexity")
     value = lexical.value(columns)
     counts = columns[lexical.count]
     if not counts.sum():
@@ -59,14 +57,9 @@ def _perplexity(config: Config, candidate: Candidate) -> Summary:
 
 
 def outcome(config: Config, measurement: Measurement, items: Sequence[Item], areas: Summary, *, text: str) -> Outcome:
-    """Returns a model's measures, with a function that writes its score on each item.
+    """Returns a model's measures, with a function that writes its score on each item; needs those on held-out text.
 
-    Args:
-        config: the experiment.
-        measurement: the model, whose evaluation on held-out text exists, and the recipe of its results.
-        items: its score on each item.
-        areas: summaries of measures that are not means over items.
-        text: digest of the held-out tokens.
+    `areas` are the summaries of measures that are not means over items. `text` is the digest of the held-out tokens.
     """
     summary = summarize(items) | areas | _perplexity(config, measurement.candidate)
     inputs = measurement.recipe.inputs

@@ -16,26 +16,22 @@ from dskd.evaluation import held_out_text, suite
 from dskd.evaluation.held_out_text import HeldOutInputs, HeldOutText
 from dskd.evaluation.lexical import alignment, preference, retrieval, separation, wic
 from dskd.evaluation.lexical.items import Items, build_items, load_items
-from dskd.evaluation.lexical.results import LEXICAL, Summary, comparison, outcome
+from dskd.evaluation.lexical.results import Summary, comparison, outcome
 from dskd.evaluation.lexical.scores import Item, area
 from dskd.evaluation.lexical.states import TARGET, WORD, Tokens, read_likelihoods, read_states
 from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
 from dskd.evaluation.suite import Measurement, Outcome
+from dskd.evaluation.table import LEXICAL
 from dskd.models.frozen import FrozenModel
 from dskd.models.limits import check_text
 from dskd.models.precision import resolve_precision
 
 
 def run_lexical(config: Config, world: World, names: Sequence[str] | None = None, *, force: bool = False) -> None:
-    """Measures every model whose lexical measures are not up to date, and prints those of all models.
+    """Measures every model whose lexical measures are not up to date, or with `force` all, and prints those of all.
 
-    Perplexity on lexical targets is taken from the evaluation on held-out text, which is brought up to date first.
-
-    Args:
-        config: the experiment.
-        world: the ranks; all of them must call this.
-        names: names of models (teacher, student, runs); None: all models that exist.
-        force: measure also models that are up to date.
+    All ranks must call it. `names` are those of models (teacher, student, runs); None means all that exist. Perplexity
+    on lexical targets is taken from the evaluation on held-out text, which is brought up to date first.
 
     Raises:
         UserError: when a model of `names` does not exist, or there is no corpus.
@@ -53,7 +49,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     stale = suite.find_stale(config, measurements, force=force)
     if stale:
         on_main(lambda: check_items(items, [measurement.candidate for measurement in stale], teacher.load_tokenizer()))
-        text = HeldOutText(config, inputs.validation, inputs.dictionary.path, world)
+        text = HeldOutText(config, inputs, world)
 
     def measure(model: FrozenModel, measurement: Measurement) -> Callable[[], Outcome]:
         scores, areas = measure_items(model, items, _texts_at_once(config, items), world)
@@ -77,15 +73,8 @@ def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs, items: M
 
 
 def check_items(items: Items, models: Sequence[Candidate], tokenizer: Any) -> None:
-    """Checks that models can read all texts of the items.
-
-    Args:
-        items: the items.
-        models: the models that will read them.
-        tokenizer: the teacher's tokenizer, which made their tokens.
-
-    Raises:
-        UserError: for a text with a token that a model lacks, or with more tokens than a model has positions.
+    """Raises a UserError if a text of the items has a token that a model lacks, or more tokens than it has positions.
+    `tokenizer` is the teacher's, which made their tokens.
     """
     texts = [
         (f"WordNet's example {context.text!r}", tokens)
@@ -115,7 +104,7 @@ def measure_items(model: FrozenModel, items: Items, batch_size: int, world: Worl
             areas[f"{name}_pooled"] = separation.pooled(items.contexts, states[:, place])
         scores += retrieval.retrieval(items.contexts, states[:, place], suffix)
     pairs = [tokens for choice in items.choices for tokens in (choice.synonym, choice.antonym)]
-    likelihoods = read_likelihoods(model, pairs, batch_size, world, label="synonyms or antonyms")
+    likelihoods = read_likelihoods(model, pairs, batch_size, world)
     scores += preference.preference(items.choices, likelihoods.tolist())
     if items.wic:
         similarities = _wic_similarities(model, items.wic_tokens, batch_size, world)

@@ -69,7 +69,7 @@ def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def area(scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[str], seed: int = 0) -> dict[str, Any]:
+def area(scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[str]) -> dict[str, Any]:
     """Returns the ROC AUC of all items together, with a standard error and a 95 % interval.
 
     The error and the interval are from the bootstrap over clusters, which draws the same clusters for every model. A
@@ -79,7 +79,7 @@ def area(scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[str
     names, members = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     rows_of = [np.flatnonzero(members == number) for number in range(len(names))]
     # Each replicate draws as many clusters as there are, with replacement, and takes all items of each.
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = []
     for _ in range(_REPLICATES if len(names) > 1 else 0):
         rows = np.concatenate([rows_of[number] for number in generator.integers(len(names), size=len(names))])

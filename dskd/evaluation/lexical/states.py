@@ -69,9 +69,7 @@ def read_states(
     return states
 
 
-def read_likelihoods(
-    model: FrozenModel, texts: Sequence[Tokens], batch_size: int, world: World, *, label: str = "reading"
-) -> torch.Tensor:
+def read_likelihoods(model: FrozenModel, texts: Sequence[Tokens], batch_size: int, world: World) -> torch.Tensor:
     """Returns the log-likelihood [N] float64 in nats of each text's tokens after its first one, on every rank.
 
     All ranks must call this. The number of ranks does not change a value, and the size of the batches changes it only
@@ -79,7 +77,7 @@ def read_likelihoods(
     """
     likelihoods = torch.zeros(len(texts), dtype=torch.float64)
     logits_chunk = chunk_size(None, model.vocab_size, world.device)
-    for batch, input_ids in _batches(texts, batch_size, world, label):
+    for batch, input_ids in _batches(texts, batch_size, world, "synonyms or antonyms"):
         sizes = torch.tensor([len(texts[n].input_ids) for n in batch] or [0])
         mask = torch.arange(1, input_ids.shape[1]) < sizes[:, None]
         labels = input_ids[:, 1:][mask].to(world.device)

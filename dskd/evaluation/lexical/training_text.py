@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dskd.corpus.packing import batched
 from dskd.random_numbers import derived_seed
 
 # A sentence is known if the training text has this many of its words in a row. WordNet's examples have seven.
 RUN_WORDS = 8
 _WORDS = re.compile(r"\w+(?:['’]\w+)*")
-_CHUNK_CHARACTERS = 4_000_000
 Phrase = tuple[str, ...]
 
 
@@ -41,10 +41,11 @@ def count_phrases(texts: Iterable[str], phrases: Iterable[Phrase]) -> dict[Phras
         hashes[length], indices[length] = np.unique(values, return_inverse=True)
         counts[length] = np.zeros(len(hashes[length]), dtype=np.int64)
     # A "" after each text becomes a 0, so that no run crosses into the next text.
-    for chunk in _chunks(texts):
-        words_of_chunk = np.fromiter((numbers.get(word, 0) for words in chunk for word in (*words, "")), dtype=np.int64)
+    for batch in batched(texts):
+        words = (word for text in batch for word in (*words_of(text), ""))
+        words_of_batch = np.fromiter((numbers.get(word, 0) for word in words), dtype=np.int64)
         for length, known in hashes.items():
-            values = _hashes(words_of_chunk, length, codes)
+            values = _hashes(words_of_batch, length, codes)
             index = np.searchsorted(known, values).clip(max=len(known) - 1)
             counts[length] += np.bincount(index[known[index] == values], minlength=len(known))
     return {
@@ -64,19 +65,6 @@ def runs_of(text: str) -> list[Phrase]:
 def is_new(text: str, counts: dict[Phrase, int]) -> bool:
     """Returns True if the training text has none of this sentence's runs; `counts` has those of :func:`runs_of`."""
     return not any(counts.get(run, 0) for run in runs_of(text))
-
-
-def _chunks(texts: Iterable[str]) -> Iterable[list[Phrase]]:
-    chunk: list[Phrase] = []
-    characters = 0
-    for text in texts:
-        chunk.append(words_of(text))
-        characters += len(text)
-        if characters >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
 
 
 def _hashes(numbers: np.ndarray, length: int, codes: np.ndarray) -> np.ndarray:

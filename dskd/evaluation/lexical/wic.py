@@ -55,15 +55,8 @@ def gold_of(data: Path) -> Path:
 
 
 def read_wic(file: str, key: str) -> list[Pair]:
-    """Reads the pairs of a data file and its gold file.
-
-    Args:
-        file: the data file.
-        key: the config's key, for messages.
-
-    Raises:
-        UserError: when a file is missing or cannot be read, or a line is not in the format; the message says which
-            line, and why.
+    """Reads the pairs of a data file and its gold file. Raises a UserError when a file that `key` of the config names
+    is missing or cannot be read, or a line is not in the format; it says which line, and why.
     """
     path = Path(file).expanduser()
     if not path.name.endswith(_DATA):
@@ -96,10 +89,8 @@ def read_wic(file: str, key: str) -> list[Pair]:
 
 
 def _require_indices_of_the_word(pairs: Sequence[Pair], path: Path) -> None:
-    """Checks that most indices are of the pair's word: nearly every form of a word begins with its first letter.
-
-    Raises:
-        UserError: when most of them are of other words.
+    """Raises a UserError unless most indices are of the pair's word: nearly every form of a word begins with its first
+    letter.
     """
     marked = [(pair.word, mark.text[mark.start : mark.stop]) for pair in pairs for mark in (pair.one, pair.other)]
     others = [(word, other) for word, other in marked if word[:1].casefold() != other[:1].casefold()]
