@@ -40,7 +40,7 @@ from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import find_architecture
 
-_MODES = ("resident", "zero3")
+_MODES = ("resident", "zero3", "cached")
 _STEPS = 3  # from the second step on, ZeRO-3 gathers parameters ahead
 # Large enough that tensors are nearly all that training holds, small enough for four ranks on two cores.
 _PRESET = Preset(Shape(16_384, 1024, 3584, 8, 2, 6, 4, 2, 128), global_batch_size=16, micro_batch_size=4)
@@ -49,7 +49,9 @@ _PRESET = Preset(Shape(16_384, 1024, 3584, 8, 2, 6, 4, 2, 128), global_batch_siz
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--modes", choices=_MODES, nargs="+", default=list(_MODES), help="teacher.mode")
+    parser.add_argument(
+        "--modes", choices=_MODES, nargs="+", default=list(_MODES), help="teacher.mode; cached: stored states"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     parser.add_argument("--child", metavar="CONFIG", help=argparse.SUPPRESS)
     args = parse(parser, arguments)
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     at_start = machine()
     rows, results = [], []
     with tempfile.TemporaryDirectory(prefix="dskd-benchmark-") as folder:
-        write_work_directory(Path(folder), _PRESET, steps=_STEPS)
+        write_work_directory(Path(folder), _PRESET, states=True)
         for mode in args.modes:
             for ranks in args.ranks:
                 batch = f"train.global_batch_size={ranks * _PRESET.micro_batch_size}"

@@ -1,24 +1,26 @@
 """How far zstd compresses the teacher's states in shards, and how fast it packs and unpacks them.
 
-Reads the columns of states from shards that `launcher/annotate.py` wrote with `annotation.store`. By way of comparison
-it also splits the numbers into planes of their first, second, … bytes, of which the first, with sign and exponent, are
-much alike; the shards' format has no such planes:
+Reads the columns of states from shards that `launcher/annotate.py` wrote with `annotation.store`, and writes their
+samples once more as shards, compressed and not. By way of comparison it also compresses planes of the numbers' first,
+second, … bytes, of which the first, with sign and exponent, are much alike; the shards' format has no such planes:
 
     python -m benchmarks.stored_states --shards work/quickstart/shards/train
 """
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.report import build_parser, machine, parse, publish
-from dskd.artifacts.mds import INDEX, read_samples
-from dskd.shards import TEACHER_STATES, TRUNK_STATES
+from dskd.artifacts.mds import INDEX, read_index, read_samples
+from dskd.shards import TEACHER_STATES, TRUNK_STATES, write_block
 
 _LEVELS = (1, 3)  # mosaicml-streaming's default is 3
 
@@ -26,36 +28,61 @@ _LEVELS = (1, 3)  # mosaicml-streaming's default is 3
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--shards", type=Path, required=True, help="folder of shards with states")
-    parser.add_argument("--megabytes", type=int, default=64, help="of each column")
+    parser.add_argument("--megabytes", type=int, default=128, help="of samples")
     args = parse(parser, arguments)
     at_start = machine()
-    rows, results = [], {}
-    for column, states in _read(args).items():
-        width = states.dtype.itemsize
-        planes = states.view(np.uint8).reshape(-1, width).T.tobytes()
-        for name, data in ((column, states.tobytes()), (f"{column}, byte by byte", planes)):
-            for level in _LEVELS:
-                measured = results[f"{name}, zstd {level}"] = _measure(data, level)
-                rows.append([name, f"{8 * width} bits", f"zstd {level}", *(f"{value:,.2f}" for value in measured)])
-        copied = len(planes) / _seconds(lambda states=states: states.copy()) / 1e9
-        results[f"{column}, copied"] = (1.0, copied, copied)
-        rows.append([column, f"{8 * width} bits", "a copy in memory", "1.00", f"{copied:,.2f}", f"{copied:,.2f}"])
-    header = ("states", "type", "packing", "packed / raw", "packed, GB/s", "unpacked, GB/s")
+    rows: list[list[str]] = []
+    results: dict[str, tuple[float, ...]] = {}
+    samples = _read(args)
+    for column in sorted({TEACHER_STATES, TRUNK_STATES} & set(samples[0])):
+        for states in _types(np.concatenate([sample[column].ravel() for sample in samples])):
+            width = states.dtype.itemsize
+            planes = states.view(np.uint8).reshape(-1, width).T.tobytes()
+            for packing, data in (("zstd", states.tobytes()), ("planes, zstd", planes)):
+                for level in _LEVELS:
+                    results[f"{column}, {8 * width} bits, {packing} {level}"] = measured = _measure(data, level)
+                    rows.append(
+                        [column, f"{8 * width}", f"{packing} {level}", *(f"{value:,.2f}" for value in measured)]
+                    )
+            copied = len(planes) / _seconds(lambda states=states: states.copy()) / 1e9
+            rows.append([column, f"{8 * width}", "a copy in memory", "1.00", f"{copied:,.2f}", f"{copied:,.2f}"])
+    for packing in (None, "zstd"):
+        share, rate = results[f"shards, {packing}"] = _write(args.shards, samples, packing)
+        rows.append(["all columns", "", f"shards, {packing or 'not packed'}", f"{share:.2f}", f"{rate:,.2f}", ""])
+    header = ("states", "bits", "packing", "packed / raw", "packed, GB/s", "unpacked, GB/s")
     publish(args, "benchmarks.stored_states", header, rows, results, at_start)
 
 
-def _read(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Returns {column: its first values}, as many as were asked for."""
-    pieces: dict[str, list[np.ndarray]] = {}
-    sizes = dict.fromkeys((TEACHER_STATES, TRUNK_STATES), 0)
+def _read(args: argparse.Namespace) -> list[dict[str, np.ndarray]]:
+    """Returns the first samples, of as many bytes as were asked for."""
+    samples: list[dict[str, np.ndarray]] = []
+    size = 0
     for sample in read_samples(args.shards / INDEX):
-        for column in sizes:
-            if column in sample and sizes[column] < args.megabytes * 10**6:
-                pieces.setdefault(column, []).append(sample[column].ravel())
-                sizes[column] += sample[column].nbytes
-        if all(size >= args.megabytes * 10**6 for size in sizes.values()):
+        samples.append(sample)
+        size += sum(column.nbytes for column in sample.values())
+        if size >= args.megabytes * 10**6:
             break
-    return {column: np.concatenate(arrays) for column, arrays in pieces.items()}
+    return samples
+
+
+def _types(states: np.ndarray) -> list[np.ndarray]:
+    """Returns the states, and if they are float32 also the raw bits of the nearest bf16."""
+    if states.dtype != np.float32:
+        return [states]
+    return [states, torch.from_numpy(states).bfloat16().view(torch.uint16).numpy()]
+
+
+def _write(shards: Path, samples: list[dict[str, np.ndarray]], packing: str | None) -> tuple[float, float]:
+    """Returns the size of samples as shards by the size of their arrays, and how many GB/s of arrays are written."""
+    like = read_index(shards / INDEX)[0]
+    encodings = dict(zip(like["column_names"], like["column_encodings"], strict=True))
+    with tempfile.TemporaryDirectory(dir=shards.parent) as folder:
+        started = time.process_time()
+        write_block(Path(folder) / "block", samples, encodings, compression=packing)
+        seconds = time.process_time() - started
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*.mds*"))
+    raw = sum(column.nbytes for sample in samples for column in sample.values())
+    return size / raw, raw / seconds / 1e9
 
 
 def _measure(data: bytes, level: int) -> tuple[float, float, float]:
@@ -69,12 +96,12 @@ def _measure(data: bytes, level: int) -> tuple[float, float, float]:
 
 
 def _seconds(action: Callable[[], Any]) -> float:
-    """Returns the shortest of three times."""
+    """Returns the shortest of three times, of this process alone: it does not grow if others run on the machine."""
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         action()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return min(times)
 
 

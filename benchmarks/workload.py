@@ -6,10 +6,11 @@ directory: it has teacher, student, sense dictionary and annotated shards with t
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,13 +29,18 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, LossConfig
 from dskd.config.reading import load_config
+from dskd.corpus.sequences import TokenBatch
 from dskd.distributed.node_cache import open_node_cache
+from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World, uses_gpu
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.cutting import build_student
-from dskd.models.folder import find_teacher
+from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
+from dskd.models.trunk import HandOver
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
+from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stored
+from dskd.shards.stored_states import columns_of_states, plan_stored
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
 from dskd.training.loader import load_steps
 from dskd.training.pair import load_pair
@@ -72,6 +78,9 @@ def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, help="make the work directory in this folder and keep it; if there is one, use it"
     )
+    parser.add_argument(
+        "--states", action="store_true", help="the shards hold the teacher's states, which teacher.mode=cached reads"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     return parser
 
@@ -80,23 +89,30 @@ def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
 def work_directory(args: argparse.Namespace) -> Iterator[Path]:
     """Yields the path of the config of a work directory of the preset's size, which is written if it does not exist.
 
-    The directory is removed afterwards, unless the user gave its folder.
+    With `args.states`, its shards hold the teacher's states. The directory is removed afterwards, unless the user gave
+    its folder.
     """
     with TemporaryDirectory(prefix="dskd-benchmark-") as temporary:
-        folder = args.folder / args.preset if args.folder is not None else Path(temporary)
+        name = f"{args.preset}-states" if args.states else args.preset
+        folder = args.folder / name if args.folder is not None else Path(temporary)
         if not (folder / "config.yaml").is_file():
-            write_work_directory(folder, PRESETS[args.preset])
+            write_work_directory(folder, PRESETS[args.preset], states=args.states)
         yield folder / "config.yaml"
 
 
-def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> None:
-    """Writes everything that a training run of `steps` steps reads; `config.yaml` comes last."""
+def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, states: bool = False) -> None:
+    """Writes everything that a training run of `steps` steps reads; `config.yaml` comes last.
+
+    With `states`, the shards hold what training reads instead of running the teacher. They are then of a fifth of the
+    steps, because they are large; training reads them again and again.
+    """
+    steps = max(1, steps // 5) if states else steps
     shape = preset.shape
     settings = {
         "workdir": str(folder.resolve()),
         "teacher": {"path": str(folder.resolve() / "llama"), "mode": "resident", "offload": "none"},
         "corpus": {"packing": "stream", "sequence_length": shape.sequence_length},
-        "annotation": {"kappa": _KAPPA},
+        "annotation": {"kappa": _KAPPA, "store": [TEACHER_STATES, TRUNK_STATES] if states else []},
         "student": {"layers": shape.student_layers, "train_layers": shape.trained_layers},
         "train": {
             "steps": 10_000,
@@ -130,18 +146,54 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100) -> N
         annotation = draw_annotation(tokens, dictionary, _KAPPA)
         columns = {"input_ids": tokens, "loss_mask": mask, "document_starts": starts, **annotation}
         samples = ({name: column[i] for name, column in columns.items()} for i in range(len(tokens)))
-        shards.write_block(building.folder, samples)
+        if stored := plan_stored(config, teacher):
+            samples = _with_states(samples, config, teacher, stored, preset.micro_batch_size)
+            building.facts["stored"] = asdict(stored)
+            size = preset.global_batch_size * shape.sequence_length * shape.hidden_size * 8  # of both columns, at most
+            shards.write_block(
+                building.folder,
+                samples,
+                shards.columns_of(teacher_top_n=0, stored=stored),
+                compression=None,
+                most_bytes=min(size + 2**20, LARGEST_SHARD),
+            )
+        else:
+            shards.write_block(building.folder, samples)
         building.facts.update(samples=len(tokens), targets=int(mask.sum()), coverage={}, teacher_antonym_distance=2.0)
     np.save(config.path(_TOKENS_FILE), tokens)
     build_student(config)
     written.rename(folder / "config.yaml")
 
 
+def _with_states(
+    samples: Iterator[dict[str, Any]], config: Config, folder: ModelFolder, stored: Stored, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the samples with the teacher's states, computed in batches of `batch_size`."""
+    world = initialize()
+    teacher = load_frozen(folder, config, world, with_head=False)
+    trunk = HandOver(teacher.decoder.layers, stored.trunk_depth)
+    while batch := list(itertools.islice(samples, batch_size)):
+        tokens, mask, starts = (
+            torch.from_numpy(np.stack([sample[name] for sample in batch]))
+            for name in ("input_ids", "loss_mask", "document_starts")
+        )
+        hidden = teacher.hidden_states(tokens.long())
+        states = {TEACHER_STATES: hidden, TRUNK_STATES: trunk.take()}
+        read = TokenBatch(tokens.long(), None, mask.bool(), starts, tokens.numel())
+        columns = columns_of_states(read, states, stored.dtype)
+        for index, sample in enumerate(batch):
+            yield sample | {name: column[index] for name, column in columns.items()}
+    teacher.close()
+
+
 class OurTraining:
     """Our training step, set up as `launcher/train.py` does."""
 
     def __init__(self, config: Config, world: World, *, teacher: Any = None) -> None:
-        """Loads everything; `teacher` is a loaded teacher that several trainings share, or None to load one."""
+        """Loads everything; `teacher` is a loaded teacher that several trainings share, or None to load one.
+
+        If training reads the teacher's states from the shards, `teacher` is ignored.
+        """
         self.config, self._world = config, world
         inputs = load_inputs(config)
         schedule = plan_schedule(config, inputs.shards, world.world_size)
@@ -152,10 +204,11 @@ class OurTraining:
             inputs.student,
             margin=config.loss.margin,
             accumulation_steps=schedule.accumulation_steps,
-            teacher=teacher,
+            source=inputs.source,
+            teacher=teacher if inputs.source.kind == "loaded" else None,
         )
         self.teacher = self._pair.teacher
-        collate = build_collator(config, inputs, schedule)
+        collate = build_collator(config, inputs, schedule, self._pair.source)
         cache = open_node_cache(config.train.shard_cache, world)
         bank = load_sense_bank(config, inputs, world)
         self._batches = load_steps(config, schedule, collate, cache, world, start_step=0, sense_bank=bank)
@@ -179,11 +232,7 @@ class OurTraining:
     def close(self, *, keep_teacher: bool = False) -> None:
         """Ends the loader and frees memory; with `keep_teacher`, the teacher stays loaded."""
         self._batches.close()
-        self._pair.engine.destroy()
-        if self._pair.trunk is not None:
-            self._pair.trunk.close()
-        if not keep_teacher:
-            self.teacher.close()
+        self._pair.close(keep_teacher=keep_teacher)
 
 
 def load_teacher(config: Config, world: World) -> Any:

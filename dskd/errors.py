@@ -16,10 +16,12 @@ class UserError(Exception):
     it without a traceback and exit with :data:`USER_ERROR_EXIT_CODE`. Schedulers must not retry it.
     """
 
-    def __init__(self, message: str, *, known_to_all_ranks: bool = False) -> None:
+    def __init__(self, message: str, *, known_to_all_ranks: bool = False, unknown_to_rank_0: bool = False) -> None:
         super().__init__(message)
         # True if every rank raises it for the same reason: then only rank 0 prints it.
         self.known_to_all_ranks = known_to_all_ranks
+        # True if rank 0 does not raise it: then this rank prints it without waiting for rank 0.
+        self.unknown_to_rank_0 = unknown_to_rank_0
 
     @property
     def exit_code(self) -> int:

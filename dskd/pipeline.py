@@ -79,7 +79,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
             current.append(stage.name)
             continue
         if not is_checked:
-            check_architecture(teacher(), config)
+            check_architecture(teacher(), config.corpus)
             is_checked = True
         if current:
             say(f"up to date: {', '.join(current)}")

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -51,6 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     paths = list(dict.fromkeys(item.path for item in items if item.path not in users))
     meanwhile = set(paths[: len(paths) // 3])
     items.sort(key=lambda item: (item.path != first, item.path not in meanwhile, item.path not in users))
+
+
+def pytest_collection_finish() -> None:
+    """Exempts everything imported so far from garbage collection.
+
+    DeepSpeed collects garbage whenever it builds an engine or destroys one. To search a million imported objects each
+    time would take longer than most models of tests need for a step.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

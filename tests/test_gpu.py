@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from artifact_folders import open_dataset
-from rank_processes import run_program
 from repository import REPOSITORY
 from tiny_work import BEFORE_TRAINING
 from tracked_results import losses_of
@@ -27,6 +26,7 @@ from dskd.distributed.rendezvous import free_port
 from dskd.losses.head import DistillationHead, Normalizers
 from dskd.losses.terms import SUMS
 from dskd.senses.kmeans import kmeans
+from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -71,10 +71,13 @@ def _values(config: Path, term: str) -> list[float]:
         ("cpu", BF16, 2e-2),
     ],
 )
-def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(tiny, copy_of_tiny, device, overrides, tolerance):
+def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(
+    tiny, copy_of_tiny, world, capsys, device, overrides, tolerance
+):
     config = copy_of_tiny(*BEFORE_TRAINING)
-    if device == "cpu":  # ranks as those of other tests, since importing takes longer than training
-        printed = run_program("train.py", config, *overrides).output
+    if device == "cpu":  # in this process, since importing takes longer than training
+        train(load_config(config, [*overrides, "train.num_workers=0"]), world)
+        printed = capsys.readouterr().err
     else:
         printed = _launch("train.py", config, *overrides)
     assert f"1 rank on {device}" in printed
@@ -86,7 +89,7 @@ def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(tiny, copy_of_tin
 
 @needs_gpu
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(copy_of_tiny):
-    """On the CPU they are the same bits: test_training.py::test_resume_is_bitwise_equal."""
+    """On the CPU they are the same bits (distributed/test_stopping.py)."""
     config = copy_of_tiny(*BEFORE_TRAINING)
     _launch("train.py", config)
     undisturbed = losses_of(config)

@@ -1,12 +1,10 @@
 """The ready configurations: the paper's values are in them, and they train as they are, on toys of the same depth."""
 
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import finish, fork_ranks
 from repository import REPOSITORY
 from safetensors.torch import load_file
 from shipped_inputs import LAYERS_OF_LARGE, write_inputs
@@ -21,8 +19,11 @@ from dskd.corpus.sequences import build_sequences
 from dskd.lexicon.build import build_lexicon
 from dskd.models.cutting import build_student
 from dskd.models.folder import find_teacher
+from dskd.senses.build import build_senses
+from dskd.shards.annotate import annotate
 from dskd.training import checkpoint
 from dskd.training.schedule import share_out
+from dskd.training.train import train
 
 # Two steps instead of two epochs, a checkpoint of each, and shorter texts. The loader reads in the rank itself, and
 # MLflow is left out, for time.
@@ -88,13 +89,6 @@ def _value(config, key):
     return found
 
 
-def _run_in(folder: Path, program: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    from forked_rank import run_launcher
-
-    os.chdir(folder)  # the paths of a shipped config begin where its user stands
-    run_launcher(REPOSITORY / "launcher" / program, arguments, environment, log)
-
-
 @pytest.mark.parametrize("name", OF_TEACHER)
 def test_the_papers_configurations_have_its_values(name):
     config = load_config(REPOSITORY / "configs" / name)
@@ -127,8 +121,8 @@ def test_the_papers_batch_is_divided_among_the_gpus_of_a_node(name, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeypatch, world):
+    monkeypatch.chdir(tmp_path)  # where the paths of a shipped config begin
     path, toy = REPOSITORY / "configs" / name, TOY | (OF_SCALE if name == LARGE else {})
     overrides = [f"{key}={value}".replace("False", "false") for key, value in toy.items()]
     shipped, config = load_config(path), load_config(path, overrides)
@@ -143,9 +137,10 @@ def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeyp
     build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
     build_student(config)
     trained_runs = config.run_names if name == LLAMA else [config.run]  # Mistral's kd differs from its dskd as Llama's
-    runs = [["train.py", f"run={run}"] for run in trained_runs]
-    for program, *chosen in [["build_senses.py"], ["annotate.py"], *runs]:
-        finish(fork_ranks(_run_in, tmp_path, program, ["--config", str(path), *overrides, *chosen]))
+    build_senses(config, world)
+    annotate(config, world)
+    for run in trained_runs:
+        train(load_config(path, [*overrides, f"run={run}"]), world)
 
     layers = _layers(load_file(Path(config.teacher.path) / "model.safetensors"))
     student = _layers(load_file(config.path("student", "model.safetensors")))

@@ -130,7 +130,7 @@ def run(action: Callable[[], int | None]) -> int:
         with deferred() as end:  # when the first rank has ended, the launcher sends TERM to the others
             if is_main_process():
                 _print_error(error)
-            elif not error.known_to_all_ranks and not _rank_0_spoke(end):
+            elif not error.known_to_all_ranks and (error.unknown_to_rank_0 or not _rank_0_spoke(end)):
                 _print_error(error, f"[rank {current_rank()}] ")
         return error.exit_code
     except OSError as error:
@@ -172,11 +172,6 @@ def _print_error(error: object, start: str = "") -> None:
     print(f"{start}error: {error}", file=sys.stderr, flush=True)
 
 
-def _shared_memory_failed(error: RuntimeError) -> bool:
-    """Returns True if torch reports that a loader's worker had no room for a batch or died of a bus error."""
-    return "shared memory" in str(error) or "Bus error" in str(error)
-
-
 def _rank_0_spoke(end: StopRequest) -> bool:
     """Waits for a while; returns True if a request to stop arrives.
 
@@ -211,7 +206,9 @@ def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], obj
         except RuntimeError as error:  # torch raises it for a failed collective, among other things
             lost = peers.find_lost()
             if lost is None:
-                if _shared_memory_failed(error) and (shortage := describe_shortage(is_known=True)):
+                # torch reports so that a loader's worker had no room for a batch, or died of a bus error.
+                is_shortage = "shared memory" in str(error) or "Bus error" in str(error)
+                if is_shortage and (shortage := describe_shortage(is_known=True)):
                     raise UserError(f"{shortage}. Completed files are kept") from error
                 raise
             raise LostPeerError(

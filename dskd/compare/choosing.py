@@ -11,7 +11,7 @@ from dskd.errors import UserError
 from dskd.tracking import KIND_TAG, PARENT, TrackedRun, read_run, read_runs
 
 # Settings for where and how a run is made. They may differ within one and the same experiment.
-IGNORED_PARAMS = ("run", "workdir", "runs.", "seeds", "tracking.")
+_IGNORED_PARAMS, _IGNORED_SECTIONS = ("run", "workdir", "seeds"), ("runs.", "tracking.")
 SEED = "seed"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _SHORT_ID = re.compile(r"[0-9a-f]{8,31}$")  # the beginning of a run's id, as comparisons print it
@@ -107,12 +107,12 @@ def newest_of_each(
 
 
 def settings_of(run: TrackedRun) -> dict[str, str]:
-    """Returns the run's configuration without the settings in `IGNORED_PARAMS`."""
-    return {key: value for key, value in run.params.items() if not _is_ignored(key)}
-
-
-def _is_ignored(key: str) -> bool:
-    return any(key.startswith(name) if name.endswith(".") else key == name for name in IGNORED_PARAMS)
+    """Returns the run's configuration without the settings for where and how it was made."""
+    return {
+        key: value
+        for key, value in run.params.items()
+        if key not in _IGNORED_PARAMS and not key.startswith(_IGNORED_SECTIONS)
+    }
 
 
 def _hidden(runs: Sequence[TrackedRun], chosen: Sequence[TrackedRun]) -> list[str]:

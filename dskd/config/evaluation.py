@@ -34,15 +34,11 @@ class EvaluationConfig(Section):
             return
         if self.wic is None:
             yield "wic_threshold needs evaluation.wic, the pairs that the threshold is applied to; set it too"
-        elif (place := _real(self.wic)) == _real(self.wic_threshold):
+        elif (place := Path(self.wic).expanduser().resolve()) == Path(self.wic_threshold).expanduser().resolve():
             yield (
                 f"wic_threshold is evaluation.wic itself, {place}, and the threshold would be chosen on what is "
                 "measured; name another file, such as that of the training split, or leave it out"
             )
-
-
-def _real(file: str) -> Path:
-    return Path(file).expanduser().resolve()
 
 
 class TasksConfig(Section):

@@ -143,7 +143,11 @@ class TrainConfig(Section):
     keep_last: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
     keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are never removed")
     num_workers: int = Field(2, ge=0, description="number of loader processes of each rank")
-    shard_cache: PathText | None = Field(None, description="node-local folder for unpacked shards; null: one in /tmp")
+    shard_cache: PathText | None = Field(
+        None,
+        description="node-local folder for unpacked shards; null: one in /tmp, and shards that are not packed, such as "
+        "those with stored states, are read where they are",
+    )
     shard_remote: Annotated[PathText, AfterValidator(_remote_folder)] | None = Field(
         None,
         description="folder from which shards are read instead of WORKDIR/shards: a copy of it, such as "

@@ -1,5 +1,7 @@
 """Reading YAML for configurations: numbers such as 5e-5, no duplicate keys, merged mappings, and each key's line."""
 
+import copy
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,9 +96,8 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 what = _NOT_TEXT.get(type(key).__name__, f"a {type(key).__name__}")  # such as a date or a list
-                raise UserError(
-                    f"line {line}: the key {_written(key_node)} has to be text, but is {what}; put it in quotes"
-                )
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "of this line"
+                raise UserError(f"line {line}: the key {shown} has to be text, but is {what}; put it in quotes")
             if key in seen:
                 remedy = "merge a list, <<: [*ONE, *OTHER]" if is_merge else "keep one of them"
                 raise UserError(f"line {line}: {key!r} is given twice (first on line {seen[key]}); {remedy}")
@@ -118,10 +119,6 @@ def _merge_mappings(loader: _StrictLoader, node: yaml.Node, around: tuple[yaml.N
     done.add(id(node))
 
 
-def _written(node: yaml.Node) -> str:
-    return node.value if isinstance(node, yaml.ScalarNode) else "of this line"
-
-
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Returns the data of a config file, and the line of each dotted key. Raises a UserError if the file cannot be
     read, or is not a mapping in YAML.
@@ -135,7 +132,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the config file cannot be read ({error})") from None
     try:
-        data, node = load_yaml(text)
+        data, lines = _parse(text)
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
@@ -144,6 +141,12 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', {_found(data)}")
     # x-NAME holds anchors for the other sections, as in Compose files.
     data = {key: value for key, value in data.items() if not str(key).startswith("x-")}
+    return copy.deepcopy(data), lines
+
+
+@functools.lru_cache(maxsize=4)  # a plan that does not fit is made again with some hundred overrides of one file
+def _parse(text: str) -> tuple[Any, dict[str, int]]:
+    data, node = load_yaml(text)
     return data, dict(_lines_of(node, ""))
 
 

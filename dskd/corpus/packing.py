@@ -91,20 +91,15 @@ def pack(
                         numbers = np.fromiter(itertools.islice(continuation_tokens, len(batch)), np.int32, len(batch))
                         numbers.repeat(-(-sizes // sequence_length)).tofile(spool["continuation_tokens"])
                 elif packing == "documents":
-                    _starts_of(sizes).tofile(spool["starts"])
+                    starts = np.zeros(len(tokens), np.uint8)
+                    starts[sizes.cumsum() - sizes] = 1
+                    starts.tofile(spool["starts"])
                 tokens.tofile(spool["input_ids"])
                 spooled += len(tokens)
                 bar.update(len(tokens) - (bar.n - before))  # count the padding too
                 if limit is not None and spooled >= limit:
                     break
         return _write(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
-
-
-def _starts_of(sizes: np.ndarray) -> np.ndarray:
-    """Returns `starts` uint8 for concatenated documents of these sizes: 1 at the first token of each, 0 elsewhere."""
-    starts = np.zeros(sizes.sum(), np.uint8)
-    starts[sizes.cumsum() - sizes] = 1
-    return starts
 
 
 def _own_rows(

@@ -108,7 +108,8 @@ def main_first(function: Callable[[], T]) -> T:
         raise OutageError(
             f"{socket.gethostname()}: {error}\nRank 0 found no such problem, so this node has a problem: it may "
             "see an old state of the shared storage, or none of it. Start all ranks again; if that does not help, "
-            "without this one"
+            "without this one",
+            unknown_to_rank_0=True,
         ) from error
 
 

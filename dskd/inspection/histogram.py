@@ -37,9 +37,11 @@ def histogram_text(bins: Histogram) -> str:
     most = max((count for _, count in bins), default=0)
     labels = max((len(label) for label, _ in bins), default=0)
     numbers = max((len(f"{count:,}") for _, count in bins), default=0)
-    return "\n".join(
-        f"  {label:>{labels}}  {count:>{numbers},}  {'█' * _bar(count, most)}".rstrip() for label, count in bins
-    )
+    lines = []
+    for label, count in bins:
+        length = max(1, round(_BAR_WIDTH * count / most)) if count else 0  # a bin that is not empty has a bar
+        lines.append(f"  {label:>{labels}}  {count:>{numbers},}  {'█' * length}".rstrip())
+    return "\n".join(lines)
 
 
 def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
@@ -55,8 +57,3 @@ def draw_histograms(histograms: Mapping[str, Histogram], path: Path) -> None:
         panel.margins(y=0.1)
     figure.tight_layout()
     save_figure(figure, path)
-
-
-def _bar(count: int, most: int) -> int:
-    """Returns the length of a bar in characters, at least 1 for a bin that is not empty."""
-    return max(1, round(_BAR_WIDTH * count / most)) if count else 0

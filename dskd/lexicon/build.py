@@ -4,6 +4,7 @@
 changed, and `bases.parquet` the words that were replaced by their bases.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,14 +51,15 @@ def recipe(config: Config) -> Recipe:
         inputs["wordnet"] = _open_wordnet(lexicon, config.wordnet.path).digest
         for code in lexicon.languages:
             if code != ENGLISH:
-                inputs[f"wordnet:{code}"] = find_language(code).digest
+                inputs[f"wordnet:{code}"] = hashlib.sha256(find_language(code)[1]).hexdigest()
     return Recipe("lexicon", inputs, lexicon.as_dict())
 
 
 def build_lexicon(config: Config) -> None:
     """Reads the configured sources and writes `WORKDIR/lexicon`."""
     target = config.path(kinds.LEXICON.folder)
-    sources = _source_names(config.lexicon)
+    wordnet = [f"WordNet ({', '.join(config.lexicon.languages)})"] if config.lexicon.wordnet else []
+    sources = [*wordnet, *(str(path) for _, path in _files(config.lexicon))]
     with stage("lexicon: words to synonyms and antonyms", reads=sources, writes=target / FILE):
         with build_artifact(target, recipe(config)) as building:
             report = Report()
@@ -140,11 +142,6 @@ def _files(config: LexiconConfig) -> list[tuple[str, Path]]:
     if problems:
         raise UserError(listed("files of the lexicon are missing", problems))
     return list({(key, path.resolve()): (key, path) for key, path in files}.values())
-
-
-def _source_names(config: LexiconConfig) -> list[str]:
-    wordnet = [f"WordNet ({', '.join(config.languages)})"] if config.wordnet else []
-    return [*wordnet, *(str(path) for _, path in _files(config))]
 
 
 def _report_facts(facts: dict[str, Any]) -> None:

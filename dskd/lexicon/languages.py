@@ -5,14 +5,12 @@ read from nltk's data folders, unpacked or zipped.
 """
 
 import functools
-import hashlib
 import io
 import re
 import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.artifacts.pointers import refuse_pointer_beginning
@@ -34,21 +32,8 @@ _PRINCETONS = (
 )
 
 
-@dataclass(frozen=True)
-class LanguageFile:
-    """The file of one language of Open Multilingual WordNet: its path and its content."""
-
-    name: str
-    content: bytes
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of the content."""
-        return hashlib.sha256(self.content).hexdigest()
-
-
-def find_language(code: str) -> LanguageFile:
-    """Finds the Open Multilingual WordNet file of a language (ISO 639-3) in nltk's data folders, unpacked or zipped. If
+def find_language(code: str) -> tuple[str, bytes]:
+    """Returns path and content of the file of a language (ISO 639-3) in nltk's data folders, unpacked or zipped. If
     there is none, the UserError names the languages that were found, or the ways to get them.
     """
     import nltk
@@ -59,7 +44,7 @@ def find_language(code: str) -> LanguageFile:
             for name, read in _language_files(Path(base) / "corpora", package):
                 language = name.removesuffix(".tab").rsplit("wn-data-", 1)[1]
                 if language == code:
-                    return LanguageFile(name, read())
+                    return name, read()
                 others.add(language)
     if others:
         raise UserError(
@@ -90,12 +75,12 @@ def open_language(wordnet: WordNet, code: str, report: Report) -> None:
             f"lexicon.languages: Open Multilingual WordNet names synsets of WordNet {OMW_VERSION}, but "
             f"{wordnet.origin} is WordNet {version}; {_PRINCETONS}"
         )
-    file = find_language(code)
-    refuse_pointer_beginning(file.content, file.name)
+    file, content = find_language(code)
+    refuse_pointer_beginning(content, file)
     try:
-        lines = file.content.decode("utf-8-sig").split("\n")
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file.name}: this is not UTF-8 text ({error}); fetch it again") from None
+        raise UserError(f"{file}: this is not UTF-8 text ({error}); fetch it again") from None
     # Keep the lines that name a synset of this WordNet, and count the others by part of speech.
     kept: list[str] = []
     named: Counter[str] = Counter()  # lines that name a synset, by its part of speech
@@ -107,9 +92,9 @@ def open_language(wordnet: WordNet, code: str, report: Report) -> None:
         count += 1
         fields = line.strip().split("\t")
         if len(fields) < 3:
-            report.add_malformed(file.name, number, f"{len(fields)} fields")
+            report.add_malformed(file, number, f"{len(fields)} fields")
         elif not _OMW_SYNSET.fullmatch(fields[0]):
-            report.add_malformed(file.name, number, f"{fields[0]!r} names no synset")
+            report.add_malformed(file, number, f"{fields[0]!r} names no synset")
         else:
             part = _PART_NAMES[fields[0][-1]]
             named[part] += 1
@@ -118,11 +103,11 @@ def open_language(wordnet: WordNet, code: str, report: Report) -> None:
             else:
                 missing[part] += 1
                 lacks = f"the WordNet in {wordnet.origin} has no synset {fields[0]}"
-                report.add_malformed(file.name, number, lacks)
-    _check_offsets(wordnet, file.name, named, missing)
+                report.add_malformed(file, number, lacks)
+    _check_offsets(wordnet, file, named, missing)
     # nltk's own function to add a language. The lines that it would skip silently or fail on are no longer among them.
     wordnet.reader.custom_lemmas(io.StringIO("".join(kept)), code)
-    report.finish(file.name, count, "a synset, a kind and a value, separated by tabs")
+    report.finish(file, count, "a synset, a kind and a value, separated by tabs")
 
 
 def _has_synset(wordnet: WordNet, name: str) -> bool:

@@ -6,7 +6,7 @@ model is first loaded (:mod:`dskd.models.probes`).
 
 from typing import Any
 
-from dskd.config import Config
+from dskd.config import CorpusConfig
 from dskd.errors import UserError
 from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder
@@ -19,12 +19,12 @@ from dskd.models.weights import LAYER_NAME
 _UNGATHERABLE = ("dbrx", "jetmoe")
 
 
-def check_architecture(folder: ModelFolder, config: Config) -> Any:
+def check_architecture(folder: ModelFolder, corpus: CorpusConfig) -> Any:
     """Builds a teacher on the meta device, and refuses it if this package cannot distil it.
 
     Args:
         folder: the teacher; only its config.json is read.
-        config: the experiment.
+        corpus: the section `corpus` of the config, for the length of sequences and what is in them.
 
     Returns:
         The model, on the meta device.
@@ -60,21 +60,21 @@ def check_architecture(folder: ModelFolder, config: Config) -> Any:
             f"{where} is a mixture of experts whose weights are read outside of the module that holds them: ranks with "
             "different tokens cannot gather them; such a model is not supported"
         )
-    _check_sequences(model.config, config, where, with_positions=takes_positions(base))
+    _check_sequences(model.config, corpus, where, with_positions=takes_positions(base))
     return model
 
 
-def _check_sequences(model_config: Any, config: Config, where: str, *, with_positions: bool) -> None:
+def _check_sequences(model_config: Any, corpus: CorpusConfig, where: str, *, with_positions: bool) -> None:
     """Refuses sequence settings with which a document's states would depend on other text in its sequence or batch."""
-    if config.corpus.packing == "documents" and not with_positions:
+    if corpus.packing == "documents" and not with_positions:
         raise UserError(
             f"{where} does not keep documents apart that share a sequence: it takes no positions. Set "
             "corpus.packing to stream, if they may see each other, or to none, which gives each a sequence of its own",
             known_to_all_ranks=True,
         )
-    length = config.corpus.sequence_length
+    length = corpus.sequence_length
     chunk = getattr(model_config, "attention_chunk_size", None)
-    if config.corpus.packing == "documents" and chunk and length > chunk:
+    if corpus.packing == "documents" and chunk and length > chunk:
         raise UserError(
             f"{where} attends in chunks of {chunk} positions (attention_chunk_size), which would cut packed documents "
             f"in other places than single ones; set corpus.sequence_length, now {length}, to at most {chunk}, or "
@@ -89,7 +89,7 @@ def _check_sequences(model_config: Any, config: Config, where: str, *, with_posi
             f"corpus.sequence_length, now {length}, to at most {limit}"
         )
     original = original_positions(model_config)
-    if config.corpus.packing != "stream" and kind == "longrope" and original and length > original:
+    if corpus.packing != "stream" and kind == "longrope" and original and length > original:
         raise UserError(
             f"{where} has one set of rotary factors for batches of up to {original} positions and another for longer "
             "ones (longrope), so its states would depend on which sequences share a batch; set corpus.sequence_length, "

@@ -51,12 +51,19 @@ def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro
 
 
 def build_sharded(
-    folder: ModelFolder, settings: dict[str, Any], dtype: torch.dtype, world: World, *, first_layer: int = 0
+    folder: ModelFolder,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    world: World,
+    *,
+    first_layer: int = 0,
+    num_layers: int | None = None,
 ) -> Any:
     """Builds a causal LM with the folder's weights whose parameters are sharded as they are created.
 
     Rank 0 reads each tensor, and every rank keeps its share. With `first_layer` above 0 the model lacks the layers
-    below it, and its input embeddings stay on the meta device, unless they are tied to the output matrix.
+    below it, and its input embeddings stay on the meta device, unless they are tied to the output matrix. With
+    `num_layers` it has only so many layers from there.
     """
     import deepspeed  # imported here so that commands that load no model do not wait for it
 
@@ -73,29 +80,33 @@ def build_sharded(
         swapper = init.param_swapper
         return holder[0]
 
-    causal_lm = empty_model(folder, dtype, first_layer=first_layer)
+    causal_lm = empty_model(folder, dtype, first_layer=first_layer, num_layers=num_layers)
     _fill(causal_lm, folder, world, shard, first_layer=first_layer, reads=world.is_main)
     mark_experts(causal_lm)
     check_head(causal_lm, folder)
     return causal_lm
 
 
-def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World) -> Any:
-    """Loads a causal LM of transformers whole onto this rank's device."""
+def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World, *, num_layers: int | None = None) -> Any:
+    """Loads a causal LM of transformers, or only its lowest `num_layers` layers, whole onto this rank's device."""
 
     def place(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
         assert tensor is not None, "every rank reads"
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
         return nn.Parameter(value.copy_(tensor), requires_grad=value.is_floating_point())
 
-    causal_lm = empty_model(folder, dtype)
+    causal_lm = empty_model(folder, dtype, num_layers=num_layers)
     _fill(causal_lm, folder, world, place)
     check_head(causal_lm.eval(), folder)
     return causal_lm
 
 
-def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_layer: int = 0) -> Any:
-    """Builds the architecture with the layers from `first_layer` up; its parameters have shapes but no memory.
+def empty_model(
+    folder: ModelFolder, dtype: torch.dtype | None = None, *, first_layer: int = 0, num_layers: int | None = None
+) -> Any:
+    """Builds the architecture with `num_layers` layers from `first_layer` up; its parameters have shapes, no memory.
+
+    Without `num_layers` it has all layers from `first_layer` up.
 
     Buffers get the same values as when transformers loads a model. Under `zero.Init` they would be computed in the
     parameters' type, and a table of rotations in bf16 is useless at late positions.
@@ -107,8 +118,9 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype | None = None, *, first_
     from transformers.integrations.accelerate import init_empty_weights
 
     model_config = config_without_dropout(folder)
-    if first_layer:
-        layers = list(range(first_layer, model_config.num_hidden_layers))
+    if first_layer or num_layers is not None:
+        end = model_config.num_hidden_layers if num_layers is None else first_layer + num_layers
+        layers = list(range(first_layer, end))
         model_config = type(model_config).from_dict(cut_config(model_config.to_dict(), layers))
     try:
         with init_empty_weights(), _no_init_weights():
@@ -143,6 +155,11 @@ def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
     """Returns whether the layers from `first_layer` up are built the same when the layers below them are left out."""
     upper = list(range(first_layer, folder.load_config().num_hidden_layers))
     return not compare_layers(empty_model(folder), empty_model(folder, first_layer=first_layer), upper)
+
+
+def fits_without_upper_layers(folder: ModelFolder, num_layers: int) -> bool:
+    """Returns whether the lowest `num_layers` layers are built the same when the layers above them are left out."""
+    return not compare_layers(empty_model(folder), empty_model(folder, num_layers=num_layers), range(num_layers))
 
 
 def mark_experts(model: nn.Module) -> None:

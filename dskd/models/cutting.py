@@ -49,7 +49,7 @@ def build_student(config: Config) -> None:
     with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
         values, full = teacher.config_values(), teacher.load_config()
         layers = choose_layers(config.student, full.num_hidden_layers)
-        whole = check_architecture(teacher, config)
+        whole = check_architecture(teacher, config.corpus)
         check_stored_tensors(whole, TensorReader(teacher.path), teacher)
         with build_artifact(target, recipe(config, teacher)) as building:
             write_json(building.folder / "config.json", cut_config(values, layers, full.to_dict()))

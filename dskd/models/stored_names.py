@@ -142,7 +142,7 @@ def check_stored_tensors(
             )
     problems += [
         f"{name}: the architecture has no such tensor, so its effect would be missing"
-        for name in _left_over(causal_lm, reader, taken, first_layer)
+        for name in _left_over(causal_lm, reader, taken, first_layer, folder.load_config().num_hidden_layers)
     ]
     if problems:
         raise UserError(listed(f"{folder.path}: the weights do not fit the architecture", problems))
@@ -163,8 +163,11 @@ def output_name(causal_lm: Any, reader: TensorReader) -> str:
     return stored
 
 
-def _left_over(causal_lm: Any, reader: TensorReader, taken: set[str], first_layer: int) -> list[str]:
-    """Lists the stored tensors that have no place in the model, except those known to change nothing."""
+def _left_over(causal_lm: Any, reader: TensorReader, taken: set[str], first_layer: int, num_stored: int) -> list[str]:
+    """Lists the stored tensors that have no place in the model, except those known to change nothing.
+
+    Of the folder's `num_stored` layers the model may lack the lowest, below `first_layer`, and the highest.
+    """
     prefix = f"{base_model_name(causal_lm)}."
     buffers = {shift_layer(name, first_layer) for name, _ in causal_lm.named_buffers()}
     ignored = list(getattr(causal_lm, "_keys_to_ignore_on_load_unexpected", None) or [])
@@ -172,8 +175,9 @@ def _left_over(causal_lm: Any, reader: TensorReader, taken: set[str], first_laye
         # Older models store it for every layer; it is computed from config.json.
         ignored.append(r"rotary_emb\.inv_freq")
     count = first_layer + causal_lm.config.num_hidden_layers
-    # Layers above the last that predict tokens further ahead; no architecture of transformers runs them.
-    further = range(count, count + int(getattr(causal_lm.config, "num_nextn_predict_layers", None) or 0))
+    # Layers that are left out, and those above the last that predict tokens further ahead; no architecture of
+    # transformers runs the latter.
+    further = range(count, num_stored + int(getattr(causal_lm.config, "num_nextn_predict_layers", None) or 0))
 
     def changes_nothing(name: str) -> bool:
         layer = LAYER_NAME.search(name)

@@ -107,6 +107,8 @@ def smallest_change(plan: Plan, replan: Callable[[Change], Plan]) -> tuple[Chang
 
     `replan` returns the plan with a change.
     """
+    if plan.processes >= plan.cluster.host_memory:  # on each host, however many there are
+        return None
 
     def attempt(change: Change) -> Plan | None:
         try:

@@ -6,6 +6,7 @@ weights are released unless they are needed again within the next `MAX_REUSE_DIS
 gathered together arrive in one buffer, from which each is copied; they exist twice until the last of them is used.
 """
 
+import functools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Gathered:
         return max(self.along, default=0)
 
 
+@functools.lru_cache(maxsize=256)
 def gather(shapes: Shapes, *, persistent: int, backward: bool, is_gloo: bool = False) -> Gathered:
     """Simulates what is gathered in a forward pass and, with `backward`, in its backward pass over the same modules in
     reverse.

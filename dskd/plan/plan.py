@@ -9,7 +9,7 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
-from dskd.plan.memory import Memory, StageMemory, compute_memory, gather_models, stages_before
+from dskd.plan.memory import RESERVED_ON_HOST, Memory, StageMemory, compute_memory, gather_models, stages_before
 from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes
 from dskd.plan.speed import Speed, compute_speed
 from dskd.plan.stored_speed import Comparison, compare_with_stored_states
@@ -54,6 +54,11 @@ class Plan:
     def too_large_for_hosts(self) -> list[StageMemory]:
         """Returns the stages for which a host's memory is too small."""
         return [stage for stage in self.stages if stage.host > self.cluster.host_memory]
+
+    @property
+    def processes(self) -> int:
+        """Returns the bytes that the processes of a host's ranks are assumed to need, which no setting changes."""
+        return RESERVED_ON_HOST * self.cluster.gpus_per_node
 
     @property
     def fits(self) -> bool:

@@ -4,7 +4,6 @@ from dskd.config import Config
 from dskd.console import table
 from dskd.plan import GB
 from dskd.plan.changes import Change, stored_states
-from dskd.plan.memory import RESERVED_ON_HOST
 from dskd.plan.plan import Plan
 from dskd.plan.stored import reads_states
 from dskd.plan.stored_speed import Comparison
@@ -69,12 +68,11 @@ def format_refusal(plan: Plan, fitting: tuple[Change, Plan] | None) -> str:
     ]
     text = "does not fit:\n" + "\n".join(f"  {lack}" for lack in lacks)
     if fitting is None:
-        processes = RESERVED_ON_HOST * plan.cluster.gpus_per_node
-        if processes >= plan.cluster.host_memory:
+        if plan.processes >= plan.cluster.host_memory:
             return (
                 f"{text}\nNo change makes it fit: the processes of {_count(plan.cluster.gpus_per_node, 'rank')} alone "
-                f"are assumed to need {_gb(processes)} GB of a host; take nodes with more memory, or fewer ranks on "
-                "each."
+                f"are assumed to need {_gb(plan.processes)} GB of a host; take nodes with more memory, or fewer ranks "
+                "on each."
             )
         return (
             f"{text}\nNo setting that leaves the loss as it is, and no number of such nodes, makes it fit: "

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dskd.config import Config, StudentConfig
+from dskd.config import Config, CorpusConfig, StudentConfig
 from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
@@ -116,13 +116,12 @@ class Architecture:
 
     def check(self, config: Config) -> None:
         """Raises a UserError for a teacher that training would refuse at its start."""
-        with _folder_of(self.config, self.named_by) as folder:
-            check_architecture(folder, config)
+        _check(self, config.corpus)
 
     def check_kinds(self, layers: list[int]) -> None:
         """Raises a UserError for layers that cannot form a student."""
         if layers != list(range(len(layers))):
-            check_kinds(self.build(), self.build(layers=layers), layers)
+            _check_kinds(self, tuple(layers))
 
 
 @contextlib.contextmanager
@@ -141,6 +140,18 @@ def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
                 f"{named_by}: transformers cannot build this architecture ({reason}); name the config.json of a "
                 "decoder with --teacher-config"
             ) from None
+
+
+# Cached, because each check builds the model, and a search for a change that fits asks for it a hundred times.
+@functools.cache
+def _check(architecture: Architecture, corpus: CorpusConfig) -> None:
+    with _folder_of(architecture.config, architecture.named_by) as folder:
+        check_architecture(folder, corpus)
+
+
+@functools.cache
+def _check_kinds(architecture: Architecture, layers: tuple[int, ...]) -> None:
+    check_kinds(architecture.build(), architecture.build(layers=list(layers)), layers)
 
 
 @functools.cache

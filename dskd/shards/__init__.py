@@ -1,15 +1,16 @@
 """The annotated streaming shards: a sample is one sequence with the rows of the sense dictionary for each position.
 
-schema         the columns, and checks that shards fit a config, a teacher and a sense dictionary
-writing        writes blocks of samples, and joins many blocks into one dataset
-opening        opens the dataset, from the work directory or a remote copy
-dataset        the dataset class: mosaicml-streaming's, with sample ids added to the samples
-batches        collates samples into batches of tokens, and reads the rows that they point to
-annotate       the stage: finds the rows of the dictionary for each position
-stored_states  the teacher's states as columns of the samples
-text_reader    lets the teacher read batches of text
-search         finds the rows nearest to the teacher's states
-continuations  lets the teacher continue the training texts
+schema           the columns, and checks that shards fit a config, a teacher and a sense dictionary
+writing          writes blocks of samples, and joins many blocks into one dataset
+unpacked_writer  writes shards that are not compressed, without copies
+opening          opens the dataset, from the work directory or a remote copy
+dataset          the dataset class: mosaicml-streaming's, with sample ids added to the samples
+batches          collates samples into batches of tokens, and reads the rows that they point to
+annotate         the stage: finds the rows of the dictionary for each position
+stored_states    the teacher's states as columns of the samples
+text_reader      lets the teacher read batches of text
+search           finds the rows nearest to the teacher's states
+continuations    lets the teacher continue the training texts
 """
 
 from dskd.shards.batches import collate_tokens, gather_rows

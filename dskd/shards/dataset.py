@@ -1,16 +1,31 @@
 """The dataset of shards; in its own module because mosaicml-streaming takes seconds to import."""
 
+import mmap
+import os
+from collections import OrderedDict
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from streaming import StreamingDataset
+from streaming.base.format.mds import MDSReader
+
+_OPEN_FILES = 128  # that a process maps at one time; each takes a file descriptor, of which most systems allow 1,024
 
 
 class ShardDataset(StreamingDataset):
-    """A dataset of mosaicml-streaming whose samples also hold their id, the epoch and the step."""
+    """A dataset of mosaicml-streaming whose samples also hold their id, the epoch and the step.
+
+    The arrays of a sample are read-only views of the mapped shard file.
+    """
+
+    shards: list[MDSReader]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        maps = _Maps()
+        self.shards = [_MappedShard.of(shard, maps) for shard in self.shards]
         # The code that iterates the dataset sets these, in its own process.
         self.current_epoch = 0
         self.current_step = 0
@@ -29,3 +44,54 @@ class ShardDataset(StreamingDataset):
         """Returns the columns of a sample, and its `sample_id`, `epoch` and `step`."""
         sample = super().get_item(sample_id, retry)
         return {**sample, "sample_id": sample_id, "epoch": self.current_epoch, "step": self.current_step}
+
+
+class _Maps:
+    """The shard files that were mapped last. A map lives on as long as there are arrays in it."""
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[Path, memoryview] = OrderedDict()
+
+    def open(self, path: Path, size: int) -> memoryview:
+        """Maps a file of `size` bytes.
+
+        Raises:
+            FileNotFoundError: if there is none; the dataset then fetches it.
+            ValueError: if it has another size. Reading past the end of a map would kill the process.
+        """
+        if path in self._maps:
+            self._maps.move_to_end(path)
+            return self._maps[path]
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise ValueError(f"{path.name} has {found:,} bytes, but the index says {size:,}")
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._maps[path] = mapped
+        if len(self._maps) > _OPEN_FILES:
+            self._maps.popitem(last=False)
+        return mapped
+
+
+class _MappedShard(MDSReader):
+    """A reader whose samples are views of the mapped file.
+
+    The library's own copies each column four times before a batch has it. That is nearly all of the loader's work if
+    shards hold states.
+    """
+
+    @classmethod
+    def of(cls, shard: MDSReader, maps: _Maps) -> "_MappedShard":
+        """Returns a reader of the same shard."""
+        names = ("column_encodings", "column_names", "column_sizes", "compression", "hashes")
+        more = ("dirname", "split", "raw_data", "samples", "size_limit", "zip_data")
+        reader = cls(**{name: getattr(shard, name) for name in (*names, *more)})
+        reader._maps = maps
+        return reader
+
+    def get_sample_data(self, idx: int) -> Any:
+        """Returns the bytes of a sample, as a view; :meth:`decode_sample` then copies nothing either."""
+        mapped = self._maps.open(Path(self.dirname, self.split, self.raw_data.basename), self.raw_data.bytes)
+        # A shard begins with its number of samples; their offsets follow, all uint32.
+        begin, end = np.frombuffer(mapped, np.uint32, 2, offset=4 * (1 + idx)).tolist()
+        return mapped[begin:end]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dskd.artifacts import kinds
 from dskd.artifacts.hashing import sha256_of_file
-from dskd.artifacts.mds import INDEX
+from dskd.artifacts.mds import INDEX, read_index
 from dskd.config import Config
 from dskd.distributed.collectives import on_main
 from dskd.distributed.node_cache import streaming_names
@@ -21,7 +21,10 @@ _REMOTE_TIMEOUT_S = 60.0
 
 
 def open_shards(config: Config, split: str, cache: Path, world: World, **options: Any) -> "ShardDataset":
-    """Opens the dataset of a split. Shards are unpacked into `cache`; nothing is written to the artifact itself.
+    """Opens the dataset of a split. Nothing is written to the artifact itself.
+
+    Shards are fetched or unpacked into `cache`, except those of the artifact if they are not packed: these are read
+    where they are, unless `train.shard_cache` names a folder to copy them to.
 
     A remote copy must have the same index as the artifact. The index has the hash of each shard, and mosaicml-streaming
     checks these. Every rank must call this.
@@ -34,10 +37,11 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     if config.train.shard_remote is not None:
         # Check first: if the library meets the error, all ranks but one wait forever for files that never come.
         on_main(lambda: require_remote(config, split))
+    in_place = _is_read_in_place(config, split)
     with streaming_names(cache, world):
         dataset = ShardDataset(
-            remote=place(config, split),
-            local=str(cache / split),
+            remote=None if in_place else place(config, split),
+            local=place(config, split) if in_place else str(cache / split),
             validate_hash=HASH,
             keep_zip=False,
             **options,
@@ -45,6 +49,12 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     if config.train.shard_remote is not None:
         _require_same_index(config, split, cache / split / INDEX)
     return dataset
+
+
+def _is_read_in_place(config: Config, split: str) -> bool:
+    if config.train.shard_remote is not None or config.train.shard_cache is not None:
+        return False
+    return all(shard["zip_data"] is None for shard in read_index(Path(place(config, split)) / INDEX))
 
 
 def place(config: Config, split: str) -> str:

@@ -26,7 +26,9 @@ class ShardFormat:
         """Returns mosaicml-streaming's writer of shards into a new folder."""
         from streaming import MDSWriter  # here: the library takes seconds to import
 
-        return MDSWriter(
+        from dskd.shards.unpacked_writer import UnpackedWriter
+
+        return (MDSWriter if self.compression else UnpackedWriter)(
             out=str(folder),
             columns=dict(self.columns),
             compression=self.compression,

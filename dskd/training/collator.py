@@ -18,6 +18,7 @@ from dskd.senses.dictionary import map_vectors
 from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
 from dskd.training.candidates import CandidateRows
+from dskd.training.packed_step import Rows
 from dskd.training.positions import SensePositions, is_lexical
 
 _LENGTH_MULTIPLE = 8  # of a micro-batch's length: tensor cores are fastest on multiples of 8
@@ -38,6 +39,7 @@ class Collator:
         candidates: CandidateRows | None = None,
         lexical: bool = False,
         teacher_cache: bool = False,
+        states: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         """Sets what a micro-batch contains in addition to its tokens.
 
@@ -50,6 +52,7 @@ class Collator:
                 which uses the student's distances to rows.
             lexical: add a mask of the targets that have a synonym or antonym.
             teacher_cache: add the teacher's stored distributions.
+            states: {column of the teacher's stored states to add: its type}.
         """
         self._vectors_path = vectors_path
         self._positions = positions
@@ -57,6 +60,7 @@ class Collator:
         self._candidates = candidates
         self._lexical = lexical
         self._teacher_cache = teacher_cache
+        self._states = states or {}
         self._vectors: np.ndarray | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -71,6 +75,8 @@ class Collator:
         `lexical`: [B, T] bool.
 
         `teacher_cache`: {token_ids [B, T, n] int32, logprobs [B, T, n] float16, rest_logprob [B, T] float32}.
+
+        the columns of `states`: [B, T, D] each, as :class:`dskd.training.packed_step.Rows`.
         """
         if self._vectors_path is not None and self._vectors is None:
             # Mapped here, in the worker: a memory map must not be sent to another process.
@@ -93,6 +99,9 @@ class Collator:
                 name.removeprefix("teacher_"): torch.from_numpy(np.stack([sample[name][:length] for sample in samples]))
                 for name in TEACHER_COLUMNS
             }
+        for name, dtype in self._states.items():
+            # Not stacked, because states are nearly all bytes of a sample: packing copies them once.
+            batch[name] = Rows([sample[name][:length] for sample in samples], length, dtype)
         return batch
 
 

@@ -20,6 +20,7 @@ from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions
 from dskd.training.schedule import Schedule
 from dskd.training.sense_bank import load_bank
+from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states
 
 # Settings of `train` that change how a run executes but, except for rounding, not its result.
 _NOT_IN_RECIPE = {
@@ -40,6 +41,7 @@ class TrainingInputs:
     shards: Manifest
     vectors_path: Path
     num_senses: int  # rows of the sense dictionary
+    source: TeacherSource
 
 
 def load_inputs(config: Config) -> TrainingInputs:
@@ -53,15 +55,27 @@ def load_inputs(config: Config) -> TrainingInputs:
     hidden_size = student.load_config().hidden_size  # the student's, whose states the sense loss compares with the rows
     require_fitting(dictionary, senses, teacher, hidden_size)
     train_shards = shards.load_manifest(config, "train")
-    if _reads_teacher_cache(config):
+    source = TeacherSource.of(config, train_shards)
+    require_states(config, source)
+    if source.kind == "top_n":
         shards.require_teacher_cache(config, "train", train_shards)
         _require_one_vocabulary(teacher, student)
-    return TrainingInputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows)
+    return TrainingInputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows, source)
 
 
-def build_collator(config: Config, inputs: TrainingInputs, schedule: Schedule) -> Collator:
-    """Builds the collator whose batches hold what the loss of the run reads."""
-    loss = config.loss
+def build_collator(
+    config: Config, inputs: TrainingInputs, schedule: Schedule, source: TeacherSource | None = None
+) -> Collator:
+    """Builds the collator whose batches hold what the loss of the run reads.
+
+    Args:
+        config: the experiment.
+        inputs: the run's inputs.
+        schedule: its batches.
+        source: where the models read the teacher (:attr:`dskd.training.pair.ModelPair.source`), if it is not
+            `inputs.source`.
+    """
+    loss, source = config.loss, source or inputs.source
     positions = candidates = None
     if loss.sense_weight:
         positions = SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
@@ -73,7 +87,8 @@ def build_collator(config: Config, inputs: TrainingInputs, schedule: Schedule) -
         micro_batch_size=schedule.micro_batch_size,
         candidates=candidates,
         lexical=loss.lexical_weight != 1,
-        teacher_cache=_reads_teacher_cache(config),
+        teacher_cache=source.kind == "top_n",
+        states=source.columns,
     )
 
 
@@ -97,10 +112,6 @@ def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
         )
 
 
-def _reads_teacher_cache(config: Config) -> bool:
-    return config.teacher.mode == "cached" and config.loss.kd_weight > 0
-
-
 def verify_inputs(config: Config, inputs: TrainingInputs) -> None:
     """Compares every file of dictionary, student and shards with its manifest, and the shards with the other inputs.
 
@@ -117,6 +128,7 @@ def verify_inputs(config: Config, inputs: TrainingInputs) -> None:
         teacher=inputs.teacher.digest,
         tokenizer=inputs.teacher.tokenizer_digest,
     )
+    require_fitting_states(config, inputs.source, inputs.teacher.load_config().hidden_size)
 
 
 def recipe(config: Config, inputs: TrainingInputs | None = None) -> Recipe:
@@ -136,8 +148,9 @@ def recipe(config: Config, inputs: TrainingInputs | None = None) -> Recipe:
         "student": student,
         "seed": config.seed,
         "precision": resolve_precision(config.precision),
-        # The shards store fewer than all tokens of a distribution, so cached mode is another objective.
-        "teacher": {"mode": "cached" if _reads_teacher_cache(config) else "loaded"},
+        # The most probable tokens are not the whole distribution, so reading them is another objective. States give the
+        # numbers that a loaded teacher gives.
+        "teacher": {"mode": "cached" if inputs.source.kind == "top_n" else "loaded"},
     }
     digests = {"student": inputs.student.digest, "shards": inputs.shards.digest, "senses": inputs.senses.digest}
     return Recipe("checkpoint", digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)

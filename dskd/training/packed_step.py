@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
@@ -35,6 +36,27 @@ class StepBatches:
     counts: Counts  # of this rank
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A tensor [B, T, …] whose rows are still in separate arrays, so that packing copies each of them only once."""
+
+    arrays: Sequence[np.ndarray]  # one or more, contiguous
+    length: int  # T; zeros follow a shorter row
+    dtype: torch.dtype  # of the tensor; as large as that of the arrays, since NumPy has no bf16
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return (len(self.arrays), self.length, *self.arrays[0].shape[1:])
+
+    def copy_to(self, tensor: torch.Tensor) -> None:
+        """Copies the rows into `tensor`, which has this shape and type."""
+        rows = tensor.view(torch.uint8).numpy().reshape(len(self.arrays), -1)
+        for row, array in zip(rows, self.arrays, strict=True):
+            row[: array.nbytes] = array.reshape(-1).view(np.uint8)
+            row[array.nbytes :] = 0
+
+
 class _Place(NamedTuple):
     """The place of a tensor in a buffer of bytes."""
 
@@ -63,8 +85,8 @@ class PackedStep:
 
     @classmethod
     def of(cls, micro_batches: list[dict[str, Any]]) -> "PackedStep":
-        """Packs micro-batches; a loader's worker packs them into shared memory."""
-        pieces: list[tuple[_Place, torch.Tensor]] = []
+        """Packs micro-batches of tensors and :class:`Rows`; a loader's worker packs them into shared memory."""
+        pieces: list[tuple[_Place, torch.Tensor | Rows]] = []
         size = 0
 
         def place(value: Any) -> Any:
@@ -79,7 +101,10 @@ class PackedStep:
         layout = [place(batch) for batch in micro_batches]
         buffer = _empty_buffer(size)
         for where, value in pieces:
-            where.view_of(buffer).copy_(value)
+            if isinstance(value, Rows):
+                value.copy_to(where.view_of(buffer))
+            else:
+                where.view_of(buffer).copy_(value)
         return cls(
             buffer, layout, [batch[_ON_HOST].tolist() for batch in micro_batches], count_positions(micro_batches)
         )

@@ -1,45 +1,63 @@
 """Teacher and student in training, loaded together because the student can reuse the teacher's lowest layers."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.console import say
 from dskd.distributed.collectives import main_first
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.causal_lm import fits_without_lower_layers
+from dskd.models.agreement import probe_inputs
+from dskd.models.causal_lm import fits_without_lower_layers, fits_without_upper_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import compute_dtype
-from dskd.models.trunk import HandOver, TrunkError, missing_source, trunk_depth
+from dskd.models.trunk import HandOver, TrunkError, trunk_depth
+from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
-from dskd.training.trunk import difference
+from dskd.training.teacher_source import TeacherSource
+from dskd.training.trunk import Expected, StoredTrunk, difference, run_trunk_once, run_twin
 
 
 @dataclass
 class ModelPair:
     """The models of a run.
 
-    There is no teacher if no term of the loss needs one, or if its distributions are in the shards.
+    There is no teacher if no term of the loss needs one, or if the shards have what the loss reads of it.
     """
 
     teacher: FrozenModel | None
     engine: Any  # the student's DeepSpeed engine
-    trunk: HandOver | None = None
+    trunk: HandOver | StoredTrunk | None = None
+    source: TeacherSource = field(default_factory=lambda: TeacherSource("loaded"))
 
     @property
     def trunk_depth(self) -> int:
-        """Number of layers that the teacher computes for the student."""
+        """Number of layers that the student does not compute itself."""
         return 0 if self.trunk is None else self.trunk.depth
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate of the student's next update."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
+
+    def inputs_of(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Returns what the student's forward needs for a micro-batch: from the batch, if the shards have it.
+
+        Returns:
+            The teacher's last hidden states [B, T, D] or None, and the student's inputs: the states [B, T, D] of the
+            shared trunk or, without a trunk, the token ids [B, T].
+        """
+        if self.teacher is not None:
+            return self.run_teacher(batch["input_ids"], batch.get("position_ids"))
+        inputs = batch[TRUNK_STATES] if isinstance(self.trunk, StoredTrunk) else batch["input_ids"]
+        return batch.get(TEACHER_STATES), inputs
 
     def run_teacher(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
@@ -56,18 +74,32 @@ class ModelPair:
             shared trunk or, without a trunk, the token ids.
         """
         states = None if self.teacher is None else self.teacher.hidden_states(input_ids, position_ids, **options)
-        return states, input_ids if self.trunk is None else self.trunk.take()
+        return states, self.trunk.take() if isinstance(self.trunk, HandOver) else input_ids
 
     @torch.no_grad()
-    def student_logits(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any
-    ) -> torch.Tensor:
-        """Returns the logits [B, T, V] of the student in training. Every rank must call it.
+    def probe(self, config: Config, world: World) -> dict[str, torch.Tensor]:
+        """Runs the student in training on the tokens on which its export is checked. Every rank must call it.
 
-        `options`, such as an attention mask, are passed to the base models.
+        Returns:
+            The inputs (:func:`dskd.models.agreement.probe_inputs`), and the student's `logits` [1, T, V].
         """
-        _, inputs = self.run_teacher(input_ids, position_ids, **options)
-        return self.engine(inputs, position_ids, decoder_options=options)
+        if isinstance(self.trunk, StoredTrunk):
+            inputs, student_inputs = self.trunk.probe, self.trunk.probe_states
+        else:
+            base, vocab_size = self.engine.module.decoder.base, self.engine.module.head.weight.ds_shape[0]
+            inputs = probe_inputs(base, vocab_size, config.corpus.sequence_length, world.device)
+            _, student_inputs = self.run_teacher(**inputs)
+        options = {name: value for name, value in inputs.items() if name not in ("input_ids", "position_ids")}
+        logits = self.engine(student_inputs, inputs.get("position_ids"), decoder_options=options)
+        return {**inputs, "logits": logits}
+
+    def close(self, *, keep_teacher: bool = False) -> None:
+        """Frees the models' memory; with `keep_teacher`, the teacher stays loaded."""
+        self.engine.destroy()
+        if isinstance(self.trunk, HandOver):
+            self.trunk.close()
+        if self.teacher is not None and not keep_teacher:
+            self.teacher.close()
 
 
 def load_pair(
@@ -78,6 +110,7 @@ def load_pair(
     *,
     margin: float,
     accumulation_steps: int,
+    source: TeacherSource | None = None,
     teacher: FrozenModel | None = None,
     load_universal: bool = False,
 ) -> ModelPair:
@@ -90,23 +123,36 @@ def load_pair(
         student_folder: the cut student.
         margin: of the sense loss, in units of |h - s|² / D.
         accumulation_steps: micro-batches per rank and optimizer step.
+        source: where the run reads the teacher; None if there are no shards.
         teacher: a teacher that is already loaded, for use by several pairs.
         load_universal: the student resumes from a checkpoint of another number of ranks
             (:mod:`dskd.training.universal_checkpoint`).
 
+    Returns:
+        The models. Their `source` reads no trunk from the shards if the student computes all of its layers.
+
     Raises:
         UserError: if a model is unsuitable, or `student.shared_trunk` is `on` although the trunk would not be exact.
     """
-    depth, kept = main_first(lambda: _depth(config, teacher_folder, student_folder))
-    if teacher is None and config.needs_teacher:
+    source = TeacherSource.of(config) if source is None else source
+    depth, kept = main_first(lambda: _depth(config, teacher_folder, student_folder, source))
+    if source.kind != "loaded":
+        teacher = None
+    elif teacher is None:
         teacher = load_frozen(teacher_folder, config, world, with_head=False)
+    # Before the student is loaded, so that its lowest layers and the engine are never in memory together.
+    stored: StoredTrunk | None = None
+    expected: list[Expected] = []
+    if depth and source.reads_trunk:
+        stored, expected = run_trunk_once(student_folder, config, world, depth)
 
     def load(trunk_depth: int) -> Any:
+        reads_logits = source.kind in ("loaded", "states") and config.loss.kd_weight
         return load_student(
             student_folder,
             config,
             world,
-            teacher=teacher_folder if teacher is not None and config.loss.kd_weight else None,
+            teacher=teacher_folder if reads_logits else None,
             margin=margin,
             accumulation_steps=accumulation_steps,
             trunk_depth=trunk_depth,
@@ -114,27 +160,25 @@ def load_pair(
         )
 
     engine = load(depth)
+    without_trunk = replace(source, reads_trunk=False)
     if not depth:
-        return ModelPair(teacher, engine)
+        return ModelPair(teacher, engine, source=without_trunk)
+    if teacher is not None:
+        expected = run_twin(teacher, kept[depth], config, world)
+    problem = difference(engine, expected, world=world, dtype=compute_dtype(config.precision, world.device))
+    if problem is not None:
+        _refuse_or_report(config, problem)
+        engine.destroy()
+        return ModelPair(teacher, load(0), source=without_trunk)
+    if stored is not None:
+        say(f"  the shards have what the lowest {depth} layers compute; the student runs those above")
+        return ModelPair(None, engine, stored, source)
     assert teacher is not None
-    problem = difference(
-        teacher,
-        engine,
-        twin=kept[depth],
-        packed=config.corpus.packing == "documents",
-        length=config.corpus.sequence_length,
-        world=world,
-        dtype=compute_dtype(config.precision, world.device),
-    )
-    if problem is None:
-        say(f"  the teacher computes the lowest {depth} layers for both models")
-        return ModelPair(teacher, engine, HandOver(teacher.decoder.layers, depth))
-    _refuse_or_report(config, problem)
-    engine.destroy()
-    return ModelPair(teacher, load(0))
+    say(f"  the teacher computes the lowest {depth} layers for both models")
+    return ModelPair(teacher, engine, HandOver(teacher.decoder.layers, depth), source)
 
 
-def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[int, list[int]]:
+def _depth(config: Config, teacher: ModelFolder, student: ModelFolder, source: TeacherSource) -> tuple[int, list[int]]:
     """Returns the number of layers of the shared trunk, and the indices of the teacher's layers in the student."""
     manifest = read_manifest(student.path, "student")
     kept = manifest.facts["layers"]
@@ -145,14 +189,34 @@ def _depth(config: Config, teacher: ModelFolder, student: ModelFolder) -> tuple[
             kept=kept,
             same_teacher=manifest.teacher == teacher.digest,
             tied=tied,
-            no_source=missing_source(config),
+            no_source=source.missing_trunk,
         )
+        if depth and source.reads_trunk:
+            depth = _stored_depth(source, depth)
         if depth and not fits_without_lower_layers(student, depth):
             raise TrunkError("in this architecture a layer's shape depends on its place")
+        if depth and source.reads_trunk and not fits_without_upper_layers(student, depth + 1):
+            raise TrunkError("in this architecture a layer's shape depends on the number of layers")
         return depth, kept
     except TrunkError as problem:
         _refuse_or_report(config, str(problem))
         return 0, kept
+
+
+def _stored_depth(source: TeacherSource, depth: int) -> int:
+    """Returns the depth of the stored trunk, which is at most `depth`, that of the run's own.
+
+    Raises:
+        TrunkError: if it is more.
+    """
+    assert source.stored is not None
+    if source.stored.trunk_depth > depth:
+        raise TrunkError(
+            f"the trunk_states of the shards enter layer {source.stored.trunk_depth}, but this run shares only the "
+            f"lowest {depth} layers with the teacher; to store those that enter layer {depth}, make the shards again "
+            f"with `{kinds.SHARDS.made_by}` and the same section student"
+        )
+    return source.stored.trunk_depth
 
 
 def _refuse_or_report(config: Config, problem: str) -> None:

@@ -16,6 +16,7 @@ from dskd.models.precision import compute_dtype
 from dskd.tracking import Tracker, describe_dataset, git_commit
 from dskd.training import checkpoint
 from dskd.training.inputs import TrainingInputs, recipe
+from dskd.training.pair import ModelPair
 from dskd.training.run import Run
 from dskd.training.schedule import Schedule, describe_learning_rate
 from dskd.training.step import Step, StepResult
@@ -108,6 +109,7 @@ def tags_of(config: Config, inputs: TrainingInputs, world: World) -> dict[str, s
         "sense_dictionary": inputs.senses.digest,
         "teacher": inputs.teacher.digest,
         "student": inputs.student.digest,
+        "teacher_source": inputs.source.kind,
     }
     commit = git_commit()
     return tags | ({"git_commit": commit} if commit else {})
@@ -143,9 +145,11 @@ def metrics_of(step: Step, result: StepResult, loss: LossConfig, elapsed: float)
     }
 
 
-def describe_run(config: Config, world: World, engine: Any, schedule: Schedule, steps_done: int) -> None:
-    """Prints the ranks, precision, parameters, steps and batches of the run, and how many steps are done already."""
-    parameters = list(engine.module.parameters())
+def describe_run(config: Config, world: World, pair: ModelPair, schedule: Schedule, steps_done: int) -> None:
+    """Prints what the run reads of the teacher, and its ranks, precision, parameters, steps, batches and steps done."""
+    if line := pair.source.describe(config):
+        say(f"  {line}")
+    parameters = list(pair.engine.module.parameters())
     trained = sum(p.ds_numel for p in parameters if p.requires_grad)
     say(
         f"  {world.world_size} rank{'s' * (world.world_size > 1)} on {world.device.type}, "

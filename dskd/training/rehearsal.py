@@ -16,7 +16,7 @@ from dskd.config import Config
 from dskd.console import say
 from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
-from dskd.models.agreement import check_agreement, probe_inputs
+from dskd.models.agreement import check_agreement
 from dskd.models.folder import ModelFolder
 from dskd.models.precision import compute_dtype
 from dskd.models.weights import TensorReader
@@ -37,13 +37,9 @@ def rehearse_export(pair: ModelPair, student: ModelFolder, config: Config, world
     Raises:
         UserError: on every rank, if the export fails or is a different model.
     """
-    engine = pair.engine
-    device, dtype = world.device, compute_dtype(config.precision, world.device)
-    base, vocab_size = engine.module.decoder.base, engine.module.head.weight.ds_shape[0]
-    inputs = probe_inputs(base, vocab_size, config.corpus.sequence_length, device)
-    probe = {"logits": pair.student_logits(**inputs), **inputs}
-    hub_names = engine.module.hub_names
-    names = [hub_names[name] for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    module, dtype = pair.engine.module, compute_dtype(config.precision, world.device)
+    probe = pair.probe(config, world)
+    names = [module.hub_names[name] for name, parameter in module.named_parameters() if parameter.requires_grad]
 
     def rehearse() -> None:
         on_cpu = {name: tensor.cpu() for name, tensor in probe.items()}

@@ -17,7 +17,7 @@ from dskd.console import say
 from dskd.distributed.collectives import barrier, on_main
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.agreement import PROBE_TOKENS, probe_inputs
+from dskd.models.agreement import PROBE_TOKENS
 from dskd.training.checkpoint import LATEST_FILE, PROBE_FILE, REHEARSAL, TRAINED_FILE, Checkpoint, steps_on_disk
 from dskd.training.pair import ModelPair
 from dskd.training.student import MASTER_BYTES, MOMENT_BYTES
@@ -102,7 +102,7 @@ def needs_universal(checkpoint: Checkpoint | None, world: World) -> bool:
     return checkpoint is not None and checkpoint.manifest.facts["world_size"] != world.world_size
 
 
-def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int) -> None:
+def load(pair: ModelPair, checkpoint: Checkpoint, world: World) -> None:
     """Restores engine and optimizer to the state of the checkpoint, regardless of how many ranks wrote it.
 
     The engine must have been built with `load_universal` as :func:`needs_universal` returns it.
@@ -110,11 +110,11 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
     Raises:
         UserError: if the checkpoint's student has another shared trunk, or DeepSpeed does not load it.
     """
-    then = checkpoint.manifest.facts.get("trunk_depth", 0)
-    if then != trunk_depth:
+    engine, then = pair.engine, checkpoint.manifest.facts.get("trunk_depth", 0)
+    if then != pair.trunk_depth:
         raise UserError(
-            f"{checkpoint.path}: written with a shared trunk of {then} layers, but the run has one of {trunk_depth} "
-            f"now; set student.shared_trunk to {'on' if then else 'off'}, or start from scratch with --overwrite",
+            f"{checkpoint.path}: written with a shared trunk of {then} layers, but the run has one of "
+            f"{pair.trunk_depth} now; {_with_trunk_of(then, pair)}, or start from scratch with --overwrite",
             known_to_all_ranks=True,
         )
     path = checkpoint.path
@@ -137,6 +137,17 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, trunk_depth: int)
     if path != checkpoint.path:  # remove the universal form: the next checkpoint needs its space
         barrier()
         on_main(lambda: shutil.rmtree(path, ignore_errors=True))
+
+
+def _with_trunk_of(depth: int, pair: ModelPair) -> str:
+    """Returns what to set so that a run has a shared trunk of `depth` layers, which `pair` does not have."""
+    if not depth:
+        return "set student.shared_trunk to off"
+    if pair.source.reads_trunk:  # the shards' trunk has another depth than a loaded teacher's
+        return "set teacher.mode to zero3, so that a loaded teacher computes it"
+    if pair.trunk is not None:
+        return "set teacher.mode to auto, which reads it from the shards"
+    return "set student.shared_trunk to on"
 
 
 def _publish(building: Building, train: TrainConfig) -> None:
@@ -192,11 +203,7 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
 
 def _save_probe(pair: ModelPair, config: Config, path: Path, world: World) -> None:
     """Writes the logits of the student in training on the tokens used to check the export."""
-    module = pair.engine.module
-    inputs = probe_inputs(
-        module.decoder.base, module.head.weight.ds_shape[0], config.corpus.sequence_length, world.device
-    )
-    logits = pair.student_logits(**inputs)
+    probe = pair.probe(config, world)
     if world.is_main:
-        tensors = {name: tensor.cpu() for name, tensor in inputs.items()}
-        save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path)
+        tensors = {name: tensor.cpu() for name, tensor in probe.items()}
+        save_file({**tensors, "logits": tensors["logits"].float().contiguous()}, path)

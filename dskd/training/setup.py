@@ -65,8 +65,8 @@ def set_up(config: Config, world: World, *, began: float, resume: bool, overwrit
     import dskd.shards.dataset  # noqa: F401  # takes seconds, which would otherwise count as the first step's
 
     pair = _load_models(config, world, inputs, schedule, start)
-    describe_run(config, world, pair.engine, schedule, steps_done)
-    collate = build_collator(config, inputs, schedule)
+    describe_run(config, world, pair, schedule, steps_done)
+    collate = build_collator(config, inputs, schedule, pair.source)
     bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
     batches = load_steps(config, schedule, collate, cache, world, start_step=steps_done, sense_bank=bank)
@@ -107,13 +107,14 @@ def _load_models(
         inputs.student,
         margin=margin_of(config, inputs.shards),
         accumulation_steps=schedule.accumulation_steps,
+        source=inputs.source,
         load_universal=saving.needs_universal(start, world),
     )
     # Check disk space and rehearse the export before a checkpoint changes the student's weights.
     saving.require_space(pair.engine, config)
     rehearse_export(pair, inputs.student, config, world)
     if start is not None:
-        saving.load(pair.engine, start, world, trunk_depth=pair.trunk_depth)
+        saving.load(pair, start, world)
     return pair
 
 

@@ -76,13 +76,13 @@ def train_step(
     normalizers = _normalizers(counts, world, len(micro_batches))
     engine = pair.engine
     losses, sums_of_micro_batches = [], []
-    # Accumulate gradients: per micro-batch the teacher's forward pass, then the student's forward and backward pass.
+    # Accumulate gradients: per micro-batch the teacher's forward pass, unless the shards have its result, then the
+    # student's forward and backward pass.
     for number, batch in enumerate(micro_batches):
-        position_ids = batch.get("position_ids")
-        teacher_hidden, student_inputs = pair.run_teacher(batch["input_ids"], position_ids)
+        teacher_hidden, student_inputs = pair.inputs_of(batch)
         loss_of_batch, sums_of_batch = engine(
             student_inputs,
-            position_ids,
+            batch.get("position_ids"),
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             normalizers=normalizers,

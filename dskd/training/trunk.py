@@ -1,12 +1,22 @@
-"""Checks that the student's layers above the shared trunk (:mod:`dskd.models.trunk`) compute what the teacher's do."""
+"""Checks that the student's layers above the shared trunk (:mod:`dskd.models.trunk`) compute what the teacher's do.
 
-from typing import Any
+If the trunk's states are in the shards, no model is left to compute them for other tokens. Training needs them for two
+kinds: those with which the layers above are compared, and those on which exports are checked. So the student's lowest
+layers run on these before training, and are freed again (:func:`run_trunk_once`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
+from dskd.config import Config
 from dskd.distributed.collectives import sum_over_ranks
 from dskd.distributed.world import World
-from dskd.models.layers import recorded
+from dskd.models.agreement import probe_inputs
+from dskd.models.folder import ModelFolder
+from dskd.models.frozen import FrozenModel, load_frozen
+from dskd.models.layers import Run, recorded
 
 # Largest accepted difference of the lowest trained layer's output, relative to the norm of the layer's change to its
 # input. The same weights and kernels give no difference at all; the tolerance is for kernels that round differently
@@ -14,40 +24,78 @@ from dskd.models.layers import recorded
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
-@torch.no_grad()
-def difference(
-    teacher: Any, engine: Any, *, twin: int, packed: bool, length: int, world: World, dtype: torch.dtype
-) -> str | None:
-    """Describes how the student's lowest layer differs from the teacher's; None if it does not. All ranks must call it.
+class Expected(NamedTuple):
+    """A run of the layer of which the student's lowest layer is a copy."""
 
-    Feeds the teacher's states into the student and compares the inputs and outputs of the lowest layer: on short
-    documents, and on a whole sequence, at the end of which rotary positions differ most and some architectures use
-    other factors.
+    position_ids: torch.Tensor | None
+    run: Run
+
+
+@dataclass(frozen=True)
+class StoredTrunk:
+    """A trunk whose states are in the shards, and what it computes for the tokens on which exports are checked."""
+
+    depth: int
+    probe: dict[str, Any]  # of :func:`dskd.models.agreement.probe_inputs`
+    probe_states: torch.Tensor  # [1, T, D], the states that enter layer `depth` for them
+
+
+@torch.no_grad()
+def run_trunk_once(folder: ModelFolder, config: Config, world: World, depth: int) -> tuple[StoredTrunk, list[Expected]]:
+    """Runs the lowest `depth` + 1 layers of the student on test inputs, and frees them. All ranks must call it.
+
+    Returns:
+        The trunk, and the runs of layer `depth` for :func:`difference`.
+    """
+    model = load_frozen(folder, config, world, with_head=False, num_layers=depth + 1)
+    expected = run_twin(model, depth, config, world)
+    probe = probe_inputs(model.decoder.base, model.vocab_size, config.corpus.sequence_length, world.device)
+    with recorded([model.decoder.layers[depth]]) as runs:
+        model.hidden_states(**probe)
+    trunk = StoredTrunk(depth, probe, runs[0].input)
+    model.close()
+    return trunk, expected
+
+
+def run_twin(model: FrozenModel, twin: int, config: Config, world: World) -> list[Expected]:
+    """Runs a model on short documents, and on a whole sequence, and returns the runs of its layer `twin`.
+
+    At the end of a whole sequence rotary positions differ most, and some architectures use other factors. All ranks
+    must call it.
+    """
+    # Two short rows, each of two documents if sequences are packed, and one sequence of full length.
+    device, length = world.device, config.corpus.sequence_length
+    short = torch.arange(1, 25, device=device).view(2, 12) * 7 % model.vocab_size
+    packed = config.corpus.packing == "documents"
+    start = torch.tensor([[*range(7), *range(5)], [*range(5), *range(7)]], device=device) if packed else None
+    whole = torch.arange(1, length + 1, device=device).view(1, -1) * 7 % model.vocab_size
+    expected = []
+    for input_ids, positions in ((short, start), (whole, None)):
+        with recorded([model.decoder.layers[twin]]) as runs:
+            model.hidden_states(input_ids, positions)
+        expected.append(Expected(positions, runs[0]))
+    return expected
+
+
+@torch.no_grad()
+def difference(engine: Any, expected: list[Expected], *, world: World, dtype: torch.dtype) -> str | None:
+    """Describes how the student's lowest layer differs from its twin; None if it does not. All ranks must call it.
+
+    Feeds the states that entered the twin into the student, and compares the inputs and outputs of both layers.
 
     Args:
-        teacher: the :class:`dskd.models.frozen.FrozenModel`.
         engine: the student's engine, which still has the teacher's weights.
-        twin: index of the teacher's layer of which the student's lowest layer is a copy.
-        packed: True if a sequence can hold several documents.
-        length: tokens per sequence in training.
+        expected: the runs of the twin, as :func:`run_twin` returns them.
         world: the ranks.
         dtype: type of the parameters.
     """
-    # Test inputs: two short rows, each of two documents if sequences are packed, and one sequence of full length.
-    short = torch.arange(1, 25, device=world.device).view(2, 12) * 7 % teacher.vocab_size
-    start = torch.tensor([[*range(7), *range(5)], [*range(5), *range(7)]], device=world.device) if packed else None
-    whole = torch.arange(1, length + 1, device=world.device).view(1, -1) * 7 % teacher.vocab_size
     differs = [0.0, 0.0]
-    for input_ids, positions in ((short, start), (whole, None)):
-        # Run the teacher, then the student on the states that went into the teacher's layer.
-        with recorded([teacher.decoder.layers[twin]]) as runs:
-            teacher.hidden_states(input_ids, positions)
-        expected = runs[0]
+    for positions, twin in expected:
         with recorded([engine.module.decoder.layers[0]]) as runs:
-            engine(expected.input, positions)
-        limit = _TOLERANCE[dtype] * float((expected.output - expected.input).float().norm())
+            engine(twin.input, positions)
+        limit = _TOLERANCE[dtype] * float((twin.output - twin.input).float().norm())
         own = runs[0]
-        for index, (theirs, ours) in enumerate(((expected.input, own.input), (expected.output, own.output))):
+        for index, (theirs, ours) in enumerate(((twin.input, own.input), (twin.output, own.output))):
             # Written with `not … <=` so that a NaN counts as a difference.
             differs[index] += not float((theirs - ours).float().norm()) <= limit
     # All ranks must reach the same decision, even if their hardware rounds differently.

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import pytest
 import torch
 from artifact_folders import update_manifest
 from rank_processes import run_program
-from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from tiny_work import BEFORE_TRAINING
 
+from dskd.__main__ import main
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.senses.build import build_senses
@@ -31,10 +30,16 @@ def _refused(stage, config, world, *overrides, says):
         assert part in str(error.value)
 
 
-def _command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "dskd", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a verb, which must end with exit code 2, and returns its message."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dskd", *map(str, arguments)])
+        assert main() == 2
+        return capsys.readouterr().err
+
+    return run
 
 
 def test_a_program_reports_a_mistake_once_without_a_traceback_and_exits_with_2(copy_of_tiny):
@@ -113,33 +118,26 @@ def test_batches_that_are_too_large_or_cannot_be_divided_are_refused(copy_of_tin
     _refused(train, config, world, "train.micro_batch_size=3", says=["set it to a divisor of 8"])
 
 
-def test_a_teacher_without_weights_is_refused_by_the_student(copy_of_tiny, tmp_path):
+def test_a_teacher_without_weights_is_refused_by_the_student(copy_of_tiny, tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    config = copy_of_tiny()
-    finished = _command(
-        "student", "--config", str(config), "teacher.train_from_scratch=null", f"teacher.path={tmp_path / 'empty'}"
-    )
-    assert finished.returncode == 2
-    assert "there are no weights" in finished.stderr
+    teacher = ["teacher.train_from_scratch=null", f"teacher.path={tmp_path / 'empty'}"]
+    assert "there are no weights" in refused("student", "--config", copy_of_tiny(), *teacher)
     assert not (tmp_path / "work" / "student").exists()
 
 
-def test_a_wrong_line_in_a_tsv_is_reported(copy_of_tiny, tmp_path):
+def test_a_wrong_line_in_a_tsv_is_reported(copy_of_tiny, tmp_path, refused):
     (tmp_path / "bad.tsv").write_text("a\tsimilar\tb\n", encoding="utf-8")
     config = copy_of_tiny(lexicon={"wordnet": False, "tsv": [str(tmp_path / "bad.tsv")]})
-    finished = _command("lexicon", "--config", str(config))
-    assert finished.returncode == 2
-    assert "bad.tsv:1: the relation must be synonym or antonym, found 'similar'" in finished.stderr
+    message = refused("lexicon", "--config", config)
+    assert "bad.tsv:1: the relation must be synonym or antonym, found 'similar'" in message
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_an_unwritable_work_directory_is_refused(copy_of_tiny, tmp_path, read_only):
+def test_an_unwritable_work_directory_is_refused(copy_of_tiny, tmp_path, read_only, refused):
     (tmp_path / "locked").mkdir()
     read_only(tmp_path / "locked")
     config = copy_of_tiny(workdir=str(tmp_path / "locked" / "work"))
-    finished = _command("lexicon", "--config", str(config))
-    assert finished.returncode == 2
-    assert "set workdir to a folder you may write" in finished.stderr
+    assert "set workdir to a folder you may write" in refused("lexicon", "--config", config)
 
 
 @pytest.mark.parametrize("name", ["student/model.safetensors", "senses/senses.safetensors"])
@@ -152,22 +150,16 @@ def test_a_changed_input_of_training_is_reported(copy_of_tiny, world, name):
     _refused(train, config, world, says=[f"{name}: the content is not what the manifest says"])
 
 
-def test_a_work_directory_in_which_nobody_may_write_is_refused(copy_of_tiny):
-    finished = _command("lexicon", "--config", str(copy_of_tiny(workdir="/proc/work")))
-    assert finished.returncode == 2
-    assert "set workdir to a folder you may write" in finished.stderr
+def test_a_work_directory_in_which_nobody_may_write_is_refused(copy_of_tiny, refused):
+    message = refused("lexicon", "--config", copy_of_tiny(workdir="/proc/work"))
+    assert "set workdir to a folder you may write" in message
 
 
-def test_a_work_directory_that_is_a_file_is_refused(copy_of_tiny, tmp_path):
+def test_a_work_directory_that_is_a_file_is_refused(copy_of_tiny, tmp_path, refused):
     (tmp_path / "file").write_text("x")
     config = copy_of_tiny(workdir=str(tmp_path / "file" / "work"))
-    finished = _command(
-        "lexicon", "--config", str(config), "lexicon.wordnet=false", f"lexicon.tsv=[{tmp_path / 'file'}]"
-    )
-    assert finished.returncode == 2
-    finished = _command("lexicon", "--config", str(config))
-    assert finished.returncode == 2
-    assert "cannot write there" in finished.stderr
+    for overrides in ([], ["lexicon.wordnet=false", f"lexicon.tsv=[{tmp_path / 'file'}]"]):
+        assert "cannot write there" in refused("lexicon", "--config", config, *overrides)
 
 
 def test_code_in_a_checkpoint_is_not_run(copy_of_tiny, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from architectures import ARCHITECTURES
 from transformers import BioGptConfig, DbrxConfig, LlamaConfig, MptConfig, OPTConfig
 
-from dskd.config import Config
+from dskd.config import CorpusConfig
 from dskd.errors import UserError
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
@@ -24,16 +24,12 @@ def _folder(path, **values):
     return ModelFolder(path, "", "")
 
 
-def _config(**corpus):
-    return Config(workdir="work", teacher={"path": "teacher"}, corpus=corpus)
-
-
 @pytest.mark.parametrize("packing", ["documents", "stream", "none"])
 def test_a_rotary_table_that_depends_on_the_batch_is_refused(tmp_path, packing):
     folder = _folder(tmp_path, **_LLAMA, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
-    check_architecture(folder, _config(packing=packing, sequence_length=64))
+    check_architecture(folder, CorpusConfig(packing=packing, sequence_length=64))
     with pytest.raises(UserError, match=r"rope_type: dynamic(.|\n)*now 65, to at most 64"):
-        check_architecture(folder, _config(packing=packing, sequence_length=65))
+        check_architecture(folder, CorpusConfig(packing=packing, sequence_length=65))
 
 
 _SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -73,7 +69,7 @@ def test_states_that_are_projected_before_the_output_matrix_are_refused(tmp_path
     with pytest.raises(
         UserError, match=r"states of 8 values, and hidden_size of config.json is 16(.|\n)*not supported"
     ):
-        check_architecture(folder, _config())
+        check_architecture(folder, CorpusConfig())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +89,7 @@ def test_states_that_are_projected_before_the_output_matrix_are_refused(tmp_path
 def test_wrong_values_of_config_json_are_refused_with_its_name(tmp_path, values, named):
     folder = _folder(tmp_path, **_LLAMA | values)
     with pytest.raises(UserError, match=r"config\.json: ") as error:
-        check_architecture(folder, _config())
+        check_architecture(folder, CorpusConfig())
     assert named in str(error.value)
 
 

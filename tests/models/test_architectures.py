@@ -67,7 +67,7 @@ def test_the_page_says_what_is_refused(tmp_path, name):
     model_config.save_pretrained(folder.path)
     config = Config(workdir="work", teacher={"path": "teacher"}, corpus={"packing": "stream", "sequence_length": 16})
     try:
-        whole = check_architecture(folder, config)
+        whole = check_architecture(folder, config.corpus)
     except UserError as error:
         assert written == row(name, {"refused": reason_of(error, tmp_path)})
         return

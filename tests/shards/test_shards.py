@@ -5,6 +5,7 @@ import pytest
 import torch
 from artifact_folders import open_dataset
 from safetensors.torch import save_file
+from streaming import MDSWriter
 from streaming.base.partition import get_partitions
 
 from dskd.random_numbers import random_bits
@@ -241,6 +242,25 @@ def test_joined_blocks_are_one_dataset_whichever_rank_wrote_them(tmp_path):
     for index, sample in enumerate(samples):
         for name in COLUMNS:
             assert np.array_equal(dataset[index][name], sample[name])
+
+
+@pytest.mark.parametrize("most_bytes", [None, 4000])
+def test_shards_that_are_not_compressed_have_the_bytes_that_the_library_writes(tmp_path, monkeypatch, most_bytes):
+    monkeypatch.setattr("dskd.shards.unpacked_writer._LARGE", 1000)
+    columns = {**COLUMNS, "teacher_states": "ndarray:uint16", "trunk_states": "ndarray:float32"}
+    samples = [{name: _sample(index)[name] for name in COLUMNS} for index in range(7)]
+    for index, sample in enumerate(samples):
+        sample["teacher_states"] = np.arange((index + 1) * 300, dtype=np.uint16).reshape(index + 1, 300)
+        sample["trunk_states"] = np.full((40, 9), index, np.float32)[: index + 1]  # a part of a larger array
+    write_block(tmp_path / "ours", samples, columns, compression=None, most_bytes=most_bytes)
+    with MDSWriter(out=str(tmp_path / "its"), columns=columns, hashes=["xxh64"], size_limit=most_bytes) as writer:
+        for sample in samples:
+            writer.write(sample)
+    ours, its = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "its"))
+    assert ours == its
+    assert (len(its) > 2) == (most_bytes is not None)  # shards and the index
+    with pytest.raises(ValueError, match="Wrong dtype"):
+        write_block(tmp_path / "bad", [{**samples[0], "trunk_states": np.ones((2, 2))}], columns, compression=None)
 
 
 @pytest.mark.parametrize(("nodes", "ranks", "workers"), [(1, 1, 0), (1, 2, 2), (1, 4, 1), (2, 2, 1), (2, 4, 2)])

@@ -23,7 +23,7 @@ from forked_rank import run_as_rank
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from dskd.config import Config
+from dskd.config import Config, CorpusConfig
 from dskd.distributed.collectives import barrier, gather_json
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World
@@ -84,7 +84,7 @@ def _examine(name: str, folder: Path, world: World, *, thorough: bool) -> Findin
     barrier()
     config = _config(folder, "stream")
     try:
-        check_architecture(find_teacher(config), config)
+        check_architecture(find_teacher(config), config.corpus)
         finding |= find_limits(find_teacher(config))
         with contextlib.redirect_stderr(io.StringIO()):
             teacher = _examine_teacher(folder, world, finding, thorough=thorough)
@@ -125,9 +125,9 @@ def find_limits(teacher: ModelFolder) -> Finding:
     """Returns why longer sequences are refused, as streams and as packed documents; None for what is not refused."""
     finding: Finding = dict.fromkeys(LIMITS)
     for key, packing, length in zip(LIMITS, ("stream", "documents"), (LONG, LENGTH), strict=True):
-        corpus = {"packing": packing, "sequence_length": length}
+        corpus = CorpusConfig(packing=packing, sequence_length=length)
         try:
-            check_architecture(teacher, Config(workdir="work", teacher={"path": "teacher"}, corpus=corpus))
+            check_architecture(teacher, corpus)
         except UserError as error:
             finding[key] = reason_of(error, teacher.path.parent)
     return finding
@@ -152,7 +152,7 @@ def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: 
         _compare(finding, f"{where}: logits", logits, output.logits, dtype)
         _compare_buffers(finding, where, teacher.decoder.base, expected)
         try:
-            check_architecture(teacher.folder, _config(folder, "documents"))
+            check_architecture(teacher.folder, _config(folder, "documents").corpus)
             check_documents(teacher.engine, teacher.decoder, teacher.folder, world, dtype)
             verdicts.append(None)
         except UserError as error:

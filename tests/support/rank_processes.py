@@ -37,6 +37,7 @@ IMPORTED_LATE = [
     "setuptools",
     "torch.distributed.checkpoint",
     "dskd.shards.dataset",
+    "frozen_imports",  # last
 ]
 
 

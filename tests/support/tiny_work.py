@@ -83,21 +83,24 @@ def make_tiny(folder: Path) -> None:
         corpus={**TINY["corpus"], "train": [str(folder / "text.jsonl")]},
         lexicon={"wordnet": False, "tsv": [str(folder / "own.tsv")]},
     )
+    # MLflow's tables are created once: the work directory, too, begins with a database without runs.
+    MlflowClient(f"sqlite:///{folder / NO_RUNS}").search_experiments()
+    (folder / "work").mkdir()
+    shutil.copyfile(folder / NO_RUNS, folder / "work" / NO_RUNS)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(pipeline, "launch", launch_forked)
         patch.setattr("dskd.distributed.stopping.listen", lambda: None)  # pytest handles signals to this process
         pipeline.run_pipeline(config, [])
     release_lock(folder / "work" / pipeline.LOCK)
-    MlflowClient(f"sqlite:///{folder / NO_RUNS}").search_experiments()
     (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
 
 
-def launch_forked(_: Config, program: str, arguments: Sequence[str]) -> None:
-    """Replaces the pipeline's own `launch`: starts two ranks as other tests do, without DeepSpeed's launcher."""
+def launch_forked(_: Config, program: str, arguments: Sequence[str], *, ranks: int = 2) -> None:
+    """Replaces the pipeline's own `launch`: starts ranks as other tests do, without DeepSpeed's launcher."""
     from forked_rank import run_launcher
 
-    finish(fork_ranks(run_launcher, REPOSITORY / "launcher" / program, list(arguments), ranks=2), timeout_s=540)
+    finish(fork_ranks(run_launcher, REPOSITORY / "launcher" / program, list(arguments), ranks=ranks), timeout_s=540)
 
 
 def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) -> Path:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from rank_processes import run_program
 from safetensors.torch import load_file
-from tiny_work import BEFORE_TRAINING, TINY
+from tiny_work import BEFORE_TRAINING, TINY, copy_work
 from tracked_results import losses_of
 
 from dskd.artifacts import kinds
+from dskd.artifacts.lock import release_lock
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.training import checkpoint, saving
@@ -27,27 +28,55 @@ def _names(config):
     return sorted(names - {"tracking"})  # the messages for MLflow
 
 
-def test_a_run_resumes_on_any_number_of_ranks(tiny, copy_of_tiny):
-    """Trains a step with each number of ranks, more and fewer than before: losses and weights are those of two ranks
-    that were not stopped."""
-    settings = {**TINY["train"], "micro_batch_size": 1, "checkpoint_every": 1, "keep_last": 9}
-    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints", train=settings)
-    loaded = load_config(config)
-    for ranks, resumes_at in ((4, 3), (1, 4), (2, 5)):
-        for path in kinds.checkpoint_folder(loaded).glob("step-*"):  # as if the run had stopped there
-            if int(path.name[5:]) > resumes_at:
-                shutil.rmtree(path)
-        output = run_program("train.py", config, "--resume", ranks=ranks).output
-        assert "into one for any number of ranks" in output
-    last = checkpoint.latest(loaded, verify=True)
-    assert _names(config) == ["latest", *(f"step-{step:08d}" for step in range(3, 7))]  # and no hidden folder
-    resumed, undisturbed = losses_of(config), losses_of(tiny)[3:]
-    assert [step for step, _ in resumed] == [step for step, _ in undisturbed] == list(range(4, 7))
-    assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in undisturbed], rel=2e-4)
+@pytest.fixture(scope="module")
+def resumed(tiny, world, tmp_path_factory):
+    """The config of a run whose first 3 steps are those of `tiny`, on two ranks; one rank trained 2 more, then two one.
+
+    They have other micro-batches, and the folder of checkpoints is a link to another disk. Killed processes left files
+    there, without which the disk has space: at the start, for the universal form, and for the next checkpoint.
+    """
+    folder = tmp_path_factory.mktemp("resumed")
+    settings = {**TINY["train"], "micro_batch_size": 8, "checkpoint_every": 1, "keep_last": 2, "keep_every": 3}
+    path = copy_work(tiny, folder, *BEFORE_TRAINING, "checkpoints", train=settings)
+    config = load_config(path)
+    base = kinds.checkpoint_folder(config)
+    base.rename(folder / "disk")
+    base.symlink_to(folder / "disk")
+    shutil.rmtree(base / "step-00000006")
+    for left in (".step-00000006.partial", ".step-00000003.universal", ".step-00000003.universal.partial"):
+        (base / left).mkdir()
+        (base / left / "half.pt").write_bytes(b"half")
+    (base / ".step-00000006.lock").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if [*base.glob(".step-*")] else 10**18))
+        train(config, world, resume=True)
+    release_lock(kinds.run_lock_path(config, config.run))
+    shutil.rmtree(base / "step-00000006")  # as if the run had stopped after step 5
+    output = run_program("train.py", path, "--resume", "train.micro_batch_size=1", ranks=2).output
+    assert "into one for any number of ranks" in output
+    return path
+
+
+def test_a_run_resumes_on_any_number_of_ranks(tiny, resumed):
+    """More and fewer than before, and in other micro-batches: losses and weights are those of an undisturbed run."""
+    losses, undisturbed = losses_of(resumed), losses_of(tiny)[3:]
+    assert [step for step, _ in losses] == [step for step, _ in undisturbed] == list(range(4, 7))
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in undisturbed], rel=2e-4)
     expected = load_file(checkpoint.latest(load_config(tiny)).path / checkpoint.TRAINED_FILE)
+    last = checkpoint.latest(load_config(resumed), verify=True)
     for name, tensor in load_file(last.path / checkpoint.TRAINED_FILE).items():
         # Lost moments of the optimizer, or a step that was not counted, would change the weights at once.
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_leftovers_of_killed_processes_are_removed_before_space_is_checked(resumed):
+    base = kinds.checkpoint_folder(load_config(resumed))
+    assert not [*base.glob(".*")]
+    assert base.is_symlink()
+
+
+def test_keep_every_keeps_checkpoints_in_addition_to_the_newest(resumed):
+    assert _names(resumed) == ["latest", "step-00000003", "step-00000005", "step-00000006"]  # 4 was removed
 
 
 def _spoil(path):
@@ -142,13 +171,6 @@ def test_space_for_the_universal_form_is_checked_before_anything_is_written(copy
     assert sorted(newest.path.parent.iterdir()) == before
 
 
-def test_keep_every_keeps_checkpoints_in_addition_to_the_newest(copy_of_tiny, world):
-    settings = {**TINY["train"], "num_workers": 0, "checkpoint_every": 1, "keep_last": 2, "keep_every": 3}
-    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
-    train(load_config(config, ["tracking.enabled=false"]), world)
-    assert _names(config) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
-
-
 def test_a_full_disk_is_reported_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
     sizes = []
@@ -160,21 +182,6 @@ def test_a_full_disk_is_reported_before_anything_is_trained(copy_of_tiny, world,
     assert newest.step == 6
     size = sum(entry["size_bytes"] for entry in newest.manifest.files.values())
     assert 0.9 * size < sizes[0] < 1.5 * size
-
-
-def test_leftovers_of_killed_processes_are_removed_before_space_is_checked(copy_of_tiny, world, monkeypatch):
-    """The disk has space only without leftovers: at the start, for the universal form, and for the next checkpoint."""
-    config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
-    base = kinds.checkpoint_folder(config)
-    shutil.rmtree(base / "step-00000006")
-    for left in (".step-00000006.partial", ".step-00000003.universal", ".step-00000003.universal.partial"):
-        (base / left).mkdir()
-        (base / left / "half.pt").write_bytes(b"half")
-    (base / ".step-00000006.lock").touch()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if [*base.glob(".step-*")] else 10**18))
-    train(config, world, resume=True)
-    assert checkpoint.latest(config, verify=True).step == 6
-    assert not [*base.glob(".step-*")]
 
 
 def test_a_cached_teacher_is_part_of_the_recipe(copy_of_tiny, world, capsys):

@@ -55,6 +55,22 @@ def test_the_export_is_the_student_with_the_trained_tensors(tiny):
             assert torch.equal(tensor, student[name]), name
 
 
+def test_the_folder_of_an_export_may_be_a_link_to_another_disk(tiny, copy_of_tiny, tmp_path):
+    """That of the checkpoints, too: the fixture `resumed` of test_checkpoint.py."""
+    config = load_config(copy_of_tiny("teacher", "student", "checkpoints"))
+    (tmp_path / "disk" / "export").mkdir(parents=True)
+    config.path("export").mkdir()
+    config.path("export", config.run).symlink_to(tmp_path / "disk" / "export")
+    build_export(config)
+    assert config.path("export", config.run).is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["export"]
+    ours, theirs = (
+        folder / "model.safetensors"
+        for folder in (tmp_path / "disk" / "export", load_config(tiny).path("export", "dskd"))
+    )
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_an_export_that_computes_something_else_is_not_published(copy_of_tiny):
     config = load_config(copy_of_tiny("teacher", "student", "checkpoints"))
     newest = checkpoint.latest(config)

@@ -92,8 +92,9 @@ def _dtype(config):
     return {"bf16": "bfloat16", "fp32": "float32"}[config.precision]
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stored", "precision"), [(torch.bfloat16, "fp32"), (torch.float16, "bf16"), (torch.float32, "bf16")]
+)
 def test_an_export_has_the_teachers_type_whatever_the_run_computes_in(tmp_path, world, capsys, stored, precision):
     """Nearly every model on the hub is stored in bf16, and many machines compute in fp32."""
     _save(tmp_path / "teacher", LlamaConfig(**SHAPE), stored)
@@ -113,15 +114,10 @@ def test_an_export_has_the_teachers_type_whatever_the_run_computes_in(tmp_path, 
         assert facts["rounding_error"] == 0
 
 
-@pytest.mark.parametrize(
-    ("config", "prefix"),
-    [(GPT2Config(**GPT2), "transformer."), (LlamaConfig(**SHAPE, tie_word_embeddings=True), "model.")],
-    ids=["gpt2 of the hub", "a folder of LlamaModel"],
-)
-def test_a_folder_that_leaves_out_the_base_models_prefix_is_exported_with_its_own_names(
-    tmp_path, world, config, prefix
-):
-    _save(tmp_path / "teacher", config)
+def test_a_folder_that_leaves_out_the_base_models_prefix_is_exported_with_its_own_names(tmp_path, world):
+    """As GPT-2 on the hub does."""
+    prefix = "transformer."
+    _save(tmp_path / "teacher", GPT2Config(**GPT2))
     _change_tensors(tmp_path / "teacher", _without(prefix))
     trained, export = _train_and_export(_config(tmp_path), world)
     student = load_file(tmp_path / "work" / "student" / "model.safetensors")
@@ -175,21 +171,6 @@ def test_a_models_own_code_is_exported_where_it_is_trusted(tmp_path, trusted):
     assert (tmp_path / "target" / "modeling_own.py").exists() == trusted
 
 
-def test_checkpoints_and_exports_may_be_links_to_another_disk(tmp_path, world):
-    _save(tmp_path / "teacher", LlamaConfig(**SHAPE))
-    config = _config(tmp_path)
-    for name in ("checkpoints", "export"):
-        (tmp_path / "disk" / name).mkdir(parents=True)
-        config.path(name).mkdir(parents=True)
-        config.path(name, config.run).symlink_to(tmp_path / "disk" / name)
-    trained, export = _train_and_export(config, world)
-    assert export.is_symlink()
-    assert kinds.checkpoint_folder(config).is_symlink()
-    assert (tmp_path / "disk" / "checkpoints" / "step-00000001").is_dir()
-    assert trained.keys() <= load_file(tmp_path / "disk" / "export" / "model.safetensors").keys()
-    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoints", "export"]
-
-
 def test_a_trained_value_that_float16_cannot_hold_is_kept_in_float32(tmp_path):
     _save(tmp_path / "teacher", LlamaConfig(**SHAPE), torch.float16)
     config = _config(tmp_path)
@@ -235,17 +216,14 @@ def test_what_would_fail_at_the_end_fails_before_the_first_step(tmp_path, world)
     pair.engine.destroy()
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.004])
-def test_in_bf16_a_table_of_rotations_that_is_wrong_far_away_is_told_from_rounding(tmp_path, world, factor):
+def test_in_bf16_a_table_of_rotations_that_is_wrong_far_away_is_told_from_rounding(tmp_path, world):
     _save(tmp_path / "teacher", LlamaConfig(**SHAPE | {"max_position_embeddings": 2048}))
     corpus = {"packing": "stream", "sequence_length": 2048}
     config = _config(tmp_path, precision="bf16", corpus=corpus, student={"layers": 4, "train_layers": 1})
     pair = _load(config, world)
+    rehearse_export(pair, find_student(config), config, world)
     for decoder in (pair.teacher.decoder, pair.engine.module.decoder):
-        decoder.base.rotary_emb.inv_freq.mul_(factor)
-    if factor == 1:
+        decoder.base.rotary_emb.inv_freq.mul_(1.004)
+    with pytest.raises(UserError, match=r"logits differ"):
         rehearse_export(pair, find_student(config), config, world)
-    else:
-        with pytest.raises(UserError, match=r"logits differ"):
-            rehearse_export(pair, find_student(config), config, world)
     pair.engine.destroy()

@@ -1,10 +1,13 @@
 """The loader of training on real shards: any number of workers, any first step, packing, and copying ahead."""
 
 import contextlib
+import gc
 import os
 import select
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +185,88 @@ def test_a_packed_step_unpacks_to_the_same_step(folder):
         return one.dtype == other.dtype and one.equal(other)
 
     assert all(same(batch, unpacked) for batch, unpacked in zip(batches, step.micro_batches, strict=True))
+
+
+STATES = {"teacher_states": torch.bfloat16, "trunk_states": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def with_states(tmp_path_factory):
+    """Makes a work directory whose shards are not packed, and have states up to each sample's last target."""
+    folder = tmp_path_factory.mktemp("states")
+    random = np.random.default_rng(1)
+    samples = []
+    for _ in range(SAMPLES):
+        length = int(random.integers(1, T + 1))
+        columns = {name: random.integers(0, ROWS, (T, K)).astype(np.int32) for name in COLUMNS if "ids" in name}
+        columns["input_ids"] = random.integers(0, 99, T).astype(np.int32)
+        columns["loss_mask"] = (np.arange(T) < length).astype(np.uint8)
+        columns["document_starts"] = (np.arange(T) == 0).astype(np.uint8)
+        columns["teacher_states"] = random.integers(0, 2**15, (length, 4)).astype(np.uint16)
+        columns["trunk_states"] = random.standard_normal((length, 4)).astype(np.float32)
+        samples.append(columns)
+    encodings = {**COLUMNS, "teacher_states": "ndarray:uint16", "trunk_states": "ndarray:float32"}
+    blocks = [folder / "blocks" / str(number) for number in range(3)]
+    for number, block in enumerate(blocks):
+        write_block(block, iter(samples[number::3]), encodings, compression=None)
+    (folder / "shards" / "train").mkdir(parents=True)
+    join_blocks(folder / "shards" / "train", blocks)
+    return folder, [sample for number in range(3) for sample in samples[number::3]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stored_states_reach_the_step_bit_for_bit_with_zeros_after_them(with_states, tmp_path, workers):
+    folder, samples = with_states
+    collate = Collator(None, None, micro_batch_size=2, states=STATES)
+    for step in _steps(folder, tmp_path / "cache", workers, collate=collate):
+        for batch in step.micro_batches:
+            length = batch["input_ids"].shape[1]
+            for row, sample_id in enumerate(batch["sample_ids"].tolist()):
+                for column, dtype in STATES.items():
+                    assert batch[column].dtype == dtype
+                    assert batch[column].shape == (2, length, 4)
+                    stored = samples[sample_id][column]
+                    found = batch[column][row].view(torch.uint8).numpy()
+                    assert found[: len(stored)].tobytes() == stored.tobytes()
+                    assert not found[len(stored) :].any()
+    assert not (tmp_path / "cache" / "train").exists()  # read where they are
+
+
+def test_shards_that_are_not_packed_are_copied_only_to_a_cache_that_the_config_names(with_states, tmp_path):
+    folder, _ = with_states
+    config = _config(folder)
+    train = config.train.model_copy(update={"shard_cache": str(tmp_path)})
+    config = config.model_copy(update={"train": train})
+    collate = Collator(None, None, micro_batch_size=2, states=STATES)
+    steps = load_steps(config, SCHEDULE, collate, tmp_path / "cache", ONE_RANK, start_step=0)
+    assert len(list(steps)) == SCHEDULE.total_steps
+    assert len(list((tmp_path / "cache" / "train").glob("*.mds"))) == 3
+
+
+def test_any_number_of_shards_is_read_with_few_open_files(with_states, tmp_path, monkeypatch):
+    from dskd.shards import dataset as mapped
+
+    folder, samples = with_states
+    monkeypatch.setattr(mapped, "_OPEN_FILES", 1)
+    dataset = shards.open_shards(_config(folder), "train", tmp_path, ONE_RANK, batch_size=1)
+    read = [dataset[index] for index in (0, 20, 40, 1, 21)]
+    for index, sample in zip((0, 20, 40, 1, 21), read, strict=True):
+        assert np.array_equal(sample["trunk_states"], samples[index]["trunk_states"])
+        assert not sample["trunk_states"].flags.writeable
+    del read, sample
+    gc.collect()
+    mapped_now = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".mds" in line}
+    assert len([name for name in mapped_now if name.startswith(str(folder))]) == 1
+
+
+def test_a_shard_that_was_cut_short_is_reported_and_not_read(with_states, tmp_path):
+    folder, _ = with_states
+    copied = tmp_path / "work"
+    shutil.copytree(folder / "shards", copied / "shards")
+    for file in (copied / "shards" / "train").glob("*.mds"):
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"cannot be read \(ValueError: shard\.0000\d\.mds has [\d,]+ bytes, but the"):
+        list(_steps(copied, tmp_path / "cache", 1))
 
 
 def test_padding_is_never_counted(folder, tmp_path):

@@ -61,19 +61,19 @@ def test_compiled_losses_without_a_compiler_are_refused(monkeypatch, tmp_path, w
 
 
 def test_many_micro_batches_in_bf16_have_the_gradient_of_one_of_them(tmp_path, world):
-    """A sum of 256 equal gradients in bf16 is off by a tenth: small ones are lost when added to the sum."""
+    """A sum of 64 equal gradients in bf16 is off by 3 %: each addition loses what is small beside the sum."""
     save_model(tmp_path / "teacher")
     config = Config(
         workdir=str(tmp_path),
         precision="bf16",
         teacher={"path": str(tmp_path / "teacher")},
         corpus={"packing": "stream"},
-        student={"layers": 3, "train_layers": 1, "shared_trunk": "off"},
+        student={"layers": 1, "train_layers": 1},
         loss={"sense_weight": 0.0},
         train={"micro_batch_size": 1},
     )
     build_student(config)
-    one, many = (_gradients(config, world, number) for number in (1, 256))
+    one, many = (_gradients(config, world, number) for number in (1, 64))
     for name, gradient in one.items():
         assert (many[name] - gradient).norm() < 0.01 * gradient.norm(), name
 

@@ -20,7 +20,7 @@ WORDS = [f"w{index}" for index in range(30)]
 @pytest.mark.parametrize("packing", ["documents", "none"])
 def test_the_first_loss_is_that_of_every_document_by_itself(tmp_path, packing):
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 20))) for _ in range(120)]
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 20))) for _ in range(100)]
     tokenizer = word_tokenizer(WORDS)
     path = tmp_path / "sequences.safetensors"
     packed = pack(iter(texts), tokenizer, path, sequence_length=16, packing=packing)

@@ -7,11 +7,12 @@ import time
 import numpy as np
 import pytest
 import torch
+import yaml
 from artifact_folders import open_dataset, update_manifest
 from plain_reading import run_apart
 from rank_processes import ONE_RANK, run_program, start_ranks
 from safetensors.torch import load_file, save_file
-from tiny_work import BEFORE_TRAINING, TINY, copy_work
+from tiny_work import BEFORE_TRAINING, TINY, copy_work, write_config
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 from tracked_results import losses_of
@@ -25,7 +26,7 @@ from dskd.errors import UserError
 from dskd.random_numbers import derived_seed
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_runs
-from dskd.training import checkpoint
+from dskd.training import checkpoint, saving
 from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.export import build_export
@@ -43,50 +44,27 @@ def _trained(config):
     return newest.step, load_file(newest.path / checkpoint.TRAINED_FILE)
 
 
-def test_one_rank_equals_two(tiny, copy_of_tiny):
-    config = copy_of_tiny(*BEFORE_TRAINING)
-    run_program("train.py", config)
+@pytest.fixture(scope="module")
+def one_rank(tiny, world, tmp_path_factory):
+    """The config of the run of `tiny`, which one rank trained."""
+    config = copy_work(tiny, tmp_path_factory.mktemp("one-rank"), *BEFORE_TRAINING)
+    train(load_config(config), world)
+    return config
+
+
+def test_one_rank_equals_two(tiny, one_rank):
     for term in ("loss", "ce", "kl", "sense", "sense_synonym", "sense_antonym", "sense_own", "grad_norm"):
-        one, two = losses_of(config, f"train/{term}"), losses_of(tiny, f"train/{term}")
+        one, two = losses_of(one_rank, f"train/{term}"), losses_of(tiny, f"train/{term}")
         assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 7))
         assert [value for _, value in one] == pytest.approx([value for _, value in two], rel=2e-4), term
-    (_, one), (_, two) = _trained(config), _trained(tiny)
+    (_, one), (_, two) = _trained(one_rank), _trained(tiny)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=2e-5)
 
 
-def test_resume_is_bitwise_equal(tiny, copy_of_tiny):
-    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    base = kinds.checkpoint_folder(load_config(config))
-    assert sorted(path.name for path in base.iterdir()) == ["latest", "step-00000003", "step-00000006", "tracking"]
-    assert (base / "latest").read_text() == "step-00000006\n"
-    shutil.rmtree(base / "step-00000006")
-    run_program("train.py", config, "--resume", ranks=2)
-    assert losses_of(config) == losses_of(tiny)[3:]
-    (step, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
-    assert step == 6
-    for name, tensor in resumed.items():
-        assert torch.equal(tensor, undisturbed[name]), name
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 8])
-def test_a_run_resumes_with_another_micro_batch(tiny, copy_of_tiny, world, micro_batch_size):
-    """As after running out of memory; only the number of accumulated micro-batches changes."""
-    config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
-    shutil.rmtree(kinds.checkpoint_folder(load_config(config)) / "step-00000006")
-    train(load_config(config, [f"train.micro_batch_size={micro_batch_size}"]), world, resume=True)
-    expected = [value for _, value in losses_of(tiny)[3:]]
-    assert [value for _, value in losses_of(config)] == pytest.approx(expected, rel=2e-4)
-    (step, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
-    assert step == 6
-    for name, tensor in resumed.items():
-        torch.testing.assert_close(tensor, undisturbed[name], rtol=1e-3, atol=2e-5)
-
-
-def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(copy_of_tiny):
-    # 12 steps an epoch: the run ends in its second.
-    settings = {**TINY["train"], "steps": 14, "checkpoint_every": 4, "num_workers": 2}
-    config = copy_of_tiny(*BEFORE_TRAINING, train=settings)
+def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(tiny, copy_of_tiny):
+    # `tiny` has one worker and a checkpoint every 3 steps.
+    config = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 1, "num_workers": 2})
     loaded = load_config(config)
     ranks = start_ranks("train.py", config, ranks=2)
     try:
@@ -99,18 +77,15 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(c
     finally:
         for process in ranks:
             process.kill()
-    stopped_at = checkpoint.latest(loaded).step
-    assert 4 <= stopped_at < 14
+    assert 1 <= checkpoint.latest(loaded).step < 6
     run_program("train.py", config, "--resume", ranks=2)
-    resumed, (_, weights) = losses_of(config), _trained(config)
-    assert [step for step, _ in resumed] == list(range(1, 15))
-    assert len(list(kinds.checkpoint_folder(loaded).glob("step-*"))) == loaded.train.keep_last
-
-    undisturbed = copy_of_tiny(train=settings, run="undisturbed")
-    run_program("train.py", undisturbed, ranks=2)
-    assert resumed == losses_of(undisturbed)
-    for name, tensor in _trained(undisturbed)[1].items():
-        assert torch.equal(tensor, weights[name]), name
+    assert losses_of(config) == losses_of(tiny)
+    base = kinds.checkpoint_folder(loaded)
+    assert len(list(base.glob("step-*"))) == loaded.train.keep_last
+    assert (base / "latest").read_text() == "step-00000006\n"
+    (_, resumed), (_, undisturbed) = _trained(config), _trained(tiny)
+    for name, tensor in undisturbed.items():
+        assert torch.equal(tensor, resumed[name]), name
 
 
 @pytest.mark.parametrize(
@@ -131,12 +106,12 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(c
     ],
     ids=["plain fine-tuning", "all that the paper has not"],
 )
-def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, loss):
+def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, world, loss):
     """The loop has no DeepSpeed, packing, chunks or sums: single documents, autograd, torch's AdamW and clipping."""
-    settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5}
+    settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5, "steps": 3}
     config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
-    run_program("train.py", config_path)
     config = load_config(config_path)
+    train(config, world)
 
     manifest = shards.load_manifest(config, "train")
     schedule = plan_schedule(config, manifest, 1)
@@ -216,21 +191,21 @@ def _sense_divergences(config, step, samples, vectors, states, target_states):
     return divergences
 
 
-def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(tiny, tmp_path, capsys):
+def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(one_rank, copy_of_tiny, world, capsys):
     """A quarter of the rate, meant for a quarter of the batch, is the same run as the whole rate."""
-    whole = copy_work(tiny, tmp_path / "whole", *BEFORE_TRAINING, train={**TINY["train"], "learning_rate": 1e-3})
+    assert report_status(load_config(one_rank))
+    assert "; peak learning rate 0.001\n" in capsys.readouterr().out
     quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
-    path = copy_work(tiny, tmp_path / "quarter", *BEFORE_TRAINING, train={**TINY["train"], **quarter})
+    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], **quarter})
+    config = load_config(path)
     shown = "peak learning rate 0.001, from 0.00025 at a batch of 2 (linear rule)"
-    assert shown in run_program("train.py", path).output
-    assert "peak learning rate 0.001;" in f"{run_program('train.py', whole).output};".replace("\n", ";")
-    assert losses_of(path) == losses_of(whole)
+    train(config, world)
+    assert shown in capsys.readouterr().err
+    assert losses_of(path) == losses_of(one_rank)
     rates = dict(losses_of(path, "train/learning_rate"))
     assert max(rates.values()) == pytest.approx(1e-3)
-    config = load_config(path)
     (run,) = read_runs(config)
     assert run.params["train.peak_learning_rate"] == "0.001"
-    capsys.readouterr()
     assert report_status(config)
     assert shown in capsys.readouterr().out
     # The same run, set by its rate; and a different one, set by another batch size.
@@ -241,8 +216,11 @@ def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(tiny, tmp_path,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_of_tiny, tmp_path):
-    """Sets to NaN the sense embeddings that the second step reads and the first does not."""
-    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 1})
+    """Sets to NaN the sense embeddings that the second step reads and the first does not.
+
+    The run replaces an older one, whose checkpoints are removed when the first new one is there.
+    """
+    path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints", train={**TINY["train"], "checkpoint_every": 1})
     config = load_config(path)
     schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
     collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
@@ -261,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     folder = config.path("shards", "train")
     update_manifest(folder, inputs={**read_manifest(folder, "shards", made_by="").inputs, "senses": senses})
 
-    finished = run_program("train.py", path, ranks=2, check=False)
+    finished = run_program("train.py", path, "--overwrite", ranks=2, check=False)
     assert finished.exit_code == 2, finished.output
     assert "Traceback" not in finished.output
     assert finished.output.count("the loss is not finite") == 1  # rank 0 reports it for all ranks
@@ -270,42 +248,88 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     named = {int(number) for number in re.findall(r"\d+", line.split("samples [")[1].split("]")[0])}
     assert named
     assert named <= set(samples[1])
-    assert checkpoint.latest(config).step == 1
+    checkpoints = kinds.checkpoint_folder(config)
+    assert sorted(found.name for found in checkpoints.iterdir()) == ["latest", "step-00000001", "tracking"]
     (run,) = read_runs(config)
     assert run.status == "FAILED"
 
 
-def test_recomputing_activations_does_not_change_the_run(copy_of_tiny, world, monkeypatch):
+SHORT = {**TINY["train"], "steps": 2, "checkpoint_every": 1, "micro_batch_size": 4, "num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def short(tiny, world, tmp_path_factory):
+    """The config of a run of two steps on one rank, and of its export."""
+    config = copy_work(tiny, tmp_path_factory.mktemp("short"), *BEFORE_TRAINING, run="short", train=SHORT)
+    train(load_config(config), world)
+    build_export(load_config(config))
+    return config
+
+
+def test_what_saves_work_or_memory_changes_neither_the_losses_nor_the_export(short, tmp_path, world, monkeypatch):
+    """Compares a run that shares a trunk with a sharded teacher, keeps activations and has sense embeddings in its
+    batches, with a run that does none of this."""
     from transformers import modeling_layers
 
-    calls = []
+    recomputed = []
     original = modeling_layers.GradientCheckpointingLayer.__call__
 
-    def counted(self, *args, **options):
-        calls.append(self.gradient_checkpointing and self.training)
+    def record(self, *args, **options):
+        recomputed.append(self.gradient_checkpointing and self.training)
         return original(self, *args, **options)
 
-    monkeypatch.setattr(modeling_layers.GradientCheckpointingLayer, "__call__", counted)
-    losses = []
-    for run, recompute in (("plain", False), ("recomputed", True)):
-        settings = {**TINY["train"], "activation_checkpointing": recompute, "steps": 2, "num_workers": 0}
-        config = copy_of_tiny(*(BEFORE_TRAINING if run == "plain" else ()), run=run, train=settings)
-        calls.clear()
-        train(load_config(config), world)
-        assert any(calls) == recompute
-        losses.append(losses_of(config))
-    assert losses[0] == losses[1]
+    monkeypatch.setattr(modeling_layers.GradientCheckpointingLayer, "__call__", record)
+    other = write_config(
+        tmp_path / "other.yaml",
+        yaml.safe_load(short.read_text()),
+        run="other",
+        student={**TINY["student"], "shared_trunk": "off"},
+        teacher={**TINY["teacher"], "mode": "resident"},
+        train={**SHORT, "activation_checkpointing": True, "sense_bank": "device"},
+    )
+    train(load_config(other), world)
+    assert any(recomputed)
+    build_export(load_config(other))
+    for term in ("loss", "sense", "grad_norm"):
+        losses, others = losses_of(short, f"train/{term}"), losses_of(other, f"train/{term}")
+        assert [step for step, _ in losses] == [1, 2]
+        assert [value for _, value in others] == pytest.approx([value for _, value in losses], rel=1e-6), term
+    exports = [load_config(path).path("export", run) for path, run in ((short, "short"), (other, "other"))]
+    names = [{file.name for file in folder.iterdir()} for folder in exports]
+    assert names[0] == names[1]
+    tensors = [load_file(folder / "model.safetensors") for folder in exports]
+    trained = {name for name in tensors[0] if ".layers.1." in name}
+    assert trained
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensor, tensors[1][name], rtol=0, atol=1e-6 if name in trained else 0)
+    for name in names[0] - {"model.safetensors", "manifest.json"}:
+        assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes(), name
 
 
-def test_the_place_of_sense_embeddings_does_not_change_the_run(copy_of_tiny, world):
-    losses = []
-    for bank in ("host", "device"):
-        settings = {**TINY["train"], "sense_bank": bank, "steps": 2, "num_workers": 0}
-        config = copy_of_tiny(*(BEFORE_TRAINING if bank == "host" else ()), run=bank, train=settings)
-        train(load_config(config), world)
-        losses.append(losses_of(config, "train/sense"))
-    assert len(losses[0]) == 2
-    assert losses[0] == losses[1]
+def test_a_checkpoint_with_another_trunk_is_refused(short, world):
+    newest = checkpoint.latest(load_config(short))
+    with pytest.raises(
+        UserError, match=r"trunk of 1 layers, but the run has one of 0 now; set student.shared_trunk to on"
+    ):
+        saving.load(None, newest, world, trunk_depth=0)
+
+
+def test_training_from_a_complete_cached_distribution_equals_training_with_the_teacher(short, copy_of_tiny, world):
+    path = copy_of_tiny(
+        *(name for name in BEFORE_TRAINING if name != "shards"),
+        annotation={**TINY["annotation"], "teacher_top_n": TINY["teacher"]["train_from_scratch"]["vocab_size"]},
+        teacher={**TINY["teacher"], "mode": "cached"},
+        train=SHORT,
+    )
+    config = load_config(path)
+    annotate(config, world)
+    train(config, world)
+    for term in ("ce", "kl", "sense"):
+        online, cached = losses_of(short, f"train/{term}"), losses_of(path, f"train/{term}")
+        assert len(online) == 2
+        # The shards store log-probabilities in half precision.
+        assert [value for _, value in cached] == pytest.approx([value for _, value in online], rel=1e-3), term
 
 
 def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_tiny, world):
@@ -315,9 +339,8 @@ def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_
         train(load_config(path, ["student.train_layers=0"]), world, overwrite=True)
     with pytest.raises(UserError, match="is not finite"):
         train(load_config(path, ["train.learning_rate=1e30", "train.steps=1"]), world, overwrite=True)
+    # The first new one: test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint.
     assert sorted(found.name for found in base.iterdir()) == ["latest", "step-00000003", "step-00000006", "tracking"]
-    train(load_config(path, ["train.steps=2", "tracking.enabled=false"]), world, overwrite=True)
-    assert sorted(found.name for found in base.iterdir()) == ["latest", "step-00000002", "tracking"]
 
 
 def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, world):
@@ -335,55 +358,3 @@ def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, w
         "step-00000003",
         "tracking",
     ]
-
-
-def test_the_shared_trunk_changes_neither_the_losses_nor_the_export(copy_of_tiny, world):
-    losses, exports = [], []
-    for run in ("on", "off"):
-        settings = {**TINY["train"], "steps": 2, "checkpoint_every": 1, "num_workers": 0, "micro_batch_size": 4}
-        student = {**TINY["student"], "shared_trunk": run}
-        path = copy_of_tiny(*(BEFORE_TRAINING if run == "on" else ()), run=run, train=settings, student=student)
-        config = load_config(path)
-        train(config, world)
-        build_export(config)
-        losses.append([value for _, value in losses_of(path)])
-        exports.append(config.path("export", run))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    names = [{file.name for file in folder.iterdir()} for folder in exports]
-    assert names[0] == names[1]
-    tensors = [load_file(folder / "model.safetensors") for folder in exports]
-    trained = {name for name in tensors[0] if ".layers.1." in name}
-    assert trained
-    assert tensors[0].keys() == tensors[1].keys()
-    for name, tensor in tensors[0].items():
-        torch.testing.assert_close(tensor, tensors[1][name], rtol=0, atol=1e-6 if name in trained else 0)
-    for name in names[0] - {"model.safetensors", "manifest.json"}:
-        assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes(), name
-
-    checkpoints = kinds.checkpoint_folder(config)
-    shutil.rmtree(checkpoints)
-    shutil.copytree(config.path("checkpoints", "on", "step-00000001"), checkpoints / "step-00000001")
-    with pytest.raises(
-        UserError, match=r"trunk of 1 layers, but the run has one of 0 now; set student.shared_trunk to on"
-    ):
-        train(config, world, resume=True)
-
-
-def test_training_from_a_complete_cached_distribution_equals_training_with_the_teacher(copy_of_tiny, world):
-    losses = []
-    for run, mode in (("online", "resident"), ("cached", "cached")):
-        path = copy_of_tiny(
-            *([name for name in BEFORE_TRAINING if name != "shards"] if run == "online" else ()),
-            run=run,
-            annotation={**TINY["annotation"], "teacher_top_n": TINY["teacher"]["train_from_scratch"]["vocab_size"]},
-            teacher={**TINY["teacher"], "mode": mode},
-            train={**TINY["train"], "steps": 2, "num_workers": 0},
-        )
-        config = load_config(path)
-        annotate(config, world)  # the second time the shards are up to date
-        train(config, world)
-        losses.append([losses_of(path, f"train/{term}") for term in ("ce", "kl", "sense")])
-    # The shards store log-probabilities in half precision.
-    for online, cached in zip(*losses, strict=True):
-        assert [value for _, value in cached] == pytest.approx([value for _, value in online], rel=1e-3)
-    assert len(losses[0][0]) == 2

@@ -21,6 +21,7 @@ from dskd.models.cutting import build_student, find_student
 from dskd.models.folder import find_teacher
 from dskd.models.trunk import TrunkError, missing_source, trunk_depth
 from dskd.training.pair import load_pair
+from dskd.training.trunk import run_trunk_once
 
 IDS = (torch.arange(48) * 11 % 117).view(2, 24)
 STARTS = torch.tensor([[1, 1, *[0] * 8, 1, *[0] * 13], [1, *[0] * 23]], dtype=torch.uint8)
@@ -76,44 +77,55 @@ def _step(pair):
     return loss.detach(), terms, gradients
 
 
-@pytest.mark.parametrize(("architecture", "recompute"), [*((name, False) for name in ARCHITECTURES), ("llama", True)])
-def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, architecture, recompute):
+@pytest.mark.parametrize(
+    ("architecture", "trained"),
+    [("llama", {"layers.2."}), ("qwen2", {"layers.2."}), ("mistral", {"lm_head.weight", "model.norm.weight"})],
+)
+def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, architecture, trained):
+    """With a resident teacher and activations that are recomputed, with tied embeddings, and without trained layers."""
     save_model(tmp_path / "teacher", architecture)
+    outside = {"train_layers": 0, "train_lm_head": True, "train_final_norm": True}
     results = {}
     for mode in ("on", "off"):
         config = _config(
             tmp_path,
-            student={"shared_trunk": mode},
-            train={"activation_checkpointing": recompute},
-            teacher={"mode": "resident" if recompute else "zero3"},
+            student={"shared_trunk": mode, **(outside if architecture == "mistral" else {})},
+            train={"activation_checkpointing": architecture == "llama"},
+            teacher={"mode": "resident" if architecture == "llama" else "zero3"},
         )
         if mode == "on":
             build_student(config)
         pair = _load(config, world)
         assert len(pair.engine.module.decoder.layers) == (1 if mode == "on" else 3)
         held = sum(p.ds_numel for name, p in pair.engine.module.named_parameters() if "layers" not in name)
-        # With a trunk, neither its layers nor the embeddings are loaded: outside of layers, only norm and head.
-        assert (held == 120 * 32 + 32) == (mode == "on" or architecture == "qwen2")
+        # With a trunk, neither its layers nor the embeddings are loaded: outside of layers, only norm and head, and the
+        # teacher's output matrix if the student's is trained.
+        matrices = 2 if "lm_head.weight" in trained else 1
+        assert (held == matrices * 120 * 32 + 32) == (mode == "on" or architecture == "qwen2")
         results[mode] = _step(pair)
         pair.engine.destroy()
         pair.teacher.close()
-    assert {name.split(".")[2] for name in results["on"][2]} == {"2"}
+    gradients = results["on"][2]
+    assert {next((part for part in trained if part in name), name) for name in gradients} == trained
     torch.testing.assert_close(results["on"], results["off"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("trained", [(0, "train_lm_head"), (1, "train_final_norm")])
-def test_parameters_outside_the_layers_are_trained_alike_with_a_trunk(tmp_path, world, trained):
-    save_model(tmp_path / "teacher")
-    results = {}
-    for mode in ("on", "off"):
-        config = _config(tmp_path, student={"shared_trunk": mode, "train_layers": trained[0], trained[1]: True})
-        if mode == "on":
-            build_student(config)
-        pair = _load(config, world)
-        results[mode] = _step(pair)
-        pair.engine.destroy()
-        pair.teacher.close()
-    torch.testing.assert_close(results["on"], results["off"], rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("mode", ["zero3", "resident"])
+def test_the_trunk_that_runs_once_computes_what_transformers_computes(tmp_path, world, architecture, mode):
+    whole = save_model(tmp_path / "teacher", architecture)
+    config = _config(tmp_path, teacher={"mode": mode}, corpus={"sequence_length": 64})
+    build_student(config)
+    trunk, expected = run_trunk_once(find_student(config), config, world, 2)
+    assert trunk.depth == 2
+    assert trunk.probe["position_ids"].max() == 63
+    with torch.no_grad():
+        states = whole(**trunk.probe, output_hidden_states=True).hidden_states[2]
+        together = whole(torch.arange(1, 65)[None] * 7 % 120, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(trunk.probe_states, states)
+    assert [twin.position_ids is None for twin in expected] == [False, True]
+    torch.testing.assert_close(expected[1].run.input, together[2])
+    torch.testing.assert_close(expected[1].run.output, together[3])
 
 
 def _depth(kept=(0, 1, 2, 3), *, same_teacher=True, tied=False, loss=None, mode="zero3", store=(), **student):
@@ -177,23 +189,30 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("architecture", OTHERS)
-def test_an_architecture_that_changes_the_input_of_layers_is_detected(tmp_path, world, architecture, capsys):
+def _config_of_another(tmp_path, architecture, shared_trunk):
+    """Returns a config whose teacher is one of `OTHERS`."""
     save_model(tmp_path / "teacher")
     for name in ("model.safetensors", "config.json"):
         (tmp_path / "teacher" / name).unlink()
     OTHERS[architecture]().save_pretrained(tmp_path / "teacher")
-    sections = {"corpus": {"packing": "stream"}}
-    config = _config(tmp_path, **sections)
+    config = _config(tmp_path, student={"shared_trunk": shared_trunk}, corpus={"packing": "stream"})
     build_student(config)
-    pair = _load(config, world)
+    return config
+
+
+def test_an_architecture_that_changes_the_input_of_layers_is_detected(tmp_path, world, capsys):
+    pair = _load(_config_of_another(tmp_path, "gemma", "auto"), world)
     assert pair.trunk is None
-    assert "computes all of its layers: G" in capsys.readouterr().err
+    assert "computes all of its layers: Gemma" in capsys.readouterr().err
     assert len(pair.engine.module.decoder.layers) == 3
     assert _step(pair)[0].isfinite()
     pair.engine.destroy()
-    with pytest.raises(UserError, match=r"shared_trunk: on is not possible: G.* changes the states that go into"):
-        _load(_config(tmp_path, student={"shared_trunk": "on"}, **sections), world)
+
+
+def test_a_trunk_that_the_config_demands_is_refused_if_it_would_not_be_exact(tmp_path, world):
+    config = _config_of_another(tmp_path, "gpt2", "on")
+    with pytest.raises(UserError, match=r"shared_trunk: on is not possible: GPT2.* changes the states that go into"):
+        _load(config, world)
 
 
 def test_a_student_that_is_no_longer_a_copy_is_detected(tmp_path, world):
