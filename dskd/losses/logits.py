@@ -164,17 +164,16 @@ def _add_divergence(
     # The gradient of E_q[log q - log r] is q · (log q - log r - E_q[log q - log r]) for a constant r. If r is the mean
     # of q and p, this is also the gradient of KL(q || r) + KL(p || r).
     if kind == "reverse_kl":
-        ratio = student.scaled.sub_(teacher.scaled)
-        offset, of_teacher, share = log_totals[0] - log_totals[1], 0.0, 1.0
+        ratio, share = student.scaled.sub_(teacher.scaled), 1.0
+        rest = log_totals[1] - log_totals[0]
     else:
         log_q, log_p = student.scaled.sub_(log_totals[0]), teacher.scaled.sub_(log_totals[1])
         log_mixture = torch.logaddexp(log_p, log_q).sub_(_LOG_2)
-        ratio = log_q.sub_(log_mixture)
-        of_teacher = log_p.sub_(log_mixture).mul_(teacher.exponentials).sum(-1, keepdim=True) / teacher.total
-        offset, share = 0.0, 0.5
+        ratio, share = log_q.sub_(log_mixture), 0.5
+        rest = log_p.sub_(log_mixture).mul_(teacher.exponentials).sum(-1, keepdim=True) / teacher.total
     expected = (ratio * student.exponentials).sum(-1, keepdim=True) / student.total
     gradient.addcmul_(ratio.sub_(expected).mul_(student.exponentials), of_q, value=share)
-    return ((expected - offset + of_teacher) * share).squeeze(-1)
+    return ((expected + rest) * share).squeeze(-1)
 
 
 def hidden_distance(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
