@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Exempts everything imported so far from garbage collection.
 
-    DeepSpeed collects garbage whenever it builds an engine or destroys one. To search a million imported objects each
+    DeepSpeed collects garbage whenever it builds an engine or destroys one. To search all imported objects each
     time would take longer than most models of tests need for a step.
     """
     gc.collect()
