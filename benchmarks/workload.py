@@ -33,11 +33,10 @@ from dskd.corpus.sequences import TokenBatch
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World, uses_gpu
-from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.cutting import build_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
-from dskd.models.readouts import chunk_size
 from dskd.models.trunk import HandOver
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stored
@@ -64,6 +63,8 @@ class Preset:
 PRESETS = {
     # A step takes about a second on two cores; the head's share of the FLOPs is the same as at 8B.
     "toy": Preset(Shape(8192, 512, 1792, 8, 2, 8, 4, 2, 256), global_batch_size=8, micro_batch_size=4),
+    # SmolLM2-135M to 15 layers: the smallest model whose vocabulary makes the head as large as its layers.
+    "smollm2": Preset(Shape(49_152, 576, 1536, 9, 3, 30, 15, 2, 512), global_batch_size=4, micro_batch_size=2),
     # Llama-3-8B to 16 layers.
     "8b": Preset(Shape(128_256, 4096, 14_336, 32, 8, 32, 16, 2, 2048), global_batch_size=16, micro_batch_size=4),
 }
@@ -248,19 +249,21 @@ def teacher_tensors(teacher: Any) -> list[torch.Tensor]:
 
 
 def build_loss(
-    weight: nn.Parameter, teacher_weight: torch.Tensor, loss: LossConfig, device: torch.device, **options: Any
+    weight: nn.Parameter, teacher_weight: torch.Tensor | None, loss: LossConfig, device: torch.device, **options: Any
 ) -> Any:
     """Returns our head as a function of student states [N, D], teacher states [N, D], labels [N] and senses.
 
     Args:
         weight: the student's output matrix [V, D].
-        teacher_weight: the teacher's output matrix [V, D].
+        teacher_weight: the teacher's output matrix [V, D], or None if it is the same.
         loss: weights of the terms.
         device: the tensors' device, which determines the chunk size.
         options: further keyword arguments of the head.
     """
-    options.setdefault("chunk_size", chunk_size(None, weight.shape[0], device))
-    head = DistillationHead(weight, teacher_weight, loss, **options)
+    sizes = HeadSizes.of(None, weight.shape[0], device)
+    head = DistillationHead(
+        weight, teacher_weight, loss, **{"chunk_size": sizes.chunk, "block_size": sizes.block} | options
+    )
 
     def run(
         hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor, senses: dict[str, Any] | None = None

@@ -17,7 +17,7 @@ import torch
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
-from tiny_work import copy_work, make_tiny
+from tiny_work import NO_RUNS, copy_work, make_database, make_tiny
 
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import LAUNCHER_VARIABLES, World
@@ -57,11 +57,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Exempts everything imported so far from garbage collection.
 
-    DeepSpeed collects garbage whenever it builds an engine or destroys one. To search a million imported objects each
+    DeepSpeed collects garbage whenever it builds an engine or destroys one. To search all imported objects each
     time would take longer than most models of tests need for a step.
     """
     gc.collect()
     gc.freeze()
+
+
+def _make_once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None], kept: Path | None = None
+) -> Path:
+    """Returns the folder with that name, or `kept`, which the first of all workers fills by calling `make`."""
+    if kept is not None:
+        folder = kept.resolve()
+    elif "PYTEST_XDIST_WORKER" in os.environ:
+        folder = factory.getbasetemp().parent / name  # shared by all workers
+    else:
+        folder = factory.mktemp(name, numbered=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker makes it, the others wait
+        if not (folder / "made").exists():
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def no_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs, to be copied: creating its tables takes longer than most trainings in tests."""
+    return _make_once(tmp_path_factory, "no-runs", lambda folder: make_database(folder / NO_RUNS)) / NO_RUNS
 
 
 @pytest.fixture(scope="session")
@@ -70,19 +95,11 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     Its ranks are forked, as in other tests. tests/test_pipeline.py uses DeepSpeed's launcher.
     """
-    kept = request.config.getoption("--tiny")
-    if kept is not None:
-        folder = kept.resolve()
-    elif "PYTEST_XDIST_WORKER" in os.environ:
-        folder = tmp_path_factory.getbasetemp().parent / "tiny"  # shared by all workers
-    else:
-        folder = tmp_path_factory.mktemp("tiny")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker makes it, the others wait
-        if not (folder / "printed.txt").exists():
-            make_tiny(folder)
-    return folder / "tiny.yaml"
+
+    def make(folder: Path) -> None:
+        make_tiny(folder, request.getfixturevalue("no_runs"))
+
+    return _make_once(tmp_path_factory, "tiny", make, request.config.getoption("--tiny")) / "tiny.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -195,11 +212,11 @@ def link(server, monkeypatch):
     link.cut()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, no_runs):
     from mlflow_server import Server
 
-    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server = Server(tmp_path_factory.mktemp("mlflow"), no_runs)
     server.start()
     yield server
     server.stop()

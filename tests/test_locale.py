@@ -46,11 +46,12 @@ def test_every_verb_prints_whatever_the_encoding(terminal, monkeypatch, argument
 
 
 @pytest.mark.parametrize("program", sorted((REPOSITORY / "launcher").glob("*.py")), ids=lambda path: path.stem)
-def test_every_program_prints_whatever_the_encoding(terminal, monkeypatch, program):
+def test_every_program_prints_its_help_with_examples_whatever_the_encoding(terminal, monkeypatch, program):
     monkeypatch.setattr(sys, "argv", [program.name, "--help"])
     code, printed, _ = terminal(lambda: runpy.run_path(str(program), run_name="__main__"))
     assert not code
-    assert "examples:" in printed
+    for part in ("examples:", "--config FILE", "section.key=value"):
+        assert part in printed
 
 
 def test_a_message_keeps_its_characters_as_escapes(terminal, monkeypatch):

@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import re
-import subprocess
 import sys
 import tomllib
 
@@ -59,16 +58,6 @@ def test_every_invariant_names_a_test_that_exists():
     assert len(links) > 20
     for name, file in links:
         assert f"def {name}(" in (REPOSITORY / file).read_text(encoding="utf-8"), name
-
-
-@pytest.mark.parametrize("program", sorted((REPOSITORY / "launcher").glob("*.py")), ids=lambda path: path.name)
-def test_the_help_of_every_program_has_examples(program):
-    finished = subprocess.run(
-        [sys.executable, str(program), "--help"], capture_output=True, text=True, timeout=60, cwd=REPOSITORY
-    )
-    assert finished.returncode == 0, finished.stderr
-    for part in ("examples:", "--config FILE", "section.key=value"):
-        assert part in finished.stdout
 
 
 def test_only_tracking_imports_mlflow_only_distributed_reads_launchers_and_nothing_reads_schedulers():

@@ -13,11 +13,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from dskd.config import LossConfig
-from dskd.losses.logits import cached_divergence, cross_entropy, divergence, hidden_distance
+from dskd.losses.logits import hidden_distance, logit_losses
 from dskd.losses.sense_distance import sense_loss
 from dskd.losses.sense_distribution import sense_divergence
 from dskd.losses.terms import SUMS
 from dskd.models.readouts import TopTokens
+
+# A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
+# times through float32 copies of the logits, which are fast if these stay in the caches. So a chunk of positions has
+# logits at one time, and the losses take them a block at a time.
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_SMALLEST_CHUNK = 256
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 class Normalizers(NamedTuple):
@@ -31,6 +38,20 @@ class Normalizers(NamedTuple):
     senses: float  # for the sense loss
 
 
+class HeadSizes(NamedTuple):
+    """The numbers of positions that the head computes at one time."""
+
+    chunk: int  # in a matrix product: so many positions have logits
+    block: int  # in a pass of the losses
+
+    @classmethod
+    def of(cls, configured: int | None, vocab_size: int, device: torch.device) -> "HeadSizes":
+        """Returns sizes that suit the device; `configured` replaces that of the chunk."""
+        # Whole tiles of a GPU's matrix products.
+        chunk = _CHUNK_ELEMENTS[device.type] // vocab_size // _SMALLEST_CHUNK * _SMALLEST_CHUNK
+        return cls(configured or max(_SMALLEST_CHUNK, chunk), max(1, _BLOCK_ELEMENTS[device.type] // vocab_size))
+
+
 class DistillationHead(nn.Module):
     """The owner of the output matrices, which computes the loss L of :class:`dskd.config.LossConfig`."""
 
@@ -41,6 +62,7 @@ class DistillationHead(nn.Module):
         loss: LossConfig,
         *,
         chunk_size: int,
+        block_size: int | None = None,
         margin: float | None = None,
         compile_losses: bool = False,
     ) -> None:
@@ -52,6 +74,7 @@ class DistillationHead(nn.Module):
                 share one matrix and it is not trained, or if no term reads the teacher's logits.
             loss: weights and settings of the terms.
             chunk_size: positions whose logits exist at one time.
+            block_size: positions that the losses take at one time; None: the whole chunk.
             margin: the margin in units of D, if it differs from `loss.margin`.
             compile_losses: whether to compile the computation on a chunk's logits with torch.compile.
         """
@@ -61,7 +84,8 @@ class DistillationHead(nn.Module):
         self.loss = loss
         self.chunk_size = chunk_size
         self.margin = loss.margin if margin is None else margin
-        self._logit_losses: Callable[..., Any] = torch.compile(_logit_losses) if compile_losses else _logit_losses
+        function = _compiled(_replace_logits) if compile_losses else _replace_logits
+        self._replace_logits = _in_blocks(function, block_size or chunk_size)
 
     def forward(
         self,
@@ -139,38 +163,14 @@ class DistillationHead(nn.Module):
         is accumulated in float32 or wider.
         """
         weights, states = self.loss, flat[valid]
-        coefficients = _Coefficients(
-            # Tensors, because torch.compile would compile the function again for every new Python number.
-            ce=torch.tensor(weights.ce_weight * normalizers.targets, dtype=torch.float64),
-            kl=torch.tensor(weights.kd_weight * weights.temperature**2 * normalizers.targets, dtype=torch.float64),
-            temperature=weights.temperature,
-            divergence=weights.divergence,
-        )
+        factors = torch.full((len(states), 1), normalizers.targets, dtype=_accumulator(flat), device=flat.device)
+        if token_weights is not None:
+            factors *= token_weights.unsqueeze(-1)
+        scales = weights.ce_weight * factors, weights.kd_weight * weights.temperature**2 * factors
         # Even if the output matrix is frozen, the states need gradients for whatever below them is trained.
-        at_valid = torch.empty_like(states)
-        weight_grad = None
-        if self.weight.requires_grad:
-            weight_grad = torch.zeros_like(self.weight, dtype=_accumulator(self.weight))
-        logit_sums = flat.new_zeros(3, dtype=_accumulator(flat))
-        # CE and KL, chunk by chunk: the logits of a chunk give its sums and their gradient by the logits, which the
-        # chain rule turns into gradients by the chunk's states and by the matrix before the next chunk replaces them.
-        # `dskd.models.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and teacher
-        # and student may share one product.
-        for start in range(0, len(states), self.chunk_size):
-            part = slice(start, start + self.chunk_size)
-            logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
-            teacher_distribution = teacher if cache is None else TopTokens(*(values[part] for values in cache))
-            token_weights_of_chunk = None if token_weights is None else token_weights[part]
-            chunk_sums, logits_grad = self._logit_losses(
-                logits, labels[part], teacher_distribution, coefficients, token_weights_of_chunk
-            )
-            logit_sums += chunk_sums
-            logits_grad = logits_grad.to(states.dtype)
-            at_valid[part] = logits_grad @ self.weight
-            if weight_grad is not None:
-                weight_grad += logits_grad.T @ states[part]
-        total, ce, kl = logit_sums
-        sums = {"ce": ce, "kl": kl}
+        values, at_valid, weight_grad = self._logit_terms(states, labels, teacher_states, cache, scales)
+        total = (torch.cat(scales, dim=-1) * values.T).sum()
+        sums = dict(zip(("ce", "kl"), values.sum(-1), strict=True))
         # The distance of hidden states needs no logits, so one call computes it for all positions.
         if weights.hidden_weight:
             assert teacher_states is not None
@@ -185,6 +185,41 @@ class DistillationHead(nn.Module):
             sums |= self._sense_sums(flat, senses, hidden_grad, scale)
             total += scale * sums["sense"]
         return total, sums, hidden_grad, weight_grad
+
+    def _logit_terms(
+        self,
+        states: torch.Tensor,
+        labels: torch.Tensor,
+        teacher_states: torch.Tensor | None,
+        cache: TopTokens | None,
+        scales: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Computes CE and KL [2, N], and the gradients of their sum with the factors `scales`, [N, 1] each.
+
+        The gradients are with respect to the states [N, D] and, if it is trained, the output matrix [V, D].
+        """
+        values = states.new_empty(2, len(states), dtype=_accumulator(states))
+        at_states = torch.empty_like(states)
+        weight_grad = None
+        if self.weight.requires_grad:
+            weight_grad = torch.zeros_like(self.weight, dtype=_accumulator(self.weight))
+        # Chunk by chunk, the logits give the values and their own gradient, which the chain rule turns into gradients
+        # by the states and by the matrix before the next chunk takes their place.
+        # `dskd.models.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and teacher
+        # and student may share one product.
+        for start in range(0, len(states), self.chunk_size):
+            part = slice(start, start + self.chunk_size)
+            logits, *teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
+            if cache is not None:
+                teacher = [column[part] for column in cache]
+            columns = logits, labels[part], *(scale[part] for scale in scales), *teacher
+            values[:, part] = self._replace_logits(self.loss.temperature, self.loss.divergence, *columns)
+            torch.mm(logits, self.weight, out=at_states[part])
+            if weight_grad is not None and weight_grad.dtype == states.dtype:
+                weight_grad.addmm_(logits.T, states[part])  # without a second tensor of the matrix's size
+            elif weight_grad is not None:
+                weight_grad += logits.T @ states[part]
+        return values, at_states, weight_grad
 
     def _sense_sums(
         self, flat: torch.Tensor, senses: dict[str, torch.Tensor], gradient: torch.Tensor, scale: float
@@ -219,53 +254,61 @@ class DistillationHead(nn.Module):
             "hinges": distances.hinges,
         }
 
-    def _logits(
-        self, states: torch.Tensor, teacher_states: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the logits [n, V] of the student, and those of the teacher if a term reads them."""
+    def _logits(self, states: torch.Tensor, teacher_states: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Returns the logits [n, V] of the student and, if a term reads them, those of the teacher [n, V']."""
         if teacher_states is None or not self.loss.kd_weight:
-            return F.linear(states, self.weight), None
+            return (F.linear(states, self.weight),)
         if self.teacher_weight is None:  # one product reads the matrix once for both
-            logits, teacher_logits = F.linear(torch.cat([states, teacher_states]), self.weight).chunk(2)
-            return logits, teacher_logits
+            return F.linear(torch.cat([states, teacher_states]), self.weight).chunk(2)
         return F.linear(states, self.weight), F.linear(teacher_states, self.teacher_weight)
 
 
-class _Coefficients(NamedTuple):
-    ce: torch.Tensor  # scalars
-    kl: torch.Tensor
-    temperature: float
-    divergence: str
-
-
-def _logit_losses(
+def _replace_logits(
+    temperature: float,
+    divergence: str,
     logits: torch.Tensor,
     labels: torch.Tensor,
-    teacher: torch.Tensor | TopTokens | None,
-    coefficients: _Coefficients,
-    token_weights: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes (weighted loss, CE sum, KL sum) [3] of a chunk, and the gradient of the first by the logits [n, V].
+    ce_scale: torch.Tensor,
+    kl_scale: torch.Tensor,
+    *teacher: torch.Tensor,
+) -> torch.Tensor:
+    """Returns CE and KL [2, n] of a chunk's logits [n, V], and puts the gradient of their sum in the place of these.
 
-    `teacher` is its logits [n, V'] or a cached distribution. If the two vocabularies are padded to different sizes, the
-    divergence is over the tokens that both have. `token_weights` [n] affect the loss but not the sums of its terms.
+    `teacher` is its logits, the fields of a cached distribution, or nothing.
     """
-    ce, gradient = cross_entropy(logits, labels)
-    gradient.mul_(coefficients.ce)
-    kl = torch.zeros_like(ce)
-    settings = coefficients.temperature, coefficients.divergence
-    if isinstance(teacher, TopTokens):
-        kl, kl_gradient = cached_divergence(logits, teacher, *settings)
-        gradient.add_(kl_gradient.mul_(coefficients.kl))
-    elif teacher is not None:
-        shared = min(logits.shape[-1], teacher.shape[-1])
-        kl, kl_gradient = divergence(logits[:, :shared], teacher[:, :shared], *settings)
-        gradient[:, :shared].add_(kl_gradient.mul_(coefficients.kl))
-    values = coefficients.ce * ce + coefficients.kl * kl
-    if token_weights is not None:
-        values = values * token_weights
-        gradient.mul_(token_weights.unsqueeze(-1))
-    return torch.stack([values.sum(), ce.sum(), kl.sum()]), gradient
+    losses = logit_losses(
+        logits,
+        labels,
+        TopTokens(*teacher) if len(teacher) > 1 else teacher[0] if teacher else None,
+        ce_scale=ce_scale,
+        kl_scale=kl_scale,
+        temperature=temperature,
+        kind=divergence,
+    )
+    logits.copy_(losses.gradient)
+    return torch.stack([losses.ce, losses.kl])
+
+
+def _in_blocks(function: Callable[..., torch.Tensor], size: int) -> Callable[..., torch.Tensor]:
+    """Returns :func:`_replace_logits` for `size` rows at a time."""
+
+    def run(temperature: float, divergence: str, *columns: torch.Tensor) -> torch.Tensor:
+        blocks = zip(*(column.split(size) for column in columns), strict=True)
+        return torch.cat([function(temperature, divergence, *block) for block in blocks], dim=-1)
+
+    return run
+
+
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Returns the function compiled for any number of rows."""
+    compiled = torch.compile(function)
+
+    def run(temperature: float, divergence: str, *columns: torch.Tensor) -> torch.Tensor:
+        for column in columns:
+            torch._dynamo.maybe_mark_dynamic(column, 0)
+        return compiled(temperature, divergence, *columns)
+
+    return run
 
 
 class _GivenGradients(torch.autograd.Function):

@@ -1,14 +1,16 @@
 """The loss terms on logits and hidden states with their gradients, as pure functions.
 
 :mod:`dskd.losses.sense_distance` has the terms on senses. A term is a *sum* over positions: the training step divides
-once, by the count over all ranks and accumulation steps. Terms on logits are returned position by position, so that
-:mod:`dskd.losses.head` can weight them.
+once, by the count over all ranks and accumulation steps. Terms on logits are returned position by position.
 
 Every function returns a gradient with its value. The head needs both in one pass over chunks of positions, and
-gradients written by hand take a fraction of the memory that automatic differentiation would keep for them.
+gradients written by hand take a fraction of the memory that automatic differentiation would keep for them. What the
+head costs beyond its matrix products is how often it reads and writes [N, V] numbers, so the terms share what they can.
 
 Shapes: N positions, D hidden, V vocabulary, n tokens of a cached teacher.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -17,115 +19,161 @@ from dskd.models.readouts import TopTokens
 _LOG_2 = 0.6931471805599453
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes -log p(label) in nats (docs/method.md, section 4: CE), and its gradient.
+class LogitLosses(NamedTuple):
+    """Cross-entropy and divergence at each position, and the gradient of their weighted sum."""
+
+    ce: torch.Tensor  # [N], nats
+    kl: torch.Tensor  # [N], nats; 0 without a teacher
+    gradient: torch.Tensor  # [N, V], by the student's logits
+
+
+def logit_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | TopTokens | None,
+    *,
+    ce_scale: torch.Tensor,
+    kl_scale: torch.Tensor,
+    temperature: float = 1.0,
+    kind: str = "forward_kl",
+) -> LogitLosses:
+    """Computes -log p(label) and the divergence of two softened distributions (docs/method.md, section 4: CE and KL).
+
+    The divergence is zero exactly if the two distributions are the same. The caller multiplies it by T². If the two
+    vocabularies are padded to different sizes, it is over the tokens that both have. If only the teacher's most
+    probable tokens are known, both distributions are over n + 1 classes: these tokens, and all others together. The
+    temperature softens these classes, because its effect on the tail of a distribution cannot be computed from the
+    tail's total probability.
 
     Args:
-        logits: [N, V], of any floating dtype; the result is float32 or wider.
+        logits: [N, V], of any floating dtype; the results are float32 or wider.
         labels: [N] token ids.
-
-    Returns:
-        The value at each position [N], and the gradient of their sum by the logits [N, V].
+        teacher: its logits [N, V'], its most probable tokens at each position, or None for no divergence.
+        ce_scale: [N, 1], the factors of the cross-entropies in the sum whose gradient is returned.
+        kl_scale: [N, 1], the factors of the divergences.
+        temperature: T; logits are divided by it.
+        kind: forward_kl, KL(teacher || student), which is the paper's; reverse_kl, KL(student || teacher); or
+            jensen_shannon, the mean of the KL of each to the mean of both.
     """
-    logits = at_least_float32(logits)
-    gradient, log_normalizer = _softmax(logits)
-    at_label = labels.unsqueeze(-1)
+    logits, at_label = at_least_float32(logits), labels.unsqueeze(-1)
+    if isinstance(teacher, TopTokens):
+        if teacher.token_ids.shape[-1] < logits.shape[-1]:
+            return _losses_of_classes(logits, at_label, teacher, ce_scale, kl_scale, temperature, kind)
+        # All tokens are known, and log-probabilities are logits.
+        teacher = torch.empty_like(logits).scatter_(-1, teacher.token_ids, teacher.logprobs.to(logits.dtype))
+    if teacher is None:
+        temperature = 1.0
+    student = _soften(logits, temperature)
+    # The exponentials at temperature 1 are powers of those at T. The usual powers need no further exponential.
+    if temperature == 1:
+        powers, total = student.exponentials, student.total
+    else:
+        powers = student.exponentials.square() if temperature == 2 else (student.scaled * temperature).exp_()
+        total = powers.sum(-1, keepdim=True)
     # -log p(label) = log Σ exp(z) - z(label), and its gradient is p, minus 1 at the label.
-    values = (log_normalizer - logits.gather(-1, at_label)).squeeze(-1)
-    return values, gradient.scatter_add_(-1, at_label, gradient.new_full((), -1.0).expand(at_label.shape))
+    ce = (total.log() - student.scaled.gather(-1, at_label) * temperature).squeeze(-1)
+    gradient = powers * (ce_scale / total)
+    gradient.scatter_add_(-1, at_label, -ce_scale)
+    if teacher is None:
+        return LogitLosses(ce, torch.zeros_like(ce), gradient)
+    shared = min(logits.shape[-1], teacher.shape[-1])
+    if shared < logits.shape[-1]:
+        student = _soften(logits[:, :shared], temperature)
+    softened_teacher = _soften(at_least_float32(teacher[:, :shared]), temperature)
+    kl = _add_divergence(gradient[:, :shared], student, softened_teacher, kl_scale / temperature, kind)
+    return LogitLosses(ce, kl, gradient)
 
 
 def divergence(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, kind: str = "forward_kl"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the divergence of two softened distributions at each position in nats (docs/method.md, section 4: KL).
-
-    It is zero exactly if the two distributions are the same. The caller multiplies by T².
+    """Returns the divergence [N] of :func:`logit_losses` alone, and the gradient of its sum by the student's logits.
 
     Args:
         student_logits: [N, V].
         teacher_logits: [N, V].
-        temperature: T; logits are divided by it.
-        kind: forward_kl, KL(teacher || student), which is the paper's; reverse_kl, KL(student || teacher); or
-            jensen_shannon, the mean of the KL of each to the mean of both.
-
-    Returns:
-        The value at each position [N], and the gradient of their sum by the student's logits [N, V].
-    """
-    z, z_teacher = (at_least_float32(logits) / temperature for logits in (student_logits, teacher_logits))
-    # q is the student's distribution, p the teacher's: log q = z - log_normalizer, and log p likewise. The tensors are
-    # [N, V], so each kind reuses them in place.
-    (q, log_normalizer), (p, log_teacher_normalizer) = _softmax(z), _softmax(z_teacher)
-    if kind == "jensen_shannon":
-        log_q, log_p = z - log_normalizer, z_teacher - log_teacher_normalizer
-        log_mixture = torch.logaddexp(log_p, log_q) - _LOG_2
-        of_student, gradient = _reverse_kl(q, log_q - log_mixture)
-        values, gradient = (((log_p - log_mixture) * p).sum(-1) + of_student) / 2, gradient.div_(2)
-    elif kind == "reverse_kl":
-        values, gradient = _reverse_kl(q, z.sub_(z_teacher) - (log_normalizer - log_teacher_normalizer))
-    else:
-        # KL(p || q) = Σ p · (log p - log q), where the normalizers are the same for all tokens; its gradient is q - p.
-        values = z_teacher.sub_(z).mul_(p).sum(-1) + (log_normalizer - log_teacher_normalizer).squeeze(-1)
-        gradient = q.sub_(p)
-    # The gradients above are by z = logits / T.
-    return values, gradient.div_(temperature)
-
-
-def cached_divergence(
-    student_logits: torch.Tensor, teacher: TopTokens, temperature: float = 1.0, kind: str = "forward_kl"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes :func:`divergence` if only the teacher's most probable tokens are known.
-
-    Both distributions are over n + 1 classes: these tokens, and all others together. The temperature softens these
-    classes, because its effect on the tail of a distribution cannot be computed from the tail's total probability. With
-    n = V this is :func:`divergence`.
-
-    Args:
-        student_logits: [N, V].
-        teacher: its n most probable tokens at each position.
         temperature: T.
-        kind: as in :func:`divergence`.
-
-    Returns:
-        The value at each position [N], and the gradient of their sum by the student's logits [N, V].
+        kind: as in :func:`logit_losses`.
     """
-    logits, ids = at_least_float32(student_logits), teacher.token_ids
-    log_z = logits.logsumexp(-1, keepdim=True)
-    classes = logits.gather(-1, ids) - log_z
-    teacher_classes = teacher.logprobs.to(logits.dtype)
-    if ids.shape[-1] == logits.shape[-1]:
-        values, gradient = divergence(classes, teacher_classes, temperature, kind)
-        return values, torch.zeros_like(logits).scatter_(-1, ids, gradient)
-    # The student's log-probability of the class of all others, from its logits without the n known tokens.
+    student, teacher = (_soften(at_least_float32(logits), temperature) for logits in (student_logits, teacher_logits))
+    gradient = torch.zeros_like(student.exponentials)
+    values = _add_divergence(gradient, student, teacher, 1 / temperature, kind)
+    return values, gradient
+
+
+def _losses_of_classes(
+    logits: torch.Tensor,
+    at_label: torch.Tensor,
+    teacher: TopTokens,
+    ce_scale: torch.Tensor,
+    kl_scale: torch.Tensor,
+    temperature: float,
+    kind: str,
+) -> LogitLosses:
+    """Computes :func:`logit_losses` for a cached teacher, with one exponential per element; `at_label` is [N, 1]."""
+    ids = teacher.token_ids
+    # The logit of the class of all others is log Σ exp(z) over these; its own maximum keeps it exact if it is tiny.
     others = logits.scatter(-1, ids, -torch.inf)
-    log_rest = others.logsumexp(-1, keepdim=True)
-    values, gradient = divergence(
-        torch.cat([classes, log_rest - log_z], dim=-1),
-        torch.cat([teacher_classes, teacher.rest_logprob.to(logits.dtype).unsqueeze(-1)], dim=-1),
-        temperature,
-        kind,
-    )
-    # From gradients by classes to gradients by logits: those of the classes sum to 0, so the contribution of log_z
-    # cancels. The class of all others passes its gradient to each of its tokens in proportion to the token's share.
-    shares = others.sub_(log_rest).exp_()
-    return values, shares.mul_(gradient[:, -1:]).scatter_(-1, ids, gradient[:, :-1])
+    largest = others.amax(-1, keepdim=True)
+    shares = others.sub_(largest).exp_()
+    total = shares.sum(-1, keepdim=True)
+    classes = torch.cat([logits.gather(-1, ids), largest + total.log()], dim=-1)
+    log_normalizer = classes.logsumexp(-1, keepdim=True)
+    ce = (log_normalizer - logits.gather(-1, at_label)).squeeze(-1)
+    gradient = (classes - log_normalizer).exp_().mul_(ce_scale)
+    known = torch.cat([teacher.logprobs, teacher.rest_logprob.unsqueeze(-1)], dim=-1).to(logits.dtype)
+    student, softened_teacher = _soften(classes, temperature), _soften(known, temperature)
+    kl = _add_divergence(gradient, student, softened_teacher, kl_scale / temperature, kind)
+    # From gradients by classes to gradients by logits: the class of all others passes its gradient to each of its
+    # tokens in proportion to the token's share.
+    of_logits = shares.mul_(gradient[:, -1:] / total).scatter_(-1, ids, gradient[:, :-1])
+    return LogitLosses(ce, kl, of_logits.scatter_add_(-1, at_label, -ce_scale))
 
 
-def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns probabilities [N, V] and log Σ exp(logits) [N, 1], with only one exponential per element."""
-    probabilities = logits.softmax(-1)
-    # log Σ exp(z) = z - log p(z) for every token; the largest logit's probability never underflows.
-    largest = logits.amax(-1, keepdim=True), probabilities.amax(-1, keepdim=True)
-    return probabilities, largest[0] - largest[1].log()
+class _Softened(NamedTuple):
+    """A softmax at temperature T in three parts; the probabilities are `exponentials / total`."""
+
+    scaled: torch.Tensor  # [N, V], (z - max z) / T
+    exponentials: torch.Tensor  # [N, V], their exponentials
+    total: torch.Tensor  # [N, 1], the sums of these
 
 
-def _reverse_kl(q: torch.Tensor, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes E_q[ratio] [N] for ratio = log q - log r, and its gradient by the logits of q if r is constant.
+def _soften(logits: torch.Tensor, temperature: float) -> _Softened:
+    largest = logits.amax(-1, keepdim=True)
+    scaled = torch.add(largest * (-1 / temperature), logits, alpha=1 / temperature)
+    exponentials = scaled.exp()
+    return _Softened(scaled, exponentials, exponentials.sum(-1, keepdim=True))
 
-    If r is the mean of q and a constant p, the gradient is that of KL(q || r) + KL(p || r).
+
+def _add_divergence(
+    gradient: torch.Tensor, student: _Softened, teacher: _Softened, scale: torch.Tensor | float, kind: str
+) -> torch.Tensor:
+    """Returns the divergences [N], and adds the gradient of Σ scale · divergence by the student's z / T to `gradient`.
+
+    Uses the memory of `scaled` of both. In the formulas q is the student's distribution and p the teacher's, and
+    log q = scaled - log total.
     """
-    expected = (ratio * q).sum(-1, keepdim=True)
-    return expected.squeeze(-1), ratio.sub_(expected).mul_(q)
+    log_totals = student.total.log(), teacher.total.log()
+    of_q, of_p = scale / student.total, scale / teacher.total
+    if kind == "forward_kl":
+        # KL(p || q) = Σ p · (log p - log q), where the totals are the same for all tokens; its gradient is q - p.
+        ratio = teacher.scaled.sub_(student.scaled).mul_(teacher.exponentials)
+        values = ratio.sum(-1, keepdim=True) / teacher.total + (log_totals[0] - log_totals[1])
+        gradient.addcmul_(student.exponentials, of_q).addcmul_(teacher.exponentials, of_p, value=-1)
+        return values.squeeze(-1)
+    # The gradient of E_q[log q - log r] is q · (log q - log r - E_q[log q - log r]) for a constant r. If r is the mean
+    # of q and p, this is also the gradient of KL(q || r) + KL(p || r).
+    if kind == "reverse_kl":
+        ratio, share = student.scaled.sub_(teacher.scaled), 1.0
+        rest = log_totals[1] - log_totals[0]
+    else:
+        log_q, log_p = student.scaled.sub_(log_totals[0]), teacher.scaled.sub_(log_totals[1])
+        log_mixture = torch.logaddexp(log_p, log_q).sub_(_LOG_2)
+        ratio, share = log_q.sub_(log_mixture), 0.5
+        rest = log_p.sub_(log_mixture).mul_(teacher.exponentials).sum(-1, keepdim=True) / teacher.total
+    expected = (ratio * student.exponentials).sum(-1, keepdim=True) / student.total
+    gradient.addcmul_(ratio.sub_(expected).mul_(student.exponentials), of_q, value=share)
+    return ((expected + rest) * share).squeeze(-1)
 
 
 def hidden_distance(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dskd.config import LossConfig, StudentConfig
-from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.stored_names import base_model
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values
@@ -76,14 +76,14 @@ def student_activations(
     batch: Batch,
     dtype: torch.dtype,
     *,
-    chunk_size: int,
+    sizes: HeadSizes,
     checkpointing: bool,
     with_teacher: bool,
 ) -> Activations:
     """Measures the bytes of the student's forward, loss and backward, including the teacher's states if it runs.
 
     `architecture` is the teacher's, `layers` are the layers of it that the student keeps, and `trunk` is the number of
-    lowest ones that the student need not compute. `chunk_size` is the number of positions whose logits exist at one
+    lowest ones that the student need not compute. `sizes` are the numbers of positions that the head computes at one
     time. `with_teacher` says whether the loss reads the teacher's states, computed or stored.
     """
     way, model = _build(architecture, layers, trunk)
@@ -96,7 +96,7 @@ def student_activations(
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size = base.config.hidden_size
         copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None
-        head = DistillationHead(output, copy, loss, chunk_size=chunk_size)
+        head = DistillationHead(output, copy, loss, chunk_size=sizes.chunk, block_size=sizes.block)
         # Run the phases of a micro-batch one after the other, and read the peak after each.
         with LiveBytes() as live:
             shape = batch.size, batch.length

@@ -11,9 +11,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dskd.config import Config
+from dskd.losses.head import HeadSizes
 from dskd.models.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
 from dskd.models.nvme import BUFFERS, buffer_numel
-from dskd.models.readouts import chunk_size
 from dskd.plan import GB
 from dskd.plan.activations import Batch, loaded_tensors, student_activations, teacher_activations
 from dskd.plan.cluster import Cluster
@@ -125,7 +125,7 @@ def compute_memory(
         config.loss,
         batch,
         dtype,
-        chunk_size=chunk_size(
+        sizes=HeadSizes.of(
             config.train.loss_chunk_size, architecture.values()["vocab_size"], torch.device(cluster.device)
         ),
         checkpointing=config.train.activation_checkpointing,

@@ -15,14 +15,13 @@ from torch import nn
 from dskd.config import Config, StudentConfig
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.losses.head import DistillationHead
+from dskd.losses.head import DistillationHead, HeadSizes
 from dskd.models.causal_lm import build_sharded, engine_settings
 from dskd.models.final_norm import final_norm_names
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
 from dskd.models.precision import compute_dtype
 from dskd.models.probes import check_documents
-from dskd.models.readouts import chunk_size
 from dskd.models.reference import compare_with_transformers
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, output_name
 from dskd.models.trained import trained_layers, trains_embeddings, trains_head
@@ -119,11 +118,13 @@ def load_student(
     if trunk_depth:
         _drop_embeddings(causal_lm)
     output_weight = causal_lm.get_output_embeddings().weight
+    sizes = HeadSizes.of(train.loss_chunk_size, output_weight.ds_shape[0], world.device)
     head = DistillationHead(
         output_weight,
         teacher_matrix,
         config.loss,
-        chunk_size=chunk_size(train.loss_chunk_size, output_weight.ds_shape[0], world.device),
+        chunk_size=sizes.chunk,
+        block_size=sizes.block,
         margin=margin,
         compile_losses=train.compile_losses,
     )

@@ -70,27 +70,26 @@ def test_verbs_run_on_pod_0_and_other_pods_end_at_once(start, tmp_path):
     """There are no other pods: none of their names has an address here."""
     config = (*CONFIG, f"workdir={tmp_path / 'work'}", "train.shard_cache=/scratch/shards")
     there = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    running = {
-        verb: start(verb, *config, PATH=there, PYTHONPATH=str(REPOSITORY)) for verb in ("export", "compare", "status")
-    }
-    others = [start(verb, *config, JOB_COMPLETION_INDEX="1") for verb in running]
-    errors = {verb: process.communicate(timeout=300)[1] for verb, process in running.items()}
-    assert [process.wait(30) for process in others] == [0, 0, 0]
-    # Without a checkpoint and a tracked run, export and compare report a mistake; status does not.
-    assert {verb: process.returncode for verb, process in running.items()} == {"export": 2, "compare": 2, "status": 0}
-    assert "there is no checkpoint; train with" in errors["export"]
-    assert errors["compare"].count("error: ") == 1
-    assert "Traceback" not in "".join(errors.values())
+    process = start("status", *config, PATH=there, PYTHONPATH=str(REPOSITORY))
+    others = [start(verb, *config, JOB_COMPLETION_INDEX="1") for verb in ("export", "compare", "status")]
+    assert [other.wait(30) for other in others] == [0, 0, 0]
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors  # although the run is not finished
+    assert errors == ""
 
 
-def test_programs_get_the_facts_about_the_job(start, tmp_path):
+@pytest.mark.parametrize("verb", ["export", "compare"])
+def test_verbs_get_their_arguments_and_the_facts_about_the_job_and_their_code_is_returned(start, tmp_path, verb):
     program = tmp_path / "dskd"
-    program.write_text("#!/bin/sh\nenv | grep ^DSKD_JOB_ >&2\n")
+    program.write_text('#!/bin/sh\necho "$*" >&2\nenv | grep ^DSKD_JOB_ >&2\nexit 2\n')
     program.chmod(0o755)
-    process = start("compare", *CONFIG, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    process = start(verb, *CONFIG, PATH=f"{tmp_path}:{os.environ['PATH']}")
     _, output = process.communicate(timeout=30)
-    facts = {"DSKD_JOB_SCHEDULER=kubernetes", "DSKD_JOB_ID=dskd", f"DSKD_JOB_POD={socket.gethostname()}"}
-    assert set(output.splitlines()) == facts
+    assert process.returncode == 2
+    arguments, *facts = output.splitlines()
+    assert arguments == " ".join((verb, *CONFIG))
+    expected = {"DSKD_JOB_SCHEDULER=kubernetes", "DSKD_JOB_ID=dskd", f"DSKD_JOB_POD={socket.gethostname()}"}
+    assert set(facts) == expected
 
 
 def test_a_missing_node_is_reported_and_the_pod_may_be_retried(start):

@@ -34,8 +34,10 @@ from dskd.distributed.stopping import STOPPED_EXIT_CODE
 from dskd.errors import USER_ERROR_EXIT_CODE
 
 DOCKERFILE = REPOSITORY / "cluster" / "docker" / "Dockerfile"
-# From the oldest version of 2025 to the newest one of the package.
-VERSIONS = sorted({version.rpartition(".")[0] for version in all_versions()} - {f"1.{old}" for old in range(32)})
+# The oldest version that cluster/kubernetes/README.md names, and the newest of the package: Kubernetes removes fields,
+# and adds them, but does not bring a removed one back.
+_NEWEST = max(tuple(map(int, version.split(".")[:2])) for version in all_versions())
+VERSIONS = ["1.32", "{}.{}".format(*_NEWEST)]
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 

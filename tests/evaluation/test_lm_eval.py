@@ -1,14 +1,13 @@
 """EleutherAI's lm-evaluation-harness runs the exported student, gets the same answers, and scores them equally."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rank_jobs import run_harness
+from rank_processes import finish, fork_ranks
 from task_files import DATA
 from transformers import AutoTokenizer
 
@@ -48,15 +47,10 @@ def test_the_harness_gets_and_scores_the_same_answers_from_the_export(copy_of_ti
         for question, gold in zip(questions, golds, strict=True)
     ]
     (tmp_path / "answers.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={export},dtype=float32"]
+    command = ["--model", "hf", "--model_args", f"pretrained={export},dtype=float32"]
     command += ["--include_path", str(DATA / "lm_eval"), "--tasks", "answers", "--device", "cpu", "--batch_size", "3"]
     command += ["--log_samples", "--output_path", str(tmp_path / "results")]
-    # This process is a rank of a job of its own.
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "TOKENIZERS_PARALLELISM": "false"}
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    finish(fork_ranks(run_harness, command, tmp_path), 400)
     (samples,) = (tmp_path / "results").rglob("samples_answers_*.jsonl")
     heard = {sample["doc_id"]: sample for sample in map(json.loads, samples.read_text().splitlines())}
     assert len(heard) == len(rows)

@@ -173,9 +173,10 @@ def test_a_model_replaced_before_its_turn_gets_no_benchmark_results(config, resu
         run_tasks(load_config(config, [f"workdir={tmp_path / 'work'}"]), world, ["piqa"], force=True)
 
 
-def test_scores_are_logged_to_the_tracked_run(config, results, world, tmp_path):
+def test_scores_are_logged_to_the_tracked_run(config, results, world, tmp_path, no_runs):
     """The export of a run is evaluated too; here it has the student's weights, so its answers are the same."""
     shutil.copytree(load_config(config).path(), tmp_path / "work")
+    shutil.copyfile(no_runs, tmp_path / "work" / "mlflow.db")
     loaded = load_config(config, [f"workdir={tmp_path / 'work'}"])
     tracker = start_tracking(loaded, world, tags={}, start=Start())
     tracker.finish("FINISHED")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dskd.config import LossConfig
-from dskd.losses.head import DistillationHead, Normalizers
+from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.losses.terms import SUMS, TERMS
 
 B, T, D, D_TEACHER, V, R, K = 2, 6, 5, 7, 11, 4, 2
@@ -145,7 +145,8 @@ def _computed(loss):
 def test_loss_and_gradients_are_those_of_the_plain_formulation(case, chunk_size, trained_head, kind):
     loss = LOSS.model_copy(update={"divergence": kind})
     weight = nn.Parameter(case["weight"].clone(), requires_grad=trained_head)
-    found = _run(case, DistillationHead(weight, case["teacher_weight"], loss, chunk_size=chunk_size))
+    sizes = {"chunk_size": chunk_size, "block_size": 3}
+    found = _run(case, DistillationHead(weight, case["teacher_weight"], loss, **sizes))
     expected = _expected(case, loss, trained_head=trained_head)
     for index in (0, 2, 3):
         torch.testing.assert_close(found[index], expected[index])
@@ -237,7 +238,8 @@ def test_compiled_losses_are_the_same(case):
     args = nn.Parameter(case["weight"], requires_grad=False), case["teacher_weight"], LOSS
     weights = torch.linspace(0.2, 3, B * T, dtype=torch.float64).view(B, T)
     plain = _run(case, DistillationHead(*args, chunk_size=4), token_weights=weights)
-    compiled = _run(case, DistillationHead(*args, chunk_size=4, compile_losses=True), token_weights=weights)
+    sizes = {"chunk_size": 4, "block_size": 3}  # also a block of one row
+    compiled = _run(case, DistillationHead(*args, **sizes, compile_losses=True), token_weights=weights)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close((plain[0], plain[2]), (compiled[0], compiled[2]))
 
@@ -317,6 +319,35 @@ def test_the_scale_of_bf16_gradients_is_not_rounded_to_bf16(case, steps):
     for whole, scaled in zip(*gradients, strict=True):
         ratio = (whole * scaled).sum() / whole.square().sum()
         assert float(ratio) * steps == pytest.approx(1, abs=6e-4)
+
+
+def test_in_bf16_only_matrix_products_are_rounded(case):
+    """The expected gradients are those of float64 at the same bf16 numbers."""
+    exact = {
+        name: value.bfloat16().double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in case.items()
+    }
+    loss = LossConfig(sense_weight=0)
+    heads = [
+        DistillationHead(nn.Parameter(x["weight"].to(dtype)), x["teacher_weight"].to(dtype), loss, chunk_size=4)
+        for x, dtype in ((exact, torch.float64), (exact, torch.bfloat16))
+    ]
+    inputs = [
+        {**exact, **{n: exact[n].to(t) for n in ("hidden", "teacher_hidden")}} for t in (torch.float64, torch.bfloat16)
+    ]
+    expected, found = (_run(x, head, senses=None) for x, head in zip(inputs, heads, strict=True))
+    assert found[1]["ce"] == pytest.approx(expected[1]["ce"], rel=5e-3)
+    assert found[1]["kl"] == pytest.approx(expected[1]["kl"], rel=2e-2)
+    for ours, theirs in zip(found[2:], expected[2:], strict=True):
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_a_chunk_is_whole_tiles_of_matrix_products_and_a_block_fits_the_caches():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert HeadSizes.of(None, 49_152, cpu) == (256, 5)
+    assert HeadSizes.of(None, 128_256, gpu) == (512, 130)
+    assert HeadSizes.of(64, 128_256, gpu) == (64, 130)
+    assert HeadSizes.of(None, 10**9, cpu) == (256, 1)
 
 
 def test_without_labels_the_head_gives_logits(case):

@@ -5,11 +5,26 @@ import math
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
+from torch.nn import functional as F
 
-from dskd.losses.logits import cached_divergence, cross_entropy, divergence, hidden_distance
+from dskd.losses.logits import divergence, hidden_distance, logit_losses
 from dskd.models.readouts import TopTokens
 
 KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
+ZERO, ONE = torch.zeros(1, 1), torch.ones(1, 1)
+
+
+def cross_entropy(logits, labels):
+    losses = logit_losses(logits, labels, None, ce_scale=ONE.expand(len(logits), 1), kl_scale=ZERO)
+    return losses.ce, losses.gradient
+
+
+def cached_divergence(logits, teacher, temperature, kind):
+    """Returns the divergence at each position, and the gradient of its sum alone."""
+    labels = torch.zeros(len(logits), dtype=torch.int64)
+    scales = {"ce_scale": ZERO.expand(len(logits), 1).to(logits.dtype), "kl_scale": ONE.to(logits.dtype)}
+    losses = logit_losses(logits, labels, teacher, **scales, temperature=temperature, kind=kind)
+    return losses.kl, losses.gradient
 
 
 def _random(*shape, seed=0):
@@ -130,6 +145,104 @@ def test_a_cached_teacher_that_is_certain_gives_finite_gradients(kind):
         values, gradient = cached_divergence(student, cached, 2.0, kind)
         assert values.isfinite().all()
         assert gradient.isfinite().all()
+
+
+def _weighted_sum(student, labels, teacher, ce_scale, kl_scale, temperature, kind):
+    """Returns CE and KL [N] and the gradient of their weighted sum, by torch's functions and autograd in float64."""
+    logits, teacher = student.double().requires_grad_(), teacher.double()
+    ce = F.cross_entropy(logits, labels, reduction="none")
+    shared = min(logits.shape[-1], teacher.shape[-1])
+    log_q, log_p = ((z[:, :shared] / temperature).log_softmax(-1) for z in (logits, teacher))
+    if kind == "jensen_shannon":
+        log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+        kl = sum(F.kl_div(log_m, z, log_target=True, reduction="none").sum(-1) for z in (log_q, log_p)) / 2
+    else:
+        of, to = (log_p, log_q) if kind == "forward_kl" else (log_q, log_p)
+        kl = F.kl_div(to, of, log_target=True, reduction="none").sum(-1)
+    (ce_scale.double().squeeze(-1) * ce + kl_scale.double().squeeze(-1) * kl).sum().backward()
+    return ce.detach(), kl.detach(), logits.grad
+
+
+def _scales(count, dtype):
+    return (_random(count, 1, seed=4).abs() + 0.1).to(dtype), (_random(count, 1, seed=5).abs() + 0.1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(40, 40), (43, 40), (40, 43)], ids=["same", "padded student", "padded teacher"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_the_gradient_of_the_weighted_sum_are_those_of_torch(kind, temperature, sizes, dtype):
+    count, exact = 9, torch.float64 if dtype == torch.float64 else torch.float32
+    student, teacher = (_random(count, size, seed=size + i).mul(4).to(dtype) for i, size in enumerate(sizes))
+    labels, scales = torch.arange(count) * 5 % min(sizes), _scales(count, exact)
+    found = logit_losses(
+        student, labels, teacher, ce_scale=scales[0], kl_scale=scales[1], temperature=temperature, kind=kind
+    )
+    expected = _weighted_sum(student, labels, teacher, *scales, temperature, kind)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    assert {part.dtype for part in found} == {exact}
+    torch.testing.assert_close(tuple(part.double() for part in found), expected, **tolerance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_that_are_far_apart_overflow_nowhere(kind, temperature):
+    student, teacher = torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(6)) * 1e4
+    labels, scales = torch.arange(6), _scales(6, torch.float32)
+    found = logit_losses(
+        student, labels, teacher, ce_scale=scales[0], kl_scale=scales[1], temperature=temperature, kind=kind
+    )
+    expected = _weighted_sum(student, labels, teacher, *scales, temperature, kind)
+    torch.testing.assert_close(tuple(part.double() for part in found), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_tokens_that_the_student_excludes_have_no_gradient():
+    student, teacher = _random(2, 4, 10, seed=7)
+    student[:, 3] = -torch.inf
+    found = logit_losses(student, torch.arange(3, 7), None, ce_scale=torch.ones(4, 1).double(), kl_scale=ZERO)
+    assert found.ce[0] == torch.inf
+    expected = _gradient(lambda x: F.cross_entropy(x, torch.arange(3, 7), reduction="none"), student)
+    torch.testing.assert_close((found.ce, found.gradient), expected, rtol=1e-12, atol=1e-12)
+    values, gradient = divergence(student, teacher, 2.0, "forward_kl")
+    assert (values == torch.inf).all()  # the teacher does not exclude it
+    torch.testing.assert_close(gradient, (student / 2).softmax(-1) / 2 - (teacher / 2).softmax(-1) / 2)
+
+
+@pytest.mark.parametrize("teacher", ["none", "logits", "top tokens"])
+def test_no_positions_give_no_losses(teacher):
+    teachers = {
+        "none": None,
+        "logits": torch.empty(0, 10),
+        "top tokens": TopTokens(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), torch.empty(0)),
+    }
+    none = torch.empty(0, 1)
+    found = logit_losses(
+        torch.empty(0, 10), torch.empty(0, dtype=torch.int64), teachers[teacher], ce_scale=none, kl_scale=none
+    )
+    assert [tuple(part.shape) for part in found] == [(0,), (0,), (0, 10)]
+
+
+@pytest.mark.parametrize("n", [1, 4, 13])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weighted_sum_with_a_cached_teacher_adds_up_its_two_gradients(kind, n):
+    student, teacher = _random(2, 5, 13, seed=8) * 3
+    cached, labels, (ce_scale, kl_scale) = _cached(teacher, n), torch.arange(5) * 3, _scales(5, torch.float64)
+    found = logit_losses(student, labels, cached, ce_scale=ce_scale, kl_scale=kl_scale, temperature=2.0, kind=kind)
+    ce, of_ce = _gradient(lambda x: F.cross_entropy(x, labels, reduction="none"), student)
+    kl, of_kl = cached_divergence(student, cached, 2.0, kind)
+    torch.testing.assert_close(found, (ce, kl, ce_scale * of_ce + kl_scale * of_kl), rtol=1e-12, atol=1e-12)
+
+
+def test_the_rest_of_a_student_that_is_certain_keeps_its_digits():
+    """In float32, 1 minus the probability of the known tokens would be 0."""
+    student = torch.zeros(1, 10)
+    student[0, 3] = 200.0
+    cached = _cached(torch.zeros(1, 10).index_fill(1, torch.tensor([3]), 1.0), 1)
+    values, gradient = cached_divergence(student, cached, 1.0, "forward_kl")
+    p = torch.tensor([math.e / (math.e + 9), 9 / (math.e + 9)])
+    expected = (p * p.log()).sum() - p[1] * (math.log(9) - 200)
+    assert values.item() == pytest.approx(float(expected), rel=1e-6)
+    torch.testing.assert_close(gradient[0, :3], -p[1:].expand(3) / 9)
 
 
 def test_hidden_distance_by_hand():

@@ -2,34 +2,15 @@
 
 import pytest
 import torch
+from architectures import save_architecture
 from rank_jobs import experts_by_ranks
 from rank_processes import finish, fork_ranks
 from safetensors.torch import load_file
-from test_loading_buffers import CONFIGS, MHA, save
-from transformers import AutoModelForCausalLM, Dots1Config, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from dskd.models.stored_names import base_model
 
-EXPERTS = {
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-CONFIGS |= {
-    "glm4_moe": lambda: Glm4MoeConfig(**MHA, **EXPERTS, head_dim=8),
-    "dots1": lambda: Dots1Config(**MHA, **EXPERTS, head_dim=8),
-    "mixtral": lambda: MixtralConfig(**MHA, num_local_experts=8),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **MHA, head_dim=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16
-    ),
-}
-
-
-NAMES = ["glm4_moe", "deepseek_v3", "dots1", "mixtral", "qwen3_moe"]
+NAMES = ["deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss", "llama4"]
 LENGTHS = [(24, 17), (1, 40)]
 
 
@@ -38,7 +19,7 @@ def examined(tmp_path_factory):
     """The folder in which two ranks examined every model with tokens of all lengths."""
     folder = tmp_path_factory.mktemp("experts")
     for name in NAMES:
-        save(folder / name / "teacher", name)
+        save_architecture(folder / name / "teacher", name)
     finish(fork_ranks(experts_by_ranks, folder, NAMES, LENGTHS, ranks=2), 240)
     return folder
 

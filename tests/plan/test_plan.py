@@ -20,6 +20,7 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
 from dskd.config.reading import load_config
 from dskd.errors import UserError
+from dskd.losses.head import HeadSizes
 from dskd.models.cutting import build_student
 from dskd.plan import GB
 from dskd.plan.activations import Batch, student_activations
@@ -154,7 +155,7 @@ def test_a_layer_keeps_the_tensors_that_autograd_saves(tmp_path):
         config.loss,
         batch,
         torch.float32,
-        chunk_size=8,
+        sizes=HeadSizes(8, 8),
         checkpointing=False,
         with_teacher=False,
     )

@@ -1,22 +1,20 @@
 """The teacher's continuations against transformers' own greedy generation, and the extended sequences."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from repository import REPOSITORY
+from rank_jobs import continuations_by_ranks
+from rank_processes import finish, fork_ranks
 from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, save_model
 
 from dskd.config import Config
 from dskd.corpus.sequences import open_sequences
-from dskd.distributed.rendezvous import free_port
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.shards.continuations import Continuer
+from dskd.shards.text_reader import TextReader
 
 T, N, END = 24, 6, 0
 # A text and its end in each; the last three: a text without room, one that continues in the next row, and only an end.
@@ -110,44 +108,8 @@ def test_the_length_of_a_continuation_is_a_function_of_seed_and_sequence(tmp_pat
     teacher.close()
 
 
-TWO_RANKS = """
-import json, sys
-from pathlib import Path
-from dskd.shards.text_reader import TextReader
-from dskd.config import Config
-from dskd.shards.continuations import Continuer
-from dskd.distributed.rendezvous import initialize; from dskd.distributed.collectives import gather_json
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.corpus.sequences import open_sequences
-world = initialize()
-folder = Path(sys.argv[1])
-config = Config.model_validate_json(sys.argv[2])
-sequences = open_sequences(folder / "sequences.safetensors")
-teacher = load_frozen(find_teacher(config), config, world)
-reader = TextReader(teacher, Continuer(teacher, 6, 3), 5, 16)
-# The second rank has one batch less, so it runs one without targets.
-batches = [(0, 3), (6, 8)] if world.rank == 0 else [(3, 6)]
-rows = {}
-for first, stop in batches:
-    read = reader.read(sequences.batch(first, stop), first)
-    targets = read.batch.has_target.sum(dim=1).tolist()
-    tops = read.top.token_ids.split(targets)
-    for row in range(stop - first):
-        rows[first + row] = [read.batch.input_ids[row].tolist(), tops[row].tolist()]
-if world.rank == 1:
-    reader.read(sequences.batch(0, 1).without_targets(), 0)
-teacher.close()
-everyone = gather_json(rows)
-if world.is_main:
-    print("RESULT", json.dumps({**everyone[0], **everyone[1]}))
-"""
-
-
 @pytest.mark.slow
 def test_two_ranks_continue_as_one_does(tmp_path, world):
-    from dskd.shards.text_reader import TextReader
-
     save_model(tmp_path / "teacher", "mistral")
     sequences = _sequences(tmp_path)
     config = _config(tmp_path, "resident")
@@ -155,21 +117,8 @@ def test_two_ranks_continue_as_one_does(tmp_path, world):
     read = TextReader(teacher, Continuer(teacher, N, 3), 5, 16).read(sequences.batch(0, 8), 0)
     tops = read.top.token_ids.split(read.batch.has_target.sum(dim=1).tolist())
     teacher.close()
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(tmp_path), _config(tmp_path).model_dump_json()],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    output, _ = (process.communicate(timeout=240)[0] for process in processes)
-    found = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT "))
+    finish(fork_ranks(continuations_by_ranks, tmp_path, _config(tmp_path), ranks=2), 120)
+    found = json.loads((tmp_path / "rows.json").read_text())
     assert len(found) == 8
     for row, (input_ids, top) in found.items():
         assert input_ids == read.batch.input_ids[int(row)].tolist()

@@ -65,7 +65,7 @@ def examine(names: Sequence[str], folder: Path, thorough: bool, environment: dic
         world = initialize(90)
         for name in names:
             print(name, flush=True)
-            finding = _examine(name, folder / name, world, thorough=thorough)
+            finding = examine_one(name, folder / name, world, thorough=thorough)
             findings = gather_json(finding)
             if world.is_main:
                 faults = list(dict.fromkeys(fault for one in findings for fault in one["faults"]))
@@ -76,7 +76,8 @@ def examine(names: Sequence[str], folder: Path, thorough: bool, environment: dic
     run_as_rank(run, environment, log)
 
 
-def _examine(name: str, folder: Path, world: World, *, thorough: bool) -> Finding:
+def examine_one(name: str, folder: Path, world: World, *, thorough: bool) -> Finding:
+    """Examines an architecture in an empty folder, and returns what this rank found."""
     finding: Finding = {"refused": None, "documents": None, "cut": None, "trunk": None, "faults": []}
     finding |= dict.fromkeys(LIMITS)
     if world.is_main:

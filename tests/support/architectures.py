@@ -277,8 +277,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def save_architecture(folder: Path, name: str, *, seed: int = 0) -> Any:
-    """Writes a random model of the table with its tokenizer, and returns the model in fp32."""
+def random_model(name: str, *, seed: int = 0) -> Any:
+    """Returns a random model of the table in fp32."""
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(ARCHITECTURES[name].config()).eval()
     stored = set(model.state_dict())
@@ -294,6 +294,12 @@ def save_architecture(folder: Path, name: str, *, seed: int = 0) -> Any:
             # Tables that the config determines stay as they are.
             if key in stored and buffer.is_floating_point() and (not buffer.any() or buffer.numel() == 1):
                 buffer.copy_(torch.randn_like(buffer) * 0.5)
+    return model
+
+
+def save_architecture(folder: Path, name: str, *, seed: int = 0) -> Any:
+    """Writes a random model of the table with its tokenizer, and returns the model in fp32."""
+    model = random_model(name, seed=seed)
     model.save_pretrained(folder)
     word_tokenizer([f"w{index}" for index in range(100)]).save_pretrained(folder)
     return model

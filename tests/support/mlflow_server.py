@@ -2,6 +2,7 @@
 
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,10 +22,11 @@ SAME = Start(recipe="the same")
 
 
 class Server:
-    """An MLflow server on its own port; its data survives a restart."""
+    """An MLflow server on its own port, which begins with a copy of a database without runs."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, no_runs):
         self.folder, self.port, self.process = folder, free_port(), None
+        shutil.copyfile(no_runs, folder / "server.db")
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self):

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +26,14 @@ from dskd.artifacts.hashing import hash_files
 from dskd.cli.program import run, run_on_ranks
 from dskd.config import Config
 from dskd.config.reading import load_config
+from dskd.corpus.sequences import open_sequences
 from dskd.distributed.collectives import barrier, gather_json
 from dskd.distributed.rendezvous import initialize
-from dskd.distributed.world import World
+from dskd.distributed.world import LAUNCHER_VARIABLES, World
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
+from dskd.shards.continuations import Continuer
+from dskd.shards.text_reader import TextReader
 from dskd.tracking import start_tracking
 from dskd.tracking.client import load_mlflow
 from dskd.training.packed_step import StepBatches, count_positions
@@ -268,26 +272,25 @@ def join_as_launched(
 def experts_by_ranks(
     folder: Path, names: Sequence[str], lengths: Sequence[Sequence[int]], environment: dict[str, str], log: Path
 ) -> None:
-    """Runs :func:`_examine_experts` for the model in `FOLDER/NAME` of each name, and for each of `lengths`.
+    """Runs :func:`_examine_experts` for the model in `FOLDER/NAME` of each name.
 
-    `lengths` are the numbers of tokens of the ranks.
+    `lengths` has, for each time that a model is run, the numbers of tokens of the ranks.
     """
 
     def run() -> None:
         world = initialize(60)
         for name in names:
-            for number, of_ranks in enumerate(lengths):
-                _examine_experts(folder / name, number, of_ranks[world.rank], world)
+            _examine_experts(folder / name, [of_ranks[world.rank] for of_ranks in lengths], world)
         os._exit(0)
 
     run_as_rank(run, environment, log)
 
 
-def _examine_experts(folder: Path, number: int, length: int, world: World) -> None:
+def _examine_experts(folder: Path, lengths: Sequence[int], world: World) -> None:
     """Computes states of the frozen mixture of experts in `FOLDER/teacher`, and gradients of a trained one.
 
-    Each rank has other tokens, of which there are `length`. Rank r writes its states to `states-NUMBER-r.safetensors`.
-    Rank 0 writes the gradients of the mean of all ranks' squared states to `gradients-NUMBER.safetensors`;
+    Each rank has other tokens: `lengths[N]` of them in run N. Rank r writes its states to `states-N-r.safetensors`.
+    Rank 0 writes the gradients of the mean of all ranks' squared states to `gradients-N.safetensors`;
     :func:`dskd.models.causal_lm.build_sharded` builds the trained model.
     """
     import deepspeed
@@ -304,9 +307,10 @@ def _examine_experts(folder: Path, number: int, length: int, world: World) -> No
         corpus={"packing": "stream", "sequence_length": 32},
     )
     model_folder = find_teacher(config)
-    ids = (torch.arange(length)[None] * 7 + 3 + 31 * world.rank) % 120
+    tokens = [(torch.arange(length)[None] * 7 + 3 + 31 * world.rank) % 120 for length in lengths]
     teacher = load_frozen(model_folder, config, world, with_head=False)
-    save_file({"states": teacher.hidden_states(ids)}, folder / f"states-{number}-{world.rank}.safetensors")
+    for number, ids in enumerate(tokens):
+        save_file({"states": teacher.hidden_states(ids)}, folder / f"states-{number}-{world.rank}.safetensors")
     teacher.close()
     settings = engine_settings(torch.float32, world, 32, micro_batch_size=1)
     settings["zero_allow_untested_optimizer"] = True
@@ -314,16 +318,64 @@ def _examine_experts(folder: Path, number: int, length: int, world: World) -> No
     trained = [parameter for name, parameter in decoder.named_parameters() if "layers.3." in name]
     for parameter in decoder.parameters():
         parameter.requires_grad_(any(parameter is one for one in trained))
-    engine, *_ = deepspeed.initialize(model=decoder, optimizer=torch.optim.AdamW(trained), config=settings)
-    engine.backward(engine(ids).square().sum())
-    gradients = {
-        name.removeprefix("base."): safe_get_full_grad(parameter).clone()
-        for name, parameter in decoder.named_parameters()
-        if parameter.requires_grad
-    }
-    if world.is_main:
-        save_file(gradients, folder / f"gradients-{number}.safetensors")
+    # A rate of 0, so that every run begins with the same parameters.
+    engine, *_ = deepspeed.initialize(model=decoder, optimizer=torch.optim.AdamW(trained, lr=0.0), config=settings)
+    for number, ids in enumerate(tokens):
+        engine.backward(engine(ids).square().sum())
+        gradients = {
+            name.removeprefix("base."): safe_get_full_grad(parameter).clone()
+            for name, parameter in decoder.named_parameters()
+            if parameter.requires_grad
+        }
+        engine.step()
+        if world.is_main:
+            save_file(gradients, folder / f"gradients-{number}.safetensors")
     engine.destroy()
+
+
+def continuations_by_ranks(folder: Path, config: Config, environment: dict[str, str], log: Path) -> None:
+    """Reads the 8 sequences in `FOLDER/sequences.safetensors` with continuations, on two ranks.
+
+    Rank 0 writes `rows.json`: {row: [token ids, the teacher's top tokens at each target]}. The second rank has one
+    batch less than the first, so it runs one without targets.
+    """
+
+    def run() -> None:
+        world = initialize(60)
+        sequences = open_sequences(folder / "sequences.safetensors")
+        teacher = load_frozen(find_teacher(config), config, world)
+        reader = TextReader(teacher, Continuer(teacher, 6, seed=3), 5, 16)
+        rows = {}
+        for first, stop in [(0, 3), (6, 8)] if world.is_main else [(3, 6)]:
+            read = reader.read(sequences.batch(first, stop), first)
+            tops = read.top.token_ids.split(read.batch.has_target.sum(dim=1).tolist())
+            for row, top in enumerate(tops):
+                rows[first + row] = [read.batch.input_ids[row].tolist(), top.tolist()]
+        if not world.is_main:
+            reader.read(sequences.batch(0, 1).without_targets(), 0)
+        first_rows, other_rows = gather_json(rows)
+        if world.is_main:
+            (folder / "rows.json").write_text(json.dumps({**first_rows, **other_rows}))
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
+
+
+def run_harness(arguments: Sequence[str], folder: Path, environment: dict[str, str], log: Path) -> None:
+    """Runs `lm_eval` with these arguments in `folder`, in a process that is no rank of a job."""
+
+    def run() -> None:
+        for name in environment.keys() & {*LAUNCHER_VARIABLES, "MASTER_ADDR", "MASTER_PORT"}:
+            os.environ.pop(name)
+        os.environ |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "TOKENIZERS_PARALLELISM": "false"}
+        os.chdir(folder)
+        sys.argv = ["lm_eval", *arguments]
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+        os._exit(0)
+
+    run_as_rank(run, environment, log)
 
 
 def run_benchmark(module: str, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:

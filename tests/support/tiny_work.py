@@ -50,7 +50,7 @@ TINY = {
     "tracking": {"experiment": "tests"},
     "evaluation": {"batch_size": 4, "samples": 3, "sample_tokens": 8},
 }
-# A database without runs. Creating MLflow's tables takes longer than most trainings in tests, so copies start with it.
+# The database without runs that copies start with.
 NO_RUNS = "mlflow.db"
 BEFORE_TRAINING: Sequence[str] = (
     *("corpus", "lexicon", "teacher", "sequences", "senses", "shards", "student"),
@@ -58,14 +58,21 @@ BEFORE_TRAINING: Sequence[str] = (
 )
 
 
-def make_tiny(folder: Path) -> None:
+def make_database(file: Path) -> None:
+    """Makes an MLflow database without runs."""
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+
+
+def make_tiny(folder: Path, no_runs: Path) -> None:
     """Makes `work` of the config `tiny.yaml` in `folder`, and `printed.txt`, the output of the pipeline.
+
+    `no_runs` is a database without runs.
 
     Text and relations are a part of WordNet's, read without nltk and written to files: with it this would take longer
     than the rest. `corpus.source: wordnet` and `lexicon.wordnet` have tests of their own.
     """
-    from mlflow import MlflowClient
-
     from dskd import pipeline
 
     installed = (place for place in DICTIONARY_FOLDERS if (place / "data.noun").is_file())
@@ -84,9 +91,9 @@ def make_tiny(folder: Path) -> None:
         lexicon={"wordnet": False, "tsv": [str(folder / "own.tsv")]},
     )
     # MLflow's tables are created once: the work directory, too, begins with a database without runs.
-    MlflowClient(f"sqlite:///{folder / NO_RUNS}").search_experiments()
-    (folder / "work").mkdir()
-    shutil.copyfile(folder / NO_RUNS, folder / "work" / NO_RUNS)
+    shutil.copyfile(no_runs, folder / NO_RUNS)
+    (folder / "work").mkdir(exist_ok=True)
+    shutil.copyfile(no_runs, folder / "work" / NO_RUNS)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(pipeline, "launch", launch_forked)

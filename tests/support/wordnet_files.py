@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -69,9 +69,15 @@ def some_texts(synsets: dict[tuple[str, str], Synset], count: int) -> list[str]:
     return [synset.text for synset in sorted(synsets.values(), key=place)[:count]]
 
 
-def pairs(synsets: dict[tuple[str, str], Synset]) -> Iterator[tuple[str, str, str]]:
-    """Yields (word, word, "synonym" or "antonym"): all words of each synset, and direct antonyms."""
-    for synset in synsets.values():
+def pairs(
+    synsets: dict[tuple[str, str], Synset], places: Iterable[tuple[str, str]] | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """Yields (word, word, "synonym" or "antonym"): all words of each synset, and direct antonyms.
+
+    With `places`, only those of the synsets there.
+    """
+    for place in synsets if places is None else places:
+        synset = synsets[place]
         yield from ((one, other, "synonym") for one, other in permutations(synset.words, 2))
-        for number, place, number_there in synset.antonyms:
-            yield synset.words[number], synsets[place].words[number_there], "antonym"
+        for number, other, number_there in synset.antonyms:
+            yield synset.words[number], synsets[other].words[number_there], "antonym"

@@ -44,13 +44,13 @@ from dskd.training import checkpoint
 def test_a_run_records_its_settings_metrics_and_inputs(server, copy_of_tiny):
     tracking = {"uri": server.uri, "experiment": "over http"}
     config_path = copy_of_tiny(*BEFORE_TRAINING, tracking=tracking)
-    run_program("train.py", config_path, ranks=2)
+    run_program("train.py", config_path)
     config = load_config(config_path)
     (run,) = read_runs(config)
     assert (run.name, run.status) == ("dskd", "FINISHED")
     assert run.params["loss.sense_weight"] == "1.0"
     assert run.params["train.learning_rate"] == "0.001"
-    assert run.tags["world_size"] == "2"
+    assert run.tags["world_size"] == "1"
     for tag in ("dataset", "sense_dictionary", "teacher", "student", "git_commit"):
         assert len(run.tags[tag]) >= 40, tag
     for metric in (

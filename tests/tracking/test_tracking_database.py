@@ -17,25 +17,17 @@ from dskd.errors import UserError
 from dskd.tracking import Start, log_export, read_artifact, read_run, read_runs, start_tracking, tracking_uri
 
 # All characters with a meaning in URIs, in SQLAlchemy, in shells or in file patterns.
-ODD_NAMES = ["a b", "what?mode=ro", "100%41", "#1", "a&b=c;d", "é→", "two\nlines", 'it\'s "it"', "x:y@z", "[a]*", "\\"]
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """Makes a database without runs, to be copied: making one takes seconds."""
-    folder = tmp_path_factory.mktemp("database")
-    MlflowClient(tracking_uri(tracking_config(folder))).search_experiments()
-    return folder / "mlflow.db"
+ODD_NAME = 'a b what?mode=ro 100%41 #1 a&b=c;d é→ two\nlines it\'s "it" x:y@z [a]* \\'
 
 
 @pytest.fixture
-def work(tmp_path, database):
-    """Makes a work directory within the test's folder."""
+def work(tmp_path, no_runs):
+    """Makes a work directory with a database within the test's folder."""
 
     def make(name="work"):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        shutil.copy(database, folder)
+        shutil.copyfile(no_runs, folder / "mlflow.db")
         return folder
 
     return make
@@ -58,9 +50,10 @@ def _files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_work_directory_of_any_name_has_its_database_and_artifacts(tmp_path, work, name):
-    folder = work(name)
+@pytest.mark.slow
+def test_a_work_directory_of_any_name_has_its_database_and_artifacts(tmp_path):
+    folder = tmp_path / ODD_NAME
+    folder.mkdir()
     run_id = _train(folder)
     config = tracking_config(folder)
     (run,) = read_runs(config)
@@ -68,21 +61,12 @@ def test_a_work_directory_of_any_name_has_its_database_and_artifacts(tmp_path, w
     assert b"workdir" in read_artifact(config, run_id, "config.yaml")
     assert list((folder / "mlartifacts").glob("*/artifacts/config.yaml"))
     assert list(tmp_path.iterdir()) == [folder]
+    assert {path.name for path in folder.iterdir()} == {".tracking-id", "checkpoints", "mlartifacts", "mlflow.db"}
     with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as opened:
         assert opened.execute("SELECT run_uuid FROM runs").fetchall() == [(run_id,)]
     # The command that `dskd compare` prints, as a shell reads it.
     *_, uri = shlex.split(mlflow_link(config, [run]).command)
     assert MlflowClient(uri).get_run(run_id).info.run_name == config.run
-
-
-@pytest.mark.slow
-def test_a_database_is_made_in_a_work_directory_of_any_name(tmp_path):
-    folder = tmp_path / "".join(ODD_NAMES)
-    folder.mkdir()
-    _train(folder)
-    assert len(read_runs(tracking_config(folder))) == 1
-    assert list(tmp_path.iterdir()) == [folder]
-    assert {path.name for path in folder.iterdir()} == {".tracking-id", "checkpoints", "mlartifacts", "mlflow.db"}
 
 
 def test_a_name_that_no_uri_can_express_is_refused(tmp_path, monkeypatch):

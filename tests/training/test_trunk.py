@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from architectures import save_architecture
-from tiny_models import ARCHITECTURES, SHAPE, save_model
+from tiny_models import SHAPE, save_model
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -110,8 +110,7 @@ def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, ar
     torch.testing.assert_close(results["on"], results["off"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("mode", ["zero3", "resident"])
+@pytest.mark.parametrize(("architecture", "mode"), [("llama", "resident"), ("mistral", "zero3"), ("qwen2", "zero3")])
 def test_the_trunk_that_runs_once_computes_what_transformers_computes(tmp_path, world, architecture, mode):
     whole = save_model(tmp_path / "teacher", architecture)
     config = _config(tmp_path, teacher={"mode": mode}, corpus={"sequence_length": 64})
