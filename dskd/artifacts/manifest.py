@@ -8,7 +8,7 @@ refuses inputs that do not fit together, naming both sides; the pipeline compare
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,15 +119,20 @@ def read_file(path: Path, name: str) -> bytes | None:
     return None
 
 
-def verify_files(path: Path, manifest: Manifest, *, made_by: str | None = None) -> None:
+def verify_files(
+    path: Path, manifest: Manifest, *, made_by: str | None = None, except_for: Collection[str] = ()
+) -> None:
     """Compares the content of every file with the manifest. Reads all files: only for artifacts of moderate size.
+
+    `except_for` names files that are verified later.
 
     Raises:
         UserError: naming the first file that differs from the manifest.
     """
     made_by = made_by or KINDS[manifest.kind].made_by
-    actual = hash_files(path, only=manifest.files)
-    for name, entry in manifest.files.items():
+    files = {name: entry for name, entry in manifest.files.items() if name not in except_for}
+    actual = hash_files(path, only=files)
+    for name, entry in files.items():
         if actual[name]["sha256"] != entry["sha256"]:
             raise UserError(
                 f"{path / name}: the content is not what the manifest says (sha256 {actual[name]['sha256'][:12]}…, "

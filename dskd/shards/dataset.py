@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from streaming import StreamingDataset
 from streaming.base.format.mds import MDSReader
+
+from dskd.artifacts.mds import HASH_OF_SAMPLES
 
 _OPEN_FILES = 128  # that a process maps at one time; each takes a file descriptor, of which most systems allow 1,024
 
@@ -17,15 +20,20 @@ _OPEN_FILES = 128  # that a process maps at one time; each takes a file descript
 class ShardDataset(StreamingDataset):
     """A dataset of mosaicml-streaming whose samples also hold their id, the epoch and the step.
 
-    The arrays of a sample are read-only views of the mapped shard file.
+    The arrays of a sample are read-only views of the mapped shard file. If the index has a hash of each sample, a
+    sample is compared with it whenever it is read, which raises a ValueError; then a shard that was fetched is not
+    compared as a whole.
     """
 
-    shards: list[MDSReader]
+    shards: list["_MappedShard"]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         maps = _Maps()
         self.shards = [_MappedShard.of(shard, maps) for shard in self.shards]
+        if all(shard.digests for shard in self.shards):
+            for stream in self.streams:
+                stream.validate_hash = None
         # The code that iterates the dataset sets these, in its own process.
         self.current_epoch = 0
         self.current_step = 0
@@ -80,6 +88,8 @@ class _MappedShard(MDSReader):
     shards hold states.
     """
 
+    digests = b""  # of the samples, 8 bytes each; none if the index has none
+
     @classmethod
     def of(cls, shard: MDSReader, maps: _Maps) -> "_MappedShard":
         """Returns a reader of the same shard."""
@@ -87,11 +97,21 @@ class _MappedShard(MDSReader):
         more = ("dirname", "split", "raw_data", "samples", "size_limit", "zip_data")
         reader = cls(**{name: getattr(shard, name) for name in (*names, *more)})
         reader._maps = maps
+        if reader.zip_data is None:
+            reader.digests = bytes.fromhex((reader.raw_data.hashes or {}).get(HASH_OF_SAMPLES, ""))
         return reader
 
     def get_sample_data(self, idx: int) -> Any:
-        """Returns the bytes of a sample, as a view; :meth:`decode_sample` then copies nothing either."""
-        mapped = self._maps.open(Path(self.dirname, self.split, self.raw_data.basename), self.raw_data.bytes)
+        """Returns the bytes of a sample, as a view; :meth:`decode_sample` then copies nothing either.
+
+        Raises:
+            ValueError: if they are not what the index says.
+        """
+        name = self.raw_data.basename
+        mapped = self._maps.open(Path(self.dirname, self.split, name), self.raw_data.bytes)
         # A shard begins with its number of samples; their offsets follow, all uint32.
         begin, end = np.frombuffer(mapped, np.uint32, 2, offset=4 * (1 + idx)).tolist()
-        return mapped[begin:end]
+        sample = mapped[begin:end]
+        if self.digests and xxhash.xxh3_64_digest(sample) != self.digests[8 * idx : 8 * (idx + 1)]:
+            raise ValueError(f"{name} has changed: its sample {idx} is not what the index says")
+        return sample

@@ -27,7 +27,7 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     where they are, unless `train.shard_cache` names a folder to copy them to.
 
     A remote copy must have the same index as the artifact. The index has the hash of each shard, and mosaicml-streaming
-    checks these. Every rank must call this.
+    checks these; or it has the hash of each sample, and :class:`ShardDataset` checks these. Every rank must call this.
 
     Raises:
         UserError: when the remote copy holds other shards, or cannot be read.

@@ -10,6 +10,7 @@ import xxhash
 from streaming import MDSWriter
 from streaming.base.format.mds.encodings import NDArray, mds_encode
 
+from dskd.artifacts.mds import HASH_OF_SAMPLES
 from dskd.shards.schema import HASH
 
 _LARGE = 2**17  # bytes of an array of which a copy takes longer than the code that avoids it
@@ -29,7 +30,7 @@ class UnpackedWriter(MDSWriter):
     """The library's writer, without the six copies that it makes of each sample: arrays are written from their place.
 
     States are nearly all bytes of a sample, and Python runs nothing else during the library's copies, so they would
-    slow the teacher. The files are the same.
+    slow the teacher. The files are the same; the index also has a hash of each sample.
     """
 
     def encode_sample(self, sample: Mapping[str, np.ndarray]) -> Any:
@@ -49,12 +50,18 @@ class UnpackedWriter(MDSWriter):
         places = np.array([0, *map(len, self.new_samples)]).cumsum().astype(np.uint32)
         places += 4 + places.nbytes + len(self.config_data)
         head = np.uint32(len(self.new_samples)).tobytes() + places.tobytes() + self.config_data
-        digest = xxhash.xxh64()
+        whole, of_samples = xxhash.xxh64(head), []
         with (Path(self.local) / name).open("wb") as file:
-            for part in (head, *(part for sample in self.new_samples for part in sample.parts)):
-                file.write(part)
-                digest.update(part)
-        raw = {"basename": name, "bytes": int(places[-1]), "hashes": {HASH: digest.hexdigest()}}
+            file.write(head)
+            for sample in self.new_samples:
+                digest = xxhash.xxh3_64()
+                for part in sample.parts:
+                    file.write(part)
+                    whole.update(part)
+                    digest.update(part)
+                of_samples.append(digest.hexdigest())
+        hashes = {HASH: whole.hexdigest(), HASH_OF_SAMPLES: "".join(of_samples)}
+        raw = {"basename": name, "bytes": int(places[-1]), "hashes": hashes}
         self.shards.append({"samples": len(self.new_samples), "raw_data": raw, "zip_data": None, **self.get_config()})
 
 

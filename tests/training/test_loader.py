@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artifact_folders import open_dataset
+from artifact_folders import open_dataset, update_manifest
 from rank_processes import ONE_RANK
 from safetensors.torch import save_file
 
 from dskd import shards
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.hashing import hash_files
+from dskd.artifacts.manifest import Recipe
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
 from dskd.errors import UserError
@@ -267,6 +270,88 @@ def test_a_shard_that_was_cut_short_is_reported_and_not_read(with_states, tmp_pa
         os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(UserError, match=r"cannot be read \(ValueError: shard\.0000\d\.mds has [\d,]+ bytes, but the"):
         list(_steps(copied, tmp_path / "cache", 1))
+
+
+def _flip(folder, shard, place):
+    """Changes one byte of a shard file, at a share of its length; its size stays the same."""
+    file = folder / "shards" / "train" / f"shard.{shard:05d}.mds"
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("remote", [False, True], ids=["in place", "remote copy"])
+def test_a_changed_byte_of_stored_states_stops_training_and_names_the_shard(with_states, tmp_path, workers, remote):
+    folder, _ = with_states
+    work, far = tmp_path / "work", tmp_path / "far"
+    shutil.copytree(folder / "shards", work / "shards")
+    config = _config(work, workers)
+    if remote:
+        with build_artifact(tmp_path / "new", Recipe("shards", {}, {}, "t", "k")) as building:
+            for file in (work / "shards" / "train").glob("[!.]*"):
+                shutil.copyfile(file, building.folder / file.name)
+        shutil.copyfile(tmp_path / "new" / "manifest.json", work / "shards" / "train" / "manifest.json")
+        shutil.copytree(work / "shards", far)
+        train = config.train.model_copy(update={"shard_remote": str(far)})
+        config = config.model_copy(update={"train": train})
+        (tmp_path / "shards").symlink_to(far)
+    _flip(tmp_path if remote else work, 1, 0.6)
+    steps = load_steps(
+        config, SCHEDULE, Collator(None, None, micro_batch_size=2), tmp_path / "c", ONE_RANK, start_step=0
+    )
+    message = r"cannot be read \(ValueError: shard\.00001\.mds has changed: its sample \d+ is not what the index says\)"
+    with pytest.raises(UserError, match=rf"{message}; restore the file"):
+        list(steps)
+
+
+def test_changed_places_of_samples_are_found(with_states, tmp_path):
+    folder, _ = with_states
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    file = tmp_path / "shards" / "train" / "shard.00000.mds"
+    content = bytearray(file.read_bytes())
+    content[8] ^= 64  # the end of the first sample, the begin of the second
+    file.write_bytes(content)
+    dataset = shards.open_shards(_config(tmp_path), "train", tmp_path / "cache", ONE_RANK, batch_size=1)
+    for index in (0, 1):
+        with pytest.raises(ValueError, match=rf"shard\.00000\.mds has changed: its sample {index} is"):
+            dataset[index]
+    assert dataset[2]["sample_id"] == 2
+
+
+def test_at_the_start_only_the_index_and_the_sizes_of_stored_states_are_compared(with_states, tmp_path):
+    folder, _ = with_states
+    config = Config(workdir=str(tmp_path), teacher={"path": "x"})
+    target = config.path("shards", "train")
+    with build_artifact(target, Recipe("shards", {"senses": "s"}, {}, "t", "k")) as building:
+        for file in (folder / "shards" / "train").glob("[!.]*"):
+            shutil.copyfile(file, building.folder / file.name)
+
+    def start():
+        manifest = shards.load_manifest(config, "train")
+        shards.require_fitting(config, "train", manifest, senses="s", teacher="t", tokenizer="k")
+
+    start()
+    _flip(tmp_path, 1, 0.6)
+    start()  # found when the sample is read
+    index = target / "index.json"
+    written = index.read_text()
+    index.write_text(written.replace('"version": 2', '"version": 3'))
+    with pytest.raises(UserError, match=r"index\.json: the content is not what the manifest says"):
+        start()
+    index.write_text(written)
+    # An index without the hashes of samples, as of shards that were made before: all files are read.
+    manifest = shards.load_manifest(config, "train")
+    index.write_text(written.replace("xxh3_64_of_samples", "xxh3_64_of_nothing"))
+    update_manifest(target, files={**manifest.files, **hash_files(target, only={"index.json": {}})})
+    with pytest.raises(UserError, match=r"shard\.00001\.mds: the content is not what the manifest says"):
+        start()
+    os.truncate(target / "shard.00002.mds", 99)
+    with pytest.raises(UserError, match=r"shard\.00002\.mds: the manifest says \d+ bytes, but it has 99 bytes; it was"):
+        start()
+    (target / "shard.00002.mds").unlink()
+    with pytest.raises(UserError, match=r"shard\.00002\.mds: the manifest says \d+ bytes, but it is missing"):
+        start()
 
 
 def test_padding_is_never_counted(folder, tmp_path):
