@@ -22,7 +22,7 @@ from dskd.shards.annotate import annotate
 from dskd.tracking import read_history, read_runs
 from dskd.training import checkpoint, inputs
 from dskd.training.export import build_export
-from dskd.training.records import report_status
+from dskd.training.status import report_status
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
