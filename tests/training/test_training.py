@@ -32,8 +32,8 @@ from dskd.training.collator import Collator
 from dskd.training.export import build_export
 from dskd.training.loader import load_steps
 from dskd.training.positions import SensePositions
-from dskd.training.records import report_status
 from dskd.training.schedule import plan_schedule
+from dskd.training.status import report_status
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
