@@ -24,7 +24,7 @@ from dskd.models.readouts import TopTokens
 # logits at one time, and the losses take them a block at a time.
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _SMALLEST_CHUNK = 256
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
 
 
 class Normalizers(NamedTuple):
@@ -219,6 +219,7 @@ class DistillationHead(nn.Module):
                 weight_grad.addmm_(logits.T, states[part])  # without a second tensor of the matrix's size
             elif weight_grad is not None:
                 weight_grad += logits.T @ states[part]
+            del logits, teacher, columns  # before the next chunk's logits exist
         return values, at_states, weight_grad
 
     def _sense_sums(
