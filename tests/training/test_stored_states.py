@@ -173,8 +173,9 @@ def test_shards_with_only_the_last_states_let_the_student_compute_its_layers(sto
     assert "the student computes all of its layers: no teacher is loaded, and the shards have no trunk_states" in (
         capsys.readouterr().err
     )
+    named = "annotation.store=[teacher_states, trunk_states]"
     with pytest.raises(UserError, match="shared_trunk: on is not possible: no teacher is loaded, and the shards have"):
-        train(load_config(path, ["run=forced", "student.shared_trunk='on'"]), world)
+        train(load_config(path, ["run=forced", "student.shared_trunk='on'", named]), world)
 
 
 def test_a_run_with_a_deeper_trunk_than_the_shards_starts_from_theirs(stored, world, capsys):
@@ -197,7 +198,8 @@ def test_a_run_with_a_deeper_trunk_than_the_shards_starts_from_theirs(stored, wo
 def test_a_run_that_trains_a_layer_below_the_stored_trunk_computes_all_layers(stored, world, capsys):
     path = stored()
     deeper = "student.train_layers=2"
-    online = _results(path, world, "teacher.mode=zero3", deeper, "student.shared_trunk='off'", run="online")
+    no_trunk = ("student.shared_trunk='off'", "annotation.store=[]")
+    online = _results(path, world, "teacher.mode=zero3", deeper, *no_trunk, run="online")
     capsys.readouterr()
     assert _same(_results(path, world, deeper, run="shards"), online)
     printed = capsys.readouterr().err
