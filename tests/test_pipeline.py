@@ -1,6 +1,6 @@
 """The whole pipeline, and what it does again when something changed.
 
-Three tests start ranks with DeepSpeed's launcher, as users do, which imports for long; the others fork one rank.
+Some tests start ranks with DeepSpeed's launcher, as users do, which imports for long; the others fork one rank.
 """
 
 import functools
