@@ -19,6 +19,8 @@ SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
         "import sys; sys.argv = ['dskd', 'config']; import dskd.__main__; dskd.__main__.main()",
         "import sys; sys.argv = ['dskd', 'config', '--config', 'configs/quickstart.yaml']; "
         "import dskd.__main__; dskd.__main__.main()",
+        "import sys; sys.argv = ['dskd', 'status', '--config', 'configs/quickstart.yaml', 'workdir=no-such-folder']; "
+        "import dskd.__main__; assert dskd.__main__.main() == 3",
         *(
             f"import runpy, sys; sys.argv = ['{name}', '--help']; "
             f"runpy.run_path('launcher/{name}', run_name='__main__')"

@@ -21,6 +21,6 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 def run_status(args: argparse.Namespace) -> int:
     """Prints the step of the newest checkpoint and returns the exit code."""
-    from dskd.training.records import report_status
+    from dskd.training.status import report_status
 
     return 0 if report_status(load_config(args.config, args.overrides)) else UNFINISHED_EXIT_CODE

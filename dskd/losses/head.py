@@ -21,11 +21,11 @@ from dskd.models.readouts import TopTokens
 
 # A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
 # times through float32 copies of the logits, which are fast if these stay in the caches. So a chunk of positions has
-# logits at one time, and the losses take them a block at a time. A GPU's chunks are larger here
-# than in `dskd.models.readouts`, which makes a float32 copy of a whole chunk and has only one matrix product.
+# logits at one time, and the losses take them a block at a time. A GPU's chunks are larger here than in
+# `dskd.models.readouts`, which makes a float32 copy of a whole chunk and has only one matrix product.
 _TRAINED_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 256  # positions: whole tiles of a GPU's matrix products
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
 
 
 class Normalizers(NamedTuple):
@@ -226,6 +226,7 @@ class DistillationHead(nn.Module):
                 weight_grad.addmm_(logits.T, states[part])  # without a second tensor of the matrix's size
             elif weight_grad is not None:
                 weight_grad += logits.T @ states[part]
+            del logits, teacher, columns  # before the next chunk's logits exist
         return values, at_states, weight_grad
 
     def _sense_sums(

@@ -141,11 +141,15 @@ class FrozenModel:
 
     def close(self) -> None:
         """Frees the model's memory, and deletes its files on NVMe."""
-        if hasattr(self.engine, "destroy"):
+        module = self.engine if isinstance(self.engine, FrozenDecoder) else self.engine.module
+        if module is not self.engine:
             self.engine.destroy()
-        else:
-            for tensor in (*self.engine.parameters(), *self.engine.buffers()):
-                tensor.data = tensor.new_empty(0)
+        # DeepSpeed's own lists and caches refer to a destroyed engine as long as the process lives, and torch and
+        # transformers may refer to a module, so empty the tensors.
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.new_empty(0)
+            if getattr(tensor, "ds_tensor", None) is not None:  # the rank's share
+                tensor.ds_tensor.data = tensor.new_empty(0)
         if self.nvme_folder is not None:
             shutil.rmtree(self.nvme_folder, ignore_errors=True)
 

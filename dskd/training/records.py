@@ -1,4 +1,4 @@
-"""Records of a run: the metrics of its steps, its status, tags and datasets, and the summary at its beginning."""
+"""Records of a run: the metrics of its steps, its tags and datasets, and the summary at its beginning."""
 
 import contextlib
 import time
@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from dskd import shards
-from dskd.artifacts import kinds
 from dskd.config import Config, LossConfig
 from dskd.console import progress_bar, say
 from dskd.distributed.world import World
-from dskd.errors import listed
 from dskd.losses.terms import LOSS_METRIC, TERMS
 from dskd.models.precision import compute_dtype
 from dskd.tracking import Tracker, describe_dataset, git_commit
-from dskd.training import checkpoint
-from dskd.training.inputs import TrainingInputs, recipe
+from dskd.training.inputs import TrainingInputs
 from dskd.training.pair import ModelPair
 from dskd.training.run import Run
 from dskd.training.schedule import Schedule, describe_learning_rate
@@ -79,25 +76,6 @@ def ended_in_mlflow(tracker: Tracker) -> Iterator[None]:
         raise
     finally:
         tracker.finish(status)
-
-
-def report_status(config: Config) -> bool:
-    """Prints the progress of the run. Returns True if it was trained to its end with exactly this config."""
-    newest = checkpoint.latest(config)
-    if newest is not None and newest.is_final:  # read its files fully: nothing checks them again before they are used
-        newest = checkpoint.latest(config, verify=True)
-    if newest is None:
-        print(f"run {config.run!r}: no checkpoint in {kinds.checkpoint_folder(config)}")
-        return False
-    step, total = newest.step, newest.manifest.facts["total_steps"]
-    if changes := checkpoint.changes_since(newest, recipe(config)):
-        print(listed(f"run {config.run!r}: step {step} of {total}, of another config", changes))
-        return False
-    print(
-        f"run {config.run!r}: {'finished, ' if newest.is_final else ''}step {step} of {total}; "
-        f"{describe_learning_rate(config.train)}"
-    )
-    return newest.is_final
 
 
 def tags_of(config: Config, inputs: TrainingInputs, world: World) -> dict[str, str]:

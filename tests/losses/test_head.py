@@ -348,8 +348,8 @@ def test_in_bf16_only_matrix_products_are_rounded(case):
 def test_a_chunk_is_whole_tiles_of_matrix_products_and_a_block_fits_the_caches():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert HeadSizes.of(None, 49_152, cpu) == (256, 5)
-    assert HeadSizes.of(None, 128_256, gpu) == (512, 130)
-    assert HeadSizes.of(64, 128_256, gpu) == (64, 130)
+    assert HeadSizes.of(None, 128_256, gpu) == (512, 65)
+    assert HeadSizes.of(64, 128_256, gpu) == (64, 65)
     assert HeadSizes.of(None, 10**9, cpu) == (256, 1)
 
 

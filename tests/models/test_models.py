@@ -42,7 +42,11 @@ def test_the_frozen_model_computes_what_transformers_does_in_every_mode(tmp_path
         torch.testing.assert_close(hidden, output.hidden_states[-1], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logits, output.logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(teacher.hidden_states(IDS), hidden)
+        module = getattr(teacher.engine, "module", teacher.engine)
         teacher.close()
+        # Nothing refers to memory that the weights had, whatever refers to the weights.
+        assert not any(weight.numel() for weight in module.parameters())
+        assert not any(getattr(weight, "ds_tensor", weight).numel() for weight in module.parameters())
         config = _config(tmp_path, {"mode": mode})
         bare = load_frozen(find_teacher(config), config, world, with_head=False)
         assert torch.equal(bare.hidden_states(IDS), hidden)

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -6,6 +7,8 @@ import torch
 from artifact_folders import open_dataset
 from safetensors.torch import save_file
 from streaming import MDSWriter
+from streaming.base.format.mds import MDSReader
+from streaming.base.hashing import get_hash
 from streaming.base.partition import get_partitions
 
 from dskd.random_numbers import random_bits
@@ -257,8 +260,14 @@ def test_shards_that_are_not_compressed_have_the_bytes_that_the_library_writes(t
         for sample in samples:
             writer.write(sample)
     ours, its = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "its"))
+    index, expected = (json.loads(files.pop("index.json")) for files in (ours, its))
     assert ours == its
-    assert (len(its) > 2) == (most_bytes is not None)  # shards and the index
+    for shard in index["shards"]:
+        reader = MDSReader.from_json(str(tmp_path / "its"), None, shard)
+        hashes = [get_hash("xxh3_64", reader.get_sample_data(number)) for number in range(shard["samples"])]
+        assert shard["raw_data"]["hashes"].pop("xxh3_64_of_samples") == "".join(hashes)
+    assert index == expected  # but for the hashes of samples
+    assert (len(its) > 1) == (most_bytes is not None)
     with pytest.raises(ValueError, match="Wrong dtype"):
         write_block(tmp_path / "bad", [{**samples[0], "trunk_states": np.ones((2, 2))}], columns, compression=None)
 

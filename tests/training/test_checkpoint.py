@@ -16,7 +16,7 @@ from dskd.artifacts.lock import release_lock
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.training import checkpoint, saving
-from dskd.training.records import report_status
+from dskd.training.status import report_status
 from dskd.training.train import train
 from dskd.training.universal_checkpoint import make_universal
 

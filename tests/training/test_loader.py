@@ -200,14 +200,16 @@ def with_states(tmp_path_factory):
     random = np.random.default_rng(1)
     samples = []
     for _ in range(SAMPLES):
-        length = int(random.integers(1, T + 1))
+        length = int(random.integers(0, T + 1))
+        rows = max(1, length)  # a sample without a target has one row
         columns = {name: random.integers(0, ROWS, (T, K)).astype(np.int32) for name in COLUMNS if "ids" in name}
         columns["input_ids"] = random.integers(0, 99, T).astype(np.int32)
         columns["loss_mask"] = (np.arange(T) < length).astype(np.uint8)
         columns["document_starts"] = (np.arange(T) == 0).astype(np.uint8)
-        columns["teacher_states"] = random.integers(0, 2**15, (length, 4)).astype(np.uint16)
-        columns["trunk_states"] = random.standard_normal((length, 4)).astype(np.float32)
+        columns["teacher_states"] = random.integers(0, 2**15, (rows, 4)).astype(np.uint16)
+        columns["trunk_states"] = random.standard_normal((rows, 4)).astype(np.float32)
         samples.append(columns)
+    assert any(not sample["loss_mask"].any() for sample in samples)
     encodings = {**COLUMNS, "teacher_states": "ndarray:uint16", "trunk_states": "ndarray:float32"}
     blocks = [folder / "blocks" / str(number) for number in range(3)]
     for number, block in enumerate(blocks):

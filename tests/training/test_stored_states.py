@@ -12,14 +12,17 @@ from tiny_work import BEFORE_TRAINING, TINY
 from tracked_results import losses_of
 
 from dskd.artifacts import kinds
+from dskd.artifacts.mds import INDEX, read_samples
 from dskd.config.reading import load_config
+from dskd.corpus.sequences import build_sequences
 from dskd.errors import UserError
 from dskd.models.cutting import build_student
+from dskd.models.folder import find_teacher
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_history, read_runs
 from dskd.training import checkpoint, inputs
 from dskd.training.export import build_export
-from dskd.training.records import report_status
+from dskd.training.status import report_status
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -89,6 +92,28 @@ def test_a_run_from_stored_states_equals_one_with_the_teacher_bit_for_bit(stored
     assert from_shards[2] == online[2]
     tags = {run.name: run.tags["teacher_source"] for run in read_runs(load_config(path))}
     assert tags == {"online": "loaded", "shards": "states"}
+
+
+def test_sequences_of_different_lengths_train_as_with_the_teacher(stored, world):
+    """A document per sequence: micro-batches with samples of different lengths."""
+    packing = "corpus.packing='none'"
+    path = stored(train={**SETTINGS, "micro_batch_size": 4})
+    config = load_config(path, [packing])
+    teacher = find_teacher(config)
+    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    annotate(config, world)
+    samples = list(read_samples(config.path("shards", "train") / INDEX, columns=["loss_mask", "teacher_states"]))
+    assert len({len(sample["teacher_states"]) for sample in samples}) > 5
+    for sample in samples:
+        assert len(sample["teacher_states"]) == max(sample["loss_mask"].nonzero()[0], default=0) + 1
+    online = _results(path, world, "teacher.mode=zero3", packing, run="online")
+    from_shards = _results(path, world, packing, run="shards")
+    # A batch of annotation has another shape than a micro-batch, so the last bits can differ.
+    for term, values in online[0].items():
+        assert len(values) == 4
+        assert [v for _, v in from_shards[0][term]] == pytest.approx([v for _, v in values], rel=1e-5), term
+    for name, tensor in online[1].items():
+        torch.testing.assert_close(from_shards[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_resumes_whether_its_teacher_is_loaded_or_stored(stored, world):

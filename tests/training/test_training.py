@@ -30,10 +30,11 @@ from dskd.training import checkpoint
 from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.export import build_export
+from dskd.training.inputs import load_inputs
 from dskd.training.loader import load_steps
 from dskd.training.positions import SensePositions
-from dskd.training.records import report_status
 from dskd.training.schedule import plan_schedule
+from dskd.training.status import report_status
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -372,3 +373,19 @@ def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, w
         "step-00000003",
         "tracking",
     ]
+
+
+def test_a_student_with_other_layers_than_the_config_chooses_is_refused(copy_of_tiny, world):
+    path = copy_of_tiny(*BEFORE_TRAINING)  # its student has layers 0 and 1 of 4
+    for layers, chosen in (("3", "0, 1, 2"), ("[0, 3]", "0, 3")):
+        message = (
+            rf"student: the student has the teacher's layers 0, 1, but student\.layers and student\.spacing choose "
+            rf"{chosen}; cut it again with `dskd student"
+        )
+        with pytest.raises(UserError, match=message):
+            train(load_config(path, [f"student.layers={layers}"]), world)
+    config = load_config(path, ["student.layers=[0, 1]"])  # another way to choose the same layers
+    load_inputs(config)
+    # A student that was cut from another teacher has its layers.
+    update_manifest(config.path("student"), teacher="another")
+    load_inputs(load_config(path, ["student.layers=3"]))
