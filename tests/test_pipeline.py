@@ -1,6 +1,6 @@
 """The whole pipeline, and the stages that it repeats when something changed.
 
-Three tests start ranks with DeepSpeed's launcher, as users do, which takes long to import; the others fork one rank.
+Some tests start ranks with DeepSpeed's launcher, as users do, which takes long to import; the others fork one rank.
 """
 
 import functools

@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from dskd.config.data import TEACHER_STATES as TEACHER_STATES
+from dskd.config.data import TRUNK_STATES as TRUNK_STATES
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
 from dskd.config.evaluation import TASKS as TASKS
 from dskd.config.evaluation import EvaluationConfig, TasksConfig
@@ -144,7 +146,7 @@ class Config(Section):
     def _missing_in_the_shards(self) -> Iterator[str]:
         """Yields what teacher.mode: cached would read from the shards, and `annotation` does not store."""
         store = self.annotation.store
-        if "teacher_states" not in store:
+        if TEACHER_STATES not in store:
             if self.loss.kd_weight and not self.annotation.teacher_top_n:
                 yield (
                     "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n, how "
@@ -156,7 +158,7 @@ class Config(Section):
                 yield f"loss.hidden_weight {lacks}; {remedy}, or loss.hidden_weight to 0"
             if self.loss.compares_sense_distributions:
                 yield f"loss.sense_form: distribution {lacks}; {remedy}, or loss.sense_form to distance"
-        if self.student.shared_trunk == "on" and "trunk_states" not in store:
+        if self.student.shared_trunk == "on" and TRUNK_STATES not in store:
             yield (
                 "student.shared_trunk: on needs a teacher in training, or annotation.store: [teacher_states, "
                 "trunk_states], and teacher.mode: cached loads no teacher"
@@ -166,13 +168,6 @@ class Config(Section):
     def run_names(self) -> tuple[str, ...]:
         """Names of the runs that the file describes, in its order."""
         return tuple(self.runs) or (self.run,)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """True if training runs the teacher, as far as the config says: the shards may have been made with another."""
-        mode, store = self.teacher.mode, self.annotation.store
-        reads_shards = mode == "cached" or (mode == "auto" and "teacher_states" in store)
-        return self.loss.needs_teacher and not reads_shards
 
     def path(self, *parts: str) -> Path:
         """Returns a path inside the work directory."""

@@ -62,9 +62,10 @@ from dskd.shards.text_reader import TextReader
 from dskd.shards.writing import BlockWriter, ShardFormat
 
 _MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
-# A sequence of 2,048 tokens with states of 4,096 values has 34 MB. With one or two of these in a shard, a corpus of a
-# billion tokens would have hundreds of thousands of files, which mosaicml-streaming lists in memory on every rank.
-_SAMPLES_PER_SHARD = 8
+# Samples that a shard with states has at least. A sequence of 2,048 tokens with states of 4,096 values has 34 MB. With
+# one or two of these in a shard, a corpus of a billion tokens would have hundreds of thousands of files, which
+# mosaicml-streaming lists in memory on every rank.
+SAMPLES_PER_SHARD = 8
 _COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
 _COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
@@ -379,7 +380,7 @@ def _shard_format(config: Config, sequence_length: int, teacher_top_n: int, stor
         return ShardFormat(columns)
     settings = config.annotation
     size = sample_bytes(sequence_length, kappa=settings.kappa, teacher_top_n=teacher_top_n, stored=stored)
-    most = min(max(settings.shard_size_mb * 2**20, _SAMPLES_PER_SHARD * size), LARGEST_SHARD)
+    most = min(max(settings.shard_size_mb * 2**20, SAMPLES_PER_SHARD * size), LARGEST_SHARD)
     return ShardFormat(columns, compression=None, most_bytes=most + 2**20)  # with room for a shard's own header
 
 

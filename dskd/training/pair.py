@@ -12,16 +12,15 @@ from dskd.config import Config
 from dskd.console import say
 from dskd.distributed.collectives import main_first
 from dskd.distributed.world import World
-from dskd.errors import UserError
 from dskd.models.agreement import probe_inputs
 from dskd.models.causal_lm import fits_without_lower_layers, fits_without_upper_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import compute_dtype
-from dskd.models.trunk import HandOver, TrunkError, trunk_depth
+from dskd.models.trunk import HandOver, TrunkError, refuse_if_required, trunk_depth
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.teacher_source import TeacherSource, reads_logits
 from dskd.training.trunk import Expected, StoredTrunk, difference, run_trunk_once, run_twin
 
 
@@ -147,12 +146,11 @@ def load_pair(
         stored, expected = run_trunk_once(student_folder, config, world, depth)
 
     def load(trunk_depth: int) -> Any:
-        reads_logits = source.kind in ("loaded", "states") and config.loss.kd_weight
         return load_student(
             student_folder,
             config,
             world,
-            teacher=teacher_folder if reads_logits else None,
+            teacher=teacher_folder if reads_logits(source.kind, config.loss) else None,
             margin=margin,
             accumulation_steps=accumulation_steps,
             trunk_depth=trunk_depth,
@@ -167,7 +165,7 @@ def load_pair(
         expected = run_twin(teacher, kept[depth], config, world)
     problem = difference(engine, expected, world=world, dtype=compute_dtype(config.precision, world.device))
     if problem is not None:
-        _refuse_or_report(config, problem)
+        _refuse_or_report(config, str(problem))
         engine.destroy()
         return ModelPair(teacher, load(0), source=without_trunk)
     if stored is not None:
@@ -220,10 +218,5 @@ def _stored_depth(source: TeacherSource, depth: int) -> int:
 
 
 def _refuse_or_report(config: Config, problem: str) -> None:
-    if config.student.shared_trunk == "on":
-        raise UserError(
-            f"student.shared_trunk: on is not possible: {problem}; set it to auto, and the student computes "
-            "all of its layers",
-            known_to_all_ranks=True,
-        )
+    refuse_if_required(config.student, problem)
     say(f"  the student computes all of its layers: {problem}")

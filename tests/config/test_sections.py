@@ -6,6 +6,7 @@ from config_files import MINIMAL, write_yaml
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
+from dskd.training.teacher_source import TeacherSource
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
     assert "teacher.mode: cached" not in str(with_states.value)
     config = load_config(path, [states, "corpus.packing=none"])
     assert config.annotation.store == ("teacher_states", "trunk_states")  # in one order, so that it is one recipe
-    assert not config.needs_teacher
+    assert TeacherSource.planned(config).kind == "states"
     for part in (
         "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n",
         "loss.hidden_weight needs the teacher's states",
@@ -162,11 +163,11 @@ def test_keys_of_the_loss_without_effect_are_refused(tmp_path, loss, messages):
 def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
     forms = {"a": {}, "b": {"loss": {"sense_form": "distribution", "sense_candidates": ["own", "random"]}}}
     path = write_yaml(tmp_path, {**MINIMAL, "loss": {"kd_weight": 0.0}, "run": "a", "runs": forms})
-    assert not load_config(path).needs_teacher
+    assert TeacherSource.planned(load_config(path)).kind == "none"
     config = load_config(path, ["run=b"])
     assert config.loss.sense_candidates == ("own", "random")
-    assert config.needs_teacher
-    assert not load_config(path, ["run=b", "loss.sense_weight=0"]).needs_teacher
+    assert TeacherSource.planned(config).kind == "loaded"
+    assert TeacherSource.planned(load_config(path, ["run=b", "loss.sense_weight=0"])).kind == "none"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import Architecture, Shapes, Weight, cut_student, find_architecture, teacher_shapes
 from dskd.plan.speed import flops_per_token
+from dskd.plan.stored import loads_teacher
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 
 MACHINES = ["--nodes", "1", "--gpus-per-node", "2", "--gpu-memory", "80", "--host-memory", "500"]
@@ -109,6 +110,22 @@ def test_stored_states_take_two_bytes_a_number_on_disk_and_where_batches_are_hel
     # Without a shared trunk the student computes its layers from token ids, and one column is read.
     assert no_trunk.memory.gpu.batches - computed.memory.gpu.batches == batches / 2
     assert no_trunk.student.shapes.numel > stored.student.shapes.numel
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_counted"),
+    [
+        ((), True),
+        (STORED, True),
+        ((*STORED, "loss.kd_weight=0", "loss.hidden_weight=1"), False),
+        (("teacher.mode=cached", "annotation.teacher_top_n=4"), False),
+    ],
+    ids=["loaded", "states", "states without logits", "most probable tokens"],
+)
+def test_the_teachers_output_matrix_is_counted_if_its_logits_are_computed(tmp_path, overrides, is_counted):
+    config = _config(tmp_path, "student.train_lm_head=true", *overrides)
+    student = cut_student(config, Architecture(json.dumps(LLAMA), "llama"))
+    assert student.teacher_matrix == (LLAMA["vocab_size"] * LLAMA["hidden_size"] if is_counted else 0)
 
 
 def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
@@ -329,7 +346,7 @@ def test_storing_the_teachers_states_is_proposed_with_its_bytes(tmp_path):
         plan.architecture,
         samples=2**20,
     )
-    assert not changed.config.needs_teacher
+    assert not loads_teacher(changed.config)
     (cost,) = change.preparations(changed)
     assert (
         "annotated again" in cost and "2.0 GB of disk" in cost
