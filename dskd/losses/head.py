@@ -47,7 +47,7 @@ class Normalizers(NamedTuple):
 class HeadSizes(NamedTuple):
     """The numbers of positions that the head computes at one time."""
 
-    chunk: int  # in a matrix product: so many positions have logits
+    chunk: int  # in a matrix product: the positions that have logits at one time
     block: int  # in a pass of the losses
 
     @classmethod

@@ -131,19 +131,21 @@ def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     )
 
 
+def stale_splits(config: Config, inputs: AnnotationInputs) -> list[str]:
+    """Returns the splits whose shards are missing or were made with another recipe."""
+    return [
+        split
+        for split in SPLITS
+        if not is_current(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs))
+    ]
+
+
 def annotate(config: Config, world: World, *, force: bool = False) -> None:
     """Writes `WORKDIR/shards/train` and `WORKDIR/shards/validation` on all ranks; skips a split that is up to date."""
     inputs = main_first(lambda: open_inputs(config, find_teacher(config)))
     on_main(lambda: verify_files(inputs.dictionary.path.parent, inputs.senses))
-    buildings = {
-        split: Building(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs)) for split in SPLITS
-    }
     # Rank 0 decides, because all ranks must do the same.
-    stale = on_main(
-        lambda: [
-            split for split, building in buildings.items() if force or not is_current(building.path, building.recipe)
-        ]
-    )
+    stale = on_main(lambda: list(SPLITS) if force else stale_splits(config, inputs))
     if not stale:
         say(f"up to date: {config.path(kinds.SHARDS.folder)}")
         return
@@ -170,7 +172,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
             chunk_size(None, teacher.vocab_size, world.device),
             HandOver(teacher.decoder.layers, stored.trunk_depth) if stored and stored.trunk_depth else None,
         )
-        _annotate_split(config, split, inputs, reader, searcher, buildings[split], world)
+        building = Building(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs))
+        _annotate_split(config, split, inputs, reader, searcher, building, world)
         if reader.trunk is not None:
             reader.trunk.close()
     teacher.close()
