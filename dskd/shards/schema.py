@@ -32,8 +32,8 @@ TEACHER_COLUMNS = {
     "teacher_logprobs": "ndarray:float16",
     "teacher_rest_logprob": "ndarray:float32",
 }
-# How the columns TEACHER_STATES and TRUNK_STATES of `annotation.store` are stored, by the type of the states. NumPy has no
-# bf16, so its raw bits are stored.
+# How the columns TEACHER_STATES and TRUNK_STATES of `annotation.store` are stored, by the type of the states. NumPy has
+# no bf16, so its raw bits are stored.
 _STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
 HASH = "xxh64"
 LARGEST_SHARD = 2**31  # bytes; a shard has the places of its samples as 32-bit numbers
