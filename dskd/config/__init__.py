@@ -117,8 +117,31 @@ class Config(Section):
         """Yields messages about sections that do not fit together."""
         if self.teacher.mode == "cached":
             yield from self._missing_in_the_shards()
+        yield from self._without_a_trunk()
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
             yield "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
+
+    def _without_a_trunk(self) -> Iterator[str]:
+        """Yields why there is no shared trunk, if one is to be stored, or is required and nothing provides its states.
+
+        Some reasons depend on the teacher; annotation and `dskd plan`, which know it, give these.
+        """
+        store = self.annotation.store
+        if "trunk_states" in store and (reason := self.student.why_no_trunk):
+            yield (
+                "annotation.store: trunk_states are those that leave the layers which teacher and student share, and "
+                f"they share none: {reason}; remove trunk_states from annotation.store, or change the section student"
+            )
+        if (
+            (self.student.shared_trunk == "on" and self.teacher.mode == "auto" and self.loss.needs_teacher)
+            and "teacher_states" in store
+            and "trunk_states" not in store
+        ):
+            yield (
+                "student.shared_trunk: on needs the trunk's states, but training reads the teacher's from the shards "
+                "and computes no trunk; set annotation.store to [teacher_states, trunk_states], or teacher.mode to "
+                "resident or zero3"
+            )
 
     def _missing_in_the_shards(self) -> Iterator[str]:
         """Yields what teacher.mode: cached would read from the shards, and `annotation` does not store."""

@@ -136,8 +136,9 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
     if not stored:
         raise UserError(
             f"{config.path(kinds.SHARDS.folder, split)}: the shards hold no distributions of the teacher, and "
-            f"teacher.mode: cached with loss.kd_weight {config.loss.kd_weight:g} reads them; set "
-            f"annotation.teacher_top_n (64, say) and make the shards again with `{kinds.SHARDS.made_by}`"
+            f"teacher.mode: cached with loss.kd_weight {config.loss.kd_weight:g} reads them; "
+            f"{'' if top_n else 'set annotation.teacher_top_n (64, say) and '}make the shards again with "
+            f"`{kinds.SHARDS.made_by}`"
         )
 
 

@@ -101,6 +101,36 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("student", "reason"),
+    [
+        ({"shared_trunk": "off"}, "student.shared_trunk is off"),
+        ({"train_embeddings": True}, "the student's embeddings are trained"),
+        ({"layers": 2, "train_layers": 2}, "the student's lowest layer is trained"),
+        ({"layers": [0, 3], "train_layers": [0]}, "the student's lowest layer is trained"),
+        ({"layers": [1, 3], "train_layers": 1}, "the student's lowest layer is the teacher's layer 1"),
+        ({"layers": 1, "train_layers": 0}, "the student has only one layer"),
+    ],
+)
+def test_a_trunk_that_the_config_rules_out_is_not_stored(tmp_path, student, reason):
+    path = write_yaml(tmp_path, {**MINIMAL, "student": student})
+    with pytest.raises(
+        UserError, match=rf"annotation\.store: trunk_states .* they share none: {reason}; remove trunk_"
+    ):
+        load_config(path, ["annotation.store=[trunk_states]"])
+    load_config(path, ["annotation.store=[teacher_states]"])
+
+
+def test_a_required_trunk_needs_its_states_if_training_reads_the_teachers(tmp_path):
+    path = write_yaml(tmp_path, {**MINIMAL, "student": {"shared_trunk": "on"}})
+    with pytest.raises(
+        UserError, match=r"shared_trunk: on needs the trunk's states, .* \[teacher_states, trunk_states\]"
+    ):
+        load_config(path, ["annotation.store=[teacher_states]"])
+    for other in ("annotation.store=[teacher_states, trunk_states]", "teacher.mode=zero3", "loss.kd_weight=0"):
+        load_config(path, ["annotation.store=[teacher_states]", other])
+
+
+@pytest.mark.parametrize(
     ("loss", "messages"),
     [
         (

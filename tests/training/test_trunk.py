@@ -42,7 +42,15 @@ def _config(folder, **sections):
 
 
 def _load(config, world):
-    return load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
+    return load_pair(
+        config,
+        world,
+        find_teacher(config),
+        find_student(config),
+        source=TeacherSource.of(config),
+        margin=1.0,
+        accumulation_steps=1,
+    )
 
 
 def _step(pair):
