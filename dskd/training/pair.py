@@ -173,7 +173,7 @@ def load_pair(
         expected = run_twin(teacher, kept[depth], config, world)
     problem = difference(engine, expected, world=world, dtype=compute_dtype(config.precision, world.device))
     if problem is not None:
-        _refuse_or_report(config, str(problem))
+        _refuse_or_report(config, problem)
         engine.destroy()
         return ModelPair(teacher, load(0), without_trunk)
     if trunk is not None:
