@@ -45,10 +45,11 @@ class ModelPair:
         """Returns a line about what computes the states that training reads: of the teacher, and of a shared trunk."""
         line = self.source.describe(config)
         if isinstance(self.trunk, StoredTrunk):
-            depth = self.trunk.depth
-            return f"{line}; the shards have what the lowest {depth} layers compute; the student runs those above"
+            computed = "layer computes" if self.trunk.depth == 1 else f"{self.trunk.depth} layers compute"
+            return f"{line}; the shards have what the lowest {computed}; the student runs those above"
         if self.trunk is not None:
-            return f"{line}; the teacher computes the lowest {self.trunk.depth} layers for both models"
+            layers = "layer" if self.trunk.depth == 1 else f"{self.trunk.depth} layers"
+            return f"{line}; the teacher computes the lowest {layers} for both models"
         return line
 
     def set_learning_rate(self, rate: float) -> None:
