@@ -18,7 +18,6 @@ The result is a set of streaming shards, written in blocks of sequences. A block
 any number of ranks writes the same files, and a resumed run keeps the blocks written before the interruption.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +50,7 @@ from dskd.shards.schema import (
     ANTONYM_ROWS,
     LARGEST_SHARD,
     OWN_ROWS,
+    SHARD_HEADER,
     SYNONYM_ROWS,
     TEACHER_STATES,
     TRUNK_STATES,
@@ -59,14 +59,13 @@ from dskd.shards.schema import (
 from dskd.shards.search import Searcher
 from dskd.shards.stored_states import columns_of_states, plan_stored, require_unchanged_input
 from dskd.shards.text_reader import TextReader
-from dskd.shards.writing import BlockWriter, ShardFormat
+from dskd.shards.writing import BlockWriter, JoinedBlocks, ShardFormat, is_block
 
 _MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
 # A sequence of 2,048 tokens with states of 4,096 values has 34 MB. With one or two of these in a shard, a corpus of a
 # billion tokens would have hundreds of thousands of files, which mosaicml-streaming lists in memory on every rank.
 _SAMPLES_PER_SHARD = 8
 _COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
-_COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def _annotate_split(
     ):
         on_main(building.resume_or_clear)
         blocks = _blocks(len(sequences), sequences.sequence_length, config, split)
-        is_done = on_main(lambda: [_block_folder(building.folder, block).is_dir() for block in blocks])
+        is_done = on_main(lambda: [is_block(_block_folder(building.folder, block)) for block in blocks])
         left = [block for block, done in zip(blocks, is_done, strict=True) if not done]
         if len(left) < len(blocks):
             say(f"  resuming: {len(blocks) - len(left)} of {len(blocks)} blocks were written before an interruption")
@@ -235,7 +234,7 @@ def _annotate_split(
                     counts.update(counts_of_batch)
                     thread.submit(writer.add, samples)
                     bar.update(min(unread.num_tokens * world.world_size, bar.total - bar.n))
-                thread.submit(writer.finish, _COUNTS_FILE, dict(counts))
+                thread.submit(writer.finish, dict(counts))
         done_turns = sum(turns[world.rank :: world.world_size])
         for _ in range(most_turns - done_turns):
             reader.read(sequences.batch(0, 1).without_targets(), 0)
@@ -328,8 +327,9 @@ def _column(batch: TokenBatch, values: torch.Tensor, dtype: torch.dtype, *, fill
 def _publish(building: Building, blocks: list[range], text: str) -> None:
     folders = [_block_folder(building.folder, block) for block in blocks]
     counts = Counter[str]()
-    for folder in folders:
-        counts.update(json.loads((folder / _COUNTS_FILE).read_text(encoding="utf-8")))
+    joined = JoinedBlocks.of(folders)
+    for counts_of_block in joined.facts:
+        counts.update(counts_of_block)
     samples = join_blocks(building.folder, folders)
     targets = counts["targets"]
     coverage = {name: counts[name] / max(targets, 1) for name in _COVERAGE}
@@ -344,7 +344,10 @@ def _publish(building: Building, blocks: list[range], text: str) -> None:
     continued = "continuation_tokens" in building.recipe.config
     if continued:
         building.facts["continued_tokens"] = counts["continued_tokens"]
-    building.publish()
+    if joined.digest_without_states is not None:
+        # A run whose shards get states later, or lose them, stays the same run, with the same order of samples.
+        building.facts["without_states"] = {"digest": joined.digest_without_states, "samples_per_shard": len(blocks[0])}
+    building.publish(joined.hashes)
     shares = ", ".join(f"{100 * share:.1f} % {name.replace('_', ' ')}" for name, share in coverage.items())
     say(f"  {samples:,} samples, {targets:,} target positions: {shares}")
     if continued:
@@ -376,8 +379,8 @@ def _shard_format(config: Config, sequence_length: int, teacher_top_n: int, stor
         return ShardFormat(columns)
     settings = config.annotation
     size = sample_bytes(sequence_length, kappa=settings.kappa, teacher_top_n=teacher_top_n, stored=stored)
-    most = min(max(settings.shard_size_mb * 2**20, _SAMPLES_PER_SHARD * size), LARGEST_SHARD)
-    return ShardFormat(columns, compression=None, most_bytes=most + 2**20)  # with room for a shard's own header
+    most = max(settings.shard_size_mb * 2**20, _SAMPLES_PER_SHARD * size) + SHARD_HEADER
+    return ShardFormat(columns, compression=None, most_bytes=min(most, LARGEST_SHARD))
 
 
 def _block_folder(folder: Path, block: range) -> Path:

@@ -35,7 +35,8 @@ TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
 # The type of states: what they are stored as. NumPy has no bf16, so its raw bits are stored.
 _STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
 HASH = "xxh64"
-LARGEST_SHARD = 2**31  # bytes; a shard has the places of its samples as 32-bit numbers
+LARGEST_SHARD = 2**31  # bytes of its file: half of what the places of its samples, 32-bit numbers, allow
+SHARD_HEADER = 2**20  # bytes of these that no sample takes: more than the header of a shard has
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ class Stored:
     def encodings(self) -> dict[str, str]:
         """{column: its encoding}."""
         return dict.fromkeys(self.columns, _STORED_AS[self.dtype])
+
+
+def digest_without_states(manifest: Manifest) -> str:
+    """Returns the digest that shards have, or would have without the teacher's states.
+
+    It identifies what the numbers of a run depend on: stored states are those that a loaded teacher computes. For
+    shards with states that were written before annotation recorded it, it is the digest of all files.
+    """
+    return manifest.facts.get("without_states", {}).get("digest", manifest.digest)
 
 
 def columns_of(*, teacher_top_n: int, stored: Stored | None = None) -> dict[str, str]:

@@ -24,7 +24,7 @@ from dskd.models.frozen import FrozenModel
 from dskd.models.layers import recorded
 from dskd.models.precision import resolve_precision
 from dskd.models.trunk import TrunkError, trunk_depth
-from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stored, sample_bytes
+from dskd.shards.schema import LARGEST_SHARD, SHARD_HEADER, TEACHER_STATES, TRUNK_STATES, Stored, sample_bytes
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -43,7 +43,7 @@ def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
     stored = Stored(columns, _DTYPES[resolve_precision(config.precision)], hidden_size, depth)
     length, settings = config.corpus.sequence_length, config.annotation
     size = sample_bytes(length, kappa=settings.kappa, teacher_top_n=settings.teacher_top_n, stored=stored)
-    if size > LARGEST_SHARD:
+    if size > LARGEST_SHARD - SHARD_HEADER:
         raise UserError(
             f"annotation.store: with {' and '.join(columns)}, a sequence of {length:,} tokens has {size / 2**30:.1f} "
             f"GB, and a sample can have {LARGEST_SHARD / 2**30:.1f}; shorten corpus.sequence_length, or store less"

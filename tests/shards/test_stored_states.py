@@ -13,15 +13,16 @@ from rank_processes import run_program
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dskd.artifacts.hashing import hash_files
 from dskd.artifacts.manifest import is_current, read_manifest
-from dskd.artifacts.mds import INDEX, read_samples
+from dskd.artifacts.mds import INDEX, read_index, read_samples
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.corpus.sequences import TokenBatch, build_sequences
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
-from dskd.shards import COLUMNS, TEACHER_COLUMNS, Stored
+from dskd.shards import COLUMNS, TEACHER_COLUMNS, Stored, digest_without_states, open_shards
 from dskd.shards.annotate import annotate, open_inputs, recipe
 from dskd.shards.stored_states import columns_of_states, plan_stored, require_unchanged_input
 
@@ -89,12 +90,48 @@ def test_one_rank_stores_the_same_states_as_two_byte_for_byte(copy_of_tiny, tmp_
     for ranks in (1, 2):
         run_program("annotate.py", path, STORE, ranks=ranks)
         folder = load_config(path).path("shards", "train")
-        contents.append({file.name: file.read_bytes() for file in folder.iterdir() if file.name != "manifest.json"})
+        contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
+        # The hashes that were taken while the files were written are those of the files.
+        assert read_manifest(folder, "shards").files == hash_files(folder)
         folder.parent.rename(tmp_path / str(ranks))
     assert contents[0] == contents[1]
     assert {Path(name).suffix for name in contents[0]} == {".mds", ".json"}  # not compressed
     shards = json.loads(contents[0][INDEX])["shards"]
     assert sum(shard["samples"] for shard in shards) == 96
+
+
+@pytest.mark.slow
+def test_shards_have_the_digest_of_those_without_states_whatever_is_stored(copy_of_tiny, world, monkeypatch):
+    """The order of samples is the same, too, although a file has fewer of them."""
+    monkeypatch.setattr("dskd.shards.annotate.LARGEST_SHARD", 40_000)  # two samples
+    path = copy_of_tiny("corpus", "teacher", "sequences", "senses")
+    found, orders, sizes = [], [], []
+    for number, options in enumerate(
+        [
+            [],
+            [STORE, "student.layers=3"],
+            [STORE, "student.layers=3", "student.train_layers=2"],
+            ["annotation.store=[teacher_states]"],
+        ]
+    ):
+        config = load_config(path, [*options, "precision=fp32"])
+        annotate(config, world)
+        manifest = read_manifest(config.path("shards", "train"), "shards")
+        found.append(digest_without_states(manifest))
+        if not number:
+            assert found == [manifest.digest]
+        sizes.append({shard["samples"] for shard in read_index(config.path("shards", "train") / INDEX)})
+        dataset = open_shards(
+            config, "train", path.parent / f"cache-{number}", world, shuffle=True, shuffle_seed=1, batch_size=1,
+            num_canonical_nodes=1, epoch_size=90,
+        )  # fmt: skip
+        orders.append([[sample["sample_id"] for sample in dataset] for _ in range(2)])
+    assert len(set(found)) == 1
+    assert sizes[:2] == [{6}, {2}]
+    assert orders[0][0] != orders[0][1]
+    assert orders[1:] == orders[:1] * 3
+    annotate(load_config(path, [STORE, "annotation.kappa=2"]), world)
+    assert digest_without_states(read_manifest(config.path("shards", "train"), "shards")) != found[0]
 
 
 @pytest.mark.slow
