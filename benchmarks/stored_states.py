@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.report import build_parser, machine, parse, publish
 from dskd.artifacts.mds import INDEX, read_index, read_samples
-from dskd.shards import TEACHER_STATES, TRUNK_STATES, write_block
+from dskd.shards import TEACHER_STATES, TRUNK_STATES
+from dskd.shards.writing import write_block
 
 _LEVELS = (1, 3)  # mosaicml-streaming's default is 3
 

@@ -10,6 +10,7 @@ from dskd.console import allow_any_text
 from dskd.distributed.world import leave_launcher
 
 VERBS = (stages, config, wordnet, status, preflight, compare, inspect, plan, senses)
+ACTIONS = {"inspect": "WHAT", "senses": "ACTION"}  # verbs with verbs of their own, and what their help calls these
 PROGRAMS = ("build_senses", "annotate", "train", "evaluate", "pipeline")  # of launcher/, which users may try as verbs
 DESCRIPTION = """
 Decoder-based sense knowledge distillation. These verbs run in one process; the stages that run on several ranks are
@@ -30,9 +31,12 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         verb.add_parser(verbs)
-    first = next((word for word in sys.argv[1:] if not word.startswith("--local_rank")), "")
+    form, words = "VERB", [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if words and words[0] in ACTIONS:
+        form = f"{words[0]} {ACTIONS[words.pop(0)]}"
+    first = words[0] if words else ""
     if first.partition("=")[0] == "--config" or ("=" in first and not first.startswith("-")):
-        parser.error("put --config and overrides after the verb: `dskd VERB --config FILE section.key=value`")
+        parser.error(f"put --config and overrides after the verb: `dskd {form} --config FILE section.key=value`")
     if (name := next((word for word in sys.argv[1:] if not word.startswith("-")), "")) in PROGRAMS:
         launcher = "python" if name == "pipeline" else "deepspeed"
         parser.error(f"{name!r} is not a verb of dskd; start it with `{launcher} launcher/{name}.py --config FILE`")

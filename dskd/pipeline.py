@@ -111,11 +111,7 @@ def plan_stages(
         return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
 
     def shards_are_current() -> bool:
-        opened = annotate.open_inputs(config, teacher())
-        return all(
-            is_current(config.path(kinds.SHARDS.folder, split), annotate.recipe(config, split, opened))
-            for split in corpus.SPLITS
-        )
+        return not annotate.stale_splits(config, annotate.open_inputs(config, teacher()))
 
     def senses_are_current() -> bool:
         if config.senses.path is not None:

@@ -58,7 +58,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared, tmp_path_factory):
-    """The work directory in which nobody was killed, and for how many seconds each stage wrote."""
+    """Returns the config of a work directory in which no stage was killed, and the seconds that each stage wrote."""
     config = _copy(prepared, tmp_path_factory.mktemp("undisturbed"))
     seconds = {}
     for stage, names in ARTIFACTS.items():
@@ -147,7 +147,7 @@ def _log(config: Path) -> str:
 
 
 def _wait_for_work(work: Path, names: tuple[str, ...], process) -> None:
-    """Until a stage writes something, or has ended."""
+    """Waits until a stage writes something, or has ended."""
     places = [(work / name).with_name(f".{Path(name).name}.partial") for name in names]
     while process.is_running() and not any(place.is_dir() for place in places):
         time.sleep(0.002)

@@ -62,7 +62,7 @@ def test_a_message_keeps_its_characters_as_escapes(terminal, monkeypatch):
 
 
 def test_a_path_that_the_locale_cannot_encode_is_refused_with_the_remedy(tmp_path):
-    """Where even UTF-8 mode was switched off, which Python chooses by itself in the locale C."""
+    """Python chooses UTF-8 mode by itself in the locale C, so the test switches it off."""
     config = write_config(tmp_path / "c.yaml", {"workdir": f"{tmp_path}/→", "teacher": {"path": "t"}})
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "dskd", "status", "--config", str(config)]

@@ -1,6 +1,6 @@
-"""The whole pipeline, and what it does again when something changed.
+"""The whole pipeline, and the stages that it repeats when something changed.
 
-Three tests start ranks with DeepSpeed's launcher, as users do, which imports for long; the others fork one rank.
+Some tests start ranks with DeepSpeed's launcher, as users do, which takes long to import; the others fork one rank.
 """
 
 import functools
@@ -40,7 +40,7 @@ ONE_GPU = 'pipeline.launcher_args=["--num_gpus", "1"]'  # one rank, with or with
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    """The pipeline starts its ranks without DeepSpeed's launcher, and one for each stage."""
+    """Lets the pipeline fork one rank for each stage, without DeepSpeed's launcher."""
     monkeypatch.setattr(pipeline, "launch", functools.partial(launch_forked, ranks=1))
 
 

@@ -168,7 +168,7 @@ def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeyp
 
 
 def _layers(weights):
-    """{layer: {name in the layer: weight}}, of those that belong to one."""
+    """Returns {layer: {name in the layer: weight}} of the weights that belong to a layer."""
     found = {}
     for name, weight in weights.items():
         if ".layers." in name:

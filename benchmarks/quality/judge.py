@@ -6,14 +6,12 @@ words (:mod:`dskd.evaluation.lexical`).
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from benchmarks.quality.measures import ERROR, GEOMETRY, HIDDEN, ITEMS, LEXICAL
 from benchmarks.quality.results import CHANCE, LETTERS, TEACHER
 from benchmarks.quality.splits import Split, rows_of
-from dskd import shards
 from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
@@ -28,7 +26,7 @@ from dskd.losses.logits import hidden_distance
 from dskd.models.cutting import find_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import FrozenModel, load_frozen
-from dskd.senses.dictionary import SenseDictionary, load_dictionary
+from dskd.senses.dictionary import SenseDictionary
 from dskd.training.export import find_export
 
 _BATCH_SIZE = 32
@@ -37,8 +35,8 @@ _BATCH_SIZE = 32
 class _Part(held_out_text.HeldOutText):
     """One part of the held-out shards, in memory."""
 
-    def __init__(self, config: Config, split: Split, vectors_path: Path, world: World) -> None:
-        super().__init__(config, shards.load_manifest(config, "validation"), vectors_path, world)
+    def __init__(self, config: Config, split: Split, inputs: held_out_text.HeldOutInputs, world: World) -> None:
+        super().__init__(config, inputs, world)
         begins = [bool(self._dataset[row]["document_starts"][1:].any()) for row in range(self.num_samples)]
         rows = rows_of(split, begins)
         self._dataset = [self._dataset[row] for row in rows]
@@ -61,17 +59,17 @@ class Judge:
 
     def __init__(self, config: Config, split: Split, world: World) -> None:
         self._config, self._world = config, world
-        dictionary, _ = load_dictionary(config)
-        self._part = _Part(config, split, dictionary.path, world)
+        inputs = held_out_text.open_inputs(config, find_teacher(config))
+        self._part = _Part(config, split, inputs, world)
         self._predictions: list[torch.Tensor] = []
-        teacher = load_frozen(find_teacher(config), config, world)
+        teacher = load_frozen(inputs.teacher, config, world)
         examples = held_out_text.measure(teacher, self._part, self._predictions, world, label="teacher")
         self._states = self._read(teacher)
         self._items = load_items(config, _manifest_of_items(config)) if split == "test" else None
         words = self._measure_words(teacher)
         teacher.close()
         self.references: dict[str, dict[str, float]] = {
-            TEACHER: examples.values() | _values(words) | _errors(words) | _geometry(dictionary) | {HIDDEN: 0.0},
+            TEACHER: examples.values() | _values(words) | _errors(words) | _geometry(inputs.dictionary) | {HIDDEN: 0.0},
             CHANCE: {name: found["chance"] for name, found in words.items()},
             LETTERS: _of_letters(config) if words else {},
         }

@@ -96,7 +96,7 @@ def on_seeds(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[fl
 def holm(p_values: Sequence[float]) -> list[float]:
     """Applies Holm's step-down correction, which keeps the chance of any false alarm among these tests below the level.
 
-    A NaN stands for no test: it stays NaN and is not counted.
+    A NaN means that there was no test: it stays NaN and is not counted.
     """
     corrected = [math.nan] * len(p_values)
     order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])

@@ -151,8 +151,8 @@ class SensesConfig(Section):
         """Yields a message if there are more senses than states."""
         if self.k > self.max_states:
             yield (
-                f"k {self.k} is more than max_states {self.max_states}, and no token keeps so many states; lower k, or "
-                "raise max_states"
+                f"k {self.k} is more than max_states {self.max_states}, the most states of a token that are kept; "
+                "lower k, or raise max_states"
             )
 
     @property

@@ -144,7 +144,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return copy.deepcopy(data), lines
 
 
-@functools.lru_cache(maxsize=4)  # a plan that does not fit is made again with some hundred overrides of one file
+@functools.lru_cache(maxsize=4)  # a plan that does not fit is computed again with some hundred overrides of one file
 def _parse(text: str) -> tuple[Any, dict[str, int]]:
     data, node = load_yaml(text)
     return data, dict(_lines_of(node, ""))

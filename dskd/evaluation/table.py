@@ -48,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Program:
-    """What `launcher/evaluate.py` runs on all ranks."""
+    """A program that `launcher/evaluate.py` runs on all ranks, and its evaluations."""
 
     option: str  # with which it runs, without --; "" if it runs without an option
     help: str

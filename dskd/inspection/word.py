@@ -90,7 +90,7 @@ def inspect_word(
         return WordReport(word, related, near, pieces, tokens, _head(word, tokens, None), notes=notes)
     dictionary, manifest = senses
     if manifest.inputs.get("lexicon") not in (None, lexicon_manifest(config).digest):
-        notes.append("the lexicon was made again after the sense dictionary, so their relations may differ")
+        notes.append("the lexicon was rebuilt after the sense dictionary, so their relations may differ")
     rows = dictionary.rows_of_tokens(tokens)
     if not related and not rows:
         raise UserError(_unknown(word, near, pieces) + _replaced(config, word))

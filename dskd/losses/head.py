@@ -16,15 +16,16 @@ from dskd.config import LossConfig
 from dskd.losses.logits import hidden_distance, logit_losses
 from dskd.losses.sense_distance import sense_loss
 from dskd.losses.sense_distribution import sense_divergence
-from dskd.losses.terms import SUMS
+from dskd.losses.terms import DENOMINATORS, SUMS
 from dskd.models.readouts import TopTokens
 
 # A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
 # times through float32 copies of the logits, which are fast if these stay in the caches. So a chunk of positions has
-# logits at one time, and the losses take them a block at a time.
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-_SMALLEST_CHUNK = 256
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+# logits at one time, and the losses take them a block at a time. A GPU's chunks are larger here than in
+# `dskd.models.readouts`, which makes a float32 copy of a whole chunk and has only one matrix product.
+_TRAINED_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_TILE = 256  # positions: whole tiles of a GPU's matrix products
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
 
 
 class Normalizers(NamedTuple):
@@ -34,22 +35,26 @@ class Normalizers(NamedTuple):
     gradients over ranks and accumulation steps, and the other factors cancel that.
     """
 
-    targets: float  # for CE, KL and the hidden-state distance
-    senses: float  # for the sense loss
+    targets: float
+    senses: float
+
+    def of(self, term: str) -> float:
+        """Returns the factor for a term of the loss, as the table :data:`dskd.losses.terms.TERMS` says."""
+        factor: float = getattr(self, DENOMINATORS[term])
+        return factor
 
 
 class HeadSizes(NamedTuple):
     """The numbers of positions that the head computes at one time."""
 
-    chunk: int  # in a matrix product: so many positions have logits
+    chunk: int  # in a matrix product: the positions that have logits at one time
     block: int  # in a pass of the losses
 
     @classmethod
     def of(cls, configured: int | None, vocab_size: int, device: torch.device) -> "HeadSizes":
         """Returns sizes that suit the device; `configured` replaces that of the chunk."""
-        # Whole tiles of a GPU's matrix products.
-        chunk = _CHUNK_ELEMENTS[device.type] // vocab_size // _SMALLEST_CHUNK * _SMALLEST_CHUNK
-        return cls(configured or max(_SMALLEST_CHUNK, chunk), max(1, _BLOCK_ELEMENTS[device.type] // vocab_size))
+        chunk = _TRAINED_CHUNK_ELEMENTS[device.type] // vocab_size // _TILE * _TILE
+        return cls(configured or max(_TILE, chunk), max(1, _BLOCK_ELEMENTS[device.type] // vocab_size))
 
 
 class DistillationHead(nn.Module):
@@ -73,7 +78,7 @@ class DistillationHead(nn.Module):
             teacher_weight: the teacher's output matrix [V', D'], which is not trained. None if teacher and student
                 share one matrix and it is not trained, or if no term reads the teacher's logits.
             loss: weights and settings of the terms.
-            chunk_size: positions whose logits exist at one time.
+            chunk_size: positions whose logits, of the student and perhaps the teacher, exist at one time.
             block_size: positions that the losses take at one time; None: the whole chunk.
             margin: the margin in units of D, if it differs from `loss.margin`.
             compile_losses: whether to compile the computation on a chunk's logits with torch.compile.
@@ -163,10 +168,12 @@ class DistillationHead(nn.Module):
         is accumulated in float32 or wider.
         """
         weights, states = self.loss, flat[valid]
-        factors = torch.full((len(states), 1), normalizers.targets, dtype=_accumulator(flat), device=flat.device)
+        factors = torch.ones(len(states), 1, dtype=_accumulator(flat), device=flat.device)
         if token_weights is not None:
             factors *= token_weights.unsqueeze(-1)
-        scales = weights.ce_weight * factors, weights.kd_weight * weights.temperature**2 * factors
+        ce_scale = weights.ce_weight * normalizers.of("ce")
+        kl_scale = weights.kd_weight * weights.temperature**2 * normalizers.of("kl")
+        scales = ce_scale * factors, kl_scale * factors
         # Even if the output matrix is frozen, the states need gradients for whatever below them is trained.
         values, at_valid, weight_grad = self._logit_terms(states, labels, teacher_states, cache, scales)
         total = (torch.cat(scales, dim=-1) * values.T).sum()
@@ -174,14 +181,14 @@ class DistillationHead(nn.Module):
         # The distance of hidden states needs no logits, so one call computes it for all positions.
         if weights.hidden_weight:
             assert teacher_states is not None
-            scale = weights.hidden_weight * normalizers.targets
+            scale = weights.hidden_weight * normalizers.of("hidden")
             sums["hidden"], gradient = hidden_distance(states, teacher_states)
             total += scale * sums["hidden"]
             at_valid += gradient.mul_(scale).to(at_valid.dtype)
         # Positions of the sense loss index all N states, so the gradients first move back to their places among these.
         hidden_grad = torch.zeros_like(flat).index_copy_(0, valid, at_valid)
         if senses is not None and weights.sense_weight:
-            scale = weights.sense_weight * normalizers.senses
+            scale = weights.sense_weight * normalizers.of("sense")
             sums |= self._sense_sums(flat, senses, hidden_grad, scale)
             total += scale * sums["sense"]
         return total, sums, hidden_grad, weight_grad
@@ -219,6 +226,7 @@ class DistillationHead(nn.Module):
                 weight_grad.addmm_(logits.T, states[part])  # without a second tensor of the matrix's size
             elif weight_grad is not None:
                 weight_grad += logits.T @ states[part]
+            del logits, teacher, columns  # before the next chunk's logits exist
         return values, at_states, weight_grad
 
     def _sense_sums(

@@ -50,10 +50,10 @@ def sense_divergence(
         gradient: [N, D]; the gradient of the total by `hidden`, times `scale`, is added to it in place.
         scale: the factor for the added gradient.
     """
-    dtype, width, own = at_least_float32(hidden[:0]).dtype, hidden.shape[-1], candidate_rows.shape[-1]
+    dtype, width, private = at_least_float32(hidden[:0]).dtype, hidden.shape[-1], candidate_rows.shape[-1]
     sums = hidden.new_zeros(2, dtype=dtype)
     shared = sense_rows[random_rows].to(dtype)
-    parts = in_parts(len(positions), (own + 1) * width + len(shared), hidden.device.type)
+    parts = in_parts(len(positions), (private + 1) * width + len(shared), hidden.device.type)
     # Gather the candidates of a few positions at a time. Shared ones are not copied per position.
     for part in parts if len(sense_rows) else ():
         at, row_index = positions[part], candidate_rows[part]
@@ -85,7 +85,7 @@ def sense_divergence(
         if gradient is not None:
             # The chain rule from the logits z to h: the derivative of z by h is slope · s.
             weights = by_z.mul_(slope)
-            change = torch.bmm(weights[:, :own].unsqueeze(1), rows).squeeze(1) + weights[:, own:] @ shared
+            change = torch.bmm(weights[:, :private].unsqueeze(1), rows).squeeze(1) + weights[:, private:] @ shared
             if distance == "cosine":  # the loss depends on h's direction alone, so keep the part orthogonal to h
                 change = (change - (change * states).sum(-1, keepdim=True) * states) / length
             # Positions are distinct, so no update is lost.

@@ -15,11 +15,13 @@ class Term:
     """A number that the output head sums over positions, and that is reported as a mean."""
 
     name: str
-    mean_over: str  # a number of positions (:class:`dskd.training.packed_step.Counts`), or a sum of the head
+    # A number of positions (:class:`dskd.training.packed_step.Counts`), or a sum of the head. A minimised term, too, is
+    # divided by it, so there it is a field of :class:`dskd.losses.head.Normalizers`.
+    mean_over: str
     label: str  # in pictures and comparisons
     # term: weighted and minimised; part: a part of a term, without its weight; indicator: smaller is not better
     kind: Literal["term", "part", "indicator"] = "term"
-    weight: str | None = None  # key of `loss`; the term is not computed if it is 0. None: always computed
+    needs: str | None = None  # key of `loss`; not computed if it is 0. None: always computed, as CE is with ce_weight 0
     sense_form: str | None = None  # only computed with this `loss.sense_form`
 
     @property
@@ -29,22 +31,23 @@ class Term:
 
     def is_computed(self, loss: LossConfig) -> bool:
         """Returns True if the head computes it with this loss."""
-        has_weight = self.weight is None or getattr(loss, self.weight) > 0
-        return has_weight and self.sense_form in (None, loss.sense_form)
+        is_needed = self.needs is None or getattr(loss, self.needs) > 0
+        return is_needed and self.sense_form in (None, loss.sense_form)
 
 
 # In the order in which they are shown.
 TERMS = (
     Term("ce", "targets", "cross-entropy (nats)"),
-    Term("kl", "targets", "divergence from the teacher (nats)", weight="kd_weight"),
-    Term("sense", "senses", "sense loss", weight="sense_weight"),
-    Term("hidden", "targets", "hidden-state distance", weight="hidden_weight"),
+    Term("kl", "targets", "divergence from the teacher (nats)", needs="kd_weight"),
+    Term("sense", "senses", "sense loss", needs="sense_weight"),
+    Term("hidden", "targets", "hidden-state distance", needs="hidden_weight"),
     Term("sense_synonym", "relations", "sense synonym", "part", "sense_weight", "distance"),
     Term("sense_antonym", "relations", "sense antonym", "part", "sense_weight", "distance"),
     Term("sense_own", "own", "sense own", "part", "sense_weight", "distance"),
     Term("active_hinges", "hinges", "active hinges", "indicator", "sense_weight", "distance"),
     Term("sense_teacher_entropy", "senses", "sense teacher entropy", "indicator", "sense_weight", "distribution"),
 )
+DENOMINATORS = {term.name: term.mean_over for term in TERMS}
 SUMS = (*(term.name for term in TERMS), "hinges")  # all sums that the head returns, in this order
 
 LOSS_METRIC, LOSS_LABEL = "train/loss", "loss"  # the weighted sum of the terms

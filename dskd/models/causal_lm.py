@@ -21,8 +21,8 @@ from dskd.models.probes import check_head
 from dskd.models.stored_names import StoredNames, check_stored_tensors, parameter_names, persistent_buffers
 from dskd.models.weights import LAYER_NAME, TensorReader
 
-# What ZeRO-3 gathers, in numbers of elements. Norms and biases, up to so many times the hidden size, stay gathered, and
-# anything larger is sharded; transformers uses this rule for "auto". The rest are DeepSpeed's own defaults, set
+# What ZeRO-3 gathers, in numbers of elements. Norms and biases, up to this multiple of the hidden size, stay gathered,
+# and anything larger is sharded; transformers uses this rule for "auto". The rest are DeepSpeed's own defaults, set
 # explicitly because :mod:`dskd.plan` computes with them.
 PERSISTENT_WIDTHS = 10
 PREFETCHED, MAX_LIVE, MAX_REUSE_DISTANCE = 50_000_000, 1_000_000_000, 1_000_000_000
@@ -63,7 +63,7 @@ def build_sharded(
 
     Rank 0 reads each tensor, and every rank keeps its share. With `first_layer` above 0 the model lacks the layers
     below it, and its input embeddings stay on the meta device, unless they are tied to the output matrix. With
-    `num_layers` it has only so many layers from there.
+    `num_layers` it has only this number of layers from there.
     """
     import deepspeed  # imported here so that commands that load no model do not wait for it
 

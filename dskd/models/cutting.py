@@ -59,7 +59,7 @@ def build_student(config: Config) -> None:
             size = cut(teacher.path, layers, building.folder)
             check_student(student, teacher, layers)
             building.facts.update(layers=layers, size_bytes=size)
-        say(f"  the teacher's layers {', '.join(map(str, layers))}; {size / 1e6:,.1f} MB")
+        say(f"  the teacher's layers {_numbers(layers)}; {size / 1e6:,.1f} MB")
 
 
 def find_student(config: Config) -> ModelFolder:
@@ -73,6 +73,31 @@ def find_student(config: Config) -> ModelFolder:
     trusted = config.teacher.trust_remote_code
     digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
     return ModelFolder(folder, manifest.digest, digest, trusted)
+
+
+def require_chosen_layers(config: Config, teacher: ModelFolder, student: ModelFolder) -> None:
+    """Checks that a student cut from `teacher` has the layers that the config chooses; they may have changed since.
+
+    A student that was cut from another teacher is not compared: its layers are numbered as that teacher's.
+
+    Raises:
+        UserError: if it has others, or the teacher has no such layers; it names both, and the command that cuts again.
+    """
+    manifest = read_manifest(student.path, "student")
+    if manifest.teacher != teacher.digest:
+        return
+    found = list(manifest.facts["layers"])
+    chosen = choose_layers(config.student, teacher.load_config().num_hidden_layers)
+    if found != chosen:
+        raise UserError(
+            f"{student.path}: the student has the teacher's layers {_numbers(found)}, but student.layers and "
+            f"student.spacing choose {_numbers(chosen)}; cut it again with `{kinds.STUDENT.made_by}`, or set "
+            f"student.layers to [{_numbers(found)}]"
+        )
+
+
+def _numbers(layers: list[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:

@@ -172,7 +172,7 @@ def load_frozen(
         config: the experiment.
         world: the ranks; all of them must call this.
         with_head: whether to keep the output matrix. If not, it takes no memory, and :meth:`FrozenModel.read` fails.
-        num_layers: load only so many of the lowest layers. What they compute is not compared with transformers then.
+        num_layers: how many of the lowest layers to load; None: all. A part is not compared with transformers.
 
     Raises:
         UserError: when weights are missing, the model does more than a matrix product after its last hidden state, it

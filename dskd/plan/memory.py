@@ -21,7 +21,9 @@ from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
 from dskd.plan.stored import columns_read, reads_states
 from dskd.shards import TRUNK_STATES
+from dskd.shards.annotate import SAMPLES_PER_SHARD
 from dskd.training.loader import PREFETCHED_STEPS
+from dskd.training.positions import SensePositions
 from dskd.training.saving import EXPORTED_BYTES
 from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
 
@@ -31,7 +33,6 @@ RESERVED_ON_GPU = 2 * GB
 RESERVED_ON_HOST = 2 * GB
 # Bytes that the optimizer's step needs for an element: a copy of its gradient, and AdamW's two intermediate results.
 _STEP = GRADIENT_BYTES + MOMENT_BYTES
-_SAMPLES_PER_SHARD = 8  # that annotation collects before it writes them, if they have stored states
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
     """
     loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
     lexical = min(length, round(relations * length))
-    positions = min(lexical, max(round(loss.relation_share * lexical), loss.min_relations)) if loss.sense_weight else 0
-    positions *= micro_batch_size
+    positions = SensePositions.of(loss, seed=0).number(lexical) * micro_batch_size if loss.sense_weight else 0
     on_device = config.train.sense_bank == "device"
     stored = columns_read(config, trunk)
     cached = config.teacher.mode == "cached" and loss.kd_weight > 0 and not reads_states(config)
@@ -301,7 +301,7 @@ def stages_before(
         columns = config.annotation.store if name == "annotation" else ()
         of_states = batch.length * hidden_size * size
         gpu += batch.size * of_states * (TRUNK_STATES in columns)  # held until the teacher has read the batch
-        in_host += (2 * batch.size + _SAMPLES_PER_SHARD) * of_states * len(columns)  # two batches, and a shard
+        in_host += (2 * batch.size + SAMPLES_PER_SHARD) * of_states * len(columns)  # two batches, and a shard
         # Without GPUs a rank's tensors are in the host's memory, and `gpu` includes its process.
         host = (on_host + in_host + (gpu if is_cpu else RESERVED_ON_HOST)) * cluster.gpus_per_node
         stages.append(StageMemory(name, gpu, host))

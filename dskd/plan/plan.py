@@ -134,6 +134,6 @@ def _shards(config: Config) -> Manifest | None:
 
 
 def _has_states(config: Config, shards: Manifest) -> bool:
-    """Returns whether the shards hold the states that the config stores; otherwise they are made again."""
+    """Returns whether the shards hold the states that the config stores; otherwise they have to be annotated again."""
     stored = Stored.of(shards)
     return set(config.annotation.store) == set(() if stored is None else stored.columns)

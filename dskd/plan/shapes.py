@@ -24,6 +24,7 @@ from dskd.models.trunk import TrunkError, missing_source, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size
+from dskd.training.teacher_source import kind_of, reads_logits
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -226,7 +227,7 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
             raise UserError(f"student.shared_trunk: on is not possible: {problem}; set it to auto") from None
         trunk, why = 0, str(problem)
     loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
-    needs_copy = loaded.trains_output and config.needs_teacher and config.loss.kd_weight > 0
+    needs_copy = loaded.trains_output and reads_logits(kind_of(config, config.annotation.store), config.loss)
     return Student(layers, trunk, why, loaded.shapes, whole.numel, loaded.output_numel if needs_copy else 0)
 
 

@@ -4,11 +4,12 @@ import torch
 
 from dskd.config import Config
 from dskd.shards import TEACHER_STATES, TRUNK_STATES, Stored
+from dskd.training.teacher_source import kind_of
 
 
 def reads_states(config: Config) -> bool:
     """Returns whether the loss reads the teacher's states from the shards."""
-    return config.loss.needs_teacher and not config.needs_teacher and TEACHER_STATES in config.annotation.store
+    return kind_of(config, config.annotation.store) == "states"
 
 
 def columns_read(config: Config, trunk: int) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from dskd.shards.schema import (
     require_teacher_cache,
     sample_bytes,
 )
-from dskd.shards.writing import join_blocks, write_block
+from dskd.shards.writing import join_blocks
 
 __all__ = [
     "ANTONYM_ROWS",
@@ -57,5 +57,4 @@ __all__ = [
     "require_samples",
     "require_teacher_cache",
     "sample_bytes",
-    "write_block",
 ]

@@ -62,9 +62,10 @@ from dskd.shards.text_reader import TextReader
 from dskd.shards.writing import BlockWriter, JoinedBlocks, ShardFormat, is_block
 
 _MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
-# A sequence of 2,048 tokens with states of 4,096 values has 34 MB. With one or two of these in a shard, a corpus of a
-# billion tokens would have hundreds of thousands of files, which mosaicml-streaming lists in memory on every rank.
-_SAMPLES_PER_SHARD = 8
+# Samples that a shard with states has at least. A sequence of 2,048 tokens with states of 4,096 values has 34 MB. With
+# one or two of these in a shard, a corpus of a billion tokens would have hundreds of thousands of files, which
+# mosaicml-streaming lists in memory on every rank.
+SAMPLES_PER_SHARD = 8
 _COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
 
 
@@ -129,19 +130,21 @@ def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     )
 
 
+def stale_splits(config: Config, inputs: AnnotationInputs) -> list[str]:
+    """Returns the splits whose shards are missing or were made with another recipe."""
+    return [
+        split
+        for split in SPLITS
+        if not is_current(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs))
+    ]
+
+
 def annotate(config: Config, world: World, *, force: bool = False) -> None:
     """Writes `WORKDIR/shards/train` and `WORKDIR/shards/validation` on all ranks; skips a split that is up to date."""
     inputs = main_first(lambda: open_inputs(config, find_teacher(config)))
     on_main(lambda: verify_files(inputs.dictionary.path.parent, inputs.senses))
-    buildings = {
-        split: Building(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs)) for split in SPLITS
-    }
     # Rank 0 decides, because all ranks must do the same.
-    stale = on_main(
-        lambda: [
-            split for split, building in buildings.items() if force or not is_current(building.path, building.recipe)
-        ]
-    )
+    stale = on_main(lambda: list(SPLITS) if force else stale_splits(config, inputs))
     if not stale:
         say(f"up to date: {config.path(kinds.SHARDS.folder)}")
         return
@@ -168,7 +171,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
             chunk_size(None, teacher.vocab_size, world.device),
             HandOver(teacher.decoder.layers, stored.trunk_depth) if stored and stored.trunk_depth else None,
         )
-        _annotate_split(config, split, inputs, reader, searcher, buildings[split], world)
+        building = Building(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs))
+        _annotate_split(config, split, inputs, reader, searcher, building, world)
         if reader.trunk is not None:
             reader.trunk.close()
     teacher.close()
@@ -379,7 +383,7 @@ def _shard_format(config: Config, sequence_length: int, teacher_top_n: int, stor
         return ShardFormat(columns)
     settings = config.annotation
     size = sample_bytes(sequence_length, kappa=settings.kappa, teacher_top_n=teacher_top_n, stored=stored)
-    most = max(settings.shard_size_mb * 2**20, _SAMPLES_PER_SHARD * size) + SHARD_HEADER
+    most = max(settings.shard_size_mb * 2**20, SAMPLES_PER_SHARD * size) + SHARD_HEADER
     return ShardFormat(columns, compression=None, most_bytes=min(most, LARGEST_SHARD))
 
 

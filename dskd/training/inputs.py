@@ -10,7 +10,7 @@ from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_file
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.cutting import find_student
+from dskd.models.cutting import find_student, require_chosen_layers
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.precision import resolve_precision
 from dskd.random_numbers import derived_seed
@@ -51,6 +51,7 @@ def load_inputs(config: Config) -> TrainingInputs:
         UserError: naming both sides of the first mismatch.
     """
     teacher, student = find_teacher(config), find_student(config)
+    require_chosen_layers(config, teacher, student)
     dictionary, senses = load_dictionary(config)
     hidden_size = student.load_config().hidden_size  # the student's, whose states the sense loss compares with the rows
     require_fitting(dictionary, senses, teacher, hidden_size)

@@ -21,7 +21,7 @@ from dskd.models.precision import compute_dtype
 from dskd.models.trunk import HandOver, TrunkError, trunk_depth
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.teacher_source import TeacherSource, reads_logits
 from dskd.training.trunk import Expected, StoredTrunk, difference, run_trunk_once, run_twin
 
 
@@ -147,12 +147,11 @@ def load_pair(
         stored, expected = run_trunk_once(student_folder, config, world, depth)
 
     def load(trunk_depth: int) -> Any:
-        reads_logits = source.kind in ("loaded", "states") and config.loss.kd_weight
         return load_student(
             student_folder,
             config,
             world,
-            teacher=teacher_folder if reads_logits else None,
+            teacher=teacher_folder if reads_logits(source.kind, config.loss) else None,
             margin=margin,
             accumulation_steps=accumulation_steps,
             trunk_depth=trunk_depth,

@@ -26,6 +26,10 @@ class SensePositions:
         """Returns the rule for a run with this loss."""
         return cls(seed, loss.relation_share, loss.min_relations)
 
+    def number(self, lexical: int) -> int:
+        """Returns the number of positions that the relation term gets of a sample with so many lexical ones."""
+        return min(lexical, max(round(self.relation_share * lexical), self.min_relations))
+
     def draw(self, sample: Mapping[str, np.ndarray], sample_id: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Draws positions for the relation term and for the own term; both are ascending.
 
@@ -36,7 +40,7 @@ class SensePositions:
         counts = sample["loss_mask"].astype(bool)
         lexical = np.flatnonzero(counts & is_lexical(sample))
         own = np.flatnonzero(counts & (sample[OWN_ROWS][:, 0] >= 0))
-        count = min(len(lexical), max(round(self.relation_share * len(lexical)), self.min_relations))
+        count = self.number(len(lexical))
         return (
             self._first(lexical, count, sample_id, epoch, _RELATION_DRAW),
             self._first(own, count, sample_id, epoch, _OWN_DRAW),

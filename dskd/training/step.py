@@ -117,9 +117,7 @@ def train_step(
 
 def _normalizers(counts: Counts, world: World, accumulation_steps: int) -> Normalizers:
     divided_by_deepspeed = world.world_size * accumulation_steps
-    return Normalizers(
-        targets=divided_by_deepspeed / max(counts.targets, 1), senses=divided_by_deepspeed / max(counts.senses, 1)
-    )
+    return Normalizers(*(divided_by_deepspeed / max(getattr(counts, name), 1) for name in Normalizers._fields))
 
 
 def _token_weights(lexical: torch.Tensor, loss: LossConfig, counts: Counts) -> torch.Tensor:

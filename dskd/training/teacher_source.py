@@ -1,5 +1,6 @@
 """The source of what training reads of the teacher: a teacher that it loads, or the shards."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,11 +8,13 @@ import torch
 
 from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest
-from dskd.config import Config
+from dskd.config import Config, LossConfig
 from dskd.errors import UserError
 from dskd.models.precision import resolve_precision
 from dskd.shards import TEACHER_STATES, TRUNK_STATES, Stored
 
+Kind = Literal["none", "loaded", "states", "top_n"]
+_LOADED = ("resident", "zero3")  # values of `teacher.mode`
 _PRECISIONS = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -24,25 +27,17 @@ class TeacherSource:
     probable tokens.
     """
 
-    kind: Literal["none", "loaded", "states", "top_n"]
+    kind: Kind
     stored: Stored | None = None  # the states that the shards hold; None if they hold none, or the run reads none
     reads_trunk: bool = False  # the student starts from `trunk_states`
 
     @classmethod
     def of(cls, config: Config, shards: Manifest | None = None) -> "TeacherSource":
         """Returns the source for the config's run; without the manifest of `shards` there are no stored states."""
-        needs_teacher = config.loss.needs_teacher
-        if config.teacher.mode in ("resident", "zero3"):
-            return cls("loaded" if needs_teacher else "none")
-        stored = None if shards is None else Stored.of(shards)
+        stored = None if shards is None or config.teacher.mode in _LOADED else Stored.of(shards)
         columns = () if stored is None else stored.columns
-        reads_trunk = TRUNK_STATES in columns
-        if not needs_teacher:
-            return cls("none", stored, reads_trunk)
-        if TEACHER_STATES in columns:
-            return cls("states", stored, reads_trunk)
-        # Not the most probable tokens with `auto`: they are another objective, which nobody asked for.
-        return cls("loaded") if config.teacher.mode == "auto" else cls("top_n", stored, reads_trunk)
+        kind = kind_of(config, columns)
+        return cls(kind) if kind == "loaded" else cls(kind, stored, TRUNK_STATES in columns)
 
     @property
     def columns(self) -> dict[str, torch.dtype]:
@@ -74,6 +69,23 @@ class TeacherSource:
                 f"them, make the shards again with `{kinds.SHARDS.made_by}`"
             )
         return None
+
+
+def kind_of(config: Config, columns: Collection[str]) -> Kind:
+    """Returns the kind of source for the config's run if the shards have these columns of states."""
+    if not config.loss.needs_teacher:
+        return "none"
+    if config.teacher.mode in _LOADED:
+        return "loaded"
+    if TEACHER_STATES in columns:
+        return "states"
+    # Not the most probable tokens with `auto`: they are another objective, which nobody asked for.
+    return "loaded" if config.teacher.mode == "auto" else "top_n"
+
+
+def reads_logits(kind: Kind, loss: LossConfig) -> bool:
+    """Returns True if the head computes the teacher's logits from its states, for which it needs its output matrix."""
+    return kind in ("loaded", "states") and loss.kd_weight > 0
 
 
 def require_states(config: Config, source: TeacherSource) -> None:

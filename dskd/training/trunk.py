@@ -94,8 +94,8 @@ def difference(engine: Any, expected: list[Expected], *, world: World, dtype: to
         with recorded([engine.module.decoder.layers[0]]) as runs:
             engine(twin.input, positions)
         limit = _TOLERANCE[dtype] * float((twin.output - twin.input).float().norm())
-        own = runs[0]
-        for index, (theirs, ours) in enumerate(((twin.input, own.input), (twin.output, own.output))):
+        lowest = runs[0]
+        for index, (theirs, ours) in enumerate(((twin.input, lowest.input), (twin.output, lowest.output))):
             # Written with `not … <=` so that a NaN counts as a difference.
             differs[index] += not float((theirs - ours).float().norm()) <= limit
     # All ranks must reach the same decision, even if their hardware rounds differently.

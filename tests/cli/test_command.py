@@ -86,6 +86,16 @@ def test_overrides_and_config_before_the_verb_are_refused_clearly(call, line):
     assert "put --config and overrides after the verb: `dskd VERB --config FILE section.key=value`" in error
 
 
+@pytest.mark.parametrize(
+    ("line", "form"),
+    [("inspect --config FILE word good", "inspect WHAT"), ("senses run=kd geometry --config FILE", "senses ACTION")],
+)
+def test_config_before_the_action_of_a_verb_is_refused_clearly(call, line, form):
+    code, printed, error = call(*line.replace("FILE", CONFIG).split())
+    assert (code, printed) == (2, "")
+    assert f"put --config and overrides after the verb: `dskd {form} --config FILE section.key=value`" in error
+
+
 def test_the_launchers_option_may_come_before_the_verb(call):
     assert call("--local_rank=0", "config", "--config", CONFIG, "--run-names")[0] == 0
 

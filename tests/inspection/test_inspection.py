@@ -22,7 +22,8 @@ from dskd.inspection.word import near_spellings
 from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.dictionary import read_dictionary
 from dskd.senses.entries import build_entries
-from dskd.shards import COLUMNS, join_blocks, write_block
+from dskd.shards import COLUMNS, join_blocks
+from dskd.shards.writing import write_block
 
 WORDS = ["big", "large", "huge", "small", "of", "very", "the", "size", "x2y", "tiny"]
 T = 8

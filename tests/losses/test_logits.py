@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from random_tensors import random_float64
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
@@ -25,10 +26,6 @@ def cached_divergence(logits, teacher, temperature, kind):
     scales = {"ce_scale": ZERO.expand(len(logits), 1).to(logits.dtype), "kl_scale": ONE.to(logits.dtype)}
     losses = logit_losses(logits, labels, teacher, **scales, temperature=temperature, kind=kind)
     return losses.kl, losses.gradient
-
-
-def _random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _plain_divergence(student, teacher, temperature, kind):
@@ -92,7 +89,7 @@ def test_divergence_of_equals_is_zero_and_of_others_positive(kind):
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_divergences_and_gradients_are_those_of_torch_distributions(kind, temperature):
-    student, teacher = _random(2, 5, 13, seed=1)
+    student, teacher = random_float64(2, 5, 13, seed=1)
     expected = _gradient(lambda x: _plain_divergence(x, teacher, temperature, kind), student)
     found = divergence(student, teacher, temperature, kind)
     torch.testing.assert_close(found, expected)
@@ -112,7 +109,7 @@ def _cached(logits, n):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cached_teacher_of_the_whole_vocabulary_equals_the_teacher(kind):
-    student, teacher = _random(2, 5, 13, seed=2) * 3
+    student, teacher = random_float64(2, 5, 13, seed=2) * 3
     torch.testing.assert_close(
         cached_divergence(student, _cached(teacher, 13), 2.0, kind), divergence(student, teacher, 2.0, kind)
     )
@@ -122,7 +119,7 @@ def test_a_cached_teacher_of_the_whole_vocabulary_equals_the_teacher(kind):
 @pytest.mark.parametrize("n", [1, 4, 12])
 def test_the_rest_of_a_cached_distribution_is_one_more_class(n, kind):
     """Compares with loops that sum both distributions into n + 1 classes."""
-    student, teacher = _random(2, 3, 13, seed=3) * 2
+    student, teacher = random_float64(2, 3, 13, seed=3) * 2
     cached = _cached(teacher, n)
 
     def plain(logits):
@@ -164,7 +161,9 @@ def _weighted_sum(student, labels, teacher, ce_scale, kl_scale, temperature, kin
 
 
 def _scales(count, dtype):
-    return (_random(count, 1, seed=4).abs() + 0.1).to(dtype), (_random(count, 1, seed=5).abs() + 0.1).to(dtype)
+    return (random_float64(count, 1, seed=4).abs() + 0.1).to(dtype), (random_float64(count, 1, seed=5).abs() + 0.1).to(
+        dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -173,7 +172,7 @@ def _scales(count, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_the_gradient_of_the_weighted_sum_are_those_of_torch(kind, temperature, sizes, dtype):
     count, exact = 9, torch.float64 if dtype == torch.float64 else torch.float32
-    student, teacher = (_random(count, size, seed=size + i).mul(4).to(dtype) for i, size in enumerate(sizes))
+    student, teacher = (random_float64(count, size, seed=size + i).mul(4).to(dtype) for i, size in enumerate(sizes))
     labels, scales = torch.arange(count) * 5 % min(sizes), _scales(count, exact)
     found = logit_losses(
         student, labels, teacher, ce_scale=scales[0], kl_scale=scales[1], temperature=temperature, kind=kind
@@ -197,7 +196,7 @@ def test_logits_that_are_far_apart_overflow_nowhere(kind, temperature):
 
 
 def test_tokens_that_the_student_excludes_have_no_gradient():
-    student, teacher = _random(2, 4, 10, seed=7)
+    student, teacher = random_float64(2, 4, 10, seed=7)
     student[:, 3] = -torch.inf
     found = logit_losses(student, torch.arange(3, 7), None, ce_scale=torch.ones(4, 1).double(), kl_scale=ZERO)
     assert found.ce[0] == torch.inf
@@ -225,7 +224,7 @@ def test_no_positions_give_no_losses(teacher):
 @pytest.mark.parametrize("n", [1, 4, 13])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weighted_sum_with_a_cached_teacher_adds_up_its_two_gradients(kind, n):
-    student, teacher = _random(2, 5, 13, seed=8) * 3
+    student, teacher = random_float64(2, 5, 13, seed=8) * 3
     cached, labels, (ce_scale, kl_scale) = _cached(teacher, n), torch.arange(5) * 3, _scales(5, torch.float64)
     found = logit_losses(student, labels, cached, ce_scale=ce_scale, kl_scale=kl_scale, temperature=2.0, kind=kind)
     ce, of_ce = _gradient(lambda x: F.cross_entropy(x, labels, reduction="none"), student)

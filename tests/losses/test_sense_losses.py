@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
+from random_tensors import random_float64
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
 from dskd.losses.sense_distance import sense_loss
 from dskd.losses.sense_distribution import sense_divergence
-
-
-def _random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _gradient(function, values):
@@ -99,7 +96,7 @@ def test_sense_loss_and_gradient_are_those_of_loops_however_many_rows_are_gather
     if at_one_time:
         monkeypatch.setattr("dskd.losses.sense_distance._GATHERED", {"cpu": at_one_time})
     generator = torch.Generator().manual_seed(2)
-    hidden, rows = _random(9, 5, seed=4), _random(6, 5, seed=5)
+    hidden, rows = random_float64(9, 5, seed=4), random_float64(6, 5, seed=5)
     index = torch.randint(-1, 6, (3, 7, 4), generator=generator)
     at = {name: torch.randperm(9, generator=generator)[:7] for name in ("relation_positions", "own_positions")}
     names = ("synonym_rows", "antonym_rows", "own_rows")
@@ -192,7 +189,7 @@ def test_sense_divergence_and_gradient_are_those_of_loops_however_many_rows_are_
 ):
     if at_one_time:
         monkeypatch.setattr("dskd.losses.sense_distance._GATHERED", {"cpu": at_one_time})
-    hidden, teacher, rows = _random(N, D, seed=1), _random(N, D, seed=2), _random(R, D, seed=3)
+    hidden, teacher, rows = random_float64(N, D, seed=1), random_float64(N, D, seed=2), random_float64(R, D, seed=3)
     expected, expected_gradient = _gradient(lambda h: _plain_divergence(h, teacher, rows, distance, shared)[0], hidden)
     gradient = torch.zeros_like(hidden)
     sums = _divergence(
@@ -211,7 +208,11 @@ def test_sense_divergence_and_gradient_are_those_of_loops_however_many_rows_are_
 
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
 def test_sense_divergence_is_zero_if_student_and_teacher_agree_and_positive_otherwise(distance):
-    hidden, rows, gradient = _random(N, D, seed=1), _random(R, D, seed=3), torch.zeros(N, D, dtype=torch.float64)
+    hidden, rows, gradient = (
+        random_float64(N, D, seed=1),
+        random_float64(R, D, seed=3),
+        torch.zeros(N, D, dtype=torch.float64),
+    )
     agreeing = _divergence(hidden, hidden.clone(), rows, distance=distance, gradient=gradient)
     assert agreeing.total.item() == pytest.approx(0, abs=1e-12)
     assert gradient.abs().max() < 1e-12
@@ -219,7 +220,7 @@ def test_sense_divergence_is_zero_if_student_and_teacher_agree_and_positive_othe
 
 
 def test_lengths_change_nothing_in_the_cosine_form():
-    hidden, teacher, rows = _random(N, D, seed=1), _random(N, D, seed=2), _random(R, D, seed=3)
+    hidden, teacher, rows = random_float64(N, D, seed=1), random_float64(N, D, seed=2), random_float64(R, D, seed=3)
     lengths = torch.arange(1.0, R + 1, dtype=torch.float64).unsqueeze(-1)
     plain, scaled = (
         _divergence(*inputs, distance="cosine").total
@@ -232,7 +233,7 @@ def test_lengths_change_nothing_in_the_cosine_form():
 
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
 def test_a_position_with_one_candidate_or_none_has_no_divergence(distance):
-    hidden, teacher, rows = _random(N, D, seed=1), _random(N, D, seed=2), _random(R, D, seed=3)
+    hidden, teacher, rows = random_float64(N, D, seed=1), random_float64(N, D, seed=2), random_float64(R, D, seed=3)
     index = torch.full_like(INDEX, -1)
     index[:3, 1] = torch.tensor([4, 0, 2])
     gradient, nothing = torch.zeros_like(hidden), torch.empty(0, dtype=torch.int64)
@@ -263,7 +264,7 @@ def test_no_positions_give_no_divergence(rows):
 
 
 def test_half_precision_states_are_compared_in_single_precision():
-    hidden, teacher, rows = (_random(n, 64, seed=n).bfloat16() for n in (N, N + 1, R))
+    hidden, teacher, rows = (random_float64(n, 64, seed=n).bfloat16() for n in (N, N + 1, R))
     gradient = torch.zeros_like(hidden)
     low = _divergence(hidden, teacher, rows, gradient=gradient).total
     high_gradient = torch.zeros(N, 64, dtype=torch.float64)

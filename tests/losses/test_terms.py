@@ -1,17 +1,31 @@
 """The table of the loss terms, against what computes, divides, records and shows them."""
 
 import pytest
+import torch
 
 from dskd.compare import metrics, wording
 from dskd.config import LossConfig
+from dskd.distributed.world import World
 from dskd.losses.terms import SUMS, TERMS, curve_titles
 from dskd.training.packed_step import Counts
+from dskd.training.step import _means, _normalizers
 
 
 def test_every_mean_has_a_denominator_and_every_weight_is_a_key_of_the_config():
     for term in TERMS:
         assert term.mean_over in SUMS or isinstance(getattr(Counts(8, 5, 3, 0), term.mean_over), int), term
-        assert term.weight is None or term.weight in LossConfig.model_fields, term
+        assert term.needs is None or term.needs in LossConfig.model_fields, term
+
+
+def test_a_minimised_term_is_divided_by_the_denominator_of_its_reported_mean():
+    world = World(0, 2, 0, torch.device("cpu"))
+    counts = Counts(targets=8, senses=5, relations=3, lexical=0)
+    normalizers = _normalizers(counts, world, accumulation_steps=3)
+    sums = dict.fromkeys(SUMS, 1.0)
+    means = _means(sums, counts)
+    for term in TERMS:
+        if term.kind == "term":
+            assert normalizers.of(term.name) / (2 * 3) == pytest.approx(means[term.name]), term
 
 
 @pytest.mark.parametrize(

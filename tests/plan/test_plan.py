@@ -110,6 +110,22 @@ def test_stored_states_take_two_bytes_a_number_on_disk_and_where_batches_are_hel
     assert no_trunk.student.shapes.numel > stored.student.shapes.numel
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_counted"),
+    [
+        ((), True),
+        (STORED, True),
+        ((*STORED, "loss.kd_weight=0", "loss.hidden_weight=1"), False),
+        (("teacher.mode=cached", "annotation.teacher_top_n=4"), False),
+    ],
+    ids=["loaded", "states", "states without logits", "most probable tokens"],
+)
+def test_the_teachers_output_matrix_is_counted_if_its_logits_are_computed(tmp_path, overrides, is_counted):
+    config = _config(tmp_path, "student.train_lm_head=true", *overrides)
+    student = cut_student(config, Architecture(json.dumps(LLAMA), "llama"))
+    assert student.teacher_matrix == (LLAMA["vocab_size"] * LLAMA["hidden_size"] if is_counted else 0)
+
+
 def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
     def plan_of(disk_bandwidth, *overrides):
         config = _config(tmp_path, "train.global_batch_size=32", "train.micro_batch_size=4", *STORED, *overrides)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from relations import relations_of
 from small_dictionaries import all_vectors, save_dictionary
 from tiny_models import word_tokenizer
 
@@ -10,7 +11,6 @@ from dskd.artifacts.building import Building
 from dskd.artifacts.manifest import Recipe
 from dskd.config import SensesConfig
 from dskd.errors import UserError
-from dskd.lexicon.relations import Pairs, Relation
 from dskd.random_numbers import random_bits
 from dskd.senses.build import _finish, _prepare
 from dskd.senses.cluster import cluster
@@ -22,15 +22,11 @@ from dskd.senses.spans import compose_spans, span_sizes
 WORDS = ["big", "large", "huge", "small", "of", "very", "the", "size", "ox"]
 
 
-def _relations(*lines):
-    return Pairs(Relation(*line.split("|"), "test") for line in lines).resolved()
-
-
 def test_entries_of_a_hand_made_lexicon():
     tokenizer = word_tokenizer(WORDS)
     ids = tokenizer.get_vocab()
     entries, counts = build_entries(
-        _relations(
+        relations_of(
             "big|large|synonym",
             "big|very large|synonym",
             "big|small|antonym",
@@ -212,7 +208,7 @@ def test_spans_are_composed_as_in_a_plain_loop():
 @pytest.fixture
 def dictionary_file(tmp_path):
     tokenizer = word_tokenizer(WORDS)
-    entries, _ = build_entries(_relations("big|very large|synonym"), tokenizer, len(tokenizer))
+    entries, _ = build_entries(relations_of("big|very large|synonym"), tokenizer, len(tokenizer))
     sizes = torch.ones(entries.num_entries, dtype=torch.int64)
     offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     vectors = torch.randn(entries.num_entries, 6, generator=torch.Generator().manual_seed(1)).bfloat16()

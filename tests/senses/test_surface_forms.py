@@ -1,10 +1,10 @@
 """Words after a space, capitalized, and at the beginning of a text, with a tokenizer of a few plain tokens."""
 
 import pytest
+from relations import relations_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dskd.lexicon.relations import Pairs, Relation
 from dskd.senses.entries import build_entries
 
 # Ġ is a space. Words that are not here are split into letters.
@@ -37,10 +37,6 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
 
 
-def _relations(*lines):
-    return Pairs(Relation(*line.split("|"), "test") for line in lines).resolved()
-
-
 def _neighbours(tokenizer, relations, *forms):
     """{token of a head: its synonyms, antonyms}, as the tokenizer spells them."""
     entries, counts = build_entries(relations, tokenizer, len(tokenizer), forms)
@@ -62,7 +58,7 @@ PAIRS = ("big|large|synonym", "big|very huge|synonym", "big|small|antonym")
 
 
 def test_without_surface_forms_only_words_after_a_space_count(tokenizer):
-    found, counts = _neighbours(tokenizer, _relations(*PAIRS))
+    found, counts = _neighbours(tokenizer, relations_of(*PAIRS))
     assert found == {
         "Ġbig": ({"Ġlarge", "ĠveryĠhuge"}, {"Ġsmall"}),
         "Ġlarge": ({"Ġbig"}, set()),
@@ -72,7 +68,7 @@ def test_without_surface_forms_only_words_after_a_space_count(tokenizer):
 
 
 def test_capitalized_forms_of_one_token_are_heads_and_neighbours(tokenizer):
-    found, counts = _neighbours(tokenizer, _relations(*PAIRS), "capitalized")
+    found, counts = _neighbours(tokenizer, relations_of(*PAIRS), "capitalized")
     both = ({"Ġlarge", "ĠLarge", "ĠveryĠhuge"}, {"Ġsmall"})  # " Small" has several tokens
     assert found == {
         "Ġbig": both,
@@ -85,7 +81,7 @@ def test_capitalized_forms_of_one_token_are_heads_and_neighbours(tokenizer):
 
 
 def test_both_forms_together(tokenizer):
-    found, counts = _neighbours(tokenizer, _relations(*PAIRS), "capitalized", "sentence_initial")
+    found, counts = _neighbours(tokenizer, relations_of(*PAIRS), "capitalized", "sentence_initial")
     assert set(found) == {"Ġbig", "ĠBig", "Big", "Ġlarge", "ĠLarge", "Ġsmall", "Small"}
     assert found["Big"] == ({"Ġlarge", "ĠLarge", "ĠveryĠhuge"}, {"Ġsmall", "Small"})
     assert found["Small"] == (set(), {"Ġbig", "ĠBig", "Big"})
@@ -93,19 +89,19 @@ def test_both_forms_together(tokenizer):
 
 
 def test_a_word_that_is_one_token_only_in_a_surface_form_is_a_head_in_that_form(tokenizer):
-    found, counts = _neighbours(tokenizer, _relations("tiny|small|synonym"), "capitalized", "sentence_initial")
+    found, counts = _neighbours(tokenizer, relations_of("tiny|small|synonym"), "capitalized", "sentence_initial")
     assert set(found) == {"Tiny", "ĠTiny", "Ġsmall", "Small"}  # " tiny" has five tokens
     assert found["Ġsmall"] == ({"ĠTiny", "Tiny"}, set())
     assert "head_is_not_one_token" not in counts
 
 
 def test_words_that_begin_with_a_capital_have_no_other_forms(tokenizer):
-    found, _ = _neighbours(tokenizer, _relations("Big|large|synonym"), "sentence_initial")
+    found, _ = _neighbours(tokenizer, relations_of("Big|large|synonym"), "sentence_initial")
     assert found == {"ĠBig": ({"Ġlarge"}, set()), "Ġlarge": ({"ĠBig"}, set())}
 
 
 def test_no_token_is_its_own_neighbour_nor_both_synonym_and_antonym(tokenizer):
-    relations = _relations("big|Big|synonym", "big|large|synonym", "Big|large|antonym")
+    relations = relations_of("big|Big|synonym", "big|large|synonym", "Big|large|antonym")
     found, _ = _neighbours(tokenizer, relations, "capitalized")
     assert found["ĠBig"][0] == {"Ġbig", "ĠLarge", "Ġlarge"}
     assert found["Ġbig"][0] == {"ĠBig", "ĠLarge", "Ġlarge"}

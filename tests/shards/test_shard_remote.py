@@ -12,7 +12,8 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.shards import COLUMNS, is_lasting, join_blocks, load_manifest, open_shards, require_fitting, write_block
+from dskd.shards import COLUMNS, is_lasting, join_blocks, load_manifest, open_shards, require_fitting
+from dskd.shards.writing import write_block
 
 
 def _sample(number):

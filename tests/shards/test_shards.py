@@ -12,7 +12,8 @@ from streaming.base.hashing import get_hash
 from streaming.base.partition import get_partitions
 
 from dskd.random_numbers import random_bits
-from dskd.shards import COLUMNS, gather_rows, join_blocks, write_block
+from dskd.shards import COLUMNS, gather_rows, join_blocks
+from dskd.shards.writing import write_block
 from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions
 

@@ -61,7 +61,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def some_texts(synsets: dict[tuple[str, str], Synset], count: int) -> list[str]:
-    """Returns the texts of so many synsets, with parts of speech mixed."""
+    """Returns the texts of `count` synsets, with parts of speech mixed."""
 
     def place(synset: Synset) -> bytes:
         return hashlib.blake2b(f"order:{synset.name}".encode(), digest_size=8).digest()

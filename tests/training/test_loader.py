@@ -23,7 +23,8 @@ from dskd.artifacts.manifest import Recipe
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.shards import COLUMNS, join_blocks, require_teacher_cache, write_block
+from dskd.shards import COLUMNS, join_blocks, require_teacher_cache
+from dskd.shards.writing import write_block
 from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.loader import load_steps

@@ -61,7 +61,7 @@ def test_compiled_losses_without_a_compiler_are_refused(monkeypatch, tmp_path, w
 
 
 def test_many_micro_batches_in_bf16_have_the_gradient_of_one_of_them(tmp_path, world):
-    """A sum of 64 equal gradients in bf16 is off by 3 %: each addition loses what is small beside the sum."""
+    """A sum of 64 equal gradients in bf16 is off by 3 %: each addition rounds away digits of the gradient."""
     save_model(tmp_path / "teacher")
     config = Config(
         workdir=str(tmp_path),

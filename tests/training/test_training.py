@@ -26,10 +26,11 @@ from dskd.errors import UserError
 from dskd.random_numbers import derived_seed
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_runs
-from dskd.training import checkpoint, saving
+from dskd.training import checkpoint
 from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.export import build_export
+from dskd.training.inputs import load_inputs
 from dskd.training.loader import load_steps
 from dskd.training.positions import SensePositions
 from dskd.training.schedule import plan_schedule
@@ -266,9 +267,27 @@ def short(tiny, world, tmp_path_factory):
     return config
 
 
-def test_what_saves_work_or_memory_changes_neither_the_losses_nor_the_export(short, tmp_path, world, monkeypatch):
-    """Compares a run that shares a trunk with a sharded teacher, keeps activations and has sense embeddings in its
-    batches, with a run that does none of this."""
+@pytest.mark.parametrize(
+    ("run", "changes", "tolerance"),
+    [
+        ("memory", {"train": {**SHORT, "activation_checkpointing": True, "sense_bank": "device"}}, 0),
+        (
+            "resident",
+            {
+                "student": {**TINY["student"], "shared_trunk": "off"},
+                "teacher": {**TINY["teacher"], "mode": "resident"},
+                "train": SHORT,
+            },
+            1e-6,
+        ),
+    ],
+    ids=["recomputed activations and sense embeddings on the device", "a resident teacher and no shared trunk"],
+)
+def test_what_saves_work_or_memory_changes_neither_the_losses_nor_the_export(
+    short, tmp_path, world, monkeypatch, run, changes, tolerance
+):
+    """Compares a run with one that keeps activations, has sense embeddings in its batches, and shares a trunk with a
+    sharded teacher. Only without the trunk are its sums in another order."""
     from transformers import modeling_layers
 
     recomputed = []
@@ -282,19 +301,19 @@ def test_what_saves_work_or_memory_changes_neither_the_losses_nor_the_export(sho
     other = write_config(
         tmp_path / "other.yaml",
         yaml.safe_load(short.read_text()),
-        run="other",
-        student={**TINY["student"], "shared_trunk": "off"},
-        teacher={**TINY["teacher"], "mode": "resident"},
-        train={**SHORT, "activation_checkpointing": True, "sense_bank": "device"},
+        run=run,
+        **changes,
     )
     train(load_config(other), world)
-    assert any(recomputed)
+    assert any(recomputed) == ("activation_checkpointing" in changes["train"])
     build_export(load_config(other))
     for term in ("loss", "sense", "grad_norm"):
         losses, others = losses_of(short, f"train/{term}"), losses_of(other, f"train/{term}")
         assert [step for step, _ in losses] == [1, 2]
-        assert [value for _, value in others] == pytest.approx([value for _, value in losses], rel=1e-6), term
-    exports = [load_config(path).path("export", run) for path, run in ((short, "short"), (other, "other"))]
+        assert [value for _, value in others] == pytest.approx([value for _, value in losses], rel=tolerance, abs=0), (
+            term
+        )
+    exports = [load_config(path).path("export", name) for path, name in ((short, "short"), (other, run))]
     names = [{file.name for file in folder.iterdir()} for folder in exports]
     assert names[0] == names[1]
     tensors = [load_file(folder / "model.safetensors") for folder in exports]
@@ -302,17 +321,9 @@ def test_what_saves_work_or_memory_changes_neither_the_losses_nor_the_export(sho
     assert trained
     assert tensors[0].keys() == tensors[1].keys()
     for name, tensor in tensors[0].items():
-        torch.testing.assert_close(tensor, tensors[1][name], rtol=0, atol=1e-6 if name in trained else 0)
+        torch.testing.assert_close(tensor, tensors[1][name], rtol=0, atol=tolerance if name in trained else 0)
     for name in names[0] - {"model.safetensors", "manifest.json"}:
         assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes(), name
-
-
-def test_a_checkpoint_with_another_trunk_is_refused(short, world):
-    newest = checkpoint.latest(load_config(short))
-    with pytest.raises(
-        UserError, match=r"trunk of 1 layers, but the run has one of 0 now; set student.shared_trunk to on"
-    ):
-        saving.load(None, newest, world, trunk_depth=0)
 
 
 def test_training_from_a_complete_cached_distribution_equals_training_with_the_teacher(short, copy_of_tiny, world):
@@ -353,8 +364,28 @@ def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, w
         train(config, world)
     with pytest.raises(UserError, match=r"loss.margin: 1.0 then, 7.0 now"):
         train(load_config(path, ["loss.margin=7"]), world, resume=True)
+    with pytest.raises(
+        UserError, match=r"trunk of 1 layers, but the run has one of 0 now; set student.shared_trunk to on"
+    ):
+        train(load_config(path, ["student.shared_trunk='off'"]), world, resume=True)
     assert sorted(found.name for found in kinds.checkpoint_folder(config).iterdir()) == [
         "latest",
         "step-00000003",
         "tracking",
     ]
+
+
+def test_a_student_with_other_layers_than_the_config_chooses_is_refused(copy_of_tiny, world):
+    path = copy_of_tiny(*BEFORE_TRAINING)  # its student has layers 0 and 1 of 4
+    for layers, chosen in (("3", "0, 1, 2"), ("[0, 3]", "0, 3")):
+        message = (
+            rf"student: the student has the teacher's layers 0, 1, but student\.layers and student\.spacing choose "
+            rf"{chosen}; cut it again with `dskd student"
+        )
+        with pytest.raises(UserError, match=message):
+            train(load_config(path, [f"student.layers={layers}"]), world)
+    config = load_config(path, ["student.layers=[0, 1]"])  # another way to choose the same layers
+    load_inputs(config)
+    # A student that was cut from another teacher has its layers.
+    update_manifest(config.path("student"), teacher="another")
+    load_inputs(load_config(path, ["student.layers=3"]))

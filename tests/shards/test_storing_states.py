@@ -162,7 +162,7 @@ def test_states_lose_no_bit_and_positions_without_a_target_are_zero():
     batch = TokenBatch(torch.zeros(3, 4).long(), None, has_target, torch.zeros(3, 4).byte(), 9)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(3, 4, 5, generator=generator).bfloat16()
-    states[0, 1] = torch.nan  # of no use to anyone
+    states[0, 1] = torch.nan  # nothing reads a position without a target
     columns = columns_of_states(batch, {"teacher_states": states, "trunk_states": states}, "bfloat16")
     assert [len(rows) for rows in columns["teacher_states"]] == [len(rows) for rows in columns["trunk_states"]]
     assert [rows.shape for rows in columns["trunk_states"]] == [(3, 5), (3, 5), (1, 5)]
@@ -225,7 +225,7 @@ def test_states_that_cannot_be_stored_are_refused_before_work_begins(tmp_path, o
     config = _config(tmp_path, **options)
     with pytest.raises(UserError, match=message):
         plan_stored(config, find_teacher(config))
-    # What is wrong with the student is no problem of the last states.
+    # The last states do not depend on the student.
     config = _config(tmp_path, ("teacher_states",), **options)
     assert plan_stored(config, find_teacher(config)) == Stored(("teacher_states",), "float32", 32, 0)
 
