@@ -29,6 +29,9 @@ class ShardDataset(StreamingDataset):
     """
 
     shards: list["_MappedShard"]
+    samples_per_shard: np.ndarray
+    sample_offset_per_shard: np.ndarray
+    shards_per_stream: np.ndarray
 
     def __init__(self, *, order_by: int | None = None, **options: Any) -> None:
         super().__init__(**options)
