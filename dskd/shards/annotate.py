@@ -30,6 +30,7 @@ import torch
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, verify_files
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
@@ -57,7 +58,14 @@ from dskd.shards.schema import (
     Stored,
 )
 from dskd.shards.search import Searcher
-from dskd.shards.stored_states import columns_of_states, plan_stored, require_unchanged_input
+from dskd.shards.stored_states import (
+    columns_of_states,
+    describe_stored,
+    plan_stored,
+    require_space,
+    require_unchanged_input,
+    stored_bytes,
+)
 from dskd.shards.text_reader import TextReader
 from dskd.shards.writing import BlockWriter, JoinedBlocks, ShardFormat, is_block
 
@@ -148,6 +156,11 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     if not stale:
         say(f"up to date: {config.path(kinds.SHARDS.folder)}")
         return
+    if inputs.stored and "train" in stale:
+        building = Building(config.path(kinds.SHARDS.folder, "train"), recipe(config, "train", inputs))
+        size = stored_bytes(inputs.stored, inputs.sequences["train"], _continuation_tokens(config, "train"))
+        on_main(lambda: require_space(size, building))
+        say(f"  {describe_stored(inputs.stored, size, building.path)}")
     reads_logits = any(_continuation_tokens(config, split) or _teacher_top_n(config, split) for split in stale)
     teacher = load_frozen(inputs.teacher, config, world, with_head=reads_logits)
     if inputs.stored and inputs.stored.trunk_depth and "train" in stale:
@@ -225,6 +238,7 @@ def _annotate_split(
                 label="annotating",
                 unit="tokens",
             ) as bar,
+            report_full_disk(building.folder),
             # While the teacher reads the next batch, a thread packs and writes the last one.
             _OneAtATime() as thread,
         ):
@@ -246,11 +260,12 @@ def _annotate_split(
         text = inputs.text.files[sequences.path.name]["sha256"]
         if stored is not None:
             building.facts["stored"] = asdict(stored)
-        on_main(lambda: _publish(building, blocks, text))
+        with report_full_disk(building.folder):
+            on_main(lambda: _publish(building, blocks, text))
 
 
 class _OneAtATime:
-    """A thread that runs one call at a time; nobody waits for it, except for the call before the last to end."""
+    """A thread that writes while the caller continues; a new call waits until the thread has done the one before."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
