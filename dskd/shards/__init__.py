@@ -1,6 +1,7 @@
 """The annotated streaming shards: a sample is one sequence with the rows of the sense dictionary for each position.
 
 schema           the columns, and checks that shards fit a config, a teacher and a sense dictionary
+blocks           the sizes and the format of the blocks that annotation writes, and the thread that writes them
 writing          writes blocks of samples, and joins many blocks into one dataset
 unpacked_writer  writes shards that are not compressed, without copies
 opening          opens the dataset, from the work directory or a remote copy

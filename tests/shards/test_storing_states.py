@@ -112,7 +112,7 @@ def test_one_rank_stores_the_same_states_as_two_byte_for_byte(copy_of_tiny, tmp_
 @pytest.mark.slow
 def test_shards_have_the_digest_of_those_without_states_whatever_is_stored(copy_of_tiny, world, monkeypatch):
     """The order of samples is the same, too, although a file has fewer of them."""
-    monkeypatch.setattr("dskd.shards.annotate.LARGEST_SHARD", 40_000)  # two samples
+    monkeypatch.setattr("dskd.shards.blocks.LARGEST_SHARD", 40_000)  # two samples
     path = copy_of_tiny("corpus", "teacher", "sequences", "senses")
     found, orders, sizes = [], [], []
     for number, options in enumerate(

@@ -132,7 +132,7 @@ def test_a_run_resumes_whether_its_teacher_is_loaded_or_stored(stored, world):
 
 
 def test_a_run_resumes_when_its_shards_get_states_and_when_they_lose_them(stored, world, monkeypatch):
-    monkeypatch.setattr("dskd.shards.annotate.LARGEST_SHARD", 40_000)  # files of two samples, without states of six
+    monkeypatch.setattr("dskd.shards.blocks.LARGEST_SHARD", 40_000)  # files of two samples, without states of six
     path, store = stored(store=[]), f"annotation.store=[{', '.join(BOTH)}]"
     whole = _results(path, world, run="whole")[:2]
     recipe = inputs.recipe(load_config(path))
