@@ -116,6 +116,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from dskd.plan.plan import RELATIONS, Plan, make_plan
     from dskd.plan.report import format_offload, format_plan, format_refusal
     from dskd.plan.shapes import find_architecture
+    from dskd.plan.stored import loads_teacher
 
     config = load_config(args.config, args.overrides)
     architecture = find_architecture(config, args.teacher_config)
@@ -132,10 +133,10 @@ def run_plan(args: argparse.Namespace) -> int:
     plan = plan_of(config, cluster)
     print(format_plan(plan))
     without = None
-    if config.needs_teacher and cluster.device == "cuda":
+    if loads_teacher(config) and cluster.device == "cuda":
         nvme = () if config.teacher.nvme_path is None else ("teacher.nvme_path=null",)
         without = replan(Change(("teacher.mode=zero3", "teacher.offload=none", *nvme)))
-    if config.needs_teacher == (without is not None):
+    if loads_teacher(config) == (without is not None):
         print(f"\n{format_offload(plan, without)}")
     if plan.fits:
         print("\nfits")

@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from dskd.config.data import TEACHER_STATES as TEACHER_STATES
+from dskd.config.data import TRUNK_STATES as TRUNK_STATES
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
 from dskd.config.evaluation import TASKS as TASKS
 from dskd.config.evaluation import EvaluationConfig, TasksConfig
@@ -115,13 +117,36 @@ class Config(Section):
         """Yields messages about sections that do not fit together."""
         if self.teacher.mode == "cached":
             yield from self._missing_in_the_shards()
+        yield from self._without_a_trunk()
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
             yield "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
+
+    def _without_a_trunk(self) -> Iterator[str]:
+        """Yields why there is no shared trunk, if one is to be stored, or is required and nothing provides its states.
+
+        Some reasons depend on the teacher; annotation and `dskd plan`, which know it, give these.
+        """
+        store = self.annotation.store
+        if "trunk_states" in store and (reason := self.student.why_no_trunk):
+            yield (
+                "annotation.store: trunk_states are those that leave the layers which teacher and student share, and "
+                f"they share none: {reason}; remove trunk_states from annotation.store, or change the section student"
+            )
+        if (
+            (self.student.shared_trunk == "on" and self.teacher.mode == "auto" and self.loss.needs_teacher)
+            and "teacher_states" in store
+            and "trunk_states" not in store
+        ):
+            yield (
+                "student.shared_trunk: on needs the trunk's states, but training reads the teacher's from the shards "
+                "and computes no trunk; set annotation.store to [teacher_states, trunk_states], or teacher.mode to "
+                "resident or zero3"
+            )
 
     def _missing_in_the_shards(self) -> Iterator[str]:
         """Yields what teacher.mode: cached would read from the shards, and `annotation` does not store."""
         store = self.annotation.store
-        if "teacher_states" not in store:
+        if TEACHER_STATES not in store:
             if self.loss.kd_weight and not self.annotation.teacher_top_n:
                 yield (
                     "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n, how "
@@ -133,7 +158,7 @@ class Config(Section):
                 yield f"loss.hidden_weight {lacks}; {remedy}, or loss.hidden_weight to 0"
             if self.loss.compares_sense_distributions:
                 yield f"loss.sense_form: distribution {lacks}; {remedy}, or loss.sense_form to distance"
-        if self.student.shared_trunk == "on" and "trunk_states" not in store:
+        if self.student.shared_trunk == "on" and TRUNK_STATES not in store:
             yield (
                 "student.shared_trunk: on needs a teacher in training, or annotation.store: [teacher_states, "
                 "trunk_states], and teacher.mode: cached loads no teacher"
@@ -143,13 +168,6 @@ class Config(Section):
     def run_names(self) -> tuple[str, ...]:
         """Names of the runs that the file describes, in its order."""
         return tuple(self.runs) or (self.run,)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """True if training runs the teacher, as far as the config says: the shards may have been made with another."""
-        mode, store = self.teacher.mode, self.annotation.store
-        reads_shards = mode == "cached" or (mode == "auto" and "teacher_states" in store)
-        return self.loss.needs_teacher and not reads_shards
 
     def path(self, *parts: str) -> Path:
         """Returns a path inside the work directory."""

@@ -15,6 +15,10 @@ _KEYS_OF_SOURCES = {
 }
 
 
+# The states of the teacher that shards can store, by the names of their columns.
+TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
+
+
 class CorpusConfig(Section):
     """The text from which senses are gathered, and on which students are trained."""
 

@@ -100,3 +100,18 @@ class StudentConfig(Section):
             yield f"train_layers: at most {kept} can be trained, because `layers` keeps {kept}; found {trained}"
         elif isinstance(trained, tuple) and (missing := sorted({layer for layer in trained if layer >= kept})):
             yield f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}"
+
+    @property
+    def why_no_trunk(self) -> str | None:
+        """The reason why teacher and student share no lowest layers, as far as these keys say; None if they may."""
+        if self.shared_trunk == "off":
+            return "student.shared_trunk is off"
+        if self.train_embeddings:
+            return "the student's embeddings are trained"
+        kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
+        if isinstance(self.layers, tuple) and self.layers[:1] != (0,):
+            return f"the student's lowest layer is the teacher's layer {self.layers[0]}"
+        trains_lowest = 0 in self.train_layers if isinstance(self.train_layers, tuple) else self.train_layers >= kept
+        if trains_lowest:
+            return "the student's lowest layer is trained"
+        return "the student has only one layer" if kept == 1 else None

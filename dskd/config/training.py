@@ -145,8 +145,8 @@ class TrainConfig(Section):
     num_workers: int = Field(2, ge=0, description="number of loader processes of each rank")
     shard_cache: PathText | None = Field(
         None,
-        description="node-local folder for unpacked shards; null: one in /tmp, and shards that are not packed, such as "
-        "those with stored states, are read where they are",
+        description="node-local folder to unpack shards in, or copy them to. null: one in /tmp, and shards in WORKDIR "
+        "that are not packed, such as those with stored states, are read where they are",
     )
     shard_remote: Annotated[PathText, AfterValidator(_remote_folder)] | None = Field(
         None,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dskd.config import Config, StudentConfig
+from dskd.config import StudentConfig
 from dskd.errors import UserError
 from dskd.models.layers import input_states
 from dskd.models.trained import trained_layers, trains_embeddings
@@ -59,15 +59,14 @@ def trunk_depth(
     return depth
 
 
-def missing_source(config: Config) -> str | None:
-    """Returns why a run has no states of the trunk, as far as the config says; None if it has them."""
-    if config.needs_teacher or (
-        config.teacher.mode in ("auto", "cached") and "trunk_states" in config.annotation.store
-    ):
-        return None
-    if not config.loss.needs_teacher:
-        return "no term of the loss reads the teacher"
-    return f"teacher.mode is {config.teacher.mode}, and annotation.store has no trunk_states"
+def refuse_if_required(student: StudentConfig, problem: str) -> None:
+    """Raises a UserError if the config requires the shared trunk that is not possible because of `problem`."""
+    if student.shared_trunk == "on":
+        raise UserError(
+            f"student.shared_trunk: on is not possible: {problem}; set it to auto, and the student computes all of its "
+            "layers",
+            known_to_all_ranks=True,
+        ) from None
 
 
 class HandOver:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dskd.errors import UserError
 from dskd.plan import GB
 from dskd.plan.plan import Plan
+from dskd.plan.stored import loads_teacher
 
 _MOST_NODES = 1024
 # Settings for which the user must prepare something.
@@ -61,7 +62,7 @@ def candidates(plan: Plan) -> list[Change]:
         changes.append(Change(("train.loss_chunk_size=64",)))
     if not train.activation_checkpointing:
         changes.append(Change(("train.activation_checkpointing=true",)))
-    if plan.config.needs_teacher:
+    if loads_teacher(plan.config):
         places = []
         if teacher.mode == "resident":
             places = [("none", "teacher.mode=zero3"), ("cpu", "teacher.mode=zero3"), ("nvme", "teacher.mode=zero3")]

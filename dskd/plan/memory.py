@@ -19,13 +19,14 @@ from dskd.plan.activations import Batch, loaded_tensors, student_activations, te
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
-from dskd.plan.stored import columns_read, reads_states
+from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.shards import TRUNK_STATES
 from dskd.shards.blocks import SAMPLES_PER_SHARD
 from dskd.training.loader import PREFETCHED_STEPS
 from dskd.training.positions import SensePositions
 from dskd.training.saving import EXPORTED_BYTES
 from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
+from dskd.training.teacher_source import TeacherSource
 
 # Memory of a process in addition to tensors, which is assumed, not counted: on a GPU the contexts of CUDA and NCCL, and
 # fragmented memory that the allocator cannot use; in the host's memory Python, torch and DeepSpeed.
@@ -73,7 +74,6 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
     positions = SensePositions.of(loss, seed=0).number(lexical) * micro_batch_size if loss.sense_weight else 0
     on_device = config.train.sense_bank == "device"
     stored = columns_read(config, trunk)
-    cached = config.teacher.mode == "cached" and loss.kd_weight > 0 and not reads_states(config)
     return Batch(
         micro_batch_size,
         length,
@@ -81,7 +81,7 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
         positions,
         0 if on_device else 3 * positions * kappa,  # synonyms, antonyms and own rows, if all are distinct
         kappa,
-        config.annotation.teacher_top_n if cached else 0,
+        config.annotation.teacher_top_n if TeacherSource.planned(config).kind == "top_n" else 0,
         stored,
     )
 
@@ -114,7 +114,7 @@ def compute_memory(
     """
     ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
     size, hidden_size = dtype.itemsize, architecture.values()["hidden_size"]
-    with_teacher = config.needs_teacher
+    with_teacher = loads_teacher(config)
     batch = batch_of(config, micro_batch_size, relations=relations, trunk=student.trunk)
     persistent = PERSISTENT_WIDTHS * hidden_size
     activations = student_activations(
@@ -200,7 +200,7 @@ def gather_models(
     """Simulates what ZeRO-3 gathers of teacher and student for a micro-batch; None if no teacher is sharded."""
     persistent, is_gloo = PERSISTENT_WIDTHS * architecture.values()["hidden_size"], cluster.device == "cpu"
     of_teacher = None
-    if config.needs_teacher and config.teacher.mode != "resident":
+    if loads_teacher(config) and config.teacher.mode != "resident":
         of_teacher = gather(teacher, persistent=persistent, backward=False, is_gloo=is_gloo)
     return of_teacher, gather(student.shapes, persistent=persistent, backward=True, is_gloo=is_gloo)
 

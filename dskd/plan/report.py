@@ -5,7 +5,7 @@ from dskd.console import table
 from dskd.plan import GB
 from dskd.plan.changes import Change, stored_states
 from dskd.plan.plan import Plan
-from dskd.plan.stored import reads_states
+from dskd.plan.stored import loads_teacher, reads_states
 from dskd.plan.stored_speed import Comparison
 from dskd.training.schedule import describe_learning_rate
 
@@ -125,12 +125,12 @@ def _headline(plan: Plan) -> str:
 
 
 def _trunk_place(config: Config) -> str:
-    return "the teacher" if config.needs_teacher else "annotation, and their states are read"
+    return "the teacher" if loads_teacher(config) else "annotation, and their states are read"
 
 
 def _teacher_place(plan: Plan) -> str:
     teacher = plan.config.teacher
-    if not plan.config.needs_teacher:
+    if not loads_teacher(plan.config):
         return (
             "not loaded in training, which reads its states" if reads_states(plan.config) else "no teacher in training"
         )

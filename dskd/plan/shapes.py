@@ -20,11 +20,11 @@ from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
-from dskd.models.trunk import TrunkError, missing_source, trunk_depth
+from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size
-from dskd.training.teacher_source import kind_of, reads_logits
+from dskd.training.teacher_source import TeacherSource, reads_logits
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -218,16 +218,16 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
     layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
     architecture.check_kinds(layers)
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
-    why = None
+    source, why = TeacherSource.planned(config), None
     try:
-        no_source = missing_source(config)
-        trunk = trunk_depth(config.student, kept=layers, same_teacher=True, tied=whole.is_tied, no_source=no_source)
+        trunk = trunk_depth(
+            config.student, kept=layers, same_teacher=True, tied=whole.is_tied, no_source=source.missing_trunk
+        )
     except TrunkError as problem:
-        if config.student.shared_trunk == "on":
-            raise UserError(f"student.shared_trunk: on is not possible: {problem}; set it to auto") from None
+        refuse_if_required(config.student, str(problem))
         trunk, why = 0, str(problem)
     loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
-    needs_copy = loaded.trains_output and reads_logits(kind_of(config, config.annotation.store), config.loss)
+    needs_copy = loaded.trains_output and reads_logits(source.kind, config.loss)
     return Student(layers, trunk, why, loaded.shapes, whole.numel, loaded.output_numel if needs_copy else 0)
 
 

@@ -16,7 +16,7 @@ from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
 from dskd.plan.shapes import Architecture, Shapes, Student
-from dskd.plan.stored import columns_read, reads_states
+from dskd.plan.stored import columns_read, loads_teacher, reads_states
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> 
 
 def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes, student: Student) -> dict[str, float]:
     """Returns the FLOPs of a training step per token, by part of the step."""
-    values, with_teacher = architecture.values(), config.needs_teacher
+    values, with_teacher = architecture.values(), loads_teacher(config)
     heads = values["num_attention_heads"]
     width = heads * (values.get("head_dim") or values["hidden_size"] // heads)
     # Forward: two operations per matrix element, and scores and weighted sum of attention, where half of the pairs are

@@ -4,12 +4,17 @@ import torch
 
 from dskd.config import Config
 from dskd.shards import TEACHER_STATES, TRUNK_STATES, Stored
-from dskd.training.teacher_source import kind_of
+from dskd.training.teacher_source import TeacherSource
+
+
+def loads_teacher(config: Config) -> bool:
+    """Returns whether the teacher runs in training."""
+    return TeacherSource.planned(config).kind == "loaded"
 
 
 def reads_states(config: Config) -> bool:
     """Returns whether the loss reads the teacher's states from the shards."""
-    return kind_of(config, config.annotation.store) == "states"
+    return TeacherSource.planned(config).kind == "states"
 
 
 def columns_read(config: Config, trunk: int) -> tuple[str, ...]:
@@ -19,7 +24,7 @@ def columns_read(config: Config, trunk: int) -> tuple[str, ...]:
         config: the experiment.
         trunk: the number of lowest layers that the student need not compute.
     """
-    if config.needs_teacher:  # which computes these states
+    if loads_teacher(config):  # which computes these states
         return ()
     return (TEACHER_STATES,) * reads_states(config) + (TRUNK_STATES,) * (trunk > 0)
 

@@ -8,7 +8,7 @@ from dskd.plan.disk import states_bytes
 from dskd.plan.memory import gather_models
 from dskd.plan.shapes import Architecture, Shapes, cut_student
 from dskd.plan.speed import Speed, TeacherPass, compute_speed
-from dskd.plan.stored import reads_states, stored_in_shards, with_stored_states, without_stored_states
+from dskd.plan.stored import loads_teacher, reads_states, stored_in_shards, with_stored_states, without_stored_states
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def compare_with_stored_states(
     Returns:
         The comparison, or None if the run reads neither the teacher's states nor stored ones.
     """
-    if not (config.needs_teacher or reads_states(config)):
+    if not (loads_teacher(config) or reads_states(config)):
         return None
-    of_reading = with_stored_states(config, trunk) if config.needs_teacher else config
-    of_computing = config if config.needs_teacher else without_stored_states(config)
+    of_reading = with_stored_states(config, trunk) if loads_teacher(config) else config
+    of_computing = config if loads_teacher(config) else without_stored_states(config)
 
     def speed_of(config: Config) -> Speed:
         student = cut_student(config, architecture)
@@ -90,4 +90,4 @@ def compare_with_stored_states(
         flops = computing.flops_per_token["teacher_layers"] * tokens
         once = TeacherPass.of(of_computing, cluster, teacher, gathered, flops)
         storing_s = samples / cluster.world_size / config.annotation.batch_size * once.seconds
-    return Comparison(of_reading.annotation.store, not config.needs_teacher, reading, computing, disk, storing_s)
+    return Comparison(of_reading.annotation.store, not loads_teacher(config), reading, computing, disk, storing_s)

@@ -10,6 +10,8 @@ import numpy as np
 from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, read_manifest, require_same, verify_files
 from dskd.artifacts.mds import INDEX, files_with_hashes_of_samples
+from dskd.config import TEACHER_STATES as TEACHER_STATES
+from dskd.config import TRUNK_STATES as TRUNK_STATES
 from dskd.config import Config
 from dskd.errors import UserError
 
@@ -30,12 +32,18 @@ TEACHER_COLUMNS = {
     "teacher_logprobs": "ndarray:float16",
     "teacher_rest_logprob": "ndarray:float32",
 }
+<<<<<<< HEAD
 # Additional columns with `annotation.store`.
 TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
 # The type of states: what they are stored as. NumPy has no bf16, so its raw bits are stored.
 STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
 PRECISION_OF = {"bfloat16": "bf16", "float32": "fp32"}
 DTYPE_OF = {precision: dtype for dtype, precision in PRECISION_OF.items()}
+=======
+# How the columns TEACHER_STATES and TRUNK_STATES of `annotation.store` are stored, by the type of the states. NumPy has
+# no bf16, so its raw bits are stored.
+_STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
+>>>>>>> main
 HASH = "xxh64"
 LARGEST_SHARD = 2**31  # bytes of its file: half of what the places of its samples, 32-bit numbers, allow
 SHARD_HEADER = 2**20  # bytes of these that no sample takes: more than the header of a shard has
@@ -159,8 +167,9 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
     if not stored:
         raise UserError(
             f"{config.path(kinds.SHARDS.folder, split)}: the shards hold no distributions of the teacher, and "
-            f"teacher.mode: cached with loss.kd_weight {config.loss.kd_weight:g} reads them; set "
-            f"annotation.teacher_top_n (64, say) and make the shards again with `{kinds.SHARDS.made_by}`"
+            f"teacher.mode: cached with loss.kd_weight {config.loss.kd_weight:g} reads them; "
+            f"{'' if top_n else 'set annotation.teacher_top_n (64, say) and '}make the shards again with "
+            f"`{kinds.SHARDS.made_by}`"
         )
 
 

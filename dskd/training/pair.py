@@ -1,7 +1,7 @@
 """Teacher and student in training, loaded together because the student can reuse the teacher's lowest layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ from dskd.config import Config
 from dskd.console import say
 from dskd.distributed.collectives import main_first
 from dskd.distributed.world import World
-from dskd.errors import UserError
 from dskd.models.agreement import probe_inputs
 from dskd.models.causal_lm import fits_without_lower_layers, fits_without_upper_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import compute_dtype
-from dskd.models.trunk import HandOver, TrunkError, trunk_depth
+from dskd.models.trunk import HandOver, TrunkError, refuse_if_required, trunk_depth
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource, reads_logits
@@ -34,13 +33,23 @@ class ModelPair:
 
     teacher: FrozenModel | None
     engine: Any  # the student's DeepSpeed engine
+    source: TeacherSource
     trunk: HandOver | StoredTrunk | None = None
-    source: TeacherSource = field(default_factory=lambda: TeacherSource("loaded"))
 
     @property
     def trunk_depth(self) -> int:
         """Number of layers that the student does not compute itself."""
         return 0 if self.trunk is None else self.trunk.depth
+
+    def describe(self, config: Config) -> str:
+        """Returns a line about what computes the states that training reads: of the teacher, and of a shared trunk."""
+        line = self.source.describe(config)
+        if isinstance(self.trunk, StoredTrunk):
+            depth = self.trunk.depth
+            return f"{line}; the shards have what the lowest {depth} layers compute; the student runs those above"
+        if self.trunk is not None:
+            return f"{line}; the teacher computes the lowest {self.trunk.depth} layers for both models"
+        return line
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate of the student's next update."""
@@ -110,7 +119,7 @@ def load_pair(
     *,
     margin: float,
     accumulation_steps: int,
-    source: TeacherSource | None = None,
+    source: TeacherSource,
     teacher: FrozenModel | None = None,
     load_universal: bool = False,
 ) -> ModelPair:
@@ -123,8 +132,8 @@ def load_pair(
         student_folder: the cut student.
         margin: of the sense loss, in units of |h - s|² / D.
         accumulation_steps: micro-batches per rank and optimizer step.
-        source: where the run reads the teacher; None if there are no shards.
-        teacher: a teacher that is already loaded, for use by several pairs.
+        source: where the run reads the teacher.
+        teacher: a teacher that is already loaded, for use by several pairs; only if `source` is a loaded one.
         load_universal: the student resumes from a checkpoint of another number of ranks
             (:mod:`dskd.training.universal_checkpoint`).
 
@@ -134,17 +143,15 @@ def load_pair(
     Raises:
         UserError: if a model is unsuitable, or `student.shared_trunk` is `on` although the trunk would not be exact.
     """
-    source = TeacherSource.of(config) if source is None else source
+    assert teacher is None or source.kind == "loaded", f"a teacher is loaded, but the source is {source.kind}"
     depth, kept = main_first(lambda: _depth(config, teacher_folder, student_folder, source))
-    if source.kind != "loaded":
-        teacher = None
-    elif teacher is None:
+    if source.kind == "loaded" and teacher is None:
         teacher = load_frozen(teacher_folder, config, world, with_head=False)
     # Before the student is loaded, so that its lowest layers and the engine are never in memory together.
-    stored: StoredTrunk | None = None
+    trunk: StoredTrunk | None = None
     expected: list[Expected] = []
     if depth and source.reads_trunk:
-        stored, expected = run_trunk_once(student_folder, config, world, depth)
+        trunk, expected = run_trunk_once(student_folder, config, world, depth)
 
     def load(trunk_depth: int) -> Any:
         return load_student(
@@ -161,20 +168,18 @@ def load_pair(
     engine = load(depth)
     without_trunk = replace(source, reads_trunk=False)
     if not depth:
-        return ModelPair(teacher, engine, source=without_trunk)
+        return ModelPair(teacher, engine, without_trunk)
     if teacher is not None:
         expected = run_twin(teacher, kept[depth], config, world)
     problem = difference(engine, expected, world=world, dtype=compute_dtype(config.precision, world.device))
     if problem is not None:
         _refuse_or_report(config, problem)
         engine.destroy()
-        return ModelPair(teacher, load(0), source=without_trunk)
-    if stored is not None:
-        say(f"  the shards have what the lowest {depth} layers compute; the student runs those above")
-        return ModelPair(None, engine, stored, source)
+        return ModelPair(teacher, load(0), without_trunk)
+    if trunk is not None:
+        return ModelPair(None, engine, source, trunk)
     assert teacher is not None
-    say(f"  the teacher computes the lowest {depth} layers for both models")
-    return ModelPair(teacher, engine, HandOver(teacher.decoder.layers, depth), source)
+    return ModelPair(teacher, engine, source, HandOver(teacher.decoder.layers, depth))
 
 
 def _depth(config: Config, teacher: ModelFolder, student: ModelFolder, source: TeacherSource) -> tuple[int, list[int]]:
@@ -212,17 +217,12 @@ def _stored_depth(source: TeacherSource, depth: int) -> int:
     if source.stored.trunk_depth > depth:
         raise TrunkError(
             f"the trunk_states of the shards enter layer {source.stored.trunk_depth}, but this run shares only the "
-            f"lowest {depth} layers with the teacher; to store those that enter layer {depth}, make the shards again "
-            f"with `{kinds.SHARDS.made_by}` and the same section student"
+            f"{'lowest layer' if depth == 1 else f'lowest {depth} layers'} with the teacher; to store those that enter "
+            f"layer {depth}, make the shards again with `{kinds.SHARDS.made_by}` and the section student of this run"
         )
     return source.stored.trunk_depth
 
 
 def _refuse_or_report(config: Config, problem: str) -> None:
-    if config.student.shared_trunk == "on":
-        raise UserError(
-            f"student.shared_trunk: on is not possible: {problem}; set it to auto, and the student computes "
-            "all of its layers",
-            known_to_all_ranks=True,
-        )
+    refuse_if_required(config.student, problem)
     say(f"  the student computes all of its layers: {problem}")

@@ -78,7 +78,7 @@ def ended_in_mlflow(tracker: Tracker) -> Iterator[None]:
         tracker.finish(status)
 
 
-def tags_of(config: Config, inputs: TrainingInputs, world: World) -> dict[str, str]:
+def tags_of(config: Config, inputs: TrainingInputs, pair: ModelPair, world: World) -> dict[str, str]:
     """Returns the tags of a run in MLflow: its ranks, and digests of what it reads."""
     tags = {
         "world_size": str(world.world_size),
@@ -87,8 +87,10 @@ def tags_of(config: Config, inputs: TrainingInputs, world: World) -> dict[str, s
         "sense_dictionary": inputs.senses.digest,
         "teacher": inputs.teacher.digest,
         "student": inputs.student.digest,
-        "teacher_source": inputs.source.kind,
+        "teacher_source": pair.source.kind,
     }
+    if pair.source.reads_trunk:
+        tags["stored_trunk_depth"] = str(pair.trunk_depth)
     commit = git_commit()
     return tags | ({"git_commit": commit} if commit else {})
 
@@ -96,12 +98,11 @@ def tags_of(config: Config, inputs: TrainingInputs, world: World) -> dict[str, s
 def datasets_of(config: Config, inputs: TrainingInputs) -> list[dict[str, Any]]:
     """Describes the data that the run reads in the format of MLflow's dataset API."""
     described = []
-    for split, context, top_n in (
-        ("train", "training", config.annotation.teacher_top_n),
-        ("validation", "validation", 0),
-    ):
+    for split, context in (("train", "training"), ("validation", "validation")):
         manifest = inputs.shards if split == "train" else shards.load_manifest(config, split)
-        encodings = shards.columns_of(teacher_top_n=top_n, stored=shards.Stored.of(manifest))
+        encodings = shards.columns_of(
+            teacher_top_n=manifest.config.get("teacher_top_n", 0), stored=shards.Stored.of(manifest)
+        )
         columns = {name: kind.split(":")[1] for name, kind in encodings.items()}
         described.append(describe_dataset(f"shards-{split}", context, shards.place(config, split), manifest, columns))
     vectors = {"vectors": "float32"}  # MLflow knows no bfloat16
@@ -123,10 +124,15 @@ def metrics_of(step: Step, result: StepResult, loss: LossConfig, elapsed: float)
     }
 
 
-def describe_run(config: Config, world: World, pair: ModelPair, schedule: Schedule, steps_done: int) -> None:
-    """Prints what the run reads of the teacher, and its ranks, precision, parameters, steps, batches and steps done."""
-    if line := pair.source.describe(config):
+def describe_teacher(config: Config, pair: ModelPair) -> None:
+    """Prints what the run reads of the teacher, and which stored states it does not read."""
+    say(f"  {pair.describe(config)}")
+    if line := pair.source.describe_unread(config):
         say(f"  {line}")
+
+
+def describe_run(config: Config, world: World, pair: ModelPair, schedule: Schedule, steps_done: int) -> None:
+    """Prints the run's ranks, precision, parameters, steps, batches and steps done."""
     parameters = list(pair.engine.module.parameters())
     trained = sum(p.ds_numel for p in parameters if p.requires_grad)
     say(

@@ -29,7 +29,7 @@ from dskd.training.inputs import (
 )
 from dskd.training.loader import load_steps
 from dskd.training.pair import ModelPair, load_pair
-from dskd.training.records import datasets_of, describe_run, tags_of
+from dskd.training.records import datasets_of, describe_run, describe_teacher, tags_of
 from dskd.training.rehearsal import rehearse_export
 from dskd.training.run import Run
 from dskd.training.schedule import Schedule, plan_schedule
@@ -70,7 +70,7 @@ def set_up(config: Config, world: World, *, began: float, resume: bool, overwrit
     bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
     batches = load_steps(config, schedule, collate, cache, world, start_step=steps_done, sense_bank=bank)
-    tracker = _track(config, world, inputs, run_recipe, start, overwrite=overwrite)
+    tracker = _track(config, world, inputs, pair, run_recipe, start, overwrite=overwrite)
     return Run(config, world, run_recipe, schedule, steps_done, pair, batches, tracker, began)
 
 
@@ -110,6 +110,7 @@ def _load_models(
         source=inputs.source,
         load_universal=saving.needs_universal(start, world),
     )
+    describe_teacher(config, pair)
     # Check disk space and rehearse the export before a checkpoint changes the student's weights.
     saving.require_space(pair.engine, config)
     rehearse_export(pair, inputs.student, config, world)
@@ -122,6 +123,7 @@ def _track(
     config: Config,
     world: World,
     inputs: TrainingInputs,
+    pair: ModelPair,
     run_recipe: Recipe,
     start: checkpoint.Checkpoint | None,
     *,
@@ -133,7 +135,7 @@ def _track(
     tracker = start_tracking(
         config,
         world,
-        tags=tags_of(config, inputs, world),
+        tags=tags_of(config, inputs, pair, world),
         datasets=lambda: datasets_of(config, inputs),
         curves=curve_titles(),
         start=Start(

@@ -27,16 +27,28 @@ class TeacherSource:
     """
 
     kind: Kind
-    stored: Stored | None = None  # the states that the shards hold; None if they hold none, or the run reads none
+    stored: Stored | None = None  # the states that the shards hold; None if they hold none
     reads_trunk: bool = False  # the student starts from `trunk_states`
 
     @classmethod
     def of(cls, config: Config, shards: Manifest | None = None) -> "TeacherSource":
         """Returns the source for the config's run; without the manifest of `shards` there are no stored states."""
-        stored = None if shards is None or config.teacher.mode in _LOADED else Stored.of(shards)
-        columns = () if stored is None else stored.columns
-        kind = kind_of(config, columns)
-        return cls(kind) if kind == "loaded" else cls(kind, stored, TRUNK_STATES in columns)
+        stored = None if shards is None else Stored.of(shards)
+        return cls._from(config, () if stored is None else stored.columns, stored)
+
+    @classmethod
+    def planned(cls, config: Config) -> "TeacherSource":
+        """Returns the source for the config's run if the shards have what `annotation.store` names, without `stored`,
+        which only shards that exist can give.
+        """
+        return cls._from(config, config.annotation.store)
+
+    @classmethod
+    def _from(cls, config: Config, columns: Collection[str], stored: Stored | None = None) -> "TeacherSource":
+        kind = _kind_of(config, columns)
+        if kind == "loaded" or config.teacher.mode in _LOADED:
+            return cls(kind, stored)
+        return cls(kind, stored, TRUNK_STATES in columns)
 
     @property
     def columns(self) -> dict[str, torch.dtype]:
@@ -55,8 +67,8 @@ class TeacherSource:
             return "no term of the loss reads the teacher"
         return "no teacher is loaded, and the shards have no trunk_states (annotation.store)"
 
-    def describe(self, config: Config) -> str | None:
-        """Returns a line about what runs; None if that follows from the config."""
+    def describe(self, config: Config) -> str:
+        """Returns a line about what training reads of the teacher."""
         if self.kind == "states":
             return "training reads the teacher's states from the shards; no teacher is loaded"
         if self.kind == "top_n":
@@ -67,16 +79,59 @@ class TeacherSource:
                 "the teacher is loaded: annotation.store names teacher_states, but these shards have none; to store "
                 f"them, make the shards again with `{kinds.SHARDS.made_by}`"
             )
+        if self.kind == "loaded":
+            where = "whole on every rank" if config.teacher.mode == "resident" else "sharded over the ranks"
+            return f"the teacher is loaded, {where}"
+        return "no term of the loss reads the teacher, so none is loaded"
+
+    def describe_unread(self, config: Config) -> str | None:
+        """Returns a line about states in the shards that training does not read, with the reason; None if there are
+        none. Why a student without a shared trunk reads no `trunk_states` is reported where that is decided.
+        """
+        held = () if self.stored is None else self.stored.columns
+        reason = why_unread(config, held, self.columns)
+        return None if reason is None else f"the shards have {reason}"
+
+
+def why_unread(config: Config, held: Collection[str], read: Collection[str]) -> str | None:
+    """Returns which of the columns of states that shards hold training does not read, why, and what to set.
+
+    Args:
+        config: the experiment.
+        held: the columns of states in the shards.
+        read: those that training reads.
+
+    Returns:
+        The end of a sentence; None if it reads all, or the student computes all layers for a reason of its own.
+    """
+    unread = [column for column in held if column not in read]
+    if not unread:
         return None
+    mode, both = config.teacher.mode, f"annotation.store to [{TEACHER_STATES}, {TRUNK_STATES}]"
+    lacks_states = config.loss.needs_teacher and TEACHER_STATES not in held
+    if mode in _LOADED:
+        why = f"teacher.mode is {mode}; set teacher.mode to auto" + (f", and {both}" if lacks_states else "")
+    elif mode == "auto" and lacks_states:
+        why = f"there are no {TEACHER_STATES}, so the teacher runs, and computes them again; set {both}"
+    elif TEACHER_STATES in unread and not config.loss.needs_teacher:
+        why = "no term of the loss reads the teacher"
+    elif TEACHER_STATES in unread:
+        why = f"annotation.store does not name them, but annotation.teacher_top_n is set; set {both}"
+    elif config.student.shared_trunk == "off":
+        why = "student.shared_trunk is off; set it to auto"
+    else:
+        return None
+    return f"{' and '.join(unread)}, which training does not read, because {why}"
 
 
-def kind_of(config: Config, columns: Collection[str]) -> Kind:
-    """Returns the kind of source for the config's run if the shards have these columns of states."""
+def _kind_of(config: Config, columns: Collection[str]) -> Kind:
     if not config.loss.needs_teacher:
         return "none"
     if config.teacher.mode in _LOADED:
         return "loaded"
-    if TEACHER_STATES in columns:
+    # With `cached` the config says what is read: shards may have both.
+    names_top_n = config.teacher.mode == "cached" and TEACHER_STATES not in config.annotation.store
+    if TEACHER_STATES in columns and not (names_top_n and config.annotation.teacher_top_n):
         return "states"
     # Not the most probable tokens with `auto`: they are another objective, which nobody asked for.
     return "loaded" if config.teacher.mode == "auto" else "top_n"
@@ -93,7 +148,13 @@ def require_states(config: Config, source: TeacherSource) -> None:
     Raises:
         UserError: if they do not; it names the command that makes them again.
     """
-    loss = config.loss
+    loss, annotation = config.loss, config.annotation
+    if source.kind == "top_n" and TEACHER_STATES in annotation.store and not annotation.teacher_top_n:
+        raise UserError(
+            f"{config.path(kinds.SHARDS.folder, 'train')}: annotation.store names teacher_states, but these shards "
+            f"were made without, so they have none; make them again with `{kinds.SHARDS.made_by}`, or set "
+            "teacher.mode to zero3"
+        )
     if source.kind == "top_n" and (loss.hidden_weight or loss.compares_sense_distributions):
         reader = f"loss.hidden_weight {loss.hidden_weight:g}" if loss.hidden_weight else "loss.sense_form: distribution"
         raise UserError(

@@ -9,11 +9,13 @@ from scipy import stats
 
 from benchmarks.quality import study, work
 from benchmarks.quality.__main__ import REPORT, RESULTS, SUMMARY, main
+from benchmarks.quality.judge import Judge
 from benchmarks.quality.measures import KNOWLEDGE, ON_TEXT
 from benchmarks.quality.report import PICTURE, SUMMARY_MARKS, render, render_summary, write_report
-from benchmarks.quality.results import Result, append_result, choose, read_results
+from benchmarks.quality.results import TEACHER, Result, append_result, choose, read_results
 from benchmarks.quality.splits import rows_of
 from benchmarks.quality.trainings import planned_trainings
+from dskd.config.reading import load_config
 from dskd.errors import UserError
 
 MEASURES = (*ON_TEXT, *KNOWLEDGE)
@@ -172,3 +174,14 @@ def test_the_intervals_of_the_report_are_those_of_scipy(tmp_path):
     mean = sum(differences) / 5
     low, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(differences))
     assert f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" in report
+
+
+@pytest.mark.slow
+def test_the_teacher_agrees_with_itself_and_a_student_is_measured_in_the_same_way(tiny, world):
+    config = load_config(tiny)
+    judge = Judge(config, "validation", world)
+    of_teacher, of_student = judge.references[TEACHER], judge.measure_run(config)
+    assert of_teacher["agreement"] == 1 and of_teacher["hidden_distance"] == 0
+    assert of_student.keys() <= of_teacher.keys()
+    assert 0 < of_student["agreement"] < 1 and of_student["hidden_distance"] > 0
+    assert of_student["perplexity"] > 1

@@ -6,6 +6,7 @@ from config_files import MINIMAL, write_yaml
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
+from dskd.training.teacher_source import TeacherSource
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
     assert "teacher.mode: cached" not in str(with_states.value)
     config = load_config(path, [states, "corpus.packing=none"])
     assert config.annotation.store == ("teacher_states", "trunk_states")  # in one order, so that it is one recipe
-    assert not config.needs_teacher
+    assert TeacherSource.planned(config).kind == "states"
     for part in (
         "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n",
         "loss.hidden_weight needs the teacher's states",
@@ -97,6 +98,36 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
         "annotation.continuation_tokens needs corpus.packing: none",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("student", "reason"),
+    [
+        ({"shared_trunk": "off"}, "student.shared_trunk is off"),
+        ({"train_embeddings": True}, "the student's embeddings are trained"),
+        ({"layers": 2, "train_layers": 2}, "the student's lowest layer is trained"),
+        ({"layers": [0, 3], "train_layers": [0]}, "the student's lowest layer is trained"),
+        ({"layers": [1, 3], "train_layers": 1}, "the student's lowest layer is the teacher's layer 1"),
+        ({"layers": 1, "train_layers": 0}, "the student has only one layer"),
+    ],
+)
+def test_a_trunk_that_the_config_rules_out_is_not_stored(tmp_path, student, reason):
+    path = write_yaml(tmp_path, {**MINIMAL, "student": student})
+    with pytest.raises(
+        UserError, match=rf"annotation\.store: trunk_states .* they share none: {reason}; remove trunk_"
+    ):
+        load_config(path, ["annotation.store=[trunk_states]"])
+    load_config(path, ["annotation.store=[teacher_states]"])
+
+
+def test_a_required_trunk_needs_its_states_if_training_reads_the_teachers(tmp_path):
+    path = write_yaml(tmp_path, {**MINIMAL, "student": {"shared_trunk": "on"}})
+    with pytest.raises(
+        UserError, match=r"shared_trunk: on needs the trunk's states, .* \[teacher_states, trunk_states\]"
+    ):
+        load_config(path, ["annotation.store=[teacher_states]"])
+    for other in ("annotation.store=[teacher_states, trunk_states]", "teacher.mode=zero3", "loss.kd_weight=0"):
+        load_config(path, ["annotation.store=[teacher_states]", other])
 
 
 @pytest.mark.parametrize(
@@ -132,11 +163,11 @@ def test_keys_of_the_loss_without_effect_are_refused(tmp_path, loss, messages):
 def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
     forms = {"a": {}, "b": {"loss": {"sense_form": "distribution", "sense_candidates": ["own", "random"]}}}
     path = write_yaml(tmp_path, {**MINIMAL, "loss": {"kd_weight": 0.0}, "run": "a", "runs": forms})
-    assert not load_config(path).needs_teacher
+    assert TeacherSource.planned(load_config(path)).kind == "none"
     config = load_config(path, ["run=b"])
     assert config.loss.sense_candidates == ("own", "random")
-    assert config.needs_teacher
-    assert not load_config(path, ["run=b", "loss.sense_weight=0"]).needs_teacher
+    assert TeacherSource.planned(config).kind == "loaded"
+    assert TeacherSource.planned(load_config(path, ["run=b", "loss.sense_weight=0"])).kind == "none"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import Architecture, Shapes, Weight, cut_student, find_architecture, teacher_shapes
 from dskd.plan.speed import flops_per_token
+from dskd.plan.stored import loads_teacher
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 
 MACHINES = ["--nodes", "1", "--gpus-per-node", "2", "--gpu-memory", "80", "--host-memory", "500"]
@@ -90,6 +91,7 @@ def test_flops_are_those_of_the_formula(tmp_path, trunk, stored):
 
 
 STORED = ("precision=bf16", f"annotation.store=[{TEACHER_STATES},{TRUNK_STATES}]")
+WITHOUT_TRUNK = ("student.shared_trunk=off", f"annotation.store=[{TEACHER_STATES}]")
 
 
 def test_stored_states_take_two_bytes_a_number_on_disk_and_where_batches_are_held(tmp_path):
@@ -97,7 +99,7 @@ def test_stored_states_take_two_bytes_a_number_on_disk_and_where_batches_are_hel
         config = _config(tmp_path, "train.global_batch_size=32", "train.micro_batch_size=4", *overrides)
         return make_plan(config, _cluster(2, "cuda"), Architecture(json.dumps(LLAMA), "llama"), samples=1000)
 
-    computed, stored, no_trunk = plan_of(), plan_of(*STORED), plan_of(*STORED, "student.shared_trunk=off")
+    computed, stored, no_trunk = plan_of(), plan_of(*STORED), plan_of(*STORED, *WITHOUT_TRUNK)
     states = 2 * 16 * 32 * 2  # two columns of 16 tokens, D = 32, two bytes each
     assert stored.disk.sample - computed.disk.sample == stored.disk.sample_states == states
     batches = stored.memory.gpu.batches - computed.memory.gpu.batches
@@ -344,7 +346,7 @@ def test_storing_the_teachers_states_is_proposed_with_its_bytes(tmp_path):
         plan.architecture,
         samples=2**20,
     )
-    assert not changed.config.needs_teacher
+    assert not loads_teacher(changed.config)
     (cost,) = change.preparations(changed)
     assert (
         "annotated again" in cost and "2.0 GB of disk" in cost

@@ -43,6 +43,7 @@ from dskd.plan.plan import make_plan
 from dskd.plan.shapes import find_architecture
 from dskd.training.pair import load_pair
 from dskd.training.rehearsal import rehearse_export
+from dskd.training.teacher_source import TeacherSource
 
 LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change
 DOCUMENTS = 16  # short enough that packed documents reach neither chunks nor positions with other rotary factors
@@ -193,13 +194,17 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
         build_student(config)
     barrier()
     try:
-        pair = load_pair(config, world, find_teacher(config), find_student(config), **options)
+        pair = load_pair(
+            config, world, find_teacher(config), find_student(config), source=TeacherSource.of(config), **options
+        )
     except UserError as error:
         finding["trunk"] = reason_of(error, folder)
         if not thorough:
             return
         config = _config(folder, packing, student={"layers": layers, "shared_trunk": "off", "train_final_norm": norm})
-        pair = load_pair(config, world, find_teacher(config), find_student(config), **options)
+        pair = load_pair(
+            config, world, find_teacher(config), find_student(config), source=TeacherSource.of(config), **options
+        )
     if thorough:
         if pair.trunk is not None:
             _examine_trunk_in_bf16(folder, layers, world, finding)
@@ -222,7 +227,15 @@ def _examine_trunk_in_bf16(folder: Path, layers: Sequence[int], world: World, fi
     """Checks that a trunk that is shared in fp32 is also shared in bf16, with late positions."""
     config = _config(folder, "stream", torch.bfloat16, student={"layers": layers, "shared_trunk": "on"})
     try:
-        pair = load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
+        pair = load_pair(
+            config,
+            world,
+            find_teacher(config),
+            find_student(config),
+            source=TeacherSource.of(config),
+            margin=1.0,
+            accumulation_steps=1,
+        )
     except UserError as error:
         finding["faults"].append(f"the trunk is shared in fp32 but not in bf16: {reason_of(error, folder)}")
         return

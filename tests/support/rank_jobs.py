@@ -40,6 +40,7 @@ from dskd.training.packed_step import StepBatches, count_positions
 from dskd.training.pair import ModelPair
 from dskd.training.step import train_step
 from dskd.training.student import load_student
+from dskd.training.teacher_source import TeacherSource
 
 
 def _die_in_hashing(folder: Path, only: object = None) -> dict:
@@ -121,7 +122,7 @@ def _head_gradients(folder: Path, world: World) -> None:
     student = ModelFolder(folder / "student", "", "")
     teacher = find_teacher(config)
     engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
-    pair = ModelPair(load_frozen(teacher, config, world, with_head=False), engine)
+    pair = ModelPair(load_frozen(teacher, config, world, with_head=False), engine, TeacherSource("loaded"))
     rows = range(2 * world.rank, 2 * world.rank + 2)
     micro_batches = [
         {

@@ -69,6 +69,23 @@ def test_a_run_resumes_on_any_number_of_ranks(tiny, resumed):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
 
 
+def test_a_run_resumes_in_one_epoch_and_ends_in_the_next(copy_of_tiny, world):
+    """96 sequences are three steps; the run resumes after the second, and its weights are the same bit for bit."""
+    settings = {"global_batch_size": 32, "micro_batch_size": 16, "steps": 4, "checkpoint_every": 2, "num_workers": 0}
+    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], **settings})
+    config = load_config(path)
+    train(config, world)
+    newest = checkpoint.latest(config)
+    undisturbed = load_file(newest.path / checkpoint.TRAINED_FILE)
+    shutil.rmtree(newest.path)  # as if the run had stopped after step 2
+    assert checkpoint.latest(config).step == 2
+    train(config, world, resume=True)
+    newest = checkpoint.latest(config)
+    assert newest.step == 4
+    for name, tensor in load_file(newest.path / checkpoint.TRAINED_FILE).items():
+        assert torch.equal(tensor, undisturbed[name]), name
+
+
 def test_leftovers_of_killed_processes_are_removed_before_space_is_checked(resumed):
     base = kinds.checkpoint_folder(load_config(resumed))
     assert not [*base.glob(".*")]

@@ -20,6 +20,7 @@ from dskd.training import checkpoint, saving
 from dskd.training.export import build_export, write_export
 from dskd.training.pair import load_pair
 from dskd.training.rehearsal import rehearse_export
+from dskd.training.teacher_source import TeacherSource
 
 GPT2 = {"vocab_size": 120, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 
@@ -60,7 +61,15 @@ def _config(tmp_path, **changes):
 
 def _load(config, world):
     build_student(config)
-    return load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
+    return load_pair(
+        config,
+        world,
+        find_teacher(config),
+        find_student(config),
+        source=TeacherSource.of(config),
+        margin=1.0,
+        accumulation_steps=1,
+    )
 
 
 def _train_and_export(config, world):

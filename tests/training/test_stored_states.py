@@ -1,7 +1,9 @@
 """Training from states that annotation stored: the same run as with a loaded teacher, and what is refused."""
 
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from dskd.tracking import read_history, read_runs
 from dskd.training import checkpoint, inputs
 from dskd.training.export import build_export
 from dskd.training.status import report_status
+from dskd.training.teacher_source import TeacherSource
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -196,8 +199,9 @@ def test_shards_with_only_the_last_states_let_the_student_compute_its_layers(sto
     assert "the student computes all of its layers: no teacher is loaded, and the shards have no trunk_states" in (
         capsys.readouterr().err
     )
+    named = "annotation.store=[teacher_states, trunk_states]"
     with pytest.raises(UserError, match="shared_trunk: on is not possible: no teacher is loaded, and the shards have"):
-        train(load_config(path, ["run=forced", "student.shared_trunk='on'"]), world)
+        train(load_config(path, ["run=forced", "student.shared_trunk='on'", named]), world)
 
 
 def test_a_run_with_a_deeper_trunk_than_the_shards_starts_from_theirs(stored, world, capsys):
@@ -220,7 +224,8 @@ def test_a_run_with_a_deeper_trunk_than_the_shards_starts_from_theirs(stored, wo
 def test_a_run_that_trains_a_layer_below_the_stored_trunk_computes_all_layers(stored, world, capsys):
     path = stored()
     deeper = "student.train_layers=2"
-    online = _results(path, world, "teacher.mode=zero3", deeper, "student.shared_trunk='off'", run="online")
+    no_trunk = ("student.shared_trunk='off'", "annotation.store=[]")
+    online = _results(path, world, "teacher.mode=zero3", deeper, *no_trunk, run="online")
     capsys.readouterr()
     assert _same(_results(path, world, deeper, run="shards"), online)
     printed = capsys.readouterr().err
@@ -271,10 +276,47 @@ def test_states_that_do_not_fit_the_run_are_refused(stored, world, monkeypatch):
 def test_a_teacher_is_loaded_if_the_shards_have_none_of_its_states(copy_of_tiny, world, capsys):
     path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "steps": 1, "num_workers": 0})
     train(load_config(path), world)
-    assert "the teacher is loaded" not in capsys.readouterr().err
+    assert "the teacher is loaded, sharded over the ranks; the teacher computes" in capsys.readouterr().err
     named = load_config(path, ["run=named", "annotation.store=[teacher_states]"])
     train(named, world)
     assert "the teacher is loaded: annotation.store names teacher_states, but these shards have none" in (
         capsys.readouterr().err
     )
     assert _losses(path, "named")["loss"] == losses_of(path)
+    with pytest.raises(UserError, match=r"annotation\.store names teacher_states, but these shards .* make them again"):
+        inputs.load_inputs(
+            load_config(
+                path, ["teacher.mode=cached", "annotation.store=[teacher_states]", "annotation.teacher_top_n=0"]
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("held", "overrides", "reason"),
+    [
+        (BOTH, [], None),
+        (
+            BOTH,
+            ["teacher.mode=resident"],
+            "teacher_states and trunk_states, .* teacher.mode is resident; set teacher.mode",
+        ),
+        (BOTH, ["loss.kd_weight=0"], "the shards have teacher_states, .* no term of the loss reads the teacher"),
+        (
+            BOTH[1:],
+            [],
+            r"trunk_states, .* there are no teacher_states, .* set annotation.store to \[teacher_states, trunk",
+        ),
+        (BOTH[1:], ["teacher.mode=zero3"], "set teacher.mode to auto, and annotation.store to"),
+        (BOTH[:1], ["teacher.mode=cached", "annotation.teacher_top_n=8"], "store does not name them"),
+    ],
+)
+def test_states_that_are_not_read_are_reported(tmp_path, held, overrides, reason):
+
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({"workdir": str(tmp_path), "teacher": {"path": "a"}}))
+    facts = {"stored": {"columns": held, "dtype": "float32", "hidden_size": 8, "trunk_depth": 2}}
+    config = load_config(path, overrides)
+    source = TeacherSource.of(config, SimpleNamespace(facts=facts))
+    line = source.describe_unread(config)
+    assert line is None if reason is None else re.search(reason, line)
+    assert (source.kind == "top_n") == ("teacher.mode=cached" in overrides)

@@ -19,8 +19,9 @@ from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.cutting import build_student, find_student
 from dskd.models.folder import find_teacher
-from dskd.models.trunk import TrunkError, missing_source, trunk_depth
+from dskd.models.trunk import TrunkError, trunk_depth
 from dskd.training.pair import load_pair
+from dskd.training.teacher_source import TeacherSource
 from dskd.training.trunk import run_trunk_once
 
 IDS = (torch.arange(48) * 11 % 117).view(2, 24)
@@ -41,7 +42,15 @@ def _config(folder, **sections):
 
 
 def _load(config, world):
-    return load_pair(config, world, find_teacher(config), find_student(config), margin=1.0, accumulation_steps=1)
+    return load_pair(
+        config,
+        world,
+        find_teacher(config),
+        find_student(config),
+        source=TeacherSource.of(config),
+        margin=1.0,
+        accumulation_steps=1,
+    )
 
 
 def _step(pair):
@@ -135,7 +144,7 @@ def _depth(kept=(0, 1, 2, 3), *, same_teacher=True, tied=False, loss=None, mode=
         loss=loss or {},
         student={"train_layers": 1, **student},
     )
-    no_source = missing_source(config)
+    no_source = TeacherSource.planned(config).missing_trunk
     return trunk_depth(config.student, kept=kept, same_teacher=same_teacher, tied=tied, no_source=no_source)
 
 
@@ -160,8 +169,8 @@ def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
         ({"tied": True, "train_lm_head": True}, "embeddings are trained"),
         ({"same_teacher": False}, "cut from another teacher"),
         ({"loss": {"kd_weight": 0.0}}, "no term of the loss reads the teacher"),
-        ({"mode": "cached"}, "teacher.mode is cached"),
-        ({"mode": "auto", "store": ("teacher_states",)}, "annotation.store has no trunk_states"),
+        ({"mode": "cached"}, "no teacher is loaded, and the shards have no trunk_states"),
+        ({"mode": "auto", "store": ("teacher_states",)}, "no teacher is loaded, and the shards have no trunk_states"),
     ],
 )
 def test_there_is_no_trunk_if_it_would_not_be_exact(options, message):
