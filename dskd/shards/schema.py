@@ -32,18 +32,11 @@ TEACHER_COLUMNS = {
     "teacher_logprobs": "ndarray:float16",
     "teacher_rest_logprob": "ndarray:float32",
 }
-<<<<<<< HEAD
-# Additional columns with `annotation.store`.
-TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
-# The type of states: what they are stored as. NumPy has no bf16, so its raw bits are stored.
+# How the columns TEACHER_STATES and TRUNK_STATES of `annotation.store` are stored, by the type of the states. NumPy has
+# no bf16, so its raw bits are stored.
 STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
 PRECISION_OF = {"bfloat16": "bf16", "float32": "fp32"}
 DTYPE_OF = {precision: dtype for dtype, precision in PRECISION_OF.items()}
-=======
-# How the columns TEACHER_STATES and TRUNK_STATES of `annotation.store` are stored, by the type of the states. NumPy has
-# no bf16, so its raw bits are stored.
-_STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
->>>>>>> main
 HASH = "xxh64"
 LARGEST_SHARD = 2**31  # bytes of its file: half of what the places of its samples, 32-bit numbers, allow
 SHARD_HEADER = 2**20  # bytes of these that no sample takes: more than the header of a shard has
