@@ -139,7 +139,7 @@ def test_shards_have_the_digest_of_those_without_states_whatever_is_stored(copy_
     assert sizes[:2] == [{6}, {2}]
     assert orders[0][0] != orders[0][1]
     assert orders[1:] == orders[:1] * 3
-    annotate(load_config(path, [STORE, "annotation.kappa=2"]), world)
+    annotate(load_config(path, [STORE, "annotation.kappa=1"]), world)
     assert digest_without_states(read_manifest(config.path("shards", "train"), "shards")) != found[0]
 
 

@@ -151,7 +151,7 @@ def test_a_run_resumes_when_its_shards_get_states_and_when_they_lose_them(stored
         for name, tensor in whole[1].items():
             assert torch.equal(tensor, _trained(resumed)[name]), name
     # Other rows are other shards.
-    changed = ["run=gets", store, "annotation.kappa=2"]
+    changed = ["run=gets", store, "annotation.kappa=1"]
     annotate(load_config(path, changed), world)
     with pytest.raises(UserError, match="shards: another one then"):
         train(load_config(path, changed), world, resume=True)
