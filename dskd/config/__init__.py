@@ -127,15 +127,15 @@ class Config(Section):
         Some reasons depend on the teacher; annotation and `dskd plan`, which know it, give these.
         """
         store = self.annotation.store
-        if "trunk_states" in store and (reason := self.student.why_no_trunk):
+        if TRUNK_STATES in store and (reason := self.student.why_no_trunk):
             yield (
                 "annotation.store: trunk_states are those that leave the layers which teacher and student share, and "
                 f"they share none: {reason}; remove trunk_states from annotation.store, or change the section student"
             )
         if (
             (self.student.shared_trunk == "on" and self.teacher.mode == "auto" and self.loss.needs_teacher)
-            and "teacher_states" in store
-            and "trunk_states" not in store
+            and TEACHER_STATES in store
+            and TRUNK_STATES not in store
         ):
             yield (
                 "student.shared_trunk: on needs the trunk's states, but training reads the teacher's from the shards "

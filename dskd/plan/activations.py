@@ -38,7 +38,7 @@ class Batch:
     sense_rows: int  # R, number of distinct rows
     kappa: int
     teacher_top_n: int  # tokens per position of a cached teacher, otherwise 0
-    stored: tuple[str, ...] = ()  # columns of states that the loader reads from the shards
+    state_columns: tuple[str, ...] = ()  # columns of states that the loader reads from the shards
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def loaded_tensors(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[s
             "logprobs": torch.empty(*shape, batch.teacher_top_n, dtype=torch.float16),
             "rest_logprob": torch.empty(shape, dtype=torch.float32),
         }
-    return loaded | {column: torch.empty(*shape, hidden_size, dtype=dtype) for column in batch.stored}
+    return loaded | {column: torch.empty(*shape, hidden_size, dtype=dtype) for column in batch.state_columns}
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -75,8 +75,8 @@ def candidates(plan: Plan) -> list[Change]:
             where = ("teacher.nvme_path=/local/dskd",) if place == "nvme" and teacher.nvme_path is None else ()
             away = ("teacher.nvme_path=null",) if place != "nvme" and teacher.nvme_path is not None else ()
             changes.append(Change((*([mode] if mode else []), f"teacher.offload={place}", *where, *away)))
-        if plan.stored is not None:
-            changes.append(stored_states(plan.stored.columns, teacher.mode))
+        if plan.comparison is not None:
+            changes.append(stored_states(plan.comparison.columns, teacher.mode))
         if not plan.config.loss.hidden_weight and plan.config.student.shared_trunk != "on":
             top_n = () if plan.config.annotation.teacher_top_n else ("annotation.teacher_top_n=64",)
             changes.append(Change(("teacher.mode=cached", *top_n)))

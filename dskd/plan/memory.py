@@ -73,7 +73,6 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
     lexical = min(length, round(relations * length))
     positions = SensePositions.of(loss, seed=0).number(lexical) * micro_batch_size if loss.sense_weight else 0
     on_device = config.train.sense_bank == "device"
-    stored = columns_read(config, trunk)
     return Batch(
         micro_batch_size,
         length,
@@ -82,7 +81,7 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
         0 if on_device else 3 * positions * kappa,  # synonyms, antonyms and own rows, if all are distinct
         kappa,
         config.annotation.teacher_top_n if TeacherSource.planned(config).kind == "top_n" else 0,
-        stored,
+        columns_read(config, trunk),
     )
 
 
@@ -207,7 +206,7 @@ def gather_models(
 
 def _only_text(batch: Batch) -> Batch:
     """Returns a batch of the same texts with nothing else, which is all that the teacher reads."""
-    return replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0, stored=())
+    return replace(batch, sense_positions=0, sense_rows=0, teacher_top_n=0, state_columns=())
 
 
 def _teacher(

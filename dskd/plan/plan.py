@@ -10,8 +10,9 @@ from dskd.errors import UserError
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
 from dskd.plan.memory import RESERVED_ON_HOST, Memory, StageMemory, compute_memory, gather_models, stages_before
-from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes
+from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes, trunk_to_store
 from dskd.plan.speed import Speed, compute_speed
+from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import Comparison, compare_with_stored_states
 from dskd.shards import Stored
 from dskd.training.schedule import count_steps, share_out
@@ -36,7 +37,7 @@ class Plan:
     before: tuple[StageMemory, ...]
     is_annotated: bool  # the shards exist, so the stages before training are done
     speed: Speed
-    stored: Comparison | None  # None if training reads no states of the teacher
+    comparison: Comparison | None  # with and without stored states; None if training reads no states of the teacher
     disk: Disk
 
     @property
@@ -91,6 +92,9 @@ def make_plan(
     micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
     architecture.check(config)
     student = cut_student(config, architecture)
+    hidden_size = architecture.values()["hidden_size"]
+    trunk = trunk_to_store(config, architecture)
+    to_store = stored_in_shards(config, cluster.dtype(config.precision), hidden_size, trunk)
     teacher = teacher_shapes(architecture)
     shards = _shards(config)
     if samples is None:
@@ -114,15 +118,15 @@ def make_plan(
     )
     of_teacher, of_student = gather_models(config, cluster, architecture, teacher, student)
     speed = compute_speed(config, cluster, architecture, teacher, student, of_teacher, of_student, **batches)
-    stored = compare_with_stored_states(
+    comparison = compare_with_stored_states(
         config, cluster, architecture, teacher, student.trunk, **batches, samples=samples
     )
     disk = compute_disk(config, cluster, architecture, teacher, student, samples=samples, steps=steps)
     before = stages_before(config, cluster, architecture, teacher, states=disk.states, rows=disk.senses)
     return Plan(
         config, cluster, architecture, teacher, student, **batches, samples=samples, steps=steps, memory=memory,
-        before=before, is_annotated=shards is not None and _has_states(config, shards), speed=speed, stored=stored,
-        disk=disk,
+        before=before, is_annotated=shards is not None and _are_current(shards, config, to_store), speed=speed,
+        comparison=comparison, disk=disk,
     )  # fmt: skip
 
 
@@ -133,7 +137,10 @@ def _shards(config: Config) -> Manifest | None:
     return read_manifest(folder, "shards", files_are_here=False)
 
 
-def _has_states(config: Config, shards: Manifest) -> bool:
-    """Returns whether the shards hold the states that the config stores; otherwise they have to be annotated again."""
-    stored = Stored.of(shards)
-    return set(config.annotation.store) == set(() if stored is None else stored.columns)
+def _are_current(shards: Manifest, config: Config, to_store: Stored | None) -> bool:
+    """Returns whether the shards hold what the config stores of the teacher; otherwise they have to be annotated again.
+
+    Compares states by their columns, type, width and depth, as annotation's recipe does, and the number of tokens.
+    """
+    top_n = shards.config.get("teacher_top_n", 0)
+    return Stored.of(shards) == to_store and top_n == config.annotation.teacher_top_n

@@ -5,9 +5,10 @@ from dskd.console import table
 from dskd.plan import GB
 from dskd.plan.changes import Change, stored_states
 from dskd.plan.plan import Plan
-from dskd.plan.stored import loads_teacher, reads_states
+from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.plan.stored_speed import Comparison
 from dskd.training.schedule import describe_learning_rate
+from dskd.training.teacher_source import why_unread
 
 _PARTS = {
     "teacher": "teacher",
@@ -27,7 +28,10 @@ Speed is an estimate: it depends on --tflops, --bandwidth, --host-bandwidth and 
 
 def format_plan(plan: Plan) -> str:
     """Formats the whole plan."""
-    stored = [] if plan.stored is None else [_stored(plan, plan.stored)]
+    unread = _unread(plan)
+    stored = [] if unread is None else [f"Stored states: {unread}."]
+    if plan.comparison is not None:
+        stored = [_stored(plan, plan.comparison)]
     return "\n\n".join(
         [_headline(plan), _memory(plan), _speed(plan), _disk(plan), _stages(plan), _ASSUMPTIONS, *stored]
     )
@@ -187,7 +191,8 @@ def _stored(plan: Plan, stored: Comparison) -> str:
     change = stored_states(stored.columns, plan.config.teacher.mode).text()
     bandwidth = f"--disk-bandwidth {plan.cluster.disk_bandwidth / GB:g}"
     if not stored.is_planned and stored.gain < _WORTHWHILE:
-        return f"Stored states: none. With {change} a step would be {stored.gain:.1f} times as fast at {bandwidth}."
+        now, gain = _unread(plan) or "none", f"{stored.gain:.1f} times as fast at {bandwidth}"
+        return f"Stored states: {now}. With {change} a step would be {gain}."
     faster, of_node = (
         stored.computing.teacher_s / stored.reading.reading_s,
         stored.rate * plan.cluster.gpus_per_node / GB,
@@ -197,7 +202,7 @@ def _stored(plan: Plan, stored: Comparison) -> str:
     lines = [
         f"Stored states: {' and '.join(stored.columns)}"
         if stored.is_planned
-        else f"Stored states: none. With {change}:",
+        else f"Stored states: {_unread(plan) or 'none'}. With {change}:",
         f"  a step is {stored.gain:.1f} times as fast as with the teacher in it",
         f"  reading the states is {_compared(faster)} computing them, at {bandwidth}",
         f"  each {what} reads {stored.rate / GB:.2f} GB/s if the disks keep up, a node {of_node:,.1f} GB/s"
@@ -212,6 +217,11 @@ def _stored(plan: Plan, stored: Comparison) -> str:
             f"  annotation runs the teacher once, for about {once}; each run then takes {one} instead of {other}",
         ]
     return "\n".join(lines)
+
+
+def _unread(plan: Plan) -> str | None:
+    """Returns which states are stored, but not read, why, and what to set; None if there are none."""
+    return why_unread(plan.config, plan.config.annotation.store, columns_read(plan.config, plan.student.trunk))
 
 
 def _is_copied(plan: Plan) -> bool:

@@ -22,6 +22,8 @@ from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
+from dskd.shards import TRUNK_STATES
+from dskd.shards.stored_states import stored_trunk_depth
 from dskd.training.student import choose_trained
 from dskd.training.teacher_from_scratch import intermediate_size
 from dskd.training.teacher_source import TeacherSource, reads_logits
@@ -229,6 +231,17 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
     loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
     needs_copy = loaded.trains_output and reads_logits(source.kind, config.loss)
     return Student(layers, trunk, why, loaded.shapes, whole.numel, loaded.output_numel if needs_copy else 0)
+
+
+def trunk_to_store(config: Config, architecture: Architecture) -> int:
+    """Returns the depth of the trunk whose states annotation stores; 0 if it stores none. Raises a UserError where
+    annotation would, because teacher and student share no layers.
+    """
+    if TRUNK_STATES not in config.annotation.store:
+        return 0
+    layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    is_tied = _Cut.of(architecture, tuple(layers), 0, config.student).is_tied
+    return stored_trunk_depth(config.student, kept=layers, tied=is_tied)
 
 
 @dataclass(frozen=True)

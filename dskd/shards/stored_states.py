@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, T' positions up to a sequence's last one with a t
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from dskd.artifacts.building import Building
 from dskd.artifacts.files import make_folder
-from dskd.config import Config
+from dskd.config import Config, StudentConfig
 from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.world import World
 from dskd.errors import UserError
@@ -68,11 +69,28 @@ def _depth(config: Config, teacher: ModelFolder) -> int:
     model_config = teacher.load_config()
     layers = choose_layers(config.student, model_config.num_hidden_layers)
     tied = bool(getattr(model_config, "tie_word_embeddings", False))
+    return stored_trunk_depth(config.student, kept=layers, tied=tied, teacher=teacher)
+
+
+def stored_trunk_depth(
+    student: StudentConfig, *, kept: Sequence[int], tied: bool, teacher: ModelFolder | None = None
+) -> int:
+    """Returns the depth of the trunk whose states can be stored.
+
+    Args:
+        student: the student's section of the config.
+        kept: the teacher's layers that the student keeps.
+        tied: True if the output matrix and the embeddings are the same matrix.
+        teacher: the teacher, whose layers are built to see whether they fit; None to leave this check out.
+
+    Raises:
+        UserError: if there is no shared trunk, with the reason.
+    """
     try:
-        depth = trunk_depth(config.student, kept=layers, same_teacher=True, tied=tied)
+        depth = trunk_depth(student, kept=kept, same_teacher=True, tied=tied)
         if not depth:
             raise TrunkError("student.shared_trunk is off")
-        if not fits_without_lower_layers(teacher, depth):
+        if teacher is not None and not fits_without_lower_layers(teacher, depth):
             raise TrunkError("in this architecture a layer's shape depends on its place")
     except TrunkError as problem:
         raise UserError(

@@ -108,7 +108,7 @@ def load(pair: ModelPair, checkpoint: Checkpoint, world: World) -> None:
     The engine must have been built with `load_universal` as :func:`needs_universal` returns it.
 
     Raises:
-        UserError: if the checkpoint's student has another shared trunk, or DeepSpeed does not load it.
+        UserError: if the checkpoint's student has a shared trunk of another depth, or DeepSpeed does not load it.
     """
     engine, then = pair.engine, checkpoint.manifest.facts.get("trunk_depth", 0)
     if then != pair.trunk_depth:

@@ -1,7 +1,7 @@
 """The student in training: its layers in a ZeRO-3 engine, with the head that computes the losses.
 
 If its lowest layers are frozen copies of the teacher's, it starts from the teacher's hidden states at that depth
-(:mod:`dskd.training.trunk`), and those layers are not loaded. Shapes: B batch, T tokens, D hidden, V vocabulary.
+(:mod:`dskd.models.trunk`), and those layers are not loaded. Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
 import os
@@ -84,7 +84,7 @@ def load_student(
         teacher: the model whose output matrix the head needs, or None if no term of the loss reads its logits.
         margin: of the sense loss, in units of |h - s|² / D.
         accumulation_steps: micro-batches per rank and optimizer step.
-        trunk_depth: number of lowest layers that the teacher computes; if not 0, neither these layers nor the
+        trunk_depth: number of lowest layers whose result the inputs are; if not 0, neither these layers nor the
             embeddings are loaded.
         load_universal: the engine will resume from a checkpoint in DeepSpeed's universal form
             (:mod:`dskd.training.universal_checkpoint`).

@@ -25,7 +25,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 class Expected(NamedTuple):
-    """A run of the layer of which the student's lowest layer is a copy."""
+    """A run of the layer that the student's lowest layer is a copy of, and the positions of its tokens."""
 
     position_ids: torch.Tensor | None
     run: Run

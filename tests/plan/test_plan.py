@@ -138,14 +138,14 @@ def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
     slow, fast = plan_of(1e3), plan_of(1e15)
     assert slow.speed.step_s == pytest.approx(of_step / 1e3)
     assert fast.speed.step_s == slow.speed.step_without_reading_s < slow.speed.step_s
-    assert slow.stored.rate == fast.stored.rate == pytest.approx(of_step / 4 / fast.speed.step_s)
+    assert slow.comparison.rate == fast.comparison.rate == pytest.approx(of_step / 4 / fast.speed.step_s)
     # The other run is the one with a teacher.
     computed = plan_of(1e3, "annotation.store=[]")
-    assert slow.stored.computing == computed.speed
-    assert computed.stored.reading == slow.speed
-    assert slow.stored.gain == computed.stored.gain == computed.speed.step_s / slow.speed.step_s
+    assert slow.comparison.computing == computed.speed
+    assert computed.comparison.reading == slow.speed
+    assert slow.comparison.gain == computed.comparison.gain == computed.speed.step_s / slow.speed.step_s
     flops = computed.speed.flops_per_token["teacher_layers"] * 16 * 1000
-    assert slow.stored.storing_s >= flops / 4 / 1e14
+    assert slow.comparison.storing_s >= flops / 4 / 1e14
 
 
 def test_bytes_count_as_long_as_something_refers_to_them():
@@ -480,3 +480,43 @@ def test_memory_is_within_a_tenth_of_what_training_allocates(tmp_path_factory, r
     finish(processes)
     measured = parse_result(arguments, 0, processes[0].output)
     assert plan_bytes(folder / "config.yaml", ranks, settings) == pytest.approx(max(measured), rel=0.1)
+
+
+def _planned_states(tmp_path, monkeypatch, capsys, *overrides, **teacher):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b", **teacher}}))
+    options = ["--config", config, "--teacher-config", _shapes_file(tmp_path), "--nodes", 1, "--gpus-per-node", 1]
+    options += ["--gpu-memory", 80, "--host-memory", 200, *SMALL, *overrides]
+    return _run(monkeypatch, capsys, *options)
+
+
+def test_shards_with_states_of_another_depth_or_type_have_to_be_annotated_again(tmp_path, monkeypatch, capsys):
+    facts = {"columns": [TEACHER_STATES, TRUNK_STATES], "dtype": "bfloat16", "hidden_size": 32, "trunk_depth": 2}
+    with build_artifact(tmp_path / "work" / "shards" / "train", Recipe("shards", {}, {})) as building:
+        building.facts.update(samples=64, stored=facts)
+    for changes, is_done in (
+        (["student.train_layers=1"], True),  # of three layers, so the trunk has two
+        (["student.train_layers=2"], False),
+        (["student.train_layers=1", "precision=fp32"], False),
+        (["student.train_layers=1", f"annotation.store=[{TEACHER_STATES}]"], False),
+        (["student.train_layers=1", "annotation.teacher_top_n=8"], False),
+    ):
+        _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *STORED, *changes)
+        assert ("They are done: the shards exist" in printed) == is_done, changes
+
+
+def test_a_plan_says_which_stored_states_are_not_read(tmp_path, monkeypatch, capsys):
+    _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *STORED, mode="resident")
+    assert "Stored states: teacher_states and trunk_states, which training does not read" in printed
+    assert "because teacher.mode is resident; set teacher.mode to auto" in printed
+    _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *STORED, "annotation.store=[trunk_states]")
+    assert "Stored states: trunk_states, which training does not read, because there are no teacher_states" in printed
+
+
+def test_a_trunk_that_the_teacher_rules_out_is_not_planned(tmp_path):
+    config = _config(tmp_path, *STORED, "student.train_lm_head=true")
+    tied = Architecture(json.dumps({**LLAMA, "tie_word_embeddings": True}), "llama")
+    with pytest.raises(
+        UserError, match=r"annotation\.store: trunk_states .* they share none: .* embeddings are trained"
+    ):
+        make_plan(config, _cluster(), tied, samples=1000)
