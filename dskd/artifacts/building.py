@@ -1,9 +1,10 @@
 """Builds an artifact under a hidden name, and publishes it under its own name when it is complete."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dskd.artifacts.files import (
@@ -90,8 +91,11 @@ class Building:
             self.clear()
             recipe_file.write_text(recipe, encoding="utf-8")
 
-    def publish(self) -> Manifest:
-        """Writes the manifest and puts the folder in its place, replacing an older artifact."""
+    def publish(self, hashes: Mapping[str, str] = MappingProxyType({})) -> Manifest:
+        """Writes the manifest and puts the folder in its place, replacing an older artifact.
+
+        Files whose sha256 is in `hashes`, taken when they were written, are not read again.
+        """
         manifest = Manifest(
             kind=self.recipe.kind,
             schema_version=KINDS[self.recipe.kind].schema_version,
@@ -99,7 +103,7 @@ class Building:
             config=as_json(self.recipe.config),
             teacher=self.recipe.teacher,
             tokenizer=self.recipe.tokenizer,
-            files=hash_files(self.folder),
+            files=hash_files(self.folder, known=hashes),
             facts=as_json(self.facts),
             packages=package_versions(),
         )

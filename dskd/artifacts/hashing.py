@@ -5,19 +5,23 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 
 
-def hash_files(folder: Path, only: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+def hash_files(
+    folder: Path, only: Mapping[str, Any] | None = None, known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
     """Computes the sha256 and size of every file under `folder`, in the order of their names.
 
     Leaves out the manifest and the notes (names that begin with a dot). With `only`, reads just the files it names.
+    Reads no file whose sha256 is `known`.
     """
     names = sorted(only) if only is not None else sorted(_names(folder))
     with ThreadPoolExecutor(max_workers=8) as pool:  # threads suffice: hashlib releases the interpreter's lock
-        digests = pool.map(lambda name: sha256_of_file(folder / name), names)
+        digests = pool.map(lambda name: known.get(name) or sha256_of_file(folder / name), names)
     return {
         name: {"sha256": digest, "size_bytes": (folder / name).stat().st_size}
         for name, digest in zip(names, digests, strict=True)

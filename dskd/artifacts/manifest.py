@@ -52,8 +52,14 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Digest of the content: equal for two artifacts of the same kind with the same files."""
-        content = {name: entry["sha256"] for name, entry in self.files.items()}
-        return digest_of_json([self.kind, self.schema_version, content])
+        return digest_of_content(
+            self.kind, {name: entry["sha256"] for name, entry in self.files.items()}, self.schema_version
+        )
+
+
+def digest_of_content(kind: str, hashes: Mapping[str, str], schema_version: int | None = None) -> str:
+    """Returns the digest of an artifact whose files have these sha256, in the current or another version."""
+    return digest_of_json([kind, schema_version or KINDS[kind].schema_version, dict(hashes)])
 
 
 def read_manifest(path: Path, kind: str, *, made_by: str | None = None, files_are_here: bool = True) -> Manifest:
@@ -152,7 +158,12 @@ def require_same(what: str, *, expected: str | None, found: str | None, between:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is either the old one or the complete new one."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Returns what :func:`write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def package_versions() -> dict[str, str]:

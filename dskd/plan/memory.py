@@ -21,7 +21,7 @@ from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Architecture, Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.shards import TRUNK_STATES
-from dskd.shards.annotate import SAMPLES_PER_SHARD
+from dskd.shards.blocks import SAMPLES_PER_SHARD
 from dskd.training.loader import PREFETCHED_STEPS
 from dskd.training.positions import SensePositions
 from dskd.training.saving import EXPORTED_BYTES

@@ -1,6 +1,7 @@
 """The annotated streaming shards: a sample is one sequence with the rows of the sense dictionary for each position.
 
 schema           the columns, and checks that shards fit a config, a teacher and a sense dictionary
+blocks           the sizes and the format of the blocks that annotation writes, and the thread that writes them
 writing          writes blocks of samples, and joins many blocks into one dataset
 unpacked_writer  writes shards that are not compressed, without copies
 opening          opens the dataset, from the work directory or a remote copy
@@ -19,12 +20,14 @@ from dskd.shards.schema import (
     ANTONYM_ROWS,
     COLUMNS,
     OWN_ROWS,
+    PRECISION_OF,
     SYNONYM_ROWS,
     TEACHER_COLUMNS,
     TEACHER_STATES,
     TRUNK_STATES,
     Stored,
     columns_of,
+    digest_without_states,
     load_manifest,
     require_fitting,
     require_samples,
@@ -37,6 +40,7 @@ __all__ = [
     "ANTONYM_ROWS",
     "COLUMNS",
     "OWN_ROWS",
+    "PRECISION_OF",
     "SYNONYM_ROWS",
     "TEACHER_COLUMNS",
     "TEACHER_STATES",
@@ -44,6 +48,7 @@ __all__ = [
     "Stored",
     "collate_tokens",
     "columns_of",
+    "digest_without_states",
     "gather_rows",
     "is_lasting",
     "join_blocks",

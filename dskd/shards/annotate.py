@@ -18,12 +18,8 @@ The result is a set of streaming shards, written in blocks of sequences. A block
 any number of ranks writes the same files, and a resumed run keeps the blocks written before the interruption.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +27,7 @@ import torch
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building
+from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, verify_files
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage
@@ -45,11 +42,11 @@ from dskd.models.precision import resolve_precision
 from dskd.models.readouts import chunk_size
 from dskd.models.trunk import HandOver
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
-from dskd.shards import columns_of, join_blocks, sample_bytes
+from dskd.shards import join_blocks
+from dskd.shards.blocks import WritingThread, block_folder, blocks_of, shard_format_of
 from dskd.shards.continuations import Continuer
 from dskd.shards.schema import (
     ANTONYM_ROWS,
-    LARGEST_SHARD,
     OWN_ROWS,
     SYNONYM_ROWS,
     TEACHER_STATES,
@@ -57,17 +54,18 @@ from dskd.shards.schema import (
     Stored,
 )
 from dskd.shards.search import Searcher
-from dskd.shards.stored_states import columns_of_states, plan_stored, require_unchanged_input
+from dskd.shards.stored_states import (
+    columns_of_states,
+    describe_stored,
+    plan_stored,
+    require_space,
+    require_unchanged_input,
+    stored_bytes,
+)
 from dskd.shards.text_reader import TextReader
-from dskd.shards.writing import BlockWriter, ShardFormat
+from dskd.shards.writing import BlockWriter, JoinedBlocks, is_block
 
-_MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
-# Samples that a shard with states has at least. A sequence of 2,048 tokens with states of 4,096 values has 34 MB. With
-# one or two of these in a shard, a corpus of a billion tokens would have hundreds of thousands of files, which
-# mosaicml-streaming lists in memory on every rank.
-SAMPLES_PER_SHARD = 8
 _COVERAGE = ("with_senses", "with_synonyms", "with_antonyms")
-_COUNTS_FILE = "counts.json"  # of a block, until the blocks are joined
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,30 @@ def open_inputs(config: Config, teacher: ModelFolder) -> AnnotationInputs:
     return AnnotationInputs(teacher, dictionary, senses, sequences, text, plan_stored(config, teacher))
 
 
+@dataclass(frozen=True)
+class TeacherUse:
+    """The use of the teacher for a split's text beyond the nearest rows; none for held-out text.
+
+    On held-out text the teacher itself is run, and the text stays as it is.
+    """
+
+    continuation_tokens: int = 0  # by which it continues each text at most
+    top_n: int = 0  # how many of its most probable tokens are stored
+    stored: Stored | None = None  # its states that are stored
+
+    @classmethod
+    def of(cls, config: Config, stored: Stored | None, split: str) -> "TeacherUse":
+        """Returns the use for a split; `stored` are the states to store of the training text."""
+        if split != "train":
+            return cls()
+        return cls(config.annotation.continuation_tokens, config.annotation.teacher_top_n, stored)
+
+    @property
+    def reads_logits(self) -> bool:
+        """True if the teacher's output layer is needed."""
+        return self.continuation_tokens > 0 or self.top_n > 0
+
+
 def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     """Returns the recipe of a split's shards: every input and setting that affects their content.
 
@@ -112,13 +134,14 @@ def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     for key in ("batch_size", "memory_budget"):
         del settings[key]
     # Leave out keys whose value changes nothing, so that shards written before a key existed stay up to date.
-    if not _teacher_top_n(config, split):
+    use = TeacherUse.of(config, inputs.stored, split)
+    if not use.top_n:
         del settings["teacher_top_n"]
-    if not (stored := _stored(inputs, split)):
+    if use.stored is None:
         del settings["store"]
-    elif TRUNK_STATES in stored.columns:
-        settings["trunk_depth"] = stored.trunk_depth  # nothing else of the student changes what is stored
-    if _continuation_tokens(config, split):
+    elif TRUNK_STATES in use.stored.columns:
+        settings["trunk_depth"] = use.stored.trunk_depth  # nothing else of the student changes what is stored
+    if use.continuation_tokens:
         settings["seed"] = config.seed
     else:
         del settings["continuation_tokens"]
@@ -149,8 +172,13 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     if not stale:
         say(f"up to date: {config.path(kinds.SHARDS.folder)}")
         return
-    reads_logits = any(_continuation_tokens(config, split) or _teacher_top_n(config, split) for split in stale)
-    teacher = load_frozen(inputs.teacher, config, world, with_head=reads_logits)
+    uses = {split: TeacherUse.of(config, inputs.stored, split) for split in stale}
+    if inputs.stored and "train" in stale:
+        building = Building(config.path(kinds.SHARDS.folder, "train"), recipe(config, "train", inputs))
+        size = stored_bytes(inputs.stored, inputs.sequences["train"], uses["train"].continuation_tokens)
+        on_main(lambda: require_space(size, building))
+        say(f"  {describe_stored(inputs.stored, size, building.path)}")
+    teacher = load_frozen(inputs.teacher, config, world, with_head=any(use.reads_logits for use in uses.values()))
     if inputs.stored and inputs.stored.trunk_depth and "train" in stale:
         require_unchanged_input(teacher, world)
     searcher = Searcher(
@@ -160,42 +188,29 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         inputs.sequences[stale[0]].frequencies(inputs.dictionary.vocab_size),
         config.annotation.memory_bytes,
     )
-    for split in stale:
-        max_tokens = _continuation_tokens(config, split)
-        stored = _stored(inputs, split)
+    for split, use in uses.items():
+        depth = use.stored.trunk_depth if use.stored else 0
         reader = TextReader(
             teacher,
-            Continuer(teacher, max_tokens, config.seed) if max_tokens else None,
-            _teacher_top_n(config, split),
+            Continuer(teacher, use.continuation_tokens, config.seed) if use.continuation_tokens else None,
+            use.top_n,
             # Not the chunk size of the config: a key of one training run must not change the last digits of what is
             # stored for all runs.
             chunk_size(None, teacher.vocab_size, world.device),
-            HandOver(teacher.decoder.layers, stored.trunk_depth) if stored and stored.trunk_depth else None,
+            HandOver(teacher.decoder.layers, depth) if depth else None,
         )
         building = Building(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs))
-        _annotate_split(config, split, inputs, reader, searcher, building, world)
+        _annotate_split(config, split, inputs, use.stored, reader, searcher, building, world)
         if reader.trunk is not None:
             reader.trunk.close()
     teacher.close()
-
-
-def _continuation_tokens(config: Config, split: str) -> int:
-    return config.annotation.continuation_tokens if split == "train" else 0
-
-
-def _teacher_top_n(config: Config, split: str) -> int:
-    # On held-out text the teacher itself is run, so nothing is stored for it.
-    return config.annotation.teacher_top_n if split == "train" else 0
-
-
-def _stored(inputs: AnnotationInputs, split: str) -> Stored | None:
-    return inputs.stored if split == "train" else None
 
 
 def _annotate_split(
     config: Config,
     split: str,
     inputs: AnnotationInputs,
+    stored: Stored | None,
     reader: TextReader,
     searcher: Searcher,
     building: Building,
@@ -209,8 +224,8 @@ def _annotate_split(
         writes=building.path,
     ):
         on_main(building.resume_or_clear)
-        blocks = _blocks(len(sequences), sequences.sequence_length, config, split)
-        is_done = on_main(lambda: [_block_folder(building.folder, block).is_dir() for block in blocks])
+        blocks = blocks_of(len(sequences), sequences.sequence_length, config.annotation, reader.top_n)
+        is_done = on_main(lambda: [is_block(block_folder(building.folder, block)) for block in blocks])
         left = [block for block, done in zip(blocks, is_done, strict=True) if not done]
         if len(left) < len(blocks):
             say(f"  resuming: {len(blocks) - len(left)} of {len(blocks)} blocks were written before an interruption")
@@ -226,20 +241,20 @@ def _annotate_split(
                 label="annotating",
                 unit="tokens",
             ) as bar,
+            report_full_disk(building.folder),
             # While the teacher reads the next batch, a thread packs and writes the last one.
-            _OneAtATime() as thread,
+            WritingThread() as thread,
         ):
-            stored = _stored(inputs, split)
-            shard_format = _shard_format(config, sequences.sequence_length, reader.top_n, stored)
+            shard_format = shard_format_of(config.annotation, sequences.sequence_length, reader.top_n, stored)
             for block in own_blocks:
-                writer, counts = BlockWriter(_block_folder(building.folder, block), shard_format), Counter[str]()
+                writer, counts = BlockWriter(block_folder(building.folder, block), shard_format), Counter[str]()
                 for first in range(block.start, block.stop, config.annotation.batch_size):
                     unread = sequences.batch(first, min(first + config.annotation.batch_size, block.stop))
                     samples, counts_of_batch = annotate_batch(unread, first, reader, searcher, stored)
                     counts.update(counts_of_batch)
                     thread.submit(writer.add, samples)
                     bar.update(min(unread.num_tokens * world.world_size, bar.total - bar.n))
-                thread.submit(writer.finish, _COUNTS_FILE, dict(counts))
+                thread.submit(writer.finish, dict(counts))
         done_turns = sum(turns[world.rank :: world.world_size])
         for _ in range(most_turns - done_turns):
             reader.read(sequences.batch(0, 1).without_targets(), 0)
@@ -247,29 +262,8 @@ def _annotate_split(
         text = inputs.text.files[sequences.path.name]["sha256"]
         if stored is not None:
             building.facts["stored"] = asdict(stored)
-        on_main(lambda: _publish(building, blocks, text))
-
-
-class _OneAtATime:
-    """A thread that runs one call at a time; nobody waits for it, except for the call before the last to end."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._running: Future[None] | None = None
-
-    def submit(self, call: Callable[..., None], *args: Any) -> None:
-        """Starts a call once the one before has ended, and raises the error that ended it."""
-        if self._running is not None:
-            self._running.result()
-        self._running = self._thread.submit(call, *args)
-
-    def __enter__(self) -> "_OneAtATime":
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown()
-        if self._running is not None and error is None:
-            self._running.result()
+        with report_full_disk(building.folder):
+            on_main(lambda: _publish(building, blocks, text))
 
 
 def annotate_batch(
@@ -330,10 +324,11 @@ def _column(batch: TokenBatch, values: torch.Tensor, dtype: torch.dtype, *, fill
 
 
 def _publish(building: Building, blocks: list[range], text: str) -> None:
-    folders = [_block_folder(building.folder, block) for block in blocks]
+    folders = [block_folder(building.folder, block) for block in blocks]
     counts = Counter[str]()
-    for folder in folders:
-        counts.update(json.loads((folder / _COUNTS_FILE).read_text(encoding="utf-8")))
+    joined = JoinedBlocks.of(folders)
+    for counts_of_block in joined.facts:
+        counts.update(counts_of_block)
     samples = join_blocks(building.folder, folders)
     targets = counts["targets"]
     coverage = {name: counts[name] / max(targets, 1) for name in _COVERAGE}
@@ -348,41 +343,11 @@ def _publish(building: Building, blocks: list[range], text: str) -> None:
     continued = "continuation_tokens" in building.recipe.config
     if continued:
         building.facts["continued_tokens"] = counts["continued_tokens"]
-    building.publish()
+    if joined.digest_without_states is not None:
+        # A run whose shards get states later, or lose them, stays the same run, with the same order of samples.
+        building.facts["without_states"] = {"digest": joined.digest_without_states, "samples_per_shard": len(blocks[0])}
+    building.publish(joined.hashes)
     shares = ", ".join(f"{100 * share:.1f} % {name.replace('_', ' ')}" for name, share in coverage.items())
     say(f"  {samples:,} samples, {targets:,} target positions: {shares}")
     if continued:
         say(f"  the teacher continued these texts by {counts['continued_tokens']:,} tokens")
-
-
-def _blocks(num_sequences: int, sequence_length: int, config: Config, split: str) -> list[range]:
-    """Splits the sequences into ranges, one per shard or, with stored states, per several shards.
-
-    All but the last have the same size, which depends only on these arguments. It does not depend on stored states: a
-    block is what an interruption loses, and the teacher reads no batch beyond the end of a block.
-    """
-    size_of_sample = sample_bytes(
-        sequence_length, kappa=config.annotation.kappa, teacher_top_n=_teacher_top_n(config, split)
-    )
-    by_size = config.annotation.shard_size_mb * 2**20 // size_of_sample
-    size = max(1, min(by_size, -(-num_sequences // _MIN_BLOCKS)))
-    return [range(start, min(start + size, num_sequences)) for start in range(0, num_sequences, size)]
-
-
-def _shard_format(config: Config, sequence_length: int, teacher_top_n: int, stored: Stored | None) -> ShardFormat:
-    """Returns the format of the shards; with states, a block has several, which are not compressed.
-
-    States hardly compress (benchmarks/README.md), and training maps files that are not packed instead of unpacking a
-    second copy.
-    """
-    columns = columns_of(teacher_top_n=teacher_top_n, stored=stored)
-    if stored is None:
-        return ShardFormat(columns)
-    settings = config.annotation
-    size = sample_bytes(sequence_length, kappa=settings.kappa, teacher_top_n=teacher_top_n, stored=stored)
-    most = min(max(settings.shard_size_mb * 2**20, SAMPLES_PER_SHARD * size), LARGEST_SHARD)
-    return ShardFormat(columns, compression=None, most_bytes=most + 2**20)  # with room for a shard's own header
-
-
-def _block_folder(folder: Path, block: range) -> Path:
-    return folder / ".blocks" / f"{block.start:012d}"

@@ -23,12 +23,19 @@ class ShardDataset(StreamingDataset):
     The arrays of a sample are read-only views of the mapped shard file. If the index has a hash of each sample, a
     sample is compared with it whenever it is read, which raises a ValueError; then a shard that was fetched is not
     compared as a whole.
+
+    `order_by`: how many samples count as one shard when the order of an epoch is drawn; None for those of each file.
+    The library shuffles whole shards first, so with another number the order is another one.
     """
 
     shards: list["_MappedShard"]
+    samples_per_shard: np.ndarray
+    sample_offset_per_shard: np.ndarray
+    shards_per_stream: np.ndarray
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, order_by: int | None = None, **options: Any) -> None:
         super().__init__(**options)
+        self._order_by = order_by
         maps = _Maps()
         self.shards = [_MappedShard.of(shard, maps) for shard in self.shards]
         if all(shard.digests for shard in self.shards):
@@ -47,6 +54,22 @@ class ShardDataset(StreamingDataset):
         if error := future.exception():
             self.failure = error
             self._event.set()
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the sizes of what is shuffled as shards, and the numbers of the samples of an epoch."""
+        if self._order_by is None:
+            return super().resample_streams(epoch, stream_id)
+        total = int(self.samples_per_shard.sum())
+        starts = np.arange(0, total, self._order_by)
+        names = ("samples_per_shard", "sample_offset_per_shard", "shards_per_stream")
+        of_files = {name: getattr(self, name) for name in names}
+        self.samples_per_shard, self.sample_offset_per_shard = np.diff(starts, append=total), starts
+        self.shards_per_stream = np.array([len(starts)])  # there is one stream
+        try:
+            return super().resample_streams(epoch, stream_id)
+        finally:
+            for name, value in of_files.items():
+                setattr(self, name, value)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """Returns the columns of a sample, and its `sample_id`, `epoch` and `step`."""

@@ -38,11 +38,14 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
         # Check first: if the library meets the error, all ranks but one wait forever for files that never come.
         on_main(lambda: require_remote(config, split))
     in_place = _is_read_in_place(config, split)
+    # Shards with states are smaller, and yet their samples come in the same order as without.
+    without_states = load_manifest(config, split).facts.get("without_states", {})
     with streaming_names(cache, world):
         dataset = ShardDataset(
             remote=None if in_place else place(config, split),
             local=place(config, split) if in_place else str(cache / split),
             validate_hash=HASH,
+            order_by=without_states.get("samples_per_shard"),
             keep_zip=False,
             **options,
         )

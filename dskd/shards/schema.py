@@ -34,9 +34,12 @@ TEACHER_COLUMNS = {
 }
 # How the columns TEACHER_STATES and TRUNK_STATES of `annotation.store` are stored, by the type of the states. NumPy has
 # no bf16, so its raw bits are stored.
-_STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
+STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
+PRECISION_OF = {"bfloat16": "bf16", "float32": "fp32"}
+DTYPE_OF = {precision: dtype for dtype, precision in PRECISION_OF.items()}
 HASH = "xxh64"
-LARGEST_SHARD = 2**31  # bytes; a shard has the places of its samples as 32-bit numbers
+LARGEST_SHARD = 2**31  # bytes of its file: half of what the places of its samples, 32-bit numbers, allow
+SHARD_HEADER = 2**20  # bytes of these that no sample takes: more than the header of a shard has
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,35 @@ class Stored:
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Stored | None":
-        """Returns what the manifest of shards says that they hold; None if they hold no states."""
+        """Returns what the manifest of shards says that they hold; None if they hold no states.
+
+        Raises:
+            UserError: if the manifest does not say all of it.
+        """
         facts: Mapping[str, Any] | None = manifest.facts.get("stored")
-        return None if facts is None else cls(**{**facts, "columns": tuple(facts["columns"])})
+        if facts is None:
+            return None
+        try:
+            return cls(tuple(facts["columns"]), facts["dtype"], facts["hidden_size"], facts["trunk_depth"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the manifest of the shards does not describe their stored states ({error!r} in facts.stored); make "
+                f"the shards again with `{kinds.SHARDS.made_by}`"
+            ) from None
 
     @property
     def encodings(self) -> dict[str, str]:
         """{column: its encoding}."""
-        return dict.fromkeys(self.columns, _STORED_AS[self.dtype])
+        return dict.fromkeys(self.columns, STORED_AS[self.dtype])
+
+
+def digest_without_states(manifest: Manifest) -> str:
+    """Returns the digest that shards have, or would have without the teacher's states.
+
+    It identifies what the numbers of a run depend on: stored states are those that a loaded teacher computes. For
+    shards with states that were written before annotation recorded it, it is the digest of all files.
+    """
+    return manifest.facts.get("without_states", {}).get("digest", manifest.digest)
 
 
 def columns_of(*, teacher_top_n: int, stored: Stored | None = None) -> dict[str, str]:

@@ -8,14 +8,18 @@ reads the very numbers that it would compute.
 Shapes: B sequences, T tokens, T' positions up to a sequence's last one with a target, D hidden.
 """
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dskd.artifacts.building import Building
+from dskd.artifacts.files import make_folder
 from dskd.config import Config, StudentConfig
-from dskd.corpus.sequences import TokenBatch
+from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.causal_lm import fits_without_lower_layers
@@ -25,9 +29,17 @@ from dskd.models.frozen import FrozenModel
 from dskd.models.layers import recorded
 from dskd.models.precision import resolve_precision
 from dskd.models.trunk import TrunkError, trunk_depth
-from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stored, sample_bytes
-
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+from dskd.shards.schema import (
+    DTYPE_OF,
+    LARGEST_SHARD,
+    PRECISION_OF,
+    SHARD_HEADER,
+    STORED_AS,
+    TEACHER_STATES,
+    TRUNK_STATES,
+    Stored,
+    sample_bytes,
+)
 
 
 def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
@@ -41,10 +53,10 @@ def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
         return None
     depth = _depth(config, teacher) if TRUNK_STATES in columns else 0
     hidden_size = teacher.load_config().hidden_size
-    stored = Stored(columns, _DTYPES[resolve_precision(config.precision)], hidden_size, depth)
+    stored = Stored(columns, DTYPE_OF[resolve_precision(config.precision)], hidden_size, depth)
     length, settings = config.corpus.sequence_length, config.annotation
     size = sample_bytes(length, kappa=settings.kappa, teacher_top_n=settings.teacher_top_n, stored=stored)
-    if size > LARGEST_SHARD:
+    if size > LARGEST_SHARD - SHARD_HEADER:
         raise UserError(
             f"annotation.store: with {' and '.join(columns)}, a sequence of {length:,} tokens has {size / 2**30:.1f} "
             f"GB, and a sample can have {LARGEST_SHARD / 2**30:.1f}; shorten corpus.sequence_length, or store less"
@@ -86,6 +98,37 @@ def stored_trunk_depth(
             f"share none: {problem}; remove trunk_states from annotation.store, or change the section student"
         ) from None
     return depth
+
+
+def stored_bytes(stored: Stored, sequences: Sequences, continuation_tokens: int) -> int:
+    """Returns the most bytes that the states of these sequences take on disk."""
+    lengths = np.minimum(sequences.lengths.astype(np.int64) + continuation_tokens, sequences.sequence_length)
+    size = np.dtype(STORED_AS[stored.dtype].removeprefix("ndarray:")).itemsize
+    return int(lengths.sum()) * stored.hidden_size * len(stored.columns) * size
+
+
+def describe_stored(stored: Stored, size: int, folder: Path) -> str:
+    """Returns a line about what annotation stores: `size` bytes in `folder`."""
+    layer = f" (what enters layer {stored.trunk_depth})"
+    names = [name + (layer if name == TRUNK_STATES else "") for name in stored.columns]
+    return f"stores {' and '.join(names)} in {PRECISION_OF[stored.dtype]}: {size / 1e9:.2f} GB in {folder}"
+
+
+def require_space(size: int, building: Building) -> None:
+    """Checks that the disk has room for `size` bytes, of which an interrupted annotation may have written a part.
+
+    Raises:
+        UserError: if it has less; it names the folder and both sizes.
+    """
+    make_folder(building.folder.parent)
+    written = sum(path.stat().st_size for path in building.folder.glob(".blocks/*/*.mds"))
+    free = shutil.disk_usage(building.folder.parent).free + written
+    if free < size:
+        raise UserError(
+            f"{building.folder.parent}: the states that annotation.store names need {size / 1e9:.2f} GB, but only "
+            f"{free / 1e9:.2f} GB are free; free some space (older shards stay until the new ones are complete), set "
+            "workdir to another disk, or store less"
+        )
 
 
 def require_unchanged_input(teacher: FrozenModel, world: World) -> None:

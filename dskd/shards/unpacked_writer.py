@@ -1,5 +1,6 @@
 """A writer of shards that are not compressed; in its own module because mosaicml-streaming takes seconds to import."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,12 @@ class UnpackedWriter(MDSWriter):
     """The library's writer, without the six copies that it makes of each sample: arrays are written from their place.
 
     States are nearly all bytes of a sample, and Python runs nothing else during the library's copies, so they would
-    slow the teacher. The files are the same; the index also has a hash of each sample.
+    slow the teacher. The files are the same; the index also has a hash of each sample. `sha256` has that of each file.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.sha256: dict[str, str] = {}
 
     def encode_sample(self, sample: Mapping[str, np.ndarray]) -> Any:
         """Returns the sample's parts; the library needs only their length."""
@@ -50,7 +55,7 @@ class UnpackedWriter(MDSWriter):
         places = np.array([0, *map(len, self.new_samples)]).cumsum().astype(np.uint32)
         places += 4 + places.nbytes + len(self.config_data)
         head = np.uint32(len(self.new_samples)).tobytes() + places.tobytes() + self.config_data
-        whole, of_samples = xxhash.xxh64(head), []
+        whole, of_file, of_samples = xxhash.xxh64(head), hashlib.sha256(head), []
         with (Path(self.local) / name).open("wb") as file:
             file.write(head)
             for sample in self.new_samples:
@@ -58,8 +63,10 @@ class UnpackedWriter(MDSWriter):
                 for part in sample.parts:
                     file.write(part)
                     whole.update(part)
+                    of_file.update(part)
                     digest.update(part)
                 of_samples.append(digest.hexdigest())
+        self.sha256[name] = of_file.hexdigest()
         hashes = {HASH: whole.hexdigest(), HASH_OF_SAMPLES: "".join(of_samples)}
         raw = {"basename": name, "bytes": int(places[-1]), "hashes": hashes}
         self.shards.append({"samples": len(self.new_samples), "raw_data": raw, "zip_data": None, **self.get_config()})

@@ -153,7 +153,11 @@ def recipe(config: Config, inputs: TrainingInputs | None = None) -> Recipe:
         # numbers that a loaded teacher gives.
         "teacher": {"mode": "cached" if inputs.source.kind == "top_n" else "loaded"},
     }
-    digests = {"student": inputs.student.digest, "shards": inputs.shards.digest, "senses": inputs.senses.digest}
+    digests = {
+        "student": inputs.student.digest,
+        "shards": shards.digest_without_states(inputs.shards),
+        "senses": inputs.senses.digest,
+    }
     return Recipe("checkpoint", digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)
 
 

@@ -83,7 +83,7 @@ def tags_of(config: Config, inputs: TrainingInputs, pair: ModelPair, world: Worl
     tags = {
         "world_size": str(world.world_size),
         "device": world.device.type,
-        "dataset": inputs.shards.digest,
+        "dataset": shards.digest_without_states(inputs.shards),
         "sense_dictionary": inputs.senses.digest,
         "teacher": inputs.teacher.digest,
         "student": inputs.student.digest,

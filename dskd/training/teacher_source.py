@@ -11,11 +11,10 @@ from dskd.artifacts.manifest import Manifest
 from dskd.config import Config, LossConfig
 from dskd.errors import UserError
 from dskd.models.precision import resolve_precision
-from dskd.shards import TEACHER_STATES, TRUNK_STATES, Stored
+from dskd.shards import PRECISION_OF, TEACHER_STATES, TRUNK_STATES, Stored
 
 Kind = Literal["none", "loaded", "states", "top_n"]
 _LOADED = ("resident", "zero3")  # values of `teacher.mode`
-_PRECISIONS = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def require_fitting_states(config: Config, source: TeacherSource, hidden_size: i
         return
     where = f"{config.path(kinds.SHARDS.folder, 'train')}: the shards have states of the teacher"
     again = f"make the shards again with `{kinds.SHARDS.made_by}`, or set teacher.mode to zero3 to load the teacher"
-    precision = _PRECISIONS.get(stored.dtype)
+    precision = PRECISION_OF.get(stored.dtype)
     if precision is None:
         raise UserError(f"{where} of type {stored.dtype}, and training computes in bfloat16 or float32; {again}")
     if precision != (own := resolve_precision(config.precision)):

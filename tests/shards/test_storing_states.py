@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,17 +14,26 @@ from rank_processes import run_program
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dskd.artifacts.manifest import is_current, read_manifest
-from dskd.artifacts.mds import INDEX, read_samples
+from dskd.artifacts.building import Building
+from dskd.artifacts.hashing import hash_files
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest
+from dskd.artifacts.mds import INDEX, read_index, read_samples
 from dskd.config import Config
 from dskd.config.reading import load_config
-from dskd.corpus.sequences import TokenBatch, build_sequences
+from dskd.corpus.sequences import Sequences, TokenBatch, build_sequences
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
-from dskd.shards import COLUMNS, TEACHER_COLUMNS, Stored
+from dskd.shards import COLUMNS, TEACHER_COLUMNS, Stored, digest_without_states, open_shards
 from dskd.shards.annotate import annotate, open_inputs, recipe
-from dskd.shards.stored_states import columns_of_states, plan_stored, require_unchanged_input
+from dskd.shards.stored_states import (
+    columns_of_states,
+    describe_stored,
+    plan_stored,
+    require_space,
+    require_unchanged_input,
+    stored_bytes,
+)
 
 BOTH = ("teacher_states", "trunk_states")
 STORE = f"annotation.store=[{', '.join(BOTH)}]"
@@ -89,12 +99,48 @@ def test_one_rank_stores_the_same_states_as_two_byte_for_byte(copy_of_tiny, tmp_
     for ranks in (1, 2):
         run_program("annotate.py", path, STORE, ranks=ranks)
         folder = load_config(path).path("shards", "train")
-        contents.append({file.name: file.read_bytes() for file in folder.iterdir() if file.name != "manifest.json"})
+        contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
+        # The hashes that were taken while the files were written are those of the files.
+        assert read_manifest(folder, "shards").files == hash_files(folder)
         folder.parent.rename(tmp_path / str(ranks))
     assert contents[0] == contents[1]
     assert {Path(name).suffix for name in contents[0]} == {".mds", ".json"}  # not compressed
     shards = json.loads(contents[0][INDEX])["shards"]
     assert sum(shard["samples"] for shard in shards) == 96
+
+
+@pytest.mark.slow
+def test_shards_have_the_digest_of_those_without_states_whatever_is_stored(copy_of_tiny, world, monkeypatch):
+    """The order of samples is the same, too, although a file has fewer of them."""
+    monkeypatch.setattr("dskd.shards.blocks.LARGEST_SHARD", 40_000)  # two samples
+    path = copy_of_tiny("corpus", "teacher", "sequences", "senses")
+    found, orders, sizes = [], [], []
+    for number, options in enumerate(
+        [
+            [],
+            [STORE, "student.layers=3"],
+            [STORE, "student.layers=3", "student.train_layers=2"],
+            ["annotation.store=[teacher_states]"],
+        ]
+    ):
+        config = load_config(path, [*options, "precision=fp32"])
+        annotate(config, world)
+        manifest = read_manifest(config.path("shards", "train"), "shards")
+        found.append(digest_without_states(manifest))
+        if not number:
+            assert found == [manifest.digest]
+        sizes.append({shard["samples"] for shard in read_index(config.path("shards", "train") / INDEX)})
+        dataset = open_shards(
+            config, "train", path.parent / f"cache-{number}", world, shuffle=True, shuffle_seed=1, batch_size=1,
+            num_canonical_nodes=1, epoch_size=90,
+        )  # fmt: skip
+        orders.append([[sample["sample_id"] for sample in dataset] for _ in range(2)])
+    assert len(set(found)) == 1
+    assert sizes[:2] == [{6}, {2}]
+    assert orders[0][0] != orders[0][1]
+    assert orders[1:] == orders[:1] * 3
+    annotate(load_config(path, [STORE, "annotation.kappa=1"]), world)
+    assert digest_without_states(read_manifest(config.path("shards", "train"), "shards")) != found[0]
 
 
 @pytest.mark.slow
@@ -191,6 +237,35 @@ def test_states_that_cannot_be_stored_are_refused_before_work_begins(tmp_path, o
     # The last states do not depend on the student.
     config = _config(tmp_path, ("teacher_states",), **options)
     assert plan_stored(config, find_teacher(config)) == Stored(("teacher_states",), "float32", 32, 0)
+
+
+def test_a_disk_without_room_for_the_states_is_refused(tmp_path, monkeypatch):
+    sequences = Sequences(tmp_path, np.array([32, 30, 2]), 32)
+    stored = Stored(BOTH, "bfloat16", 64, 2)
+    size = stored_bytes(stored, sequences, 1)
+    assert size == (32 + 31 + 3) * 64 * 2 * 2
+    line = describe_stored(stored, 3 * 10**9, tmp_path)
+    assert line == f"stores teacher_states and trunk_states (what enters layer 2) in bf16: 3.00 GB in {tmp_path}"
+    building = Building(tmp_path / "shards" / "train", Recipe("shards"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * 10**9))
+    require_space(2 * 10**9, building)
+    with pytest.raises(UserError, match=r"/shards: the states .* need 2\.01 GB, but only 2\.00 GB are free"):
+        require_space(2_010_000_000, building)
+    # What an interrupted annotation has written is not needed again.
+    block = building.folder / ".blocks" / "000000000000"
+    block.mkdir(parents=True)
+    with (block / "shard.00000.mds").open("wb") as file:
+        file.truncate(10_000_000)
+    require_space(2_010_000_000, building)
+
+
+def test_a_manifest_of_another_version_says_what_it_lacks():
+    facts = {"columns": [*BOTH], "dtype": "float32", "hidden_size": 8, "trunk_depth": 2, "of_tomorrow": 1}
+    manifest = Manifest("shards", 1, {}, {}, None, None, {}, {"stored": facts}, {})
+    assert Stored.of(manifest) == Stored(BOTH, "float32", 8, 2)
+    del facts["dtype"]
+    with pytest.raises(UserError, match=r"KeyError\('dtype'\) in facts.stored"):
+        Stored.of(manifest)
 
 
 def test_a_sample_that_no_shard_can_hold_is_refused(tmp_path):

@@ -137,6 +137,29 @@ def test_a_run_resumes_whether_its_teacher_is_loaded_or_stored(stored, world):
             assert torch.equal(tensor, _trained(resumed)[name]), name
 
 
+def test_a_run_resumes_when_its_shards_get_states_and_when_they_lose_them(stored, world, monkeypatch):
+    monkeypatch.setattr("dskd.shards.blocks.LARGEST_SHARD", 40_000)  # files of two samples, without states of six
+    path, store = stored(store=[]), f"annotation.store=[{', '.join(BOTH)}]"
+    whole = _results(path, world, run="whole")[:2]
+    recipe = inputs.recipe(load_config(path))
+    for run, first, then in (("gets", "annotation.store=[]", store), ("loses", store, "annotation.store=[]")):
+        annotate(load_config(path, [first]), world)
+        train(load_config(path, [f"run={run}", first]), world)
+        _forget(load_config(path, [f"run={run}"]), 4)
+        annotate(load_config(path, [then]), world)
+        resumed = load_config(path, [f"run={run}", then])
+        assert inputs.recipe(resumed) == recipe
+        train(resumed, world, resume=True)
+        assert _losses(path, run) == whole[0]
+        for name, tensor in whole[1].items():
+            assert torch.equal(tensor, _trained(resumed)[name]), name
+    # Other rows are other shards.
+    changed = ["run=gets", store, "annotation.kappa=1"]
+    annotate(load_config(path, changed), world)
+    with pytest.raises(UserError, match="shards: another one then"):
+        train(load_config(path, changed), world, resume=True)
+
+
 def test_two_ranks_equal_one_and_resume_on_one(stored, world):
     """Of 96 sequences the last ones are short, so the ranks have different numbers of positions."""
     path = stored(train={**SETTINGS, "num_workers": 1})
