@@ -272,8 +272,11 @@ def test_states_that_do_not_fit_the_run_are_refused(stored, world, monkeypatch):
         with pytest.raises(UserError, match=message):
             train(load_config(path), world)
     update_manifest(folder, facts={name: value for name, value in facts.items() if name != "stored"})
+    cached = ["teacher.mode=cached", "loss.hidden_weight=2"]
+    with pytest.raises(UserError, match=r"annotation\.store names teacher_states, but these .* make them again with"):
+        train(load_config(path, cached), world)
     with pytest.raises(UserError, match=r"no teacher_states, which loss.hidden_weight 2 reads .*make the shards again"):
-        train(load_config(path, ["teacher.mode=cached", "loss.hidden_weight=2"]), world)
+        train(load_config(path, [*cached, "annotation.teacher_top_n=4"]), world)
 
 
 def test_a_teacher_is_loaded_if_the_shards_have_none_of_its_states(copy_of_tiny, world, capsys):
