@@ -41,6 +41,7 @@ from dskd.models.trunk import HandOver
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stored
 from dskd.shards.stored_states import columns_of_states, plan_stored
+from dskd.shards.writing import write_block
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
 from dskd.training.loader import load_steps
 from dskd.training.pair import load_pair
@@ -150,7 +151,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, stat
             samples = _with_states(samples, config, teacher, stored, preset.micro_batch_size)
             building.facts["stored"] = asdict(stored)
             size = preset.global_batch_size * shape.sequence_length * shape.hidden_size * 8  # of both columns, at most
-            shards.write_block(
+            write_block(
                 building.folder,
                 samples,
                 shards.columns_of(teacher_top_n=0, stored=stored),
@@ -158,7 +159,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, stat
                 most_bytes=min(size + 2**20, LARGEST_SHARD),
             )
         else:
-            shards.write_block(building.folder, samples)
+            write_block(building.folder, samples)
         building.facts.update(samples=len(tokens), targets=int(mask.sum()), coverage={}, teacher_antonym_distance=2.0)
     np.save(config.path(_TOKENS_FILE), tokens)
     build_student(config)

@@ -280,7 +280,7 @@ def test_the_speed_of_a_change_is_that_of_the_plan_with_it(tmp_path, monkeypatch
     options += ["senses.memory_budget=0.01", "annotation.memory_budget=0.01", "senses.batch_size=1"]
     options += ["annotation.batch_size=1", "train.micro_batch_size=1", "train.loss_chunk_size=64"]
     options += ["train.activation_checkpointing=true", "train.global_batch_size=64", "teacher.offload=nvme"]
-    options += ["teacher.nvme_path=/local", f"annotation.store=[{TEACHER_STATES},{TRUNK_STATES}]", "teacher.mode=auto"]
+    options += ["teacher.nvme_path=/local", f"annotation.store=[{TEACHER_STATES}]", "teacher.mode=auto"]
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", 80)
     needed = float(re.search(r"peak, in .* +([\d.]+) +[\d.]+\n", printed).group(1))
     code, printed, _ = _run(monkeypatch, capsys, *options, "--gpu-memory", needed - 0.02)

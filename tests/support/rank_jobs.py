@@ -43,11 +43,11 @@ from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource
 
 
-def _die_in_hashing(folder: Path, only: object = None) -> dict:
+def _die_in_hashing(folder: Path, only: object = None, **options: object) -> dict:
     """Replaces the hashing of a new artifact by a kill; files that are only compared are hashed as usual."""
     if only is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    return hash_files(folder, only)
+    return hash_files(folder, only, **options)
 
 
 def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, dies_in_hashing: bool = False) -> None:

@@ -49,11 +49,11 @@ def folder(tmp_path_factory):
         columns["loss_mask"] = (np.arange(T) < random.integers(0, T)).astype(np.uint8)
         columns["document_starts"] = (np.arange(T) == 0).astype(np.uint8)
         samples.append(columns)
-    target = folder / "shards" / "train"
-    blocks = [target / ".blocks" / str(number) for number in range(3)]
+    blocks = [folder / "blocks" / str(number) for number in range(3)]
     for number, block in enumerate(blocks):
         write_block(block, iter(samples[number::3]))
-    join_blocks(target, blocks)
+    with build_artifact(folder / "shards" / "train", Recipe("shards")) as building:
+        join_blocks(building.folder, blocks)
     save_file({"vectors": torch.randn(ROWS, 4).bfloat16()}, folder / "senses.safetensors")
     return folder
 
@@ -215,8 +215,8 @@ def with_states(tmp_path_factory):
     blocks = [folder / "blocks" / str(number) for number in range(3)]
     for number, block in enumerate(blocks):
         write_block(block, iter(samples[number::3]), encodings, compression=None)
-    (folder / "shards" / "train").mkdir(parents=True)
-    join_blocks(folder / "shards" / "train", blocks)
+    with build_artifact(folder / "shards" / "train", Recipe("shards")) as building:
+        join_blocks(building.folder, blocks)
     return folder, [sample for number in range(3) for sample in samples[number::3]]
 
 
@@ -271,7 +271,7 @@ def test_a_shard_that_was_cut_short_is_reported_and_not_read(with_states, tmp_pa
     shutil.copytree(folder / "shards", copied / "shards")
     for file in (copied / "shards" / "train").glob("*.mds"):
         os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"cannot be read \(ValueError: shard\.0000\d\.mds has [\d,]+ bytes, but the"):
+    with pytest.raises(UserError, match=r"shard\.00000\.mds: the manifest says \d+ bytes, but it has \d+"):
         list(_steps(copied, tmp_path / "cache", 1))
 
 
