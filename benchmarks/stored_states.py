@@ -1,4 +1,4 @@
-"""How far zstd compresses the teacher's states in shards, and how fast it packs and unpacks them.
+"""The size of the teacher's states when zstd packs them in shards, and the rates of packing and unpacking.
 
 Reads the columns of states from shards that `launcher/annotate.py` wrote with `annotation.store`, and writes their
 samples once more as shards, compressed and not. By way of comparison it also compresses planes of the numbers' first,

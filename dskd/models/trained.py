@@ -1,4 +1,4 @@
-"""Which of a student's parameters are trained, by the keys `student.train_*`."""
+"""The choice of the student's parameters that are trained, by the keys `student.train_*`."""
 
 from dskd.config import StudentConfig
 from dskd.errors import UserError

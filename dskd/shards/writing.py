@@ -96,7 +96,7 @@ def is_block(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class JoinedBlocks:
-    """What the notes of blocks say of the dataset that they are joined to."""
+    """The dataset that blocks are joined to, as the notes of the blocks describe it."""
 
     facts: list[Any]  # of each block
     hashes: dict[str, str]  # sha256 of each shard file, by its name in the dataset

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, POSITIONS, VOCABULARY, save_architecture
 from forked_rank import run_as_rank
+from loaded_pairs import load_models
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -227,15 +228,7 @@ def _examine_trunk_in_bf16(folder: Path, layers: Sequence[int], world: World, fi
     """Checks that a trunk that is shared in fp32 is also shared in bf16, with late positions."""
     config = _config(folder, "stream", torch.bfloat16, student={"layers": layers, "shared_trunk": "on"})
     try:
-        pair = load_pair(
-            config,
-            world,
-            find_teacher(config),
-            find_student(config),
-            source=TeacherSource.of(config),
-            margin=1.0,
-            accumulation_steps=1,
-        )
+        pair = load_models(config, world)
     except UserError as error:
         finding["faults"].append(f"the trunk is shared in fp32 but not in bf16: {reason_of(error, folder)}")
         return

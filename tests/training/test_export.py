@@ -56,7 +56,7 @@ def test_the_export_is_the_student_with_the_trained_tensors(tiny):
 
 
 def test_the_folder_of_an_export_may_be_a_link_to_another_disk(tiny, copy_of_tiny, tmp_path):
-    """That of the checkpoints, too: the fixture `resumed` of test_checkpoint.py."""
+    """The fixture `resumed` of test_checkpoint.py tests the same for the folder of the checkpoints."""
     config = load_config(copy_of_tiny("teacher", "student", "checkpoints"))
     (tmp_path / "disk" / "export").mkdir(parents=True)
     config.path("export").mkdir()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loaded_pairs import load_models
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE, word_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
@@ -15,12 +16,9 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.cutting import build_student, find_student
-from dskd.models.folder import find_teacher
 from dskd.training import checkpoint, saving
 from dskd.training.export import build_export, write_export
-from dskd.training.pair import load_pair
 from dskd.training.rehearsal import rehearse_export
-from dskd.training.teacher_source import TeacherSource
 
 GPT2 = {"vocab_size": 120, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 
@@ -61,15 +59,7 @@ def _config(tmp_path, **changes):
 
 def _load(config, world):
     build_student(config)
-    return load_pair(
-        config,
-        world,
-        find_teacher(config),
-        find_student(config),
-        source=TeacherSource.of(config),
-        margin=1.0,
-        accumulation_steps=1,
-    )
+    return load_models(config, world)
 
 
 def _train_and_export(config, world):

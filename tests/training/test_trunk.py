@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from architectures import save_architecture
+from loaded_pairs import load_models
 from tiny_models import SHAPE, save_model
 from transformers import (
     GemmaConfig,
@@ -18,9 +19,7 @@ from dskd.corpus.sequences import position_ids_of
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.cutting import build_student, find_student
-from dskd.models.folder import find_teacher
 from dskd.models.trunk import TrunkError, trunk_depth
-from dskd.training.pair import load_pair
 from dskd.training.teacher_source import TeacherSource
 from dskd.training.trunk import run_trunk_once
 
@@ -38,18 +37,6 @@ def _config(folder, **sections):
         student={"layers": 3, "train_layers": 1, **sections.pop("student")},
         loss={"hidden_weight": 0.5, **sections.pop("loss", {})},
         **sections,
-    )
-
-
-def _load(config, world):
-    return load_pair(
-        config,
-        world,
-        find_teacher(config),
-        find_student(config),
-        source=TeacherSource.of(config),
-        margin=1.0,
-        accumulation_steps=1,
     )
 
 
@@ -104,7 +91,7 @@ def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, ar
         )
         if mode == "on":
             build_student(config)
-        pair = _load(config, world)
+        pair = load_models(config, world)
         assert len(pair.engine.module.decoder.layers) == (1 if mode == "on" else 3)
         held = sum(p.ds_numel for name, p in pair.engine.module.named_parameters() if "layers" not in name)
         # With a trunk, neither its layers nor the embeddings are loaded: outside of layers, only norm and head, and the
@@ -182,7 +169,7 @@ def test_layers_whose_shape_depends_on_their_place_are_computed_by_the_student(t
     save_architecture(tmp_path / "teacher", "diffllama")  # each layer's attention has a factor of its own
     config = _config(tmp_path, corpus={"packing": "stream", "sequence_length": 32})
     build_student(config)
-    pair = _load(config, world)
+    pair = load_models(config, world)
     assert pair.trunk is None
     assert "a layer's shape depends on its place" in capsys.readouterr().err
     pair.engine.destroy()
@@ -209,7 +196,7 @@ def _config_of_another(tmp_path, architecture, shared_trunk):
 
 
 def test_an_architecture_that_changes_the_input_of_layers_is_detected(tmp_path, world, capsys):
-    pair = _load(_config_of_another(tmp_path, "gemma", "auto"), world)
+    pair = load_models(_config_of_another(tmp_path, "gemma", "auto"), world)
     assert pair.trunk is None
     assert "computes all of its layers: Gemma" in capsys.readouterr().err
     assert len(pair.engine.module.decoder.layers) == 3
@@ -220,7 +207,7 @@ def test_an_architecture_that_changes_the_input_of_layers_is_detected(tmp_path, 
 def test_a_trunk_that_the_config_demands_is_refused_if_it_would_not_be_exact(tmp_path, world):
     config = _config_of_another(tmp_path, "gpt2", "on")
     with pytest.raises(UserError, match=r"shared_trunk: on is not possible: GPT2.* changes the states that go into"):
-        _load(config, world)
+        load_models(config, world)
 
 
 def test_a_student_that_is_no_longer_a_copy_is_detected(tmp_path, world):
@@ -236,4 +223,4 @@ def test_a_student_that_is_no_longer_a_copy_is_detected(tmp_path, world):
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
     assert manifest["kind"] == "student"
     with pytest.raises(UserError, match="lowest trained layer computes something different"):
-        _load(config, world)
+        load_models(config, world)
