@@ -7,9 +7,9 @@
 #   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
 #   make test-nvme    the tests of teacher.offload: nvme; compiles DeepSpeed's async_io first, which takes minutes
 #   make docs         docs/config.md, what `dskd config` prints
-#   make models       docs/models.md, the findings of trying every architecture of transformers; a quarter of an hour
+#   make models       docs/models.md, the findings of trying every architecture of transformers; half an hour
 #
-# ARGS passes more arguments to pytest: make test-fast ARGS="-k senses -x"
+# ARGS passes more arguments to pytest, and to `make models` the architectures to try: make test-fast ARGS="-k senses -x"
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -60,7 +60,7 @@ docs: env
 		$(PY) -m dskd config; echo '```'; } >docs/config.md
 
 models: env
-	DS_ACCELERATOR=cpu PYTHONPATH=. $(PY) tests/support/models_page.py
+	DS_ACCELERATOR=cpu PYTHONPATH=. $(PY) tests/support/models_page.py $(ARGS)
 
 env: $(VENV)/.installed
 

@@ -26,6 +26,7 @@ from dskd.losses.logits import hidden_distance
 from dskd.models.cutting import find_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import FrozenModel, load_frozen
+from dskd.models.output_head import OutputHead
 from dskd.senses.dictionary import SenseDictionary
 from dskd.training.export import find_export
 
@@ -137,5 +138,5 @@ def _geometry(dictionary: SenseDictionary) -> dict[str, float]:
     return {GEOMETRY: nearer.value, ITEMS.format(GEOMETRY): nearer.heads} | error
 
 
-def _at_targets(hidden: torch.Tensor, _: torch.Tensor, *, mask: torch.Tensor) -> torch.Tensor:
+def _at_targets(hidden: torch.Tensor, _: OutputHead, *, mask: torch.Tensor) -> torch.Tensor:
     return hidden[mask.to(hidden.device)].float().cpu()

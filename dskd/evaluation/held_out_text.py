@@ -35,6 +35,7 @@ from dskd.evaluation.suite import EXAMPLES_FILE, Measurement, Outcome
 from dskd.evaluation.table import HELD_OUT
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
+from dskd.models.output_head import OutputHead
 from dskd.models.precision import resolve_precision
 from dskd.models.readouts import chunk_size, next_token
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
@@ -264,9 +265,9 @@ def _by_sample(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _read_next_token(
-    hidden: torch.Tensor, head_weight: torch.Tensor, *, mask: torch.Tensor, labels: torch.Tensor, chunk_size: int
+    hidden: torch.Tensor, head: OutputHead, *, mask: torch.Tensor, labels: torch.Tensor, chunk_size: int
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    return hidden, next_token(hidden[mask], labels, head_weight, chunk_size)
+    return hidden, next_token(hidden[mask], labels, head, chunk_size)
 
 
 def alignment(states: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:

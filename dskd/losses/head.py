@@ -5,6 +5,7 @@ memory for logits does not grow with the length of the sequences. The head must 
 matrices: ZeRO-3 only gathers a parameter during the forward of its own module, and a matrix is empty outside of it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from dskd.losses.logits import hidden_distance, logit_losses
 from dskd.losses.sense_distance import sense_loss
 from dskd.losses.sense_distribution import sense_divergence
 from dskd.losses.terms import DENOMINATORS, SUMS
+from dskd.models.output_head import LogitTransform
 from dskd.models.readouts import TopTokens
 
 # A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
@@ -26,6 +28,7 @@ from dskd.models.readouts import TopTokens
 _TRAINED_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 256  # positions: whole tiles of a GPU's matrix products
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+_PLAIN = LogitTransform()
 
 
 class Normalizers(NamedTuple):
@@ -70,6 +73,8 @@ class DistillationHead(nn.Module):
         block_size: int | None = None,
         margin: float | None = None,
         compile_losses: bool = False,
+        transform: LogitTransform = _PLAIN,
+        teacher_transform: LogitTransform = _PLAIN,
     ) -> None:
         """Takes ownership of the student's output matrix `weight` [V, D].
 
@@ -82,6 +87,8 @@ class DistillationHead(nn.Module):
             block_size: positions that the losses take at one time; None: the whole chunk.
             margin: the margin in units of D, if it differs from `loss.margin`.
             compile_losses: whether to compile the computation on a chunk's logits with torch.compile.
+            transform: what the student does with the products of states and output matrix.
+            teacher_transform: what the teacher does; not applied to a cached distribution, which is the teacher's.
         """
         super().__init__()
         self.weight = weight
@@ -89,8 +96,9 @@ class DistillationHead(nn.Module):
         self.loss = loss
         self.chunk_size = chunk_size
         self.margin = loss.margin if margin is None else margin
-        function = _compiled(_replace_logits) if compile_losses else _replace_logits
-        self._replace_logits = _in_blocks(function, block_size or chunk_size)
+        self.transform = transform
+        function = functools.partial(_replace_logits, transform, teacher_transform)
+        self._replace_logits = _in_blocks(_compiled(function) if compile_losses else function, block_size or chunk_size)
 
     def forward(
         self,
@@ -123,7 +131,7 @@ class DistillationHead(nn.Module):
             their weights, in the order of :data:`dskd.losses.terms.SUMS`.
         """
         if labels is None:
-            return F.linear(hidden, self.weight)
+            return self.transform.apply(F.linear(hidden, self.weight))
         assert loss_mask is not None and normalizers is not None
         flat = hidden.flatten(0, 1)
         # Take only the positions that count, so that no matrix product is spent on padding.
@@ -263,7 +271,10 @@ class DistillationHead(nn.Module):
         }
 
     def _logits(self, states: torch.Tensor, teacher_states: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Returns the logits [n, V] of the student and, if a term reads them, those of the teacher [n, V']."""
+        """Returns the products of states and matrix [n, V] of the student, and of the teacher if a term reads them.
+
+        These are the logits, up to the transform of each model.
+        """
         if teacher_states is None or not self.loss.kd_weight:
             return (F.linear(states, self.weight),)
         if self.teacher_weight is None:  # one product reads the matrix once for both
@@ -272,28 +283,31 @@ class DistillationHead(nn.Module):
 
 
 def _replace_logits(
+    transform: LogitTransform,
+    teacher_transform: LogitTransform,
     temperature: float,
     divergence: str,
-    logits: torch.Tensor,
+    products: torch.Tensor,
     labels: torch.Tensor,
     ce_scale: torch.Tensor,
     kl_scale: torch.Tensor,
     *teacher: torch.Tensor,
 ) -> torch.Tensor:
-    """Returns CE and KL [2, n] of a chunk's logits [n, V], and puts the gradient of their sum in the place of these.
+    """Returns CE and KL [2, n] of a chunk's products [n, V], and puts the gradient of their sum in the place of these.
 
-    `teacher` is its logits, the fields of a cached distribution, or nothing.
+    `teacher` is its products, the fields of a cached distribution, or nothing.
     """
+    logits = transform.apply(products)
     losses = logit_losses(
         logits,
         labels,
-        TopTokens(*teacher) if len(teacher) > 1 else teacher[0] if teacher else None,
+        TopTokens(*teacher) if len(teacher) > 1 else teacher_transform.apply(teacher[0]) if teacher else None,
         ce_scale=ce_scale,
         kl_scale=kl_scale,
         temperature=temperature,
         kind=divergence,
     )
-    logits.copy_(losses.gradient)
+    products.copy_(transform.pull_back(losses.gradient, logits))
     return torch.stack([losses.ce, losses.kl])
 
 

@@ -10,8 +10,9 @@ from dskd.config import CorpusConfig
 from dskd.errors import UserError
 from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder
+from dskd.models.head_probe import find_logit_transform
 from dskd.models.limits import original_positions, rope_scaling
-from dskd.models.probes import accepts, check_head, takes_positions
+from dskd.models.probes import accepts, takes_positions
 from dskd.models.stored_names import base_model
 from dskd.models.weights import LAYER_NAME
 
@@ -34,7 +35,7 @@ def check_architecture(folder: ModelFolder, corpus: CorpusConfig) -> Any:
     """
     model = empty_model(folder)
     where = f"{folder.path}: {type(model).__name__}"
-    check_head(model, folder)
+    find_logit_transform(model, folder)
     width, hidden_size = model.get_output_embeddings().weight.shape[1], model.config.hidden_size
     if width != hidden_size:
         raise UserError(

@@ -17,7 +17,6 @@ from dskd.errors import UserError
 from dskd.models.cut_config import cut_config
 from dskd.models.folder import BAD_CONFIG, ModelFolder, reason_of
 from dskd.models.layers import compare_layers
-from dskd.models.probes import check_head
 from dskd.models.stored_names import StoredNames, check_stored_tensors, parameter_names, persistent_buffers
 from dskd.models.weights import LAYER_NAME, TensorReader
 
@@ -83,7 +82,6 @@ def build_sharded(
     causal_lm = empty_model(folder, dtype, first_layer=first_layer, num_layers=num_layers)
     _fill(causal_lm, folder, world, shard, first_layer=first_layer, reads=world.is_main)
     mark_experts(causal_lm)
-    check_head(causal_lm, folder)
     return causal_lm
 
 
@@ -97,8 +95,7 @@ def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World, *, num_
 
     causal_lm = empty_model(folder, dtype, num_layers=num_layers)
     _fill(causal_lm, folder, world, place)
-    check_head(causal_lm.eval(), folder)
-    return causal_lm
+    return causal_lm.eval()
 
 
 def empty_model(
@@ -121,7 +118,9 @@ def empty_model(
     if first_layer or num_layers is not None:
         end = model_config.num_hidden_layers if num_layers is None else first_layer + num_layers
         layers = list(range(first_layer, end))
+        attention = model_config._attn_implementation  # not among the values
         model_config = type(model_config).from_dict(cut_config(model_config.to_dict(), layers))
+        model_config._attn_implementation = attention
     try:
         with init_empty_weights(), _no_init_weights():
             causal_lm = AutoModelForCausalLM.from_config(

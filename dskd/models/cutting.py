@@ -21,7 +21,7 @@ from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import ModelFolder, find_teacher, load_tokenizer, tokenizer_digest
+from dskd.models.folder import ModelFolder, attention_key, find_teacher, load_tokenizer, tokenizer_digest
 from dskd.models.layers import check_kinds
 from dskd.models.pruned_teacher import can_be_compared, compare_with_pruned_teacher
 from dskd.models.stored_names import check_stored_tensors
@@ -52,7 +52,8 @@ def build_student(config: Config) -> None:
         whole = check_architecture(teacher, config.corpus)
         check_stored_tensors(whole, TensorReader(teacher.path), teacher)
         with build_artifact(target, recipe(config, teacher)) as building:
-            write_json(building.folder / "config.json", cut_config(values, layers, full.to_dict()))
+            cut_values = cut_config(values, layers, full.to_dict()) | attention_key(full)
+            write_json(building.folder / "config.json", cut_values)
             copy_other_files(teacher, building.folder)
             student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
             check_kinds(whole, empty_model(student), layers)

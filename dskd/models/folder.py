@@ -32,6 +32,10 @@ BAD_CONFIG = (
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+# A cap on the scores of attention, which Gemma 2 has. The fused attention that transformers chooses by default leaves
+# it out without a warning.
+_ATTENTION_CAP = "attn_logit_softcapping"
+_WITHOUT_CAP = (None, "sdpa")
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,26 @@ class ModelFolder:
             size = getattr(model_config, key, 1)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise UserError(f"{self.path / 'config.json'}: {key} is {size!r}; it must be a whole number, 1 or more")
+        if has_capped_attention(model_config) and model_config._attn_implementation in _WITHOUT_CAP:
+            model_config._attn_implementation = "eager"
         return model_config
 
     def load_tokenizer(self) -> Any:
         """Loads the model's tokenizer."""
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+
+
+def has_capped_attention(model_config: Any) -> bool:
+    """Returns whether a model caps the scores of its attention."""
+    return getattr(model_config, _ATTENTION_CAP, None) is not None
+
+
+def attention_key(model_config: Any) -> dict[str, str]:
+    """Returns the key that config.json needs so that transformers computes the same attention; {} if it needs none.
+
+    `model_config` comes from :meth:`ModelFolder.load_config`.
+    """
+    return {"_attn_implementation": model_config._attn_implementation} if has_capped_attention(model_config) else {}
 
 
 def reason_of(error: Exception) -> str:

@@ -21,7 +21,9 @@ from dskd.distributed.world import World
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import build_sharded, empty_model, engine_settings, load_resident
 from dskd.models.folder import ModelFolder
+from dskd.models.head_probe import find_logit_transform
 from dskd.models.nvme import nvme_settings, open_nvme_folder
+from dskd.models.output_head import LogitTransform, OutputHead
 from dskd.models.precision import compute_dtype
 from dskd.models.probes import check_documents
 from dskd.models.reference import compare_with_transformers
@@ -53,19 +55,20 @@ class Decoder(nn.Module):
         return self.base(**named_inputs, **({"use_cache": False} | positions | options)).last_hidden_state
 
 
-Readout = Callable[[torch.Tensor, torch.Tensor], Any]
+Readout = Callable[[torch.Tensor, OutputHead], Any]
 
 
 class OutputMatrix(nn.Module):
     """The owner of an output matrix that is not trained: ZeRO-3 gathers it only while this module's forward runs."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, transform: LogitTransform) -> None:
         super().__init__()
         self.weight = weight
+        self.transform = transform
 
     def forward(self, hidden: torch.Tensor, readout: Readout) -> Any:
-        """Returns the result of `readout` for the states [B, T, D] and the output matrix [V, D]."""
-        return readout(hidden, self.weight)
+        """Returns the result of `readout` for the states [B, T, D] and the output head."""
+        return readout(hidden, OutputHead(self.weight, self.transform))
 
 
 class FrozenDecoder(nn.Module):
@@ -126,7 +129,7 @@ class FrozenModel:
         return self._run(input_ids, position_ids, **options)
 
     def read(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, readout: Readout, **options: Any) -> Any:
-        """Returns the result of `readout` for the last hidden states [B, T, D] and the output matrix [V, D].
+        """Returns the result of `readout` for the last hidden states [B, T, D] and the output head.
 
         No rank has the matrix outside of `readout`, so anything that needs logits must compute them there, chunk by
         chunk. All ranks must make the same calls of this and of :meth:`hidden_states`, in the same order.
@@ -134,7 +137,7 @@ class FrozenModel:
         Args:
             input_ids: [B, T].
             position_ids: [B, T], or None if the positions of each row simply count up from 0.
-            readout: a function of states and matrix; its result is returned.
+            readout: a function of states and head; its result is returned.
             options: more arguments for the base model, such as a cache of keys and values or an attention mask.
         """
         return self._run(input_ids, position_ids, readout=readout, **options)
@@ -175,9 +178,9 @@ def load_frozen(
         num_layers: how many of the lowest layers to load; None: all. A part is not compared with transformers.
 
     Raises:
-        UserError: when weights are missing, the model does more than a matrix product after its last hidden state, it
-            does not keep packed documents apart, it computes something different from transformers, or there is no
-            disk to offload it to.
+        UserError: when weights are missing, the model gets its logits in a way that is not supported, it does not keep
+            packed documents apart, it computes something different from transformers, or there is no disk to offload
+            it to.
     """
     dtype = compute_dtype(config.precision, world.device)
     check_architecture(folder, config.corpus)
@@ -197,7 +200,9 @@ def load_frozen(
             offload, aio = nvme_settings(nvme_folder, largest, world, pin_memory=pin)
             settings["zero_optimization"]["offload_param"], settings["aio"] = offload, aio
         causal_lm = build_sharded(folder, settings, dtype, world, num_layers=num_layers)
-    head = OutputMatrix(causal_lm.get_output_embeddings().weight) if with_head else None
+    head = None
+    if with_head:
+        head = OutputMatrix(causal_lm.get_output_embeddings().weight, find_logit_transform(causal_lm, folder))
     module = FrozenDecoder(Decoder(base_model(causal_lm)), head).requires_grad_(False).eval()
     engine: Any = module
     if config.teacher.mode != "resident":

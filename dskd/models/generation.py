@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
+from dskd.models.output_head import OutputHead
 from dskd.models.readouts import predict
 from dskd.models.tokenizing import text_end
 
@@ -66,6 +67,6 @@ def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
     return end, sorted({token for token in (end, *ends_of_model) if token is not None})
 
 
-def _most_probable_last(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+def _most_probable_last(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
     """Returns the most probable next token [B, 1] after the last of the states [B, T, D]."""
-    return predict(hidden[:, -1], head_weight)[:, None]
+    return predict(hidden[:, -1], head)[:, None]

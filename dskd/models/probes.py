@@ -1,26 +1,23 @@
 """Checks that run a model to test what training assumes about its architecture.
 
-Architectures differ in more ways than their configuration shows. Only running a model shows whether its logits are a
-plain matrix product, and whether documents that share a sequence stay apart.
+Architectures differ in more ways than their configuration shows. Only running a model shows whether documents that
+share a sequence stay apart.
 """
 
-import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from dskd.distributed.collectives import sum_over_ranks
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder
-from dskd.models.stored_names import base_model
 
 _LENGTHS = 7, 5  # tokens of the first and of the second document
 _TRIALS = 4
@@ -31,8 +28,6 @@ _TRIALS = 4
 # another place in the sequence; deep models amplify this.
 _LEAK_SHARE, _LEAK_ROUNDING = 0.02, {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 _MOVED_SHARE, _MOVED_ROUNDING = 0.1, {torch.float32: 1e-5, torch.bfloat16: 0.02}
-# The largest logit of the probe, chosen above any cap: Gemma 2 caps its logits at 30, other models at up to 50.
-_LARGEST_LOGIT = 200.0
 
 
 @dataclass(frozen=True)
@@ -186,95 +181,3 @@ def measure_crossing(
         leak_in_one=leak(whole, whole_after_another),
         moved_in_one=moved(whole, whole_swapped),
     )
-
-
-@torch.no_grad()
-def check_head(causal_lm: Any, folder: ModelFolder) -> None:
-    """Refuses a model whose logits are not simply the last hidden state times the output matrix.
-
-    Some architectures scale or cap their logits, or add a bias. This check runs the model's own forward with made-up
-    states and a small output matrix instead of its own, and compares its logits to the plain product. It needs no
-    weights: the model may be on the meta device, or sharded.
-
-    Raises:
-        UserError: when the model is refused, with the reason.
-    """
-    name = type(causal_lm).__name__
-    where = f"{folder.path}: {name}"
-    head = causal_lm.get_output_embeddings()
-    base = base_model(causal_lm)
-    if head is None:
-        raise UserError(f"{where} has no output matrix; such a model is not supported")
-    if getattr(head, "bias", None) is not None:
-        raise UserError(f"{where} adds a bias to its logits (lm_head.bias); such a model is not supported yet")
-    # Made-up states [1, 2, 8] and a matrix [11, 8], scaled so that the largest logit is above any cap.
-    weight = torch.linspace(-1, 1, 11 * 8).view(11, 8).sin()
-    states = torch.linspace(-3, 3, 2 * 8).view(1, 2, 8)
-    plain = F.linear(states, weight)
-    states = states * (_LARGEST_LOGIT / plain.abs().max())
-    plain = F.linear(states, weight)
-    small = nn.Linear(8, 11, bias=False)
-    small.weight.copy_(weight)
-    try:
-        with _replaced(causal_lm, {head: small, base: _GivenStates(states)}):
-            logits = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float()
-        same = logits.shape == plain.shape and torch.allclose(logits, plain, rtol=1e-2, atol=1e-3 * _LARGEST_LOGIT)
-    except (AttributeError, TypeError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{where} reads more of its base model than last hidden states ({reason}); such a model is not supported "
-            "yet"
-        ) from None
-    if not same:
-        raise UserError(
-            f"{where} does more than a matrix product to get from its last hidden state to its logits "
-            f"({_head_keys(causal_lm.config) or 'a bias, a scale or a cap'}); such a model is not supported yet"
-        )
-
-
-def _head_keys(model_config: Any) -> str:
-    """Returns the keys of config.json, with values, that change the logits after the matrix product."""
-    keys = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
-    values = {key: value for key in keys if (value := getattr(model_config, key, None)) not in (None, 1.0)}
-    return ", ".join(f"{key}: {value}" for key, value in values.items())
-
-
-@contextlib.contextmanager
-def _replaced(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> Iterator[None]:
-    """Temporarily replaces modules of the model by others."""
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if child in replacements
-    ]
-    for parent, name, child in places:
-        setattr(parent, name, replacements[child])
-    try:
-        yield
-    finally:
-        for parent, name, child in places:
-            setattr(parent, name, child)
-
-
-class _GivenStates(nn.Module):
-    """A stand-in for a base model that always returns the same states."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-    @property
-    def decoder(self) -> "_GivenStates":
-        """Returns itself: OPT's head calls the decoder inside its base model."""
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the states, in an output that also has the fields that mixtures of experts return."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-
-        @dataclass
-        class Output(BaseModelOutputWithPastAndCrossAttentions):
-            router_logits: Any = None
-
-        return Output(last_hidden_state=self.states)

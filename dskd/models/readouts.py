@@ -1,4 +1,4 @@
-"""Reading results out of hidden states with the output matrix, chunk by chunk, so that few logits exist at one time.
+"""Reading results out of hidden states with the output head, chunk by chunk, so that few logits exist at one time.
 
 :func:`top_tokens` computes what the shards store of the teacher's distributions, for training without a teacher
 (`teacher.mode: cached`): at every position with a target, the n most probable tokens with their log-probabilities, and
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from dskd.models.output_head import OutputHead
+
 # Logits in a chunk: 4 MB of float32 on a CPU, which its caches can hold, and 128 MB on a GPU.
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 _SMALLEST_CHUNK = 64  # for fewer rows, a matrix product spends its time on reading the matrix
@@ -26,7 +28,7 @@ def chunk_size(configured: int | None, vocab_size: int, device: torch.device) ->
 def read_logits(
     read: Callable[..., tuple[torch.Tensor, ...]],
     states: torch.Tensor,
-    head_weight: torch.Tensor,
+    head: OutputHead,
     chunk_size: int,
     *columns: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
@@ -36,24 +38,24 @@ def read_logits(
         read: a function from the logits [n, V] float32 of a chunk, and its rows of each of `columns`, to a tuple of
             tensors [n, …]; a chunk may have no rows.
         states: last hidden states [N, D].
-        head_weight: the output matrix [V, D].
+        head: the model's output head.
         chunk_size: positions whose logits exist at one time.
         columns: tensors [N, …] of which `read` needs the rows.
     """
     # Splitting gives at least one chunk, so there are tensors to concatenate even if there are no states.
     chunks = zip(*(tensor.split(chunk_size) for tensor in (states, *columns)), strict=True)
-    results = [read(F.linear(part, head_weight).float(), *rows) for part, *rows in chunks]
+    results = [read(head.logits(part), *rows) for part, *rows in chunks]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
-def predict(states: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+def predict(states: torch.Tensor, head: OutputHead) -> torch.Tensor:
     """Returns the most probable next token [N] after each of the states [N, D]."""
-    size = chunk_size(None, len(head_weight), head_weight.device)
-    return read_logits(lambda logits: (logits.argmax(-1),), states, head_weight, size)[0]
+    size = chunk_size(None, len(head.weight), head.weight.device)
+    return read_logits(lambda logits: (logits.argmax(-1),), states, head, size)[0]
 
 
 def next_token(
-    states: torch.Tensor, labels: torch.Tensor, head_weight: torch.Tensor, chunk_size: int
+    states: torch.Tensor, labels: torch.Tensor, head: OutputHead, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the negative log-likelihood [N] float64 of the labels [N], and the most probable tokens [N].
 
@@ -63,7 +65,7 @@ def next_token(
     def read(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return F.cross_entropy(logits, labels, reduction="none").double(), logits.argmax(-1)
 
-    nll, predicted = read_logits(read, states, head_weight, chunk_size, labels)
+    nll, predicted = read_logits(read, states, head, chunk_size, labels)
     return nll, predicted
 
 
@@ -76,12 +78,12 @@ class TopTokens(NamedTuple):
 
 
 @torch.no_grad()
-def top_tokens(states: torch.Tensor, head_weight: torch.Tensor, n: int, chunk_size: int) -> TopTokens:
+def top_tokens(states: torch.Tensor, head: OutputHead, n: int, chunk_size: int) -> TopTokens:
     """Returns the `n` most probable next tokens after each of the states [N, D], in int64 and float32.
 
     Args:
         states: last hidden states [N, D].
-        head_weight: the output matrix [V, D].
+        head: the model's output head.
         n: at most V.
         chunk_size: positions whose logits exist at one time.
     """
@@ -95,7 +97,7 @@ def top_tokens(states: torch.Tensor, head_weight: torch.Tensor, n: int, chunk_si
         rest = logits.scatter(1, token_ids, -torch.inf).logsumexp(dim=-1) - total
         return TopTokens(token_ids, logprobs, rest)
 
-    return TopTokens(*read_logits(read, states, head_weight, chunk_size))
+    return TopTokens(*read_logits(read, states, head, chunk_size))
 
 
 def _order(logits: torch.Tensor) -> torch.Tensor:

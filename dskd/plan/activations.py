@@ -16,6 +16,7 @@ import torch
 
 from dskd.config import LossConfig, StudentConfig
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
+from dskd.models.head_probe import declared_transform
 from dskd.models.stored_names import base_model
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values
@@ -96,7 +97,16 @@ def student_activations(
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size = base.config.hidden_size
         copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None
-        head = DistillationHead(output, copy, loss, chunk_size=sizes.chunk, block_size=sizes.block)
+        transform = declared_transform(causal_lm.config)  # of the teacher too, from which the student is cut
+        head = DistillationHead(
+            output,
+            copy,
+            loss,
+            chunk_size=sizes.chunk,
+            block_size=sizes.block,
+            transform=transform,
+            teacher_transform=transform,
+        )
         # Run the phases of a micro-batch one after the other, and read the peak after each.
         with LiveBytes() as live:
             shape = batch.size, batch.length

@@ -52,7 +52,9 @@ def find_way(architecture: Architecture, attention: str) -> Way:
     replaces fused kernels. Raises a UserError when every way fails.
     """
     reason = ""
-    for name, takes_mask, returns_router in itertools.product((attention, "eager"), (True, False), (True, False)):
+    # Attention with capped scores is not fused in training.
+    attentions = ("eager",) if architecture.has_capped_attention() else (attention, "eager")
+    for name, takes_mask, returns_router in itertools.product(attentions, (True, False), (True, False)):
         way = Way(name, takes_mask, returns_router)
         try:
             _attempt(architecture, way)

@@ -17,7 +17,7 @@ from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
 from dskd.models.cutting import choose_layers
-from dskd.models.folder import ModelFolder
+from dskd.models.folder import ModelFolder, has_capped_attention
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
@@ -106,6 +106,11 @@ class Architecture:
         Raises a UserError when transformers cannot read it.
         """
         return _complete(self.config, self.named_by)
+
+    def has_capped_attention(self) -> bool:
+        """Returns whether it caps the scores of its attention."""
+        with _folder_of(self.config, self.named_by) as folder:
+            return has_capped_attention(folder.load_config())
 
     def build(self, *, layers: list[int] | None = None, first_layer: int = 0) -> Any:
         """Builds the causal LM on the meta device, with these layers (None: all), of which the `first_layer` lowest are

@@ -27,6 +27,7 @@ from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.collectives import broadcast_json, gather_json, on_main
 from dskd.distributed.world import World
 from dskd.models.frozen import FrozenModel
+from dskd.models.output_head import OutputHead
 from dskd.models.readouts import predict
 from dskd.random_numbers import derived_seed, random_bits
 from dskd.senses.reservoir import Reservoir
@@ -141,8 +142,8 @@ def rank_batches(
         yield first, done, batch.without_targets() if number is None else batch
 
 
-def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
-    return predict(hidden[positions], head_weight)
+def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    return predict(hidden[positions], head)
 
 
 def _resume(folder: Path) -> Progress:

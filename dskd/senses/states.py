@@ -21,10 +21,10 @@ def states_of(model: FrozenModel, batch: TokenBatch, first: int) -> torch.Tensor
 
 def read_states_of(model: FrozenModel, batch: TokenBatch, first: int, readout: Readout) -> tuple[torch.Tensor, Any]:
     """Returns the states as :func:`states_of` does, with its errors, and the result of `readout(states, output
-    matrix)`.
+    head)`.
     """
     hidden, result = model.read(
-        batch.input_ids, batch.position_ids, lambda hidden, weight: (hidden, readout(hidden, weight))
+        batch.input_ids, batch.position_ids, lambda hidden, head: (hidden, readout(hidden, head))
     )
     _require_finite(model, hidden, batch, first)
     return hidden, result

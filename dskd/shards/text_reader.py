@@ -45,7 +45,7 @@ class TextReader:
                 self.teacher,
                 batch,
                 first,
-                lambda hidden, weight: top_tokens(hidden[has_target], weight, self.top_n, self.chunk_size),
+                lambda hidden, head: top_tokens(hidden[has_target], head, self.top_n, self.chunk_size),
             )
         else:
             hidden = states_of(self.teacher, batch, first)

@@ -24,7 +24,7 @@ from dskd.errors import OutageError, UserError
 from dskd.models.agreement import check_agreement
 from dskd.models.causal_lm import empty_model
 from dskd.models.cutting import find_student
-from dskd.models.folder import ModelFolder, load_tokenizer, tokenizer_digest
+from dskd.models.folder import ModelFolder, attention_key, load_tokenizer, tokenizer_digest
 from dskd.models.stored_names import StoredNames, parameter_names
 from dskd.models.weights import WEIGHTS_INDEX, TensorReader, write_weights
 from dskd.tracking import log_export
@@ -168,6 +168,9 @@ def copy_files(student: ModelFolder, target: Path) -> None:
     for file in student.path.iterdir():
         if file.is_file() and file.suffix not in endings and file.name not in left_out:
             shutil.copyfile(file, target / file.name)
+    if key := attention_key(student.load_config()):
+        model_config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        write_json(target / "config.json", model_config | key)
 
 
 class _InFloat32(TensorReader):

@@ -16,10 +16,12 @@ from dskd.config import Config, StudentConfig
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import DistillationHead, HeadSizes
-from dskd.models.causal_lm import build_sharded, engine_settings
+from dskd.models.causal_lm import build_sharded, empty_model, engine_settings
 from dskd.models.final_norm import final_norm_names
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
+from dskd.models.head_probe import find_logit_transform
+from dskd.models.output_head import LogitTransform
 from dskd.models.precision import compute_dtype
 from dskd.models.probes import check_documents
 from dskd.models.reference import compare_with_transformers
@@ -109,6 +111,9 @@ def load_student(
     }
     settings["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
     causal_lm = build_sharded(folder, settings, dtype, world, first_layer=trunk_depth)
+    transform, teacher_transform = find_logit_transform(causal_lm, folder), LogitTransform()
+    if teacher is not None:
+        teacher_transform = find_logit_transform(empty_model(teacher), teacher)
     if train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # First choose the trained parameters: `requires_grad` decides whether the teacher's output matrix must be stored.
@@ -127,6 +132,8 @@ def load_student(
         block_size=sizes.block,
         margin=margin,
         compile_losses=train.compile_losses,
+        transform=transform,
+        teacher_transform=teacher_transform,
     )
     student = StudentModule(Decoder(base_model(causal_lm)), head, names)
     # Activation checkpointing works in training mode only. `build_sharded` has removed dropout.

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from dskd.config import LossConfig
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.losses.terms import SUMS, TERMS
+from dskd.models.output_head import LogitTransform
 
 B, T, D, D_TEACHER, V, R, K = 2, 6, 5, 7, 11, 4, 2
 
@@ -51,12 +52,13 @@ def case():
     }
 
 
-def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_weights=None):
+def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_weights=None, transforms=("", "")):
     """Computes L as in section 4 of the paper, one expression for each term, with loops for the senses."""
     mask = case["loss_mask"]
     emphasis = 1 if token_weights is None else token_weights[mask]
     teacher_weight = case["teacher_weight"] if teacher_weight is None else teacher_weight
     logits, teacher = hidden @ weight.T, case["teacher_hidden"] @ teacher_weight.T
+    logits, teacher = (_FORMULAS[name](z) for name, z in zip(transforms, (logits, teacher), strict=True))
     ce = F.cross_entropy(logits[mask], case["labels"][mask], reduction="none")
     p, q = ((z / loss.temperature).softmax(-1)[mask] for z in (teacher, logits))
     m = (p + q) / 2
@@ -107,6 +109,18 @@ def _plain_sense_divergence(case, loss, flat):
     return total
 
 
+_FORMULAS = {
+    "": lambda z: z,
+    "scale": lambda z: z * 0.3,
+    "cap": lambda z: torch.tanh(z / 2.0) * 2.0,
+    "both": lambda z: torch.tanh(z * 1.6 / 1.1) * 1.1,
+}
+TRANSFORMS = {
+    "": LogitTransform(),
+    "scale": LogitTransform(0.3),
+    "cap": LogitTransform(cap=2.0),
+    "both": LogitTransform(1.6, cap=1.1),
+}
 WEIGHTS = {"ce_weight": 0.9, "kd_weight": 0.7, "sense_weight": 1.3, "hidden_weight": 0.4}
 LOSS = LossConfig(**WEIGHTS, margin=6.0, synonym_weight=0.8, antonym_weight=0.6)
 DISTRIBUTION = LossConfig(**WEIGHTS, sense_form="distribution", sense_temperature=0.6)
@@ -127,10 +141,10 @@ def _run(case, head, **changes):
     return total.detach(), dict(zip(SUMS, terms.tolist(), strict=True)), hidden.grad, head.weight.grad
 
 
-def _expected(case, loss, *, trained_head=False, teacher_weight=None, token_weights=None):
+def _expected(case, loss, *, trained_head=False, **options):
     hidden = case["hidden"].clone().requires_grad_()
     weight = case["weight"].clone().requires_grad_(trained_head)
-    total, sums = _plain(case, loss, hidden, weight, NORMALIZERS, teacher_weight, token_weights)
+    total, sums = _plain(case, loss, hidden, weight, NORMALIZERS, **options)
     (3 * total).backward()
     return total.detach(), [float(value.detach()) for value in sums], hidden.grad, weight.grad
 
@@ -152,6 +166,53 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(case, chunk_size,
         torch.testing.assert_close(found[index], expected[index])
     assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
     assert {name for name, value in found[1].items() if value} == _computed(loss) | {"hinges"}
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("scale", "cap"), ("cap", "both"), ("both", "scale"), ("", "cap")])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_model_scales_and_caps_its_own_logits(case, student, teacher, kind, shared):
+    """Also if one matrix serves both models, and one product gives the logits of both."""
+    loss = LOSS.model_copy(update={"divergence": kind})
+    weight = nn.Parameter(case["weight"].clone(), requires_grad=not shared)
+    transforms = {"transform": TRANSFORMS[student], "teacher_transform": TRANSFORMS[teacher]}
+    teacher_weight = None if shared else case["teacher_weight"]
+    head = DistillationHead(weight, teacher_weight, loss, chunk_size=4, block_size=3, **transforms)
+    found = _run(case, head)
+    options = {"teacher_weight": case["weight"]} if shared else {}
+    expected = _expected(case, loss, trained_head=not shared, transforms=(student, teacher), **options)
+    for index in (0, 2, 3):
+        torch.testing.assert_close(found[index], expected[index], rtol=1e-10, atol=1e-12)
+    assert [found[1][name] for name in ("ce", "kl")] == pytest.approx(expected[1][:2], rel=1e-5)
+    torch.testing.assert_close(head(case["hidden"]), _FORMULAS[student](case["hidden"] @ case["weight"].T))
+
+
+@pytest.mark.parametrize("n", [3, V])
+@pytest.mark.parametrize("student", ["scale", "cap", "both"])
+def test_a_cached_distribution_is_the_teachers_after_its_own_transform(case, student, n):
+    """The head applies the student's transform to the student's logits, and none to the teacher's probabilities."""
+    loss = LOSS.model_copy(update={"hidden_weight": 0.0, "sense_weight": 0.0})
+    logprobs = _FORMULAS["cap"](case["teacher_hidden"] @ case["teacher_weight"].T).log_softmax(-1)
+    top = logprobs.topk(n, dim=-1)
+    rest = logprobs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    cache = {"token_ids": top.indices, "logprobs": top.values, "rest_logprob": rest}
+    transforms = {"transform": TRANSFORMS[student], "teacher_transform": TRANSFORMS["cap"]}
+    head = DistillationHead(nn.Parameter(case["weight"].clone()), None, loss, chunk_size=4, **transforms)
+    found = _run(case, head, teacher_hidden=None, teacher_cache=cache, senses=None)
+
+    hidden, weight = (case[name].clone().requires_grad_() for name in ("hidden", "weight"))
+    mask = case["loss_mask"]
+    logits = _FORMULAS[student](hidden @ weight.T)[mask]
+    q, others = logits.log_softmax(-1), torch.ones_like(logits).scatter(-1, top.indices[mask], 0.0) > 0
+    classes = [q.gather(-1, top.indices[mask]), q.masked_fill(~others, -torch.inf).logsumexp(-1, keepdim=True)]
+    known = [top.values[mask], rest[mask].unsqueeze(-1)]
+    q, p = ((torch.cat(part[: 1 if n == V else 2], -1) / loss.temperature).log_softmax(-1) for part in (classes, known))
+    kl = (p.exp() * (p - q)).sum()
+    ce = F.cross_entropy(logits, case["labels"][mask], reduction="sum")
+    total = NORMALIZERS.targets * (loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl)
+    (3 * total).backward()
+    expected = total.detach(), hidden.grad, weight.grad
+    torch.testing.assert_close((found[0], *found[2:]), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
@@ -244,6 +305,9 @@ def test_compiled_losses_are_the_same(case):
     sizes = {"chunk_size": 4, "block_size": 3}  # also a block of one row
     compiled = _run(case, DistillationHead(*args, **sizes, compile_losses=True), token_weights=weights)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close((plain[0], plain[2]), (compiled[0], compiled[2]))
+    sizes |= {"transform": TRANSFORMS["both"], "teacher_transform": TRANSFORMS["cap"]}
+    plain, compiled = (_run(case, DistillationHead(*args, **sizes, compile_losses=way)) for way in (False, True))
     torch.testing.assert_close((plain[0], plain[2]), (compiled[0], compiled[2]))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from architecture_findings import CUT, LOWEST, check_plan, examine_one, find_limits, reason_of
 from architectures import ARCHITECTURES, random_model
-from models_page import PAGE, page, row
+from models_page import PAGE, page, row, written_rows
 from rank_processes import ONE_RANK
 
 from dskd.artifacts.manifest import write_json
@@ -38,12 +38,7 @@ PLANNED = [
     "llama-dynamic",
     "bloom",
 ]
-PLANNED += ["gpt-neo", "mpt", "falcon-alibi", "xglm", "lfm2", "gemma2", "dbrx"]
-
-
-def _rows():
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+PLANNED += ["gpt-neo", "mpt", "falcon-alibi", "xglm", "lfm2", "gemma2", "phi", "dbrx"]
 
 
 @pytest.mark.parametrize("name", EXAMINED)
@@ -51,12 +46,12 @@ def test_numbers_are_those_of_transformers_and_the_page_says_what_is_supported(t
     """On one rank; test_experts.py has the mixtures on two, whose tokens choose different experts."""
     finding = examine_one(name, tmp_path, world, thorough=False)
     assert finding["faults"] == []
-    assert row(name, finding) == _rows()[ARCHITECTURES[name].example]
+    assert row(name, finding) == written_rows()[name]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_page_says_what_is_refused(tmp_path, name):
-    written = _rows()[ARCHITECTURES[name].example]
+    written = written_rows()[name]
     model_config = ARCHITECTURES[name].config()
     folder = ModelFolder(tmp_path / "teacher", "", "")
     model_config.save_pretrained(folder.path)
@@ -99,6 +94,6 @@ def test_the_text_of_the_page_is_the_generators():
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_a_plan_refuses_what_training_refuses_and_raises_nothing_else(tmp_path, name):
-    teacher = _rows()[ARCHITECTURES[name].example].split(" | ")[1]
+    teacher = written_rows()[name].split(" | ")[1]
     is_refused = teacher == "no"
     assert check_plan(tmp_path, name, is_refused=is_refused) is None

@@ -11,7 +11,9 @@ from dskd.errors import UserError
 from dskd.models.cut_config import cut_config
 from dskd.models.cutting import build_student, choose_layers, cut, find_student
 from dskd.models.folder import find_teacher
+from dskd.models.frozen import load_frozen
 from dskd.models.weights import TensorReader, write_weights
+from dskd.training.export import write_export
 
 IDS = torch.arange(10).unsqueeze(0)
 
@@ -38,6 +40,34 @@ def test_the_cut_student_is_the_teacher_without_the_other_layers(tmp_path, archi
     teacher.model.config.num_hidden_layers = len(layers)
     with torch.no_grad():
         torch.testing.assert_close(student(IDS).logits, teacher(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("mode", ["zero3", "resident"])
+def test_the_cap_of_attention_is_applied_and_the_students_config_says_so(tmp_path, world, mode):
+    save_architecture(tmp_path / "teacher", "gemma2")
+    capped, fused = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", attn_implementation=name)
+        for name in ("eager", "sdpa")
+    )
+    with torch.no_grad():
+        expected = capped(IDS).logits
+        assert (fused(IDS).logits - expected).norm() > 0.05 * expected.norm()
+    config = Config(
+        workdir=str(tmp_path / "work"),
+        teacher={"path": str(tmp_path / "teacher"), "mode": mode},
+        student={"layers": (0, 1, 2, 3), "train_layers": 1},
+        precision="fp32",
+    )
+    teacher = load_frozen(find_teacher(config), config, world)
+    torch.testing.assert_close(teacher.read(IDS, None, lambda hidden, head: head.logits(hidden)), expected)
+    teacher.close()
+    # Transformers' defaults then apply it too, to the student and to an export of a model whose config lacks the key.
+    build_student(config)
+    (tmp_path / "export").mkdir()
+    write_export(find_teacher(config), {}, tmp_path / "export")
+    for folder in (find_student(config).path, tmp_path / "export"):
+        with torch.no_grad():
+            torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(IDS).logits, expected)
 
 
 def test_which_layers_are_chosen():

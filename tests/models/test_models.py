@@ -21,8 +21,8 @@ def _config(tmp_path, teacher=None, **sections):
     return Config(workdir=str(tmp_path), teacher=source, precision="fp32", **sections)
 
 
-def _states_and_logits(hidden, weight):
-    return hidden, hidden @ weight.T
+def _states_and_logits(hidden, head):
+    return hidden, head.logits(hidden)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

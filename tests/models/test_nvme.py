@@ -25,8 +25,8 @@ def _config(tmp_path, **teacher):
     return Config(workdir=str(tmp_path), teacher={"path": str(tmp_path / "teacher"), **teacher}, precision="fp32")
 
 
-def _states_and_logits(hidden, weight):
-    return hidden, hidden @ weight.T
+def _states_and_logits(hidden, head):
+    return hidden, head.logits(hidden)
 
 
 def _why_not():

@@ -1,5 +1,5 @@
-"""Finds out what is supported for each architecture of the table by trying it: on two ranks with different tokens, it
-compares every number with transformers' own model. `make models` writes docs/models.md from the findings.
+"""Finds out what is supported for each architecture of the table by trying it: on one rank, and on two with different
+tokens, it compares every number with transformers' own model. `make models` writes docs/models.md from the findings.
 
 A numeric difference is a fault, which fails a test; a refusal is a finding, which the page shows.
 """
@@ -53,6 +53,7 @@ CUT, LOWEST = (0, 1, 3), (0, 1)
 LIMITS = ("stream limit", "documents limit")
 # Relative to the largest state. In bf16, kernels may add in another order.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+_LOSS_TOLERANCE = 0.05  # of a step in bf16, relative to fp32
 Finding = dict[str, Any]
 
 
@@ -79,7 +80,10 @@ def examine(names: Sequence[str], folder: Path, thorough: bool, environment: dic
 
 
 def examine_one(name: str, folder: Path, world: World, *, thorough: bool) -> Finding:
-    """Examines an architecture in an empty folder, and returns what this rank found."""
+    """Examines an architecture in an empty folder, and returns what this rank found.
+
+    If not `thorough`, it examines no training step, no export and no bf16.
+    """
     finding: Finding = {"refused": None, "documents": None, "cut": None, "trunk": None, "faults": []}
     finding |= dict.fromkeys(LIMITS)
     if world.is_main:
@@ -149,7 +153,7 @@ def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: 
         teacher = load_frozen(find_teacher(config), config, world)
         expected = _from_pretrained(folder / "teacher", dtype)
         ids, where = _tokens(world.rank), f"teacher, {dtype}, {mode}".replace("torch.", "")
-        hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
+        hidden, logits = teacher.read(ids, None, lambda hidden, head: (hidden, head.logits(hidden)))
         output = expected(ids, output_hidden_states=True, use_cache=False)
         _compare(finding, f"{where}: states", hidden, _last_states(expected, ids), dtype)
         _compare(finding, f"{where}: logits", logits, output.logits, dtype)
@@ -207,10 +211,10 @@ def _examine_student(folder: Path, world: World, teacher: Any, finding: Finding,
             config, world, find_teacher(config), find_student(config), source=TeacherSource.of(config), **options
         )
     if thorough:
-        if pair.trunk is not None:
-            _examine_trunk_in_bf16(folder, layers, world, finding)
         rehearse_export(pair, find_student(config), config, world)
-        _examine_step(folder, pair, world, finding)
+        loss = _examine_step(folder, pair, world, finding)
+        is_shared = pair.trunk is not None
+        _examine_step_in_bf16(folder, layers, world, finding, is_shared=is_shared, train_norm=norm, expected=loss)
     if pair.trunk is not None:
         pair.trunk.close()
     pair.engine.destroy()
@@ -224,34 +228,53 @@ def _final_norm(folder: Path) -> set[str]:
         return set()
 
 
-def _examine_trunk_in_bf16(folder: Path, layers: Sequence[int], world: World, finding: Finding) -> None:
-    """Checks that a trunk that is shared in fp32 is also shared in bf16, with late positions."""
-    config = _config(folder, "stream", torch.bfloat16, student={"layers": layers, "shared_trunk": "on"})
+def _examine_step_in_bf16(
+    folder: Path,
+    layers: Sequence[int],
+    world: World,
+    finding: Finding,
+    *,
+    is_shared: bool,
+    train_norm: bool,
+    expected: float,
+) -> None:
+    """Checks that a step in bf16 has almost the loss of fp32, from the same trunk, which has late positions too."""
+    student = {"layers": layers, "shared_trunk": "on" if is_shared else "off", "train_final_norm": train_norm}
     try:
-        pair = load_models(config, world)
+        pair = load_models(_config(folder, "stream", torch.bfloat16, student=student), world)
     except UserError as error:
-        finding["faults"].append(f"the trunk is shared in fp32 but not in bf16: {reason_of(error, folder)}")
+        finding["faults"].append(f"a student is trained in fp32 but not in bf16: {reason_of(error, folder)}")
         return
+    loss = _take_step(pair, world)
+    if not abs(loss - expected) <= _LOSS_TOLERANCE * expected:
+        finding["faults"].append(f"step in bf16: the loss is {loss:.4f}, in fp32 {expected:.4f}")
     pair.engine.destroy()
     pair.teacher.close()  # type: ignore[union-attr]
 
 
-def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> None:
-    """Compares the gradients of a step with plain autograd of transformers' models over the tokens of all ranks."""
-    from deepspeed.utils import safe_get_full_grad
-
+def _take_step(pair: Any, world: World) -> float:
+    """Computes the gradients of a step, and returns the loss of this rank's tokens."""
     states, inputs = pair.run_teacher(_tokens(world.rank))
     mask = torch.ones(1, LENGTH, dtype=torch.bool)
     mask[:, -1] = False
-    count = world.world_size * (LENGTH - 1)
     loss, _ = pair.engine(
         inputs,
         labels=_tokens(world.rank).roll(-1, 1),
         loss_mask=mask,
-        normalizers=Normalizers(world.world_size / count, 1.0),
+        normalizers=Normalizers(1 / (LENGTH - 1), 1.0),
         teacher_hidden=states,
     )
     pair.engine.backward(loss)
+    return float(loss)
+
+
+def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> float:
+    """Compares the gradients of a step with plain autograd of transformers' models over the tokens of all ranks, and
+    returns the loss of this rank's tokens.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    loss = _take_step(pair, world)
     module = pair.engine.module
     found = {
         module.hub_names[name]: safe_get_full_grad(parameter)
@@ -276,7 +299,7 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> No
         finding["faults"].append(
             f"step: trained parameters of other layers: {others}; names that are not parameters: {unknown}"
         )
-        return
+        return loss
     largest = max(float(p.grad.abs().max()) for p in parameters.values() if p.grad is not None)
     for name, gradient in found.items():
         expected = parameters[name].grad
@@ -284,6 +307,7 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> No
         error = float((gradient - expected).abs().max()) / largest
         if not error <= 1e-4:
             finding["faults"].append(f"step: the gradient of {name} differs by {error:.1e} of the largest gradient")
+    return loss
 
 
 @torch.no_grad()
@@ -304,7 +328,11 @@ def _bypass(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    values = json.loads((folder / "config.json").read_text())
+    # Gemma 2 caps the scores of attention, which transformers' default leaves out; a student's config.json says it.
+    is_capped = values.get("attn_logit_softcapping") is not None and "_attn_implementation" not in values
+    options = {"attn_implementation": "eager"} if is_capped else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def _last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -336,12 +364,27 @@ def reason_of(error: UserError, folder: Path) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-def find(names: Sequence[str], *, thorough: bool, timeout_s: float) -> dict[str, Finding]:
-    """Examines architectures on two ranks, and returns {name: finding}."""
+def find(names: Sequence[str], *, timeout_s: float) -> dict[str, Finding]:
+    """Examines architectures thoroughly, on one rank and on two, and returns {name: finding}.
+
+    What is supported must not depend on the number of ranks.
+    """
+    one, two = (_find(names, ranks, timeout_s) for ranks in (1, 2))
+    for name, finding in two.items():
+        finding["faults"] += [f"on one rank: {fault}" for fault in one[name].pop("faults")]
+        finding["faults"] += [
+            f"{key} on one rank: {value}; on two: {finding[key]}"
+            for key, value in one[name].items()
+            if value != finding[key]
+        ]
+    return two
+
+
+def _find(names: Sequence[str], ranks: int, timeout_s: float) -> dict[str, Finding]:
     from rank_processes import finish, fork_ranks
 
     with tempfile.TemporaryDirectory() as folder:
-        finish(fork_ranks(examine, names, Path(folder), thorough, ranks=2), timeout_s)
+        finish(fork_ranks(examine, names, Path(folder), True, ranks=ranks), timeout_s)
         return {name: json.loads(Path(folder, f"{name}.json").read_text()) for name in names}
 
 

@@ -88,7 +88,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen3": _dense("Qwen 3", "Qwen3Config", **_SHAPE, head_dim=8),
     "gemma": _dense("Gemma", "GemmaConfig", **_SHAPE, head_dim=8),
-    "gemma2": _dense("Gemma 2", "Gemma2Config", **_SHAPE, head_dim=8, sliding_window=8),
+    "gemma2": _dense(
+        "Gemma 2",
+        "Gemma2Config",
+        **{**_SHAPE, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
+    ),
     "gemma3": _dense(
         "Gemma 3 (text)", "Gemma3TextConfig", **_SHAPE, head_dim=8, sliding_window=8, sliding_window_pattern=2
     ),
@@ -178,7 +182,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Falcon-H1",
         "FalconH1Config",
         **{**_SHAPE, "mamba_d_ssm": WIDTH, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
-        mamba_chunk_size=8,
+        **{"mamba_chunk_size": 8, "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0},
     ),
     "doge": _dense("Doge", "DogeConfig", **_SHAPE),
     "mixtral": _mixture("Mixtral", "MixtralConfig", **_SHAPE, num_local_experts=EXPERTS, num_experts_per_tok=2),

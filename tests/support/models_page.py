@@ -1,4 +1,7 @@
-"""Writes docs/models.md (`make models`): a page with the findings for each architecture of the table."""
+"""Writes docs/models.md (`make models`): a page with the findings for each architecture of the table.
+
+Names of architectures as arguments (`make models ARGS="gemma2 granite"`) try only these; the other rows stay.
+"""
 
 import re
 import sys
@@ -12,12 +15,13 @@ from architectures import ARCHITECTURES
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "models.md"
 _TEXT = """# Which models can be distilled
 
-A teacher can be any decoder of transformers whose logits are its last hidden states times its output matrix. The tables
-show what we found for {count} architectures, by trying a small random model of each on two ranks with different tokens.
-We compared its states, logits and buffers with those of transformers' own model (in float32 and bf16, whole on a rank
-and sharded, at early and late positions); a cut student with the teacher without the other layers; a training step with
-plain gradients; and an exported student with the trained one. `make models` tries them again and writes this page, and
-a test checks that the page has the findings.
+A teacher can be any decoder of transformers whose logits are its last hidden states times its output matrix, or these
+products scaled (Cohere, Granite) or softly capped (Gemma 2). The tables show what we found for {count} architectures,
+by trying a small random model of each, on one rank and on two with different tokens. We compared its states, logits
+and buffers with those of transformers' own model (in float32 and bf16, whole on a rank and sharded, at early and late
+positions); a cut student with the teacher without the other layers; a training step with plain gradients, and its loss
+in bf16; and an exported student with the trained one. `make models` tries them again and writes this page, and a test
+checks that the page has the findings.
 
 A model that is not in the tables is tried when it is loaded: its head, packed documents and the kinds of its layers. If
 something does not work, the model is refused before work begins, with the reason.
@@ -32,7 +36,12 @@ something does not work, the model is refused before work begins, with the reaso
 
 In float32, two factors of Apertus's activation, which transformers keeps in bf16, are not trained.
 
-Not supported yet are heads that cap, scale or shift logits, quantised weights, and models of images or sound.
+Gemma 2 and VaultGemma also cap the scores of attention. The fused attention that transformers chooses by default
+leaves this cap out; here such a model runs with `eager` attention, which applies it and takes memory for all pairs of
+positions. The `config.json` of its students and exports says so (`_attn_implementation`), so that transformers computes
+the same.
+
+Not supported yet are heads that add a bias to logits, quantised weights, and models of images or sound.
 
 {dense}
 
@@ -83,26 +92,30 @@ def _short(reason: str) -> str:
     return reason.strip()
 
 
-def page(findings: dict[str, Finding]) -> str:
-    """Returns the whole page."""
-    rows = {
-        is_mixture: [
-            row(name, finding) for name, finding in findings.items() if ARCHITECTURES[name].is_mixture == is_mixture
-        ]
+def written_rows() -> dict[str, str]:
+    """Returns {name of an architecture: its row} of the page as it is."""
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    by_example = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    return {name: by_example[known.example] for name, known in ARCHITECTURES.items() if known.example in by_example}
+
+
+def page(rows: dict[str, str]) -> str:
+    """Returns the whole page with the rows of these architectures."""
+    dense, mixtures = (
+        [rows[name] for name, known in ARCHITECTURES.items() if name in rows and known.is_mixture == is_mixture]
         for is_mixture in (False, True)
-    }
+    )
     return _TEXT.format(
-        count=len(ARCHITECTURES),
-        dense="\n".join([_HEAD, *rows[False]]),
-        mixtures="\n".join([_HEAD, *rows[True]]),
+        count=len(ARCHITECTURES), dense="\n".join([_HEAD, *dense]), mixtures="\n".join([_HEAD, *mixtures])
     )
 
 
-def main() -> int:
+def main(names: list[str]) -> int:
     """Writes the page; returns exit code 1 if a number is wrong."""
     warnings.simplefilter("ignore")
-    findings = find(list(ARCHITECTURES), thorough=True, timeout_s=3600)
-    PAGE.write_text(page(findings), encoding="utf-8")
+    findings = find(names or list(ARCHITECTURES), timeout_s=3600)
+    rows = written_rows() | {name: row(name, finding) for name, finding in findings.items()}
+    PAGE.write_text(page(rows), encoding="utf-8")
     for name, finding in findings.items():
         with tempfile.TemporaryDirectory() as folder:
             problem = check_plan(Path(folder), name, is_refused=finding["refused"] is not None)
@@ -113,4 +126,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -159,7 +159,7 @@ def held_by_ranks(folder: Path, environment: dict[str, str], log: Path) -> None:
         config = Config(workdir=str(folder), teacher={"path": str(folder / "teacher")}, precision="fp32")
         teacher = load_frozen(find_teacher(config), config, world)
         ids = torch.arange(24).view(2, 12) + world.rank
-        hidden, logits = teacher.read(ids, None, lambda hidden, weight: (hidden, hidden @ weight.T))
+        hidden, logits = teacher.read(ids, None, lambda hidden, head: (hidden, head.logits(hidden)))
         parameters = list(teacher.engine.module.parameters())
         held = {
             "held": sum(parameter.ds_tensor.numel() for parameter in parameters),

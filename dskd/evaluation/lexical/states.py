@@ -15,6 +15,7 @@ from dskd.distributed.collectives import sum_over_ranks
 from dskd.distributed.world import World
 from dskd.evaluation.batching import batches_by_length, padded
 from dskd.models.frozen import FrozenModel
+from dskd.models.output_head import OutputHead
 from dskd.models.readouts import chunk_size, next_token
 
 WORD, TARGET = 0, 1  # indices into the states: the word's last token, and the token before the word, which predicts it
@@ -99,6 +100,6 @@ def _batches(texts: Sequence[Tokens], batch_size: int, world: World, label: str)
 
 
 def _losses(
-    hidden: torch.Tensor, head_weight: torch.Tensor, *, mask: torch.Tensor, labels: torch.Tensor, logits_chunk: int
+    hidden: torch.Tensor, head: OutputHead, *, mask: torch.Tensor, labels: torch.Tensor, logits_chunk: int
 ) -> torch.Tensor:
-    return next_token(hidden[:, :-1][mask], labels, head_weight, logits_chunk)[0]
+    return next_token(hidden[:, :-1][mask], labels, head, logits_chunk)[0]
