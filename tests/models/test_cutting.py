@@ -57,6 +57,7 @@ def test_the_cap_of_attention_is_applied_and_the_students_config_says_so(tmp_pat
         teacher={"path": str(tmp_path / "teacher"), "mode": mode},
         student={"layers": (0, 1, 2, 3), "train_layers": 1},
         precision="fp32",
+        corpus={"sequence_length": 32},
     )
     teacher = load_frozen(find_teacher(config), config, world)
     torch.testing.assert_close(teacher.read(IDS, None, lambda hidden, head: head.logits(hidden)), expected)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from architectures import save_architecture
 from rank_jobs import held_by_ranks
 from rank_processes import finish, fork_ranks
 from tiny_models import ARCHITECTURES, save_model
@@ -118,21 +119,16 @@ def test_states_that_are_not_finite_are_refused(tmp_path, world):
 
 
 @pytest.mark.parametrize("mode", ["zero3", "resident"])
-def test_a_model_that_scales_its_logits_is_refused(tmp_path, world, mode):
-    from transformers import CohereConfig, CohereForCausalLM
-
+def test_a_model_that_scales_its_logits_is_read_with_its_scale(tmp_path, world, mode):
     from dskd.models.folder import find_teacher
     from dskd.models.frozen import load_frozen
 
-    save_model(tmp_path / "teacher")
-    for name in ("model.safetensors", "config.json"):
-        (tmp_path / "teacher" / name).unlink()
-    shape = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    model = CohereForCausalLM(CohereConfig(**shape, num_attention_heads=4, num_key_value_heads=4, logit_scale=0.25))
-    model.save_pretrained(tmp_path / "teacher")
-    config = _config(tmp_path, {"mode": mode})
-    with pytest.raises(UserError, match="more than a matrix product"):
-        load_frozen(find_teacher(config), config, world)
+    model = save_architecture(tmp_path / "teacher", "cohere")
+    config = _config(tmp_path, {"mode": mode}, corpus={"sequence_length": 32})
+    teacher = load_frozen(find_teacher(config), config, world)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.read(IDS, None, _states_and_logits)[1], model(IDS).logits)
+    teacher.close()
 
 
 def _chosen(model, **settings):

@@ -91,7 +91,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": _dense(
         "Gemma 2",
         "Gemma2Config",
-        **{**_SHAPE, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
+        **{**_SHAPE, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 1.0},
+        query_pre_attn_scalar=8,
     ),
     "gemma3": _dense(
         "Gemma 3 (text)", "Gemma3TextConfig", **_SHAPE, head_dim=8, sliding_window=8, sliding_window_pattern=2
