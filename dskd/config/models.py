@@ -77,8 +77,9 @@ class StudentConfig(Section):
     spacing: Literal["first", "even"] = Field(
         "first", description="with a number in `layers`. first: the lowest; even: first, last, and evenly between"
     )
-    train_layers: Annotated[int, Field(ge=0)] | Layers = Field(
-        2, description="number of last layers to train, or a list of layer indices (of the student, from 0)"
+    train_layers: Literal["all"] | Annotated[int, Field(ge=0)] | Layers = Field(
+        2,
+        description="number of last layers to train, a list of layer indices (of the student, from 0), or all",
     )
     train_embeddings: bool = Field(False, description="train the input embeddings (and a head that is tied to them)")
     train_final_norm: bool = Field(False, description="train the norm before the head")
@@ -89,9 +90,14 @@ class StudentConfig(Section):
         "to train if it is not; off: never",
     )
 
+    @property
+    def num_layers(self) -> int:
+        """The number of layers that the student keeps."""
+        return len(self.layers) if isinstance(self.layers, tuple) else self.layers
+
     def problems(self) -> Iterator[str]:
         """Yields messages about layers that are not in order, and about trained layers that the student lacks."""
-        kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
+        kept = self.num_layers
         if isinstance(self.layers, tuple) and list(self.layers) != (ascending := sorted(set(self.layers))):
             yield f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"
             kept = len(ascending)
@@ -108,10 +114,16 @@ class StudentConfig(Section):
             return "student.shared_trunk is off"
         if self.train_embeddings:
             return "the student's embeddings are trained"
-        kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
         if isinstance(self.layers, tuple) and self.layers[:1] != (0,):
             return f"the student's lowest layer is the teacher's layer {self.layers[0]}"
-        trains_lowest = 0 in self.train_layers if isinstance(self.train_layers, tuple) else self.train_layers >= kept
-        if trains_lowest:
+        if self.trains(0, self.num_layers):
             return "the student's lowest layer is trained"
-        return "the student has only one layer" if kept == 1 else None
+        return "the student has only one layer" if self.num_layers == 1 else None
+
+    def trains(self, layer: int, count: int) -> bool:
+        """Returns True if `train_layers` selects this layer of a student with `count` layers."""
+        if self.train_layers == "all":
+            return True
+        if isinstance(self.train_layers, tuple):
+            return layer in self.train_layers
+        return layer >= count - self.train_layers

@@ -151,6 +151,7 @@ def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
     ("options", "message"),
     [
         ({"train_layers": 4}, "lowest layer is trained"),
+        ({"train_layers": "all"}, "lowest layer is trained"),
         ({"kept": (1, 2)}, "lowest layer is the teacher's layer 1"),
         ({"train_embeddings": True}, "embeddings are trained"),
         ({"tied": True, "train_lm_head": True}, "embeddings are trained"),
