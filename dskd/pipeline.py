@@ -30,9 +30,9 @@ from dskd.distributed import stopping
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
 from dskd.lexicon import build as lexicon
-from dskd.models import cutting
+from dskd.models import students
 from dskd.models.architecture import check_architecture
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
 from dskd.shards import annotate
@@ -66,6 +66,8 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     teacher = functools.cache(lambda: find_teacher(config))
     if config.teacher.path is not None:
         teacher()  # fails early, before the corpus is read, if the model does not fit
+    if config.student.path is not None:
+        find_pretrained_student(config)  # likewise
     stages = plan_stages(config, path, overrides, teacher)
     if until is not None:
         names = [stage.name for stage in stages]
@@ -128,7 +130,7 @@ def plan_stages(
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        stage(kinds.STUDENT, lambda: cutting.recipe(config, teacher()), lambda: cutting.build_student(config)),
+        stage(kinds.STUDENT, lambda: students.recipe(config, teacher()), lambda: students.build_student(config)),
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]

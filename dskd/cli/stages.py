@@ -7,7 +7,7 @@ from dskd.config.reading import load_config
 
 _HELP = {
     "lexicon": "read synonyms and antonyms, and write WORKDIR/lexicon/relations.parquet",
-    "student": "cut the student from the teacher's safetensors, and write WORKDIR/student",
+    "student": "cut the student from the teacher, or take another model, and write WORKDIR/student",
     "export": "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run",
 }
 _OVERRIDES_OF_EXAMPLE = {
@@ -35,7 +35,7 @@ def run_stage(args: argparse.Namespace) -> None:
 
         build_lexicon(config)
     elif args.verb == "student":
-        from dskd.models.cutting import build_student
+        from dskd.models.students import build_student
 
         build_student(config)
     else:

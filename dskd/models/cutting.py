@@ -63,16 +63,21 @@ def build_student(config: Config) -> None:
 
 
 def find_student(config: Config) -> ModelFolder:
-    """Returns the cut student of a work directory.
+    """Returns the student of a work directory, before it is trained.
 
     Raises:
         UserError: when it is missing or damaged.
     """
     folder = config.path(kinds.STUDENT.folder)
     manifest = read_manifest(folder, "student")
-    trusted = config.teacher.trust_remote_code
+    trusted = trusts_code(config)
     digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
     return ModelFolder(folder, manifest.digest, digest, trusted)
+
+
+def trusts_code(config: Config) -> bool:
+    """Returns True if code that comes with the student may run: the teacher's, if the student is cut from it."""
+    return config.teacher.trust_remote_code and config.student.origin == "cut"
 
 
 def require_chosen_layers(config: Config, teacher: ModelFolder, student: ModelFolder) -> None:
@@ -119,14 +124,14 @@ def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
     return [0] if layers == 1 else [round(i * (num_layers - 1) / (layers - 1)) for i in range(layers)]
 
 
-def copy_other_files(teacher: ModelFolder, target: Path) -> None:
-    """Copies the tokenizer, the generation config and, if `trust_remote_code` allows it, the model's own code.
+def copy_other_files(source: ModelFolder, target: Path) -> None:
+    """Copies a model's tokenizer, its generation config and, if `trust_remote_code` allows it, the model's own code.
 
     An adapter's config in the folder of a merged model is not copied: loading the student would then look for the
     adapter's base model.
     """
-    for pattern in (*_COPIED, *(["*.py"] if teacher.trust_remote_code else [])):
-        for file in teacher.path.glob(pattern):
+    for pattern in (*_COPIED, *(["*.py"] if source.trust_remote_code else [])):
+        for file in source.path.glob(pattern):
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, target / file.name)
 
@@ -147,10 +152,20 @@ def check_student(student: ModelFolder, teacher: ModelFolder, layers: list[int])
     check_stored_tensors(empty_model(student), reader, student)
     if not can_be_compared(teacher):
         say("  the teacher is too large to run both; their settings, shapes and tensors were compared")
-        if sum(math.prod(reader.shape(name)) for name in reader.names) <= _LOADED_ELEMENTS:
-            _load_with_transformers(student, "auto")
+        load_if_small(student)
         return
     compare_with_pruned_teacher(teacher, _load_with_transformers(student, torch.float32), layers)
+
+
+def load_if_small(student: ModelFolder) -> None:
+    """Loads a student with transformers, unless it is large, to see that nothing is missing.
+
+    Raises:
+        UserError: when it cannot be loaded.
+    """
+    reader = TensorReader(student.path)
+    if sum(math.prod(reader.shape(name)) for name in reader.names) <= _LOADED_ELEMENTS:
+        _load_with_transformers(student, "auto")
 
 
 def _load_with_transformers(student: ModelFolder, dtype: torch.dtype | str) -> Any:
@@ -170,13 +185,13 @@ def _load_with_transformers(student: ModelFolder, dtype: torch.dtype | str) -> A
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError) as error:
-        raise UserError(f"{student.path}: the cut student cannot be loaded; transformers: {error}") from error
+        raise UserError(f"{student.path}: the student cannot be loaded; transformers: {error}") from error
     problems = [
         *(f"there is no tensor {name}" for name in sorted(loading["missing_keys"])),
         *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in loading["mismatched_keys"]),
     ]
     if problems:
-        raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))
+        raise UserError(listed(f"{student.path}: the student cannot be loaded", problems))
     return model
 
 

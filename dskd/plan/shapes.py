@@ -20,12 +20,12 @@ from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
+from dskd.models.new_student import intermediate_size
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.shards import TRUNK_STATES
 from dskd.shards.stored_states import stored_trunk_depth
 from dskd.training.student import choose_trained
-from dskd.training.teacher_from_scratch import intermediate_size
 from dskd.training.teacher_source import TeacherSource, reads_logits
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")

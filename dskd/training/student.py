@@ -16,7 +16,7 @@ from dskd.config import Config, StudentConfig
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import DistillationHead, HeadSizes
-from dskd.models.causal_lm import build_sharded, engine_settings
+from dskd.models.causal_lm import build_sharded, empty_model, engine_settings
 from dskd.models.final_norm import final_norm_names
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
@@ -213,7 +213,7 @@ def _teacher_matrix(
 ) -> torch.Tensor | None:
     """Returns the teacher's output matrix [V, D], or None if the student's is equal and not trained."""
     reader, own = TensorReader(teacher.path), TensorReader(student.path)
-    matrix = reader.read(output_name(causal_lm, reader))
+    matrix = reader.read(output_name(empty_model(teacher), reader))  # whose architecture may be another
     if not causal_lm.get_output_embeddings().weight.requires_grad:
         stored = own.read(output_name(causal_lm, own))
         if stored.shape == matrix.shape and stored.dtype == matrix.dtype and torch.equal(stored, matrix):
