@@ -29,7 +29,7 @@ from dskd.training.inputs import require_comparable_states
 from dskd.training.student import choose_trained
 from dskd.training.teacher_source import TeacherSource, reads_logits
 
-_NAME_IT = "name the teacher's config.json with --teacher-config"
+_NAME_IT = "name the teacher's config.json with --teacher-config FILE, which is all that a plan needs"
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -326,7 +326,7 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
     if model_type in ENCODERS or (model_type not in DECODERS and not values.get("auto_map")):
         what = "an encoder" if model_type in ENCODERS else "unknown to transformers"
         raise UserError(
-            f"{where}: model_type {model_type!r} is {what}; a teacher is a decoder (a causal language model)"
+            f"{where}: model_type {model_type!r} is {what}; it has to be a decoder (a causal language model)"
         )
     problems = []
     aliases = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
@@ -340,13 +340,12 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
         raise UserError(listed(f"{where} is not the config.json of a decoder", problems))
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(key: str, name: str, revision: str | None, *, advice: str) -> Path:
     """Returns the path of the config.json of a model of the hub, after fetching it if it is not in the cache. Raises a
     UserError when it cannot be fetched.
     """
-    advice = "name a config.json of its architecture with --teacher-config FILE, which is all that a plan needs"
     if name.startswith((".", "~", "/")) or name.count("/") != 1:
-        raise UserError(f"teacher.path: there is no folder {name}; make it, or {advice}")
+        raise UserError(f"{key}: there is no folder {name}; make it, or {advice}")
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -360,7 +359,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"teacher.path: {name!r} is not a folder here, and its config.json cannot be fetched from the hub "
+            f"{key}: {name!r} is not a folder here, and its config.json cannot be fetched from the hub "
             f"({reason}); {advice}"
         ) from None
 
