@@ -30,7 +30,7 @@ from dskd.plan.gathering import gather
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.plan import make_plan
-from dskd.plan.shapes import Architecture, Shapes, Weight, cut_student, find_architecture, teacher_shapes
+from dskd.plan.shapes import Architecture, Shapes, Weight, plan_student, find_architecture, teacher_shapes
 from dskd.plan.speed import flops_per_token
 from dskd.plan.stored import loads_teacher
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
@@ -84,7 +84,7 @@ def test_flops_are_those_of_the_formula(tmp_path, trunk, stored):
     columns = [TEACHER_STATES, TRUNK_STATES][: 1 + (trunk == "on")] if stored else []
     config = _config(tmp_path, f"student.shared_trunk='{trunk}'", f"annotation.store={json.dumps(columns)}")
     architecture = Architecture(json.dumps(LLAMA), "llama")
-    student = cut_student(config, architecture)
+    student = plan_student(config, architecture)
     shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
     flops = flops_per_token(config, architecture, teacher_shapes(architecture), student)
     assert flops == step_flops(shape, shared_trunk=trunk == "on", stored_states=stored)
@@ -124,7 +124,7 @@ def test_stored_states_take_two_bytes_a_number_on_disk_and_where_batches_are_hel
 )
 def test_the_teachers_output_matrix_is_counted_if_its_logits_are_computed(tmp_path, overrides, is_counted):
     config = _config(tmp_path, "student.train_lm_head=true", *overrides)
-    student = cut_student(config, Architecture(json.dumps(LLAMA), "llama"))
+    student = plan_student(config, Architecture(json.dumps(LLAMA), "llama"))
     assert student.teacher_matrix == (LLAMA["vocab_size"] * LLAMA["hidden_size"] if is_counted else 0)
 
 
@@ -432,7 +432,7 @@ def test_a_shipped_config_is_planned_with_the_student_that_is_cut(tmp_path, monk
     config = load_config(path, toy)
     build_student(config)
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "student")
-    planned = cut_student(config, find_architecture(config, None))
+    planned = plan_student(config, find_architecture(config, None))
     assert planned.whole_numel == sum(parameter.numel() for parameter in cut.parameters())
     assert len(planned.layers) == cut.config.num_hidden_layers == 2
 
