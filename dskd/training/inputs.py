@@ -61,7 +61,7 @@ def load_inputs(config: Config) -> TrainingInputs:
     require_states(config, source)
     if source.kind == "top_n":
         shards.require_teacher_cache(config, "train", train_shards)
-        _require_one_vocabulary(teacher, student)
+        _require_one_vocabulary(config, teacher, student)
     return TrainingInputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows, source)
 
 
@@ -128,14 +128,16 @@ def _bank_on_device(config: Config) -> bool:
     return config.loss.sense_weight > 0 and config.train.sense_bank == "device"
 
 
-def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
+def _require_one_vocabulary(config: Config, teacher: ModelFolder, student: ModelFolder) -> None:
     # A stored distribution (n tokens, one probability for all others) cannot be restricted to the tokens both have.
     sizes = [folder.load_config().vocab_size for folder in (teacher, student)]
     if sizes[0] != sizes[1]:
+        remedy = "cut the student from this teacher (`dskd student`)"
+        if config.student.origin != "cut":
+            remedy = "choose a student with the teacher's number, store its states (annotation.store: [teacher_states])"
         raise UserError(
             f"teacher.mode: cached needs the same vocabulary size in teacher and student, but {teacher.path} has "
-            f"{sizes[0]} tokens and {student.path} has {sizes[1]}; cut the student from this "
-            "teacher (`dskd student`), or set teacher.mode to zero3 or resident"
+            f"{sizes[0]} tokens and {student.path} has {sizes[1]}; {remedy}, or set teacher.mode to zero3 or resident"
         )
 
 
