@@ -74,8 +74,14 @@ class StudentConfig(Section):
     """The layers that the student takes from the teacher, and the parameters that are trained."""
 
     layers: Count | Layers = Field(16, description="number of the teacher's layers to keep, or a list of their indices")
-    spacing: Literal["first", "even"] = Field(
-        "first", description="with a number in `layers`. first: the lowest; even: first, last, and evenly between"
+    spacing: Literal["ends", "first", "even", "importance"] = Field(
+        "ends",
+        description="with a number in `layers`. ends: the lowest, and as many of the last as are trained; first: the "
+        "lowest; even: first, last, and evenly between; importance: all but the block of layers that changes the "
+        "teacher's states least, measured on text",
+    )
+    importance_samples: int = Field(
+        64, ge=1, description="with spacing: importance. Number of training sequences on which layers are measured"
     )
     train_layers: Literal["all"] | Annotated[int, Field(ge=0)] | Layers = Field(
         2,
@@ -95,8 +101,35 @@ class StudentConfig(Section):
         """The number of layers that the student keeps."""
         return len(self.layers) if isinstance(self.layers, tuple) else self.layers
 
+    @property
+    def is_measured(self) -> bool:
+        """True if the choice of layers depends on measurements of the teacher."""
+        return self.spacing == "importance" and not isinstance(self.layers, tuple)
+
+    @property
+    def last_layers_are_kept(self) -> bool:
+        """True if the teacher's last layers stay whatever else is removed, so that `train_layers` affects the cut."""
+        return self.spacing in ("ends", "importance") and not isinstance(self.layers, tuple)
+
+    @property
+    def last_layers(self) -> int:
+        """The number of the teacher's last layers that stay with `ends` and `importance`.
+
+        It is the number of the student's last layers that are trained: of the trained layers in a list, those that
+        follow each other up to the last. If none or all are trained, it is 2, or less so that a lowest layer is left.
+        """
+        trained = self.train_layers
+        if isinstance(trained, tuple):
+            count = next(count for count in range(1, len(trained) + 1) if max(trained) - count not in trained)
+        else:
+            count = 0 if trained == "all" else trained
+        return count if 0 < count < self.num_layers else min(2, self.num_layers - 1)
+
     def problems(self) -> Iterator[str]:
-        """Yields messages about layers that are not in order, and about trained layers that the student lacks."""
+        """Yields messages about layers that are not in order, trained layers that the student lacks, and keys of
+        another spacing.
+        """
+        yield from self.keys_without_use("student", "spacing", {"importance": ("importance_samples",)})
         kept = self.num_layers
         if isinstance(self.layers, tuple) and list(self.layers) != (ascending := sorted(set(self.layers))):
             yield f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"

@@ -16,10 +16,10 @@ from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
+from dskd.models.spacing import choose_layers, chosen_layers, removed_block
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.shards import TRUNK_STATES
@@ -170,6 +170,7 @@ class Student:
     """The student as training loads it, without the layers that the teacher computes for it."""
 
     layers: list[int]  # the teacher's layers that it keeps
+    is_assumed: bool  # they have not been measured yet, and are those of `ends`
     trunk: int  # the number of lowest layers that the teacher computes for it
     why_no_trunk: str | None
     shapes: Shapes  # of the part that training loads
@@ -217,7 +218,7 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
     """Returns the student that would be cut, and which of its weights would be trained. Raises a UserError when the
     teacher has no such layers, nothing would be trained, or the config requires a shared trunk that is not possible.
     """
-    layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    layers, is_assumed = _planned_layers(config, architecture)
     architecture.check_kinds(layers)
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     source, why = TeacherSource.planned(config), None
@@ -230,7 +231,7 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
         trunk, why = 0, str(problem)
     loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
     needs_copy = loaded.trains_output and reads_logits(source.kind, config.loss)
-    return Student(layers, trunk, why, loaded.shapes, whole.numel, loaded.output_numel if needs_copy else 0)
+    return Student(layers, is_assumed, trunk, why, loaded.shapes, whole.numel, loaded.output_numel if needs_copy else 0)
 
 
 def trunk_to_store(config: Config, architecture: Architecture) -> int:
@@ -239,9 +240,23 @@ def trunk_to_store(config: Config, architecture: Architecture) -> int:
     """
     if TRUNK_STATES not in config.annotation.store:
         return 0
-    layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    layers, _ = _planned_layers(config, architecture)
     is_tied = _Cut.of(architecture, tuple(layers), 0, config.student).is_tied
     return stored_trunk_depth(config.student, kept=layers, tied=is_tied)
+
+
+def _planned_layers(config: Config, architecture: Architecture) -> tuple[list[int], bool]:
+    """Returns the teacher's layers that the student keeps, and whether they are only assumed: with `spacing:
+    importance` they are known when the student is cut. Raises a UserError when the teacher has no such layers.
+    """
+    student, count = config.student, architecture.values()["num_hidden_layers"]
+    if not student.is_measured:
+        return choose_layers(student, count), False
+    removed_block(student, count)
+    try:
+        return chosen_layers(config, count), False
+    except UserError:  # no student is cut yet, or with other keys
+        return choose_layers(student.model_copy(update={"spacing": "ends"}), count), True
 
 
 @dataclass(frozen=True)
