@@ -24,7 +24,7 @@ from dskd.models.weights import TensorReader
 from dskd.random_numbers import derived_seed, random_bits
 
 _TOKENS = 4096  # in a batch: the states of all layers are in memory at one time
-_ROOM = 1.25  # memory that the weights need with what runs beside them, relative to the weights
+_ROOM = 1.25  # memory for weights and states together, relative to the weights
 
 
 def measure_importance(config: Config, teacher: ModelFolder, block_size: int) -> Importance:
@@ -40,7 +40,7 @@ def measure_importance(config: Config, teacher: ModelFolder, block_size: int) ->
         sequences, _ = load_sequences(config, "train", teacher.tokenizer_digest)
     except UserError as problem:
         raise UserError(f"the teacher's layers are measured on training sequences, but {problem}") from None
-    # On the CPU of a machine with a GPU, too, in the type of the GPU's, which the student's recipe names.
+    # The recipe names the type, so it is the GPU's even if the model does not fit there and runs on the CPU.
     precision = resolve_precision(config.precision)
     device = _device(teacher, precision)
     dtype = compute_dtype(precision, device)

@@ -83,7 +83,9 @@ def _step(pair):
     ],
 )
 def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, architecture, spacing, trained):
-    """With the teacher's last layer above the trunk and with the next one, with a resident teacher and activations that are recomputed, with tied embeddings, and without trained layers."""
+    """With the teacher's last layer above the trunk and with the next one; with a resident teacher and activations that
+    are recomputed, with tied embeddings, and without trained layers.
+    """
     save_model(tmp_path / "teacher", architecture)
     outside = {"train_layers": 0, "train_lm_head": True, "train_final_norm": True}
     results = {}
