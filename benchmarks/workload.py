@@ -115,7 +115,11 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, stat
         "teacher": {"path": str(folder.resolve() / "llama"), "mode": "resident", "offload": "none"},
         "corpus": {"packing": "stream", "sequence_length": shape.sequence_length},
         "annotation": {"kappa": _KAPPA, "store": [TEACHER_STATES, TRUNK_STATES] if states else []},
-        "student": {"layers": shape.student_layers, "train_layers": shape.trained_layers},
+        "student": {
+            "layers": shape.student_layers,
+            "spacing": "first",
+            "train_layers": shape.trained_layers,
+        },
         "train": {
             "steps": 10_000,
             "global_batch_size": preset.global_batch_size,

@@ -37,6 +37,7 @@ from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.training import checkpoint, export, inputs, teacher_from_scratch
+from dskd.training.layer_importance import measure_importance
 
 LOCK = ".pipeline.lock"  # in the work directory
 
@@ -126,11 +127,14 @@ def plan_stages(
         vocab_size = vocabulary_size(found.load_config())
         sequences.build_sequences(config, found.load_tokenizer(), found.tokenizer_digest, vocab_size)
 
+    def build_student() -> None:
+        students.build_student(config, measure_importance)
+
     stages = [
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        stage(kinds.STUDENT, lambda: students.recipe(config, teacher()), lambda: students.build_student(config)),
+        stage(kinds.STUDENT, lambda: students.recipe(config, teacher()), build_student),
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]

@@ -71,7 +71,7 @@ def _on_or_off(value: object) -> object:
 
 
 # Keys of `student` that choose layers of the teacher, and so mean nothing for a student that is not cut from it.
-_CUTTING = ("layers", "spacing")
+_CUTTING = ("layers", "spacing", "importance_samples")
 
 
 def _is_cut(keys: Mapping[str, Any]) -> bool:
@@ -126,8 +126,14 @@ class StudentConfig(Section):
         None, description="start from random weights instead of layers of the teacher"
     )
     layers: Count | Layers = Field(16, description="number of the teacher's layers to keep, or a list of their indices")
-    spacing: Literal["first", "even"] = Field(
-        "first", description="with a number in `layers`. first: the lowest; even: first, last, and evenly between"
+    spacing: Literal["ends", "first", "even", "importance"] = Field(
+        "ends",
+        description="with a number in `layers`. ends: the lowest, and as many of the last as are trained; first: the "
+        "lowest; even: first, last, and evenly between; importance: all but the block of layers that changes the "
+        "teacher's states least, measured on text",
+    )
+    importance_samples: int = Field(
+        64, ge=1, description="with spacing: importance. Number of training sequences on which layers are measured"
     )
     train_layers: Literal["all"] | Annotated[int, Field(ge=0)] | Layers = Field(
         default_factory=_layers_to_train,
@@ -153,12 +159,8 @@ class StudentConfig(Section):
         return "cut" if self.from_config is None else "from_config"
 
     @property
-    def num_layers(self) -> int | None:
-        """The number of the student's layers; None if only the model at `path` has it."""
-        if self.origin == "path":
-            return None
-        if self.from_config is not None:
-            return self.from_config.layers
+    def num_layers(self) -> int:
+        """The number of layers that a student keeps that is cut from the teacher."""
         return len(self.layers) if isinstance(self.layers, tuple) else self.layers
 
     @model_serializer(mode="wrap")
@@ -167,14 +169,40 @@ class StudentConfig(Section):
         values: dict[str, Any] = serialize(self)
         return values if self.origin == "cut" else {k: v for k, v in values.items() if k not in _CUTTING}
 
-    def problems(self) -> Iterator[str]:
-        """Yields messages about keys for different students, layers that are not in order, and trained layers that the
-        student lacks.
+    @property
+    def is_measured(self) -> bool:
+        """True if the choice of layers depends on measurements of the teacher."""
+        return self.spacing == "importance" and not isinstance(self.layers, tuple)
+
+    @property
+    def last_layers_are_kept(self) -> bool:
+        """True if the teacher's last layers stay whatever else is removed, so that `train_layers` affects the cut."""
+        return self.spacing in ("ends", "importance") and not isinstance(self.layers, tuple)
+
+    @property
+    def last_layers(self) -> int:
+        """The number of the teacher's last layers that stay with `ends` and `importance`.
+
+        It is the number of the student's last layers that are trained: of the trained layers in a list, those that
+        follow each other up to the last. If none or all are trained, it is 2, or less so that a lowest layer is left.
         """
+        trained = self.train_layers
+        if isinstance(trained, tuple):
+            count = next(count for count in range(1, len(trained) + 1) if max(trained) - count not in trained)
+        else:
+            count = 0 if trained == "all" else trained
+        return count if 0 < count < self.num_layers else min(2, self.num_layers - 1)
+
+    def problems(self) -> Iterator[str]:
+        """Yields messages about keys for different students, layers that are not in order, trained layers that the
+        student lacks, and keys of another spacing.
+        """
+        if self.origin == "cut":
+            yield from self.keys_without_use("student", "spacing", {"importance": ("importance_samples",)})
         yield from self._of_other_students()
-        kept = self.num_layers
-        if kept is None:
+        if self.origin == "path":  # the number of its layers is not known yet
             return
+        kept = self.num_layers if self.from_config is None else self.from_config.layers
         if isinstance(self.layers, tuple) and list(self.layers) != (ascending := sorted(set(self.layers))):
             yield f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"
             kept = len(ascending)
@@ -217,7 +245,7 @@ class StudentConfig(Section):
             return "the student's embeddings are trained"
         if isinstance(self.layers, tuple) and self.layers[:1] != (0,):
             return f"the student's lowest layer is the teacher's layer {self.layers[0]}"
-        if self.trains(0, self.num_layers or 0):
+        if self.trains(0, self.num_layers):
             return "the student's lowest layer is trained"
         return "the student has only one layer" if self.num_layers == 1 else None
 

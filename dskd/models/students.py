@@ -10,6 +10,7 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models import cutting, new_student, pretrained_student
 from dskd.models.folder import ModelFolder, find_pretrained_student
+from dskd.models.spacing import require_chosen_layers
 
 _MADE = {
     "cut": "cut from a teacher (student.layers)",
@@ -31,14 +32,18 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     return new_student.recipe(config, teacher)
 
 
-def build_student(config: Config) -> None:
+def build_student(config: Config, measure: cutting.Measure | None = None) -> None:
     """Writes `WORKDIR/student`.
+
+    Args:
+        config: the experiment.
+        measure: measures blocks of the teacher's layers; it is called only with `student.spacing: importance`.
 
     Raises:
         UserError: when the teacher or the student is refused.
     """
     if config.student.origin == "cut":
-        cutting.build_student(config)
+        cutting.build_student(config, measure)
     elif config.student.origin == "path":
         pretrained_student.build_pretrained_student(config)
     else:
@@ -64,7 +69,7 @@ def require_configured_student(config: Config, teacher: ModelFolder, student: Mo
             f"{student.path}: the student was {_MADE[made]}, but the config's is to be {_MADE[chosen]}; {again}"
         )
     if chosen == "cut":
-        cutting.require_chosen_layers(config, teacher, student)
+        require_chosen_layers(config, teacher, student)
         return
     if manifest.tokenizer != teacher.tokenizer_digest:
         raise UserError(

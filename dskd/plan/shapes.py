@@ -16,11 +16,11 @@ from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
 from dskd.models.new_student import config_values, intermediate_size
+from dskd.models.spacing import choose_layers, chosen_layers, removed_block
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.shards import TRUNK_STATES
@@ -173,6 +173,7 @@ class Student:
 
     architecture: "Architecture"  # of the model that the layers are from: the teacher, unless the student is another
     layers: list[int]  # its layers that the student consists of
+    is_assumed: bool  # they have not been measured yet, and are those of `ends`
     trunk: int  # the number of lowest layers that the teacher computes for it
     why_no_trunk: str | None
     shapes: Shapes  # of the part that training loads
@@ -239,7 +240,7 @@ def plan_student(config: Config, architecture: Architecture) -> Student:
     """
     if config.student.origin != "cut":
         return _other_student(config, architecture)
-    layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    layers, is_assumed = _planned_layers(config, architecture)
     architecture.check_kinds(layers)
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     source, why = TeacherSource.planned(config), None
@@ -253,7 +254,7 @@ def plan_student(config: Config, architecture: Architecture) -> Student:
     loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
     needs_copy = loaded.trains_output and reads_logits(source.kind, config.loss)
     matrix = loaded.output_numel if needs_copy else 0
-    return Student(architecture, layers, trunk, why, loaded.shapes, whole.numel, matrix)
+    return Student(architecture, layers, is_assumed, trunk, why, loaded.shapes, whole.numel, matrix)
 
 
 def _other_student(config: Config, teacher: Architecture) -> Student:
@@ -266,7 +267,7 @@ def _other_student(config: Config, teacher: Architecture) -> Student:
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     reads_matrix = reads_logits(TeacherSource.planned(config).kind, config.loss)
     matrix = of_teacher["vocab_size"] * of_teacher["hidden_size"] * reads_matrix
-    return Student(architecture, layers, 0, config.student.why_no_trunk, whole.shapes, whole.numel, matrix)
+    return Student(architecture, layers, False, 0, config.student.why_no_trunk, whole.shapes, whole.numel, matrix)
 
 
 def trunk_to_store(config: Config, architecture: Architecture) -> int:
@@ -275,9 +276,23 @@ def trunk_to_store(config: Config, architecture: Architecture) -> int:
     """
     if TRUNK_STATES not in config.annotation.store:
         return 0
-    layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    layers, _ = _planned_layers(config, architecture)
     is_tied = _Cut.of(architecture, tuple(layers), 0, config.student).is_tied
     return stored_trunk_depth(config.student, kept=layers, tied=is_tied)
+
+
+def _planned_layers(config: Config, architecture: Architecture) -> tuple[list[int], bool]:
+    """Returns the teacher's layers that the student keeps, and whether they are only assumed: with `spacing:
+    importance` they are known when the student is cut. Raises a UserError when the teacher has no such layers.
+    """
+    student, count = config.student, architecture.values()["num_hidden_layers"]
+    if not student.is_measured:
+        return choose_layers(student, count), False
+    removed_block(student, count)
+    try:
+        return chosen_layers(config, count), False
+    except UserError:  # no student is cut yet, or with other keys
+        return choose_layers(student.model_copy(update={"spacing": "ends"}), count), True
 
 
 @dataclass(frozen=True)

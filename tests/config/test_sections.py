@@ -224,4 +224,4 @@ def test_a_student_that_is_not_cut_is_trained_whole_by_default_and_can_be_printe
 
 def test_a_cut_student_has_the_defaults_that_it_always_had():
     printed = Config(**MINIMAL).as_dict()["student"]
-    assert {"layers": 16, "spacing": "first", "train_layers": 2, "train_embeddings": False}.items() <= printed.items()
+    assert {"layers": 16, "train_layers": 2, "train_embeddings": False}.items() <= printed.items()
