@@ -31,7 +31,7 @@ def explain_layers(config: Config) -> str:
     student = config.student
     if student.origin != "cut":
         raise UserError(
-            f"--explain: student.{student.origin} is a whole model, of which no layers are chosen; remove --explain, or "
+            f"--explain: student.{student.origin} is a whole model, of which no layers are chosen; remove --explain or "
             f"student.{student.origin}"
         )
     teacher = find_teacher(config)
