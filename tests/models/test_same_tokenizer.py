@@ -43,7 +43,7 @@ def test_equal_tokenizers_do_not_differ_even_if_they_pad_with_other_tokens():
             r"eos_token is '<end>' (id 0) in the teacher's, and 'a' (id 2) in the student's",
         ),
         ({"special": {"bos_token": "<end>"}}, "bos_token is missing (id None) in the teacher's, and '<end>' (id 0) in"),
-        ({"normalizer": normalizers.Lowercase()}, "token 0 of the text 'Hello, world!"),
+        ({"normalizer": normalizers.Lowercase()}, 'token 0 of the text "Hello, world!'),
         ({"merges": MERGES[2:]}, "token 0 of the text 'two  spaces,"),
     ],
     ids=["token", "further token", "special token", "new special token", "normaliser", "merges"],
