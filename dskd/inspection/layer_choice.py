@@ -57,7 +57,7 @@ def choices_of(student: StudentConfig, importance: Importance) -> dict[str, list
 
 def format_layers(student: StudentConfig, importance: Importance, choices: Mapping[str, Sequence[int]]) -> str:
     """Returns the table of layers and choices, and sentences on what is measured and what the config chooses."""
-    count, size = len(importance.layers), importance.block_size
+    count, size, last = len(importance.layers), importance.block_size, student.last_layers
     rows = [
         [
             str(layer),
@@ -68,22 +68,26 @@ def format_layers(student: StudentConfig, importance: Importance, choices: Mappi
         for layer in range(count)
     ]
     removed = [_removed(kept, importance) for kept in choices.values()]
-    rows.append(["all that is removed", "", "", *("" if angle is None else f"{angle:.4f}" for angle in removed)])
-    block = "this layer alone" if size == 1 else f"this and the next {size - 1}"
+    rows.append(["all removed", "", "", *("" if angle is None else f"{angle:.4f}" for angle in removed)])
     chosen = LIST if isinstance(student.layers, tuple) else student.spacing
     best = min(range(len(importance.blocks)), key=lambda layer: importance.blocks[layer])
+    block = f"layer {best} changes" if size == 1 else f"layers {best} to {best + size - 1} change"
+    stays = "layer stays" if last == 1 else f"{last} layers stay"
     return "\n".join(
         [
-            table(("layer", "angle", block, *choices), rows),
+            table(("layer", "angle", f"of {size} from here", *choices), rows),
             "",
-            f"Angles are those between the states that enter and leave layers, in half turns: means over "
+            "Angles are those between the states that enter and leave layers, in half turns: means over "
             f"{importance.tokens:,} tokens of {importance.samples:,} training sequences.",
-            f"Of all blocks of {size}, layers {as_text(range(best, best + size))} change the states least: "
-            f"{importance.blocks[best]:.4f}. The last {student.last_layers} stay with ends and importance "
-            "(student.train_layers).",
-            f"The config chooses {chosen}: layers {as_text(choices[chosen])}.",
+            f"Of all blocks of {_layers(size)}, {block} the states least: {importance.blocks[best]:.4f}."
+            + (f" With ends and importance, the teacher's last {stays} (student.train_layers)." if last else ""),
+            f"This config chooses {chosen}: the teacher's layers {as_text(choices[chosen])}.",
         ]
     )
+
+
+def _layers(number: int) -> str:
+    return "1 layer" if number == 1 else f"{number} layers"
 
 
 def _removed(kept: Sequence[int], importance: Importance) -> float | None:
@@ -102,7 +106,9 @@ def draw_layers(importance: Importance, choices: Mapping[str, Sequence[int]], pa
     # At the middle of a block, so that a point stands above the layers that it is about.
     middles = [start + (size - 1) / 2 for start in range(len(importance.blocks))]
     if size > 1:
-        angles.plot(middles, importance.blocks, color=_KEPT, marker="o", markersize=3, label=f"{size} layers around it")
+        angles.plot(
+            middles, importance.blocks, color=_KEPT, marker="o", markersize=3, label=f"{size} layers, at their middle"
+        )
     angles.set_ylabel("angle between the states that\nenter and leave, in half turns")
     angles.set_ylim(bottom=0)
     angles.legend(frameon=False, fontsize=8)
@@ -113,6 +119,7 @@ def draw_layers(importance: Importance, choices: Mapping[str, Sequence[int]], pa
     layers.set_yticks(range(len(choices)), list(choices))
     layers.invert_yaxis()
     layers.set_xlabel("layer of the teacher (blue: kept)")
+    layers.set_xlim(-0.7, count - 0.3)
     layers.xaxis.get_major_locator().set_params(integer=True)
     for panel in (angles, layers):
         panel.spines[["top", "right"]].set_visible(False)

@@ -66,7 +66,10 @@ def measure_blocks(decoder: Decoder, texts: Iterable[Text], block_size: int, dev
 
 
 def _sum_of_angles(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Returns the sum over n tokens of the angle between two states [n, D], in half turns."""
+    """Returns the sum over n tokens of the angle between two states [n, D], in half turns.
+
+    A state of zeros, as the embedding of a padding token can be, counts as orthogonal to every other.
+    """
     one, other = (torch.nn.functional.normalize(states.float(), dim=-1) for states in (before, after))
     # Kahan's formula. The arc cosine would lose small angles: in float32, cosines next to 1 are 3e-4 radians apart.
     angles = 2 * torch.atan2((one - other).norm(dim=-1), (one + other).norm(dim=-1))

@@ -23,6 +23,8 @@ def plain_angles(folder: Path, documents: Sequence[torch.Tensor], size: int) -> 
         states = np.stack([each[0].numpy() for each in states])  # [layers + 1, T, D]
         before, after = states[: len(states) - size], states[size:]
         lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
-        sums = sums + np.arccos(np.clip((before * after).sum(-1) / lengths, -1, 1)).sum(-1) / math.pi
+        # A state of zeros, as the embedding of a padding token can be, counts as orthogonal to every other.
+        cosines = (before * after).sum(-1) / np.where(lengths == 0, 1, lengths)
+        sums = sums + np.arccos(np.clip(cosines, -1, 1)).sum(-1) / math.pi
         count += len(ids)
     return sums / count, count

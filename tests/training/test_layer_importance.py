@@ -127,7 +127,7 @@ def test_explain_shows_what_each_way_would_keep_and_cuts_nothing(copy_of_tiny, d
     kept = [[layer for layer in range(4) if rows[str(layer)][column] == "kept"] for column in (-4, -3, -2)]
     assert kept == [[0, 1], [0, 3], [0, 3]]
     code, printed = dskd("student", "--config", path, "--explain", "student.layers=[1, 2, 3]")
-    assert code == 0 and "The config chooses your list: layers 1, 2, 3." in printed, printed
+    assert code == 0 and "This config chooses your list: the teacher's layers 1, 2, 3." in printed, printed
 
 
 @pytest.mark.parametrize(
