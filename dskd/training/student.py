@@ -111,15 +111,17 @@ def load_student(
     }
     settings["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
     causal_lm = build_sharded(folder, settings, dtype, world, first_layer=trunk_depth)
-    transform, teacher_transform = find_logit_transform(causal_lm, folder), LogitTransform()
-    if teacher is not None:
-        teacher_transform = find_logit_transform(empty_model(teacher), teacher)
+    transform = find_logit_transform(causal_lm, folder)
     if train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # First choose the trained parameters: `requires_grad` decides whether the teacher's output matrix must be stored.
     trained = choose_trained(causal_lm, config.student, first_layer=trunk_depth)
     names = _hub_names(causal_lm, folder, trunk_depth)
-    teacher_matrix = None if teacher is None else _teacher_matrix(causal_lm, folder, teacher, dtype)
+    teacher_matrix, teacher_transform = None, LogitTransform()
+    if teacher is not None:
+        teacher_lm = empty_model(teacher)
+        teacher_matrix = _teacher_matrix(causal_lm, folder, teacher_lm, teacher, dtype)
+        teacher_transform = find_logit_transform(teacher_lm, teacher)
     if trunk_depth:
         _drop_embeddings(causal_lm)
     output_weight = causal_lm.get_output_embeddings().weight
@@ -176,7 +178,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
     embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
     tied = bool(head & embeddings)
-    norm = final_norm_names(causal_lm) if student.train_final_norm else set()
+    norm, trains_rest = _outside_of_layers(causal_lm, student)
     routers = _router_names(causal_lm)
     # ZeRO-3 trains parameters of one type only, and transformers always keeps two factors of Apertus's activation in
     # bf16.
@@ -191,7 +193,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         elif layer:
             chosen = first_layer + int(layer.group(1)) in layers and name not in routers
         else:
-            chosen = name in norm
+            chosen = student.train_final_norm if name in norm else trains_rest
         chosen = chosen and parameter.dtype == dtype
         parameter.requires_grad_(chosen)
         if chosen:
@@ -199,6 +201,26 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     if not trained:
         raise UserError("student: nothing would be trained; set student.train_layers to 1 or more")
     return trained
+
+
+def _outside_of_layers(causal_lm: Any, student: StudentConfig) -> tuple[set[str], bool]:
+    """Returns the names of the final norm's parameters, if they matter, and whether the other parameters are trained
+    that belong to neither layers nor embeddings, such as a table of positions or a norm of the embeddings.
+
+    They are trained with the embeddings of a student that is not cut from the teacher.
+
+    Raises:
+        UserError: if the final norm is to be trained and cannot be identified.
+    """
+    trains_rest = student.train_embeddings and student.origin != "cut"
+    if not student.train_final_norm and not trains_rest:
+        return set(), False
+    try:
+        return final_norm_names(causal_lm), trains_rest
+    except UserError:
+        if student.train_final_norm:
+            raise
+        return set(), False  # one of them may be the final norm
 
 
 def _router_names(causal_lm: Any) -> set[str]:
@@ -216,11 +238,14 @@ def _router_names(causal_lm: Any) -> set[str]:
 
 
 def _teacher_matrix(
-    causal_lm: Any, student: ModelFolder, teacher: ModelFolder, dtype: torch.dtype
+    causal_lm: Any, student: ModelFolder, teacher_lm: Any, teacher: ModelFolder, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """Returns the teacher's output matrix [V, D], or None if the student's is equal and not trained."""
+    """Returns the teacher's output matrix [V, D], or None if the student's is equal and not trained.
+
+    `teacher_lm` has the teacher's architecture, which may be another, and needs no weights.
+    """
     reader, own = TensorReader(teacher.path), TensorReader(student.path)
-    matrix = reader.read(output_name(causal_lm, reader))
+    matrix = reader.read(output_name(teacher_lm, reader))
     if not causal_lm.get_output_embeddings().weight.requires_grad:
         stored = own.read(output_name(causal_lm, own))
         if stored.shape == matrix.shape and stored.dtype == matrix.dtype and torch.equal(stored, matrix):

@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
 from dskd.models.cut_config import cut_config
-from dskd.models.cutting import build_student, choose_layers, cut, find_student
+from dskd.models.cutting import build_student, cut, find_student
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
+from dskd.models.spacing import choose_layers
 from dskd.models.weights import TensorReader, write_weights
 from dskd.training.export import write_export
 
@@ -72,7 +73,7 @@ def test_the_cap_of_attention_is_applied_and_the_students_config_says_so(tmp_pat
 
 
 def test_which_layers_are_chosen():
-    assert choose_layers(StudentConfig(layers=16), 32) == list(range(16))
+    assert choose_layers(StudentConfig(layers=16, spacing="first"), 32) == list(range(16))
     assert choose_layers(StudentConfig(layers=4, spacing="even"), 10) == [0, 3, 6, 9]
     assert choose_layers(StudentConfig(layers=1, train_layers=1, spacing="even"), 10) == [0]
     assert choose_layers(StudentConfig(layers=(1, 5)), 10) == [1, 5]
