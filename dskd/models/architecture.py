@@ -18,6 +18,8 @@ from dskd.models.weights import LAYER_NAME
 
 # These failed a trial on two ranks with different tokens, under ZeRO-3 with all experts gathered as one module.
 _UNGATHERABLE = ("dbrx", "jetmoe")
+# These keep the states of a run in their modules, and the next run continues from them, with or without `use_cache`.
+_STATEFUL = ("recurrent_gemma",)
 
 
 def check_architecture(folder: ModelFolder, corpus: CorpusConfig) -> Any:
@@ -55,6 +57,11 @@ def check_architecture(folder: ModelFolder, corpus: CorpusConfig) -> Any:
         raise UserError(
             f"{where} is a mixture of experts that chooses them at random in training (router_jitter_noise: {noise}), "
             "so a run would not be a function of its seed; such a model is not supported"
+        )
+    if model.config.model_type in _STATEFUL:
+        raise UserError(
+            f"{where} keeps recurrent states from one batch to the next, so its states would depend on the batch "
+            "before; such a model is not supported"
         )
     if model.config.model_type in _UNGATHERABLE:
         raise UserError(

@@ -16,6 +16,7 @@ import torch
 
 from dskd.config import LossConfig, StudentConfig
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
+from dskd.models.head_probe import declared_transform
 from dskd.models.output_head import LogitTransform
 from dskd.models.stored_names import base_model
 from dskd.plan.live_bytes import LiveBytes
@@ -108,7 +109,7 @@ def student_activations(
             loss,
             chunk_size=sizes.chunk,
             block_size=sizes.block,
-            transform=architecture.logit_transform(),
+            transform=declared_transform(architecture.load_config()),
             teacher_transform=teacher_transform,
         )
         # Run the phases of a micro-batch one after the other, and read the peak after each.

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from dskd.config import Config
 from dskd.losses.head import HeadSizes
 from dskd.models.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
+from dskd.models.head_probe import declared_transform
 from dskd.models.nvme import BUFFERS, buffer_numel
 from dskd.plan import GB
 from dskd.plan.activations import Batch, loaded_tensors, student_activations, teacher_activations
@@ -130,7 +131,7 @@ def compute_memory(
         with_teacher=with_teacher or reads_states(config),
         teacher_matrix=(values["vocab_size"], hidden_size),
         has_copy=student.teacher_matrix > 0,
-        teacher_transform=architecture.logit_transform(),
+        teacher_transform=declared_transform(architecture.load_config()),
     )
     of_teacher = teacher_activations(architecture, _only_text(batch), dtype) if with_teacher else 0
 

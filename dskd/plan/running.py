@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dskd.errors import UserError
+from dskd.models.folder import has_capped_attention
 from dskd.models.stored_names import base_model
 from dskd.plan.shapes import Architecture
 
@@ -53,7 +54,7 @@ def find_way(architecture: Architecture, attention: str) -> Way:
     """
     reason = ""
     # Attention with capped scores is not fused in training.
-    attentions = ("eager",) if architecture.has_capped_attention() else (attention, "eager")
+    attentions = ("eager",) if has_capped_attention(architecture.load_config()) else (attention, "eager")
     for name, takes_mask, returns_router in itertools.product(attentions, (True, False), (True, False)):
         way = Way(name, takes_mask, returns_router)
         try:

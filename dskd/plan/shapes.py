@@ -16,12 +16,10 @@ from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import ModelFolder, has_capped_attention
-from dskd.models.head_probe import declared_transform
+from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
 from dskd.models.new_student import config_values, intermediate_size
-from dskd.models.output_head import LogitTransform
 from dskd.models.spacing import choose_layers, chosen_layers, removed_block
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
@@ -111,15 +109,10 @@ class Architecture:
         """
         return _complete(self.config, self.named_by)
 
-    def has_capped_attention(self) -> bool:
-        """Returns whether it caps the scores of its attention."""
+    def load_config(self) -> Any:
+        """Loads the `PretrainedConfig`. Raises a UserError when transformers cannot read it."""
         with _folder_of(self.config, self.named_by) as folder:
-            return has_capped_attention(folder.load_config())
-
-    def logit_transform(self) -> LogitTransform:
-        """Returns what it does with the products of states and output matrix, as its config.json says."""
-        with _folder_of(self.config, self.named_by) as folder:
-            return declared_transform(folder.load_config())
+            return folder.load_config()
 
     def build(self, *, layers: list[int] | None = None, first_layer: int = 0) -> Any:
         """Builds the causal LM on the meta device, with these layers (None: all), of which the `first_layer` lowest are
@@ -173,8 +166,7 @@ def _check_kinds(architecture: Architecture, layers: tuple[int, ...]) -> None:
 
 @functools.cache
 def _complete(config: str, named_by: str) -> dict[str, Any]:
-    with _folder_of(config, named_by) as folder:
-        built = folder.load_config()
+    built = Architecture(config, named_by).load_config()
     sizes = {key: getattr(built, key, None) for key in (*_SIZES, "num_key_value_heads", "head_dim")}
     return {**built.to_dict(), **{key: value for key, value in sizes.items() if isinstance(value, int)}}
 

@@ -44,6 +44,7 @@ _DEEPSEEK = {
 }
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 _QWEN_EXPERTS = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_GRANITE = {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}
 _LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
 
 
@@ -107,7 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo3": _dense("OLMo 3", "Olmo3Config", **_SHAPE, sliding_window=8),
     "cohere": _dense("Command R", "CohereConfig", **_SHAPE),
     "cohere2": _dense("Command R7B", "Cohere2Config", **_SHAPE, sliding_window=8, sliding_window_pattern=2),
-    "granite": _dense("Granite 3", "GraniteConfig", **_SHAPE, logits_scaling=4.0, residual_multiplier=0.5),
+    "granite": _dense("Granite 3", "GraniteConfig", **_SHAPE, **_GRANITE),
     "gpt2": _dense("GPT-2", "GPT2Config", **_OLD),
     "gpt2-scaled": _dense(
         "GPT-2 with scale_attn_by_inverse_layer_idx", "GPT2Config", **_OLD, scale_attn_by_inverse_layer_idx=True
@@ -209,7 +210,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "truncate": False},
     ),
     "granite-moe": _mixture(
-        "Granite 3 MoE", "GraniteMoeConfig", **_SHAPE, num_local_experts=EXPERTS, num_experts_per_tok=2
+        "Granite 3 MoE", "GraniteMoeConfig", **_SHAPE, **_GRANITE, num_local_experts=EXPERTS, num_experts_per_tok=2
     ),
     "granite-moe-shared": _mixture(
         "Granite MoE shared",
@@ -270,7 +271,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "GraniteMoeHybridConfig",
         **{**_SHAPE, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "shared_intermediate_size": 16},
         **{"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
-        mamba_chunk_size=8,
+        **{"mamba_chunk_size": 8, **_GRANITE},
     ),
     "longcat": _mixture(
         "LongCat Flash",
