@@ -22,6 +22,7 @@ from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.losses.head import HeadSizes
 from dskd.models.cutting import build_student
+from dskd.models.output_head import LogitTransform
 from dskd.plan import GB
 from dskd.plan.activations import Batch, student_activations
 from dskd.plan.changes import Change, candidates, smallest_change
@@ -223,6 +224,7 @@ def test_a_layer_keeps_the_tensors_that_autograd_saves(tmp_path):
         with_teacher=False,
         teacher_matrix=(LLAMA["vocab_size"], LLAMA["hidden_size"]),
         has_copy=False,
+        teacher_transform=LogitTransform(),
     )
     save_model(tmp_path / "llama")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation="sdpa")
