@@ -61,13 +61,20 @@ _SPECIAL = (
 )
 
 
-def chat_tokenizer(template: str, *, start: str = "<s>", end: str = "</s>", texts: list[str] | None = None) -> Any:
-    """Returns a tokenizer with a chat template, which puts `start` before every text.
+def chat_tokenizer(
+    template: str | None,
+    *,
+    start: str = "<s>",
+    end: str = "</s>",
+    texts: list[str] | None = None,
+    adds_space: bool = False,
+) -> Any:
+    """Returns a tokenizer with a chat template, which puts `start` before every text, and a space if it `adds_space`.
 
-    A token is a special token or a character, or a part of a word if there are `texts` to learn words from.
+    A token is a special token or a byte, or a part of a word if there are `texts` to learn words from.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600 if texts else 0,
@@ -79,7 +86,9 @@ def chat_tokenizer(template: str, *, start: str = "<s>", end: str = "</s>", text
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=end)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=start, eos_token=end, add_prefix_space=adds_space
+    )
     fast.add_special_tokens({"additional_special_tokens": [*_SPECIAL]})
     fast.chat_template = template
     return fast

@@ -11,6 +11,7 @@ transformers' own mask counts whole tokens that begin or end outside of an answe
 Shapes: n tokens of a chat.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,12 +80,13 @@ class ChatWriter:
         Raises a ChatError that names `part` if the template refuses them.
         """
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=asks, **_OPTIONS
+            # As a batch of one chat, which may have no messages yet.
+            (text,) = self._tokenizer.apply_chat_template(
+                [messages], tools=tools, tokenize=False, add_generation_prompt=asks, **_OPTIONS
             )
         except Exception as error:  # templates can raise any kind of error
             raise ChatError(f"the chat template refuses {part} ({type(error).__name__}: {error})") from None
-        return text
+        return str(text)
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         # The template writes all special tokens, also the one that begins a text.
@@ -150,19 +152,20 @@ class ChatWriter:
             before = f"the turns before turn {number}"
             prompt = self._text(chat.messages[:index], chat.tools, asks=True, part=before)
             _require_beginning(prompt, text, f"{before}, with the header that asks for an answer,")
-            whole = self._text(chat.messages[: index + 1], chat.tools, part=f"the turns up to turn {number}")
+            up_to = f"the turns up to turn {number}"
+            is_last = index + 1 == len(chat.messages)
+            whole = text if is_last else self._text(chat.messages[: index + 1], chat.tools, part=up_to)
             if not text.startswith(whole):
                 # Some templates end a whole chat with one more token.
                 whole = whole.removesuffix(self._tokenizer.eos_token or "")
-            _require_beginning(whole, text, f"the turns up to turn {number}")
-            if prompt == self._text(chat.messages[:index], chat.tools, part=before):
-                # The template has no header that asks for an answer. If it writes one nonetheless, its end is unknown.
-                said, rest = chat.messages[index]["content"].strip(), whole[len(prompt) :].lstrip()
-                if not rest.startswith(said):
-                    raise ChatError(
-                        f"the chat template ignores add_generation_prompt, but writes {rest[:_SHOWN_CHARACTERS]!r} "
-                        f"for turn {number}, so it is unknown where the answer begins; {_REMEDY}"
-                    )
+            _require_beginning(whole, text, up_to)
+            said, rest = chat.messages[index]["content"].strip(), whole[len(prompt) :].lstrip()
+            if not rest.startswith(said) and prompt == self._text(chat.messages[:index], chat.tools, part=before):
+                # Nothing asks for an answer, so a header of its own would count as a part of it.
+                raise ChatError(
+                    f"the chat template ignores add_generation_prompt, but writes {rest[:_SHOWN_CHARACTERS]!r} for "
+                    f"turn {number}, so it is unknown where the answer begins; {_REMEDY}"
+                )
             passages.append((len(prompt), len(whole)))
         return passages
 
@@ -172,15 +175,22 @@ class ChatWriter:
         Raises a ChatError if a token is in part inside of a passage, or if the text up to there has other tokens.
         """
         cuts = [cut for passage in passages for cut in passage]
-        places = []
-        for cut, beginning in zip(cuts, self._tokens([text[:cut] for cut in cuts]) if cuts else [], strict=True):
-            if tokens[: len(beginning)] != beginning:
-                around = f"{text[max(0, cut - 20) : cut]!r} and {text[cut : cut + 20]!r}"
-                raise ChatError(
-                    f"between {around} the chat has other tokens than its part up to there, so an answer and its "
-                    f"prompt cannot be told apart in tokens; {_REMEDY}"
-                )
-            places.append(len(beginning))
+        if not cuts:
+            return []
+        pieces = self._tokens([text[first:stop] for first, stop in itertools.pairwise([0, *cuts, len(text)])])
+        if list(itertools.chain(*pieces)) == tokens:
+            places = list(itertools.accumulate(map(len, pieces[:-1])))
+        else:
+            # Some tokenizers begin every text with a space, so that pieces have other tokens, but beginnings have not.
+            beginnings = self._tokens([text[:cut] for cut in cuts])
+            for cut, beginning in zip(cuts, beginnings, strict=True):
+                if tokens[: len(beginning)] != beginning:
+                    around = f"{text[max(0, cut - 20) : cut]!r} and {text[cut : cut + 20]!r}"
+                    raise ChatError(
+                        f"between {around} the chat has other tokens than its part up to there, so an answer and its "
+                        f"prompt cannot be told apart in tokens; {_REMEDY}"
+                    )
+            places = list(map(len, beginnings))
         return list(zip(places[::2], places[1::2], strict=True))
 
     def _end_of_turn(self, tokens: list[int], first: int, stop: int) -> int:

@@ -69,7 +69,7 @@ def test_the_loss_mask_of_shards_is_that_of_the_answers(copy_of_tiny, tiny, worl
             found += tokenizer.decode(ids.roll(-1)[mask]).split(end)[:-1]
             for column in ("sense_ids", "synonym_ids", "antonym_ids"):
                 assert (sample[column][~mask.numpy()] == -1).all()
-            assert (sample["teacher_token_ids"][~mask.numpy()] == -1).all()
+            assert split == "validation" or (sample["teacher_token_ids"][~mask.numpy()] == -1).all()
     answers = [turn["content"] for line in lines for turn in line["messages"][1::2]]
     assert sorted(found) == sorted(f" {answer}" for answer in answers)
     # Senses are stored under the target, and of tokens that are targets only.

@@ -136,16 +136,15 @@ def test_with_loss_on_all_every_token_but_the_first_of_a_chat_is_a_target(tmp_pa
     assert batch.has_target.sum() == batch.num_tokens - batch.starts.sum()
 
 
-def test_a_limit_keeps_the_first_chats(tmp_path, configure):
+def test_a_limit_keeps_some_of_the_first_chats_and_not_the_longest(tmp_path, configure):
     chats = [_chat(number, turns=1 if number < 40 else 3) for number in range(60)]
-    config = configure(train=(_write(tmp_path / "a.jsonl", chats),), max_sequences=3, sequence_length=500)
+    config = configure(train=(_write(tmp_path / "a.jsonl", chats),), max_sequences=3, sequence_length=400)
     sequences = _build(config)["train"]
     assert len(sequences) == 3
-    tokenizer = find_teacher(config).load_tokenizer()
-    text = "".join(tokenizer.batch_decode(sequences.batch(0, 3).input_ids))
-    first = list(read_texts(config, "train"))[: text.count("You are Smol")]
-    assert len(first) >= 9
-    assert all(chat in text for chat in first)
+    text = "".join(find_teacher(config).load_tokenizer().batch_decode(sequences.batch(0, 3).input_ids))
+    texts = list(read_texts(config, "train"))
+    kept = [number for number, chat in enumerate(texts) if chat in text]
+    assert len(kept) == text.count("You are Smol") == text.count("Answer")  # all of one turn
 
 
 def test_a_dataset_is_read_like_files(tmp_path, configure):
@@ -210,11 +209,11 @@ def _broken(number):
         ),
         (
             [_chat(number, turns=1 + number % 2) for number in range(60)],
-            {"sequence_length": 130},
+            {"sequence_length": 100},
             [
                 "a.jsonl:",
                 "this chat has 1",
-                "more than corpus.sequence_length, 130, and so have ",
+                "more than corpus.sequence_length, 100, and so have ",
                 " train chats; the longest has ",
                 "Raise corpus.sequence_length, or set corpus.long_chats: drop to leave them out",
             ],
@@ -238,10 +237,10 @@ def test_chats_that_cannot_be_used_are_refused_with_file_line_and_count(tmp_path
 
 def test_long_chats_are_left_out_if_the_config_says_so_and_counted(tmp_path, configure, capsys):
     path = _write(tmp_path / "a.jsonl", [_chat(number, turns=1 + number % 2) for number in range(60)])
-    config = configure(train=(path,), sequence_length=130, long_chats="drop")
+    config = configure(train=(path,), sequence_length=100, long_chats="drop")
     sequences = _build(config)["train"]
     tokenizer, texts = find_teacher(config).load_tokenizer(), list(read_texts(config, "train"))
-    short = [text for text in texts if len(tokenizer.encode(text, add_special_tokens=False)) <= 130]
+    short = [text for text in texts if len(tokenizer.encode(text, add_special_tokens=False)) <= 100]
     assert 0 < len(short) < len(texts)
     rows = "".join(tokenizer.batch_decode(sequences.batch(0, len(sequences)).input_ids))
     assert rows.count("You are Smol") == len(short)

@@ -125,9 +125,12 @@ JOINING = (
 )
 
 
-def test_answers_of_a_template_without_special_tokens_end_with_their_line():
-    written = write(JOINING, TWO_ANSWERS[1:])
-    assert written.counted.tolist() == by_hand("user: Hi\nassistant: ⟦Hello!\n⟧user: 1+1?\nassistant: ⟦Two\n⟧")[1]
+@pytest.mark.parametrize("adds_space", [False, True])
+def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_space):
+    """Also if the tokenizer puts a space before every text, so that parts of a chat have other tokens by themselves."""
+    written = write(JOINING, TWO_ANSWERS[1:], adds_space=adds_space)
+    _, counted = by_hand("user: Hi\nassistant: ⟦Hello!\n⟧user: 1+1?\nassistant: ⟦Two\n⟧")
+    assert written.counted.tolist() == [0] * adds_space + counted
 
 
 @pytest.mark.parametrize(
