@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from dskd.artifacts import kinds
 from dskd.config import Config, CorpusConfig, StudentConfig
 from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
@@ -18,6 +19,8 @@ from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
 from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
+from dskd.models.gguf_config import read_config
+from dskd.models.gguf_file import read_gguf
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
@@ -199,6 +202,8 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
     folder = Path(path).expanduser()
     if folder.is_dir():
         return _read(folder / "config.json", named_by="teacher.path")
+    if config.teacher.is_gguf:
+        return _read_gguf(config)
     if (known := KNOWN_MODELS.get(path.lower())) is not None:
         return Architecture(json.dumps(known), f"teacher.path: {path}")
     return _read(_fetch(path, config.teacher.revision), named_by=f"teacher.path: {path}")
@@ -265,6 +270,14 @@ class _Cut:
         choose_trained(model, student, first_layer=trunk)
         shapes = Shapes.of(model, without=embeddings if trunk else None)
         return _Cut(shapes, numel, output.numel(), output.requires_grad, is_tied)
+
+
+def _read_gguf(config: Config) -> Architecture:
+    """Returns the architecture of a GGUF file or, if it is not here, of the teacher that was made from it."""
+    file, made = Path(str(config.teacher.path)).expanduser(), config.path(kinds.TEACHER.folder, "config.json")
+    if not file.is_file() and made.is_file():
+        return _read(made, named_by="teacher.path")
+    return Architecture(json.dumps(read_config(read_gguf(file)).to_dict()), f"teacher.path: {file}")
 
 
 def _read(path: Path, *, named_by: str) -> Architecture:
