@@ -6,8 +6,12 @@ the resulting config says anyway, and each tensor must have a place in the model
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dskd.errors import UserError, listed, shortened
 from dskd.models.folder import BAD_CONFIG, reason_of
@@ -61,18 +65,20 @@ def read_config(file: GgufFile) -> Any:
             f"teacher.path: {file.path}: the installed transformers cannot read the architecture {file.architecture!r} "
             f"from GGUF, only {', '.join(known)}; name a Hugging Face folder of the model instead"
         )
-    require_gguf()
+    rows = vocabulary_rows(file)
     try:
-        config = AutoConfig.from_pretrained(file.path.resolve().parent, gguf_file=file.path.resolve().name)
+        with tempfile.TemporaryDirectory(prefix="dskd-gguf-") as folder:
+            _write_without_content(file, rows, Path(folder) / "model.gguf")
+            config = AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
     except BAD_CONFIG as error:
         raise UserError(f"teacher.path: {file.path}: transformers cannot read it ({reason_of(error)})") from None
-    rows = vocabulary_rows(file)
-    if "tokenizer.ggml.tokens" not in file.values and f"{file.architecture}.vocab_size" not in file.values:
-        config.vocab_size = rows  # otherwise transformers takes the architecture's usual number
-    if config.vocab_size != rows:
+    config.vocab_size = rows  # not all architectures have a key for it
+    config._name_or_path = ""
+    tokens = file.values.get(f"{file.architecture}.vocab_size") or len(file.values.get("tokenizer.ggml.tokens", ()))
+    if tokens and tokens != rows:
         raise UserError(
-            f"teacher.path: {file.path}: its keys say {config.vocab_size:,} tokens, and there are {rows:,} embeddings; "
-            "the file is damaged"
+            f"teacher.path: {file.path}: its keys say {tokens:,} tokens, and there are {rows:,} embeddings; the file "
+            "is damaged"
         )
     _read_rotation_factors(file, config)
     _check_keys(file, config, GGUF_CONFIG_MAPPING[name])
@@ -102,6 +108,34 @@ def check_tensors(file: GgufFile, model: Any) -> None:
             f"which the model would compute something else: {shortened(unread, 5)}; name a Hugging Face folder of the "
             "model instead"
         )
+
+
+def _write_without_content(file: GgufFile, rows: int, path: Path) -> None:
+    """Writes a GGUF file with the same keys and names of tensors, but without the tokenizer and without numbers.
+
+    Transformers needs no more to derive the config, and takes up to a minute to read a large vocabulary.
+    """
+    gguf = require_gguf()
+    writer = gguf.GGUFWriter(path, file.architecture)
+    for key, value in {f"{file.architecture}.vocab_size": rows, **file.values}.items():
+        if key == "general.architecture" or (key.startswith("tokenizer.") and isinstance(value, (list, str))):
+            continue
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_int64(key, value) if value < 0 else writer.add_uint64(key, value)
+        elif isinstance(value, float):
+            writer.add_float64(key, value)
+        else:
+            writer.add_string(key, value)
+    for tensor in file.tensors:
+        writer.add_tensor(tensor.name, np.zeros(1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _name_in_transformers(architecture: str) -> str:
@@ -203,7 +237,6 @@ def _explains(scaling: dict[str, Any], factors: Any, config: Any) -> bool:
     """Returns whether transformers computes the rotations of these factors from this scaling."""
     import copy
 
-    import numpy as np
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled = copy.deepcopy(config)
@@ -216,8 +249,6 @@ def _explains(scaling: dict[str, Any], factors: Any, config: Any) -> bool:
 
 def _read_tensor(file: GgufFile, name: str) -> Any:
     """Returns the numbers of one tensor, as an array of float32."""
-    import numpy as np
-
     gguf = require_gguf()
     tensor = next(tensor for tensor in file.tensors if tensor.name == name)
     stored = np.fromfile(file.path, np.uint8, tensor.size_bytes, offset=tensor.offset)

@@ -164,14 +164,19 @@ def _dequantise(file: GgufFile, model_config: Any) -> Any:
         UserError: if transformers cannot read it, or the file lacks tensors of the model.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
 
     path = file.path.resolve()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # missing tensors are refused below
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, config=model_config, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, RuntimeError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"teacher.path: {file.path}: transformers cannot read it ({reason_of(error)})") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"teacher.path: {file.path}: the file lacks {len(missing)} tensors of the model, among them {missing[0]}; "

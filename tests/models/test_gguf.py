@@ -189,7 +189,7 @@ def test_the_manifest_says_where_the_teacher_comes_from(tmp_path):
     facts = manifest.facts
     assert facts["file"] == "model.gguf"
     assert facts["sha256"] == manifest.inputs["gguf"]
-    assert facts["tensor_types"] == {"F16": 6, "F32": 18, "Q4_0": 6, "Q8_0": 3}
+    assert facts["tensor_types"] == {"F16": 6, "F32": 15, "Q4_0": 6, "Q8_0": 3}
     assert facts["provenance"] == {"name": "Tiny", "license": "apache-2.0", "base_model.0.name": "Tiny Base"}
     assert facts["end_tokens"] == ["<|im_end|>"]
     assert set(facts["made_with"]) == {"gguf", "transformers", "tokenizers"}
@@ -217,22 +217,40 @@ def test_another_tokenizer_needs_the_same_tokens(tmp_path):
     written = write_gguf(tmp_path / "model.gguf", keys={"tokenizer.ggml.pre": "unheard-of"})
     message = _refused(written.path, "it splits text as 'unheard-of'", "teacher.tokenizer")
     assert "known are gpt-2, smollm" in message
-    good, other = tmp_path / "good", tmp_path / "other"
-    build_tokenizer(read_gguf(write_gguf(tmp_path / "known.gguf").path)).save_pretrained(good)
+    good, other, known = tmp_path / "good", tmp_path / "other", tmp_path / "known" / "model.gguf"
+    known.parent.mkdir()
+    build_tokenizer(read_gguf(write_gguf(known).path)).save_pretrained(good)
     _, folder = _build(written.path, tokenizer=str(good))
     assert "not compared further" in read_manifest(folder, "teacher").facts["tokenizer"]
     with pytest.raises(UserError, match=r"made with teacher.tokenizer: .*good, and the config says None"):
         find_teacher(_config(written.path))
-    swapped = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
-    build_tokenizer(read_gguf(write_gguf(tmp_path / "swapped.gguf", tokenizer=swapped).path)).save_pretrained(other)
-    if swapped.get_vocab() != written.tokenizer.get_vocab():
-        with pytest.raises(UserError, match="is not the tokenizer of"):
-            build_teacher(_config(written.path, tokenizer=str(other)))
+    tokens = tokenizer_keys(written.tokenizer)["tokenizer.ggml.tokens"]
+    tokens[10:12] = reversed(tokens[10:12])
+    swapped = write_gguf(tmp_path / "swapped.gguf", keys={"tokenizer.ggml.tokens": tokens})
+    build_tokenizer(read_gguf(swapped.path)).save_pretrained(other)
+    message = _refused(known, "is not the tokenizer of", "2 of 335 tokens differ", tokenizer=str(other))
+    assert f"10 is {tokens[10]!r} there and {tokens[11]!r} in the file" in message
+
+
+def test_a_tokenizer_that_splits_text_otherwise_is_used_and_the_difference_noted(tmp_path):
+    tokenizer = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    as_gpt2 = write_gguf(tmp_path / "model.gguf", tokenizer=tokenizer, keys={"tokenizer.ggml.pre": "gpt-2"})
+    keys = {"tokenizer.ggml.pre": "smollm", "tokenizer.ggml.eos_token_id": 0}
+    one_digit_a_token = write_gguf(tmp_path / "other.gguf", tokenizer=tokenizer, keys=keys)
+    build_tokenizer(read_gguf(one_digit_a_token.path)).save_pretrained(tmp_path / "other")
+    _, folder = _build(as_gpt2.path, tokenizer=str(tmp_path / "other"))
+    found = read_manifest(folder, "teacher").facts["tokenizer"]
+    assert "the same 347 tokens as in the file, and 1 of 5 texts split apart" in found
+    assert "its eos_token is '<|endoftext|>', the file's '<|im_end|>'" in found
+    used = AutoTokenizer.from_pretrained(folder)
+    assert used("2026")["input_ids"] != tokenizer.encode("2026").ids
+    assert used.eos_token == "<|endoftext|>"
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [0, 2]
 
 
 def test_a_file_without_a_tokenizer_needs_one(tmp_path):
     keys = dict.fromkeys(tokenizer_keys(train_tokenizer()))
-    written = write_gguf(tmp_path / "model.gguf", keys=keys | {"llama.vocab_size": 352})
+    written = write_gguf(tmp_path / "model.gguf", keys=keys | {"llama.vocab_size": 335})
     _refused(written.path, "it has no tokenizer", "teacher.tokenizer")
     build_tokenizer(read_gguf(write_gguf(tmp_path / "known.gguf").path)).save_pretrained(tmp_path / "tokenizer")
     _, folder = _build(written.path, tokenizer=str(tmp_path / "tokenizer"))
@@ -289,7 +307,7 @@ def test_what_transformers_cannot_read_or_would_leave_out_is_refused(tmp_path):
     write_gguf(path, without=("blk.1.ffn_up.weight",))
     _refused(path, "lacks 1 tensors", "layers.1.mlp.up_proj.weight")
     write_gguf(path, keys={"llama.vocab_size": 400})
-    _refused(path, "its keys say 400 tokens, and there are 352 embeddings")
+    _refused(path, "its keys say 400 tokens, and there are 335 embeddings")
     write_gguf(path, tensors={"blk.0.extra": np.ones(32, np.int8)})
     _refused(path, "cannot dequantise I8")
     write_gguf(path, tensors={"rope_freqs.weight": np.linspace(1, 3, 8, dtype=np.float32)})
