@@ -32,7 +32,6 @@ BAD_CONFIG = (
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
 _CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
-_CACHE = ".teacher_digests.json"  # in the work directory
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -92,14 +91,32 @@ def find_teacher(config: Config) -> ModelFolder:
     if teacher.is_made:
         return _find_made_teacher(config)
     assert teacher.path is not None
-    patterns = (*_CONFIG_AND_TOKENIZER, "*.safetensors", *(["*.py"] if teacher.trust_remote_code else []))
-    folder = _local_or_hub(teacher.path, "teacher.path", patterns, teacher.revision)
-    check_model_folder(folder, named_by="teacher.path", trust_remote_code=teacher.trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
+    return _find_model("teacher", config, teacher.path, teacher.revision, trust_remote_code=teacher.trust_remote_code)
+
+
+def find_pretrained_student(config: Config) -> ModelFolder:
+    """Returns the folder of the model that `student.path` names, on this machine or fetched from the hub.
+
+    Raises:
+        UserError: when it is missing, is not a model folder with safetensors weights, or does not fit the config.
+    """
+    student = config.student
+    assert student.path is not None, "asked for with student.path only"
+    return _find_model("student", config, student.path, student.revision)
+
+
+def _find_model(
+    section: str, config: Config, path: str, revision: str | None, *, trust_remote_code: bool = False
+) -> ModelFolder:
+    """Returns the folder of the model that the section's `path` names; the same errors as :func:`find_teacher`."""
+    key, patterns = f"{section}.path", (*_CONFIG_AND_TOKENIZER, "*.safetensors", *(["*.py"] * trust_remote_code))
+    folder = _local_or_hub(key, path, revision, patterns)
+    check_model_folder(folder, named_by=key, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     # Check everything that is quick before the files are hashed, which takes minutes for a large model.
-    unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), teacher.trust_remote_code)
+    unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), trust_remote_code)
     check_limits(config, folder, unhashed.load_config(), tokenizer)
-    return replace(unhashed, digest=_digest_of_model(folder, cache=config.path(_CACHE)))
+    return replace(unhashed, digest=_digest_of_model(folder, cache=config.path(f".{section}_digests.json")))
 
 
 def _find_made_teacher(config: Config) -> ModelFolder:
@@ -144,7 +161,7 @@ def gguf_digest(config: Config) -> str:
     assert config.teacher.path is not None
     path = Path(config.teacher.path).expanduser()
     if path.is_file():
-        return _hashes_of([path], cache=config.path(_CACHE))[path]
+        return _hashes_of([path], cache=config.path(".teacher_digests.json"))[path]
     folder = config.path(kinds.TEACHER.folder)
     if (folder / "manifest.json").is_file():
         manifest = read_manifest(folder, "teacher")
@@ -167,7 +184,7 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
     if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX).is_file():
         others = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
         hint = f" (there is {others[0]}: convert it, dskd does not read pickles)" if others else ""
-        if files := sorted(folder.glob("*.gguf")):
+        if named_by == "teacher.path" and (files := sorted(folder.glob("*.gguf"))):
             hint = f" (there is {files[0].name}: name that file, teacher.path: {files[0]})"
         if (folder / "adapter_config.json").is_file():
             hint = (
@@ -255,16 +272,16 @@ def find_tokenizer_folder(name: str) -> Path:
     Raises:
         UserError: when there is no such folder, and no such model can be fetched.
     """
-    return _local_or_hub(name, "teacher.tokenizer", _CONFIG_AND_TOKENIZER)
+    return _local_or_hub("teacher.tokenizer", name, None, _CONFIG_AND_TOKENIZER)
 
 
 @functools.cache  # a process asks the hub once
-def _local_or_hub(path: str, key: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
+def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise UserError(
-                f"teacher.revision: {revision!r} is a revision of a model on the hub, but teacher.path is the "
+                f"{key.partition('.')[0]}.revision: {revision!r} is a revision of a model on the hub, but {key} is the "
                 f"folder {folder}; remove it, or name the model as ORGANISATION/NAME"
             )
         return folder
