@@ -177,13 +177,15 @@ def _value_of(config: Any, name: str) -> Any:
         "always_true": lambda: True,
         "head_dim": lambda: _head_dim(config),
         "four_times_width": lambda: 4 * config.hidden_size,
-        "rotated_width": lambda: round(
-            _head_dim(config)
-            * float(getattr(config, "partial_rotary_factor", None) or getattr(config, "rotary_pct", 1))
-        ),
+        "rotated_width": lambda: round(_head_dim(config) * _rotated_share(config)),
         "scaling_type": lambda: "none",
     }
     return special[name]() if name in special else getattr(config, name, None)
+
+
+def _rotated_share(config: Any) -> float:
+    shares = (getattr(config, name, None) for name in ("partial_rotary_factor", "rotary_pct"))
+    return next((float(share) for share in shares if share is not None), 1.0)
 
 
 def _head_dim(config: Any) -> int:

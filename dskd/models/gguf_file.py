@@ -159,7 +159,8 @@ def _read_tables(stream: BinaryIO, size: int) -> tuple[dict[str, Any], _Table, i
     values: dict[str, Any] = {}
     for _ in range(num_keys):
         key = _read_string(stream, _LONGEST_NAME)
-        values[key] = _read_value(stream, *_unpack(stream, "I"), size)
+        (kind,) = _unpack(stream, "I")
+        values[key] = _read_value(stream, kind, size)
     table: _Table = []
     for _ in range(num_tensors):
         name = _read_string(stream, _LONGEST_NAME)

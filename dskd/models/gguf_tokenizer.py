@@ -85,6 +85,7 @@ def build_tokenizer(file: GgufFile) -> Any:
         unk_token=special.get("unknown"),
         pad_token=special.get("padding"),
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # transformers adds token types, which decoders do not take
     )
     tokenizer.chat_template = values.get("tokenizer.chat_template")
     _check_probes(tokenizer, file)

@@ -105,6 +105,7 @@ def test_tokens_are_those_of_the_tokenizer_that_was_written(tmp_path):
         assert tokenizer(text)["input_ids"] == expected, text
         assert tokenizer.decode(expected) == text
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (SPECIAL[1], SPECIAL[2], SPECIAL[2])
+    assert set(tokenizer("a")) == {"input_ids", "attention_mask"}  # what a decoder takes
     assert tokenizer.all_special_tokens == [SPECIAL[1], SPECIAL[2], SPECIAL[0]]
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False).endswith("assistant\ncold<|im_end|>\n")
 
