@@ -10,11 +10,11 @@ from dskd.errors import UserError
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
 from dskd.plan.memory import RESERVED_ON_HOST, Memory, StageMemory, compute_memory, gather_models, stages_before
-from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes, trunk_to_store
+from dskd.plan.shapes import Architecture, Shapes, Student, plan_student, teacher_shapes, trunk_to_store
 from dskd.plan.speed import Speed, compute_speed
 from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import Comparison, compare_with_stored_states
-from dskd.shards import Stored
+from dskd.shards import StoredStates
 from dskd.training.schedule import count_steps, share_out
 
 RELATIONS = 0.2  # assumed share of targets with a synonym or antonym, if it is not known: more than WordNet gives
@@ -91,7 +91,7 @@ def make_plan(
     """
     micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
     architecture.check(config)
-    student = cut_student(config, architecture)
+    student = plan_student(config, architecture)
     hidden_size = architecture.values()["hidden_size"]
     trunk = trunk_to_store(config, architecture)
     to_store = stored_in_shards(config, cluster.dtype(config.precision), hidden_size, trunk)
@@ -137,10 +137,10 @@ def _shards(config: Config) -> Manifest | None:
     return read_manifest(folder, "shards", files_are_here=False)
 
 
-def _are_current(shards: Manifest, config: Config, to_store: Stored | None) -> bool:
+def _are_current(shards: Manifest, config: Config, to_store: StoredStates | None) -> bool:
     """Returns whether the shards hold what the config stores of the teacher; otherwise they have to be annotated again.
 
     Compares states by their columns, type, width and depth, as annotation's recipe does, and the number of tokens.
     """
     top_n = shards.config.get("teacher_top_n", 0)
-    return Stored.of(shards) == to_store and top_n == config.annotation.teacher_top_n
+    return StoredStates.of(shards) == to_store and top_n == config.annotation.teacher_top_n

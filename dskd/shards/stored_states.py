@@ -23,11 +23,11 @@ from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.causal_lm import fits_without_lower_layers
-from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.layers import recorded
 from dskd.models.precision import resolve_precision
+from dskd.models.spacing import chosen_layers
 from dskd.models.trunk import TrunkError, trunk_depth
 from dskd.shards.schema import (
     DTYPE_OF,
@@ -37,12 +37,12 @@ from dskd.shards.schema import (
     STORED_AS,
     TEACHER_STATES,
     TRUNK_STATES,
-    Stored,
+    StoredStates,
     sample_bytes,
 )
 
 
-def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
+def plan_stored(config: Config, teacher: ModelFolder) -> StoredStates | None:
     """Returns what annotation stores of the teacher's states; None if `annotation.store` is empty.
 
     Raises:
@@ -53,7 +53,7 @@ def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
         return None
     depth = _depth(config, teacher) if TRUNK_STATES in columns else 0
     hidden_size = teacher.load_config().hidden_size
-    stored = Stored(columns, DTYPE_OF[resolve_precision(config.precision)], hidden_size, depth)
+    stored = StoredStates(columns, DTYPE_OF[resolve_precision(config.precision)], hidden_size, depth)
     length, settings = config.corpus.sequence_length, config.annotation
     size = sample_bytes(length, kappa=settings.kappa, teacher_top_n=settings.teacher_top_n, stored=stored)
     if size > LARGEST_SHARD - SHARD_HEADER:
@@ -67,7 +67,7 @@ def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
 def _depth(config: Config, teacher: ModelFolder) -> int:
     """Returns the depth of the trunk that the config's student, as `dskd student` cuts it, shares with the teacher."""
     model_config = teacher.load_config()
-    layers = choose_layers(config.student, model_config.num_hidden_layers)
+    layers = chosen_layers(config, model_config.num_hidden_layers, teacher=teacher.digest)
     tied = bool(getattr(model_config, "tie_word_embeddings", False))
     return stored_trunk_depth(config.student, kept=layers, tied=tied, teacher=teacher)
 
@@ -100,14 +100,14 @@ def stored_trunk_depth(
     return depth
 
 
-def stored_bytes(stored: Stored, sequences: Sequences, continuation_tokens: int) -> int:
+def stored_bytes(stored: StoredStates, sequences: Sequences, continuation_tokens: int) -> int:
     """Returns the most bytes that the states of these sequences take on disk."""
     lengths = np.minimum(sequences.lengths.astype(np.int64) + continuation_tokens, sequences.sequence_length)
     size = np.dtype(STORED_AS[stored.dtype].removeprefix("ndarray:")).itemsize
     return int(lengths.sum()) * stored.hidden_size * len(stored.columns) * size
 
 
-def describe_stored(stored: Stored, size: int, folder: Path) -> str:
+def describe_stored(stored: StoredStates, size: int, folder: Path) -> str:
     """Returns a line about what annotation stores: `size` bytes in `folder`."""
     layer = f" (what enters layer {stored.trunk_depth})"
     names = [name + (layer if name == TRUNK_STATES else "") for name in stored.columns]

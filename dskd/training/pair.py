@@ -21,7 +21,7 @@ from dskd.models.trunk import HandOver, TrunkError, refuse_if_required, trunk_de
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource, reads_logits
-from dskd.training.trunk import Expected, StoredTrunk, difference, run_trunk_once, run_twin
+from dskd.training.trunk_check import Expected, StoredTrunk, difference, run_trunk_once, run_twin
 
 
 @dataclass
@@ -186,9 +186,11 @@ def load_pair(
 def _depth(config: Config, teacher: ModelFolder, student: ModelFolder, source: TeacherSource) -> tuple[int, list[int]]:
     """Returns the number of layers of the shared trunk, and the indices of the teacher's layers in the student."""
     manifest = read_manifest(student.path, "student")
-    kept = manifest.facts["layers"]
+    kept = manifest.facts.get("layers", [])
     tied = bool(getattr(student.load_config(), "tie_word_embeddings", False))
     try:
+        if config.student.origin != "cut":
+            raise TrunkError(str(config.student.why_no_trunk))
         depth = trunk_depth(
             config.student,
             kept=kept,
