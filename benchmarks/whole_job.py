@@ -4,8 +4,9 @@
 
 Four pieces of work take turns, each on the tokens of one optimizer step: annotation, annotation that also stores the
 teacher's states, a training step that runs the teacher, and one that reads the states. A job is one annotation and E ·
-R steps for each piece of text; making the sense dictionary, which is the same in both, is left out. The shards are
-written, with their hashes, into a temporary folder, by the thread that reads the next batch in `launcher/annotate.py`.
+R steps for each piece of text; making the sense dictionary, which is the same in both, is left out. Each annotated
+piece is written as shards with their hashes into a temporary folder, before the next one is read;
+`launcher/annotate.py` does both at the same time.
 """
 
 import itertools
