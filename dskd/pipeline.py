@@ -30,13 +30,14 @@ from dskd.distributed import stopping
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
 from dskd.lexicon import build as lexicon
-from dskd.models import cutting
+from dskd.models import gguf_teacher, students
 from dskd.models.architecture import check_architecture
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.training import checkpoint, export, inputs, teacher_from_scratch
+from dskd.training.layer_importance import measure_importance
 
 LOCK = ".pipeline.lock"  # in the work directory
 
@@ -62,10 +63,12 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     config = load_config(path, overrides)
     hold_lock(config.path(LOCK), "runs the pipeline in this work directory", wait_s=LOCK_PATIENCE_S)
     started = time.perf_counter()
-    # Found once, when it is first needed: a teacher that is trained from scratch exists only after its stage.
+    # Found once, when it is first needed: a teacher that the pipeline makes exists only after its stage.
     teacher = functools.cache(lambda: find_teacher(config))
-    if config.teacher.path is not None:
+    if not config.teacher.is_made:
         teacher()  # fails early, before the corpus is read, if the model does not fit
+    if config.student.path is not None:
+        find_pretrained_student(config)  # likewise
     stages = plan_stages(config, path, overrides, teacher)
     if until is not None:
         names = [stage.name for stage in stages]
@@ -78,7 +81,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
         if stage.is_current():
             current.append(stage.name)
             continue
-        if not is_checked:
+        if not is_checked and stage.name != kinds.TEACHER.name:
             check_architecture(teacher(), config.corpus)
             is_checked = True
         if current:
@@ -124,17 +127,25 @@ def plan_stages(
         vocab_size = vocabulary_size(found.load_config())
         sequences.build_sequences(config, found.load_tokenizer(), found.tokenizer_digest, vocab_size)
 
+    def build_student() -> None:
+        students.build_student(config, measure_importance)
+
     stages = [
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        stage(kinds.STUDENT, lambda: cutting.recipe(config, teacher()), lambda: cutting.build_student(config)),
+        stage(kinds.STUDENT, lambda: students.recipe(config, teacher()), build_student),
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]
     if config.teacher.train_from_scratch is not None:
         make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
         stages.insert(2, stage(kinds.TEACHER, lambda: make(config), lambda: build(config)))  # from the corpus
+    if config.teacher.is_gguf:
+        from_gguf = stage(
+            kinds.TEACHER, lambda: gguf_teacher.recipe(config), lambda: gguf_teacher.build_teacher(config)
+        )
+        stages.insert(0, from_gguf)  # first, so that a file that does not fit is refused before the corpus is read
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
     stages.append(Stage("evaluation", lambda: held_out_text.are_current(config), ranks("evaluate.py")))

@@ -1,6 +1,10 @@
 """Causal language models of transformers: their folders, and how they are loaded, run, cut and checked.
 
 folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
+gguf_file       reads what a GGUF file says of its model
+gguf_config     the config of that model, and the check that transformers leaves nothing out
+gguf_tokenizer  builds its tokenizer, or compares another with it
+gguf_teacher    makes an ordinary folder of it, the teacher's
 model_config    reads a folder's config.json for the installed transformers, or refuses it
 weights         the tensors in a folder's safetensors files
 stored_names    the names of a model's tensors in those files, and the check that none is missing or left over
@@ -16,7 +20,13 @@ final_norm      finds the parameters of a decoder's final norm
 frozen          runs the teacher, whole on every rank or sharded with ZeRO-3
 readouts        reads logits out of hidden states, chunk by chunk
 generation      greedy generation
+spacing         which of the teacher's layers a student keeps
+importance      measures how much layers change the states
+students        the student of a work directory, whichever of the three next modules makes it
 cutting         cuts the student from the teacher's files
+pretrained_student  copies a pretrained model
+new_student     makes one of given sizes with random weights
+same_tokenizer  compares a pretrained student's tokenizer with the teacher's
 cut_config      the student's config.json
 architecture    checks a teacher by its config.json, before anything runs
 probes          checks that a model does what training assumes, such as keeping packed documents apart

@@ -79,12 +79,15 @@ def student_activations(
     sizes: HeadSizes,
     checkpointing: bool,
     with_teacher: bool,
+    teacher_matrix: tuple[int, int],
+    has_copy: bool,
 ) -> Activations:
     """Measures the bytes of the student's forward, loss and backward, including the teacher's states if it runs.
 
-    `architecture` is the teacher's, `layers` are the layers of it that the student keeps, and `trunk` is the number of
-    lowest ones that the student need not compute. `sizes` are the numbers of positions that the head computes at one
-    time. `with_teacher` says whether the loss reads the teacher's states, computed or stored.
+    `layers` are the layers of `architecture` that the student consists of, and `trunk` is the number of lowest ones
+    that it need not compute. `sizes` are the numbers of positions that the head computes at one time. `with_teacher`
+    says whether the loss reads the teacher's states, computed or stored. `teacher_matrix` is the shape of the teacher's
+    output matrix, and `has_copy` says whether the head holds it in addition to the student's.
     """
     way, model = _build(architecture, layers, trunk)
     with without_values(architecture):
@@ -94,8 +97,8 @@ def student_activations(
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         causal_lm.train(checkpointing)  # only if needed: there is no dropout, but some models draw random numbers
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
-        hidden_size = base.config.hidden_size
-        copy = output.detach() if output.requires_grad and with_teacher and loss.kd_weight else None
+        hidden_size = teacher_matrix[1]  # of all that comes with a batch, and of a trunk
+        copy = torch.empty(teacher_matrix, dtype=dtype) if has_copy else None
         head = DistillationHead(output, copy, loss, chunk_size=sizes.chunk, block_size=sizes.block)
         # Run the phases of a micro-batch one after the other, and read the peak after each.
         with LiveBytes() as live:

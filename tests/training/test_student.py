@@ -126,6 +126,22 @@ def test_a_final_norm_that_has_no_parameters_is_refused():
         choose_trained(model, StudentConfig(train_layers=1, train_final_norm=True))
 
 
+@pytest.mark.parametrize(("changes", "frozen"), [({}, set()), ({"train_final_norm": False}, {"ln_f"})])
+def test_a_pretrained_student_is_trained_whole(changes, frozen):
+    """With its table of positions, which is part of no layer."""
+    model = AutoModelForCausalLM.from_config(GPT2Config(**HEADS, n_embd=32))
+    choose_trained(model, StudentConfig(path="a/b", **changes))
+    left = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert left == frozen
+
+
+def test_without_its_embeddings_a_pretrained_student_keeps_its_positions():
+    model = AutoModelForCausalLM.from_config(GPT2Config(**HEADS, n_embd=32))
+    choose_trained(model, StudentConfig(path="a/b", train_embeddings=False, train_lm_head=False))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
 def test_a_destroyed_engine_holds_no_memory(tmp_path, world):
     """DeepSpeed's module-level lists refer to every engine, so one that is only destroyed stays in memory."""
     save_model(tmp_path / "teacher")
