@@ -100,7 +100,7 @@ def destroy_engine(engine: Any) -> None:
         empty_tensors(_tensors_in([*torch_optimizer.state.values(), *vars(optimizer).values()]))
 
 
-def _tensors_in(held: Iterable[Any]) -> Iterator[torch.Tensor]:
+def _tensors_in(held: Iterable[Any]) -> Iterator[Any]:
     for value in held:
         if isinstance(value, torch.Tensor):
             yield value
@@ -108,7 +108,7 @@ def _tensors_in(held: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors_in(value.values() if isinstance(value, dict) else value)
 
 
-def empty_tensors(tensors: Iterable[torch.Tensor]) -> None:
+def empty_tensors(tensors: Iterable[Any]) -> None:
     """Frees the memory of tensors to which something may still refer; of a sharded one, the rank's share."""
     for tensor in tensors:
         tensor.data = tensor.new_empty(0)
