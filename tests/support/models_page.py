@@ -41,7 +41,8 @@ leaves this cap out; here such a model runs with `eager` attention, which applie
 positions. The `config.json` of its students and exports says so (`_attn_implementation`), so that transformers computes
 the same.
 
-Not supported yet are heads that add a bias to logits, quantised weights, and models of images or sound.
+Not supported yet are heads that add a bias to logits, quantised weights (other than block FP8 and [GGUF
+files](gguf.md)), and models of images or sound.
 
 {dense}
 
