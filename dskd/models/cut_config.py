@@ -26,6 +26,7 @@ RULES = {
     "no_rope_layer_interval": "no_rope_layers",
     "interleave_moe_layer_step": "moe_layers",
 }
+_OF_EVERY_LAYER = ("mlp_multipliers", "ssm_multipliers")  # Falcon-H1: factors within a layer, the same in all
 # Names of lists with one item per layer contain "layer", or are of sizes that other models give once for all layers.
 _SIZE_PREFIXES, _SIZE_SUFFIXES = ("num_",), ("_size", "_topk", "_top_k", "_heads", "_multipliers")
 
@@ -71,7 +72,7 @@ def cut_config(
 def is_per_layer(key: str, value: Any, count: int) -> bool:
     """Returns whether the value is a list with one item for each of `count` layers."""
     named = "layer" in key or key.startswith(_SIZE_PREFIXES) or key.endswith(_SIZE_SUFFIXES)
-    return isinstance(value, list) and len(value) == count and named and key not in _INDEX_LISTS
+    return isinstance(value, list) and len(value) == count and named and key not in (*_INDEX_LISTS, *_OF_EVERY_LAYER)
 
 
 def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequence[int]) -> None:

@@ -91,12 +91,16 @@ def test_lists_with_one_item_per_layer_are_cut_too():
         "layer_types": ["a", "b", "c", "d"],
         "max_window_layers": 3,
         "eos_token_id": [1] * 4,
+        "ffn_multipliers": [1, 2, 3, 4],
+        "ssm_multipliers": [1, 2, 3, 4],
     }
     assert cut_config(config, [0, 3]) == {
         "num_hidden_layers": 2,
         "layer_types": ["a", "d"],
         "max_window_layers": 1,
         "eos_token_id": [1] * 4,
+        "ffn_multipliers": [1, 4],
+        "ssm_multipliers": [1, 2, 3, 4],
     }
 
 
