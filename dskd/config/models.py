@@ -219,7 +219,7 @@ class StudentConfig(Section):
         student lacks, and keys of another spacing.
         """
         if self.origin == "cut":
-            yield from self.keys_without_use("student", "spacing", {"importance": ("importance_samples",)})
+            yield from self.keys_without_use("student", "spacing", {("importance",): ("importance_samples",)})
         yield from self._of_other_students()
         if self.origin == "path":  # the number of its layers is not known yet
             return
