@@ -18,6 +18,8 @@ trained         which of a student's parameters are trained
 trunk           the lowest layers that teacher and student share: how many, and the states that leave them
 final_norm      finds the parameters of a decoder's final norm
 frozen          runs the teacher, whole on every rank or sharded with ZeRO-3
+output_head     from last hidden states to logits: the output matrix, and what a model does with its products
+head_probe      finds out what a model does with them, or refuses it
 readouts        reads logits out of hidden states, chunk by chunk
 generation      greedy generation
 spacing         which of the teacher's layers a student keeps
