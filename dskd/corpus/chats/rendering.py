@@ -188,7 +188,8 @@ class ChatWriter:
                     around = f"{text[max(0, cut - 20) : cut]!r} and {text[cut : cut + 20]!r}"
                     raise ChatError(
                         f"between {around} the chat has other tokens than its part up to there, so an answer and its "
-                        f"prompt cannot be told apart in tokens; {_REMEDY}"
+                        "prompt cannot be told apart in tokens; remove white space at the beginning of the answer, or "
+                        "use a chat template with a special token before answers"
                     )
             places = list(map(len, beginnings))
         return list(zip(places[::2], places[1::2], strict=True))
