@@ -20,7 +20,8 @@ from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions
 from dskd.training.schedule import Schedule
 from dskd.training.sense_bank import load_bank
-from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states
+from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states, source_of_fit
+from dskd.training.width_map import width_of_map
 
 # Settings of `train` that change how a run executes but, except for rounding, not its result.
 _NOT_IN_RECIPE = {
@@ -42,6 +43,7 @@ class TrainingInputs:
     vectors_path: Path
     num_senses: int  # rows of the sense dictionary
     source: TeacherSource
+    fit_source: TeacherSource | None  # of the teacher's states, to fit the width map; None if the run has no such map
 
 
 def load_inputs(config: Config) -> TrainingInputs:
@@ -53,15 +55,19 @@ def load_inputs(config: Config) -> TrainingInputs:
     teacher, student = find_teacher(config), find_student(config)
     require_chosen_layers(config, teacher, student)
     dictionary, senses = load_dictionary(config)
-    hidden_size = student.load_config().hidden_size  # the student's, whose states the sense loss compares with the rows
-    require_fitting(dictionary, senses, teacher, hidden_size)
+    # The teacher's width: the sense loss compares states of another width after they are mapped to it.
+    require_fitting(dictionary, senses, teacher, teacher.load_config().hidden_size)
     train_shards = shards.load_manifest(config, "train")
     source = TeacherSource.of(config, train_shards)
     require_states(config, source)
     if source.kind == "top_n":
         shards.require_teacher_cache(config, "train", train_shards)
         _require_one_vocabulary(teacher, student)
-    return TrainingInputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows, source)
+    is_mapped = width_of_map(config.loss, student, teacher) is not None
+    fit_source = source_of_fit(config, source) if is_mapped else None
+    return TrainingInputs(
+        teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows, source, fit_source
+    )
 
 
 def build_collator(
@@ -129,7 +135,9 @@ def verify_inputs(config: Config, inputs: TrainingInputs) -> None:
         teacher=inputs.teacher.digest,
         tokenizer=inputs.teacher.tokenizer_digest,
     )
-    require_fitting_states(config, inputs.source, inputs.teacher.load_config().hidden_size)
+    for source in (inputs.source, inputs.fit_source):
+        if source is not None:
+            require_fitting_states(config, source, inputs.teacher.load_config().hidden_size)
 
 
 def recipe(config: Config, inputs: TrainingInputs | None = None) -> Recipe:
