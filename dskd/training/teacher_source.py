@@ -182,8 +182,8 @@ def source_of_fit(config: Config, source: TeacherSource) -> TeacherSource:
         return TeacherSource("loaded", source.stored)
     raise UserError(
         f"{config.path(kinds.SHARDS.folder, 'train')}: the shards have no teacher_states. The student's states have "
-        "another width than the teacher's, and the map between them, for loss.sense_weight and loss.hidden_weight, starts "
-        "from a fit to the teacher's states, which teacher.mode: cached reads from the shards; make the shards again "
+        "another width than the teacher's, and the map between them, for loss.sense_weight and loss.hidden_weight, "
+        "starts from a fit to the teacher's states, which teacher.mode: cached reads from the shards; make them again "
         f"with `{kinds.SHARDS.made_by}` and annotation.store: [teacher_states], or set teacher.mode to zero3"
     )
 

@@ -7,6 +7,7 @@ import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ def fit_width_map(
             known_to_all_ranks=True,
         )
     weight, r_squared = sums.solve()
-    _set(pair, weight, world)
+    set_width_map(pair.engine, weight, world)
     fit = WidthFit(steps * schedule.global_batch_size, int(sums.count), r_squared)
     say(
         f"  states of width {own} are mapped to the teacher's {width}: the least-squares fit over {fit.sequences:,} "
@@ -90,14 +91,18 @@ def fit_width_map(
     return fit
 
 
-def _set(pair: ModelPair, weight: torch.Tensor, world: World) -> None:
-    """Sets the weight of the map, on every rank to rank 0's."""
-    import deepspeed
+@torch.no_grad()
+def set_width_map(engine: Any, weight: torch.Tensor, world: World) -> None:
+    """Sets the weight [D', D] of the map in a student's engine that has taken no step yet.
 
-    parameter = pair.engine.module.width_map.weight
+    Every rank must call it; rank 0's `weight` counts.
+    """
+    import deepspeed  # imported here so that commands without a model do not wait for it
+
+    parameter = engine.module.width_map.weight
     with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
         if world.is_main:
             parameter.copy_(weight)
     # The optimizer has a copy of each parameter, which would overwrite the map in the first step. Before that step,
     # the copies of all others equal their parameters, and this changes none of them.
-    pair.engine.optimizer.refresh_fp32_params()
+    engine.optimizer.refresh_fp32_params()
