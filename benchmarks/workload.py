@@ -39,7 +39,7 @@ from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.trunk import HandOver
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
-from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stored
+from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, StoredStates
 from dskd.shards.stored_states import columns_of_states, plan_stored
 from dskd.shards.writing import write_block
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
@@ -167,7 +167,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, stat
 
 
 def _with_states(
-    samples: Iterator[dict[str, Any]], config: Config, folder: ModelFolder, stored: Stored, batch_size: int
+    samples: Iterator[dict[str, Any]], config: Config, folder: ModelFolder, stored: StoredStates, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Yields the samples with the teacher's states, computed in batches of `batch_size`."""
     world = initialize()

@@ -6,7 +6,7 @@ from dskd.config import Config
 from dskd.plan.cluster import Cluster
 from dskd.plan.shapes import Architecture, Shapes, Student
 from dskd.plan.stored import stored_in_shards
-from dskd.shards import Stored, sample_bytes
+from dskd.shards import StoredStates, sample_bytes
 from dskd.training.saving import ELEMENT_BYTES
 
 
@@ -59,7 +59,7 @@ def compute_disk(
     )
 
 
-def sample_bytes_of(config: Config, stored: Stored | None) -> int:
+def sample_bytes_of(config: Config, stored: StoredStates | None) -> int:
     """Returns the bytes of one sample of the shards before compression."""
     annotation = config.annotation
     return sample_bytes(
@@ -67,7 +67,7 @@ def sample_bytes_of(config: Config, stored: Stored | None) -> int:
     )
 
 
-def states_bytes(config: Config, stored: Stored | None) -> int:
+def states_bytes(config: Config, stored: StoredStates | None) -> int:
     """Returns the bytes of the stored states of one sample, which are included in :func:`sample_bytes_of`."""
     return sample_bytes_of(config, stored) - sample_bytes_of(config, None)
 

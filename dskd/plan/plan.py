@@ -14,7 +14,7 @@ from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher
 from dskd.plan.speed import Speed, compute_speed
 from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import Comparison, compare_with_stored_states
-from dskd.shards import Stored
+from dskd.shards import StoredStates
 from dskd.training.schedule import count_steps, share_out
 
 RELATIONS = 0.2  # assumed share of targets with a synonym or antonym, if it is not known: more than WordNet gives
@@ -137,10 +137,10 @@ def _shards(config: Config) -> Manifest | None:
     return read_manifest(folder, "shards", files_are_here=False)
 
 
-def _are_current(shards: Manifest, config: Config, to_store: Stored | None) -> bool:
+def _are_current(shards: Manifest, config: Config, to_store: StoredStates | None) -> bool:
     """Returns whether the shards hold what the config stores of the teacher; otherwise they have to be annotated again.
 
     Compares states by their columns, type, width and depth, as annotation's recipe does, and the number of tokens.
     """
     top_n = shards.config.get("teacher_top_n", 0)
-    return Stored.of(shards) == to_store and top_n == config.annotation.teacher_top_n
+    return StoredStates.of(shards) == to_store and top_n == config.annotation.teacher_top_n

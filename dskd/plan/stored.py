@@ -3,7 +3,7 @@
 import torch
 
 from dskd.config import Config
-from dskd.shards import TEACHER_STATES, TRUNK_STATES, Stored
+from dskd.shards import TEACHER_STATES, TRUNK_STATES, StoredStates
 from dskd.training.teacher_source import TeacherSource
 
 
@@ -29,11 +29,11 @@ def columns_read(config: Config, trunk: int) -> tuple[str, ...]:
     return (TEACHER_STATES,) * reads_states(config) + (TRUNK_STATES,) * (trunk > 0)
 
 
-def stored_in_shards(config: Config, dtype: torch.dtype, hidden_size: int, trunk: int) -> Stored | None:
+def stored_in_shards(config: Config, dtype: torch.dtype, hidden_size: int, trunk: int) -> StoredStates | None:
     """Returns what annotation stores of the teacher's states; None if it stores none."""
     columns = config.annotation.store
     depth = trunk if TRUNK_STATES in columns else 0
-    return Stored(columns, str(dtype).removeprefix("torch."), hidden_size, depth) if columns else None
+    return StoredStates(columns, str(dtype).removeprefix("torch."), hidden_size, depth) if columns else None
 
 
 def with_stored_states(config: Config, trunk: int) -> Config:

@@ -51,7 +51,7 @@ from dskd.shards.schema import (
     SYNONYM_ROWS,
     TEACHER_STATES,
     TRUNK_STATES,
-    Stored,
+    StoredStates,
 )
 from dskd.shards.search import Searcher
 from dskd.shards.stored_states import (
@@ -77,7 +77,7 @@ class AnnotationInputs:
     senses: Manifest  # of the dictionary
     sequences: dict[str, Sequences]  # by split
     text: Manifest  # of the sequences
-    stored: Stored | None  # the teacher's states to store of the training text
+    stored: StoredStates | None  # the teacher's states to store of the training text
 
 
 def open_inputs(config: Config, teacher: ModelFolder) -> AnnotationInputs:
@@ -110,10 +110,10 @@ class TeacherUse:
 
     continuation_tokens: int = 0  # by which it continues each text at most
     top_n: int = 0  # how many of its most probable tokens are stored
-    stored: Stored | None = None  # its states that are stored
+    stored: StoredStates | None = None  # its states that are stored
 
     @classmethod
-    def of(cls, config: Config, stored: Stored | None, split: str) -> "TeacherUse":
+    def of(cls, config: Config, stored: StoredStates | None, split: str) -> "TeacherUse":
         """Returns the use for a split; `stored` are the states to store of the training text."""
         if split != "train":
             return cls()
@@ -210,7 +210,7 @@ def _annotate_split(
     config: Config,
     split: str,
     inputs: AnnotationInputs,
-    stored: Stored | None,
+    stored: StoredStates | None,
     reader: TextReader,
     searcher: Searcher,
     building: Building,
@@ -267,7 +267,7 @@ def _annotate_split(
 
 
 def annotate_batch(
-    unread: TokenBatch, first: int, reader: TextReader, searcher: Searcher, stored: Stored | None
+    unread: TokenBatch, first: int, reader: TextReader, searcher: Searcher, stored: StoredStates | None
 ) -> tuple[list[dict[str, np.ndarray]], Counter[str]]:
     """Annotates a batch of sequences.
 

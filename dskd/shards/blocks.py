@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.config import AnnotationConfig
-from dskd.shards.schema import LARGEST_SHARD, SHARD_HEADER, Stored, columns_of, sample_bytes
+from dskd.shards.schema import LARGEST_SHARD, SHARD_HEADER, StoredStates, columns_of, sample_bytes
 from dskd.shards.writing import ShardFormat
 
 _MIN_BLOCKS = 16  # a small corpus is cut into up to this many blocks, so that several ranks have work
@@ -29,7 +29,7 @@ def blocks_of(num_sequences: int, sequence_length: int, settings: AnnotationConf
 
 
 def shard_format_of(
-    settings: AnnotationConfig, sequence_length: int, teacher_top_n: int, stored: Stored | None
+    settings: AnnotationConfig, sequence_length: int, teacher_top_n: int, stored: StoredStates | None
 ) -> ShardFormat:
     """Returns the format of the shards; with states, a block has several, which are not compressed.
 

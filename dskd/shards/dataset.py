@@ -1,4 +1,9 @@
-"""The dataset of shards; in its own module because mosaicml-streaming takes seconds to import."""
+"""The dataset of shards; in its own module because mosaicml-streaming takes seconds to import.
+
+It relies on parts of the library that its documentation does not promise: `StreamingDataset.resample_streams`,
+`on_exception` and `_event`, `Stream.validate_hash`, and the attributes of `MDSReader`. Look at them when the bound of
+its version in pyproject.toml moves.
+"""
 
 import mmap
 import os

@@ -43,7 +43,7 @@ SHARD_HEADER = 2**20  # bytes of these that no sample takes: more than the heade
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredStates:
     """The states [T', D] of the teacher that shards hold for each sample; T' is 1 + its last position with a target.
 
     `teacher_states` are the last hidden states, after the final norm, and 0 at positions without a target.
@@ -57,7 +57,7 @@ class Stored:
     trunk_depth: int  # 0 without TRUNK_STATES
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "Stored | None":
+    def of(cls, manifest: Manifest) -> "StoredStates | None":
         """Returns what the manifest of shards says that they hold; None if they hold no states.
 
         Raises:
@@ -89,12 +89,12 @@ def digest_without_states(manifest: Manifest) -> str:
     return manifest.facts.get("without_states", {}).get("digest", manifest.digest)
 
 
-def columns_of(*, teacher_top_n: int, stored: Stored | None = None) -> dict[str, str]:
+def columns_of(*, teacher_top_n: int, stored: StoredStates | None = None) -> dict[str, str]:
     """Returns {column: its encoding} for the shards that annotation writes."""
     return COLUMNS | (TEACHER_COLUMNS if teacher_top_n else {}) | ({} if stored is None else stored.encodings)
 
 
-def sample_bytes(sequence_length: int, *, kappa: int, teacher_top_n: int, stored: Stored | None = None) -> int:
+def sample_bytes(sequence_length: int, *, kappa: int, teacher_top_n: int, stored: StoredStates | None = None) -> int:
     """Returns the bytes of a sample's columns before compression; of states, as if it had no padding."""
     values = {
         **dict.fromkeys((OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS), kappa),

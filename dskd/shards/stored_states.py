@@ -37,12 +37,12 @@ from dskd.shards.schema import (
     STORED_AS,
     TEACHER_STATES,
     TRUNK_STATES,
-    Stored,
+    StoredStates,
     sample_bytes,
 )
 
 
-def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
+def plan_stored(config: Config, teacher: ModelFolder) -> StoredStates | None:
     """Returns what annotation stores of the teacher's states; None if `annotation.store` is empty.
 
     Raises:
@@ -53,7 +53,7 @@ def plan_stored(config: Config, teacher: ModelFolder) -> Stored | None:
         return None
     depth = _depth(config, teacher) if TRUNK_STATES in columns else 0
     hidden_size = teacher.load_config().hidden_size
-    stored = Stored(columns, DTYPE_OF[resolve_precision(config.precision)], hidden_size, depth)
+    stored = StoredStates(columns, DTYPE_OF[resolve_precision(config.precision)], hidden_size, depth)
     length, settings = config.corpus.sequence_length, config.annotation
     size = sample_bytes(length, kappa=settings.kappa, teacher_top_n=settings.teacher_top_n, stored=stored)
     if size > LARGEST_SHARD - SHARD_HEADER:
@@ -100,14 +100,14 @@ def stored_trunk_depth(
     return depth
 
 
-def stored_bytes(stored: Stored, sequences: Sequences, continuation_tokens: int) -> int:
+def stored_bytes(stored: StoredStates, sequences: Sequences, continuation_tokens: int) -> int:
     """Returns the most bytes that the states of these sequences take on disk."""
     lengths = np.minimum(sequences.lengths.astype(np.int64) + continuation_tokens, sequences.sequence_length)
     size = np.dtype(STORED_AS[stored.dtype].removeprefix("ndarray:")).itemsize
     return int(lengths.sum()) * stored.hidden_size * len(stored.columns) * size
 
 
-def describe_stored(stored: Stored, size: int, folder: Path) -> str:
+def describe_stored(stored: StoredStates, size: int, folder: Path) -> str:
     """Returns a line about what annotation stores: `size` bytes in `folder`."""
     layer = f" (what enters layer {stored.trunk_depth})"
     names = [name + (layer if name == TRUNK_STATES else "") for name in stored.columns]

@@ -21,7 +21,7 @@ from dskd.models.trunk import HandOver, TrunkError, refuse_if_required, trunk_de
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource, reads_logits
-from dskd.training.trunk import Expected, StoredTrunk, difference, run_trunk_once, run_twin
+from dskd.training.trunk_check import Expected, StoredTrunk, difference, run_trunk_once, run_twin
 from dskd.training.width_map import width_of_map
 
 

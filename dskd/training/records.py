@@ -101,7 +101,7 @@ def datasets_of(config: Config, inputs: TrainingInputs) -> list[dict[str, Any]]:
     for split, context in (("train", "training"), ("validation", "validation")):
         manifest = inputs.shards if split == "train" else shards.load_manifest(config, split)
         encodings = shards.columns_of(
-            teacher_top_n=manifest.config.get("teacher_top_n", 0), stored=shards.Stored.of(manifest)
+            teacher_top_n=manifest.config.get("teacher_top_n", 0), stored=shards.StoredStates.of(manifest)
         )
         columns = {name: kind.split(":")[1] for name, kind in encodings.items()}
         described.append(describe_dataset(f"shards-{split}", context, shards.place(config, split), manifest, columns))

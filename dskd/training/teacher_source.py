@@ -11,7 +11,7 @@ from dskd.artifacts.manifest import Manifest
 from dskd.config import Config, LossConfig
 from dskd.errors import UserError
 from dskd.models.precision import resolve_precision
-from dskd.shards import PRECISION_OF, TEACHER_STATES, TRUNK_STATES, Stored
+from dskd.shards import PRECISION_OF, TEACHER_STATES, TRUNK_STATES, StoredStates
 
 Kind = Literal["none", "loaded", "states", "top_n"]
 _LOADED = ("resident", "zero3")  # values of `teacher.mode`
@@ -27,13 +27,13 @@ class TeacherSource:
     """
 
     kind: Kind
-    stored: Stored | None = None  # the states that the shards hold; None if they hold none
+    stored: StoredStates | None = None  # the states that the shards hold; None if they hold none
     reads_trunk: bool = False  # the student starts from `trunk_states`
 
     @classmethod
     def of(cls, config: Config, shards: Manifest | None = None) -> "TeacherSource":
         """Returns the source for the config's run; without the manifest of `shards` there are no stored states."""
-        stored = None if shards is None else Stored.of(shards)
+        stored = None if shards is None else StoredStates.of(shards)
         return cls._from(config, () if stored is None else stored.columns, stored)
 
     @classmethod
@@ -44,7 +44,7 @@ class TeacherSource:
         return cls._from(config, config.annotation.store)
 
     @classmethod
-    def _from(cls, config: Config, columns: Collection[str], stored: Stored | None = None) -> "TeacherSource":
+    def _from(cls, config: Config, columns: Collection[str], stored: StoredStates | None = None) -> "TeacherSource":
         kind = _kind_of(config, columns)
         if kind == "loaded" or config.teacher.mode in _LOADED:
             return cls(kind, stored)

@@ -25,7 +25,7 @@ from dskd.corpus.sequences import Sequences, TokenBatch, build_sequences
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
-from dskd.shards import COLUMNS, TEACHER_COLUMNS, Stored, digest_without_states, open_shards
+from dskd.shards import COLUMNS, TEACHER_COLUMNS, StoredStates, digest_without_states, open_shards
 from dskd.shards.annotate import annotate, open_inputs, recipe
 from dskd.shards.stored_states import (
     columns_of_states,
@@ -62,7 +62,7 @@ def test_the_stored_states_are_those_of_transformers(copy_of_tiny, world, tmp_pa
     manifest = read_manifest(config.path("shards", "train"), "shards")
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     assert manifest.facts["stored"] == {"columns": [*BOTH], "dtype": dtype, "hidden_size": D, "trunk_depth": 2}
-    assert Stored.of(manifest) == Stored(BOTH, dtype, D, 2)
+    assert StoredStates.of(manifest) == StoredStates(BOTH, dtype, D, 2)
     source = find_teacher(config).path
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     end = AutoTokenizer.from_pretrained(source).eos_token_id
@@ -237,12 +237,12 @@ def test_states_that_cannot_be_stored_are_refused_before_work_begins(tmp_path, o
         plan_stored(config := _config(tmp_path, **options), find_teacher(config))
     # The last states do not depend on the student.
     config = _config(tmp_path, ("teacher_states",), **options)
-    assert plan_stored(config, find_teacher(config)) == Stored(("teacher_states",), "float32", 32, 0)
+    assert plan_stored(config, find_teacher(config)) == StoredStates(("teacher_states",), "float32", 32, 0)
 
 
 def test_a_disk_without_room_for_the_states_is_refused(tmp_path, monkeypatch):
     sequences = Sequences(tmp_path, np.array([32, 30, 2]), 32)
-    stored = Stored(BOTH, "bfloat16", 64, 2)
+    stored = StoredStates(BOTH, "bfloat16", 64, 2)
     size = stored_bytes(stored, sequences, 1)
     assert size == (32 + 31 + 3) * 64 * 2 * 2
     line = describe_stored(stored, 3 * 10**9, tmp_path)
@@ -263,10 +263,10 @@ def test_a_disk_without_room_for_the_states_is_refused(tmp_path, monkeypatch):
 def test_a_manifest_of_another_version_says_what_it_lacks():
     facts = {"columns": [*BOTH], "dtype": "float32", "hidden_size": 8, "trunk_depth": 2, "of_tomorrow": 1}
     manifest = Manifest("shards", 1, {}, {}, None, None, {}, {"stored": facts}, {})
-    assert Stored.of(manifest) == Stored(BOTH, "float32", 8, 2)
+    assert StoredStates.of(manifest) == StoredStates(BOTH, "float32", 8, 2)
     del facts["dtype"]
     with pytest.raises(UserError, match=r"KeyError\('dtype'\) in facts.stored"):
-        Stored.of(manifest)
+        StoredStates.of(manifest)
 
 
 def test_a_sample_that_no_shard_can_hold_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from dskd.losses.head import Normalizers
 from dskd.models.cutting import build_student, find_student
 from dskd.models.trunk import TrunkError, trunk_depth
 from dskd.training.teacher_source import TeacherSource
-from dskd.training.trunk import run_trunk_once
+from dskd.training.trunk_check import run_trunk_once
 
 IDS = (torch.arange(48) * 11 % 117).view(2, 24)
 STARTS = torch.tensor([[1, 1, *[0] * 8, 1, *[0] * 13], [1, *[0] * 23]], dtype=torch.uint8)
