@@ -76,7 +76,7 @@ class StateSums:
         """Returns W [D', D], which minimises Σ |y - W x|², and its R².
 
         R² is 1 - Σ |y - W x|² / Σ |y - mean of y|²: the share of the variance of y, over all of its components, that
-        W x explains.
+        W x explains. It is negative if the mean of y would be nearer, which W x cannot be without a constant.
         """
         ridge = (_RIDGE * self.gram.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
         moments = self.gram.clone()
