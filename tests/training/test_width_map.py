@@ -79,7 +79,7 @@ def _map_of(config):
     newest = checkpoint.latest(config).path
     make_universal(newest)
     file = universal_folder(newest) / "zero" / "width_map.weight" / "fp32.pt"
-    weight = torch.load(file, weights_only=True)["param"]
+    weight = torch.load(file, weights_only=True)
     shutil.rmtree(universal_folder(newest))
     return weight.view(TEACHER_WIDTH, WIDTH)
 
