@@ -37,6 +37,7 @@ from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.cutting import build_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
+from dskd.models.trained import trained_layers
 from dskd.models.trunk import HandOver
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, StoredStates
@@ -114,7 +115,11 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, stat
         "teacher": {"path": str(folder.resolve() / "llama"), "mode": "resident", "offload": "none"},
         "corpus": {"packing": "stream", "sequence_length": shape.sequence_length},
         "annotation": {"kappa": _KAPPA, "store": [TEACHER_STATES, TRUNK_STATES] if states else []},
-        "student": {"layers": shape.student_layers, "train_layers": shape.trained_layers},
+        "student": {
+            "layers": shape.student_layers,
+            "spacing": "first",
+            "train_layers": shape.trained_layers,
+        },
         "train": {
             "steps": 10_000,
             "global_batch_size": preset.global_batch_size,
@@ -291,7 +296,7 @@ def read_config(path: Path, overrides: Sequence[str], *more: str) -> Config:
 def shape_of(config: Config) -> Shape:
     """Returns the shape that a config and its teacher describe."""
     model = find_teacher(config).load_config()
-    layers, trained = config.student.layers, config.student.train_layers
+    student = config.student
     return Shape(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -299,8 +304,8 @@ def shape_of(config: Config) -> Shape:
         num_heads=model.num_attention_heads,
         num_kv_heads=model.num_key_value_heads,
         teacher_layers=model.num_hidden_layers,
-        student_layers=layers if isinstance(layers, int) else len(layers),
-        trained_layers=trained if isinstance(trained, int) else len(trained),
+        student_layers=student.num_layers,
+        trained_layers=len(trained_layers(student, student.num_layers)),
         sequence_length=config.corpus.sequence_length,
     )
 

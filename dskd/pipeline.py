@@ -30,13 +30,14 @@ from dskd.distributed import stopping
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
 from dskd.lexicon import build as lexicon
-from dskd.models import cutting
+from dskd.models import students
 from dskd.models.architecture import check_architecture
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.training import checkpoint, export, inputs, teacher_from_scratch
+from dskd.training.layer_importance import measure_importance
 
 LOCK = ".pipeline.lock"  # in the work directory
 
@@ -66,6 +67,8 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     teacher = functools.cache(lambda: find_teacher(config))
     if config.teacher.path is not None:
         teacher()  # fails early, before the corpus is read, if the model does not fit
+    if config.student.path is not None:
+        find_pretrained_student(config)  # likewise
     stages = plan_stages(config, path, overrides, teacher)
     if until is not None:
         names = [stage.name for stage in stages]
@@ -124,11 +127,14 @@ def plan_stages(
         vocab_size = vocabulary_size(found.load_config())
         sequences.build_sequences(config, found.load_tokenizer(), found.tokenizer_digest, vocab_size)
 
+    def build_student() -> None:
+        students.build_student(config, measure_importance)
+
     stages = [
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        stage(kinds.STUDENT, lambda: cutting.recipe(config, teacher()), lambda: cutting.build_student(config)),
+        stage(kinds.STUDENT, lambda: students.recipe(config, teacher()), build_student),
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]

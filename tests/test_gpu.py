@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 from artifact_folders import open_dataset
+from layer_angles import plain_angles
 from repository import REPOSITORY
+from tiny_models import save_model
 from tiny_work import BEFORE_TRAINING
 from tracked_results import losses_of
+from transformers import AutoModelForCausalLM
 
 from dskd.artifacts import kinds
 from dskd.config import LossConfig
@@ -25,6 +28,9 @@ from dskd.config.reading import load_config
 from dskd.distributed.rendezvous import free_port
 from dskd.losses.head import DistillationHead, Normalizers
 from dskd.losses.terms import SUMS
+from dskd.models.frozen import Decoder
+from dskd.models.importance import Text, measure_blocks
+from dskd.models.stored_names import base_model
 from dskd.senses.kmeans import kmeans
 from dskd.training.train import train
 
@@ -197,3 +203,14 @@ def test_k_means_is_as_good_as_on_the_cpu():
         for device in (GPU, CPU)
     )
     assert (ours / theirs).median().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_turn_states_by_the_angles_that_transformers_computes_on_the_cpu(tmp_path, device):
+    save_model(tmp_path)
+    ids = (torch.arange(60) * 13 % 117).view(3, 20)
+    decoder = Decoder(base_model(AutoModelForCausalLM.from_pretrained(tmp_path).to(device)))
+    text = Text(ids, None, torch.ones_like(ids, dtype=torch.bool))
+    measured = measure_blocks(decoder, [text], 2, torch.device(device))
+    for found, size in ((measured.layers, 1), (measured.blocks, 2)):
+        assert found == pytest.approx(plain_angles(tmp_path, list(ids), size)[0].tolist(), rel=1e-4)

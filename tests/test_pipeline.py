@@ -50,7 +50,7 @@ def _stages_run(finished):
 
 def test_the_pipeline_ends_with_a_table_a_picture_and_the_command_for_mlflow(tiny):
     printed = (tiny.parent / "printed.txt").read_text()
-    for model in ("teacher", "cut student, untrained", "dskd"):
+    for model in ("teacher", "student before training", "dskd"):
         assert re.search(rf"^{model}  +[\d,.]+  +0\.\d+  +[01]\.\d+  +[\d,.]+  +[01]\.\d+$", printed, re.MULTILINE), (
             model
         )
@@ -141,7 +141,7 @@ def test_any_decoder_can_be_the_teacher(tiny, tmp_path, world, architecture, pac
     if architecture == "qwen2":
         assert exported.lm_head.weight is exported.model.embed_tokens.weight
     printed = compare(config)
-    for part in ("teacher", "cut student, untrained", "train/sense", "Loss curves"):
+    for part in ("teacher", "student before training", "train/sense", "Loss curves"):
         assert part in printed
 
 

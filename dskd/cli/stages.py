@@ -7,7 +7,7 @@ from dskd.config.reading import load_config
 
 _HELP = {
     "lexicon": "read synonyms and antonyms, and write WORKDIR/lexicon/relations.parquet",
-    "student": "cut the student from the teacher's safetensors, and write WORKDIR/student",
+    "student": "cut the student from the teacher, or take another model, and write WORKDIR/student",
     "export": "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run",
 }
 _OVERRIDES_OF_EXAMPLE = {
@@ -15,6 +15,10 @@ _OVERRIDES_OF_EXAMPLE = {
     "student": "'student.layers=[0, 2, 4]' student.train_layers=1",
     "export": "run=kd",
 }
+_EXPLAIN_HELP = (
+    "cut nothing; measure the teacher's layers on training sequences, and show which layers each way of cutting keeps, "
+    "as a table and as WORKDIR/plots/layers.png"
+)
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
@@ -24,7 +28,12 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
             f"examples:\n  dskd {stage} --config configs/quickstart.yaml\n"
             f"  dskd {stage} --config FILE {_OVERRIDES_OF_EXAMPLE[stage]}"
         )
-        add_config_arguments(add_verb(verbs, stage, run_stage, text=text, epilog=examples))
+        if stage == "student":
+            examples += "\n  dskd student --config FILE --explain student.spacing=importance"
+        parser = add_verb(verbs, stage, run_stage, text=text, epilog=examples)
+        add_config_arguments(parser)
+        if stage == "student":
+            parser.add_argument("--explain", action="store_true", help=_EXPLAIN_HELP)
 
 
 def run_stage(args: argparse.Namespace) -> None:
@@ -35,9 +44,15 @@ def run_stage(args: argparse.Namespace) -> None:
 
         build_lexicon(config)
     elif args.verb == "student":
-        from dskd.models.cutting import build_student
+        if args.explain:
+            from dskd.inspection.layer_choice import explain_layers
 
-        build_student(config)
+            print(explain_layers(config))
+            return
+        from dskd.models.students import build_student
+        from dskd.training.layer_importance import measure_importance
+
+        build_student(config, measure_importance)
     else:
         from dskd.training.export import build_export
 

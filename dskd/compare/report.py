@@ -128,7 +128,7 @@ def _references_note(comparison: Comparison) -> str:
         text
         for name, text in (
             ("teacher", "dashed: the teacher"),
-            ("student", "dotted: the student as it was cut, untrained"),
+            ("student", "dotted: the student before training"),
         )
         if name in comparison.references
     ]

@@ -144,7 +144,7 @@ def _references(
 ) -> dict[str, dict[str, float]]:
     """Returns the measures of models that are not tracked runs and were evaluated on the same data.
 
-    These are the teacher, the untrained cut student, and, if there is no selection, the runs of the config for which
+    These are the teacher, the student before training, and, if there is no selection, the runs of the config for which
     the tracking server has no measures. `data` is the digest of the runs' data; if it is None, these models decide it.
     """
     measured = {run.name for run in runs if any(metric.startswith(EVALUATED) for metric in run.metrics)}

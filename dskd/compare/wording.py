@@ -24,7 +24,7 @@ _LABELS = {
     "coverage/with_synonyms": "targets with synonyms",
     "coverage/with_antonyms": "targets with antonyms",
 }
-_REFERENCES = {TEACHER: "teacher", CUT_STUDENT: "cut student, untrained"}
+_REFERENCES = {TEACHER: "teacher", CUT_STUDENT: "student before training"}
 
 
 def label(metric: str) -> str:

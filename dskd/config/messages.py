@@ -34,7 +34,9 @@ def describe() -> str:
 
 
 def _described(model: type[Section], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
+    # The sections within a section come last, so that its own keys follow its description.
+    fields = sorted(model.model_fields.items(), key=lambda item: section_of(item[1].annotation) is not None)
+    for name, field in fields:
         section = section_of(field.annotation)
         key = f"{prefix}{name}"
         if section is not None:
@@ -43,7 +45,9 @@ def _described(model: type[Section], prefix: str) -> Iterator[str]:
             yield from (textwrap.indent(textwrap.fill(part, 114), "    ") for part in more)
             yield from _described(section, f"{key}.")
             continue
-        default = "required" if field.is_required() else json.dumps(field.get_default(), default=list)
+        # Some defaults depend on other keys; the one that is shown is for the defaults of these.
+        value = field.get_default(call_default_factory=True, validated_data={})
+        default = "required" if field.is_required() else json.dumps(value, default=list)
         text = f"{field.description or ''} [{default}]"
         yield textwrap.fill(text, 118, initial_indent=f"  {key:<38} ", subsequent_indent=" " * 41)
 
@@ -56,6 +60,8 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
     explained: dict[str, list[str]] = {}
     values: dict[str, str] = {}
     for error in errors:
+        if error["type"] == "default_factory_not_called":  # a default that depends on another key, which is wrong
+            continue
         # Each member of a union reports its own error. The part of the location that names the member is no key of the
         # file, so keep only parts that lead from `data` to the value, or name a key that is missing.
         location = [str(part) for part in error["loc"]]
@@ -94,7 +100,7 @@ def _expected(error: Any, location: list[str]) -> str:
         if section is None:
             return "expected keys, such as NAME: {}"
         name, field = next(iter(section.model_fields.items()))
-        value = "VALUE" if field.get_default() is None else str(field.get_default()).lower()
+        value = "VALUE" if field.is_required() or field.get_default() is None else str(field.get_default()).lower()
         return f"expected keys, such as {'.'.join([*location, name])}={value}"
     if error["type"] in _EXPECTED:
         return f"expected {_EXPECTED[error['type']]}"

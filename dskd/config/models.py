@@ -1,9 +1,9 @@
 """The sections `teacher` and `student`."""
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from dskd.config.section import PathText, Section
 
@@ -70,48 +70,189 @@ def _on_or_off(value: object) -> object:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
-class StudentConfig(Section):
-    """The layers that the student takes from the teacher, and the parameters that are trained."""
+# Keys of `student` that choose layers of the teacher, and so mean nothing for a student that is not cut from it.
+_CUTTING = ("layers", "spacing", "importance_samples")
 
+
+def _is_cut(keys: Mapping[str, Any]) -> bool:
+    return keys.get("path") is None and keys.get("from_config") is None
+
+
+# A model that is not cut from the teacher has no part that is better left as it is, so all of it is trained by default.
+def _layers_to_train(keys: dict[str, Any]) -> Any:
+    return 2 if _is_cut(keys) else "all"
+
+
+def _trains_the_rest(keys: dict[str, Any]) -> bool:
+    return not _is_cut(keys)
+
+
+class NewStudentConfig(Section):
+    """A student with random weights, drawn with `seed`: a Llama of these sizes with the teacher's tokenizer."""
+
+    layers: Count = Field(description="number of decoder layers")
+    hidden_size: Count = Field(description="width of the hidden states")
+    heads: Count = Field(description="number of attention heads; hidden_size is an even multiple of it")
+    kv_heads: Count | None = Field(
+        None, description="number of heads of keys and values; divides heads; null: as many as heads"
+    )
+    intermediate_size: Count | None = Field(
+        None, description="inner width of the MLPs; null: 8/3 of hidden_size, rounded down to a multiple of 8"
+    )
+    tie_embeddings: bool = Field(True, description="use the input embeddings as the output matrix")
+
+    def problems(self) -> Iterator[str]:
+        """Yields messages about heads that do not divide the width, or other heads."""
+        if self.hidden_size % (2 * self.heads):
+            yield f"hidden_size {self.hidden_size} must be heads ({self.heads}) times an even number"
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            yield f"kv_heads {self.kv_heads} must divide heads ({self.heads})"
+
+
+class StudentConfig(Section):
+    """The student: cut from the teacher (`layers`), another pretrained model (`path`), or new (`from_config`).
+
+    With `path` or `from_config` all parameters are trained by default: `train_layers` is then "all", and the other
+    `train_` keys are true.
+    """
+
+    path: PathText | None = Field(
+        None,
+        description="Hugging Face folder or model name of a pretrained student, instead of layers of the teacher; its "
+        "tokenizer must be the teacher's",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a student on the hub")
+    from_config: NewStudentConfig | None = Field(
+        None, description="start from random weights instead of layers of the teacher"
+    )
     layers: Count | Layers = Field(16, description="number of the teacher's layers to keep, or a list of their indices")
-    spacing: Literal["first", "even"] = Field(
-        "first", description="with a number in `layers`. first: the lowest; even: first, last, and evenly between"
+    spacing: Literal["ends", "first", "even", "importance"] = Field(
+        "ends",
+        description="with a number in `layers`. ends: the lowest, and as many of the last as are trained; first: the "
+        "lowest; even: first, last, and evenly between; importance: all but the block of layers that changes the "
+        "teacher's states least, measured on text",
     )
-    train_layers: Annotated[int, Field(ge=0)] | Layers = Field(
-        2, description="number of last layers to train, or a list of layer indices (of the student, from 0)"
+    importance_samples: int = Field(
+        64, ge=1, description="with spacing: importance. Number of training sequences on which layers are measured"
     )
-    train_embeddings: bool = Field(False, description="train the input embeddings (and a head that is tied to them)")
-    train_final_norm: bool = Field(False, description="train the norm before the head")
-    train_lm_head: bool = Field(False, description="train the output head")
+    train_layers: Literal["all"] | Annotated[int, Field(ge=0)] | Layers = Field(
+        default_factory=_layers_to_train,
+        description="number of last layers to train, a list of layer indices (of the student, from 0), or all; with "
+        "path or from_config the default is all",
+    )
+    train_embeddings: bool = Field(
+        default_factory=_trains_the_rest, description="train the input embeddings (and a head that is tied to them)"
+    )
+    train_final_norm: bool = Field(default_factory=_trains_the_rest, description="train the norm before the head")
+    train_lm_head: bool = Field(default_factory=_trains_the_rest, description="train the output head")
     shared_trunk: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
         "auto",
         description="compute frozen lower layers once, in the teacher. auto: if that is exact; on: refuse "
         "to train if it is not; off: never",
     )
 
+    @property
+    def origin(self) -> Literal["cut", "path", "from_config"]:
+        """How the student begins: cut from the teacher, as the model at `path`, or as `from_config` describes it."""
+        if self.path is not None:
+            return "path"
+        return "cut" if self.from_config is None else "from_config"
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers that a student keeps that is cut from the teacher."""
+        return len(self.layers) if isinstance(self.layers, tuple) else self.layers
+
+    @model_serializer(mode="wrap")
+    def _without_cutting(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A configuration that was printed with all of its values can be read again, and shows none that has no use.
+        values: dict[str, Any] = serialize(self)
+        return values if self.origin == "cut" else {k: v for k, v in values.items() if k not in _CUTTING}
+
+    @property
+    def is_measured(self) -> bool:
+        """True if the choice of layers depends on measurements of the teacher."""
+        return self.spacing == "importance" and not isinstance(self.layers, tuple)
+
+    @property
+    def last_layers_are_kept(self) -> bool:
+        """True if the teacher's last layers stay whatever else is removed, so that `train_layers` affects the cut."""
+        return self.spacing in ("ends", "importance") and not isinstance(self.layers, tuple)
+
+    @property
+    def last_layers(self) -> int:
+        """The number of the teacher's last layers that stay with `ends` and `importance`.
+
+        It is the number of the student's last layers that are trained: of the trained layers in a list, those that
+        follow each other up to the last. If none or all are trained, it is 2, or less so that a lowest layer is left.
+        """
+        trained = self.train_layers
+        if isinstance(trained, tuple):
+            count = next(count for count in range(1, len(trained) + 1) if max(trained) - count not in trained)
+        else:
+            count = 0 if trained == "all" else trained
+        return count if 0 < count < self.num_layers else min(2, self.num_layers - 1)
+
     def problems(self) -> Iterator[str]:
-        """Yields messages about layers that are not in order, and about trained layers that the student lacks."""
-        kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
+        """Yields messages about keys for different students, layers that are not in order, trained layers that the
+        student lacks, and keys of another spacing.
+        """
+        if self.origin == "cut":
+            yield from self.keys_without_use("student", "spacing", {"importance": ("importance_samples",)})
+        yield from self._of_other_students()
+        if self.origin == "path":  # the number of its layers is not known yet
+            return
+        kept = self.num_layers if self.from_config is None else self.from_config.layers
         if isinstance(self.layers, tuple) and list(self.layers) != (ascending := sorted(set(self.layers))):
             yield f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"
             kept = len(ascending)
         trained = self.train_layers
         if isinstance(trained, int) and trained > kept:
-            yield f"train_layers: at most {kept} can be trained, because `layers` keeps {kept}; found {trained}"
+            reason = "`layers` keeps" if self.origin == "cut" else "from_config.layers is"
+            yield f"train_layers: at most {kept} can be trained, because {reason} {kept}; found {trained}"
         elif isinstance(trained, tuple) and (missing := sorted({layer for layer in trained if layer >= kept})):
             yield f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}"
+
+    def _of_other_students(self) -> Iterator[str]:
+        """Yields messages about keys that are for another student than the one that the others choose."""
+        if self.path is not None and self.from_config is not None:
+            yield (
+                "path names a pretrained student, and from_config describes a new one; remove student.path or "
+                "student.from_config"
+            )
+        if self.revision is not None and self.path is None:
+            yield "revision is that of a student on the hub, which student.path names; set path, or remove revision"
+        if self.origin == "cut":
+            return
+        cutting = [f"student.{key}" for key in _CUTTING if key in self.model_fields_set]
+        what = "names a whole model" if self.origin == "path" else "describes a whole model"
+        if cutting:
+            yield (
+                f"{self.origin} {what}, and {' and '.join(cutting)} would cut one from the teacher; remove "
+                f"{' and '.join(cutting)}, or student.{self.origin}"
+            )
+        if self.shared_trunk == "on":
+            yield f"shared_trunk: on needs a student that is cut from the teacher, and {self.origin} {what}; remove one"
 
     @property
     def why_no_trunk(self) -> str | None:
         """The reason why teacher and student share no lowest layers, as far as these keys say; None if they may."""
+        if self.origin != "cut":
+            return f"the student is not cut from the teacher (student.{self.origin})"
         if self.shared_trunk == "off":
             return "student.shared_trunk is off"
         if self.train_embeddings:
             return "the student's embeddings are trained"
-        kept = len(self.layers) if isinstance(self.layers, tuple) else self.layers
         if isinstance(self.layers, tuple) and self.layers[:1] != (0,):
             return f"the student's lowest layer is the teacher's layer {self.layers[0]}"
-        trains_lowest = 0 in self.train_layers if isinstance(self.train_layers, tuple) else self.train_layers >= kept
-        if trains_lowest:
+        if self.trains(0, self.num_layers):
             return "the student's lowest layer is trained"
-        return "the student has only one layer" if kept == 1 else None
+        return "the student has only one layer" if self.num_layers == 1 else None
+
+    def trains(self, layer: int, count: int) -> bool:
+        """Returns True if `train_layers` selects this layer of a student with `count` layers."""
+        if self.train_layers == "all":
+            return True
+        if isinstance(self.train_layers, tuple):
+            return layer in self.train_layers
+        return layer >= count - self.train_layers

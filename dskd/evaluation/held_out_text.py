@@ -8,6 +8,8 @@
 | lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
 | sense_alignment | share of the positions with rows in both P_i and N_i whose state is nearest to a row of P_i |
 
+A model whose states are not of the teacher's width, which is that of the rows, has no sense_alignment.
+
 The sums that make up each measure are also saved for each sample (:mod:`dskd.evaluation.scores_by_example`), so that
 runs can be compared sample by sample.
 """
@@ -165,6 +167,7 @@ class HeldOutText:
         validation, cache = inputs.validation, open_node_cache(config.train.shard_cache, world)
         self._dataset = shards.open_shards(config, "validation", cache, world, batch_size=1)
         self._vectors = inputs.dictionary.mapped
+        self._sense_width = inputs.dictionary.hidden_size
         self._batch_size = config.evaluation.batch_size
         self._world = world
         self.num_samples = validation.facts["samples"]  # len(dataset) is only this rank's share
@@ -173,6 +176,10 @@ class HeldOutText:
         # Digests of the data that a measure depends on in addition to the text.
         self.measured_with = {"agreement": validation.teacher, "sense_alignment": validation.digest}
         self.loss_chunk_size = config.train.loss_chunk_size
+
+    def compares_senses(self, model: FrozenModel) -> bool:
+        """Returns True if the model's states have the width of the sense embeddings."""
+        return model.hidden_size == self._sense_width
 
     def prompts(self, config: Config) -> continued_texts.Prompts:
         """Returns the prompts that the models continue."""
@@ -213,6 +220,7 @@ def measure(
     `predictions` holds the teacher's predicted tokens by batch. If it is empty, `model` is the teacher and its
     predictions are appended.
     """
+    compares_senses = text.compares_senses(model)
     is_teacher, size = not predictions, chunk_size(text.loss_chunk_size, model.vocab_size, world.device)
     # One rank fills in each sample, and adding the other ranks' zeros is exact: the number of ranks changes nothing.
     sums = torch.zeros(text.num_samples, len(_SUMS), dtype=torch.float64)
@@ -230,7 +238,10 @@ def measure(
             # Of all targets [n], those with relations; of all positions [B, T], those with rows in both P_i and N_i.
             lexical = batch["lexical"].to(world.device)[mask]
             alignable = torch.zeros_like(mask)
-            alignable.view(-1)[batch["aligned_positions"].to(world.device)] = True
+            aligned = torch.zeros(0, dtype=torch.bool, device=world.device)
+            if compares_senses:
+                alignable.view(-1)[batch["aligned_positions"].to(world.device)] = True
+                aligned = alignment(hidden.flatten(0, 1), batch, world.device)
             # The columns of `_SUMS`, each [B]: one sum over the positions of a sample.
             parts = (
                 _by_sample(nll, mask),
@@ -239,7 +250,7 @@ def measure(
                 _by_sample(predicted == predictions[number], mask),
                 _by_sample(nll.masked_fill(~lexical, 0.0), mask),
                 _by_sample(lexical, mask),
-                _by_sample(alignment(hidden.flatten(0, 1), batch, world.device), alignable),
+                _by_sample(aligned, alignable),
                 alignable.sum(-1),
             )
             sums[batch["samples"]] += torch.stack([part.double() for part in parts], dim=-1).cpu()
@@ -252,7 +263,11 @@ def measure(
             name: column if name in _NOT_INTEGERS else column.astype(np.int64)
             for name, column in zip(_SUMS, columns, strict=True)
         },
-        [replace(each, data=text.measured_with.get(each.name)) for each in MEASURES],
+        [
+            replace(each, data=text.measured_with.get(each.name))
+            for each in MEASURES
+            if compares_senses or each.total != "aligned"
+        ],
     )
 
 

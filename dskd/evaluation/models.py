@@ -1,4 +1,4 @@
-"""The models that every evaluation measures: teacher, cut student, and the exports of the config's runs."""
+"""The models that every evaluation measures: teacher, student before training, and the exports of the config's runs."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ class Candidate:
 
 
 def candidates(config: Config) -> list[Candidate]:
-    """Returns the teacher, the cut student, and those of the config's runs that have an export."""
+    """Returns the teacher, the student before training, and those of the config's runs that have an export."""
     teacher = find_teacher(config)
     models = [Candidate(TEACHER, teacher), Candidate(CUT_STUDENT, find_student(config))]
     for run in config.run_names:

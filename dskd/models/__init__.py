@@ -16,7 +16,13 @@ final_norm      finds the parameters of a decoder's final norm
 frozen          runs the teacher, whole on every rank or sharded with ZeRO-3
 readouts        reads logits out of hidden states, chunk by chunk
 generation      greedy generation
+spacing         which of the teacher's layers a student keeps
+importance      measures how much layers change the states
+students        the student of a work directory, whichever of the three next modules makes it
 cutting         cuts the student from the teacher's files
+pretrained_student  copies a pretrained model
+new_student     makes one of given sizes with random weights
+same_tokenizer  compares a pretrained student's tokenizer with the teacher's
 cut_config      the student's config.json
 architecture    checks a teacher by its config.json, before anything runs
 probes          checks that a model does what training assumes, such as keeping packed documents apart

@@ -7,6 +7,7 @@ against its architecture and, unless it is large, loaded with transformers and c
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe, read_manifest, write_json
-from dskd.config import Config, StudentConfig
+from dskd.config import Config
 from dskd.console import say, stage
 from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
@@ -23,7 +24,9 @@ from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
 from dskd.models.folder import ModelFolder, find_teacher, load_tokenizer, tokenizer_digest
 from dskd.models.layers import check_kinds
+from dskd.models.precision import resolve_precision
 from dskd.models.pruned_teacher import can_be_compared, compare_with_pruned_teacher
+from dskd.models.spacing import Importance, as_text, choose_layers, removed_block, settings_of
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
 
@@ -32,14 +35,30 @@ _NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.js
 _LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
 
 
+Measure = Callable[[Config, ModelFolder, int], Importance]
+
+
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
-    """Returns the recipe of the cut student: what determines its files. Which layers are trained is not part of it."""
-    settings = {key: config.student.as_dict()[key] for key in ("layers", "spacing")}
-    return Recipe("student", {}, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
+    """Returns the recipe of the cut student: what determines its files.
+
+    Which layers are trained is a part of it only if it determines which layers are kept.
+
+    Raises:
+        UserError: when the choice of layers depends on text, and there are no sequences.
+    """
+    settings, inputs = settings_of(config.student), {}
+    if config.student.is_measured:
+        inputs["sequences"] = read_manifest(config.path(kinds.SEQUENCES.folder), "sequences").digest
+        settings |= {"seed": config.seed, "precision": resolve_precision(config.precision)}
+    return Recipe("student", inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
 
-def build_student(config: Config) -> None:
+def build_student(config: Config, measure: Measure | None = None) -> None:
     """Cuts the student and writes `WORKDIR/student`.
+
+    Args:
+        config: the experiment.
+        measure: measures blocks of this number of the teacher's layers; it is called only with `spacing: importance`.
 
     Raises:
         UserError: when the teacher is refused, or no student can be made of the chosen layers.
@@ -48,9 +67,13 @@ def build_student(config: Config) -> None:
     target = config.path(kinds.STUDENT.folder)
     with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
         values, full = teacher.config_values(), teacher.load_config()
-        layers = choose_layers(config.student, full.num_hidden_layers)
         whole = check_architecture(teacher, config.corpus)
         check_stored_tensors(whole, TensorReader(teacher.path), teacher)
+        importance = None
+        if config.student.is_measured:
+            assert measure is not None, "needed for spacing: importance"
+            importance = measure(config, teacher, removed_block(config.student, full.num_hidden_layers))
+        layers = choose_layers(config.student, full.num_hidden_layers, importance)
         with build_artifact(target, recipe(config, teacher)) as building:
             write_json(building.folder / "config.json", cut_config(values, layers, full.to_dict()))
             copy_other_files(teacher, building.folder)
@@ -59,74 +82,37 @@ def build_student(config: Config) -> None:
             size = cut(teacher.path, layers, building.folder)
             check_student(student, teacher, layers)
             building.facts.update(layers=layers, size_bytes=size)
-        say(f"  the teacher's layers {_numbers(layers)}; {size / 1e6:,.1f} MB")
+            if importance is not None:
+                building.facts["importance"] = importance.as_facts()
+        say(f"  the teacher's layers {as_text(layers)}; {size / 1e6:,.1f} MB")
 
 
 def find_student(config: Config) -> ModelFolder:
-    """Returns the cut student of a work directory.
+    """Returns the student of a work directory, before it is trained.
 
     Raises:
         UserError: when it is missing or damaged.
     """
     folder = config.path(kinds.STUDENT.folder)
     manifest = read_manifest(folder, "student")
-    trusted = config.teacher.trust_remote_code
+    trusted = trusts_code(config)
     digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
     return ModelFolder(folder, manifest.digest, digest, trusted)
 
 
-def require_chosen_layers(config: Config, teacher: ModelFolder, student: ModelFolder) -> None:
-    """Checks that a student cut from `teacher` has the layers that the config chooses; they may have changed since.
-
-    A student that was cut from another teacher is not compared: its layers are numbered as that teacher's.
-
-    Raises:
-        UserError: if it has others, or the teacher has no such layers; it names both, and the command that cuts again.
-    """
-    manifest = read_manifest(student.path, "student")
-    if manifest.teacher != teacher.digest:
-        return
-    found = list(manifest.facts["layers"])
-    chosen = choose_layers(config.student, teacher.load_config().num_hidden_layers)
-    if found != chosen:
-        raise UserError(
-            f"{student.path}: the student has the teacher's layers {_numbers(found)}, but student.layers and "
-            f"student.spacing choose {_numbers(chosen)}; cut it again with `{kinds.STUDENT.made_by}`, or set "
-            f"student.layers to [{_numbers(found)}]"
-        )
+def trusts_code(config: Config) -> bool:
+    """Returns True if code that comes with the student may run: the teacher's, if the student is cut from it."""
+    return config.teacher.trust_remote_code and config.student.origin == "cut"
 
 
-def _numbers(layers: list[int]) -> str:
-    return ", ".join(map(str, layers))
-
-
-def choose_layers(student: StudentConfig, num_layers: int) -> list[int]:
-    """Returns which of the teacher's layers the student keeps, ascending.
-
-    Raises:
-        UserError: when the teacher has no such layers.
-    """
-    layers = student.layers
-    if isinstance(layers, tuple):
-        if missing := [layer for layer in layers if layer >= num_layers]:
-            raise UserError(f"student.layers: the teacher has layers 0 to {num_layers - 1}, so there is no {missing}")
-        return list(layers)
-    if not 1 <= layers <= num_layers:
-        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {layers}")
-    if student.spacing == "first":
-        return list(range(layers))
-    # Keep the first and the last layer, and space the others evenly between them.
-    return [0] if layers == 1 else [round(i * (num_layers - 1) / (layers - 1)) for i in range(layers)]
-
-
-def copy_other_files(teacher: ModelFolder, target: Path) -> None:
-    """Copies the tokenizer, the generation config and, if `trust_remote_code` allows it, the model's own code.
+def copy_other_files(source: ModelFolder, target: Path) -> None:
+    """Copies a model's tokenizer, its generation config and, if `trust_remote_code` allows it, the model's own code.
 
     An adapter's config in the folder of a merged model is not copied: loading the student would then look for the
     adapter's base model.
     """
-    for pattern in (*_COPIED, *(["*.py"] if teacher.trust_remote_code else [])):
-        for file in teacher.path.glob(pattern):
+    for pattern in (*_COPIED, *(["*.py"] if source.trust_remote_code else [])):
+        for file in source.path.glob(pattern):
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, target / file.name)
 
@@ -147,10 +133,20 @@ def check_student(student: ModelFolder, teacher: ModelFolder, layers: list[int])
     check_stored_tensors(empty_model(student), reader, student)
     if not can_be_compared(teacher):
         say("  the teacher is too large to run both; their settings, shapes and tensors were compared")
-        if sum(math.prod(reader.shape(name)) for name in reader.names) <= _LOADED_ELEMENTS:
-            _load_with_transformers(student, "auto")
+        load_if_small(student)
         return
     compare_with_pruned_teacher(teacher, _load_with_transformers(student, torch.float32), layers)
+
+
+def load_if_small(student: ModelFolder) -> None:
+    """Loads a student with transformers, unless it is large, to see that nothing is missing.
+
+    Raises:
+        UserError: when it cannot be loaded.
+    """
+    reader = TensorReader(student.path)
+    if sum(math.prod(reader.shape(name)) for name in reader.names) <= _LOADED_ELEMENTS:
+        _load_with_transformers(student, "auto")
 
 
 def _load_with_transformers(student: ModelFolder, dtype: torch.dtype | str) -> Any:
@@ -170,13 +166,13 @@ def _load_with_transformers(student: ModelFolder, dtype: torch.dtype | str) -> A
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError) as error:
-        raise UserError(f"{student.path}: the cut student cannot be loaded; transformers: {error}") from error
+        raise UserError(f"{student.path}: the student cannot be loaded; transformers: {error}") from error
     problems = [
         *(f"there is no tensor {name}" for name in sorted(loading["missing_keys"])),
         *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in loading["mismatched_keys"]),
     ]
     if problems:
-        raise UserError(listed(f"{student.path}: the cut student cannot be loaded", problems))
+        raise UserError(listed(f"{student.path}: the student cannot be loaded", problems))
     return model
 
 

@@ -18,7 +18,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.hashing import digest_of_json, sha256_of_file
 from dskd.artifacts.manifest import read_manifest, write_json
 from dskd.artifacts.pointers import refuse_pointer
-from dskd.config import Config, TeacherConfig
+from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.models.limits import check_limits
 from dskd.models.model_config import read_model_config
@@ -91,13 +91,31 @@ def find_teacher(config: Config) -> ModelFolder:
         folder = config.path(kinds.TEACHER.folder)
         manifest = read_manifest(folder, "teacher")
         return ModelFolder(folder, manifest.digest, tokenizer_digest(load_tokenizer(folder)))
-    folder = _local_or_hub(teacher)
-    check_model_folder(folder, named_by="teacher.path", trust_remote_code=teacher.trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
+    return _find_model("teacher", config, teacher.path, teacher.revision, trust_remote_code=teacher.trust_remote_code)
+
+
+def find_pretrained_student(config: Config) -> ModelFolder:
+    """Returns the folder of the model that `student.path` names, on this machine or fetched from the hub.
+
+    Raises:
+        UserError: when it is missing, is not a model folder with safetensors weights, or does not fit the config.
+    """
+    student = config.student
+    assert student.path is not None, "asked for with student.path only"
+    return _find_model("student", config, student.path, student.revision)
+
+
+def _find_model(
+    section: str, config: Config, path: str, revision: str | None, *, trust_remote_code: bool = False
+) -> ModelFolder:
+    """Returns the folder of the model that the section's `path` names; the same errors as :func:`find_teacher`."""
+    folder = _local_or_hub(section, path, revision, with_code=trust_remote_code)
+    check_model_folder(folder, named_by=f"{section}.path", trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     # Check everything that is quick before the files are hashed, which takes minutes for a large model.
-    unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), teacher.trust_remote_code)
+    unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), trust_remote_code)
     check_limits(config, folder, unhashed.load_config(), tokenizer)
-    return replace(unhashed, digest=_digest_of_model(folder, cache=config.path(".teacher_digests.json")))
+    return replace(unhashed, digest=_digest_of_model(folder, cache=config.path(f".{section}_digests.json")))
 
 
 def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:
@@ -193,31 +211,30 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 @functools.cache  # a process asks the hub once
-def _local_or_hub(teacher: TeacherConfig) -> Path:
-    assert teacher.path is not None
-    folder = Path(teacher.path).expanduser()
+def _local_or_hub(section: str, path: str, revision: str | None, *, with_code: bool) -> Path:
+    folder = Path(path).expanduser()
     if folder.is_dir():
-        if teacher.revision is not None:
+        if revision is not None:
             raise UserError(
-                f"teacher.revision: {teacher.revision!r} is a revision of a model on the hub, but teacher.path is the "
+                f"{section}.revision: {revision!r} is a revision of a model on the hub, but {section}.path is the "
                 f"folder {folder}; remove it, or name the model as ORGANISATION/NAME"
             )
         return folder
-    if folder.is_absolute() or teacher.path.startswith((".", "~")) or teacher.path.count("/") != 1:
+    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise UserError(
-            f"teacher.path: there is no folder {folder}; name a Hugging Face model folder, or a model of the hub as "
+            f"{section}.path: there is no folder {folder}; name a Hugging Face model folder, or a model of the hub as "
             "ORGANISATION/NAME"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * teacher.trust_remote_code
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * with_code
     try:
         # Some models also store their weights in another format, which there is no need to download.
         return Path(
             snapshot_download(
-                teacher.path,
-                revision=teacher.revision,
+                path,
+                revision=revision,
                 allow_patterns=patterns,
                 ignore_patterns=["consolidated*", "original/*"],
             )
@@ -225,7 +242,7 @@ def _local_or_hub(teacher: TeacherConfig) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"teacher.path: {teacher.path!r} is not a folder here, and cannot be fetched from the hub ({reason})"
+            f"{section}.path: {path!r} is not a folder here, and cannot be fetched from the hub ({reason})"
         ) from None
 
 

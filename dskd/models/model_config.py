@@ -51,10 +51,10 @@ def read_model_config(
     if "auto_map" in values and trust_remote_code:
         return values  # the model's own code reads these keys, so they are not checked here
     if "auto_map" in values and not _is_known(values.get("model_type")):
-        raise UserError(
-            f"{where}: the model brings its own code, which runs only with teacher.trust_remote_code: true; read that "
-            "code first"
-        )
+        condition = "only with teacher.trust_remote_code: true; read that code first"
+        if named_by == "student.path":
+            condition = "for teachers only; name another student"
+        raise UserError(f"{where}: the model brings its own code, which runs {condition}")
     if not _is_known(values.get("model_type")):
         raise UserError(
             f"{where}: the installed transformers {_installed()} has no causal language model of the type "

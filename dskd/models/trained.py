@@ -10,12 +10,10 @@ def trained_layers(student: StudentConfig, count: int) -> set[int]:
     Raises:
         UserError: if one does not exist.
     """
-    chosen = student.train_layers
-    layers = set(range(max(0, count - chosen), count)) if isinstance(chosen, int) else set(chosen)
-    missing = sorted(layers - set(range(count)))
-    if missing:
+    named = student.train_layers if isinstance(student.train_layers, tuple) else ()
+    if missing := sorted(layer for layer in named if layer >= count):
         raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
-    return layers
+    return {layer for layer in range(count) if student.trains(layer, count)}
 
 
 def trains_embeddings(student: StudentConfig, *, tied: bool) -> bool:

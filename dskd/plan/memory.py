@@ -112,23 +112,24 @@ def compute_memory(
     rows in the sense dictionary.
     """
     ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
-    size, hidden_size = dtype.itemsize, architecture.values()["hidden_size"]
+    size, values, of_student = dtype.itemsize, architecture.values(), student.architecture.values()
+    hidden_size = values["hidden_size"]
     with_teacher = loads_teacher(config)
     batch = batch_of(config, micro_batch_size, relations=relations, trunk=student.trunk)
     persistent = PERSISTENT_WIDTHS * hidden_size
     activations = student_activations(
-        architecture,
+        student.architecture,
         tuple(student.layers),
         student.trunk,
         config.student,
         config.loss,
         batch,
         dtype,
-        sizes=HeadSizes.of(
-            config.train.loss_chunk_size, architecture.values()["vocab_size"], torch.device(cluster.device)
-        ),
+        sizes=HeadSizes.of(config.train.loss_chunk_size, of_student["vocab_size"], torch.device(cluster.device)),
         checkpointing=config.train.activation_checkpointing,
         with_teacher=with_teacher or reads_states(config),
+        teacher_matrix=(values["vocab_size"], hidden_size),
+        has_copy=student.teacher_matrix > 0,
     )
     of_teacher = teacher_activations(architecture, _only_text(batch), dtype) if with_teacher else 0
 
@@ -144,9 +145,10 @@ def compute_memory(
     trained, share = shapes.trained_numel, shapes.share(ranks, trained_only=True)
     student_held = size * (shapes.share(ranks) + -(-student.teacher_matrix // ranks))
     is_gloo = cluster.device == "cpu"
-    student_gathered = gather(shapes, persistent=persistent, backward=True, is_gloo=is_gloo)
+    small = PERSISTENT_WIDTHS * of_student["hidden_size"]
+    student_gathered = gather(shapes, persistent=small, backward=True, is_gloo=is_gloo)
     if ranks > 1:
-        student_held += size * shapes.persistent(persistent)
+        student_held += size * shapes.persistent(small)
     each = size * (ranks > 1)
     copy = each * student.teacher_matrix  # the teacher's output matrix, if the student's differs from it
     along = [each * elements for elements in student_gathered.along]
@@ -197,11 +199,13 @@ def gather_models(
     config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, student: Student
 ) -> tuple[Gathered | None, Gathered]:
     """Simulates what ZeRO-3 gathers of teacher and student for a micro-batch; None if no teacher is sharded."""
-    persistent, is_gloo = PERSISTENT_WIDTHS * architecture.values()["hidden_size"], cluster.device == "cpu"
-    of_teacher = None
+    small, small_of_student = (
+        PERSISTENT_WIDTHS * each.values()["hidden_size"] for each in (architecture, student.architecture)
+    )
+    is_gloo, of_teacher = cluster.device == "cpu", None
     if loads_teacher(config) and config.teacher.mode != "resident":
-        of_teacher = gather(teacher, persistent=persistent, backward=False, is_gloo=is_gloo)
-    return of_teacher, gather(student.shapes, persistent=persistent, backward=True, is_gloo=is_gloo)
+        of_teacher = gather(teacher, persistent=small, backward=False, is_gloo=is_gloo)
+    return of_teacher, gather(student.shapes, persistent=small_of_student, backward=True, is_gloo=is_gloo)
 
 
 def _only_text(batch: Batch) -> Batch:

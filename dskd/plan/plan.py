@@ -10,7 +10,7 @@ from dskd.errors import UserError
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
 from dskd.plan.memory import RESERVED_ON_HOST, Memory, StageMemory, compute_memory, gather_models, stages_before
-from dskd.plan.shapes import Architecture, Shapes, Student, cut_student, teacher_shapes, trunk_to_store
+from dskd.plan.shapes import Architecture, Shapes, Student, plan_student, teacher_shapes, trunk_to_store
 from dskd.plan.speed import Speed, compute_speed
 from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import Comparison, compare_with_stored_states
@@ -91,7 +91,7 @@ def make_plan(
     """
     micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
     architecture.check(config)
-    student = cut_student(config, architecture)
+    student = plan_student(config, architecture)
     hidden_size = architecture.values()["hidden_size"]
     trunk = trunk_to_store(config, architecture)
     to_store = stored_in_shards(config, cluster.dtype(config.precision), hidden_size, trunk)

@@ -110,6 +110,8 @@ def _headline(plan: Plan) -> str:
         if student.trunk
         else f"the student computes all of them ({student.why_no_trunk or 'student.shared_trunk is off'})"
     )
+    if student.is_assumed:
+        trunk += "; these are the layers of student.spacing: ends, until `dskd student` has measured others"
     loaded = _teacher_place(plan)
     accumulated = plan.accumulation_steps
     return "\n".join(

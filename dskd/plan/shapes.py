@@ -16,18 +16,20 @@ from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
+from dskd.models.new_student import config_values, intermediate_size
+from dskd.models.spacing import choose_layers, chosen_layers, removed_block
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.shards import TRUNK_STATES
 from dskd.shards.stored_states import stored_trunk_depth
 from dskd.training.student import choose_trained
-from dskd.training.teacher_from_scratch import intermediate_size
 from dskd.training.teacher_source import TeacherSource, reads_logits
+from dskd.training.width_map import has_width_map
 
+_NAME_IT = "name the teacher's config.json with --teacher-config FILE, which is all that a plan needs"
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -169,7 +171,9 @@ def _complete(config: str, named_by: str) -> dict[str, Any]:
 class Student:
     """The student as training loads it, without the layers that the teacher computes for it."""
 
-    layers: list[int]  # the teacher's layers that it keeps
+    architecture: "Architecture"  # of the model that the layers are from: the teacher, unless the student is another
+    layers: list[int]  # its layers that the student consists of
+    is_assumed: bool  # they have not been measured yet, and are those of `ends`
     trunk: int  # the number of lowest layers that the teacher computes for it
     why_no_trunk: str | None
     shapes: Shapes  # of the part that training loads
@@ -182,7 +186,7 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
     Raises a UserError when no config.json is found, or it is not that of a decoder.
     """
     if teacher_config is not None:
-        return _read(teacher_config, named_by="--teacher-config")
+        return _read(teacher_config, named_by="--teacher-config", advice=_NAME_IT)
     recipe, path = config.teacher.train_from_scratch, config.teacher.path
     if recipe is not None:
         values = {
@@ -196,12 +200,27 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
         }
         return Architecture(json.dumps(values), "teacher.train_from_scratch")
     assert path is not None
+    return _find("teacher.path", path, config.teacher.revision, advice=_NAME_IT)
+
+
+def _find(key: str, path: str, revision: str | None, *, advice: str) -> Architecture:
+    """Returns the architecture of the model that `key` names: a folder, or a model of the hub."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return _read(folder / "config.json", named_by="teacher.path")
+        return _read(folder / "config.json", named_by=key, advice=advice)
     if (known := KNOWN_MODELS.get(path.lower())) is not None:
-        return Architecture(json.dumps(known), f"teacher.path: {path}")
-    return _read(_fetch(path, config.teacher.revision), named_by=f"teacher.path: {path}")
+        return Architecture(json.dumps(known), f"{key}: {path}")
+    return _read(_fetch(key, path, revision, advice=advice), named_by=f"{key}: {path}", advice=advice)
+
+
+def _architecture_of_student(config: Config, teacher: Architecture) -> Architecture:
+    """Returns the architecture of a student that is not cut from the teacher."""
+    student = config.student
+    if student.path is not None:
+        return _find("student.path", student.path, student.revision, advice="name a folder that has one")
+    assert student.from_config is not None
+    values = config_values(student.from_config, teacher.values()["vocab_size"], config.corpus.sequence_length)
+    return Architecture(json.dumps(values), "student.from_config")
 
 
 @functools.cache
@@ -213,11 +232,15 @@ def teacher_shapes(architecture: Architecture) -> Shapes:
     return Shapes.of(model, without=None if is_tied else output)
 
 
-def cut_student(config: Config, architecture: Architecture) -> Student:
-    """Returns the student that would be cut, and which of its weights would be trained. Raises a UserError when the
-    teacher has no such layers, nothing would be trained, or the config requires a shared trunk that is not possible.
+def plan_student(config: Config, architecture: Architecture) -> Student:
+    """Returns the student, and which of its weights would be trained. `architecture` is the teacher's.
+
+    Raises a UserError when the teacher has no such layers, nothing would be trained, the config requires a shared trunk
+    that is not possible, or training would refuse the model that is the student.
     """
-    layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    if config.student.origin != "cut":
+        return _other_student(config, architecture)
+    layers, is_assumed = _planned_layers(config, architecture)
     architecture.check_kinds(layers)
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     source, why = TeacherSource.planned(config), None
@@ -230,7 +253,23 @@ def cut_student(config: Config, architecture: Architecture) -> Student:
         trunk, why = 0, str(problem)
     loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
     needs_copy = loaded.trains_output and reads_logits(source.kind, config.loss)
-    return Student(layers, trunk, why, loaded.shapes, whole.numel, loaded.output_numel if needs_copy else 0)
+    matrix = loaded.output_numel if needs_copy else 0
+    return Student(architecture, layers, is_assumed, trunk, why, loaded.shapes, whole.numel, matrix)
+
+
+def _other_student(config: Config, teacher: Architecture) -> Student:
+    """Returns the student that is another model than the teacher, of which training loads all."""
+    architecture = _architecture_of_student(config, teacher)
+    architecture.check(config)
+    values, of_teacher = architecture.values(), teacher.values()
+    layers = list(range(values["num_hidden_layers"]))
+    whole = _Cut.of(architecture, tuple(layers), 0, config.student)
+    reads_matrix = reads_logits(TeacherSource.planned(config).kind, config.loss)
+    matrix = of_teacher["vocab_size"] * of_teacher["hidden_size"] * reads_matrix
+    shapes, own, width = whole.shapes, values["hidden_size"], of_teacher["hidden_size"]
+    if has_width_map(config.loss, own, width):
+        shapes = Shapes((*shapes.modules, (Weight("width_map.weight", own * width, True, True),)))
+    return Student(architecture, layers, False, 0, config.student.why_no_trunk, shapes, whole.numel, matrix)
 
 
 def trunk_to_store(config: Config, architecture: Architecture) -> int:
@@ -239,9 +278,23 @@ def trunk_to_store(config: Config, architecture: Architecture) -> int:
     """
     if TRUNK_STATES not in config.annotation.store:
         return 0
-    layers = choose_layers(config.student, architecture.values()["num_hidden_layers"])
+    layers, _ = _planned_layers(config, architecture)
     is_tied = _Cut.of(architecture, tuple(layers), 0, config.student).is_tied
     return stored_trunk_depth(config.student, kept=layers, tied=is_tied)
+
+
+def _planned_layers(config: Config, architecture: Architecture) -> tuple[list[int], bool]:
+    """Returns the teacher's layers that the student keeps, and whether they are only assumed: with `spacing:
+    importance` they are known when the student is cut. Raises a UserError when the teacher has no such layers.
+    """
+    student, count = config.student, architecture.values()["num_hidden_layers"]
+    if not student.is_measured:
+        return choose_layers(student, count), False
+    removed_block(student, count)
+    try:
+        return chosen_layers(config, count), False
+    except UserError:  # no student is cut yet, or with other keys
+        return choose_layers(student.model_copy(update={"spacing": "ends"}), count), True
 
 
 @dataclass(frozen=True)
@@ -267,9 +320,9 @@ class _Cut:
         return _Cut(shapes, numel, output.numel(), output.requires_grad, is_tied)
 
 
-def _read(path: Path, *, named_by: str) -> Architecture:
+def _read(path: Path, *, named_by: str, advice: str) -> Architecture:
     if not path.is_file():
-        raise UserError(f"{named_by}: there is no file {path}; name the teacher's config.json with --teacher-config")
+        raise UserError(f"{named_by}: there is no file {path}; {advice}")
     try:
         values = load_json(path)
     except UserError as problem:
@@ -290,7 +343,7 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
     if model_type in ENCODERS or (model_type not in DECODERS and not values.get("auto_map")):
         what = "an encoder" if model_type in ENCODERS else "unknown to transformers"
         raise UserError(
-            f"{where}: model_type {model_type!r} is {what}; a teacher is a decoder (a causal language model)"
+            f"{where}: model_type {model_type!r} is {what}; it has to be a decoder (a causal language model)"
         )
     problems = []
     aliases = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
@@ -304,13 +357,12 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
         raise UserError(listed(f"{where} is not the config.json of a decoder", problems))
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(key: str, name: str, revision: str | None, *, advice: str) -> Path:
     """Returns the path of the config.json of a model of the hub, after fetching it if it is not in the cache. Raises a
     UserError when it cannot be fetched.
     """
-    advice = "name a config.json of its architecture with --teacher-config FILE, which is all that a plan needs"
     if name.startswith((".", "~", "/")) or name.count("/") != 1:
-        raise UserError(f"teacher.path: there is no folder {name}; make it, or {advice}")
+        raise UserError(f"{key}: there is no folder {name}; make it, or {advice}")
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -324,7 +376,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"teacher.path: {name!r} is not a folder here, and its config.json cannot be fetched from the hub "
+            f"{key}: {name!r} is not a folder here, and its config.json cannot be fetched from the hub "
             f"({reason}); {advice}"
         ) from None
 

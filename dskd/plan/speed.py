@@ -121,14 +121,12 @@ def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> 
 
 def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes, student: Student) -> dict[str, float]:
     """Returns the FLOPs of a training step per token, by part of the step."""
-    values, with_teacher = architecture.values(), loads_teacher(config)
-    heads = values["num_attention_heads"]
-    width = heads * (values.get("head_dim") or values["hidden_size"] // heads)
-    # Forward: two operations per matrix element, and scores and weighted sum of attention, where half of the pairs are
-    # masked.
-    attention = 4 * (config.corpus.sequence_length / 2) * width
-    share = _share_of_experts(values)
-    of_teacher, of_student = _layers(teacher, share), _layers(student.shapes, share)
+    values, values_of_student = architecture.values(), student.architecture.values()
+    with_teacher, length = loads_teacher(config), config.corpus.sequence_length
+    # Forward: two operations per matrix element, and scores and weighted sum of attention.
+    attention, attention_of_teacher = _attention(values_of_student, length), _attention(values, length)
+    of_teacher = _layers(teacher, _share_of_experts(values))
+    of_student = _layers(student.shapes, _share_of_experts(values_of_student))
     # Backward: gradients of states are computed down to the lowest trained layer. They take the operations of forward
     # for the matrices, and twice those for attention. Trained layers also need gradients of their matrices, which take
     # the operations of forward again. Checkpointing runs the forward of all these layers a second time.
@@ -140,16 +138,25 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
         if number >= lowest:
             backward += 2 * attention + (4 if is_trained else 2) * matrices
             recomputed += (attention + 2 * matrices) * config.train.activation_checkpointing
-    head = 2.0 * values["hidden_size"] * values["vocab_size"]
+    head, head_of_teacher = (2.0 * each["hidden_size"] * each["vocab_size"] for each in (values_of_student, values))
     head_trained = config.student.train_lm_head
+    reads_logits = (with_teacher or reads_states(config)) and config.loss.kd_weight > 0
     return {
-        "teacher_layers": sum(2 * matrices + attention for matrices, _ in of_teacher.values()) * with_teacher,
+        "teacher_layers": sum(2 * matrices + attention_of_teacher for matrices, _ in of_teacher.values())
+        * with_teacher,
         "student_layers": sum(2 * matrices + attention for matrices, _ in of_student.values()),
         "backward_layers": backward + recomputed,
         # Products with the output matrix: the student's logits, the gradients of its states, the gradient of the matrix
         # if it is trained, and the teacher's logits if the loss reads them.
-        "head": (2 + head_trained + ((with_teacher or reads_states(config)) and config.loss.kd_weight > 0)) * head,
+        "head": (2 + head_trained) * head + reads_logits * head_of_teacher,
     }
+
+
+def _attention(values: dict[str, Any], length: int) -> float:
+    """Returns the operations of a layer's attention for a token; half of the pairs of positions are masked."""
+    heads = values["num_attention_heads"]
+    width = heads * (values.get("head_dim") or values["hidden_size"] // heads)
+    return 4 * (length / 2) * width
 
 
 def _layers(shapes: Shapes, share_of_experts: float = 1.0) -> dict[int, tuple[float, bool]]:

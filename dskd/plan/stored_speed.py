@@ -6,7 +6,7 @@ from dskd.config import Config
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import states_bytes
 from dskd.plan.memory import gather_models
-from dskd.plan.shapes import Architecture, Shapes, cut_student
+from dskd.plan.shapes import Architecture, Shapes, plan_student
 from dskd.plan.speed import Speed, TeacherPass, compute_speed
 from dskd.plan.stored import loads_teacher, reads_states, stored_in_shards, with_stored_states, without_stored_states
 
@@ -65,7 +65,7 @@ def compare_with_stored_states(
     of_computing = config if loads_teacher(config) else without_stored_states(config)
 
     def speed_of(config: Config) -> Speed:
-        student = cut_student(config, architecture)
+        student = plan_student(config, architecture)
         gathered = gather_models(config, cluster, architecture, teacher, student)
         return compute_speed(
             config,
@@ -85,7 +85,7 @@ def compare_with_stored_states(
         disk = samples * states_bytes(of_reading, stored)
         tokens = config.annotation.batch_size * config.corpus.sequence_length
         gathered, _ = gather_models(
-            of_computing, cluster, architecture, teacher, cut_student(of_computing, architecture)
+            of_computing, cluster, architecture, teacher, plan_student(of_computing, architecture)
         )
         flops = computing.flops_per_token["teacher_layers"] * tokens
         once = TeacherPass.of(of_computing, cluster, teacher, gathered, flops)

@@ -23,11 +23,11 @@ from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.causal_lm import fits_without_lower_layers
-from dskd.models.cutting import choose_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.layers import recorded
 from dskd.models.precision import resolve_precision
+from dskd.models.spacing import chosen_layers
 from dskd.models.trunk import TrunkError, trunk_depth
 from dskd.shards.schema import (
     DTYPE_OF,
@@ -67,7 +67,7 @@ def plan_stored(config: Config, teacher: ModelFolder) -> StoredStates | None:
 def _depth(config: Config, teacher: ModelFolder) -> int:
     """Returns the depth of the trunk that the config's student, as `dskd student` cuts it, shares with the teacher."""
     model_config = teacher.load_config()
-    layers = choose_layers(config.student, model_config.num_hidden_layers)
+    layers = chosen_layers(config, model_config.num_hidden_layers, teacher=teacher.digest)
     tied = bool(getattr(model_config, "tie_word_embeddings", False))
     return stored_trunk_depth(config.student, kept=layers, tied=tied, teacher=teacher)
 

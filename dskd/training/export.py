@@ -23,7 +23,7 @@ from dskd.console import say, stage, warn
 from dskd.errors import OutageError, UserError
 from dskd.models.agreement import check_agreement
 from dskd.models.causal_lm import empty_model
-from dskd.models.cutting import find_student
+from dskd.models.cutting import find_student, trusts_code
 from dskd.models.folder import ModelFolder, load_tokenizer, tokenizer_digest
 from dskd.models.stored_names import StoredNames, parameter_names
 from dskd.models.weights import WEIGHTS_INDEX, TensorReader, write_weights
@@ -116,8 +116,9 @@ def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
     """
     folder = config.path(kinds.EXPORT.folder, run)
     manifest = read_manifest(folder, "export")
-    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code))
-    return ModelFolder(folder, manifest.digest, digest, config.teacher.trust_remote_code), manifest
+    trusted = trusts_code(config)
+    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
+    return ModelFolder(folder, manifest.digest, digest, trusted), manifest
 
 
 def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], target: Path) -> set[torch.dtype]:

@@ -10,9 +10,10 @@ from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_file
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.cutting import find_student, require_chosen_layers
+from dskd.models.cutting import find_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.precision import resolve_precision
+from dskd.models.students import require_configured_student
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
 from dskd.training.candidates import CandidateRows
@@ -53,21 +54,29 @@ def load_inputs(config: Config) -> TrainingInputs:
         UserError: naming both sides of the first mismatch.
     """
     teacher, student = find_teacher(config), find_student(config)
-    require_chosen_layers(config, teacher, student)
+    require_configured_student(config, teacher, student)
     dictionary, senses = load_dictionary(config)
-    # The teacher's width: the sense loss compares states of another width after they are mapped to it.
-    require_fitting(dictionary, senses, teacher, teacher.load_config().hidden_size)
+    require_fitting(dictionary, senses, teacher, _width_of_senses(config, teacher, student))
     train_shards = shards.load_manifest(config, "train")
     source = TeacherSource.of(config, train_shards)
     require_states(config, source)
     if source.kind == "top_n":
         shards.require_teacher_cache(config, "train", train_shards)
-        _require_one_vocabulary(teacher, student)
+        _require_one_vocabulary(config, teacher, student)
     is_mapped = width_of_map(config.loss, student, teacher) is not None
     fit_source = source_of_fit(config, source) if is_mapped else None
     return TrainingInputs(
         teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows, source, fit_source
     )
+
+
+def _width_of_senses(config: Config, teacher: ModelFolder, student: ModelFolder) -> int:
+    """Returns the width that the sense embeddings must have.
+
+    It is the teacher's. A cut student has the same, unless it was cut from another teacher, whose senses would not fit.
+    """
+    model = student if config.student.origin == "cut" else teacher
+    return int(model.load_config().hidden_size)
 
 
 def build_collator(
@@ -108,14 +117,16 @@ def _bank_on_device(config: Config) -> bool:
     return config.loss.sense_weight > 0 and config.train.sense_bank == "device"
 
 
-def _require_one_vocabulary(teacher: ModelFolder, student: ModelFolder) -> None:
+def _require_one_vocabulary(config: Config, teacher: ModelFolder, student: ModelFolder) -> None:
     # A stored distribution (n tokens, one probability for all others) cannot be restricted to the tokens both have.
     sizes = [folder.load_config().vocab_size for folder in (teacher, student)]
     if sizes[0] != sizes[1]:
+        remedy = "cut the student from this teacher (`dskd student`)"
+        if config.student.origin != "cut":
+            remedy = "choose a student with the teacher's number, store its states (annotation.store: [teacher_states])"
         raise UserError(
             f"teacher.mode: cached needs the same vocabulary size in teacher and student, but {teacher.path} has "
-            f"{sizes[0]} tokens and {student.path} has {sizes[1]}; cut the student from this "
-            "teacher (`dskd student`), or set teacher.mode to zero3 or resident"
+            f"{sizes[0]} tokens and {student.path} has {sizes[1]}; {remedy}, or set teacher.mode to zero3 or resident"
         )
 
 

@@ -188,9 +188,11 @@ def load_pair(
 def _depth(config: Config, teacher: ModelFolder, student: ModelFolder, source: TeacherSource) -> tuple[int, list[int]]:
     """Returns the number of layers of the shared trunk, and the indices of the teacher's layers in the student."""
     manifest = read_manifest(student.path, "student")
-    kept = manifest.facts["layers"]
+    kept = manifest.facts.get("layers", [])
     tied = bool(getattr(student.load_config(), "tie_word_embeddings", False))
     try:
+        if config.student.origin != "cut":
+            raise TrunkError(str(config.student.why_no_trunk))
         depth = trunk_depth(
             config.student,
             kept=kept,

@@ -16,7 +16,7 @@ from dskd.config import Config, StudentConfig
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import DistillationHead, HeadSizes
-from dskd.models.causal_lm import build_sharded, engine_settings
+from dskd.models.causal_lm import build_sharded, empty_model, engine_settings
 from dskd.models.final_norm import final_norm_names
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
@@ -196,7 +196,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
     embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
     tied = bool(head & embeddings)
-    norm = final_norm_names(causal_lm) if student.train_final_norm else set()
+    norm, trains_rest = _outside_of_layers(causal_lm, student)
     routers = _router_names(causal_lm)
     # ZeRO-3 trains parameters of one type only, and transformers always keeps two factors of Apertus's activation in
     # bf16.
@@ -211,7 +211,7 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
         elif layer:
             chosen = first_layer + int(layer.group(1)) in layers and name not in routers
         else:
-            chosen = name in norm
+            chosen = student.train_final_norm if name in norm else trains_rest
         chosen = chosen and parameter.dtype == dtype
         parameter.requires_grad_(chosen)
         if chosen:
@@ -219,6 +219,26 @@ def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int =
     if not trained:
         raise UserError("student: nothing would be trained; set student.train_layers to 1 or more")
     return trained
+
+
+def _outside_of_layers(causal_lm: Any, student: StudentConfig) -> tuple[set[str], bool]:
+    """Returns the names of the final norm's parameters, if they matter, and whether the other parameters are trained
+    that belong to neither layers nor embeddings, such as a table of positions or a norm of the embeddings.
+
+    They are trained with the embeddings of a student that is not cut from the teacher.
+
+    Raises:
+        UserError: if the final norm is to be trained and cannot be identified.
+    """
+    trains_rest = student.train_embeddings and student.origin != "cut"
+    if not student.train_final_norm and not trains_rest:
+        return set(), False
+    try:
+        return final_norm_names(causal_lm), trains_rest
+    except UserError:
+        if student.train_final_norm:
+            raise
+        return set(), False  # one of them may be the final norm
 
 
 def _router_names(causal_lm: Any) -> set[str]:
@@ -240,7 +260,7 @@ def _teacher_matrix(
 ) -> torch.Tensor | None:
     """Returns the teacher's output matrix [V, D], or None if the student's is equal and not trained."""
     reader, own = TensorReader(teacher.path), TensorReader(student.path)
-    matrix = reader.read(output_name(causal_lm, reader))
+    matrix = reader.read(output_name(empty_model(teacher), reader))  # whose architecture may be another
     if not causal_lm.get_output_embeddings().weight.requires_grad:
         stored = own.read(output_name(causal_lm, own))
         if stored.shape == matrix.shape and stored.dtype == matrix.dtype and torch.equal(stored, matrix):

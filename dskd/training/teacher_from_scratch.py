@@ -22,6 +22,7 @@ from dskd.corpus.packing import pack
 from dskd.corpus.sequences import Sequences, TokenBatch, open_sequences
 from dskd.distributed.world import uses_gpu
 from dskd.errors import UserError
+from dskd.models.new_student import intermediate_size
 from dskd.models.precision import compute_dtype, resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.training.muon import Float32Muon
@@ -91,11 +92,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
-
-
-def intermediate_size(hidden_size: int) -> int:
-    """Returns the inner width of the MLPs: as in Llama 2/3 · 4 · `hidden_size`, rounded down to a multiple of 8."""
-    return hidden_size * 8 // 3 // 8 * 8
 
 
 def build_llama(settings: FromScratchConfig, vocab_size: int, sequence_length: int, tokenizer: Any, seed: int) -> Any:

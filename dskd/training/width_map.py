@@ -22,12 +22,14 @@ _RIDGE = 1e-10
 
 
 def width_of_map(loss: LossConfig, student: ModelFolder, teacher: ModelFolder) -> int | None:
-    """Returns the width to which the student's states are mapped, the teacher's; None if they are not mapped.
-
-    They are mapped if their width is another one, and a term of the loss compares them.
-    """
+    """Returns the width to which the student's states are mapped, the teacher's; None if they are not mapped."""
     own, width = (int(folder.load_config().hidden_size) for folder in (student, teacher))
-    return width if own != width and loss.compares_states else None
+    return width if has_width_map(loss, own, width) else None
+
+
+def has_width_map(loss: LossConfig, own: int, width: int) -> bool:
+    """Returns True if a term of the loss compares states of a student of width `own` with vectors of another width."""
+    return own != width and loss.compares_states
 
 
 def build_width_map(own: int, width: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:

@@ -19,6 +19,7 @@ from dskd.training.teacher_source import TeacherSource
         "student.layers=[3, 1, 1]",
         "student.train_layers=17",
         "student.train_layers=[16]",
+        "student.train_layers=every",
         "seeds=[0, 1, 0]",
         "loss.temperature=.nan",
     ],
@@ -106,6 +107,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
         ({"shared_trunk": "off"}, "student.shared_trunk is off"),
         ({"train_embeddings": True}, "the student's embeddings are trained"),
         ({"layers": 2, "train_layers": 2}, "the student's lowest layer is trained"),
+        ({"layers": 2, "train_layers": "all"}, "the student's lowest layer is trained"),
         ({"layers": [0, 3], "train_layers": [0]}, "the student's lowest layer is trained"),
         ({"layers": [1, 3], "train_layers": 1}, "the student's lowest layer is the teacher's layer 1"),
         ({"layers": 1, "train_layers": 0}, "the student has only one layer"),
@@ -177,3 +179,49 @@ def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
 def test_nvme_offload_needs_both_of_its_keys(tmp_path, teacher, message):
     with pytest.raises(UserError, match=message):
         load_config(write_yaml(tmp_path, {**MINIMAL, "teacher": {"path": "a/b", **teacher}}))
+
+
+NEW = {"layers": 2, "hidden_size": 32, "heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (
+            {"path": "a/b", "layers": 4, "spacing": "first"},
+            "path names a whole model, and student.layers and student.spacing would cut one from the teacher; remove "
+            "student.layers and student.spacing, or student.path",
+        ),
+        ({"from_config": NEW, "spacing": "even"}, "from_config describes a whole model, and student.spacing would cut"),
+        ({"path": "a/b", "from_config": NEW}, "remove student.path or student.from_config"),
+        ({"path": "a/b", "shared_trunk": "on"}, "shared_trunk: on needs a student that is cut from the teacher"),
+        ({"revision": "main"}, "revision is that of a student on the hub, which student.path names"),
+        ({"from_config": NEW, "train_layers": 3}, "at most 2 can be trained, because from_config.layers is 2"),
+        ({"from_config": {**NEW, "heads": 5}}, "hidden_size 32 must be heads (5) times an even number"),
+        ({"from_config": {**NEW, "kv_heads": 3}}, "kv_heads 3 must divide heads (4)"),
+        ({"from_config": {"layers": 2, "hidden_size": 32}}, "student.from_config.heads: is missing"),
+    ],
+)
+def test_keys_for_another_student_are_refused_once(tmp_path, student, message):
+    with pytest.raises(UserError, match="1 problem") as error:
+        load_config(write_yaml(tmp_path, {**MINIMAL, "student": student}))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("student", [{"path": "a/b"}, {"from_config": NEW}])
+def test_a_student_that_is_not_cut_is_trained_whole_by_default_and_can_be_printed_and_read_again(tmp_path, student):
+    config = load_config(write_yaml(tmp_path, {**MINIMAL, "student": student}))
+    printed = config.as_dict()["student"]
+    trained = {"train_layers": "all", "train_embeddings": True, "train_final_norm": True, "train_lm_head": True}
+    assert trained.items() <= printed.items()
+    assert load_config(write_yaml(tmp_path, config.as_dict())) == config
+    chosen = {**student, "train_layers": [0, 1], "train_embeddings": False}
+    section = load_config(write_yaml(tmp_path, {**MINIMAL, "student": chosen})).student
+    assert (section.train_layers, section.train_embeddings, section.train_lm_head) == ((0, 1), False, True)
+    with pytest.raises(UserError, match=r"they share none: the student is not cut from the teacher \(student\."):
+        load_config(write_yaml(tmp_path, {**MINIMAL, "student": student}), ["annotation.store=[trunk_states]"])
+
+
+def test_a_cut_student_has_the_defaults_that_it_always_had():
+    printed = Config(**MINIMAL).as_dict()["student"]
+    assert {"layers": 16, "train_layers": 2, "train_embeddings": False}.items() <= printed.items()

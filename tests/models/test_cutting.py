@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
 from dskd.models.cut_config import cut_config
-from dskd.models.cutting import build_student, choose_layers, cut, find_student
+from dskd.models.cutting import build_student, cut, find_student
 from dskd.models.folder import find_teacher
+from dskd.models.spacing import choose_layers
 from dskd.models.weights import TensorReader, write_weights
 
 IDS = torch.arange(10).unsqueeze(0)
@@ -41,7 +42,7 @@ def test_the_cut_student_is_the_teacher_without_the_other_layers(tmp_path, archi
 
 
 def test_which_layers_are_chosen():
-    assert choose_layers(StudentConfig(layers=16), 32) == list(range(16))
+    assert choose_layers(StudentConfig(layers=16, spacing="first"), 32) == list(range(16))
     assert choose_layers(StudentConfig(layers=4, spacing="even"), 10) == [0, 3, 6, 9]
     assert choose_layers(StudentConfig(layers=1, train_layers=1, spacing="even"), 10) == [0]
     assert choose_layers(StudentConfig(layers=(1, 5)), 10) == [1, 5]

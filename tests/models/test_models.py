@@ -148,6 +148,7 @@ def test_only_what_the_config_names_is_trained(tmp_path):
     last_two = _chosen(model, train_layers=2)
     assert {name.split(".")[2] for name in last_two} == {"2", "3"}
     assert {name.split(".")[2] for name in _chosen(model, train_layers=(0, 3))} == {"0", "3"}
+    assert {name.split(".")[2] for name in _chosen(model, train_layers="all")} == {"0", "1", "2", "3"}
     extra = _chosen(model, train_layers=0, train_final_norm=True, train_lm_head=True, train_embeddings=True)
     assert extra == {"model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"}
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]

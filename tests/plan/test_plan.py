@@ -30,7 +30,8 @@ from dskd.plan.gathering import gather
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.plan import make_plan
-from dskd.plan.shapes import Architecture, Shapes, Weight, cut_student, find_architecture, teacher_shapes
+from dskd.plan.report import format_plan
+from dskd.plan.shapes import Architecture, Shapes, Weight, find_architecture, plan_student, teacher_shapes
 from dskd.plan.speed import flops_per_token
 from dskd.plan.stored import loads_teacher
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
@@ -84,10 +85,67 @@ def test_flops_are_those_of_the_formula(tmp_path, trunk, stored):
     columns = [TEACHER_STATES, TRUNK_STATES][: 1 + (trunk == "on")] if stored else []
     config = _config(tmp_path, f"student.shared_trunk='{trunk}'", f"annotation.store={json.dumps(columns)}")
     architecture = Architecture(json.dumps(LLAMA), "llama")
-    student = cut_student(config, architecture)
+    student = plan_student(config, architecture)
     shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
     flops = flops_per_token(config, architecture, teacher_shapes(architecture), student)
     assert flops == step_flops(shape, shared_trunk=trunk == "on", stored_states=stored)
+
+
+def _with_student(tmp_path, student):
+    path = tmp_path / "config.yaml"
+    sections = {"workdir": str(tmp_path / "work"), "teacher": {"path": "nobody/nothing"}, "student": student}
+    path.write_text(json.dumps(sections), encoding="utf-8")
+    return load_config(path, ["corpus.sequence_length=16", "loss.sense_weight=0"])
+
+
+def test_another_student_is_planned_with_its_own_shape(tmp_path):
+    sizes = {"layers": 2, "hidden_size": 16, "heads": 2}
+    config, architecture = _with_student(tmp_path, {"from_config": sizes}), Architecture(json.dumps(LLAMA), "llama")
+    student = plan_student(config, architecture)
+    of_layer = 4 * 16 * 16 + 3 * 16 * 40  # four matrices of attention, and three of width 8/3 · 16, rounded to 40
+    assert student.whole_numel == 120 * 16 + 2 * (of_layer + 2 * 16) + 16  # tied
+    assert student.shapes.trained_numel == student.whole_numel
+    assert student.teacher_matrix == 120 * 32
+    attention, of_teacher = 4 * 8 * 16, (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48, 4 * 8 * 32)
+    assert flops_per_token(config, architecture, teacher_shapes(architecture), student) == {
+        "teacher_layers": 4 * (2 * of_teacher[0] + of_teacher[1]),
+        "student_layers": 2 * (2 * of_layer + attention),
+        "backward_layers": 2 * (4 * of_layer + 2 * attention),
+        "head": 3 * 2 * 16 * 120 + 2 * 32 * 120,
+    }
+
+
+def test_the_map_of_a_student_of_another_width_is_planned(tmp_path):
+    """It is trained, but not exported; the mapped states, and their gradients, take memory in the loss."""
+    sizes = {"layers": 2, "hidden_size": 16, "heads": 2}
+    config, architecture = _with_student(tmp_path, {"from_config": sizes}), Architecture(json.dumps(LLAMA), "llama")
+    mapped = config.model_copy(update={"loss": config.loss.model_copy(update={"hidden_weight": 1.0})})
+    students = [plan_student(each, architecture) for each in (config, mapped)]
+    assert students[1].shapes.trained_numel - students[0].shapes.trained_numel == 32 * 16
+    assert students[1].whole_numel == students[0].whole_numel
+    loss, of_mapped = (make_plan(each, _cluster(1, "cuda"), architecture).memory.gpu.loss for each in (config, mapped))
+    states = config.train.micro_batch_size * 16 * 32 * 2  # bytes of [B, T, D'] in bf16
+    assert of_mapped - loss >= 2 * states
+
+
+def test_a_pretrained_student_is_planned_like_the_same_model_cut_from_the_teacher(tmp_path):
+    """A model of the teacher's shape with fewer layers: only where it comes from differs."""
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 3}))
+    trained = {"train_embeddings": True, "train_final_norm": True, "train_lm_head": True}
+    plans = [
+        make_plan(_with_student(tmp_path, student), _cluster(2, "cuda"), Architecture(json.dumps(LLAMA), "llama"))
+        for student in ({"path": str(tmp_path / "pretrained")}, {"layers": 3, "train_layers": "all", **trained})
+    ]
+    one, other = ((plan.memory, plan.speed, plan.disk, plan.student.shapes) for plan in plans)
+    assert one == other
+    assert "(student.path)" in format_plan(plans[0])
+
+
+def test_a_pretrained_student_without_a_config_json_is_refused(tmp_path):
+    config = _with_student(tmp_path, {"path": str(tmp_path)})
+    with pytest.raises(UserError, match=r"student\.path: there is no file .*config\.json; name a folder that has one"):
+        plan_student(config, Architecture(json.dumps(LLAMA), "llama"))
 
 
 STORED = ("precision=bf16", f"annotation.store=[{TEACHER_STATES},{TRUNK_STATES}]")
@@ -124,7 +182,7 @@ def test_stored_states_take_two_bytes_a_number_on_disk_and_where_batches_are_hel
 )
 def test_the_teachers_output_matrix_is_counted_if_its_logits_are_computed(tmp_path, overrides, is_counted):
     config = _config(tmp_path, "student.train_lm_head=true", *overrides)
-    student = cut_student(config, Architecture(json.dumps(LLAMA), "llama"))
+    student = plan_student(config, Architecture(json.dumps(LLAMA), "llama"))
     assert student.teacher_matrix == (LLAMA["vocab_size"] * LLAMA["hidden_size"] if is_counted else 0)
 
 
@@ -176,6 +234,8 @@ def test_a_layer_keeps_the_tensors_that_autograd_saves(tmp_path):
         sizes=HeadSizes(8, 8),
         checkpointing=False,
         with_teacher=False,
+        teacher_matrix=(LLAMA["vocab_size"], LLAMA["hidden_size"]),
+        has_copy=False,
     )
     save_model(tmp_path / "llama")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation="sdpa")
@@ -432,7 +492,7 @@ def test_a_shipped_config_is_planned_with_the_student_that_is_cut(tmp_path, monk
     config = load_config(path, toy)
     build_student(config)
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "student")
-    planned = cut_student(config, find_architecture(config, None))
+    planned = plan_student(config, find_architecture(config, None))
     assert planned.whole_numel == sum(parameter.numel() for parameter in cut.parameters())
     assert len(planned.layers) == cut.config.num_hidden_layers == 2
 

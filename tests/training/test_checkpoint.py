@@ -219,7 +219,7 @@ def test_a_cached_teacher_of_another_vocabulary_is_refused(copy_of_tiny, world, 
     student = SimpleNamespace(path="student", load_config=lambda: SimpleNamespace(vocab_size=7))
     teacher = SimpleNamespace(path="teacher", load_config=lambda: SimpleNamespace(vocab_size=9))
     with pytest.raises(UserError, match=r"teacher has 9 tokens and student has 7"):
-        inputs._require_one_vocabulary(teacher, student)
+        inputs._require_one_vocabulary(config, teacher, student)
     inputs.load_inputs(config)
     with pytest.raises(UserError, match=r"teacher_top_n: 3, but .* holds the teacher's 4 most"):
         inputs.load_inputs(load_config(copy_of_tiny(), ["teacher.mode=cached", "annotation.teacher_top_n=3"]))

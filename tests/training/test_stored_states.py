@@ -208,7 +208,7 @@ def test_shards_with_only_the_last_states_let_the_student_compute_its_layers(sto
 
 
 def test_a_run_with_a_deeper_trunk_than_the_shards_starts_from_theirs(stored, world, capsys):
-    path = stored(student={"layers": 3, "train_layers": 2})
+    path = stored(student={"layers": 3, "spacing": "first", "train_layers": 2})
     online = _results(path, world, "teacher.mode=zero3", "student.train_layers=1", run="online")
     capsys.readouterr()
     assert _same(_results(path, world, "student.train_layers=1", run="shards"), online)
@@ -225,7 +225,7 @@ def test_a_run_with_a_deeper_trunk_than_the_shards_starts_from_theirs(stored, wo
 
 
 def test_a_run_that_trains_a_layer_below_the_stored_trunk_computes_all_layers(stored, world, capsys):
-    path = stored()
+    path = stored(student={**STUDENT, "spacing": "first"})
     deeper = "student.train_layers=2"
     no_trunk = ("student.shared_trunk='off'", "annotation.store=[]")
     online = _results(path, world, "teacher.mode=zero3", deeper, *no_trunk, run="online")

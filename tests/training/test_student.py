@@ -121,3 +121,19 @@ def test_a_final_norm_that_has_no_parameters_is_refused():
         model = AutoModelForCausalLM.from_config(OlmoConfig(**SHAPE))
     with pytest.raises(UserError, match=r"student.train_final_norm: .* OlmoForCausalLM .* set it to false"):
         choose_trained(model, StudentConfig(train_layers=1, train_final_norm=True))
+
+
+@pytest.mark.parametrize(("changes", "frozen"), [({}, set()), ({"train_final_norm": False}, {"ln_f"})])
+def test_a_pretrained_student_is_trained_whole(changes, frozen):
+    """With its table of positions, which is part of no layer."""
+    model = AutoModelForCausalLM.from_config(GPT2Config(**HEADS, n_embd=32))
+    choose_trained(model, StudentConfig(path="a/b", **changes))
+    left = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert left == frozen
+
+
+def test_without_its_embeddings_a_pretrained_student_keeps_its_positions():
+    model = AutoModelForCausalLM.from_config(GPT2Config(**HEADS, n_embd=32))
+    choose_trained(model, StudentConfig(path="a/b", train_embeddings=False, train_lm_head=False))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"transformer.wte.weight", "transformer.wpe.weight"}

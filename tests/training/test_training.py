@@ -376,15 +376,20 @@ def test_checkpoints_are_not_overwritten_or_mixed_up_by_accident(copy_of_tiny, w
 
 
 def test_a_student_with_other_layers_than_the_config_chooses_is_refused(copy_of_tiny, world):
-    path = copy_of_tiny(*BEFORE_TRAINING)  # its student has layers 0 and 1 of 4
-    for layers, chosen in (("3", "0, 1, 2"), ("[0, 3]", "0, 3")):
+    path = copy_of_tiny(*BEFORE_TRAINING)  # its student has layers 0 and 3 of 4
+    by_ends = r"student\.layers, student\.spacing and student\.train_layers"
+    for change, keys, chosen in (
+        ("student.layers=3", by_ends, "0, 1, 3"),
+        ("student.layers=[0, 2]", r"student\.layers and student\.spacing", "0, 2"),
+        ("student.spacing=first", r"student\.layers and student\.spacing", "0, 1"),
+    ):
         message = (
-            rf"student: the student has the teacher's layers 0, 1, but student\.layers and student\.spacing choose "
-            rf"{chosen}; cut it again with `dskd student"
+            rf"student: the student has the teacher's layers 0, 3, but {keys} choose "
+            rf"{chosen}; cut it again with `dskd student .* or set student\.layers to \[0, 3\]"
         )
         with pytest.raises(UserError, match=message):
-            train(load_config(path, [f"student.layers={layers}"]), world)
-    config = load_config(path, ["student.layers=[0, 1]"])  # another way to choose the same layers
+            train(load_config(path, [change]), world)
+    config = load_config(path, ["student.layers=[0, 3]"])  # another way to choose the same layers
     load_inputs(config)
     # A student that was cut from another teacher has its layers.
     update_manifest(config.path("student"), teacher="another")

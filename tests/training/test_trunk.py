@@ -74,18 +74,25 @@ def _step(pair):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "trained"),
-    [("llama", {"layers.2."}), ("qwen2", {"layers.2."}), ("mistral", {"lm_head.weight", "model.norm.weight"})],
+    ("architecture", "spacing", "trained"),
+    [
+        ("llama", "ends", {"layers.2."}),
+        ("qwen2", "ends", {"layers.2."}),
+        ("qwen2", "first", {"layers.2."}),
+        ("mistral", "first", {"lm_head.weight", "model.norm.weight"}),
+    ],
 )
-def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, architecture, trained):
-    """With a resident teacher and activations that are recomputed, with tied embeddings, and without trained layers."""
+def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, architecture, spacing, trained):
+    """With the teacher's last layer above the trunk and with the next one; with a resident teacher and activations that
+    are recomputed, with tied embeddings, and without trained layers.
+    """
     save_model(tmp_path / "teacher", architecture)
     outside = {"train_layers": 0, "train_lm_head": True, "train_final_norm": True}
     results = {}
     for mode in ("on", "off"):
         config = _config(
             tmp_path,
-            student={"shared_trunk": mode, **(outside if architecture == "mistral" else {})},
+            student={"spacing": spacing, "shared_trunk": mode, **(outside if architecture == "mistral" else {})},
             train={"activation_checkpointing": architecture == "llama"},
             teacher={"mode": "resident" if architecture == "llama" else "zero3"},
         )
@@ -151,6 +158,7 @@ def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
     ("options", "message"),
     [
         ({"train_layers": 4}, "lowest layer is trained"),
+        ({"train_layers": "all"}, "lowest layer is trained"),
         ({"kept": (1, 2)}, "lowest layer is the teacher's layer 1"),
         ({"train_embeddings": True}, "embeddings are trained"),
         ({"tied": True, "train_lm_head": True}, "embeddings are trained"),

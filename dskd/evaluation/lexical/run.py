@@ -53,7 +53,8 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
 
     def measure(model: FrozenModel, measurement: Measurement) -> Callable[[], Outcome]:
         scores, areas = measure_items(model, items, _texts_at_once(config, items), world)
-        scores += alignment.senses_of_positions(model, text, inputs.dictionary, world)
+        if text.compares_senses(model):
+            scores += alignment.senses_of_positions(model, text, inputs.dictionary, world)
         return functools.partial(outcome, config, measurement, scores, areas, text=text.digest)
 
     suite.run(config, world, stale, measure, force=force)

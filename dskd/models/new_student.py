@@ -1,0 +1,79 @@
+"""A student with random weights (`student.from_config`): a Llama of given sizes with the teacher's tokenizer."""
+
+from typing import Any
+
+import torch
+
+from dskd.artifacts import kinds
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.files import report_full_disk
+from dskd.artifacts.manifest import Recipe
+from dskd.config import Config, NewStudentConfig
+from dskd.console import say, stage
+from dskd.models.cutting import copy_other_files
+from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.limits import position_limit, vocabulary_size
+from dskd.random_numbers import derived_seed
+
+_POSITIONS = 2048  # of a student whose teacher has no limit, unless sequences are longer
+
+
+def recipe(config: Config, teacher: ModelFolder) -> Recipe:
+    """Returns the recipe of the student: what determines its files."""
+    settings = {"origin": "from_config", "seed": config.seed, **_values_for(config, teacher)}
+    return Recipe("student", {}, settings, teacher.digest, teacher.tokenizer_digest)
+
+
+def build_new_student(config: Config) -> None:
+    """Writes a student with random weights to `WORKDIR/student`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    teacher = find_teacher(config)
+    target = config.path(kinds.STUDENT.folder)
+    with stage("student: random weights", reads=[teacher.path], writes=target):
+        values = _values_for(config, teacher)
+        values.pop("model_type")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(config.seed, "student", "weights"))
+            model = LlamaForCausalLM(LlamaConfig(**values))
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        with build_artifact(target, recipe(config, teacher)) as building:
+            with report_full_disk(building.folder):
+                model.save_pretrained(building.folder, safe_serialization=True)
+            copy_other_files(teacher, building.folder)
+            building.facts.update(origin="from_config", size_bytes=numel * torch.float32.itemsize)
+        say(f"  a Llama of {numel:,} parameters, in float32")
+
+
+def _values_for(config: Config, teacher: ModelFolder) -> dict[str, Any]:
+    assert config.student.from_config is not None, "asked for with student.from_config only"
+    model_config = teacher.load_config()
+    vocab_size = vocabulary_size(model_config)
+    assert vocab_size is not None, "a decoder with an output matrix has one"
+    positions = position_limit(model_config) or max(_POSITIONS, config.corpus.sequence_length)
+    tokens = {key: getattr(model_config, key, None) for key in ("bos_token_id", "eos_token_id")}
+    return config_values(config.student.from_config, vocab_size, positions) | tokens
+
+
+def config_values(sizes: NewStudentConfig, vocab_size: int, positions: int) -> dict[str, Any]:
+    """Returns the config.json of a Llama of these sizes.
+
+    It has no padding token: transformers would set that token's embedding to zero and never train it, and padding is
+    often the token that ends a text.
+    """
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size or intermediate_size(sizes.hidden_size),
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads or sizes.heads,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": sizes.tie_embeddings,
+    }
+
+
+def intermediate_size(hidden_size: int) -> int:
+    """Returns the inner width of the MLPs: as in Llama 2/3 · 4 · `hidden_size`, rounded down to a multiple of 8."""
+    return hidden_size * 8 // 3 // 8 * 8

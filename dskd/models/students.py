@@ -1,0 +1,94 @@
+"""The student of a work directory: cut from the teacher, another pretrained model, or new with random weights.
+
+All three are Hugging Face folders of the same kind of artifact, which training treats alike. In the manifest of a cut
+student the fact `layers` has the teacher's layers; the manifests of the others have the fact `origin` instead.
+"""
+
+from dskd.artifacts import kinds
+from dskd.artifacts.manifest import Manifest, Recipe, read_manifest
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.models import cutting, new_student, pretrained_student
+from dskd.models.folder import ModelFolder, find_pretrained_student
+from dskd.models.spacing import require_chosen_layers
+
+_MADE = {
+    "cut": "cut from a teacher (student.layers)",
+    "path": "copied from a pretrained model (student.path)",
+    "from_config": "made with random weights (student.from_config)",
+}
+
+
+def recipe(config: Config, teacher: ModelFolder) -> Recipe:
+    """Returns the recipe of the config's student: what determines its files. What is trained is not part of it.
+
+    Raises:
+        UserError: when there is no model at `student.path`.
+    """
+    if config.student.origin == "cut":
+        return cutting.recipe(config, teacher)
+    if config.student.origin == "path":
+        return pretrained_student.recipe(config, teacher)
+    return new_student.recipe(config, teacher)
+
+
+def build_student(config: Config, measure: cutting.Measure | None = None) -> None:
+    """Writes `WORKDIR/student`.
+
+    Args:
+        config: the experiment.
+        measure: measures blocks of the teacher's layers; it is called only with `student.spacing: importance`.
+
+    Raises:
+        UserError: when the teacher or the student is refused.
+    """
+    if config.student.origin == "cut":
+        cutting.build_student(config, measure)
+    elif config.student.origin == "path":
+        pretrained_student.build_pretrained_student(config)
+    else:
+        new_student.build_new_student(config)
+
+
+def origin_of(manifest: Manifest) -> str:
+    """Returns how the student with this manifest was made: `cut`, `path` or `from_config`."""
+    return str(manifest.facts.get("origin", "cut"))
+
+
+def require_configured_student(config: Config, teacher: ModelFolder, student: ModelFolder) -> None:
+    """Checks that the student in the work directory is the one that the config names; it may have changed since.
+
+    Raises:
+        UserError: if it is another; it names both, and the command that makes the student again.
+    """
+    manifest = read_manifest(student.path, "student")
+    made, chosen = origin_of(manifest), config.student.origin
+    again = f"make it again with `{kinds.STUDENT.made_by}`"
+    if made != chosen:
+        raise UserError(
+            f"{student.path}: the student was {_MADE[made]}, but the config's is to be {_MADE[chosen]}; {again}"
+        )
+    if chosen == "cut":
+        require_chosen_layers(config, teacher, student)
+        return
+    if manifest.tokenizer != teacher.tokenizer_digest:
+        raise UserError(
+            f"{student.path}: the student was made for a teacher with another tokenizer than that of {teacher.path}; "
+            f"{again}"
+        )
+    if chosen == "from_config":
+        expected = new_student.recipe(config, teacher).config
+        # Runs may have seeds of their own, and all have the student of the first.
+        changed = [key for key, value in expected.items() if key != "seed" and manifest.config.get(key) != value]
+        if changed:
+            different = ", ".join(f"{key} {manifest.config.get(key)} and {expected[key]}" for key in changed)
+            raise UserError(f"{student.path}: student and config differ: {different}; {again}")
+        return
+    copied, named = manifest.facts["path"], config.student.path
+    # Another place may have the same model, so it is read before it is refused.
+    if (copied, manifest.facts["revision"]) != (named, config.student.revision) and (
+        manifest.inputs["model"] != find_pretrained_student(config).digest
+    ):
+        raise UserError(
+            f"{student.path}: the student is a copy of {copied}, but student.path is {named}, another model; {again}"
+        )

@@ -1,0 +1,171 @@
+"""Students that are not cut from the teacher: what is written, from which recipe, and what is refused."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from tiny_models import SHAPE, save_model, word_tokenizer
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from dskd.artifacts.manifest import is_current, read_manifest
+from dskd.config import Config, NewStudentConfig
+from dskd.errors import UserError
+from dskd.models.cutting import find_student
+from dskd.models.folder import find_teacher
+from dskd.models.new_student import config_values
+from dskd.models.students import build_student, recipe, require_configured_student
+
+WORDS = [f"w{index}" for index in range(100)]
+SIZES = {"layers": 2, "hidden_size": 16, "heads": 2}
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    save_model(tmp_path / "teacher")
+
+
+def _config(tmp_path, **changes):
+    settings = {
+        "workdir": str(tmp_path / "work"),
+        "teacher": {"path": str(tmp_path / "teacher")},
+        "student": {"path": str(tmp_path / "pretrained")},
+        "corpus": {"sequence_length": 48},
+    }
+    return Config(**(settings | changes))
+
+
+def _save_pretrained(folder, *, words=WORDS, **sizes):
+    """Writes a tied Qwen 2 that is narrower than the teacher, and has more rows of padding."""
+    torch.manual_seed(1)
+    values = {**SHAPE, "hidden_size": 24, "num_hidden_layers": 3, "vocab_size": 128, "tie_word_embeddings": True}
+    model = Qwen2ForCausalLM(Qwen2Config(**(values | sizes))).eval()
+    model.save_pretrained(folder)
+    word_tokenizer(words).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.usefixtures("teacher")
+def test_a_pretrained_student_is_a_copy_that_stays_when_the_model_changes(tmp_path):
+    model, config = _save_pretrained(tmp_path / "pretrained"), _config(tmp_path)
+    (tmp_path / "pretrained" / "chat_template.jinja").write_text("own")
+    build_student(config)
+    shutil.rmtree(tmp_path / "pretrained")
+    student = find_student(config)
+    ids = torch.arange(10).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(student.path)(ids).logits, model(ids).logits)
+    assert student.load_tokenizer()("w3 w99")["input_ids"] == word_tokenizer(WORDS)("w3 w99")["input_ids"]
+    assert (student.path / "chat_template.jinja").read_text() == "own"
+    manifest = read_manifest(student.path, "student")
+    assert manifest.facts["origin"] == "path"
+    assert manifest.facts["path"] == str(tmp_path / "pretrained")
+    assert "layers" not in manifest.facts
+    assert manifest.teacher == find_teacher(config).digest
+
+
+@pytest.mark.usefixtures("teacher")
+def test_the_recipe_follows_the_model_and_not_its_place(tmp_path):
+    _save_pretrained(tmp_path / "pretrained")
+    config = _config(tmp_path)
+    build_student(config)
+    shutil.move(tmp_path / "pretrained", tmp_path / "moved")
+    moved = _config(tmp_path, student={"path": str(tmp_path / "moved"), "train_layers": 1})
+    found = find_teacher(moved)
+    assert is_current(moved.path("student"), recipe(moved, found))
+    require_configured_student(moved, found, find_student(moved))
+    _save_pretrained(tmp_path / "moved", num_hidden_layers=2)
+    assert not is_current(moved.path("student"), recipe(moved, found))
+    with pytest.raises(UserError, match=rf"is a copy of {tmp_path}/pretrained, but student.path is {tmp_path}/moved"):
+        require_configured_student(moved, found, find_student(moved))
+
+
+def _swap_words(folder):
+    word_tokenizer(["w1", "w0", *WORDS[2:]]).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_swap_words, r"student\.path: the tokenizer in .*pretrained is not that of the teacher, .*teacher: the token "
+         r"with id 2 is 'w0' in the teacher's, and 'w1' in the student's"),
+        (lambda folder: _save_pretrained(folder, vocab_size=101), r"has 101 tokens .*, 0 to 100, and texts of the "
+         "teacher can have 102"),
+        (lambda folder: _save_pretrained(folder, max_position_embeddings=32), r"48 is more than the 32 positions"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"student\.path: .* there are no weights"),
+        (shutil.rmtree, r"student\.path: there is no folder .*pretrained"),
+    ],
+    ids=["tokenizer", "fewer tokens", "fewer positions", "no weights", "no folder"],
+)  # fmt: skip
+@pytest.mark.usefixtures("teacher")
+def test_an_unsuitable_student_is_refused_and_nothing_is_written(tmp_path, change, message):
+    _save_pretrained(tmp_path / "pretrained")
+    change(tmp_path / "pretrained")
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        build_student(_config(tmp_path))
+    assert not (tmp_path / "work" / "student").exists()
+    assert not [*(tmp_path / "work").glob(".student.partial*")]
+
+
+@pytest.mark.usefixtures("teacher")
+def test_the_code_of_a_student_does_not_run_even_if_the_teachers_may(tmp_path):
+    _save_pretrained(tmp_path / "pretrained")
+    file = tmp_path / "pretrained" / "config.json"
+    values = json.loads(file.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}
+    file.write_text(json.dumps(values))
+    (file.parent / "own.py").write_text("raise SystemExit('it ran')")
+    teacher = {"path": str(tmp_path / "teacher"), "trust_remote_code": True}
+    with pytest.raises(UserError, match=r"student\.path: .* brings its own code, which runs for teachers only"):
+        build_student(_config(tmp_path, teacher=teacher))
+
+
+@pytest.mark.usefixtures("teacher")
+def test_a_new_student_is_a_function_of_its_sizes_and_the_seed(tmp_path):
+    def weights(seed, **sizes):
+        config = _config(tmp_path, student={"from_config": {**SIZES, **sizes}}, seed=seed)
+        before = torch.random.get_rng_state()
+        build_student(config)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert is_current(config.path("student"), recipe(config, find_teacher(config)))
+        return (config.path("student") / "model.safetensors").read_bytes()
+
+    one = weights(1)
+    assert weights(1) == one != weights(2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "student")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.get_input_embeddings().padding_idx is None
+    weights(1, kv_heads=1, intermediate_size=24, tie_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "student")
+    assert model.model.layers[1].self_attn.k_proj.weight.shape == (8, 16)
+    assert model.model.layers[1].mlp.up_proj.weight.shape == (24, 16)
+    # The teacher's rows with their padding, and its tokenizer and positions.
+    assert model.lm_head.weight.shape == (SHAPE["vocab_size"], 16)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert model.config.max_position_embeddings == SHAPE["max_position_embeddings"]
+    config = _config(tmp_path, student={"from_config": SIZES})
+    assert find_student(config).tokenizer_digest == find_teacher(config).tokenizer_digest
+
+
+@pytest.mark.usefixtures("teacher")
+def test_a_student_that_the_config_no_longer_names_is_refused(tmp_path):
+    new = _config(tmp_path, student={"from_config": SIZES})
+    build_student(new)
+    found, student = find_teacher(new), find_student(new)
+    require_configured_student(_config(tmp_path, student={"from_config": SIZES}, seed=5), found, student)
+    with pytest.raises(
+        UserError, match=r"student and config differ: hidden_size 16 and 32, intermediate_size 40 and 80"
+    ):
+        require_configured_student(
+            _config(tmp_path, student={"from_config": {**SIZES, "hidden_size": 32}}), found, student
+        )
+    made = r"was made with random weights \(student\.from_config\), but the config's is to be "
+    for other, chosen in (({"layers": 2}, "cut from a teacher"), ({"path": "x"}, "copied from a pretrained model")):
+        with pytest.raises(UserError, match=f"{made}{chosen}.*make it again with `dskd student"):
+            require_configured_student(_config(tmp_path, student=other), found, student)
+
+
+def test_the_default_inner_width_is_that_of_llama():
+    values = config_values(NewStudentConfig(layers=1, hidden_size=288, heads=6), 100, 64)
+    assert values["intermediate_size"] == 768
+    assert re.fullmatch("llama", values["model_type"])

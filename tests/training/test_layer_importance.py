@@ -1,0 +1,157 @@
+"""`dskd student` with layers that are chosen by measuring, and `--explain`, on the command line."""
+
+import itertools
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from layer_angles import plain_angles
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from dskd.__main__ import main
+from dskd.artifacts.manifest import is_current, read_manifest
+from dskd.config.reading import load_config
+from dskd.errors import UserError
+from dskd.models.cutting import find_student, recipe
+from dskd.models.folder import find_teacher
+from dskd.models.spacing import require_chosen_layers
+from dskd.shards.stored_states import plan_stored
+from dskd.training.layer_importance import sample_rows
+
+MEASURED = ("student.spacing=importance", "student.importance_samples=6", "student.layers=2", "student.train_layers=1")
+BEFORE = ("corpus", "teacher", "sequences")
+
+
+@pytest.fixture
+def dskd(monkeypatch, capsys):
+    """Runs a verb, and returns its exit code and all that it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dskd", *map(str, arguments)])
+        code = main()
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def _documents(config):
+    """Returns the documents in the sequences that are drawn, as tensors of tokens."""
+    tensors = load_file(config.path("sequences", "train.safetensors"))
+    documents = []
+    for row in sample_rows(len(tensors["lengths"]), 6, config.seed):
+        tokens = tensors["input_ids"][row, : tensors["lengths"][row]].long()
+        starts = [*tensors["starts"][row, : len(tokens)].nonzero().flatten().tolist(), len(tokens)]
+        documents += [tokens[begin:end] for begin, end in itertools.pairwise(starts)]
+    return documents
+
+
+def test_a_student_cut_by_importance_lacks_the_block_that_was_measured_to_change_least(copy_of_tiny, dskd):
+    path = copy_of_tiny(*BEFORE)
+    config = load_config(path, MEASURED)
+    # Held-out text is not read: this is none.
+    held_out = config.path("sequences", "validation.safetensors")
+    held_out.write_bytes(b"\xff" * held_out.stat().st_size)
+    code, printed = dskd("student", "--config", path, *MEASURED)
+    assert code == 0, printed
+    manifest = read_manifest(config.path("student"), "student")
+    facts = manifest.facts["importance"]
+    documents = _documents(config)
+    assert len(documents) > 6  # packed
+    for name, size in (("layers", 1), ("blocks", 2)):
+        expected, count = plain_angles(config.path("teacher"), documents, size)
+        np.testing.assert_allclose(facts[name], expected, rtol=1e-4)
+        assert (facts["samples"], facts["tokens"]) == (6, count)
+    # Of two blocks of two layers: the third would take the last layer, which is trained.
+    start = int(np.argmin(facts["blocks"][:2]))
+    assert manifest.facts["layers"] == [layer for layer in range(4) if not start <= layer < start + 2]
+    assert AutoConfig.from_pretrained(config.path("student")).num_hidden_layers == 2
+
+    # The choice is the recorded one: nothing is measured again, and the pipeline finds the student up to date.
+    teacher, student = find_teacher(config), find_student(config)
+    require_chosen_layers(config, teacher, student)
+    assert is_current(config.path("student"), recipe(config, teacher))
+    stored = load_config(path, [*MEASURED, "annotation.store=[teacher_states, trunk_states]"])
+    if start:
+        assert plan_stored(stored, teacher).trunk_depth == start
+    for change in ("student.importance_samples=7", "student.layers=3", "seed=9"):
+        assert not is_current(config.path("student"), recipe(load_config(path, [*MEASURED, change]), teacher)), change
+    for change in ("student.importance_samples=7", "student.layers=3"):
+        with pytest.raises(
+            UserError, match=r"was not cut from this teacher with student\.spacing: importance.* `dskd st"
+        ):
+            require_chosen_layers(load_config(path, [*MEASURED, change]), teacher, student)
+
+
+def test_a_student_with_the_teachers_ends_is_cut_and_stale_when_other_layers_are_trained(copy_of_tiny, dskd):
+    path = copy_of_tiny("teacher")
+    options = ("student.layers=3", "student.train_layers=2")
+    code, printed = dskd("student", "--config", path, *options)
+    assert code == 0, printed
+    config = load_config(path, options)
+    teacher, student = find_teacher(config), find_student(config)
+    assert read_manifest(student.path, "student").facts["layers"] == [0, 2, 3]
+    whole, cut = (load_file(config.path(name, "model.safetensors")) for name in ("teacher", "student"))
+    for new, old in enumerate([0, 2, 3]):
+        name = "model.layers.{}.mlp.up_proj.weight"
+        assert torch.equal(cut[name.format(new)], whole[name.format(old)])
+    require_chosen_layers(config, teacher, student)
+    assert is_current(student.path, recipe(config, teacher))
+    other = load_config(path, ["student.layers=3", "student.train_layers=1"])
+    assert not is_current(student.path, recipe(other, teacher))
+    with pytest.raises(
+        UserError,
+        match=r"layers 0, 2, 3, but student\.layers, student\.spacing and student\.train_layers choose 0, 1, 3; cut it",
+    ):
+        require_chosen_layers(other, teacher, student)
+
+
+def test_explain_shows_what_each_way_would_keep_and_cuts_nothing(copy_of_tiny, dskd):
+    path = copy_of_tiny(*BEFORE)
+    work = load_config(path).path()
+    before = sorted(work.rglob("*"))
+    code, printed = dskd("student", "--config", path, "--explain", *MEASURED)
+    assert code == 0, printed
+    picture = work / "plots" / "layers.png"
+    assert f"{picture}: the same as a picture" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+    assert {*work.rglob("*")} - {*before} <= {picture.parent, picture}
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line[:1].isdigit()}
+    expected, _ = plain_angles(work / "teacher", _documents(load_config(path, MEASURED)), 1)
+    assert [float(rows[str(layer)][1]) for layer in range(4)] == pytest.approx(expected.tolist(), abs=6e-5)
+    header = next(line for line in printed.splitlines() if line.startswith("layer "))
+    assert header.split()[-4:] == ["first", "even", "ends", "importance"]
+    kept = [[layer for layer in range(4) if rows[str(layer)][column] == "kept"] for column in (-4, -3, -2)]
+    assert kept == [[0, 1], [0, 3], [0, 3]]
+    code, printed = dskd("student", "--config", path, "--explain", "student.layers=[1, 2, 3]")
+    assert code == 0 and "This config chooses your list: the teacher's layers 1, 2, 3." in printed, printed
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "options", "message"),
+    [
+        (("teacher",), MEASURED, "measured on training sequences, but .*/sequences: there are no sequences here; make"),
+        (("corpus",), MEASURED, "teacher: there is no teacher here; make it with `python launcher/pipeline.py"),
+        (BEFORE, (*MEASURED, "student.layers=4"), "student.layers keeps all of the teacher's 4; set"),
+        (BEFORE, ("student.importance_samples=9",), "student.importance_samples needs spacing: importance"),
+    ],
+)
+@pytest.mark.parametrize("explain", [(), ("--explain",)])
+def test_what_cannot_be_measured_is_refused(copy_of_tiny, dskd, artifacts, options, message, explain):
+    path = copy_of_tiny(*artifacts)
+    code, printed = dskd("student", "--config", path, *explain, *options)
+    assert code == 2
+    assert re.search(message, printed), printed
+    assert "Traceback" not in printed
+    assert not load_config(path).path("student").exists()
+
+
+def test_the_sample_is_drawn_once_for_all_runs_and_not_again():
+    rows = sample_rows(1000, 64, seed=3)
+    assert len(set(rows.tolist())) == 64 and rows.tolist() == sorted(rows.tolist())
+    assert rows.tolist() == sample_rows(1000, 64, seed=3).tolist() != sample_rows(1000, 64, seed=4).tolist()
+    assert set(rows.tolist()) > set(sample_rows(1000, 32, seed=3).tolist())
+    assert sample_rows(5, 64, seed=3).tolist() == [0, 1, 2, 3, 4]
