@@ -34,9 +34,8 @@ def has_width_map(loss: LossConfig, own: int, width: int) -> bool:
 
 def build_width_map(own: int, width: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:
     """Returns a map from D = `own` to D' = `width`, with all weights 0."""
-    # Not initialised by torch, which would draw random numbers.
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, own, width, bias=False, device=device, dtype=dtype)
-    nn.init.zeros_(layer.weight)
+    layer = nn.Linear(own, width, bias=False, device="meta")  # where torch draws no random numbers for the weights
+    layer.weight = nn.Parameter(torch.zeros(width, own, dtype=dtype, device=device))
     return layer
 
 
