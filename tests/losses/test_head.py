@@ -31,9 +31,6 @@ def case():
     return {
         "hidden": random(B, T, D),
         "weight": random(V, D),
-        "narrow_hidden": random(B, T, D_NARROW),
-        "narrow_weight": random(V, D_NARROW),
-        "width_map": random(D, D_NARROW),
         "teacher_hidden": random(B, T, D),
         "teacher_weight": random(V, D),
         "labels": torch.randint(0, V, (B, T), generator=generator),
@@ -52,6 +49,9 @@ def case():
             "candidate_rows": torch.tensor([[0, 3], [-1, 0], [-1, -1]]),
             "random_rows": torch.tensor([1, 2]),
         },
+        "narrow_hidden": random(B, T, D_NARROW),
+        "narrow_weight": random(V, D_NARROW),
+        "width_map": random(D, D_NARROW),
     }
 
 

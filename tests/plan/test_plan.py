@@ -116,7 +116,7 @@ def test_another_student_is_planned_with_its_own_shape(tmp_path):
 
 
 def test_the_map_of_a_student_of_another_width_is_planned(tmp_path):
-    """It is trained, but not exported; the mapped states, and their gradients, take memory in the loss."""
+    """It is trained, but not exported; the mapped states take memory in the loss."""
     sizes = {"layers": 2, "hidden_size": 16, "heads": 2}
     config, architecture = _with_student(tmp_path, {"from_config": sizes}), Architecture(json.dumps(LLAMA), "llama")
     mapped = config.model_copy(update={"loss": config.loss.model_copy(update={"hidden_weight": 1.0})})
@@ -125,7 +125,7 @@ def test_the_map_of_a_student_of_another_width_is_planned(tmp_path):
     assert students[1].whole_numel == students[0].whole_numel
     loss, of_mapped = (make_plan(each, _cluster(1, "cuda"), architecture).memory.gpu.loss for each in (config, mapped))
     states = config.train.micro_batch_size * 16 * 32 * 2  # bytes of [B, T, D'] in bf16
-    assert of_mapped - loss >= 2 * states
+    assert of_mapped - loss >= states
 
 
 def test_a_pretrained_student_is_planned_like_the_same_model_cut_from_the_teacher(tmp_path):
