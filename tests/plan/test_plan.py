@@ -68,7 +68,9 @@ def test_the_map_of_a_student_of_another_width_is_planned(tmp_path):
     students = [plan_student(each, architecture) for each in (config, mapped)]
     assert students[1].shapes.trained_numel - students[0].shapes.trained_numel == 32 * 16
     assert students[1].whole_numel == students[0].whole_numel
-    loss, of_mapped = (make_plan(each, _cluster(1, "cuda"), architecture).memory.gpu.loss for each in (config, mapped))
+    loss, of_mapped = (
+        make_plan(each, cluster_of(1, "cuda"), architecture).memory.gpu.loss for each in (config, mapped)
+    )
     states = config.train.micro_batch_size * 16 * 32 * 2  # bytes of [B, T, D'] in bf16
     assert of_mapped - loss >= states
 
