@@ -154,7 +154,7 @@ def load_student(
     width_map = None
     if mapped_width is not None:
         width_map = build_width_map(folder.load_config().hidden_size, mapped_width, dtype, world.device)
-        trained.append(width_map.weight)
+        trained.extend(width_map.parameters())
     student = StudentModule(Decoder(base_model(causal_lm)), head, names, width_map)
     # Activation checkpointing works in training mode only. `build_sharded` has removed dropout.
     student.train()

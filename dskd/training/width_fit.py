@@ -61,8 +61,9 @@ def fit_width_map(
     steps = min(math.ceil(SEQUENCES / schedule.global_batch_size), schedule.steps_per_epoch)
     with contextlib.ExitStack() as stack:
         if source.kind == "loaded" and pair.teacher is None:
-            pair = replace(pair, teacher=load_frozen(inputs.teacher, config, world, with_head=False))
-            stack.callback(pair.teacher.close)
+            teacher = load_frozen(inputs.teacher, config, world, with_head=False)
+            stack.callback(teacher.close)
+            pair = replace(pair, teacher=teacher)
         # The run's own first steps: every number of ranks has the same, and their shards are then already unpacked.
         collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size, states=source.columns)
         first_steps = load_steps(config, replace(schedule, total_steps=steps), collate, cache, world, start_step=0)
