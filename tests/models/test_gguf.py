@@ -370,7 +370,8 @@ def test_a_plan_reads_the_shape_from_the_file_and_needs_no_conversion(tmp_path, 
 def test_the_pipeline_makes_the_teacher_first_and_once_and_refuses_a_cut_file(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", types=QUANTISED).path
     config = _config_file(path)
-    (tmp_path / "text.txt").write_text("\n\n".join([*TEXTS] * 20))
+    documents = [f"{number} {TEXTS[number % len(TEXTS)]}" for number in range(400)]
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
     made = run_program("pipeline.py", config, "--until", "teacher")
     assert re.findall(r"^== (\w+)", made.output, re.MULTILINE) == ["teacher"]
     overrides = ["lexicon.wordnet=false", f"lexicon.tsv=[{tmp_path / 'own.tsv'}]"]
@@ -420,11 +421,18 @@ def test_a_real_model_answers(tmp_path):
     assert end_tokens(find_teacher(config)) == (2, [2])
     own = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     assert torch.equal(_logits(model), _logits(own))
-    question = [{"role": "user", "content": "What is the opposite of hot?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert answer[-1] == 2
-    assert "cold" in tokenizer.decode(answer)
+    answers = {}
+    for question in ("What is the opposite of hot?", "What is the capital of France?"):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        generated = model.generate(**prompt, max_new_tokens=15, do_sample=False)
+        answers[question] = tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :])
+    assert answers["What is the opposite of hot?"].startswith("The opposite of hot is cold.")
+    assert answers["What is the capital of France?"] == "The capital of France is Paris.<|im_end|>"  # and no more
     facts = read_manifest(folder, "teacher").facts
     assert facts["tensor_types"] == {"F32": 61, "Q4_1": 210, "Q8_0": 1}
     assert facts["provenance"]["license"] == "apache-2.0"
