@@ -66,6 +66,11 @@ def test_the_map_of_a_student_of_another_width_is_planned(tmp_path):
     config, architecture = _with_student(tmp_path, {"from_config": sizes}), Architecture(json.dumps(LLAMA), "llama")
     mapped = config.model_copy(update={"loss": config.loss.model_copy(update={"hidden_weight": 1.0})})
     students = [plan_student(each, architecture) for each in (config, mapped)]
+    plain, with_map = (
+        flops_per_token(each, architecture, teacher_shapes(architecture), student)["head"]
+        for each, student in zip((config, mapped), students, strict=True)
+    )
+    assert with_map - plain == 3 * 2 * 16 * 32  # the mapped states, their gradient and the map's
     assert students[1].shapes.trained_numel - students[0].shapes.trained_numel == 32 * 16
     assert students[1].whole_numel == students[0].whole_numel
     loss, of_mapped = (
