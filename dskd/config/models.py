@@ -219,7 +219,7 @@ class StudentConfig(Section):
         student lacks, and keys of another spacing.
         """
         if self.origin == "cut":
-            yield from self.keys_without_use("student", "spacing", {"importance": ("importance_samples",)})
+            yield from self.keys_without_use("student", "spacing", {("importance",): ("importance_samples",)})
         yield from self._of_other_students()
         if self.origin == "path":  # the number of its layers is not known yet
             return
@@ -259,7 +259,7 @@ class StudentConfig(Section):
     def why_no_trunk(self) -> str | None:
         """The reason why teacher and student share no lowest layers, as far as these keys say; None if they may."""
         if self.origin != "cut":
-            return f"the student is not cut from the teacher (student.{self.origin})"
+            return f"student.{self.origin} is not cut from the teacher"
         if self.shared_trunk == "off":
             return "student.shared_trunk is off"
         if self.train_embeddings:

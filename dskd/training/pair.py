@@ -13,7 +13,7 @@ from dskd.console import say
 from dskd.distributed.collectives import main_first
 from dskd.distributed.world import World
 from dskd.models.agreement import probe_inputs
-from dskd.models.causal_lm import fits_without_lower_layers, fits_without_upper_layers
+from dskd.models.causal_lm import destroy_engine, fits_without_lower_layers, fits_without_upper_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import compute_dtype
@@ -22,6 +22,7 @@ from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource, reads_logits
 from dskd.training.trunk_check import Expected, StoredTrunk, difference, run_trunk_once, run_twin
+from dskd.training.width_map import width_of_map
 
 
 @dataclass
@@ -105,7 +106,7 @@ class ModelPair:
 
     def close(self, *, keep_teacher: bool = False) -> None:
         """Frees the models' memory; with `keep_teacher`, the teacher stays loaded."""
-        self.engine.destroy()
+        destroy_engine(self.engine)
         if isinstance(self.trunk, HandOver):
             self.trunk.close()
         if self.teacher is not None and not keep_teacher:
@@ -164,6 +165,7 @@ def load_pair(
             accumulation_steps=accumulation_steps,
             trunk_depth=trunk_depth,
             load_universal=load_universal,
+            mapped_width=width_of_map(config.loss, student_folder, teacher_folder),
         )
 
     engine = load(depth)
@@ -175,7 +177,7 @@ def load_pair(
     problem = difference(engine, expected, world=world, dtype=compute_dtype(config.precision, world.device))
     if problem is not None:
         _refuse_or_report(config, problem)
-        engine.destroy()
+        destroy_engine(engine)
         return ModelPair(teacher, load(0), without_trunk)
     if trunk is not None:
         return ModelPair(None, engine, source, trunk)
