@@ -28,7 +28,7 @@ SEQUENCES = 256  # of the fit, rounded up to whole steps, or those of one epoch 
 
 @dataclass(frozen=True)
 class WidthFit:
-    """The fit, as it is reported."""
+    """The facts about a fit that training reports."""
 
     sequences: int
     positions: int
