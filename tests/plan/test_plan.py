@@ -60,6 +60,26 @@ def test_another_student_is_planned_with_its_own_shape(tmp_path):
     }
 
 
+def test_the_map_of_a_student_of_another_width_is_planned(tmp_path):
+    """It is trained, but not exported; the mapped states take memory in the loss."""
+    sizes = {"layers": 2, "hidden_size": 16, "heads": 2}
+    config, architecture = _with_student(tmp_path, {"from_config": sizes}), Architecture(json.dumps(LLAMA), "llama")
+    mapped = config.model_copy(update={"loss": config.loss.model_copy(update={"hidden_weight": 1.0})})
+    students = [plan_student(each, architecture) for each in (config, mapped)]
+    plain, with_map = (
+        flops_per_token(each, architecture, teacher_shapes(architecture), student)["head"]
+        for each, student in zip((config, mapped), students, strict=True)
+    )
+    assert with_map - plain == 3 * 2 * 16 * 32  # the mapped states, their gradient and the map's
+    assert students[1].shapes.trained_numel - students[0].shapes.trained_numel == 32 * 16
+    assert students[1].whole_numel == students[0].whole_numel
+    loss, of_mapped = (
+        make_plan(each, cluster_of(1, "cuda"), architecture).memory.gpu.loss for each in (config, mapped)
+    )
+    states = config.train.micro_batch_size * 16 * 32 * 2  # bytes of [B, T, D'] in bf16
+    assert of_mapped - loss >= states
+
+
 def test_a_pretrained_student_is_planned_like_the_same_model_cut_from_the_teacher(tmp_path):
     """A model of the teacher's shape with fewer layers: only where it comes from differs."""
     (tmp_path / "pretrained").mkdir()
