@@ -1,13 +1,15 @@
-"""Our training step against TRL's GKD trainer, off-policy: tokens per second and peak memory.
+"""Our training step against TRL, off-policy: tokens per second and peak memory.
 
     pip install -e ".[benchmarks]"
     python -m benchmarks.gkd
 
 Both have the same models, tokens, batches, accumulation, trained layers, AdamW and number format. They take turns, each
 in separate processes. GKD has the settings nearest to ours: lmbda=0 (no generation), beta=0 (KL of teacher to student).
-Its loss has no cross-entropy, and its temperature affects only sampling, so our step does more: CE with KL at
-temperature 2, without and with the sense loss. Recomputing activations, TRL's default, is off on both sides. With bf16
-models TRL runs under autocast by default; with `--plain-bf16` it computes everything, softmax included, in bf16.
+Its DistillationTrainer always generates, so its chunked loss, the same KL without whole logits, is measured in a plain
+loop over Hugging Face's models (`TRL's chunked loss`). TRL's loss has no cross-entropy, and its temperature affects
+only sampling, so our step does more: CE with KL at temperature 2, without and with the sense loss. Recomputing
+activations, TRL's default, is off on both sides. With bf16 models TRL runs under autocast by default; with
+`--plain-bf16` it computes everything, softmax included, in bf16.
 
 Memory is the peak over the measured steps, minus what the process held before it loaded its models. On a CPU it is
 measured in separate processes in which freed memory counts as free at once, because that slows them down.
@@ -15,6 +17,7 @@ measured in separate processes in which freed memory counts as free at once, bec
 
 import argparse
 import importlib.util
+import itertools
 import sys
 import tempfile
 import time
@@ -46,8 +49,9 @@ from dskd.models.precision import compute_dtype
 from dskd.training.student import choose_trained
 
 _OURS = {"dskd: CE + KL": "loss.sense_weight=0", "dskd: CE + KL + sense": "loss.sense_weight=1"}
-_TRL = "TRL's GKD"
-_SIDES = dict(zip(("plain", "sense", "trl"), (*_OURS, _TRL), strict=True))
+_TRL, _TRL_CHUNKED = "TRL's GKD", "TRL's chunked loss"
+_CONTROLS = (_TRL_CHUNKED, _TRL)
+_SIDES = dict(zip(("plain", "sense", "chunked", "trl"), (*_OURS, *_CONTROLS), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,14 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.child is not None:
         side, path = args.child
         config = read_config(Path(path), args.overrides, *([_OURS[side]] if side in _OURS else []))
-        print_result(_run_ours(config, args) if side in _OURS else _run_gkd(config, args))
+        run = {_TRL: _run_gkd, _TRL_CHUNKED: _run_chunked}.get(side, _run_ours)
+        print_result(run(config, args))
         return
     if importlib.util.find_spec("trl") is None:
         parser.error('TRL is not installed; install it with pip install -e ".[benchmarks]"')
     at_start = machine()
     options = ["--steps", args.steps, "--warm-up", args.warm_up]
     options += ["--plain-bf16"] * args.plain_bf16 + ["--profile"] * args.profile
-    sides = [name for key, name in _SIDES.items() if args.only in {None, key} or name == _TRL]
+    sides = [name for key, name in _SIDES.items() if args.only in {None, key} or name in _CONTROLS]
     rates: dict[str, list[float]] = {name: [] for name in sides}
     # On a GPU the allocator's count is exact, so memory needs no separate processes.
     rounds_of_memory = 0 if default_device().type == "cuda" else 1
@@ -130,19 +135,13 @@ def _run_ours(config: Config, args: argparse.Namespace) -> dict[str, float]:
 
 def _run_gkd(config: Config, args: argparse.Namespace) -> dict[str, float]:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     device, train = default_device(), config.train
     dtype = compute_dtype(config.precision, device)
     meter = _Meter(args, device, held_bytes(device), train.global_batch_size * config.corpus.sequence_length)
-    teacher, student = find_teacher(config), find_student(config)
-    models = [AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype) for folder in (teacher, student)]
-    for parameter in (parameter for model in models for parameter in model.parameters()):
-        parameter.data = (
-            parameter.data.clone()
-        )  # on a CPU they are mapped from their files, and would not count as memory
-    choose_trained(models[1], config.student)
+    teacher, models = find_teacher(config), _load_models(config, dtype)
     tokens = read_tokens(config)
 
     class StepCounter(TrainerCallback):
@@ -187,6 +186,48 @@ def _run_gkd(config: Config, args: argparse.Namespace) -> dict[str, float]:
             callbacks=[StepCounter()],
         )
         trainer.train()
+    return meter.result
+
+
+def _load_models(config: Config, dtype: torch.dtype) -> list[Any]:
+    """Returns teacher and student as transformers loads them; of the student only what the config says is trained."""
+    from transformers import AutoModelForCausalLM
+
+    folders = find_teacher(config), find_student(config)
+    models = [AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype) for folder in folders]
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        # On a CPU parameters are mapped from their files, and would not count as memory.
+        parameter.data = parameter.data.clone()
+    choose_trained(models[1], config.student)
+    return models
+
+
+def _run_chunked(config: Config, args: argparse.Namespace) -> dict[str, float]:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    device, train = default_device(), config.train
+    dtype = compute_dtype(config.precision, device)
+    meter = _Meter(args, device, held_bytes(device), train.global_batch_size * config.corpus.sequence_length)
+    teacher, student = (model.to(device) for model in _load_models(config, dtype))
+    teacher.requires_grad_(False)
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
+    micro_batches = itertools.cycle(torch.from_numpy(read_tokens(config)).long().split(train.micro_batch_size))
+    targets = train.global_batch_size * (config.corpus.sequence_length - 1)
+    for _ in range(args.warm_up + args.steps):
+        for input_ids in itertools.islice(micro_batches, train.global_batch_size // train.micro_batch_size):
+            inputs = input_ids.to(device)
+            with torch.no_grad():
+                teacher_states = teacher.base_model(inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            states = student.base_model(inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            divergence, _ = ChunkedDivergenceFunction.apply(
+                states, student.lm_head.weight, None, teacher_states, teacher.lm_head.weight, None, 0.0, 1.0
+            )
+            (divergence.sum() / targets).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.count()
     return meter.result
 
 

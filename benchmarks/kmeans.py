@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
-from torch.nn import functional as F
 
 from benchmarks.report import build_parser, default_device, machine, parse, publish
 from dskd.config import SensesConfig
 from dskd.senses.cluster import cluster
+from dskd.senses.csr import offsets_of
 from dskd.senses.gather import read_progress
 from dskd.senses.reservoir import SampledStates, TokenStates
 
@@ -84,7 +84,7 @@ def _choose(states: TokenStates, k: int, number: int, seed: int) -> TokenStates:
     many = many[torch.randperm(len(many), generator=torch.Generator().manual_seed(seed))[:number]].sort().values
     parts = [states.states[states.offsets[token] : states.offsets[token + 1]] for token in many]
     sizes = torch.tensor([len(part) for part in parts])
-    return TokenStates(states.tokens[many], F.pad(sizes.cumsum(0), (1, 0)), torch.cat(parts))
+    return TokenStates(states.tokens[many], offsets_of(sizes), torch.cat(parts))
 
 
 def _inertia(points: torch.Tensor, centers: torch.Tensor) -> float:

@@ -4,13 +4,15 @@
     python -m benchmarks.loss_memory --positions 8192 --hidden-size 4096          # on a GPU, and its default there
     python -m benchmarks.loss_memory --dtype float32 --train-head
 
-The control is `F.linear`, `F.cross_entropy` and `F.kl_div` with autograd. Its memory grows with the number of positions
-times V, so on a CPU fewer positions are measured. Ours hardly grows, so the ratio falls with more positions. Memory is
-measured in a separate process for each side; it includes the gradients, but not the states and output matrices. Time is
-measured in one process, in which both sides take turns.
+The control is `F.linear`, `F.cross_entropy` and `F.kl_div` with autograd. If TRL is installed (`pip install -e
+".[benchmarks]"`), the chunked loss of its DistillationTrainer is measured, too: the KL alone, without the CE. Its
+memory grows with the number of positions times V, so on a CPU fewer positions are measured. Ours hardly grows, so the
+ratio falls with more positions. Memory is measured in a separate process for each side; it includes the gradients, but
+not the states and output matrices. Time is measured in one process, in which both sides take turns.
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
@@ -34,7 +36,8 @@ from benchmarks.report import (
 from benchmarks.workload import build_loss
 from dskd.config import LossConfig
 
-_SIDES = ("whole logits", "dskd")
+_WHOLE, _OURS, _TRL = "whole logits", "dskd", "TRL's chunked loss"
+_SIDES = (_WHOLE, _OURS, *([_TRL] if importlib.util.find_spec("trl") else []))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,23 +69,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for side in _SIDES
         }
         losses = {side: _build(side, positions, args) for side in _SIDES}
-        time_ratio = ratios(take_turns(losses, rounds=args.rounds), "dskd", "whole logits")
+        seconds = take_turns(losses, rounds=args.rounds)
         losses.clear()
-        whole, ours = (memory[side] for side in _SIDES)
+        others = [side for side in _SIDES if side != _OURS]
         results.append(
-            {"positions": positions, "bytes": memory, "ratio": ours / whole, "time_ratio": time_ratio.as_dict()}
+            {
+                "positions": positions,
+                "bytes": memory,
+                "ratios": {side: memory[_OURS] / memory[side] for side in others},
+                "time_ratios": {side: ratios(seconds, _OURS, side).as_dict() for side in others},
+            }
         )
-        rows.append(
-            [
-                f"{positions:,}",
-                f"{whole / 2**30:.2f}",
-                f"{ours / 2**30:.3f}",
-                f"{ours / whole:.3f}",
-                time_ratio.text(),
-            ]
-        )
-    rows.append(["goal at 8,192", "", "", "<= 0.10", ""])
-    header = ("positions", "whole logits, GB", "dskd, GB", "ratio", "ratio of times")
+        for side in others:
+            rows.append(
+                [
+                    f"{positions:,}",
+                    side,
+                    f"{memory[side] / 2**30:.2f}",
+                    f"{memory[_OURS] / 2**30:.3f}",
+                    f"{memory[_OURS] / memory[side]:.3f}",
+                    ratios(seconds, _OURS, side).text(),
+                ]
+            )
+    rows.append(["goal at 8,192", _WHOLE, "", "", "<= 0.10", ""])
+    rows.append(["goal", _TRL, "", "", "<= 1", ""])
+    header = ("positions", "control", "its GB", "dskd, GB", "ratio", "ratio of times")
     publish(args, "benchmarks.loss_memory", header, rows, {"settings": settings, "sizes": results}, at_start)
 
 
@@ -113,8 +124,10 @@ def _build(side: str, positions: int, args: argparse.Namespace) -> Callable[[], 
 
     def run() -> None:
         hidden.grad = weight.grad = None
-        if side == "dskd":
+        if side == _OURS:
             total, _ = ours(hidden, teacher_hidden, labels)
+        elif side == _TRL:
+            total = _trl(hidden, weight, teacher_hidden, teacher_weight, loss)
         else:
             total = _whole(hidden, weight, teacher_hidden, teacher_weight, labels, loss)
         total.backward()
@@ -141,6 +154,21 @@ def _whole(
     student = F.log_softmax(logits / loss.temperature, dim=-1)
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl
+
+
+def _trl(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    loss: LossConfig,
+) -> torch.Tensor:
+    """Computes the mean forward KL with TRL's function."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    inputs = (hidden, weight, None, teacher_hidden, teacher_weight, None)
+    divergence, _ = ChunkedDivergenceFunction.apply(*inputs, 0.0, loss.temperature)
+    return loss.kd_weight * loss.temperature**2 * divergence.mean()
 
 
 if __name__ == "__main__":

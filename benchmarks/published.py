@@ -52,17 +52,14 @@ class Lexicon:
     @classmethod
     def of(cls, dictionary: SenseDictionary, tokens: set[int], device: torch.device) -> "Lexicon":
         """Takes the senses of `tokens` and their neighbours to the device."""
-        entries = dictionary.entries
 
-        def neighbours(offsets: torch.Tensor, of: torch.Tensor) -> dict[int, list[int]]:
-            rows = {token: of[int(offsets[token]) : int(offsets[token + 1])].tolist() for token in tokens}
-            return {token: listed for token, listed in rows.items() if listed}
+        def neighbours(relation: str) -> dict[int, list[int]]:
+            lists = dictionary.entries.neighbours(relation)
+            return {token: listed for token in tokens if (listed := lists.of(token))}
 
-        synonyms = neighbours(entries.synonym_offsets, entries.synonym_entries)
-        antonyms = neighbours(entries.antonym_offsets, entries.antonym_entries)
+        synonyms, antonyms = neighbours("synonym"), neighbours("antonym")
         related = tokens.union(*synonyms.values(), *antonyms.values())
-        vectors, offsets = dictionary.read(range(dictionary.num_rows)), dictionary.entry_offsets
-        senses = {entry: vectors[int(offsets[entry]) : int(offsets[entry + 1])].to(device) for entry in related}
+        senses = {entry: dictionary.read(dictionary.rows_of(entry)).to(device) for entry in related}
         return cls({entry: rows for entry, rows in senses.items() if len(rows)}, synonyms, antonyms)
 
 

@@ -10,6 +10,7 @@ Measurements. All but the last have their control in the same process, and both 
     sense  the step with the sense loss against the same step without it (loss.sense_weight=0)
     trunk  student.shared_trunk on against off, with the ratio that the FLOPs of both predict
     states the step that reads stored states from the shards against the step that runs the teacher; needs --states
+    small  tokens per second of steps of one sequence against those of the preset's batch
     use    tokens per second, FLOPs utilisation (the model's FLOPs, see benchmarks/flops.py, against a matrix product
            of the same type measured before and after) and the share of a step spent waiting for data; it runs alone, so
            that the loader gets no more time than in training
@@ -43,13 +44,14 @@ _PAIRS = {
     "sense": ("loss.sense_weight=1", "loss.sense_weight=0"),
     "trunk": ("student.shared_trunk='on'", "student.shared_trunk='off'"),  # without quotes YAML reads true or false
     "states": ("teacher.mode=cached", "teacher.mode=resident"),
+    "small": ("train.global_batch_size=1 train.micro_batch_size=1", ""),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_workload_parser(__doc__)
     names = [*_PAIRS, "use"]
-    parser.add_argument("--only", choices=names, nargs="+", help="default: all, and states only with --states")
+    parser.add_argument("--only", choices=names, nargs="+", help="default: sense, trunk, use, and states with --states")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of each variant")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each variant before the measured ones")
     parser.add_argument(
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parse(parser, arguments)
     if args.only is None:
-        args.only = [name for name in names if name != "states" or args.states]
+        args.only = [name for name in names if name != "small" and (name != "states" or args.states)]
     if "states" in args.only and not args.states:
         parser.error("--only states needs --states")
     at_start = machine()
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         teacher = load_teacher(config, world)
         for name in (pair for pair in _PAIRS if pair in args.only):
-            variants = {key: read_config(path, args.overrides, key) for key in _PAIRS[name]}
+            variants = {keys: read_config(path, args.overrides, *keys.split()) for keys in _PAIRS[name]}
             results[name] = _pair(variants, teacher, world, args.rounds, args.warm_up)
             rows += _pair_rows(name, results[name])
         if "use" in args.only:
@@ -89,12 +91,15 @@ def _pair(variants: dict[str, Config], teacher: Any, world: World, rounds: int, 
     trainings = {name: OurTraining(config, world, teacher=teacher) for name, config in variants.items()}
     numerator, denominator = trainings
     seconds = take_turns({name: t.step for name, t in trainings.items()}, rounds=rounds, warm_up=warm_up)
+    per_token = {
+        name: [value / trainings[name].tokens_per_step for value in values] for name, values in seconds.items()
+    }
     flops = {name: sum(_flops(config).values()) for name, config in variants.items()}
     for training in trainings.values():
         training.close(keep_teacher=True)
     return {
         "step_s": {name: Spread.of(values).as_dict() for name, values in seconds.items()},
-        "time_ratio": ratios(seconds, numerator, denominator).as_dict(),
+        "time_ratio": ratios(per_token, numerator, denominator).as_dict(),
         "flops_ratio": flops[numerator] / flops[denominator],
     }
 
@@ -104,11 +109,18 @@ def _pair_rows(name: str, result: dict[str, Any]) -> list[list[str]]:
         "sense": "<= 1.01 on a GPU, <= 1.05 on a CPU",
         "trunk": "what the FLOPs predict",
         "states": "<= 0.33 on a CPU at smollm2, <= 0.5 at toy, <= 0.29 on a GPU at 8b",
+        "small": "<= 1.25",
     }[name]
     numerator, denominator = _PAIRS[name]
-    rows = [[f"{key}, seconds a step", Spread(**result["step_s"][key]).text(), ""] for key in (numerator, denominator)]
-    rows.append([f"{numerator} / {denominator}", Spread(**result["time_ratio"]).text(), goal])
-    if name != "sense":
+    rows = [
+        [f"{key or 'the preset'}, seconds a step", Spread(**result["step_s"][key]).text(), ""]
+        for key in (numerator, denominator)
+    ]
+    per_token = ", time per token" if name == "small" else ""
+    rows.append(
+        [f"{numerator} / {denominator or 'the preset'}{per_token}", Spread(**result["time_ratio"]).text(), goal]
+    )
+    if name not in ("sense", "small"):
         rows.append(["the same ratio, FLOPs", f"{result['flops_ratio']:.3f}", ""])
     return rows
 

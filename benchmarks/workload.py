@@ -67,6 +67,8 @@ PRESETS = {
     "toy": Preset(Shape(8192, 512, 1792, 8, 2, 8, 4, 2, 256), global_batch_size=8, micro_batch_size=4),
     # SmolLM2-135M to 15 layers: the smallest model whose vocabulary makes the head as large as its layers.
     "smollm2": Preset(Shape(49_152, 576, 1536, 9, 3, 30, 15, 2, 512), global_batch_size=4, micro_batch_size=2),
+    # The same with all of the student's layers trained, as other systems do: teacher and student share no trunk.
+    "smollm2-whole": Preset(Shape(49_152, 576, 1536, 9, 3, 30, 15, 15, 512), global_batch_size=4, micro_batch_size=2),
     # Llama-3-8B to 16 layers.
     "8b": Preset(Shape(128_256, 4096, 14_336, 32, 8, 32, 16, 2, 2048), global_batch_size=16, micro_batch_size=4),
 }
@@ -114,7 +116,7 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, stat
         "workdir": str(folder.resolve()),
         "teacher": {"path": str(folder.resolve() / "llama"), "mode": "resident", "offload": "none"},
         "corpus": {"packing": "stream", "sequence_length": shape.sequence_length},
-        "annotation": {"kappa": _KAPPA, "store": [TEACHER_STATES, TRUNK_STATES] if states else []},
+        "annotation": {"kappa": _KAPPA, "store": _columns(shape) if states else []},
         "student": {
             "layers": shape.student_layers,
             "spacing": "first",
@@ -171,20 +173,25 @@ def write_work_directory(folder: Path, preset: Preset, *, steps: int = 100, stat
     written.rename(folder / "config.yaml")
 
 
+def _columns(shape: Shape) -> list[str]:
+    """Returns the columns of states that a student of this shape can read."""
+    return [TEACHER_STATES, TRUNK_STATES] if shape.trained_layers < shape.student_layers else [TEACHER_STATES]
+
+
 def _with_states(
     samples: Iterator[dict[str, Any]], config: Config, folder: ModelFolder, stored: StoredStates, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Yields the samples with the teacher's states, computed in batches of `batch_size`."""
     world = initialize()
     teacher = load_frozen(folder, config, world, with_head=False)
-    trunk = HandOver(teacher.decoder.layers, stored.trunk_depth)
+    trunk = HandOver(teacher.decoder.layers, stored.trunk_depth) if stored.trunk_depth else None
     while batch := list(itertools.islice(samples, batch_size)):
         tokens, mask, starts = (
             torch.from_numpy(np.stack([sample[name] for sample in batch]))
             for name in ("input_ids", "loss_mask", "document_starts")
         )
         hidden = teacher.hidden_states(tokens.long())
-        states = {TEACHER_STATES: hidden, TRUNK_STATES: trunk.take()}
+        states = {TEACHER_STATES: hidden} | ({} if trunk is None else {TRUNK_STATES: trunk.take()})
         read = TokenBatch(tokens.long(), None, mask.bool(), starts, tokens.numel())
         columns = columns_of_states(read, states, stored.dtype)
         for index, sample in enumerate(batch):

@@ -30,7 +30,7 @@ from dskd.distributed import stopping
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
 from dskd.lexicon import build as lexicon
-from dskd.models import students
+from dskd.models import gguf_teacher, students
 from dskd.models.architecture import check_architecture
 from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
 from dskd.models.limits import vocabulary_size
@@ -63,9 +63,9 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     config = load_config(path, overrides)
     hold_lock(config.path(LOCK), "runs the pipeline in this work directory", wait_s=LOCK_PATIENCE_S)
     started = time.perf_counter()
-    # Found once, when it is first needed: a teacher that is trained from scratch exists only after its stage.
+    # Found once, when it is first needed: a teacher that the pipeline makes exists only after its stage.
     teacher = functools.cache(lambda: find_teacher(config))
-    if config.teacher.path is not None:
+    if not config.teacher.is_made:
         teacher()  # fails early, before the corpus is read, if the model does not fit
     if config.student.path is not None:
         find_pretrained_student(config)  # likewise
@@ -81,7 +81,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
         if stage.is_current():
             current.append(stage.name)
             continue
-        if not is_checked:
+        if not is_checked and stage.name != kinds.TEACHER.name:
             check_architecture(teacher(), config.corpus)
             is_checked = True
         if current:
@@ -141,6 +141,11 @@ def plan_stages(
     if config.teacher.train_from_scratch is not None:
         make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
         stages.insert(2, stage(kinds.TEACHER, lambda: make(config), lambda: build(config)))  # from the corpus
+    if config.teacher.is_gguf:
+        from_gguf = stage(
+            kinds.TEACHER, lambda: gguf_teacher.recipe(config), lambda: gguf_teacher.build_teacher(config)
+        )
+        stages.insert(0, from_gguf)  # first, so that a file that does not fit is refused before the corpus is read
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
     stages.append(Stage("evaluation", lambda: held_out_text.are_current(config), ranks("evaluate.py")))

@@ -1,7 +1,7 @@
 """Runs all stages in order, skipping what is up to date, and prints the comparison.
 
-Stages: lexicon, corpus, teacher, sequences, student, senses, shards; `train RUN` and `export RUN` for every run;
-evaluation; tasks, if the config's `tasks.evaluate` names benchmarks.
+Stages: lexicon, corpus, teacher (first, if it is a GGUF file), sequences, student, senses, shards; `train RUN` and
+`export RUN` for every run; evaluation; tasks, if the config's `tasks.evaluate` names benchmarks.
 """
 
 import sys
@@ -14,6 +14,7 @@ examples:
   python launcher/pipeline.py --config configs/quickstart.yaml
   python launcher/pipeline.py --config configs/quickstart.yaml workdir=work/mine teacher.train_from_scratch=null \\
       teacher.path=FOLDER
+  python launcher/pipeline.py --config FILE --until teacher      makes the teacher of teacher.path: MODEL.gguf, no more
   python launcher/pipeline.py --config FILE --until student      the stages that need no ranks
 
 Start it with plain python: it calls DeepSpeed's launcher itself, with pipeline.launcher_args.

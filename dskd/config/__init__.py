@@ -121,6 +121,11 @@ class Config(Section):
         yield from self._without_a_trunk()
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
             yield "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
+        if self.corpus.source == "chat":
+            if self.annotation.continuation_tokens:
+                yield "annotation.continuation_tokens: chats (corpus.source: chat) have their answers; set it to 0"
+            if self.teacher.path is None:
+                yield "corpus.source: chat needs teacher.path: a teacher trained from scratch has no chat template"
 
     def _without_a_trunk(self) -> Iterator[str]:
         """Yields why there is no shared trunk, if one is to be stored, or is required and nothing provides its states.

@@ -8,10 +8,13 @@ from pydantic import AfterValidator, Field
 from dskd.config.evaluation import TASKS, TaskName
 from dskd.config.section import GB, PathText, Section
 
+_KEYS_OF_FILES = ("train", "validation")
+_KEYS_OF_DATASETS = ("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split")
 _KEYS_OF_SOURCES = {
-    "files": ("train", "validation"),
-    "huggingface": ("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split"),
-    "tasks": ("tasks",),
+    ("files", "chat"): _KEYS_OF_FILES,
+    ("huggingface", "chat"): _KEYS_OF_DATASETS,
+    ("tasks",): ("tasks",),
+    ("chat",): ("loss_on", "long_chats"),
 }
 
 
@@ -22,10 +25,11 @@ TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
 class CorpusConfig(Section):
     """The text from which senses are gathered, and on which students are trained."""
 
-    source: Literal["wordnet", "files", "huggingface", "tasks"] = Field(
+    source: Literal["wordnet", "files", "huggingface", "tasks", "chat"] = Field(
         "wordnet",
         description="source of the text. wordnet: glosses and examples; files: your own; huggingface: a dataset "
-        "that `datasets` can load; tasks: prompts of the paper's benchmarks (section tasks)",
+        "that `datasets` can load; tasks: prompts of the paper's benchmarks (section tasks); chat: chats in files or "
+        "in a dataset, written with the teacher's chat template",
     )
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = Field(
         TASKS,
@@ -34,24 +38,42 @@ class CorpusConfig(Section):
     )
     train: tuple[PathText, ...] = Field(
         (),
-        description="with source: files. Paths, folders or globs of .txt, .jsonl and .json (also .gz, .zst, .bz2, "
-        ".xz), .parquet, .arrow, and folders of MDS shards or of Dataset.save_to_disk",
+        description="with source: files or chat. Paths, folders or globs of .txt, .jsonl and .json (also .gz, .zst, "
+        ".bz2, .xz), .parquet, .arrow, and folders of MDS shards or of Dataset.save_to_disk; chats are not in .txt or "
+        "MDS",
     )
     validation: tuple[PathText, ...] = Field(
-        (), description="with source: files. Held-out files; empty: a share of the training documents"
+        (), description="with source: files or chat. Held-out files; empty: a share of the training documents"
     )
-    dataset: PathText | None = Field(None, description="with source: huggingface. Its name on the hub, or a folder")
+    dataset: PathText | None = Field(
+        None, description="with source: huggingface or chat. Its name on the hub, or a folder"
+    )
     dataset_config: str | None = Field(None, description="configuration of the dataset, if it has several")
     dataset_revision: str | None = Field(None, description="branch, tag or commit of a dataset on the hub")
     train_split: str = Field("train", min_length=1, description="split of the dataset to train on")
     validation_split: str | None = Field(None, description="held-out split; null: a share of the training documents")
-    text_field: str = Field("text", min_length=1, description="key or column that holds the text, if there are several")
+    text_field: str = Field(
+        "text",
+        min_length=1,
+        description="key or column that holds the text, if there are several; with source: chat, the one that holds "
+        "the turns, if it is neither messages nor conversations",
+    )
     validation_share: float = Field(0.05, gt=0, lt=0.5, description="share of documents held out, chosen by a hash")
     sequence_length: int = Field(128, ge=8, description="number of tokens in a training sequence")
     packing: Literal["documents", "stream", "none"] = Field(
         "documents",
         description="how documents fill sequences. documents: end to end, each by itself (attention and positions "
         "begin again); stream: end to end as one text; none: each document is one sample, padded",
+    )
+    loss_on: Literal["assistant", "all"] = Field(
+        "assistant",
+        description="with source: chat. Tokens that count in the loss. assistant: what the assistant says, and the "
+        "token that ends its turn; all: every token of a chat",
+    )
+    long_chats: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="with source: chat, which never cuts a chat. Chats longer than sequence_length are refused, or "
+        "left out and counted",
     )
     max_sequences: int | None = Field(None, ge=1, description="largest number of training sequences; null: all")
     max_validation_sequences: int | None = Field(
@@ -64,7 +86,24 @@ class CorpusConfig(Section):
             yield "source: files needs corpus.train, a list of paths or globs"
         if self.source == "huggingface" and not self.dataset:
             yield "source: huggingface needs corpus.dataset, a name on the hub or a folder"
+        if self.source == "chat":
+            yield from self._problems_of_chats()
         yield from self.keys_without_use("corpus", "source", _KEYS_OF_SOURCES)
+
+    def _problems_of_chats(self) -> Iterator[str]:
+        of_files, of_datasets = (
+            [f"corpus.{key}" for key in self.changed(keys)] for keys in (_KEYS_OF_FILES, _KEYS_OF_DATASETS)
+        )
+        if of_files and of_datasets:
+            yield (
+                f"source: chat reads either files or a dataset, and {', '.join([*of_files, *of_datasets])} are set; "
+                "remove those of one of them"
+            )
+        elif not self.train and not self.dataset:
+            yield (
+                "source: chat needs corpus.train, a list of paths or globs, or corpus.dataset, a name on the hub or a "
+                "folder"
+            )
 
 
 class WordNetConfig(Section):

@@ -29,7 +29,14 @@ class FromScratchConfig(Section):
 class TeacherConfig(Section):
     """The frozen decoder to distil: either `path` or `train_from_scratch`."""
 
-    path: PathText | None = Field(None, description="Hugging Face folder or model name of the teacher")
+    path: PathText | None = Field(
+        None,
+        description="Hugging Face folder or model name of the teacher, or a GGUF file (FILE.gguf), which is first "
+        "dequantised",
+    )
+    tokenizer: PathText | None = Field(
+        None, description="with a GGUF file. Folder or model name of a tokenizer to use instead of the file's"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model; only for a model that you trust"
@@ -49,10 +56,24 @@ class TeacherConfig(Section):
         None, description="train a small teacher on the corpus instead"
     )
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether `path` is a GGUF file."""
+        return self.path is not None and self.path.lower().endswith(".gguf")
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the pipeline makes the teacher, in the work directory: from scratch, or from a GGUF file."""
+        return self.path is None or self.is_gguf
+
     def problems(self) -> Iterator[str]:
         """Yields messages unless there is one source of the teacher, and keys of offloading that fit together."""
         if (self.path is None) == (self.train_from_scratch is None):
             yield "give either path (a model) or train_from_scratch (a recipe), and not both"
+        if self.tokenizer is not None and not self.is_gguf:
+            yield "tokenizer needs path: FILE.gguf; any other model brings its own tokenizer, and is used with it"
+        if self.revision is not None and self.is_gguf:
+            yield "revision is of a model on the hub, and path is a GGUF file; remove it"
         if self.offload == "nvme" and self.nvme_path is None:
             yield "offload: nvme needs nvme_path, a folder on a local disk of each node"
         if self.nvme_path is not None and self.offload != "nvme":
@@ -198,7 +219,7 @@ class StudentConfig(Section):
         student lacks, and keys of another spacing.
         """
         if self.origin == "cut":
-            yield from self.keys_without_use("student", "spacing", {"importance": ("importance_samples",)})
+            yield from self.keys_without_use("student", "spacing", {("importance",): ("importance_samples",)})
         yield from self._of_other_students()
         if self.origin == "path":  # the number of its layers is not known yet
             return
@@ -238,7 +259,7 @@ class StudentConfig(Section):
     def why_no_trunk(self) -> str | None:
         """The reason why teacher and student share no lowest layers, as far as these keys say; None if they may."""
         if self.origin != "cut":
-            return f"the student is not cut from the teacher (student.{self.origin})"
+            return f"student.{self.origin} is not cut from the teacher"
         if self.shared_trunk == "off":
             return "student.shared_trunk is off"
         if self.train_embeddings:

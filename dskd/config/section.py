@@ -32,21 +32,27 @@ class Section(BaseModel):
             raise ValueError("; ".join(problems))
         return self
 
-    def keys_without_use(self, name: str, choice: str, keys_of: Mapping[str, Sequence[str]]) -> Iterator[str]:
-        """Yields messages about keys that were changed although the key `choice` has not the value that they are for.
+    def changed(self, keys: Sequence[str]) -> list[str]:
+        """Returns those of the keys whose values are not the defaults."""
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
 
-        `name` is the name of the section, and `keys_of` has the keys that are for each value of `choice`.
+    def keys_without_use(
+        self, name: str, choice: str, keys_of: Mapping[tuple[str, ...], Sequence[str]]
+    ) -> Iterator[str]:
+        """Yields messages about keys that were changed although the key `choice` has no value that they are for.
+
+        `name` is the name of the section, and `keys_of` has the keys that are for some values of `choice`.
         """
         chosen = getattr(self, choice)
-        for value, keys in keys_of.items():
-            changed = [f"{name}.{key}" for key in keys if getattr(self, key) != type(self).model_fields[key].default]
-            if value != chosen and changed:
+        for values, keys in keys_of.items():
+            changed = [f"{name}.{key}" for key in self.changed(keys)]
+            if chosen not in values and changed:
                 needs, remedy = (
                     ("needs", "it at its default") if len(changed) == 1 else ("need", "them at their defaults")
                 )
                 yield (
-                    f"{' and '.join(changed)} {needs} {choice}: {value}, and it is {chosen}; leave {remedy}, or change "
-                    f"{choice}"
+                    f"{' and '.join(changed)} {needs} {choice}: {' or '.join(values)}, and it is {chosen}; leave "
+                    f"{remedy}, or change {choice}"
                 )
 
 

@@ -9,9 +9,9 @@ from pydantic import AfterValidator, Field
 
 from dskd.config.section import PathText, Section
 
-_KEYS_OF_SENSE_FORMS = {
-    "distance": ("margin", "relative_margin", "synonym_weight", "antonym_weight"),
-    "distribution": ("sense_temperature", "sense_distance", "sense_candidates", "sense_random_candidates"),
+_KEYS_OF_SENSE_FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("distance",): ("margin", "relative_margin", "synonym_weight", "antonym_weight"),
+    ("distribution",): ("sense_temperature", "sense_distance", "sense_candidates", "sense_random_candidates"),
 }
 
 

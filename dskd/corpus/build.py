@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dskd.artifacts import kinds
@@ -19,6 +21,7 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, CorpusConfig
 from dskd.console import progress, progress_bar, say, stage, warn
 from dskd.corpus import hub
+from dskd.corpus.chats import documents as chats
 from dskd.corpus.files import Document, read_file
 from dskd.corpus.finding import TextFiles, find_files, fingerprint
 from dskd.corpus.hub import read_dataset
@@ -28,11 +31,14 @@ from dskd.lexicon.wordnet import WordNet, open_wordnet, spelled
 
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
-_TASKS_SCHEMA = _SCHEMA.append(pa.field("continuation_tokens", pa.int32()))
+_SCHEMAS = {
+    "tasks": _SCHEMA.append(pa.field("continuation_tokens", pa.int32())),
+    "chat": _SCHEMA.append(pa.field("tokens", pa.list_(pa.int32()))).append(pa.field("counted", pa.list_(pa.uint8()))),
+}
 BATCH_DOCUMENTS = 1000
 _BATCH_CHARACTERS = 32_000_000  # written earlier at this size: a thousand books would need too much memory
 # Settings of `corpus` that do not affect its documents; the digests of benchmarks' documents stand for `tasks`.
-_NOT_IN_RECIPE = ("tasks", "sequence_length", "packing", "max_sequences", "max_validation_sequences")
+_NOT_IN_RECIPE = ("tasks", "sequence_length", "packing", "long_chats", "max_sequences", "max_validation_sequences")
 
 
 def recipe(config: Config) -> Recipe:
@@ -40,14 +46,18 @@ def recipe(config: Config) -> Recipe:
     corpus = config.corpus
     if corpus.source == "wordnet":
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
-    elif corpus.source == "huggingface":
-        inputs = hub.fingerprint(corpus)
     elif corpus.source == "tasks":
         inputs = tasks.fingerprint(config)
+    elif corpus.dataset is not None:
+        inputs = hub.fingerprint(corpus)
     else:
         paths = [*_find(config, "train").files, *_find(config, "validation").files]
         inputs = {str(path): fingerprint(path) for path in paths}
     settings = {key: value for key, value in corpus.as_dict().items() if key not in _NOT_IN_RECIPE}
+    if corpus.source == "chat":
+        inputs |= chats.fingerprint(config)
+    else:
+        del settings["loss_on"]  # so that a corpus written before chats could be read stays up to date
     return Recipe("corpus", inputs, settings)
 
 
@@ -55,15 +65,17 @@ def build_corpus(config: Config) -> None:
     """Reads the text and writes `WORKDIR/corpus/{train,validation}.parquet`."""
     target = config.path(kinds.CORPUS.folder)
     corpus = config.corpus
-    sources = {
-        "wordnet": ["WordNet's definitions and examples"],
-        "files": list(corpus.train),
-        "huggingface": [f"{corpus.dataset}, split {corpus.train_split!r}"],
-        "tasks": [getattr(config.tasks, name) for name in corpus.tasks],
-    }[corpus.source]
+    if corpus.source == "wordnet":
+        sources = ["WordNet's definitions and examples"]
+    elif corpus.source == "tasks":
+        sources = [getattr(config.tasks, name) for name in corpus.tasks]
+    elif corpus.dataset is not None:
+        sources = [f"{corpus.dataset}, split {corpus.train_split!r}"]
+    else:
+        sources = list(corpus.train)
     with stage("corpus: text to documents", reads=sources, writes=target):
         before = recipe(config)
-        for key in ("train", "validation") if corpus.source == "files" else ():
+        for key in ("train", "validation"):
             if getattr(corpus, key):
                 say("\n".join([f"  corpus.{key}:", *_find(config, key).describe()]))
         with build_artifact(target, before) as building:
@@ -92,6 +104,22 @@ def read_continuation_tokens(config: Config, split: str) -> Iterator[int] | None
     return _read_column(config, split, "continuation_tokens") if config.corpus.source == "tasks" else None
 
 
+def read_tokens(config: Config, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the tokens [n] int32 of each chat of a split of `WORKDIR/corpus`, and which of them count [n] uint8."""
+    for batch in _batches_of_columns(config, split, ["tokens", "counted"]):
+        lists = (batch.column(name) for name in ("tokens", "counted"))
+        yield from zip(*([each.values.to_numpy() for each in column] for column in lists), strict=True)
+
+
+def lengths_of_chats(config: Config, split: str) -> np.ndarray:
+    """Returns the number of tokens [documents] int64 of each chat of a split of `WORKDIR/corpus`."""
+    lengths = [
+        pc.list_value_length(batch.column(0)).to_numpy(zero_copy_only=False).astype(np.int64)
+        for batch in _batches_of_columns(config, split, ["tokens"])
+    ]
+    return np.concatenate([np.empty(0, np.int64), *lengths])
+
+
 def name_of_document(config: Config, split: str, number: int) -> str:
     """Returns the name of document `number`, counted from 0, of a split of `WORKDIR/corpus`."""
     names = _read_column(config, split, "document")
@@ -100,10 +128,13 @@ def name_of_document(config: Config, split: str, number: int) -> str:
 
 
 def _read_column(config: Config, split: str, name: str) -> Iterator[Any]:
-    for batch in pq.ParquetFile(config.path(kinds.CORPUS.folder, f"{split}.parquet")).iter_batches(
-        BATCH_DOCUMENTS, columns=[name]
-    ):
+    for batch in _batches_of_columns(config, split, [name]):
         yield from batch.column(0).to_pylist()
+
+
+def _batches_of_columns(config: Config, split: str, names: list[str]) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(config.path(kinds.CORPUS.folder, f"{split}.parquet"))
+    yield from file.iter_batches(BATCH_DOCUMENTS, columns=names)
 
 
 def read_wordnet_documents(wordnet: WordNet) -> Iterator[Document]:
@@ -146,16 +177,25 @@ def _sources(config: Config) -> tuple[Iterator[Document], Iterator[Document] | N
     corpus = config.corpus
     if corpus.source == "wordnet":
         return read_wordnet_documents(open_wordnet(config.wordnet.path)), None
-    if corpus.source == "huggingface":
-        held_out = corpus.validation_split
-        return read_dataset(corpus, corpus.train_split), None if held_out is None else read_dataset(corpus, held_out)
     if corpus.source == "tasks":
         return tasks.read_task_documents(config)
+    if corpus.dataset is not None:
+        held_out = corpus.validation_split
+        return _read_dataset(config, corpus.train_split), None if held_out is None else _read_dataset(config, held_out)
     validation = _read_files(config, "validation") if corpus.validation else None
     return _read_files(config, "train"), validation
 
 
+def _read_dataset(config: Config, split: str) -> Iterator[Document]:
+    if config.corpus.source == "chat":
+        return chats.read_chats_of_dataset(config, split)
+    return read_dataset(config.corpus, split)
+
+
 def _read_files(config: Config, key: str) -> Iterator[Document]:
+    if config.corpus.source == "chat":
+        yield from chats.read_chats_of_files(config, _find(config, key).files, key)
+        return
     without: list[str] = []
     for path in _find(config, key).files:
         documents = read_file(path, config.corpus.text_field)
@@ -185,16 +225,16 @@ def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpu
     counts = dict.fromkeys(SPLITS, 0)
     pending: dict[str, list[Document]] = {split: [] for split in SPLITS}
     characters = dict.fromkeys(SPLITS, 0)
-    schema = _TASKS_SCHEMA if corpus.source == "tasks" else _SCHEMA
+    schema = _SCHEMAS.get(corpus.source, _SCHEMA)
     writers = {split: pq.ParquetWriter(folder / f"{split}.parquet", schema, compression="zstd") for split in SPLITS}
 
     def flush(split: str) -> None:
+        # A column has the name of the documents' attribute, except for their names.
         columns = {
-            "document": [document.name for document in pending[split]],
-            "text": [document.text for document in pending[split]],
-            "continuation_tokens": [document.continuation_tokens for document in pending[split]],
+            name: [getattr(document, "name" if name == "document" else name) for document in pending[split]]
+            for name in schema.names
         }
-        writers[split].write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema))
+        writers[split].write_table(pa.table(columns, schema=schema))
         bar.update(len(pending[split]))
         pending[split].clear()
         characters[split] = 0

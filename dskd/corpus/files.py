@@ -3,16 +3,19 @@
 Files are read as streams, so no file is in memory as a whole, except one shard of an MDS folder at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dskd.artifacts import mds
 from dskd.console import say, warn
 from dskd.corpus import records, tables
-from dskd.corpus.finding import DATASET_STATE
+from dskd.corpus.finding import DATASET_STATE, JSON_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIX
 from dskd.corpus.opening import open_text, reading_errors, without_compression
-from dskd.errors import shortened
+from dskd.errors import UserError, shortened
 from dskd.lexicon.reading import is_storable
 
 
@@ -24,6 +27,8 @@ class Document:
     text: str
     split_key: str  # its hash decides the side of the split
     continuation_tokens: int | None = None  # maximum number of tokens the teacher may add; None: the config's number
+    tokens: np.ndarray | None = None  # [n] int32, of a chat; the tokens of other documents are made later
+    counted: np.ndarray | None = None  # [n] uint8, 1 where a chat's token counts in the loss
 
 
 def read_file(path: Path, text_field: str) -> Iterator[Document]:
@@ -36,7 +41,31 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
         UserError: when the file, or a line or row of it, cannot be read; it names them.
     """
     with reading_errors(path):
-        yield from as_documents(str(path), _reader(path)(path, text_field))
+        yield from as_documents(str(path), _read_texts(path, text_field))
+
+
+def read_records(path: Path, choose: tables.Choice) -> Iterator[tuple[int, Any]]:
+    """Yields (number, record) for a file of records, which are objects in JSON and rows in Parquet and Arrow.
+
+    `choose` names the columns to read of a file that has columns.
+
+    Raises:
+        UserError: when the file has no records, or it, a line or a row of it cannot be read; it names them.
+    """
+    with reading_errors(path):
+        if path.name == DATASET_STATE:
+            yield from tables.read_saved_dataset(path, choose)
+        elif (name := without_compression(path.name)).endswith(".parquet"):
+            yield from tables.read_parquet(path, choose)
+        elif name.endswith(".arrow"):
+            yield from tables.read_arrow(path, choose)
+        elif name.endswith(JSON_SUFFIXES) and path.name != mds.INDEX:
+            yield from records.read_json(path)
+        else:
+            raise UserError(
+                f"{path}: expected records ({', '.join((*JSON_SUFFIXES, *TABLE_SUFFIXES))} or a folder of "
+                "Dataset.save_to_disk); leave it out, or write what it holds as JSON lines"
+            )
 
 
 def as_documents(source: str, texts: Iterable[tuple[int, str | None]]) -> Iterator[Document]:
@@ -65,20 +94,17 @@ def as_documents(source: str, texts: Iterable[tuple[int, str | None]]) -> Iterat
         )
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[tuple[int, str | None]]]:
+def _read_texts(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
     if path.name == mds.INDEX:
-        return tables.read_mds
-    if path.name == DATASET_STATE:
-        return tables.read_saved_dataset
-    name = without_compression(path.name)
-    if name.endswith(".parquet"):
-        return tables.read_parquet
-    if name.endswith(".arrow"):
-        return tables.read_arrow
-    return _read_paragraphs if name.endswith(".txt") else records.read_json
+        yield from tables.read_mds(path, text_field)
+    elif without_compression(path.name).endswith(TEXT_SUFFIX):
+        yield from _read_paragraphs(path)
+    else:
+        for number, record in read_records(path, tables.column_of_text(text_field)):
+            yield number, records.text_of(record, text_field, f"{path}:{number}")
 
 
-def _read_paragraphs(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _read_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
     start = 1
     lines: list[str] = []
     with open_text(path) as stream:

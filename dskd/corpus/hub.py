@@ -3,7 +3,7 @@
 The dataset is streamed: it is neither downloaded in advance nor stored. The library is an optional dependency.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,25 @@ def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
 def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:
     """Yields the documents of a split of `corpus.dataset`, in its order; raises the errors of :func:`read_rows`."""
     name = f"{corpus.dataset}/{split}"
-    rows = read_rows(
+    rows = read_dataset_rows(corpus, split, [corpus.text_field])
+    texts = ((number, text_of(row, corpus.text_field, f"{name}:{number}")) for number, row in enumerate(rows))
+    yield from as_documents(name, texts)
+
+
+def read_dataset_rows(corpus: CorpusConfig, split: str, columns: Sequence[str]) -> Iterator[Any]:
+    """Yields the rows of a split of `corpus.dataset`, with those of `columns` that it has, or all if it has none of
+    them. Raises the errors of :func:`read_rows`.
+    """
+    source = "chat" if corpus.source == "chat" else "files"
+    yield from read_rows(
         str(corpus.dataset),
         split,
         corpus.dataset_config,
         key="corpus.dataset",
-        instead="or save the text as files and set corpus.source: files",
+        instead=f"or save it as files, set corpus.source: {source} and name them in corpus.train",
         revision=corpus.dataset_revision,
-        column=corpus.text_field,
+        columns=columns,
     )
-    texts = ((number, text_of(row, corpus.text_field, f"{name}:{number}")) for number, row in enumerate(rows))
-    yield from as_documents(name, texts)
 
 
 def read_rows(
@@ -52,12 +60,12 @@ def read_rows(
     key: str,
     instead: str,
     revision: str | None = None,
-    column: str | None = None,
+    columns: Sequence[str] = (),
 ) -> Iterator[Any]:
     """Yields the rows of a split of a dataset, which is a name on the hub or a folder, in its order.
 
-    `config` is the dataset's configuration, if it has several; `revision` a branch, tag or commit on the hub; `column`
-    the only column to read, if the files have columns.
+    `config` is the dataset's configuration, if it has several; `revision` a branch, tag or commit on the hub; `columns`
+    the only columns to read, if the files have any of them.
 
     Raises:
         UserError: when the library is missing, or the dataset cannot be found, reached or read. It names `key`, the
@@ -73,7 +81,7 @@ def read_rows(
     folder = Path(dataset).expanduser()
     if (folder / DATASET_STATE).is_file() or (folder / DATASET_SPLITS).is_file():
         remedy = (
-            f"set corpus.source: files and corpus.train: [{folder}], which reads it"
+            f"name it in corpus.train: [{folder}], which corpus.source: files and chat read"
             if key == "corpus.dataset"
             else "write it as Parquet files"
         )
@@ -82,8 +90,8 @@ def read_rows(
         loaded = load_dataset(
             str(folder) if folder.is_dir() else dataset, config, split=split, revision=revision, streaming=True
         )
-        if column is not None and loaded.features is not None and column in loaded.features:
-            loaded = loaded.select_columns([column])
+        if chosen := [name for name in columns if name in (loaded.features or ())]:
+            loaded = loaded.select_columns(chosen)
         yield from loaded
     except Exception as error:  # the hub, the network and every file format raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), "no reason given")

@@ -33,6 +33,7 @@ class Packed(NamedTuple):
     sequences: int
     tokens: int  # without padding
     left_over: int  # tokens dropped at the end of the text, because they do not fill a sequence
+    counted: int | None = None  # tokens that count in the loss as targets, of chats; None: all
 
 
 def pack(
@@ -99,7 +100,7 @@ def pack(
                 bar.update(len(tokens) - (bar.n - before))  # count the padding too
                 if limit is not None and spooled >= limit:
                     break
-        return _write(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
+        return write_sequences(path, spool, spooled if limit is None else min(spooled, limit), sequence_length, padding)
 
 
 def _own_rows(
@@ -120,8 +121,14 @@ def _own_rows(
     return padded, lengths
 
 
-def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_length: int, padding: int) -> Packed:
-    """Copies the spooled tensors, chunk by chunk, into the safetensors file `path`."""
+def write_sequences(
+    path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_length: int, padding: int
+) -> Packed:
+    """Copies tensors, chunk by chunk, into the safetensors file `path` that :func:`pack` describes.
+
+    `spool` has a file of raw values for each tensor: of `spooled` tokens, or of their sequences. It may also have
+    `counted`, uint8, which becomes [S, T].
+    """
     whole = spooled // sequence_length
     size = max(1, whole)
     sizes = {name: stream.tell() for name, stream in spool.items()}
@@ -129,13 +136,15 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
         stream.seek(0)
     shape = (size, sequence_length)
     layout = {"input_ids": ("I32", shape), "starts": ("U8", shape), "lengths": ("I32", (size,))}
-    if sizes["continuation_tokens"]:
+    if sizes.get("continuation_tokens"):
         layout["continuation_tokens"] = ("I32", (size,))
+    if "counted" in sizes:
+        layout["counted"] = ("U8", shape)
     # If there is not even one whole sequence, the rest of the only one stays padding.
     with create_tensors(path, layout) as tensors:
         if not whole:
             tensors["input_ids"][0] = padding
-        for name in ("input_ids", "starts"):
+        for name in ("input_ids", "starts", *(["counted"] if "counted" in layout else [])):
             flat = tensors[name].reshape(-1)
             copied = min(spooled, len(flat)) if sizes[name] else 0
             for first in range(0, copied, _COPIED_TOKENS):
@@ -147,7 +156,7 @@ def _write(path: Path, spool: Mapping[str, BinaryIO], spooled: int, sequence_len
             tensors["lengths"][:] = np.fromfile(spool["lengths"], np.int32, size)
         else:
             tensors["lengths"][:] = sequence_length if whole else spooled
-        if sizes["continuation_tokens"]:
+        if "continuation_tokens" in layout:
             tensors["continuation_tokens"][:] = np.fromfile(spool["continuation_tokens"], np.int32, size)
         tokens = int(tensors["lengths"].sum(dtype=np.int64))
         return Packed(size, tokens, spooled - whole * sequence_length if whole else 0)

@@ -1,4 +1,4 @@
-"""Reads texts from JSON files, with one object per line or one array of objects, and the text of one record."""
+"""Reads records from JSON files, with one object per line or one array of objects, and the text of one record."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,9 +9,7 @@ from dskd.corpus.opening import open_text
 from dskd.errors import UserError
 
 CHATS = "docs/training.md#chat-and-instruction-data"
-_WRITE_CHATS = (
-    f"Chats are not read as they are: write each as a text with the teacher's chat template, as {CHATS} shows"
-)
+_READ_CHATS = f"Set corpus.source: chat, which reads chats, as {CHATS} shows"
 _CHUNK_CHARACTERS = 2**20
 _LARGEST_ELEMENT = 2**30  # characters; stops the reader from loading a whole file that is not JSON
 # Keys under which data sets have chats, and sets of keys under which they have an instruction and its answer.
@@ -29,10 +27,10 @@ _INSTRUCTION_KEYS = (
 )
 
 
-def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Yields (number, text) for a JSON file: the number is that of the line, or in the array, from 1; None for null.
+def read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (number, record) for a JSON file: the number is that of the line, or in the array, from 1.
 
-    Raises a UserError that names a line or element which is not an object with a text.
+    Raises a UserError that names a line or element which is not JSON.
     """
     with open_text(path) as stream:
         start = stream.readline(_CHUNK_CHARACTERS)
@@ -42,8 +40,7 @@ def read_json(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
             start = stream.readline(_CHUNK_CHARACTERS)
         is_array = start.lstrip().startswith("[")
         numbered = _elements(path, start, stream) if is_array else _lines(path, start, stream, blank)
-        for number, record in numbered:
-            yield number, text_of(record, text_field, f"{path}:{number}")
+        yield from numbered
 
 
 def text_of(record: Any, text_field: str, place: str) -> str | None:
@@ -54,17 +51,17 @@ def text_of(record: Any, text_field: str, place: str) -> str | None:
         return record[text_field]
     expected = f"{place}: expected an object with a text under {text_field!r}, but"
     if isinstance(record, list) and (is_chat(record) or (record and all(map(is_chat, record)))):
-        raise UserError(f"{expected} this is a chat: a list of {len(record)}. {_WRITE_CHATS}")
+        raise UserError(f"{expected} this is a chat: a list of {len(record)}. {_READ_CHATS}")
     if is_chat([record]):
-        raise UserError(f"{expected} this is one turn of a chat. {_WRITE_CHATS}")
+        raise UserError(f"{expected} this is one turn of a chat. {_READ_CHATS}")
     if not isinstance(record, dict):
         raise UserError(f"{expected} it is not an object")
     if chat := _chat(record):
-        raise UserError(f"{expected} this is a chat: {chat}. {_WRITE_CHATS}")
+        raise UserError(f"{expected} this is a chat: {chat}. {_READ_CHATS}")
     if has_instruction(record):
         raise UserError(
-            f"{expected} it has {', '.join(map(str, record))}: an instruction and its answer. Write both as one text, "
-            f"as {CHATS} shows"
+            f"{expected} it has {', '.join(map(str, record))}: an instruction and its answer. Write them as a chat, as "
+            f"{CHATS} shows"
         )
     if text_field in record:
         raise UserError(f"{expected} that is {json.dumps(record[text_field])[:60]}")

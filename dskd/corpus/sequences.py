@@ -5,6 +5,7 @@ The teacher's tokenizer tokenizes the documents, and `corpus.packing` decides ho
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,18 @@ from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, require_sam
 from dskd.artifacts.tensor_file import map_tensor, tensor_names
 from dskd.config import Config
 from dskd.console import say, stage, warn
-from dskd.corpus.build import SPLITS, name_of_document, read_continuation_tokens, read_texts
-from dskd.corpus.packing import pack
-from dskd.models.tokenizing import text_end
+from dskd.corpus.build import (
+    SPLITS,
+    lengths_of_chats,
+    name_of_document,
+    read_continuation_tokens,
+    read_texts,
+    read_tokens,
+)
+from dskd.corpus.chats.packing import Tokens, pack_chats
+from dskd.corpus.packing import Packed, pack
+from dskd.errors import UserError
+from dskd.models.tokenizing import require_known, text_end
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class TokenBatch:
 
     input_ids: torch.Tensor  # [B, T] int64
     position_ids: torch.Tensor | None  # [B, T] int64, from 0 in each document; None if no document starts inside
-    has_target: torch.Tensor  # [B, T] bool, True if x_{i+1} continues the document of x_i
+    has_target: torch.Tensor  # [B, T] bool, True if x_{i+1} continues the document of x_i, and counts in the loss
     starts: torch.Tensor  # [B, T] uint8, 1 where attention and positions start again
     num_tokens: int  # without padding
     continuation_tokens: torch.Tensor | None = None  # [B] int64, how many the teacher may add; None: any number
@@ -44,13 +54,15 @@ class Sequences:
     """The packed token sequences on disk: S sequences of T tokens, read in slices through a memory map.
 
     `lengths` [S] is the number of real tokens of each sequence; the rest is padding, which no loss uses.
-    `continuation_tokens` [S] is the number of tokens by which the teacher may continue each.
+    `continuation_tokens` [S] is the number of tokens by which the teacher may continue each. `has_prompts` is True if
+    some tokens do not count in the loss, as in chats.
     """
 
     path: Path
     lengths: np.ndarray
     sequence_length: int
     continuation_tokens: np.ndarray | None = None
+    has_prompts: bool = False
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -84,6 +96,9 @@ class Sequences:
         # A position has a target if the next one is a real token and does not start a document.
         has_target = torch.arange(self.sequence_length) < lengths[:, None] - 1
         has_target[:, :-1] &= starts[:, 1:] == 0
+        if self.has_prompts:
+            counted = torch.from_numpy(np.array(map_tensor(self.path, "counted", "U8")[rows]))
+            has_target[:, :-1] &= counted[:, 1:] == 1
         continuation = None if self.continuation_tokens is None else self.continuation_tokens[rows].astype(np.int64)
         return TokenBatch(
             input_ids,
@@ -96,12 +111,14 @@ class Sequences:
 
 
 def open_sequences(path: Path) -> Sequences:
-    """Opens the sequences in a file that :func:`dskd.corpus.packing.pack` wrote."""
+    """Opens the sequences in a file that :func:`dskd.corpus.packing.pack` or
+    :func:`dskd.corpus.chats.packing.pack_chats` wrote.
+    """
     sequence_length = map_tensor(path, "input_ids", "I32").shape[1]
     lengths = np.array(map_tensor(path, "lengths", "I32"))
-    has_limits = "continuation_tokens" in tensor_names(path)
-    limits = np.array(map_tensor(path, "continuation_tokens", "I32")) if has_limits else None
-    return Sequences(path, lengths, sequence_length, limits)
+    names = tensor_names(path)
+    limits = np.array(map_tensor(path, "continuation_tokens", "I32")) if "continuation_tokens" in names else None
+    return Sequences(path, lengths, sequence_length, limits, has_prompts="counted" in names)
 
 
 def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
@@ -118,7 +135,9 @@ def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
 def recipe(config: Config, tokenizer_digest: str) -> Recipe:
     """Returns the recipe of the sequences: every input and setting that affects their content."""
     documents = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
-    keys = ("sequence_length", "packing", "max_sequences", "max_validation_sequences")
+    keys = ["sequence_length", "packing", "max_sequences", "max_validation_sequences"]
+    if config.corpus.source == "chat":
+        keys.append("long_chats")
     return Recipe(
         "sequences",
         {"corpus": documents.digest},
@@ -134,31 +153,85 @@ def build_sequences(config: Config, tokenizer: Any, tokenizer_digest: str, vocab
     target = config.path(kinds.SEQUENCES.folder)
     corpus = config.corpus
     with stage("sequences: documents to tokens", reads=[config.path(kinds.CORPUS.folder)], writes=target):
-        if text_end(tokenizer) is None and not tokenizer("", verbose=False)["input_ids"]:
+        is_text = corpus.source != "chat"  # the chat template ends chats
+        if is_text and text_end(tokenizer) is None and not tokenizer("", verbose=False)["input_ids"]:
             warn(
                 "the tokenizer has neither an end-of-text token nor a beginning-of-text token, so no token ends a "
                 "document, and the student does not learn to end one; if the teacher has such a token, name it in "
                 "tokenizer_config.json (eos_token)"
             )
-        limits = {"train": corpus.max_sequences, "validation": corpus.max_validation_sequences}
         with build_artifact(target, recipe(config, tokenizer_digest)) as building:
+            pack_split = _pack_chats if corpus.source == "chat" else _pack_texts
             for split in SPLITS:
-                packed = pack(
-                    read_texts(config, split),
-                    tokenizer,
-                    building.folder / _file(split),
-                    sequence_length=corpus.sequence_length,
-                    packing=corpus.packing,
-                    max_sequences=limits[split],
-                    continuation_tokens=read_continuation_tokens(config, split),
-                    vocab_size=vocab_size,
-                    name_of=functools.partial(name_of_document, config, split),
+                packed = pack_split(config, split, building.folder / _file(split), tokenizer, vocab_size)
+                building.facts[split] = {
+                    name: number for name, number in packed._asdict().items() if number is not None
+                }
+                rest = (
+                    f"{packed.left_over:,} at the end fill none and are left out"
+                    if packed.counted is None
+                    else f"{packed.counted:,} of them count in the loss"
                 )
-                building.facts[split] = packed._asdict()
                 say(
                     f"  {split}: {packed.sequences:,} sequences of {corpus.sequence_length}, {packed.tokens:,} tokens; "
-                    f"{packed.left_over:,} at the end fill none and are left out"
+                    f"{rest}"
                 )
+
+
+def _pack_texts(config: Config, split: str, path: Path, tokenizer: Any, vocab_size: int | None) -> Packed:
+    return pack(
+        read_texts(config, split),
+        tokenizer,
+        path,
+        sequence_length=config.corpus.sequence_length,
+        packing=config.corpus.packing,
+        max_sequences=_limit(config, split),
+        continuation_tokens=read_continuation_tokens(config, split),
+        vocab_size=vocab_size,
+        name_of=functools.partial(name_of_document, config, split),
+    )
+
+
+def _pack_chats(config: Config, split: str, path: Path, tokenizer: Any, vocab_size: int | None) -> Packed:
+    return pack_chats(
+        _chats_that_fit(config, split, tokenizer, vocab_size),
+        path,
+        sequence_length=config.corpus.sequence_length,
+        packing=config.corpus.packing,
+        padding=text_end(tokenizer) or 0,
+        max_sequences=_limit(config, split),
+    )
+
+
+def _chats_that_fit(config: Config, split: str, tokenizer: Any, vocab_size: int | None) -> Iterator[Tokens]:
+    """Yields the tokens of chats that are not longer than a sequence.
+
+    Raises:
+        UserError: when a chat is longer and `corpus.long_chats` is `refuse`, when all are, or when a chat has a token
+            that is not below `vocab_size`.
+    """
+    corpus, lengths = config.corpus, lengths_of_chats(config, split)
+    fits = lengths <= corpus.sequence_length
+    if not fits.all():
+        long = (
+            f"{name_of_document(config, split, int(np.argmin(fits)))}: this chat has {lengths[np.argmin(fits)]:,} "
+            f"tokens, more than corpus.sequence_length, {corpus.sequence_length:,}, and so have {(~fits).sum() - 1:,} "
+            f"more of the {len(lengths):,} {split} chats; the longest has {lengths.max():,}"
+        )
+        if corpus.long_chats == "refuse" or not fits.any():
+            also = ", or set corpus.long_chats: drop to leave them out" if fits.any() else ""
+            raise UserError(f"{long}. Raise corpus.sequence_length{also}")
+        warn(f"{long}. They are left out")
+    for number, (chat, is_short) in enumerate(zip(read_tokens(config, split), fits, strict=True)):
+        if is_short:
+            if vocab_size is not None and len(chat[0]) and int(chat[0].max()) >= vocab_size:
+                name = name_of_document(config, split, number)
+                require_known([int(chat[0].max())], vocab_size, tokenizer, name)
+            yield chat
+
+
+def _limit(config: Config, split: str) -> int | None:
+    return config.corpus.max_sequences if split == "train" else config.corpus.max_validation_sequences
 
 
 def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[Sequences, Manifest]:

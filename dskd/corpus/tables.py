@@ -1,7 +1,7 @@
-"""Reads texts from files with columns: Parquet, Arrow, folders that `datasets` saved, and MDS shards."""
+"""Reads records from files with columns: Parquet, Arrow, folders that `datasets` saved, and MDS shards."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,47 @@ from dskd.corpus.opening import reading_errors
 from dskd.corpus.records import CHAT_KEYS, CHATS, has_instruction
 from dskd.errors import UserError
 
-_PARQUET_ROWS = 1000
+_ROWS_AT_ONCE = 1000
 _PARQUET_BUFFER_BYTES = 2**20
 _ARROW_FILE_MAGIC = b"ARROW1"
 _ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Yields (row, text) for the column `text_field` of a Parquet file; rows count from 1, and a null is None."""
+# Chooses the columns to read of a file, from its path and {column: type}; raises a UserError if it lacks them.
+Choice = Callable[[Path, Mapping[str, Any]], Sequence[str]]
+Row = dict[str, Any]
+
+
+def read_parquet(path: Path, choose: Choice) -> Iterator[tuple[int, Row]]:
+    """Yields (number, {column: value}) for the rows of a Parquet file; numbers count from 1, and a null is None."""
     refuse_pointer(path)
     with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
-        _require_text_column(path, text_field, file.schema_arrow)
-        batches = file.iter_batches(_PARQUET_ROWS, columns=[text_field])
-        yield from enumerate((text.as_py() for batch in batches for text in batch.column(0)), start=1)
+        columns = choose(path, _types_of(file.schema_arrow))
+        batches = file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
-def read_arrow(path: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Yields (row, text) for an Arrow file, in stream or file format; rows count from 1, and a null is None.
+def read_arrow(path: Path, choose: Choice) -> Iterator[tuple[int, Row]]:
+    """Yields (number, {column: value}) for the rows of an Arrow file, in stream or file format; numbers count from 1,
+    and a null is None.
 
-    A file may hold several streams, one after the other. Raises a UserError when a stream has no end mark, or there is
-    no column of texts.
+    A file may hold several streams, one after the other. Raises a UserError when a stream has no end mark, or lacks the
+    columns.
     """
     refuse_pointer(path)
     with pa.memory_map(str(path)) as source:
-        batches = _arrow_batches(path, text_field, source)
-        yield from enumerate((text.as_py() for batch in batches for text in batch.column(text_field)), start=1)
+        batches = _arrow_batches(path, choose, source)
+        yield from enumerate((row for batch in batches for row in _rows_of(batch)), start=1)
 
 
-def _arrow_batches(path: Path, text_field: str, source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(path: Path, choose: Choice, source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
     size, is_file = source.size(), source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
     source.seek(0)
     if is_file:
         file = pa.ipc.open_file(source)
-        _require_text_column(path, text_field, file.schema)
+        columns = list(choose(path, _types_of(file.schema)))
         for number in range(file.num_record_batches):
-            yield file.get_batch(number)
+            yield file.get_batch(number).select(columns)
         return
     # Arrow reads a stream that was cut between two batches without an error, so refuse all streams without an end mark.
     source.seek(max(0, size - len(_ARROW_STREAM_END)))
@@ -60,8 +66,14 @@ def _arrow_batches(path: Path, text_field: str, source: pa.MemoryMappedFile) -> 
     source.seek(0)
     while source.tell() < size:  # a reader stops at the end of its stream, where another may begin
         reader = pa.ipc.open_stream(source)
-        _require_text_column(path, text_field, reader.schema)
-        yield from reader
+        columns = list(choose(path, _types_of(reader.schema)))
+        for batch in reader:
+            yield batch.select(columns)
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[Row]:
+    for first in range(0, batch.num_rows, _ROWS_AT_ONCE):  # a batch may have all rows of a file
+        yield from batch.slice(first, _ROWS_AT_ONCE).to_pylist()
 
 
 def saved_files(state: Path) -> list[Path]:
@@ -88,19 +100,19 @@ def saved_files(state: Path) -> list[Path]:
     return [state.parent / name for name in names]
 
 
-def read_saved_dataset(state: Path, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """Yields (row, text) for the folder of `Dataset.save_to_disk` with this `state.json`.
+def read_saved_dataset(state: Path, choose: Choice) -> Iterator[tuple[int, Row]]:
+    """Yields (number, {column: value}) for the rows of a folder of `Dataset.save_to_disk` with this `state.json`.
 
-    Rows count from 1, over all files.
+    Numbers count from 1, over all files.
     """
     number = 0
     for path in saved_files(state):
         if not path.is_file():
             raise UserError(f"{path}: this file is missing, but {state.name} names it; copy the folder again")
         with reading_errors(path):
-            for _, text in read_arrow(path, text_field):
+            for _, row in read_arrow(path, choose):
                 number += 1
-                yield number, text
+                yield number, row
 
 
 def read_mds(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
@@ -113,10 +125,19 @@ def read_mds(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
     yield from enumerate(sample[text_field] for sample in mds.read_samples(path, column=text_field))
 
 
-def _require_text_column(path: Path, text_field: str, schema: pa.Schema) -> None:
-    columns = {field.name: field.type for field in schema}
-    if text_field not in columns or not _holds_strings(columns[text_field]):
-        raise UserError(_no_text_column(path, text_field, columns))
+def column_of_text(text_field: str) -> Choice:
+    """Returns a choice of the column `text_field`, which must hold strings."""
+
+    def choose(path: Path, columns: Mapping[str, Any]) -> Sequence[str]:
+        if text_field not in columns or not _holds_strings(columns[text_field]):
+            raise UserError(_no_text_column(path, text_field, columns))
+        return [text_field]
+
+    return choose
+
+
+def _types_of(schema: pa.Schema) -> dict[str, pa.DataType]:
+    return {field.name: field.type for field in schema}
 
 
 def _holds_strings(kind: pa.DataType) -> bool:
@@ -125,17 +146,19 @@ def _holds_strings(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
+def describe_columns(columns: Mapping[str, Any]) -> str:
+    """Returns the names and types of columns, for messages."""
+    return ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no columns"
+
+
 def _no_text_column(path: Path, text_field: str, columns: Mapping[str, Any]) -> str:
-    has = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no columns"
+    has = describe_columns(columns)
     chats = [name for name, kind in columns.items() if _holds_chats(kind) or name in CHAT_KEYS]
     remedy = "name it with corpus.text_field"
     if chats:
-        remedy = (
-            f"{chats[0]!r} holds chats, which are not read as they are: write each as a text with the teacher's chat "
-            f"template, as {CHATS} shows"
-        )
+        remedy = f"{chats[0]!r} holds chats: set corpus.source: chat, which reads them, as {CHATS} shows"
     elif has_instruction(columns):
-        remedy = f"these are instructions and their answers: write both as one text, as {CHATS} shows"
+        remedy = f"these are instructions and their answers: write them as chats, as {CHATS} shows"
     elif isinstance(columns.get(text_field), pa.DataType) and pa.types.is_binary(columns[text_field]):
         remedy = "cast it to strings, or name another one with corpus.text_field"
     return f"{path}: expected a column {text_field!r} of strings, but it has {has}; {remedy}"

@@ -1,6 +1,7 @@
 """The models' continuations of the same few held-out texts, side by side: `WORKDIR/evaluation/NAME/samples.{json,md}`.
 
-A prompt is the first half of a document of the validation shards, and every model continues it greedily.
+A prompt is the first half of a document of the validation shards, or of a chat what precedes its first answer, and
+every model continues it greedily.
 `samples.json` is a table that `mlflow.load_table` reads; `samples.md` is the same table for people.
 """
 
@@ -44,12 +45,19 @@ class Prompts:
 
     @classmethod
     def of(cls, config: Config, batch: Mapping[str, torch.Tensor]) -> "Prompts":
-        """Takes the first document of each of the first rows of `batch`, which are collated validation samples."""
+        """Takes the first document of each of the first rows of `batch`, which are collated validation samples.
+
+        If it is a chat, this is its part up to the end of its first answer, and the prompt is what precedes the answer.
+        """
         count = config.evaluation.samples
         input_ids, mask = batch["input_ids"][:count].long().cpu(), batch["loss_mask"][:count].cpu()
-        # A document has a target at every token but its last.
-        document_lengths = mask.long().cumprod(dim=1).sum(dim=1) + 1
-        prompt_lengths = (document_lengths // 2).clamp(min=1)
+        if "position_ids" in batch:  # a later position 0 begins the next document
+            mask = mask & (batch["position_ids"][:count].cpu() == 0).cumsum(dim=1).le(1)
+        # A document has a target at every token but its last; a chat, at every token of an answer.
+        first = mask.long().argmax(dim=1)  # 0 also for a row without any target
+        answer = (mask | (torch.arange(mask.shape[1]) < first[:, None])).long().cumprod(dim=1).sum(dim=1) + 1
+        document_lengths = answer.where(mask.any(dim=1), 1)
+        prompt_lengths = (first + 1).where(first > 0, document_lengths // 2).clamp(min=1)
         room = input_ids.shape[1] - int(prompt_lengths.max()) if count else 0
         return cls(input_ids, prompt_lengths, document_lengths, max(1, min(config.evaluation.sample_tokens, room)))
 

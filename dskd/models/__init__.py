@@ -1,6 +1,10 @@
 """Causal language models of transformers: their folders, and how they are loaded, run, cut and checked.
 
 folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
+gguf_file       reads what a GGUF file says of its model
+gguf_config     the config of that model, and the check that transformers leaves nothing out
+gguf_tokenizer  builds its tokenizer, or compares another with it
+gguf_teacher    makes an ordinary folder of it, the teacher's
 model_config    reads a folder's config.json for the installed transformers, or refuses it
 weights         the tensors in a folder's safetensors files
 stored_names    the names of a model's tensors in those files, and the check that none is missing or left over

@@ -6,7 +6,7 @@ before the next one is read, so no rank ever holds a whole model.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -85,6 +85,35 @@ def build_sharded(
     mark_experts(causal_lm)
     check_head(causal_lm, folder)
     return causal_lm
+
+
+def destroy_engine(engine: Any) -> None:
+    """Destroys a ZeRO-3 engine, and frees the memory of its model and optimizer.
+
+    DeepSpeed's own lists and caches refer to a destroyed engine as long as the process lives.
+    """
+    optimizer = engine.optimizer
+    engine.destroy()
+    empty_tensors((*engine.module.parameters(), *engine.module.buffers()))
+    torch_optimizer = getattr(optimizer, "optimizer", None)  # a model that is not trained has none
+    if torch_optimizer is not None:
+        empty_tensors(_tensors_in([*torch_optimizer.state.values(), *vars(optimizer).values()]))
+
+
+def _tensors_in(held: Iterable[Any]) -> Iterator[Any]:
+    for value in held:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | dict):
+            yield from _tensors_in(value.values() if isinstance(value, dict) else value)
+
+
+def empty_tensors(tensors: Iterable[Any]) -> None:
+    """Frees the memory of tensors to which something may still refer; of a sharded one, the rank's share."""
+    for tensor in tensors:
+        tensor.data = tensor.new_empty(0)
+        if getattr(tensor, "ds_tensor", None) is not None:
+            tensor.ds_tensor.data = tensor.new_empty(0)
 
 
 def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World, *, num_layers: int | None = None) -> Any:

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ BAD_CONFIG = (
 )
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
+_CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -81,16 +82,15 @@ def reason_of(error: Exception) -> str:
 
 
 def find_teacher(config: Config) -> ModelFolder:
-    """Returns the teacher's folder: trained by the pipeline, named by `teacher.path`, or fetched from the hub.
+    """Returns the teacher's folder: made by the pipeline, named by `teacher.path`, or fetched from the hub.
 
     Raises:
         UserError: when it is missing, is not a model folder with safetensors weights, or does not fit the config.
     """
     teacher = config.teacher
-    if teacher.path is None:
-        folder = config.path(kinds.TEACHER.folder)
-        manifest = read_manifest(folder, "teacher")
-        return ModelFolder(folder, manifest.digest, tokenizer_digest(load_tokenizer(folder)))
+    if teacher.is_made:
+        return _find_made_teacher(config)
+    assert teacher.path is not None
     return _find_model("teacher", config, teacher.path, teacher.revision, trust_remote_code=teacher.trust_remote_code)
 
 
@@ -109,13 +109,67 @@ def _find_model(
     section: str, config: Config, path: str, revision: str | None, *, trust_remote_code: bool = False
 ) -> ModelFolder:
     """Returns the folder of the model that the section's `path` names; the same errors as :func:`find_teacher`."""
-    folder = _local_or_hub(section, path, revision, with_code=trust_remote_code)
-    check_model_folder(folder, named_by=f"{section}.path", trust_remote_code=trust_remote_code)
+    key, patterns = f"{section}.path", (*_CONFIG_AND_TOKENIZER, "*.safetensors", *(["*.py"] * trust_remote_code))
+    folder = _local_or_hub(key, path, revision, patterns)
+    check_model_folder(folder, named_by=key, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     # Check everything that is quick before the files are hashed, which takes minutes for a large model.
     unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), trust_remote_code)
     check_limits(config, folder, unhashed.load_config(), tokenizer)
     return replace(unhashed, digest=_digest_of_model(folder, cache=config.path(f".{section}_digests.json")))
+
+
+def _find_made_teacher(config: Config) -> ModelFolder:
+    """Returns the teacher in the work directory: trained from scratch, or made from the GGUF file of `teacher.path`.
+
+    Raises:
+        UserError: when it is missing, or was not made from what the config names.
+    """
+    folder = config.path(kinds.TEACHER.folder)
+    manifest = read_manifest(folder, "teacher")
+    is_gguf, digest = config.teacher.is_gguf, manifest.inputs.get("gguf")
+    if digest != (gguf_digest(config) if is_gguf else None):
+        made_from = "another model" if digest is None else f"the GGUF file {manifest.facts.get('file')}"
+        if is_gguf and manifest.facts.get("file") == Path(config.teacher.path or "").name:
+            made_from = "a file of this name with another content"
+        raise UserError(
+            f"{folder}: this teacher was made from {made_from}, and the config names "
+            f"{f'teacher.path: {config.teacher.path}' if is_gguf else 'teacher.train_from_scratch'}; make it again "
+            f"with `{kinds.TEACHER.made_by}`, or set workdir to another folder"
+        )
+    if is_gguf and manifest.config.get("tokenizer") != config.teacher.tokenizer:
+        raise UserError(
+            f"{folder}: this teacher was made with teacher.tokenizer: {manifest.config.get('tokenizer')}, and the "
+            f"config says {config.teacher.tokenizer}; make it again with `{kinds.TEACHER.made_by}`"
+        )
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code)
+    found = ModelFolder(folder, manifest.digest, tokenizer_digest(tokenizer))
+    if is_gguf:
+        check_limits(config, folder, found.load_config(), tokenizer)
+    return found
+
+
+def gguf_digest(config: Config) -> str:
+    """Returns the sha256 of the GGUF file of `teacher.path`.
+
+    If the file is not on this machine, that of the file of this name that the teacher in the work directory was made
+    from: a node needs only the work directory.
+
+    Raises:
+        UserError: if neither is there.
+    """
+    assert config.teacher.path is not None
+    path = Path(config.teacher.path).expanduser()
+    if path.is_file():
+        return _hashes_of([path], cache=config.path(".teacher_digests.json"))[path]
+    folder = config.path(kinds.TEACHER.folder)
+    if (folder / "manifest.json").is_file():
+        manifest = read_manifest(folder, "teacher")
+        if manifest.facts.get("file") == path.name:
+            return manifest.inputs["gguf"]
+    raise UserError(
+        f"teacher.path: {path}: there is no such GGUF file, and {folder} was not made from one of this name"
+    )
 
 
 def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:
@@ -130,6 +184,8 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
     if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX).is_file():
         others = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
         hint = f" (there is {others[0]}: convert it, dskd does not read pickles)" if others else ""
+        if named_by == "teacher.path" and (files := sorted(folder.glob("*.gguf"))):
+            hint = f" (there is {files[0].name}: name that file, teacher.path: {files[0]})"
         if (folder / "adapter_config.json").is_file():
             hint = (
                 " (there is adapter_config.json: this is a LoRA adapter; merge it into its base model, and save that)"
@@ -210,70 +266,88 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_of_json([type(tokenizer).__name__, vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id])
 
 
+def find_tokenizer_folder(name: str) -> Path:
+    """Returns the folder of the tokenizer that `teacher.tokenizer` names: a folder, or a model of the hub.
+
+    Raises:
+        UserError: when there is no such folder, and no such model can be fetched.
+    """
+    return _local_or_hub("teacher.tokenizer", name, None, _CONFIG_AND_TOKENIZER)
+
+
 @functools.cache  # a process asks the hub once
-def _local_or_hub(section: str, path: str, revision: str | None, *, with_code: bool) -> Path:
+def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise UserError(
-                f"{section}.revision: {revision!r} is a revision of a model on the hub, but {section}.path is the "
+                f"{key.partition('.')[0]}.revision: {revision!r} is a revision of a model on the hub, but {key} is the "
                 f"folder {folder}; remove it, or name the model as ORGANISATION/NAME"
             )
         return folder
+    if folder.is_file():
+        gguf = ", or a GGUF file, whose name ends with .gguf" if key == "teacher.path" else ""
+        raise UserError(f"{key}: {folder} is a file; name a Hugging Face model folder{gguf}")
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise UserError(
-            f"{section}.path: there is no folder {folder}; name a Hugging Face model folder, or a model of the hub as "
+            f"{key}: there is no folder {folder}; name a Hugging Face model folder, or a model of the hub as "
             "ORGANISATION/NAME"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * with_code
     try:
         # Some models also store their weights in another format, which there is no need to download.
         return Path(
             snapshot_download(
                 path,
                 revision=revision,
-                allow_patterns=patterns,
+                allow_patterns=list(patterns),
                 ignore_patterns=["consolidated*", "original/*"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{section}.path: {path!r} is not a folder here, and cannot be fetched from the hub ({reason})"
+            f"{key}: {path!r} is not a folder here, and cannot be fetched from the hub ({reason})"
         ) from None
 
 
 def _digest_of_model(folder: Path, cache: Path) -> str:
     """Returns the digest of the model's config and weights.
 
-    `cache` keeps the hash of each file by path, size and modification time, since the same path may be a different file
-    on each node.
-
     Raises:
         UserError: when a file that the index names is missing.
     """
-    names = sorted({"config.json", *tensor_files(folder).values()})
+    paths = {name: (folder / name).resolve() for name in sorted({"config.json", *tensor_files(folder).values()})}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise UserError(f"{folder / name}: {WEIGHTS_INDEX} names this file, but it is missing; fetch it again")
+    hashes = _hashes_of(paths.values(), cache)
+    return digest_of_json({name: hashes[path] for name, path in paths.items()})
+
+
+def _hashes_of(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
+    """Returns the sha256 of files.
+
+    `cache` keeps the hash of each file by path, size and modification time, since the same path may be a different file
+    on each node.
+    """
     known: dict[str, Any] = {}
     if cache.is_file():
         with _ignoring_damage():
             known = json.loads(cache.read_text(encoding="utf-8"))
-    digests, new = {}, {}
-    for name in names:
-        path = (folder / name).resolve()
-        if not path.is_file():
-            raise UserError(f"{folder / name}: {WEIGHTS_INDEX} names this file, but it is missing; fetch it again")
+    hashes, new = {}, {}
+    for path in paths:
         status = path.stat()
-        key = f"{path} {status.st_size} {status.st_mtime_ns}"
-        digests[name] = known.get(key) or sha256_of_file(path)
+        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        hashes[path] = known.get(key) or sha256_of_file(path)
         if key not in known:
-            new[key] = digests[name]
+            new[key] = hashes[path]
     if new and cache.parent.is_dir():
         with _ignoring_damage():
             write_json(cache, known | new)
-    return digest_of_json(digests)
+    return hashes
 
 
 @contextmanager

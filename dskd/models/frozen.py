@@ -19,7 +19,14 @@ from torch import nn
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.models.architecture import check_architecture
-from dskd.models.causal_lm import build_sharded, empty_model, engine_settings, load_resident
+from dskd.models.causal_lm import (
+    build_sharded,
+    destroy_engine,
+    empty_model,
+    empty_tensors,
+    engine_settings,
+    load_resident,
+)
 from dskd.models.folder import ModelFolder
 from dskd.models.nvme import nvme_settings, open_nvme_folder
 from dskd.models.precision import compute_dtype
@@ -141,15 +148,11 @@ class FrozenModel:
 
     def close(self) -> None:
         """Frees the model's memory, and deletes its files on NVMe."""
-        module = self.engine if isinstance(self.engine, FrozenDecoder) else self.engine.module
-        if module is not self.engine:
-            self.engine.destroy()
-        # DeepSpeed's own lists and caches refer to a destroyed engine as long as the process lives, and torch and
-        # transformers may refer to a module, so empty the tensors.
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.new_empty(0)
-            if getattr(tensor, "ds_tensor", None) is not None:  # the rank's share
-                tensor.ds_tensor.data = tensor.new_empty(0)
+        if isinstance(self.engine, FrozenDecoder):
+            # torch and transformers may refer to a module.
+            empty_tensors((*self.engine.parameters(), *self.engine.buffers()))
+        else:
+            destroy_engine(self.engine)
         if self.nvme_folder is not None:
             shutil.rmtree(self.nvme_folder, ignore_errors=True)
 

@@ -29,6 +29,7 @@ from dskd.distributed.collectives import barrier, broadcast_json, gather_json, s
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, listed
+from dskd.models.gguf_teacher import check_file
 from dskd.plan import GB
 
 _CLOCK_TOLERANCE_S = 2.0  # if clocks differ by more, logs and metrics of two nodes cannot be compared by time
@@ -160,6 +161,8 @@ def _reduce(world: World) -> float:
 def _look(config: Config, world: World) -> dict[str, Any]:
     """Returns this rank's report on its node."""
     problems = [*_check_storage(config, world), *_check_shards(config), *_check_cache(config, world)]
+    if world.is_main and config.teacher.is_gguf and not config.path(kinds.TEACHER.folder).exists():
+        problems += _problems_of(lambda: check_file(config))  # rank 0's node makes the teacher
     barrier()
     clock_s = time.time()  # ranks read their clocks within the few milliseconds in which they leave the barrier
     shared = Path("/dev/shm")

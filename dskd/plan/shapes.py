@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import nn
 
+from dskd.artifacts import kinds
 from dskd.config import Config, CorpusConfig, StudentConfig
 from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
 from dskd.models.folder import ModelFolder
+from dskd.models.gguf_config import read_config
+from dskd.models.gguf_file import read_gguf
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
 from dskd.models.new_student import config_values, intermediate_size
@@ -200,6 +203,8 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
         }
         return Architecture(json.dumps(values), "teacher.train_from_scratch")
     assert path is not None
+    if config.teacher.is_gguf:
+        return _read_gguf(config)
     return _find("teacher.path", path, config.teacher.revision, advice=_NAME_IT)
 
 
@@ -316,6 +321,14 @@ class _Cut:
         choose_trained(model, student, first_layer=trunk)
         shapes = Shapes.of(model, without=embeddings if trunk else None)
         return _Cut(shapes, numel, output.numel(), output.requires_grad, is_tied)
+
+
+def _read_gguf(config: Config) -> Architecture:
+    """Returns the architecture of a GGUF file or, if it is not here, of the teacher that was made from it."""
+    file, made = Path(str(config.teacher.path)).expanduser(), config.path(kinds.TEACHER.folder, "config.json")
+    if not file.is_file() and made.is_file():
+        return _read(made, named_by="teacher.path", advice=_NAME_IT)
+    return Architecture(json.dumps(read_config(read_gguf(file)).to_dict()), f"teacher.path: {file}")
 
 
 def _read(path: Path, *, named_by: str, advice: str) -> Architecture:

@@ -50,9 +50,10 @@ class SenseDictionary:
         """Reads the vectors [n, D] bf16 of consecutive rows."""
         return torch.from_numpy(np.array(self.mapped[rows.start : rows.stop])).view(torch.bfloat16)
 
-    def rows_of(self, entry: int) -> range:
-        """Returns the rows of an entry."""
-        return range(*self.entry_offsets[entry : entry + 2].tolist())
+    def rows_of(self, entry: int, stop: int | None = None) -> range:
+        """Returns the rows of an entry; with `stop`, of all entries from `entry` up to, not including, `stop`."""
+        end = entry + 1 if stop is None else stop
+        return range(int(self.entry_offsets[entry]), int(self.entry_offsets[end]))
 
     def rows_of_tokens(self, tokens: Sequence[int]) -> range:
         """Returns the rows of the entry with these tokens; empty if there is no such entry, or if it has no sense."""

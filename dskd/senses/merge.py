@@ -117,7 +117,7 @@ def _read_tokens(dictionaries: Sequence[SenseDictionary], start: int, stop: int)
     """
     vectors, counts, owners = [], [], []
     for dictionary in dictionaries:
-        rows = range(*dictionary.entry_offsets[[start, stop]].tolist())
+        rows = dictionary.rows_of(start, stop)
         vectors.append(dictionary.read(rows))
         counts.append(dictionary.counts[rows.start : rows.stop])
         owners.append(torch.arange(stop - start).repeat_interleave(dictionary.senses_per_token[start:stop]))

@@ -13,7 +13,7 @@ from dskd.console import say
 from dskd.distributed.collectives import main_first
 from dskd.distributed.world import World
 from dskd.models.agreement import probe_inputs
-from dskd.models.causal_lm import fits_without_lower_layers, fits_without_upper_layers
+from dskd.models.causal_lm import destroy_engine, fits_without_lower_layers, fits_without_upper_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import compute_dtype
@@ -105,7 +105,7 @@ class ModelPair:
 
     def close(self, *, keep_teacher: bool = False) -> None:
         """Frees the models' memory; with `keep_teacher`, the teacher stays loaded."""
-        self.engine.destroy()
+        destroy_engine(self.engine)
         if isinstance(self.trunk, HandOver):
             self.trunk.close()
         if self.teacher is not None and not keep_teacher:
@@ -175,7 +175,7 @@ def load_pair(
     problem = difference(engine, expected, world=world, dtype=compute_dtype(config.precision, world.device))
     if problem is not None:
         _refuse_or_report(config, problem)
-        engine.destroy()
+        destroy_engine(engine)
         return ModelPair(teacher, load(0), without_trunk)
     if trunk is not None:
         return ModelPair(None, engine, source, trunk)

@@ -218,7 +218,7 @@ def test_a_student_that_is_not_cut_is_trained_whole_by_default_and_can_be_printe
     chosen = {**student, "train_layers": [0, 1], "train_embeddings": False}
     section = load_config(write_yaml(tmp_path, {**MINIMAL, "student": chosen})).student
     assert (section.train_layers, section.train_embeddings, section.train_lm_head) == ((0, 1), False, True)
-    with pytest.raises(UserError, match=r"they share none: the student is not cut from the teacher \(student\."):
+    with pytest.raises(UserError, match=r"they share none: student\..* is not cut from the teacher"):
         load_config(write_yaml(tmp_path, {**MINIMAL, "student": student}), ["annotation.store=[trunk_states]"])
 
 

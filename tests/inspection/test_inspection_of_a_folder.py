@@ -48,7 +48,7 @@ def test_a_lexicon_is_counted_by_source_without_a_teacher(lexicon_only):
     assert ["all,", "each", "pair", "once", "4", "2"] in rows
     assert ["self-pairs", "1"] in rows
     assert "no coverage of the vocabulary: " in out
-    assert "make it with `python launcher/pipeline.py --config FILE`" in out
+    assert "make it with `python launcher/pipeline.py --config FILE --until teacher`" in out
 
 
 def test_a_word_shows_its_relations_with_all_sources_without_a_teacher(lexicon_only):
@@ -74,7 +74,7 @@ def test_a_missing_artifact_is_refused_with_the_command_that_makes_it(lexicon_on
     assert "there is no sense dictionary here; make it with `deepspeed launcher/build_senses.py --config FILE`" in err
     code, _, err = lexicon_only("inspect", "plot", "big")
     assert code == 2
-    assert "there is no teacher here; make it with `python launcher/pipeline.py --config FILE`" in err
+    assert "there is no teacher here; make it with `python launcher/pipeline.py --config FILE --until teacher`" in err
 
 
 def test_wrong_arguments_are_refused_with_the_right_ones(lexicon_only, capsys):

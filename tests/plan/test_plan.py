@@ -126,7 +126,7 @@ def test_a_pretrained_student_is_planned_like_the_same_model_cut_from_the_teache
     ]
     one, other = ((plan.memory, plan.speed, plan.disk, plan.student.shapes) for plan in plans)
     assert one == other
-    assert "(student.path)" in format_plan(plans[0])
+    assert "(student.path is not cut from the teacher)" in format_plan(plans[0])
 
 
 def test_a_pretrained_student_without_a_config_json_is_refused(tmp_path):

@@ -32,7 +32,8 @@ something does not work, the model is refused before work begins, with the reaso
 
 In float32, two factors of Apertus's activation, which transformers keeps in bf16, are not trained.
 
-Not supported yet are heads that cap, scale or shift logits, quantised weights, and models of images or sound.
+Not supported yet are heads that cap, scale or shift logits, quantised weights (other than block FP8 and [GGUF
+files](gguf.md)), and models of images or sound.
 
 {dense}
 

@@ -1,5 +1,7 @@
 """The student's engine: sums over micro-batches, its compiler, and its final norm."""
 
+import gc
+
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -19,6 +21,7 @@ from transformers import (
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
+from dskd.models.causal_lm import destroy_engine
 from dskd.models.cutting import build_student, find_student
 from dskd.models.folder import find_teacher
 from dskd.training.student import choose_trained, load_student
@@ -49,7 +52,7 @@ def _gradients(config, world, micro_batches):
         if number + 1 < micro_batches:
             engine.step()
     gradients = {n: safe_get_full_grad(p).float() for n, p in engine.module.named_parameters() if p.requires_grad}
-    engine.destroy()
+    destroy_engine(engine)
     return gradients
 
 
@@ -137,3 +140,27 @@ def test_without_its_embeddings_a_pretrained_student_keeps_its_positions():
     choose_trained(model, StudentConfig(path="a/b", train_embeddings=False, train_lm_head=False))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+def test_a_destroyed_engine_holds_no_memory(tmp_path, world):
+    """DeepSpeed's module-level lists refer to every engine, so one that is only destroyed stays in memory."""
+    save_model(tmp_path / "teacher")
+    config = Config(
+        workdir=str(tmp_path),
+        precision="fp32",
+        teacher={"path": str(tmp_path / "teacher")},
+        student={"layers": 2, "train_layers": 2, "train_embeddings": True},
+        corpus={"packing": "stream"},
+    )
+    build_student(config)
+    _gradients(config, world, micro_batches=1)  # what is allocated once per process is not counted
+    before = _tensor_bytes()
+    _gradients(config, world, micro_batches=1)
+    trained = sum(file.stat().st_size for file in find_student(config).path.glob("*.safetensors"))
+    assert _tensor_bytes() - before < trained / 2
+
+
+def _tensor_bytes() -> int:
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,98 @@
+"""Reads the chats of the corpus as documents with tokens, and refuses those that cannot be used, with their places."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dskd.artifacts.hashing import digest_of_json
+from dskd.config import Config
+from dskd.console import warn
+from dskd.corpus.chats.rendering import ChatWriter
+from dskd.corpus.chats.turns import ChatColumns, ChatError
+from dskd.corpus.files import Document, read_records
+from dskd.corpus.hub import read_dataset_rows
+from dskd.errors import UserError, listed, shortened
+from dskd.lexicon.reading import is_storable
+from dskd.models.folder import ModelFolder, find_teacher
+
+_MOST_PROBLEMS = 100
+_SHOWN_PROBLEMS = 10
+
+
+def fingerprint(config: Config) -> dict[str, str]:
+    """Returns the digests of the teacher's chat template and tokenizer, which write the chats."""
+    teacher, tokenizer = _teacher(config)
+    return {"chat_template": digest_of_json(tokenizer.chat_template), "tokenizer": teacher.tokenizer_digest}
+
+
+def read_chats_of_files(config: Config, files: list[Path], key: str) -> Iterator[Document]:
+    """Yields the chats of files as documents with tokens. `key` is the config's key that names the files.
+
+    Raises:
+        UserError: when a file cannot be read, or has chats that cannot be used: it names the first of these and their
+            number.
+    """
+    columns = ChatColumns(config.corpus.text_field)
+    numbered = ((f"{path}:{number}", record) for path in files for number, record in read_records(path, columns))
+    yield from _documents(config, columns, numbered, f"corpus.{key}")
+
+
+def read_chats_of_dataset(config: Config, split: str) -> Iterator[Document]:
+    """Yields the chats of a split of `corpus.dataset` as documents; raises the errors of
+    :func:`read_chats_of_files`.
+    """
+    columns = ChatColumns(config.corpus.text_field)
+    name = f"{config.corpus.dataset}/{split}"
+    rows = read_dataset_rows(config.corpus, split, columns.all)
+    numbered = ((f"{name}:{number}", row) for number, row in enumerate(rows))
+    yield from _documents(config, columns, numbered, f"corpus.dataset, split {split!r}")
+
+
+def _documents(
+    config: Config, columns: ChatColumns, numbered: Iterator[tuple[str, Any]], source: str
+) -> Iterator[Document]:
+    _, tokenizer = _teacher(config)
+    writer = ChatWriter(tokenizer, answers_only=config.corpus.loss_on == "assistant")
+    problems: list[str] = []
+    not_text: list[str] = []
+    count, read = 0, ""
+    for place, record in numbered:
+        count += 1
+        try:
+            written = writer.write(columns.parse(record))
+        except ChatError as error:
+            problems.append(f"{place}: {error}")
+            if len(problems) == _MOST_PROBLEMS:
+                read = "first "
+                break
+            continue
+        if is_storable(written.text):
+            yield Document(place, written.text, written.text, tokens=written.tokens, counted=written.counted)
+        else:
+            not_text.append(place)
+    if problems:
+        raise UserError(
+            listed(
+                f"{source}: {len(problems):,} of the {read}{count:,} chats cannot be used; correct them, or leave "
+                "them out",
+                problems,
+                _SHOWN_PROBLEMS,
+            )
+        )
+    if not_text:
+        warn(
+            f"{source}: {len(not_text):,} chats are not text (a NUL or half a surrogate pair) and are left out: "
+            f"{shortened(not_text)}"
+        )
+
+
+def _teacher(config: Config) -> tuple[ModelFolder, Any]:
+    """Returns the teacher and its tokenizer. Raises a UserError if that has no chat template."""
+    teacher = find_teacher(config)
+    tokenizer = teacher.load_tokenizer()
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{teacher.path}: its tokenizer has no chat template, with which corpus.source: chat writes chats; use a "
+            "teacher that was trained on chats, or add the file chat_template.jinja"
+        )
+    return teacher, tokenizer

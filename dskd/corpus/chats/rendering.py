@@ -1,0 +1,213 @@
+"""Writes chats with a chat template, and finds the tokens of each that count in the loss.
+
+With `corpus.loss_on: assistant` these are the answers: what the assistant says, with the token that ends its turn, and
+without the header that begins it. They are the passages between the template's `{% generation %}` marks. A template
+without marks writes each chat several times: up to an answer, with the header that asks for it
+(`add_generation_prompt`), and up to its end. Both must be beginnings of the whole chat, in text and in tokens, so that
+the model learns to continue exactly the prompts that it will be given. If they are not, the chat is refused:
+transformers' own mask counts whole tokens that begin or end outside of an answer, and often more
+(https://github.com/huggingface/transformers/issues/47325).
+
+Shapes: n tokens of a chat.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from dskd.corpus.chats.turns import ASSISTANT, Chat, ChatError, Message
+
+_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_REMEDY = "use a chat template with the marks {% generation %} and {% endgeneration %} around answers"
+_SHOWN_CHARACTERS = 40
+# Some templates write the date into the system prompt, and would write another corpus every day.
+_DATE = datetime(2024, 7, 26, tzinfo=UTC)
+_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "strftime_now": _DATE.strftime}
+
+Passage = tuple[int, int]  # the first character of a part of the text, and the one after its last
+
+
+@dataclass(frozen=True)
+class WrittenChat:
+    """A chat as text and as tokens."""
+
+    text: str
+    tokens: np.ndarray  # [n] int32
+    counted: np.ndarray  # [n] uint8, 1 where the token counts in the loss
+
+
+class ChatWriter:
+    """A writer of chats with the chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: Any, *, answers_only: bool) -> None:
+        """Takes a tokenizer that has a chat template. With `answers_only` only answers count, otherwise all tokens."""
+        self._tokenizer = tokenizer
+        self._answers_only = answers_only
+        self._added_tokens = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+
+    def write(self, chat: Chat) -> WrittenChat:
+        """Returns a chat as text and tokens.
+
+        Raises:
+            ChatError: when the template refuses the chat or leaves out a part of it, or when the tokens of an answer
+                cannot be told from those of its prompt.
+        """
+        text = self._text(chat.messages, chat.tools)
+        self._require_all_written(chat, text)
+        tokens = self._tokens([text])[0]
+        counted = np.ones(len(tokens), np.uint8)
+        if self._answers_only:
+            counted[:] = 0
+            if _MARK.search(self._tokenizer.get_chat_template(tools=chat.tools)):
+                for first, stop in self._places(text, tokens, self._marked(chat, text)):
+                    counted[first:stop] = 1
+            else:
+                for first, stop in self._places(text, tokens, self._between_beginnings(chat, text)):
+                    counted[first : self._end_of_turn(tokens, first, stop)] = 1
+        counted[:1] = 0  # the first token has nothing that predicts it
+        if not counted.any():
+            raise ChatError("the chat template writes no token that counts in the loss")
+        return WrittenChat(text, np.array(tokens, np.int32), counted)
+
+    def _text(self, messages: list[Message], tools: Any, *, asks: bool = False, part: str = "it") -> str:
+        """Returns the text of messages; with `asks`, followed by the header that asks for an answer.
+
+        Raises a ChatError that names `part` if the template refuses them.
+        """
+        try:
+            # As a batch of one chat, which may have no messages yet.
+            (text,) = self._tokenizer.apply_chat_template(
+                [messages], tools=tools, tokenize=False, add_generation_prompt=asks, **_OPTIONS
+            )
+        except Exception as error:  # templates can raise any kind of error
+            raise ChatError(f"the chat template refuses {part} ({type(error).__name__}: {error})") from None
+        return str(text)
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        # The template writes all special tokens, also the one that begins a text.
+        tokens: list[list[int]] = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return tokens
+
+    def _require_all_written(self, chat: Chat, text: str) -> None:
+        """Checks that the template writes system turns, tool turns, tool calls and tools, which some leave out."""
+        if chat.tools and not self._differs(chat.messages, None, text):
+            raise ChatError("the chat template leaves out its tools; use a teacher with a template for tools")
+        for index, message in enumerate(chat.messages):
+            other = dict(message)
+            if other.pop("tool_calls", None):
+                kind = "the tool calls"
+            elif message["role"] not in ("user", ASSISTANT) and message["content"].strip():
+                kind, other["content"] = f"the {message['role']} turn", f"{message['content']} and more"
+            else:
+                continue
+            if not self._differs([*chat.messages[:index], other, *chat.messages[index + 1 :]], chat.tools, text):
+                raise ChatError(f"the chat template leaves out {kind} in turn {index + chat.first_number}")
+
+    def _differs(self, messages: list[Message], tools: Any, text: str) -> bool:
+        """Returns True if the template writes another text than `text`, or refuses the messages."""
+        try:
+            return self._text(messages, tools) != text
+        except ChatError:
+            return True
+
+    def _marked(self, chat: Chat, text: str) -> list[Passage]:
+        """Returns the passages between the template's marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        (written,), (passages,) = render_jinja_template(
+            conversations=[chat.messages],
+            tools=chat.tools,
+            chat_template=self._tokenizer.get_chat_template(tools=chat.tools),
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **_OPTIONS},
+        )
+        if written != text:
+            raise ChatError("the chat template writes it differently each time")
+        # transformers loses marks in macros and at the very beginning of a text. So search each answer in its passage.
+        inside, at = "\n".join(text[first:stop] for first, stop in passages), 0
+        for index in chat.answers():
+            said = chat.messages[index]["content"].strip()
+            found = inside.find(said, at)
+            if found >= 0:
+                at = found + len(said)
+            elif said in text:
+                raise ChatError(
+                    f"the marks {{% generation %}} of the chat template do not contain all of the answer in turn "
+                    f"{index + chat.first_number}; every answer needs to be between marks, outside of macros"
+                )
+        return [passage for passage in passages if passage[0] < passage[1]]
+
+    def _between_beginnings(self, chat: Chat, text: str) -> list[Passage]:
+        """Returns the passage of each answer, by writing the chat up to it and up to its end."""
+        passages = []
+        for index in chat.answers():
+            number = index + chat.first_number
+            before = f"the turns before turn {number}"
+            prompt = self._text(chat.messages[:index], chat.tools, asks=True, part=before)
+            _require_beginning(prompt, text, f"{before}, with the header that asks for an answer,")
+            up_to = f"the turns up to turn {number}"
+            is_last = index + 1 == len(chat.messages)
+            whole = text if is_last else self._text(chat.messages[: index + 1], chat.tools, part=up_to)
+            if not text.startswith(whole):
+                # Some templates end a whole chat with one more token.
+                whole = whole.removesuffix(self._tokenizer.eos_token or "")
+            _require_beginning(whole, text, up_to)
+            said, rest = chat.messages[index]["content"].strip(), whole[len(prompt) :].lstrip()
+            if not rest.startswith(said) and prompt == self._text(chat.messages[:index], chat.tools, part=before):
+                # Nothing asks for an answer, so a header of its own would count as a part of it.
+                raise ChatError(
+                    f"the chat template ignores add_generation_prompt, but writes {rest[:_SHOWN_CHARACTERS]!r} for "
+                    f"turn {number}, so it is unknown where the answer begins; {_REMEDY}"
+                )
+            passages.append((len(prompt), len(whole)))
+        return passages
+
+    def _places(self, text: str, tokens: list[int], passages: Sequence[Passage]) -> list[tuple[int, int]]:
+        """Returns the first token of each passage, and the one after its last.
+
+        Raises a ChatError if a token is in part inside of a passage, or if the text up to there has other tokens.
+        """
+        cuts = [cut for passage in passages for cut in passage]
+        if not cuts:
+            return []
+        pieces = self._tokens([text[first:stop] for first, stop in itertools.pairwise([0, *cuts, len(text)])])
+        if list(itertools.chain(*pieces)) == tokens:
+            places = list(itertools.accumulate(map(len, pieces[:-1])))
+        else:
+            # Some tokenizers begin every text with a space, so that pieces have other tokens, but beginnings have not.
+            beginnings = self._tokens([text[:cut] for cut in cuts])
+            for cut, beginning in zip(cuts, beginnings, strict=True):
+                if tokens[: len(beginning)] != beginning:
+                    around = f"{text[max(0, cut - 20) : cut]!r} and {text[cut : cut + 20]!r}"
+                    raise ChatError(
+                        f"between {around} the chat has other tokens than its part up to there, so an answer and its "
+                        f"prompt cannot be told apart in tokens; {_REMEDY}"
+                    )
+            places = list(map(len, beginnings))
+        return list(zip(places[::2], places[1::2], strict=True))
+
+    def _end_of_turn(self, tokens: list[int], first: int, stop: int) -> int:
+        """Returns the end of an answer without white space after the special token that ends its turn, if one does."""
+        last = max((place for place in range(first, stop) if tokens[place] in self._added_tokens), default=None)
+        if last is None or self._tokenizer.decode(tokens[last + 1 : stop]).strip():
+            return stop
+        return last + 1
+
+
+def _require_beginning(beginning: str, text: str, part: str) -> None:
+    if text.startswith(beginning):
+        return
+    differences = (at for at, (one, other) in enumerate(zip(beginning, text, strict=False)) if one != other)
+    at = next(differences, min(len(beginning), len(text)))
+    alone, in_chat = (repr(each[max(0, at - 10) :][:_SHOWN_CHARACTERS]) for each in (beginning, text))
+    raise ChatError(
+        f"the chat template writes {part} differently by themselves ({alone}) and in the chat ({in_chat}), so the "
+        f"prompt of this answer is unknown; {_REMEDY}"
+    )

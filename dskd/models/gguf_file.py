@@ -1,0 +1,242 @@
+"""Reading what a GGUF file says of its model: its keys, and the names, shapes, types and places of its tensors.
+
+GGUF is the format of llama.cpp: one file with the keys (of the architecture, the tokenizer and where the model comes
+from), a table of tensors, and then the tensors, most of them quantised. Only the beginning of the file is read here, so
+that a wrong file is refused at once; the package `gguf` reads the tensors later (:mod:`dskd.models.gguf_teacher`).
+"""
+
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dskd.artifacts.pointers import refuse_pointer_beginning
+from dskd.errors import UserError, shortened
+
+_MAGIC = b"GGUF"
+_VERSIONS = 2, 3
+_ALIGNMENT = 32  # of the tensors, in bytes, if the key general.alignment does not say otherwise
+# The number of a type of a key's value -> its format for the module struct. Strings and arrays have no fixed size.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_LONGEST_NAME = 2**16  # bytes; a longer name of a key or tensor is not one
+_MOST_DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a GGUF file."""
+
+    name: str
+    shape: tuple[int, ...]  # in the order of torch: the last dimension is contiguous
+    type_name: str  # such as F32 or Q4_K
+    offset: int  # of its first byte in the file
+    size_bytes: int
+
+    @property
+    def numel(self) -> int:
+        """The number of its elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What a GGUF file says of its model."""
+
+    path: Path
+    values: Mapping[str, Any]  # its keys
+    tensors: tuple[GgufTensor, ...]
+
+    @property
+    def architecture(self) -> str:
+        """The name of the architecture, as llama.cpp calls it."""
+        return str(self.values.get("general.architecture", ""))
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    def count_types(self) -> dict[str, int]:
+        """Returns the number of tensors of each type."""
+        return dict(sorted(Counter(tensor.type_name for tensor in self.tensors).items()))
+
+
+def require_gguf() -> Any:
+    """Returns the package `gguf`.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "teacher.path: a GGUF file needs the package gguf, which is not installed: pip install 'gguf>=0.17,<1'"
+        ) from None
+    return gguf
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Reads the beginning of a GGUF file.
+
+    Raises:
+        UserError: if it is missing, no GGUF file, of another version, one of several parts of a model, or cut short.
+    """
+    gguf = require_gguf()
+    if not path.is_file():
+        what = "this is a folder; name the file in it" if path.is_dir() else "there is no such file"
+        raise UserError(f"teacher.path: {path}: {what}")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            version = _read_version(stream, path)
+            try:
+                values, table, end = _read_tables(stream, size)
+            except _CutShortError:
+                raise UserError(
+                    f"teacher.path: {path}: the file is cut short: it ends after {size:,} bytes, within the list of "
+                    "its keys and tensors; fetch it again"
+                ) from None
+            except (UnicodeDecodeError, KeyError, ValueError) as error:
+                raise UserError(
+                    f"teacher.path: {path}: the list of keys and tensors of this GGUF file (version {version}) is "
+                    f"damaged ({error}); fetch it again"
+                ) from None
+    except OSError as error:
+        raise UserError(f"teacher.path: {path}: it cannot be read ({error.strerror})") from None
+    if (parts := values.get("split.count", 1)) > 1:
+        raise UserError(
+            f"teacher.path: {path}: this is part {values.get('split.no', 0) + 1} of a model in {parts} files "
+            "(split.count), and transformers reads a GGUF model from one file; join them with llama.cpp's "
+            "`llama-gguf-split --merge FIRST-PART NEW-FILE`"
+        )
+    if not table:
+        raise UserError(f"teacher.path: {path}: this GGUF file has no tensors, only keys; name the file of the model")
+    tensors = _place_tensors(table, end, values, gguf, path)
+    last = max(tensors, key=lambda tensor: tensor.offset + tensor.size_bytes)
+    if (needed := last.offset + last.size_bytes) > size:
+        missing = [tensor.name for tensor in tensors if tensor.offset + tensor.size_bytes > size]
+        raise UserError(
+            f"teacher.path: {path}: the file is cut short: it has {size:,} bytes, and its {len(tensors)} tensors need "
+            f"{needed:,}; incomplete or missing: {shortened(missing, 3)} ({len(missing)} in all). Fetch it again"
+        )
+    return GgufFile(path, values, tensors)
+
+
+class _CutShortError(Exception):
+    """The error of a file that ends within a value."""
+
+
+def _read_version(stream: BinaryIO, path: Path) -> int:
+    beginning = stream.read(64)
+    refuse_pointer_beginning(beginning, f"teacher.path: {path}")
+    if beginning[:4] != _MAGIC or len(beginning) < 8:
+        raise UserError(
+            f"teacher.path: {path}: this is not a GGUF file: it begins with {beginning[:4]!r}, not with {_MAGIC!r}; "
+            "was it downloaded whole, and is it what its name says?"
+        )
+    (version,) = struct.unpack("<I", beginning[4:8])
+    if version not in _VERSIONS:
+        big_endian = " (or its numbers are big-endian)" if version > 2**16 else ""
+        raise UserError(
+            f"teacher.path: {path}: this GGUF file has format version {version}{big_endian}; versions 2 and 3 can be "
+            "read. Convert the model again with a llama.cpp of this time"
+        )
+    stream.seek(8)
+    return int(version)
+
+
+_Table = list[tuple[str, tuple[int, ...], int, int]]  # name, shape, number of the type, offset in the data
+
+
+def _read_tables(stream: BinaryIO, size: int) -> tuple[dict[str, Any], _Table, int]:
+    """Returns the keys, the table of tensors, and the offset of its end."""
+    num_tensors, num_keys = _unpack(stream, "QQ")
+    values: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = _read_string(stream, _LONGEST_NAME)
+        (kind,) = _unpack(stream, "I")
+        values[key] = _read_value(stream, kind, size)
+    table: _Table = []
+    for _ in range(num_tensors):
+        name = _read_string(stream, _LONGEST_NAME)
+        (dimensions,) = _unpack(stream, "I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions} dimensions")
+        shape = _unpack(stream, f"{dimensions}Q")
+        type_number, offset = _unpack(stream, "IQ")
+        table.append((name, tuple(reversed(shape)), type_number, offset))
+    return values, table, stream.tell()
+
+
+def _unpack(stream: BinaryIO, form: str) -> tuple[Any, ...]:
+    layout = struct.Struct(f"<{form}")
+    content = stream.read(layout.size)
+    if len(content) < layout.size:
+        raise _CutShortError
+    return layout.unpack(content)
+
+
+def _read_string(stream: BinaryIO, longest: int) -> str:
+    (length,) = _unpack(stream, "Q")
+    if length > longest:
+        raise ValueError(f"a text of {length:,} bytes")
+    content = stream.read(length)
+    if len(content) < length:
+        raise _CutShortError
+    return content.decode("utf-8")
+
+
+def _read_value(stream: BinaryIO, kind: int, size: int) -> Any:
+    if kind == _STRING:
+        return _read_string(stream, size)
+    if kind != _ARRAY:
+        return _unpack(stream, _SCALARS[kind])[0]
+    inner, count = _unpack(stream, "IQ")
+    if count > size:
+        raise ValueError(f"a list of {count:,} values")
+    if inner in _SCALARS:
+        return list(_unpack(stream, f"{count}{_SCALARS[inner]}"))
+    return [_read_value(stream, inner, size) for _ in range(count)]
+
+
+def _place_tensors(table: _Table, end: int, values: Mapping[str, Any], gguf: Any, path: Path) -> tuple[GgufTensor, ...]:
+    """Returns the tensors with their sizes and their places in the file.
+
+    Raises:
+        UserError: naming types that the package `gguf` does not know, or cannot turn into numbers.
+    """
+    alignment = int(values.get("general.alignment", _ALIGNMENT)) or _ALIGNMENT
+    begin = -(-end // alignment) * alignment
+    types = {number: _type_of(gguf, number) for number in {number for _, _, number, _ in table}}
+    if unreadable := [reason for _, _, _, reason in types.values() if reason]:
+        raise UserError(
+            f"teacher.path: {path}: the installed gguf cannot turn some tensors into numbers: "
+            f"{'; '.join(sorted(unreadable))}. Take a file of this model in another quantisation, such as Q8_0 or F16, "
+            "or a newer gguf"
+        )
+    tensors = []
+    for name, shape, number, offset in table:
+        type_name, block, block_bytes, _ = types[number]
+        tensors.append(GgufTensor(name, shape, type_name, begin + offset, -(-prod(shape) // block) * block_bytes))
+    return tuple(tensors)
+
+
+def _type_of(gguf: Any, number: int) -> tuple[str, int, int, str]:
+    """Returns a type's name, the elements and bytes of a block, and why it cannot be turned into numbers, if so."""
+    import numpy as np
+
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+    except ValueError:
+        return "", 1, 1, f"it does not know type {number}"
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return kind.name, block, block_bytes, f"it cannot dequantise {kind.name}"
+    return kind.name, block, block_bytes, ""

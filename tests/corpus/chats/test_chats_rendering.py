@@ -1,0 +1,204 @@
+"""The tokens of chats, and which of them count, against texts in which the counted parts are marked by hand."""
+
+import re
+
+import pytest
+from chat_templates import LLAMA, MARKED, MISTRAL, SMOLLM, THINKING, TOOLS, chat_tokenizer
+
+from dskd.corpus.chats.rendering import ChatWriter
+from dskd.corpus.chats.turns import ChatColumns, ChatError
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}
+SPECIAL = re.compile(r"<\|\w+\|>|</?s>")
+
+
+def turns(*said):
+    """Turns as (role, content), where a role is known by its first letter."""
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return [{"role": roles[role], "content": content} for role, content in said]
+
+
+TWO_ANSWERS = turns(("s", "Be brief."), ("u", "Hi"), ("a", "Hello!"), ("u", "1+1?"), ("a", "Two"))
+
+
+def write(template, messages, *, answers_only=True, tools=None, **tokenizer):
+    chat = ChatColumns("text").parse({"messages": messages, "tools": tools})
+    return ChatWriter(chat_tokenizer(template, **tokenizer), answers_only=answers_only).write(chat)
+
+
+def by_hand(marked):
+    """Splits a text whose counted parts are in ⟦⟧ into the text, and 1 or 0 for each special token or character."""
+    text, counted = "", []
+    for number, part in enumerate(re.split("[⟦⟧]", marked)):
+        text += part
+        ends = [match.span() for match in SPECIAL.finditer(part)]
+        tokens = len(part.encode()) - sum(stop - first - 1 for first, stop in ends)
+        counted += [number % 2] * tokens
+    return text, counted
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (
+            LLAMA,
+            TWO_ANSWERS,
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello!<|eot_id|>⟧"
+            "<|start_header_id|>user<|end_header_id|>\n\n1+1?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Two<|eot_id|>⟧",
+        ),
+        (
+            SMOLLM,
+            TWO_ANSWERS[1:],
+            "<|im_start|>system\nYou are Smol<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n⟦Hello!<|im_end|>⟧\n<|im_start|>user\n1+1?<|im_end|>\n"
+            "<|im_start|>assistant\n⟦Two<|im_end|>⟧\n",
+        ),
+        (
+            MARKED,
+            [*TWO_ANSWERS, *turns(("u", "Bye"))],
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n⟦Hello!<|im_end|>⟧\n<|im_start|>user\n1+1?<|im_end|>\n"
+            "<|im_start|>assistant\n⟦Two<|im_end|>⟧\n<|im_start|>user\nBye<|im_end|>\n",
+        ),
+        (MISTRAL, TWO_ANSWERS[1:], "<s>[INST] Hi [/INST]⟦ Hello!</s>⟧[INST] 1+1? [/INST]⟦ Two</s>⟧"),
+        # An answer that is empty, is in several languages, or quotes a prompt.
+        (
+            SMOLLM,
+            turns(("s", ""), ("u", "x"), ("a", ""), ("a", "é日"), ("u", "Two"), ("a", "x\n<|im_start|>user\n\n")),
+            "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n"
+            "<|im_start|>assistant\n⟦é日<|im_end|>⟧\n<|im_start|>user\nTwo<|im_end|>\n"
+            "<|im_start|>assistant\n⟦x\n<|im_start|>user\n\n<|im_end|>⟧\n",
+        ),
+        (
+            THINKING,
+            turns(("u", "Hi"), ("a", "Hello!")),
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nHello!<|im_end|>⟧\n",
+        ),
+    ],
+)
+def test_every_token_counts_as_marked_by_hand(template, messages, expected):
+    start, end = ("<|begin_of_text|>", "<|eot_id|>") if template is LLAMA else ("<s>", "</s>")
+    written = write(template, messages, start=start, end=end)
+    text, counted = by_hand(expected)
+    assert written.text == text
+    assert written.counted.tolist() == counted
+    tokenizer = chat_tokenizer(template, start=start, end=end)
+    assert written.tokens.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+    if template is MARKED:  # transformers' own mask, which is right if each token is a character
+        own = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert own["assistant_masks"] == counted
+
+
+def test_calls_of_tools_count_and_their_results_do_not():
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        *turns(("u", "Rome?")),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        *turns(("t", "hot"), ("t", "dry"), ("a", "Hot.")),
+    ]
+    tools = '{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}'
+    text, counted = by_hand(
+        f"<|im_start|>system\n{tools}<|im_end|>\n<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n"
+        '⟦<tool_call>weather{"city": "Rome"}</tool_call><|im_end|>⟧\n<|im_start|>user\n<tool_response>hot'
+        "</tool_response>\n<tool_response>dry</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Hot.<|im_end|>⟧\n"
+    )
+    written = write(TOOLS, messages, tools=[WEATHER])
+    assert (written.text, written.counted.tolist()) == (text, counted)
+
+
+def test_with_loss_on_all_tokens_only_the_first_does_not_count():
+    written = write(SMOLLM, TWO_ANSWERS, answers_only=False)
+    assert written.counted.tolist() == [0] + [1] * (len(written.tokens) - 1)
+
+
+def test_the_date_is_always_the_same():
+    template = "{{ strftime_now('%Y-%m-%d') }} {{ date_string }}" + SMOLLM
+    assert write(template, TWO_ANSWERS).text.startswith("2024-07-26 26 Jul 2024<|im_start|>")
+
+
+JOINING = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("adds_space", [False, True])
+def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_space):
+    """Also if the tokenizer puts a space before every text, so that parts of a chat have other tokens by themselves."""
+    written = write(JOINING, TWO_ANSWERS[1:], adds_space=adds_space)
+    _, counted = by_hand("user: Hi\nassistant: ⟦Hello!\n⟧user: 1+1?\nassistant: ⟦Two\n⟧")
+    assert written.counted.tolist() == [0] * adds_space + counted
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        # Words begin with a space here, so the last token of the header is also the first of the answer.
+        (
+            JOINING,
+            TWO_ANSWERS[1:],
+            r"between '.*user: Hi\\nassistant: ' and 'Hello!\\n.*' the chat has other tokens .* \{% generation %\}",
+        ),
+        (
+            JOINING.replace(
+                "{{ m.role + ': ' + m.content + '\n' }}",
+                "{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '\n' }}"
+                "{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}",
+            ),
+            TWO_ANSWERS[1:],
+            r"the chat has other tokens than its part up to there",
+        ),
+        (THINKING, TWO_ANSWERS, r"writes the turns up to turn 3 differently by themselves \(.*<think>.*\) and in the"),
+        (
+            SMOLLM.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"),
+            TWO_ANSWERS,
+            r"writes the turns before turn 3, with the header .*, differently by themselves \(.*<think>.*Hello!",
+        ),
+        (
+            SMOLLM.split("{% if add_generation_prompt")[0],
+            TWO_ANSWERS,
+            r"ignores add_generation_prompt, but writes '<\|im_start\|>assistant\\nHello!.*' for turn 3",
+        ),
+        (MISTRAL, TWO_ANSWERS, r"the chat template refuses it \(TemplateError: Only user and assistant\)"),
+        (SMOLLM, turns(("a", "Hi"), ("u", "Hello")), r"writes the turns before turn 1, with the header"),
+        ("{{ messages[0].content }}" + SMOLLM, turns(("a", "Hi")), r"refuses the turns before turn 1 \(UndefinedError"),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.role + m.content }}{% endfor %}",
+            TWO_ANSWERS,
+            "leaves out the system turn in turn 1",
+        ),
+        (
+            SMOLLM,
+            [*turns(("u", "Hi")), {"role": "assistant", "content": "", "tool_calls": [WEATHER]}],
+            "leaves out the tool calls in turn 2",
+        ),
+        # Marks in a macro, whose places transformers loses, and marks around some answers only.
+        (
+            "{% macro say(m) %}{{ 'assistant:' }}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
+            "{% for m in messages %}{{ say(m) if m.role == 'assistant' else m.content }}{% endfor %}",
+            TWO_ANSWERS,
+            "do not contain all of the answer in turn 3",
+        ),
+        (MARKED.replace("{%- generation %}", "{%- if loop.last %}{%- generation %}").replace(
+            "{%- endgeneration %}", "{%- endgeneration %}{%- else %}{{- message.content }}{%- endif %}"),
+            TWO_ANSWERS, "do not contain all of the answer in turn 3"),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% endgeneration %}{% else %}"
+            "{{ m.content }}{% endif %}{% endfor %}",
+            TWO_ANSWERS,
+            "writes no token that counts",
+        ),
+    ],
+)  # fmt: skip
+def test_a_chat_whose_answers_are_not_exactly_known_is_refused(template, messages, message):
+    texts = ["user: Hi assistant: Hello! Two"] * 30
+    with pytest.raises(ChatError, match=f"(?s){message}"):
+        write(template, messages, texts=texts)
+
+
+def test_tools_that_the_template_leaves_out_are_refused():
+    with pytest.raises(ChatError, match="leaves out its tools"):
+        write(SMOLLM, TWO_ANSWERS, tools=[WEATHER])
