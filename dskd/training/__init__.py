@@ -16,7 +16,7 @@ candidates            chooses the sense rows that the distribution form compares
 sense_bank            all sense embeddings on the device
 teacher_source        what training reads of the teacher: a loaded teacher, or the shards
 pair                  teacher and student on a rank
-trunk                 checks that the student computes what the teacher does above the layers that they share
+trunk_check           checks that the student computes what the teacher does above the layers that they share
 student               the student in a ZeRO-3 engine
 checkpoint            the format of checkpoints: finding, checking and comparing those on disk
 saving                moves a checkpoint between an engine and the disk: writes it, and loads it again
