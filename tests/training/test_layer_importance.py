@@ -150,8 +150,8 @@ def test_what_cannot_be_measured_is_refused(copy_of_tiny, dskd, artifacts, optio
 
 
 def test_a_student_that_is_not_cut_is_not_explained(copy_of_tiny, dskd):
-    new = "student={from_config: {layers: 2, hidden_size: 32, heads: 2}}"
-    code, printed = dskd("student", "--config", copy_of_tiny(*BEFORE), "--explain", new)
+    path = copy_of_tiny(*BEFORE, student={"from_config": {"layers": 2, "hidden_size": 32, "heads": 2}})
+    code, printed = dskd("student", "--config", path, "--explain")
     assert code == 2
     assert "--explain: student.from_config is a whole model, of which no layers are chosen" in printed, printed
 
