@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
+from rank_processes import IMPORTED_LATE
 from tiny_work import NO_RUNS, copy_work, make_database, make_tiny
 
 from dskd.distributed.rendezvous import initialize
@@ -148,8 +150,14 @@ def _closed_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def world() -> World:
-    """One rank in the test's own process, for code that needs DeepSpeed but no second rank."""
-    return initialize()
+    """One rank in the test's own process, for code that needs DeepSpeed but no second rank.
+
+    With it comes what such code imports late, so that it is exempt from garbage collection too (see above).
+    """
+    world = initialize()
+    for name in IMPORTED_LATE:
+        importlib.import_module(name)
+    return world
 
 
 @pytest.fixture(scope="session")

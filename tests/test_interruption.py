@@ -31,7 +31,7 @@ def prepared(tmp_path_factory):
     words = [f"w{index}" for index in range(100)]
     save_model(folder / "teacher", words=words)
     choose = random.Random(0)
-    paragraphs = [" ".join(choose.choices(words, k=60)) for _ in range(240)]
+    paragraphs = [" ".join(choose.choices(words, k=60)) for _ in range(120)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     pairs = [f"w{i}\tsynonym\tw{i + 1}" for i in range(10, 60, 2)] + [
         f"w{i}\tantonym\tw{i + 30}" for i in range(10, 60)

@@ -19,9 +19,10 @@ class LossConfig(Section):
     """L = ce_weight·CE + kd_weight·T²·KL + sense_weight·L_sense + hidden_weight·|h-t|²/D (docs/method.md, section 4).
 
     h and t are the last hidden states of student and teacher, D is their width, T is `temperature`, and KL is the
-    divergence that `divergence` names. All terms except L_sense are means over the positions with a target; CE and KL
-    are weighted means, Σ w_i x_i / Σ w_i, with w_i = `lexical_weight` if the target has a synonym or antonym, and 1
-    otherwise.
+    divergence that `divergence` names. If the student has another width, L_sense and |h-t|²/D have W h instead of h,
+    with a trained matrix W, and D is the teacher's. All terms except L_sense are means over the positions with a
+    target; CE and KL are weighted means, Σ w_i x_i / Σ w_i, with w_i = `lexical_weight` if the target has a synonym or
+    antonym, and 1 otherwise.
 
     L_sense in the form `distance` is the paper's. In the form `distribution` it is the mean of
     KL(p_teacher || p_student) over the positions that the paper's form draws, each counted once. p is the softmax of
@@ -100,6 +101,11 @@ class LossConfig(Section):
     def compares_sense_distributions(self) -> bool:
         """True if there is a sense loss in the form that reads the teacher's hidden states."""
         return self.sense_weight > 0 and self.sense_form == "distribution"
+
+    @property
+    def compares_states(self) -> bool:
+        """True if a term of the loss compares the student's states with the teacher's, or with sense embeddings."""
+        return self.hidden_weight > 0 or self.sense_weight > 0
 
     @property
     def needs_teacher(self) -> bool:

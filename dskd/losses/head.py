@@ -103,6 +103,7 @@ class DistillationHead(nn.Module):
         teacher_cache: dict[str, torch.Tensor] | None = None,
         senses: dict[str, torch.Tensor] | None = None,
         token_weights: torch.Tensor | None = None,
+        mapped: torch.Tensor | None = None,
     ) -> Any:
         """Returns the loss to call backward on and the sums of its terms, or, without labels, the logits [B, T, V].
 
@@ -117,6 +118,8 @@ class DistillationHead(nn.Module):
             senses: the batch's inputs for the sense loss in the form that `loss.sense_form` names
                 (:mod:`dskd.losses.sense_distance`), with positions as indices into B·T.
             token_weights: [B, T], the weight of each position in CE and KL; None means 1 everywhere.
+            mapped: [B, T, D'], the states at the teacher's width, which the hidden and the sense term then read instead
+                of `hidden` (:mod:`dskd.training.width_map`).
 
         Returns:
             A scalar, and the detached sums [len(SUMS)] float32 of the terms over this rank's micro-batch, without
@@ -135,10 +138,12 @@ class DistillationHead(nn.Module):
         if senses is not None and self.loss.sense_form == "distribution":
             assert teacher_hidden is not None
             senses = {**senses, "teacher_hidden": teacher_hidden.flatten(0, 1)}
+        flat_mapped = None if mapped is None else mapped.flatten(0, 1)
         # The terms come with their gradients, so autograd is off, and the loss gets the gradients for its backward.
         with torch.no_grad():
-            total, sums, hidden_grad, weight_grad = self._sums_and_gradients(
+            total, sums, hidden_grad, mapped_grad, weight_grad = self._sums_and_gradients(
                 flat,
+                flat_mapped,
                 valid,
                 labels.flatten()[valid],
                 normalizers,
@@ -147,13 +152,15 @@ class DistillationHead(nn.Module):
                 senses,
                 None if token_weights is None else token_weights.flatten()[valid],
             )
-        loss = _GivenGradients.apply(total, hidden_grad, weight_grad, flat, self.weight)
+        gradients = hidden_grad, mapped_grad, weight_grad
+        loss = _GivenGradients.apply(total, *gradients, flat, flat_mapped, self.weight)
         assert sums.keys() <= set(SUMS)
         return loss, torch.stack([sums.get(name, total.new_zeros(())) for name in SUMS]).float()
 
     def _sums_and_gradients(
         self,
         flat: torch.Tensor,
+        flat_mapped: torch.Tensor | None,
         valid: torch.Tensor,
         labels: torch.Tensor,
         normalizers: Normalizers,
@@ -161,11 +168,11 @@ class DistillationHead(nn.Module):
         cache: TopTokens | None,
         senses: dict[str, torch.Tensor] | None,
         token_weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Computes the loss, {term: its unweighted sum}, and the loss's gradients.
 
-        The gradients are with respect to all states [N, D] and, if it is trained, the output matrix [V, D]; the latter
-        is accumulated in float32 or wider.
+        The gradients are with respect to all states [N, D], to the mapped states [N, D'], if there are any, and to the
+        output matrix [V, D], if it is trained; the latter is accumulated in float32 or wider.
         """
         weights, states = self.loss, flat[valid]
         factors = torch.ones(len(states), 1, dtype=_accumulator(flat), device=flat.device)
@@ -178,20 +185,24 @@ class DistillationHead(nn.Module):
         values, at_valid, weight_grad = self._logit_terms(states, labels, teacher_states, cache, scales)
         total = (torch.cat(scales, dim=-1) * values.T).sum()
         sums = dict(zip(("ce", "kl"), values.sum(-1), strict=True))
-        # The distance of hidden states needs no logits, so one call computes it for all positions.
+        # Positions of the sense loss index all N states, so the gradients first move back to their places among these.
+        hidden_grad = torch.zeros_like(flat).index_copy_(0, valid, at_valid)
+        # The other terms compare states with others of the teacher's width, so they read the mapped ones if there are
+        # any. They need no logits, so one call computes each for all positions.
+        compared, compared_grad, mapped_grad = flat, hidden_grad, None
+        if flat_mapped is not None:
+            compared, compared_grad = flat_mapped, (mapped_grad := torch.zeros_like(flat_mapped))
         if weights.hidden_weight:
             assert teacher_states is not None
             scale = weights.hidden_weight * normalizers.of("hidden")
-            sums["hidden"], gradient = hidden_distance(states, teacher_states)
+            sums["hidden"], gradient = hidden_distance(compared[valid], teacher_states)
             total += scale * sums["hidden"]
-            at_valid += gradient.mul_(scale).to(at_valid.dtype)
-        # Positions of the sense loss index all N states, so the gradients first move back to their places among these.
-        hidden_grad = torch.zeros_like(flat).index_copy_(0, valid, at_valid)
+            compared_grad[valid] += gradient.mul_(scale).to(compared_grad.dtype)
         if senses is not None and weights.sense_weight:
             scale = weights.sense_weight * normalizers.of("sense")
-            sums |= self._sense_sums(flat, senses, hidden_grad, scale)
+            sums |= self._sense_sums(compared, senses, compared_grad, scale)
             total += scale * sums["sense"]
-        return total, sums, hidden_grad, weight_grad
+        return total, sums, hidden_grad, mapped_grad, weight_grad
 
     def _logit_terms(
         self,
@@ -320,7 +331,7 @@ def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients by the hidden states and by the output matrix are already known; backward runs only once.
+    """A loss whose gradients by the states and by the output matrix are already known; backward runs only once.
 
     The gradients are scaled in float32. In bf16 the factor itself, such as 1/3, would be rounded, and would shift all
     gradients in the same direction. The matrix's gradient is scaled in place, since a copy would be the largest tensor
@@ -332,27 +343,31 @@ class _GivenGradients(torch.autograd.Function):
         ctx: Any,
         loss: torch.Tensor,
         hidden_grad: torch.Tensor,
+        mapped_grad: torch.Tensor | None,
         weight_grad: torch.Tensor | None,
         hidden: torch.Tensor,
+        mapped: torch.Tensor | None,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        """Returns `loss`, as a function of `hidden` and `weight` for autograd."""
-        ctx.gradients = hidden_grad, weight_grad, weight.dtype
+        """Returns `loss`, as a function of `hidden`, `mapped` and `weight` for autograd."""
+        ctx.gradients = hidden_grad, mapped_grad, weight_grad, weight.dtype
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients, multiplied by the gradient of the loss."""
-        hidden_grad, weight_grad, weight_dtype = ctx.gradients
+        *of_states, weight_grad, weight_dtype = ctx.gradients
         del ctx.gradients
-        scale = output_grads[0].to(_accumulator(hidden_grad))
+        scale = output_grads[0].to(_accumulator(output_grads[0]))
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(scale).to(weight_dtype)
-        if not ctx.needs_input_grad[3]:
-            return None, None, None, None, weight_grad
         # `view(1)` gives the scale a dimension, so that the product is computed in its type. A tensor without
-        # dimensions would be rounded to the type of `hidden_grad` first.
-        return None, None, None, (hidden_grad * scale.view(1)).to(hidden_grad.dtype), weight_grad
+        # dimensions would be rounded to the type of the states' gradient first.
+        scaled = [
+            (gradient * scale.view(1)).to(gradient.dtype) if gradient is not None and is_needed else None
+            for gradient, is_needed in zip(of_states, ctx.needs_input_grad[4:6], strict=True)
+        ]
+        return None, None, None, None, *scaled, weight_grad
 
 
 def _accumulator(tensor: torch.Tensor) -> torch.dtype:

@@ -1,10 +1,12 @@
 """A comparison of a student's tokenizer with its teacher's: both must give every text the same token ids.
 
 Teacher and student read the same ids, and the shards hold those of the teacher's tokenizer. The tokens of all ids are
-compared, then the special tokens, the added tokens with their flags, and the ids of some texts, which show a different
-normaliser, pre-tokenizer or order of merges. Padding tokens may differ: no loss reads a padded position.
+compared, then the special tokens, the added tokens with their flags, the ids of some texts, which show a different
+normaliser or pre-tokenizer, and the merges of byte-pair encodings. Padding tokens may differ: no loss reads a padded
+position.
 """
 
+import json
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
@@ -78,10 +80,20 @@ def differences(teacher: Any, student: Any) -> Iterator[str]:
                     f"{_with_id(other, others)} by the student's"
                 )
                 break
+    merges, others_merges = _merges(teacher), _merges(student)
+    for number, (one, other) in enumerate(zip_longest(merges, others_merges) if merges and others_merges else ()):
+        if one != other:
+            yield f"merge {number} is {_quoted(one)} in the teacher's, and {_quoted(other)} in the student's"
 
 
 def _token_of_id(tokenizer: Any) -> dict[int, str]:
     return {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+
+
+def _merges(tokenizer: Any) -> list[Any] | None:
+    """Returns the pairs that a byte-pair encoding joins, in its order; None if there are none, or none are known."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str())["model"].get("merges")
 
 
 def _around_special(tokenizer: Any) -> list[str]:
@@ -89,7 +101,7 @@ def _around_special(tokenizer: Any) -> list[str]:
     return [f"a {token} b{token}c" for token in tokenizer.all_special_tokens]
 
 
-def _quoted(token: str | None) -> str:
+def _quoted(token: Any) -> str:
     return "missing" if token is None else repr(token)
 
 

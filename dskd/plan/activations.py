@@ -22,6 +22,7 @@ from dskd.plan.running import Way, find_way, materialize, without_values
 from dskd.plan.shapes import Architecture
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import choose_trained
+from dskd.training.width_map import build_width_map, has_width_map
 
 _ATTENTION = "dskd_plan"
 _TEACHER_LAYERS = 2  # without gradients a layer keeps nothing, so more layers take no more memory
@@ -100,6 +101,9 @@ def student_activations(
         hidden_size = teacher_matrix[1]  # of all that comes with a batch, and of a trunk
         copy = torch.empty(teacher_matrix, dtype=dtype) if has_copy else None
         head = DistillationHead(output, copy, loss, chunk_size=sizes.chunk, block_size=sizes.block)
+        width_map, own = None, base.config.hidden_size
+        if has_width_map(loss, own, hidden_size):
+            width_map = build_width_map(own, hidden_size, dtype, torch.device("cpu"))
         # Run the phases of a micro-batch one after the other, and read the peak after each.
         with LiveBytes() as live:
             shape = batch.size, batch.length
@@ -119,10 +123,12 @@ def student_activations(
                 inputs = {"input_ids": torch.empty(*shape, dtype=torch.int64)}
             hidden = base(**inputs, use_cache=False, **_mask(batch, way)).last_hidden_state
             kept, forward = live.now, live.restart_peak()
-            total, sums = head(hidden, teacher_hidden=teacher_hidden, normalizers=Normalizers(1.0, 1.0), **loaded)
+            mapped = None if width_map is None else width_map(hidden)
+            loaded |= {"teacher_hidden": teacher_hidden, "mapped": mapped}
+            total, sums = head(hidden, normalizers=Normalizers(1.0, 1.0), **loaded)
             of_loss = live.restart_peak()
-            del hidden, inputs, states
-            for parameter in causal_lm.parameters():
+            del hidden, mapped, inputs, states
+            for parameter in (*causal_lm.parameters(), *(() if width_map is None else width_map.parameters())):
                 if parameter.requires_grad:  # DeepSpeed moves each gradient into its bucket as soon as it exists
                     parameter.register_post_accumulate_grad_hook(_drop_gradient)
             total.backward()

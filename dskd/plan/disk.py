@@ -9,6 +9,8 @@ from dskd.plan.stored import stored_in_shards
 from dskd.shards import StoredStates, sample_bytes
 from dskd.training.saving import ELEMENT_BYTES
 
+_FLOAT32_BYTES = 4
+
 
 @dataclass(frozen=True)
 class Disk:
@@ -16,6 +18,7 @@ class Disk:
 
     states: int  # while the dictionary is built, at most
     senses: int  # of single tokens, at most; spans of several tokens are not counted
+    teacher: int  # in the work directory; 0 if it is elsewhere, or is trained from scratch
     student: int
     sample: int  # of the shards, before compression; a node's unpacked copy has the same size
     sample_states: int  # the stored states in a sample
@@ -47,10 +50,13 @@ def compute_disk(
     checkpoint = ELEMENT_BYTES * student.shapes.trained_numel
     for_good = steps // train.keep_every if train.keep_every and steps else 0
     is_on_disk = config.teacher.mode != "resident" and config.teacher.offload == "nvme"
+    is_gguf = config.teacher.is_gguf  # its numbers are stored in float32, and so are those of a student cut from it
+    is_cut = config.student.path is None and config.student.from_config is None
     return Disk(
         states * hidden_size * 2,
         dictionary_rows(config, architecture) * hidden_size * 2,
-        student.whole_numel * size,
+        _FLOAT32_BYTES * sum(weight.numel() for weight in architecture.build().parameters()) if is_gguf else 0,
+        student.whole_numel * (_FLOAT32_BYTES if is_gguf and is_cut else size),
         sample_bytes_of(config, stored),
         states_bytes(config, stored),
         samples,

@@ -176,6 +176,7 @@ def _disk(plan: Plan) -> str:
         ["senses, at most, without spans", _gb(disk.senses)],
         ["states while senses are built, at most", _gb(disk.states)],
         *([name, _of_samples(size, disk.samples)] for name, size in sizes.items() if size),
+        *([["teacher, dequantised", _gb(disk.teacher)]] if disk.teacher else []),
         ["student", _gb(disk.student)],
         ["checkpoints of a run", _gb(disk.checkpoints)],
     ]

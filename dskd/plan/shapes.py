@@ -28,9 +28,9 @@ from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.shards import TRUNK_STATES
 from dskd.shards.stored_states import stored_trunk_depth
-from dskd.training.inputs import require_comparable_states
 from dskd.training.student import choose_trained
 from dskd.training.teacher_source import TeacherSource, reads_logits
+from dskd.training.width_map import has_width_map
 
 _NAME_IT = "name the teacher's config.json with --teacher-config FILE, which is all that a plan needs"
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -267,12 +267,14 @@ def _other_student(config: Config, teacher: Architecture) -> Student:
     architecture = _architecture_of_student(config, teacher)
     architecture.check(config)
     values, of_teacher = architecture.values(), teacher.values()
-    require_comparable_states(config, of_teacher["hidden_size"], values["hidden_size"])
     layers = list(range(values["num_hidden_layers"]))
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     reads_matrix = reads_logits(TeacherSource.planned(config).kind, config.loss)
     matrix = of_teacher["vocab_size"] * of_teacher["hidden_size"] * reads_matrix
-    return Student(architecture, layers, False, 0, config.student.why_no_trunk, whole.shapes, whole.numel, matrix)
+    shapes, own, width = whole.shapes, values["hidden_size"], of_teacher["hidden_size"]
+    if has_width_map(config.loss, own, width):
+        shapes = Shapes((*shapes.modules, (Weight("width_map.weight", own * width, True, True),)))
+    return Student(architecture, layers, False, 0, config.student.why_no_trunk, shapes, whole.numel, matrix)
 
 
 def trunk_to_store(config: Config, architecture: Architecture) -> int:

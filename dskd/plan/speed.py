@@ -17,6 +17,7 @@ from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
 from dskd.plan.shapes import Architecture, Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
+from dskd.training.width_map import has_width_map
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
             recomputed += (attention + 2 * matrices) * config.train.activation_checkpointing
     head, head_of_teacher = (2.0 * each["hidden_size"] * each["vocab_size"] for each in (values_of_student, values))
     head_trained = config.student.train_lm_head
+    own, width = (each["hidden_size"] for each in (values_of_student, values))
+    of_map = 2.0 * own * width * has_width_map(config.loss, own, width)
     reads_logits = (with_teacher or reads_states(config)) and config.loss.kd_weight > 0
     return {
         "teacher_layers": sum(2 * matrices + attention_of_teacher for matrices, _ in of_teacher.values())
@@ -147,8 +150,8 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
         "student_layers": sum(2 * matrices + attention for matrices, _ in of_student.values()),
         "backward_layers": backward + recomputed,
         # Products with the output matrix: the student's logits, the gradients of its states, the gradient of the matrix
-        # if it is trained, and the teacher's logits if the loss reads them.
-        "head": (2 + head_trained) * head + reads_logits * head_of_teacher,
+        # if it is trained, and the teacher's logits if the loss reads them; and the same products with the width map.
+        "head": (2 + head_trained) * head + reads_logits * head_of_teacher + 3 * of_map,
     }
 
 

@@ -1,12 +1,13 @@
 """The context recorded with a run: its parameters, environment, commit, and the manifests of its inputs."""
 
 import contextlib
+import functools
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,18 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": dict(sorted(_installed(), key=lambda package: package[0].lower())),
+        "packages": _installed(),
     }
 
 
-def _installed() -> Iterator[tuple[str, str]]:
+@functools.cache  # reading all of them takes a while, and what this process has imported stays as it is
+def _installed() -> dict[str, str]:
+    versions = {}
     for distribution in metadata.distributions():
         about = distribution.metadata  # accessed once: each access reads and parses a file
         if about["Name"]:
-            yield about["Name"], about["Version"]
+            versions[about["Name"]] = about["Version"]
+    return dict(sorted(versions.items(), key=lambda package: package[0].lower()))
 
 
 def git_commit() -> str | None:

@@ -18,6 +18,8 @@ teacher_source        what training reads of the teacher: a loaded teacher, or t
 pair                  teacher and student on a rank
 trunk_check           checks that the student computes what the teacher does above the layers that they share
 student               the student in a ZeRO-3 engine
+width_map             maps the states of a student of another width to the teacher's
+width_fit             the least-squares fit from which that map starts
 checkpoint            the format of checkpoints: finding, checking and comparing those on disk
 saving                moves a checkpoint between an engine and the disk: writes it, and loads it again
 universal_checkpoint  converts a checkpoint for another number of ranks

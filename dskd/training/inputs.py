@@ -21,7 +21,8 @@ from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions
 from dskd.training.schedule import Schedule
 from dskd.training.sense_bank import load_bank
-from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states
+from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states, source_of_fit
+from dskd.training.width_map import width_of_map
 
 # Settings of `train` that change how a run executes but, except for rounding, not its result.
 _NOT_IN_RECIPE = {
@@ -43,6 +44,7 @@ class TrainingInputs:
     vectors_path: Path
     num_senses: int  # rows of the sense dictionary
     source: TeacherSource
+    fit_source: TeacherSource | None  # of the teacher's states, to fit the width map; None if the run has no such map
 
 
 def load_inputs(config: Config) -> TrainingInputs:
@@ -54,7 +56,6 @@ def load_inputs(config: Config) -> TrainingInputs:
     teacher, student = find_teacher(config), find_student(config)
     require_configured_student(config, teacher, student)
     dictionary, senses = load_dictionary(config)
-    require_comparable_states(config, teacher.load_config().hidden_size, student.load_config().hidden_size)
     require_fitting(dictionary, senses, teacher, _width_of_senses(config, teacher, student))
     train_shards = shards.load_manifest(config, "train")
     source = TeacherSource.of(config, train_shards)
@@ -62,7 +63,11 @@ def load_inputs(config: Config) -> TrainingInputs:
     if source.kind == "top_n":
         shards.require_teacher_cache(config, "train", train_shards)
         _require_one_vocabulary(config, teacher, student)
-    return TrainingInputs(teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows, source)
+    is_mapped = width_of_map(config.loss, student, teacher) is not None
+    fit_source = source_of_fit(config, source) if is_mapped else None
+    return TrainingInputs(
+        teacher, student, senses, train_shards, dictionary.path, dictionary.num_rows, source, fit_source
+    )
 
 
 def _width_of_senses(config: Config, teacher: ModelFolder, student: ModelFolder) -> int:
@@ -72,22 +77,6 @@ def _width_of_senses(config: Config, teacher: ModelFolder, student: ModelFolder)
     """
     model = student if config.student.origin == "cut" else teacher
     return int(model.load_config().hidden_size)
-
-
-def require_comparable_states(config: Config, teacher_width: int, student_width: int) -> None:
-    """Checks that the student's last hidden states have the width of the teacher's, if a term compares both.
-
-    Raises:
-        UserError: if they have another.
-    """
-    loss = config.loss
-    terms = [f"loss.{key}" for key in ("sense_weight", "hidden_weight") if getattr(loss, key) > 0]
-    if teacher_width != student_width and terms and config.student.origin != "cut":
-        raise UserError(
-            f"{' and '.join(terms)}: the student's hidden states have {student_width} values (student."
-            f"{config.student.origin}), and the teacher's, with which these terms compare them, have {teacher_width}; "
-            f"set {' and '.join(terms)} to 0, or choose a student of the teacher's width"
-        )
 
 
 def build_collator(
@@ -157,7 +146,9 @@ def verify_inputs(config: Config, inputs: TrainingInputs) -> None:
         teacher=inputs.teacher.digest,
         tokenizer=inputs.teacher.tokenizer_digest,
     )
-    require_fitting_states(config, inputs.source, inputs.teacher.load_config().hidden_size)
+    for source in (inputs.source, inputs.fit_source):
+        if source is not None:
+            require_fitting_states(config, source, inputs.teacher.load_config().hidden_size)
 
 
 def recipe(config: Config, inputs: TrainingInputs | None = None) -> Recipe:

@@ -22,6 +22,7 @@ from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource, reads_logits
 from dskd.training.trunk_check import Expected, StoredTrunk, difference, run_trunk_once, run_twin
+from dskd.training.width_map import width_of_map
 
 
 @dataclass
@@ -164,6 +165,7 @@ def load_pair(
             accumulation_steps=accumulation_steps,
             trunk_depth=trunk_depth,
             load_universal=load_universal,
+            mapped_width=width_of_map(config.loss, student_folder, teacher_folder),
         )
 
     engine = load(depth)

@@ -37,9 +37,9 @@ def rehearse_export(pair: ModelPair, student: ModelFolder, config: Config, world
     Raises:
         UserError: on every rank, if the export fails or is a different model.
     """
-    module, dtype = pair.engine.module, compute_dtype(config.precision, world.device)
+    dtype = compute_dtype(config.precision, world.device)
     probe = pair.probe(config, world)
-    names = [module.hub_names[name] for name, parameter in module.named_parameters() if parameter.requires_grad]
+    names = [name for name, _ in pair.engine.module.exported_parameters()]
 
     def rehearse() -> None:
         on_cpu = {name: tensor.cpu() for name, tensor in probe.items()}

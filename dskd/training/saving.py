@@ -190,13 +190,11 @@ def _save_trained(engine: Any, path: Path, world: World) -> None:
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    names = engine.module.hub_names
     tensors = {}
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            full = safe_get_full_fp32_param(parameter)
-            if world.is_main:
-                tensors[names[name]] = full.detach().cpu().clone()
+    for name, parameter in engine.module.exported_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        if world.is_main:
+            tensors[name] = full.detach().cpu().clone()
     if world.is_main:
         save_file(tensors, path, metadata={"format": "pt"})
 

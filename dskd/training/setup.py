@@ -33,6 +33,7 @@ from dskd.training.records import datasets_of, describe_run, describe_teacher, t
 from dskd.training.rehearsal import rehearse_export
 from dskd.training.run import Run
 from dskd.training.schedule import Schedule, plan_schedule
+from dskd.training.width_fit import fit_width_map
 
 
 def set_up(config: Config, world: World, *, began: float, resume: bool, overwrite: bool) -> Run | None:
@@ -69,8 +70,13 @@ def set_up(config: Config, world: World, *, began: float, resume: bool, overwrit
     collate = build_collator(config, inputs, schedule, pair.source)
     bank = load_sense_bank(config, inputs, world)
     cache = open_node_cache(config.train.shard_cache, world)
+    fit = None
+    if start is None and pair.engine.module.width_map is not None:  # a checkpoint has the map
+        fit = fit_width_map(pair, config, inputs, schedule, cache, world)
     batches = load_steps(config, schedule, collate, cache, world, start_step=steps_done, sense_bank=bank)
     tracker = _track(config, world, inputs, pair, run_recipe, start, overwrite=overwrite)
+    if fit is not None:
+        tracker.log_metrics({"width_map/r_squared": fit.r_squared}, 0)
     return Run(config, world, run_recipe, schedule, steps_done, pair, batches, tracker, began)
 
 

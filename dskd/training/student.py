@@ -6,7 +6,7 @@ If its lowest layers are frozen copies of the teacher's, it starts from the teac
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from dskd.models.reference import compare_with_transformers
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, output_name
 from dskd.models.trained import trained_layers, trains_embeddings, trains_head
 from dskd.models.weights import LAYER_NAME, TensorReader
+from dskd.training.width_map import build_width_map
 
 # Bytes that DeepSpeed holds for each trained element, all in float32: the weight, AdamW's two moments, and the sum of
 # gradients over micro-batches.
@@ -36,14 +37,21 @@ REDUCE_BUCKET = 50_000_000  # gradient elements that DeepSpeed reduces over the 
 class StudentModule(nn.Module):
     """The trained decoder with the head that holds its output matrix and computes the losses.
 
-    `hub_names` maps each parameter's name to its name in the Hugging Face folder.
+    `hub_names` maps each parameter's name to its name in the Hugging Face folder, which has no `width_map`.
     """
 
-    def __init__(self, decoder: Decoder, head: DistillationHead, hub_names: dict[str, str]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        head: DistillationHead,
+        hub_names: dict[str, str],
+        width_map: nn.Linear | None = None,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.head = head
         self.hub_names = hub_names
+        self.width_map = width_map
 
     def forward(
         self,
@@ -51,17 +59,30 @@ class StudentModule(nn.Module):
         position_ids: torch.Tensor | None = None,
         *,
         decoder_options: Mapping[str, Any] | None = None,
+        only_states: bool = False,
         **loss_inputs: Any,
     ) -> Any:
         """Returns the output of :meth:`dskd.losses.head.DistillationHead.forward` for the last hidden states.
+
+        With `only_states` it returns these, [B, T, D].
 
         Args:
             inputs: token ids [B, T] or, with a shared trunk, the trunk's output states [B, T, D].
             position_ids: positions within documents, or None.
             decoder_options: passed to the base model.
+            only_states: compute neither losses nor logits.
             loss_inputs: passed to the head.
         """
-        return self.head(self.decoder(inputs, position_ids, **(decoder_options or {})), **loss_inputs)
+        hidden = self.decoder(inputs, position_ids, **(decoder_options or {}))
+        if only_states:
+            return hidden
+        return self.head(hidden, mapped=None if self.width_map is None else self.width_map(hidden), **loss_inputs)
+
+    def exported_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields each trained parameter that an export has, with its name in the Hugging Face folder."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not name.startswith("width_map."):
+                yield self.hub_names[name], parameter
 
 
 def load_student(
@@ -74,6 +95,7 @@ def load_student(
     accumulation_steps: int,
     trunk_depth: int = 0,
     load_universal: bool = False,
+    mapped_width: int | None = None,
 ) -> Any:
     """Builds the student's ZeRO-3 engine, with AdamW over the parameters that `student.train_*` selects.
 
@@ -88,6 +110,7 @@ def load_student(
             embeddings are loaded.
         load_universal: the engine will resume from a checkpoint in DeepSpeed's universal form
             (:mod:`dskd.training.universal_checkpoint`).
+        mapped_width: the width to which the states are mapped (:mod:`dskd.training.width_map`); None: they are not.
 
     Raises:
         UserError: if weights are missing, nothing would be trained, or sequences hold several documents and the model
@@ -128,7 +151,11 @@ def load_student(
         margin=margin,
         compile_losses=train.compile_losses,
     )
-    student = StudentModule(Decoder(base_model(causal_lm)), head, names)
+    width_map = None
+    if mapped_width is not None:
+        width_map = build_width_map(folder.load_config().hidden_size, mapped_width, dtype, world.device)
+        trained.extend(width_map.parameters())
+    student = StudentModule(Decoder(base_model(causal_lm)), head, names, width_map)
     # Activation checkpointing works in training mode only. `build_sharded` has removed dropout.
     student.train()
     optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)

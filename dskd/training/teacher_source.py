@@ -1,7 +1,7 @@
 """The source of what training reads of the teacher: a teacher that it loads, or the shards."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -162,6 +162,30 @@ def require_states(config: Config, source: TeacherSource) -> None:
             f"with teacher.mode: cached; make the shards again with `{kinds.SHARDS.made_by}` and annotation.store: "
             "[teacher_states], or set teacher.mode to zero3"
         )
+
+
+def source_of_fit(config: Config, source: TeacherSource) -> TeacherSource:
+    """Returns the source of the teacher's states for the fit of the width map (:mod:`dskd.training.width_fit`).
+
+    It is that of the run, `source`, if the loss reads these states, too. Otherwise the shards may have them, or a
+    teacher is loaded for the fit.
+
+    Raises:
+        UserError: if the shards have no states, and `teacher.mode: cached` loads no teacher.
+    """
+    is_stored = source.stored is not None and TEACHER_STATES in source.stored.columns
+    if source.kind in ("loaded", "states"):
+        return replace(source, reads_trunk=False)
+    if is_stored and config.teacher.mode not in _LOADED:
+        return TeacherSource("states", source.stored)
+    if config.teacher.mode != "cached":
+        return TeacherSource("loaded", source.stored)
+    raise UserError(
+        f"{config.path(kinds.SHARDS.folder, 'train')}: the shards have no teacher_states. The student's states have "
+        "another width than the teacher's, and the map between them, for loss.sense_weight and loss.hidden_weight, "
+        "starts from a fit to the teacher's states, which teacher.mode: cached reads from the shards; make them again "
+        f"with `{kinds.SHARDS.made_by}` and annotation.store: [teacher_states], or set teacher.mode to zero3"
+    )
 
 
 def require_fitting_states(config: Config, source: TeacherSource, hidden_size: int) -> None:

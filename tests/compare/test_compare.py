@@ -11,8 +11,8 @@ from urllib.parse import parse_qs
 import numpy as np
 import pytest
 import yaml
+from compared_runs import DATA, EXPERIMENT, OTHER, OTHER_DATA, STEPS, N, add_results, examples_of, track_run, track_runs
 from PIL import Image
-from rank_processes import ONE_RANK
 from scipy import stats
 
 from dskd.__main__ import main
@@ -23,63 +23,17 @@ from dskd.compare.pictures import paint
 from dskd.compare.text import compare
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
-from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
+from dskd.evaluation.scores_by_example import Examples, save_examples
 from dskd.evaluation.table import EVALUATIONS
 from dskd.pipeline import compare_or_explain
-from dskd.tracking import log_results, read_runs, start_tracking
+from dskd.tracking import log_results, read_runs
 
 pytestmark = pytest.mark.slow
-
-EXPERIMENT, OTHER = "senses & <b>words</b>", "other"
-N, STEPS, DATA, OTHER_DATA = 60, 8, "d" * 64, "e" * 64
-TOKENS = np.random.default_rng(5).integers(20, 40, N)
-TAGS = {"device": "cpu", "world_size": "2", "teacher": "7" * 64, "student": "8" * 64, "sense_dictionary": "9" * 64}
-
-
-def _examples(better, seed, data=DATA):
-    """Returns a model's scores: texts are equally hard for all models, and this one is `better` nats a token better."""
-    of_texts, of_model = np.random.default_rng(1), np.random.default_rng([2, seed])
-    per_token = 5 + of_texts.normal(0, 0.5, N) - better + of_model.normal(0, 0.02, N)
-    lexical, alignable = TOKENS // 4, TOKENS // 10
-    columns = {
-        "nll": per_token * TOKENS,
-        "tokens": TOKENS,
-        "correct": of_model.binomial(TOKENS, 0.3 + better / 2),
-        "agree": of_model.binomial(TOKENS, 0.5 + better / 2),
-        "lexical_nll": (per_token + 0.3) * lexical,
-        "lexical_tokens": lexical,
-        "aligned": of_model.binomial(alignable, 0.6),
-        "alignable": alignable,
-    }
-    return Examples(data, [str(number) for number in range(N)], columns, MEASURES)
-
-
-def _track(config_path, name, *overrides, better=0.0, seed=0, data=DATA, evaluated=True, tags=()):
-    """Makes a run like those of training and evaluation; returns its id."""
-    config = load_config(config_path, [f"run={name}", f"seed={seed}", *overrides])
-    tracker = start_tracking(config, ONE_RANK, tags=TAGS | dict(tags))
-    tracker.log_metrics({"coverage/with_senses": 0.62, "coverage/with_synonyms": 0.25}, 0)
-    noise = np.random.default_rng(seed).normal(0, 0.05, STEPS)
-    for step in range(1, STEPS + 1):
-        loss = 3 + 4 / step - better + noise[step - 1]
-        tracker.log_metrics(
-            {"train/loss": loss, "train/ce": loss / 2, "train/grad_norm": 1.0 / step, "speed/step_s": 0.5}
-            | {"speed/tokens_per_s": 10.0 if step == 1 else 1000.0 + seed, "cost/device_hours": step / 10},
-            step,
-        )
-    tracker.finish("FINISHED")
-    if evaluated:
-        examples = _examples(better, seed + 10 * len(name), data)
-        file = config.path(EXAMPLES_FILE)
-        save_examples(file, examples)
-        log_results(config, name, tracker.run_id, "evaluation", examples.values(), file, data=data, step=STEPS)
-    return tracker.run_id
 
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """A config, and {name: run id}: two settings with two seeds each, one run of a third, and the parent of a sweep; in
-    another experiment a run that was evaluated on other data."""
+    """A config, and {name: run id} of its runs (see `track_runs`)."""
     folder = tmp_path_factory.mktemp("compare")
     path = folder / "config.yaml"
     path.write_text(
@@ -88,17 +42,7 @@ def tracked(tmp_path_factory):
         )
     )
     (folder / "work").mkdir()
-    ids = {}
-    for seed in (0, 1):
-        ids[f"kd-s{seed}"] = _track(path, f"kd-s{seed}", "loss.sense_weight=0", seed=seed)
-        ids[f"dskd-s{seed}"] = _track(path, f"dskd-s{seed}", better=0.05, seed=seed)
-    ids["margin"] = _track(path, "margin", "loss.margin=0.5", better=0.004, seed=7, evaluated=False)
-    parent = start_tracking(load_config(path, ["run=sweep"]), ONE_RANK, tags={"dskd.kind": "parent"})
-    parent.finish("FINISHED")
-    ids["sweep"] = parent.run_id
-    elsewhere = [f"tracking.experiment={OTHER}", "loss.sense_weight=0.5"]
-    ids["far"] = _track(path, "far", *elsewhere, data=OTHER_DATA, tags={"device": "cuda"})
-    return path, ids
+    return path, track_runs(path)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +73,7 @@ def dskd(monkeypatch, capsys):
 
 
 def _perplexity(better, seed, name):
-    columns = _examples(better, seed + 10 * len(name)).columns
+    columns = examples_of(better, seed + 10 * len(name)).columns
     return math.exp(columns["nll"].sum() / columns["tokens"].sum())
 
 
@@ -171,7 +115,7 @@ def test_example_tests_compare_the_groups_means_over_seeds(comparison):
         assert tests[name].difference.value == pytest.approx(dskd - kd)
         assert tests[name].difference.count == N
     kd, dskd = (
-        np.mean([_examples(better, seed + 10 * len(name)).columns["nll"] for seed in (0, 1)], axis=0)
+        np.mean([examples_of(better, seed + 10 * len(name)).columns["nll"] for seed in (0, 1)], axis=0)
         for better, name in ((0, "kd-s0"), (0.05, "dskd-s0"))
     )
     # A sign-flip permutation of the same sums, which knows no normal distribution.
@@ -193,18 +137,6 @@ def empty(tracked, tmp_path):
     return path
 
 
-def _add_results(path, name, run_id, folder, scores, *, data="a" * 64, measure="score", of=None):
-    """Adds results with one score for each example, like those of benchmarks and lexical measures."""
-    config = load_config(path)
-    columns = {measure: np.asarray(scores), f"{measure}_items": np.ones(len(scores), dtype=np.int64)}
-    table = Examples(
-        data, [f"w{n}.n" for n in range(len(scores))], columns, [Measure(measure, measure, f"{measure}_items", data=of)]
-    )
-    save_examples(config.path(EXAMPLES_FILE), table)
-    log_results(config, name, run_id, folder, table.values(), config.path(EXAMPLES_FILE), data=data, step=STEPS)
-    return config, table
-
-
 # {evaluation: (folder, measure, the measure's name in a comparison)}
 ADDED = {
     "lexical": ("lexical", "sense_separation", "sense_separation"),
@@ -216,9 +148,9 @@ def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd
     scores = {name: np.random.default_rng(seed).random(40) for seed, name in enumerate(("kd", "dskd", "other"))}
     ids = {}
     for name in ("dskd", "kd"):
-        ids[name] = _track(empty, name, f"loss.sense_weight={len(name)}")
+        ids[name] = track_run(empty, name, f"loss.sense_weight={len(name)}")
         for evaluation, (folder, measure, _) in ADDED.items():
-            config, table = _add_results(empty, name, ids[name], folder, scores[name], measure=measure)
+            config, table = add_results(empty, name, ids[name], folder, scores[name], measure=measure)
             if name == "kd":  # and the teacher's scores are the same
                 teacher = EVALUATIONS[evaluation].folder_of(config, "teacher")
                 teacher.mkdir(parents=True)
@@ -236,12 +168,12 @@ def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd
         assert test.difference.value == pytest.approx(scores["dskd"].mean() - scores["kd"].mean())
         assert re.search(rf"^{EVALUATIONS[evaluation].title}:\n.*{shown.replace('_', ' ')}", out, re.MULTILINE)
 
-    ids["other"] = _track(empty, "other", "loss.sense_weight=9")
+    ids["other"] = track_run(empty, "other", "loss.sense_weight=9")
     notes = make_comparison(load_config(empty)).notes
     left_out = []
     for evaluation, (folder, measure, shown) in ADDED.items():
         assert any(f"without {evaluation}: other" in note for note in notes)
-        _add_results(empty, "other", ids["other"], folder, scores["other"], data="b" * 64, measure=measure)
+        add_results(empty, "other", ids["other"], folder, scores["other"], data="b" * 64, measure=measure)
         code, out, err = dskd("compare", "--config", empty, *left_out)
         assert (code, out) == (2, "")
         assert f"{'b' * 64}: other ({ids['other'][:8]})" in err
@@ -256,9 +188,9 @@ def test_benchmarks_and_words_are_compared_and_refused_like_the_text(empty, dskd
 
 def test_measures_of_other_senses_are_left_out_and_the_rest_compared(empty):
     """As with another senses.k: the text is the same, but a measure that depends on sense embeddings is not."""
-    ids = {name: _track(empty, name, f"senses.k={k}") for name, k in (("five", 5), ("ten", 10))}
+    ids = {name: track_run(empty, name, f"senses.k={k}") for name, k in (("five", 5), ("ten", 10))}
     for name, of in (("five", "1" * 64), ("ten", "2" * 64)):
-        _add_results(empty, name, ids[name], "lexical", [0.5, 1.0], measure="row_agreement", of=of)
+        add_results(empty, name, ids[name], "lexical", [0.5, 1.0], measure="row_agreement", of=of)
     comparison = make_comparison(load_config(empty))
     assert set(comparison.final["eval/perplexity"]) == set(ids.values())
     assert "eval/row_agreement" not in comparison.final
@@ -270,8 +202,8 @@ def test_measures_of_other_senses_are_left_out_and_the_rest_compared(empty):
 def test_a_measure_over_other_positions_is_left_out(empty):
     config = load_config(empty)
     for number, name in enumerate(("one", "two")):
-        run_id = _track(empty, name, f"senses.k={number + 3}")
-        examples = _examples(0, 3)
+        run_id = track_run(empty, name, f"senses.k={number + 3}")
+        examples = examples_of(0, 3)
         columns = dict(examples.columns, lexical_tokens=examples.columns["lexical_tokens"] + number)
         save_examples(config.path(EXAMPLES_FILE), Examples(DATA, examples.ids, columns, MEASURES))
         log_results(
@@ -342,7 +274,7 @@ def test_the_pipeline_reports_different_data_and_does_not_fail(tracked):
 
 def _log_table(config, run_id, data):
     table = config.path(EXAMPLES_FILE)
-    save_examples(table, _examples(0, 30, data))
+    save_examples(table, examples_of(0, 30, data))
     log_results(config, "far", run_id, "evaluation", {}, table, data=OTHER_DATA, step=STEPS)
 
 

@@ -18,6 +18,7 @@ from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.losses.terms import SUMS, TERMS
 
 B, T, D, D_TEACHER, V, R, K = 2, 6, 5, 7, 11, 4, 2
+D_NARROW = 3  # of a student whose states are mapped to D
 
 
 @pytest.fixture
@@ -48,12 +49,15 @@ def case():
             "candidate_rows": torch.tensor([[0, 3], [-1, 0], [-1, -1]]),
             "random_rows": torch.tensor([1, 2]),
         },
+        "narrow_hidden": random(B, T, D_NARROW),
+        "narrow_weight": random(V, D_NARROW),
+        "width_map": random(D, D_NARROW),
     }
 
 
-def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_weights=None):
+def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_weights=None, mapped=None):
     """Computes L as in section 4 of the paper, one expression for each term, with loops for the senses."""
-    mask = case["loss_mask"]
+    mask, compared = case["loss_mask"], hidden if mapped is None else mapped
     emphasis = 1 if token_weights is None else token_weights[mask]
     teacher_weight = case["teacher_weight"] if teacher_weight is None else teacher_weight
     logits, teacher = hidden @ weight.T, case["teacher_hidden"] @ teacher_weight.T
@@ -65,9 +69,9 @@ def _plain(case, loss, hidden, weight, normalizers, teacher_weight=None, token_w
         "reverse_kl": q * (q / p).log(),
         "jensen_shannon": (p * (p / m).log() + q * (q / m).log()) / 2,
     }[loss.divergence].sum(-1)
-    distance = ((hidden - case["teacher_hidden"]) ** 2).mean(-1)[mask].sum()
+    distance = ((compared - case["teacher_hidden"]) ** 2).mean(-1)[mask].sum()
     senses = _plain_senses if loss.sense_form == "distance" else _plain_sense_divergence
-    total = senses(case, loss, hidden.reshape(-1, D))
+    total = senses(case, loss, compared.reshape(-1, D))
     of_logits = (emphasis * (loss.ce_weight * ce + loss.kd_weight * loss.temperature**2 * kl)).sum()
     return (
         normalizers.targets * (of_logits + loss.hidden_weight * distance)
@@ -166,6 +170,33 @@ def test_weights_of_positions_and_the_distribution_of_senses_are_those_of_the_pl
     # The reported terms do not contain the weights, so runs with other weights stay comparable.
     assert [found[1][name] for name in ("ce", "kl", "hidden", "sense")] == pytest.approx(expected[1], rel=1e-5)
     assert {name for name, value in found[1].items() if value} == _computed(DISTRIBUTION)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 100])
+@pytest.mark.parametrize(("loss", "senses"), [(LOSS, "senses"), (DISTRIBUTION, "candidates")])
+def test_of_a_student_of_another_width_the_mapped_states_are_compared(case, loss, senses, chunk_size):
+    """The logits are those of its own states. Both have gradients, and through the mapped ones the map has one."""
+    gradients, losses = [], []
+    for is_plain in (False, True):
+        hidden, weight, width_map = (
+            nn.Parameter(case[name].clone()) for name in ("narrow_hidden", "narrow_weight", "width_map")
+        )
+        mapped = hidden @ width_map.T
+        if is_plain:
+            total, sums = _plain(case, loss, hidden, weight, NORMALIZERS, mapped=mapped)
+        else:
+            head = DistillationHead(weight, case["teacher_weight"], loss, chunk_size=chunk_size, block_size=3)
+            inputs = {name: case[name] for name in ("labels", "loss_mask", "teacher_hidden")}
+            total, terms = head(hidden, mapped=mapped, normalizers=NORMALIZERS, senses=case[senses], **inputs)
+            found = dict(zip(SUMS, terms.tolist(), strict=True))
+            sums = [torch.tensor(found[name]) for name in ("ce", "kl", "hidden", "sense")]
+        (3 * total).backward()
+        losses.append([float(value.detach()) for value in (total, *sums)])
+        gradients.append([hidden.grad, weight.grad, width_map.grad])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert found.norm() > 0
 
 
 def test_one_matrix_serves_student_and_teacher(case):
@@ -363,6 +394,8 @@ ON_RANKS = [
     ("llama", "forward_kl", "distance"),  # untied
     ("llama", "reverse_kl", "distribution"),
     ("qwen2", "jensen_shannon", "distance"),  # tied to the embeddings
+    ("narrow", "forward_kl", "distance"),  # of another width than its teacher
+    ("narrow", "forward_kl", "distribution"),
 ]
 
 
@@ -372,13 +405,19 @@ def steps_of_two_ranks(tmp_path_factory):
     cases = {}
     for architecture, kind, form in ON_RANKS:
         folder = tmp_path_factory.mktemp("head")
-        teacher = save_model(folder / "teacher", architecture, seed=1).double()
+        teacher = save_model(folder / "teacher", "llama" if architecture == "narrow" else architecture, seed=1).double()
         student = save_model(folder / "student", architecture).double()
+        if architecture == "narrow":
+            save_file({"weight": _width_map()}, folder / "width_map.safetensors")
         cases[architecture, kind, form] = folder, student, teacher
         (folder / "loss.json").write_text(json.dumps([kind, form]))
         save_file(_batch(), folder / "batch.safetensors")
     finish(fork_ranks(head_gradients, [folder for folder, *_ in cases.values()], ranks=2), 240)
     return cases
+
+
+def _width_map():
+    return torch.randn(32, 24, generator=torch.Generator().manual_seed(4)) * 0.235
 
 
 def _batch():
@@ -399,10 +438,13 @@ def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(
     ids, mask, rows, counted = batch["input_ids"], batch["loss_mask"].bool(), batch["rows"], COUNTED
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("layers.3." in name or parameter is student.lm_head.weight)
-    states = student.model(ids).last_hidden_state
+    hidden = states = student.model(ids).last_hidden_state
+    width_map = _width_map().double().requires_grad_()
+    if architecture == "narrow":
+        states = hidden @ width_map.T
     with torch.no_grad():
         teacher_states = teacher.model(ids).last_hidden_state
-    q, p = ((s @ m.lm_head.weight.T)[mask] for s, m in ((states, student), (teacher_states, teacher)))
+    q, p = ((s @ m.lm_head.weight.T)[mask] for s, m in ((hidden, student), (teacher_states, teacher)))
     ce = F.cross_entropy(q, ids.roll(-1, 1)[mask], reduction="none")
     q, p = (q / 2).softmax(-1), (p / 2).softmax(-1)
     m = (p + q) / 2
@@ -433,4 +475,6 @@ def test_two_ranks_with_unequal_numbers_of_tokens_have_the_plain_gradients(
     assert float(found.pop("loss")) == pytest.approx(loss.item(), rel=1e-5)
     expected = {name: p.grad.float() for name, p in student.named_parameters() if p.grad is not None}
     assert len(expected) == 10 + 3 * (architecture == "qwen2")
+    if architecture == "narrow":
+        expected["width_map.weight"] = width_map.grad.float()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

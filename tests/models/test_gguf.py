@@ -3,14 +3,17 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from gguf import GGMLQuantizationType as Type
 from gguf_files import QUANTISED, SPECIAL, TEXTS, tokenizer_keys, train_tokenizer, write_gguf
+from rank_processes import run_program
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -33,6 +36,14 @@ def _config(path, **teacher):
         teacher={"path": str(path), **teacher},
         corpus={"source": "files", "train": ("text.txt",), "sequence_length": 64},
     )
+
+
+def _config_file(path):
+    file = path.parent / "mine.yaml"
+    values = _config(path).as_dict() | {"student": {"layers": 2, "train_layers": 1}, "train": {"global_batch_size": 4}}
+    values["corpus"]["train"] = [str(path.parent / "text.txt")]
+    file.write_text(yaml.safe_dump(values))
+    return file
 
 
 def _build(path, **teacher):
@@ -339,15 +350,43 @@ def test_the_scaling_of_rotations_of_llama_3_is_read_from_its_factors(tmp_path):
     torch.testing.assert_close(found, frequencies[1])
 
 
-def test_a_plan_reads_the_shape_from_the_file_and_needs_no_conversion(tmp_path):
+def test_a_plan_reads_the_shape_from_the_file_and_needs_no_conversion(tmp_path, monkeypatch, capsys):
+    from dskd.__main__ import main as run_main
     from dskd.plan.shapes import find_architecture, teacher_shapes
 
     written = write_gguf(tmp_path / "model.gguf", architecture="qwen2", types=QUANTISED)
     architecture = find_architecture(_config(written.path), None)
     assert teacher_shapes(architecture).numel == written.model.num_parameters()
+    main = ["plan", "--config", _config_file(written.path), "--nodes=1", "--gpus-per-node=1"]
+    monkeypatch.setattr("sys.argv", ["dskd", *map(str, main), "--gpu-memory=8", "--host-memory=16", "--samples=100"])
+    assert run_main() == 0
+    assert re.search(r"^teacher, dequantised +0\.0", capsys.readouterr().out, re.MULTILINE)
     _build(written.path)
     written.path.unlink()
     assert teacher_shapes(find_architecture(_config(written.path), None)).numel == written.model.num_parameters()
+
+
+@pytest.mark.slow
+def test_the_pipeline_makes_the_teacher_first_and_once_and_refuses_a_cut_file(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", types=QUANTISED).path
+    config = _config_file(path)
+    documents = [f"{number} {TEXTS[number % len(TEXTS)]}" for number in range(400)]
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    made = run_program("pipeline.py", config, "--until", "teacher")
+    assert re.findall(r"^== (\w+)", made.output, re.MULTILINE) == ["teacher"]
+    overrides = ["lexicon.wordnet=false", f"lexicon.tsv=[{tmp_path / 'own.tsv'}]"]
+    (tmp_path / "own.tsv").write_text("hot\tantonym\tcold\n")
+    more = run_program("pipeline.py", config, "--until", "student", *overrides)
+    assert re.findall(r"^== (\w+)", more.output, re.MULTILINE) == ["lexicon", "corpus", "sequences", "student"]
+    assert "up to date: teacher" in more.output
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "student")
+    assert student.dtype == torch.float32
+    path.write_bytes(path.read_bytes()[:-100])
+    refused = run_program("pipeline.py", config, check=False)
+    assert refused.exit_code == 2
+    assert "error: teacher.path: " in refused.output
+    assert "the file is cut short" in refused.output
+    assert "Traceback" not in refused.output
 
 
 def test_too_little_space_is_refused_before_the_tensors_are_read(tmp_path, monkeypatch):
@@ -382,11 +421,18 @@ def test_a_real_model_answers(tmp_path):
     assert end_tokens(find_teacher(config)) == (2, [2])
     own = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     assert torch.equal(_logits(model), _logits(own))
-    question = [{"role": "user", "content": "What is the opposite of hot?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert answer[-1] == 2
-    assert "cold" in tokenizer.decode(answer)
+    answers = {}
+    for question in ("What is the opposite of hot?", "What is the capital of France?"):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        generated = model.generate(**prompt, max_new_tokens=15, do_sample=False)
+        answers[question] = tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :])
+    assert answers["What is the opposite of hot?"].startswith("The opposite of hot is cold.")
+    assert answers["What is the capital of France?"] == "The capital of France is Paris.<|im_end|>"  # and no more
     facts = read_manifest(folder, "teacher").facts
     assert facts["tensor_types"] == {"F32": 61, "Q4_1": 210, "Q8_0": 1}
     assert facts["provenance"]["license"] == "apache-2.0"

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from dskd.models.same_tokenizer import differences
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyzH'.,!?:$%()/#_=&*[]<>0123456789\u0120\u010a"]
-MERGES = [("t", "w"), ("tw", "o"), ("l", "i"), ("li", "n")]
+MERGES = [("t", "w"), ("tw", "o"), ("l", "i"), ("li", "n"), ("q", "z"), ("z", "q")]
 
 
 def _tokenizer(*, swapped=False, merges=MERGES, normalizer=None, special=None, added=None, tokens=()):
@@ -45,8 +45,9 @@ def test_equal_tokenizers_do_not_differ_even_if_they_pad_with_other_tokens():
         ({"special": {"bos_token": "<end>"}}, "bos_token is missing (id None) in the teacher's, and '<end>' (id 0) in"),
         ({"normalizer": normalizers.Lowercase()}, 'token 0 of the text "Hello, world!'),
         ({"merges": MERGES[2:]}, "token 0 of the text 'two  spaces,"),
+        ({"merges": [*MERGES[:4], *MERGES[:3:-1]]}, "merge 4 is ['q', 'z'] in the teacher's, and ['z', 'q'] in the"),
     ],
-    ids=["token", "further token", "special token", "new special token", "normaliser", "merges"],
+    ids=["token", "further token", "special token", "new special token", "normaliser", "merges", "order of merges"],
 )
 def test_the_first_difference_is_named(student, expected):
     teacher = _tokenizer()

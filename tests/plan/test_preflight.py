@@ -7,7 +7,7 @@ import pytest
 import yaml
 from rank_jobs import act_on_nodes
 from rank_processes import ONE_RANK, finish, fork_ranks, start_ranks
-from tiny_work import BEFORE_TRAINING, write_config
+from tiny_work import BEFORE_TRAINING, copy_work, write_config
 
 from dskd.config.reading import load_config
 from dskd.errors import UserError
@@ -97,16 +97,16 @@ def test_a_remote_copy_of_the_shards_is_checked(copy_of_tiny, tmp_path, capsys):
     assert "all checks passed" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_ranks_that_do_not_arrive_are_named_with_their_node(copy_of_tiny):
-    config = copy_of_tiny()
-    (first,) = start_ranks("train.py", config, "train.collective_timeout_s=10", ranks=2, absent=[1])
-    assert first.wait(60) == 1, first.output
-    assert "rank 1, of node 0 (from 0, as in the hostfile), did not join" in first.output
-    assert "within 10 s; look at that node" in first.output
-    assert "Traceback" not in first.output
+@pytest.fixture(scope="module")
+def waiting(tiny, tmp_path_factory):
+    """A rank whose peer never starts. Other tests run while it waits for as long as its config says."""
+    config = copy_work(tiny, tmp_path_factory.mktemp("waiting"))
+    (rank,) = start_ranks("train.py", config, "train.collective_timeout_s=10", ranks=2, absent=[1])
+    yield rank
+    rank.kill()
 
 
+@pytest.mark.usefixtures("waiting")
 @pytest.mark.slow
 def test_ranks_find_storage_that_is_not_shared_and_shards_that_are_damaged(copy_of_tiny, tmp_path):
     config = copy_of_tiny(*BEFORE_TRAINING)
@@ -158,3 +158,11 @@ def test_a_work_directory_that_no_node_can_write_to_is_a_user_error(tmp_path, ev
     assert ("rank 1 (node1): " in ended.output) == everywhere
     assert not (tmp_path / "work").exists()
     assert "Traceback" not in ended.output
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_arrive_are_named_with_their_node(waiting):
+    assert waiting.wait(60) == 1, waiting.output
+    assert "rank 1, of node 0 (from 0, as in the hostfile), did not join" in waiting.output
+    assert "within 10 s; look at that node" in waiting.output
+    assert "Traceback" not in waiting.output

@@ -1,6 +1,7 @@
 """The states of the teacher in the shards, against transformers' own, and when they are refused or out of date."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ from dskd.shards.stored_states import (
 
 BOTH = ("teacher_states", "trunk_states")
 STORE = f"annotation.store=[{', '.join(BOTH)}]"
+FEW = ["corpus.max_sequences=24", "corpus.max_validation_sequences=4"]
 T, D = 32, 64
 
 
@@ -52,12 +54,18 @@ def _states(sample, column):
     return stored if stored.dtype == torch.float32 else stored.view(torch.bfloat16).float()
 
 
+def _build_sequences(config):
+    teacher = find_teacher(config)
+    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-4), ("bf16", 0.08)])
 def test_the_stored_states_are_those_of_transformers(copy_of_tiny, world, tmp_path, precision, apart):
     """The last states, and those that enter layer 2 of a student whose layers 0 and 1 are frozen, by document."""
     options = [STORE, f"precision={precision}", "student.layers=3", "annotation.teacher_top_n=0"]
-    config = load_config(copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses"), options)
+    config = load_config(copy_of_tiny("corpus", "lexicon", "teacher", "senses"), [*options, *FEW])
+    _build_sequences(config)
     annotate(config, world)
     manifest = read_manifest(config.path("shards", "train"), "shards")
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
@@ -67,7 +75,7 @@ def test_the_stored_states_are_those_of_transformers(copy_of_tiny, world, tmp_pa
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     end = AutoTokenizer.from_pretrained(source).eos_token_id
     samples = _samples(config, tmp_path / "cache")
-    assert len(samples) == 96
+    assert len(samples) == 24
     for sample in samples:
         assert set(sample) == set(COLUMNS) | set(BOTH)
         length = int(sample["loss_mask"].nonzero()[0].max()) + 1
@@ -94,16 +102,19 @@ def test_the_stored_states_are_those_of_transformers(copy_of_tiny, world, tmp_pa
 
 
 @pytest.mark.slow
-def test_one_rank_stores_the_same_states_as_two_byte_for_byte(copy_of_tiny, tmp_path):
-    path = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses")
+def test_one_rank_stores_the_same_states_as_two_byte_for_byte(copy_of_tiny, world, tmp_path):
+    path = copy_of_tiny("corpus", "lexicon", "teacher", "sequences", "senses", "shards")
+    folder = load_config(path).path("shards", "train")
     contents = []
-    for ranks in (1, 2):
-        run_program("annotate.py", path, STORE, ranks=ranks)
-        folder = load_config(path).path("shards", "train")
+    for annotate_on in (
+        lambda: annotate(load_config(path, [STORE]), world),
+        lambda: run_program("annotate.py", path, STORE, ranks=2),
+    ):
+        shutil.rmtree(folder)
+        annotate_on()
         contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
         # The hashes that were taken while the files were written are those of the files.
         assert read_manifest(folder, "shards").files == hash_files(folder)
-        folder.parent.rename(tmp_path / str(ranks))
     assert contents[0] == contents[1]
     assert {Path(name).suffix for name in contents[0]} == {".mds", ".json"}  # not compressed
     shards = json.loads(contents[0][INDEX])["shards"]
@@ -114,16 +125,9 @@ def test_one_rank_stores_the_same_states_as_two_byte_for_byte(copy_of_tiny, tmp_
 def test_shards_have_the_digest_of_those_without_states_whatever_is_stored(copy_of_tiny, world, monkeypatch):
     """The order of samples is the same, too, although a file has fewer of them."""
     monkeypatch.setattr("dskd.shards.blocks.LARGEST_SHARD", 40_000)  # two samples
-    path = copy_of_tiny("corpus", "teacher", "sequences", "senses")
+    path = copy_of_tiny("corpus", "teacher", "sequences", "senses", "shards")
     found, orders, sizes = [], [], []
-    for number, options in enumerate(
-        [
-            [],
-            [STORE, "student.layers=3"],
-            [STORE, "student.layers=3", "student.train_layers=2"],
-            ["annotation.store=[teacher_states]"],
-        ]
-    ):
+    for number, options in enumerate([[], [STORE, "student.layers=3"], ["annotation.store=[teacher_states]"]]):
         config = load_config(path, [*options, "precision=fp32"])
         annotate(config, world)
         manifest = read_manifest(config.path("shards", "train"), "shards")
@@ -139,7 +143,7 @@ def test_shards_have_the_digest_of_those_without_states_whatever_is_stored(copy_
     assert len(set(found)) == 1
     assert sizes[:2] == [{6}, {2}]
     assert orders[0][0] != orders[0][1]
-    assert orders[1:] == orders[:1] * 3
+    assert orders[1:] == orders[:1] * 2
     annotate(load_config(path, [STORE, "annotation.kappa=1"]), world)
     assert digest_without_states(read_manifest(config.path("shards", "train"), "shards")) != found[0]
 
@@ -147,12 +151,11 @@ def test_shards_have_the_digest_of_those_without_states_whatever_is_stored(copy_
 @pytest.mark.slow
 def test_states_are_those_of_the_continued_texts_without_their_padding(copy_of_tiny, world, tmp_path):
     path = copy_of_tiny("corpus", "teacher", "senses")
-    options = [STORE, "corpus.packing=none", "annotation.continuation_tokens=5", "corpus.max_sequences=40"]
+    options = [STORE, "corpus.packing=none", "annotation.continuation_tokens=5", *FEW]
     config = load_config(path, options)
-    source = find_teacher(config)
-    build_sequences(config, source.load_tokenizer(), source.tokenizer_digest)
+    _build_sequences(config)
     annotate(config, world)
-    teacher = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(find_teacher(config).path, dtype=torch.float32)
     assert read_manifest(config.path("shards", "train"), "shards").facts["continued_tokens"] > 10
     lengths = set()
     for sample in _samples(config, tmp_path / "cache"):

@@ -41,6 +41,8 @@ from dskd.training.pair import ModelPair
 from dskd.training.step import train_step
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource
+from dskd.training.width_fit import set_width_map
+from dskd.training.width_map import width_of_map
 
 
 def _die_in_hashing(folder: Path, only: object = None, **options: object) -> dict:
@@ -83,7 +85,8 @@ def _head_gradients(folder: Path, world: World) -> None:
     """Runs one step of the student in `FOLDER/student` with a trained head in two micro-batches per rank.
 
     Rank 0 writes gradients and loss to `gradients.safetensors`. `loss.json` has the divergence and the form of the
-    sense loss. Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`.
+    sense loss. Rank r's micro-batch m is row 2 r + m of the tokens and masks in `batch.safetensors`. If the student has
+    another width than the teacher, `width_map.safetensors` has the map between their states.
     """
     from deepspeed.utils import safe_get_full_grad
 
@@ -121,7 +124,10 @@ def _head_gradients(folder: Path, world: World) -> None:
     )
     student = ModelFolder(folder / "student", "", "")
     teacher = find_teacher(config)
-    engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2)
+    width = width_of_map(config.loss, student, teacher)
+    engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2, mapped_width=width)
+    if width is not None:
+        set_width_map(engine, load_file(folder / "width_map.safetensors")["weight"], world)
     pair = ModelPair(load_frozen(teacher, config, world, with_head=False), engine, TeacherSource("loaded"))
     rows = range(2 * world.rank, 2 * world.rank + 2)
     micro_batches = [
@@ -140,7 +146,7 @@ def _head_gradients(folder: Path, world: World) -> None:
     def keep_gradients() -> None:
         for name, parameter in engine.module.named_parameters():
             if parameter.requires_grad:
-                gradients[engine.module.hub_names[name]] = safe_get_full_grad(parameter).clone()
+                gradients[engine.module.hub_names.get(name, name)] = safe_get_full_grad(parameter).clone()
         step_engine()
 
     step_engine, engine.step = engine.step, lambda: keep_gradients()

@@ -38,9 +38,11 @@ _MARKS = [
 _TEMPLATE = "{% for m in messages %}{{ 'user: ' if m.role == 'user' else 'it: ' }}{{ m.content }} {% endfor %}it:"
 # The values of a toy. All other values of a model's config.json stay, above all its number of layers.
 _TOY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-LAYERS_OF_LARGE = 9  # instead of 80; the student has 7 of them. DeepSpeed takes time for each layer
-_EXAMPLES = 24  # of each benchmark with choices: a quarter is one question with five examples
-_PASSAGES = 15  # with two questions each, so that each can be the other's example
+# Layers instead of 80, of which the student has 7, and of 32, of which it has 16: DeepSpeed takes time for each.
+LAYERS_OF_LARGE, LAYERS_OF_MISTRAL = 9, 18
+# Of the training split and of the held-out one.
+_EXAMPLES = 24, 4  # of each benchmark with choices: a quarter of 24 is one question with five examples
+_PASSAGES = 8, 2  # with two questions each, so that each can be the other's example
 
 
 def write_inputs(folder: Path, config: Config) -> None:
@@ -68,6 +70,8 @@ def _write_model(folder: Path, name: str) -> None:
     shapes: dict[str, Any] = {**KNOWN_MODELS.get(name.lower(), {}), **_TOY}
     if shapes["num_hidden_layers"] > 32:
         shapes["num_hidden_layers"] = LAYERS_OF_LARGE
+    elif shapes["model_type"] == "mistral":
+        shapes["num_hidden_layers"] = LAYERS_OF_MISTRAL
     words = [*WORDS, *_MARKS]
     shapes |= {"vocab_size": len(words) + 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)
@@ -107,7 +111,7 @@ def _write_choices(folder: Path, files: tuple[str, str], num_choices: int) -> No
 
 
 def _choice_questions(split: int, num_choices: int) -> Iterator[dict[str, Any]]:
-    for number in range(_EXAMPLES):
+    for number in range(_EXAMPLES[split]):
         words = _sentence(number + 1000 * split, 6).split()
         choices = [{"text": words[place], "label": "ABCDE"[place]} for place in range(num_choices)]
         answer = "ABCDE"[number % num_choices]
@@ -119,14 +123,14 @@ def _write_piqa(folder: Path) -> None:
     for split, name in enumerate(("train", "valid")):
         goals = [
             {"goal": _sentence(number + 1000 * split, 7), "sol1": WORDS[number], "sol2": WORDS[number + 1]}
-            for number in range(_EXAMPLES)
+            for number in range(_EXAMPLES[split])
         ]
         _write(folder / f"{name}.jsonl", "\n".join(map(json.dumps, goals)))
-        _write(folder / f"{name}-labels.lst", "".join(f"{number % 2}\n" for number in range(_EXAMPLES)))
+        _write(folder / f"{name}-labels.lst", "".join(f"{number % 2}\n" for number in range(_EXAMPLES[split])))
 
 
 def _write_mmlu(folder: Path) -> None:
-    files = {"auxiliary_train/more.csv": _EXAMPLES, "dev/old_towns_dev.csv": 5, "test/old_towns_test.csv": 8}
+    files = {"auxiliary_train/more.csv": _EXAMPLES[0], "dev/old_towns_dev.csv": 5, "test/old_towns_test.csv": 8}
     for split, (name, count) in enumerate(files.items()):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +144,7 @@ def _write_mmlu(folder: Path) -> None:
 def _write_squad(folder: Path) -> None:
     for split, name in enumerate(("train-v2.0.json", "dev-v2.0.json")):
         paragraphs = []
-        for number in range(_PASSAGES):
+        for number in range(_PASSAGES[split]):
             passage = _sentence(number + 1000 * split, 14)
             answers = [{"text": passage.split()[3], "answer_start": 0}] if number % 2 else []
             asked = [

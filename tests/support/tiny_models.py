@@ -31,6 +31,10 @@ ARCHITECTURES = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
 }
+MODELS = {
+    **ARCHITECTURES,
+    "narrow": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "hidden_size": 24})),  # of another width than the others
+}
 
 
 def word_tokenizer(words: list[str]) -> Any:
@@ -44,7 +48,7 @@ def word_tokenizer(words: list[str]) -> Any:
 def save_model(folder: Path, architecture: str = "llama", seed: int = 0, words: list[str] | None = None) -> Any:
     """Writes a random model with its tokenizer, and returns the model."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[architecture]().eval()
+    model = MODELS[architecture]().eval()
     # Random weights of the usual size give almost uniform predictions; with larger ones, models differ.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,40 +1,30 @@
 """The loader of training on real shards: any number of workers, any first step, packing, and copying ahead."""
 
 import contextlib
-import gc
 import os
 import select
-import shutil
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from artifact_folders import open_dataset, update_manifest
-from rank_processes import ONE_RANK
+from artifact_folders import open_dataset
+from loaded_steps import ROWS, SAMPLES, SCHEDULE, K, T, config_of, steps_of
 from safetensors.torch import save_file
 
 from dskd import shards
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.hashing import hash_files
 from dskd.artifacts.manifest import Recipe
 from dskd.artifacts.tensor_file import map_tensor
-from dskd.config import Config
 from dskd.errors import UserError
 from dskd.shards import COLUMNS, join_blocks, require_teacher_cache
 from dskd.shards.writing import write_block
 from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
-from dskd.training.loader import load_steps
 from dskd.training.packed_step import Counts, CudaCopier, PackedStep, copy_ahead, count_positions
 from dskd.training.positions import SensePositions
-from dskd.training.schedule import Schedule
 from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
-
-T, K, SAMPLES, ROWS = 24, 2, 43, 30
-SCHEDULE = Schedule(global_batch_size=8, micro_batch_size=2, accumulation_steps=4, steps_per_epoch=5, total_steps=13)
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +48,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _config(folder, num_workers=0, **sections):
-    return Config(
-        workdir=str(folder), teacher={"train_from_scratch": {}}, train={"num_workers": num_workers}, **sections
-    )
-
-
-def _steps(folder, cache, num_workers=0, start_step=0, collate=None, **options):
-    collate = collate or Collator(None, None, micro_batch_size=SCHEDULE.micro_batch_size)
-    config = _config(folder, num_workers)
-    return load_steps(config, SCHEDULE, collate, cache, ONE_RANK, start_step=start_step, **options)
-
-
 def _sample_ids(step):
     return [batch["sample_ids"].tolist() for batch in step.micro_batches]
 
@@ -77,7 +55,7 @@ def _sample_ids(step):
 @pytest.fixture(scope="module")
 def whole_run(folder, tmp_path_factory):
     """Returns the samples of each step, read without worker processes."""
-    return [_sample_ids(step) for step in _steps(folder, tmp_path_factory.mktemp("whole"))]
+    return [_sample_ids(step) for step in steps_of(folder, tmp_path_factory.mktemp("whole"))]
 
 
 def test_an_epoch_has_each_sample_at_most_once(whole_run):
@@ -94,7 +72,7 @@ def test_an_epoch_has_each_sample_at_most_once(whole_run):
 # 5, 4 and 3 steps of an epoch do not divide evenly among the workers, and the 13th step is within an epoch.
 @pytest.mark.parametrize(("workers", "start"), [(1, 0), (2, 0), (3, 1), (2, 5), (2, 12), (0, 7)])
 def test_any_number_of_workers_and_any_start_give_the_same_steps(folder, tmp_path, whole_run, workers, start):
-    steps = _steps(folder, tmp_path, workers, start)
+    steps = steps_of(folder, tmp_path, workers, start)
     assert [_sample_ids(step) for step in steps] == whole_run[start:]
 
 
@@ -102,7 +80,7 @@ def test_sense_positions_follow_the_epoch_in_workers_that_live_through_several(f
     rule = SensePositions(1, 0.3, 0)
     collate = Collator(None, rule, micro_batch_size=8)
     drawn = {}
-    for number, step in enumerate(_steps(folder, tmp_path, 2, collate=collate)):
+    for number, step in enumerate(steps_of(folder, tmp_path, 2, collate=collate)):
         (batch,) = step.micro_batches
         for name in ("relation_positions", "own_positions"):
             row, place = np.divmod(batch["senses"][name].numpy(), batch["input_ids"].shape[1])
@@ -120,7 +98,7 @@ def test_sense_positions_follow_the_epoch_in_workers_that_live_through_several(f
 def test_random_candidates_depend_on_the_step_and_not_on_the_worker(folder, tmp_path, workers, start):
     candidates = CandidateRows(seed=5, kinds=("own", "random"), num_random=6, num_rows=ROWS)
     collate = Collator(None, SensePositions(1, 0.3, 0), micro_batch_size=2, candidates=candidates, lexical=True)
-    steps = list(_steps(folder, tmp_path, workers, start, collate=collate))
+    steps = list(steps_of(folder, tmp_path, workers, start, collate=collate))
     assert len(steps) == SCHEDULE.total_steps - start
     for number, step in enumerate(steps, start):
         for batch in step.micro_batches:
@@ -138,8 +116,8 @@ def _samples(folder, cache):
 def test_a_bank_gives_the_batches_the_rows_that_they_would_bring(folder, tmp_path):
     rule, path = SensePositions(1, 0.3, 0), folder / "senses.safetensors"
     bank = load_bank(path, torch.device("cpu"))
-    on_host = _steps(folder, tmp_path / "host", 1, collate=Collator(path, rule, micro_batch_size=2))
-    on_device = _steps(folder, tmp_path / "bank", collate=Collator(None, rule, micro_batch_size=2), sense_bank=bank)
+    on_host = steps_of(folder, tmp_path / "host", 1, collate=Collator(path, rule, micro_batch_size=2))
+    on_device = steps_of(folder, tmp_path / "bank", collate=Collator(None, rule, micro_batch_size=2), sense_bank=bank)
     for host, device in zip(on_host, on_device, strict=True):
         assert host.counts == device.counts
         for brought, banked in zip(host.micro_batches, device.micro_batches, strict=True):
@@ -191,175 +169,9 @@ def test_a_packed_step_unpacks_to_the_same_step(folder):
     assert all(same(batch, unpacked) for batch, unpacked in zip(batches, step.micro_batches, strict=True))
 
 
-STATES = {"teacher_states": torch.bfloat16, "trunk_states": torch.float32}
-
-
-@pytest.fixture(scope="module")
-def with_states(tmp_path_factory):
-    """Makes a work directory whose shards are not packed, and have states up to each sample's last target."""
-    folder = tmp_path_factory.mktemp("states")
-    random = np.random.default_rng(1)
-    samples = []
-    for _ in range(SAMPLES):
-        length = int(random.integers(0, T + 1))
-        rows = max(1, length)  # a sample without a target has one row
-        columns = {name: random.integers(0, ROWS, (T, K)).astype(np.int32) for name in COLUMNS if "ids" in name}
-        columns["input_ids"] = random.integers(0, 99, T).astype(np.int32)
-        columns["loss_mask"] = (np.arange(T) < length).astype(np.uint8)
-        columns["document_starts"] = (np.arange(T) == 0).astype(np.uint8)
-        columns["teacher_states"] = random.integers(0, 2**15, (rows, 4)).astype(np.uint16)
-        columns["trunk_states"] = random.standard_normal((rows, 4)).astype(np.float32)
-        samples.append(columns)
-    assert any(not sample["loss_mask"].any() for sample in samples)
-    encodings = {**COLUMNS, "teacher_states": "ndarray:uint16", "trunk_states": "ndarray:float32"}
-    blocks = [folder / "blocks" / str(number) for number in range(3)]
-    for number, block in enumerate(blocks):
-        write_block(block, iter(samples[number::3]), encodings, compression=None)
-    with build_artifact(folder / "shards" / "train", Recipe("shards")) as building:
-        join_blocks(building.folder, blocks)
-    return folder, [sample for number in range(3) for sample in samples[number::3]]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stored_states_reach_the_step_bit_for_bit_with_zeros_after_them(with_states, tmp_path, workers):
-    folder, samples = with_states
-    collate = Collator(None, None, micro_batch_size=2, states=STATES)
-    for step in _steps(folder, tmp_path / "cache", workers, collate=collate):
-        for batch in step.micro_batches:
-            length = batch["input_ids"].shape[1]
-            for row, sample_id in enumerate(batch["sample_ids"].tolist()):
-                for column, dtype in STATES.items():
-                    assert batch[column].dtype == dtype
-                    assert batch[column].shape == (2, length, 4)
-                    stored = samples[sample_id][column]
-                    found = batch[column][row].view(torch.uint8).numpy()
-                    assert found[: len(stored)].tobytes() == stored.tobytes()
-                    assert not found[len(stored) :].any()
-    assert not (tmp_path / "cache" / "train").exists()  # read where they are
-
-
-def test_shards_that_are_not_packed_are_copied_only_to_a_cache_that_the_config_names(with_states, tmp_path):
-    folder, _ = with_states
-    config = _config(folder)
-    train = config.train.model_copy(update={"shard_cache": str(tmp_path)})
-    config = config.model_copy(update={"train": train})
-    collate = Collator(None, None, micro_batch_size=2, states=STATES)
-    steps = load_steps(config, SCHEDULE, collate, tmp_path / "cache", ONE_RANK, start_step=0)
-    assert len(list(steps)) == SCHEDULE.total_steps
-    assert len(list((tmp_path / "cache" / "train").glob("*.mds"))) == 3
-
-
-def test_any_number_of_shards_is_read_with_few_open_files(with_states, tmp_path, monkeypatch):
-    from dskd.shards import dataset as mapped
-
-    folder, samples = with_states
-    monkeypatch.setattr(mapped, "_OPEN_FILES", 1)
-    dataset = shards.open_shards(_config(folder), "train", tmp_path, ONE_RANK, batch_size=1)
-    read = [dataset[index] for index in (0, 20, 40, 1, 21)]
-    for index, sample in zip((0, 20, 40, 1, 21), read, strict=True):
-        assert np.array_equal(sample["trunk_states"], samples[index]["trunk_states"])
-        assert not sample["trunk_states"].flags.writeable
-    del read, sample
-    gc.collect()
-    mapped_now = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".mds" in line}
-    assert len([name for name in mapped_now if name.startswith(str(folder))]) == 1
-
-
-def test_a_shard_that_was_cut_short_is_reported_and_not_read(with_states, tmp_path):
-    folder, _ = with_states
-    copied = tmp_path / "work"
-    shutil.copytree(folder / "shards", copied / "shards")
-    for file in (copied / "shards" / "train").glob("*.mds"):
-        os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"shard\.00000\.mds: the manifest says \d+ bytes, but it has \d+"):
-        list(_steps(copied, tmp_path / "cache", 1))
-
-
-def _flip(folder, shard, place):
-    """Changes one byte of a shard file, at a share of its length; its size stays the same."""
-    file = folder / "shards" / "train" / f"shard.{shard:05d}.mds"
-    content = bytearray(file.read_bytes())
-    content[int(place * len(content))] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("remote", [False, True], ids=["in place", "remote copy"])
-def test_a_changed_byte_of_stored_states_stops_training_and_names_the_shard(with_states, tmp_path, workers, remote):
-    folder, _ = with_states
-    work, far = tmp_path / "work", tmp_path / "far"
-    shutil.copytree(folder / "shards", work / "shards")
-    config = _config(work, workers)
-    if remote:
-        with build_artifact(tmp_path / "new", Recipe("shards", {}, {}, "t", "k")) as building:
-            for file in (work / "shards" / "train").glob("[!.]*"):
-                shutil.copyfile(file, building.folder / file.name)
-        shutil.copyfile(tmp_path / "new" / "manifest.json", work / "shards" / "train" / "manifest.json")
-        shutil.copytree(work / "shards", far)
-        train = config.train.model_copy(update={"shard_remote": str(far)})
-        config = config.model_copy(update={"train": train})
-        (tmp_path / "shards").symlink_to(far)
-    _flip(tmp_path if remote else work, 1, 0.6)
-    steps = load_steps(
-        config, SCHEDULE, Collator(None, None, micro_batch_size=2), tmp_path / "c", ONE_RANK, start_step=0
-    )
-    message = r"cannot be read \(ValueError: shard\.00001\.mds has changed: its sample \d+ is not what the index says\)"
-    with pytest.raises(UserError, match=rf"{message}; restore the file"):
-        list(steps)
-
-
-def test_changed_places_of_samples_are_found(with_states, tmp_path):
-    folder, _ = with_states
-    shutil.copytree(folder / "shards", tmp_path / "shards")
-    file = tmp_path / "shards" / "train" / "shard.00000.mds"
-    content = bytearray(file.read_bytes())
-    content[8] ^= 64  # the end of the first sample, the begin of the second
-    file.write_bytes(content)
-    dataset = shards.open_shards(_config(tmp_path), "train", tmp_path / "cache", ONE_RANK, batch_size=1)
-    for index in (0, 1):
-        with pytest.raises(ValueError, match=rf"shard\.00000\.mds has changed: its sample {index} is"):
-            dataset[index]
-    assert dataset[2]["sample_id"] == 2
-
-
-def test_at_the_start_only_the_index_and_the_sizes_of_stored_states_are_compared(with_states, tmp_path):
-    folder, _ = with_states
-    config = Config(workdir=str(tmp_path), teacher={"path": "x"})
-    target = config.path("shards", "train")
-    with build_artifact(target, Recipe("shards", {"senses": "s"}, {}, "t", "k")) as building:
-        for file in (folder / "shards" / "train").glob("[!.]*"):
-            shutil.copyfile(file, building.folder / file.name)
-
-    def start():
-        manifest = shards.load_manifest(config, "train")
-        shards.require_fitting(config, "train", manifest, senses="s", teacher="t", tokenizer="k")
-
-    start()
-    _flip(tmp_path, 1, 0.6)
-    start()  # found when the sample is read
-    index = target / "index.json"
-    written = index.read_text()
-    index.write_text(written.replace('"version": 2', '"version": 3'))
-    with pytest.raises(UserError, match=r"index\.json: the content is not what the manifest says"):
-        start()
-    index.write_text(written)
-    # An index without the hashes of samples, as of shards that were made before: all files are read.
-    manifest = shards.load_manifest(config, "train")
-    index.write_text(written.replace("xxh3_64_of_samples", "xxh3_64_of_nothing"))
-    update_manifest(target, files={**manifest.files, **hash_files(target, only={"index.json": {}})})
-    with pytest.raises(UserError, match=r"shard\.00001\.mds: the content is not what the manifest says"):
-        start()
-    os.truncate(target / "shard.00002.mds", 99)
-    with pytest.raises(UserError, match=r"shard\.00002\.mds: the manifest says \d+ bytes, but it has 99 bytes; it was"):
-        start()
-    (target / "shard.00002.mds").unlink()
-    with pytest.raises(UserError, match=r"shard\.00002\.mds: the manifest says \d+ bytes, but it is missing"):
-        start()
-
-
 def test_padding_is_never_counted(folder, tmp_path):
     samples = _samples(folder, tmp_path / "again")
-    for step in _steps(folder, tmp_path / "steps", 2, start_step=9):
+    for step in steps_of(folder, tmp_path / "steps", 2, start_step=9):
         ids = [i for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
         assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0, 0)
         assert count_positions(step.micro_batches) == step.counts
@@ -429,7 +241,7 @@ def test_shards_without_the_teachers_distributions_are_refused(folder):
     class Shards:
         config = {"kappa": 5, "teacher_top_n": 0}
 
-    config = _config(folder, annotation={"teacher_top_n": 4})
+    config = config_of(folder, annotation={"teacher_top_n": 4})
     with pytest.raises(UserError, match=r"hold no distributions of the teacher.*launcher/annotate.py"):
         require_teacher_cache(config, "train", Shards())
     Shards.config = {"teacher_top_n": 4}
@@ -455,7 +267,7 @@ def test_workers_end_with_a_rank_that_is_killed_wherever_they_wait(folder, tmp_p
     rank = os.fork()
     if rank == 0:
         try:
-            next(_steps(folder, tmp_path, 1))
+            next(steps_of(folder, tmp_path, 1))
         finally:
             os._exit(1)
     os.close(write)

@@ -328,7 +328,7 @@ def test_what_saves_work_or_memory_changes_neither_the_losses_nor_the_export(
 
 def test_training_from_a_complete_cached_distribution_equals_training_with_the_teacher(short, copy_of_tiny, world):
     path = copy_of_tiny(
-        *(name for name in BEFORE_TRAINING if name != "shards"),
+        *BEFORE_TRAINING,
         annotation={**TINY["annotation"], "teacher_top_n": TINY["teacher"]["train_from_scratch"]["vocab_size"]},
         teacher={**TINY["teacher"], "mode": "cached"},
         train=SHORT,
