@@ -133,11 +133,11 @@ class ChatWriter:
         # transformers loses marks in macros and at the very beginning of a text. So search each answer in its passage.
         inside, at = "\n".join(text[first:stop] for first, stop in passages), 0
         for index in chat.answers():
-            said = chat.messages[index]["content"].strip()
-            found = inside.find(said, at)
-            if found >= 0:
-                at = found + len(said)
-            elif said in text:
+            answer = chat.messages[index]["content"].strip()
+            place = inside.find(answer, at)
+            if place >= 0:
+                at = place + len(answer)
+            elif answer in text:
                 raise ChatError(
                     f"the marks {{% generation %}} of the chat template do not contain all of the answer in turn "
                     f"{index + chat.first_number}; every answer needs to be between marks, outside of macros"
@@ -159,8 +159,8 @@ class ChatWriter:
                 # Some templates end a whole chat with one more token.
                 whole = whole.removesuffix(self._tokenizer.eos_token or "")
             _require_beginning(whole, text, up_to)
-            said, rest = chat.messages[index]["content"].strip(), whole[len(prompt) :].lstrip()
-            if not rest.startswith(said) and prompt == self._text(chat.messages[:index], chat.tools, part=before):
+            answer, rest = chat.messages[index]["content"].strip(), whole[len(prompt) :].lstrip()
+            if not rest.startswith(answer) and prompt == self._text(chat.messages[:index], chat.tools, part=before):
                 # Nothing asks for an answer, so a header of its own would count as a part of it.
                 raise ChatError(
                     f"the chat template ignores add_generation_prompt, but writes {rest[:_SHOWN_CHARACTERS]!r} for "
@@ -188,7 +188,8 @@ class ChatWriter:
                     around = f"{text[max(0, cut - 20) : cut]!r} and {text[cut : cut + 20]!r}"
                     raise ChatError(
                         f"between {around} the chat has other tokens than its part up to there, so an answer and its "
-                        f"prompt cannot be told apart in tokens; {_REMEDY}"
+                        "prompt cannot be told apart in tokens; remove white space at the beginning of the answer, or "
+                        "use a chat template with a special token before answers"
                     )
             places = list(map(len, beginnings))
         return list(zip(places[::2], places[1::2], strict=True))

@@ -115,18 +115,18 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     """Returns turn `number`, counted from 1, as a message of a chat template."""
     if "role" in turn:
         roles, message = {role: role for role in ROLES}, dict(turn)
-        said = message["role"]
+        speaker = message["role"]
     elif "from" in turn:
         roles, message = _SPEAKERS, {"content": turn["value"]} if "value" in turn else {}
-        said = turn["from"]
+        speaker = turn["from"]
     else:
         raise ChatError(
             f"turn {number} has {', '.join(turn) or 'no keys'}; expected role and content, or from and value"
         )
-    if not isinstance(said, str) or said not in roles:
-        raise ChatError(f"turn {number} has the role {said!r}; expected one of {', '.join(roles)}")
-    message["role"] = roles[said]
-    if calls := message.get("tool_calls"):
+    if not isinstance(speaker, str) or speaker not in roles:
+        raise ChatError(f"turn {number} has the role {speaker!r}; expected one of {', '.join(roles)}")
+    message["role"] = roles[speaker]
+    if calls := message.pop("tool_calls", None):  # an empty list, which tables have, is as none
         message["tool_calls"] = [_with_arguments(call) for call in _decoded(calls, "tool_calls")]
     if "content" not in message and message["role"] == ASSISTANT and calls:
         message["content"] = ""  # a turn that only calls tools; templates join its content to texts

@@ -34,6 +34,7 @@ def _parse(record, text_field="text"):
         ({"chosen": SHAREGPT, "messages": MESSAGES[:2]}, "chosen"),
         # As tables have them: every turn has the keys of all turns.
         ({"messages": [{**turn, "name": None, "tool_calls": None} for turn in MESSAGES], "tools": None}, "text"),
+        ({"messages": [{**turn, "tool_calls": []} for turn in MESSAGES], "tools": []}, "text"),
     ],
 )
 def test_all_forms_are_the_same_chat(record, text_field):
