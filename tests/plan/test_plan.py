@@ -257,3 +257,20 @@ def test_a_trunk_that_the_teacher_rules_out_is_not_planned(tmp_path):
         UserError, match=r"annotation\.store: trunk_states .* they share none: .* embeddings are trained"
     ):
         make_plan(config, cluster_of(), tied, samples=1000)
+
+
+def test_layers_chosen_by_importance_are_those_of_the_cut_student_and_until_then_assumed(tmp_path, monkeypatch, capsys):
+    options = ["student.spacing=importance", "student.train_layers=1"]
+    _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *options)
+    assert "the lowest 2 are computed once" in printed
+    assert "; these are the layers of student.spacing: ends, until `dskd student` has measured others" in printed
+    measured = {"samples": 64, "tokens": 999, "layers": [0.4, 0.1, 0.2, 0.3], "blocks": [0.4, 0.1, 0.2, 0.3]}
+    settings = {"layers": 3, "importance_samples": 64}
+    with build_artifact(tmp_path / "work" / "student", Recipe("student", {}, settings)) as building:
+        building.facts.update(layers=[0, 2, 3], importance=measured)
+    _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *options)
+    assert "the lowest 1 are computed once" in printed and "has measured others" not in printed
+    config = config_of(tmp_path, *options)
+    assert plan_student(config, Architecture(json.dumps(LLAMA), "llama")).layers == [0, 2, 3]
+    code, _, error = _planned_states(tmp_path, monkeypatch, capsys, *options, "student.layers=4")
+    assert code == 2 and "student.layers keeps all of the teacher's 4" in error

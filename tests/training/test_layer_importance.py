@@ -149,6 +149,13 @@ def test_what_cannot_be_measured_is_refused(copy_of_tiny, dskd, artifacts, optio
     assert not load_config(path).path("student").exists()
 
 
+def test_a_student_that_is_not_cut_is_not_explained(copy_of_tiny, dskd):
+    path = copy_of_tiny(*BEFORE, student={"from_config": {"layers": 2, "hidden_size": 32, "heads": 2}})
+    code, printed = dskd("student", "--config", path, "--explain")
+    assert code == 2
+    assert "--explain: student.from_config is a whole model, of which no layers are chosen" in printed, printed
+
+
 def test_the_sample_is_drawn_once_for_all_runs_and_not_again():
     rows = sample_rows(1000, 64, seed=3)
     assert len(set(rows.tolist())) == 64 and rows.tolist() == sorted(rows.tolist())

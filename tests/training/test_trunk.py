@@ -113,17 +113,29 @@ def test_losses_and_gradients_are_those_of_the_separate_path(tmp_path, world, ar
     torch.testing.assert_close(results["on"], results["off"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("architecture", "mode"), [("llama", "resident"), ("mistral", "zero3"), ("qwen2", "zero3")])
-def test_the_trunk_that_runs_once_computes_what_transformers_computes(tmp_path, world, architecture, mode):
+@pytest.mark.parametrize(
+    ("architecture", "mode", "spacing"),
+    [
+        ("llama", "resident", "ends"),
+        ("llama", "resident", "first"),
+        ("mistral", "zero3", "ends"),
+        ("qwen2", "zero3", "ends"),
+    ],
+)
+def test_the_trunk_that_runs_once_computes_what_transformers_computes(tmp_path, world, architecture, mode, spacing):
     whole = save_model(tmp_path / "teacher", architecture)
-    config = _config(tmp_path, teacher={"mode": mode}, corpus={"sequence_length": 64})
+    config = _config(tmp_path, teacher={"mode": mode}, corpus={"sequence_length": 64}, student={"spacing": spacing})
     build_student(config)
+    # The layer above the trunk, which has two, is the teacher's next one or its last.
+    whole.model.layers = whole.model.layers[:2].append(whole.model.layers[{"first": 2, "ends": 3}[spacing]])
+    whole.model.norm = torch.nn.Identity()
     trunk, expected = run_trunk_once(find_student(config), config, world, 2)
     assert trunk.depth == 2
     assert trunk.probe["position_ids"].max() == 63
     with torch.no_grad():
-        states = whole(**trunk.probe, output_hidden_states=True).hidden_states[2]
-        together = whole(torch.arange(1, 65)[None] * 7 % 120, output_hidden_states=True).hidden_states
+        states = whole(**trunk.probe, output_hidden_states=True, use_cache=False).hidden_states[2]
+        ids = torch.arange(1, 65)[None] * 7 % 120
+        together = whole(ids, output_hidden_states=True, use_cache=False).hidden_states
     torch.testing.assert_close(trunk.probe_states, states)
     assert [twin.position_ids is None for twin in expected] == [False, True]
     torch.testing.assert_close(expected[1].run.input, together[2])
@@ -175,7 +187,11 @@ def test_there_is_no_trunk_if_it_would_not_be_exact(options, message):
 
 def test_layers_whose_shape_depends_on_their_place_are_computed_by_the_student(tmp_path, world, capsys):
     save_architecture(tmp_path / "teacher", "diffllama")  # each layer's attention has a factor of its own
-    config = _config(tmp_path, corpus={"packing": "stream", "sequence_length": 32})
+    # So its last layer cannot be another one of the student, either.
+    stream = {"packing": "stream", "sequence_length": 32}
+    with pytest.raises(UserError, match=r"keep others, for example the lowest ones \(student\.spacing: first\)"):
+        build_student(_config(tmp_path, corpus=stream))
+    config = _config(tmp_path, corpus=stream, student={"spacing": "first"})
     build_student(config)
     pair = load_models(config, world)
     assert pair.trunk is None
