@@ -43,9 +43,9 @@ from benchmarks.report import (
 from benchmarks.workload import OurTraining, build_workload_parser, read_config, read_tokens, work_directory
 from dskd.config import Config
 from dskd.distributed.rendezvous import initialize
-from dskd.models.cutting import find_student
 from dskd.models.folder import find_teacher
 from dskd.models.precision import compute_dtype
+from dskd.students.student import find_student
 from dskd.training.student import choose_trained
 
 _OURS = {"dskd: CE + KL": "loss.sense_weight=0", "dskd: CE + KL + sense": "loss.sense_weight=1"}

@@ -34,7 +34,6 @@ from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World, uses_gpu
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
-from dskd.models.cutting import build_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.trained import trained_layers
@@ -43,6 +42,7 @@ from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, StoredStates
 from dskd.shards.stored_states import columns_of_states, plan_stored
 from dskd.shards.writing import write_block
+from dskd.students.cutting import build_student
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
 from dskd.training.loader import load_steps
 from dskd.training.pair import load_pair

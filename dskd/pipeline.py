@@ -30,12 +30,13 @@ from dskd.distributed import stopping
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
 from dskd.lexicon import build as lexicon
-from dskd.models import gguf_teacher, students
 from dskd.models.architecture import check_architecture
 from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
+from dskd.models.gguf import teacher as gguf_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
 from dskd.shards import annotate
+from dskd.students import student
 from dskd.training import checkpoint, export, inputs, teacher_from_scratch
 from dskd.training.layer_importance import measure_importance
 
@@ -128,13 +129,13 @@ def plan_stages(
         sequences.build_sequences(config, found.load_tokenizer(), found.tokenizer_digest, vocab_size)
 
     def build_student() -> None:
-        students.build_student(config, measure_importance)
+        student.build_student(config, measure_importance)
 
     stages = [
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        stage(kinds.STUDENT, lambda: students.recipe(config, teacher()), build_student),
+        stage(kinds.STUDENT, lambda: student.recipe(config, teacher()), build_student),
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]

@@ -29,9 +29,9 @@ from dskd.distributed.rendezvous import free_port
 from dskd.losses.head import DistillationHead, Normalizers
 from dskd.losses.terms import SUMS
 from dskd.models.frozen import Decoder
-from dskd.models.importance import Text, measure_blocks
 from dskd.models.stored_names import base_model
 from dskd.senses.kmeans import kmeans
+from dskd.students.importance import Text, measure_blocks
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow

@@ -27,10 +27,10 @@ from dskd.corpus.build import build_corpus
 from dskd.corpus.sequences import build_sequences
 from dskd.evaluation.held_out_text import evaluate
 from dskd.lexicon.build import build_lexicon
-from dskd.models.cutting import build_student
 from dskd.models.folder import find_teacher
 from dskd.senses.build import build_senses
 from dskd.shards.annotate import annotate
+from dskd.students.cutting import build_student
 from dskd.training.export import build_export
 from dskd.training.train import train
 

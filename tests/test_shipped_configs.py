@@ -20,10 +20,10 @@ from dskd.config.reading import differences, load_config
 from dskd.corpus.build import build_corpus
 from dskd.corpus.sequences import build_sequences
 from dskd.lexicon.build import build_lexicon
-from dskd.models.cutting import build_student
 from dskd.models.folder import find_teacher
 from dskd.senses.build import build_senses
 from dskd.shards.annotate import annotate
+from dskd.students.cutting import build_student
 from dskd.training import checkpoint
 from dskd.training.schedule import share_out
 from dskd.training.train import train

@@ -23,11 +23,11 @@ from dskd.evaluation.lexical.run import measure_items
 from dskd.evaluation.lexical.scores import summarize
 from dskd.inspection.geometry import COMPARISONS, DISTANCES, measure_geometry
 from dskd.losses.logits import hidden_distance
-from dskd.models.cutting import find_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.output_head import OutputHead
 from dskd.senses.dictionary import SenseDictionary
+from dskd.students.student import find_student
 from dskd.training.export import find_export
 
 _BATCH_SIZE = 32

@@ -49,7 +49,7 @@ def run_stage(args: argparse.Namespace) -> None:
 
             print(explain_layers(config))
             return
-        from dskd.models.students import build_student
+        from dskd.students.student import build_student
         from dskd.training.layer_importance import measure_importance
 
         build_student(config, measure_importance)

@@ -11,9 +11,9 @@ from dskd.console import say
 from dskd.distributed.collectives import gather_json, main_first, on_main
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError
-from dskd.models.cutting import find_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import FrozenModel, load_frozen
+from dskd.students.student import find_student
 from dskd.training import export
 
 TEACHER, CUT_STUDENT = "teacher", "student"

@@ -12,7 +12,7 @@ from dskd.config import Config, StudentConfig
 from dskd.console import table
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
-from dskd.models.spacing import Importance, as_text, choose_layers, removed_block
+from dskd.students.spacing import Importance, as_text, choose_layers, removed_block
 from dskd.training.layer_importance import measure_importance
 
 SPACINGS = ("first", "even", "ends", "importance")

@@ -1,10 +1,7 @@
-"""Causal language models of transformers: their folders, and how they are loaded, run, cut and checked.
+"""Causal language models of transformers: their folders, and how they are loaded, run and checked.
 
 folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
-gguf_file       reads what a GGUF file says of its model
-gguf_config     the config of that model, and the check that transformers leaves nothing out
-gguf_tokenizer  builds its tokenizer, or compares another with it
-gguf_teacher    makes an ordinary folder of it, the teacher's
+gguf            a model from a GGUF file as an ordinary folder, the teacher's
 model_config    reads a folder's config.json for the installed transformers, or refuses it
 weights         the tensors in a folder's safetensors files
 stored_names    the names of a model's tensors in those files, and the check that none is missing or left over
@@ -22,17 +19,9 @@ output_head     from last hidden states to logits: the output matrix, and what a
 head_probe      finds out what a model does with them, or refuses it
 readouts        reads logits out of hidden states, chunk by chunk
 generation      greedy generation
-spacing         which of the teacher's layers a student keeps
-importance      measures how much layers change the states
-students        the student of a work directory, whichever of the three next modules makes it
-cutting         cuts the student from the teacher's files
-pretrained_student  copies a pretrained model
-new_student     makes one of given sizes with random weights
-same_tokenizer  compares a pretrained student's tokenizer with the teacher's
 cut_config      the student's config.json
 architecture    checks a teacher by its config.json, before anything runs
 probes          checks that a model does what training assumes, such as keeping packed documents apart
 reference       checks that a loaded model computes what transformers' own computes from the same folder
-pruned_teacher  checks that a cut student computes what the teacher computes without the other layers
 agreement       checks that an export computes what the student in training computes
 """

@@ -29,7 +29,7 @@ from dskd.distributed.collectives import barrier, broadcast_json, gather_json, s
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, listed
-from dskd.models.gguf_teacher import check_file
+from dskd.models.gguf.teacher import check_file
 from dskd.plan import GB
 
 _CLOCK_TOLERANCE_S = 2.0  # if clocks differ by more, logs and metrics of two nodes cannot be compared by time

@@ -18,16 +18,16 @@ from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
 from dskd.models.folder import ModelFolder
-from dskd.models.gguf_config import read_config
-from dskd.models.gguf_file import read_gguf
+from dskd.models.gguf.config import read_config
+from dskd.models.gguf.file import read_gguf
 from dskd.models.layers import check_kinds
 from dskd.models.model_config import load_json
-from dskd.models.new_student import config_values, intermediate_size
-from dskd.models.spacing import choose_layers, chosen_layers, removed_block
 from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.shards import TRUNK_STATES
 from dskd.shards.stored_states import stored_trunk_depth
+from dskd.students.new import config_values, intermediate_size
+from dskd.students.spacing import choose_layers, chosen_layers, removed_block
 from dskd.training.student import choose_trained
 from dskd.training.teacher_source import TeacherSource, reads_logits
 from dskd.training.width_map import has_width_map

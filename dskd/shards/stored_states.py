@@ -27,7 +27,6 @@ from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.layers import recorded
 from dskd.models.precision import resolve_precision
-from dskd.models.spacing import chosen_layers
 from dskd.models.trunk import TrunkError, trunk_depth
 from dskd.shards.schema import (
     DTYPE_OF,
@@ -40,6 +39,7 @@ from dskd.shards.schema import (
     StoredStates,
     sample_bytes,
 )
+from dskd.students.spacing import chosen_layers
 
 
 def plan_stored(config: Config, teacher: ModelFolder) -> StoredStates | None:

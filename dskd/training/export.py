@@ -23,10 +23,10 @@ from dskd.console import say, stage, warn
 from dskd.errors import OutageError, UserError
 from dskd.models.agreement import check_agreement
 from dskd.models.causal_lm import empty_model
-from dskd.models.cutting import find_student, trusts_code
 from dskd.models.folder import ModelFolder, attention_key, load_tokenizer, tokenizer_digest
 from dskd.models.stored_names import StoredNames, parameter_names
 from dskd.models.weights import WEIGHTS_INDEX, TensorReader, write_weights
+from dskd.students.student import find_student, trusts_code
 from dskd.tracking import log_export
 from dskd.training import checkpoint
 

@@ -10,12 +10,11 @@ from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_file
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.cutting import find_student
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.precision import resolve_precision
-from dskd.models.students import require_configured_student
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
+from dskd.students.student import find_student, require_configured_student
 from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
 from dskd.training.positions import SensePositions

@@ -16,12 +16,12 @@ from dskd.errors import UserError
 from dskd.models.causal_lm import load_resident
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
-from dskd.models.importance import Text, measure_blocks
 from dskd.models.precision import compute_dtype, resolve_precision
-from dskd.models.spacing import Importance
 from dskd.models.stored_names import base_model
 from dskd.models.weights import TensorReader
 from dskd.random_numbers import derived_seed, random_bits
+from dskd.students.importance import Text, measure_blocks
+from dskd.students.spacing import Importance
 
 _TOKENS = 4096  # in a batch: the states of all layers are in memory at one time
 _ROOM = 1.25  # memory for weights and states together, relative to the weights

@@ -22,10 +22,10 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.models.generation import end_tokens
-from dskd.models.gguf_config import read_config
-from dskd.models.gguf_file import read_gguf
-from dskd.models.gguf_teacher import build_teacher, recipe
-from dskd.models.gguf_tokenizer import build_tokenizer
+from dskd.models.gguf.config import read_config
+from dskd.models.gguf.file import read_gguf
+from dskd.models.gguf.teacher import build_teacher, recipe
+from dskd.models.gguf.tokenizer import build_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]
 

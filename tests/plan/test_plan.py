@@ -16,12 +16,12 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.models.cutting import build_student
 from dskd.plan.plan import make_plan
 from dskd.plan.report import format_plan
 from dskd.plan.shapes import Architecture, find_architecture, plan_student, teacher_shapes
 from dskd.plan.speed import flops_per_token
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
+from dskd.students.cutting import build_student
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -31,7 +31,6 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.architecture import check_architecture
-from dskd.models.cutting import build_student, find_student
 from dskd.models.final_norm import final_norm_names
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import load_frozen
@@ -42,6 +41,8 @@ from dskd.plan import GB
 from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import find_architecture
+from dskd.students.cutting import build_student
+from dskd.students.student import find_student
 from dskd.training.pair import load_pair
 from dskd.training.rehearsal import rehearse_export
 from dskd.training.teacher_source import TeacherSource

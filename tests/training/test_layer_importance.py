@@ -15,10 +15,11 @@ from dskd.__main__ import main
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.models.cutting import find_student, recipe
 from dskd.models.folder import find_teacher
-from dskd.models.spacing import require_chosen_layers
 from dskd.shards.stored_states import plan_stored
+from dskd.students.cutting import recipe
+from dskd.students.spacing import require_chosen_layers
+from dskd.students.student import find_student
 from dskd.training.layer_importance import sample_rows
 
 MEASURED = ("student.spacing=importance", "student.importance_samples=6", "student.layers=2", "student.train_layers=1")

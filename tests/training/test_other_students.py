@@ -18,8 +18,8 @@ from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.evaluation.held_out_text import evaluate
 from dskd.evaluation.scores_by_example import read_examples
-from dskd.models.students import build_student
 from dskd.shards.annotate import annotate
+from dskd.students.student import build_student
 from dskd.training import checkpoint
 from dskd.training.collator import Collator
 from dskd.training.export import build_export

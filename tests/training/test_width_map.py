@@ -17,8 +17,8 @@ from dskd import shards
 from dskd.artifacts import kinds
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.models.students import build_student
 from dskd.shards.annotate import annotate
+from dskd.students.student import build_student
 from dskd.training import checkpoint
 from dskd.training.collator import Collator
 from dskd.training.export import build_export

@@ -17,7 +17,7 @@ import torch
 from dskd.errors import UserError
 from dskd.models.frozen import Decoder
 from dskd.models.layers import recorded
-from dskd.models.spacing import Importance
+from dskd.students.spacing import Importance
 
 
 class Text(NamedTuple):

@@ -12,12 +12,12 @@ from dskd.console import say, stage
 from dskd.errors import UserError
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.cutting import copy_other_files, load_if_small
 from dskd.models.folder import ModelFolder, attention_key, find_pretrained_student, find_teacher
 from dskd.models.limits import vocabulary_size
-from dskd.models.same_tokenizer import require_same_tokenizer
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import TensorReader, write_weights
+from dskd.students.cutting import copy_other_files, load_if_small
+from dskd.students.same_tokenizer import require_same_tokenizer
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:

@@ -15,8 +15,8 @@ import numpy as np
 
 from dskd.errors import UserError, listed, shortened
 from dskd.models.folder import BAD_CONFIG, reason_of
-from dskd.models.gguf_file import GgufFile, require_gguf
-from dskd.models.gguf_tokenizer import vocabulary_rows
+from dskd.models.gguf.file import GgufFile, require_gguf
+from dskd.models.gguf.tokenizer import vocabulary_rows
 
 _ROTATION_FACTORS = "rope_freqs.weight"
 # What a key that transformers leaves out should be, from the values of the config: the first of these that it has.

@@ -8,9 +8,9 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models import cutting, new_student, pretrained_student
-from dskd.models.folder import ModelFolder, find_pretrained_student
-from dskd.models.spacing import require_chosen_layers
+from dskd.models.folder import ModelFolder, find_pretrained_student, load_tokenizer, tokenizer_digest
+from dskd.students import cutting, new, pretrained
+from dskd.students.spacing import require_chosen_layers
 
 _MADE = {
     "cut": "cut from a teacher (student.layers)",
@@ -28,8 +28,8 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     if config.student.origin == "cut":
         return cutting.recipe(config, teacher)
     if config.student.origin == "path":
-        return pretrained_student.recipe(config, teacher)
-    return new_student.recipe(config, teacher)
+        return pretrained.recipe(config, teacher)
+    return new.recipe(config, teacher)
 
 
 def build_student(config: Config, measure: cutting.Measure | None = None) -> None:
@@ -45,9 +45,27 @@ def build_student(config: Config, measure: cutting.Measure | None = None) -> Non
     if config.student.origin == "cut":
         cutting.build_student(config, measure)
     elif config.student.origin == "path":
-        pretrained_student.build_pretrained_student(config)
+        pretrained.build_pretrained_student(config)
     else:
-        new_student.build_new_student(config)
+        new.build_new_student(config)
+
+
+def find_student(config: Config) -> ModelFolder:
+    """Returns the student of a work directory, before it is trained.
+
+    Raises:
+        UserError: when it is missing or damaged.
+    """
+    folder = config.path(kinds.STUDENT.folder)
+    manifest = read_manifest(folder, "student")
+    trusted = trusts_code(config)
+    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
+    return ModelFolder(folder, manifest.digest, digest, trusted)
+
+
+def trusts_code(config: Config) -> bool:
+    """Returns True if code that comes with the student may run: the teacher's, if the student is cut from it."""
+    return config.teacher.trust_remote_code and config.student.origin == "cut"
 
 
 def origin_of(manifest: Manifest) -> str:
@@ -77,7 +95,7 @@ def require_configured_student(config: Config, teacher: ModelFolder, student: Mo
             f"{again}"
         )
     if chosen == "from_config":
-        expected = new_student.recipe(config, teacher).config
+        expected = new.recipe(config, teacher).config
         # Runs may have seeds of their own, and all have the student of the first.
         changed = [key for key, value in expected.items() if key != "seed" and manifest.config.get(key) != value]
         if changed:

@@ -2,8 +2,8 @@
 
 No number is rounded: the folder's tensors are in bfloat16 or float16 if that holds every value of the file exactly, and
 otherwise, as for every quantised file, in float32, which does. Transformers reads and names the tensors; what it would
-leave out is refused before (:mod:`dskd.models.gguf_config`), and the tokenizer is built from the file's own keys
-(:mod:`dskd.models.gguf_tokenizer`).
+leave out is refused before (:mod:`dskd.models.gguf.config`), and the tokenizer is built from the file's own keys
+(:mod:`dskd.models.gguf.tokenizer`).
 """
 
 import importlib.metadata
@@ -26,9 +26,9 @@ from dskd.errors import UserError
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder, find_tokenizer_folder, gguf_digest, load_tokenizer, reason_of
-from dskd.models.gguf_config import check_tensors, read_config
-from dskd.models.gguf_file import GgufFile, read_gguf
-from dskd.models.gguf_tokenizer import PROBES, build_tokenizer, compare_tokenizers, turn_ends
+from dskd.models.gguf.config import check_tensors, read_config
+from dskd.models.gguf.file import GgufFile, read_gguf
+from dskd.models.gguf.tokenizer import PROBES, build_tokenizer, compare_tokenizers, turn_ends
 from dskd.models.limits import check_limits
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import TensorReader

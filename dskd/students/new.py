@@ -10,10 +10,10 @@ from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, NewStudentConfig
 from dskd.console import say, stage
-from dskd.models.cutting import copy_other_files
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.limits import position_limit, vocabulary_size
 from dskd.random_numbers import derived_seed
+from dskd.students.cutting import copy_other_files
 
 _POSITIONS = 2048  # of a student whose teacher has no limit, unless sequences are longer
 

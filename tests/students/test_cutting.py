@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
 from dskd.models.cut_config import cut_config
-from dskd.models.cutting import build_student, cut, find_student
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
-from dskd.models.spacing import choose_layers
 from dskd.models.weights import TensorReader, write_weights
+from dskd.students.cutting import build_student, cut
+from dskd.students.spacing import choose_layers
+from dskd.students.student import find_student
 from dskd.training.export import write_export
 
 IDS = torch.arange(10).unsqueeze(0)

@@ -6,9 +6,9 @@ import pytest
 
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
-from dskd.models.cutting import recipe
 from dskd.models.folder import ModelFolder
-from dskd.models.spacing import Importance, choose_layers
+from dskd.students.cutting import recipe
+from dskd.students.spacing import Importance, choose_layers
 
 
 @pytest.mark.parametrize(

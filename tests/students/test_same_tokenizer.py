@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dskd.models.same_tokenizer import differences
+from dskd.students.same_tokenizer import differences
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyzH'.,!?:$%()/#_=&*[]<>0123456789\u0120\u010a"]
 MERGES = [("t", "w"), ("tw", "o"), ("l", "i"), ("li", "n"), ("q", "z"), ("z", "q")]

@@ -2,7 +2,7 @@
 
 GGUF is the format of llama.cpp: one file with the keys (of the architecture, the tokenizer and where the model comes
 from), a table of tensors, and then the tensors, most of them quantised. Only the beginning of the file is read here, so
-that a wrong file is refused at once; the package `gguf` reads the tensors later (:mod:`dskd.models.gguf_teacher`).
+that a wrong file is refused at once; the package `gguf` reads the tensors later (:mod:`dskd.models.gguf.teacher`).
 """
 
 import struct

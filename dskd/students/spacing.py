@@ -2,7 +2,7 @@
 
 `first` is the paper's: the lowest layers. `ends` keeps the teacher's last layers too, which turn states into
 predictions, and are the ones that are trained. `importance` keeps the same last layers, and removes the block of layers
-that changes the states least (:mod:`dskd.models.importance`).
+that changes the states least (:mod:`dskd.students.importance`).
 """
 
 from collections.abc import Sequence

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models import pruned_teacher
-from dskd.models.cutting import build_student, check_student, find_student
 from dskd.models.folder import find_teacher
+from dskd.students import pruned_teacher
+from dskd.students.cutting import build_student, check_student
+from dskd.students.student import find_student
 
 # Each layer shifts its result by its number, which no setting of the layer shows.
 OWN_CODE = """

@@ -22,13 +22,13 @@ from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import ModelFolder, attention_key, find_teacher, load_tokenizer, tokenizer_digest
+from dskd.models.folder import ModelFolder, attention_key, find_teacher
 from dskd.models.layers import check_kinds
 from dskd.models.precision import resolve_precision
-from dskd.models.pruned_teacher import can_be_compared, compare_with_pruned_teacher
-from dskd.models.spacing import Importance, as_text, choose_layers, removed_block, settings_of
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
+from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_teacher
+from dskd.students.spacing import Importance, as_text, choose_layers, removed_block, settings_of
 
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 _NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json", "hf_quant_config.json")
@@ -86,24 +86,6 @@ def build_student(config: Config, measure: Measure | None = None) -> None:
             if importance is not None:
                 building.facts["importance"] = importance.as_facts()
         say(f"  the teacher's layers {as_text(layers)}; {size / 1e6:,.1f} MB")
-
-
-def find_student(config: Config) -> ModelFolder:
-    """Returns the student of a work directory, before it is trained.
-
-    Raises:
-        UserError: when it is missing or damaged.
-    """
-    folder = config.path(kinds.STUDENT.folder)
-    manifest = read_manifest(folder, "student")
-    trusted = trusts_code(config)
-    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
-    return ModelFolder(folder, manifest.digest, digest, trusted)
-
-
-def trusts_code(config: Config) -> bool:
-    """Returns True if code that comes with the student may run: the teacher's, if the student is cut from it."""
-    return config.teacher.trust_remote_code and config.student.origin == "cut"
 
 
 def copy_other_files(source: ModelFolder, target: Path) -> None:

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config import Config, NewStudentConfig
 from dskd.errors import UserError
-from dskd.models.cutting import find_student
 from dskd.models.folder import find_teacher
-from dskd.models.new_student import config_values
-from dskd.models.students import build_student, recipe, require_configured_student
+from dskd.students.new import config_values
+from dskd.students.student import build_student, find_student, recipe, require_configured_student
 
 WORDS = [f"w{index}" for index in range(100)]
 SIZES = {"layers": 2, "hidden_size": 16, "heads": 2}

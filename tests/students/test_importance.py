@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from dskd.corpus.sequences import position_ids_of
 from dskd.errors import UserError
 from dskd.models.frozen import Decoder
-from dskd.models.importance import Text, measure_blocks
 from dskd.models.stored_names import base_model
+from dskd.students.importance import Text, measure_blocks
 
 CPU = torch.device("cpu")
 IDS = (torch.arange(60) * 13 % 117).view(3, 20)
