@@ -42,7 +42,7 @@ from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, StoredStates
 from dskd.shards.stored_states import columns_of_states, plan_stored
 from dskd.shards.writing import write_block
-from dskd.students.cutting import build_student
+from dskd.students.student import build_student
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
 from dskd.training.loader import load_steps
 from dskd.training.pair import load_pair

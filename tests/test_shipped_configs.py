@@ -23,7 +23,7 @@ from dskd.lexicon.build import build_lexicon
 from dskd.models.folder import find_teacher
 from dskd.senses.build import build_senses
 from dskd.shards.annotate import annotate
-from dskd.students.cutting import build_student
+from dskd.students.student import build_student
 from dskd.training import checkpoint
 from dskd.training.schedule import share_out
 from dskd.training.train import train

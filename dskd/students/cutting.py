@@ -53,7 +53,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     return Recipe("student", inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
 
-def build_student(config: Config, measure: Measure | None = None) -> None:
+def build_cut_student(config: Config, measure: Measure | None = None) -> None:
     """Cuts the student and writes `WORKDIR/student`.
 
     Args:

@@ -43,7 +43,7 @@ def build_student(config: Config, measure: cutting.Measure | None = None) -> Non
         UserError: when the teacher or the student is refused.
     """
     if config.student.origin == "cut":
-        cutting.build_student(config, measure)
+        cutting.build_cut_student(config, measure)
     elif config.student.origin == "path":
         pretrained.build_pretrained_student(config)
     else:

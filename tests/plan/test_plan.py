@@ -21,7 +21,7 @@ from dskd.plan.report import format_plan
 from dskd.plan.shapes import Architecture, find_architecture, plan_student, teacher_shapes
 from dskd.plan.speed import flops_per_token
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
-from dskd.students.cutting import build_student
+from dskd.students.student import build_student
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -12,9 +12,9 @@ from dskd.models.cut_config import cut_config
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.weights import TensorReader, write_weights
-from dskd.students.cutting import build_student, cut
+from dskd.students.cutting import cut
 from dskd.students.spacing import choose_layers
-from dskd.students.student import find_student
+from dskd.students.student import build_student, find_student
 from dskd.training.export import write_export
 
 IDS = torch.arange(10).unsqueeze(0)

@@ -13,8 +13,8 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.students import pruned_teacher
-from dskd.students.cutting import build_student, check_student
-from dskd.students.student import find_student
+from dskd.students.cutting import check_student
+from dskd.students.student import build_student, find_student
 
 # Each layer shifts its result by its number, which no setting of the layer shows.
 OWN_CODE = """

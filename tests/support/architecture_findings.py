@@ -41,8 +41,7 @@ from dskd.plan import GB
 from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import find_architecture
-from dskd.students.cutting import build_student
-from dskd.students.student import find_student
+from dskd.students.student import build_student, find_student
 from dskd.training.pair import load_pair
 from dskd.training.rehearsal import rehearse_export
 from dskd.training.teacher_source import TeacherSource

@@ -15,8 +15,7 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
-from dskd.students.cutting import build_student
-from dskd.students.student import find_student
+from dskd.students.student import build_student, find_student
 from dskd.training import checkpoint, saving
 from dskd.training.export import build_export, write_export
 from dskd.training.rehearsal import rehearse_export

@@ -23,7 +23,7 @@ from dskd.corpus.sequences import build_sequences
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.shards.annotate import annotate
-from dskd.students.cutting import build_student
+from dskd.students.student import build_student
 from dskd.tracking import read_history, read_runs
 from dskd.training import checkpoint, inputs
 from dskd.training.export import build_export

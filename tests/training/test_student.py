@@ -23,8 +23,7 @@ from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.causal_lm import destroy_engine
 from dskd.models.folder import find_teacher
-from dskd.students.cutting import build_student
-from dskd.students.student import find_student
+from dskd.students.student import build_student, find_student
 from dskd.training.student import choose_trained, load_student
 
 HEADS = {"vocab_size": 120, "n_layer": 2, "n_head": 4}
