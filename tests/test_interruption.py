@@ -21,6 +21,8 @@ from dskd.models.folder import find_teacher
 
 pytestmark = pytest.mark.slow
 ARTIFACTS = {"senses": ("senses",), "shards": tuple(f"shards/{split}" for split in SPLITS)}
+# The files that a stage saves while it works, from which the next start resumes.
+PROGRESS = {"senses": ".states.partial/progress.json", "shards": "shards/.*.partial/.blocks/*/block.json"}
 KILLS = 3
 
 
@@ -78,10 +80,13 @@ def test_kills_at_random_times_leave_nothing_half_written_and_change_no_byte(pre
     if stage == "shards":
         shutil.copytree(_work(reference) / "senses", work / "senses")
     choose = random.Random(stage)
-    for _ in range(KILLS):
+    for number in range(KILLS):
         (process,) = _start(stage, config)
-        _wait_for_work(work, ARTIFACTS[stage], process)
-        time.sleep(seconds[stage] * choose.random() / 2)
+        if number + 1 < KILLS:
+            _wait_for_work(work, ARTIFACTS[stage], process)
+            time.sleep(seconds[stage] * choose.random() / 2)
+        else:
+            _wait_for_progress(work, stage, process)
         process.kill()
         for name in ARTIFACTS[stage]:
             if (work / name).exists():  # then it is whole
@@ -97,8 +102,7 @@ def killed(prepared, tmp_path_factory):
     """The settings of a work directory in which the build of senses was killed when it had saved some states."""
     config = _copy(prepared, tmp_path_factory.mktemp("killed"))
     (process,) = _start("senses", config)
-    while not (_work(config) / ".states.partial" / "progress.json").is_file() and process.is_running():
-        time.sleep(0.005)
+    _wait_for_progress(_work(config), "senses", process)
     process.kill()
     return {**prepared, "workdir": str(_work(config))}
 
@@ -150,6 +154,12 @@ def _wait_for_work(work: Path, names: tuple[str, ...], process) -> None:
     """Waits until a stage writes something, or has ended."""
     places = [(work / name).with_name(f".{Path(name).name}.partial") for name in names]
     while process.is_running() and not any(place.is_dir() for place in places):
+        time.sleep(0.002)
+
+
+def _wait_for_progress(work: Path, stage: str, process) -> None:
+    """Waits until a stage has saved a part of its work, or has ended."""
+    while process.is_running() and not any(work.glob(PROGRESS[stage])):
         time.sleep(0.002)
 
 

@@ -15,6 +15,7 @@ from dskd.artifacts.files import (
     replace_folder,
     report_full_disk,
     require_replaceable,
+    share_files,
 )
 from dskd.artifacts.hashing import MANIFEST_NAME, as_json, digest_of_json, hash_files
 from dskd.artifacts.kinds import KINDS
@@ -111,6 +112,7 @@ class Building:
         # Removed last, so that a build that is killed while its files are hashed can still be resumed.
         for note in self.folder.glob(".*"):
             remove_tree(note)
+        share_files(self.folder)
         flush_folder(self.folder)  # before the rename: otherwise, after a power cut, it would wrongly look complete
         replace_folder(self.folder, self.path)
         self.release()

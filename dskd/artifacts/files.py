@@ -94,6 +94,18 @@ def make_folder(path: Path) -> None:
         ) from None
 
 
+def share_files(folder: Path) -> None:
+    """Lets others read, and write, the files of a folder as far as the umask allows, as for a file that `open` creates.
+
+    safetensors 0.8 writes files that only their owner can read, whatever the umask says.
+    """
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | (0o666 & ~mask))
+
+
 def flush_folder(folder: Path) -> None:
     """Flushes all files of a folder, and the folder itself, to the disk."""
     for path in (*folder.rglob("*"), folder):

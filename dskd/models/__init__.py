@@ -1,7 +1,7 @@
 """Causal language models of transformers: their folders, and how they are loaded, run and checked.
 
 folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
-gguf            a model from a GGUF file as an ordinary folder, the teacher's
+gguf/           a model from a GGUF file as an ordinary folder, the teacher's
 model_config    reads a folder's config.json for the installed transformers, or refuses it
 weights         the tensors in a folder's safetensors files
 stored_names    the names of a model's tensors in those files, and the check that none is missing or left over

@@ -91,7 +91,12 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_input_names=["input_ids", "attention_mask"],  # transformers adds token types, which decoders do not take
+    )
 
 
 def build_llama(settings: FromScratchConfig, vocab_size: int, sequence_length: int, tokenizer: Any, seed: int) -> Any:

@@ -1,11 +1,14 @@
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from repository import REPOSITORY
+from safetensors.torch import save_file
 
 from dskd.artifacts import building as building_module
 from dskd.artifacts import manifest as manifests
@@ -57,6 +60,18 @@ def test_equal_content_has_equal_digests(tmp_path):
     for name, content in (("a", b"data"), ("b", b"data"), ("c", b"dath")):
         _build(tmp_path / name, content)
     assert _read(tmp_path / "a").digest == _read(tmp_path / "b").digest != _read(tmp_path / "c").digest
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_decides_who_can_read_tensors(tmp_path, umask, mode):
+    """safetensors lets only the owner read what it writes."""
+    before = os.umask(umask)
+    try:
+        with build_artifact(tmp_path / "a", RECIPE) as building:
+            save_file({"x": torch.zeros(2)}, building.folder / "x.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "x.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_a_build_that_fails_publishes_nothing_and_keeps_the_old(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dskd.config import FromScratchConfig
 from dskd.corpus.packing import pack
 from dskd.corpus.sequences import open_sequences
-from dskd.training.teacher_from_scratch import build_llama, train_model
+from dskd.training.teacher_from_scratch import build_llama, train_model, train_tokenizer
 
 WORDS = [f"w{index}" for index in range(30)]
 
@@ -49,3 +49,10 @@ def test_the_first_loss_is_that_of_every_document_by_itself(tmp_path, packing):
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     if packing == "documents":
         assert abs(other - expected) > 1e-3
+
+
+def test_the_model_generates_from_what_its_tokenizer_returns():
+    tokenizer = train_tokenizer(iter(WORDS), 300)
+    settings = FromScratchConfig(vocab_size=300, num_layers=2, hidden_size=32, num_heads=2)
+    model = build_llama(settings, len(tokenizer), 16, tokenizer, seed=0)
+    assert model.generate(**tokenizer("w1", return_tensors="pt"), max_new_tokens=1).shape[0] == 1
