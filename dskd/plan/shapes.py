@@ -186,6 +186,7 @@ class Student:
     shapes: Shapes  # of the part that training loads
     whole_numel: int  # elements of the student as it is exported
     teacher_matrix: int  # elements of a copy of the teacher's output matrix; 0 unless the student trains its own
+    trains_head: bool  # the output matrix is trained, perhaps because it is tied to trained embeddings
 
 
 def find_architecture(config: Config, teacher_config: Path | None) -> Architecture:
@@ -263,7 +264,9 @@ def plan_student(config: Config, architecture: Architecture) -> Student:
     loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
     needs_copy = loaded.trains_output and reads_logits(source.kind, config.loss)
     matrix = loaded.output_numel if needs_copy else 0
-    return Student(architecture, layers, is_assumed, trunk, why, loaded.shapes, whole.numel, matrix)
+    return Student(
+        architecture, layers, is_assumed, trunk, why, loaded.shapes, whole.numel, matrix, loaded.trains_output
+    )
 
 
 def _other_student(config: Config, teacher: Architecture) -> Student:
@@ -278,7 +281,8 @@ def _other_student(config: Config, teacher: Architecture) -> Student:
     shapes, own, width = whole.shapes, values["hidden_size"], of_teacher["hidden_size"]
     if has_width_map(config.loss, own, width):
         shapes = Shapes((*shapes.modules, (Weight("width_map.weight", own * width, True, True),)))
-    return Student(architecture, layers, False, 0, config.student.why_no_trunk, shapes, whole.numel, matrix)
+    why = config.student.why_no_trunk
+    return Student(architecture, layers, False, 0, why, shapes, whole.numel, matrix, whole.trains_output)
 
 
 def trunk_to_store(config: Config, architecture: Architecture) -> int:

@@ -140,7 +140,6 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
             backward += 2 * attention + (4 if is_trained else 2) * matrices
             recomputed += (attention + 2 * matrices) * config.train.activation_checkpointing
     head, head_of_teacher = (2.0 * each["hidden_size"] * each["vocab_size"] for each in (values_of_student, values))
-    head_trained = config.student.train_lm_head
     own, width = (each["hidden_size"] for each in (values_of_student, values))
     of_map = 2.0 * own * width * has_width_map(config.loss, own, width)
     reads_logits = (with_teacher or reads_states(config)) and config.loss.kd_weight > 0
@@ -151,7 +150,7 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
         "backward_layers": backward + recomputed,
         # Products with the output matrix: the student's logits, the gradients of its states, the gradient of the matrix
         # if it is trained, and the teacher's logits if the loss reads them; and the same products with the width map.
-        "head": (2 + head_trained) * head + reads_logits * head_of_teacher + 3 * of_map,
+        "head": (2 + student.trains_head) * head + reads_logits * head_of_teacher + 3 * of_map,
     }
 
 

@@ -36,6 +36,15 @@ def test_flops_are_those_of_the_formula(tmp_path, trunk, stored):
     assert flops == step_flops(shape, shared_trunk=trunk == "on", stored_states=stored)
 
 
+@pytest.mark.parametrize(("tied", "products"), [(True, 4), (False, 3)])
+def test_trained_embeddings_that_are_tied_to_the_head_cost_its_gradient(tmp_path, tied, products):
+    config = config_of(tmp_path, "student.train_embeddings=true")
+    architecture = Architecture(json.dumps(LLAMA | {"tie_word_embeddings": tied}), "llama")
+    student = plan_student(config, architecture)
+    flops = flops_per_token(config, architecture, teacher_shapes(architecture), student)
+    assert flops["head"] == products * 2 * 32 * 120
+
+
 def _with_student(tmp_path, student):
     path = tmp_path / "config.yaml"
     sections = {"workdir": str(tmp_path / "work"), "teacher": {"path": "nobody/nothing"}, "student": student}
