@@ -140,7 +140,7 @@ def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_s
         (
             JOINING,
             TWO_ANSWERS[1:],
-            r"between '.*user: Hi\\nassistant: ' and 'Hello!\\n.*' the chat is tokenized differently .*remove white space",
+            r"between '.*user: Hi\\nassistant: ' and 'Hello!\\n.*' the chat is tokenized differently .*white space",
         ),
         (
             JOINING.replace(
