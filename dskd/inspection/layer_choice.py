@@ -10,8 +10,8 @@ from dskd.config import Config, StudentConfig
 from dskd.console import table
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
+from dskd.students.measuring import measure_importance
 from dskd.students.spacing import Importance, as_text, choose_layers, removed_block
-from dskd.training.layer_importance import measure_importance
 
 SPACINGS = ("first", "even", "ends", "importance")
 LIST = "your list"  # the config's, if student.layers is one
