@@ -1,4 +1,4 @@
-"""Lexical measures on all ranks: `WORKDIR/lexical/NAME`, for teacher, cut student and exports."""
+"""Lexical measures on all ranks: `WORKDIR/lexical/NAME`, for teacher, untrained student and exports."""
 
 import functools
 from collections.abc import Callable, Sequence
