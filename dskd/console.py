@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from dskd.config.section import GB
 from dskd.distributed.world import is_main_process
 
 T = TypeVar("T")
@@ -62,6 +63,11 @@ def stage(name: str, *, reads: Sequence[Path | str], writes: Path | str) -> Iter
     started = time.perf_counter()
     yield
     say(f"  done in {time.perf_counter() - started:.1f} s")
+
+
+def gigabytes(size: float) -> str:
+    """Returns `size`, in bytes, as text in GB (2^30 bytes)."""
+    return f"{size / GB:,.2f} GB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -39,6 +39,14 @@ def _sections(file):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_contributing_names_every_folder_and_module_at_the_top_of_the_library():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|([^|]*`dskd/[^|]*)\|", text, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`dskd/([\w.]+)/?`", row)}
+    folders = {file.parent.name for file in REPOSITORY.glob("dskd/*/__init__.py")}
+    assert named == folders | {file.name for file in REPOSITORY.glob("dskd/*.py")} - {"__init__.py"}
+
+
 @each_document
 def test_every_config_key_in_a_document_exists(path):
     sections = {name: field.annotation for name, field in Config.model_fields.items() if _is_section(field.annotation)}

@@ -23,12 +23,18 @@ class Kind:
 
 
 LEXICON = Kind("lexicon", "lexicon", "dskd lexicon --config FILE", 2, "is no lexicon here; make it")
-CORPUS = Kind("corpus", "corpus", "python launcher/pipeline.py --config FILE", 1, "is no corpus here; make it")
+CORPUS = Kind(
+    "corpus", "corpus", "python launcher/pipeline.py --config FILE --until corpus", 1, "is no corpus here; make it"
+)
 TEACHER = Kind(
     "teacher", "teacher", "python launcher/pipeline.py --config FILE --until teacher", 1, "is no teacher here; make it"
 )
 SEQUENCES = Kind(
-    "sequences", "sequences", "python launcher/pipeline.py --config FILE", 2, "are no sequences here; make them"
+    "sequences",
+    "sequences",
+    "python launcher/pipeline.py --config FILE --until sequences",
+    2,
+    "are no sequences here; make them",
 )
 STUDENT = Kind("student", "student", "dskd student --config FILE", 1, "is no student here; make it")
 STATES = Kind(

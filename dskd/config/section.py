@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
-GB = 2**30  # bytes, in this project
+GB = 2**30  # bytes, in all of dskd
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux
 _VARIABLE = re.compile(r"\$\$|\$(\w+)|\$\{(\w+)\}")
 

@@ -245,7 +245,7 @@ def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[S
         expected=tokenizer_digest,
         found=manifest.tokenizer,
         between=f"the teacher and {folder}",
-        remedy=f"make the sequences again with `{kinds.CORPUS.made_by}`",
+        remedy=f"make the sequences again with `{kinds.SEQUENCES.made_by}`",
     )
     return open_sequences(folder / _file(split)), manifest
 

@@ -1,6 +1,4 @@
-"""`dskd student --explain`: what each of the teacher's layers does to its states, and which layers each way of cutting
-keeps.
-"""
+"""`dskd student --explain`: what each layer of the teacher does to its states, and which layers each spacing keeps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ _KEPT, _BAR, _FAINT = "#4477aa", "#ee6677", "#e3e7eb"
 def explain_layers(config: Config) -> str:
     """Measures the teacher's layers, draws a picture, and returns a text with a table and the picture's path.
 
-    Nothing is cut. If `student.layers` is a list, the other ways of cutting keep as many layers.
+    Nothing is cut. If `student.layers` is a list, the other spacings keep as many layers.
 
     Raises:
         UserError: when there is no teacher or no text, or the student keeps all layers, or is not cut.
@@ -31,7 +29,7 @@ def explain_layers(config: Config) -> str:
     student = config.student
     if student.origin != "cut":
         raise UserError(
-            f"--explain: student.{student.origin} is a whole model, of which no layers are chosen; remove --explain or "
+            f"--explain: student.{student.origin} names a whole model, so no layers are chosen; remove --explain or "
             f"student.{student.origin}"
         )
     teacher = find_teacher(config)
@@ -41,11 +39,11 @@ def explain_layers(config: Config) -> str:
     choices = choices_of(student, importance)
     path = config.path("plots", "layers.png")
     draw_layers(importance, choices, path)
-    return f"{format_layers(student, importance, choices)}\n\n{path}: the same as a picture"
+    return f"{format_layers(student, importance, choices)}\n\nPicture: {path}"
 
 
 def choices_of(student: StudentConfig, importance: Importance) -> dict[str, list[int]]:
-    """Returns {way of cutting: the layers that it keeps}, all with the number of layers that the config keeps."""
+    """Returns {spacing: the layers that it keeps}, all with the number of layers that the config keeps."""
     count = len(importance.layers)
     number = student.model_copy(update={"layers": student.num_layers})
     choices = {
@@ -75,7 +73,7 @@ def format_layers(student: StudentConfig, importance: Importance, choices: Mappi
     stays = "layer stays" if last == 1 else f"{last} layers stay"
     return "\n".join(
         [
-            table(("layer", "angle", f"of {size} from here", *choices), rows),
+            table(("layer", "angle", f"next {size}", *choices), rows),
             "",
             "Angles are those between the states that enter and leave layers, in half turns: means over "
             f"{importance.tokens:,} tokens of {importance.samples:,} training sequences.",
@@ -98,7 +96,7 @@ def _removed(kept: Sequence[int], importance: Importance) -> float | None:
 
 
 def draw_layers(importance: Importance, choices: Mapping[str, Sequence[int]], path: Path) -> None:
-    """Draws the angles, and under them the layers that each way of cutting keeps, into one PNG."""
+    """Draws the angles, and under them the layers that each spacing keeps, into one PNG."""
     count, size = len(importance.layers), importance.block_size
     figure = Figure(figsize=(max(6.4, 0.28 * count + 1.6), 5.2))
     angles, layers = figure.subplots(2, 1, sharex=True, height_ratios=(3, 0.35 * len(choices) + 0.4))

@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dskd.console import gigabytes
 from dskd.errors import UserError
-from dskd.plan import GB
 from dskd.plan.plan import Plan
 from dskd.plan.stored import loads_teacher
 
@@ -35,7 +35,7 @@ class Change:
             needed.append("with annotation.teacher_top_n the shards are annotated again, and are larger")
         if any(override.startswith("annotation.store=") for override in self.overrides):
             samples, each = plan.disk.samples, plan.disk.sample_states
-            size = "" if samples is None else f"; the states take {samples * each / GB:,.1f} GB of disk"
+            size = "" if samples is None else f"; the states take {gigabytes(samples * each)} of disk"
             needed.append(f"with annotation.store the shards are annotated again{size}")
         return needed
 

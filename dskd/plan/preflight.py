@@ -155,7 +155,7 @@ def _reduce(world: World) -> float:
         seconds.append(time.perf_counter() - started)
         if not is_right:
             return 0.0
-    return 4 * _REDUCED / min(seconds) / 1e9
+    return 4 * _REDUCED / min(seconds) / GB
 
 
 def _look(config: Config, world: World) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _look(config: Config, world: World) -> dict[str, Any]:
         "clock_s": clock_s,
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": torch.cuda.get_device_name(world.device) if is_cuda else "cpu",
-        "free_gb": shutil.disk_usage(_existing(config.path())).free / 1e9,
+        "free_gb": shutil.disk_usage(_existing(config.path())).free / GB,
         "shared_memory_gb": shared_gb,
         "problems": problems,
     }

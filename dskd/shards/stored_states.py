@@ -19,6 +19,7 @@ import torch
 from dskd.artifacts.building import Building
 from dskd.artifacts.files import make_folder
 from dskd.config import Config, StudentConfig
+from dskd.console import gigabytes
 from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.world import World
 from dskd.errors import UserError
@@ -58,8 +59,9 @@ def plan_stored(config: Config, teacher: ModelFolder) -> StoredStates | None:
     size = sample_bytes(length, kappa=settings.kappa, teacher_top_n=settings.teacher_top_n, stored=stored)
     if size > LARGEST_SHARD - SHARD_HEADER:
         raise UserError(
-            f"annotation.store: with {' and '.join(columns)}, a sequence of {length:,} tokens has {size / 2**30:.1f} "
-            f"GB, and a sample can have {LARGEST_SHARD / 2**30:.1f}; shorten corpus.sequence_length, or store less"
+            f"annotation.store: with {' and '.join(columns)}, a sequence of {length:,} tokens has "
+            f"{gigabytes(size)}, and a sample can have {gigabytes(LARGEST_SHARD)}; shorten "
+            "corpus.sequence_length, or store less"
         )
     return stored
 
@@ -111,7 +113,7 @@ def describe_stored(stored: StoredStates, size: int, folder: Path) -> str:
     """Returns a line about what annotation stores: `size` bytes in `folder`."""
     layer = f" (what enters layer {stored.trunk_depth})"
     names = [name + (layer if name == TRUNK_STATES else "") for name in stored.columns]
-    return f"stores {' and '.join(names)} in {PRECISION_OF[stored.dtype]}: {size / 1e9:.2f} GB in {folder}"
+    return f"stores {' and '.join(names)} in {PRECISION_OF[stored.dtype]}: {gigabytes(size)} in {folder}"
 
 
 def require_space(size: int, building: Building) -> None:
@@ -125,8 +127,8 @@ def require_space(size: int, building: Building) -> None:
     free = shutil.disk_usage(building.folder.parent).free + written
     if free < size:
         raise UserError(
-            f"{building.folder.parent}: the states that annotation.store names need {size / 1e9:.2f} GB, but only "
-            f"{free / 1e9:.2f} GB are free; free some space (older shards stay until the new ones are complete), set "
+            f"{building.folder.parent}: the states that annotation.store names need {gigabytes(size)}, but only "
+            f"{gigabytes(free)} are free; free some space (older shards stay until the new ones are complete), set "
             "workdir to another disk, or store less"
         )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from dskd.artifacts import kinds
 from dskd.artifacts.lock import lock_if_free
 from dskd.config import Config
-from dskd.console import say, warn
+from dskd.console import gigabytes, say, warn
 from dskd.tracking.client import first_line
 from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Message, Outbox
@@ -25,7 +25,7 @@ def log_export(config: Config, run: str, run_id: str, folder: Path) -> None:
     if not config.tracking.log_model:
         _send(config, run, run_id)
         return
-    say(f"  uploading the model to MLflow's run {run_id}: {size_bytes(folder) / 1e9:.3g} GB")
+    say(f"  uploading the model to MLflow's run {run_id}: {gigabytes(size_bytes(folder))}")
     _send(config, run, run_id, {"kind": "model", "folder": _inside(config, folder)})
 
 

@@ -25,10 +25,20 @@ from dskd.training.width_map import width_of_map
 
 # Settings of `train` that change how a run executes but, except for rounding, not its result.
 _NOT_IN_RECIPE = {
-    *("checkpoint_every", "keep_last", "keep_every", "num_workers", "collective_timeout_s", "shard_cache"),
-    *("loss_chunk_size", "compile_losses", "activation_checkpointing", "sense_bank", "shard_remote"),
-    *("learning_rate_batch_size", "learning_rate_rule"),  # the recipe holds the rate computed from these
+    "activation_checkpointing",
+    "checkpoint_every",
+    "collective_timeout_s",
+    "compile_losses",
+    "keep_every",
+    "keep_last",
+    "learning_rate_batch_size",  # the recipe holds the rate computed from this and the rule
+    "learning_rate_rule",
+    "loss_chunk_size",
     "micro_batch_size",
+    "num_workers",
+    "sense_bank",
+    "shard_cache",
+    "shard_remote",
 }
 
 

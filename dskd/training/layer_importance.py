@@ -7,8 +7,7 @@ import psutil
 import torch
 
 from dskd.config import Config
-from dskd.config.section import GB
-from dskd.console import progress, say
+from dskd.console import gigabytes, progress, say
 from dskd.corpus.sequences import Sequences, load_sequences
 from dskd.distributed.world import World, uses_gpu
 from dskd.errors import UserError
@@ -82,7 +81,7 @@ def _device(teacher: ModelFolder, precision: str) -> torch.device:
     if needed > (available := psutil.virtual_memory().available):
         raise UserError(
             f"{teacher.path}: to measure its layers, this process runs the whole teacher, which needs "
-            f"{needed / GB:,.1f} GB, but only {available / GB:,.1f} GB are available; run the command on a machine "
+            f"{gigabytes(needed)}, but only {gigabytes(available)} are available; run the command on a machine "
             "with more memory, or set student.spacing to ends"
         )
     return cpu

@@ -13,7 +13,7 @@ import torch
 from dskd.artifacts import kinds
 from dskd.artifacts.files import make_folder, remove_tree, report_full_disk
 from dskd.config import Config
-from dskd.console import say
+from dskd.console import gigabytes, say
 from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
 from dskd.models.agreement import check_agreement
@@ -68,7 +68,7 @@ def _rehearse(student: ModelFolder, scratch: Path, probe: dict[str, Any], names:
     # again in float32.
     size = reader.numel * 4
     if size > min(_RELOADED, psutil.virtual_memory().available // 2):
-        say(f"  the export is not rehearsed: reloading the student would need {size / 1e9:,.0f} GB of memory")
+        say(f"  the export is not rehearsed: reloading the student would need {gigabytes(size)} of memory")
         return
     agreement = check_agreement(scratch, probe, names, dtype, student.trust_remote_code, remedy=_REMEDY)
     say(

@@ -13,7 +13,7 @@ from dskd.artifacts.files import make_folder, remove_tree, report_full_disk, wri
 from dskd.artifacts.kinds import checkpoint_folder
 from dskd.artifacts.manifest import Recipe, is_current
 from dskd.config import Config, TrainConfig
-from dskd.console import say
+from dskd.console import gigabytes, say
 from dskd.distributed.collectives import barrier, on_main
 from dskd.distributed.world import World
 from dskd.errors import UserError
@@ -82,7 +82,7 @@ def require_space(engine: Any, config: Config) -> None:
         free = shutil.disk_usage(base).free
         if free < needed:
             raise UserError(
-                f"{base}: a checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; complete "
+                f"{base}: a checkpoint needs {gigabytes(needed)}, but only {gigabytes(free)} are free; complete "
                 "checkpoints stay. Free some space, or set workdir to another disk, and continue with --resume"
             )
 

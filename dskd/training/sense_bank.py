@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dskd.config.section import GB
+from dskd.console import gigabytes
 from dskd.errors import UserError
 from dskd.models.weights import open_safetensors
 from dskd.senses.dictionary import map_vectors
@@ -54,6 +54,6 @@ def require_room(path: Path, needed: int, free: int) -> None:
     """
     if needed > free:
         raise UserError(
-            f"train.sense_bank: device: the vectors of {path} need {needed / GB:.1f} GB, but the device has "
-            f"only {free / GB:.1f} GB free; set train.sense_bank to host"
+            f"train.sense_bank: device: the vectors of {path} need {gigabytes(needed)}, but the device has "
+            f"only {gigabytes(free)} free; set train.sense_bank to host"
         )

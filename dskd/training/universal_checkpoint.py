@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dskd.artifacts.files import replace_folder, report_full_disk
+from dskd.console import gigabytes
 from dskd.errors import UserError
 
 
@@ -69,8 +70,8 @@ def _require_space(checkpoint: Path) -> None:
     free = shutil.disk_usage(checkpoint).free
     if free < needed:
         raise UserError(
-            f"{checkpoint}: resuming with another number of ranks needs {needed / 1e9:.2f} GB for a while, but only "
-            f"{free / 1e9:.2f} GB are free; free some space, set workdir to another disk, or resume with as many ranks "
+            f"{checkpoint}: resuming with another number of ranks needs {gigabytes(needed)} for a while, but only "
+            f"{gigabytes(free)} are free; free some space, set workdir to another disk, or resume with as many ranks "
             "as before"
         )
 

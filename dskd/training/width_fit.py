@@ -1,6 +1,6 @@
 """The values from which the width map starts: the least-squares fit of the student's states to the teacher's.
 
-From random values, the first steps would pull the student towards states that the map does not have yet.
+With random values, the first steps would pull the student towards states that the map cannot produce yet.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from dskd.training.pair import ModelPair
 from dskd.training.schedule import Schedule
 from dskd.training.width_map import StateSums
 
-SEQUENCES = 256  # of the fit, rounded up to whole steps, or those of one epoch if there are fewer
+SEQUENCES = 256  # that the fit reads, rounded up to whole steps, or those of one epoch if there are fewer
 
 
 @dataclass(frozen=True)

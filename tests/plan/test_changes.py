@@ -132,7 +132,7 @@ def test_storing_the_teachers_states_is_proposed_with_its_bytes(tmp_path):
     assert not loads_teacher(changed.config)
     (cost,) = change.preparations(changed)
     assert (
-        "annotated again" in cost and "2.0 GB of disk" in cost
+        "annotated again" in cost and "2.00 GB of disk" in cost
     )  # 2**20 sequences · 16 tokens · 2 columns · 32 · 2 bytes
 
 

@@ -248,19 +248,19 @@ def test_a_disk_without_room_for_the_states_is_refused(tmp_path, monkeypatch):
     stored = StoredStates(BOTH, "bfloat16", 64, 2)
     size = stored_bytes(stored, sequences, 1)
     assert size == (32 + 31 + 3) * 64 * 2 * 2
-    line = describe_stored(stored, 3 * 10**9, tmp_path)
+    line = describe_stored(stored, 3 * 2**30, tmp_path)
     assert line == f"stores teacher_states and trunk_states (what enters layer 2) in bf16: 3.00 GB in {tmp_path}"
     building = Building(tmp_path / "shards" / "train", Recipe("shards"))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * 10**9))
-    require_space(2 * 10**9, building)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * 2**30))
+    require_space(2 * 2**30, building)
     with pytest.raises(UserError, match=r"/shards: the states .* need 2\.01 GB, but only 2\.00 GB are free"):
-        require_space(2_010_000_000, building)
+        require_space(2 * 2**30 + 10_000_000, building)
     # What an interrupted annotation has written is not needed again.
     block = building.folder / ".blocks" / "000000000000"
     block.mkdir(parents=True)
     with (block / "shard.00000.mds").open("wb") as file:
         file.truncate(10_000_000)
-    require_space(2_010_000_000, building)
+    require_space(2 * 2**30 + 10_000_000, building)
 
 
 def test_a_manifest_of_another_version_says_what_it_lacks():
@@ -279,7 +279,9 @@ def test_a_sample_that_no_shard_can_hold_is_refused(tmp_path):
         settings.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 9e7')
     )
     config = _config(tmp_path, sequence_length=2**25)
-    with pytest.raises(UserError, match=r"a sequence of 33,554,432 tokens has 10\.\d GB, and a sample can have 2.0"):
+    with pytest.raises(
+        UserError, match=r"a sequence of 33,554,432 tokens has 10\.\d\d GB, and a sample can have 2\.00 GB"
+    ):
         plan_stored(config, find_teacher(config))
 
 

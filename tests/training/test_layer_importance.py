@@ -117,7 +117,7 @@ def test_explain_shows_what_each_way_would_keep_and_cuts_nothing(copy_of_tiny, d
     code, printed = dskd("student", "--config", path, "--explain", *MEASURED)
     assert code == 0, printed
     picture = work / "plots" / "layers.png"
-    assert f"{picture}: the same as a picture" in printed
+    assert f"Picture: {picture}" in printed
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     assert {*work.rglob("*")} - {*before} <= {picture.parent, picture}
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line[:1].isdigit()}
@@ -154,7 +154,7 @@ def test_a_student_that_is_not_cut_is_not_explained(copy_of_tiny, dskd):
     path = copy_of_tiny(*BEFORE, student={"from_config": {"layers": 2, "hidden_size": 32, "heads": 2}})
     code, printed = dskd("student", "--config", path, "--explain")
     assert code == 2
-    assert "--explain: student.from_config is a whole model, of which no layers are chosen" in printed, printed
+    assert "--explain: student.from_config names a whole model, so no layers are chosen" in printed, printed
 
 
 def test_the_sample_is_drawn_once_for_all_runs_and_not_again():

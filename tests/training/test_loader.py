@@ -141,7 +141,7 @@ def test_a_bank_holds_all_vectors_for_any_size_of_pieces(folder):
 def test_a_bank_that_does_not_fit_is_refused_with_both_sizes(folder):
     require_room(folder, 10, 10)
     with pytest.raises(
-        UserError, match=r"need 10\.0 GB, but the device has only 4\.5 GB free; set train\.sense_bank to host"
+        UserError, match=r"need 10\.00 GB, but the device has only 4\.50 GB free; set train\.sense_bank to host"
     ):
         require_room(folder, 10 * 2**30, 9 * 2**29)
 

@@ -92,7 +92,7 @@ def _teacher(config: Config) -> tuple[ModelFolder, Any]:
     tokenizer = teacher.load_tokenizer()
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"{teacher.path}: its tokenizer has no chat template, with which corpus.source: chat writes chats; use a "
+            f"{teacher.path}: its tokenizer has no chat template, which corpus.source: chat needs; use a "
             "teacher that was trained on chats, or add the file chat_template.jinja"
         )
     return teacher, tokenizer

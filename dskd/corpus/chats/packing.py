@@ -24,9 +24,8 @@ from dskd.corpus.packing import Packed, write_sequences
 _BATCH_TOKENS = 2_000_000
 _BATCH_SEQUENCES = 64
 
-Tokens = tuple[
-    np.ndarray, np.ndarray
-]  # token ids of a chat [n] int32, and 1 where a token counts in the loss [n] uint8
+# The token ids of a chat [n] int32, and 1 where a token counts in the loss [n] uint8.
+Tokens = tuple[np.ndarray, np.ndarray]
 
 
 def pack_chats(
@@ -92,7 +91,7 @@ def _take(chats: Iterator[Tokens], sequence_length: int, packing: str, left: int
 
 
 def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Returns groups of indices into `sizes`, each with a sum of at most `room`, as no size is more.
+    """Returns groups of indices into `sizes`, each with a sum of at most `room`; no single size exceeds it.
 
     Groups and their indices are in the order of `sizes`, as far as possible: a group has the place of its first index.
     """

@@ -98,7 +98,7 @@ class ChatWriter:
     def _require_all_written(self, chat: Chat, text: str) -> None:
         """Checks that the template writes system turns, tool turns, tool calls and tools, which some leave out."""
         if chat.tools and not self._differs(chat.messages, None, text):
-            raise ChatError("the chat template leaves out its tools; use a teacher with a template for tools")
+            raise ChatError("the chat template ignores the chat's tools; use a teacher with a template for tools")
         for index, message in enumerate(chat.messages):
             other = dict(message)
             if other.pop("tool_calls", None):
@@ -129,7 +129,7 @@ class ChatWriter:
             **{**self._tokenizer.special_tokens_map, **_OPTIONS},
         )
         if written != text:
-            raise ChatError("the chat template writes it differently each time")
+            raise ChatError("the chat template renders the chat differently each time")
         # transformers loses marks in macros and at the very beginning of a text. So search each answer in its passage.
         inside, at = "\n".join(text[first:stop] for first, stop in passages), 0
         for index in chat.answers():
@@ -187,9 +187,9 @@ class ChatWriter:
                 if tokens[: len(beginning)] != beginning:
                     around = f"{text[max(0, cut - 20) : cut]!r} and {text[cut : cut + 20]!r}"
                     raise ChatError(
-                        f"between {around} the chat has other tokens than its part up to there, so an answer and its "
-                        "prompt cannot be told apart in tokens; remove white space at the beginning of the answer, or "
-                        "use a chat template with a special token before answers"
+                        f"between {around} the chat is tokenized differently from the part before it, so an answer and "
+                        "its prompt cannot be told apart in tokens; remove white space at the beginning of the answer, "
+                        "or use a chat template with a special token before answers"
                     )
             places = list(map(len, beginnings))
         return list(zip(places[::2], places[1::2], strict=True))

@@ -66,7 +66,7 @@ class ChatColumns:
             ChatError: when the record has no turns, none of the assistant, an unknown role, or a turn without text.
         """
         if not isinstance(record, Mapping):
-            raise ChatError(f"expected an object with a chat under {self.named}, but it is no object")
+            raise ChatError(f"expected an object with a chat under {self.named}, but it is not an object")
         key = next((key for key in self.keys if record.get(key) is not None), None)
         if key is None:
             has = ", ".join(map(str, record)) or "no keys"
@@ -96,7 +96,7 @@ def _decoded(value: Any, key: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ChatError(f"{key!r} is a text, and not JSON ({error})") from None
+            raise ChatError(f"{key!r} is a string, but not valid JSON ({error})") from None
     else:
         value = _without_nulls(value)
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
@@ -126,13 +126,13 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     if not isinstance(speaker, str) or speaker not in roles:
         raise ChatError(f"turn {number} has the role {speaker!r}; expected one of {', '.join(roles)}")
     message["role"] = roles[speaker]
-    if calls := message.pop("tool_calls", None):  # an empty list, which tables have, is as none
+    if calls := message.pop("tool_calls", None):  # an empty list, as tables have, means none
         message["tool_calls"] = [_with_arguments(call) for call in _decoded(calls, "tool_calls")]
     if "content" not in message and message["role"] == ASSISTANT and calls:
         message["content"] = ""  # a turn that only calls tools; templates join its content to texts
     content = message.get("content")
     if not isinstance(content, str):
-        kind = "no content" if content is None else f"content that is no text but {type(content).__name__}"
+        kind = "no content" if content is None else f"content of type {type(content).__name__} instead of text"
         raise ChatError(f"turn {number} ({message['role']}) has {kind}")
     if turn.get("weight", 1) != 1:
         raise ChatError(f"turn {number} has a weight of {turn['weight']!r}; turns cannot be weighted, so remove it")
@@ -140,7 +140,9 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """Returns a tool call with its arguments as an object: OpenAI writes them as JSON, and templates would again."""
+    """Returns a tool call with its arguments as an object: OpenAI writes them as JSON, and templates would encode
+    them a second time.
+    """
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(arguments := function.get("arguments"), str):
         return call

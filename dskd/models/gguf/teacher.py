@@ -21,7 +21,7 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
-from dskd.console import say, stage, warn
+from dskd.console import gigabytes, say, stage, warn
 from dskd.errors import UserError, reason_of
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
@@ -142,15 +142,14 @@ def _require_room(file: GgufFile, target: Path) -> None:
     """
     needed = round(_ROOM * _FLOAT32_BYTES * file.numel)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    what = f"dequantised to float32, the {file.numel:,} values of {file.path} need {needed / 1e9:,.1f} GB"
+    what = f"dequantised to float32, the {file.numel:,} values of {file.path} need {gigabytes(needed)}"
     if needed > (free := shutil.disk_usage(place).free):
         raise UserError(
-            f"{target}: {what} of disk space, and {free / 1e9:,.1f} GB are free; free some, or set workdir to another "
-            "disk"
+            f"{target}: {what} of disk space, and {gigabytes(free)} are free; free some, or set workdir to another disk"
         )
     if needed > (available := psutil.virtual_memory().available):
         raise UserError(
-            f"teacher.path: {what} of memory, and {available / 1e9:,.1f} GB are available; run this stage on a machine "
+            f"teacher.path: {what} of memory, and {gigabytes(available)} are available; run this stage on a machine "
             f"with more (`{kinds.TEACHER.made_by}`), or name a Hugging Face folder of the model"
         )
 

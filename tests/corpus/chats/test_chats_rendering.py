@@ -140,7 +140,7 @@ def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_s
         (
             JOINING,
             TWO_ANSWERS[1:],
-            r"between '.*user: Hi\\nassistant: ' and 'Hello!\\n.*' the chat has other tokens .*remove white space",
+            r"between '.*user: Hi\\nassistant: ' and 'Hello!\\n.*' the chat is tokenized differently .*white space",
         ),
         (
             JOINING.replace(
@@ -149,7 +149,7 @@ def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_s
                 "{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}",
             ),
             TWO_ANSWERS[1:],
-            r"the chat has other tokens than its part up to there",
+            r"the chat is tokenized differently from the part before it",
         ),
         (THINKING, TWO_ANSWERS, r"writes the turns up to turn 3 differently by themselves \(.*<think>.*\) and in the"),
         (
@@ -200,5 +200,5 @@ def test_a_chat_whose_answers_are_not_exactly_known_is_refused(template, message
 
 
 def test_tools_that_the_template_leaves_out_are_refused():
-    with pytest.raises(ChatError, match="leaves out its tools"):
+    with pytest.raises(ChatError, match="ignores the chat's tools"):
         write(SMOLLM, TWO_ANSWERS, tools=[WEATHER])
