@@ -42,6 +42,18 @@ class LostPeerError(Exception):
     """The error of ranks that cannot continue because others are missing; restarting all ranks may help."""
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, or the name of its type if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the first line of an error's text after the name of its type, or the name alone if it has no text."""
+    name = type(error).__name__
+    return f"{name}: {first_line(error)[:300]}" if str(error).strip() else name
+
+
 def shortened(items: Sequence[object], limit: int = 20, *, total: int | None = None) -> str:
     """Returns the first `limit` of `total` items, separated by commas, with a mark if there are more."""
     more = ", …" if (len(items) if total is None else total) > min(limit, len(items)) else ""

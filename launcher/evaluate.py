@@ -1,4 +1,4 @@
-"""Measures teacher, cut student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME.
+"""Measures teacher, untrained student and exported students on the held-out shards, and writes WORKDIR/evaluation/NAME.
 
 With --tasks, evaluates them on the paper's benchmarks instead, and writes WORKDIR/tasks/NAME/TASK. With --lexical,
 measures their knowledge of words and senses instead, and writes WORKDIR/lexical/NAME.

@@ -1,4 +1,4 @@
-"""What a device computes, against the CPU. All other tests leave GPUs alone (conftest.py says why).
+"""Tests that each device computes what the CPU does. All other tests leave GPUs alone (conftest.py says why).
 
 Tests over `DEVICES` run everywhere, on a GPU too where there is one. The others need a GPU: on the CPU they would
 compare a number with itself, and another test asks more, which each of them names.

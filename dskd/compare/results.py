@@ -10,7 +10,7 @@ from dskd.compare.metrics import EVALUATED
 from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.evaluation import held_out_text
-from dskd.evaluation.models import CUT_STUDENT, TEACHER
+from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples
 from dskd.evaluation.suite import EXAMPLES_FILE
 from dskd.evaluation.table import BENCHMARKS, EVALUATIONS, HELD_OUT, Evaluation
@@ -86,7 +86,7 @@ def _read_tables(config: Config, runs: Sequence[TrackedRun], evaluation: Evaluat
 def _read_local(config: Config, evaluation: Evaluation) -> dict[str, Examples]:
     """Reads {model: table of examples} of the models evaluated in the work directory."""
     tables = {}
-    for model in (TEACHER, CUT_STUDENT, *config.run_names):
+    for model in (TEACHER, UNTRAINED_STUDENT, *config.run_names):
         folder = evaluation.folder_of(config, model)
         tables[model] = _read(read_file(folder, EXAMPLES_FILE), evaluation, str(folder / EXAMPLES_FILE))
     return {model: table for model, table in tables.items() if table is not None}
@@ -151,7 +151,7 @@ def _references(
     shown = {
         name: table
         for name, table in local.items()
-        if name in (TEACHER, CUT_STUDENT) or not (selection or name in measured)
+        if name in (TEACHER, UNTRAINED_STUDENT) or not (selection or name in measured)
     }
     if data is None:
         data = _only_one(((table.data, name) for name, table in shown.items()), evaluation)

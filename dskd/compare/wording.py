@@ -9,7 +9,7 @@ from dskd.compare.group_tests import Test
 from dskd.compare.groups import Group
 from dskd.compare.metrics import COST, COVERAGE, EVALUATED, TRAINED, Best
 from dskd.compare.statistics import Estimate
-from dskd.evaluation.models import CUT_STUDENT, TEACHER
+from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
 from dskd.evaluation.scores_by_example import Measure
 from dskd.losses import terms
 
@@ -24,7 +24,7 @@ _LABELS = {
     "coverage/with_synonyms": "targets with synonyms",
     "coverage/with_antonyms": "targets with antonyms",
 }
-_REFERENCES = {TEACHER: "teacher", CUT_STUDENT: "student before training"}
+_REFERENCES = {TEACHER: "teacher", UNTRAINED_STUDENT: "student before training"}
 
 
 def label(metric: str) -> str:

@@ -28,6 +28,7 @@ from dskd.config.evaluation import TASKS as TASKS
 from dskd.config.evaluation import EvaluationConfig, TasksConfig
 from dskd.config.models import FromScratchConfig as FromScratchConfig
 from dskd.config.models import NewStudentConfig as NewStudentConfig
+from dskd.config.models import Spacing as Spacing
 from dskd.config.models import StudentConfig, TeacherConfig
 from dskd.config.section import PathText, Section
 from dskd.config.training import LossConfig, PipelineConfig, TrackingConfig, TrainConfig

@@ -49,7 +49,8 @@ class TeacherConfig(Section):
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "cpu",
-        description="unless mode is resident. Where a rank keeps its share: on the device, in memory, or on disk",
+        description="where a rank keeps its share unless mode is resident. none: on the device; cpu: in host memory; "
+        "nvme: on a local disk",
     )
     nvme_path: PathText | None = Field(None, description="with offload: nvme. Node-local folder for the shares")
     train_from_scratch: FromScratchConfig | None = Field(
@@ -58,12 +59,12 @@ class TeacherConfig(Section):
 
     @property
     def is_gguf(self) -> bool:
-        """Whether `path` is a GGUF file."""
+        """True if `path` is a GGUF file."""
         return self.path is not None and self.path.lower().endswith(".gguf")
 
     @property
     def is_made(self) -> bool:
-        """Whether the pipeline makes the teacher, in the work directory: from scratch, or from a GGUF file."""
+        """True if the pipeline makes the teacher, in the work directory: from scratch, or from a GGUF file."""
         return self.path is None or self.is_gguf
 
     def problems(self) -> Iterator[str]:
@@ -73,7 +74,7 @@ class TeacherConfig(Section):
         if self.tokenizer is not None and not self.is_gguf:
             yield "tokenizer needs path: FILE.gguf; any other model brings its own tokenizer, and is used with it"
         if self.revision is not None and self.is_gguf:
-            yield "revision is of a model on the hub, and path is a GGUF file; remove it"
+            yield "revision names a version on the hub, but path is a GGUF file; remove revision"
         if self.offload == "nvme" and self.nvme_path is None:
             yield "offload: nvme needs nvme_path, a folder on a local disk of each node"
         if self.nvme_path is not None and self.offload != "nvme":
@@ -82,6 +83,7 @@ class TeacherConfig(Section):
             yield "offload: nvme needs mode: auto or zero3; a resident teacher is on the device"
 
 
+Spacing = Literal["first", "even", "ends", "importance"]
 Count = Annotated[int, Field(ge=1)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
@@ -91,7 +93,7 @@ def _on_or_off(value: object) -> object:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
-# Keys of `student` that choose layers of the teacher, and so mean nothing for a student that is not cut from it.
+# Keys of `student` that choose layers of the teacher, and so have no effect on a student that is not cut from it.
 _CUTTING = ("layers", "spacing", "importance_samples")
 
 
@@ -147,7 +149,7 @@ class StudentConfig(Section):
         None, description="start from random weights instead of layers of the teacher"
     )
     layers: Count | Layers = Field(16, description="number of the teacher's layers to keep, or a list of their indices")
-    spacing: Literal["ends", "first", "even", "importance"] = Field(
+    spacing: Spacing = Field(
         "ends",
         description="with a number in `layers`. ends: the lowest, and as many of the last as are trained; first: the "
         "lowest; even: first, last, and evenly between; importance: all but the block of layers that changes the "
@@ -174,19 +176,19 @@ class StudentConfig(Section):
 
     @property
     def origin(self) -> Literal["cut", "path", "from_config"]:
-        """How the student begins: cut from the teacher, as the model at `path`, or as `from_config` describes it."""
+        """The origin of the student: cut from the teacher, as the model at `path`, or as `from_config` describes it."""
         if self.path is not None:
             return "path"
         return "cut" if self.from_config is None else "from_config"
 
     @property
     def num_layers(self) -> int:
-        """The number of layers that a student keeps that is cut from the teacher."""
+        """The number of the teacher's layers that a cut student keeps."""
         return len(self.layers) if isinstance(self.layers, tuple) else self.layers
 
     @model_serializer(mode="wrap")
     def _without_cutting(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A configuration that was printed with all of its values can be read again, and shows none that has no use.
+        # Leaves out keys that have no effect, so that a printed configuration can be read again.
         values: dict[str, Any] = serialize(self)
         return values if self.origin == "cut" else {k: v for k, v in values.items() if k not in _CUTTING}
 
@@ -242,7 +244,7 @@ class StudentConfig(Section):
                 "student.from_config"
             )
         if self.revision is not None and self.path is None:
-            yield "revision is that of a student on the hub, which student.path names; set path, or remove revision"
+            yield "revision needs student.path, a model on the hub; set path, or remove revision"
         if self.origin == "cut":
             return
         cutting = [f"student.{key}" for key in _CUTTING if key in self.model_fields_set]

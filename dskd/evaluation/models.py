@@ -16,7 +16,7 @@ from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.students.student import find_student
 from dskd.training import export
 
-TEACHER, CUT_STUDENT = "teacher", "student"
+TEACHER, UNTRAINED_STUDENT = "teacher", "student"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Candidate:
 def candidates(config: Config) -> list[Candidate]:
     """Returns the teacher, the student before training, and those of the config's runs that have an export."""
     teacher = find_teacher(config)
-    models = [Candidate(TEACHER, teacher), Candidate(CUT_STUDENT, find_student(config))]
+    models = [Candidate(TEACHER, teacher), Candidate(UNTRAINED_STUDENT, find_student(config))]
     for run in config.run_names:
         if config.path(kinds.EXPORT.folder, run).is_dir():
             folder, manifest = export.find_export(config, run)
@@ -90,7 +90,7 @@ def load_candidate(candidate: Candidate, config: Config, world: World) -> Frozen
 
 
 def _require_unchanged(candidate: Candidate, config: Config) -> None:
-    find = {TEACHER: find_teacher, CUT_STUDENT: find_student}.get(candidate.name)
+    find = {TEACHER: find_teacher, UNTRAINED_STUDENT: find_student}.get(candidate.name)
     now = find(config) if find is not None else export.find_export(config, candidate.name)[0]
     if now.digest != candidate.folder.digest:
         raise OutageError(

@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from matplotlib.figure import Figure
 
 from dskd.artifacts.files import save_figure
-from dskd.config import Config, StudentConfig
+from dskd.config import Config, Spacing, StudentConfig
 from dskd.console import table
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.students.measuring import measure_importance
-from dskd.students.spacing import Importance, as_text, choose_layers, removed_block
+from dskd.students.spacing import Importance, as_text, choose_layers, num_removed_layers
 
-SPACINGS = ("first", "even", "ends", "importance")
 LIST = "your list"  # the config's, if student.layers is one
 _KEPT, _BAR, _FAINT = "#4477aa", "#ee6677", "#e3e7eb"
 
@@ -34,7 +34,7 @@ def explain_layers(config: Config) -> str:
         )
     teacher = find_teacher(config)
     count = teacher.load_config().num_hidden_layers
-    size = removed_block(student, count)
+    size = num_removed_layers(student, count)
     importance = measure_importance(config, teacher, size)
     choices = choices_of(student, importance)
     path = config.path("plots", "layers.png")
@@ -48,7 +48,7 @@ def choices_of(student: StudentConfig, importance: Importance) -> dict[str, list
     number = student.model_copy(update={"layers": student.num_layers})
     choices = {
         spacing: choose_layers(number.model_copy(update={"spacing": spacing}), count, importance)
-        for spacing in SPACINGS
+        for spacing in get_args(Spacing)
     }
     return choices | ({LIST: choose_layers(student, count)} if isinstance(student.layers, tuple) else {})
 

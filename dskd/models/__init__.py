@@ -1,7 +1,7 @@
 """Causal language models of transformers: their folders, and how they are loaded, run and checked.
 
 folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
-gguf/           a model from a GGUF file as an ordinary folder, the teacher's
+gguf/           converts a GGUF file into the teacher's folder
 model_config    reads a folder's config.json for the installed transformers, or refuses it
 weights         the tensors in a folder's safetensors files
 stored_names    the names of a model's tensors in those files, and the check that none is missing or left over
@@ -20,7 +20,7 @@ head_probe      finds out what a model does with them, or refuses it
 readouts        reads logits out of hidden states, chunk by chunk
 generation      greedy generation
 cut_config      the student's config.json
-architecture    checks a teacher by its config.json, before anything runs
+architecture    checks a teacher or a pretrained student by its config.json, before anything runs
 probes          checks that a model does what training assumes, such as keeping packed documents apart
 reference       checks that a loaded model computes what transformers' own computes from the same folder
 agreement       checks that an export computes what the student in training computes

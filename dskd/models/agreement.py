@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from dskd.errors import UserError, listed
+from dskd.errors import UserError, first_line, listed
 from dskd.models.probes import accepts, takes_positions
 from dskd.models.stored_names import StoredNames
 from dskd.models.weights import TensorReader
@@ -125,8 +125,7 @@ def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool, remedy: str
             folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except _CANNOT_LOAD as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder}: transformers cannot load this model ({reason}); {remedy}") from error
+        raise UserError(f"{folder}: transformers cannot load this model ({first_line(error)}); {remedy}") from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             listed(f"{folder}: transformers fills these in at random, since they are not stored; {remedy}", missing)

@@ -1,4 +1,6 @@
-"""Checks of a teacher's architecture that need only its config.json and run before anything else is built from it.
+"""Checks of a model's architecture that need only its config.json and run before anything else is built from it.
+
+The model is a teacher or a pretrained student.
 
 The model is built on the meta device, without memory for its parameters. Checks that need the weights run when the
 model is first loaded (:mod:`dskd.models.probes`).
@@ -23,17 +25,17 @@ _STATEFUL = ("recurrent_gemma",)
 
 
 def check_architecture(folder: ModelFolder, corpus: CorpusConfig) -> Any:
-    """Builds a teacher on the meta device, and refuses it if this package cannot distil it.
+    """Builds a teacher or a pretrained student on the meta device, and refuses it if this package does not support it.
 
     Args:
-        folder: the teacher; only its config.json is read.
+        folder: the model; only its config.json is read.
         corpus: the section `corpus` of the config, for the length of sequences and what is in them.
 
     Returns:
         The model, on the meta device.
 
     Raises:
-        UserError: when the teacher is refused, with the reason.
+        UserError: when the model is refused, with the reason.
     """
     model = empty_model(folder)
     where = f"{folder.path}: {type(model).__name__}"
@@ -49,7 +51,7 @@ def check_architecture(folder: ModelFolder, corpus: CorpusConfig) -> Any:
     if numbers != set(range(count)):
         raise UserError(
             f"{where}: config.json names {count} layers, but their parameters are not called layers.N, h.N or "
-            "blocks.N; a student cannot be cut from such a model"
+            "blocks.N; such a model is not supported"
         )
     if missing := [name for name in ("input_ids", "inputs_embeds", "use_cache") if not accepts(base, name)]:
         raise UserError(f"{where} cannot be run here: its forward does not take {', '.join(missing)}")

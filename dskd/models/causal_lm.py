@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from dskd.distributed.world import World
-from dskd.errors import UserError
+from dskd.errors import UserError, reason_of
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import BAD_CONFIG, ModelFolder, reason_of
+from dskd.models.folder import BAD_CONFIG, ModelFolder
 from dskd.models.layers import compare_layers
 from dskd.models.stored_names import StoredNames, check_stored_tensors, parameter_names, persistent_buffers
 from dskd.models.weights import LAYER_NAME, TensorReader

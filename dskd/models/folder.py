@@ -1,7 +1,7 @@
 """Hugging Face model folders on disk: finding them, checking them, and computing the digests that identify them.
 
-Nothing here builds a model. A folder is the exchange format between stages: the teacher, the cut student and every
-export are such folders, and `AutoModelForCausalLM` loads all of them without this package.
+Nothing here builds a model. A folder is the exchange format between stages: the teacher, the student and every export
+are such folders, and `AutoModelForCausalLM` loads all of them without this package.
 """
 
 import functools
@@ -19,19 +19,26 @@ from dskd.artifacts.hashing import digest_of_json, sha256_of_file
 from dskd.artifacts.manifest import read_manifest, write_json
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config
-from dskd.errors import UserError, listed
+from dskd.errors import UserError, first_line, listed, reason_of
 from dskd.models.limits import check_limits
-from dskd.models.model_config import read_model_config
+from dskd.models.model_config import condition_of_code, read_model_config
 from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
 
 # The errors that transformers raises for a wrong value in config.json; it checks few values itself.
 BAD_CONFIG = (
-    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError),
-    *(AssertionError, ArithmeticError, RuntimeError),
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+    ArithmeticError,
+    RuntimeError,
 )
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
-_CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
+CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 # A cap on the scores of attention, which Gemma 2 has. The fused attention that transformers chooses by default leaves
 # it out without a warning.
@@ -94,12 +101,6 @@ def attention_key(model_config: Any) -> dict[str, str]:
     return {"_attn_implementation": model_config._attn_implementation} if has_capped_attention(model_config) else {}
 
 
-def reason_of(error: Exception) -> str:
-    """Returns the first line of an error's text after the name of its type, or the name alone if it has no text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
 def find_teacher(config: Config) -> ModelFolder:
     """Returns the teacher's folder: made by the pipeline, named by `teacher.path`, or fetched from the hub.
 
@@ -120,7 +121,7 @@ def find_pretrained_student(config: Config) -> ModelFolder:
         UserError: when it is missing, is not a model folder with safetensors weights, or does not fit the config.
     """
     student = config.student
-    assert student.path is not None, "asked for with student.path only"
+    assert student.path is not None, "called only if student.path is set"
     return _find_model("student", config, student.path, student.revision)
 
 
@@ -128,10 +129,10 @@ def _find_model(
     section: str, config: Config, path: str, revision: str | None, *, trust_remote_code: bool = False
 ) -> ModelFolder:
     """Returns the folder of the model that the section's `path` names; the same errors as :func:`find_teacher`."""
-    key, patterns = f"{section}.path", (*_CONFIG_AND_TOKENIZER, "*.safetensors", *(["*.py"] * trust_remote_code))
+    key, patterns = f"{section}.path", (*CONFIG_AND_TOKENIZER, "*.safetensors", *(["*.py"] * trust_remote_code))
     folder = _local_or_hub(key, path, revision, patterns)
     check_model_folder(folder, named_by=key, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, named_by=key, trust_remote_code=trust_remote_code)
     # Check everything that is quick before the files are hashed, which takes minutes for a large model.
     unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), trust_remote_code)
     check_limits(config, folder, unhashed.load_config(), tokenizer)
@@ -150,7 +151,7 @@ def _find_made_teacher(config: Config) -> ModelFolder:
     if digest != (gguf_digest(config) if is_gguf else None):
         made_from = "another model" if digest is None else f"the GGUF file {manifest.facts.get('file')}"
         if is_gguf and manifest.facts.get("file") == Path(config.teacher.path or "").name:
-            made_from = "a file of this name with another content"
+            made_from = "a file of the same name with different content"
         raise UserError(
             f"{folder}: this teacher was made from {made_from}, and the config names "
             f"{f'teacher.path: {config.teacher.path}' if is_gguf else 'teacher.train_from_scratch'}; make it again "
@@ -187,7 +188,7 @@ def gguf_digest(config: Config) -> str:
         if manifest.facts.get("file") == path.name:
             return manifest.inputs["gguf"]
     raise UserError(
-        f"teacher.path: {path}: there is no such GGUF file, and {folder} was not made from one of this name"
+        f"teacher.path: {path}: there is no such GGUF file, and {folder} was not made from a file of that name"
     )
 
 
@@ -224,8 +225,8 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
     read_model_config(folder, named_by=named_by, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Loads the tokenizer of a folder.
+def load_tokenizer(folder: Path, *, named_by: str = "", trust_remote_code: bool = False) -> Any:
+    """Loads the tokenizer of a folder; `named_by` is the key that names the folder, for messages.
 
     Raises:
         UserError: when transformers cannot load it.
@@ -236,13 +237,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # tokenizers raises nothing narrower for a damaged file
-            raise UserError(f"{folder}: the tokenizer cannot be loaded; {_tokenizer_reason(folder, error)}") from None
+            raise UserError(
+                f"{folder}: the tokenizer cannot be loaded; {_tokenizer_reason(folder, named_by, error)}"
+            ) from None
 
 
-def _tokenizer_reason(folder: Path, error: Exception) -> str:
+def _tokenizer_reason(folder: Path, named_by: str, error: Exception) -> str:
     """Returns what to do about a tokenizer that cannot be loaded, or otherwise what transformers says."""
     if "trust_remote_code" in str(error):
-        return "it brings code of its own, which runs only with teacher.trust_remote_code: true; read that code first"
+        return f"it brings its own code, which runs {condition_of_code(named_by)}"
     if type(error) is Exception or isinstance(error, json.JSONDecodeError):
         return f"{folder / 'tokenizer.json'} may be damaged ({reason_of(error)}); was its download or copy truncated?"
     model = next((name for name in _SENTENCEPIECE_FILES if (folder / name).is_file()), None)
@@ -291,7 +294,7 @@ def find_tokenizer_folder(name: str) -> Path:
     Raises:
         UserError: when there is no such folder, and no such model can be fetched.
     """
-    return _local_or_hub("teacher.tokenizer", name, None, _CONFIG_AND_TOKENIZER)
+    return _local_or_hub("teacher.tokenizer", name, None, CONFIG_AND_TOKENIZER)
 
 
 @functools.cache  # a process asks the hub once
@@ -326,9 +329,8 @@ def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{key}: {path!r} is not a folder here, and cannot be fetched from the hub ({reason})"
+            f"{key}: {path!r} is not a folder here, and cannot be fetched from the hub ({first_line(error)})"
         ) from None
 
 

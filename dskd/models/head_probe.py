@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dskd.errors import UserError
+from dskd.errors import UserError, first_line
 from dskd.models.folder import ModelFolder
 from dskd.models.output_head import LogitTransform
 from dskd.models.stored_names import base_model
@@ -37,7 +37,8 @@ def find_logit_transform(causal_lm: Any, folder: ModelFolder) -> LogitTransform:
     the model may be on the meta device, or sharded.
 
     Raises:
-        UserError: when it does something else than its config.json says and than nothing, for example adds a bias.
+        UserError: when the logits are neither the plain products nor what config.json declares, for example because of
+            a bias.
     """
     where = f"{folder.path}: {type(causal_lm).__name__}"
     head, base = causal_lm.get_output_embeddings(), base_model(causal_lm)
@@ -54,10 +55,9 @@ def find_logit_transform(causal_lm: Any, folder: ModelFolder) -> LogitTransform:
         with _replaced(causal_lm, {head: small, base: _GivenStates(states, base)}):
             logits = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float()
     except (AttributeError, TypeError, RuntimeError, KeyError, ArithmeticError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{where} reads more of its base model than last hidden states ({reason}); such a model is not supported "
-            "yet"
+            f"{where} reads more of its base model than last hidden states ({first_line(error)}); such a model is "
+            "not supported yet"
         ) from None
     for transform in (declared_transform(causal_lm.config), LogitTransform()):
         expected = transform.apply(F.linear(states, small.weight))
@@ -66,9 +66,8 @@ def find_logit_transform(causal_lm: Any, folder: ModelFolder) -> LogitTransform:
             return transform
     keys = ", ".join(f"{key}: {value}" for key, value in _declared(causal_lm.config).items())
     raise UserError(
-        f"{where} does something to its logits that is not supported: they are neither the products of its last hidden "
-        f"states and its output matrix, nor these scaled or capped {f'by {keys} ' if keys else ''}as its config.json "
-        "says; such a model is not supported yet"
+        f"{where}: its logits are neither the products of last hidden states and output matrix, nor these scaled or "
+        f"capped {f'by {keys} ' if keys else ''}as config.json says; such a model is not supported yet"
     )
 
 

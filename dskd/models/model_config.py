@@ -51,10 +51,7 @@ def read_model_config(
     if "auto_map" in values and trust_remote_code:
         return values  # the model's own code reads these keys, so they are not checked here
     if "auto_map" in values and not _is_known(values.get("model_type")):
-        condition = "only with teacher.trust_remote_code: true; read that code first"
-        if named_by == "student.path":
-            condition = "for teachers only; name another student"
-        raise UserError(f"{where}: the model brings its own code, which runs {condition}")
+        raise UserError(f"{where}: the model brings its own code, which runs {condition_of_code(named_by)}")
     if not _is_known(values.get("model_type")):
         raise UserError(
             f"{where}: the installed transformers {_installed()} has no causal language model of the type "
@@ -63,6 +60,13 @@ def read_model_config(
     values = _translate_rotations(values, where)
     _check_keys(values, where, file)
     return values
+
+
+def condition_of_code(named_by: str) -> str:
+    """Returns when code that comes with a model runs, and what to do; `named_by` is the key that names the model."""
+    if named_by == "student.path":
+        return "for teachers only; name another student"
+    return "only with teacher.trust_remote_code: true; read that code first"
 
 
 def load_json(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dskd.distributed.node_cache import make_own_folder
 from dskd.distributed.world import World
-from dskd.errors import UserError
+from dskd.errors import UserError, first_line
 
 BUFFERS = 8  # shares in memory at one time: those of one module, and those that are read ahead
 
@@ -71,6 +71,5 @@ def _async_io_problem() -> str | None:
     try:
         builder.load(verbose=False)
     except Exception as error:  # a missing compiler, ninja or library each raise errors of their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"it cannot be compiled here ({reason}); it needs ninja and a C++ compiler"
+        return f"it cannot be compiled here ({first_line(error)}); it needs ninja and a C++ compiler"
     return None

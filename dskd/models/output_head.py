@@ -24,7 +24,7 @@ class LogitTransform:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the products are the logits."""
+        """True if the products are the logits."""
         return self.scale == 1 and self.cap is None
 
     def apply(self, products: torch.Tensor) -> torch.Tensor:

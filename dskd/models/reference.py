@@ -61,8 +61,7 @@ def compare_with_transformers(
     input_ids = (7 * numbers + 3 + 11 * world.rank) % config.vocab_size
     starts = [longest - tokens, 0] if takes_positions(decoder.base) and longest > tokens else [0]
     # Compare a small model whole, and of a large one a layer of each kind, which need little memory.
-    reader = TensorReader(folder.path)
-    size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * dtype.itemsize
+    size = TensorReader(folder.path).numel * dtype.itemsize
     chosen = None if size <= small else _one_of_each_kind(decoder.layers)
     compared = [] if chosen is None else [decoder.layers[layer] for layer in chosen]
     # Run the loaded model on all ranks, and record the inputs and outputs of the compared layers and the last states.

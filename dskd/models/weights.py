@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class TensorReader:
     def names(self) -> list[str]:
         """Returns the names of all tensors, in the order of their files."""
         return [name for name in self._file_of if not self._is_scale(name)]
+
+    @property
+    def numel(self) -> int:
+        """Returns the number of elements of all tensors, without reading them."""
+        return sum(math.prod(self.shape(name)) for name in self.names)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of and not self._is_scale(name)

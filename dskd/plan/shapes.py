@@ -27,7 +27,7 @@ from dskd.plan.known_models import KNOWN_MODELS
 from dskd.shards import TRUNK_STATES
 from dskd.shards.stored_states import stored_trunk_depth
 from dskd.students.new import config_values, intermediate_size
-from dskd.students.spacing import choose_layers, chosen_layers, removed_block
+from dskd.students.spacing import choose_layers, chosen_layers, require_removable
 from dskd.training.student import choose_trained
 from dskd.training.teacher_source import TeacherSource, reads_logits
 from dskd.training.width_map import has_width_map
@@ -303,7 +303,7 @@ def _planned_layers(config: Config, architecture: Architecture) -> tuple[list[in
     student, count = config.student, architecture.values()["num_hidden_layers"]
     if not student.is_measured:
         return choose_layers(student, count), False
-    removed_block(student, count)
+    require_removable(student, count)
     try:
         return chosen_layers(config, count), False
     except UserError:  # no student is cut yet, or with other keys

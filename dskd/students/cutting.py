@@ -5,7 +5,6 @@ so cutting a student from a teacher of any size takes about as long as copying t
 against its architecture and, unless it is large, loaded with transformers and compared with the teacher.
 """
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +21,14 @@ from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import ModelFolder, attention_key, find_teacher
+from dskd.models.folder import CONFIG_AND_TOKENIZER, ModelFolder, attention_key, find_teacher
 from dskd.models.layers import check_kinds
 from dskd.models.precision import resolve_precision
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
 from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_teacher
-from dskd.students.spacing import Importance, as_text, choose_layers, removed_block, settings_of
+from dskd.students.spacing import Importance, as_text, choose_layers, num_removed_layers, settings_of
 
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 _NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json", "hf_quant_config.json")
 _LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
 
@@ -72,7 +70,7 @@ def build_cut_student(config: Config, measure: Measure | None = None) -> None:
         importance = None
         if config.student.is_measured:
             assert measure is not None, "needed for spacing: importance"
-            importance = measure(config, teacher, removed_block(config.student, full.num_hidden_layers))
+            importance = measure(config, teacher, num_removed_layers(config.student, full.num_hidden_layers))
         layers = choose_layers(config.student, full.num_hidden_layers, importance)
         with build_artifact(target, recipe(config, teacher)) as building:
             cut_values = cut_config(values, layers, full.to_dict()) | attention_key(full)
@@ -94,7 +92,7 @@ def copy_other_files(source: ModelFolder, target: Path) -> None:
     An adapter's config in the folder of a merged model is not copied: loading the student would then look for the
     adapter's base model.
     """
-    for pattern in (*_COPIED, *(["*.py"] if source.trust_remote_code else [])):
+    for pattern in (*CONFIG_AND_TOKENIZER, *(["*.py"] if source.trust_remote_code else [])):
         for file in source.path.glob(pattern):
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, target / file.name)
@@ -127,8 +125,7 @@ def load_if_small(student: ModelFolder) -> None:
     Raises:
         UserError: when it cannot be loaded.
     """
-    reader = TensorReader(student.path)
-    if sum(math.prod(reader.shape(name)) for name in reader.names) <= _LOADED_ELEMENTS:
+    if TensorReader(student.path).numel <= _LOADED_ELEMENTS:
         _load_with_transformers(student, "auto")
 
 

@@ -1,4 +1,4 @@
-"""How much layers change the states of a model: the angle between the states that go in and those that come out.
+"""Measures how much layers change a model's states: the angle between those that go in and those that come out.
 
 A decoder's layers add to their input. If a block of layers hardly turns the state, the layers above it get nearly the
 same input without the block, so it can be removed. The angle is that of arXiv 2403.17887, arccos(cos)/π between the

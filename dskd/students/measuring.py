@@ -1,6 +1,5 @@
 """Measures the teacher's layers on training text, for `student.spacing: importance` and `dskd student --explain`."""
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -74,8 +73,8 @@ def _device(teacher: ModelFolder, precision: str) -> torch.device:
     Raises:
         UserError: when it fits neither on the GPU nor in memory.
     """
-    reader, cpu = TensorReader(teacher.path), torch.device("cpu")
-    parameters = sum(math.prod(reader.shape(name)) for name in reader.names)
+    cpu = torch.device("cpu")
+    parameters = TensorReader(teacher.path).numel
     needed = round(_ROOM * parameters * compute_dtype(precision, cpu).itemsize)
     if uses_gpu() and needed <= torch.cuda.mem_get_info()[0]:
         return torch.device("cuda")

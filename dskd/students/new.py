@@ -46,7 +46,7 @@ def build_new_student(config: Config) -> None:
 
 
 def _values_for(config: Config, teacher: ModelFolder) -> dict[str, Any]:
-    assert config.student.from_config is not None, "asked for with student.from_config only"
+    assert config.student.from_config is not None, "called only if student.from_config is set"
     model_config = teacher.load_config()
     vocab_size = vocabulary_size(model_config)
     assert vocab_size is not None, "a decoder with an output matrix has one"
@@ -75,5 +75,5 @@ def config_values(sizes: NewStudentConfig, vocab_size: int, positions: int) -> d
 
 
 def intermediate_size(hidden_size: int) -> int:
-    """Returns the inner width of the MLPs: as in Llama 2/3 · 4 · `hidden_size`, rounded down to a multiple of 8."""
+    """Returns Llama's inner width of the MLPs: 8/3 of `hidden_size`, rounded down to a multiple of 8."""
     return hidden_size * 8 // 3 // 8 * 8

@@ -4,7 +4,6 @@ Tensors, settings and shapes of the kept layers are compared one by one elsewher
 it also finds a layer whose result depends on its place among all layers.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from torch import nn
 
 from dskd.console import say
-from dskd.errors import UserError
+from dskd.errors import UserError, reason_of
 from dskd.models.agreement import PROBE_TOKENS, probe_inputs
-from dskd.models.folder import BAD_CONFIG, ModelFolder, reason_of
+from dskd.models.folder import BAD_CONFIG, ModelFolder
 from dskd.models.layers import input_states, layers_of
 from dskd.models.limits import position_limit
 from dskd.models.reference import SMALL_BYTES, load_whole, relative_difference
@@ -26,9 +25,7 @@ _TOLERANCE = 1e-5  # relative to the norm of the states; healthy architectures d
 
 def can_be_compared(teacher: ModelFolder) -> bool:
     """Returns whether the teacher is small enough to be loaded whole, in float32."""
-    reader = TensorReader(teacher.path)
-    size = sum(math.prod(reader.shape(name)) for name in reader.names) * torch.float32.itemsize
-    return size <= SMALL_BYTES
+    return TensorReader(teacher.path).numel * torch.float32.itemsize <= SMALL_BYTES
 
 
 @torch.no_grad()
@@ -70,8 +67,8 @@ def compare_with_pruned_teacher(teacher: ModelFolder, student: Any, layers: Sequ
     if not difference <= _TOLERANCE:
         raise UserError(
             f"student.layers: {name} with the teacher's layers {kept} alone computes something different from the "
-            f"teacher without its other layers: the last hidden states differ by {difference:.1e} of their norm. So "
-            "what a layer of this architecture computes depends on its place; keep others, for example the lowest ones "
+            f"teacher without its other layers: the last hidden states differ by {difference:.1e} of their norm. What "
+            "a layer of this architecture computes depends on its place, so keep others, for example the lowest ones "
             "(student.spacing: first), or all"
         )
     tokens = probe["input_ids"].numel()

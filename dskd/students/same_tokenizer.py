@@ -76,8 +76,8 @@ def differences(teacher: Any, student: Any) -> Iterator[str]:
         for place, (one, other) in enumerate(zip_longest(ids, other_ids)):
             if one != other:
                 yield (
-                    f"token {place} of the text {text!r} is {_with_id(one, tokens)} by the teacher's, and "
-                    f"{_with_id(other, others)} by the student's"
+                    f"token {place} of the text {text!r} is {_with_id(one, tokens)} with the teacher's tokenizer, and "
+                    f"{_with_id(other, others)} with the student's"
                 )
                 break
     merges, others_merges = _merges(teacher), _merges(student)

@@ -15,12 +15,10 @@ from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder
 
-_KEYS = "student.layers and student.spacing"
-
 
 @dataclass(frozen=True)
 class Importance:
-    """How much the layers of a teacher change its states: mean angles, in half turns, so from 0 (not at all) to 1.
+    """The measured importance of a teacher's layers: mean angles in half turns, from 0 (no change) to 1.
 
     `layers` has the angle of each layer, and `blocks` that of each block of as many layers as a student lacks, by the
     number of its first layer.
@@ -77,8 +75,7 @@ def choose_layers(student: StudentConfig, num_layers: int, importance: Importanc
         if missing := [layer for layer in layers if layer >= num_layers]:
             raise UserError(f"student.layers: the teacher has layers 0 to {num_layers - 1}, so there is no {missing}")
         return list(layers)
-    if not 1 <= layers <= num_layers:
-        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {layers}")
+    _require_enough(layers, num_layers)
     if student.spacing == "first":
         return list(range(layers))
     if student.spacing == "even":
@@ -86,27 +83,40 @@ def choose_layers(student: StudentConfig, num_layers: int, importance: Importanc
         return [0] if layers == 1 else [round(i * (num_layers - 1) / (layers - 1)) for i in range(layers)]
     begin = layers - student.last_layers
     if student.spacing == "importance":
-        size = removed_block(student, num_layers)
+        size = num_removed_layers(student, num_layers)
         assert importance is not None and importance.block_size == size, "measured for this choice"
         begin = min(range(begin + 1), key=lambda layer: importance.blocks[layer])
     return [*range(begin), *range(begin + num_layers - layers, num_layers)]
 
 
-def removed_block(student: StudentConfig, num_layers: int) -> int:
+def _require_enough(kept: int, num_layers: int) -> None:
+    """Refuses a student that keeps more layers than the teacher has."""
+    if kept > num_layers:
+        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {kept}")
+
+
+def num_removed_layers(student: StudentConfig, num_layers: int) -> int:
     """Returns the number of layers that `importance` removes from a teacher with `num_layers` layers.
 
     Raises:
         UserError: when the teacher has fewer layers than the student keeps, or as many.
     """
-    kept = student.num_layers
-    if kept > num_layers:
-        raise UserError(f"student.layers: the teacher has {num_layers} layers, so the student cannot keep {kept}")
-    if kept == num_layers:
+    require_removable(student, num_layers)
+    return num_layers - student.num_layers
+
+
+def require_removable(student: StudentConfig, num_layers: int) -> None:
+    """Checks that a teacher with `num_layers` layers has more of them than the student keeps.
+
+    Raises:
+        UserError: when it has fewer, or as many.
+    """
+    _require_enough(student.num_layers, num_layers)
+    if student.num_layers == num_layers:
         raise UserError(
             f"student.spacing: importance removes layers, but student.layers keeps all of the teacher's {num_layers}; "
             f"set student.layers to {num_layers - 1} or less, or student.spacing to first"
         )
-    return num_layers - kept
 
 
 def chosen_layers(config: Config, num_layers: int, *, teacher: str | None = None) -> list[int]:
@@ -123,7 +133,7 @@ def chosen_layers(config: Config, num_layers: int, *, teacher: str | None = None
     """
     if not config.student.is_measured:
         return choose_layers(config.student, num_layers)
-    removed_block(config.student, num_layers)
+    require_removable(config.student, num_layers)
     manifest = read_manifest(config.path(kinds.STUDENT.folder), "student")
     return choose_layers(config.student, num_layers, _measured(config, manifest, num_layers, teacher))
 
@@ -143,8 +153,9 @@ def require_chosen_layers(config: Config, teacher: ModelFolder, student: ModelFo
     importance = _measured(config, manifest, num_layers, teacher.digest) if config.student.is_measured else None
     chosen = choose_layers(config.student, num_layers, importance)
     if found != chosen:
-        by_ends = config.student.last_layers_are_kept
-        keys = "student.layers, student.spacing and student.train_layers" if by_ends else _KEYS
+        keys = "student.layers and student.spacing"
+        if config.student.last_layers_are_kept:
+            keys = "student.layers, student.spacing and student.train_layers"
         raise UserError(
             f"{student.path}: the student has the teacher's layers {as_text(found)}, but {keys} choose "
             f"{as_text(chosen)}; cut it again with `{kinds.STUDENT.made_by}`, or set student.layers to "

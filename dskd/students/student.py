@@ -4,6 +4,8 @@ All three are Hugging Face folders of the same kind of artifact, which training 
 student the fact `layers` has the teacher's layers; the manifests of the others have the fact `origin` instead.
 """
 
+from pathlib import Path
+
 from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest
 from dskd.config import Config
@@ -56,11 +58,19 @@ def find_student(config: Config) -> ModelFolder:
     Raises:
         UserError: when it is missing or damaged.
     """
-    folder = config.path(kinds.STUDENT.folder)
-    manifest = read_manifest(folder, "student")
-    trusted = trusts_code(config)
+    student, _ = open_made_model(config, config.path(kinds.STUDENT.folder), "student")
+    return student
+
+
+def open_made_model(config: Config, folder: Path, kind: str) -> tuple[ModelFolder, Manifest]:
+    """Returns the model in a student's or an export's folder, and its manifest; `kind` is the manifest's.
+
+    Raises:
+        UserError: when it is missing or damaged.
+    """
+    manifest, trusted = read_manifest(folder, kind), trusts_code(config)
     digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
-    return ModelFolder(folder, manifest.digest, digest, trusted)
+    return ModelFolder(folder, manifest.digest, digest, trusted), manifest
 
 
 def trusts_code(config: Config) -> bool:
@@ -84,7 +94,7 @@ def require_configured_student(config: Config, teacher: ModelFolder, student: Mo
     again = f"make it again with `{kinds.STUDENT.made_by}`"
     if made != chosen:
         raise UserError(
-            f"{student.path}: the student was {_MADE[made]}, but the config's is to be {_MADE[chosen]}; {again}"
+            f"{student.path}: the student was {_MADE[made]}, but the config wants one {_MADE[chosen]}; {again}"
         )
     if chosen == "cut":
         require_chosen_layers(config, teacher, student)

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.hashing import MANIFEST_NAME
-from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest, verify_files, write_json
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, verify_files, write_json
 from dskd.config import Config
 from dskd.console import say, stage, warn
 from dskd.errors import OutageError, UserError
 from dskd.models.agreement import check_agreement
 from dskd.models.causal_lm import empty_model
-from dskd.models.folder import ModelFolder, attention_key, load_tokenizer, tokenizer_digest
+from dskd.models.folder import ModelFolder, attention_key
 from dskd.models.stored_names import StoredNames, parameter_names
 from dskd.models.weights import WEIGHTS_INDEX, TensorReader, write_weights
-from dskd.students.student import find_student, trusts_code
+from dskd.students.student import find_student, open_made_model
 from dskd.tracking import log_export
 from dskd.training import checkpoint
 
@@ -114,11 +114,7 @@ def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
     Raises:
         UserError: if it is missing or damaged.
     """
-    folder = config.path(kinds.EXPORT.folder, run)
-    manifest = read_manifest(folder, "export")
-    trusted = trusts_code(config)
-    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
-    return ModelFolder(folder, manifest.digest, digest, trusted), manifest
+    return open_made_model(config, config.path(kinds.EXPORT.folder, run), "export")
 
 
 def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], target: Path) -> set[torch.dtype]:

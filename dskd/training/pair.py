@@ -131,7 +131,7 @@ def load_pair(
         config: the experiment.
         world: the ranks.
         teacher_folder: the teacher.
-        student_folder: the cut student.
+        student_folder: the untrained student.
         margin: of the sense loss, in units of |h - s|² / D.
         accumulation_steps: micro-batches per rank and optimizer step.
         source: where the run reads the teacher.

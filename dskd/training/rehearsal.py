@@ -66,7 +66,7 @@ def _rehearse(student: ModelFolder, scratch: Path, probe: dict[str, Any], names:
             (scratch / file.name).symlink_to(file.resolve())
     # Size in float32: the comparison loads the model in bf16 and, to test whether rounding explains any differences,
     # again in float32.
-    size = sum(torch.Size(reader.shape(name)).numel() for name in reader.names) * 4
+    size = reader.numel * 4
     if size > min(_RELOADED, psutil.virtual_memory().available // 2):
         say(f"  the export is not rehearsed: reloading the student would need {gigabytes(size)} of memory")
         return

@@ -195,7 +195,7 @@ NEW = {"layers": 2, "hidden_size": 32, "heads": 4}
         ({"from_config": NEW, "spacing": "even"}, "from_config describes a whole model, and student.spacing would cut"),
         ({"path": "a/b", "from_config": NEW}, "remove student.path or student.from_config"),
         ({"path": "a/b", "shared_trunk": "on"}, "shared_trunk: on needs a student that is cut from the teacher"),
-        ({"revision": "main"}, "revision is that of a student on the hub, which student.path names"),
+        ({"revision": "main"}, "revision needs student.path, a model on the hub"),
         ({"from_config": NEW, "train_layers": 3}, "at most 2 can be trained, because from_config.layers is 2"),
         ({"from_config": {**NEW, "heads": 5}}, "hidden_size 32 must be heads (5) times an even number"),
         ({"from_config": {**NEW, "kv_heads": 3}}, "kv_heads 3 must divide heads (4)"),

@@ -1,4 +1,4 @@
-"""What a model does with its logits is found out from its config.json and its own forward, or the model is refused."""
+"""Tests that the step from products to logits is found by running a model's own forward, or the model is refused."""
 
 from pathlib import Path
 
@@ -93,7 +93,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_anything_else_is_refused(change):
     model = type("Model", (_Changed,), {"change_logits": staticmethod(CHANGES[change])})(LlamaConfig(**SHAPE))
-    with pytest.raises(UserError, match="teacher: Model does something to its logits that is not supported"):
+    with pytest.raises(UserError, match="teacher: Model: its logits are neither the products"):
         find_logit_transform(model, FOLDER)
 
 
@@ -101,7 +101,7 @@ def test_a_cap_that_the_model_applies_otherwise_is_refused_by_name():
     model = type("Model", (_Changed,), {"change_logits": staticmethod(lambda logits: logits.clamp(-30, 30))})(
         LlamaConfig(**SHAPE, final_logit_softcapping=30.0)
     )
-    with pytest.raises(UserError, match=r"capped by final_logit_softcapping: 30\.0 as its config\.json says"):
+    with pytest.raises(UserError, match=r"capped by final_logit_softcapping: 30\.0 as config\.json says"):
         find_logit_transform(model, FOLDER)
 
 

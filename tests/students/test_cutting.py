@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
-from dskd.models.cut_config import cut_config
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.models.weights import TensorReader, write_weights
@@ -86,25 +85,6 @@ def test_layers_that_do_not_exist_are_refused(layers):
         choose_layers(StudentConfig(layers=layers), 10)
 
 
-def test_lists_with_one_item_per_layer_are_cut_too():
-    config = {
-        "num_hidden_layers": 4,
-        "layer_types": ["a", "b", "c", "d"],
-        "max_window_layers": 3,
-        "eos_token_id": [1] * 4,
-        "ffn_multipliers": [1, 2, 3, 4],
-        "ssm_multipliers": [1, 2, 3, 4],
-    }
-    assert cut_config(config, [0, 3]) == {
-        "num_hidden_layers": 2,
-        "layer_types": ["a", "d"],
-        "max_window_layers": 1,
-        "eos_token_id": [1] * 4,
-        "ffn_multipliers": [1, 4],
-        "ssm_multipliers": [1, 2, 3, 4],
-    }
-
-
 def test_weights_in_several_files_have_an_index(tmp_path, monkeypatch):
     from dskd.models import weights
 
@@ -135,77 +115,6 @@ def test_replaced_tensors_take_the_place_of_those_read(tmp_path):
         tmp_path / "out", reader, {name: name for name in reader.names}, {"model.norm.weight": torch.full((32,), 7.0)}
     )
     assert TensorReader(tmp_path / "out").read("model.norm.weight").eq(7).all()
-
-
-def _teacher(tmp_path, **options):
-    return Config(workdir=str(tmp_path / "work"), teacher={"path": str(tmp_path / "teacher"), **options})
-
-
-def test_a_folder_without_a_model_is_refused_with_everything_it_lacks(tmp_path):
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError) as error:
-        find_teacher(_teacher(tmp_path))
-    message = str(error.value)
-    assert "there is no config.json" in message
-    assert "no weights" in message
-    assert "there is pytorch_model.bin: convert it" in message
-    assert "no tokenizer" in message
-
-
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./missing", "not-a-hub-name"])
-def test_a_folder_that_does_not_exist_is_refused_without_asking_the_hub(tmp_path, path):
-    with pytest.raises(UserError, match=r"teacher\.path: there is no folder"):
-        find_teacher(Config(workdir=str(tmp_path), teacher={"path": path}))
-
-
-def test_cut_weights_are_refused(tmp_path):
-    save_model(tmp_path / "teacher")
-    file = tmp_path / "teacher" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        find_teacher(_teacher(tmp_path))
-
-
-def test_the_digest_of_a_teacher_follows_its_content(tmp_path):
-    save_model(tmp_path / "teacher", seed=0)
-    (tmp_path / "work").mkdir()
-    first, again = find_teacher(_teacher(tmp_path)), find_teacher(_teacher(tmp_path))
-    save_model(tmp_path / "teacher", seed=1)
-    other = find_teacher(_teacher(tmp_path))
-    assert first.digest == again.digest != other.digest
-    assert first.tokenizer_digest == other.tokenizer_digest
-
-
-def test_rules_become_lists_that_give_each_layer_the_kind_it_had():
-    rule = {"num_hidden_layers": 6, "sliding_window_pattern": 3}
-    full = {**rule, "layer_types": ["sliding", "sliding", "full"] * 2}
-    assert cut_config(rule, [0, 2, 5], full) == {"num_hidden_layers": 3, "layer_types": ["sliding", "full", "full"]}
-    sparse = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}  # experts in 1 and 5
-    assert cut_config(sparse, [1, 2, 3, 5]) == {
-        "num_hidden_layers": 4,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [1, 2],
-    }
-    numbered = {"num_hidden_layers": 6, "moe_layers": [1, 3, 5], "interleave_moe_layer_step": 2}
-    assert cut_config(numbered, [0, 1, 5]) == {"num_hidden_layers": 3, "moe_layers": [1, 2]}
-    dense_first = {"num_hidden_layers": 6, "first_k_dense_replace": 2}
-    assert cut_config(dense_first, [0, 3, 5]) == {"num_hidden_layers": 3, "first_k_dense_replace": 1}
-
-
-def test_a_rule_without_a_list_is_replaced_by_another_or_the_layers_are_refused():
-    ernie = {"num_hidden_layers": 6, "moe_layer_interval": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 5}
-    assert cut_config(ernie, [0, 3, 5]) == {  # experts in 1, 3 and 5
-        "num_hidden_layers": 3,
-        "moe_layer_interval": 1,
-        "moe_layer_start_index": 1,
-        "moe_layer_end_index": 2,
-    }
-    with pytest.raises(UserError, match="gives the kinds of layers by a rule"):
-        cut_config(ernie, [1, 2, 3, 4])
-    jamba = {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1}
-    cut = cut_config(jamba, [0, 2, 3])  # attention in 1, 3 and 5
-    assert [layer % cut["attn_layer_period"] == cut["attn_layer_offset"] for layer in range(3)] == [False, False, True]
 
 
 def test_layers_that_would_be_of_another_kind_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Which layers stay: against choices made by hand, and blocks found by trying all of them."""
+"""Tests the choice of layers against choices made by hand, and blocks found by trying all of them."""
 
 import random
 

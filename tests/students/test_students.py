@@ -120,6 +120,18 @@ def test_the_code_of_a_student_does_not_run_even_if_the_teachers_may(tmp_path):
 
 
 @pytest.mark.usefixtures("teacher")
+def test_the_tokenizers_code_of_a_student_is_refused_without_naming_a_key_that_would_not_help(tmp_path):
+    _save_pretrained(tmp_path / "pretrained")
+    file = tmp_path / "pretrained" / "tokenizer_config.json"
+    values = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    file.write_text(json.dumps(values))
+    (file.parent / "own.py").write_text("raise SystemExit('it ran')")
+    teacher = {"path": str(tmp_path / "teacher"), "trust_remote_code": True}
+    with pytest.raises(UserError, match="it brings its own code, which runs for teachers only; name another student"):
+        build_student(_config(tmp_path, teacher=teacher))
+
+
+@pytest.mark.usefixtures("teacher")
 def test_a_new_student_is_a_function_of_its_sizes_and_the_seed(tmp_path):
     def weights(seed, **sizes):
         config = _config(tmp_path, student={"from_config": {**SIZES, **sizes}}, seed=seed)
@@ -158,7 +170,7 @@ def test_a_student_that_the_config_no_longer_names_is_refused(tmp_path):
         require_configured_student(
             _config(tmp_path, student={"from_config": {**SIZES, "hidden_size": 32}}), found, student
         )
-    made = r"was made with random weights \(student\.from_config\), but the config's is to be "
+    made = r"was made with random weights \(student\.from_config\), but the config wants one "
     for other, chosen in (({"layers": 2}, "cut from a teacher"), ({"path": "x"}, "copied from a pretrained model")):
         with pytest.raises(UserError, match=f"{made}{chosen}.*make it again with `dskd student"):
             require_configured_student(_config(tmp_path, student=other), found, student)

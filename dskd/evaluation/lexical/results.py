@@ -15,7 +15,7 @@ from dskd.console import table
 from dskd.evaluation import held_out_text
 from dskd.evaluation.lexical.alignment import MEASURES as OF_POSITIONS
 from dskd.evaluation.lexical.scores import Item, columns_of, summarize
-from dskd.evaluation.models import CUT_STUDENT, TEACHER, Candidate
+from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT, Candidate
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples, standard_error
 from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
 from dskd.evaluation.table import HELD_OUT, LEXICAL
@@ -88,8 +88,8 @@ def comparison(config: Config, names: Sequence[str], items: Manifest) -> str:
     teacher, usually the ceiling, comes last.
     """
     surface = items.facts["surface"]
-    order = [name for name in names if name not in (TEACHER, CUT_STUDENT)]
-    order = [n for n in (CUT_STUDENT, *order, TEACHER) if n in names]
+    order = [name for name in names if name not in (TEACHER, UNTRAINED_STUDENT)]
+    order = [n for n in (UNTRAINED_STUDENT, *order, TEACHER) if n in names]
     summaries = {name: load_summary(config, name) for name in order}
     measures = list(dict.fromkeys(measure for summary in summaries.values() for measure in summary))
     rows = []

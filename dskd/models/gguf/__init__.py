@@ -1,6 +1,6 @@
 """A teacher from a GGUF file, made into an ordinary folder.
 
-file       reads what the file says of its model
+file       reads what the file says about its model
 config     the config of that model, and the check that transformers leaves nothing out
 tokenizer  builds its tokenizer, or compares another with it
 teacher    writes the folder

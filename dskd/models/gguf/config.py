@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from dskd.errors import UserError, listed, shortened
-from dskd.models.folder import BAD_CONFIG, reason_of
-from dskd.models.gguf.file import GgufFile, require_gguf
+from dskd.errors import UserError, listed, reason_of, shortened
+from dskd.models.folder import BAD_CONFIG
+from dskd.models.gguf.file import GgufFile
 from dskd.models.gguf.tokenizer import vocabulary_rows
 
+_INSTEAD = "name a Hugging Face folder of the model instead"
 _ROTATION_FACTORS = "rope_freqs.weight"
 # What a key that transformers leaves out should be, from the values of the config: the first of these that it has.
 _SAME_AS: Mapping[str, tuple[str, ...]] = {
@@ -43,9 +44,10 @@ _SAME_AS: Mapping[str, tuple[str, ...]] = {
     "use_parallel_residual": ("use_parallel_residual", "parallel_attn"),
     "vocab_size": ("vocab_size",),
 }
-_HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "general.file_type")
-_OF_NO_ROPE_SCALING = ("rope.scaling.",)  # these say nothing where rope.scaling.type is none
-# Their largest models scale attention by a number that GGUF has no key for, so transformers takes that of the others.
+_HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned")
+_OF_NO_ROPE_SCALING = ("rope.scaling.",)  # have no effect if rope.scaling.type is none
+# The largest Gemma 2 and 3 scale attention by a factor that GGUF cannot store, so transformers would use the smaller
+# models'.
 _OTHER_ATTENTION_SCALE = {"gemma2": 46, "gemma3": 62}
 
 
@@ -63,7 +65,7 @@ def read_config(file: GgufFile) -> Any:
     if name not in known:
         raise UserError(
             f"teacher.path: {file.path}: the installed transformers cannot read the architecture {file.architecture!r} "
-            f"from GGUF, only {', '.join(known)}; name a Hugging Face folder of the model instead"
+            f"from GGUF, only {', '.join(known)}; {_INSTEAD}"
         )
     rows = vocabulary_rows(file)
     try:
@@ -77,7 +79,7 @@ def read_config(file: GgufFile) -> Any:
     tokens = file.values.get(f"{file.architecture}.vocab_size") or len(file.values.get("tokenizer.ggml.tokens", ()))
     if tokens and tokens != rows:
         raise UserError(
-            f"teacher.path: {file.path}: its keys say {tokens:,} tokens, and there are {rows:,} embeddings; the file "
+            f"teacher.path: {file.path}: its keys say {tokens:,} tokens, but there are {rows:,} embeddings; the file "
             "is damaged"
         )
     _read_rotation_factors(file, config)
@@ -105,8 +107,7 @@ def check_tensors(file: GgufFile, model: Any) -> None:
     if unread := [tensor.name for tensor in file.tensors if tensor.name not in read]:
         raise UserError(
             f"teacher.path: {file.path}: transformers leaves out {len(unread)} of {len(file.tensors)} tensors, without "
-            f"which the model would compute something else: {shortened(unread, 5)}; name a Hugging Face folder of the "
-            "model instead"
+            f"which the model would compute something else: {shortened(unread, 5)}; {_INSTEAD}"
         )
 
 
@@ -115,7 +116,8 @@ def _write_without_content(file: GgufFile, rows: int, path: Path) -> None:
 
     Transformers needs no more to derive the config, and takes up to a minute to read a large vocabulary.
     """
-    gguf = require_gguf()
+    import gguf
+
     writer = gguf.GGUFWriter(path, file.architecture)
     for key, value in {f"{file.architecture}.vocab_size": rows, **file.values}.items():
         if key == "general.architecture" or (key.startswith("tokenizer.") and isinstance(value, (list, str))):
@@ -161,12 +163,12 @@ def _check_keys(file: GgufFile, config: Any, mapping: Mapping[str, Any]) -> None
         elif not _is_same(value, built):
             problems.append(f"{prefix}{key}: {_shown(value)} (its model would have {built})")
     if settings.get("block_count") == _OTHER_ATTENTION_SCALE.get(file.architecture, 0):
-        problems.append(f"the scale of attention, which is another one in {file.architecture} with so many layers")
+        problems.append(f"the attention scale, which differs in {file.architecture} of this depth")
     if problems:
         raise UserError(
             listed(
                 f"teacher.path: {file.path}: transformers leaves out keys of the file, without which the model would "
-                "compute something else; name a Hugging Face folder of the model instead",
+                f"compute something else; {_INSTEAD}",
                 problems,
             )
         )
@@ -230,8 +232,7 @@ def _read_rotation_factors(file: GgufFile, config: Any) -> None:
         return
     raise UserError(
         f"teacher.path: {file.path}: its rotations are scaled by {_ROTATION_FACTORS} (from {float(factors.min()):g} to "
-        f"{largest:g}), and not as in Llama 3.1, which is the only scaling that can be read from GGUF; name a Hugging "
-        "Face folder of the model instead"
+        f"{largest:g}), and not as in Llama 3.1, which is the only scaling that can be read from GGUF; {_INSTEAD}"
     )
 
 
@@ -251,7 +252,8 @@ def _explains(scaling: dict[str, Any], factors: Any, config: Any) -> bool:
 
 def _read_tensor(file: GgufFile, name: str) -> Any:
     """Returns the numbers of one tensor, as an array of float32."""
-    gguf = require_gguf()
+    import gguf
+
     tensor = next(tensor for tensor in file.tensors if tensor.name == name)
     stored = np.fromfile(file.path, np.uint8, tensor.size_bytes, offset=tensor.offset)
     return gguf.dequantize(stored, gguf.GGMLQuantizationType[tensor.type_name])

@@ -1,4 +1,4 @@
-"""Reading what a GGUF file says of its model: its keys, and the names, shapes, types and places of its tensors.
+"""Reading what a GGUF file says about its model: its keys, and the names, shapes, types and places of its tensors.
 
 GGUF is the format of llama.cpp: one file with the keys (of the architecture, the tokenizer and where the model comes
 from), a table of tensors, and then the tensors, most of them quantised. Only the beginning of the file is read here, so
@@ -22,7 +22,7 @@ _ALIGNMENT = 32  # of the tensors, in bytes, if the key general.alignment does n
 # The number of a type of a key's value -> its format for the module struct. Strings and arrays have no fixed size.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_LONGEST_NAME = 2**16  # bytes; a longer name of a key or tensor is not one
+_LONGEST_NAME = 2**16  # bytes; anything longer cannot be a name
 _MOST_DIMENSIONS = 8
 
 
@@ -44,7 +44,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF file says of its model."""
+    """The header of a GGUF file: its keys and its table of tensors."""
 
     path: Path
     values: Mapping[str, Any]  # its keys
@@ -65,28 +65,12 @@ class GgufFile:
         return dict(sorted(Counter(tensor.type_name for tensor in self.tensors).items()))
 
 
-def require_gguf() -> Any:
-    """Returns the package `gguf`.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "teacher.path: a GGUF file needs the package gguf, which is not installed: pip install 'gguf>=0.17,<1'"
-        ) from None
-    return gguf
-
-
 def read_gguf(path: Path) -> GgufFile:
     """Reads the beginning of a GGUF file.
 
     Raises:
         UserError: if it is missing, no GGUF file, of another version, one of several parts of a model, or cut short.
     """
-    gguf = require_gguf()
     if not path.is_file():
         what = "this is a folder; name the file in it" if path.is_dir() else "there is no such file"
         raise UserError(f"teacher.path: {path}: {what}")
@@ -99,12 +83,12 @@ def read_gguf(path: Path) -> GgufFile:
             except _CutShortError:
                 raise UserError(
                     f"teacher.path: {path}: the file is cut short: it ends after {size:,} bytes, within the list of "
-                    "its keys and tensors; fetch it again"
+                    "its keys and tensors; download it again"
                 ) from None
             except (UnicodeDecodeError, KeyError, ValueError) as error:
                 raise UserError(
                     f"teacher.path: {path}: the list of keys and tensors of this GGUF file (version {version}) is "
-                    f"damaged ({error}); fetch it again"
+                    f"damaged ({error}); download it again"
                 ) from None
     except OSError as error:
         raise UserError(f"teacher.path: {path}: it cannot be read ({error.strerror})") from None
@@ -116,13 +100,13 @@ def read_gguf(path: Path) -> GgufFile:
         )
     if not table:
         raise UserError(f"teacher.path: {path}: this GGUF file has no tensors, only keys; name the file of the model")
-    tensors = _place_tensors(table, end, values, gguf, path)
+    tensors = _place_tensors(table, end, values, path)
     last = max(tensors, key=lambda tensor: tensor.offset + tensor.size_bytes)
     if (needed := last.offset + last.size_bytes) > size:
         missing = [tensor.name for tensor in tensors if tensor.offset + tensor.size_bytes > size]
         raise UserError(
             f"teacher.path: {path}: the file is cut short: it has {size:,} bytes, and its {len(tensors)} tensors need "
-            f"{needed:,}; incomplete or missing: {shortened(missing, 3)} ({len(missing)} in all). Fetch it again"
+            f"{needed:,}; incomplete or missing: {shortened(missing, 3)} ({len(missing)} in all). Download it again"
         )
     return GgufFile(path, values, tensors)
 
@@ -144,7 +128,7 @@ def _read_version(stream: BinaryIO, path: Path) -> int:
         big_endian = " (or its numbers are big-endian)" if version > 2**16 else ""
         raise UserError(
             f"teacher.path: {path}: this GGUF file has format version {version}{big_endian}; versions 2 and 3 can be "
-            "read. Convert the model again with a llama.cpp of this time"
+            "read. Convert the model again with a current llama.cpp"
         )
     stream.seek(8)
     return int(version)
@@ -204,7 +188,7 @@ def _read_value(stream: BinaryIO, kind: int, size: int) -> Any:
     return [_read_value(stream, inner, size) for _ in range(count)]
 
 
-def _place_tensors(table: _Table, end: int, values: Mapping[str, Any], gguf: Any, path: Path) -> tuple[GgufTensor, ...]:
+def _place_tensors(table: _Table, end: int, values: Mapping[str, Any], path: Path) -> tuple[GgufTensor, ...]:
     """Returns the tensors with their sizes and their places in the file.
 
     Raises:
@@ -212,7 +196,7 @@ def _place_tensors(table: _Table, end: int, values: Mapping[str, Any], gguf: Any
     """
     alignment = int(values.get("general.alignment", _ALIGNMENT)) or _ALIGNMENT
     begin = -(-end // alignment) * alignment
-    types = {number: _type_of(gguf, number) for number in {number for _, _, number, _ in table}}
+    types = {number: _type_of(number) for number in {number for _, _, number, _ in table}}
     if unreadable := [reason for _, _, _, reason in types.values() if reason]:
         raise UserError(
             f"teacher.path: {path}: the installed gguf cannot turn some tensors into numbers: "
@@ -226,8 +210,9 @@ def _place_tensors(table: _Table, end: int, values: Mapping[str, Any], gguf: Any
     return tuple(tensors)
 
 
-def _type_of(gguf: Any, number: int) -> tuple[str, int, int, str]:
+def _type_of(number: int) -> tuple[str, int, int, str]:
     """Returns a type's name, the elements and bytes of a block, and why it cannot be turned into numbers, if so."""
+    import gguf
     import numpy as np
 
     try:

@@ -22,10 +22,10 @@ from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.console import gigabytes, say, stage, warn
-from dskd.errors import UserError
+from dskd.errors import UserError, reason_of
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.folder import ModelFolder, find_tokenizer_folder, gguf_digest, load_tokenizer, reason_of
+from dskd.models.folder import ModelFolder, find_tokenizer_folder, gguf_digest, load_tokenizer
 from dskd.models.gguf.config import check_tensors, read_config
 from dskd.models.gguf.file import GgufFile, read_gguf
 from dskd.models.gguf.tokenizer import PROBES, build_tokenizer, compare_tokenizers, turn_ends
@@ -38,6 +38,7 @@ _PROVENANCE = ("name", "organization", "author", "license", "license.link", "url
 _BASE_MODELS = "general.base_model."
 _FLOAT32_BYTES = 4
 _ROOM = 1.1  # for the tokenizer and a part of the model that is in memory twice
+_TOKENIZER_KIND = ("tokenizer.ggml.model", "tokenizer.ggml.pre")  # keys that name the kind of the file's tokenizer
 # A text that every model of English finds far more probable than chance.
 _PLAIN_TEXT = (
     "The sun rises in the east and sets in the west. In the winter the days are short and the nights are long, and "
@@ -51,7 +52,7 @@ def recipe(config: Config) -> Recipe:
 
 
 def check_file(config: Config) -> GgufFile:
-    """Returns what the GGUF file says of its model, after the checks that take no more than a second.
+    """Returns what the GGUF file says about its model, after the checks that take no more than a second.
 
     Raises:
         UserError: if the file cannot be read, is cut short, or is of an architecture that is not supported.
@@ -123,9 +124,6 @@ def _find_tokenizer(config: Config, file: GgufFile) -> tuple[Any, str]:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = file.values.get("tokenizer.chat_template")
     return tokenizer, f"{named}: {found}"
-
-
-_TOKENIZER_KIND = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 
 def _special_tokens(tokenizer: Any, ends: list[int]) -> dict[str, Any]:
@@ -234,7 +232,7 @@ def _check_stored(folder: Path, expected: list[tuple[str, torch.Tensor, torch.Te
 
 
 def _provenance(file: GgufFile) -> dict[str, Any]:
-    """Returns what the file says of where its model comes from."""
+    """Returns where the file says its model comes from."""
     prefix = "general."
     found = {key: file.values[prefix + key] for key in _PROVENANCE if prefix + key in file.values}
     bases = {key.removeprefix(prefix): value for key, value in file.values.items() if key.startswith(_BASE_MODELS)}

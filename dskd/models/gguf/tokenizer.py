@@ -6,6 +6,7 @@ like GPT-2 whatever the file names. Here, everything comes from the file's keys;
 it is refused, and `teacher.tokenizer` names another.
 """
 
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ _SPLITS: Mapping[str, Callable[[], Any]] = {
     "qwen2": lambda: _split_by(_QWEN_2),
 }
 _SAME_SPLIT = {"gpt2": "gpt-2", "starcoder": "smollm", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+_BEGINS = ("llama-bpe", "llama3", "llama-v3")  # encodings that put the beginning-of-text token before a text
 PROBES = (
     "The opposite of hot is cold.",
     "  Two spaces, a\ttab\nand two lines.\n\n",
@@ -63,7 +65,7 @@ def build_tokenizer(file: GgufFile) -> Any:
     if not tokens or kind is None:
         raise _undetermined(file, "it has no tokenizer (no tokenizer.ggml.tokens)")
     if twice := len(tokens) - len(set(tokens)):
-        raise _undetermined(file, f"{twice} of its {len(tokens):,} tokens have the same text as another")
+        raise _undetermined(file, f"{twice} of its {len(tokens):,} tokens are duplicates")
     if kind == "gpt2":
         backend = _byte_level(file, tokens)
     elif kind == "llama":
@@ -92,9 +94,6 @@ def build_tokenizer(file: GgufFile) -> Any:
     return tokenizer
 
 
-_BEGINS = ("llama-bpe", "llama3", "llama-v3")  # encodings that put the beginning-of-text token before a text
-
-
 def turn_ends(file: GgufFile, tokenizer: Any) -> list[int]:
     """Returns the tokens that end a generation: the end-of-text token, and those that end an assistant's turn.
 
@@ -117,13 +116,13 @@ def _end_in_template(tokenizer: Any) -> int | None:
     except Exception:  # a template is a program of the model's makers, which may raise anything
         return None
     after = str(rendered).rpartition(answer)[2].lstrip()
-    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     following = [token for token in special if after.startswith(token)]
     return special[max(following, key=len)] if following else None
 
 
 def compare_tokenizers(named: Any, file: GgufFile, name: str) -> str:
-    """Checks that a tokenizer gives tokens the numbers that the file gives them; returns what else differs, for people.
+    """Checks that a tokenizer gives tokens the ids that the file gives them; returns what else differs, for people.
 
     Args:
         named: the tokenizer that `teacher.tokenizer` names.
@@ -131,21 +130,21 @@ def compare_tokenizers(named: Any, file: GgufFile, name: str) -> str:
         name: the value of `teacher.tokenizer`, for messages.
 
     Raises:
-        UserError: if tokens have other numbers, with the first ones, or there are other numbers of tokens.
+        UserError: if tokens have other ids, with the first ones, or an id is too large for the model's embeddings.
     """
     rows = vocabulary_rows(file)
-    numbers = named.get_vocab()
-    if (largest := max(numbers.values(), default=0)) >= rows:
+    ids = named.get_vocab().values()
+    if (largest := max(ids, default=0)) >= rows:
         raise UserError(
-            f"teacher.tokenizer: {name} has the token {named.convert_ids_to_tokens(largest)!r} with the number "
+            f"teacher.tokenizer: {name} has the token {named.convert_ids_to_tokens(largest)!r} with the id "
             f"{largest:,}, and {file.path} has {rows:,} embeddings; name the tokenizer that belongs to the model"
         )
     tokens: list[str] = file.values.get("tokenizer.ggml.tokens") or []
     kinds = file.values.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     others = [
-        f"{number} is {theirs!r} there and {token!r} in the file"
-        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind not in (_UNUSED, _BYTE) and (theirs := named.convert_ids_to_tokens(number)) != token
+        f"{token_id} is {theirs!r} there and {token!r} in the file"
+        for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind not in (_UNUSED, _BYTE) and (theirs := named.convert_ids_to_tokens(token_id)) != token
     ]
     if others:
         raise UserError(
@@ -160,7 +159,8 @@ def compare_tokenizers(named: Any, file: GgufFile, name: str) -> str:
         return f"the same {len(tokens):,} tokens as in the file; not compared further, because {_short(problem, file)}"
     differ = sum(_ids(named, text) != _ids(own, text) for text in PROBES)
     found = [
-        f"the same {len(tokens):,} tokens as in the file, and {differ or 'none'} of {len(PROBES)} texts split apart"
+        f"the same {len(tokens):,} tokens as in the file, and {differ or 'none'} of {len(PROBES)} texts split "
+        "differently"
     ]
     for attribute in ("bos_token", "eos_token"):
         if (theirs := getattr(named, attribute)) != (file_token := getattr(own, attribute)):
@@ -201,7 +201,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
         what = "it does not say how text is split" if name is None else f"it splits text as {name!r}"
         raise _undetermined(file, f"{what} (tokenizer.ggml.pre); known are {known}")
     merges = [tuple(merge.split(" ")) for merge in file.values.get("tokenizer.ggml.merges") or []]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     # Llama 3's encoding takes a piece of text that is a token as it is, even if no merges lead to it.
     takes_whole = split is _SPLITS["llama-bpe"]
     tokenizer = Tokenizer(_bpe(file, vocabulary, merges, ignore_merges=takes_whole))
@@ -220,8 +220,8 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     kinds = _kinds(file, tokens)
     if scores is None or len(scores) != len(tokens):
         raise _undetermined(file, "its tokens have no scores (tokenizer.ggml.scores)")
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    normal = {token: scores[number] for token, number in vocabulary.items() if kinds[number] == _NORMAL}
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    normal = {token: scores[token_id] for token, token_id in vocabulary.items() if kinds[token_id] == _NORMAL}
     merges = generate_merges({token: vocabulary[token] for token in normal}, normal)
     unknown = _special(file, "unknown")
     tokenizer = Tokenizer(_bpe(file, vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -251,8 +251,8 @@ def _mark_special_tokens(backend: Tokenizer, file: GgufFile, tokens: list[str]) 
     control = {token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL}
     control |= {token for name in ("bos", "eos", "padding", "eot", "eom") if (token := _special(file, name))}
     defined = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
-    number_of = {token: number for number, token in enumerate(tokens)}
-    added = [AddedToken(token, special=True, normalized=False) for token in sorted(control, key=number_of.__getitem__)]
+    id_of = {token: token_id for token_id, token in enumerate(tokens)}
+    added = [AddedToken(token, special=True, normalized=False) for token in sorted(control, key=id_of.__getitem__)]
     backend.add_special_tokens(added)
     # Sentencepiece's own hold its mark of a space, which the normalizer writes.
     backend.add_tokens([AddedToken(token, special=False, normalized="▁" in token) for token in defined])
@@ -260,12 +260,12 @@ def _mark_special_tokens(backend: Tokenizer, file: GgufFile, tokens: list[str]) 
 
 def _special(file: GgufFile, name: str) -> str | None:
     tokens = file.values.get("tokenizer.ggml.tokens") or []
-    number = file.values.get(f"tokenizer.ggml.{name}_token_id")
-    if number is None or number == 2**32 - 1:  # -1: there is none
+    token_id = file.values.get(f"tokenizer.ggml.{name}_token_id")
+    if token_id is None or token_id == 2**32 - 1:  # -1: there is none
         return None
-    if not 0 <= number < len(tokens):
-        raise _undetermined(file, f"tokenizer.ggml.{name}_token_id is {number}, and there are {len(tokens):,} tokens")
-    return str(tokens[number])
+    if not 0 <= token_id < len(tokens):
+        raise _undetermined(file, f"tokenizer.ggml.{name}_token_id is {token_id}, but there are {len(tokens):,} tokens")
+    return str(tokens[token_id])
 
 
 def _add_to_texts(backend: Tokenizer, before: list[str], after: list[str]) -> None:
@@ -287,8 +287,6 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _check_probes(tokenizer: Any, file: GgufFile) -> None:
-    import unicodedata
-
     for text in PROBES:
         again = tokenizer.decode(_ids(tokenizer, text), clean_up_tokenization_spaces=False)
         if unicodedata.normalize("NFC", again) != unicodedata.normalize("NFC", text):
