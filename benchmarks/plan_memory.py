@@ -36,9 +36,9 @@ from benchmarks.workload import OurTraining, Preset, read_config, write_work_dir
 from dskd.distributed.collectives import gather_json
 from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.plan import GB
+from dskd.plan.architecture import find_architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan
-from dskd.plan.shapes import find_architecture
 
 _MODES = ("resident", "zero3", "cached")
 _STEPS = 3  # from the second step on, ZeRO-3 gathers parameters ahead

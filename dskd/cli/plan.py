@@ -112,10 +112,10 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Prints the plan, and the smallest change that makes the job fit if it does not; returns the exit code."""
+    from dskd.plan.architecture import find_architecture
     from dskd.plan.changes import Change, smallest_change
     from dskd.plan.plan import RELATIONS, Plan, make_plan
     from dskd.plan.report import format_offload, format_plan, format_refusal
-    from dskd.plan.shapes import find_architecture
     from dskd.plan.stored import loads_teacher
 
     config = load_config(args.config, args.overrides)

@@ -7,7 +7,8 @@ names.
 
 plan          puts a job's memory, time and disk space together, and decides whether it fits
 cluster       the machines, and the speeds that are assumed for them
-shapes        the shapes of teacher and student, from the teacher's config.json
+architecture  finds, fetches and checks the config.json of teacher and student
+shapes        the shapes of teacher and student, from their architectures
 known_models  shapes of models whose config.json needs a licence or a network
 memory        the bytes on each GPU and in each host's memory
 running       runs an architecture without weights, under FakeTensorMode

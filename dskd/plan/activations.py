@@ -19,9 +19,9 @@ from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.head_probe import declared_transform
 from dskd.models.output_head import LogitTransform
 from dskd.models.stored_names import base_model
+from dskd.plan.architecture import Architecture
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values
-from dskd.plan.shapes import Architecture
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import choose_trained
 from dskd.training.width_map import build_width_map, has_width_map

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from dskd.config import Config
+from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
-from dskd.plan.shapes import Architecture, Shapes, Student
+from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import stored_in_shards
 from dskd.shards import StoredStates, sample_bytes
 from dskd.training.saving import ELEMENT_BYTES

@@ -17,9 +17,10 @@ from dskd.models.head_probe import declared_transform
 from dskd.models.nvme import BUFFERS, buffer_numel
 from dskd.plan import GB
 from dskd.plan.activations import Batch, loaded_tensors, student_activations, teacher_activations
+from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered, gather
-from dskd.plan.shapes import Architecture, Shapes, Student
+from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.shards import TRUNK_STATES
 from dskd.shards.blocks import SAMPLES_PER_SHARD

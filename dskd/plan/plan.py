@@ -7,10 +7,11 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
+from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
 from dskd.plan.memory import RESERVED_ON_HOST, Memory, StageMemory, compute_memory, gather_models, stages_before
-from dskd.plan.shapes import Architecture, Shapes, Student, plan_student, teacher_shapes, trunk_to_store
+from dskd.plan.shapes import Shapes, Student, plan_student, teacher_shapes, trunk_to_store
 from dskd.plan.speed import Speed, compute_speed
 from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import Comparison, compare_with_stored_states

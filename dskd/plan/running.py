@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dskd.errors import UserError
 from dskd.models.folder import has_capped_attention
 from dskd.models.stored_names import base_model
-from dskd.plan.shapes import Architecture
+from dskd.plan.architecture import Architecture
 
 _ATTEMPTED = 1, 8  # B, T of the run that tests a way of running the architecture
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")

@@ -12,10 +12,11 @@ from typing import Any
 
 from dskd.config import Config
 from dskd.models.weights import LAYER_NAME
+from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
-from dskd.plan.shapes import Architecture, Shapes, Student
+from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.training.width_map import has_width_map
 

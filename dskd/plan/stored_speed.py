@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from dskd.config import Config
+from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import states_bytes
 from dskd.plan.memory import gather_models
-from dskd.plan.shapes import Architecture, Shapes, plan_student
+from dskd.plan.shapes import Shapes, plan_student
 from dskd.plan.speed import Speed, TeacherPass, compute_speed
 from dskd.plan.stored import loads_teacher, reads_states, stored_in_shards, with_stored_states, without_stored_states
 

@@ -11,9 +11,9 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
 from dskd.config.reading import load_config
 from dskd.errors import UserError
+from dskd.plan.architecture import Architecture
 from dskd.plan.changes import Change, candidates, smallest_change
 from dskd.plan.plan import make_plan
-from dskd.plan.shapes import Architecture
 from dskd.plan.stored import loads_teacher
 from dskd.shards import TEACHER_STATES
 

@@ -15,11 +15,12 @@ from benchmarks.flops import Shape
 from dskd.losses.head import HeadSizes
 from dskd.models.output_head import LogitTransform
 from dskd.plan.activations import Batch, student_activations
+from dskd.plan.architecture import Architecture
 from dskd.plan.gathering import gather
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.plan import make_plan
-from dskd.plan.shapes import Architecture, Shapes, Weight, plan_student
+from dskd.plan.shapes import Shapes, Weight, plan_student
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
 from dskd.config.reading import load_config
 from dskd.errors import UserError
+from dskd.plan.architecture import Architecture, find_architecture
 from dskd.plan.plan import make_plan
 from dskd.plan.report import format_plan
-from dskd.plan.shapes import Architecture, find_architecture, plan_student, teacher_shapes
+from dskd.plan.shapes import plan_student, teacher_shapes
 from dskd.plan.speed import flops_per_token
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.students.student import build_student

@@ -38,9 +38,9 @@ from dskd.models.layers import layers_of
 from dskd.models.probes import check_documents
 from dskd.models.stored_names import base_model
 from dskd.plan import GB
+from dskd.plan.architecture import find_architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan
-from dskd.plan.shapes import find_architecture
 from dskd.students.student import build_student, find_student
 from dskd.training.pair import load_pair
 from dskd.training.rehearsal import rehearse_export

@@ -111,7 +111,8 @@ def test_a_teacher_of_another_file_is_refused_and_one_whose_file_is_gone_is_not(
 
 def test_a_plan_reads_the_shape_from_the_file_and_needs_no_conversion(tmp_path, monkeypatch, capsys):
     from dskd.__main__ import main as run_main
-    from dskd.plan.shapes import find_architecture, teacher_shapes
+    from dskd.plan.architecture import find_architecture
+    from dskd.plan.shapes import teacher_shapes
 
     written = write_gguf(tmp_path / "model.gguf", architecture="qwen2", types=QUANTISED)
     architecture = find_architecture(gguf_config(written.path), None)
