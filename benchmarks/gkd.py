@@ -140,7 +140,7 @@ def _run_gkd(config: Config, args: argparse.Namespace) -> dict[str, float]:
 
     device, train = default_device(), config.train
     dtype = compute_dtype(config.precision, device)
-    meter = _Meter(args, device, held_bytes(device), train.global_batch_size * config.corpus.sequence_length)
+    meter = _meter_from_now(config, args, device)
     teacher, models = find_teacher(config), _load_models(config, dtype)
     tokens = read_tokens(config)
 
@@ -207,7 +207,7 @@ def _run_chunked(config: Config, args: argparse.Namespace) -> dict[str, float]:
 
     device, train = default_device(), config.train
     dtype = compute_dtype(config.precision, device)
-    meter = _Meter(args, device, held_bytes(device), train.global_batch_size * config.corpus.sequence_length)
+    meter = _meter_from_now(config, args, device)
     teacher, student = (model.to(device) for model in _load_models(config, dtype))
     teacher.requires_grad_(False)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -229,6 +229,12 @@ def _run_chunked(config: Config, args: argparse.Namespace) -> dict[str, float]:
         optimizer.zero_grad()
         meter.count()
     return meter.result
+
+
+def _meter_from_now(config: Config, args: argparse.Namespace, device: torch.device) -> "_Meter":
+    """Returns a meter of steps of the config's size, on a device that holds nothing of the training yet."""
+    tokens = config.train.global_batch_size * config.corpus.sequence_length
+    return _Meter(args, device, held_bytes(device), tokens)
 
 
 class _Meter:

@@ -37,8 +37,8 @@ from dskd.models.limits import vocabulary_size
 from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.students import student
+from dskd.students.measuring import measure_importance
 from dskd.training import checkpoint, export, inputs, teacher_from_scratch
-from dskd.training.layer_importance import measure_importance
 
 LOCK = ".pipeline.lock"  # in the work directory
 

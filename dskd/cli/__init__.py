@@ -2,7 +2,9 @@
 
 program    shared by all programs: arguments, overrides, ranks, exit codes
 launching  starts a program of `launcher/` on all ranks
-stages     lexicon, student, export: the stages that run in one process
+lexicon    reads synonyms and antonyms
+student    makes the student, or shows which layers it could keep
+export     makes a Hugging Face model from a checkpoint
 config     explains the keys, or checks a file
 wordnet    finds WordNet on this machine
 status     prints how far a run is trained

@@ -6,7 +6,6 @@ every model continues it greedily.
 """
 
 import html
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dskd.artifacts.manifest import read_file, write_json
 from dskd.config import Config
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
-from dskd.models.generation import end_tokens, generate_greedily
+from dskd.models.generation import before_end, end_tokens, generate_greedily
 
 TABLE_FILE, TEXT_FILE = "samples.json", "samples.md"
 _PROMPT, _TEXT = "prompt", "the text itself"
@@ -75,7 +74,7 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     last = prompts.input_ids.shape[1] - 1
     added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
     _, ends = end_tokens(model.folder)
-    return [[*itertools.takewhile(lambda token: token not in ends, row)] for row in added]
+    return [before_end(row, ends) for row in added]
 
 
 def write_samples(

@@ -5,7 +5,6 @@ Answers are generated greedily.
 """
 
 import functools
-import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from dskd.evaluation.table import BENCHMARKS
 from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
 from dskd.models.frozen import FrozenModel
-from dskd.models.generation import end_tokens, generate_greedily
+from dskd.models.generation import before_end, end_tokens, generate_greedily
 from dskd.models.limits import check_new_tokens, position_limit, vocabulary_size
 from dskd.models.precision import resolve_precision
 from dskd.models.tokenizing import has_more_tokens, require_known
@@ -209,9 +208,7 @@ def _answer(
             "prompt_tokens": len(prompt.input_ids),
             "shots": prompt.num_shots,
             "is_cut": prompt.is_cut,
-            "generated": prompter.tokenizer.decode(
-                [*itertools.takewhile(lambda token: token not in ends, row)], skip_special_tokens=True
-            ),
+            "generated": prompter.tokenizer.decode(before_end(row, ends), skip_special_tokens=True),
         }
         for prompt, row in zip(prompts, added.tolist(), strict=False)
     ]

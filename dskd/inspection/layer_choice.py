@@ -11,8 +11,8 @@ from dskd.config import Config, Spacing, StudentConfig
 from dskd.console import table
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
+from dskd.students.measuring import measure_importance
 from dskd.students.spacing import Importance, as_text, choose_layers, num_removed_layers
-from dskd.training.layer_importance import measure_importance
 
 LIST = "your list"  # the config's, if student.layers is one
 _KEPT, _BAR, _FAINT = "#4477aa", "#ee6677", "#e3e7eb"

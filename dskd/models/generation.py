@@ -1,5 +1,7 @@
 """Greedy generation with a frozen model, in batches."""
 
+import itertools
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -65,6 +67,11 @@ def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
     if not isinstance(ends_of_model, list):
         ends_of_model = [ends_of_model]
     return end, sorted({token for token in (end, *ends_of_model) if token is not None})
+
+
+def before_end(tokens: Iterable[int], ends: Container[int]) -> list[int]:
+    """Returns the generated tokens before the first of `ends`."""
+    return [*itertools.takewhile(lambda token: token not in ends, tokens)]
 
 
 def _most_probable_last(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:

@@ -3,7 +3,8 @@
 student         the student of a work directory: finding it, making it, and whether it is the one that the config names
 cutting         cuts it from the teacher's files
 spacing         which of the teacher's layers it keeps
-importance      measures how much layers change the states
+importance      computes how much layers change the states
+measuring       runs the teacher on training text to measure its layers that way
 pretrained      copies a pretrained model
 new             makes one of given sizes with random weights
 same_tokenizer  compares a pretrained student's tokenizer with the teacher's

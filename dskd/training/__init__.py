@@ -25,7 +25,6 @@ saving                moves a checkpoint between an engine and the disk: writes 
 universal_checkpoint  converts a checkpoint for another number of ranks
 export                writes a checkpoint as a Hugging Face folder
 rehearsal             exports the untrained student before the first step, to see early whether exporting will work
-layer_importance      measures the teacher's layers on training text, to choose those that the student keeps
 teacher_from_scratch  trains a small teacher, for when there is none to download
 muon                  the optimizer of that teacher's matrices in float32
 """

@@ -18,9 +18,9 @@ from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.shards.stored_states import plan_stored
 from dskd.students.cutting import recipe
+from dskd.students.measuring import sample_rows
 from dskd.students.spacing import require_chosen_layers
 from dskd.students.student import find_student
-from dskd.training.layer_importance import sample_rows
 
 MEASURED = ("student.spacing=importance", "student.importance_samples=6", "student.layers=2", "student.train_layers=1")
 BEFORE = ("corpus", "teacher", "sequences")

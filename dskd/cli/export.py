@@ -1,0 +1,23 @@
+"""`dskd export`: makes a Hugging Face model from a checkpoint."""
+
+import argparse
+
+from dskd.cli.program import add_config_arguments, add_verb
+from dskd.config.reading import load_config
+
+_HELP = "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run"
+_EXAMPLES = """examples:
+  dskd export --config configs/quickstart.yaml
+  dskd export --config FILE run=kd"""
+
+
+def add_parser(verbs: argparse._SubParsersAction) -> None:
+    """Adds the parser of `dskd export`."""
+    add_config_arguments(add_verb(verbs, "export", run_export, text=_HELP, epilog=_EXAMPLES))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Exports the newest checkpoint of the config's run."""
+    from dskd.training.export import build_export
+
+    build_export(load_config(args.config, args.overrides))
