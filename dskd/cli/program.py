@@ -25,7 +25,7 @@ from dskd.console import allow_any_text, say
 from dskd.distributed.shared_memory import describe_shortage
 from dskd.distributed.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
 from dskd.distributed.world import World, current_rank, is_main_process
-from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError
+from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError, first_line
 
 _RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine the launcher takes seconds to end the other ranks
 _OVERRIDES_HELP = (
@@ -213,7 +213,7 @@ def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], obj
                 raise
             raise LostPeerError(
                 f"[rank {world.rank}, {peers.host}] {lost}; this rank cannot continue without them, so it ends too. "
-                f"Start all ranks again (training: with --resume). Noticed by: {str(error).strip().splitlines()[0]}"
+                f"Start all ranks again (training: with --resume). Noticed by: {first_line(error)}"
             ) from error
         shutdown()
 

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from dskd.artifacts.pointers import refuse_pointer
-from dskd.errors import UserError
+from dskd.errors import UserError, first_line
 
 _HEAD_CHARACTERS = 4096
 _MARKUP = ("<!doctype html", "<html")
@@ -97,7 +97,7 @@ def reading_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: this is not whole {kind} data ({error}); fetch it again, or leave it out") from None
     except pa.ArrowException as error:
         kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: this is not a readable {kind} file ({reason}); was its download truncated?") from None
     except OSError as error:
         reason = error.strerror or str(error)

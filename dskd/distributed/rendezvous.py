@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dskd.distributed.world import World, current_rank, uses_gpu
-from dskd.errors import LostPeerError, OutageError, UserError, listed
+from dskd.errors import LostPeerError, OutageError, UserError, first_line, listed
 
 DEFAULT_TIMEOUT_S = 1800
 
@@ -173,7 +173,7 @@ def _explain_no_store(address: str, port: int, error: Exception) -> str:
             f"{host}: rank 0 cannot listen on port {port} ({reason}); wait for the job that uses it, or name another "
             "port with `deepspeed --master_port PORT` (MASTER_PORT)"
         )
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     return f"{host}: rank 0 cannot be reached at {address}:{port} ({reason}); MASTER_ADDR must name the node of rank 0"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dskd.artifacts import kinds
 from dskd.config import Config, CorpusConfig
-from dskd.errors import UserError, listed
+from dskd.errors import UserError, first_line, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
@@ -76,7 +76,7 @@ def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
             message = str(error).replace(str(Path(path, "config.json")), named_by)
             raise UserError(message.replace(path, named_by)) from None
         except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise UserError(
                 f"{named_by}: transformers cannot build this architecture ({reason}); name the config.json of a "
                 "decoder with --teacher-config"
@@ -208,7 +208,7 @@ def _fetch(key: str, name: str, revision: str | None, *, advice: str) -> Path:
                 _require_hub()
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{key}: {name!r} is not a folder here, and its config.json cannot be fetched from the hub "
             f"({reason}); {advice}"

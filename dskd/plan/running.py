@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from dskd.errors import UserError
+from dskd.errors import UserError, first_line
 from dskd.models.folder import has_capped_attention
 from dskd.models.stored_names import base_model
 from dskd.plan.architecture import Architecture
@@ -62,7 +62,7 @@ def find_way(architecture: Architecture, attention: str) -> Way:
         except UserError:
             raise
         except Exception as error:  # a model that reads a value may raise anything
-            reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = reason or first_line(error)
             continue
         return way
     raise _cannot_be_planned(architecture, reason)

@@ -11,7 +11,7 @@ from dskd.config import Config
 from dskd.distributed.collectives import on_main
 from dskd.distributed.node_cache import streaming_names
 from dskd.distributed.world import World
-from dskd.errors import OutageError, UserError
+from dskd.errors import OutageError, UserError, reason_of
 from dskd.shards.schema import HASH, load_manifest
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def require_remote(config: Config, split: str) -> None:
         try:
             CloudDownloader.get(remote).direct_download(remote, str(index), timeout=_REMOTE_TIMEOUT_S)
         except Exception as error:  # every store has its own kinds of errors
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            reason = reason_of(error)
             raise (UserError if is_lasting(error) else OutageError)(
                 f"train.shard_remote: {remote} cannot be read ({reason}); copy {config.path(kinds.SHARDS.folder)} "
                 "there, correct the address, or check the access (credentials, network)"

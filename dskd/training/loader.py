@@ -22,7 +22,7 @@ from dskd import shards
 from dskd.config import Config
 from dskd.distributed import stopping
 from dskd.distributed.world import World
-from dskd.errors import OutageError, UserError
+from dskd.errors import OutageError, UserError, reason_of
 from dskd.random_numbers import derived_seed
 from dskd.training.packed_step import CudaCopier, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
@@ -128,7 +128,7 @@ class StepSamples(IterableDataset):
         try:
             yield from self._steps()
         except Exception as error:  # file system, object store and decoder each raise their own types
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            reason = reason_of(error)
             yield Unreadable(
                 f"{self._place}: a shard of the training data cannot be read ({reason}); restore the file, or your "
                 "access to it, and continue with --resume",
