@@ -3,6 +3,7 @@
 import argparse
 
 from dskd.cli.program import add_config_arguments, add_verb
+from dskd.config.messages import describe
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 
@@ -30,8 +31,6 @@ def run_config(args: argparse.Namespace) -> None:
     if args.config is None:
         if args.overrides or args.run_names:
             raise UserError(f"{args.overrides[0] if args.overrides else '--run-names'} needs --config FILE")
-        from dskd.config.messages import describe
-
         print(describe())
         return
     config = load_config(args.config, args.overrides)
