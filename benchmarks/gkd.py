@@ -45,8 +45,8 @@ from dskd.config import Config
 from dskd.distributed.rendezvous import initialize
 from dskd.models.folder import find_teacher
 from dskd.models.precision import compute_dtype
+from dskd.models.trained import choose_trained
 from dskd.students.student import find_student
-from dskd.training.student import choose_trained
 
 _OURS = {"dskd: CE + KL": "loss.sense_weight=0", "dskd: CE + KL + sense": "loss.sense_weight=1"}
 _TRL, _TRL_CHUNKED = "TRL's GKD", "TRL's chunked loss"

@@ -33,9 +33,9 @@ from dskd.config import Config, LossConfig
 from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.models.folder import find_teacher
 from dskd.models.precision import compute_dtype
+from dskd.models.trained import choose_trained
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.students.student import find_student
-from dskd.training.student import choose_trained
 
 _NEIGHBOURS = 25  # number of synonyms, and of antonyms, that a position considers
 _NEW_TOKENS = 10

@@ -34,6 +34,7 @@ from dskd.models.architecture import check_architecture
 from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
 from dskd.models.gguf import teacher as gguf_teacher
 from dskd.models.limits import vocabulary_size
+from dskd.models.trained import trained_layers
 from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.students import student
@@ -69,7 +70,8 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     if not config.teacher.is_made:
         teacher()  # fails early, before the corpus is read, if the model does not fit
     if config.student.path is not None:
-        find_pretrained_student(config)  # likewise
+        pretrained = find_pretrained_student(config)  # likewise, and if it lacks layers that are to be trained
+        trained_layers(config.student, pretrained.load_config().num_hidden_layers)
     stages = plan_stages(config, path, overrides, teacher)
     if until is not None:
         names = [stage.name for stage in stages]

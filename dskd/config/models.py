@@ -120,7 +120,8 @@ class NewStudentConfig(Section):
         None, description="number of heads of keys and values; divides heads; null: as many as heads"
     )
     intermediate_size: Count | None = Field(
-        None, description="inner width of the MLPs; null: 8/3 of hidden_size, rounded down to a multiple of 8"
+        None,
+        description="inner width of the MLPs; null: 8/3 of hidden_size, rounded down to a multiple of 8, at least 8",
     )
     tie_embeddings: bool = Field(True, description="use the input embeddings as the output matrix")
 
@@ -218,11 +219,18 @@ class StudentConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """Yields messages about keys for different students, layers that are not in order, trained layers that the
-        student lacks, and keys of another spacing.
+        student lacks, nothing to train, and keys of another spacing.
         """
         if self.origin == "cut":
             yield from self.keys_without_use("student", "spacing", {("importance",): ("importance_samples",)})
+            if self.spacing == "importance" and isinstance(self.layers, tuple):
+                yield (
+                    f"spacing: importance chooses layers, and `layers` is already a list of them, {[*self.layers]}; "
+                    "set layers to their number, or remove spacing and importance_samples"
+                )
         yield from self._of_other_students()
+        if self.train_layers == 0 and not (self.train_embeddings or self.train_final_norm or self.train_lm_head):
+            yield "nothing would be trained; set train_layers to 1 or more"
         if self.origin == "path":  # the number of its layers is not known yet
             return
         kept = self.num_layers if self.from_config is None else self.from_config.layers

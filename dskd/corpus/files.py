@@ -3,6 +3,7 @@
 Files are read as streams, so no file is in memory as a whole, except one shard of an MDS folder at a time.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,12 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
         yield from as_documents(str(path), _read_texts(path, text_field))
 
 
-def read_records(path: Path, choose: tables.Choice) -> Iterator[tuple[int, Any]]:
+def read_records(
+    path: Path, choose: tables.Choice, decoder: json.JSONDecoder | None = None
+) -> Iterator[tuple[int, Any]]:
     """Yields (number, record) for a file of records, which are objects in JSON and rows in Parquet and Arrow.
 
-    `choose` names the columns to read of a file that has columns.
+    `choose` names the columns to read of a file that has columns, and `decoder` decodes JSON.
 
     Raises:
         UserError: when the file has no records, or it, a line or a row of it cannot be read; it names them.
@@ -60,7 +63,7 @@ def read_records(path: Path, choose: tables.Choice) -> Iterator[tuple[int, Any]]
         elif name.endswith(".arrow"):
             yield from tables.read_arrow(path, choose)
         elif name.endswith(JSON_SUFFIXES) and path.name != mds.INDEX:
-            yield from records.read_json(path)
+            yield from records.read_json(path, decoder)
         else:
             raise UserError(
                 f"{path}: expected records ({', '.join((*JSON_SUFFIXES, *TABLE_SUFFIXES))} or a folder of "

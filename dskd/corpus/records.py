@@ -27,11 +27,29 @@ _INSTRUCTION_KEYS = (
 )
 
 
-def read_json(path: Path) -> Iterator[tuple[int, Any]]:
+class RepeatedKeyError(Exception):
+    """The reason why an object is refused that has the same key twice."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON, as an `object_pairs_hook`. Raises a RepeatedKeyError if it has a key twice; without
+    this hook the last of them counts.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise RepeatedKeyError(f"an object has the key {repeated!r} twice; remove one of them")
+    return values
+
+
+def read_json(path: Path, decoder: json.JSONDecoder | None = None) -> Iterator[tuple[int, Any]]:
     """Yields (number, record) for a JSON file: the number is that of the line, or in the array, from 1.
 
-    Raises a UserError that names a line or element which is not JSON.
+    Raises a UserError that names a line or element which is not JSON, or which `decoder` refuses with a
+    RepeatedKeyError.
     """
+    decoder = decoder or json.JSONDecoder()
     with open_text(path) as stream:
         start = stream.readline(_CHUNK_CHARACTERS)
         blank = 0
@@ -39,7 +57,7 @@ def read_json(path: Path) -> Iterator[tuple[int, Any]]:
             blank += 1
             start = stream.readline(_CHUNK_CHARACTERS)
         is_array = start.lstrip().startswith("[")
-        numbered = _elements(path, start, stream) if is_array else _lines(path, start, stream, blank)
+        numbered = _elements(path, start, stream, decoder) if is_array else _lines(path, start, stream, blank, decoder)
         yield from numbered
 
 
@@ -101,7 +119,7 @@ def _chat(record: dict[str, Any]) -> str:
     return ""
 
 
-def _lines(path: Path, start: str, stream: TextIO, blank: int) -> Iterator[tuple[int, Any]]:
+def _lines(path: Path, start: str, stream: TextIO, blank: int, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
     # The first line may be longer than the part that was read.
     line = start if start.endswith("\n") else start + stream.readline()
     number = blank
@@ -109,19 +127,20 @@ def _lines(path: Path, start: str, stream: TextIO, blank: int) -> Iterator[tuple
         number += 1
         if line.strip():
             try:
-                record = json.loads(line)
+                record = decoder.decode(line)
             except (ValueError, RecursionError) as error:
                 hint = ""
                 if number == blank + 1 and line.strip() in ("{", "[", '{"'):
                     hint = "; expected an object a line, or one array of objects"
                 raise UserError(f"{path}:{number}: this line is not JSON ({error}){hint}") from None
+            except RepeatedKeyError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
             yield number, record
         line = stream.readline()
 
 
-def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any]]:
+def _elements(path: Path, start: str, stream: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
     """Yields (number, element) for a JSON array, decoding one element at a time, so that it is never all in memory."""
-    decoder = json.JSONDecoder()
     buffer, at, number = start.lstrip(), 1, 0
     is_whole = False  # True when the buffer contains the end of the file
 
@@ -153,6 +172,8 @@ def _elements(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any
             except (ValueError, RecursionError) as error:
                 if is_whole or isinstance(error, RecursionError) or len(buffer) - at > _LARGEST_ELEMENT:
                     raise UserError(f"{path}: element {number + 1} of the array is not JSON ({error})") from None
+            except RepeatedKeyError as error:
+                raise UserError(f"{path}: element {number + 1} of the array: {error}") from None
             fill()
         number, at = number + 1, end
         yield number, element

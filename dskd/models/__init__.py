@@ -6,6 +6,7 @@ model_config    reads a folder's config.json for the installed transformers, or 
 weights         the tensors in a folder's safetensors files
 stored_names    the names of a model's tensors in those files, and the check that none is missing or left over
 tokenizing      runs a tokenizer, also on texts that are too long for one call
+room            checks that a model to be made fits into memory and onto the disk
 limits          how many positions and which tokens a model takes
 precision       the number format that models run in
 nvme            parameters on a local disk

@@ -40,6 +40,8 @@ def find_logit_transform(causal_lm: Any, folder: ModelFolder) -> LogitTransform:
         UserError: when the logits are neither the plain products nor what config.json declares, for example because of
             a bias.
     """
+    from transformers.utils import ModelOutput
+
     where = f"{folder.path}: {type(causal_lm).__name__}"
     head, base = causal_lm.get_output_embeddings(), base_model(causal_lm)
     if head is None:
@@ -55,9 +57,11 @@ def find_logit_transform(causal_lm: Any, folder: ModelFolder) -> LogitTransform:
         with _replaced(causal_lm, {head: small, base: _GivenStates(states, base)}):
             logits = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float()
     except (AttributeError, TypeError, RuntimeError, KeyError, ArithmeticError) as error:
+        is_missing = isinstance(error, AttributeError) and isinstance(error.obj, ModelOutput)
+        missing = error.name if is_missing else first_line(error)
         raise UserError(
-            f"{where} reads more of its base model than last hidden states ({first_line(error)}); such a model is "
-            "not supported yet"
+            f"{where} reads more of its base model than last hidden states ({missing}); such a model is not supported "
+            "yet"
         ) from None
     for transform in (declared_transform(causal_lm.config), LogitTransform()):
         expected = transform.apply(F.linear(states, small.weight))

@@ -19,11 +19,11 @@ from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.head_probe import declared_transform
 from dskd.models.output_head import LogitTransform
 from dskd.models.stored_names import base_model
+from dskd.models.trained import choose_trained
 from dskd.plan.architecture import Architecture
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
-from dskd.training.student import choose_trained
 from dskd.training.width_map import build_width_map, has_width_map
 
 _ATTENTION = "dskd_plan"

@@ -12,6 +12,7 @@ from dskd.config import Config, NewStudentConfig
 from dskd.console import say, stage
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.limits import position_limit, vocabulary_size
+from dskd.models.room import require_room
 from dskd.random_numbers import derived_seed
 from dskd.students.cutting import copy_other_files
 
@@ -25,7 +26,11 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
 
 
 def build_new_student(config: Config) -> None:
-    """Writes a student with random weights to `WORKDIR/student`."""
+    """Writes a student with random weights to `WORKDIR/student`.
+
+    Raises:
+        UserError: when it does not fit into memory or onto the disk.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     teacher = find_teacher(config)
@@ -33,10 +38,17 @@ def build_new_student(config: Config) -> None:
     with stage("student: random weights", reads=[teacher.path], writes=target):
         values = _values_for(config, teacher)
         values.pop("model_type")
+        numel = num_parameters(values)
+        require_room(
+            numel,
+            target,
+            f"the {numel:,} parameters of the student",
+            key="student.from_config",
+            remedy=f"choose smaller sizes, or run this stage on a machine with more (`{kinds.STUDENT.made_by}`)",
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(config.seed, "student", "weights"))
             model = LlamaForCausalLM(LlamaConfig(**values))
-        numel = sum(parameter.numel() for parameter in model.parameters())
         with build_artifact(target, recipe(config, teacher)) as building:
             with report_full_disk(building.folder):
                 model.save_pretrained(building.folder, safe_serialization=True)
@@ -74,6 +86,17 @@ def config_values(sizes: NewStudentConfig, vocab_size: int, positions: int) -> d
     }
 
 
+def num_parameters(values: dict[str, Any]) -> int:
+    """Returns the number of parameters of a Llama with the config.json `values` of :func:`config_values`."""
+    width = values["hidden_size"]
+    keys_and_values = 2 * width // values["num_attention_heads"] * values["num_key_value_heads"]
+    attention = width * (2 * width + keys_and_values)
+    mlp = 3 * width * values["intermediate_size"]
+    layers = values["num_hidden_layers"] * (attention + mlp + 2 * width)  # with two norms each
+    matrices = 1 if values["tie_word_embeddings"] else 2
+    return layers + width + matrices * values["vocab_size"] * width
+
+
 def intermediate_size(hidden_size: int) -> int:
-    """Returns Llama's inner width of the MLPs: 8/3 of `hidden_size`, rounded down to a multiple of 8."""
-    return hidden_size * 8 // 3 // 8 * 8
+    """Returns Llama's inner width of the MLPs: 8/3 of `hidden_size`, rounded down to a multiple of 8, at least 8."""
+    return max(8, hidden_size * 8 // 3 // 8 * 8)

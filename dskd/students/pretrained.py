@@ -15,6 +15,7 @@ from dskd.models.causal_lm import empty_model
 from dskd.models.folder import ModelFolder, attention_key, find_pretrained_student, find_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.models.stored_names import check_stored_tensors
+from dskd.models.trained import choose_trained
 from dskd.models.weights import TensorReader, write_weights
 from dskd.students.cutting import copy_other_files, load_if_small
 from dskd.students.same_tokenizer import require_same_tokenizer
@@ -31,7 +32,8 @@ def build_pretrained_student(config: Config) -> None:
     """Copies the model that `student.path` names to `WORKDIR/student`.
 
     Raises:
-        UserError: when the model is refused, or its tokenizer is not the teacher's.
+        UserError: when the model is refused, its tokenizer is not the teacher's, or it lacks layers that are to be
+            trained.
     """
     teacher, source = find_teacher(config), find_pretrained_student(config)
     target = config.path(kinds.STUDENT.folder)
@@ -41,6 +43,7 @@ def build_pretrained_student(config: Config) -> None:
         check_stored_tensors(model, reader, source)
         require_same_tokenizer(teacher, source)
         _require_all_tokens(teacher, source)
+        choose_trained(model, config.student)  # refuses layers that it lacks
         with build_artifact(target, recipe(config, teacher)) as building:
             values = source.config_values() | attention_key(source.load_config())
             write_json(building.folder / "config.json", values)

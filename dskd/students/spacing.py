@@ -51,7 +51,7 @@ def settings_of(student: StudentConfig) -> dict[str, Any]:
     """Returns the settings that determine the choice, for the recipe of a student."""
     settings = {key: student.as_dict()[key] for key in ("layers", "spacing")}
     if isinstance(student.layers, tuple):  # `spacing` is without effect, and `first` was its default once
-        settings["spacing"] = "even" if student.spacing == "even" else "first"
+        settings["spacing"] = "first"
     if student.last_layers_are_kept:
         settings["last_layers"] = student.last_layers
     if student.is_measured:
@@ -156,10 +156,11 @@ def require_chosen_layers(config: Config, teacher: ModelFolder, student: ModelFo
         keys = "student.layers and student.spacing"
         if config.student.last_layers_are_kept:
             keys = "student.layers, student.spacing and student.train_layers"
+        removed = " and remove student.spacing and student.importance_samples" if config.student.is_measured else ""
         raise UserError(
             f"{student.path}: the student has the teacher's layers {as_text(found)}, but {keys} choose "
             f"{as_text(chosen)}; cut it again with `{kinds.STUDENT.made_by}`, or set student.layers to "
-            f"[{as_text(found)}]"
+            f"[{as_text(found)}]{removed}"
         )
 
 

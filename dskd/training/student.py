@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dskd.config import Config, StudentConfig
+from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import DistillationHead, HeadSizes
 from dskd.models.causal_lm import build_sharded, empty_model, engine_settings
-from dskd.models.final_norm import final_norm_names
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
 from dskd.models.head_probe import find_logit_transform
@@ -26,8 +25,8 @@ from dskd.models.precision import compute_dtype
 from dskd.models.probes import check_documents
 from dskd.models.reference import compare_with_transformers
 from dskd.models.stored_names import StoredNames, base_model, base_model_name, output_name
-from dskd.models.trained import trained_layers, trains_embeddings, trains_head
-from dskd.models.weights import LAYER_NAME, TensorReader
+from dskd.models.trained import choose_trained
+from dskd.models.weights import TensorReader
 from dskd.training.width_map import build_width_map
 
 # Bytes that DeepSpeed holds for each trained element, all in float32: the weight, AdamW's two moments, and the sum of
@@ -185,83 +184,6 @@ def _require_compiler() -> None:
             "(g++ on Debian), set the variable CXX to one, or set train.compile_losses to false",
             known_to_all_ranks=True,
         )
-
-
-def choose_trained(causal_lm: Any, student: StudentConfig, *, first_layer: int = 0) -> list[nn.Parameter]:
-    """Sets `requires_grad` according to `student.train_*`.
-
-    Args:
-        causal_lm: the model, with the student's layers from `first_layer` on.
-        student: the settings that select trained parameters.
-        first_layer: number of lowest layers that the model lacks.
-
-    Returns:
-        The trained parameters, each once; never the routers of a mixture of experts.
-
-    Raises:
-        UserError: if a layer index does not exist, nothing is trained, or the final norm cannot be identified.
-    """
-    layers = trained_layers(student, first_layer + causal_lm.config.num_hidden_layers)
-    head = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
-    embeddings = {id(p) for p in causal_lm.get_input_embeddings().parameters()}
-    tied = bool(head & embeddings)
-    norm, trains_rest = _outside_of_layers(causal_lm, student)
-    routers = _router_names(causal_lm)
-    # ZeRO-3 trains parameters of one type only, and transformers always keeps two factors of Apertus's activation in
-    # bf16.
-    dtype = causal_lm.get_output_embeddings().weight.dtype
-    trained = []
-    for name, parameter in causal_lm.named_parameters():
-        layer = LAYER_NAME.search(name)
-        if id(parameter) in head:
-            chosen = trains_head(student, tied=tied)
-        elif id(parameter) in embeddings:
-            chosen = not first_layer and trains_embeddings(student, tied=tied)
-        elif layer:
-            chosen = first_layer + int(layer.group(1)) in layers and name not in routers
-        else:
-            chosen = student.train_final_norm if name in norm else trains_rest
-        chosen = chosen and parameter.dtype == dtype
-        parameter.requires_grad_(chosen)
-        if chosen:
-            trained.append(parameter)
-    if not trained:
-        raise UserError("student: nothing would be trained; set student.train_layers to 1 or more")
-    return trained
-
-
-def _outside_of_layers(causal_lm: Any, student: StudentConfig) -> tuple[set[str], bool]:
-    """Returns the names of the final norm's parameters, if they matter, and whether the other parameters are trained
-    that belong to neither layers nor embeddings, such as a table of positions or a norm of the embeddings.
-
-    They are trained with the embeddings of a student that is not cut from the teacher.
-
-    Raises:
-        UserError: if the final norm is to be trained and cannot be identified.
-    """
-    trains_rest = student.train_embeddings and student.origin != "cut"
-    if not student.train_final_norm and not trains_rest:
-        return set(), False
-    try:
-        return final_norm_names(causal_lm), trains_rest
-    except UserError:
-        if student.train_final_norm:
-            raise
-        return set(), False  # one of them may be the final norm
-
-
-def _router_names(causal_lm: Any) -> set[str]:
-    """Returns the names of the parameters that choose experts.
-
-    These are never trained, because no term of the loss balances the experts' load.
-    """
-    return {
-        f"{path}.{name}.{parameter}"
-        for path, module in causal_lm.named_modules()
-        for name, child in module.named_children()
-        if name == "router" or (name == "gate" and hasattr(module, "experts"))
-        for parameter, _ in child.named_parameters()
-    }
 
 
 def _teacher_matrix(

@@ -52,7 +52,7 @@ def fit_width_map(
         world: the ranks.
 
     Raises:
-        UserError: if states are not finite.
+        UserError: if states are not finite, or no position counts in the loss.
     """
     source, parameter = inputs.fit_source, pair.engine.module.width_map.weight
     assert source is not None, "load_inputs finds one for a student of another width"

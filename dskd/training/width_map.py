@@ -14,11 +14,14 @@ from torch import nn
 
 from dskd.config import LossConfig
 from dskd.distributed.collectives import sum_over_ranks
+from dskd.errors import UserError
 from dskd.models.folder import ModelFolder
 
 # Added to the diagonal of the student's second moments, relative to its mean. Without it, states that span fewer than D
 # dimensions have no unique fit; with it, the fit is the smallest one.
 _RIDGE = 1e-10
+# Of Σ |y|²; less is the rounding of sums in float64.
+_LEAST_VARIANCE = 1e-12
 
 
 def width_of_map(loss: LossConfig, student: ModelFolder, teacher: ModelFolder) -> int | None:
@@ -77,12 +80,23 @@ class StateSums:
         """Returns W [D', D], which minimises Σ |y - W x|², and its R².
 
         R² is 1 - Σ |y - W x|² / Σ |y - mean of y|²: the share of the variance of y, over all of its components, that
-        W x explains. It is negative if the mean of y would be nearer, which W x cannot be without a constant.
+        W x explains. It is negative if the mean of y would be nearer, which W x cannot be without a constant, and 0 if
+        y has no variance.
+
+        Raises:
+            UserError: if there are no positions.
         """
+        if not self.count:
+            raise UserError(
+                "no position of the first training sequences counts in the loss, so the map from the student's states "
+                "to the teacher's width cannot be fitted; add text, or for chats set corpus.loss_on: all",
+                known_to_all_ranks=True,
+            )
         ridge = (_RIDGE * self.gram.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
         moments = self.gram.clone()
         moments.diagonal().add_(ridge)
         weight = torch.cholesky_solve(self.cross, torch.linalg.cholesky(moments))  # [D, D']
         residual = self.squares - 2 * (weight * self.cross).sum() + (weight * (self.gram @ weight)).sum()
         variance = self.squares - self.total.square().sum() / self.count
-        return weight.T.contiguous(), 1 - float(residual / variance)
+        has_variance = variance > _LEAST_VARIANCE * self.squares
+        return weight.T.contiguous(), 1 - float(residual / variance) if has_variance else 0.0

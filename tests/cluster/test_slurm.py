@@ -93,11 +93,11 @@ def test_a_warning_and_a_killed_launcher_cost_steps_and_change_nothing(site, und
 
 
 def test_a_users_mistake_fails_the_job_and_is_not_retried(site):
-    job = site.submit("run=mistaken", "student.train_layers=0")
+    job = site.submit("run=mistaken", "student.layers=99")
     shown = site.wait(job, "FAILED")
     assert (shown["Restarts"], shown["ExitCode"]) == ("0", "2:0")
     log = site.log(job)
-    assert log.count("nothing would be trained") == 1
+    assert log.count("the student cannot keep 99") == 1
     assert "Traceback" not in log
 
 

@@ -8,6 +8,9 @@ from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.training.teacher_source import TeacherSource
 
+NEW = {"layers": 2, "hidden_size": 32, "heads": 4}
+TRAINED_PARTS = ("train_embeddings", "train_final_norm", "train_lm_head")
+
 
 @pytest.mark.parametrize(
     "override",
@@ -20,6 +23,7 @@ from dskd.training.teacher_source import TeacherSource
         "student.train_layers=17",
         "student.train_layers=[16]",
         "student.train_layers=every",
+        "student.train_layers=0",
         "seeds=[0, 1, 0]",
         "loss.temperature=.nan",
     ],
@@ -63,6 +67,30 @@ def test_layers_and_trained_layers_must_fit_together(tmp_path):
     )
     assert "train_layers: the student has layers 0 to 1, so there is no [2]" in str(error.value)
     assert load_config(path, ["student.layers=[1, 5, 7]"]).student.train_layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"train_layers": 0},
+        {"from_config": NEW, "train_layers": 0, **dict.fromkeys(TRAINED_PARTS, False)},
+        {"path": "a/b", "train_layers": 0, **dict.fromkeys(TRAINED_PARTS, False)},
+    ],
+)
+def test_a_student_of_which_nothing_is_trained_is_refused(tmp_path, student):
+    path = write_yaml(tmp_path, {**MINIMAL, "student": student})
+    with pytest.raises(UserError, match="student: nothing would be trained; set train_layers to 1 or more"):
+        load_config(path)
+    for part in TRAINED_PARTS:
+        load_config(path, [f"student.{part}=true"])
+
+
+@pytest.mark.parametrize("samples", [[], ["student.importance_samples=9"]])
+def test_importance_chooses_layers_so_a_list_of_them_is_refused(tmp_path, samples):
+    path = write_yaml(tmp_path, {**MINIMAL, "student": {"layers": [0, 1], "spacing": "importance"}})
+    with pytest.raises(UserError, match=r"spacing: importance chooses layers, and `layers` is already a list of them"):
+        load_config(path, samples)
+    assert load_config(path, ["student.layers=2", *samples]).student.is_measured
 
 
 def test_a_config_cannot_be_changed():
@@ -110,7 +138,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
         ({"layers": 2, "train_layers": "all"}, "the student's lowest layer is trained"),
         ({"layers": [0, 3], "train_layers": [0]}, "the student's lowest layer is trained"),
         ({"layers": [1, 3], "train_layers": 1}, "the student's lowest layer is the teacher's layer 1"),
-        ({"layers": 1, "train_layers": 0}, "the student has only one layer"),
+        ({"layers": 1, "train_layers": 0, "train_lm_head": True}, "the student has only one layer"),
     ],
 )
 def test_a_trunk_that_the_config_rules_out_is_not_stored(tmp_path, student, reason):
@@ -179,9 +207,6 @@ def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
 def test_nvme_offload_needs_both_of_its_keys(tmp_path, teacher, message):
     with pytest.raises(UserError, match=message):
         load_config(write_yaml(tmp_path, {**MINIMAL, "teacher": {"path": "a/b", **teacher}}))
-
-
-NEW = {"layers": 2, "hidden_size": 32, "heads": 4}
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,9 @@ def test_a_model_that_scales_its_logits_is_read_with_its_scale(tmp_path, world, 
 
 
 def _chosen(model, **settings):
-    from dskd.training.student import choose_trained
+    from dskd.models.trained import choose_trained
 
-    trained = {id(parameter) for parameter in choose_trained(model, StudentConfig(**settings))}
+    trained = {id(parameter) for parameter in choose_trained(model, StudentConfig().model_copy(update=settings))}
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in trained}
 
 

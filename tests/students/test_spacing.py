@@ -36,7 +36,8 @@ from dskd.students.spacing import Importance, choose_layers
 )
 def test_ends_keeps_the_lowest_layers_and_as_many_of_the_last_as_are_trained(layers, train_layers, kept):
     assert StudentConfig().spacing == "ends"  # the default
-    assert choose_layers(StudentConfig(layers=layers, train_layers=train_layers), 10) == kept
+    student = StudentConfig(layers=layers, train_layers=train_layers, train_lm_head=True)
+    assert choose_layers(student, 10) == kept
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -48,7 +49,7 @@ def test_importance_removes_the_block_that_turns_states_least(seed):
     train_layers = draw.randint(0, layers)
     size = count - layers
     blocks = tuple(draw.random() for _ in range(layers + 1))
-    student = StudentConfig(layers=layers, train_layers=train_layers, spacing="importance")
+    student = StudentConfig(layers=layers, train_layers=train_layers, train_lm_head=True, spacing="importance")
     found = choose_layers(student, count, Importance(1, 1, (0.5,) * count, blocks))
     last = set(range(count - student.last_layers, count))
     tried = {}
@@ -85,7 +86,7 @@ def test_recipes_have_the_keys_that_choose_the_layers_and_no_others():
     assert settings(layers=4, spacing="even") == ({}, {"layers": 4, "spacing": "even"})
     # The default was `first` then, which means nothing next to a list.
     assert settings(layers=(0, 5)) == ({}, {"layers": [0, 5], "spacing": "first"})
-    assert settings(layers=(0, 5), spacing="even") == ({}, {"layers": [0, 5], "spacing": "even"})
+    assert settings(layers=(0, 5), spacing="even") == settings(layers=(0, 5))
     assert settings(layers=4) == ({}, {"layers": 4, "spacing": "ends", "last_layers": 2})
     assert settings(layers=4, train_layers=(2, 3)) == settings(layers=4, train_layers="all") == settings(layers=4)
     assert settings(layers=4, train_layers=1) != settings(layers=4)

@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 from tiny_models import SHAPE, save_model, word_tokenizer
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config import Config, NewStudentConfig
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
-from dskd.students.new import config_values
+from dskd.students.new import config_values, num_parameters
 from dskd.students.student import build_student, find_student, recipe, require_configured_student
 
 WORDS = [f"w{index}" for index in range(100)]
@@ -176,7 +176,40 @@ def test_a_student_that_the_config_no_longer_names_is_refused(tmp_path):
             require_configured_student(_config(tmp_path, student=other), found, student)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_the_parameters_of_a_new_student_are_counted_before_it_is_made(kv_heads, tie_embeddings):
+    sizes = {"layers": 3, "hidden_size": 48, "heads": 4, "kv_heads": kv_heads, "tie_embeddings": tie_embeddings}
+    values = config_values(NewStudentConfig(**sizes), 100, 64)
+    model = LlamaForCausalLM(LlamaConfig(**values))
+    assert num_parameters(values) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("teacher")
+def test_a_new_student_that_has_no_room_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    large = _config(tmp_path, student={"from_config": {"layers": 1, "hidden_size": 4_000_000, "heads": 1}})
+    with pytest.raises(UserError, match=r"work/student: the [0-9,]+ parameters of the student need .* of disk space"):
+        build_student(large)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage._replace(free=10**18))
+    with pytest.raises(UserError, match=r"student\.from_config: the [0-9,]+ parameters .* need .* GB of memory, and"):
+        build_student(large)
+    assert not (tmp_path / "work" / "student").exists()
+
+
+@pytest.mark.usefixtures("teacher")
+def test_layers_that_a_pretrained_student_lacks_are_refused_before_it_is_copied(tmp_path):
+    _save_pretrained(tmp_path / "pretrained")
+    student = {"path": str(tmp_path / "pretrained"), "train_layers": [999]}
+    with pytest.raises(
+        UserError, match=r"student\.train_layers: the student has layers 0 to 2, so there is no \[999\]"
+    ):
+        build_student(_config(tmp_path, student=student))
+    assert not (tmp_path / "work" / "student").exists()
+
+
 def test_the_default_inner_width_is_that_of_llama():
     values = config_values(NewStudentConfig(layers=1, hidden_size=288, heads=6), 100, 64)
     assert values["intermediate_size"] == 768
+    assert config_values(NewStudentConfig(layers=1, hidden_size=2, heads=1), 100, 64)["intermediate_size"] == 8
     assert re.fullmatch("llama", values["model_type"])

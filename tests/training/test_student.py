@@ -23,8 +23,9 @@ from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.causal_lm import destroy_engine
 from dskd.models.folder import find_teacher
+from dskd.models.trained import choose_trained
 from dskd.students.student import build_student, find_student
-from dskd.training.student import choose_trained, load_student
+from dskd.training.student import load_student
 
 HEADS = {"vocab_size": 120, "n_layer": 2, "n_head": 4}
 

@@ -346,8 +346,10 @@ def test_training_from_a_complete_cached_distribution_equals_training_with_the_t
 def test_overwriting_keeps_the_old_checkpoints_until_there_is_a_new_one(copy_of_tiny, world):
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     base = kinds.checkpoint_folder(load_config(path))
+    config = load_config(path)
+    nothing = config.student.model_copy(update={"train_layers": 0})  # load_config refuses it
     with pytest.raises(UserError, match="nothing would be trained"):
-        train(load_config(path, ["student.train_layers=0"]), world, overwrite=True)
+        train(config.model_copy(update={"student": nothing}), world, overwrite=True)
     with pytest.raises(UserError, match="is not finite"):
         train(load_config(path, ["train.learning_rate=1e30", "train.steps=1"]), world, overwrite=True)
     # The first new one: test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint.

@@ -53,6 +53,22 @@ def test_the_fit_is_the_least_squares_solution(rank):
     assert r_squared == pytest.approx(1 - residual, rel=1e-8)
 
 
+def test_a_teacher_without_variance_has_nothing_to_explain():
+    sums = StateSums.zeros(5, 7, torch.device("cpu"))
+    states = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    sums.add(states, torch.linspace(0.1, 3.3, 7).expand(40, 7))
+    weight, r_squared = sums.solve()
+    assert r_squared == 0 and weight.isfinite().all()
+    sums = StateSums.zeros(5, 7, torch.device("cpu"))
+    sums.add(states, torch.zeros(40, 7))
+    assert sums.solve()[1] == 0
+
+
+def test_a_fit_needs_positions():
+    with pytest.raises(UserError, match="no position of the first training sequences counts in the loss"):
+        StateSums.zeros(5, 7, torch.device("cpu")).solve()
+
+
 def _work(tiny, folder, **changes):
     """Writes a config in `folder`, with a work directory up to training, whose student is narrower than the teacher."""
     student = {"from_config": {"layers": 2, "hidden_size": WIDTH, "heads": 4}}

@@ -8,11 +8,10 @@ from dskd.artifacts.hashing import digest_of_json
 from dskd.config import Config
 from dskd.console import warn
 from dskd.corpus.chats.rendering import ChatWriter
-from dskd.corpus.chats.turns import ChatColumns, ChatError
+from dskd.corpus.chats.turns import DECODER, ChatColumns, ChatError
 from dskd.corpus.files import Document, read_records
 from dskd.corpus.hub import read_dataset_rows
 from dskd.errors import UserError, listed, shortened
-from dskd.lexicon.reading import is_storable
 from dskd.models.folder import ModelFolder, find_teacher
 
 _MOST_PROBLEMS = 100
@@ -33,8 +32,20 @@ def read_chats_of_files(config: Config, files: list[Path], key: str) -> Iterator
             number.
     """
     columns = ChatColumns(config.corpus.text_field)
-    numbered = ((f"{path}:{number}", record) for path in files for number, record in read_records(path, columns))
-    yield from _documents(config, columns, numbered, f"corpus.{key}")
+    without: list[str] = []
+
+    def numbered() -> Iterator[tuple[str, Any]]:
+        for path in files:
+            is_empty = True
+            for number, record in read_records(path, columns, DECODER):
+                is_empty = False
+                yield f"{path}:{number}", record
+            if is_empty:
+                without.append(str(path))
+
+    yield from _documents(config, columns, numbered(), f"corpus.{key}")
+    if without:
+        warn(f"corpus.{key}: {len(without):,} files have no chat: {shortened(without)}")
 
 
 def read_chats_of_dataset(config: Config, split: str) -> Iterator[Document]:
@@ -60,16 +71,17 @@ def _documents(
         count += 1
         try:
             written = writer.write(columns.parse(record))
-        except ChatError as error:
-            problems.append(f"{place}: {error}")
+        except (ChatError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            problems.append(f"{place}: {reason}")
             if len(problems) == _MOST_PROBLEMS:
                 read = "first "
                 break
             continue
-        if is_storable(written.text):
-            yield Document(place, written.text, written.text, tokens=written.tokens, counted=written.counted)
-        else:
+        if written is None:
             not_text.append(place)
+        else:
+            yield Document(place, written.text, written.text, tokens=written.tokens, counted=written.counted)
     if problems:
         raise UserError(
             listed(

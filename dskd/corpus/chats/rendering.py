@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from dskd.corpus.chats.turns import ASSISTANT, Chat, ChatError, Message
+from dskd.lexicon.reading import is_storable
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REMEDY = "use a chat template with the marks {% generation %} and {% endgeneration %} around answers"
@@ -50,8 +51,9 @@ class ChatWriter:
         self._answers_only = answers_only
         self._added_tokens = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
 
-    def write(self, chat: Chat) -> WrittenChat:
-        """Returns a chat as text and tokens.
+    def write(self, chat: Chat) -> WrittenChat | None:
+        """Returns a chat as text and tokens; None if it has characters that are not text (a NUL or half a surrogate
+        pair).
 
         Raises:
             ChatError: when the template refuses the chat or leaves out a part of it, or when the tokens of an answer
@@ -59,6 +61,8 @@ class ChatWriter:
         """
         text = self._text(chat.messages, chat.tools)
         self._require_all_written(chat, text)
+        if not is_storable(text):  # tokenizers raise an error for half a surrogate pair
+            return None
         tokens = self._tokens([text])[0]
         counted = np.ones(len(tokens), np.uint8)
         if self._answers_only:

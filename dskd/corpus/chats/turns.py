@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dskd.corpus.records import RepeatedKeyError, unique_keys
 from dskd.corpus.tables import describe_columns
 from dskd.errors import UserError
 
@@ -20,6 +21,9 @@ ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 _SPEAKERS = {role: role for role in ROLES} | {"human": "user", "gpt": ASSISTANT}
 _DEFAULT_TEXT_FIELD, _KEYS = "text", ("messages", "conversations")
 _TOOLS, _SYSTEM = "tools", "system"
+# Keys by which data sets weight a turn in the loss, or leave it out.
+_WEIGHTS = ("weight", "loss", "train", "training")
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 Message = dict[str, Any]
 
@@ -63,44 +67,69 @@ class ChatColumns:
         """Returns the chat of a record.
 
         Raises:
-            ChatError: when the record has no turns, none of the assistant, an unknown role, or a turn without text.
+            ChatError: when the record has no turns, none of the assistant, two chats, an unknown role, a turn without
+                text, or a part that would be ignored.
+            RecursionError: when it is nested too deeply.
         """
         if not isinstance(record, Mapping):
             raise ChatError(f"expected an object with a chat under {self.named}, but it is not an object")
-        key = next((key for key in self.keys if record.get(key) is not None), None)
-        if key is None:
-            has = ", ".join(map(str, record)) or "no keys"
-            raise ChatError(
-                f"expected a chat under {self.named}, but it has {has}; name the key of the turns with "
-                "corpus.text_field"
-            )
-        turns = _decoded(record[key], key)
-        if not turns:
-            raise ChatError(f"{key!r} has no turns")
-        messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+        messages = self._messages(record)
         system = record.get(_SYSTEM)
-        adds_system = isinstance(system, str) and bool(system.strip()) and messages[0]["role"] != _SYSTEM
+        if not isinstance(system, str | None):
+            raise ChatError(f"{_SYSTEM!r} is of type {type(system).__name__} instead of text")
+        adds_system = system is not None and bool(system.strip())
+        if adds_system and messages[0]["role"] == _SYSTEM:
+            if messages[0]["content"].strip() != system.strip():
+                raise ChatError(f"{_SYSTEM!r} and turn 1 (system) are different texts; remove one of them")
+            adds_system = False
         if adds_system:
             messages.insert(0, {"role": _SYSTEM, "content": system})
         tools = record.get(_TOOLS)
-        chat = Chat(messages, (_decoded(tools, _TOOLS) or None) if tools else None, 0 if adds_system else 1)
+        chat = Chat(messages, (_decoded(tools, repr(_TOOLS)) or None) if tools else None, 0 if adds_system else 1)
         if not chat.answers():
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise ChatError(f"it has no turn of the assistant, only of {roles}")
         return chat
 
+    def _messages(self, record: Mapping[str, Any]) -> list[Message]:
+        """Returns the turns of a record as messages, at least one. Raises a ChatError if it has two different chats."""
+        there = [key for key in self.keys if key in record]
+        if not there:
+            has = ", ".join(map(str, record)) or "no keys"
+            raise ChatError(
+                f"expected a chat under {self.named}, but it has {has}; name the key of the turns with "
+                "corpus.text_field"
+            )
+        turns = {key: _decoded(record[key], repr(key)) for key in there if record[key] is not None}
+        if not turns:
+            raise ChatError(f"{' and '.join(map(repr, there))} is null; expected a list of turns")
+        chats = [
+            [_message(turn, number) for number, turn in enumerate(each, start=1)] for each in turns.values() if each
+        ]
+        if not chats:
+            raise ChatError(f"{' and '.join(map(repr, turns))} has no turns")
+        if any(list(map(_said, chat)) != list(map(_said, chats[0])) for chat in chats):
+            raise ChatError(f"{self.named.replace(' or ', ' and ')} are different chats; remove one of them")
+        return chats[0]
 
-def _decoded(value: Any, key: str) -> list[dict[str, Any]]:
-    """Returns a list of objects that may be written as JSON, as columns of tools often are."""
+
+def _said(message: Message) -> tuple[Any, ...]:
+    return tuple(message.get(key) for key in ("role", "content", "tool_calls"))
+
+
+def _decoded(value: Any, name: str) -> list[dict[str, Any]]:
+    """Returns a list of objects that may be written as JSON, as columns of tools often are; `name` is for messages."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = DECODER.decode(value)
         except ValueError as error:
-            raise ChatError(f"{key!r} is a string, but not valid JSON ({error})") from None
+            raise ChatError(f"{name} is a string, but not valid JSON ({error})") from None
+        except RepeatedKeyError as error:
+            raise ChatError(f"{name}: {error}") from None
     else:
         value = _without_nulls(value)
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise ChatError(f"{key!r} is not a list of objects")
+        raise ChatError(f"{name} is not a list of objects")
     return value
 
 
@@ -113,41 +142,67 @@ def _without_nulls(value: Any) -> Any:
 
 def _message(turn: Mapping[str, Any], number: int) -> Message:
     """Returns turn `number`, counted from 1, as a message of a chat template."""
+    has = f"it has {', '.join(turn) or 'no keys'}; expected role and content, or from and value"
     if "role" in turn:
         roles, message = {role: role for role in ROLES}, dict(turn)
         speaker = message["role"]
     elif "from" in turn:
-        roles, message = _SPEAKERS, {"content": turn["value"]} if "value" in turn else {}
+        roles, message = _SPEAKERS, {"content": turn.get("value"), "tool_calls": turn.get("tool_calls")}
         speaker = turn["from"]
     else:
-        raise ChatError(
-            f"turn {number} has {', '.join(turn) or 'no keys'}; expected role and content, or from and value"
-        )
+        raise ChatError(f"turn {number} has no speaker: {has}")
     if not isinstance(speaker, str) or speaker not in roles:
         raise ChatError(f"turn {number} has the role {speaker!r}; expected one of {', '.join(roles)}")
     message["role"] = roles[speaker]
-    if calls := message.pop("tool_calls", None):  # an empty list, as tables have, means none
-        message["tool_calls"] = [_with_arguments(call) for call in _decoded(calls, "tool_calls")]
-    if "content" not in message and message["role"] == ASSISTANT and calls:
+    where = f"turn {number} ({message['role']})"
+    _require_nothing_ignored(turn, where, message["role"])
+    calls = message.pop("tool_calls", None)
+    if calls:  # an empty list, as tables have, means none
+        calls = _decoded(calls, f"{where}: 'tool_calls'")
+        message["tool_calls"] = [_with_arguments(call, where) for call in calls]
+    if message.get("content") is None and message["role"] == ASSISTANT and calls:
         message["content"] = ""  # a turn that only calls tools; templates join its content to texts
     content = message.get("content")
+    if content is None:
+        raise ChatError(f"{where} has no {'content' if 'role' in turn else 'value'}: {has}")
     if not isinstance(content, str):
-        kind = "no content" if content is None else f"content of type {type(content).__name__} instead of text"
-        raise ChatError(f"turn {number} ({message['role']}) has {kind}")
-    if turn.get("weight", 1) != 1:
-        raise ChatError(f"turn {number} has a weight of {turn['weight']!r}; turns cannot be weighted, so remove it")
+        parts = "; parts are not supported, so join their texts" if isinstance(content, list) else ""
+        raise ChatError(f"{where} has content of type {type(content).__name__} instead of text{parts}")
+    if message["role"] == ASSISTANT and not content.strip() and not calls:
+        raise ChatError(f"{where} is an empty answer, which would train the end of the turn alone; remove it")
     return message
 
 
-def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+def _require_nothing_ignored(turn: Mapping[str, Any], where: str, role: str) -> None:
+    """Raises a ChatError if a turn has keys of both forms that differ, or one that weights it."""
+    if "role" in turn and (other := turn.get("from")) is not None and _role_of(other) != role:
+        raise ChatError(f"{where} is also from {other!r}; remove role or from")
+    content, value = turn.get("content"), turn.get("value")
+    if content is not None and value is not None and content != value:
+        raise ChatError(f"{where} has different texts in content and value; remove one of them")
+    for key in _WEIGHTS:
+        if (weight := turn.get(key)) is not None and weight != 1:
+            raise ChatError(
+                f"{where} has {key}: {weight!r}; turns cannot be weighted or left out of the loss, so remove the key, "
+                "or the chat"
+            )
+
+
+def _role_of(speaker: Any) -> str | None:
+    return _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+
+
+def _with_arguments(call: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns a tool call with its arguments as an object: OpenAI writes them as JSON, and templates would encode
-    them a second time.
+    them a second time. `where` names the turn, for messages.
     """
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(arguments := function.get("arguments"), str):
         return call
     try:
-        decoded = {**function, "arguments": json.loads(arguments)}
+        decoded = {**function, "arguments": DECODER.decode(arguments)}
     except ValueError:
         return call
+    except RepeatedKeyError as error:
+        raise ChatError(f"{where}: the arguments of a tool call: {error}") from None
     return {**call, "function": decoded} if "function" in call else decoded

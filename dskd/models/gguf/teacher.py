@@ -8,11 +8,9 @@ leave out is refused before (:mod:`dskd.models.gguf.config`), and the tokenizer 
 
 import importlib.metadata
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch.nn import functional as F
 
@@ -21,7 +19,7 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
-from dskd.console import gigabytes, say, stage, warn
+from dskd.console import say, stage, warn
 from dskd.errors import UserError, reason_of
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
@@ -30,14 +28,13 @@ from dskd.models.gguf.config import check_tensors, read_config
 from dskd.models.gguf.file import GgufFile, read_gguf
 from dskd.models.gguf.tokenizer import PROBES, build_tokenizer, compare_tokenizers, turn_ends
 from dskd.models.limits import check_limits
+from dskd.models.room import require_room
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import TensorReader
 
 # The keys of a GGUF file that say where its model comes from, without general. at their beginning.
 _PROVENANCE = ("name", "organization", "author", "license", "license.link", "url", "source.url", "repo_url", "finetune")
 _BASE_MODELS = "general.base_model."
-_FLOAT32_BYTES = 4
-_ROOM = 1.1  # for the tokenizer and a part of the model that is in memory twice
 _TOKENIZER_KIND = ("tokenizer.ggml.model", "tokenizer.ggml.pre")  # keys that name the kind of the file's tokenizer
 # A text that every model of English finds far more probable than chance.
 _PLAIN_TEXT = (
@@ -76,7 +73,14 @@ def build_teacher(config: Config) -> None:
         file = read_gguf(path)
         model_config = read_config(file)
         tokenizer, source = _find_tokenizer(config, file)
-        _require_room(file, target)
+        require_room(
+            file.numel,
+            target,
+            f"dequantised to float32, the {file.numel:,} values of {file.path}",
+            key="teacher.path",
+            remedy=f"run this stage on a machine with more (`{kinds.TEACHER.made_by}`), or name a Hugging Face folder "
+            "of the model",
+        )
         with build_artifact(target, recipe(config)) as building:
             ends = turn_ends(file, tokenizer)
             tokenizer.model_max_length = getattr(model_config, "max_position_embeddings", tokenizer.model_max_length)
@@ -132,26 +136,6 @@ def _special_tokens(tokenizer: Any, ends: list[int]) -> dict[str, Any]:
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def _require_room(file: GgufFile, target: Path) -> None:
-    """Checks that the dequantised model fits into memory and onto the disk.
-
-    Raises:
-        UserError: with both numbers, if it does not.
-    """
-    needed = round(_ROOM * _FLOAT32_BYTES * file.numel)
-    place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    what = f"dequantised to float32, the {file.numel:,} values of {file.path} need {gigabytes(needed)}"
-    if needed > (free := shutil.disk_usage(place).free):
-        raise UserError(
-            f"{target}: {what} of disk space, and {gigabytes(free)} are free; free some, or set workdir to another disk"
-        )
-    if needed > (available := psutil.virtual_memory().available):
-        raise UserError(
-            f"teacher.path: {what} of memory, and {gigabytes(available)} are available; run this stage on a machine "
-            f"with more (`{kinds.TEACHER.made_by}`), or name a Hugging Face folder of the model"
-        )
 
 
 def _dequantise(file: GgufFile, model_config: Any) -> Any:

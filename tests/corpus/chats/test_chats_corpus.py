@@ -235,6 +235,51 @@ def test_chats_that_cannot_be_used_are_refused_with_file_line_and_count(tmp_path
     assert left == (["corpus"] if "sequence_length" in corpus else [])
 
 
+@pytest.mark.parametrize("part", ["caf\ud83d", "nul\0"])
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_chats_that_are_not_text_are_left_out_with_a_warning(tmp_path, configure, capsys, part, loss_on):
+    bad = {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": "Yes."}]}
+    path = _write(tmp_path / "a.jsonl", [_chat(0), bad, *(_chat(number) for number in range(1, 20))])
+    config = configure(train=(path,), loss_on=loss_on)
+    build_corpus(config)
+    assert f"corpus.train: 1 chats are not text (a NUL or half a surrogate pair) and are left out: {path}:2" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert sum(1 for split in ("train", "validation") for _ in read_texts(config, split)) == 20
+
+
+def _nested(depth):
+    return '{"messages": ' + "[" * depth + "]" * depth + "}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (_nested(600), r"a\.jsonl:2: .*(nested too deeply|not a list of objects)"),
+        (
+            '{"messages": [{"role": "user", "content": "GOOD", "content": "BAD"}]}',
+            r"a\.jsonl:2: an object has the key 'content' twice; remove one of them",
+        ),
+    ],
+)
+def test_records_that_python_alone_reads_wrongly_or_not_at_all_are_refused(tmp_path, configure, line, message):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(_chat(0))}\n{line}\n")
+    with pytest.raises(UserError, match=message):
+        build_corpus(configure(train=(str(tmp_path / "a.jsonl"),)))
+
+
+def test_a_repeated_key_in_an_array_of_chats_is_refused_at_once(tmp_path, configure):
+    (tmp_path / "a.json").write_text(f'[{json.dumps(_chat(0))}, {{"id": 1, "id": 2}}, and no more JSON')
+    with pytest.raises(UserError, match=r"a\.json: element 2 of the array: an object has the key 'id' twice"):
+        build_corpus(configure(train=(str(tmp_path / "a.json"),)))
+
+
+def test_a_file_without_chats_among_others_is_named(tmp_path, configure, capsys):
+    paths = [_write(tmp_path / name, chats) for name, chats in (("a.jsonl", map(_chat, range(20))), ("b.jsonl", []))]
+    build_corpus(configure(train=tuple(paths)))
+    assert f"corpus.train: 1 files have no chat: {paths[1]}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_long_chats_are_left_out_if_the_config_says_so_and_counted(tmp_path, configure, capsys):
     path = _write(tmp_path / "a.jsonl", [_chat(number, turns=1 + number % 2) for number in range(60)])
     config = configure(train=(path,), sequence_length=100, long_chats="drop")

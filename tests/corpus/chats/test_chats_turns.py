@@ -31,6 +31,9 @@ def _parse(record, text_field="text"):
         ({"conversations": SHAREGPT[1:], "system": "Be brief."}, "text"),
         ({"messages": json.dumps(MESSAGES), "text": "another form of it"}, "text"),
         ({"messages": None, "conversations": MESSAGES}, "text"),
+        ({"messages": [], "conversations": SHAREGPT}, "text"),
+        ({"messages": MESSAGES, "conversations": SHAREGPT}, "text"),
+        ({"messages": MESSAGES, "system": "Be brief."}, "text"),
         ({"chosen": SHAREGPT, "messages": MESSAGES[:2]}, "chosen"),
         # As tables have them: every turn has the keys of all turns.
         ({"messages": [{**turn, "name": None, "tool_calls": None} for turn in MESSAGES], "tools": None}, "text"),
@@ -41,6 +44,14 @@ def test_all_forms_are_the_same_chat(record, text_field):
     chat = _parse(record, text_field)
     assert chat.messages == MESSAGES
     assert chat.tools is None
+
+
+@pytest.mark.parametrize("more", [{"weight": 1}, {"train": True, "loss": 1.0}, *SHAREGPT[1:2]])
+def test_keys_that_change_nothing_are_accepted(more):
+    chat = _parse({"messages": [MESSAGES[0], {**MESSAGES[1], **more}, MESSAGES[2]]})
+    assert [(message["role"], message["content"]) for message in chat.messages] == [
+        (turn["role"], turn["content"]) for turn in MESSAGES
+    ]
 
 
 def test_calls_of_tools_and_their_functions_are_objects():
@@ -69,12 +80,48 @@ def test_calls_of_tools_and_their_functions_are_objects():
         ({"messages": [{"role": "human", "content": "x"}]}, "turn 1 has the role 'human'; .*system, developer, user"),
         ({"conversations": [{"from": "moderator", "value": "x"}]}, "turn 1 has the role 'moderator'; .*human, gpt"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"turn 1 has the role \['user'\]"),
-        ({"messages": [{"text": "x"}]}, "turn 1 has text; expected role and content, or from and value"),
+        ({"messages": [{"text": "x"}]}, "turn 1 has no speaker: it has text; expected role and content, or from and"),
         ({"messages": [MESSAGES[1], {"role": "assistant"}]}, r"turn 2 \(assistant\) has no content"),
         ({"messages": [{"role": "user", "content": None}]}, r"turn 1 \(user\) has no content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content of type list instead of text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "content of type list instead of text; parts are not",
+        ),
         ({"conversations": [{"from": "human", "value": 3}]}, "content of type int instead of text"),
-        ({"messages": [*MESSAGES[1:2], {**MESSAGES[2], "weight": 0}]}, "turn 2 has a weight of 0"),
+        (
+            {"messages": [*MESSAGES[1:2], {**MESSAGES[2], "weight": 0}]},
+            r"turn 2 \(assistant\) has weight: 0; turns cannot",
+        ),
+        (
+            {"messages": [*MESSAGES[1:2], {**MESSAGES[2], "train": False}]},
+            r"turn 2 \(assistant\) has train: False; turns",
+        ),
+        ({"messages": [*MESSAGES[1:2], {**MESSAGES[2], "loss": 0.0}]}, r"turn 2 \(assistant\) has loss: 0\.0; turns"),
+        ({"conversations": [*SHAREGPT[1:2], {**SHAREGPT[2], "training": 0}]}, r"turn 2 \(assistant\) has training: 0"),
+        ({"messages": [MESSAGES[1], {**MESSAGES[2], "content": " "}]}, r"turn 2 \(assistant\) is an empty answer"),
+        ({"messages": [{**MESSAGES[1], "from": "gpt"}, MESSAGES[2]]}, r"turn 1 \(user\) is also from 'gpt'; remove"),
+        (
+            {"messages": [{**MESSAGES[1], **SHAREGPT[2], "from": "human"}]},
+            r"turn 1 \(user\) has different texts in content and value; remove one",
+        ),
+        (
+            {"conversations": [{"from": "human", "content": "Hi"}]},
+            r"turn 1 \(user\) has no value: it has from, content; expected role and content, or from and value",
+        ),
+        ({"messages": [{**MESSAGES[2], "tool_calls": ["x"]}]}, r"turn 1 \(assistant\): 'tool_calls' is not a list of"),
+        (
+            {"messages": [{**MESSAGES[2], "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}]},
+            r"turn 1 \(assistant\): the arguments of a tool call: an object has the key 'a' twice",
+        ),
+        ({"messages": '[{"role": "user", "role": "assistant"}]'}, "'messages': an object has the key 'role' twice"),
+        ({"messages": MESSAGES, "system": ["x"]}, "'system' is of type list instead of text"),
+        ({"messages": MESSAGES, "system": 3}, "'system' is of type int instead of text"),
+        (
+            {"messages": MESSAGES, "system": "Be long."},
+            r"'system' and turn 1 \(system\) are different texts; remove one",
+        ),
+        ({"messages": MESSAGES, "conversations": SHAREGPT[1:]}, "'messages' and 'conversations' are different chats"),
+        ({"messages": None}, "'messages' is null; expected a list of turns"),
         ({"messages": []}, "'messages' has no turns"),
         ({"messages": "Hi"}, "'messages' is a string, but not valid JSON"),
         ({"messages": {"role": "user"}}, "'messages' is not a list of objects"),
