@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from tiny_models import SHAPE, save_model, word_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -13,6 +14,7 @@ from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config import Config, NewStudentConfig
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
+from dskd.pipeline import run_pipeline
 from dskd.students.new import config_values, num_parameters
 from dskd.students.student import build_student, find_student, recipe, require_configured_student
 
@@ -200,12 +202,14 @@ def test_a_new_student_that_has_no_room_is_refused_before_it_is_made(tmp_path, m
 @pytest.mark.usefixtures("teacher")
 def test_layers_that_a_pretrained_student_lacks_are_refused_before_it_is_copied(tmp_path):
     _save_pretrained(tmp_path / "pretrained")
-    student = {"path": str(tmp_path / "pretrained"), "train_layers": [999]}
-    with pytest.raises(
-        UserError, match=r"student\.train_layers: the student has layers 0 to 2, so there is no \[999\]"
-    ):
-        build_student(_config(tmp_path, student=student))
-    assert not (tmp_path / "work" / "student").exists()
+    config = _config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": (999,)})
+    message = r"student\.train_layers: the student has layers 0 to 2, so there is no \[999\]"
+    with pytest.raises(UserError, match=message):
+        build_student(config)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    with pytest.raises(UserError, match=message):
+        run_pipeline(tmp_path / "config.yaml", ["corpus.source=wordnet"])
+    assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
 
 
 def test_the_default_inner_width_is_that_of_llama():
