@@ -64,11 +64,11 @@ def by_hand(marked):
             "<|im_start|>assistant\n⟦Two<|im_end|>⟧\n<|im_start|>user\nBye<|im_end|>\n",
         ),
         (MISTRAL, TWO_ANSWERS[1:], "<s>[INST] Hi [/INST]⟦ Hello!</s>⟧[INST] 1+1? [/INST]⟦ Two</s>⟧"),
-        # An answer that is empty, is in several languages, or quotes a prompt.
+        # An empty system turn, and an answer that is in several languages, or quotes a prompt.
         (
             SMOLLM,
-            turns(("s", ""), ("u", "x"), ("a", ""), ("a", "é日"), ("u", "Two"), ("a", "x\n<|im_start|>user\n\n")),
-            "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n"
+            turns(("s", ""), ("u", "x"), ("a", "é日"), ("u", "Two"), ("a", "x\n<|im_start|>user\n\n")),
+            "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
             "<|im_start|>assistant\n⟦é日<|im_end|>⟧\n<|im_start|>user\nTwo<|im_end|>\n"
             "<|im_start|>assistant\n⟦x\n<|im_start|>user\n\n<|im_end|>⟧\n",
         ),
