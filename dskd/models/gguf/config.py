@@ -73,6 +73,7 @@ def read_config(file: GgufFile) -> Any:
             f"from GGUF, only {', '.join(known)}; {_INSTEAD}"
         )
     rows = vocabulary_rows(file)
+    tokens = file.value(f"{file.architecture}.vocab_size", int) or len(file.list_of("tokenizer.ggml.tokens", str) or ())
     try:
         with tempfile.TemporaryDirectory(prefix="dskd-gguf-") as folder:
             _write_without_content(file, rows, Path(folder) / "model.gguf")
@@ -81,7 +82,6 @@ def read_config(file: GgufFile) -> Any:
         raise UserError(f"teacher.path: {file.path}: transformers cannot read it ({reason_of(error)})") from None
     config.vocab_size = rows  # not all architectures have a key for it
     config._name_or_path = ""
-    tokens = file.value(f"{file.architecture}.vocab_size", int) or len(file.list_of("tokenizer.ggml.tokens", str) or ())
     if tokens and tokens != rows:
         raise UserError(
             f"teacher.path: {file.path}: its keys say {tokens:,} tokens, but there are {rows:,} embeddings; the file "
