@@ -38,6 +38,7 @@ from dskd.models.trained import trained_layers
 from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.students import student
+from dskd.students.copies import copies_are_current
 from dskd.students.measuring import measure_importance
 from dskd.training import checkpoint, export, inputs, teacher_from_scratch
 
@@ -130,6 +131,10 @@ def plan_stages(
         vocab_size = vocabulary_size(found.load_config())
         sequences.build_sequences(config, found.load_tokenizer(), found.tokenizer_digest, vocab_size)
 
+    def student_is_current() -> bool:
+        recipe = student.recipe(config, teacher())
+        return is_current(config.path(kinds.STUDENT.folder), recipe) and copies_are_current(config, teacher())
+
     def build_student() -> None:
         student.build_student(config, measure_importance)
 
@@ -137,7 +142,7 @@ def plan_stages(
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        stage(kinds.STUDENT, lambda: student.recipe(config, teacher()), build_student),
+        Stage(kinds.STUDENT.name, student_is_current, build_student),
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]

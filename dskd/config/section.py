@@ -68,6 +68,8 @@ def _expand_variables(value: str) -> str:
 
 def _possible_path(path: str) -> str:
     """Returns the path, after checking that a file can have it."""
+    if not path.strip():
+        raise ValueError("a path cannot be empty; leave the key out, or write . for the current directory")
     longest = max(path.split("/"), key=_num_bytes)
     if "\0" in path:
         raise ValueError("a path cannot contain the character NUL")

@@ -1,6 +1,7 @@
 """Causal language models of transformers: their folders, and how they are loaded, run and checked.
 
 folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
+digests         the digests of a model's files, each hashed once
 gguf/           converts a GGUF file into the teacher's folder
 model_config    reads a folder's config.json for the installed transformers, or refuses it
 weights         the tensors in a folder's safetensors files

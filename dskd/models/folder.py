@@ -8,21 +8,23 @@ import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dskd.artifacts import kinds
-from dskd.artifacts.hashing import digest_of_json, sha256_of_file
-from dskd.artifacts.manifest import read_manifest, write_json
+from dskd.artifacts.hashing import MANIFEST_NAME, digest_of_json
+from dskd.artifacts.manifest import read_manifest
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config
 from dskd.errors import UserError, first_line, listed, reason_of
+from dskd.models.digests import digest_cache, digest_of_model, gguf_digest, gguf_path, hashes_of
+from dskd.models.gguf.file import require_gguf_file
 from dskd.models.limits import check_limits
 from dskd.models.model_config import condition_of_code, read_model_config
-from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, tensor_files
+from dskd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX
 
 # The errors that transformers raises for a wrong value in config.json; it checks few values itself.
 BAD_CONFIG = (
@@ -39,6 +41,17 @@ BAD_CONFIG = (
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
 CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
+# The files that a tokenizer is loaded from, with its special tokens and its chat template.
+_FILES_OF_TOKENIZERS = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "chat_template.json",
+)
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 # A cap on the scores of attention, which Gemma 2 has. The fused attention that transformers chooses by default leaves
 # it out without a warning.
@@ -136,7 +149,7 @@ def _find_model(
     # Check everything that is quick before the files are hashed, which takes minutes for a large model.
     unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), trust_remote_code)
     check_limits(config, folder, unhashed.load_config(), tokenizer)
-    return replace(unhashed, digest=_digest_of_model(folder, cache=config.path(f".{section}_digests.json")))
+    return replace(unhashed, digest=digest_of_model(folder, cache=digest_cache(config, section)))
 
 
 def _find_made_teacher(config: Config) -> ModelFolder:
@@ -145,9 +158,11 @@ def _find_made_teacher(config: Config) -> ModelFolder:
     Raises:
         UserError: when it is missing, or was not made from what the config names.
     """
-    folder = config.path(kinds.TEACHER.folder)
+    folder, is_gguf = config.path(kinds.TEACHER.folder), config.teacher.is_gguf
+    if is_gguf and not (folder / MANIFEST_NAME).exists():  # making it would meet a wrong path
+        require_gguf_file(gguf_path(config))
     manifest = read_manifest(folder, "teacher")
-    is_gguf, digest = config.teacher.is_gguf, manifest.inputs.get("gguf")
+    digest = manifest.inputs.get("gguf")
     if digest != (gguf_digest(config) if is_gguf else None):
         made_from = "another model" if digest is None else f"the GGUF file {manifest.facts.get('file')}"
         if is_gguf and manifest.facts.get("file") == Path(config.teacher.path or "").name:
@@ -162,6 +177,11 @@ def _find_made_teacher(config: Config) -> ModelFolder:
             f"{folder}: this teacher was made with teacher.tokenizer: {manifest.config.get('tokenizer')}, and the "
             f"config says {config.teacher.tokenizer}; make it again with `{kinds.TEACHER.made_by}`"
         )
+    if config.teacher.tokenizer is not None and manifest.inputs.get("tokenizer") != tokenizer_files_digest(config):
+        raise UserError(
+            f"{folder}: this teacher was made with other files of teacher.tokenizer: {config.teacher.tokenizer} (its "
+            f"tokenizer, special tokens or chat template); make it again with `{kinds.TEACHER.made_by}`"
+        )
     tokenizer = load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code)
     found = ModelFolder(folder, manifest.digest, tokenizer_digest(tokenizer))
     if is_gguf:
@@ -169,27 +189,26 @@ def _find_made_teacher(config: Config) -> ModelFolder:
     return found
 
 
-def gguf_digest(config: Config) -> str:
-    """Returns the sha256 of the GGUF file of `teacher.path`.
+def tokenizer_files_digest(config: Config) -> str:
+    """Returns the digest of the files of the tokenizer that `teacher.tokenizer` names, with its chat template.
 
-    If the file is not on this machine, that of the file of this name that the teacher in the work directory was made
-    from: a node needs only the work directory.
+    If it is no folder on this machine, returns that of the tokenizer of this name that the teacher in the work
+    directory was made with: a node needs only the work directory, and a tokenizer of the hub is fetched once.
 
     Raises:
-        UserError: if neither is there.
+        UserError: when it is not there, and cannot be fetched from the hub.
     """
-    assert config.teacher.path is not None
-    path = Path(config.teacher.path).expanduser()
-    if path.is_file():
-        return _hashes_of([path], cache=config.path(".teacher_digests.json"))[path]
+    named = config.teacher.tokenizer
+    assert named is not None, "called only if teacher.tokenizer is set"
     folder = config.path(kinds.TEACHER.folder)
-    if (folder / "manifest.json").is_file():
+    if not Path(named).expanduser().is_dir() and (folder / MANIFEST_NAME).is_file():
         manifest = read_manifest(folder, "teacher")
-        if manifest.facts.get("file") == path.name:
-            return manifest.inputs["gguf"]
-    raise UserError(
-        f"teacher.path: {path}: there is no such GGUF file, and {folder} was not made from a file of that name"
-    )
+        if manifest.config.get("tokenizer") == named and "tokenizer" in manifest.inputs:
+            return manifest.inputs["tokenizer"]
+    found = find_tokenizer_folder(named)
+    files = {file.name: file for pattern in _FILES_OF_TOKENIZERS for file in found.glob(pattern)}
+    hashes = hashes_of(files.values(), cache=digest_cache(config, "teacher"))
+    return digest_of_json({name: hashes[path] for name, path in files.items()})
 
 
 def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool = False) -> None:
@@ -308,6 +327,10 @@ def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str
             )
         return folder
     if folder.is_file():
+        if path.lower().endswith(".gguf"):
+            raise UserError(
+                f"{key}: {folder} is a GGUF file, which only teacher.path can name; name a Hugging Face model folder"
+            )
         gguf = ", or a GGUF file, whose name ends with .gguf" if key == "teacher.path" else ""
         raise UserError(f"{key}: {folder} is a file; name a Hugging Face model folder{gguf}")
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
@@ -332,49 +355,3 @@ def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str
         raise UserError(
             f"{key}: {path!r} is not a folder here, and cannot be fetched from the hub ({first_line(error)})"
         ) from None
-
-
-def _digest_of_model(folder: Path, cache: Path) -> str:
-    """Returns the digest of the model's config and weights.
-
-    Raises:
-        UserError: when a file that the index names is missing.
-    """
-    paths = {name: (folder / name).resolve() for name in sorted({"config.json", *tensor_files(folder).values()})}
-    for name, path in paths.items():
-        if not path.is_file():
-            raise UserError(f"{folder / name}: {WEIGHTS_INDEX} names this file, but it is missing; fetch it again")
-    hashes = _hashes_of(paths.values(), cache)
-    return digest_of_json({name: hashes[path] for name, path in paths.items()})
-
-
-def _hashes_of(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
-    """Returns the sha256 of files.
-
-    `cache` keeps the hash of each file by path, size and modification time, since the same path may be a different file
-    on each node.
-    """
-    known: dict[str, Any] = {}
-    if cache.is_file():
-        with _ignoring_damage():
-            known = json.loads(cache.read_text(encoding="utf-8"))
-    hashes, new = {}, {}
-    for path in paths:
-        status = path.stat()
-        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-        hashes[path] = known.get(key) or sha256_of_file(path)
-        if key not in known:
-            new[key] = hashes[path]
-    if new and cache.parent.is_dir():
-        with _ignoring_damage():
-            write_json(cache, known | new)
-    return hashes
-
-
-@contextmanager
-def _ignoring_damage() -> Iterator[None]:
-    """Ignores errors of reading or writing the cache of hashes: without the cache, hashing only takes longer."""
-    try:
-        yield
-    except (OSError, ValueError):
-        return

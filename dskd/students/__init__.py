@@ -5,6 +5,7 @@ cutting         cuts it from the teacher's files
 spacing         which of the teacher's layers it keeps
 importance      computes how much layers change the states
 measuring       runs the teacher on training text to measure its layers that way
+copies          whether its chat template and generation config are still those of the model it is made from
 pretrained      copies a pretrained model
 new             makes one of given sizes with random weights
 same_tokenizer  compares a pretrained student's tokenizer with the teacher's

@@ -22,7 +22,9 @@ _MADE = {
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
-    """Returns the recipe of the config's student: what determines its files. What is trained is not part of it.
+    """Returns the recipe of the config's student: what determines its weights and tokens.
+
+    What is trained is not part of it, nor are the files that :mod:`dskd.students.copies` compares.
 
     Raises:
         UserError: when there is no model at `student.path`.

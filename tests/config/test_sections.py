@@ -250,3 +250,12 @@ def test_a_student_that_is_not_cut_is_trained_whole_by_default_and_can_be_printe
 def test_a_cut_student_has_the_defaults_that_it_always_had():
     printed = Config(**MINIMAL).as_dict()["student"]
     assert {"layers": 16, "train_layers": 2, "train_embeddings": False}.items() <= printed.items()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"student": {"path": ""}}, {"teacher": {"path": "model.gguf", "tokenizer": ""}}, {"teacher": {"path": " "}}],
+)
+def test_an_empty_path_is_refused(tmp_path, section):
+    with pytest.raises(UserError, match="a path cannot be empty"):
+        load_config(write_yaml(tmp_path, {**MINIMAL, **section}))

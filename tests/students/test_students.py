@@ -110,6 +110,13 @@ def test_an_unsuitable_student_is_refused_and_nothing_is_written(tmp_path, chang
 
 
 @pytest.mark.usefixtures("teacher")
+def test_a_gguf_file_is_no_student(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"student.path: .*x.gguf is a GGUF file, which only teacher.path can name"):
+        build_student(_config(tmp_path, student={"path": str(tmp_path / "x.gguf")}))
+
+
+@pytest.mark.usefixtures("teacher")
 def test_the_code_of_a_student_does_not_run_even_if_the_teachers_may(tmp_path):
     _save_pretrained(tmp_path / "pretrained")
     file = tmp_path / "pretrained" / "config.json"

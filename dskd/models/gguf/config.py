@@ -60,6 +60,11 @@ def read_config(file: GgufFile) -> Any:
     from transformers import AutoConfig
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
+    if not file.architecture:
+        raise UserError(
+            f"teacher.path: {file.path}: the file does not say its architecture (the key general.architecture); it is "
+            "damaged, or not a language model: download or convert it again"
+        )
     known = sorted(set(GGUF_CONFIG_MAPPING) - {"general", "tokenizer"})
     name = _name_in_transformers(file.architecture)
     if name not in known:
@@ -68,6 +73,7 @@ def read_config(file: GgufFile) -> Any:
             f"from GGUF, only {', '.join(known)}; {_INSTEAD}"
         )
     rows = vocabulary_rows(file)
+    tokens = file.value(f"{file.architecture}.vocab_size", int) or len(file.list_of("tokenizer.ggml.tokens", str) or ())
     try:
         with tempfile.TemporaryDirectory(prefix="dskd-gguf-") as folder:
             _write_without_content(file, rows, Path(folder) / "model.gguf")
@@ -76,7 +82,6 @@ def read_config(file: GgufFile) -> Any:
         raise UserError(f"teacher.path: {file.path}: transformers cannot read it ({reason_of(error)})") from None
     config.vocab_size = rows  # not all architectures have a key for it
     config._name_or_path = ""
-    tokens = file.values.get(f"{file.architecture}.vocab_size") or len(file.values.get("tokenizer.ggml.tokens", ()))
     if tokens and tokens != rows:
         raise UserError(
             f"teacher.path: {file.path}: its keys say {tokens:,} tokens, but there are {rows:,} embeddings; the file "

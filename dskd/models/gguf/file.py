@@ -8,10 +8,10 @@ that a wrong file is refused at once; the package `gguf` reads the tensors later
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.errors import UserError, shortened
@@ -24,6 +24,15 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _LONGEST_NAME = 2**16  # bytes; anything longer cannot be a name
 _MOST_DIMENSIONS = 8
+_DEEPEST = 4  # lists in lists; models have none
+_Kind = TypeVar("_Kind", str, bool, int, float)
+# What a value is called in messages, and the Python types that it may have.
+_KINDS: Mapping[type, tuple[str, tuple[type, ...]]] = {
+    str: ("a text", (str,)),
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (float, int)),
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,42 @@ class GgufFile:
     values: Mapping[str, Any]  # its keys
     tensors: tuple[GgufTensor, ...]
 
+    def value(self, key: str, kind: type[_Kind]) -> _Kind | None:
+        """Returns the value of a key; None if the file has no such key.
+
+        Raises:
+            UserError: if the value is of another kind.
+        """
+        found = self.values.get(key)
+        if found is not None and type(found) not in _KINDS[kind][1]:
+            raise self._wrong(key, _KINDS[kind][0], found)
+        return found
+
+    def list_of(self, key: str, kind: type[_Kind]) -> list[_Kind] | None:
+        """Returns the list of values of a key; None if the file has no such key.
+
+        Raises:
+            UserError: if it is not a list, or has values of another kind.
+        """
+        found = self.values.get(key)
+        expected = f"a list in which each value is {_KINDS[kind][0]}"
+        if found is not None and not isinstance(found, list):
+            raise self._wrong(key, expected, found)
+        others = [entry for entry in found or () if type(entry) not in _KINDS[kind][1]]
+        if others:
+            raise self._wrong(key, expected, others[0], "has ")
+        return found
+
+    def _wrong(self, key: str, expected: str, found: Any, verb: str = "is ") -> UserError:
+        return UserError(
+            f"teacher.path: {self.path}: the key {key} {verb}{repr(found)[:60]}, and must be {expected}; the file is "
+            "damaged, or its converter has an error: download or convert it again"
+        )
+
     @property
     def architecture(self) -> str:
-        """The name of the architecture, as llama.cpp calls it."""
-        return str(self.values.get("general.architecture", ""))
+        """The name of the architecture, as llama.cpp calls it; empty if the file does not say it."""
+        return self.value("general.architecture", str) or ""
 
     @property
     def numel(self) -> int:
@@ -65,15 +106,24 @@ class GgufFile:
         return dict(sorted(Counter(tensor.type_name for tensor in self.tensors).items()))
 
 
+def require_gguf_file(path: Path) -> None:
+    """Checks that there is a file at the path of a GGUF file.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not path.is_file():
+        what = "this is a folder; name the file in it" if path.is_dir() else "there is no such file"
+        raise UserError(f"teacher.path: {path}: {what}")
+
+
 def read_gguf(path: Path) -> GgufFile:
     """Reads the beginning of a GGUF file.
 
     Raises:
         UserError: if it is missing, no GGUF file, of another version, one of several parts of a model, or cut short.
     """
-    if not path.is_file():
-        what = "this is a folder; name the file in it" if path.is_dir() else "there is no such file"
-        raise UserError(f"teacher.path: {path}: {what}")
+    require_gguf_file(path)
     size = path.stat().st_size
     try:
         with path.open("rb") as stream:
@@ -85,22 +135,23 @@ def read_gguf(path: Path) -> GgufFile:
                     f"teacher.path: {path}: the file is cut short: it ends after {size:,} bytes, within the list of "
                     "its keys and tensors; download it again"
                 ) from None
-            except (UnicodeDecodeError, KeyError, ValueError) as error:
+            except ValueError as error:
                 raise UserError(
                     f"teacher.path: {path}: the list of keys and tensors of this GGUF file (version {version}) is "
                     f"damaged ({error}); download it again"
                 ) from None
     except OSError as error:
         raise UserError(f"teacher.path: {path}: it cannot be read ({error.strerror})") from None
-    if (parts := values.get("split.count", 1)) > 1:
+    file = GgufFile(path, values, ())
+    if (parts := file.value("split.count", int) or 1) > 1:
         raise UserError(
-            f"teacher.path: {path}: this is part {values.get('split.no', 0) + 1} of a model in {parts} files "
+            f"teacher.path: {path}: this is part {(file.value('split.no', int) or 0) + 1} of a model in {parts} files "
             "(split.count), and transformers reads a GGUF model from one file; join them with llama.cpp's "
             "`llama-gguf-split --merge FIRST-PART NEW-FILE`"
         )
     if not table:
         raise UserError(f"teacher.path: {path}: this GGUF file has no tensors, only keys; name the file of the model")
-    tensors = _place_tensors(table, end, values, path)
+    tensors = _place_tensors(table, end, file)
     last = max(tensors, key=lambda tensor: tensor.offset + tensor.size_bytes)
     if (needed := last.offset + last.size_bytes) > size:
         missing = [tensor.name for tensor in tensors if tensor.offset + tensor.size_bytes > size]
@@ -108,7 +159,7 @@ def read_gguf(path: Path) -> GgufFile:
             f"teacher.path: {path}: the file is cut short: it has {size:,} bytes, and its {len(tensors)} tensors need "
             f"{needed:,}; incomplete or missing: {shortened(missing, 3)} ({len(missing)} in all). Download it again"
         )
-    return GgufFile(path, values, tensors)
+    return replace(file, tensors=tensors)
 
 
 class _CutShortError(Exception):
@@ -118,7 +169,11 @@ class _CutShortError(Exception):
 def _read_version(stream: BinaryIO, path: Path) -> int:
     beginning = stream.read(64)
     refuse_pointer_beginning(beginning, f"teacher.path: {path}")
-    if beginning[:4] != _MAGIC or len(beginning) < 8:
+    if beginning[:4] == _MAGIC and len(beginning) < 8:
+        raise UserError(
+            f"teacher.path: {path}: the file is cut short: it has only {len(beginning)} bytes; download it again"
+        )
+    if beginning[:4] != _MAGIC:
         raise UserError(
             f"teacher.path: {path}: this is not a GGUF file: it begins with {beginning[:4]!r}, not with {_MAGIC!r}; "
             "was it downloaded whole, and is it what its name says?"
@@ -144,7 +199,10 @@ def _read_tables(stream: BinaryIO, size: int) -> tuple[dict[str, Any], _Table, i
     for _ in range(num_keys):
         key = _read_string(stream, _LONGEST_NAME)
         (kind,) = _unpack(stream, "I")
-        values[key] = _read_value(stream, kind, size)
+        try:
+            values[key] = _read_value(stream, kind, size)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
     table: _Table = []
     for _ in range(num_tensors):
         name = _read_string(stream, _LONGEST_NAME)
@@ -175,31 +233,41 @@ def _read_string(stream: BinaryIO, longest: int) -> str:
     return content.decode("utf-8")
 
 
-def _read_value(stream: BinaryIO, kind: int, size: int) -> Any:
+def _read_value(stream: BinaryIO, kind: int, size: int, depth: int = 0) -> Any:
     if kind == _STRING:
         return _read_string(stream, size)
-    if kind != _ARRAY:
+    if kind in _SCALARS:
         return _unpack(stream, _SCALARS[kind])[0]
+    if kind != _ARRAY:
+        raise ValueError(f"a value of type {kind}, which GGUF does not have")
+    if depth == _DEEPEST:
+        raise ValueError(f"lists in lists, more than {_DEEPEST} deep")
     inner, count = _unpack(stream, "IQ")
     if count > size:
         raise ValueError(f"a list of {count:,} values")
     if inner in _SCALARS:
         return list(_unpack(stream, f"{count}{_SCALARS[inner]}"))
-    return [_read_value(stream, inner, size) for _ in range(count)]
+    return [_read_value(stream, inner, size, depth + 1) for _ in range(count)]
 
 
-def _place_tensors(table: _Table, end: int, values: Mapping[str, Any], path: Path) -> tuple[GgufTensor, ...]:
+def _place_tensors(table: _Table, end: int, file: GgufFile) -> tuple[GgufTensor, ...]:
     """Returns the tensors with their sizes and their places in the file.
 
     Raises:
         UserError: naming types that the package `gguf` does not know, or cannot turn into numbers.
     """
-    alignment = int(values.get("general.alignment", _ALIGNMENT)) or _ALIGNMENT
+    alignment = file.value("general.alignment", int)
+    alignment = _ALIGNMENT if alignment is None else alignment
+    if alignment < 1:
+        raise UserError(
+            f"teacher.path: {file.path}: the key general.alignment is {alignment}, and must be 1 or more; the file is "
+            "damaged: download or convert it again"
+        )
     begin = -(-end // alignment) * alignment
     types = {number: _type_of(number) for number in {number for _, _, number, _ in table}}
     if unreadable := [reason for _, _, _, reason in types.values() if reason]:
         raise UserError(
-            f"teacher.path: {path}: the installed gguf cannot turn some tensors into numbers: "
+            f"teacher.path: {file.path}: the installed gguf cannot turn some tensors into numbers: "
             f"{'; '.join(sorted(unreadable))}. Take a file of this model in another quantisation, such as Q8_0 or F16, "
             "or a newer gguf"
         )

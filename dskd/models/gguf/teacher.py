@@ -23,7 +23,8 @@ from dskd.console import say, stage, warn
 from dskd.errors import UserError, reason_of
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.folder import ModelFolder, find_tokenizer_folder, gguf_digest, load_tokenizer
+from dskd.models.digests import gguf_digest, gguf_path
+from dskd.models.folder import ModelFolder, find_tokenizer_folder, load_tokenizer, tokenizer_files_digest
 from dskd.models.gguf.config import check_tensors, read_config
 from dskd.models.gguf.file import GgufFile, read_gguf
 from dskd.models.gguf.tokenizer import PROBES, build_tokenizer, compare_tokenizers, turn_ends
@@ -45,7 +46,10 @@ _PLAIN_TEXT = (
 
 def recipe(config: Config) -> Recipe:
     """Returns the recipe of the teacher that is made from `teacher.path`, a GGUF file."""
-    return Recipe("teacher", {"gguf": gguf_digest(config)}, {"tokenizer": config.teacher.tokenizer})
+    inputs = {"gguf": gguf_digest(config)}
+    if config.teacher.tokenizer is not None:
+        inputs["tokenizer"] = tokenizer_files_digest(config)
+    return Recipe("teacher", inputs, {"tokenizer": config.teacher.tokenizer})
 
 
 def check_file(config: Config) -> GgufFile:
@@ -54,8 +58,7 @@ def check_file(config: Config) -> GgufFile:
     Raises:
         UserError: if the file cannot be read, is cut short, or is of an architecture that is not supported.
     """
-    assert config.teacher.path is not None
-    file = read_gguf(Path(config.teacher.path).expanduser())
+    file = read_gguf(gguf_path(config))
     read_config(file)
     return file
 
@@ -66,8 +69,7 @@ def build_teacher(config: Config) -> None:
     Raises:
         UserError: if the file or its model is refused, or there is not enough memory or disk space.
     """
-    assert config.teacher.path is not None
-    path = Path(config.teacher.path).expanduser()
+    path = gguf_path(config)
     target = config.path(kinds.TEACHER.folder)
     with stage("teacher: from a GGUF file", reads=[path], writes=target):
         file = read_gguf(path)
@@ -126,7 +128,7 @@ def _find_tokenizer(config: Config, file: GgufFile) -> tuple[Any, str]:
     tokenizer = load_tokenizer(find_tokenizer_folder(named), trust_remote_code=config.teacher.trust_remote_code)
     found = compare_tokenizers(tokenizer, file, named)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = file.values.get("tokenizer.chat_template")
+        tokenizer.chat_template = file.value("tokenizer.chat_template", str)
     return tokenizer, f"{named}: {found}"
 
 

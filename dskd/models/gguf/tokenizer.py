@@ -59,9 +59,8 @@ def build_tokenizer(file: GgufFile) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    values = file.values
-    tokens: list[str] = values.get("tokenizer.ggml.tokens") or []
-    kind = values.get("tokenizer.ggml.model")
+    tokens = _tokens(file)
+    kind = file.value("tokenizer.ggml.model", str)
     if not tokens or kind is None:
         raise _undetermined(file, "it has no tokenizer (no tokenizer.ggml.tokens)")
     if twice := len(tokens) - len(set(tokens)):
@@ -75,9 +74,11 @@ def build_tokenizer(file: GgufFile) -> Any:
     _mark_special_tokens(backend, file, tokens)
     special = {name: token for name in ("bos", "eos", "unknown", "padding") if (token := _special(file, name))}
     # Byte-pair encodings mostly have no token before a text, sentencepiece's have; keys that are missing mean that.
-    begins = values.get("tokenizer.ggml.add_bos_token", kind == "llama" or values.get("tokenizer.ggml.pre") in _BEGINS)
+    begins = file.value("tokenizer.ggml.add_bos_token", bool)
+    if begins is None:
+        begins = kind == "llama" or file.value("tokenizer.ggml.pre", str) in _BEGINS
     before = [special["bos"]] if begins and "bos" in special else []
-    after = [special["eos"]] if values.get("tokenizer.ggml.add_eos_token", False) and "eos" in special else []
+    after = [special["eos"]] if file.value("tokenizer.ggml.add_eos_token", bool) and "eos" in special else []
     if before or after:
         _add_to_texts(backend, before, after)
     tokenizer = PreTrainedTokenizerFast(
@@ -89,7 +90,7 @@ def build_tokenizer(file: GgufFile) -> Any:
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],  # transformers adds token types, which decoders do not take
     )
-    tokenizer.chat_template = values.get("tokenizer.chat_template")
+    tokenizer.chat_template = file.value("tokenizer.chat_template", str)
     _check_probes(tokenizer, file)
     return tokenizer
 
@@ -99,8 +100,7 @@ def turn_ends(file: GgufFile, tokenizer: Any) -> list[int]:
 
     The file names some; the token that follows an answer in the chat template ends one too.
     """
-    values = file.values
-    named = [values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    named = [file.value(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
     ends = {tokenizer.eos_token_id, *named, _end_in_template(tokenizer)} - {None}
     return sorted(token for token in ends if 0 <= token < len(tokenizer))
 
@@ -139,8 +139,8 @@ def compare_tokenizers(named: Any, file: GgufFile, name: str) -> str:
             f"teacher.tokenizer: {name} has the token {named.convert_ids_to_tokens(largest)!r} with the id "
             f"{largest:,}, and {file.path} has {rows:,} embeddings; name the tokenizer that belongs to the model"
         )
-    tokens: list[str] = file.values.get("tokenizer.ggml.tokens") or []
-    kinds = file.values.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    tokens = _tokens(file)
+    kinds = file.list_of("tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens)
     others = [
         f"{token_id} is {theirs!r} there and {token!r} in the file"
         for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
@@ -174,12 +174,21 @@ def vocabulary_rows(file: GgufFile) -> int:
     Raises:
         UserError: if the file has no matrix of embeddings.
     """
-    rows = next((tensor.shape[0] for tensor in file.tensors if tensor.name == "token_embd.weight"), None)
-    if rows is None:
+    shape = next((tensor.shape for tensor in file.tensors if tensor.name == "token_embd.weight"), None)
+    if shape is None:
         raise UserError(
             f"teacher.path: {file.path}: there are no embeddings (token_embd.weight); it is not a whole language model"
         )
-    return rows
+    if len(shape) != 2:
+        raise UserError(
+            f"teacher.path: {file.path}: the embeddings (token_embd.weight) have the shape {list(shape)}, which must "
+            "be two numbers; the file is damaged"
+        )
+    return shape[0]
+
+
+def _tokens(file: GgufFile) -> list[str]:
+    return file.list_of("tokenizer.ggml.tokens", str) or []
 
 
 def _undetermined(file: GgufFile, reason: str) -> UserError:
@@ -194,13 +203,13 @@ def _short(problem: UserError, file: GgufFile) -> str:
 
 
 def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    name = file.values.get("tokenizer.ggml.pre")
+    name = file.value("tokenizer.ggml.pre", str)
     split = _SPLITS.get(_SAME_SPLIT.get(str(name), str(name)))
     if split is None:
         known = ", ".join([*_SPLITS, *_SAME_SPLIT])
         what = "it does not say how text is split" if name is None else f"it splits text as {name!r}"
         raise _undetermined(file, f"{what} (tokenizer.ggml.pre); known are {known}")
-    merges = [tuple(merge.split(" ")) for merge in file.values.get("tokenizer.ggml.merges") or []]
+    merges = [tuple(merge.split(" ")) for merge in file.list_of("tokenizer.ggml.merges", str) or []]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     # Llama 3's encoding takes a piece of text that is a token as it is, even if no merges lead to it.
     takes_whole = split is _SPLITS["llama-bpe"]
@@ -216,7 +225,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     """Returns a byte-pair encoding of sentencepiece, whose merges follow from the tokens' scores."""
     from transformers.convert_slow_tokenizer import generate_merges
 
-    scores = file.values.get("tokenizer.ggml.scores")
+    scores = file.list_of("tokenizer.ggml.scores", float)
     kinds = _kinds(file, tokens)
     if scores is None or len(scores) != len(tokens):
         raise _undetermined(file, "its tokens have no scores (tokenizer.ggml.scores)")
@@ -225,7 +234,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     merges = generate_merges({token: vocabulary[token] for token in normal}, normal)
     unknown = _special(file, "unknown")
     tokenizer = Tokenizer(_bpe(file, vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefixed = file.values.get("tokenizer.ggml.add_space_prefix", True)
+    prefixed = file.value("tokenizer.ggml.add_space_prefix", bool) is not False
     replaced = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replaced]) if prefixed else replaced
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -241,7 +250,7 @@ def _bpe(file: GgufFile, vocabulary: dict[str, int], merges: list[Any], **option
 
 
 def _kinds(file: GgufFile, tokens: list[str]) -> list[int]:
-    kinds = file.values.get("tokenizer.ggml.token_type")
+    kinds = file.list_of("tokenizer.ggml.token_type", int)
     return list(kinds) if kinds is not None and len(kinds) == len(tokens) else [_NORMAL] * len(tokens)
 
 
@@ -259,13 +268,13 @@ def _mark_special_tokens(backend: Tokenizer, file: GgufFile, tokens: list[str]) 
 
 
 def _special(file: GgufFile, name: str) -> str | None:
-    tokens = file.values.get("tokenizer.ggml.tokens") or []
-    token_id = file.values.get(f"tokenizer.ggml.{name}_token_id")
+    tokens = _tokens(file)
+    token_id = file.value(f"tokenizer.ggml.{name}_token_id", int)
     if token_id is None or token_id == 2**32 - 1:  # -1: there is none
         return None
     if not 0 <= token_id < len(tokens):
         raise _undetermined(file, f"tokenizer.ggml.{name}_token_id is {token_id}, but there are {len(tokens):,} tokens")
-    return str(tokens[token_id])
+    return tokens[token_id]
 
 
 def _add_to_texts(backend: Tokenizer, before: list[str], after: list[str]) -> None:

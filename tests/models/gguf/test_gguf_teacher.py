@@ -22,7 +22,9 @@ from dskd.models.folder import find_teacher
 from dskd.models.generation import end_tokens
 from dskd.models.gguf.config import read_config
 from dskd.models.gguf.file import read_gguf
-from dskd.models.gguf.teacher import recipe
+from dskd.models.gguf.teacher import build_teacher, recipe
+from dskd.models.gguf.tokenizer import build_tokenizer
+from dskd.students.student import build_student
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,43 @@ def test_a_teacher_of_another_file_is_refused_and_one_whose_file_is_gone_is_not(
         find_teacher(Config(workdir=config.workdir, teacher={"train_from_scratch": {}}))
     with pytest.raises(UserError, match=r"there is no teacher here; make it with `python launcher/pipeline.py --confi"):
         find_teacher(Config(workdir=str(tmp_path / "new"), teacher={"path": str(written.path)}))
+
+
+def test_a_teacher_whose_tokenizer_changed_is_refused(tmp_path):
+    written = write_gguf(tmp_path / "model.gguf")
+    own = tmp_path / "own"
+    build_tokenizer(read_gguf(written.path)).save_pretrained(own)
+    config, folder = build_gguf(written.path, tokenizer=str(own))
+    assert set(read_manifest(folder, "teacher").inputs) == {"gguf", "tokenizer"}
+    assert is_current(folder, recipe(config))
+    (own / "chat_template.jinja").write_text("{{ messages }}")
+    assert not is_current(folder, recipe(config))
+    with pytest.raises(UserError, match=r"made with other files of teacher.tokenizer: .*own .* make it again with"):
+        find_teacher(config)
+    build_teacher(config)
+    assert find_teacher(config).load_tokenizer().chat_template == "{{ messages }}"
+    settings = own / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"'))
+    assert not is_current(folder, recipe(config))
+    build_teacher(config)
+    assert find_teacher(config).load_tokenizer().eos_token == "<|endoftext|>"
+    own.rename(tmp_path / "gone")  # another node has only the work directory
+    assert is_current(folder, recipe(config))
+    assert find_teacher(config).path == folder
+
+
+def test_a_recipe_without_another_tokenizer_has_only_the_file(tmp_path):
+    config = gguf_config(write_gguf(tmp_path / "model.gguf").path)
+    assert set(recipe(config).inputs) == {"gguf"}
+    assert recipe(config).config == {"tokenizer": None}
+
+
+def test_a_student_says_what_is_wrong_with_the_path_of_its_teacher(tmp_path):
+    with pytest.raises(UserError, match=r"teacher.path: .*/none.gguf: there is no such file"):
+        build_student(gguf_config(tmp_path / "none.gguf"))
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(UserError, match=r"teacher.path: .*/folder.gguf: this is a folder; name the file in it"):
+        build_student(gguf_config(tmp_path / "folder.gguf"))
 
 
 def test_a_plan_reads_the_shape_from_the_file_and_needs_no_conversion(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,89 @@
+"""The chat template and the generation config of the student: copies of those of the model that it is made from.
+
+They change no weight, so they are not in the student's recipe, and the training of a student outlives a change of them.
+"""
+
+import json
+from pathlib import Path
+
+from dskd.artifacts import kinds
+from dskd.artifacts.manifest import read_manifest
+from dskd.config import Config
+from dskd.console import warn
+from dskd.errors import UserError
+from dskd.models.folder import ModelFolder, find_pretrained_student
+
+_GENERATION_CONFIG = "generation_config.json"
+
+
+def copies_are_current(config: Config, teacher: ModelFolder) -> bool:
+    """Returns False if the student should be made again because its copies are no longer those of its source.
+
+    That would discard its training, which the copies do not change. So if there is training that is not repeated
+    anyway, warns and returns True.
+
+    Raises:
+        UserError: when there is no model at `student.path`.
+    """
+    source = source_of(config, teacher)
+    changed = changed_copies(config, source)
+    if not changed:
+        return True
+    if not _has_training(config):
+        return False
+    student, what = config.path(kinds.STUDENT.folder), " and ".join(changed)
+    warn(
+        f"{source}: the {what} changed after {student} was made from it; runs are trained from that student already, "
+        f"so it and its exports keep the old {what}. To use the new one, put it into a copy of the export; or make the "
+        f"student again with `{kinds.STUDENT.made_by}`, after which the pipeline trains again"
+    )
+    return True
+
+
+def source_of(config: Config, teacher: ModelFolder) -> Path:
+    """Returns the folder of the model that the student's small files are copied from.
+
+    Raises:
+        UserError: when there is no model at `student.path`.
+    """
+    return find_pretrained_student(config).path if config.student.origin == "path" else teacher.path
+
+
+def changed_copies(config: Config, source: Path) -> list[str]:
+    """Returns which of the student's copies are no longer those of its source, for messages."""
+    student = config.path(kinds.STUDENT.folder)
+    changed = []
+    if _chat_template(source) != _chat_template(student):
+        changed.append("chat template")
+    generation = [_content(folder / _GENERATION_CONFIG) for folder in (source, student)]
+    # A new student has a generation config of its own if the teacher has none.
+    is_own = generation[0] is None and config.student.origin == "from_config"
+    if generation[0] != generation[1] and not is_own:
+        changed.append("generation config")
+    return changed
+
+
+def _chat_template(folder: Path) -> object:
+    template = _content(folder / "chat_template.jinja")
+    if template is not None:
+        return template.decode("utf-8", "replace")
+    try:
+        return json.loads(_content(folder / "tokenizer_config.json") or b"{}").get("chat_template")
+    except ValueError:  # a damaged copy
+        return None
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+def _has_training(config: Config) -> bool:
+    """Returns True if there are checkpoints, unless their shards are of other sequences, so that training repeats."""
+    if not any(config.path(kinds.CHECKPOINT.folder).glob("*/step-*")):
+        return False
+    try:
+        shards = read_manifest(config.path(kinds.SHARDS.folder, "train"), "shards", files_are_here=False)
+        sequences = read_manifest(config.path(kinds.SEQUENCES.folder), "sequences")
+    except UserError:
+        return True
+    return shards.inputs.get("sequences") == sequences.digest
