@@ -57,8 +57,9 @@ def find_logit_transform(causal_lm: Any, folder: ModelFolder) -> LogitTransform:
         with _replaced(causal_lm, {head: small, base: _GivenStates(states, base)}):
             logits = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float()
     except (AttributeError, TypeError, RuntimeError, KeyError, ArithmeticError) as error:
-        is_missing = isinstance(error, AttributeError) and isinstance(error.obj, ModelOutput)
-        missing = error.name if is_missing else first_line(error)
+        missing = first_line(error)
+        if isinstance(error, AttributeError) and isinstance(error.obj, ModelOutput):
+            missing = str(error.name)
         raise UserError(
             f"{where} reads more of its base model than last hidden states ({missing}); such a model is not supported "
             "yet"

@@ -77,13 +77,12 @@ class ChatColumns:
         system = record.get(_SYSTEM)
         if not isinstance(system, str | None):
             raise ChatError(f"{_SYSTEM!r} is of type {type(system).__name__} instead of text")
-        adds_system = system is not None and bool(system.strip())
-        if adds_system and messages[0]["role"] == _SYSTEM:
-            if messages[0]["content"].strip() != system.strip():
-                raise ChatError(f"{_SYSTEM!r} and turn 1 (system) are different texts; remove one of them")
-            adds_system = False
+        has_system, first = bool((system or "").strip()), messages[0]
+        adds_system = has_system and first["role"] != _SYSTEM
         if adds_system:
             messages.insert(0, {"role": _SYSTEM, "content": system})
+        elif has_system and first["content"].strip() != (system or "").strip():
+            raise ChatError(f"{_SYSTEM!r} and turn 1 (system) are different texts; remove one of them")
         tools = record.get(_TOOLS)
         chat = Chat(messages, (_decoded(tools, repr(_TOOLS)) or None) if tools else None, 0 if adds_system else 1)
         if not chat.answers():
