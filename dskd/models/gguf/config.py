@@ -106,7 +106,7 @@ def check_tensors(file: GgufFile, model: Any) -> None:
 
     try:
         places = get_gguf_hf_weights_map(model)
-    except (NotImplementedError, KeyError) as error:
+    except (NotImplementedError, KeyError) as error:  # transformers raises either for an unknown architecture
         raise UserError(f"teacher.path: {file.path}: the installed gguf has no names for it ({error})") from None
     read = {*places, "output.weight", _ROTATION_FACTORS}  # an output matrix unties the embeddings
     if unread := [tensor.name for tensor in file.tensors if tensor.name not in read]:

@@ -290,6 +290,6 @@ def _type_of(number: int) -> tuple[str, int, int, str]:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     try:
         gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # which gguf raises for a type that it can only name
         return kind.name, block, block_bytes, f"it cannot dequantise {kind.name}"
     return kind.name, block, block_bytes, ""
