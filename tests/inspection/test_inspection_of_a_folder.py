@@ -1,14 +1,11 @@
 """The inspections of work directories made by hand: one with a lexicon only, and one that has everything."""
 
-import sys
-
 import pytest
 import torch
 import yaml
 from small_dictionaries import save_dictionary
 from tiny_models import save_model
 
-from dskd.__main__ import main
 from dskd.errors import UserError
 from dskd.inspection.artifacts import open_teacher
 from dskd.inspection.lexicon import inspect_lexicon
@@ -18,7 +15,7 @@ from dskd.senses.entries import build_entries
 
 
 @pytest.fixture
-def lexicon_only(tmp_path, monkeypatch, capsys):
+def lexicon_only(tmp_path, dskd):
     """Runs `dskd` with a work directory that has only a lexicon."""
     (tmp_path / "own.tsv").write_text("big\tsynonym\tlarge\nbig\tantonym\tsmall\nbig\tsynonym\tbig\n", encoding="utf-8")
     (tmp_path / "more.tsv").write_text("big\tsynonym\tlarge\nbig\tsynonym\tvery large\n", encoding="utf-8")
@@ -30,10 +27,7 @@ def lexicon_only(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dskd", *arguments, "--config", str(tmp_path / "config.yaml")])
-        code = main()
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        return dskd(*arguments, "--config", tmp_path / "config.yaml")
 
     assert run("lexicon")[0] == 0
     return run
