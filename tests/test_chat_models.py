@@ -85,10 +85,8 @@ def test_the_card_has_results_after_the_evaluation_which_stays_up_to_date(config
     assert found == {name: pytest.approx(measures[name], rel=1e-5) for name in ("perplexity", "accuracy")}
     assert "| | teacher | student before training | this model |" in card.text
     assert f"{measures['perplexity']:.4g} |\n" in card.text
-    assert (
-        "Tiny, of Org &lt;b&gt;, made from Tiny Base, https://huggingface.co/org/tiny-chat: read from a GGUF file"
-        in (card.text)
-    )
+    teacher = "Tiny, of Org &lt;b&gt;, made from Tiny Base, https://huggingface.co/org/tiny-chat: read from a GGUF file"
+    assert teacher in card.text
     assert "its layers 0, 2 of 3, counted from 0; trained: the last layer" in card.text
     assert str(config.path().parent) not in file.read_text()
     before = file.stat().st_mtime_ns
