@@ -58,7 +58,7 @@ class Stage:
 
 
 def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = None) -> None:
-    """Brings every artifact of the config up to date, and prints the comparison unless `until` names the last stage to
+    """Brings every artifact of the config up to date, and prints the results unless `until` names the last stage to
     run.
 
     Raises:
