@@ -6,6 +6,7 @@ changes the digest by which the results know their model.
 """
 
 import html
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -84,7 +85,7 @@ def render_card(facts: Mapping[str, Any], packages: Mapping[str, str], results: 
 
 def chat_program(model: str, has_chat_template: bool, comment: str = "") -> str:
     """Returns a few lines of Python that chat with a model, or continue a text if it has no chat template."""
-    load = f'chat = pipeline("text-generation", "{model}"){f"  # {comment}" if comment else ""}'
+    load = f'chat = pipeline("text-generation", {json.dumps(model)}){f"  # {comment}" if comment else ""}'
     if has_chat_template:
         ask = 'chat([{"role": "user", "content": "What is the opposite of hot?"}], max_new_tokens=60)'
         show = f'answer = {ask}\nprint(answer[0]["generated_text"][-1]["content"])'
