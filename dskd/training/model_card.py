@@ -181,7 +181,7 @@ def _teacher(teacher: Mapping[str, Any] | None) -> str:
         parts.append(f"made from {', '.join(map(_plain, teacher['derived_from']))}")
     if "url" in teacher:
         parts.append(_plain(teacher["url"]))
-    missing = "" if "base_model" in teacher else f"; {remedy}"
+    missing = "" if teacher.get("base_model") else f"; {remedy}"
     return f"{', '.join(parts)}: read from a GGUF file, and dequantised ({what}){missing}"
 
 
