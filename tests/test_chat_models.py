@@ -114,7 +114,7 @@ def test_answers_are_those_that_transformers_generates_for_the_chat(config, worl
 def test_the_end_of_the_pipeline_shows_answers_senses_and_a_program_that_chats(config, world):
     evaluate(config, world)
     printed = describe_results(config)
-    for part in (*PROMPTS, "  teacher ", "  student before training ", "  dskd ", "(the text itself)"):
+    for part in (*PROMPTS, "  teacher ", "  student before training ", "  dskd ", "  (the text itself) "):
         assert f"\n{part}" in printed, part
     for part in ("hot: 2 senses, of ", " states; near ", "«hot»"):
         assert part in printed, part

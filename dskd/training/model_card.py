@@ -32,6 +32,13 @@ _TEXTS = {
 }
 
 
+_DIVERGENCES = {
+    "forward_kl": "KL(teacher ‖ student)",
+    "reverse_kl": "KL(student ‖ teacher)",
+    "jensen_shannon": "Jensen-Shannon divergence of teacher and student",
+}
+
+
 @dataclass(frozen=True)
 class Result:
     """The results of one evaluation: a row for each measure, a column for each model, the exported one last."""
@@ -108,7 +115,7 @@ def _head(run: str, card: Mapping[str, Any], results: Sequence[Result]) -> Any:
             dataset_type=result.data,
             dataset_name=result.title,
             metric_type=name,
-            metric_value=round(score, 6),
+            metric_value=float(f"{score:.6g}"),
         )
         for result in results
         for name, score in result.scores.items()
@@ -231,8 +238,8 @@ def _loss(loss: Mapping[str, Any]) -> str:
     if loss["ce_weight"]:
         terms.append(f"{loss['ce_weight']:g} × cross-entropy with the next token")
     if loss["kd_weight"]:
-        kind, temperature = loss["divergence"].replace("_", " "), loss["temperature"]
-        terms.append(f"{loss['kd_weight']:g} × T² × {kind} to the teacher's distribution, T = {temperature:g}")
+        kind, temperature = _DIVERGENCES[loss["divergence"]], loss["temperature"]
+        terms.append(f"{loss['kd_weight']:g} × T² × {kind}, T = {temperature:g}")
     if loss["sense_weight"]:
         terms.append(f"{loss['sense_weight']:g} × sense loss (form: {loss['sense_form']})")
     if loss["hidden_weight"]:
