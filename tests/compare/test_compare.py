@@ -226,7 +226,7 @@ def test_texts_of_tracked_runs_are_shown_beside_the_teachers(empty, dskd, tmp_pa
         return file
 
     for name, said in (("kd", ("no\nno", "")), ("dskd", ("maybe " * 40, "down"))):
-        run_id = track_run(empty, name)
+        run_id = track_run(empty, name, f"loss.sense_weight={len(name)}")
         file = write(config.path("written", name), name, *said)
         save_examples(config.path(EXAMPLES_FILE), examples_of(0, 1))
         arguments = (config, name, run_id, "evaluation", {}, config.path(EXAMPLES_FILE))
