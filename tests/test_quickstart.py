@@ -52,13 +52,13 @@ def test_the_quickstart_distils_a_real_model(tmp_path, no_runs, monkeypatch):
     for run in RUNS:
         folder = work / "export" / run
         student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-        source = {layer: layer if layer < 13 else layer + 15 for layer in range(15)}
         for name, tensor in student.items():
             layer = re.search(r"layers\.(\d+)", name)
             is_trained = layer is not None and int(layer[1]) >= 13
-            named = re.sub(r"layers\.(\d+)", lambda found: f"layers.{source[int(found[1])]}", name)
-            if named in teacher:
-                assert torch.equal(tensor, teacher[named]) != is_trained, name
+            if is_trained:  # the last two of 30
+                name = name.replace(layer[0], f"layers.{int(layer[1]) + 15}")
+            if name in teacher:  # which has no head of its own: it is tied to the embeddings
+                assert torch.equal(tensor, teacher[name]) != is_trained, name
         assert AutoTokenizer.from_pretrained(folder).chat_template
     with contextlib.redirect_stderr(io.StringIO()) as said:
         pipeline.run_pipeline(CONFIG, overrides)
