@@ -13,8 +13,7 @@ from dskd.distributed.world import leave_launcher
 EPILOG = """
 examples:
   python launcher/pipeline.py --config configs/quickstart.yaml
-  python launcher/pipeline.py --config configs/quickstart.yaml workdir=work/mine teacher.train_from_scratch=null \\
-      teacher.path=FOLDER
+  python launcher/pipeline.py --config configs/quickstart.yaml workdir=work/mine teacher.path=FOLDER
   python launcher/pipeline.py --config FILE --until teacher      makes the teacher of teacher.path: MODEL.gguf, no more
   python launcher/pipeline.py --config FILE --until student      the stages that need no ranks
 

@@ -52,7 +52,7 @@ def settings(config: Config, requests: Sequence[Request]) -> dict[str, Any]:
     """Returns what determines the samples; {} when the config asks for none."""
     if not (config.evaluation.samples or requests):
         return {}
-    values = {"samples": config.evaluation.samples, "sample_tokens": config.evaluation.sample_tokens}
+    values: dict[str, Any] = {"samples": config.evaluation.samples, "sample_tokens": config.evaluation.sample_tokens}
     if requests:  # not a key otherwise, so that results of configs without requests stay up to date
         values["requests"] = digest_of_json([[request.text, request.tokens] for request in requests])
     return values
