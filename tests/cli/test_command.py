@@ -10,7 +10,7 @@ from repository import REPOSITORY
 from dskd.__main__ import PROGRAMS
 from dskd.cli.program import build_parser, parse
 
-CONFIG = str(REPOSITORY / "configs" / "quickstart.yaml")
+CONFIG = str(REPOSITORY / "configs" / "toy.yaml")
 
 
 @pytest.mark.parametrize("program", sorted(path.stem for path in (REPOSITORY / "launcher").glob("*.py")))
@@ -26,7 +26,7 @@ def test_the_version_is_that_of_the_package(dskd):
 
 
 @pytest.mark.parametrize(
-    "verb", ["lexicon", "config", "student", "export", "status", "wordnet", "compare", "plan", "senses"]
+    "verb", ["lexicon", "config", "student", "export", "status", "wordnet", "smollm2", "compare", "plan", "senses"]
 )
 def test_the_help_of_a_verb_has_examples(dskd, verb):
     code, printed, _ = dskd(verb, "--help")
