@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import Shape, step_flops
 from benchmarks.published import Lexicon, logit_losses, sense_loss
-from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish, ratios, take_turns
+from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish, ratios, run_child, take_turns
 from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary
 from benchmarks.workload import Preset, build_loss, write_work_directory
 from dskd.config import LossConfig
@@ -148,6 +148,18 @@ def test_peak_memory_includes_memory_that_was_freed():
         time.sleep(0.2)  # long enough for a sample on a busy machine
         del held
     assert 60 * 2**20 < memory.peak_bytes < 90 * 2**20
+
+
+def test_a_child_does_not_take_over_the_port_of_the_process_that_starts_it(tmp_path, monkeypatch):
+    (tmp_path / "child.py").write_text(
+        "import os\n"
+        "from benchmarks.report import print_result\n"
+        "print_result([name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SOME') if name in os.environ])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{FOLDER.parent}:{tmp_path}")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_child("child", environment={"SOME": "1"}) == ["SOME"]
 
 
 def test_a_result_has_its_command_and_machine(tmp_path, monkeypatch, capsys):
