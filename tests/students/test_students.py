@@ -104,7 +104,7 @@ def test_a_student_of_the_hub_is_the_revision_that_the_config_names(tmp_path, hu
     assert find_student(config).load_config().num_hidden_layers == layers
     facts = read_manifest(config.path("student"), "student").facts
     assert (facts["path"], facts["revision"]) == ("some/model", revision)
-    assert facts["folder"] == str(hub / "snapshots" / ("a" if layers == 3 else "b") * 40)
+    assert facts["folder"] == str(hub / "snapshots" / (("a" if layers == 3 else "b") * 40))
     teacher = find_teacher(config)
     assert is_current(config.path("student"), recipe(config, teacher))
     same, other = ("main", "v1") if layers == 3 else ("v1", "main")
