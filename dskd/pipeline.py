@@ -46,7 +46,6 @@ from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.students import student
 from dskd.students.copies import copies_are_current
-from dskd.students.measuring import measure_importance
 from dskd.training import checkpoint, export, inputs, model_card, teacher_from_scratch
 
 LOCK = ".pipeline.lock"  # in the work directory
@@ -146,14 +145,11 @@ def plan_stages(
         recipe = student.recipe(config, teacher())
         return is_current(config.path(kinds.STUDENT.folder), recipe) and copies_are_current(config, teacher())
 
-    def build_student() -> None:
-        student.build_student(config, measure_importance)
-
     stages = [
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        Stage(kinds.STUDENT.name, student_is_current, build_student),
+        Stage(kinds.STUDENT.name, student_is_current, lambda: student.build_student(config)),
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]

@@ -25,5 +25,6 @@ cut_config      the student's config.json
 architecture    checks a teacher or a pretrained student by its config.json, before anything runs
 probes          checks that a model does what training assumes, such as keeping packed documents apart
 reference       checks that a loaded model computes what transformers' own computes from the same folder
+loading         loads a folder as its users do, and refuses one that lacks weights
 agreement       checks that an export computes what the student in training computes
 """

@@ -61,17 +61,6 @@ def report(tracked, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def dskd(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dskd", *map(str, arguments)])
-        code = main()
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
 def _perplexity(better, seed, name):
     columns = examples_of(better, seed + 10 * len(name)).columns
     return math.exp(columns["nll"].sum() / columns["tokens"].sum())
