@@ -12,8 +12,7 @@ from dskd.config import Config
 from dskd.console import warn
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder, find_pretrained_student
-
-_GENERATION_CONFIG = "generation_config.json"
+from dskd.models.generation import GENERATION_CONFIG
 
 
 def copies_are_current(config: Config, teacher: ModelFolder) -> bool:
@@ -31,13 +30,26 @@ def copies_are_current(config: Config, teacher: ModelFolder) -> bool:
         return True
     if not _has_training(config):
         return False
+    _warn(config, source, changed)
+    return True
+
+
+def warn_of_old_copies(config: Config, teacher: ModelFolder) -> None:
+    """Warns if the student's copies are no longer those of its source. Does nothing if the source is gone."""
+    source = teacher.path
+    if config.student.origin == "path":  # the folder it was copied from, so that no model is searched or hashed
+        source = Path(read_manifest(config.path(kinds.STUDENT.folder), "student").facts["folder"])
+    if source.is_dir() and (changed := changed_copies(config, source)):
+        _warn(config, source, changed)
+
+
+def _warn(config: Config, source: Path, changed: list[str]) -> None:
     student, what = config.path(kinds.STUDENT.folder), " and ".join(changed)
     warn(
-        f"{source}: the {what} changed after {student} was made from it; runs are trained from that student already, "
-        f"so it and its exports keep the old {what}. To use the new one, put it into a copy of the export; or make the "
-        f"student again with `{kinds.STUDENT.made_by}`, after which the pipeline trains again"
+        f"{source}: the {what} changed after {student} was made from it, and that student and its exports keep the old "
+        f"{what}. To use the new one, put it into a copy of the export; or make the student again with "
+        f"`{kinds.STUDENT.made_by}`, and train its runs again"
     )
-    return True
 
 
 def source_of(config: Config, teacher: ModelFolder) -> Path:
@@ -55,7 +67,7 @@ def changed_copies(config: Config, source: Path) -> list[str]:
     changed = []
     if _chat_template(source) != _chat_template(student):
         changed.append("chat template")
-    generation = [_content(folder / _GENERATION_CONFIG) for folder in (source, student)]
+    generation = [_content(folder / GENERATION_CONFIG) for folder in (source, student)]
     # A new student has a generation config of its own if the teacher has none.
     is_own = generation[0] is None and config.student.origin == "from_config"
     if generation[0] != generation[1] and not is_own:
