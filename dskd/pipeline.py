@@ -5,7 +5,10 @@ them. A stage counts as finished if its artifact is up to date: the launcher's e
 killed.
 """
 
+import contextlib
+import ctypes
 import functools
+import gc
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +36,7 @@ from dskd.evaluation import held_out_text, tasks
 from dskd.evaluation.model_cards import update_cards
 from dskd.inspection.examples import describe_examples
 from dskd.lexicon import build as lexicon
+from dskd.lexicon.wordnet import open_wordnet
 from dskd.models.architecture import check_architecture
 from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher, load_tokenizer
 from dskd.models.gguf import teacher as gguf_teacher
@@ -117,7 +121,11 @@ def plan_stages(
         return Stage(kind.name, lambda: is_current(config.path(kind.folder), recipe()), build)
 
     def ranks(program: str, *arguments: str) -> Callable[[], None]:
-        return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
+        def start() -> None:
+            release_memory()
+            launch(config, program, ["--config", str(path), *arguments, *overrides])
+
+        return start
 
     def shards_are_current() -> bool:
         return not annotate.stale_splits(config, annotate.open_inputs(config, teacher()))
@@ -170,6 +178,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         # As everywhere in the pipeline, checkpoints of another config are stale and replaced; their tracked run stays.
         is_stale = newest is not None and bool(checkpoint.changes_since(newest, recipe))
         flag = "--overwrite" if is_stale else "--resume"
+        release_memory()
         launch(config, "train.py", ["--config", str(path), flag, *overrides, run_override(config.run)])
 
     def exported() -> bool:
@@ -202,6 +211,14 @@ def describe_results(config: Config) -> str:
         f"{'Chat with one' if has_template else 'Let one continue a text'}, in Python:\n{program}"
     )
     return "\n\n".join(filter(None, parts))
+
+
+def release_memory() -> None:
+    """Gives back what earlier stages left in the memory of this process, which waits while ranks need the machine's."""
+    open_wordnet.cache_clear()  # hundreds of megabytes of parsed synsets
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it, and only it keeps freed tensors
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def compare_or_explain(config: Config) -> str:

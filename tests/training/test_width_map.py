@@ -159,6 +159,19 @@ def test_training_with_a_map_is_what_a_plain_loop_does(narrow, world, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rate", "warns"), [("1e-3", True), ("1e-5", False)])
+def test_a_first_step_that_is_too_large_for_a_low_fit_is_announced(narrow, world, capsys, rate, warns):
+    run = f"run=rate-{rate}"
+    train(load_config(narrow, [f"train.learning_rate={rate}", "train.warmup_share=0", "train.steps=1", run]), world)
+    printed = " ".join(capsys.readouterr().err.split())
+    ((_, r_squared),) = losses_of(narrow, R_SQUARED, run)
+    assert r_squared < 0.5
+    message = "warning: the first step has the learning rate 1.0e-03, which can change all states of a student"
+    assert (message in printed) == warns
+    assert ("so that the first step has 2e-05 or less" in printed) == warns
+
+
+@pytest.mark.slow
 def test_a_run_with_a_map_resumes_as_if_it_had_not_been_stopped(narrow, tmp_path, world, capsys):
     """On one rank bit for bit, on two, which convert the checkpoint, to rounding. The map is not fitted again."""
     undisturbed = checkpoint.latest(load_config(narrow))
