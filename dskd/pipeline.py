@@ -33,7 +33,7 @@ from dskd.corpus import sequences
 from dskd.distributed import stopping
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
-from dskd.evaluation.model_cards import update_cards
+from dskd.evaluation.results_in_cards import update_cards
 from dskd.inspection.examples import describe_examples
 from dskd.lexicon import build as lexicon
 from dskd.lexicon.wordnet import open_wordnet
@@ -46,7 +46,8 @@ from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.students import student
 from dskd.students.copies import copies_are_current
-from dskd.training import checkpoint, export, inputs, model_card, teacher_from_scratch
+from dskd.training import checkpoint, inputs, teacher_from_scratch
+from dskd.training.exporting import card, export
 
 LOCK = ".pipeline.lock"  # in the work directory
 
@@ -205,7 +206,7 @@ def describe_results(config: Config) -> str:
     exported = "\n".join(f"  {run.ljust(width)}  {folder}" for run, folder in folders.items())
     shown = folders.get(config.run) or [*folders.values()][-1]
     has_template = bool(load_tokenizer(shown, trust_remote_code=config.teacher.trust_remote_code).chat_template)
-    program = textwrap.indent(model_card.chat_program(str(shown), has_template), "  ")
+    program = textwrap.indent(card.chat_program(str(shown), has_template), "  ")
     parts.append(
         f"Trained students, which transformers loads, each with a model card (README.md):\n{exported}\n\n"
         f"{'Chat with one' if has_template else 'Let one continue a text'}, in Python:\n{program}"
