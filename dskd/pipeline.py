@@ -43,7 +43,7 @@ from dskd.models.gguf import teacher as gguf_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.models.trained import trained_layers
 from dskd.senses import build as senses
-from dskd.shards import annotate
+from dskd.shards.recipe import open_inputs, stale_splits
 from dskd.students import student
 from dskd.students.copies import copies_are_current
 from dskd.training import checkpoint, inputs, teacher_from_scratch
@@ -129,7 +129,7 @@ def plan_stages(
         return start
 
     def shards_are_current() -> bool:
-        return not annotate.stale_splits(config, annotate.open_inputs(config, teacher()))
+        return not stale_splits(config, open_inputs(config, teacher()))
 
     def senses_are_current() -> bool:
         if config.senses.path is not None:

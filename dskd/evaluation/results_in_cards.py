@@ -13,12 +13,10 @@ from dskd.config import Config
 from dskd.console import warn
 from dskd.corpus.tasks.benchmarks import BENCHMARKS as TASKS
 from dskd.errors import UserError
-from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
+from dskd.evaluation.models import LABELS, TEACHER, UNTRAINED_STUDENT
 from dskd.evaluation.suite import FILE
 from dskd.evaluation.table import BENCHMARKS, EVALUATIONS, HELD_OUT, LEXICAL, Evaluation
 from dskd.training.exporting.card import FACTS, Result, render_card, write_card
-
-_LABELS = {TEACHER: "teacher", UNTRAINED_STUDENT: "student before training"}
 
 
 def update_cards(config: Config) -> None:
@@ -45,7 +43,7 @@ def update_cards(config: Config) -> None:
 
 
 def read_results(config: Config, run: str, export: Manifest) -> list[Result]:
-    """Returns the results of an export in all evaluations, beside those of teacher and untrained student.
+    """Returns the results of an export in all evaluations, next to those of the teacher and the untrained student.
 
     Results of another model, or on other data than the export's, are left out.
     """
@@ -68,7 +66,7 @@ def read_results(config: Config, run: str, export: Manifest) -> list[Result]:
         results.append(
             Result(
                 _title(evaluation, own[0]),
-                [_LABELS.get(name, "this model") for name in same],
+                [LABELS.get(name, "this model") for name in same],
                 rows,
                 "held-out-text" if evaluation is HELD_OUT else evaluation.name,
                 _scores(evaluation, own[0]),

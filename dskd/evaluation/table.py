@@ -38,8 +38,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Request:
-    """The part of a command line that an evaluation reads."""
+class Arguments:
+    """The arguments of a command line that an evaluation reads."""
 
     names: Sequence[str]  # after the option
     models: Sequence[str] | None  # names of models (teacher, student, runs); None: all that exist
@@ -52,27 +52,27 @@ class Program:
 
     option: str  # with which it runs, without --; "" if it runs without an option
     help: str
-    run: Callable[[Config, World, Request], object]
+    run: Callable[[Config, World, Arguments], object]
     evaluations: Sequence[Evaluation]
     takes: Sequence[str] = ()  # the names that may follow the option
 
 
-def _run_held_out_text(config: Config, world: World, request: Request) -> None:
+def _run_held_out_text(config: Config, world: World, arguments: Arguments) -> None:
     from dskd.evaluation.held_out_text import evaluate
 
-    evaluate(config, world, force=request.force)
+    evaluate(config, world, force=arguments.force)
 
 
-def _run_tasks(config: Config, world: World, request: Request) -> None:
+def _run_tasks(config: Config, world: World, arguments: Arguments) -> None:
     from dskd.evaluation.tasks import run_tasks
 
-    run_tasks(config, world, request.names or config.tasks.evaluate, request.models, force=request.force)
+    run_tasks(config, world, arguments.names or config.tasks.evaluate, arguments.models, force=arguments.force)
 
 
-def _run_lexical(config: Config, world: World, request: Request) -> None:
+def _run_lexical(config: Config, world: World, arguments: Arguments) -> None:
     from dskd.evaluation.lexical.run import run_lexical
 
-    run_lexical(config, world, request.models, force=request.force)
+    run_lexical(config, world, arguments.models, force=arguments.force)
 
 
 HELD_OUT = Evaluation("evaluation", "Held-out text", "evaluate", kinds.EVALUATION.folder, kinds.EVALUATION.made_by)

@@ -19,7 +19,7 @@ from dskd.console import say, stage
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import CONFIG_AND_TOKENIZER, ModelFolder, attention_key, find_teacher
+from dskd.models.folder import ADAPTER_CONFIG, CONFIG_AND_TOKENIZER, ModelFolder, attention_key, find_teacher
 from dskd.models.layers import check_kinds
 from dskd.models.loading import load_with_transformers
 from dskd.models.precision import resolve_precision
@@ -29,7 +29,7 @@ from dskd.students.measuring import measure_importance
 from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_teacher
 from dskd.students.spacing import as_text, choose_layers, num_removed_layers, settings_of
 
-_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json", "hf_quant_config.json")
+_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", ADAPTER_CONFIG, "hf_quant_config.json")
 _LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
 
 
@@ -80,11 +80,7 @@ def build_cut_student(config: Config) -> None:
 
 
 def copy_other_files(source: ModelFolder, target: Path) -> None:
-    """Copies a model's tokenizer, its generation config and, if `trust_remote_code` allows it, the model's own code.
-
-    An adapter's config in the folder of a merged model is not copied: loading the student would then look for the
-    adapter's base model.
-    """
+    """Copies a model's tokenizer, its generation config and, if `trust_remote_code` allows it, the model's own code."""
     for pattern in (*CONFIG_AND_TOKENIZER, *(["*.py"] if source.trust_remote_code else [])):
         for file in source.path.glob(pattern):
             if file.name not in _NOT_COPIED:
@@ -106,7 +102,10 @@ def check_student(student: ModelFolder, teacher: ModelFolder, layers: list[int])
     reader = TensorReader(student.path)
     check_stored_tensors(empty_model(student), reader, student)
     if not can_be_compared(teacher):
-        say("  the teacher is too large to run both; their settings, shapes and tensors were compared")
+        say(
+            "  the teacher is too large to run next to the student here, so only settings, shapes and tensors were "
+            "compared"
+        )
         load_if_small(student)
         return
     compare_with_pruned_teacher(teacher, _load(student, torch.float32), layers)

@@ -335,7 +335,7 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
         ),
         (["--html", ""], "--html '.': that is a folder; name a file"),
         (["--html", "/tmp"], "--html '/tmp': that is a folder; name a file"),
-        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda: --tag device=cpu is given too"),
+        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda contradicts --tag device=cpu"),
         (["--experiment", EXPERIMENT, "--run", "FAR"], "'far' is in experiment 'other', but --experiment names only"),
     ],
 )

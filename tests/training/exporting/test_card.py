@@ -13,8 +13,8 @@ from dskd.models.digests import digest_of_model
 from dskd.models.folder import ModelFolder
 from dskd.training.checkpoint import Checkpoint
 from dskd.training.exporting.card import Result, render_card, write_card
-from dskd.training.exporting.card_facts import find_source_teacher
-from dskd.training.exporting.licences import describe_teacher, obligations
+from dskd.training.exporting.card_facts import describe_teacher, find_source_teacher
+from dskd.training.exporting.licences import obligations
 
 HUB = {
     "origin": "hub",
