@@ -1,0 +1,184 @@
+"""Sampled texts of a model, with transformers' own generation, in batches and on all ranks.
+
+The token that a row gets is a function of the row's seed, of the token's place and of the probabilities: neither the
+other rows of the batch nor the number of ranks decide what is drawn. They can change the last digits of the
+probabilities, so equal texts need equal batches.
+
+A model that fits is whole on every rank, because a sharded one sends all of its weights to all ranks for every token.
+Shapes: B rows of a batch, T tokens, V vocabulary.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dskd.config import Config
+from dskd.console import say
+from dskd.distributed.collectives import any_rank
+from dskd.distributed.world import World
+from dskd.errors import UserError
+from dskd.models.architecture import check_architecture
+from dskd.models.causal_lm import build_sharded, destroy_engine, empty_tensors, load_resident
+from dskd.models.folder import ModelFolder
+from dskd.models.frozen import Decoder, frozen_settings
+from dskd.models.generation import before_end, end_tokens
+from dskd.models.precision import compute_dtype
+from dskd.models.reference import compare_with_transformers
+from dskd.models.stored_names import base_model
+from dskd.models.weights import TensorReader
+from dskd.random_numbers import uniform
+
+_ROOM = 2.0  # times the weights: keys and values, logits, and what else is in the memory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: at most how many, at which temperature, and among the most probable of which probability
+    together.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A causal LM of transformers that continues prompts; `engine` is its ZeRO-3 engine, None if it is not sharded."""
+
+    causal_lm: Any
+    engine: Any | None
+    folder: ModelFolder
+    device: torch.device
+    ends: tuple[int, ...]  # the tokens that end a text
+    nvme_folder: Path | None = None
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """True if all ranks must call :meth:`sample` equally often: they gather the weights together."""
+        return self.engine is not None
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[list[int]]:
+        """Returns the token ids that continue each of B prompts, without the end-of-text token and what follows it.
+
+        Args:
+            prompts: token ids of each row, at least one.
+            seeds: of each row, from 0 to 2^63 - 1.
+            sampling: how tokens are drawn.
+
+        Raises:
+            UserError: when the model's logits are not finite.
+        """
+        from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        width, padding = max(map(len, prompts)), self.ends[0] if self.ends else 0
+        # Padded on the left, so that all rows continue in the same column.
+        input_ids = torch.tensor([[padding] * (width - len(row)) + [*row] for row in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.device)
+        draw = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
+        draw += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        drawn = _Draw(torch.tensor(seeds, dtype=torch.int64, device=self.device), width, self.folder)
+        # Greedy, because `drawn` leaves one token of each row: transformers would draw from one generator for all rows.
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(self.ends) or None,
+            pad_token_id=padding,
+        )
+        with torch.no_grad():
+            output = self.causal_lm.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([*draw, drawn]),
+                synced_gpus=self.needs_all_ranks,
+            )
+        return [before_end(row, self.ends) for row in output[:, width:].tolist()]
+
+    def close(self) -> None:
+        """Frees the model's memory, and deletes its files on NVMe."""
+        if self.engine is not None:
+            destroy_engine(self.engine)
+        else:
+            empty_tensors((*self.causal_lm.parameters(), *self.causal_lm.buffers()))
+        if self.nvme_folder is not None:
+            shutil.rmtree(self.nvme_folder, ignore_errors=True)
+
+
+def load_sampler(folder: ModelFolder, config: Config, world: World) -> Sampler:
+    """Loads a model to sample from: whole on every rank if it fits or `teacher.mode` is resident, otherwise sharded.
+
+    All ranks must call it.
+
+    Raises:
+        UserError: when weights are missing, the model is not supported, it computes something different from
+            transformers, or there is no disk to offload it to.
+    """
+    dtype = compute_dtype(config.precision, world.device)
+    check_architecture(folder, config.corpus)
+    engine, nvme_folder = None, None
+    if _is_resident(folder, config, world, dtype):
+        causal_lm = load_resident(folder, dtype, world).requires_grad_(False)
+    else:
+        import deepspeed  # imported here so that commands that load no model do not wait for it
+
+        say(f"  {folder.path}: sharded over the ranks, which gather it for every token")
+        settings, nvme_folder = frozen_settings(folder, config, world, dtype)
+        causal_lm = build_sharded(folder, settings, dtype, world).requires_grad_(False).eval()
+        engine, *_ = deepspeed.initialize(model=causal_lm, config=settings)
+        engine.eval()
+        causal_lm = engine.module
+    decoder = Decoder(base_model(causal_lm))
+    compare_with_transformers(decoder, decoder, folder, world, dtype)
+    return Sampler(causal_lm, engine, folder, world.device, tuple(_end_tokens(folder)), nvme_folder)
+
+
+def _is_resident(folder: ModelFolder, config: Config, world: World, dtype: torch.dtype) -> bool:
+    if config.teacher.mode in ("resident", "zero3"):
+        return config.teacher.mode == "resident"
+    if world.device.type == "cuda":
+        free = torch.cuda.mem_get_info(world.device)[0]
+    else:
+        free = psutil.virtual_memory().available // world.world_size
+    needed = _ROOM * TensorReader(folder.path).numel * dtype.itemsize
+    return not any_rank(needed > free, world)
+
+
+def _end_tokens(folder: ModelFolder) -> list[int]:
+    """Returns all tokens that end a text: also those that only generation_config.json names, as for Gemma's turns."""
+    from transformers import GenerationConfig
+
+    _, ends = end_tokens(folder)
+    try:
+        named = GenerationConfig.from_pretrained(folder.path).eos_token_id
+    except (OSError, ValueError, TypeError):  # there is none, or it cannot be read
+        named = None
+    return sorted({*ends, *(named if isinstance(named, list) else [named] if isinstance(named, int) else [])})
+
+
+class _Draw:
+    """A logits processor that leaves the token of each row that the row's seed draws."""
+
+    def __init__(self, seeds: torch.Tensor, width: int, folder: ModelFolder) -> None:
+        self._seeds = seeds  # [B] int64
+        self._width = width  # of the prompts
+        self._folder = folder
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Returns scores [B, V] that are 0 for the drawn token, and minus infinity for all others."""
+        cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        total = cumulative[:, -1:]
+        if not total.isfinite().all():
+            raise UserError(
+                f"{self._folder.path}: the probabilities of the next token are not finite; check its weights, or use "
+                "precision: fp32"
+            )
+        # The first token at which the sum of probabilities passes a random share of all.
+        share = uniform(0, self._seeds, input_ids.shape[1] - self._width)[:, None]
+        drawn = torch.searchsorted(cumulative, share * total, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
