@@ -1,5 +1,7 @@
 """The stage in which the teacher writes: any number of ranks, and an interrupted run, write the same texts."""
 
+import functools
+import re
 import time
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import pytest
 import yaml
 from rank_processes import ONE_RANK, run_program, start_ranks
 from small_teachers import CHAT_TEMPLATE, NUM_SENSES, write_job
+from tiny_work import launch_forked
 
+from dskd import pipeline
+from dskd.artifacts.lock import release_lock
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config import CorpusConfig
 from dskd.config.reading import load_config
@@ -18,6 +23,8 @@ from dskd.corpus.written.judging import KEPT
 from dskd.corpus.written.write import recipe as written_recipe
 from dskd.corpus.written.write import write_texts
 from dskd.errors import UserError
+from dskd.inspection.lexicon import format_lexicon, inspect_lexicon
+from dskd.models.folder import find_teacher
 
 pytestmark = pytest.mark.slow
 TEXTS = "written/texts.parquet"
@@ -131,6 +138,35 @@ def test_texts_of_another_server_model_or_chat_template_are_stale(written, tmp_p
     assert named.teacher is None
     (tmp_path / "teacher" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     assert written_recipe(load_config(path)) != before
+
+
+def test_the_pipeline_trains_on_what_the_teacher_wrote(tmp_path, monkeypatch, no_runs, capsys):
+    path = write_job(tmp_path, texts_per_sense=40, max_new_tokens=40, temperature=1.5, packing="stream")
+    settings = yaml.safe_load(path.read_text())
+    settings |= {
+        "student": {"layers": 2, "train_layers": 1},
+        "senses": {"key": "target", "k": 2, "max_states": 4},
+        "train": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2, "num_workers": 1},
+        "tracking": {"enabled": False},
+    }
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.setattr(pipeline, "launch", functools.partial(launch_forked, ranks=1))
+    monkeypatch.setattr("dskd.distributed.stopping.listen", lambda: None)  # pytest handles signals to this process
+    pipeline.run_pipeline(path, [], until="export dskd")
+    release_lock(load_config(path).path(pipeline.LOCK))
+    assert load_config(path).path("export", "dskd", "model.safetensors").is_file()
+    loaded = load_config(path)
+    stages = pipeline.plan_stages(loaded, path, [], lambda: find_teacher(loaded))
+    names = [stage.name for stage in stages]
+    assert names[:4] == ["lexicon", "written", "corpus", "sequences"]
+    assert all(stage.is_current() for stage in stages[: names.index("export dskd") + 1])
+    report = inspect_lexicon(loaded)
+    assert report.texts.senses == report.texts.asked == NUM_SENSES
+    assert 0 < report.texts.with_text <= NUM_SENSES
+    text = format_lexicon(report)
+    assert re.search(rf"of words that are one token +{NUM_SENSES}$", text, re.MULTILINE)
+    assert re.search(rf"with text in the corpus +{report.texts.with_text} ", text)
+    assert re.search(r"^kept +\d+$", text, re.MULTILINE)
 
 
 def test_a_chat_template_changes_the_prompt(tmp_path, capsys):
