@@ -33,6 +33,7 @@ from dskd.models.stored_names import base_model
 from dskd.models.weights import TensorReader
 from dskd.random_numbers import uniform
 
+_FIRST_TOKENS = 256  # that are looked at before all of the vocabulary is sorted
 _ROOM = 2.0  # times the weights: keys and values, logits, and what else is in the memory
 
 
@@ -74,16 +75,14 @@ class Sampler:
         Raises:
             UserError: when the model's logits are not finite.
         """
-        from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+        from transformers import GenerationConfig, LogitsProcessorList
 
         width, padding = max(map(len, prompts)), self.ends[0] if self.ends else 0
         # Padded on the left, so that all rows continue in the same column.
         input_ids = torch.tensor([[padding] * (width - len(row)) + [*row] for row in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.device)
-        draw = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
-        draw += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-        drawn = _Draw(torch.tensor(seeds, dtype=torch.int64, device=self.device), width, self.folder)
-        # Greedy, because `drawn` leaves one token of each row: transformers would draw from one generator for all rows.
+        draw = _Draw(torch.tensor(seeds, dtype=torch.int64, device=self.device), width, sampling, self.folder)
+        # Greedy, because `draw` leaves one token of each row: transformers would draw from one generator for all rows.
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -95,7 +94,7 @@ class Sampler:
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([*draw, drawn]),
+                logits_processor=LogitsProcessorList([draw]),
                 synced_gpus=self.needs_all_ranks,
             )
         return [before_end(row, self.ends) for row in output[:, width:].tolist()]
@@ -119,6 +118,8 @@ def load_sampler(folder: ModelFolder, config: Config, world: World) -> Sampler:
         UserError: when weights are missing, the model is not supported, it computes something different from
             transformers, or there is no disk to offload it to.
     """
+    from transformers import GenerationConfig
+
     dtype = compute_dtype(config.precision, world.device)
     check_architecture(folder, config.corpus)
     engine, nvme_folder = None, None
@@ -133,6 +134,8 @@ def load_sampler(folder: ModelFolder, config: Config, world: World) -> Sampler:
         engine, *_ = deepspeed.initialize(model=causal_lm, config=settings)
         engine.eval()
         causal_lm = engine.module
+    # What a call does not set comes from transformers' defaults, not from the model's own settings for generation.
+    causal_lm.generation_config = GenerationConfig()
     decoder = Decoder(base_model(causal_lm))
     compare_with_transformers(decoder, decoder, folder, world, dtype)
     return Sampler(causal_lm, engine, folder, world.device, tuple(_end_tokens(folder)), nvme_folder)
@@ -164,21 +167,44 @@ def _end_tokens(folder: ModelFolder) -> list[int]:
 class _Draw:
     """A logits processor that leaves the token of each row that the row's seed draws."""
 
-    def __init__(self, seeds: torch.Tensor, width: int, folder: ModelFolder) -> None:
+    def __init__(self, seeds: torch.Tensor, width: int, sampling: Sampling, folder: ModelFolder) -> None:
         self._seeds = seeds  # [B] int64
         self._width = width  # of the prompts
+        self._sampling = sampling
         self._folder = folder
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Returns scores [B, V] that are 0 for the drawn token, and minus infinity for all others."""
-        cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        total = cumulative[:, -1:]
-        if not total.isfinite().all():
+        probabilities = (scores / self._sampling.temperature).softmax(-1)
+        if not probabilities[:, 0].isfinite().all():
             raise UserError(
                 f"{self._folder.path}: the probabilities of the next token are not finite; check its weights, or use "
                 "precision: fp32"
             )
+        if self._sampling.top_p < 1:
+            least = least_probability(probabilities, self._sampling.top_p)
+            probabilities = probabilities.masked_fill(probabilities < least[:, None], 0)
         # The first token at which the sum of probabilities passes a random share of all.
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         share = uniform(0, self._seeds, input_ids.shape[1] - self._width)[:, None]
-        drawn = torch.searchsorted(cumulative, share * total, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+        drawn = torch.searchsorted(cumulative, share * cumulative[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.clamp(max=scores.shape[-1] - 1), 0.0)
+
+
+def least_probability(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Returns the smallest probability [B] among the most probable tokens that have `top_p` together.
+
+    All tokens with this probability count, so the order of equal ones does not matter. Sorting all of the vocabulary
+    takes as long as a small model's forward pass, so it is only done for rows in which the first ones are not enough.
+    """
+
+    def read(first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = first.cumsum(-1, dtype=torch.float64) - first  # of the more probable ones
+        least = torch.where(before < top_p, first, torch.inf).amin(-1)
+        return least, before[:, -1] + first[:, -1] >= top_p
+
+    least, is_enough = read(probabilities.topk(min(_FIRST_TOKENS, probabilities.shape[-1]), dim=-1).values)
+    if not is_enough.all():
+        rows = (~is_enough).nonzero().squeeze(1)
+        least[rows] = read(probabilities[rows].sort(dim=-1, descending=True).values)[0]
+    return least

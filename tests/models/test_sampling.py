@@ -4,11 +4,12 @@ import pytest
 import torch
 from rank_processes import ONE_RANK
 from tiny_models import save_model
+from transformers import GenerationConfig, TopPLogitsWarper
 
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
-from dskd.models.sampling import Sampling, load_sampler
+from dskd.models.sampling import Sampling, least_probability, load_sampler
 from dskd.random_numbers import uniform
 
 PROMPTS = [[5, 17, 3], [9], [4, 4, 60, 71, 2, 33], [88, 12]]
@@ -73,13 +74,31 @@ def test_rows_of_a_batch_get_the_tokens_that_they_get_alone(sampler, model, temp
 
 @torch.no_grad()
 def test_tokens_are_as_frequent_as_they_are_probable(sampler, model):
-    sampled = sampler.sample([PROMPTS[0]] * 4000, range(4000), Sampling(1, 0.8, 1.0))
+    sampled = sampler.sample([PROMPTS[0]] * 4000, range(4000), Sampling(1, 0.2, 1.0))
     tokens = torch.tensor([row[0] if row else 0 for row in sampled])
     frequencies = torch.bincount(tokens, minlength=120) / len(tokens)
-    probabilities = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.8).softmax(-1)
+    probabilities = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.2).softmax(-1)
     assert 0.05 < probabilities.max() < 0.95
     deviation = (probabilities * (1 - probabilities) / len(tokens)).sqrt()
     assert ((frequencies - probabilities).abs() <= 4.5 * deviation + 1e-6).all()
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_the_nucleus_is_that_of_transformers(top_p):
+    logits = torch.randn(6, 700, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[0.1], [1], [2], [4], [8], [20]]
+    )
+    expected = TopPLogitsWarper(top_p)(None, logits).isfinite()
+    probabilities = logits.softmax(-1)
+    kept = probabilities >= least_probability(probabilities, top_p)[:, None]
+    assert (kept == expected).all()
+    assert len(set(kept.sum(-1).tolist())) > 2  # also more than are looked at first
+    assert (kept.sum(-1) > 256).any() == (top_p > 0.5)
+
+
+def test_equally_probable_tokens_are_in_the_nucleus_together():
+    probabilities = torch.tensor([[0.25, 0.25, 0.1, 0.25, 0.15], [0.1, 0.5, 0.2, 0.1, 0.1]])
+    assert least_probability(probabilities, 0.3).tolist() == [0.25, 0.5]
 
 
 def test_weights_that_are_not_finite_are_refused(sampler):
@@ -89,8 +108,6 @@ def test_weights_that_are_not_finite_are_refused(sampler):
 
 
 def test_tokens_that_only_the_generation_config_names_end_a_text(tmp_path, model):
-    from transformers import GenerationConfig
-
     GenerationConfig(eos_token_id=[0, 42]).save_pretrained(tmp_path / "teacher")
     config = _config(tmp_path)
     assert load_sampler(find_teacher(config), config, ONE_RANK).ends == (0, 42)

@@ -119,11 +119,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
+        self.close_connection |= bool(headers and "Content-Length" in headers)  # the rest never comes
 
 
 @pytest.fixture
 def running(monkeypatch):
-    monkeypatch.setattr(server, "_WAITS_S", (0.01,) * 5)
+    monkeypatch.setattr(server, "_WAITS_S", (0.01,) * 10)
+    monkeypatch.setattr(server, "_ANSWERS_WITHIN_S", 20)
     monkeypatch.delenv("DSKD_SERVER_KEY", raising=False)
     running = _Server()
     threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -204,7 +206,7 @@ def test_an_outage_keeps_the_blocks_that_are_written_and_the_next_run_continues(
     monkeypatch.setattr(blocks, "_SMALLEST", 8)
     config = _config(tmp_path, running, "corpus.server_requests=1")
     running.replies = lambda number: (503, {"error": {"message": "down for repair"}}) if number >= 20 else None
-    with pytest.raises(OutageError, match=r"answers 503: down for repair, 6 times; start the server") as error:
+    with pytest.raises(OutageError, match=r"answers 503: down for repair, 11 times; start the server") as error:
         write_texts(config, ONE_RANK)
     assert error.value.exit_code == 1
     assert not config.path("written").exists()
@@ -253,7 +255,7 @@ def test_one_of_several_models_has_to_be_named(tmp_path, running):
     with pytest.raises(UserError, match=r"has 2 models \(first, second\); set corpus.server_model"):
         write_texts(_config(tmp_path, running), ONE_RANK)
     assert not running.asked
-    config = _config(tmp_path, running, "corpus.server_model=second", "corpus.max_senses=1")
+    config = load_config(tmp_path / "config.yaml", ["corpus.server_model=second", "corpus.max_senses=1"])
     write_texts(config, ONE_RANK)
     assert {body["model"] for body in running.asked} == {"second"}
 

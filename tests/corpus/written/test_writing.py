@@ -93,7 +93,7 @@ def _folder(parent: Path, name: str) -> Path:
 
 
 def test_the_corpus_has_the_texts_that_are_kept_and_says_what_became_of_the_others(written, capsys):
-    config = load_config(written)
+    config = load_config(written, ["corpus.validation_share=0.4"])
     build_corpus(config)
     outcomes = pq.read_table(config.path("corpus", "senses.parquet")).to_pylist()
     assert len(outcomes) == NUM_SENSES * 8
